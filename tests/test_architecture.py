@@ -1,0 +1,118 @@
+"""The map is the law: this file fails when the code stops matching docs/architecture.md."""
+
+import ast
+import pathlib
+from collections.abc import Iterator
+
+import pytest
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+ROOT = REPOSITORY / "megalith"
+MAX_LINES = 400
+BASE = {"config", "common"}
+ALLOWED: dict[str, set[str]] = {  # folder -> folders it may import; the table of docs/architecture.md, section 1
+    "common": set(),
+    "config": {"common"},
+    "kernels": {"common"},
+    "layers": {"kernels"} | BASE,
+    "models": {"layers"} | BASE,
+    "parallel": {"kernels"} | BASE,
+    "optim": BASE,
+    "data": BASE,
+    "checkpoint": BASE,
+    "runtime": {"models", "layers", "parallel", "optim", "checkpoint"} | BASE,
+    "training": {"runtime", "optim", "data", "checkpoint"} | BASE,
+    "generation": {"runtime", "data", "layers"} | BASE,
+    "serving": {"generation", "runtime", "data"} | BASE,
+    "evaluation": {"training", "generation", "runtime", "data", "checkpoint"} | BASE,
+    "retrieval": {"runtime", "data"} | BASE,
+    "planner": BASE,
+    "launcher": BASE,
+    "recipes": {"config"},
+    "integrations": {"training", "generation", "runtime", "optim", "data", "checkpoint"} | BASE,
+    "testing": {"runtime", "parallel", "models"} | BASE,
+}
+ALLOWED["workflows"] = set(ALLOWED)
+ALLOWED["cli"] = set(ALLOWED) - {"testing"}
+TORCH_FREE = {"common", "config", "planner", "launcher", "recipes"}
+NO_DISTRIBUTED = {"kernels", "layers", "models"}
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def folder(path: pathlib.Path) -> str:
+    """The folder of megalith/ that a file lies in, or the name of a file directly in megalith/."""
+    return path.relative_to(ROOT).parts[0]
+
+
+def imports(path: pathlib.Path) -> Iterator[str]:
+    """Yield every module name imported anywhere in the file, also inside functions."""
+    package = ("megalith", *path.relative_to(ROOT).parent.parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            stem = ".".join(base + ((node.module,) if node.module else ()))
+            yield from (f"{stem}.{alias.name}" for alias in node.names)
+
+
+def documented_table() -> dict[str, str]:
+    """Folder -> the "may import" cell of the table in docs/architecture.md."""
+    rows = [line.split("|")[1:-1] for line in (REPOSITORY / "docs/architecture.md").read_text().splitlines() if line.startswith("|")]
+    return {cells[0].strip(): cells[2].strip() for cells in rows if len(cells) == 3 and cells[0].strip() in ALLOWED}
+
+
+def test_the_document_has_the_same_table() -> None:
+    documented = documented_table()
+    assert set(documented) == set(ALLOWED)
+    for name, cell in documented.items():
+        if name in ("workflows", "cli"):
+            expected = {"workflows": "anything but cli", "cli": "anything but testing"}[name]
+            assert cell == expected
+        else:
+            assert {word.strip() for word in cell.split(",")} - {"nothing"} == ALLOWED[name], name
+
+
+def test_table_has_no_cycle() -> None:
+    done: set[str] = set()
+    while len(done) < len(ALLOWED):
+        ready = {name for name, needs in ALLOWED.items() if name not in done and needs <= done}
+        assert ready, f"cycle among {sorted(set(ALLOWED) - done)}"
+        done |= ready
+
+
+def test_every_folder_is_in_the_table() -> None:
+    assert {p.name for p in ROOT.iterdir() if p.is_dir() and p.name != "__pycache__"} <= set(ALLOWED)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_file_keeps_the_rules(path: pathlib.Path) -> None:
+    source, home, name = path.read_text(), folder(path), path.relative_to(ROOT)
+    assert source.count("\n") <= MAX_LINES, f"{name}: split it, over {MAX_LINES} lines"
+    tree = ast.parse(source)
+    assert ast.get_docstring(tree), f"{name}: first line must say what the file is for"
+    assert not any(isinstance(node, ast.Global) for node in ast.walk(tree)), f"{name}: no global state"
+    if home == "__init__.py":
+        return
+    for module in imports(path):
+        parts = module.split(".")
+        if parts[0] == "torch":
+            assert home not in TORCH_FREE, f"{name}: {home}/ must import without torch"
+            assert not (home in NO_DISTRIBUTED and parts[1:2] == ["distributed"]), f"{name}: {home}/ knows nothing of parallelism"
+        if parts[0] == "megalith" and len(parts) > 1 and parts[1] in ALLOWED and parts[1] != home:
+            assert parts[1] in ALLOWED[home], f"{name}: {home}/ may not import {parts[1]}/"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if folder(p) != "kernels"], ids=lambda path: str(path.relative_to(ROOT)))
+def test_devices_go_through_torch_accelerator(path: pathlib.Path) -> None:
+    uses = [
+        node.lineno
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr == "cuda" and isinstance(node.value, ast.Name) and node.value.id == "torch"
+    ]
+    assert not uses, f"{path.relative_to(ROOT)}: torch.cuda at lines {uses}; use torch.accelerator, so that other devices work too"
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "tests").rglob("*.py")), ids=lambda path: path.name)
+def test_test_files_are_short_too(path: pathlib.Path) -> None:
+    assert path.read_text().count("\n") <= MAX_LINES, f"{path.relative_to(REPOSITORY)}: split it, over {MAX_LINES} lines"
