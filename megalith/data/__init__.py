@@ -1,0 +1,1 @@
+"""From raw text to batches: tokenizers, preprocessing, indexed datasets, sample order, loading."""
