@@ -1,0 +1,1 @@
+"""Words that every other folder shares: errors, files, units, names. No torch."""

@@ -1,0 +1,45 @@
+"""Things found by name: our own from a table, a user's as `module:name`, so that nobody needs a fork."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from megalith.common.errors import ConfigError
+
+
+class Registry:
+    """A read-only table of names to `module:attribute` addresses, imported only when asked for."""
+
+    def __init__(self, kind: str, addresses: Mapping[str, str]):
+        """`kind` is the word used in errors ("dataset"); `addresses` maps each short name to its address."""
+        self.kind = kind
+        self.addresses = dict(addresses)
+
+    def __iter__(self):
+        """Iterate over the short names."""
+        return iter(self.addresses)
+
+    def find(self, name: str) -> Any:
+        """Return the object called `name`, a short name of the table or `module:attribute`.
+
+        Raises ConfigError when there is none, naming the nearest.
+        """
+        address = self.addresses.get(name, name)
+        module, colon, attribute = address.partition(":")
+        if not colon:
+            near = difflib.get_close_matches(name, self.addresses, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ConfigError(
+                f"unknown {self.kind} {name!r}; {hint}the known ones are {', '.join(sorted(self.addresses))}, "
+                f"and your own goes by 'module:name'"
+            )
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(
+                f"{self.kind} {name!r} cannot be imported ({error}); {module!r} must be on the Python path "
+                f"(PYTHONPATH, or an installed package) and define {attribute!r}"
+            ) from error

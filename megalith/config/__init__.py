@@ -1,0 +1,1 @@
+"""Every knob, in frozen sections; YAML, flags and the checks over them. No torch."""

@@ -1,0 +1,25 @@
+"""The section `checkpoint`: what is kept of a run, and what a run starts from."""
+
+from __future__ import annotations
+
+from megalith.config.knobs import knob, section
+
+
+@section
+class CheckpointConfig:
+    """Saving and loading. Paths are folders that hold iter_NNNNNNN/ and the `latest` pointer."""
+
+    save: str | None = knob(None, "where checkpoints go (default: checkpoints/ in the run folder)")
+    save_interval: int | None = knob(None, "steps between checkpoints (default: only at the end)", minimum=1)
+    load: str | None = knob(None, "checkpoint folder to go on from (default: --save, where it holds one)")
+    ckpt_step: int | None = knob(None, "iteration to load (default: the latest)", minimum=0)
+    keep_last: int = knob(3, "newest checkpoints kept; 0 keeps all", minimum=0)
+    keep_every: int | None = knob(None, "also keep every checkpoint whose iteration is a multiple of this", minimum=1)
+    no_save_optim: bool = knob(False, "leave the optimizer out of checkpoints")
+    no_load_optim: bool = knob(False, "load weights but not the optimizer")
+    no_save_rng: bool = knob(False, "accepted: no random state is needed, everything random is a function of seed and step")
+    no_load_rng: bool = knob(False, "accepted: as --no-save-rng")
+    finetune: bool = knob(False, "load weights alone and start at iteration 0; ignored where --save already holds this run")
+    use_checkpoint_args: bool = knob(False, "take the model section from the checkpoint")
+    exit_on_missing_checkpoint: bool = knob(False, "accepted: --load without a checkpoint is always an error here")
+    fresh: bool = knob(False, "start anew although --save holds a run (its files are moved aside)")

@@ -1,0 +1,31 @@
+"""The section `data`: which tokens are read, and how they become samples."""
+
+from __future__ import annotations
+
+from megalith.config.knobs import knob, section
+
+
+@section
+class DataConfig:
+    """Corpora, tokenizer and the way samples are cut."""
+
+    data_path: list[str] = knob([], "indexed dataset prefix, or weight prefix weight prefix ...")
+    train_data_path: list[str] = knob([], "as --data-path, for training alone")
+    valid_data_path: list[str] = knob([], "as --data-path, for validation alone")
+    test_data_path: list[str] = knob([], "as --data-path, for testing alone")
+    split: str = knob("969, 30, 1", "shares of training, validation and test documents")
+    split_rounding: str = knob("core", "how shares become document counts: as Megatron core, or as Megatron of 2022", choices=("core", "legacy"))
+    seq_length: int | None = knob(None, "tokens of a sample", minimum=1)
+    dataset: str = knob("gpt", "dataset by registry name, or module:name of your own")
+    loss: str = knob("lm", "loss by registry name, or module:name of your own")
+    tokenizer_type: str | None = knob(None, "GPT2BPETokenizer, HuggingFaceTokenizer (a tokenizer.json), NullTokenizer, ... or module:name")
+    vocab_file: str | None = knob(None, "vocabulary file of the tokenizer")
+    merge_file: str | None = knob(None, "merge table of the tokenizer")
+    tokenizer_model: str | None = knob(None, "tokenizer.json, its folder, or a sentencepiece model", flags=("--tokenizer-name-or-path",))
+    vocab_extra_ids: int = knob(0, "sentinel tokens <extra_id_i> added to the vocabulary", minimum=0)
+    data_cache_path: str | None = knob(None, "folder of the index cache (default: beside the data, or in the run folder where that is read-only)")
+    reset_position_ids: bool = knob(False, "start positions anew after each end-of-document token")
+    reset_attention_mask: bool = knob(False, "tokens attend only to their own document")
+    eod_mask_loss: bool = knob(False, "no loss on what follows an end-of-document token")
+    dataloader_type: str = knob("single", "sample order: as the dataset has it, or reshuffled each epoch", choices=("single", "cyclic"))
+    num_workers: int = knob(2, "threads that read samples ahead", minimum=0)

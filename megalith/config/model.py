@@ -1,0 +1,101 @@
+"""The section `model`: what is trained."""
+
+from __future__ import annotations
+
+from megalith.config.knobs import knob, section
+
+GLU_ACTIVATIONS = ("swiglu", "geglu", "reglu", "liglu")
+POSITIONS = {"absolute": "learned_absolute", "rotary": "rope"}  # older spelling -> the one used inside
+
+
+@section
+class ModelConfig:
+    """Shape and numerics of the model. Sizes are counts; names are Megatron's."""
+
+    model_type: str = knob("gpt", "model by registry name, or module:name of your own")
+    num_layers: int | None = knob(None, "number of transformer layers", minimum=1)
+    hidden_size: int | None = knob(None, "width of the residual stream", minimum=1)
+    num_attention_heads: int | None = knob(None, "number of query heads", minimum=1)
+    ffn_hidden_size: int | None = knob(None, "inner width of the MLP (default 4 x hidden; gated: 2/3 of it, a multiple of 64)", minimum=1)
+    kv_channels: int | None = knob(None, "width of one head (default hidden / heads)", minimum=1)
+    attention_head_type: str = knob("multihead", "multihead, or multiquery: one key/value head", choices=("multihead", "multiquery"))
+    group_query_attention: bool = knob(False, "share key/value heads among groups of query heads (with --num-query-groups)")
+    num_query_groups: int | None = knob(None, "number of key/value heads", flags=("--num-key-value-heads",), minimum=1)
+    max_position_embeddings: int | None = knob(None, "longest sequence of the model in tokens", minimum=1)
+    position_embedding_type: str = knob(
+        "learned_absolute", "how tokens know their place", choices=("learned_absolute", "absolute", "rope", "rotary", "alibi", "none")
+    )
+    use_rotary_position_embeddings: bool = knob(False, "same as --position-embedding-type rope")
+    rotary_base: float = knob(10000.0, "theta of the rotary embedding", flags=("--rotary-position-embeddings-theta", "--rope-theta"))
+    rotary_percent: float = knob(1.0, "share of each head that is rotated, 0 to 1", minimum=0.0)
+    rotary_interleaved: bool = knob(False, "rotate neighbouring pairs (GPT-J, Meta's files) instead of halves (NeoX, Hugging Face)")
+    normalization: str = knob("LayerNorm", "norm of the residual stream", choices=("LayerNorm", "RMSNorm", "layernorm", "rmsnorm"))
+    layernorm_epsilon: float = knob(1e-5, "added to the variance", flags=("--norm-epsilon",), minimum=0.0)
+    apply_residual_connection_post_layernorm: bool = knob(False, "take the residual after the norm instead of before it (post-LN residual)")
+    openai_gelu: bool = knob(False, "GELU by its tanh approximation, as GPT-2 has it")
+    squared_relu: bool = knob(False, "squared ReLU instead of GELU")
+    swiglu: bool = knob(False, "gated MLP with SiLU: silu(gate) * up")
+    glu_activation: str | None = knob(None, "gated MLP by name", choices=GLU_ACTIVATIONS)
+    add_bias_linear: bool = knob(True, "biases in the linear layers", flags=("--disable-bias-linear",))
+    add_qkv_bias: bool = knob(False, "biases in q, k and v even where the other linear layers have none (Qwen2)")
+    qk_layernorm: bool = knob(False, "norm each query and key head (Qwen3)")
+    untie_embeddings_and_output_weights: bool = knob(False, "give the output layer a weight of its own")
+    vocab_size: int | None = knob(None, "true vocabulary size (default: the tokenizer's)", minimum=1)
+    make_vocab_size_divisible_by: int = knob(128, "padding that Megatron would add; printed and used on export, never stored here", minimum=1)
+    hidden_dropout: float = knob(0.1, "dropout of embeddings and of each branch before its residual", minimum=0.0)
+    attention_dropout: float = knob(0.1, "dropout of attention probabilities", minimum=0.0)
+    init_method_std: float = knob(0.02, "standard deviation of the initial weights", minimum=0.0)
+    init_method_xavier_uniform: bool = knob(False, "draw weight matrices from Xavier's uniform distribution instead")
+    apply_query_key_layer_scaling: bool = knob(False, "divide scores by the layer number and multiply back in the softmax (fp16 range)")
+    attention_backend: str = knob(
+        "auto", "attention kernel; explicit is the readable reference", choices=("auto", "sdpa", "flash", "fused", "flex", "explicit", "unfused", "local")
+    )
+    z_loss_coeff: float = knob(0.0, "weight of log(Z)^2 in the loss (PaLM, section 5)", flags=("--z-loss",), minimum=0.0)
+    loss_chunk_tokens: int = knob(1024, "tokens whose float32 logits exist at one time", minimum=1)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Number of key/value heads: all, one (multi-query) or the number of groups."""
+        if self.attention_head_type == "multiquery":
+            return 1
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def activation(self) -> str:
+        """One of gelu, gelu_tanh, squared_relu, swiglu, geglu, reglu, liglu."""
+        if self.swiglu:
+            return "swiglu"
+        if self.glu_activation:
+            return self.glu_activation
+        if self.squared_relu:
+            return "squared_relu"
+        return "gelu_tanh" if self.openai_gelu else "gelu"
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP multiplies a gate with an up projection."""
+        return self.activation in GLU_ACTIVATIONS
+
+    @property
+    def ffn_size(self) -> int:
+        """Inner width of the MLP; where a gated one is not named, 2/3 of 4h rounded down to a multiple of 64, as Megatron."""
+        if self.ffn_hidden_size:
+            return self.ffn_hidden_size
+        return max(64, int(4 * self.hidden_size * 2 / 3) // 64 * 64) if self.swiglu else 4 * self.hidden_size
+
+    @property
+    def positions(self) -> str:
+        """learned_absolute, rope, alibi or none, whichever spelling was used."""
+        if self.use_rotary_position_embeddings:
+            return "rope"
+        return POSITIONS.get(self.position_embedding_type, self.position_embedding_type)
+
+    @property
+    def norm(self) -> str:
+        """layernorm or rmsnorm."""
+        return self.normalization.lower()

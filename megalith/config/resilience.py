@@ -1,0 +1,14 @@
+"""The section `resilience`: how a run ends before its end, and survives it."""
+
+from __future__ import annotations
+
+from megalith.config.knobs import knob, section
+
+
+@section
+class ResilienceConfig:
+    """Planned and unplanned exits; each saves first."""
+
+    exit_interval: int | None = knob(None, "stop after a step whose number is a multiple of this", minimum=1)
+    exit_duration_in_mins: float | None = knob(None, "stop after so many minutes", minimum=0.0)
+    exit_signal_handler: bool = knob(True, "on SIGTERM, finish the step, save, exit with status 0")

@@ -1,0 +1,1 @@
+"""The bricks of a transformer, on plain tensors; they know of one device and one process."""

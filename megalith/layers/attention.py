@@ -1,0 +1,148 @@
+"""Attention: projections with parameters, and a core without, which others may replace.
+
+Shapes: b batch, s sequence, n query heads, m key/value heads, d channels of a head.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+
+from megalith.layers.dropout import Dropout
+from megalith.layers.mask import AttentionMask
+from megalith.layers.positions import rotate
+
+QUERY_BLOCK = 256  # queries whose additive mask exists at one time
+
+
+class CoreAttention(nn.Module):
+    """softmax(q k^T / sqrt(d) + bias) v, by the fastest path that the mask and the device allow.
+
+    Causal alone: one fused call. With a bias: FlexAttention on accelerators; on the CPU, where that has no backward, fused
+    calls on blocks of queries, each bias built for its block and again in the backward pass. Attention dropout on the CPU
+    takes the explicit path, because the fused one has none there; on accelerators its masks come from the device's
+    generator, and so differ between layouts (the one such exception besides in-batch negatives).
+    """
+
+    def __init__(self, dropout: float, site: str, backend: str = "auto"):
+        """backend: auto, sdpa, flex or explicit. site: see Dropout."""
+        super().__init__()
+        self.backend, self.first_head = backend, 0
+        self.dropout = Dropout(dropout, site)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+        """q [b, n, s, d], k and v [b, m, s, d] with n a multiple of m; returns [b, n, s, d]."""
+        p = self.dropout.p if self.training and mask.rows is not None else 0.0
+        on_cpu = q.device.type == "cpu"
+        if self.backend == "explicit" or (p and on_cpu):
+            return self.explicit(q, k, v, mask)
+        if mask.plain and self.backend != "flex":
+            if on_cpu:  # the CPU's fused kernel wants as many key heads as query heads
+                k, v = _expand(k, q.shape[1]), _expand(v, q.shape[1])
+            return scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=mask.causal, enable_gqa=k.shape[1] != q.shape[1])
+        if self.backend == "flex" or (not on_cpu and self.backend == "auto" and not p):
+            return flex(q, k, v, mask)
+        return self.blocks(q, k, v, mask, p)
+
+    def explicit(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+        """The reference: scores, softmax in float32 at least, dropout by hash, product."""
+        k, v = _expand(k, q.shape[1]), _expand(v, q.shape[1])
+        scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+        wide = scores.double() if scores.dtype == torch.float64 else scores.float()
+        wide = wide + mask.bias(slice(0, q.shape[2]), slice(0, k.shape[2]), q.device).to(wide.dtype)
+        weights = wide.softmax(dim=-1)
+        if mask.rows is not None:
+            heads = torch.arange(self.first_head, self.first_head + q.shape[1], device=q.device, dtype=torch.int32)
+            weights = self.dropout(weights, mask.rows[:, None, :] + heads[None, :, None] * 0x3243F6A9)
+        return weights.to(v.dtype) @ v
+
+    def blocks(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, p: float) -> Tensor:
+        """Fused attention of one block of queries at a time; memory of the bias is heads x QUERY_BLOCK x s."""
+        k, v = _expand(k, q.shape[1]), _expand(v, q.shape[1])
+        run = _block if not q.requires_grad else functools.partial(checkpoint, _block, use_reentrant=False, preserve_rng_state=p > 0)
+        parts = []
+        for start in range(0, q.shape[2], QUERY_BLOCK):
+            stop = min(start + QUERY_BLOCK, q.shape[2])
+            end = stop if mask.causal else k.shape[2]
+            parts.append(run(q[:, :, start:stop], k[:, :, :end], v[:, :, :end], mask, start, p))
+        return torch.cat(parts, dim=2)
+
+
+def _block(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, start: int, p: float) -> Tensor:
+    bias = mask.bias(slice(start, start + q.shape[2]), slice(0, k.shape[2]), q.device).to(q.dtype)
+    return scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p)
+
+
+def _expand(x: Tensor, heads: int) -> Tensor:
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+    """FlexAttention with the mask as code (PyTorch: torch.nn.attention.flex_attention); compiled on accelerators."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    documents, padding, slopes = mask.documents, mask.padding, mask.slopes
+
+    def sees(b, h, i, j):
+        keep = (j <= i) if mask.causal else (j >= 0)
+        if mask.window is not None:
+            keep = keep & (i - j < mask.window)
+        if documents is not None:
+            keep = keep & (documents[b, i] == documents[b, j])
+        if padding is not None:
+            keep = keep & padding[b, j]
+        return keep
+
+    def score(value, b, h, i, j):
+        return value + slopes[h] * (j - i)
+
+    batch = q.shape[0] if documents is not None or padding is not None else None
+    visible = create_block_mask(sees, batch, None, q.shape[2], k.shape[2], device=q.device)
+    call = _compiled_flex(q.device.type)
+    return call(q, k, v, score_mod=score if slopes is not None else None, block_mask=visible, enable_gqa=k.shape[1] != q.shape[1])
+
+
+@functools.cache
+def _compiled_flex(device: str):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention if device == "cpu" else torch.compile(flex_attention)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head, grouped-query or multi-query self-attention with separate q, k, v projections.
+
+    Separate, because rows of a fused weight do not split by head, and some optimizers treat them apart.
+    """
+
+    def __init__(
+        self, hidden: int, heads: int, kv_heads: int, head_dim: int, *, bias: bool, qkv_bias: bool, core: CoreAttention,
+        interleaved: bool = False, head_norm: float | None = None,
+    ):  # fmt: skip
+        """head_norm: epsilon of an RMSNorm on each query and key head (Qwen3), None for none."""
+        super().__init__()
+        self.head_dim, self.interleaved = head_dim, interleaved
+        self.q = nn.Linear(hidden, heads * head_dim, bias=qkv_bias)
+        self.k = nn.Linear(hidden, kv_heads * head_dim, bias=qkv_bias)
+        self.v = nn.Linear(hidden, kv_heads * head_dim, bias=qkv_bias)
+        self.out = nn.Linear(heads * head_dim, hidden, bias=bias)
+        self.q_norm = nn.RMSNorm(head_dim, head_norm) if head_norm is not None else None
+        self.k_norm = nn.RMSNorm(head_dim, head_norm) if head_norm is not None else None
+        self.core = core
+
+    def forward(self, x: Tensor, mask: AttentionMask, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        """x [b, s, hidden] -> [b, s, hidden]."""
+        q, k, v = (self.heads(project(x)) for project in (self.q, self.k, self.v))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = rotate(q, rotary, self.interleaved), rotate(k, rotary, self.interleaved)
+        return self.out(self.core(q, k, v, mask).transpose(1, 2).flatten(2))
+
+    def heads(self, x: Tensor) -> Tensor:
+        """[b, s, heads x d] -> [b, heads, s, d], however many heads this process holds."""
+        return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)

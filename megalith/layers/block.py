@@ -1,0 +1,42 @@
+"""One transformer layer: attention and MLP, each with its norm, dropout and residual."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from megalith.layers.attention import SelfAttention
+from megalith.layers.dropout import Dropout
+from megalith.layers.mask import AttentionMask
+from megalith.layers.mlp import MLP
+
+NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
+
+
+class Block(nn.Module):
+    """x + drop(attention(norm(x))), then x + drop(mlp(norm(x))).
+
+    normed_residual takes the residual after the norm instead of before it
+    (Megatron's --apply-residual-connection-post-layernorm).
+    """
+
+    def __init__(
+        self, hidden: int, norm: str, epsilon: float, attention: SelfAttention, mlp: MLP, *, dropout: float, site: str,
+        normed_residual: bool = False,
+    ):  # fmt: skip
+        super().__init__()
+        self.normed_residual = normed_residual
+        self.attention_norm = NORMS[norm](hidden, epsilon)
+        self.attention = attention
+        self.attention_dropout = Dropout(dropout, f"{site}.attention")
+        self.mlp_norm = NORMS[norm](hidden, epsilon)
+        self.mlp = mlp
+        self.mlp_dropout = Dropout(dropout, f"{site}.mlp")
+
+    def forward(self, x: Tensor, mask: AttentionMask, rotary: tuple[Tensor, Tensor] | None, rows: Tensor | None) -> Tensor:
+        """x [b, s, hidden]; rows: int32 [b, s] of dropout keys for these rows, None where nothing is dropped."""
+        normed = self.attention_norm(x)
+        residual = normed if self.normed_residual else x
+        x = residual + self.attention_dropout(self.attention(normed, mask, rotary), rows)
+        normed = self.mlp_norm(x)
+        residual = normed if self.normed_residual else x
+        return residual + self.mlp_dropout(self.mlp(normed), rows)

@@ -1,0 +1,154 @@
+"""Cross entropy of a large vocabulary without its logits: chunk by chunk, the gradient made in the forward pass.
+
+The logits of a whole batch are often the largest tensor of a training step. Here only those of one chunk of tokens exist,
+and they are turned into the gradients of the hidden states and of the weight while they are there, which also saves the
+backward pass from computing them again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class TokenLoss(nn.Module):
+    """Per-token cross entropy of `hidden @ weight.T` against labels; parameterless, so that a plan may replace it.
+
+    chunk: tokens whose float32 logits exist at one time. z_loss: weight of log(Z)^2 added to each token's loss
+    (Chowdhery et al., 2022, PaLM, section 5).
+    """
+
+    def __init__(self, chunk: int = 1024, z_loss: float = 0.0):
+        super().__init__()
+        self.chunk, self.z_loss = chunk, z_loss
+
+    def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor | None, bias: Tensor | None = None) -> Tensor:
+        """hidden [b, s, h], weight [V, h], labels [b, s] int64; returns float32 losses [b, s].
+
+        With loss_weights [b, s] each loss is multiplied by its weight, and the gradient is that of their SUM: take no other
+        function of them than a sum and a scalar factor, or the gradients become NaN. Labels below 0 count as no loss.
+        Without loss_weights any function of the losses may follow, at the price of computing the logits twice.
+        """
+        if loss_weights is not None:
+            return _Weighted.apply(hidden, weight, bias, labels, loss_weights, self.chunk, self.z_loss)
+        return _Free.apply(hidden, weight, bias, labels, self.chunk, self.z_loss)
+
+
+def chunk_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Logits [t, V] of a chunk, float32 (float64 for float64 input)."""
+    if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
+        logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    else:
+        logits = hidden @ weight.t()
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return logits if bias is None else logits.add_(bias.to(logits.dtype))
+
+
+def _chunk_loss(hidden, weight, bias, labels, z_loss):
+    """Losses [t] and, in one buffer [t, V], the softmax's numerators with their sums [t] and log Z [t]."""
+    logits = chunk_logits(hidden, weight, bias)
+    known = labels.clamp(min=0)
+    at_label = logits.gather(1, known[:, None])[:, 0]
+    peak = logits.amax(dim=1)
+    powers = logits.sub_(peak[:, None]).exp_()
+    total = powers.sum(dim=1)
+    log_z = total.log() + peak
+    losses = log_z - at_label
+    if z_loss:
+        losses = losses + z_loss * log_z.square()
+    return torch.where(labels >= 0, losses, 0.0), powers, total, log_z
+
+
+def _chunk_gradient(powers, total, log_z, labels, upstream, z_loss):
+    """Gradient of sum(upstream x losses) by the logits, in the place of `powers` [t, V]."""
+    upstream = torch.where(labels >= 0, upstream, 0.0).to(powers.dtype)
+    slope = upstream * (1.0 + 2.0 * z_loss * log_z) if z_loss else upstream
+    gradient = powers.mul_((slope / total)[:, None])
+    gradient.scatter_add_(1, labels.clamp(min=0)[:, None], -upstream[:, None])
+    return gradient
+
+
+class _Gradients:
+    """Collects the gradients of hidden states, weight and bias from one chunk after another."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, ...]):
+        self.hidden = torch.empty_like(hidden) if needs[0] else None
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self.weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs[1] else None
+        self.bias = torch.zeros(bias.shape, dtype=wide, device=bias.device) if bias is not None and needs[2] else None
+
+    def add(self, rows: slice, gradient: Tensor, hidden: Tensor, weight: Tensor) -> None:
+        narrow = gradient.to(weight.dtype)
+        if self.hidden is not None:
+            torch.mm(narrow, weight, out=self.hidden[rows])
+        if self.weight is not None:
+            if narrow.is_cuda and narrow.dtype != self.weight.dtype:
+                self.weight = torch.addmm(self.weight, narrow.t(), hidden[rows], out_dtype=self.weight.dtype)
+            elif narrow.dtype == self.weight.dtype:
+                self.weight.addmm_(narrow.t(), hidden[rows])
+            else:
+                self.weight += narrow.t() @ hidden[rows]
+        if self.bias is not None:
+            self.bias += gradient.sum(dim=0)
+
+
+class _Weighted(torch.autograd.Function):
+    """Losses x weights, with the gradient of their sum made in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, loss_weights, chunk, z_loss):
+        flat, targets = hidden.flatten(0, 1), labels.flatten()
+        scale = loss_weights.flatten().float()
+        losses = torch.empty(targets.shape, device=flat.device, dtype=torch.float64 if flat.dtype == torch.float64 else torch.float32)
+        gradients = _Gradients(flat, weight, bias, ctx.needs_input_grad)
+        for start in range(0, len(targets), chunk):
+            rows = slice(start, start + chunk)
+            losses[rows], powers, total, log_z = _chunk_loss(flat[rows], weight, bias, targets[rows], z_loss)
+            if any(ctx.needs_input_grad):
+                gradients.add(rows, _chunk_gradient(powers, total, log_z, targets[rows], scale[rows], z_loss), flat, weight)
+        ctx.gradients, ctx.shape, ctx.dtypes = gradients, hidden.shape, (weight.dtype, None if bias is None else bias.dtype)
+        return (losses * scale).view(labels.shape)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        if ctx.gradients is None:
+            raise RuntimeError("the gradients of weighted token losses are kept for one backward pass; use losses without loss_weights for more")
+        made, ctx.gradients = ctx.gradients, None
+        factor = torch.where(upstream.min() == upstream.max(), upstream.flatten()[0], float("nan"))  # NaN: not a plain sum
+        # A factor of one is the usual case; knowing it costs a synchronisation, free on the CPU alone.
+        scaled = [g if g is None or (not factor.is_cuda and factor.item() == 1.0) else g.mul_(factor) for g in (made.hidden, made.weight, made.bias)]
+        hidden, weight, bias = scaled
+        return (
+            None if hidden is None else hidden.view(ctx.shape),
+            None if weight is None else weight.to(ctx.dtypes[0]),
+            None if bias is None else bias.to(ctx.dtypes[1]),
+            None, None, None, None,
+        )  # fmt: skip
+
+
+class _Free(torch.autograd.Function):
+    """Losses whose gradient any function may ask for: the backward pass computes each chunk's logits again."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, chunk, z_loss):
+        flat, targets = hidden.flatten(0, 1), labels.flatten()
+        ctx.save_for_backward(hidden, weight, bias, labels)
+        ctx.chunk, ctx.z_loss = chunk, z_loss
+        parts = [_chunk_loss(flat[i : i + chunk], weight, bias, targets[i : i + chunk], z_loss)[0] for i in range(0, len(targets), chunk)]
+        return torch.cat(parts).view(labels.shape)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        hidden, weight, bias, labels = ctx.saved_tensors
+        flat, targets, scale = hidden.flatten(0, 1), labels.flatten(), upstream.flatten()
+        gradients = _Gradients(flat, weight, bias, ctx.needs_input_grad)
+        for start in range(0, len(targets), ctx.chunk):
+            rows = slice(start, start + ctx.chunk)
+            _, powers, total, log_z = _chunk_loss(flat[rows], weight, bias, targets[rows], ctx.z_loss)
+            gradients.add(rows, _chunk_gradient(powers, total, log_z, targets[rows], scale[rows], ctx.z_loss), flat, weight)
+        return (
+            None if gradients.hidden is None else gradients.hidden.view(hidden.shape),
+            None if gradients.weight is None else gradients.weight.to(weight.dtype),
+            None if gradients.bias is None else gradients.bias.to(bias.dtype),
+            None, None, None,
+        )  # fmt: skip

@@ -1,0 +1,5 @@
+"""Whole models, maths only: they know of one process, and of nothing that splits them."""
+
+from megalith.common.registry import Registry
+
+MODELS = Registry("model", {"gpt": "megalith.models.gpt:GPT"})

@@ -1,0 +1,42 @@
+"""The one place that maps a kind of device to what it needs: its collective library and its synchronisation."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from megalith.common.errors import ConfigError
+
+BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
+
+
+def pick(kind: str = "auto", local_rank: int | None = None) -> torch.device:
+    """The device of this process: `kind` is auto, cpu, cuda or xpu; local_rank counts the processes of one machine."""
+    present = torch.accelerator.current_accelerator(check_available=True)
+    if kind == "auto":
+        kind = present.type if present is not None else "cpu"
+    if kind == "cpu":
+        return torch.device("cpu")
+    if present is None or present.type != kind:
+        found = present.type if present is not None else "no accelerator"
+        raise ConfigError(f"--device {kind}: found {found}; the device must be on this machine. Use --device auto or cpu.")
+    number = int(os.environ.get("LOCAL_RANK", 0)) if local_rank is None else local_rank
+    if number >= torch.accelerator.device_count():
+        raise ConfigError(
+            f"process {number} of this machine has no device of its own: found {torch.accelerator.device_count()} {kind} devices; "
+            f"each process needs one. Start at most {torch.accelerator.device_count()} processes here (--nproc-per-node)."
+        )
+    torch.accelerator.set_device_index(number)
+    return torch.device(kind, number)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for all work queued on `device`; nothing to wait for on the CPU."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Largest number of bytes allocated on an accelerator so far; None on the CPU."""
+    return None if device.type == "cpu" else torch.accelerator.max_memory_allocated(device)

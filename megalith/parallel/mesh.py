@@ -1,0 +1,99 @@
+"""The grid of processes, as one value that is passed by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from megalith.common.errors import ConfigError
+from megalith.config.parallel import ParallelConfig
+from megalith.parallel.devices import BACKENDS, pick
+
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # tp varies fastest, as in Megatron's rank order
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """This process's place in the grid. Axes: pp, dp_replicate, dp_shard, cp, tp."""
+
+    device: torch.device
+    devices: DeviceMesh
+
+    @property
+    def rank(self) -> int:
+        """Global number of this process."""
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.devices.size()
+
+    def size(self, axis: str) -> int:
+        """Processes along an axis."""
+        return self.devices.size(AXES.index(axis))
+
+    def place(self, axis: str) -> int:
+        """Number of this process along an axis."""
+        return self.devices.get_local_rank(axis)
+
+    @property
+    def data_size(self) -> int:
+        """Data-parallel processes: those that read different samples."""
+        return self.size("dp_replicate") * self.size("dp_shard")
+
+    @property
+    def data_rank(self) -> int:
+        """Number of this process among the data-parallel ones."""
+        return self.place("dp_replicate") * self.size("dp_shard") + self.place("dp_shard")
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum of `values` over the data-parallel processes, in place."""
+        if self.data_size > 1:
+            for axis in ("dp_replicate", "dp_shard"):
+                if self.size(axis) > 1:
+                    dist.all_reduce(values, group=self.devices.get_group(axis))
+        return values
+
+
+def start(config: ParallelConfig) -> Mesh:
+    """Join the process group that the launcher's variables describe (torchrun's; none of them means one process).
+
+    A group that the caller has made is used as it is.
+    """
+    device = pick(config.device)
+    if not dist.is_initialized():
+        backend = config.distributed_backend or BACKENDS[device.type]
+        timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+        else:
+            dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    return grid(config, device)
+
+
+def grid(config: ParallelConfig, device: torch.device) -> Mesh:
+    """The mesh of the degrees in `config` over the whole process group."""
+    world = dist.get_world_size()
+    fixed = config.model_parallel_size * config.data_parallel_replicas
+    if world % fixed:
+        raise ConfigError(
+            f"{world} processes do not divide into tensor {config.tensor_model_parallel_size} x pipeline {config.pipeline_model_parallel_size} "
+            f"x context {config.context_parallel_size} x replicas {config.data_parallel_replicas}; their product must divide the number of "
+            f"processes. Start a multiple of {fixed} processes, or lower --tensor-model-parallel-size or its like."
+        )
+    data = world // config.model_parallel_size
+    # Without sharding every data-parallel process is a replica; with it, those of one replica group share one copy.
+    replicate = data if config.sharding == "none" else config.data_parallel_replicas
+    shape = (config.pipeline_model_parallel_size, replicate, data // replicate, config.context_parallel_size, config.tensor_model_parallel_size)
+    return Mesh(device, dist.init_device_mesh(device.type, shape, mesh_dim_names=AXES))

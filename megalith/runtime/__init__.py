@@ -1,0 +1,1 @@
+"""Config in, a placed model out: where model, plan and weights meet."""
