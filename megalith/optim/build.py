@@ -1,0 +1,51 @@
+"""Optimizers by name. One of your own goes by `module:name`, a function of (groups, config.optimizer)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from megalith.common.registry import Registry
+from megalith.config.optimizer import OptimizerConfig
+from megalith.optim.groups import parameter_groups
+
+OPTIMIZERS = Registry(
+    "optimizer",
+    {"adam": "megalith.optim.build:adamw", "adamw": "megalith.optim.build:adamw", "sgd": "megalith.optim.build:sgd"},
+)
+
+_FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps")
+
+
+def build_optimizer(config: OptimizerConfig, named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
+    """The optimizer that `config.optimizer` names, over the groups of these parameters.
+
+    Its rates are those of the peak until `set_rates` gives it a step's. Raises ConfigError for an unknown name.
+    """
+    return OPTIMIZERS.find(config.optimizer)(parameter_groups(named_parameters), config)
+
+
+def adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Adam with decoupled weight decay and bias correction (Loshchilov and Hutter, 2019), in one kernel where torch has one."""
+    return torch.optim.AdamW(
+        groups,
+        lr=config.lr or 0.0,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_eps,
+        weight_decay=config.weight_decay,
+        fused=_fused(groups),
+    )
+
+
+def sgd(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Gradient descent with momentum. As in Megatron, weight decay is added to the gradient here (it is not decoupled)."""
+    return torch.optim.SGD(
+        groups, lr=config.lr or 0.0, momentum=config.sgd_momentum, weight_decay=config.weight_decay, fused=_fused(groups)
+    )
+
+
+def _fused(groups: list[dict[str, Any]]) -> bool:
+    """Whether torch has a fused step for all of them; it refuses devices it does not know (meta among them)."""
+    return all(parameter.device.type in _FUSED_DEVICES for group in groups for _, parameter in group["params"])

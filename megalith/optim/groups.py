@@ -1,0 +1,33 @@
+"""Which parameters decay: matrices do, biases and everything one-dimensional (norms) do not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+
+def decays(name: str, parameter: torch.Tensor) -> bool:
+    """Whether weight decay applies, by the name and the original global shape (a DTensor's `ndim` is global already)."""
+    return not name.endswith(".bias") and name != "bias" and parameter.ndim != 1
+
+
+def parameter_groups(named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> list[dict[str, Any]]:
+    """Groups for a torch optimizer, from `model.named_parameters()`: at most two, empty ones left out.
+
+    Each holds `params` as (name, parameter) pairs, so that the optimizer keeps the names (`param_names`), and the factors
+    `lr_mult` and `wd_mult` that `set_rates` applies. Frozen parameters (requires_grad False) are in no group.
+    """
+    trained = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
+    matrices = [pair for pair in trained if decays(*pair)]
+    vectors = [pair for pair in trained if not decays(*pair)]
+    groups = [{"params": matrices, "lr_mult": 1.0, "wd_mult": 1.0}, {"params": vectors, "lr_mult": 1.0, "wd_mult": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def set_rates(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+    """Give every group the step's learning rate and weight decay, each times the group's own factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_mult", 1.0)
+        group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)

@@ -1,0 +1,86 @@
+"""The factor on a float16 loss that keeps small gradients from vanishing. Pure Python numbers: no device, no communication."""
+
+from __future__ import annotations
+
+from megalith.common.errors import ConfigError, problem
+from megalith.config.precision import PrecisionConfig
+
+
+class StaticLossScale:
+    """A fixed scale; 1 where the format needs none (float32, bfloat16)."""
+
+    def __init__(self, scale: float = 1.0):
+        self.scale = float(scale)
+
+    @property
+    def inverse(self) -> float:
+        """1 / scale in float64, what gradients are multiplied by."""
+        return 1.0 / self.scale
+
+    def update(self, found_inf: bool) -> None:
+        """Note whether a step's gradients overflowed (on any rank). A fixed scale stays."""
+
+    def state_dict(self) -> dict[str, float | int]:
+        """What a checkpoint keeps."""
+        return {"scale": self.scale}
+
+    def load_state_dict(self, state: dict[str, float | int]) -> None:
+        """A fixed scale is the flags' and not the checkpoint's."""
+
+
+class DynamicLossScale(StaticLossScale):
+    """Halves when gradients overflow, doubles after `window` steps without.
+
+    `hysteresis` overflows are forgiven but for the last before the first halving. As in Megatron, that patience comes back
+    only when the scale grows: after a halving every further overflow halves again, which finds a bearable scale fast.
+    """
+
+    def __init__(self, initial: float = 2.0**32, minimum: float = 1.0, window: int = 1000, hysteresis: int = 2):
+        self.scale = float(initial)
+        self.minimum = float(minimum)
+        self.window = window
+        self.hysteresis = hysteresis
+        self.growth_tracker = 0
+        self.hysteresis_tracker = hysteresis
+
+    def update(self, found_inf: bool) -> None:
+        """Note whether a step's gradients overflowed (on any rank), and set the scale of the next step."""
+        if found_inf:
+            self.growth_tracker = 0
+            self.hysteresis_tracker -= 1
+            if self.hysteresis_tracker <= 0:
+                self.scale = max(self.scale * 0.5, self.minimum)
+            return
+        self.growth_tracker += 1
+        if self.growth_tracker == self.window:
+            self.growth_tracker = 0
+            self.hysteresis_tracker = self.hysteresis
+            self.scale *= 2.0
+
+    def state_dict(self) -> dict[str, float | int]:
+        """What a checkpoint keeps (Megatron's names)."""
+        return {"scale": self.scale, "growth_tracker": self.growth_tracker, "hysteresis_tracker": self.hysteresis_tracker}
+
+    def load_state_dict(self, state: dict[str, float | int]) -> None:
+        """Go on from `state_dict()` (a static scale's has no trackers: they start anew)."""
+        self.scale = float(state["scale"])
+        self.growth_tracker = int(state.get("growth_tracker", 0))
+        self.hysteresis_tracker = int(state.get("hysteresis_tracker", self.hysteresis))
+
+
+def build_loss_scale(config: PrecisionConfig) -> StaticLossScale:
+    """The scale of the section `precision`: fixed with --loss-scale, dynamic with --fp16 alone, 1 otherwise.
+
+    Raises ConfigError for scales that cannot work.
+    """
+    if not config.fp16:
+        return StaticLossScale(1.0)
+    if config.loss_scale is not None:
+        if config.loss_scale <= 0.0:
+            raise ConfigError(problem("--loss-scale", config.loss_scale, "it must be positive", "Drop it for a dynamic scale"))
+        return StaticLossScale(config.loss_scale)
+    if not 0.0 < config.min_loss_scale <= config.initial_loss_scale:
+        found = (config.min_loss_scale, config.initial_loss_scale)
+        rule = "the first must be positive and at most the second"
+        raise ConfigError(problem("--min-loss-scale and --initial-loss-scale", found, rule, "Lower --min-loss-scale"))
+    return DynamicLossScale(config.initial_loss_scale, config.min_loss_scale, config.loss_scale_window, config.hysteresis)

@@ -1,0 +1,206 @@
+"""Learning rate and weight decay as pure functions of the samples trained on so far.
+
+Samples, not steps, because a batch may grow during a run. The numbers are Megatron's, so a run can move here half-way.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from typing import Any
+
+from megalith.common.errors import ConfigError, problem
+from megalith.config.optimizer import OptimizerConfig
+from megalith.config.schedule import ScheduleConfig
+
+_SHAPES = {  # x: how much of the decay is done, 0 to 1 -> how much of (peak - minimum) is left
+    "linear": lambda x: 1.0 - x,
+    "cosine": lambda x: 0.5 * (math.cos(math.pi * x) + 1.0),
+    "exponential": lambda x: 2.0 * 0.5**x - 1.0,
+    "minus_sqrt": lambda x: 1.0 - math.sqrt(x),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Numbers:
+    """Everything a schedule depends on; lengths are in samples. This is what a checkpoint keeps."""
+
+    lr: float
+    min_lr: float
+    lr_warmup_init: float
+    warmup_samples: float
+    decay_samples: int
+    lr_decay_style: str
+    wsd_decay_samples: int
+    lr_wsd_decay_style: str
+    start_weight_decay: float
+    end_weight_decay: float
+    weight_decay_samples: int
+    weight_decay_incr_style: str
+
+
+class Schedule:
+    """The schedule of one run.
+
+    The argument `samples` of `lr` and `weight_decay` counts the samples of *successful* steps before the step in question:
+    the first step is 0 (so it has the warm-up's initial rate, 0 by default, as in Megatron), and a step that fp16
+    overflow skipped does not count.
+    """
+
+    def __init__(self, optimizer: OptimizerConfig, schedule: ScheduleConfig, global_batch_size: int):
+        """`global_batch_size` is the final one (after a ramp-up); lengths given in steps are multiplied by it.
+
+        Raises ConfigError that lists every value which makes no schedule.
+        """
+        self.config = schedule
+        self.numbers = _numbers(optimizer, schedule, global_batch_size)
+
+    def lr(self, samples: int) -> float:
+        """Learning rate of the step that starts after `samples` samples."""
+        c = self.numbers
+        if c.warmup_samples > 0 and samples <= c.warmup_samples:
+            return c.lr_warmup_init + (c.lr - c.lr_warmup_init) * samples / c.warmup_samples
+        if c.lr_decay_style == "constant":
+            return c.lr
+        if samples > c.decay_samples:
+            return c.min_lr
+        if c.lr_decay_style == "inverse-square-root":
+            return max(c.min_lr, c.lr * math.sqrt(max(c.warmup_samples, 1)) / math.sqrt(max(samples, 1)))
+        if c.lr_decay_style == "WSD":
+            done = max(0.0, (samples - (c.decay_samples - c.wsd_decay_samples)) / c.wsd_decay_samples)
+            return c.min_lr + _SHAPES[c.lr_wsd_decay_style](done) * (c.lr - c.min_lr)
+        done = (samples - c.warmup_samples) / (c.decay_samples - c.warmup_samples)
+        return c.min_lr + _SHAPES[c.lr_decay_style](done) * (c.lr - c.min_lr)
+
+    def weight_decay(self, samples: int) -> float:
+        """Weight decay of the step that starts after `samples` samples."""
+        c = self.numbers
+        if c.weight_decay_incr_style == "constant" or samples > c.weight_decay_samples:
+            return c.end_weight_decay
+        done = samples / c.weight_decay_samples
+        if c.weight_decay_incr_style == "cosine":
+            done = 0.5 * (math.cos(math.pi * (1.0 - done)) + 1.0)
+        return c.start_weight_decay + done * (c.end_weight_decay - c.start_weight_decay)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: plain numbers and names. (The position is the run's count of samples.)"""
+        return dataclasses.asdict(self.numbers)
+
+    def check_state(self, stored: dict[str, Any]) -> None:
+        """Raise ConfigError that lists every number in which `stored`, the state in a checkpoint, differs from the flags."""
+        differing = [
+            f"{name}: {stored[name]!r} in the checkpoint, {mine!r} by the flags"
+            for name, mine in self.state().items()
+            if name in stored and stored[name] != mine
+        ]
+        if differing:
+            raise ConfigError(
+                "the schedule of the checkpoint is not the one that the flags describe:\n  "
+                + "\n  ".join(differing)
+                + "\nGive --override-opt-param-scheduler to go on with the flags' schedule, "
+                "or --use-checkpoint-opt-param-scheduler to go on with the checkpoint's."
+            )
+
+    def resumed(self, stored: dict[str, Any]) -> Schedule:
+        """The schedule to go on with, given the state in a checkpoint: the flags' or the checkpoint's, as the two flags say.
+
+        Raises ConfigError where they differ and no flag decides.
+        """
+        if self.config.override_opt_param_scheduler:
+            return self
+        if not self.config.use_checkpoint_opt_param_scheduler:
+            self.check_state(stored)
+        theirs = copy.copy(self)
+        theirs.numbers = dataclasses.replace(self.numbers, **{name: stored[name] for name in self.state() if name in stored})
+        return theirs
+
+
+def _numbers(optimizer: OptimizerConfig, schedule: ScheduleConfig, batch: int) -> Numbers:
+    """Megatron's arithmetic from flags to samples, and every rule that it must meet."""
+    wrong = _conflicts(optimizer, schedule)
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+
+    def length(steps: int | None, samples: int | None, default: int) -> int:
+        return samples if samples is not None else steps * batch if steps is not None else default
+
+    run = length(schedule.train_iters, schedule.train_samples, 0)
+    decay = max(length(schedule.lr_decay_iters, schedule.lr_decay_samples, run), 1)  # 1: a run of no steps still has a schedule
+    if schedule.lr_warmup_fraction is not None:
+        warmup: float = schedule.lr_warmup_fraction * decay
+    else:
+        warmup = schedule.lr_warmup_iters * batch or schedule.lr_warmup_samples
+    tail = length(schedule.lr_wsd_decay_iters, schedule.lr_wsd_decay_samples, 0)
+    if warmup >= decay:
+        wrong.append(
+            problem(
+                "warm-up of the learning rate", f"{warmup:g} samples", f"it must be shorter than the decay of {decay} samples",
+                "Lower --lr-warmup-iters, --lr-warmup-samples or --lr-warmup-fraction, or raise --lr-decay-iters or --lr-decay-samples",
+            )
+        )  # fmt: skip
+    if schedule.lr_decay_style == "WSD" and tail > decay - warmup:
+        wrong.append(
+            problem(
+                "last phase of WSD", f"{tail} samples", f"with the warm-up it must fit into the decay of {decay} samples",
+                "Lower --lr-wsd-decay-iters or --lr-wsd-decay-samples",
+            )
+        )  # fmt: skip
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+    constant = optimizer.weight_decay_incr_style == "constant"
+    return Numbers(
+        lr=float(optimizer.lr or 0.0),
+        min_lr=float(optimizer.min_lr),
+        lr_warmup_init=float(schedule.lr_warmup_init),
+        warmup_samples=warmup,
+        decay_samples=decay,
+        lr_decay_style=schedule.lr_decay_style,
+        wsd_decay_samples=tail,
+        lr_wsd_decay_style=schedule.lr_wsd_decay_style,
+        start_weight_decay=float(optimizer.weight_decay if constant else optimizer.start_weight_decay or 0.0),
+        end_weight_decay=float(optimizer.weight_decay if constant else optimizer.end_weight_decay or 0.0),
+        weight_decay_samples=max(run, 1),
+        weight_decay_incr_style=optimizer.weight_decay_incr_style,
+    )
+
+
+def _conflicts(optimizer: OptimizerConfig, schedule: ScheduleConfig) -> list[str]:
+    """Every rule that needs no batch size."""
+    o, s = optimizer, schedule
+    fraction, in_steps, in_samples = s.lr_warmup_fraction, s.train_iters is not None, s.train_samples is not None
+    steps_given = [name for name in ("lr_decay_iters", "lr_warmup_iters", "lr_wsd_decay_iters") if getattr(s, name)]
+    samples_given = [name for name in ("lr_decay_samples", "lr_warmup_samples", "lr_wsd_decay_samples") if getattr(s, name)]
+    growing = o.weight_decay_incr_style != "constant"
+    both = s.override_opt_param_scheduler and s.use_checkpoint_opt_param_scheduler
+    decay_range = start, end = o.start_weight_decay, o.end_weight_decay
+    rules = [
+        (o.lr is None, "--lr", o.lr, "training needs a peak learning rate", "Give --lr, for example --lr 3e-4"),
+        (o.lr is not None and o.min_lr > o.lr, "--min-lr", o.min_lr, f"it may not exceed --lr {o.lr}", "Lower --min-lr"),
+        (o.lr is not None and s.lr_warmup_init > o.lr, "--lr-warmup-init", s.lr_warmup_init, f"it may not exceed --lr {o.lr}", "Lower it"),
+        (not in_steps and not in_samples, "length of the run", None,
+         "it is counted in steps or in samples", "Give --train-iters or --train-samples"),
+        (in_steps and in_samples, "--train-iters and --train-samples", (s.train_iters, s.train_samples),
+         "only one may be given", "Drop one"),
+        (in_samples and bool(steps_given), _flags(steps_given), "steps",
+         "a run of --train-samples counts in samples", "Use the flags that end in -samples"),
+        (in_steps and bool(samples_given), _flags(samples_given), "samples",
+         "a run of --train-iters counts in steps", "Use the flags that end in -iters"),
+        (fraction is not None and bool(s.lr_warmup_iters or s.lr_warmup_samples), "--lr-warmup-fraction", fraction,
+         "warm-up is given in one way only", "Drop it, or --lr-warmup-iters / --lr-warmup-samples"),
+        (s.lr_decay_style == "WSD" and not (s.lr_wsd_decay_iters or s.lr_wsd_decay_samples), "last phase of WSD", None,
+         "--lr-decay-style WSD needs its length", "Give --lr-wsd-decay-iters or --lr-wsd-decay-samples"),
+        (growing and None in decay_range, "--start-weight-decay, --end-weight-decay", decay_range,
+         f"--weight-decay-incr-style {o.weight_decay_incr_style} goes from one to the other", "Give both"),
+        (growing and (start or 0.0) > (math.inf if end is None else end), "--start-weight-decay", start,
+         f"it may not exceed --end-weight-decay {end}", "Swap them"),
+        (not growing and decay_range != (None, None), "--start-weight-decay, --end-weight-decay", decay_range,
+         "a constant weight decay has neither", "Give --weight-decay-incr-style linear or cosine, or --weight-decay alone"),
+        (both, "--override-opt-param-scheduler and --use-checkpoint-opt-param-scheduler", "both",
+         "they contradict each other", "Drop one"),
+    ]  # fmt: skip
+    return [problem(what, found, rule, cure) for broken, what, found, rule, cure in rules if broken]
+
+
+def _flags(names: list[str]) -> str:
+    return ", ".join("--" + name.replace("_", "-") for name in names)
