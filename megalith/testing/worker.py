@@ -1,0 +1,140 @@
+"""One rank of the pool in ranks.py: waits for a function, runs it inside a gloo group, answers with what it returned."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import faulthandler
+import io
+import os
+import pickle
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+
+class Job(NamedTuple):
+    """What a rank is told; `call` is a pickled (function, arguments), kept apart so that its import errors are answers too."""
+
+    rank: int
+    world_size: int
+    store: str
+    timeout: float
+    path: list[str]
+    call: bytes
+
+
+class Answer(NamedTuple):
+    """What a rank tells: a value, or the error (None where it cannot be pickled), its traceback as text, and its moment.
+
+    The moment (time.monotonic, one clock for all processes of a machine) finds the first of several errors: the other ranks
+    fail too, when the first one's sockets close.
+    """
+
+    value: Any
+    error: BaseException | None = None
+    traceback: str = ""
+    moment: float = 0.0
+
+
+class _Pickler(pickle.Pickler):
+    """Sends tensors as plain copies: the storage behind a view stays behind, and no shared memory has to be kept alive."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, DTensor):
+            raise TypeError(
+                "a rank returned a DTensor, which means nothing outside its process group; return .full_tensor() or .to_local()"
+            )
+        if isinstance(obj, torch.Tensor):
+            return obj.detach().cpu().clone(memory_format=torch.contiguous_format).__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+        return NotImplemented
+
+
+def serve(connection: Connection, stacks: str) -> None:
+    """Answer jobs until the pool closes its end. On SIGUSR1 the stacks of all threads are written to the file `stacks`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C belongs to the caller, who closes us
+    torch.set_num_threads(1)
+    with open(stacks, "w") as file:
+        faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
+        while True:
+            try:
+                job = pickle.loads(connection.recv_bytes())
+            except (EOFError, OSError):
+                return
+            connection.send_bytes(_answer(job))
+
+
+def _answer(job: Job) -> bytes:
+    try:
+        sys.path[:] = job.path
+        with _group(job):
+            return _call(job)
+    except BaseException as error:
+        return _failure(error)
+
+
+def _call(job: Job) -> bytes:
+    try:
+        function, arguments = pickle.loads(job.call)
+        answer = _dumps(Answer(function(*arguments)))
+        dist.barrier()  # a rank that leaves early closes sockets on which others still wait
+        return answer
+    except BaseException as error:  # SystemExit of a tested command line is an answer too
+        return _failure(error)
+
+
+def _failure(error: BaseException) -> bytes:
+    moment, text = time.monotonic(), traceback.format_exc()
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return _dumps(Answer(None, None, text, moment))
+    return _dumps(Answer(None, error, text, moment))
+
+
+def _dumps(answer: Answer) -> bytes:
+    buffer = io.BytesIO()
+    _Pickler(buffer, pickle.HIGHEST_PROTOCOL).dump(answer)
+    return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def _group(job: Job) -> Iterator[None]:
+    """A default process group and torchrun's variables for the length of one call, and nothing of them afterwards."""
+    variables = {"RANK": job.rank, "WORLD_SIZE": job.world_size, "LOCAL_RANK": job.rank, "LOCAL_WORLD_SIZE": job.world_size}
+    before = dict(os.environ)
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    torch.manual_seed(0)
+    store = dist.FileStore(job.store, job.world_size)
+    patience = datetime.timedelta(seconds=job.timeout + 60)  # longer than the pool's, which has the stacks to show
+    dist.init_process_group("gloo", store=store, rank=job.rank, world_size=job.world_size, timeout=patience)
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        _forget_meshes()
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _forget_meshes() -> None:
+    """Empty torch's caches of DTensor operations.
+
+    A mesh of the next call compares equal to one of this call, so that a cached result would hand out the old mesh,
+    whose process groups are gone. Outside a pool nobody builds a mesh twice, so torch has no public word for this.
+    """
+    from torch.distributed.tensor import _redistribute, debug
+
+    debug._clear_sharding_prop_cache()
+    _redistribute._gen_transform_infos.cache_clear()
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
