@@ -80,7 +80,7 @@ def _device(tensors: Named) -> torch.device:
     return tensors[0][1].device if tensors else torch.device("cpu")
 
 
-def _square_sums(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+def _square_sums(tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
     """Sum of squares of each local tensor, added in float32 (in float64 where a tensor is)."""
     if not tensors:
         return []

@@ -1,0 +1,88 @@
+"""metrics.jsonl: one object per step and per validation, the record that pictures and comparisons are made from."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+import orjson
+
+from megalith.common.files import atomic_path
+from megalith.training.callbacks import Callback, RunInfo, StepRecord, ValidationRecord
+
+FILE = "metrics.jsonl"
+
+
+class Metrics(Callback):
+    """Writes the file as the run goes, a line at a time, unbuffered: a killed run loses no line and leaves at most half of one.
+
+    After a resume the lines of steps beyond the checkpoint are dropped first, since those steps will be done again. A number
+    that is infinite or not a number is null (JSON has neither).
+    """
+
+    def __init__(self) -> None:
+        self.file: BinaryIO | None = None
+
+    def on_start(self, run: RunInfo) -> None:
+        """Drop what this run will do again, and open the file."""
+        if run.writes:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            path = run.folder / FILE
+            drop_after(path, run.start_step)
+            self.file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed in on_end
+
+    def on_step(self, run: RunInfo, record: StepRecord) -> None:
+        """Append the step. `loss` is the total; `losses` has the parts where there are several."""
+        if self.file:
+            line: dict[str, Any] = {
+                "step": record.step,
+                "loss": record.total_loss,
+                "grad_norm": record.grad_norm,
+                "learning_rate": record.learning_rate,
+                "tokens": record.tokens,
+                "seconds": record.seconds,
+                "consumed_samples": record.consumed_samples,
+                "global_batch_size": record.global_batch_size,
+                "weight_decay": record.weight_decay,
+                "loss_scale": record.loss_scale,
+                "skipped": record.skipped,
+            }
+            line |= {"losses": record.loss} if len(record.loss) > 1 else {}
+            line |= {"params_norm": record.params_norm} if record.params_norm is not None else {}
+            line |= {"zeros": record.zeros} if record.zeros is not None else {}
+            self.file.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+
+    def on_validation(self, run: RunInfo, record: ValidationRecord) -> None:
+        """Append the validation; its keys start with the name of the split, so that they cannot be taken for a step's."""
+        if self.file:
+            line: dict[str, Any] = {"step": record.step, f"{record.split}_loss": record.total_loss}
+            line |= {f"{record.split}_losses": record.loss} if len(record.loss) > 1 else {}
+            line |= {"seconds": record.seconds, "consumed_samples": record.consumed_samples}
+            self.file.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+
+    def on_end(self, run: RunInfo) -> None:
+        """Close the file."""
+        if self.file:
+            self.file.close()
+            self.file = None
+
+
+def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """The objects of a metrics file, steps and validations in the order of time; a line cut off by a kill is passed over."""
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                yield orjson.loads(line)
+            except orjson.JSONDecodeError:
+                continue
+
+
+def drop_after(path: pathlib.Path, step: int) -> None:
+    """Remove, atomically, every line of a later step and every line that is not whole. No file is no error."""
+    if not path.exists():
+        return
+    with atomic_path(path) as temporary, open(temporary, "wb") as kept:
+        for line in read_metrics(path):
+            if line["step"] <= step:
+                kept.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))

@@ -1,0 +1,101 @@
+"""A display that moves: a bar on a terminal, a line now and then elsewhere, or nothing."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from megalith.common import units
+from megalith.training.callbacks import Callback, RunInfo, StepRecord, ValidationRecord
+from megalith.training.speed import Speed
+
+
+class ProgressDisplay(Callback):
+    """What `--progress` says: `rich` draws on standard error, `lines` prints on standard output, `none` is silent.
+
+    `auto` is rich where standard error is a terminal, else lines. A line comes after the first step and then at most every
+    `pause` seconds, and not where the log line of the same step says it all.
+    """
+
+    def __init__(self, pause: float = 30.0):
+        self.pause = pause
+        self.bar: Bar | None = None
+        self.lines = False
+        self.validation: float | None = None
+
+    def on_start(self, run: RunInfo) -> None:
+        """Choose the display, and show it at the step where the run starts."""
+        mode = run.config.logging.progress
+        if mode == "auto":
+            mode = "rich" if sys.stderr.isatty() else "lines"
+        self.lines = run.writes and mode == "lines"
+        self.speed = Speed(run)
+        self.spoken = -float("inf")
+        if run.writes and mode == "rich":
+            self.bar = Bar(run)
+
+    def on_step(self, run: RunInfo, record: StepRecord) -> None:
+        """Show the step."""
+        if not self.bar and not self.lines:
+            return
+        self.speed.add(record)
+        if self.bar:
+            self.bar.show(record.step, self.text(record))
+        elif record.step % run.config.logging.log_interval and time.monotonic() - self.spoken >= self.pause:
+            self.spoken = time.monotonic()
+            print(f" step {record.step} of {run.train_iters}: {self.text(record)}", flush=True)
+
+    def on_validation(self, run: RunInfo, record: ValidationRecord) -> None:
+        """Keep the loss, to be shown beside the training loss from now on."""
+        self.validation = record.total_loss
+
+    def on_end(self, run: RunInfo) -> None:
+        """Give the terminal back."""
+        if self.bar:
+            self.bar.close()
+            self.bar = None
+
+    def text(self, record: StepRecord) -> str:
+        """Loss, tokens per second, model FLOP/s and MFU (attention in full / at its causal half), time left."""
+        parts = [f"loss {record.total_loss:.4f}"]
+        if self.validation is not None:
+            parts.append(f"validation {self.validation:.4f}")
+        parts.append(f"{units.count(self.speed.tokens_per_second)} tokens/s")
+        full, half = self.speed.tflops()
+        if full:
+            parts.append(f"{full:.3g}/{half:.3g} TFLOP/s per device")
+        if utilization := self.speed.mfu():
+            parts.append(f"MFU {utilization[0]:.1%}/{utilization[1]:.1%}")
+        return ", ".join([*parts, f"{self.speed.time_left()} left"])
+
+
+class Bar:
+    """The bar on a terminal, two lines high: how far, and the numbers."""
+
+    def __init__(self, run: RunInfo, console: Console | None = None):
+        console = console or Console(stderr=True)
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[text]}", markup=False),
+            console=console,
+            expand=True,
+            refresh_per_second=4,
+            redirect_stdout=sys.stdout.isatty(),  # lines of a terminal scroll by above the bar; those of a file stay in the file
+        )
+        self.task: TaskID = self.progress.add_task(
+            run.config.logging.name, total=run.train_iters, completed=run.start_step, text="starting"
+        )
+        self.progress.start()
+
+    def show(self, step: int, text: str) -> None:
+        """Move the bar; the screen is redrawn by a thread, not here."""
+        self.progress.update(self.task, completed=step, text=text)
+
+    def close(self) -> None:
+        """Leave the last state on the screen."""
+        self.progress.stop()

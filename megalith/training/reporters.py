@@ -1,0 +1,19 @@
+"""The callbacks that every run has."""
+
+from __future__ import annotations
+
+from megalith.config.run import RunConfig
+from megalith.training.callbacks import Callback
+from megalith.training.log_lines import LogLines
+from megalith.training.metrics import Metrics
+from megalith.training.plot import LossPlot
+from megalith.training.progress import ProgressDisplay
+from megalith.training.tensorboard import TensorBoard
+
+
+def reporters(config: RunConfig) -> list[Callback]:
+    """Metrics first: the picture at the end is drawn from its file."""
+    callbacks: list[Callback] = [Metrics(), LogLines(), ProgressDisplay(), LossPlot()]
+    if config.logging.tensorboard_dir:
+        callbacks.append(TensorBoard(config.logging.tensorboard_dir))
+    return callbacks
