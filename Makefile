@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One thread per process: tests run two processes on two cores, and ranks of a gloo group are processes of their own.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 # The covering set; PYTEST_ARGS adds to it: make test PYTEST_ARGS="-k tokenizer"
-COVERING := -m "not slow and not gpu" -n 2 --dist loadgroup
+COVERING := -m "not slow and not gpu" -n 2 --dist loadfile
 
 .PHONY: help install demo test test-all check lint format types clean
 

@@ -1,4 +1,4 @@
-"""Settings that every test shares: one thread per process, who shares a test process, and what this machine cannot run."""
+"""Settings that every test shares: one thread per process, one pool of ranks, and skipping what this machine cannot run."""
 
 import os
 
@@ -7,16 +7,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the t
 import pytest
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group the tests for `--dist loadgroup`, and skip what needs an accelerator where there is none.
-
-    All tests with ranks share one process, hence one pool and no more ranks at a time than one test asks for; the tests
-    of any other file stay together, so that their module fixtures are made once.
-    """
-    for item in items:
-        group = "ranks" if "ranks" in getattr(item, "fixturenames", ()) else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+    """Skip tests marked `gpu` where there is no accelerator (torch is imported only if there is such a test)."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
