@@ -14,7 +14,9 @@ class DataConfig:
     valid_data_path: list[str] = knob([], "as --data-path, for validation alone")
     test_data_path: list[str] = knob([], "as --data-path, for testing alone")
     split: str = knob("969, 30, 1", "shares of training, validation and test documents")
-    split_rounding: str = knob("core", "how shares become document counts: as Megatron core, or as Megatron of 2022", choices=("core", "legacy"))
+    split_rounding: str = knob(
+        "core", "how shares become document counts: as Megatron core, or as Megatron of 2022", choices=("core", "legacy")
+    )
     seq_length: int | None = knob(None, "tokens of a sample", minimum=1)
     dataset: str = knob("gpt", "dataset by registry name, or module:name of your own")
     loss: str = knob("lm", "loss by registry name, or module:name of your own")
@@ -23,7 +25,9 @@ class DataConfig:
     merge_file: str | None = knob(None, "merge table of the tokenizer")
     tokenizer_model: str | None = knob(None, "tokenizer.json, its folder, or a sentencepiece model", flags=("--tokenizer-name-or-path",))
     vocab_extra_ids: int = knob(0, "sentinel tokens <extra_id_i> added to the vocabulary", minimum=0)
-    data_cache_path: str | None = knob(None, "folder of the index cache (default: beside the data, or in the run folder where that is read-only)")
+    data_cache_path: str | None = knob(
+        None, "folder of the index cache (default: beside the data, or in the run folder where that is read-only)"
+    )
     reset_position_ids: bool = knob(False, "start positions anew after each end-of-document token")
     reset_attention_mask: bool = knob(False, "tokens attend only to their own document")
     eod_mask_loss: bool = knob(False, "no loss on what follows an end-of-document token")

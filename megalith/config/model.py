@@ -41,14 +41,18 @@ class ModelConfig:
     qk_layernorm: bool = knob(False, "norm each query and key head (Qwen3)")
     untie_embeddings_and_output_weights: bool = knob(False, "give the output layer a weight of its own")
     vocab_size: int | None = knob(None, "true vocabulary size (default: the tokenizer's)", minimum=1)
-    make_vocab_size_divisible_by: int = knob(128, "padding that Megatron would add; printed and used on export, never stored here", minimum=1)
+    make_vocab_size_divisible_by: int = knob(
+        128, "padding that Megatron would add; printed and used on export, never stored here", minimum=1
+    )
     hidden_dropout: float = knob(0.1, "dropout of embeddings and of each branch before its residual", minimum=0.0)
     attention_dropout: float = knob(0.1, "dropout of attention probabilities", minimum=0.0)
     init_method_std: float = knob(0.02, "standard deviation of the initial weights", minimum=0.0)
     init_method_xavier_uniform: bool = knob(False, "draw weight matrices from Xavier's uniform distribution instead")
     apply_query_key_layer_scaling: bool = knob(False, "divide scores by the layer number and multiply back in the softmax (fp16 range)")
     attention_backend: str = knob(
-        "auto", "attention kernel; explicit is the readable reference", choices=("auto", "sdpa", "flash", "fused", "flex", "explicit", "unfused", "local")
+        "auto",
+        "attention kernel; explicit is the readable reference",
+        choices=("auto", "sdpa", "flash", "fused", "flex", "explicit", "unfused", "local"),
     )
     z_loss_coeff: float = knob(0.0, "weight of log(Z)^2 in the loss (PaLM, section 5)", flags=("--z-loss",), minimum=0.0)
     loss_chunk_tokens: int = knob(1024, "tokens whose float32 logits exist at one time", minimum=1)

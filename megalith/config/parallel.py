@@ -14,12 +14,16 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = knob(1, "pipeline stages", minimum=1)
     num_layers_per_virtual_pipeline_stage: int | None = knob(None, "layers per chunk of the interleaved pipeline schedules", minimum=1)
     pipeline_schedule: str = knob(
-        "auto", "auto: 1F1B, or interleaved 1F1B with virtual stages", choices=("auto", "gpipe", "1f1b", "interleaved_1f1b", "zero_bubble", "zbv", "dualpipev")
+        "auto",
+        "auto: 1F1B, or interleaved 1F1B with virtual stages",
+        choices=("auto", "gpipe", "1f1b", "interleaved_1f1b", "zero_bubble", "zbv", "dualpipev"),
     )
     context_parallel_size: int = knob(1, "processes among which each sequence is split", minimum=1)
     use_distributed_optimizer: bool = knob(False, "shard gradients and optimizer state over the data-parallel processes (ZeRO-2)")
     data_parallel_sharding: str = knob(
-        "none", "what data parallelism shards: nothing, optimizer state and gradients (ZeRO-2), or parameters too (ZeRO-3)", choices=("none", "optimizer", "full")
+        "none",
+        "what data parallelism shards: nothing, optimizer state and gradients (ZeRO-2), or parameters too (ZeRO-3)",
+        choices=("none", "optimizer", "full"),
     )
     data_parallel_replicas: int = knob(1, "groups of processes that hold a full copy each (hybrid sharding)", minimum=1)
     distributed_backend: str | None = knob(None, "collective library (default: by device)", choices=("gloo", "nccl", "xccl"))

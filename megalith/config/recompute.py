@@ -11,7 +11,9 @@ class RecomputeConfig:
 
     recompute_activations: bool = knob(False, "recompute core attention: same as --recompute-granularity selective")
     recompute_granularity: str | None = knob(None, "selective: core attention; full: whole layers", choices=("selective", "full"))
-    recompute_method: str | None = knob(None, "full: uniform groups of layers, or the first layers of each stage", choices=("uniform", "block"))
+    recompute_method: str | None = knob(
+        None, "full: uniform groups of layers, or the first layers of each stage", choices=("uniform", "block")
+    )
     recompute_num_layers: int = knob(1, "layers per uniform group, or layers recomputed per stage", minimum=1)
 
     @property

@@ -1,0 +1,67 @@
+"""Arithmetic of batches: data-parallel size, global batch, micro-batches, batch ramp-up. Whole numbers only, no torch.
+
+Rules as Megatron's (megatron/microbatches.py, megatron/training.py), which a resumed run depends on to the sample.
+"""
+
+from __future__ import annotations
+
+from megalith.common.errors import ConfigError, problem
+from megalith.config.run import RunConfig
+
+
+def data_parallel_size(config: RunConfig, world_size: int) -> int:
+    """Copies of the model that `world_size` processes hold. Raises ConfigError where they do not come out even."""
+    copy = config.parallel.model_parallel_size
+    if world_size < 1 or world_size % copy:
+        rule = f"it is a multiple of tensor x pipeline x context parallel size, {copy}"
+        raise ConfigError(problem("number of processes", world_size, rule, f"Start {max(1, world_size // copy) * copy} processes"))
+    return world_size // copy
+
+
+def global_batch(config: RunConfig, dp: int) -> int:
+    """Samples of a full step on `dp` data-parallel ranks: --global-batch-size, or one micro-batch of each rank."""
+    return config.batch.global_batch_size or (config.batch.micro_batch_size or 1) * dp
+
+
+def batch_size_at(config: RunConfig, dp: int, consumed: int) -> int:
+    """Samples of the step that starts after `consumed` samples; below the global batch size while it ramps up."""
+    full = global_batch(config, dp)
+    if not config.batch.rampup_batch_size:
+        return full
+    start, increment, samples = config.batch.rampup_batch_size
+    if consumed > samples:
+        return full
+    per_increment = samples / ((full - start) // increment)  # a float on purpose: so the boundaries fall where Megatron's do
+    return min(full, start + int(consumed / per_increment) * increment)
+
+
+def micro_batches(config: RunConfig, dp: int, consumed: int = 0) -> int:
+    """Micro-batches that each rank computes in the step that starts after `consumed` samples."""
+    return batch_size_at(config, dp, consumed) // ((config.batch.micro_batch_size or 1) * dp)
+
+
+def ramp(config: RunConfig, dp: int) -> tuple[int, int]:
+    """(steps, samples) until the full batch size is reached; (0, 0) without ramp-up."""
+    if not config.batch.rampup_batch_size:
+        return 0, 0
+    steps = consumed = 0
+    while consumed <= config.batch.rampup_batch_size[2]:
+        consumed += batch_size_at(config, dp, consumed)
+        steps += 1
+    return steps, consumed
+
+
+def total_steps(config: RunConfig, dp: int) -> int:
+    """Steps of the run: --train-iters, or as many whole batches as --train-samples holds, ramp-up counted."""
+    if config.schedule.train_samples is None:
+        return config.schedule.train_iters or 0
+    steps, consumed = ramp(config, dp)
+    return steps + max(0, config.schedule.train_samples - consumed) // global_batch(config, dp)
+
+
+def total_samples(config: RunConfig, dp: int) -> int:
+    """Samples that the run consumes if nothing ends it early."""
+    if config.schedule.train_samples is None:
+        return total_steps(config, dp) * global_batch(config, dp)
+    steps, consumed = ramp(config, dp)
+    return consumed + (total_steps(config, dp) - steps) * global_batch(config, dp)

@@ -1,0 +1,140 @@
+"""Whether a config can work: every rule at once, before torch is imported or a process group starts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from megalith.config.checks_model import model_problems
+from megalith.config.checks_parallel import parallel_problems
+from megalith.config.checks_schedule import schedule_problems
+from megalith.config.loading_values import fields
+from megalith.config.run import RunConfig
+from megalith.config.text import Problem, Words, fail, flag, nearest, trouble, value_text
+
+SHARES = {
+    "hidden_dropout": 1.0,
+    "attention_dropout": 1.0,
+    "rotary_percent": None,
+    "lr_warmup_fraction": 1.0,
+    "adam_beta1": 1.0,
+    "adam_beta2": 1.0,
+}
+
+
+def check(config: RunConfig, world_size: int = 1, *, data: bool = True) -> None:
+    """Raise one ConfigError that holds every problem; return where there is none.
+
+    world_size: number of processes. data: whether a corpus and a tokenizer are needed.
+    """
+    fail(each.text for each in find_problems(config, world_size, data=data))
+
+
+def find_problems(config: RunConfig, world_size: int = 1, *, data: bool = True) -> list[Problem]:
+    """Every reason why this config cannot work on `world_size` processes. A rule is skipped where a field it needs is wrong itself."""
+    found = list(_limits(config))
+    wrong = {field for each in found for field in each.fields}
+    rules = [
+        *model_problems(config),
+        *schedule_problems(config),
+        *parallel_problems(config, world_size),
+        *_recompute(config),
+        *_files(config),
+    ]
+    if data:
+        rules += _data(config)
+    return found + [each for each in rules if not wrong.intersection(each.fields)]
+
+
+def _limits(config: RunConfig) -> Iterator[Problem]:
+    """Each value against its own limits: smallest value, allowed words, shares, finite numbers."""
+    for name, value in config.flat().items():
+        field = fields()[name]
+        smallest, choices = field.metadata["minimum"], field.metadata["choices"]
+        default = "" if field.default in (None, []) else f"; the default is {value_text(field.default)}"
+        if value is None or field.kind is bool:
+            if value is None and not field.optional:
+                yield trouble((name,), flag(name), value, f"it needs a value{default}", f"Give {flag(name)} one")
+        elif choices and value not in choices:
+            near = nearest(str(value), choices) or nearest(str(value).lower(), choices) or choices[0]
+            yield trouble((name,), flag(name), value, f"it is one of {', '.join(choices)}", f"Write {flag(name)} {near}")
+        elif field.kind is float and not math.isfinite(value):
+            yield trouble((name,), flag(name), value, "it is a finite number", f"Write one after {flag(name)}{default}")
+        elif smallest is not None and value < smallest:
+            cure = f"Write {flag(name)} {value_text(smallest)} or more{default}"
+            yield trouble((name,), flag(name), value, f"it is at least {value_text(smallest)}", cure)
+        elif name in SHARES and (value >= 1.0 if SHARES[name] else value > 1.0):
+            rule = "it is a share, below 1" if SHARES[name] else "it is a share, at most 1"
+            yield trouble((name,), flag(name), value, rule, f"Write {flag(name)} with a number between 0 and 1")
+
+
+def _recompute(config: RunConfig) -> Iterator[Problem]:
+    r = config.recompute
+    if r.recompute_activations and r.recompute_granularity == "full":
+        both = ("recompute_activations", "recompute_granularity")
+        yield trouble(
+            both, "--recompute-activations", Words("also --recompute-granularity full"), "it means selective", "Leave out one of the two"
+        )
+    elif r.granularity == "full" and r.recompute_method is None:
+        cure = "Write --recompute-method uniform (or block)"
+        yield trouble(("recompute_granularity", "recompute_method"), "--recompute-granularity", "full", "it needs a method", cure)
+    elif r.granularity != "full" and r.recompute_method is not None:
+        cure = f"Write --recompute-granularity full --recompute-method {r.recompute_method}, or leave the method out"
+        yield trouble(
+            ("recompute_granularity", "recompute_method"), "--recompute-method", r.recompute_method, "it is for full recompute", cure
+        )
+    layers = config.model.num_layers
+    if layers and r.granularity == "full" and r.recompute_num_layers > layers:
+        rule = f"it is at most --num-layers, {layers}"
+        yield trouble(
+            ("recompute_num_layers", "num_layers"), "--recompute-num-layers", r.recompute_num_layers, rule, "Write a smaller number"
+        )
+
+
+def _files(config: RunConfig) -> Iterator[Problem]:
+    c = config.checkpoint
+    if c.keep_every and c.save_interval and c.keep_every % c.save_interval:
+        rule = f"it is a multiple of --save-interval, {c.save_interval}, or no checkpoint is kept by it"
+        cure = f"Write --keep-every {max(1, round(c.keep_every / c.save_interval)) * c.save_interval}"
+        yield trouble(("keep_every", "save_interval"), "--keep-every", c.keep_every, rule, cure)
+    if (c.finetune or c.no_load_optim or c.ckpt_step is not None or config.validation.skip_train) and not (c.load or c.save):
+        given = next(name for name in ("finetune", "no_load_optim", "ckpt_step", "skip_train") if config.flat()[name] not in (False, None))
+        yield trouble(
+            (given, "load"), flag(given), Words("no checkpoint folder"), "it needs a checkpoint to load", "Name its folder with --load"
+        )
+    if c.use_checkpoint_args and not c.load:
+        yield trouble(
+            ("use_checkpoint_args", "load"),
+            "--use-checkpoint-args",
+            Words("no --load"),
+            "it reads a checkpoint",
+            "Name its folder with --load",
+        )
+
+
+def _data(config: RunConfig) -> Iterator[Problem]:
+    d = config.data
+    if d.dataset == "gpt" and not (d.data_path or d.train_data_path):
+        cure = "Write --data-path PREFIX, the name without .bin and .idx that `megalith data preprocess` gave"
+        yield trouble(("data_path",), "--data-path", None, "the dataset needs a corpus", cure)
+    if d.data_path and (d.train_data_path or d.valid_data_path or d.test_data_path):
+        cure = "Give --data-path with --split, or one path for each of training, validation and test"
+        yield trouble(
+            ("data_path", "train_data_path"),
+            "--data-path",
+            Words(value_text(d.data_path)),
+            "it excludes --train-data-path and the like",
+            cure,
+        )
+    if d.tokenizer_type is None and config.model.vocab_size is None and not d.vocab_file:
+        cure = "Write --vocab-file FILE --merge-file FILE, or --tokenizer-model tokenizer.json, or --vocab-size 50257"
+        yield trouble(("tokenizer_type", "vocab_size"), "vocabulary", Words("no tokenizer and no size"), "the model needs its size", cure)
+    parts = [part for part in d.split.replace("/", ",").split(",") if part.strip()]
+    try:
+        shares = [float(part) for part in parts]
+        wrong = not 1 <= len(shares) <= 3 or min(shares) < 0 or not 0 < sum(shares) < math.inf
+    except ValueError:
+        wrong = True
+    if wrong:
+        cure = "Write for example --split 969,30,1"
+        yield trouble(("split",), "--split", d.split, "it is up to three shares (training, validation, test), none negative", cure)

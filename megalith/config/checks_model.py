@@ -1,0 +1,90 @@
+"""Rules of the model's shape and number formats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megalith.config.run import RunConfig
+from megalith.config.text import Problem, Words, flag, trouble
+
+REQUIRED = {"num_layers": 12, "hidden_size": 768, "num_attention_heads": 12}
+
+
+def model_problems(config: RunConfig) -> Iterator[Problem]:
+    """What of the sections model, precision and data cannot work together."""
+    m, sequence = config.model, config.data.seq_length
+    for name, example in REQUIRED.items():
+        if getattr(m, name) is None and not config.checkpoint.use_checkpoint_args:
+            cure = f"Write {flag(name)} {example}, or start from a recipe with --recipe"
+            yield trouble((name,), flag(name), None, "a model needs it", cure)
+    if sequence is None:
+        yield trouble(("seq_length",), "--seq-length", None, "samples need a length", "Write --seq-length 1024")
+    elif m.max_position_embeddings is None:
+        if m.positions == "learned_absolute":
+            cure = f"Write --max-position-embeddings {sequence}"
+            yield trouble(
+                ("max_position_embeddings",), "--max-position-embeddings", None, "learned positions are a table of that length", cure
+            )
+    elif sequence > m.max_position_embeddings:
+        rule = f"it is at most --max-position-embeddings, {m.max_position_embeddings}"
+        cure = f"Write --max-position-embeddings {sequence}, or --seq-length {m.max_position_embeddings}"
+        yield trouble(("seq_length", "max_position_embeddings"), "--seq-length", sequence, rule, cure)
+    yield from _heads(config)
+    yield from _forms(config)
+    p = config.precision
+    if p.fp16 and p.bf16:
+        yield trouble(("fp16", "bf16"), "--fp16", Words("also --bf16"), "there is one compute format", "Leave out one of the two")
+    if p.min_loss_scale > p.initial_loss_scale:
+        rule = f"it is at most --initial-loss-scale, {p.initial_loss_scale}"
+        yield trouble(("min_loss_scale", "initial_loss_scale"), "--min-loss-scale", p.min_loss_scale, rule, "Write a smaller one")
+    if p.loss_scale is not None and not p.fp16:
+        yield trouble(("loss_scale", "fp16"), "--loss-scale", p.loss_scale, "only float16 is scaled", "Add --fp16, or leave it out")
+
+
+def _heads(config: RunConfig) -> Iterator[Problem]:
+    m = config.model
+    hidden, heads = m.hidden_size, m.num_attention_heads
+    if not hidden or not heads:
+        return
+    if m.kv_channels is None and hidden % heads:
+        near = min((n for n in range(1, hidden + 1) if hidden % n == 0), key=lambda n: (abs(n - heads), -n))
+        rule = f"--hidden-size, {hidden}, is a multiple of it"
+        cure = (
+            f"Write --num-attention-heads {near}, or --hidden-size {-(-hidden // heads) * heads}, or the width of a head with --kv-channels"
+        )
+        yield trouble(("num_attention_heads", "hidden_size"), "--num-attention-heads", heads, rule, cure)
+        return
+    groups = m.num_query_groups
+    if m.attention_head_type == "multiquery":
+        if groups and groups != 1:
+            rule = "--attention-head-type multiquery is one group"
+            yield trouble(("num_query_groups", "attention_head_type"), "--num-query-groups", groups, rule, "Leave out one of the two")
+    elif m.group_query_attention and groups is None:
+        cure = "Write --num-query-groups with the number of key/value heads"
+        yield trouble(
+            ("num_query_groups",), "--group-query-attention", Words("no --num-query-groups"), "it needs to know how many groups", cure
+        )
+    elif groups and heads % groups:
+        near = min((n for n in range(1, heads + 1) if heads % n == 0), key=lambda n: (abs(n - groups), -n))
+        rule = f"--num-attention-heads, {heads}, is a multiple of it"
+        yield trouble(("num_query_groups", "num_attention_heads"), "--num-query-groups", groups, rule, f"Write --num-query-groups {near}")
+    if m.positions == "rope":
+        rotated = int(m.head_dim * m.rotary_percent)
+        if rotated < 2:
+            rule = f"channels are rotated in pairs, and a head has {m.head_dim} x --rotary-percent of them"
+            cure = "Write a larger --rotary-percent, or fewer --num-attention-heads"
+            yield trouble(("num_attention_heads", "hidden_size", "rotary_percent"), "rotated channels of a head", rotated, rule, cure)
+
+
+def _forms(config: RunConfig) -> Iterator[Problem]:
+    m = config.model
+    named = ("openai_gelu", "squared_relu", "swiglu", "glu_activation")
+    chosen = [name for name in named if getattr(m, name) and not (name == "glu_activation" and m.swiglu and m.glu_activation == "swiglu")]
+    if len(chosen) > 1:
+        cure = f"Keep one of {', '.join(map(flag, chosen))}"
+        yield trouble(tuple(chosen), "activation", Words(" and ".join(map(flag, chosen))), "an MLP has one", cure)
+    if m.use_rotary_position_embeddings and m.position_embedding_type == "alibi":
+        both = ("use_rotary_position_embeddings", "position_embedding_type")
+        yield trouble(
+            both, "--use-rotary-position-embeddings", Words("also alibi"), "a model has one kind of positions", "Leave out one of the two"
+        )

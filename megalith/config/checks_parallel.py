@@ -1,0 +1,182 @@
+"""Rules of the layout (how many processes, what each axis splits) and of batch sizes on it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from megalith.config.batch_math import data_parallel_size, global_batch
+from megalith.config.run import RunConfig
+from megalith.config.text import Problem, Words, flag, trouble
+
+TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
+SCHEDULE_NEEDS_STAGES = ("interleaved_1f1b", "zero_bubble", "zbv", "dualpipev")
+
+
+def parallel_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
+    """What of the sections parallel and batch cannot work together, or not on so many processes."""
+    p = config.parallel
+    yield from _splits(config)
+    yield from _pipeline(config)
+    copy = p.model_parallel_size
+    if world_size < copy or world_size % copy:
+        yield trouble((TP, PP, CP), "number of processes", world_size,
+                      f"it is a multiple of tensor {p.tensor_model_parallel_size} x pipeline {p.pipeline_model_parallel_size} "
+                      f"x context {p.context_parallel_size} = {copy}", _way_out(config, world_size))  # fmt: skip
+        return
+    dp = data_parallel_size(config, world_size)
+    if dp % p.data_parallel_replicas:
+        near = min((n for n in range(1, dp + 1) if dp % n == 0), key=lambda n: (abs(n - p.data_parallel_replicas), n))
+        yield trouble(("data_parallel_replicas",), "--data-parallel-replicas", p.data_parallel_replicas,
+                      f"the data-parallel size, {dp}, is a multiple of it", f"Write --data-parallel-replicas {near}")  # fmt: skip
+    elif p.data_parallel_replicas > 1 and p.sharding == "none":
+        yield trouble(("data_parallel_replicas",), "--data-parallel-replicas", p.data_parallel_replicas,
+                      "without sharding every process is a replica already",
+                      "Add --data-parallel-sharding optimizer or full, or leave it out")  # fmt: skip
+    yield from _batches(config, dp)
+
+
+def _batches(config: RunConfig, dp: int) -> Iterator[Problem]:
+    b = config.batch
+    if b.micro_batch_size is None:
+        yield trouble(
+            ("micro_batch_size",), "--micro-batch-size", None, "a step needs a size", "Write --micro-batch-size 4 (samples per device)"
+        )
+        return
+    unit, full = b.micro_batch_size * dp, global_batch(config, dp)
+    each = f"--micro-batch-size {b.micro_batch_size} x data-parallel size {dp} = {unit}"
+    about = ("global_batch_size", "micro_batch_size")
+    if full % unit:
+        fitting = sorted({max(1, full // unit) * unit, -(-full // unit) * unit})
+        yield trouble(about, "--global-batch-size", full, f"it is a multiple of {each}",
+                      f"Write --global-batch-size {' or '.join(map(str, fitting))}")  # fmt: skip
+        return
+    if b.rampup_batch_size:
+        yield from _rampup(b.rampup_batch_size, full, unit, each)
+    yield from _micro_batches(config, full // unit, unit)
+
+
+def _rampup(rampup: list[int], full: int, unit: int, each: str) -> Iterator[Problem]:
+    about = ("rampup_batch_size", "global_batch_size")
+    what, found = "--rampup-batch-size", Words(" ".join(map(str, rampup)))
+    if len(rampup) != 3:
+        yield trouble(
+            about, what, found, "it is three numbers: first size, increment, samples", "Write for example --rampup-batch-size 16 16 5859375"
+        )
+        return
+    start, increment, samples = rampup
+    if start < 1 or increment < 1 or samples < 1:
+        yield trouble(about, what, found, "its numbers are 1 or more", "Write for example --rampup-batch-size 16 16 5859375")
+    elif start >= full:
+        yield trouble(
+            about, what, found, f"the first size is less than --global-batch-size, {full}", "Write a smaller one, or leave ramp-up out"
+        )
+    elif (full - start) % increment:
+        fitting = max(n for n in range(1, min(increment, full - start) + 1) if (full - start) % n == 0)
+        yield trouble(about, what, found, f"increments lead from {start} to --global-batch-size, {full}, exactly",
+                      f"Write --rampup-batch-size {start} {fitting} {samples}")  # fmt: skip
+    elif start % unit or increment % unit:
+        cure = f"Write multiples of {unit}, or a smaller micro-batch"
+        yield trouble(about, what, found, f"first size and increment are multiples of {each}", cure)
+
+
+def _micro_batches(config: RunConfig, count: int, unit: int) -> Iterator[Problem]:
+    """Numbers of micro-batches that a pipeline schedule cannot run (the rules of torch.distributed.pipelining)."""
+    p = config.parallel
+    stages, schedule = p.pipeline_model_parallel_size, p.pipeline_schedule
+    if stages == 1:
+        return
+    about = ("global_batch_size", "micro_batch_size", "pipeline_schedule")
+    interleaved = schedule in ("interleaved_1f1b", "zero_bubble") or (schedule == "auto" and p.num_layers_per_virtual_pipeline_stage)
+    if interleaved:
+        rounds = max(1, count // stages)
+        if count % rounds:
+            yield trouble(about, "micro-batches of a step", count, f"the schedule runs them in {rounds} equal rounds",
+                          f"Write --global-batch-size {rounds * stages * unit} or {(rounds + 1) * stages * unit}")  # fmt: skip
+        return
+    needed = 2 * stages if schedule == "dualpipev" else stages if schedule in ("auto", "1f1b") else 1
+    if count < needed:
+        yield trouble(about, "micro-batches of a step", count, f"the pipeline needs at least {needed}, to fill its stages",
+                      f"Write --global-batch-size {needed * unit}, or --pipeline-schedule gpipe")  # fmt: skip
+
+
+def _pipeline(config: RunConfig) -> Iterator[Problem]:
+    p, layers = config.parallel, config.model.num_layers
+    stages, per_chunk = p.pipeline_model_parallel_size, p.num_layers_per_virtual_pipeline_stage
+    if p.pipeline_schedule in SCHEDULE_NEEDS_STAGES and stages == 1:
+        yield trouble(("pipeline_schedule", PP), "--pipeline-schedule", p.pipeline_schedule, "a pipeline has two stages or more",
+                      "Write --pipeline-model-parallel-size 2, or leave the schedule out")  # fmt: skip
+    if layers is None:
+        return
+    if stages > layers:
+        yield trouble(
+            (PP, "num_layers"), flag(PP), stages, f"each stage has a layer, and --num-layers is {layers}", f"Write {layers} or less"
+        )
+    elif per_chunk and stages == 1:
+        yield trouble(("num_layers_per_virtual_pipeline_stage", PP), "--num-layers-per-virtual-pipeline-stage", per_chunk,
+                      "virtual stages divide the stages of a pipeline", f"Write {flag(PP)} 2, or leave it out")  # fmt: skip
+    elif per_chunk and layers % (per_chunk * stages):
+        fitting = [n for n in range(1, layers // stages + 1) if layers % (n * stages) == 0]
+        cure = (
+            f"Write {' or '.join(map(str, fitting))}" if fitting else f"Choose --num-layers as a multiple of {stages}, the pipeline stages"
+        )
+        yield trouble(("num_layers_per_virtual_pipeline_stage", "num_layers"), "--num-layers-per-virtual-pipeline-stage", per_chunk,
+                      f"--num-layers, {layers}, is a multiple of it times the {stages} pipeline stages", cure)  # fmt: skip
+
+
+def _splits(config: RunConfig) -> Iterator[Problem]:
+    m, p, sequence = config.model, config.parallel, config.data.seq_length
+    tp, cp = p.tensor_model_parallel_size, p.context_parallel_size
+    if p.sequence_parallel and tp == 1:
+        yield trouble(("sequence_parallel", TP), "--sequence-parallel", Words(f"{flag(TP)} 1"), "it splits among tensor-parallel processes",
+                      f"Write {flag(TP)} 2 or more, or leave it out")  # fmt: skip
+    if tp > 1 and m.num_attention_heads:
+        whole = {"num_attention_heads": m.num_attention_heads}
+        if m.hidden_size and m.ffn_size:
+            whole["ffn_hidden_size"] = m.ffn_size
+        for name, value in whole.items():
+            if value % tp:
+                fitting = [n for n in range(1, tp + 1) if value % n == 0]
+                yield trouble((TP, name), flag(TP), tp, f"{flag(name)}, {value}, is a multiple of it", f"Write {flag(TP)} {fitting[-1]}")
+        kv = m.num_kv_heads
+        if kv % tp and tp % kv:
+            yield trouble((TP, "num_query_groups"), flag(TP), tp, f"it divides the {kv} key/value heads, or is a multiple of them",
+                          f"Write {flag(TP)} {math.gcd(kv, tp)}")  # fmt: skip
+    if sequence is None:
+        return
+    if cp > 1 and sequence % (2 * cp):
+        near = -(-sequence // (2 * cp)) * 2 * cp
+        yield trouble(("seq_length", CP), "--seq-length", sequence, f"each of {cp} context-parallel processes takes two chunks of it",
+                      f"Write --seq-length {near}")  # fmt: skip
+    elif p.sequence_parallel and sequence // cp % tp:
+        near = -(-sequence // (cp * tp)) * cp * tp
+        yield trouble(("seq_length", TP), "--seq-length", sequence, f"--sequence-parallel splits it among {tp} processes",
+                      f"Write --seq-length {near}")  # fmt: skip
+
+
+def layouts(config: RunConfig, world_size: int, count: int = 3) -> list[tuple[int, int, int]]:
+    """Up to `count` (tensor, pipeline, context) sizes that fit the processes and the model, nearest to the wanted ones first."""
+    m, p = config.model, config.parallel
+    wanted = (p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.context_parallel_size)
+    heads, layers, sequence = m.num_attention_heads or 1, m.num_layers or 1, config.data.seq_length or 1
+
+    def fits(tp: int, pp: int, cp: int) -> bool:
+        even = heads % tp == 0 and (m.num_kv_heads or tp) % tp == 0 and pp <= layers
+        return even and (cp == 1 or sequence % (2 * cp) == 0) and world_size % (tp * pp * cp) == 0
+
+    def far(sizes: tuple[int, int, int]) -> float:
+        return sum(abs(math.log2(size / want)) + (size > want == 1) for size, want in zip(sizes, wanted, strict=True))
+
+    sizes = [n for n in range(1, world_size + 1) if world_size % n == 0]
+    found = [(tp, pp, cp) for tp in sizes for pp in sizes for cp in sizes if fits(tp, pp, cp)]
+    return sorted(found, key=lambda each: (far(each), each))[:count]
+
+
+def _way_out(config: RunConfig, world_size: int) -> str:
+    copy = config.parallel.model_parallel_size
+    numbers = sorted({max(1, world_size // copy) * copy, -(-max(1, world_size) // copy) * copy})
+    ways = [
+        " ".join(f"{flag(name)} {size}" for name, size in zip((TP, PP, CP), sizes, strict=True) if size > 1) or "no model parallelism"
+        for sizes in layouts(config, world_size)
+    ]
+    return f"Start {' or '.join(map(str, numbers))} processes, or with {world_size} use {'; or '.join(ways)}"

@@ -1,0 +1,30 @@
+"""Model FLOPs: the arithmetic that the mathematics asks for, whatever the hardware does beside it.
+
+A multiplication and the addition after it count as two. Per token and forward pass that is
+
+    2 x elements of the weight matrices        (every matrix of every layer, and the output layer; not the embedding look-up)
+    + 4 x layers x heads x head width x keys   (q k^T and weights x v, over the keys that a query is multiplied with)
+
+and the backward pass costs twice the forward pass, one product for the gradient of each factor. Recomputed activations
+are not counted: they are no part of the model (Chowdhery et al., 2022, PaLM, appendix B). Norms, biases, softmax and
+activation functions are left out, as everywhere. For the shape of GPT-2 the sum is Megatron's 72 l h^2 (1 + s/6h + V/12lh)
+per token (Narayanan et al., 2021, arXiv 2104.04473, section 5.1, without its factor 4/3 for recompute).
+
+Grouped queries make the matrices of k and v smaller and change nothing else: every query head is still multiplied with
+every key. A gated MLP has three matrices instead of two.
+
+There are two conventions for causal attention, and both are printed. Full: `keys` is the sequence length (PaLM, Megatron).
+Half: it is half of that, because a fused causal kernel skips what the mask hides. Half gives the smaller, stricter number.
+"""
+
+from __future__ import annotations
+
+from megalith.config.model import ModelConfig
+from megalith.config.parameters import matrix_parameters
+
+
+def flops_per_token(model: ModelConfig, seq_length: int, causal_half: bool = False) -> float:
+    """FLOPs of forward and backward pass for each token of a sequence of `seq_length` tokens. Needs vocab_size."""
+    keys = seq_length / 2 if causal_half else seq_length
+    attention = 4 * model.num_layers * model.num_attention_heads * model.head_dim * keys
+    return 3 * (2 * matrix_parameters(model) + attention)

@@ -1,0 +1,209 @@
+"""From recipe, YAML and flags to one RunConfig, and back to YAML. Recipe < YAML < flags; every mistake found at once."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from megalith.common.errors import ConfigError, problem
+from megalith.config import flags, legacy
+from megalith.config.checks import find_problems
+from megalith.config.loading_values import convert, fields
+from megalith.config.run import RunConfig
+from megalith.config.text import Problem, fail, flag, unknown
+
+
+def load_config(
+    argv: Sequence[str] = (), *, read_recipe: Callable[[str], str] | None = None, world_size: int = 1, data: bool = True
+) -> tuple[RunConfig, list[str]]:
+    """Resolve flags (`--recipe` and `--config` among them) to a checked config, and the notices to show.
+
+    read_recipe: name -> YAML text of a recipe. world_size: number of processes. data: whether a corpus is needed.
+    Raises ConfigError with every problem of flags, files and their combination.
+    """
+    return resolve(flags.read(argv), read_recipe=read_recipe, world_size=world_size, data=data)
+
+
+def resolve(
+    reading: flags.Reading, *, read_recipe: Callable[[str], str] | None = None, world_size: int = 1, data: bool = True
+) -> tuple[RunConfig, list[str]]:
+    """As load_config, from what flags.read found. Words other than a model's name are problems."""
+    problems, notices = list(reading.problems), list(reading.notices)
+    values: dict[str, Any] = {}
+    chosen = reading.values
+    for source, text in _files(chosen.get("recipe"), chosen.get("config"), read_recipe, problems):
+        raw = parse_yaml(text, source, problems, notices)
+        values |= _typed({key: (value, f"{source}: {key}") for key, value in raw.items()}, problems)
+    values |= _typed({key: (value, flag(key)) for key, value in chosen.items()}, problems)
+    problems += [
+        Problem((), f"unexpected {word!r}: a value follows its flag, and one model follows the verb") for word in reading.words[1:]
+    ]
+    if reading.words:
+        values["model_type"] = reading.words[0]
+    config = complete(values, notices)
+    wrong = {field for each in problems for field in each.fields}
+    problems += [each for each in find_problems(config, world_size, data=data) if not wrong.intersection(each.fields)]
+    fail(each.text for each in problems)
+    return config, notices
+
+
+def _files(
+    recipe: str | None, file: str | None, read_recipe: Callable[[str], str] | None, problems: list[Problem]
+) -> list[tuple[str, str]]:
+    """(what to call it, its text) of the recipe and of the YAML file, as far as they are named and readable."""
+    found = []
+    try:
+        if recipe is not None:
+            if read_recipe is None:
+                raise ConfigError("--recipe has no effect here: this command reads no recipes. Leave it out.")
+            found.append((f"recipe {recipe}", read_recipe(recipe)))
+    except ConfigError as error:
+        problems.append(Problem(tuple(fields()), str(error)))  # what the recipe would have set is not missing as well
+    try:
+        if file is not None:
+            found.append((file, pathlib.Path(file).read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError) as error:
+        text = problem("--config", file, f"it names a readable YAML file ({error})", "Correct the path; megalith config writes such a file")
+        problems.append(Problem(tuple(fields()), text))
+    return found
+
+
+def parse_yaml(text: str, source: str, problems: list[Problem], notices: list[str]) -> dict[str, Any]:
+    """Raw values by field of a YAML text, its keys grouped by section or flat. A top-level `about` is for people."""
+    import yaml  # here, because most commands and every --help do without it
+
+    try:
+        tree = yaml.load(text, Loader=_loader())
+    except yaml.YAMLError as error:
+        problems.append(Problem(tuple(fields()), f"{source} is not valid YAML: {error}".replace("\n", " ")))
+        return {}
+    if tree is None:
+        return {}
+    if not isinstance(tree, Mapping):
+        rule = "it maps names to values, as in 'model:' and below it '  num_layers: 4'"
+        problems.append(Problem(tuple(fields()), problem(source, tree, rule, "Correct the file; megalith config writes one")))
+        return {}
+    sections = {field.section for field in fields().values()}
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        if key == "about":
+            continue
+        if key not in sections:
+            _one(str(key), value, None, source, values, problems, notices)
+        elif isinstance(value, Mapping):
+            for name, inner in value.items():
+                _one(str(name), inner, key, source, values, problems, notices)
+        elif value is not None:
+            rule = f"{key} is a section: its fields stand below it, indented"
+            problems.append(Problem((), problem(f"{source}: {key}", value, rule, "Indent them, or write fields without a section")))
+    return values
+
+
+def _one(
+    name: str, value: Any, section: str | None, source: str, values: dict[str, Any], problems: list[Problem], notices: list[str]
+) -> None:
+    """Take one key of a YAML file: a field, or an old spelling of one."""
+    field, called = fields().get(name), f"{source}: {name}"
+    if field is not None and section in (None, field.section):
+        if name in values:
+            problems.append(Problem((name,), problem(called, value, "it is given twice", "Keep one")))
+        values[name] = value
+    elif field is not None:
+        problems.append(
+            Problem((name,), problem(called, section, f"{name} belongs to {field.section}", f"Move it there, or give {flag(name)}"))
+        )
+    elif flag(name) in flags.config_flags():
+        off = value is False or value is None
+        old = flags.read([] if off else [flag(name), *map(str, value if isinstance(value, list) else [] if value is True else [value])], ())
+        values |= old.values
+        problems += old.problems
+        notices += [f"{source}: {told}" for told in old.notices]
+    else:
+        otherwise = "megalith pretrain --help lists the fields as flags"
+        near = unknown("key", name, fields(), otherwise)
+        meant = tuple(key for key in fields() if near.endswith(f"did you mean {key}?"))
+        problems.append(Problem(meant, f"{source}: {near}"))
+
+
+def _loader() -> Any:
+    """A YAML loader that refuses a key given twice, where the plain one silently keeps the last."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+            names = [key.value for key, _ in node.value]
+            for key, _ in node.value:
+                if names.count(key.value) > 1:
+                    raise yaml.YAMLError(f"{key.value} is given twice{key.start_mark}; keep one")
+            return super().construct_mapping(node, deep)
+
+    return Loader
+
+
+def _typed(raw: Mapping[str, tuple[Any, str]], problems: list[Problem]) -> dict[str, Any]:
+    """Typed values of (raw value, what to call it) by field."""
+    values = {}
+    for key, (value, called) in raw.items():
+        like = legacy.IN_TOKENS.get(key, key)
+        if like not in fields():
+            continue  # a flag of the verb's own
+        values[key], trouble = convert(fields()[like], value, called)
+        if trouble:
+            problems.append(trouble)
+            del values[key]
+    return values
+
+
+def complete(values: Mapping[str, Any], notices: list[str]) -> RunConfig:
+    """A RunConfig of these values, with what follows from them filled in; each conclusion is added to the notices."""
+    values = dict(values)
+    sequence, positions = values.get("seq_length"), values.get("max_position_embeddings")
+    if sequence and positions is None:
+        values["max_position_embeddings"] = sequence
+        notices.append(f"--max-position-embeddings is not given: it is --seq-length, {sequence}")
+    elif positions and sequence is None:
+        values["seq_length"] = positions
+        notices.append(f"--seq-length is not given: it is --max-position-embeddings, {positions}")
+    _tokens_to_samples(values, notices)
+    if values.get("tokenizer_type") is None:
+        kind = "GPT2BPETokenizer" if values.get("merge_file") else "HuggingFaceTokenizer" if values.get("tokenizer_model") else None
+        if kind:
+            values["tokenizer_type"] = kind
+            notices.append(f"--tokenizer-type is not given: the files are of a {kind}")
+    return RunConfig().replace(**values)
+
+
+def _tokens_to_samples(values: dict[str, Any], notices: list[str]) -> None:
+    """Replace counts of tokens by counts of samples, rounded up."""
+    for tokens, samples in legacy.IN_TOKENS.items():
+        count, sequence = values.pop(tokens, None), values.get("seq_length")
+        if count is not None and sequence:
+            values[samples] = -(-count // sequence)
+            notices.append(f"{flag(tokens)} {count} is read as {flag(samples)} {values[samples]} (of --seq-length {sequence} tokens)")
+
+
+def to_yaml(config: RunConfig, *, changed_only: bool = False) -> str:
+    """YAML by section; changed_only leaves out what has its default. from_yaml reads it back to an equal config."""
+    import yaml
+
+    tree: dict[str, dict[str, Any]] = {}
+    for name, value in config.flat().items():
+        field = fields()[name]
+        if not changed_only or value != field.default:
+            tree.setdefault(field.section, {})[name] = value
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=140) if tree else ""
+
+
+def from_yaml(text: str, source: str = "config") -> RunConfig:
+    """The RunConfig of a YAML text (what to_yaml wrote, or a hand-written one), typed but not checked.
+
+    Raises ConfigError with every unknown key and every value of the wrong type.
+    """
+    problems: list[Problem] = []
+    notices: list[str] = []
+    raw = parse_yaml(text, source, problems, notices)
+    values = _typed({key: (value, f"{source}: {key}") for key, value in raw.items()}, problems)
+    _tokens_to_samples(values, notices)
+    fail(each.text for each in problems)
+    return RunConfig().replace(**values)

@@ -1,0 +1,70 @@
+"""Words of configuration errors: how a field is called, what was probably meant, many problems in one message."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from megalith.common.errors import ConfigError, problem
+
+
+class Problem(NamedTuple):
+    """One thing that cannot work. `fields` are the ones it is about, so that one mistake is told once."""
+
+    fields: tuple[str, ...]
+    text: str
+
+
+class Words(str):
+    """Text that a message shows without quotes: a description of what was found instead of the value itself."""
+
+    __repr__ = str.__str__
+
+
+def flag(field: str) -> str:
+    """The flag of a field: num_layers -> --num-layers."""
+    return "--" + field.replace("_", "-")
+
+
+def value_text(value: object) -> str:
+    """A value as it would be typed after its flag: ['a', 'b'] -> 'a b', 1e-05 -> '1e-05'."""
+    if isinstance(value, (list, tuple)):
+        return " ".join(value_text(item) for item in value)
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return str(int(value))
+    return str(value)
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that `name` was probably meant to be, or None where nothing is near."""
+    found = difflib.get_close_matches(name, list(known), 1)
+    return found[0] if found else None
+
+
+def unknown(kind: str, name: str, known: Iterable[str], otherwise: str) -> str:
+    """Text for a name that is not known; `otherwise` is the cure where no known name is near."""
+    near = nearest(name, known)
+    return f"unknown {kind} {name}: did you mean {near}?" if near else f"unknown {kind} {name}: {otherwise}"
+
+
+def choose(kind: str, name: str, known: Iterable[str]) -> str:
+    """Return `name` if it is among the known ones, else raise a ConfigError that names the nearest, or all."""
+    known = list(known)
+    if name not in known:
+        raise ConfigError(unknown(kind, name, known, f"the known ones are {', '.join(known)}"))
+    return name
+
+
+def fail(problems: Iterable[str]) -> None:
+    """Raise one ConfigError that holds all problems, each once; nothing happens where there are none."""
+    texts = list(dict.fromkeys(problems))
+    if len(texts) == 1:
+        raise ConfigError(texts[0])
+    if texts:
+        raise ConfigError(f"{len(texts)} problems\n" + "\n".join(f"  {number}. {text}" for number, text in enumerate(texts, 1)))
+
+
+def trouble(fields: tuple[str, ...], what: str, found: object, rule: str, cure: str) -> Problem:
+    """A Problem in the words of every message: what, the value found, the rule, the cure."""
+    return Problem(fields, problem(what, Words("nothing") if found is None else found, rule, cure))
