@@ -1,0 +1,122 @@
+"""The flags of `megalith data preprocess`, and what they become."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+EXAMPLE = """example:
+  megalith data preprocess --input corpus.jsonl --output-prefix my-gpt2 --tokenizer-type GPT2BPETokenizer \\
+      --vocab-file vocab.json --merge-file merges.txt --append-eod --workers 8
+  writes my-gpt2_text_document.bin and my-gpt2_text_document.idx"""
+
+# Flags of Megatron's tool that have nothing to do here: (spelling, values, why).
+NOT_NEEDED = (
+    ("--dataset-impl", 1, "every dataset is written as mmap, which all readers open"),
+    ("--chunk-size", 1, "work is handed out in parts of equal size"),
+    ("--log-interval", 1, "progress is shown every few seconds"),
+    ("--keep-sequential-samples", 0, "documents always keep the order of the input"),
+    ("--find-optimal-num-workers", 0, "workers do not wait for each other; one a core is best, and the default"),
+    ("--workers-to-check", "+", "workers do not wait for each other; one a core is best, and the default"),
+    ("--max-documents", 1, "there is no search for the best number of workers that it could bound"),
+    ("--seq-length", 1, "documents are stored whole; samples are cut when training"),
+    ("--trust-remote-code", 0, "tokenizers are read from tokenizer.json, no code is run"),
+    ("--make-vocab-size-divisible-by", 1, "token ids do not depend on padding"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags."""
+    parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, EXAMPLE
+    add_tokenizer_arguments(parser)
+    inputs = parser.add_argument_group("input and output")
+    inputs.add_argument(
+        "--input", nargs="+", required=True, metavar="PATH", help="files, globs, directories: JSON lines, parquet, text; .gz, .zst"
+    )
+    inputs.add_argument(
+        "--output-prefix", required=True, metavar="PREFIX", help="datasets are PREFIX_{key}_{document|sentence}.bin and .idx"
+    )
+    inputs.add_argument(
+        "--json-keys", "--json-key", nargs="+", default=["text"], metavar="KEY", help="keys (columns) to encode, a dataset each"
+    )
+    inputs.add_argument("--overwrite", action="store_true", help="replace datasets that exist")
+    text = parser.add_argument_group("documents")
+    text.add_argument("--split-sentences", action="store_true", help="a sequence for each sentence (BERT, T5, ICT)")
+    text.add_argument("--lang", default="english", help="language of the sentences, by name or ISO code (default: english)")
+    text.add_argument("--keep-newlines", action="store_true", help="white space between sentences stays with the sentence before it")
+    text.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
+    text.add_argument("--prepend-bos", action="store_true", help="begin every document with the BOS token")
+    text.add_argument(
+        "--on-error", choices=("skip", "fail"), default="skip", help="what to do with unusable documents (default: skip and list them)"
+    )
+    work = parser.add_argument_group("work")
+    work.add_argument("--workers", type=int, default=0, help="processes, or Ray actors (default: one a core)")
+    work.add_argument("--partitions", type=int, default=1, help="cut the input into this many parts at least; the result is the same")
+    work.add_argument("--engine", default="processes", help="processes (this machine), ray (a cluster, by RAY_ADDRESS), or module:name")
+    work.add_argument("--plain-encoder", action="store_true", help="do not use a faster encoder, even one that agrees with `tokenizers`")
+    for spelling, values, _ in NOT_NEEDED:
+        kind = {"action": "store_const", "const": True} if values == 0 else {"nargs": values}
+        parser.add_argument(spelling, help=argparse.SUPPRESS, **kind)  # type: ignore[arg-type]
+
+
+def add_tokenizer_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Declare the flags that a tokenizer is made from."""
+    group = parser.add_argument_group("tokenizer")
+    names = "GPT2BPETokenizer, BertWordPieceLowerCase, HuggingFaceTokenizer, SentencePieceTokenizer, Llama2Tokenizer, ... or module:name"
+    group.add_argument("--tokenizer-type", required=required, metavar="NAME", help=names)
+    group.add_argument("--vocab-file", metavar="FILE", help="vocab.json of GPT-2, vocab.txt of BERT")
+    group.add_argument("--merge-file", metavar="FILE", help="merges.txt of GPT-2")
+    group.add_argument(
+        "--tokenizer-model", "--tokenizer-name-or-path", metavar="PATH", help="tokenizer.json, its folder, or a sentencepiece .model"
+    )
+    group.add_argument("--vocab-size", type=int, help="for NullTokenizer and TikTokenizer")
+    group.add_argument("--vocab-extra-ids", type=int, default=0, help="sentinel tokens <extra_id_i> appended to the vocabulary")
+    group.add_argument("--tiktoken-pattern", default="v2", help="v1 or v2")
+    group.add_argument("--tiktoken-num-special-tokens", type=int, default=1000)
+    group.add_argument("--tiktoken-special-tokens", nargs="+")
+
+
+def tokenizer_options(args: argparse.Namespace):
+    """The TokenizerOptions that the flags describe."""
+    from megalith.data.tokenizers import TokenizerOptions
+
+    names = ("tokenizer_type", "vocab_file", "merge_file", "tokenizer_model", "vocab_size", "vocab_extra_ids")
+    names += ("tiktoken_pattern", "tiktoken_num_special_tokens")
+    special = tuple(args.tiktoken_special_tokens) if args.tiktoken_special_tokens else None
+    return TokenizerOptions(**{name: getattr(args, name) for name in names}, tiktoken_special_tokens=special)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Preprocess; a summary on stdout, progress and notices on stderr."""
+    from megalith.common import units
+    from megalith.data.preprocess import PreprocessOptions, preprocess
+    from megalith.data.preprocess_progress import Progress
+
+    def notice(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    for spelling, _, why in NOT_NEEDED:
+        if getattr(args, spelling[2:].replace("-", "_")) is not None:
+            notice(f"{spelling} is not needed: {why}")
+    same = ("input", "output_prefix", "json_keys", "split_sentences", "lang", "keep_newlines", "append_eod", "prepend_bos", "workers")
+    same += ("partitions", "on_error", "engine", "overwrite")
+    options = PreprocessOptions(
+        **{name: getattr(args, name) for name in same}, tokenizer=tokenizer_options(args), fast=not args.plain_encoder
+    )
+    progress = Progress()
+    try:
+        result = preprocess(options, notice=notice, progress=progress)
+    finally:
+        progress.close()
+    for line in result.problems[:10]:
+        notice(f"skipped {line}")
+    if result.num_problems:
+        notice(f"skipped {result.num_problems} unusable documents; {result.report} lists {len(result.problems)} of them")
+    rate = f"{result.bytes / max(result.elapsed, 1e-9) / 1e6:.1f} MB/s"
+    print(
+        f"{result.documents} documents, {result.sequences} sequences, {result.tokens} tokens from {units.size(result.bytes)} "
+        f"in {units.duration(result.elapsed)} ({rate})"
+    )
+    for key, prefix in result.prefixes.items():
+        print(f"{key}: {prefix}.bin, {prefix}.idx")
+    return 0

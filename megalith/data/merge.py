@@ -1,0 +1,160 @@
+"""Many indexed datasets into one, one into many; in constant memory."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from megalith.common.errors import DataError, problem
+from megalith.common.files import atomic_path
+from megalith.data.indexed import IndexedDataset
+from megalith.data.indexed_format import CODES, HEADER, MAGIC
+
+BLOCK = 1 << 20  # entries of an index held in memory at once
+
+
+def merge_datasets(prefixes: Sequence[str], output_prefix: str) -> None:
+    """Write the datasets of `prefixes`, in this order, as one dataset `output_prefix`; byte for byte what Megatron's merge writes.
+
+    Raises DataError when their dtypes differ. Both files appear complete or not at all.
+    """
+    if not prefixes:
+        raise DataError(problem("datasets to merge", 0, "a merge needs one or more", "Name prefixes, or a directory of .bin/.idx pairs"))
+    write_spans([(prefix, 0, IndexedDataset(prefix).num_documents) for prefix in prefixes], output_prefix)
+
+
+def write_spans(spans: Sequence[tuple[str, int, int]], output_prefix: str) -> None:
+    """Write runs of documents (prefix, first document, document after the last) one after another as the dataset `output_prefix`.
+
+    Every pass opens the datasets one by one: a run may join more parts than a process may hold open.
+    """
+    first = IndexedDataset(spans[0][0])
+    itemsize = first.dtype.itemsize
+    runs = [_measure(IndexedDataset(prefix), a, b, first) for prefix, a, b in spans]
+    sequences, documents = sum(run.sequence_end - run.sequence for run in runs), sum(run.end - run.begin for run in runs)
+    with atomic_path(output_prefix + ".idx") as index_path, atomic_path(output_prefix + ".bin") as bin_path:
+        with open(index_path, "wb") as index:
+            index.write(HEADER.pack(MAGIC, 1, CODES[first.dtype], sequences, documents + 1))
+            for run, data in _opened(runs):
+                for begin, end in _blocks(run.sequence, run.sequence_end):
+                    index.write(np.ascontiguousarray(data.lengths[begin:end], "<i4").data)
+            offset = 0
+            for run, data in _opened(runs):
+                for begin, end in _blocks(run.sequence, run.sequence_end):
+                    ends = offset + np.cumsum(data.lengths[begin:end].astype("<i8") * itemsize)
+                    index.write((ends - data.lengths[begin:end].astype("<i8") * itemsize).data)
+                    offset = int(ends[-1])
+            index.write(np.zeros(1, "<i8").data)
+            before = 0
+            for run, data in _opened(runs):
+                for begin, end in _blocks(run.begin + 1, run.end + 1):
+                    index.write((data.document_indices[begin:end].astype("<i8") + (before - run.sequence)).data)
+                before += run.sequence_end - run.sequence
+            for run, data in _opened(runs) if first.multimodal else ():
+                index.write(np.ascontiguousarray(data.modes[run.sequence : run.sequence_end], np.int8).data)
+        with open(bin_path, "wb", buffering=0) as out:
+            for run in runs:
+                _append(run.prefix + ".bin", run.byte, run.byte_end - run.byte, out.fileno())
+    made = IndexedDataset(output_prefix)  # opening checks the header against both file sizes
+    if (len(made), made.num_documents) != (sequences, documents):
+        raise DataError(f"{output_prefix}: holds {len(made)} sequences where {sequences} were written; the disk lost something")
+
+
+class Run(NamedTuple):
+    """Documents begin to end - 1 of a dataset, and the sequences and bytes they are."""
+
+    prefix: str
+    begin: int
+    end: int
+    sequence: int
+    sequence_end: int
+    byte: int
+    byte_end: int
+
+
+def _measure(data: IndexedDataset, begin: int, end: int, first: IndexedDataset) -> Run:
+    if data.dtype != first.dtype or data.multimodal != first.multimodal:
+        kinds = [f"{one.dtype}{', multimodal' if one.multimodal else ''}" for one in (data, first)]
+        rule = f"{first.prefix} is {kinds[1]} and only equal kinds merge"
+        raise DataError(problem(data.prefix, kinds[0], rule, "Preprocess both with tokenizers of about the same size"))
+    sequences = [int(data.document_indices[at]) for at in (begin, end)]
+    return Run(data.prefix, begin, end, *sequences, *(_byte_at(data, at) for at in sequences))
+
+
+def _opened(runs: Sequence[Run]) -> Iterator[tuple[Run, IndexedDataset]]:
+    for run in runs:
+        yield run, IndexedDataset(run.prefix)
+
+
+def _blocks(begin: int, end: int) -> Iterator[tuple[int, int]]:
+    for at in range(begin, end, BLOCK):
+        yield at, min(at + BLOCK, end)
+
+
+def _append(path: str, offset: int, count: int, out: int) -> None:
+    """Copy bytes of a file to the end of `out`, inside the kernel."""
+    with open(path, "rb", buffering=0) as source:
+        while count:
+            copied = os.sendfile(out, source.fileno(), offset, min(count, 1 << 30))
+            if not copied:
+                raise DataError(f"{path}: ended {count} bytes early; it was cut while it was read")
+            offset, count = offset + copied, count - copied
+
+
+def directory_prefixes(directory: str) -> list[str]:
+    """Prefixes of the .bin/.idx pairs in `directory`, sorted by name. Raises DataError for a file without its partner."""
+    folder = pathlib.Path(directory)
+    if not folder.is_dir():
+        raise DataError(problem("--input", directory, "it must be a directory of .bin/.idx pairs", "Correct the path"))
+    stems: dict[str, set[str]] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.endswith(".bin.idx"):
+            raise DataError(f"{path} is misnamed; an index is called {path.name[:-8]}.idx. Rename it: mv '{path}' '{str(path)[:-8]}.idx'")
+        if path.suffix in (".bin", ".idx") and not path.name.startswith("."):
+            stems.setdefault(str(path.with_suffix("")), set()).add(path.suffix)
+    for stem, suffixes in stems.items():
+        if len(suffixes) == 1:
+            have = suffixes.pop()
+            raise DataError(f"{stem}{have} has no partner {'.idx' if have == '.bin' else '.bin'}; a dataset is both files")
+    if not stems:
+        raise DataError(problem("--input", directory, "it holds no .bin/.idx pair", "Name the directory that preprocess wrote to"))
+    return sorted(stems)
+
+
+def split_dataset(prefix: str, output_prefix: str, *, tokens: int = 0, documents: int = 0, size: int = 0) -> list[str]:
+    """Write the dataset as files `output_prefix-NNNN` of at most so many tokens, documents or bytes each; returns their prefixes.
+
+    Documents stay whole: one larger than the limit gets a file of its own.
+    """
+    limits = [limit for limit in (tokens, documents, size) if limit]
+    if len(limits) != 1 or limits[0] < 0:
+        raise DataError(
+            problem("--tokens, --documents, --bytes", limits, "exactly one of them, above 0, says how large a file gets", "Give one")
+        )
+    data = IndexedDataset(prefix)
+    starts, total = data.document_indices, data.num_documents
+    budget = documents or (tokens * data.dtype.itemsize if tokens else size)
+    made, begin = [], 0
+    while begin < total or not made:
+        if documents:
+            end = min(begin + budget, total)
+        else:
+            # The .bin offset at which each document ends grows: find how many fit.
+            base = _byte_at(data, int(starts[begin]))
+            low, high = begin, total
+            while low < high:
+                middle = (low + high + 1) // 2
+                low, high = (middle, high) if _byte_at(data, int(starts[middle])) - base <= budget else (low, middle - 1)
+            end = min(max(low, begin + 1), total)
+        made.append(f"{output_prefix}-{len(made):04d}")
+        write_spans([(prefix, begin, end)], made[-1])
+        begin = end
+    return made
+
+
+def _byte_at(data: IndexedDataset, sequence: int) -> int:
+    return int(data.pointers[sequence]) if sequence < len(data) else data.bin_bytes

@@ -1,0 +1,260 @@
+"""A corpus of raw files to indexed datasets: plan, encode part by part, join; resumes after a kill, same bytes for any engine.
+
+    files -> parts (readers.cut) -> workers (preprocess_part.PartEncoder) -> one small dataset a part -> merge -> {prefix}_{key}_{level}
+
+Tokens never pass between processes: a worker reads its bytes and writes its files, the parent hears only counts. The cut into parts
+is a function of the input alone, and parts are joined in order, so the result does not depend on who did what when.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from megalith.common.errors import ConfigError, DataError, problem
+from megalith.common.files import write_text
+from megalith.data.indexed import best_dtype
+from megalith.data.merge import merge_datasets
+from megalith.data.preprocess_part import STAGES, BadDocument, Job, finished_parts, part_prefix
+from megalith.data.preprocess_pool import ENGINES
+from megalith.data.readers import Part, cut, file_format, find_inputs, read_part, sample_texts
+from megalith.data.tokenizers import TokenizerOptions, build_tokenizer
+
+SMALLEST_PART, LARGEST_PART = 16 << 20, 64 << 20  # bytes of input; --partitions can ask for smaller ones
+FORMAT = 1  # raise when the meaning of stored parts changes
+REPORTED_PROBLEMS = 1000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreprocessOptions:
+    """What `megalith data preprocess` is asked for; the names are its flags."""
+
+    input: Sequence[str]
+    output_prefix: str
+    tokenizer: TokenizerOptions
+    json_keys: Sequence[str] = ("text",)
+    split_sentences: bool = False
+    lang: str = "english"
+    keep_newlines: bool = False
+    append_eod: bool = False
+    prepend_bos: bool = False
+    workers: int = 0  # 0: one for each core
+    partitions: int = 1
+    on_error: str = "skip"
+    engine: str = "processes"
+    fast: bool = True
+    overwrite: bool = False
+
+
+@dataclasses.dataclass
+class PreprocessResult:
+    """What was made: counts, output prefix by key, the problems' report, and the seconds that workers spent in each stage."""
+
+    prefixes: dict[str, str]
+    documents: int
+    sequences: int
+    tokens: int
+    bytes: int
+    num_problems: int
+    problems: list[str]
+    report: str
+    seconds: dict[str, float]
+    elapsed: float
+    resumed_parts: int
+    encoder: str
+
+
+def preprocess(
+    options: PreprocessOptions,
+    *,
+    notice: Callable[[str], None] = lambda line: None,
+    progress: Callable[[dict, int], None] = lambda record, total: None,
+) -> PreprocessResult:
+    """Make the datasets that `options` ask for.
+
+    notice: called with lines worth telling. progress: called with the record of each finished part and the bytes of all parts.
+    Raises DataError for unusable input, ConfigError for impossible options. Killed at any time, the same call goes on.
+    """
+    started = time.monotonic()
+    _validate(options)
+    inputs = find_inputs(options.input)
+    tokenizer = build_tokenizer(**dataclasses.asdict(options.tokenizer))
+    level = "sentence" if options.split_sentences else "document"
+    prefixes = {key: f"{options.output_prefix}_{key}_{level}" for key in options.json_keys}
+    total = sum(os.path.getsize(path) for path in inputs)
+    part_bytes = max(1, min(max(SMALLEST_PART, min(total // 4096, LARGEST_PART)), -(-total // options.partitions)))
+    key = _fingerprint(options, inputs, part_bytes, tokenizer.fingerprint())
+    report = f"{options.output_prefix}_preprocess.json"
+    if done := _already_done(report, key, prefixes, options.overwrite):
+        notice(
+            f"{', '.join(prefixes.values())}: already made from this input with these settings; nothing to do (--overwrite makes it again)"
+        )
+        return PreprocessResult(**done, report=report, elapsed=time.monotonic() - started)
+
+    encoder = tokenizer.accelerate(sample_texts(inputs, options.json_keys)) if options.fast else "encoder: plain, as asked"
+    notice(encoder)
+    folder = _working_folder(options.output_prefix, key, notice)
+    job = Job(
+        folder=str(folder.resolve()),
+        tokenizer=dataclasses.asdict(options.tokenizer),
+        keys=tuple(options.json_keys),
+        fast=options.fast and "not usable" not in encoder and "other ids" not in encoder,
+        split_sentences=options.split_sentences,
+        language=options.lang,
+        keep_newlines=options.keep_newlines,
+        append_eod=options.append_eod,
+        prepend_bos=options.prepend_bos,
+        fail=options.on_error == "fail",
+        dtype=np.dtype(best_dtype(tokenizer.vocab_size)).name,
+    )
+    records = finished_parts(job.folder, job.keys)
+    resumed = len(records)
+    if resumed:
+        notice(f"resuming: {resumed} parts are finished")
+    for record in records.values():
+        progress(record, total)
+    slices: dict[int, list[str]] = {}  # part -> path of each slice
+    parts = (_noted(part, slices) for part in cut(inputs, part_bytes, frozenset(records)))
+    workers = options.workers or os.cpu_count() or 1
+    todo = (part for part in parts if part.number not in records)
+    try:
+        for record in ENGINES.find(options.engine)(job, todo, workers):
+            records[record["part"]] = record
+            progress(record, total)
+    except BadDocument as error:
+        where = _place(error, inputs, options.json_keys, part_bytes)
+        cure = "Correct it, or use --on-error skip"
+        raise DataError(f"{where}: {error.reason}; --on-error fail stops at the first such document. {cure}.") from error
+    ordered = [records[number] for number in sorted(slices)]
+    result = _finish(options, job, prefixes, ordered, slices, key, report, encoder, resumed, started)
+    shutil.rmtree(folder)
+    return result
+
+
+def _noted(part: Part, slices: dict[int, list[str]]) -> Part:
+    slices[part.number] = [piece.path for piece in part.slices]
+    return part
+
+
+def _validate(options: PreprocessOptions) -> None:
+    faults = []
+    if not options.json_keys or len(set(options.json_keys)) != len(options.json_keys):
+        faults.append(problem("--json-keys", list(options.json_keys), "each key once, one at least", "Correct the list"))
+    if options.workers < 0 or options.partitions < 1:
+        found = (options.workers, options.partitions)
+        faults.append(problem("--workers, --partitions", found, "workers are 0 (each core) or more, partitions 1 or more", "Correct them"))
+    if options.on_error not in ("skip", "fail"):
+        faults.append(problem("--on-error", options.on_error, "it is skip or fail", "Choose one"))
+    if len(options.json_keys) > 1 and any(file_format(path)[0] == "text" for path in find_inputs(options.input)):
+        faults.append(problem("--json-keys", list(options.json_keys), "a plain text file has one text and no keys", "Give one key"))
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def _fingerprint(options: PreprocessOptions, inputs: list[str], part_bytes: int, tokenizer: str) -> str:
+    """Digest of everything the parts depend on: settings, tokenizer files, and name, size, time and samples of every input."""
+    settings = (options.split_sentences, options.lang, options.keep_newlines, options.append_eod, options.prepend_bos)
+    digest = hashlib.sha256(json.dumps([FORMAT, part_bytes, list(options.json_keys), settings, tokenizer]).encode())
+    for path in inputs:
+        stat = os.stat(path)
+        digest.update(f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}".encode())
+        with open(path, "rb") as file:
+            for place in (0, stat.st_size // 2, max(0, stat.st_size - 4096)):
+                file.seek(place)
+                digest.update(file.read(4096))
+    return digest.hexdigest()
+
+
+def _already_done(report: str, key: str, prefixes: dict[str, str], overwrite: bool) -> dict | None:
+    """The result stored in the report when the outputs are there and were made from the same; DataError when from something else."""
+    existing = [prefix for prefix in prefixes.values() if os.path.exists(prefix + ".idx")]
+    if not existing or overwrite:
+        return None
+    try:
+        stored = json.loads(pathlib.Path(report).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        stored = {}
+    if stored.get("key") == key and len(existing) == len(prefixes):
+        return stored["result"]
+    rule = "it was made from other input or with other settings, and is not replaced unasked"
+    raise DataError(problem("--output-prefix", existing[0] + ".idx exists", rule, "Add --overwrite, or choose another prefix"))
+
+
+def _working_folder(output_prefix: str, key: str, notice: Callable[[str], None]) -> pathlib.Path:
+    """`{prefix}.parts`, emptied of what belongs to another key."""
+    folder = pathlib.Path(output_prefix + ".parts")
+    marker = folder / "key"
+    if folder.exists() and (not marker.exists() or marker.read_text() != key):
+        notice(f"{folder}: left by another input or other settings; starting anew")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".*.tmp*"):
+        leftover.unlink(missing_ok=True)
+    write_text(marker, key)
+    return folder
+
+
+def _place(error: BadDocument, inputs: list[str], keys: Sequence[str], part_bytes: int) -> str:
+    """`file:line` of a document known by its slice; reads what comes before it in its file."""
+    before: dict[str, int] = {}
+    for part in cut(inputs, part_bytes):
+        for index, piece in enumerate(part.slices):
+            if (part.number, index) == (error.part, error.index):
+                is_text = file_format(piece.path)[0] == "text"
+                return piece.path if is_text else f"{piece.path}:{before.get(piece.path, 0) + error.line}"
+            lines = max((batch.num_lines for _, batch in read_part(Part(0, (piece,), 0), keys)), default=0)
+            before[piece.path] = before.get(piece.path, 0) + lines
+    return f"part {error.part}"
+
+
+def _finish(
+    options: PreprocessOptions,
+    job: Job,
+    prefixes: dict[str, str],
+    records: list[dict],
+    slices: dict[int, list[str]],
+    key: str,
+    report: str,
+    encoder: str,
+    resumed: int,
+    started: float,
+) -> PreprocessResult:
+    """Join the parts, write the report."""
+    begun = time.monotonic()
+    totals = {name: sum(record[name] for record in records) for name in ("documents", "sequences", "tokens", "bytes", "num_problems")}
+    problems = _list_problems(records, slices)
+    if not totals["documents"]:
+        found = f"{totals['num_problems']} unusable ones" if totals["num_problems"] else "nothing"
+        listed = "".join(f"\n  {line}" for line in problems[:5])
+        raise DataError(problem("--input", found, "the input holds no usable document", "Check --json-keys and the files") + listed)
+    for i, prefix in enumerate(prefixes.values()):
+        merge_datasets([part_prefix(job.folder, record["part"], i) for record in records], prefix)
+    seconds = {stage: sum(record["seconds"][stage] for record in records) for stage in STAGES}
+    seconds["joining"] = time.monotonic() - begun
+    stored = {"prefixes": prefixes, **totals, "problems": problems, "seconds": seconds, "resumed_parts": resumed, "encoder": encoder}
+    listing = {"key": key, "tokenizer": job.tokenizer, "input": list(options.input), "result": stored}
+    write_text(report, json.dumps(listing, indent=1) + "\n")
+    return PreprocessResult(**stored, report=report, elapsed=time.monotonic() - started)
+
+
+def _list_problems(records: list[dict], slices: dict[int, list[str]]) -> list[str]:
+    """`file:line: reason` of the problems in order, the first REPORTED_PROBLEMS of them."""
+    lines_before: dict[str, int] = {}
+    listed = []
+    for record in records:
+        paths = slices[record["part"]]
+        for index, path in enumerate(paths):
+            for at, line, reason in record["problems"]:
+                if at == index and len(listed) < REPORTED_PROBLEMS:
+                    number = "" if file_format(path)[0] == "text" else f":{lines_before.get(path, 0) + line}"
+                    listed.append(f"{path}{number}: {reason}")
+            lines_before[path] = lines_before.get(path, 0) + record["lines"][index]
+    return listed

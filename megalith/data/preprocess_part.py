@@ -1,0 +1,198 @@
+"""One part of a corpus to one part of an indexed dataset: read, parse, split, encode, write. Workers of every engine run this."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from megalith.common.errors import DataError
+from megalith.common.files import write_text
+from megalith.data.indexed import IndexedWriter
+from megalith.data.readers import Batch, Part, read_part
+from megalith.data.sentences import sentence_splitter
+from megalith.data.tokenizers import Tokenizer, build_tokenizer
+
+LISTED_PROBLEMS = 200  # of each part; all are counted
+STAGES = ("reading and JSON", "sentences", "tokenizing", "writing")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What every worker is told."""
+
+    folder: str  # where parts are written
+    tokenizer: dict[str, Any]  # arguments of build_tokenizer
+    keys: tuple[str, ...]
+    fast: bool  # the faster encoder agreed on the sample
+    split_sentences: bool
+    language: str
+    keep_newlines: bool
+    append_eod: bool
+    prepend_bos: bool
+    fail: bool  # stop at the first document that cannot be used
+    dtype: str
+
+
+class BadDocument(DataError):
+    """With --on-error fail: the first document that cannot be used."""
+
+    def __init__(self, part: int, index: int, line: int, reason: str):
+        """The slice `index` of `part`, the line in the slice (from 1), and why."""
+        super().__init__(part, index, line, reason)
+        self.part, self.index, self.line, self.reason = part, index, line, reason
+
+
+class PartEncoder:
+    """Encodes parts for one job; made once in each worker, so that the tokenizer loads once."""
+
+    def __init__(self, job: Job):
+        """Load the tokenizer and the sentence splitter of `job`."""
+        self.job = job
+        self.tokenizer: Tokenizer = build_tokenizer(**job.tokenizer)
+        if job.fast:
+            self.tokenizer.accelerate([])
+        self.split: Callable | None = sentence_splitter(job.language, job.keep_newlines) if job.split_sentences else None
+        self.eod = self.tokenizer.require("eod") if job.append_eod else None
+        self.bos = self.tokenizer.require("bos") if job.prepend_bos else None
+
+    def __call__(self, part: Part) -> dict:
+        """Write the part's dataset of each key, then its record; a part with a record is finished."""
+        job, started = self.job, time.perf_counter()
+        writers = {key: IndexedWriter(part_prefix(job.folder, part.number, i), job.dtype) for i, key in enumerate(job.keys)}
+        record: dict[str, Any] = {"part": part.number, "documents": 0, "sequences": 0, "tokens": 0, "bytes": 0, "num_problems": 0}
+        record["size"] = part.size
+        record |= {"problems": [], "lines": [0] * len(part.slices), "seconds": dict.fromkeys(STAGES, 0.0)}
+        try:
+            for index, batch in read_part(part, job.keys):
+                started = self._clock(record, "reading and JSON", started)
+                record["lines"][index] = batch.num_lines
+                record["bytes"] += batch.size
+                started = self._write(batch, writers, part.number, index, record, started)
+        except BaseException:
+            for writer in writers.values():
+                writer.abandon()
+            raise
+        for writer in writers.values():
+            writer.finish()
+        record["sums"] = [checksums(part_prefix(job.folder, part.number, i)) for i in range(len(job.keys))]
+        self._clock(record, "writing", started)
+        write_text(record_path(job.folder, part.number), json.dumps(record))
+        return record
+
+    def _write(self, batch: Batch, writers: dict, part: int, index: int, record: dict, started: float) -> float:
+        """Encode a batch, add it to the writers; returns the time."""
+        count = len(batch.lines)
+        encoded, filled = {}, np.ones(count, bool)
+        for key, texts in batch.texts.items():
+            if self.split:
+                sentences = [self.split(text) for text in texts]
+                per_document = np.fromiter(map(len, sentences), np.int64, count)
+                texts = [sentence for listed in sentences for sentence in listed]
+                started = self._clock(record, "sentences", started)
+            else:
+                per_document = np.ones(count, np.int64)
+            try:
+                ids, lengths = self.tokenizer.encode_flat(texts)
+            except DataError as error:
+                raise DataError(f"part {part} of the input: {error}") from error
+            encoded[key] = (ids, lengths, per_document)
+            filled &= document_sums(lengths, per_document) > 0
+            started = self._clock(record, "tokenizing", started)
+        batch.problems += [(batch.lines[i], "empty document") for i in np.flatnonzero(~filled)]
+        if batch.problems:
+            batch.problems.sort()
+            if self.job.fail:
+                raise BadDocument(part, index, *batch.problems[0])
+            record["num_problems"] += len(batch.problems)
+            room = LISTED_PROBLEMS - len(record["problems"])
+            record["problems"] += [[index, line, reason] for line, reason in batch.problems[:room]]
+        for key, arrays in encoded.items():
+            # Dropped for all keys or for none, so that title k stays with body k.
+            ids, lengths, per_document = assemble(*arrays, keep=filled, eod=self.eod, bos=self.bos)
+            writers[key].add_many(ids, lengths, per_document)
+            record["tokens"] += len(ids)
+            record["sequences"] += len(lengths)
+        record["documents"] += int(filled.sum())
+        return self._clock(record, "writing", started)
+
+    def _clock(self, record: dict, stage: str, started: float) -> float:
+        now = time.perf_counter()
+        record["seconds"][stage] += now - started
+        return now
+
+
+def document_sums(lengths: np.ndarray, per_document: np.ndarray) -> np.ndarray:
+    """Tokens of each document, from tokens of each sequence and sequences of each document."""
+    total = np.concatenate([[0], np.cumsum(lengths)])
+    ends = np.cumsum(per_document)
+    return total[ends] - total[ends - per_document]
+
+
+def assemble(
+    ids: np.ndarray, lengths: np.ndarray, per_document: np.ndarray, *, keep: np.ndarray, eod: int | None = None, bos: int | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Drop documents that are not in `keep` and sequences without tokens; put bos before and eod after every document.
+
+    ids: all tokens in a row. lengths: tokens of each sequence. per_document: sequences of each document. keep: bool [documents].
+    As in Megatron, eod lengthens the last sequence of a document and bos its first; kept documents have at least one token.
+    """
+    used = (lengths > 0) & np.repeat(keep, per_document)
+    if not used.all():
+        document = np.repeat(np.arange(len(per_document)), per_document)
+        ids = ids[np.repeat(used, lengths)]
+        per_document = np.bincount(document[used], minlength=len(per_document))[keep]
+        lengths = lengths[used]
+    last = np.cumsum(per_document) - 1
+    first = last - per_document + 1
+    for token, sequences, after in ((eod, last, True), (bos, first, False)):
+        if token is not None and len(last):
+            ends = np.cumsum(lengths)
+            ids = np.insert(ids, (ends if after else ends - lengths)[sequences], token)
+            lengths = lengths.copy()
+            lengths[sequences] += 1
+    return ids, lengths, per_document
+
+
+def part_prefix(folder: str, number: int, key: int) -> str:
+    """Prefix of the dataset of part `number` and key number `key`."""
+    return f"{folder}/{number:06d}-{key}"
+
+
+def record_path(folder: str, number: int) -> pathlib.Path:
+    """The file whose existence says that the part is finished."""
+    return pathlib.Path(folder) / f"{number:06d}.json"
+
+
+def checksums(prefix: str) -> list[int]:
+    """CRC-32 of .bin and .idx: a power cut can keep a record and lose the data it speaks of."""
+    sums = []
+    for suffix in (".bin", ".idx"):
+        value = 0
+        with open(prefix + suffix, "rb") as file:
+            while block := file.read(1 << 20):
+                value = zlib.crc32(block, value)
+        sums.append(value)
+    return sums
+
+
+def finished_parts(folder: str, keys: Sequence[str]) -> dict[int, dict]:
+    """Records of the parts in `folder` whose files are as the record says; others are removed."""
+    records: dict[int, dict] = {}
+    for path in sorted(pathlib.Path(folder).glob("[0-9]*.json")):
+        try:
+            record = json.loads(path.read_text())
+            good = [checksums(part_prefix(folder, record["part"], i)) for i in range(len(keys))] == record["sums"]
+        except (OSError, ValueError, KeyError):
+            good = False
+        if good:
+            records[record["part"]] = record
+        else:
+            path.unlink()
+    return records

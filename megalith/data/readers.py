@@ -1,0 +1,294 @@
+"""Raw corpus files in: which files, cut into parts of similar size, and the documents of a part.
+
+Every format streams: memory holds a block at a time, whatever the size of a file. The cut depends on the files alone, never on
+the number of workers, and the documents of all parts in order are the documents of all files in order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import gzip
+import io
+import itertools
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO
+
+import orjson
+
+from megalith.common.errors import DataError, problem
+from megalith.data.tokenizers import optional_import
+
+FORMATS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet", ".txt": "text", ".text": "text", ".md": "text"}
+COMPRESSIONS = (".gz", ".zst")
+GUESSED_EXPANSION = 4  # text under gzip or zstd; only balances parts
+BATCH = 1 << 20  # bytes of raw input handled at once; a few MB live at any time
+MANY_COMPRESSED = 16  # from so many compressed files on, each is decompressed by the worker that encodes it
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """A run of documents in one file.
+
+    start, stop: the lines that begin in these bytes (JSON lines), these row groups (parquet), or a whole file (stop None).
+    block: the lines themselves, where the file is one compressed stream that only one process can read.
+    """
+
+    path: str
+    start: int = 0
+    stop: int | None = None
+    block: bytes | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A unit of work: some slices, about equally many bytes in each part."""
+
+    number: int
+    slices: tuple[Slice, ...]
+    size: int  # bytes of input it stands for, as progress counts them
+
+
+@dataclasses.dataclass
+class Batch:
+    """Some documents of one slice: their texts by key, their line (or row) in the slice, and what was wrong with others."""
+
+    texts: dict[str, list[str]]
+    lines: list[int]
+    problems: list[tuple[int, str]]  # line in the slice, reason
+    num_lines: int  # lines of the slice consumed so far
+    size: int  # raw bytes of this batch
+
+
+def file_format(path: str) -> tuple[str | None, str]:
+    """("json" | "parquet" | "text" | None when the name does not tell, compression suffix or "")."""
+    stem, suffix = os.path.splitext(path)
+    compression = suffix if suffix in COMPRESSIONS else ""
+    return FORMATS.get(os.path.splitext(stem)[1] if compression else suffix), compression
+
+
+def find_inputs(patterns: Sequence[str]) -> list[str]:
+    """The files meant by files, globs and directories, in order; a directory stands for the corpus files below it, sorted.
+
+    Raises DataError for a name that matches nothing. A file named twice is read once.
+    """
+    found: list[str] = []
+    for pattern in patterns:
+        if os.path.isdir(pattern):
+            below = sorted(str(path) for path in pathlib.Path(pattern).rglob("*") if path.is_file() and file_format(str(path))[0])
+        elif os.path.exists(pattern):
+            below = [pattern]
+        else:
+            below = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+        if not below:
+            rule = f"it is a file, a glob or a directory with files named {' '.join(sorted(FORMATS))}, also {' '.join(COMPRESSIONS)}"
+            raise DataError(problem("--input", pattern, f"no file is meant by it; {rule}", "Correct the path, and quote a glob"))
+        found += below
+    return list(dict.fromkeys(found))
+
+
+def cut(inputs: Sequence[str], part_bytes: int, finished: frozenset[int] = frozenset()) -> Iterator[Part]:
+    """The parts of the input in order. Parts in `finished` come without their blocks: nobody will read them."""
+    compressed = [path for path in inputs if file_format(path)[1]]
+    stream_here = len(compressed) < MANY_COMPRESSED
+    number, waiting, waiting_size = 0, [], 0
+    for path in inputs:
+        size = os.path.getsize(path)
+        if file_format(path)[1] and stream_here and file_format(path)[0] != "text":
+            if waiting:
+                yield Part(number, tuple(waiting), waiting_size)
+                number, waiting, waiting_size = number + 1, [], 0
+            for block, share in _stream_blocks(path, part_bytes, size):
+                yield Part(number, (Slice(path, block=None if number in finished else block),), share)
+                number += 1
+            continue
+        for piece, piece_size in _slices(path, size, part_bytes):
+            if waiting and waiting_size + piece_size > part_bytes:
+                yield Part(number, tuple(waiting), waiting_size)
+                number, waiting, waiting_size = number + 1, [], 0
+            waiting.append(piece)
+            waiting_size += piece_size
+    if waiting:
+        yield Part(number, tuple(waiting), waiting_size)
+
+
+def _slices(path: str, size: int, part_bytes: int) -> Iterator[tuple[Slice, int]]:
+    kind, compression = file_format(path)
+    if kind == "parquet":
+        groups = _open_parquet(path).metadata
+        for group in range(groups.num_row_groups):
+            yield Slice(path, group, group + 1), groups.row_group(group).total_byte_size
+    elif kind == "text" or compression:
+        yield Slice(path), size * (GUESSED_EXPANSION if compression else 1)
+    else:
+        for start in range(0, size, part_bytes):
+            yield Slice(path, start, min(start + part_bytes, size)), min(part_bytes, size - start)
+
+
+def _stream_blocks(path: str, part_bytes: int, size: int) -> Iterator[tuple[bytes, int]]:
+    """Blocks of whole lines of a compressed file, and how many compressed bytes each stands for."""
+    with open(path, "rb") as raw, open_plain(path, raw) as stream:
+        told = 0
+        while block := _whole_lines(stream, part_bytes, path):
+            at = min(raw.tell(), size)
+            yield block, at - told
+            told = at
+
+
+def open_plain(path: str, raw: BinaryIO | None = None) -> Any:
+    """Open a file for reading bytes, decompressed by its suffix; `raw` may be the open file."""
+    raw = raw or open(path, "rb")  # noqa: SIM115 - closed with the wrapper
+    compression = file_format(path)[1]
+    if compression == ".gz":
+        return gzip.GzipFile(fileobj=raw)
+    if compression == ".zst":
+        return io.BufferedReader(optional_import("zstandard", "data", path).ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+    return raw
+
+
+def read_part(part: Part, keys: Sequence[str]) -> Iterator[tuple[int, Batch]]:
+    """(index of the slice, batch) over the part."""
+    for index, piece in enumerate(part.slices):
+        kind, _ = file_format(piece.path)
+        batches = {"parquet": _read_parquet, "text": _read_text}.get(kind or "json", _read_json)(piece, keys)
+        for batch in batches:
+            yield index, batch
+
+
+def _read_json(piece: Slice, keys: Sequence[str]) -> Iterator[Batch]:
+    consumed = 0
+    for lines, size in _line_batches(piece):
+        batch = Batch({key: [] for key in keys}, [], [], consumed, size)
+        columns = [(key, batch.texts[key]) for key in keys]
+        for line in lines:
+            batch.num_lines += 1
+            try:
+                record = orjson.loads(line)
+                row = [record[key] for key in keys]
+            except (orjson.JSONDecodeError, KeyError, TypeError):
+                row = None
+            if row is None or not all(type(text) is str for text in row):
+                if line.strip():
+                    batch.problems.append((batch.num_lines, explain_line(line, keys)))
+                continue
+            batch.lines.append(batch.num_lines)
+            for (_, column), text in zip(columns, row):
+                column.append(text)
+        consumed = batch.num_lines
+        yield batch
+
+
+def explain_line(line: bytes, keys: Sequence[str]) -> str:
+    """Why a line is no document: not UTF-8, not JSON, no object, a key that is missing or no text."""
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return f"not UTF-8 (byte {error.start} is 0x{line[error.start]:02x})"
+    if line.lstrip().startswith(b"["):
+        return "a JSON list; one object a line is needed (jq -c '.[]' makes lines of a list)"
+    try:
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        return f"malformed JSON ({error})"
+    if not isinstance(record, dict):
+        return f"not a JSON object but {type(record).__name__}"
+    missing = [key for key in keys if key not in record]
+    if missing:
+        return f"missing key {missing[0]!r} (it has {', '.join(map(repr, list(record)[:8]))})"
+    key = next(key for key in keys if not isinstance(record[key], str))
+    return f"key {key!r} is no text but {type(record[key]).__name__}"
+
+
+def _line_batches(piece: Slice) -> Iterator[tuple[list[bytes], int]]:
+    """Lines of the slice in batches of about BATCH bytes, with the bytes they took."""
+    if piece.block is not None:
+        stream: Any = io.BytesIO(piece.block)
+    else:
+        stream = open_plain(piece.path)
+    with stream:
+        left: float = float("inf") if piece.stop is None else piece.stop - piece.start
+        if piece.start:
+            # The line that holds byte start - 1 belongs to the part before, even when it ends exactly there.
+            stream.seek(piece.start - 1)
+            left -= len(stream.readline()) - 1
+        while left > 0 and (block := _whole_lines(stream, int(min(BATCH, left)), piece.path)):
+            left -= len(block)
+            lines = block.split(b"\n")
+            if not lines[-1]:
+                lines.pop()
+            yield lines, len(block)
+
+
+def _whole_lines(stream: Any, count: int, path: str) -> bytes:
+    """About `count` bytes, to the end of a line; empty at the end of the file."""
+    try:
+        block = stream.read(count)
+        return block if not block or block.endswith(b"\n") else block + stream.readline()
+    except Exception as error:  # zlib, gzip, zstd and the operating system each raise their own
+        raise DataError(
+            problem(path, str(error), "the file must decompress to its end", "Fetch it again; it is damaged or cut off")
+        ) from error
+
+
+def _read_text(piece: Slice, keys: Sequence[str]) -> Iterator[Batch]:
+    """A whole file is one document."""
+    with open_plain(piece.path) as stream:
+        content = _whole_lines(stream, -1, piece.path)
+    batch = Batch({key: [] for key in keys}, [], [], 1, len(content))
+    try:
+        batch.texts[keys[0]].append(content.decode("utf-8"))
+        batch.lines.append(1)
+    except UnicodeDecodeError as error:
+        batch.problems.append((1, f"not UTF-8 (byte {error.start} is 0x{content[error.start]:02x})"))
+    yield batch
+
+
+def _open_parquet(path: str) -> Any:
+    parquet = optional_import("pyarrow.parquet", "data", path)
+    try:
+        return parquet.ParquetFile(path)
+    except Exception as error:
+        raise DataError(problem(path, str(error), "it must be a parquet file", "Fetch it again; it is damaged or not parquet")) from error
+
+
+def _read_parquet(piece: Slice, keys: Sequence[str]) -> Iterator[Batch]:
+    with _open_parquet(piece.path) as file:
+        missing = [key for key in keys if key not in file.schema_arrow.names]
+        if missing:
+            columns = ", ".join(file.schema_arrow.names)
+            raise DataError(problem("--json-keys", missing[0], f"{piece.path} has the columns {columns}", "Name columns of the file"))
+        consumed = 0
+        for rows in file.iter_batches(1024, row_groups=range(piece.start, piece.stop or file.num_row_groups), columns=list(keys)):
+            table = rows.to_pydict()
+            batch = Batch({key: [] for key in keys}, [], [], consumed, rows.nbytes)
+            for row in zip(*(table[key] for key in keys)):
+                batch.num_lines += 1
+                wrong = next((key for key, text in zip(keys, row) if not isinstance(text, str)), None)
+                if wrong is not None:
+                    batch.problems.append((batch.num_lines, f"column {wrong!r} is no text but {type(row[keys.index(wrong)]).__name__}"))
+                    continue
+                batch.lines.append(batch.num_lines)
+                for key, text in zip(keys, row):
+                    batch.texts[key].append(text)
+            consumed = batch.num_lines
+            yield batch
+
+
+def sample_texts(inputs: Sequence[str], keys: Sequence[str], places: int = 64, characters: int = 4096) -> list[str]:
+    """The beginnings of some documents from evenly spaced places of the input, to try things on."""
+    count = min(places, len(inputs))
+    chosen = [inputs[i * len(inputs) // count] for i in range(count)]
+    texts: list[str] = []
+    for path in chosen:
+        kind, compression = file_format(path)
+        size, spots = os.path.getsize(path), max(1, places // count)
+        if kind in ("json", None) and not compression:
+            pieces = [Slice(path, size * i // spots, size * i // spots + characters) for i in range(spots)]
+        else:
+            pieces = [piece for piece, _ in itertools.islice(_slices(path, max(size, 1), BATCH), 1)]
+        for piece in pieces:
+            for _, batch in itertools.islice(read_part(Part(0, (piece,), 0), keys), 1):
+                texts += [text[:characters] for key in keys for text in batch.texts[key][: max(2, 2 * places // len(pieces) // count)]]
+    return texts

@@ -1,0 +1,35 @@
+"""Texts to sentences, in many languages and without a download."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from megalith.data.tokenizers import optional_import
+
+# nltk calls its languages by name, and so do Megatron's commands; sentencex by ISO code.
+CODES = {
+    "czech": "cs", "danish": "da", "dutch": "nl", "english": "en", "estonian": "et", "finnish": "fi", "french": "fr", "german": "de",
+    "greek": "el", "italian": "it", "malayalam": "ml", "norwegian": "no", "polish": "pl", "portuguese": "pt", "russian": "ru",
+    "slovene": "sl", "spanish": "es", "swedish": "sv", "turkish": "tr",
+}  # fmt: skip
+
+
+def sentence_splitter(language: str = "english", keep_newlines: bool = False) -> Callable[[str], list[str]]:
+    """A function from a text to its sentences.
+
+    language: an English name that nltk knows or an ISO 639 code; an unknown code falls back to the rules of its nearest language.
+    keep_newlines: white space after a sentence stays with it, so that the sentences join to the text; else it is stripped.
+    """
+    segment = optional_import("sentencex", "data", "--split-sentences").segment
+    code = CODES.get(language.lower(), language)
+
+    def kept(text: str) -> list[str]:
+        sentences: list[str] = []
+        for piece in segment(code, text):
+            if sentences and (piece.isspace() or sentences[-1].isspace()):
+                sentences[-1] += piece  # a paragraph break is no sentence
+            else:
+                sentences.append(piece)
+        return sentences
+
+    return kept if keep_newlines else lambda text: [bare for piece in segment(code, text) if (bare := piece.strip())]
