@@ -13,7 +13,6 @@ class LogLines(Callback):
 
     def __init__(self) -> None:
         self.records: list[StepRecord] = []
-        self.first = 1
 
     def on_start(self, run: RunInfo) -> None:
         """Nothing has been averaged yet."""
@@ -60,16 +59,19 @@ def step_line(run: RunInfo, records: list[StepRecord]) -> str:
 
 
 def speed_line(run: RunInfo, records: list[StepRecord]) -> str:
-    """Ours: tokens per second over all devices, model TFLOP/s and MFU of one in both conventions, time left."""
+    """Ours: tokens per second over all devices, model TFLOP/s and MFU of one in both conventions, time left.
+
+    `key: value |` like Megatron's, but without the word that parsers of Megatron's line look for.
+    """
     speed = Speed(run, window=len(records))
     for record in records:
         speed.add(record)
-    parts = [f" speed at iteration {records[-1].step}", f"tokens per second: {speed.tokens_per_second:.1f}"]
+    parts = [f" speed at step {records[-1].step}", f"tokens per second: {speed.tokens_per_second:.1f}"]
     if run.flops_per_token_full:
         full, half = speed.tflops()
-        parts += [f"TFLOP/s per device, full attention: {full:.4g}", f"causal half: {half:.4g}"]
+        parts += [f"TFLOP/s per device, full attention: {full:.4g}", f"TFLOP/s per device, causal half: {half:.4g}"]
     if utilization := speed.mfu():
-        parts += [f"MFU, full attention: {utilization[0]:.2%}", f"causal half: {utilization[1]:.2%}"]
+        parts += [f"MFU, full attention: {utilization[0]:.2%}", f"MFU, causal half: {utilization[1]:.2%}"]
     return " | ".join([*parts, f"time left: {speed.time_left()} |"])
 
 
