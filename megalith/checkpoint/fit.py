@@ -1,0 +1,142 @@
+"""Why a checkpoint does not fit, in words: which parameter, both shapes, and the flag that would cure it. No torch."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import yaml
+
+from megalith.checkpoint.facts import part_of
+from megalith.config.loading_values import fields
+from megalith.config.model import ModelConfig
+from megalith.config.text import flag, value_text
+
+FIELDS = {name: field for name, field in fields().items() if field.section == "model"}
+SHOWN = 20  # lines of a difference; a wrong model differs everywhere, and says the same everywhere
+
+# Words in a parameter's name -> the fields that its sizes come from, the likeliest first.
+SIZES = (
+    ("position", ("max_position_embeddings", "hidden_size")),
+    ("embedding", ("vocab_size", "hidden_size")),
+    ("head.", ("vocab_size", "hidden_size")),
+    ("attention.k", ("hidden_size", "num_query_groups", "kv_channels")),
+    ("attention.v", ("hidden_size", "num_query_groups", "kv_channels")),
+    ("attention.q", ("hidden_size", "num_attention_heads", "kv_channels")),
+    ("attention.out", ("hidden_size", "num_attention_heads", "kv_channels")),
+    ("mlp.", ("hidden_size", "ffn_hidden_size")),
+    ("", ("hidden_size", "ffn_hidden_size", "vocab_size", "max_position_embeddings", "kv_channels")),
+)
+# Words in the name of a parameter that one side lacks -> the fields that decide whether it exists.
+PRESENCE = (
+    ("position_embedding", ("position_embedding_type",)),
+    ("head.", ("untie_embeddings_and_output_weights",)),
+    ("attention.q_norm", ("qk_layernorm",)),
+    ("attention.k_norm", ("qk_layernorm",)),
+    ("norm.bias", ("normalization",)),
+    ("mlp.gate", ("swiglu", "glu_activation")),
+    (".bias", ("add_bias_linear",)),
+)
+SHAPING = (
+    "model_type", "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "kv_channels", "attention_head_type",
+    "num_query_groups", "max_position_embeddings", "position_embedding_type", "normalization", "swiglu", "glu_activation",
+    "add_bias_linear", "add_qkv_bias", "qk_layernorm", "untie_embeddings_and_output_weights", "vocab_size",
+)  # fmt: skip
+
+
+def model_section(text: str) -> dict[str, Any]:
+    """{field: value} of the section `model` of a config's YAML text, derived sizes filled in; {} where it has none."""
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return {}
+    section = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(section, dict):
+        return {}
+    config = ModelConfig(**{name: value for name, value in section.items() if name in FIELDS})
+    model = {name: getattr(config, name) for name in SHAPING}
+    if config.hidden_size and config.num_attention_heads:
+        model |= {"ffn_hidden_size": config.ffn_size, "kv_channels": config.head_dim, "num_query_groups": config.num_kv_heads}
+    return model | {"position_embedding_type": config.positions, "normalization": config.norm}
+
+
+def differences(
+    asked: Mapping[str, list[int]], found: Mapping[str, list[int]], model: Mapping[str, Any], *, strict: bool = True
+) -> list[str]:
+    """Lines that say why tensors `asked` for cannot be filled with those `found` in a checkpoint written by `model`.
+
+    Names that only the checkpoint has count in the parts that are asked for at all; not strict: no such names count.
+    """
+    lines = [
+        f"{name}: the checkpoint has {found[name]}, asked for is {shape}{_advice(cure_of_shape(name, found[name], shape, model))}"
+        for name, shape in sorted(asked.items())
+        if name in found and list(found[name]) != list(shape)
+    ]
+    if strict:
+        parts = {part_of(name) for name in asked}
+        lacking = sorted(asked.keys() - found.keys())
+        lines += [f"{name}: asked for, not in the checkpoint{_advice(cure_of_presence(name, found, model))}" for name in lacking]
+        spare = sorted(name for name in found.keys() - asked.keys() if part_of(name) in parts)
+        lines += [f"{name}: in the checkpoint, not asked for{_advice(cure_of_presence(name, asked, model))}" for name in spare]
+    return lines
+
+
+def report(path: pathlib.Path, lines: list[str]) -> str:
+    """The message of a CheckpointError: what does not fit, line by line, the first SHOWN of them."""
+    rest = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    return "\n".join([f"{path} does not fit:", *(f"  {line}" for line in lines[:SHOWN] + rest)])
+
+
+def cure_of_shape(name: str, found: list[int], asked: list[int], model: Mapping[str, Any]) -> list[str]:
+    """Flags with the values of the checkpoint's `model` that explain the dimensions in which two shapes differ."""
+    if len(found) != len(asked):
+        return []
+    sizes = _sizes(model)
+    changed = [size for size, other in zip(found, asked) if size != other]
+    # A width that stayed in one dimension is not what changed in another: [64, 64] to [32, 64] is not the hidden size.
+    kept = {size for size, other in zip(found, asked) if size == other} & {model.get("hidden_size")}
+    likely = next(names for word, names in SIZES if word in name)
+    likely = tuple(field for field in likely if not (kept and field == "hidden_size"))
+    cures = [next((field for field in likely if size in sizes.get(field, ())), None) for size in changed]
+    return list(dict.fromkeys(as_flag(field, model[field]) for field in cures if field))
+
+
+def cure_of_presence(name: str, others: Iterable[str], model: Mapping[str, Any]) -> list[str]:
+    """Flags with the values of the checkpoint's `model` that decide whether a parameter exists; `others` lack it."""
+    layer = re.search(r"layers\.\d+\.", name)
+    if layer and not any(layer[0] in other for other in others):
+        deciding: tuple[str, ...] = ("num_layers",)
+    else:
+        deciding = next((names for word, names in PRESENCE if word in name), ())
+    return [as_flag(field, model[field]) for field in deciding if model.get(field) is not None]
+
+
+def config_differences(mine: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(field, mine, other) for the fields that decide names and shapes and differ between two model sections."""
+    return [(field, mine.get(field), other.get(field)) for field in SHAPING if mine.get(field) != other.get(field)]
+
+
+def as_flag(field: str, value: Any) -> str:
+    """A field with a value as it is typed: --num-layers 24, --swiglu, --disable-bias-linear; a false switch in YAML's words."""
+    if value is True:
+        return flag(field)
+    if value is False:
+        spellings = FIELDS[field].metadata["flags"]
+        return next((name for name in spellings if name.startswith(("--disable-", "--no-"))), f"no {flag(field)}")
+    return f"{flag(field)} {value_text(value)}"
+
+
+def _sizes(model: Mapping[str, Any]) -> dict[str, set[int]]:
+    """{field: sizes of dimensions that come from it}."""
+    sizes = {name: {model[name]} for name in ("hidden_size", "vocab_size", "max_position_embeddings", "ffn_hidden_size") if model.get(name)}
+    heads, groups, width = (model.get(name) for name in ("num_attention_heads", "num_query_groups", "kv_channels"))
+    if heads and width:
+        sizes |= {"num_attention_heads": {heads * width}, "kv_channels": {width, heads * width}}
+        sizes["num_query_groups"] = {(groups or heads) * width}
+    return sizes
+
+
+def _advice(flags: list[str]) -> str:
+    return f" -> {', '.join(flags)}" if flags else ""

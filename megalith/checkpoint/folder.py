@@ -1,0 +1,198 @@
+"""A folder of checkpoints: `iter_0000100/` and its like, and the text file `latest` that names the one to go on from. No torch.
+
+What is not finished has another name, so that a reader never sees half of anything, wherever a kill strikes:
+
+    .iter_0000100.<random>.saving      being written, locked by its writer; stale when nobody holds the lock
+    .iter_0000100.<random>.replaced    the old one while a new one of its number takes its place; counts until then
+    .iter_0000100.<random>.removing    being deleted
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pathlib
+import re
+import shutil
+import time
+
+from megalith.checkpoint import manifest
+from megalith.common import files
+from megalith.common.errors import CheckpointError
+
+POINTER = "latest"
+FINISHED = re.compile(r"iter_(\d{7,})")
+UNFINISHED = re.compile(r"\.iter_(\d{7,})\.[0-9a-f]+\.(saving|replaced|removing)")
+ABANDONED = 24 * 3600.0  # seconds after which a writer is taken for dead on a filesystem without locks
+
+
+def folder_name(iteration: int) -> str:
+    """100 -> iter_0000100, as Megatron names them."""
+    return f"iter_{iteration:07d}"
+
+
+def iterations(folder: str | os.PathLike) -> list[int]:
+    """The iterations that have a checkpoint in `folder`, ascending; [] where there is none or no folder."""
+    return sorted(number for number, path in _checkpoints(root(folder)).items() if (path / manifest.NAME).exists())
+
+
+def latest(folder: str | os.PathLike) -> int | None:
+    """The iteration that training goes on from: what `latest` names, or the newest where that file is missing; None if none.
+
+    It may be damaged: `find` tells.
+    """
+    try:
+        text = (root(folder) / POINTER).read_text(encoding="utf-8").strip()
+    except OSError:
+        return max(iterations(folder), default=None)
+    match = FINISHED.fullmatch(text)
+    if not match:
+        raise CheckpointError(
+            f"{root(folder) / POINTER}: found {text[:40]!r}; it must hold the name of a checkpoint such as {folder_name(100)}. "
+            f"{offer(folder)}"
+        )
+    return int(match[1])
+
+
+def find(folder: str | os.PathLike, iteration: int | None = None) -> pathlib.Path:
+    """The path of a checkpoint: that of `iteration`, or the one that `latest` names.
+
+    folder: a folder of checkpoints, a run's folder that holds `checkpoints/`, or one checkpoint itself.
+    Raises CheckpointError where it is missing or where a file of it is missing or has a wrong size, and names the newest
+    good one. (Checksums are compared by `load` and `verify`: reading everything here would double the time of a start.)
+    """
+    place = pathlib.Path(folder)
+    if (place / manifest.NAME).exists() and iteration is None:
+        path = place
+    else:
+        wanted = latest(folder) if iteration is None else iteration
+        if wanted is None:
+            raise CheckpointError(f"{place}: no checkpoint found; it would be a folder such as {folder_name(100)} in it. Check the path.")
+        found = _checkpoints(root(folder)).get(wanted)
+        if found is None:
+            raise CheckpointError(f"{root(folder) / folder_name(wanted)} is missing. {offer(folder, wanted)}")
+        path = found
+    problems = manifest.glance(path)
+    if problems:
+        raise CheckpointError(damage(path, problems))
+    return path
+
+
+def damage(path: pathlib.Path, problems: list[str]) -> str:
+    """The message for a damaged checkpoint at `path`: the files, and the newest good one beside it."""
+    number = FINISHED.fullmatch(path.name)
+    return "\n".join([*problems, offer(path.parent, int(number[1]) if number else None)])
+
+
+def offer(folder: str | os.PathLike, other_than: int | None = None) -> str:
+    """A sentence that offers the newest good checkpoint of `folder`; every candidate's checksums are read."""
+    for number, path in sorted(_checkpoints(root(folder)).items(), reverse=True):
+        if number != other_than and not manifest.verify(path):
+            return f"The newest good checkpoint beside it is of iteration {number}: load it with --ckpt-step {number}."
+    return "There is no other good checkpoint beside it."
+
+
+def root(folder: str | os.PathLike) -> pathlib.Path:
+    """The folder that holds the checkpoints: `folder`, or `folder`/checkpoints where it is a run's folder."""
+    folder = pathlib.Path(folder)
+    inner = folder / "checkpoints"
+    return inner if inner.is_dir() and not (folder / POINTER).exists() else folder
+
+
+def claim(folder: pathlib.Path, iteration: int) -> tuple[pathlib.Path, int]:
+    """Make a `.saving` folder and lock it; returns it and the descriptor that holds the lock while it is open."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = _aside(folder, iteration, "saving")
+    path.mkdir()
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        pass  # a filesystem without locks: age tells then, see ABANDONED
+    return path, descriptor
+
+
+def publish(temporary: pathlib.Path, iteration: int) -> pathlib.Path:
+    """Give a complete, synced `.saving` folder its name, then move the pointer to it. Returns the new path."""
+    folder = temporary.parent
+    final = folder / folder_name(iteration)
+    replaced = None
+    if final.exists():
+        replaced = _aside(folder, iteration, "replaced")
+        os.rename(final, replaced)
+    os.rename(temporary, final)
+    files.fsync_directory(folder)
+    files.write_text(folder / POINTER, final.name + "\n")
+    if replaced:
+        shutil.rmtree(replaced, ignore_errors=True)
+    return final
+
+
+def clean(folder: pathlib.Path) -> None:
+    """Remove what killed saves left behind, and nothing that a live one owns. Failures are no reason to stop a training."""
+    for path in folder.glob(".iter_*"):
+        match = UNFINISHED.fullmatch(path.name)
+        if not match:
+            continue
+        if match[2] == "replaced" and not (folder / folder_name(int(match[1]))).exists():
+            os.rename(path, folder / folder_name(int(match[1])))
+        elif match[2] != "saving" or not _owned(path):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def retain(folder: pathlib.Path, current: int, keep_last: int, keep_every: int | None) -> None:
+    """Delete what the policy does not keep, see `expired`. Damaged checkpoints are left for their owner to look at."""
+    complete = [number for number, path in _checkpoints(folder).items() if not manifest.glance(path)]
+    for number in expired(complete, current, keep_last, keep_every):
+        doomed = _aside(folder, number, "removing")
+        os.rename(folder / folder_name(number), doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def expired(complete: list[int], current: int, keep_last: int, keep_every: int | None) -> list[int]:
+    """The iterations to delete after `current` was saved.
+
+    Kept: the last `keep_last` up to `current` (0: all) with `current` always among them, multiples of `keep_every`, and
+    everything after `current`: that belongs to a continuation that this run went back on, and is replaced when reached.
+    """
+    if keep_last == 0:
+        return []
+    past = sorted(number for number in complete if number < current)
+    old = past[: max(0, len(past) - (keep_last - 1))]
+    return [number for number in old if not (keep_every and number % keep_every == 0)]
+
+
+def _checkpoints(folder: pathlib.Path) -> dict[int, pathlib.Path]:
+    """{iteration: path} of every folder of the right name, finished or waiting to be replaced, whatever is in it."""
+    found: dict[int, pathlib.Path] = {}
+    try:
+        names = sorted(os.listdir(folder))  # `.iter...` sorts before `iter...`, which so wins
+    except OSError:
+        return found
+    for name in names:
+        match = FINISHED.fullmatch(name) or UNFINISHED.fullmatch(name)
+        whole = match and (match.lastindex == 1 or match[2] == "replaced")
+        if match and whole and (folder / name).is_dir():
+            found[int(match[1])] = folder / name
+    return found
+
+
+def _aside(folder: pathlib.Path, iteration: int, state: str) -> pathlib.Path:
+    return folder / f".{folder_name(iteration)}.{os.urandom(4).hex()}.{state}"
+
+
+def _owned(path: pathlib.Path) -> bool:
+    """Whether a live process writes this folder: it holds the lock, which dies with it however it dies."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return time.time() - path.stat().st_mtime < ABANDONED
+    finally:
+        os.close(descriptor)

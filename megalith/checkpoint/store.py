@@ -1,0 +1,253 @@
+"""Tensors to files and back through torch.distributed.checkpoint: its plans, its file format, our checksums.
+
+What is written is an ordinary DCP folder, so that `torch.distributed.checkpoint.load` reads it without megalith.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import pathlib
+import pickle
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.tensor import DTensor
+
+from megalith.checkpoint.ranks import Ranks
+from megalith.common.errors import CheckpointError
+
+THREADS = 2  # files a rank writes at once: while one waits for the disk, the other copies and hashes
+DATA = ".distcp"
+METADATA = ".metadata"
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, without its history."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def write(state: dict[str, Tensor], parts: dict[str, Tensor], folder: pathlib.Path, ranks: Ranks) -> tuple[dict, dict]:
+    """Write tensors into `folder`, all ranks together, durably.
+
+    state: says what is written: names, and layouts. parts: {name: this rank's part}, what is in the files; they may be
+    copies on another device (see saver.py).
+    Returns ({name: {"shape", "dtype"}} of the whole checkpoint, {file: {"bytes", "sha256"}} of this rank's files).
+    """
+    planner = _SavePlanner(parts)
+    writer = _Writer(folder)
+    planner.set_up_planner(state, is_coordinator=ranks.rank == 0)
+    writer.set_up_storage_writer(ranks.rank == 0)
+    plans: list[SavePlan] = []
+
+    def meet(offers: list[tuple[SavePlan, dict]]) -> set[MetadataIndex]:
+        plans.extend(plan for plan, _ in offers)
+        return _copies(offers)
+
+    holders = {name: _members(tensor) for name, tensor in state.items()}
+    copies = ranks.collect(lambda: (writer.prepare_local_plan(planner.create_local_plan()), holders), meet)
+    if copies:
+        mine = {item.index for item in planner.plan.items} & copies
+        ranks.collect(lambda: {index: fingerprint(parts[index.fqn]) for index in mine}, _same)
+    plan = planner.finish_plan(ranks.distribute(lambda: None, lambda _: writer.prepare_global_plan(planner.create_global_plan(plans)[0])))
+
+    def finish(results: list) -> dict:
+        writer.finish(planner.metadata, results)
+        tensors: dict[str, Any] = planner.metadata.state_dict_metadata
+        return {name: _facts(found.size, found.properties.dtype) for name, found in tensors.items()}
+
+    tensors = ranks.collect(lambda: writer.write(plan, planner), finish)
+    return tensors, writer.sums
+
+
+def read(folder: pathlib.Path, state: dict[str, Tensor], metadata: Metadata | None = None) -> None:
+    """Fill the tensors of `state` in place from the checkpoint files in `folder`: this rank's parts, no communication.
+
+    Names and shapes must fit (see fit.py); dtypes are converted.
+    """
+    reader = Reader(folder)
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    metadata = metadata or reader.read_metadata()
+    # Without communication, so that no rank waits for another: every plan follows from the index alone.
+    planner.set_up_planner(state, metadata, is_coordinator=True)
+    reader.set_up_storage_reader(metadata, is_coordinator=True)
+    plan = planner.finish_plan(planner.create_local_plan())
+    with torch.no_grad():
+        reader.read_data(plan, planner).wait()
+
+
+def fingerprint(tensor: Tensor) -> int:
+    """CRC-32 of a tensor's bytes: equal for equal tensors, on whatever device."""
+    return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+class Reader(FileSystemReader):
+    """DCP's reader, except that the index is unpickled without running what a stranger may have put into it."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The index of all tensors. Raises CheckpointError for anything that is not one."""
+        file = pathlib.Path(self.path) / METADATA
+        try:
+            with open(file, "rb") as stream:
+                return _Unpickler(stream).load()
+        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, OSError) as error:
+            raise CheckpointError(f"{file} cannot be read as the index of a checkpoint ({type(error).__name__}: {error})") from None
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows the classes that an index consists of and torch's constants, nothing that acts."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = None
+        if module == "torch.distributed.checkpoint.metadata" or (module, name) in _HARMLESS:
+            found = super().find_class(module, name)
+        elif module == "torch":
+            found = getattr(torch, name, None)
+            found = found if isinstance(found, (torch.dtype, torch.layout, torch.memory_format)) else None
+        if found is None:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no index of a checkpoint has")
+        return found
+
+
+_HARMLESS = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("collections", "OrderedDict"),
+}
+
+
+class _SavePlanner(DefaultSavePlanner):
+    """DCP's planner, which takes the data from `parts` and only the layout from the state."""
+
+    def __init__(self, parts: dict[str, Tensor]):
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.parts = parts
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self.parts[index.fqn]
+
+
+class _Writer(FileSystemWriter):
+    """DCP's writer, which hashes what it writes."""
+
+    def __init__(self, folder: pathlib.Path):
+        super().__init__(folder, thread_count=THREADS, sync_files=True)
+        self.fs = self.files = _Files()
+
+    @property
+    def sums(self) -> dict[str, dict]:
+        """{file: {"bytes", "sha256"}} of what this rank wrote."""
+        return self.files.sums
+
+    def storage_meta(self) -> None:
+        """Leave out what DCP would record: the temporary path of the folder."""
+
+    def write(self, plan: SavePlan, planner: DefaultSavePlanner) -> list:
+        """`write_data`, except that an error in one of its threads is an error: it prints those and goes on."""
+        results = self.write_data(plan, planner).wait()
+        if self.files.failures:
+            raise self.files.failures[0]
+        return results
+
+
+class _Files(FileSystem):
+    """DCP's file system, which keeps the checksum of every file it writes."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, dict] = {}
+        self.failures: list[Exception] = []
+
+    @contextlib.contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        name = pathlib.Path(path).name
+        stream: _Hashed | None = None
+        try:
+            with open(path, mode) as file:
+                stream = _Hashed(file)
+                yield stream
+            self.sums[name] = {"bytes": stream.size, "sha256": stream.hash.hexdigest()}
+        except Exception as error:
+            if not name.endswith(DATA):
+                raise
+            self.failures.append((stream and stream.failure) or error)
+
+    def rename(self, path: Any, new_path: Any) -> None:
+        super().rename(path, new_path)
+        self.sums[pathlib.Path(new_path).name] = self.sums.pop(pathlib.Path(path).name)
+
+
+class _Hashed:
+    """A file open for writing from its beginning to its end, with the hash of all that went in."""
+
+    def __init__(self, file: Any):
+        self.file, self.size, self.hash = file, 0, hashlib.sha256()
+        self.failure: OSError | None = None  # torch.save replaces "disk full" by words of its own
+
+    def write(self, data: Any) -> int:
+        try:
+            count = self.file.write(data)
+        except OSError as error:
+            error.filename = self.file.name
+            self.failure = error
+            raise
+        self.hash.update(data)
+        self.size += count
+        return count
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+def _members(tensor: Tensor) -> tuple[int, ...] | None:
+    """The ranks of a DTensor's mesh; None for a plain tensor."""
+    return tuple(tensor.device_mesh.mesh.flatten().tolist()) if isinstance(tensor, DTensor) else None
+
+
+def _copies(offers: list[tuple[SavePlan, dict]]) -> set[MetadataIndex]:
+    """The pieces that several ranks hold independently of each other, whose equality is to be checked.
+
+    Those are plain tensors, and DTensors of different meshes (tied weights of two pipeline stages). Replicas within one
+    mesh are DTensor's own promise; hashing them all would cost as much as writing them.
+    Raises CheckpointError where ranks disagree on a tensor's shape or dtype.
+    """
+    facts: dict[str, dict] = {}
+    holder: dict[MetadataIndex, Any] = {}
+    found = set()
+    for plan, holders in offers:
+        for item in plan.items:
+            if item.tensor_data is None:
+                raise CheckpointError(f"{item.index.fqn}: a checkpoint holds tensors; numbers belong into train_state")
+            mine = _facts(item.tensor_data.size, item.tensor_data.properties.dtype)
+            if facts.setdefault(item.index.fqn, mine) != mine:
+                raise CheckpointError(f"{item.index.fqn}: two ranks disagree on it: {facts[item.index.fqn]} and {mine}. Nothing was saved.")
+            mesh = holders[item.index.fqn]
+            if item.index in holder and (mesh is None or holder[item.index] != mesh):
+                found.add(item.index)
+            holder.setdefault(item.index, mesh)
+    return found
+
+
+def _same(prints: list[dict[MetadataIndex, int]]) -> None:
+    """Raise CheckpointError where the same piece differs between ranks."""
+    seen: dict[MetadataIndex, tuple[int, int]] = {}
+    for rank, mine in enumerate(prints):
+        for index, value in mine.items():
+            other, expected = seen.setdefault(index, (rank, value))
+            if value != expected:
+                raise CheckpointError(
+                    f"{index.fqn}: ranks {other} and {rank} hold copies that differ; saving one would hide it. Nothing was saved. "
+                    f"A replicated tensor is updated alike everywhere: look for a missing all-reduce or a rank-dependent input."
+                )
+
+
+def _facts(size: torch.Size, dtype: torch.dtype) -> dict:
+    return {"shape": list(size), "dtype": str(dtype).removeprefix("torch.")}
