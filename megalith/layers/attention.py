@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from megalith.layers.dropout import Dropout
+from megalith.layers.linear import SharedInput
 from megalith.layers.mask import AttentionMask
 from megalith.layers.positions import rotate
 
@@ -35,7 +36,12 @@ class CoreAttention(nn.Module):
         self.dropout = Dropout(dropout, site)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-        """q [b, n, s, d], k and v [b, m, s, d] with n a multiple of m; returns [b, n, s, d]."""
+        """q [b, n, s, d], k and v [b, m, s, d] with n a multiple of m; returns [b, n, s, d].
+
+        `first_head` is the global number of head 0, for a rank that holds a part of the heads; mask.slopes are those of all heads.
+        """
+        if mask.slopes is not None:
+            mask = mask._replace(slopes=mask.slopes[self.first_head : self.first_head + q.shape[1]])
         p = self.dropout.p if self.training and mask.rows is not None else 0.0
         on_cpu = q.device.type == "cpu"
         if self.backend == "explicit" or (p and on_cpu):
@@ -73,7 +79,9 @@ class CoreAttention(nn.Module):
 
 
 def _block(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, start: int, p: float) -> Tensor:
-    bias = mask.bias(slice(start, start + q.shape[2]), slice(0, k.shape[2]), q.device).to(q.dtype)
+    bias = mask.bias(slice(start, start + q.shape[2]), slice(0, k.shape[2]), q.device)
+    # Distances over 256 are rounded in bfloat16; the CPU's kernel takes them as float32.
+    bias = bias.to(torch.promote_types(q.dtype, bias.dtype) if q.device.type == "cpu" else q.dtype)
     return scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p)
 
 
@@ -126,6 +134,7 @@ class SelfAttention(nn.Module):
         """head_norm: epsilon of an RMSNorm on each query and key head (Qwen3), None for none."""
         super().__init__()
         self.head_dim, self.interleaved = head_dim, interleaved
+        self.shared_input = SharedInput()
         self.q = nn.Linear(hidden, heads * head_dim, bias=qkv_bias)
         self.k = nn.Linear(hidden, kv_heads * head_dim, bias=qkv_bias)
         self.v = nn.Linear(hidden, kv_heads * head_dim, bias=qkv_bias)
@@ -136,7 +145,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: AttentionMask, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         """x [b, s, hidden] -> [b, s, hidden]."""
-        q, k, v = (self.heads(project(x)) for project in (self.q, self.k, self.v))
+        q, k, v = (self.heads(y) for y in self.shared_input(x, self.q, self.k, self.v))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:

@@ -42,5 +42,5 @@ class AttentionMask(NamedTuple):
         if self.padding is not None:
             seen = seen & self.padding[:, None, None, keys]
         zero = torch.zeros((), device=device)
-        distance = self.slopes.view(1, -1, 1, 1) * (k - q) if self.slopes is not None else zero
+        distance = self.slopes.view(1, -1, 1, 1).float() * (k - q) if self.slopes is not None else zero
         return torch.where(seen, distance, float("-inf"))
