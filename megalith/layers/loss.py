@@ -11,8 +11,32 @@ import torch
 from torch import Tensor, nn
 
 
+class Vocabulary:
+    """Which rows of the head's weight this process holds: all of them. A plan gives `TokenLoss` one that holds a part."""
+
+    def hidden(self, hidden: Tensor) -> Tensor:
+        """The hidden states of all tokens; their gradient is summed over the parts."""
+        return hidden
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """The rows of `weight` that are here, as a plain tensor."""
+        return weight
+
+    def find(self, labels: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """Of each label the number of its row here, and whether it is here at all (0 where not; nowhere for negative labels)."""
+        return labels.clamp(min=0), labels >= 0
+
+    def maximum(self, values: Tensor) -> Tensor:
+        """Largest of each value over all parts."""
+        return values
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum of each value over all parts."""
+        return values
+
+
 class TokenLoss(nn.Module):
-    """Per-token cross entropy of `hidden @ weight.T` against labels; parameterless, so that a plan may replace it.
+    """Per-token cross entropy of `hidden @ weight.T` against labels; a plan that splits the vocabulary replaces `vocabulary`.
 
     chunk: tokens whose float32 logits exist at one time. z_loss: weight of log(Z)^2 added to each token's loss
     (Chowdhery et al., 2022, PaLM, section 5).
@@ -20,7 +44,7 @@ class TokenLoss(nn.Module):
 
     def __init__(self, chunk: int = 1024, z_loss: float = 0.0):
         super().__init__()
-        self.chunk, self.z_loss = chunk, z_loss
+        self.chunk, self.z_loss, self.vocabulary = chunk, z_loss, Vocabulary()
 
     def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor | None, bias: Tensor | None = None) -> Tensor:
         """hidden [b, s, h], weight [V, h], labels [b, s] int64; returns float32 losses [b, s].
@@ -29,9 +53,11 @@ class TokenLoss(nn.Module):
         function of them than a sum and a scalar factor, or the gradients become NaN. Labels below 0 count as no loss.
         Without loss_weights any function of the losses may follow, at the price of computing the logits twice.
         """
+        vocabulary = self.vocabulary
+        hidden, weight, bias = vocabulary.hidden(hidden), vocabulary.rows(weight), None if bias is None else vocabulary.rows(bias)
         if loss_weights is not None:
-            return _Weighted.apply(hidden, weight, bias, labels, loss_weights, self.chunk, self.z_loss)
-        return _Free.apply(hidden, weight, bias, labels, self.chunk, self.z_loss)
+            return _Weighted.apply(hidden, weight, bias, labels, loss_weights, self.chunk, self.z_loss, vocabulary)
+        return _Free.apply(hidden, weight, bias, labels, self.chunk, self.z_loss, vocabulary)
 
 
 def chunk_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -44,14 +70,14 @@ def chunk_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return logits if bias is None else logits.add_(bias.to(logits.dtype))
 
 
-def _chunk_loss(hidden, weight, bias, labels, z_loss):
+def _chunk_loss(hidden, weight, bias, labels, z_loss, vocabulary):
     """Losses [t] and, in one buffer [t, V], the softmax's numerators with their sums [t] and log Z [t]."""
     logits = chunk_logits(hidden, weight, bias)
-    known = labels.clamp(min=0)
-    at_label = logits.gather(1, known[:, None])[:, 0]
-    peak = logits.amax(dim=1)
+    row, here = vocabulary.find(labels, logits.shape[1])
+    at_label = torch.where(here, logits.gather(1, row[:, None])[:, 0], 0.0)
+    peak = vocabulary.maximum(logits.amax(dim=1))
     powers = logits.sub_(peak[:, None]).exp_()
-    total = powers.sum(dim=1)
+    total, at_label = vocabulary.total(torch.stack((powers.sum(dim=1), at_label)))
     log_z = total.log() + peak
     losses = log_z - at_label
     if z_loss:
@@ -59,12 +85,13 @@ def _chunk_loss(hidden, weight, bias, labels, z_loss):
     return torch.where(labels >= 0, losses, 0.0), powers, total, log_z
 
 
-def _chunk_gradient(powers, total, log_z, labels, upstream, z_loss):
+def _chunk_gradient(powers, total, log_z, labels, upstream, z_loss, vocabulary):
     """Gradient of sum(upstream x losses) by the logits, in the place of `powers` [t, V]."""
     upstream = torch.where(labels >= 0, upstream, 0.0).to(powers.dtype)
     slope = upstream * (1.0 + 2.0 * z_loss * log_z) if z_loss else upstream
     gradient = powers.mul_((slope / total)[:, None])
-    gradient.scatter_add_(1, labels.clamp(min=0)[:, None], -upstream[:, None])
+    row, here = vocabulary.find(labels, powers.shape[1])
+    gradient.scatter_add_(1, row[:, None], torch.where(here, -upstream, 0.0)[:, None])
     return gradient
 
 
@@ -96,16 +123,17 @@ class _Weighted(torch.autograd.Function):
     """Losses x weights, with the gradient of their sum made in the forward pass."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, loss_weights, chunk, z_loss):
+    def forward(ctx, hidden, weight, bias, labels, loss_weights, chunk, z_loss, vocabulary):
         flat, targets = hidden.flatten(0, 1), labels.flatten()
         scale = loss_weights.flatten().float()
         losses = torch.empty(targets.shape, device=flat.device, dtype=torch.float64 if flat.dtype == torch.float64 else torch.float32)
         gradients = _Gradients(flat, weight, bias, ctx.needs_input_grad)
         for start in range(0, len(targets), chunk):
             rows = slice(start, start + chunk)
-            losses[rows], powers, total, log_z = _chunk_loss(flat[rows], weight, bias, targets[rows], z_loss)
+            losses[rows], powers, total, log_z = _chunk_loss(flat[rows], weight, bias, targets[rows], z_loss, vocabulary)
             if any(ctx.needs_input_grad):
-                gradients.add(rows, _chunk_gradient(powers, total, log_z, targets[rows], scale[rows], z_loss), flat, weight)
+                made = _chunk_gradient(powers, total, log_z, targets[rows], scale[rows], z_loss, vocabulary)
+                gradients.add(rows, made, flat, weight)
         ctx.gradients, ctx.shape, ctx.dtypes = gradients, hidden.shape, (weight.dtype, None if bias is None else bias.dtype)
         return (losses * scale).view(labels.shape)
 
@@ -122,7 +150,7 @@ class _Weighted(torch.autograd.Function):
             None if hidden is None else hidden.view(ctx.shape),
             None if weight is None else weight.to(ctx.dtypes[0]),
             None if bias is None else bias.to(ctx.dtypes[1]),
-            None, None, None, None,
+            None, None, None, None, None,
         )  # fmt: skip
 
 
@@ -130,11 +158,12 @@ class _Free(torch.autograd.Function):
     """Losses whose gradient any function may ask for: the backward pass computes each chunk's logits again."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, chunk, z_loss):
+    def forward(ctx, hidden, weight, bias, labels, chunk, z_loss, vocabulary):
         flat, targets = hidden.flatten(0, 1), labels.flatten()
         ctx.save_for_backward(hidden, weight, bias, labels)
-        ctx.chunk, ctx.z_loss = chunk, z_loss
-        parts = [_chunk_loss(flat[i : i + chunk], weight, bias, targets[i : i + chunk], z_loss)[0] for i in range(0, len(targets), chunk)]
+        ctx.chunk, ctx.z_loss, ctx.vocabulary = chunk, z_loss, vocabulary
+        slices = [slice(start, start + chunk) for start in range(0, len(targets), chunk)]
+        parts = [_chunk_loss(flat[rows], weight, bias, targets[rows], z_loss, vocabulary)[0] for rows in slices]
         return torch.cat(parts).view(labels.shape)
 
     @staticmethod
@@ -144,11 +173,12 @@ class _Free(torch.autograd.Function):
         gradients = _Gradients(flat, weight, bias, ctx.needs_input_grad)
         for start in range(0, len(targets), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            _, powers, total, log_z = _chunk_loss(flat[rows], weight, bias, targets[rows], ctx.z_loss)
-            gradients.add(rows, _chunk_gradient(powers, total, log_z, targets[rows], scale[rows], ctx.z_loss), flat, weight)
+            _, powers, total, log_z = _chunk_loss(flat[rows], weight, bias, targets[rows], ctx.z_loss, ctx.vocabulary)
+            made = _chunk_gradient(powers, total, log_z, targets[rows], scale[rows], ctx.z_loss, ctx.vocabulary)
+            gradients.add(rows, made, flat, weight)
         return (
             None if gradients.hidden is None else gradients.hidden.view(hidden.shape),
             None if gradients.weight is None else gradients.weight.to(weight.dtype),
             None if gradients.bias is None else gradients.bias.to(bias.dtype),
-            None, None, None,
+            None, None, None, None,
         )  # fmt: skip

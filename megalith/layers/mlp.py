@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megalith.layers.linear import SharedInput
+
 
 def _tanh_gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
@@ -39,6 +41,7 @@ class MLP(nn.Module):
     def __init__(self, hidden: int, inner: int, activation: str, *, gated: bool, bias: bool):
         super().__init__()
         self.activation = ACTIVATIONS[activation]
+        self.shared_input = SharedInput()
         self.gate = nn.Linear(hidden, inner, bias=bias) if gated else None
         self.up = nn.Linear(hidden, inner, bias=bias)
         self.down = nn.Linear(inner, hidden, bias=bias)
@@ -46,5 +49,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [b, s, hidden] -> [b, s, hidden]."""
         if self.gate is None:
-            return self.down(self.activation(self.up(x)))
-        return self.down(self.activation(self.gate(x)) * self.up(x))
+            (up,) = self.shared_input(x, self.up)
+            return self.down(self.activation(up))
+        gate, up = self.shared_input(x, self.gate, self.up)
+        return self.down(self.activation(gate) * up)

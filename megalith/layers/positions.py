@@ -30,7 +30,8 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor], interleaved: bool = False) -
         first, second = head[..., 0::2], head[..., 1::2]
     else:
         first, second = head.chunk(2, dim=-1)
-    first, second = first.to(cos.dtype), second.to(cos.dtype)
+    wide = torch.promote_types(x.dtype, cos.dtype)
+    first, second = first.to(wide), second.to(wide)
     turned = first * cos - second * sin, second * cos + first * sin
     out = (torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)).to(x.dtype)
     return torch.cat((out, rest), dim=-1) if rest.shape[-1] else out
