@@ -24,13 +24,16 @@ class LossPlot(Callback):
             draw_loss(run.folder / FILE, run.folder / "loss.png", run.config.logging.name)
 
 
-def smooth(values: Sequence[float], half_life: float) -> list[float]:
-    """Exponential mean of the values so far, without a bias to the first; `half_life` in values."""
-    keep, total, weight, smoothed = 0.5 ** (1.0 / half_life), 0.0, 0.0, []
-    for value in values:
-        total = keep * total + (1.0 - keep) * value
-        weight = keep * weight + (1.0 - keep)
-        smoothed.append(total / weight)
+def smooth(values: Sequence[float], share: float = 1 / 40) -> list[float]:
+    """Exponential mean of the values so far, whose half-life is `share` of their number (at least 1).
+
+    It grows with the run because loss falls fastest at its start, where a long mean would lag far above the curve.
+    """
+    mean, weight, smoothed = 0.0, 0.0, []
+    for number, value in enumerate(values, 1):
+        weight = 0.5 ** (1.0 / max(number * share, 1.0)) * weight + 1.0
+        mean += (value - mean) / weight
+        smoothed.append(mean)
     return smoothed
 
 
@@ -55,11 +58,11 @@ def draw_loss(metrics: pathlib.Path, picture: pathlib.Path, title: str) -> bool:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.6), dpi=160, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     steps, losses = [step for step, _ in training], [loss for _, loss in training]
-    half_life = max(len(losses) / 60, 1.0)
-    smoothed = smooth(losses, half_life)
+    smoothed = smooth(losses)
     thin = math.ceil(len(steps) / _POINTS)
     axes.plot(steps[::thin], losses[::thin], color=BLUE, alpha=0.28, linewidth=0.8)
     axes.plot(steps[::thin], smoothed[::thin], color=BLUE, linewidth=1.8, label=f"training, smoothed: {smoothed[-1]:.3f}")
@@ -71,7 +74,7 @@ def draw_loss(metrics: pathlib.Path, picture: pathlib.Path, title: str) -> bool:
     summary = f"{steps[-1]:,} steps, {units.count(tokens)} tokens, {units.duration(seconds)}"
     axes.set_title(summary, loc="right", color=GREY, fontsize=9)
     axes.set_xlabel("step", color=INK)
-    axes.set_ylabel("loss per token (nats)", color=INK)
+    axes.set_ylabel("loss (nats)", color=INK)
     axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.margins(x=0.01)

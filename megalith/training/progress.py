@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column
+from rich.text import Text
 
 from megalith.common import units
 from megalith.training.callbacks import Callback, RunInfo, StepRecord, ValidationRecord
@@ -55,7 +58,7 @@ class ProgressDisplay(Callback):
     def on_end(self, run: RunInfo) -> None:
         """Give the terminal back."""
         if self.bar:
-            self.bar.close()
+            self.bar.stop()
             self.bar = None
 
     def text(self, record: StepRecord) -> str:
@@ -72,30 +75,29 @@ class ProgressDisplay(Callback):
         return ", ".join([*parts, f"{self.speed.time_left()} left"])
 
 
-class Bar:
-    """The bar on a terminal, two lines high: how far, and the numbers."""
+class Bar(Progress):
+    """The bar on a terminal, and a line of numbers under it."""
 
     def __init__(self, run: RunInfo, console: Console | None = None):
-        console = console or Console(stderr=True)
-        self.progress = Progress(
+        super().__init__(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=None),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            TextColumn("{task.fields[text]}", markup=False),
-            console=console,
+            TextColumn("{task.completed:.0f}/{task.total:.0f}", table_column=Column(no_wrap=True)),
+            console=console or Console(stderr=True),
             expand=True,
             refresh_per_second=4,
             redirect_stdout=sys.stdout.isatty(),  # lines of a terminal scroll by above the bar; those of a file stay in the file
         )
-        self.task: TaskID = self.progress.add_task(
-            run.config.logging.name, total=run.train_iters, completed=run.start_step, text="starting"
-        )
-        self.progress.start()
+        self.text = "starting"
+        self.run: TaskID = self.add_task(run.config.logging.name, total=run.train_iters, completed=run.start_step)
+        self.start()
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """What rich draws, from a thread of its own."""
+        yield from super().get_renderables()
+        yield Text(self.text, no_wrap=True, overflow="ellipsis")
 
     def show(self, step: int, text: str) -> None:
-        """Move the bar; the screen is redrawn by a thread, not here."""
-        self.progress.update(self.task, completed=step, text=text)
-
-    def close(self) -> None:
-        """Leave the last state on the screen."""
-        self.progress.stop()
+        """Move the bar, change the numbers."""
+        self.text = text
+        self.update(self.run, completed=step)

@@ -197,3 +197,15 @@ def test_the_norm_of_parameters():
     model = torch.nn.Linear(2, 3)
     norm = global_norm(list(model.named_parameters()))
     assert norm.item() == pytest.approx(norm_of(*model.parameters()), rel=1e-6) and not norm.requires_grad
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_accelerator_counts_as_the_cpu_does(dtype):
+    device = torch.accelerator.current_accelerator()
+    tensors = [torch.randn(size, generator=torch.Generator().manual_seed(size)).to(dtype) for size in (1, 1000, 5_000_000)]
+    tensors[1][:10] = 0.0
+    grads = [(str(number), tensor.to(device)) for number, tensor in enumerate(tensors)]
+    assert count_zeros(grads).item() == 10
+    assert clip(grads, 1.0).item() == pytest.approx(norm_of(*tensors), rel=1e-6)
+    assert global_norm(grads).item() == pytest.approx(1.0, rel=1e-6 if dtype == torch.float32 else 1e-2)

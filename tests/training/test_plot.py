@@ -22,10 +22,15 @@ def write(folder, losses, validate=()):
     return run
 
 
-def test_smoothing_has_no_bias_to_the_first_and_the_half_life_it_says():
-    assert smooth([3.0] * 5, 2.0) == pytest.approx([3.0] * 5)
-    assert smooth([0.0] * 100 + [1.0] * 4, 4.0)[-1] == pytest.approx(0.5, abs=1e-6)
-    assert smooth([4.0, 1.0], 1.0) == pytest.approx([4.0, 2.0])  # weights 1/2 and 1
+def test_smoothing_keeps_a_constant_and_has_the_half_life_it_says():
+    assert smooth([3.0] * 5) == pytest.approx([3.0] * 5)
+    assert smooth([4.0, 1.0]) == pytest.approx([4.0, 2.0])  # half-life 1: weights 1/2 and 1
+    assert smooth([0.0] * 4000 + [1.0] * 100, 1 / 40)[-1] == pytest.approx(0.5, abs=0.01)  # 100 of 4000 values halve what was
+
+
+def test_smoothing_does_not_lag_behind_a_steep_start():
+    losses = [3.0 + 7.0 * math.exp(-number / 150) for number in range(2000)]
+    assert max(abs(mean - loss) for mean, loss in zip(smooth(losses), losses, strict=True)) < 0.15
 
 
 @pytest.mark.parametrize("steps", [1, 300, 12_001])
