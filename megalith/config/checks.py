@@ -126,9 +126,9 @@ def _data(config: RunConfig) -> Iterator[Problem]:
             "it excludes --train-data-path and the like",
             cure,
         )
-    if d.tokenizer_type is None and config.model.vocab_size is None and not d.vocab_file:
-        cure = "Write --vocab-file FILE --merge-file FILE, or --tokenizer-model tokenizer.json, or --vocab-size 50257"
-        yield trouble(("tokenizer_type", "vocab_size"), "vocabulary", Words("no tokenizer and no size"), "the model needs its size", cure)
+    if d.tokenizer_type is None:
+        cure = "Write --vocab-file FILE --merge-file FILE (GPT-2's), or --tokenizer-model tokenizer.json"
+        yield trouble(("tokenizer_type", "vocab_file"), "tokenizer", None, "the data was made with one, and it has the vocabulary", cure)
     parts = [part for part in d.split.replace("/", ",").split(",") if part.strip()]
     try:
         shares = [float(part) for part in parts]

@@ -51,13 +51,16 @@ def _batches(config: RunConfig, dp: int) -> Iterator[Problem]:
         yield trouble(about, "--global-batch-size", full, f"it is a multiple of {each}",
                       f"Write --global-batch-size {' or '.join(map(str, fitting))}")  # fmt: skip
         return
-    if b.rampup_batch_size:
-        yield from _rampup(b.rampup_batch_size, full, unit, each)
-    yield from _micro_batches(config, full // unit, unit)
+    problems = list(_rampup(b.rampup_batch_size, full, unit, each))
+    yield from problems
+    sizes = range(b.rampup_batch_size[0], full, b.rampup_batch_size[1]) if b.rampup_batch_size and not problems else ()
+    yield from next((found for size in (full, *sizes) if (found := list(_micro_batches(config, size // unit, unit)))), ())
 
 
 def _rampup(rampup: list[int], full: int, unit: int, each: str) -> Iterator[Problem]:
     about = ("rampup_batch_size", "global_batch_size")
+    if not rampup:
+        return
     what, found = "--rampup-batch-size", Words(" ".join(map(str, rampup)))
     if len(rampup) != 3:
         yield trouble(
@@ -94,7 +97,7 @@ def _micro_batches(config: RunConfig, count: int, unit: int) -> Iterator[Problem
             yield trouble(about, "micro-batches of a step", count, f"the schedule runs them in {rounds} equal rounds",
                           f"Write --global-batch-size {rounds * stages * unit} or {(rounds + 1) * stages * unit}")  # fmt: skip
         return
-    needed = 2 * stages if schedule == "dualpipev" else stages if schedule in ("auto", "1f1b") else 1
+    needed = {"dualpipev": 2 * stages, "1f1b": stages}.get(schedule, 1)
     if count < needed:
         yield trouble(about, "micro-batches of a step", count, f"the pipeline needs at least {needed}, to fill its stages",
                       f"Write --global-batch-size {needed * unit}, or --pipeline-schedule gpipe")  # fmt: skip

@@ -24,6 +24,9 @@ class DataConfig:
     vocab_file: str | None = knob(None, "vocabulary file of the tokenizer")
     merge_file: str | None = knob(None, "merge table of the tokenizer")
     tokenizer_model: str | None = knob(None, "tokenizer.json, its folder, or a sentencepiece model", flags=("--tokenizer-name-or-path",))
+    tiktoken_pattern: str = knob("v2", "how TikTokenizer cuts text before ranks apply", choices=("v1", "v2"))
+    tiktoken_num_special_tokens: int = knob(1000, "ids that TikTokenizer keeps for special tokens", minimum=3)
+    tiktoken_special_tokens: list = knob([], "names of the first special tokens of TikTokenizer (default: <unk> <s> </s>)")
     vocab_extra_ids: int = knob(0, "sentinel tokens <extra_id_i> added to the vocabulary", minimum=0)
     data_cache_path: str | None = knob(
         None, "folder of the index cache (default: beside the data, or in the run folder where that is read-only)"

@@ -182,7 +182,7 @@ def add_help(parser: argparse.ArgumentParser, own: Iterable[Flag] = RUN_FLAGS) -
         yes, no = names(field)
         text = field.metadata["help"].replace("%", "%%")
         if field.default not in (None, False, []):
-            text += f" (default {value_text(field.default)})".replace("%", "%%")
+            text += " (on by default)" if field.default is True else f" (default {value_text(field.default)})".replace("%", "%%")
         if field.kind is bool:
             group.add_argument(*yes, *no, action="store_true", dest=field.name, help=text)
         else:

@@ -20,11 +20,12 @@ Half: it is half of that, because a fused causal kernel skips what the mask hide
 from __future__ import annotations
 
 from megalith.config.model import ModelConfig
-from megalith.config.parameters import matrix_parameters
+from megalith.config.parameters import matrix_parameters, sizes
 
 
 def flops_per_token(model: ModelConfig, seq_length: int, causal_half: bool = False) -> float:
     """FLOPs of forward and backward pass for each token of a sequence of `seq_length` tokens. Needs vocab_size."""
     keys = seq_length / 2 if causal_half else seq_length
-    attention = 4 * model.num_layers * model.num_attention_heads * model.head_dim * keys
+    layers, _, heads, _ = sizes(model)
+    attention = 4 * layers * heads * model.head_dim * keys
     return 3 * (2 * matrix_parameters(model) + attention)

@@ -167,7 +167,8 @@ def complete(values: Mapping[str, Any], notices: list[str]) -> RunConfig:
         notices.append(f"--seq-length is not given: it is --max-position-embeddings, {positions}")
     _tokens_to_samples(values, notices)
     if values.get("tokenizer_type") is None:
-        kind = "GPT2BPETokenizer" if values.get("merge_file") else "HuggingFaceTokenizer" if values.get("tokenizer_model") else None
+        gpt2 = values.get("vocab_file") or values.get("merge_file")
+        kind = "GPT2BPETokenizer" if gpt2 else "HuggingFaceTokenizer" if values.get("tokenizer_model") else None
         if kind:
             values["tokenizer_type"] = kind
             notices.append(f"--tokenizer-type is not given: the files are of a {kind}")

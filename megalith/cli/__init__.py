@@ -1,0 +1,1 @@
+"""Argument strings to function calls, nothing else: one file for each verb."""

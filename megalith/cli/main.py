@@ -1,0 +1,98 @@
+"""The `megalith` command: finds the verb, hands it the rest, turns errors into messages and exit statuses.
+
+Only the chosen verb's module is imported, so that --help and a wrong flag answer at once.
+
+Exit status: 0 done, 1 stopped by an error in data, checkpoints or training, 2 the command cannot work as given, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import re
+import sys
+from collections.abc import Sequence
+
+from megalith import __version__
+from megalith.common.errors import ConfigError, MegalithError
+from megalith.config.text import nearest, unknown
+
+VERBS = {  # verb -> one line; the module is megalith.cli.VERB, with register(subparsers) that sets a default `handler`
+    "demo": "corpus to trained model to text, on what every machine has",
+    "data": "raw text to indexed datasets, and what is done with those",
+    "pretrain": "train a model",
+    "generate": "text out of a trained model",
+    "checkpoint": "look into checkpoints",
+    "config": "answer a few questions, get a YAML file for pretrain",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, whose errors are ConfigErrors that name the nearest flag.
+
+    A verb may set the default `reads`, a function that is handed the words after the verb in place of argparse's own
+    reading; what it returns is in the namespace as `reading`.
+    """
+
+    def __init__(self, **options):
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **options)
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
+        """As argparse, but what is left over is an error here, where the flags it may have meant are known."""
+        reads = self.get_default("reads")
+        if reads:
+            if {"-h", "--help"}.intersection(args):
+                self.print_help()
+                self.exit()
+            return argparse.Namespace(handler=self.get_default("handler"), reading=reads(args)), []
+        found, extra = super().parse_known_args(args, namespace)
+        known = re.findall(r"--[a-zA-Z][\w-]*", self.format_help())
+        problems = [unknown("flag", word.partition("=")[0], known, "no option is near") for word in extra if word[:2] == "--"]
+        if extra:
+            self.error("; ".join(problems) or f"unexpected {' '.join(extra)}")
+        return found, extra
+
+    def error(self, message: str):
+        """Raise ConfigError instead of printing the usage and exiting."""
+        raise ConfigError(f"{message} ({self.prog} --help shows the options)")
+
+
+def parser_for(verb: str | None) -> Parser:
+    """The command's parser, with the options of `verb` and one line for each other verb."""
+    parser = Parser(
+        prog="megalith",
+        description="Large transformers, trained, evaluated, converted and served in any parallel layout.",
+        epilog="example: megalith demo\n`megalith VERB --help` shows the options of a verb and an example.",
+    )
+    parser.add_argument("--version", action="version", version=f"megalith {__version__}")
+    subparsers = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for name, line in VERBS.items():
+        if name == verb:
+            importlib.import_module(f"megalith.cli.{name}").register(subparsers)
+        else:
+            subparsers.add_parser(name, help=line)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; `argv` defaults to the process's own. Returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    verb = next((word for word in argv if not word.startswith("-")), None)
+    try:
+        if verb is not None and verb not in VERBS:
+            near = nearest(verb, VERBS)
+            raise ConfigError(f"unknown verb {verb!r}: " + (f"did you mean {near}?" if near else f"there are {', '.join(VERBS)}"))
+        args = parser_for(verb).parse_args(argv or ["--help"])
+        return args.handler(args) or 0
+    except MegalithError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, ConfigError):
+            print(f"megalith: {error}", file=sys.stderr)  # a ConfigError is every rank's: one per machine is enough
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        print("megalith: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `megalith ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141

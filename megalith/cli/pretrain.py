@@ -1,0 +1,72 @@
+"""megalith pretrain: recipe, YAML and flags to one checked config, and that to the training loop."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from megalith import recipes
+from megalith.config import flags
+from megalith.config.batch_math import data_parallel_size, global_batch, total_steps
+from megalith.config.loading import resolve, to_yaml
+from megalith.config.parameters import parameter_count
+from megalith.config.run import RunConfig
+from megalith.config.text import Problem, unknown
+from megalith.models import MODELS
+
+EXAMPLE = """\
+examples:
+  megalith pretrain gpt --recipe cpu-tiny --data-path corpus_text_document --tokenizer-model tokenizer.json --dry-run
+  torchrun --nproc-per-node 2 -m megalith pretrain gpt --config run.yaml --train-iters 1000
+
+Precedence: recipe, then --config, then flags; `none` unsets an optional value. Flags of Megatron's commands work as typed: the
+old spellings and those not needed here are accepted with a line that says so. --dry-run needs no corpus and no accelerator.
+"""
+
+
+def register(subparsers: argparse._SubParsersAction) -> None:
+    """Add the verb to the command line."""
+    parser = subparsers.add_parser(
+        "pretrain",
+        help="train a model",
+        usage="megalith pretrain [MODEL] [--recipe NAME] [--config FILE] [--FIELD VALUE ...]",
+        description="Train a model from the start, or go on with one.",
+        epilog=EXAMPLE + "\nrecipes: " + ", ".join(recipes.names()),
+    )
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=f"{', '.join(MODELS)} (default gpt), or module:name of your own")
+    flags.add_help(parser)
+    parser.set_defaults(handler=pretrain, reads=flags.read)
+
+
+def pretrain(args: argparse.Namespace) -> int:
+    """Resolve and check the config, show it, and train unless --dry-run is given; the exit status."""
+    reading, world_size = args.reading, int(os.environ.get("WORLD_SIZE", "1"))
+    for name in reading.words[:1]:
+        if name not in MODELS and ":" not in name:
+            otherwise = f"there are {', '.join(MODELS)}, and your own goes by module:name"
+            reading.problems.append(Problem(("model_type",), unknown("model", name, MODELS, otherwise)))
+    config, notices = resolve(reading, read_recipe=recipes.text, world_size=world_size)
+    if os.environ.get("RANK", "0") == "0":
+        for notice in notices:
+            print(f"megalith: {notice}", file=sys.stderr)
+        print(shown(config, world_size, reading.values.get("print_config", "changed")), end="", flush=True)
+    if not reading.values.get("dry_run"):
+        from megalith.training.pretrain import train  # here, because it imports torch
+
+        train(config)
+    return 0
+
+
+def shown(config: RunConfig, world_size: int, how_much: str) -> str:
+    """The resolved config as YAML, under comment lines with what follows from it; '' for how_much 'none'."""
+    if how_much == "none":
+        return ""
+    dp = data_parallel_size(config, world_size)
+    lines = [
+        f"{world_size} process{'es' * (world_size > 1)}, data-parallel size {dp}; {total_steps(config, dp)} steps of {global_batch(config, dp)} samples"
+    ]
+    if config.model.vocab_size:
+        parameters = parameter_count(config.model) if config.model.model_type == "gpt" else None
+        lines += [f"{parameters:,} parameters"] if parameters else []
+    return "".join(f"# {line}\n" for line in lines) + to_yaml(config, changed_only=how_much == "changed")

@@ -1,0 +1,26 @@
+"""Complete runs as YAML files, by name. Each says under `about` what it is and on how many processes it runs."""
+
+from __future__ import annotations
+
+import pathlib
+
+from megalith.config.text import choose
+
+FOLDER = pathlib.Path(__file__).parent
+
+
+def names() -> list[str]:
+    """Names of all recipes."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def text(name: str) -> str:
+    """The YAML text of a recipe. Raises ConfigError naming the nearest where there is none of this name."""
+    return (FOLDER / f"{choose('recipe', name, names())}.yaml").read_text(encoding="utf-8")
+
+
+def about(yaml_text: str) -> dict:
+    """What a recipe says of itself: summary, processes, vocab_size and parameters."""
+    import yaml  # here, so that a command without a recipe does not wait for it
+
+    return yaml.safe_load(yaml_text)["about"]
