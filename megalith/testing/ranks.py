@@ -172,7 +172,7 @@ class RankPool:
         try:
             answer = pickle.loads(worker.connection.recv_bytes())
         except (EOFError, ConnectionError):
-            worker.process.join(GRACE)
+            worker.process.join(10 * GRACE)  # the exit code comes by way of the fork server, late on a busy machine
             code = worker.process.exitcode
             return None, (0.0, RuntimeError(f"rank {rank} of {world_size} died with exit code {code} (negative: a signal)"))
         if not answer.traceback:
