@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO
@@ -17,8 +18,8 @@ FILE = "metrics.jsonl"
 class Metrics(Callback):
     """Writes the file as the run goes, a line at a time, unbuffered: a killed run loses no line and leaves at most half of one.
 
-    After a resume the lines of steps beyond the checkpoint are dropped first, since those steps will be done again. A number
-    that is infinite or not a number is null (JSON has neither).
+    After a resume the lines of steps beyond the checkpoint are dropped first, since those steps will be done again (unless the
+    run only validates: then none is dropped). A number that is infinite or not a number is null (JSON has neither).
     """
 
     def __init__(self) -> None:
@@ -29,7 +30,7 @@ class Metrics(Callback):
         if run.writes:
             run.folder.mkdir(parents=True, exist_ok=True)
             path = run.folder / FILE
-            drop_after(path, run.start_step)
+            drop_after(path, math.inf if run.config.validation.skip_train else run.start_step)
             self.file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed in on_end
 
     def on_step(self, run: RunInfo, record: StepRecord) -> None:
@@ -78,7 +79,7 @@ def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
                 continue
 
 
-def drop_after(path: pathlib.Path, step: int) -> None:
+def drop_after(path: pathlib.Path, step: float) -> None:
     """Remove, atomically, every line of a later step and every line that is not whole. No file is no error."""
     if not path.exists():
         return

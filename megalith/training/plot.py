@@ -57,8 +57,8 @@ def draw_loss(metrics: pathlib.Path, picture: pathlib.Path, title: str) -> bool:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.6), dpi=160, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
+    figure = Figure(figsize=(8, 4.6), dpi=160)
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     steps, losses = [step for step, _ in training], [loss for _, loss in training]

@@ -79,6 +79,7 @@ class Bar(Progress):
     """The bar on a terminal, and a line of numbers under it."""
 
     def __init__(self, run: RunInfo, console: Console | None = None):
+        self.text = "starting"  # before rich's own __init__, which draws
         super().__init__(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=None),
@@ -88,7 +89,6 @@ class Bar(Progress):
             refresh_per_second=4,
             redirect_stdout=sys.stdout.isatty(),  # lines of a terminal scroll by above the bar; those of a file stay in the file
         )
-        self.text = "starting"
         self.run: TaskID = self.add_task(run.config.logging.name, total=run.train_iters, completed=run.start_step)
         self.start()
 

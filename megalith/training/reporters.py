@@ -12,7 +12,7 @@ from megalith.training.tensorboard import TensorBoard
 
 
 def reporters(config: RunConfig) -> list[Callback]:
-    """Metrics first: the picture at the end is drawn from its file."""
+    """What writes metrics.jsonl, log lines, the progress display and loss.png, and TensorBoard where `--tensorboard-dir` asks for it."""
     callbacks: list[Callback] = [Metrics(), LogLines(), ProgressDisplay(), LossPlot()]
     if config.logging.tensorboard_dir:
         callbacks.append(TensorBoard(config.logging.tensorboard_dir))

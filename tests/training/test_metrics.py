@@ -81,6 +81,15 @@ def test_a_resume_drops_what_will_be_done_again(tmp_path):
     assert numbers(tmp_path) == [(1, True), (2, True), (2, False), (3, True), (4, True), (5, True)]
 
 
+def test_validating_an_older_checkpoint_drops_nothing(tmp_path):
+    write(tmp_path, [1, 2, 3])
+    metrics, run = Metrics(), run_info(tmp_path, start_step=1, config={"skip_train": True})
+    metrics.on_start(run)
+    metrics.on_validation(run, ValidationRecord(step=1, consumed_samples=8, loss={"lm loss": 5.0}))
+    metrics.on_end(run)
+    assert numbers(tmp_path) == [(1, True), (2, True), (3, True), (1, False)]
+
+
 def test_half_a_line_of_a_killed_run_is_dropped(tmp_path):
     write(tmp_path, [1, 2])
     with open(tmp_path / FILE, "a") as file:
