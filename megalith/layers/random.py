@@ -17,6 +17,7 @@ _GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed 64-bit number
 _MIX = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # SplitMix64's multipliers, signed
 
 
+@torch.compiler.assume_constant_result  # a compiled model meets it in its forward pass and cannot trace hashing
 def key(*words: object) -> int:
     """A 64-bit key of any words: key(seed, "layers.0.mlp.up.weight")."""
     digest = hashlib.blake2b("\x1f".join(map(str, words)).encode(), digest_size=8).digest()
