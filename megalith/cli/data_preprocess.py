@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 
 EXAMPLE = """example:
@@ -36,9 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     inputs.add_argument(
         "--output-prefix", required=True, metavar="PREFIX", help="datasets are PREFIX_{key}_{document|sentence}.bin and .idx"
     )
-    inputs.add_argument(
-        "--json-keys", "--json-key", nargs="+", default=["text"], metavar="KEY", help="keys (columns) to encode, a dataset each"
-    )
+    inputs.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys (columns) to encode, a dataset each")
+    inputs.add_argument("--json-key", nargs="+", help=argparse.SUPPRESS)
     inputs.add_argument("--overwrite", action="store_true", help="replace datasets that exist")
     text = parser.add_argument_group("documents")
     text.add_argument("--split-sentences", action="store_true", help="a sequence for each sentence (BERT, T5, ICT)")
@@ -50,13 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--on-error", choices=("skip", "fail"), default="skip", help="what to do with unusable documents (default: skip and list them)"
     )
     work = parser.add_argument_group("work")
+    work.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, and exit")
     work.add_argument("--workers", type=int, default=0, help="processes, or Ray actors (default: one a core)")
     work.add_argument("--partitions", type=int, default=1, help="cut the input into this many parts at least; the result is the same")
     work.add_argument("--engine", default="processes", help="processes (this machine), ray (a cluster, by RAY_ADDRESS), or module:name")
     work.add_argument("--plain-encoder", action="store_true", help="do not use a faster encoder, even one that agrees with `tokenizers`")
     for spelling, values, _ in NOT_NEEDED:
         kind = {"action": "store_const", "const": True} if values == 0 else {"nargs": values}
-        parser.add_argument(spelling, help=argparse.SUPPRESS, **kind)  # type: ignore[arg-type]
+        parser.add_argument(spelling, help=argparse.SUPPRESS, **kind)
 
 
 def add_tokenizer_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -80,16 +81,15 @@ def tokenizer_options(args: argparse.Namespace):
     """The TokenizerOptions that the flags describe."""
     from megalith.data.tokenizers import TokenizerOptions
 
-    names = ("tokenizer_type", "vocab_file", "merge_file", "tokenizer_model", "vocab_size", "vocab_extra_ids")
-    names += ("tiktoken_pattern", "tiktoken_num_special_tokens")
-    special = tuple(args.tiktoken_special_tokens) if args.tiktoken_special_tokens else None
-    return TokenizerOptions(**{name: getattr(args, name) for name in names}, tiktoken_special_tokens=special)
+    names = [field.name for field in dataclasses.fields(TokenizerOptions)]
+    given = {name: getattr(args, name) for name in names}
+    return TokenizerOptions(**given | {"tiktoken_special_tokens": tuple(args.tiktoken_special_tokens or ()) or None})
 
 
 def run(args: argparse.Namespace) -> int:
     """Preprocess; a summary on stdout, progress and notices on stderr."""
     from megalith.common import units
-    from megalith.data.preprocess import PreprocessOptions, preprocess
+    from megalith.data.preprocess import PreprocessOptions, plan, preprocess
     from megalith.data.preprocess_progress import Progress
 
     def notice(line: str) -> None:
@@ -98,11 +98,15 @@ def run(args: argparse.Namespace) -> int:
     for spelling, _, why in NOT_NEEDED:
         if getattr(args, spelling[2:].replace("-", "_")) is not None:
             notice(f"{spelling} is not needed: {why}")
-    same = ("input", "output_prefix", "json_keys", "split_sentences", "lang", "keep_newlines", "append_eod", "prepend_bos", "workers")
-    same += ("partitions", "on_error", "engine", "overwrite")
-    options = PreprocessOptions(
-        **{name: getattr(args, name) for name in same}, tokenizer=tokenizer_options(args), fast=not args.plain_encoder
-    )
+    if args.json_key:
+        notice("--json-key is now --json-keys")
+    # Every field of the options is a flag of the same name, but for these.
+    other = {"tokenizer": tokenizer_options(args), "fast": not args.plain_encoder, "json_keys": args.json_key or args.json_keys}
+    same = {field.name: getattr(args, field.name) for field in dataclasses.fields(PreprocessOptions) if field.name not in other}
+    options = PreprocessOptions(**same, **other)
+    if args.dry_run:
+        print(plan(options))
+        return 0
     progress = Progress()
     try:
         result = preprocess(options, notice=notice, progress=progress)

@@ -54,8 +54,9 @@ def write_spans(spans: Sequence[tuple[str, int, int]], output_prefix: str) -> No
                 for begin, end in _blocks(run.begin + 1, run.end + 1):
                     index.write((data.document_indices[begin:end].astype("<i8") + (before - run.sequence)).data)
                 before += run.sequence_end - run.sequence
-            for run, data in _opened(runs) if first.multimodal else ():
-                index.write(np.ascontiguousarray(data.modes[run.sequence : run.sequence_end], np.int8).data)
+            for run, data in _opened(runs):
+                if data.modes is not None:
+                    index.write(np.ascontiguousarray(data.modes[run.sequence : run.sequence_end], np.int8).data)
         with open(bin_path, "wb", buffering=0) as out:
             for run in runs:
                 _append(run.prefix + ".bin", run.byte, run.byte_end - run.byte, out.fileno())
@@ -125,8 +126,8 @@ def directory_prefixes(directory: str) -> list[str]:
     return sorted(stems)
 
 
-def split_dataset(prefix: str, output_prefix: str, *, tokens: int = 0, documents: int = 0, size: int = 0) -> list[str]:
-    """Write the dataset as files `output_prefix-NNNN` of at most so many tokens, documents or bytes each; returns their prefixes.
+def split_datasets(prefixes: Sequence[str], output_prefix: str, *, tokens: int = 0, documents: int = 0, size: int = 0) -> list[str]:
+    """Write the datasets, taken as one, as files `output_prefix-NNNN` of at most so many tokens, documents or bytes; returns the prefixes.
 
     Documents stay whole: one larger than the limit gets a file of its own.
     """
@@ -135,25 +136,42 @@ def split_dataset(prefix: str, output_prefix: str, *, tokens: int = 0, documents
         raise DataError(
             problem("--tokens, --documents, --bytes", limits, "exactly one of them, above 0, says how large a file gets", "Give one")
         )
-    data = IndexedDataset(prefix)
-    starts, total = data.document_indices, data.num_documents
-    budget = documents or (tokens * data.dtype.itemsize if tokens else size)
-    made, begin = [], 0
-    while begin < total or not made:
-        if documents:
-            end = min(begin + budget, total)
-        else:
-            # The .bin offset at which each document ends grows: find how many fit.
-            base = _byte_at(data, int(starts[begin]))
-            low, high = begin, total
-            while low < high:
-                middle = (low + high + 1) // 2
-                low, high = (middle, high) if _byte_at(data, int(starts[middle])) - base <= budget else (low, middle - 1)
-            end = min(max(low, begin + 1), total)
+    made: list[str] = []
+    spans: list[tuple[str, int, int]] = []
+    left = limits[0]
+
+    def flush() -> None:
         made.append(f"{output_prefix}-{len(made):04d}")
-        write_spans([(prefix, begin, end)], made[-1])
-        begin = end
-    return made
+        write_spans(spans, made[-1])
+        spans.clear()
+
+    for prefix in prefixes:
+        data, begin = IndexedDataset(prefix), 0
+
+        def cost(first: int, last: int, data: IndexedDataset = data) -> int:
+            if documents:
+                return last - first
+            taken = _byte_at(data, int(data.document_indices[last])) - _byte_at(data, int(data.document_indices[first]))
+            return taken if size else taken // data.dtype.itemsize
+
+        while begin < data.num_documents:
+            # cost(begin, end) grows with end: the last end that fits is found by halving.
+            end, high = begin, data.num_documents
+            while end < high:
+                middle = (end + high + 1) // 2
+                end, high = (middle, high) if cost(begin, middle) <= left else (end, middle - 1)
+            if end == begin and not spans:
+                end = begin + 1
+            if end > begin:
+                spans.append((prefix, begin, end))
+                left -= cost(begin, end)
+                begin = end
+            if begin < data.num_documents:
+                flush()
+                left = limits[0]
+    if spans or not made:
+        flush() if spans else write_spans([(prefixes[0], 0, 0)], output_prefix + "-0000")
+    return made or [output_prefix + "-0000"]
 
 
 def _byte_at(data: IndexedDataset, sequence: int) -> int:

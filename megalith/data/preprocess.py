@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from megalith.common import units
 from megalith.common.errors import ConfigError, DataError, problem
 from megalith.common.files import write_text
 from megalith.data.indexed import best_dtype
@@ -87,8 +88,7 @@ def preprocess(
     _validate(options)
     inputs = find_inputs(options.input)
     tokenizer = build_tokenizer(**dataclasses.asdict(options.tokenizer))
-    level = "sentence" if options.split_sentences else "document"
-    prefixes = {key: f"{options.output_prefix}_{key}_{level}" for key in options.json_keys}
+    prefixes = output_prefixes(options)
     total = sum(os.path.getsize(path) for path in inputs)
     part_bytes = max(1, min(max(SMALLEST_PART, min(total // 4096, LARGEST_PART)), -(-total // options.partitions)))
     key = _fingerprint(options, inputs, part_bytes, tokenizer.fingerprint())
@@ -137,6 +137,25 @@ def preprocess(
     result = _finish(options, job, prefixes, ordered, slices, key, report, encoder, resumed, started)
     shutil.rmtree(folder)
     return result
+
+
+def plan(options: PreprocessOptions) -> str:
+    """What `preprocess` would do, in a few lines; raises what it would raise before the first document."""
+    _validate(options)
+    inputs = find_inputs(options.input)
+    tokenizer = build_tokenizer(**dataclasses.asdict(options.tokenizer))
+    for name in ["eod"] * options.append_eod + ["bos"] * options.prepend_bos:
+        tokenizer.require(name)
+    dtype = np.dtype(best_dtype(tokenizer.vocab_size)).name
+    lines = [f"{len(inputs)} files, {units.size(sum(map(os.path.getsize, inputs)))}; {tokenizer.vocab_size} tokens in the vocabulary"]
+    lines += [f"would write {prefix}.bin and .idx as {dtype}" for prefix in output_prefixes(options).values()]
+    return "\n".join(lines)
+
+
+def output_prefixes(options: PreprocessOptions) -> dict[str, str]:
+    """The prefix of each key's dataset."""
+    level = "sentence" if options.split_sentences else "document"
+    return {key: f"{options.output_prefix}_{key}_{level}" for key in options.json_keys}
 
 
 def _noted(part: Part, slices: dict[int, list[str]]) -> Part:
@@ -248,7 +267,7 @@ def _finish(
 def _list_problems(records: list[dict], slices: dict[int, list[str]]) -> list[str]:
     """`file:line: reason` of the problems in order, the first REPORTED_PROBLEMS of them."""
     lines_before: dict[str, int] = {}
-    listed = []
+    listed: list[str] = []
     for record in records:
         paths = slices[record["part"]]
         for index, path in enumerate(paths):

@@ -29,13 +29,18 @@ class Worker:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         parent = multiprocessing.parent_process()
         if parent is not None:
-            threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+            threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
         cls.encoder = PartEncoder(job)
 
     @classmethod
     def run(cls, part: Part) -> dict:
         """Encode one part."""
         return cls.encoder(part)
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def run_processes(job: Job, parts: Iterator[Part], workers: int) -> Iterator[dict]:

@@ -93,7 +93,8 @@ def cut(inputs: Sequence[str], part_bytes: int, finished: frozenset[int] = froze
     """The parts of the input in order. Parts in `finished` come without their blocks: nobody will read them."""
     compressed = [path for path in inputs if file_format(path)[1]]
     stream_here = len(compressed) < MANY_COMPRESSED
-    number, waiting, waiting_size = 0, [], 0
+    waiting: list[Slice] = []
+    number = waiting_size = 0
     for path in inputs:
         size = os.path.getsize(path)
         if file_format(path)[1] and stream_here and file_format(path)[0] != "text":
@@ -292,3 +293,11 @@ def sample_texts(inputs: Sequence[str], keys: Sequence[str], places: int = 64, c
             for _, batch in itertools.islice(read_part(Part(0, (piece,), 0), keys), 1):
                 texts += [text[:characters] for key in keys for text in batch.texts[key][: max(2, 2 * places // len(pieces) // count)]]
     return texts
+
+
+def corpus_texts(patterns: Sequence[str], keys: Sequence[str] = ("text",)) -> Iterator[str]:
+    """Every text of the input, in order; documents that cannot be used are left out."""
+    for part in cut(find_inputs(patterns), BATCH):
+        for _, batch in read_part(part, keys):
+            for key in keys:
+                yield from batch.texts[key]

@@ -24,7 +24,6 @@ USUAL_NAMES = {
     "mask": ("[MASK]", "<mask>"),
 }
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json")
-PLAIN_SCAN = 1 << 20  # bytes of text compared when a faster encoder asks to be trusted
 
 
 class LibraryTokenizer(Tokenizer):
@@ -197,8 +196,10 @@ def byte_level_bpe(vocab_file: pathlib.Path, merge_file: pathlib.Path) -> tokeni
 def _named_tokens(source: pathlib.Path | None) -> dict[str, str]:
     """The parts that tokenizer_config.json and special_tokens_map.json give to tokens, as {"eos": "</s>", ...}."""
     named: dict[str, str] = {}
-    folder = source if source is None or source.is_dir() else source.parent
-    for name in COMPANIONS if folder else ():
+    if source is None:
+        return named
+    folder = source if source.is_dir() else source.parent
+    for name in COMPANIONS:
         try:
             content = json.loads((folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):

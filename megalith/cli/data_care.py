@@ -1,0 +1,205 @@
+"""`megalith data merge|split|convert|inspect|weights|bpe`: what is done with datasets, and a vocabulary of one's own."""
+
+from __future__ import annotations
+
+import argparse
+
+from megalith.cli.data_preprocess import add_tokenizer_arguments, tokenizer_options
+
+
+def register(verbs) -> None:
+    """Add the verbs."""
+    _add_merge(verbs)
+    _add_split(verbs)
+    _add_convert(verbs)
+    _add_inspect(verbs)
+    _add_weights(verbs)
+    _add_bpe(verbs)
+
+
+def _add_merge(verbs) -> None:
+    parser = verbs.add_parser(
+        "merge", help="many datasets into one", epilog="example: megalith data merge --input data/ --output-prefix all_text_document"
+    )
+    parser.add_argument(
+        "--input", nargs="+", required=True, metavar="PATH", help="prefixes, or directories of .bin/.idx pairs (sorted by name)"
+    )
+    parser.add_argument("--output-prefix", required=True, metavar="PREFIX")
+    parser.set_defaults(handler=merge)
+
+
+def merge(args: argparse.Namespace) -> int:
+    """Merge; prints what was written."""
+    from megalith.data.inspecting import describe
+    from megalith.data.merge import merge_datasets
+
+    prefixes = _prefixes(args.input)
+    merge_datasets(prefixes, args.output_prefix)
+    made = describe(args.output_prefix)
+    print(f"{args.output_prefix}: {len(prefixes)} datasets, {made['num_documents']} documents, {made['total_num_tokens']} tokens")
+    return 0
+
+
+def _prefixes(paths: list[str]) -> list[str]:
+    import os
+
+    from megalith.data.indexed import resolve_prefix
+    from megalith.data.merge import directory_prefixes
+
+    return [prefix for path in paths for prefix in (directory_prefixes(path) if os.path.isdir(path) else [resolve_prefix(path)])]
+
+
+def _add_split(verbs) -> None:
+    parser = verbs.add_parser(
+        "split",
+        help="datasets into files of N tokens, documents or bytes",
+        epilog="example: megalith data split --input all_text_document --output-prefix piece --tokens 100000000",
+    )
+    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="prefixes or directories; several are taken as one")
+    parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="files are PREFIX-0000, PREFIX-0001, ...")
+    for unit in ("tokens", "documents", "bytes"):
+        parser.add_argument(f"--{unit}", type=int, default=0, metavar="N", help=f"{unit} a file holds at most")
+    parser.set_defaults(handler=split)
+
+
+def split(args: argparse.Namespace) -> int:
+    """Split; prints the prefixes."""
+    from megalith.data.merge import split_datasets
+
+    made = split_datasets(_prefixes(args.input), args.output_prefix, tokens=args.tokens, documents=args.documents, size=args.bytes)
+    print("\n".join(made))
+    return 0
+
+
+def _add_convert(verbs) -> None:
+    parser = verbs.add_parser(
+        "convert", help="a lazy or cached dataset into mmap", epilog="example: megalith data convert --input old --output-prefix new"
+    )
+    parser.add_argument("--input", required=True, metavar="PREFIX")
+    parser.add_argument("--output-prefix", required=True, metavar="PREFIX")
+    parser.add_argument("--vocab-size", type=int, help="choose uint16 or int32 by it (default: the dtype of the input)")
+    parser.set_defaults(handler=convert)
+
+
+def convert(args: argparse.Namespace) -> int:
+    """Convert; prints the prefix."""
+    from megalith.data.indexed import best_dtype
+    from megalith.data.tntidx import convert as convert_dataset
+
+    convert_dataset(args.input, args.output_prefix, best_dtype(args.vocab_size) if args.vocab_size else None)
+    print(args.output_prefix)
+    return 0
+
+
+def _add_inspect(verbs) -> None:
+    parser = verbs.add_parser(
+        "inspect",
+        help="what datasets hold, whether they are sound, documents as text",
+        epilog="example: megalith data inspect my-gpt2_text_document --verify --show 0 --tokenizer-model tokenizer.json",
+    )
+    parser.add_argument("path", nargs="+", help="prefixes, or directories")
+    parser.add_argument("--json", action="store_true", help="print a JSON list of the metadata of all of them")
+    parser.add_argument("--verify", action="store_true", help="check every entry of the index and every token; print checksums")
+    parser.add_argument("--show", type=int, nargs="+", default=[], metavar="N", help="print these documents (-1: the last)")
+    add_tokenizer_arguments(parser, required=False)
+    parser.set_defaults(handler=inspect)
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """Inspect; everything on stdout. A damaged dataset is a DataError."""
+    import json
+
+    from megalith.common import units
+    from megalith.data.inspecting import describe, document_text, prefixes_below, verify
+    from megalith.data.tokenizers import build_tokenizer
+
+    if args.tokenizer_type is None and args.tokenizer_model:
+        args.tokenizer_type = "HuggingFaceTokenizer"
+    options = vars(tokenizer_options(args)) if args.tokenizer_type else None
+    tokenizer = build_tokenizer(**options) if options else None
+    found = []
+    for prefix in (prefix for path in args.path for prefix in prefixes_below(path)):
+        facts = describe(prefix)
+        if args.verify:
+            facts |= verify(prefix, tokenizer.vocab_size if tokenizer else args.vocab_size)
+        found.append(facts)
+        if args.json:
+            continue
+        print(f"{facts['data_prefix']}: {facts['format']}, {facts['dtype']}, {units.size(facts['size'])}{', sound' if args.verify else ''}")
+        print(f"  {facts['num_documents']} documents, {facts['num_sequences']} sequences, {facts['total_num_tokens']} tokens")
+        print(f"  sequences of {facts['shortest_sequence']} to {facts['longest_sequence']} tokens")
+        for name in ("largest_token", "sha256.bin", "sha256.idx"):
+            if name in facts:
+                print(f"  {name} {facts[name]}")
+        for number in args.show:
+            print(f"--- document {number}\n{document_text(prefix, number, tokenizer)}")
+    if args.json:
+        print(json.dumps(found, indent=1))
+    return 0
+
+
+def _add_weights(verbs) -> None:
+    parser = verbs.add_parser(
+        "weights",
+        help="write the `weight path corpus` list of a directory",
+        epilog="example: megalith data weights --input data/ --epochs epochs.yaml --output list.txt",
+    )
+    parser.add_argument(
+        "--input", required=True, metavar="DIR", help="directory of datasets; corpus-0000_text_document belongs to `corpus`"
+    )
+    parser.add_argument("--output", required=True, metavar="FILE", help="the list, for --data-file-list; its paths are relative to it")
+    parser.add_argument(
+        "--epochs", metavar="YAML", help="`corpus: epochs`, a line each, and `default: epochs` (default: proportional to size)"
+    )
+    parser.add_argument("--by-directory", action="store_true", help="a corpus is a subdirectory, not the beginning of a name")
+    parser.set_defaults(handler=weights)
+
+
+def weights(args: argparse.Namespace) -> int:
+    """Write the list; prints the table of corpora."""
+    from megalith.common import units
+    from megalith.common.errors import DataError, problem
+    from megalith.data.weights import write_weights
+
+    epochs = None
+    if args.epochs:
+        import yaml
+
+        try:
+            with open(args.epochs, encoding="utf-8") as file:
+                epochs = yaml.safe_load(file)
+        except (OSError, yaml.YAMLError) as error:
+            raise DataError(problem("--epochs", args.epochs, f"it must be a YAML file ({error})", "Correct the file")) from error
+        if not isinstance(epochs, dict):
+            raise DataError(problem("--epochs", args.epochs, "it holds lines `corpus: epochs`", "Correct the file"))
+    shares = write_weights(args.input, args.output, epochs, args.by_directory)
+    width = max(6, *(len(share.corpus) for share in shares))
+    print(f"{'corpus':{width}} {'files':>6} {'tokens':>12} {'epochs':>7} {'share':>8}")
+    for share in shares:
+        print(f"{share.corpus:{width}} {share.files:6} {units.count(share.tokens):>12} {share.epochs:7.3g} {share.share:8.2%}")
+    print(f"{args.output}: {sum(share.files for share in shares)} datasets")
+    return 0
+
+
+def _add_bpe(verbs) -> None:
+    parser = verbs.add_parser(
+        "bpe",
+        help="train a byte-level BPE vocabulary",
+        epilog="example: megalith data bpe --input corpus.jsonl --vocab-size 32000 --output tokenizer.json",
+    )
+    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, globs, directories, as preprocess reads them")
+    parser.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY")
+    parser.add_argument("--vocab-size", type=int, required=True, help="tokens, the 256 bytes and special tokens among them")
+    parser.add_argument("--output", required=True, metavar="FILE", help="a tokenizer.json, for --tokenizer-type HuggingFaceTokenizer")
+    parser.add_argument("--special-tokens", nargs="+", default=["<|endoftext|>"], metavar="TOKEN")
+    parser.set_defaults(handler=bpe)
+
+
+def bpe(args: argparse.Namespace) -> int:
+    """Train; prints the size of the vocabulary."""
+    from megalith.data.bpe import train_bpe
+    from megalith.data.readers import corpus_texts
+
+    size = train_bpe(corpus_texts(args.input, args.json_keys), args.vocab_size, args.output, special_tokens=tuple(args.special_tokens))
+    print(f"{args.output}: {size} tokens")
+    return 0

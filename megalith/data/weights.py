@@ -1,0 +1,78 @@
+"""The list `weight path corpus` of a directory of datasets, with the epochs that each corpus shall be read."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+
+from megalith.common.errors import DataError, problem
+from megalith.common.files import write_text
+from megalith.data.inspecting import describe, prefixes_below
+
+LEVEL = re.compile(r"_[^_]+_(document|sentence)$")
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusShare:
+    """A corpus in the mixture. share: of all tokens read, between 0 and 1."""
+
+    corpus: str
+    files: int
+    tokens: int
+    epochs: float
+    share: float
+
+
+def corpus_of(prefix: str) -> str:
+    """The corpus a dataset belongs to: its name up to the first `-`, without `_text_document`. wiki-0003_text_document -> wiki."""
+    return LEVEL.sub("", os.path.basename(prefix)).partition("-")[0]
+
+
+def write_weights(directory: str, output: str, epochs: Mapping[str, float] | None = None, by_directory: bool = False) -> list[CorpusShare]:
+    """Write a line `weight path corpus` for every dataset below `directory`; returns the corpora, largest share first.
+
+    Within a corpus, files weigh as their tokens; corpora weigh as their tokens times `epochs` (all 1 without it: proportional to size;
+    the key `default` stands for corpora not named). by_directory: a corpus is a subdirectory, not the beginning of a name.
+    Paths are relative to the list, so that both can move together. Weights sum to 1. Raises DataError for epochs that name no corpus.
+    """
+    tokens: dict[str, int] = {}
+    for prefix in prefixes_below(directory):
+        tokens[prefix] = describe(prefix)["total_num_tokens"]
+    groups: dict[str, list[str]] = collections.defaultdict(list)
+    for prefix in tokens:
+        groups[os.path.basename(os.path.dirname(prefix)) if by_directory else corpus_of(prefix)].append(prefix)
+    factors = _epochs(epochs, list(groups))
+    sizes = {corpus: sum(tokens[prefix] for prefix in listed) for corpus, listed in groups.items()}
+    total = sum(sizes[corpus] * factors[corpus] for corpus in groups)
+    if not total:
+        raise DataError(problem(directory, "0 tokens times epochs", "a mixture needs tokens", "Check the datasets and the epochs"))
+    base = os.path.dirname(os.path.abspath(output))
+    lines = [
+        f"{tokens[prefix] * factors[corpus] / total:.10g} {os.path.relpath(os.path.abspath(prefix), base)} {corpus}"
+        for corpus, listed in sorted(groups.items())
+        for prefix in listed
+        if tokens[prefix] * factors[corpus]
+    ]
+    write_text(output, "\n".join(lines) + "\n")
+    shares = [CorpusShare(name, len(groups[name]), sizes[name], factors[name], sizes[name] * factors[name] / total) for name in groups]
+    return sorted(shares, key=lambda share: (-share.share, share.corpus))
+
+
+def _epochs(given: Mapping[str, float] | None, corpora: list[str]) -> dict[str, float]:
+    if given is None:
+        return dict.fromkeys(corpora, 1.0)
+    faults = []
+    for name, value in given.items():
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < float("inf"):
+            faults.append(problem(f"epochs of {name!r}", value, "they are a number, 0 or more", "Correct the YAML file"))
+        if name not in corpora and name != "default":
+            faults.append(problem("epochs", name, f"the corpora here are {', '.join(sorted(corpora))}", "Correct the name"))
+    missing = [name for name in corpora if name not in given and "default" not in given]
+    if missing:
+        faults.append(problem("epochs", None, f"nothing is said of {', '.join(sorted(missing))}", "Add them, or `default: 1`"))
+    if faults:
+        raise DataError("\n".join(faults))
+    return {name: float(given.get(name, given.get("default", 1.0))) for name in corpora}
