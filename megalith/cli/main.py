@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **options)
 
-    def parse_known_args(self, args=None, namespace=None):  # type: ignore[override]
+    def parse_known_args(self, args=None, namespace=None):
         """As argparse, but what is left over is an error here, where the flags it may have meant are known."""
         reads = self.get_default("reads")
         if reads:

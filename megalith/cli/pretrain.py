@@ -63,9 +63,7 @@ def shown(config: RunConfig, world_size: int, how_much: str) -> str:
     if how_much == "none":
         return ""
     dp = data_parallel_size(config, world_size)
-    lines = [
-        f"{world_size} process{'es' * (world_size > 1)}, data-parallel size {dp}; {total_steps(config, dp)} steps of {global_batch(config, dp)} samples"
-    ]
+    lines = [f"{world_size} processes, {dp} data-parallel; {total_steps(config, dp)} steps, each of {global_batch(config, dp)} samples"]
     if config.model.vocab_size:
         parameters = parameter_count(config.model) if config.model.model_type == "gpt" else None
         lines += [f"{parameters:,} parameters"] if parameters else []

@@ -33,15 +33,13 @@ KINDS: dict[str, type] = {"int": int, "float": float, "bool": bool, "str": str, 
 def fields() -> dict[str, Field]:
     """Every field of RunConfig by its flat name, in the order of the sections."""
     found = {}
-    for part in dataclasses.fields(RunConfig):
-        section = part.default_factory  # type: ignore[misc]
-        empty = section()
-        for field in dataclasses.fields(section):
+    for part, empty in vars(RunConfig()).items():
+        for field in dataclasses.fields(empty):
             kind, _, rest = str(field.type).partition(" | ")
             base, _, item = kind.partition("[")
             found[field.name] = Field(
                 field.name,
-                part.name,
+                part,
                 KINDS[base],
                 KINDS[item.rstrip("]") or "str"],
                 rest == "None",
