@@ -13,6 +13,12 @@ class DataConfig:
     train_data_path: list[str] = knob([], "as --data-path, for training alone")
     valid_data_path: list[str] = knob([], "as --data-path, for validation alone")
     test_data_path: list[str] = knob([], "as --data-path, for testing alone")
+    data_file_list: str | None = knob(None, "file with a line `weight path corpus` for each indexed dataset, instead of --data-path")
+    blend_sample_in_corpus: bool = knob(False, "with --data-file-list: blend the files of a corpus instead of reading one after the other")
+    shuffle_sample_in_corpus: bool = knob(False, "with --data-file-list: shuffle the samples of each corpus")
+    data_weights_schedule: str | None = knob(
+        None, "file with a line `sample weight weight ...` for each change of the blend during the run, in the order of --data-path"
+    )
     split: str = knob("969, 30, 1", "shares of training, validation and test documents")
     split_rounding: str = knob(
         "core", "how shares become document counts: as Megatron core, or as Megatron of 2022", choices=("core", "legacy")

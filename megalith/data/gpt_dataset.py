@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from megalith.common.errors import ConfigError
+from megalith.common.errors import ConfigError, DataError
+from megalith.config.run import RunConfig
 from megalith.data import gpt_index
 from megalith.data.index_cache import cached, key_of
 
@@ -33,6 +34,7 @@ class GPTDataset:
         seq_length: int,
         seed: int = 1234,
         eod: int | None = None,
+        vocab_size: int | None = None,
         reset_position_ids: bool = False,
         reset_attention_mask: bool = False,
         eod_mask_loss: bool = False,
@@ -40,7 +42,8 @@ class GPTDataset:
     ):
         """Samples of sequences documents[0] to documents[1] - 1 of `indexed` (default: all); num_samples: None for one epoch.
 
-        The dataset repeats its documents until it has num_samples and may hold some more. Raises DataError where there are no tokens.
+        The dataset repeats its documents until it has num_samples and may hold some more. Raises DataError where there are no tokens, and
+        when a sample is read that holds an id of vocab_size or more.
         """
         begin, end = documents or (0, len(indexed))
         self.indexed, self.seq_length, self.eod = indexed, seq_length, eod
@@ -52,7 +55,7 @@ class GPTDataset:
                 "has none; choose a tokenizer that has one, or leave the flags out"
             )
         self.plan = gpt_index.plan(begin, end, indexed.tokens_between(begin, end), num_samples, seq_length, seed)
-        self.epochs = (num_samples if num_samples is not None else self.plan.samples) * seq_length / self.plan.tokens
+        self.vocab_size = vocab_size
         self.cache_folders = cache_folders
         self._lock = threading.Lock()
         self._indices: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
@@ -96,15 +99,20 @@ class GPTDataset:
         text = np.empty(self.seq_length + 1, np.int64)
         if first == last:
             text[:] = get(documents.item(first), begin, end - begin + 1)
-            return text
-        part = get(documents.item(first), begin)
-        filled = part.size
-        text[:filled] = part
-        for between in range(first + 1, last):
-            part = get(documents.item(between))
-            text[filled : filled + part.size] = part
-            filled += part.size
-        text[filled:] = get(documents.item(last), 0, end + 1)
+        else:
+            part = get(documents.item(first), begin)
+            filled = part.size
+            text[:filled] = part
+            for between in range(first + 1, last):
+                part = get(documents.item(between))
+                text[filled : filled + part.size] = part
+                filled += part.size
+            text[filled:] = get(documents.item(last), 0, end + 1)
+        if self.vocab_size is not None and text.max() >= self.vocab_size:  # a microsecond, against an index error on the accelerator
+            raise DataError(
+                f"{self.indexed.prefix}, sequences {documents[first : last + 1].tolist()}: token {text.max()} is outside the vocabulary of "
+                f"{self.vocab_size}; the data was made with another tokenizer, or is damaged"
+            )
         return text
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
@@ -128,3 +136,30 @@ class GPTDataset:
             if self.reset_position_ids:
                 starts = np.concatenate(([0], np.flatnonzero(ends) + 1))
                 sample["positions"] = self._range - starts[documents]
+
+
+def from_config(
+    indexed: Any,
+    documents: tuple[int, int] | None,
+    num_samples: int | None,
+    *,
+    config: RunConfig,
+    tokenizer: Any,
+    seed: int,
+    cache_folders: Sequence[str | os.PathLike] = (),
+) -> GPTDataset:
+    """The dataset "gpt" of the registry: options out of `config.data`, end-of-document token and vocabulary out of the tokenizer."""
+    data = config.data
+    return GPTDataset(
+        indexed,
+        documents,
+        num_samples,
+        seq_length=data.seq_length or 0,
+        seed=seed,
+        eod=getattr(tokenizer, "eod", None),
+        vocab_size=getattr(tokenizer, "vocab_size", None),
+        reset_position_ids=data.reset_position_ids,
+        reset_attention_mask=data.reset_attention_mask,
+        eod_mask_loss=data.eod_mask_loss,
+        cache_folders=cache_folders,
+    )

@@ -1,0 +1,212 @@
+"""Config in, training, validation and test datasets out."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from megalith.common.errors import ConfigError, DataError, problem
+from megalith.common.registry import Registry
+from megalith.config.batch_math import global_batch
+from megalith.config.run import RunConfig
+from megalith.data.blend import normalised, request
+from megalith.data.blended import Blended, Corpus, Endless, prepare
+from megalith.data.index_cache import default_folders
+from megalith.data.source_checks import check_source
+from megalith.data.sources import Source, read_list, sources_of
+from megalith.data.splits import NAMES, split_bounds
+from megalith.data.tntidx import open_indexed
+
+# A dataset is made by a function or class called with (indexed, documents, num_samples) and the keywords of `_Maker.make`. Its attribute
+# `splits_documents` says that `documents` counts documents (BERT, T5) and not sequences (GPT). Without a corpus the first two are None.
+DATASETS = Registry(
+    "dataset",
+    {
+        "gpt": "megalith.data.gpt_dataset:from_config",
+        "bert": "megalith.data.bert_dataset:from_config",
+        "t5": "megalith.data.t5_dataset:from_config",
+        "ict": "megalith.data.ict_dataset:from_config",
+    },
+)
+THREADS = 16
+
+
+def build_datasets(
+    config: RunConfig, tokenizer: Any, *, rank: int = 0, size: int = 1, run_folder: str | os.PathLike | None = None
+) -> dict[str, Any]:
+    """{"train": dataset or None, "valid": ..., "test": ...} of samples as `config.data.dataset` makes them.
+
+    tokenizer: as megalith.data.tokenizers makes them (vocab_size, eod, ...). rank, size: data-parallel rank, which decides what this
+    process builds first, and number of ranks. run_folder: another place for index files, where the data's own folder is read-only.
+    Raises ConfigError or DataError naming the flag or file; corpora are opened, checked and indexed before this returns.
+    """
+    maker, data = _Maker(config, tokenizer, run_folder), config.data
+    sizes = dict(zip(NAMES, sample_counts(config, size)))
+    own = {name: list(getattr(data, f"{name}_data_path")) for name in NAMES}
+    if not any(own.values()):
+        sources = read_list(data.data_file_list) if data.data_file_list else sources_of(data.data_path)
+        opened = maker.open(sources)
+        built = {name: maker.split(sources, opened, sizes[name], number) for number, name in enumerate(NAMES)}
+    else:
+        built = {}
+        for name in NAMES:
+            sources = sources_of(own[name], f"--{name}-data-path")
+            built[name] = maker.split(sources, maker.open(sources), sizes[name], None) if sources else None
+    maker.prepare_all(rank)
+    return built
+
+
+def sample_counts(config: RunConfig, size: int = 1) -> tuple[int, int, int]:
+    """Samples of training, validation and test that the run asks for (Megatron's numbers; `size` data-parallel ranks)."""
+    batch, schedule, validation = global_batch(config, size), config.schedule, config.validation
+    train = schedule.train_samples if schedule.train_samples is not None else (schedule.train_iters or 0) * batch
+    rounds = train // batch // validation.eval_interval + 1
+    return train, rounds * validation.eval_iters * batch, validation.eval_iters * batch
+
+
+def report(dataset: Any) -> list[dict[str, Any]]:
+    """A row per source of a built dataset: prefix, corpus, weight (None where there was none), samples taken, and epochs that they make."""
+    return [row.described() for row in getattr(dataset, "rows", ())]
+
+
+@dataclasses.dataclass
+class Row:
+    """One source as one split uses it."""
+
+    source: Source
+    tokens: int  # of the split's documents
+    seq_length: int
+    samples: int = 0
+
+    def described(self) -> dict[str, Any]:
+        """The row as plain values."""
+        values = {"prefix": self.source.prefix, "corpus": self.source.corpus, "weight": self.source.weight, "samples": self.samples}
+        return {**values, "tokens": self.tokens, "epochs": self.samples * self.seq_length / max(1, self.tokens)}
+
+
+class _Maker:
+    """What the datasets of one run share."""
+
+    def __init__(self, config: RunConfig, tokenizer: Any, run_folder: str | os.PathLike | None):
+        self.config, self.tokenizer, self.run_folder = config, tokenizer, run_folder
+        self.kind = DATASETS.find(config.data.dataset)
+        self.by_document = getattr(self.kind, "splits_documents", False)
+        if config.data.seq_length is None:
+            raise ConfigError(problem("--seq-length", None, "samples have a length", "Add --seq-length N"))
+        self.seq_length = config.data.seq_length
+        self.made: list[Any] = []
+
+    def open(self, sources: Sequence[Source]) -> list[Any]:
+        """Open and check every source, in parallel."""
+        spots = max(2, 1024 // max(1, len(sources)))
+        look = lambda source: check_source(open_indexed(source.prefix), self.tokenizer, self.config.data, not self.by_document, spots)  # noqa: E731
+        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+            return list(pool.map(look, sources))
+
+    def make(self, indexed: Any, documents: tuple[int, int] | None, num_samples: int | None, turn: int = 0) -> Any:
+        """One dataset; `turn` above 0 shuffles anew."""
+        folders = default_folders(indexed.prefix, self.config.data.data_cache_path, self.run_folder) if indexed is not None else []
+        seed = self.config.batch.seed + turn
+        dataset = self.kind(indexed, documents, num_samples, config=self.config, tokenizer=self.tokenizer, seed=seed, cache_folders=folders)
+        if turn == 0:
+            self.made.append(dataset)
+        return dataset
+
+    def prepare_all(self, rank: int) -> None:
+        """Build every index, each rank starting elsewhere, so that ranks that share a cache share the work."""
+        turned = self.made[rank % max(1, len(self.made)) :] + self.made[: rank % max(1, len(self.made))]
+        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(prepare, turned))
+
+    def split(self, sources: Sequence[Source], opened: Sequence[Any], size: int, number: int | None) -> Any:
+        """The dataset of one split: its `number` among NAMES, or None for whole files. None where it has no samples or documents."""
+        if size == 0:
+            return None
+        if not sources:
+            return self.make(None, None, size)
+        parts = []
+        for source, indexed in zip(sources, opened):
+            count = indexed.num_documents if self.by_document else len(indexed)
+            bounds = (0, count) if number is None else split_bounds(self.config.data.split, count, self.config.data.split_rounding)[number]
+            edges = [int(indexed.document_indices[bound]) for bound in bounds] if self.by_document else bounds
+            tokens = indexed.tokens_between(*edges)
+            if tokens:
+                parts.append((source, indexed, bounds, tokens))
+        if not parts:
+            return None
+        rows = [Row(source, tokens, self.seq_length) for source, _, _, tokens in parts]
+        dataset = (
+            self._single(parts, size) if len(parts) == 1 and sources[0].weight is None else self._blend(parts, rows, size, len(sources))
+        )
+        if len(rows) == 1:
+            rows[0].samples = size
+        dataset.rows = rows
+        return dataset
+
+    def _single(self, parts: list, size: int) -> Any:
+        _, indexed, bounds, _ = parts[0]
+        return self.make(indexed, bounds, size)
+
+    def _blend(self, parts: list, rows: list[Row], size: int, num_sources: int) -> Any:
+        weights, requests = self._requests(parts, size)
+        datasets = [self._endless(indexed, bounds, asked) for (_, indexed, bounds, _), asked in zip(parts, requests)]
+        names = list(dict.fromkeys(row.source.corpus for row in rows))
+        schedule = self._schedule(len(names) if names != [""] else num_sources)
+        if names == [""]:
+            blended = Blended(datasets, [(0, weights), *schedule], size)
+            for row, taken in zip(rows, blended.taken):
+                row.samples = int(taken)
+            return blended
+        members = [[place for place, row in enumerate(rows) if row.source.corpus == name] for name in names]
+        shuffle = self.config.batch.seed if self.config.data.shuffle_sample_in_corpus else None
+        corpora = [
+            Corpus(
+                [datasets[place] for place in group],
+                [requests[place] for place in group],  # type: ignore[misc]
+                blend=self.config.data.blend_sample_in_corpus,
+                shuffle_seed=shuffle,
+            )
+            for group in members
+        ]
+        blended = Blended(corpora, [(0, [len(corpus) for corpus in corpora]), *schedule], size)
+        for group, corpus, taken in zip(members, corpora, blended.taken):
+            for place in group:
+                rows[place].samples = round(int(taken) * requests[place] / len(corpus))  # type: ignore[operator]
+        return blended
+
+    def _endless(self, indexed: Any, bounds: tuple[int, int], asked: int | None) -> Endless:
+        return Endless(lambda turn: self.make(indexed, bounds, asked, turn))
+
+    def _requests(self, parts: list, size: int) -> tuple[list[float], list[int | None]]:
+        """Weights, and samples to ask of each part. Without weights each part gives in proportion to the samples of one epoch."""
+        weights = [source.weight for source, _, _, _ in parts]
+        if weights[0] is None:
+            weights = [(tokens - 1) // self.seq_length for _, _, _, tokens in parts]
+            if not self.by_document and 0 not in weights and size <= sum(weights):
+                return weights, [None] * len(parts)  # Megatron builds one epoch of each
+            weights = [tokens for _, _, _, tokens in parts]
+        rounding = self.config.data.split_rounding
+        return weights, [max(1, request(size, share, rounding)) for share in normalised(weights).tolist()]
+
+    def _schedule(self, count: int) -> list[tuple[int, list[float]]]:
+        """The changes of --data-weights-schedule: (first sample, weights), in rising order, each with `count` weights."""
+        path = self.config.data.data_weights_schedule
+        if path is None:
+            return []
+        changes: list[tuple[int, list[float]]] = []
+        for number, line in enumerate(pathlib.Path(path).read_text(encoding="utf-8").splitlines(), 1):
+            if not line.strip() or line.startswith("#"):
+                continue
+            try:
+                start, weights = int(line.split()[0]), [float(word) for word in line.split()[1:]]
+            except ValueError:
+                start, weights = -1, []
+            if start <= (changes[-1][0] if changes else 0) or len(weights) != count or min(weights) < 0 or not sum(weights):
+                rule = f"a line is a sample number above the last one and {count} weights, none negative"
+                raise DataError(problem(f"--data-weights-schedule {path}, line {number}", line, rule, "Correct the line"))
+            changes.append((start, weights))
+        return changes

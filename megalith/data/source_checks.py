@@ -1,0 +1,50 @@
+"""What can be seen wrong with a corpus before the first step: ids beyond the vocabulary, sentences for documents, no end-of-document."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+
+from megalith.common.errors import DataError
+from megalith.config.data import DataConfig
+
+SPOT = 4096  # tokens looked at in each place
+
+
+def check_source(indexed: Any, tokenizer: Any, data: DataConfig, whole_documents: bool, spots: int = 64) -> Any:
+    """Return `indexed` after looking at `spots` places of it; DataError where it cannot be read with this tokenizer.
+
+    whole_documents: the dataset takes each sequence for a document, as GPT does.
+    """
+    if indexed.dtype.kind not in "iu":
+        raise DataError(f"{indexed.prefix} holds {indexed.dtype}, which are no token ids")
+    if whole_documents and len(indexed) > 1.05 * indexed.num_documents:
+        warnings.warn(
+            f"{indexed.prefix} has {len(indexed)} sequences in {indexed.num_documents} documents: it looks split into sentences, and a GPT "
+            f"dataset would shuffle them; preprocess without --split-sentences",
+            stacklevel=2,
+        )
+    if tokenizer is None or not len(indexed):
+        return indexed
+    eod, seen = getattr(tokenizer, "eod", None), False
+    for number in np.unique(np.linspace(0, len(indexed) - 1, spots).astype(np.int64)).tolist():
+        sequence = indexed.get(number)[-SPOT:]
+        if not sequence.size:
+            continue
+        seen = seen or int(sequence[-1]) == eod
+        if sequence.max() >= tokenizer.vocab_size or sequence.min() < 0:
+            wrong = sequence.min() if sequence.min() < 0 else sequence.max()
+            name = getattr(getattr(tokenizer, "options", None), "tokenizer_type", type(tokenizer).__name__)
+            raise DataError(
+                f"{indexed.prefix}, sequence {number} holds token {wrong}, but {name} has ids 0 to {tokenizer.vocab_size - 1}; the data "
+                f"was made with another tokenizer. Name that one, or preprocess anew"
+            )
+    if not seen and eod is not None and (data.reset_position_ids or data.reset_attention_mask or data.eod_mask_loss):
+        warnings.warn(
+            f"{indexed.prefix} does not end its documents with token {eod}, so --reset-position-ids, --reset-attention-mask and "
+            f"--eod-mask-loss do nothing on it; preprocess with --append-eod",
+            stacklevel=2,
+        )
+    return indexed
