@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
-from typing import NamedTuple
 
 
 class AttentionMask(NamedTuple):

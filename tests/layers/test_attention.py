@@ -121,7 +121,9 @@ def test_dropout_of_probabilities_is_a_hash(form: str) -> None:
     without = core(q, k, v, mask)
     torch.testing.assert_close(without, reference(q, k, v, mask), rtol=1e-10, atol=1e-10)
     core.train()
-    draws = [core(q, k, v, mask._replace(rows=row_keys(1, torch.tensor(t), torch.tensor([10, 11]), torch.arange(LENGTH)))) for t in range(200)]
+    draws = [
+        core(q, k, v, mask._replace(rows=row_keys(1, torch.tensor(t), torch.tensor([10, 11]), torch.arange(LENGTH)))) for t in range(200)
+    ]
     spread = torch.stack(draws).std(0).mean() / math.sqrt(len(draws))
     assert (torch.stack(draws).mean(0) - without).abs().mean() < 1.2 * spread
 

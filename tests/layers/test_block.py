@@ -13,7 +13,16 @@ from megalith.layers.mlp import MLP
 def block(norm: str = "layernorm", dropout: float = 0.0, normed_residual: bool = False) -> Block:
     torch.manual_seed(0)
     attention = SelfAttention(8, 2, 2, 4, bias=True, qkv_bias=True, core=CoreAttention(0.0, "s"))
-    made = Block(8, norm, 1e-5, attention, MLP(8, 16, "gelu", gated=False, bias=True), dropout=dropout, site="layers.0", normed_residual=normed_residual)
+    made = Block(
+        8,
+        norm,
+        1e-5,
+        attention,
+        MLP(8, 16, "gelu", gated=False, bias=True),
+        dropout=dropout,
+        site="layers.0",
+        normed_residual=normed_residual,
+    )
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter)
     return made.double()

@@ -44,9 +44,14 @@ def test_any_piece_equals_the_whole() -> None:
 
 def test_everything_in_the_key_matters() -> None:
     masks = [
-        kept(keys(), p=0.5), kept(keys(seed=6), p=0.5), kept(keys(step=18), p=0.5), kept(keys(samples=SAMPLES + 1), p=0.5),
-        kept(keys(), p=0.5, site="layers.1.mlp"), kept(keys(), p=0.5, site="layers.0.attention"), kept(keys(coordinates=torch.arange(LENGTH) + 1), p=0.5),
-    ]  # fmt: skip
+        kept(keys(), p=0.5),
+        kept(keys(seed=6), p=0.5),
+        kept(keys(step=18), p=0.5),
+        kept(keys(samples=SAMPLES + 1), p=0.5),
+        kept(keys(), p=0.5, site="layers.1.mlp"),
+        kept(keys(), p=0.5, site="layers.0.attention"),
+        kept(keys(coordinates=torch.arange(LENGTH) + 1), p=0.5),
+    ]
     for i, one in enumerate(masks):
         for other in masks[:i]:
             assert abs((one == other).float().mean().item() - 0.5) < 0.01  # independent masks agree half the time

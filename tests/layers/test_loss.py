@@ -103,5 +103,7 @@ def test_large_logits_do_not_overflow() -> None:
 
 
 def test_logits_of_a_chunk_are_float32() -> None:
-    logits = chunk_logits(torch.ones(3, 4, dtype=torch.bfloat16), torch.ones(5, 4, dtype=torch.bfloat16), torch.ones(5, dtype=torch.bfloat16))
+    logits = chunk_logits(
+        torch.ones(3, 4, dtype=torch.bfloat16), torch.ones(5, 4, dtype=torch.bfloat16), torch.ones(5, dtype=torch.bfloat16)
+    )
     assert logits.dtype == torch.float32 and (logits == 5.0).all()

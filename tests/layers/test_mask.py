@@ -14,7 +14,9 @@ CPU = torch.device("cpu")
 
 @given(st.booleans(), st.booleans(), st.booleans(), st.booleans(), st.none() | st.integers(1, 12), st.integers(0, 9), st.integers(1, 9))
 @settings(max_examples=60, deadline=None)
-def test_blocks_are_parts_of_the_whole(causal: bool, alibi: bool, documents: bool, padding: bool, window: int | None, start: int, size: int) -> None:
+def test_blocks_are_parts_of_the_whole(
+    causal: bool, alibi: bool, documents: bool, padding: bool, window: int | None, start: int, size: int
+) -> None:
     mask = AttentionMask(
         causal=causal,
         slopes=alibi_slopes(3) if alibi else None,

@@ -11,9 +11,15 @@ from megalith.models.gpt import GPT
 from megalith.runtime.initialize import initialize
 
 BASE: dict[str, Any] = {
-    "num_layers": 3, "hidden_size": 24, "num_attention_heads": 4, "vocab_size": 29, "max_position_embeddings": 16,
-    "hidden_dropout": 0.0, "attention_dropout": 0.0, "init_method_std": 0.3,
-}  # fmt: skip
+    "num_layers": 3,
+    "hidden_size": 24,
+    "num_attention_heads": 4,
+    "vocab_size": 29,
+    "max_position_embeddings": 16,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "init_method_std": 0.3,
+}
 FORMS: dict[str, dict[str, Any]] = {
     "gpt2": {"openai_gelu": True},
     "rope": {"position_embedding_type": "rope"},
@@ -22,17 +28,34 @@ FORMS: dict[str, dict[str, Any]] = {
     "no positions": {"position_embedding_type": "none"},
     "multiquery": {"attention_head_type": "multiquery"},
     "llama": {
-        "use_rotary_position_embeddings": True, "normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False,
-        "untie_embeddings_and_output_weights": True, "num_query_groups": 2, "ffn_hidden_size": 40,
+        "use_rotary_position_embeddings": True,
+        "normalization": "RMSNorm",
+        "swiglu": True,
+        "add_bias_linear": False,
+        "untie_embeddings_and_output_weights": True,
+        "num_query_groups": 2,
+        "ffn_hidden_size": 40,
     },
-    "qwen2": {"position_embedding_type": "rope", "normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False, "add_qkv_bias": True},
-    "qwen3": {"position_embedding_type": "rope", "normalization": "RMSNorm", "add_bias_linear": False, "qk_layernorm": True, "kv_channels": 10},
+    "qwen2": {
+        "position_embedding_type": "rope",
+        "normalization": "RMSNorm",
+        "swiglu": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": True,
+    },
+    "qwen3": {
+        "position_embedding_type": "rope",
+        "normalization": "RMSNorm",
+        "add_bias_linear": False,
+        "qk_layernorm": True,
+        "kv_channels": 10,
+    },
     "geglu": {"glu_activation": "geglu"},
     "squared relu": {"squared_relu": True},
     "post norm residual": {"apply_residual_connection_post_layernorm": True},
     "wide heads": {"kv_channels": 8, "ffn_hidden_size": 17},
     "explicit": {"attention_backend": "unfused"},
-}  # fmt: skip
+}
 
 
 def model(form: str = "gpt2", **more: Any) -> GPT:
@@ -73,9 +96,18 @@ def test_gpt2_small_has_its_published_size() -> None:
 
 def test_llama_7b_has_its_published_size() -> None:
     config = ModelConfig(
-        num_layers=32, hidden_size=4096, num_attention_heads=32, vocab_size=32000, max_position_embeddings=4096, swiglu=True, ffn_hidden_size=11008,
-        normalization="RMSNorm", add_bias_linear=False, untie_embeddings_and_output_weights=True, position_embedding_type="rope",
-    )  # fmt: skip
+        num_layers=32,
+        hidden_size=4096,
+        num_attention_heads=32,
+        vocab_size=32000,
+        max_position_embeddings=4096,
+        swiglu=True,
+        ffn_hidden_size=11008,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        untie_embeddings_and_output_weights=True,
+        position_embedding_type="rope",
+    )
     with torch.device("meta"):
         made = GPT(config)
     assert sum(p.numel() for p in made.parameters()) == 6_738_415_616
