@@ -1,0 +1,70 @@
+"""The training loop. It knows nothing of logging, validating or saving: callbacks do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from megalith.data.loader import Loader
+from megalith.optim.clip import global_norm
+from megalith.training.callbacks import Callback, RunInfo, StepRecord
+from megalith.training.state import FAILED, Progress
+from megalith.training.step import StepResult, Trainer, train_step
+
+
+def train_loop(
+    trainer: Trainer, loader: Loader, progress: Progress, batch_size: Callable[[int], int], run: RunInfo,
+    callbacks: Sequence[Callback], asked_to_stop: Callable[[], bool],
+) -> None:  # fmt: skip
+    """Step until run.train_iters, or until `progress.stop` says why the run ends early.
+
+    batch_size: global batch size after so many consumed samples. asked_to_stop: whether this process got a signal.
+    """
+    for callback in callbacks:
+        callback.on_start(run)
+    try:
+        while progress.iteration < run.train_iters and progress.stop is None:
+            record = step_and_record(trainer, loader, progress, batch_size, asked_to_stop())
+            for callback in callbacks:
+                callback.on_step(run, record)
+    except BaseException:
+        progress.stop = FAILED
+        raise
+    finally:
+        for callback in reversed(callbacks):
+            callback.on_end(run)
+
+
+def step_and_record(trainer: Trainer, loader: Loader, progress: Progress, batch_size: Callable[[int], int], stop: bool) -> StepRecord:
+    """One step, counted in `progress` and told in numbers."""
+    started = time.perf_counter()
+    samples = batch_size(progress.consumed_train_samples)
+    result = train_step(trainer, loader.step(progress.consumed_train_samples, samples), progress, stop)
+    advance(progress, result, samples, fp16=trainer.runtime.config.precision.fp16)
+    return StepRecord(
+        step=progress.iteration, consumed_samples=progress.consumed_train_samples, loss=result.losses, grad_norm=result.grad_norm,
+        learning_rate=result.learning_rate, weight_decay=result.weight_decay, loss_scale=result.loss_scale, global_batch_size=samples,
+        tokens=result.tokens, seconds=time.perf_counter() - started, skipped=not result.updated,
+        nan=any(value != value for value in result.losses.values()), params_norm=parameters_norm(trainer), zeros=result.zeros,
+    )  # fmt: skip
+
+
+def advance(progress: Progress, result: StepResult, samples: int, fp16: bool) -> None:
+    """Count a step. Samples that changed no weights are consumed, but the schedule does not move."""
+    progress.iteration += 1
+    progress.consumed_train_samples += samples
+    if result.updated:
+        progress.scheduled_samples += samples
+    elif fp16:
+        progress.skipped_iterations += 1
+    else:
+        progress.nan_iterations += 1
+    if result.stop:
+        progress.stop = "asked by a signal"
+
+
+def parameters_norm(trainer: Trainer) -> float | None:
+    """L2 norm of all parameters, where the config asks for it."""
+    if not trainer.runtime.config.logging.log_params_norm:
+        return None
+    return float(global_norm([(name, parameter.detach()) for name, parameter in trainer.runtime.model.named_parameters()]))

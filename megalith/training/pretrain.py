@@ -1,0 +1,151 @@
+"""`megalith pretrain` and `megalith.train`: a config in, a trained model in the run folder out."""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+import tempfile
+
+import torch
+import torch.distributed as dist
+
+from megalith.common.errors import ConfigError, MegalithError
+from megalith.common.files import write_text
+from megalith.config.batch_math import batch_size_at, global_batch, total_steps
+from megalith.config.checks import check
+from megalith.config.flops import flops_per_token
+from megalith.config.loading import to_yaml
+from megalith.config.run import RunConfig
+from megalith.data.build import build_datasets
+from megalith.data.loader import Loader
+from megalith.data.tokenizers import Tokenizer, tokenizer_from_config
+from megalith.optim.build import build_optimizer
+from megalith.optim.loss_scale import build_loss_scale
+from megalith.optim.schedule import Schedule
+from megalith.runtime.build import Mesh, place, start
+from megalith.training import saving
+from megalith.training.callbacks import RunInfo
+from megalith.training.duties import ExitInterval, SaveCheckpoints, StopSignal, Validate
+from megalith.training.loop import train_loop
+from megalith.training.peaks import peak_flops
+from megalith.training.reporters import reporters
+from megalith.training.state import Progress
+from megalith.training.step import Trainer
+from megalith.training.tasks import TASKS
+from megalith.training.validation import evaluate
+
+
+def train(config: RunConfig) -> Progress:
+    """Train (or resume) what `config` describes; returns where the run stands at its end.
+
+    Under a launcher every process calls it with the same config. Raises ConfigError, DataError or CheckpointError before
+    the first step where something cannot work.
+    """
+    check(config, int(os.environ.get("WORLD_SIZE", "1")))
+    tokenizer = tokenizer_from_config(config.data)
+    config = with_vocabulary(config, tokenizer)
+    ours = not dist.is_initialized()
+    mesh = start(config.parallel)
+    try:
+        on_main(mesh, functools.partial(saving.check_folder, config))
+        return run(config, mesh, tokenizer)
+    finally:
+        if ours:
+            dist.destroy_process_group()
+
+
+def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
+    """The run itself, on a mesh."""
+    torch.use_deterministic_algorithms(config.precision.deterministic_mode)
+    datasets = build_datasets(config, tokenizer, rank=mesh.data_rank, size=mesh.data_size, run_folder=config.logging.folder)
+    batch = global_batch(config, mesh.data_size)
+    runtime = place(config, mesh)
+    optimizer = build_optimizer(config.optimizer, runtime.model.named_parameters())
+    schedule = Schedule(config.optimizer, config.schedule, batch)
+    trainer = Trainer(runtime, TASKS.find(config.data.loss)(), optimizer, schedule, build_loss_scale(config.precision))
+    progress = saving.resume(trainer)
+    if mesh.is_main:
+        write_text(pathlib.Path(config.logging.folder) / "config.yaml", to_yaml(config))
+        announce(config, mesh, trainer, progress)
+    loaders = {
+        split: Loader(
+            dataset, micro_batch_size=config.batch.micro_batch_size, rank=mesh.data_rank, size=mesh.data_size, seed=config.batch.seed,
+            order=config.data.dataloader_type if split == "train" else "single", num_workers=config.data.num_workers,
+        )
+        for split, dataset in datasets.items() if dataset is not None
+    }  # fmt: skip
+    info = RunInfo(
+        config=config, folder=pathlib.Path(config.logging.folder), start_step=progress.iteration, rank=mesh.rank, world_size=mesh.world_size,
+        train_iters=0 if config.validation.skip_train else total_steps(config, mesh.data_size),
+        flops_per_token_full=flops_per_token(config.model, config.data.seq_length, causal_half=False),
+        flops_per_token_half=flops_per_token(config.model, config.data.seq_length, causal_half=True),
+        peak_flops=peak_flops(device_name(mesh.device), config.precision.compute_dtype, config.logging.peak_tflops),
+    )  # fmt: skip
+
+    def measure(split: str) -> dict[str, float]:
+        iterations = config.validation.eval_iters
+        if split == "test":
+            return evaluate(trainer, loaders["test"], 0, iterations, batch)
+        losses = evaluate(trainer, loaders["valid"], progress.consumed_valid_samples, iterations, batch)
+        progress.consumed_valid_samples += iterations * batch
+        return losses
+
+    tell = reporters(config)
+    names = {"validation": "valid", "test": "test"} if config.validation.eval_iters else {}
+    splits = [split for split, name in names.items() if name in loaders]
+    signals = StopSignal(config.resilience.exit_signal_handler, config.resilience.exit_duration_in_mins)
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save(scratch)
+        files = {f"tokenizer/{path.name}": str(path) for path in pathlib.Path(scratch).iterdir()}
+        save = functools.partial(saving.save, trainer, progress, to_yaml(config), files)
+        callbacks = [*tell, Validate(measure, progress, tell, splits), SaveCheckpoints(save, progress), ExitInterval(progress)]
+        try:
+            batches = functools.partial(batch_size_at, config, mesh.data_size)
+            train_loop(trainer, loaders["train"], progress, batches, info, callbacks, signals)
+        finally:
+            signals.restore()
+    if mesh.is_main and progress.stop is not None:
+        print(f"stopped after step {progress.iteration} ({progress.stop}); the same command goes on from there", flush=True)
+    return progress
+
+
+def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
+    """The config with the vocabulary's true size, which is the tokenizer's unless a larger one is asked for."""
+    size = config.model.vocab_size or tokenizer.vocab_size
+    if size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"--vocab-size {size} is smaller than the tokenizer's vocabulary: found {tokenizer.vocab_size} tokens; every token needs a row of "
+            f"the embedding. Drop --vocab-size, or name the tokenizer that made the data."
+        )
+    return config.replace(vocab_size=size)
+
+
+def on_main(mesh: Mesh, job) -> None:
+    """Run `job` on the first process; an error of it is raised on all, so that none waits for the others."""
+    outcome: list = [None]
+    if mesh.is_main:
+        try:
+            job()
+        except MegalithError as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome, src=0, device=mesh.device if mesh.device.type != "cpu" else None)
+    if outcome[0] is not None:
+        raise outcome[0]
+
+
+def announce(config: RunConfig, mesh: Mesh, trainer: Trainer, progress: Progress) -> None:
+    """Say what is about to run, in a few lines."""
+    parameters = sum(parameter.numel() for parameter in trainer.runtime.model.parameters())
+    print(
+        f"{config.model.model_type} with {parameters:,} parameters on {mesh.world_size} x {device_name(mesh.device)}, "
+        f"{config.precision.compute_dtype}; run folder {config.logging.folder}",
+        flush=True,
+    )
+    if progress.iteration:
+        print(f"resuming after step {progress.iteration} ({progress.consumed_train_samples} samples)", flush=True)
+
+
+def device_name(device: torch.device) -> str:
+    """The device's name as its maker gives it; "cpu" for the CPU."""
+    return "cpu" if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)

@@ -1,0 +1,90 @@
+"""A run's checkpoints: what goes in, what comes out, and what a run folder that is not empty means."""
+
+from __future__ import annotations
+
+import pathlib
+import time
+
+from megalith import checkpoint
+from megalith.common.errors import CheckpointError, ConfigError
+from megalith.config.run import RunConfig
+from megalith.runtime import state
+from megalith.training.state import Progress
+from megalith.training.step import Trainer
+
+
+def folder_of(config: RunConfig) -> pathlib.Path:
+    """Where the run's checkpoints lie."""
+    return pathlib.Path(config.checkpoint.save or f"{config.logging.folder}/checkpoints")
+
+
+def save(trainer: Trainer, progress: Progress, config_yaml: str, files: dict[str, str]) -> None:
+    """Write a checkpoint of the present step. Every process takes part. files: {name inside: path} carried along."""
+    config = trainer.runtime.config
+    tensors = state.weights(trainer.runtime.model)
+    if not config.checkpoint.no_save_optim:
+        tensors |= state.optimizer_state(trainer.runtime.model, trainer.optimizer)
+    train_state = progress.numbers() | {
+        "schedule": trainer.schedule.state(),
+        "loss_scale": trainer.loss_scale.state_dict(),
+        "world_size": trainer.runtime.mesh.world_size,
+    }
+    checkpoint.save(
+        folder_of(config), progress.iteration, tensors, train_state=train_state, config_yaml=config_yaml, files=files,
+        keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every,
+    )  # fmt: skip
+
+
+def resume(trainer: Trainer) -> Progress:
+    """Load what the config says a run starts from: its own newest checkpoint, --load's, or nothing."""
+    config = trainer.runtime.config.checkpoint
+    own = folder_of(trainer.runtime.config)
+    resuming = bool(checkpoint.iterations(own))
+    source = own if resuming and (config.load is None or config.finetune) else config.load
+    if source is None:
+        return Progress()
+    weights_only = config.finetune and not resuming
+    with_optimizer = not (weights_only or config.no_load_optim)
+    tensors = state.weights(trainer.runtime.model)
+    if with_optimizer:
+        state.touch(trainer.optimizer)
+        tensors |= state.optimizer_state(trainer.runtime.model, trainer.optimizer)
+    stored = checkpoint.load(source, tensors, iteration=config.ckpt_step)
+    if weights_only:
+        return Progress()
+    if with_optimizer:
+        trainer.loss_scale.load_state_dict(stored["loss_scale"])
+        trainer.schedule = trainer.schedule.resumed(stored["schedule"])
+    return Progress.resumed(stored)
+
+
+def check_folder(config: RunConfig) -> None:
+    """Refuse to start over a run that is there, or with --fresh move it aside. One process alone calls this.
+
+    Raises ConfigError or CheckpointError that names the choices.
+    """
+    run, own = pathlib.Path(config.logging.folder), folder_of(config)
+    there = bool(checkpoint.iterations(own))
+    load = config.checkpoint.load
+    if config.checkpoint.fresh:
+        if load is not None and any(pathlib.Path(load).resolve().is_relative_to(path.resolve()) for path in (run, own)):
+            raise ConfigError(f"--fresh would move --load {load} aside, as it lies in this run's folders; name another --run-dir.")
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        for path in (run, own):
+            if path.exists():
+                path.rename(path.with_name(f"{path.name}.before-{stamp}"))
+        return
+    if load is not None and there and not config.checkpoint.finetune and pathlib.Path(load).resolve() != own.resolve():
+        raise ConfigError(
+            f"--load {load} and the folder of this run's own checkpoints, {own}, which holds iteration {checkpoint.latest(own)}: only one can be "
+            f"gone on from. Drop --load to resume this run, name another --run-dir or --save, or give --fresh to move this run aside."
+        )
+    if load is not None and not there and not checkpoint.iterations(load):
+        raise CheckpointError(f"--load {load} holds no complete checkpoint (iter_NNNNNNN/); starting from random weights instead would be silent loss. "
+                              f"Name a folder that `megalith checkpoint inspect` can read, or drop --load.")  # fmt: skip
+    metrics = run / "metrics.jsonl"
+    if not there and load is None and metrics.exists() and metrics.stat().st_size:
+        raise ConfigError(
+            f"{run} holds a run (metrics.jsonl) but no checkpoint to resume from; starting over would overwrite its record. "
+            f"Give --fresh to move it aside and start anew, or another --run-dir."
+        )

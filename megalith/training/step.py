@@ -1,0 +1,102 @@
+"""One training step: micro-batches, one reduction, clipping, the optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from megalith.optim.clip import clip, count_zeros, gradients
+from megalith.optim.groups import set_rates
+from megalith.optim.loss_scale import StaticLossScale
+from megalith.optim.schedule import Schedule
+from megalith.runtime.build import Runtime
+from megalith.training.state import Progress
+from megalith.training.tasks import Batch, Task
+
+
+@dataclasses.dataclass
+class Trainer:
+    """What a step works with."""
+
+    runtime: Runtime
+    task: Task
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    loss_scale: StaticLossScale
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self.runtime.mesh.device
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """Numbers of one step, equal on every process."""
+
+    losses: dict[str, float]
+    grad_norm: float
+    learning_rate: float
+    weight_decay: float
+    loss_scale: float
+    tokens: int
+    updated: bool
+    stop: bool  # whether any process was asked to stop
+    zeros: int | None  # gradient elements that are zero, where asked for
+
+
+def train_step(trainer: Trainer, batches: list[Batch], progress: Progress, stop: bool = False) -> StepResult:
+    """Run one step on this process's micro-batches.
+
+    stop: whether this process was asked to end the run; the answer is shared, so that all end at the same step.
+    A step whose gradients are not finite changes no weights.
+    """
+    runtime, mesh = trainer.runtime, trainer.runtime.mesh
+    batches = [to_device(batch, trainer.device) for batch in batches]
+    counts = global_counts(trainer, batches)
+    step = torch.tensor(progress.iteration, device=trainer.device)
+    runtime.begin_step(progress.iteration)
+    scale, totals = trainer.loss_scale.scale, dict[str, Tensor]()
+    for number, batch in enumerate(batches):
+        runtime.sync_gradients(last=number == len(batches) - 1)
+        losses = forward(trainer, batch, counts, step)
+        loss = torch.stack(list(losses.values())).sum()
+        (loss * scale if scale != 1.0 else loss).backward()
+        for name, share in losses.items():
+            totals[name] = totals.get(name, 0.0) + share.detach().double()
+    shared = mesh.sum(torch.stack([*totals.values(), torch.tensor(float(stop), device=trainer.device, dtype=torch.float64)]))
+    runtime.finish_gradients()
+    named = gradients(runtime.model.named_parameters())
+    norm = clip(named, runtime.config.optimizer.clip_grad, inverse_scale=trainer.loss_scale.inverse)
+    zeros = int(count_zeros(named)) if runtime.config.logging.log_num_zeros_in_grad else None
+    *values, stops, grad_norm = torch.cat((shared, norm.double().view(1))).tolist()  # the step's one wait for the device
+    updated = grad_norm < float("inf")
+    rates = trainer.schedule.lr(progress.scheduled_samples), trainer.schedule.weight_decay(progress.scheduled_samples)
+    if updated:
+        set_rates(trainer.optimizer, *rates)
+        trainer.optimizer.step()
+    trainer.loss_scale.update(not updated)
+    trainer.optimizer.zero_grad(set_to_none=True)
+    tokens = sum(batch["input_ids"].numel() for batch in batches) * mesh.data_size
+    return StepResult(dict(zip(totals, values, strict=True)), grad_norm, *rates, scale, tokens, updated, stops > 0, zeros)
+
+
+def forward(trainer: Trainer, batch: Batch, counts: dict[str, Tensor], step: Tensor) -> dict[str, Tensor]:
+    """This micro-batch's shares of the losses, with a graph behind them in training mode."""
+    inputs = trainer.task.inputs(batch, counts)
+    output = trainer.runtime.model(**inputs, samples=batch["samples"], step=step)
+    return trainer.task.losses(output, batch, counts)
+
+
+def global_counts(trainer: Trainer, batches: list[Batch]) -> dict[str, Tensor]:
+    """What each loss is divided by: the sum over the micro-batches of all processes."""
+    each = [trainer.task.counts(batch) for batch in batches]
+    total = torch.stack([torch.stack([counts[name] for counts in each]).sum().double() for name in each[0]])
+    return dict(zip(each[0], trainer.runtime.mesh.sum(total).float(), strict=True))
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on `device`, without waiting where its memory is pinned."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

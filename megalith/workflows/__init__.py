@@ -1,0 +1,1 @@
+"""Jobs made of several others: the demo, the parity check, run reports."""
