@@ -69,6 +69,9 @@ def differences(
 
     Names that only the checkpoint has count in the parts that are asked for at all; not strict: no such names count.
     """
+    common = [list(found[name]) for name, shape in asked.items() if name in found and list(found[name]) == list(shape)]
+    if any(model.get("hidden_size") in shape for shape in common):  # one width fits, so no other differs for its sake
+        model = {**model, "hidden_size": None}
     lines = [
         f"{name}: the checkpoint has {found[name]}, asked for is {shape}{_advice(cure_of_shape(name, found[name], shape, model))}"
         for name, shape in sorted(asked.items())
@@ -95,10 +98,7 @@ def cure_of_shape(name: str, found: list[int], asked: list[int], model: Mapping[
         return []
     sizes = _sizes(model)
     changed = [size for size, other in zip(found, asked) if size != other]
-    # A width that stayed in one dimension is not what changed in another: [64, 64] to [32, 64] is not the hidden size.
-    kept = {size for size, other in zip(found, asked) if size == other} & {model.get("hidden_size")}
     likely = next(names for word, names in SIZES if word in name)
-    likely = tuple(field for field in likely if not (kept and field == "hidden_size"))
     cures = [next((field for field in likely if size in sizes.get(field, ())), None) for size in changed]
     return list(dict.fromkeys(as_flag(field, model[field]) for field in cures if field))
 

@@ -1,0 +1,81 @@
+"""Flags that would make a checkpoint fit, for every parameter of real models and every size that decides it."""
+
+import pytest
+import torch
+
+from megalith.checkpoint import fit
+from megalith.config.model import ModelConfig
+from megalith.config.run import RunConfig
+from megalith.models.gpt import GPT
+
+BASE = {
+    "num_layers": 2, "hidden_size": 24, "num_attention_heads": 4, "vocab_size": 50, "max_position_embeddings": 32, "ffn_hidden_size": 40,
+}  # fmt: skip
+
+
+def shapes(**model):
+    config = RunConfig(model=ModelConfig(**{**BASE, **model}))
+    with torch.device("meta"):
+        built = GPT(config.model)
+    return {f"model/{name}": list(parameter.shape) for name, parameter in built.named_parameters()}
+
+
+def model(**values):
+    lines = [f"  {name}: {str(value).lower() if isinstance(value, bool) else value}" for name, value in {**BASE, **values}.items()]
+    return fit.model_section("\n".join(["model:", *lines]))
+
+
+CASES = [
+    ({}, {"hidden_size": 48}, {"--hidden-size 24"}),
+    ({}, {"vocab_size": 60}, {"--vocab-size 50"}),
+    ({}, {"max_position_embeddings": 64}, {"--max-position-embeddings 32"}),
+    ({}, {"ffn_hidden_size": 80}, {"--ffn-hidden-size 40"}),
+    ({}, {"num_query_groups": 2, "group_query_attention": True}, {"--num-query-groups 4"}),
+    ({"num_query_groups": 2, "group_query_attention": True}, {}, {"--num-query-groups 2"}),
+    ({"kv_channels": 8}, {}, {"--num-attention-heads 4", "--num-query-groups 4"}),
+    ({}, {"num_layers": 3}, {"--num-layers 2"}),
+    ({"num_layers": 3}, {}, {"--num-layers 3"}),
+    ({}, {"position_embedding_type": "rope"}, {"--position-embedding-type learned_absolute"}),
+    ({"position_embedding_type": "rope"}, {}, {"--position-embedding-type rope"}),
+    ({}, {"untie_embeddings_and_output_weights": True}, {"no --untie-embeddings-and-output-weights"}),
+    ({"untie_embeddings_and_output_weights": True}, {}, {"--untie-embeddings-and-output-weights"}),
+    ({"swiglu": True}, {}, {"--swiglu"}),
+    ({"normalization": "RMSNorm"}, {}, {"--normalization rmsnorm"}),
+    ({"qk_layernorm": True}, {}, {"--qk-layernorm"}),
+    ({"add_bias_linear": False}, {}, {"--disable-bias-linear"}),
+]
+
+
+@pytest.mark.parametrize(("saved", "asked", "cures"), CASES, ids=str)
+def test_every_difference_names_its_flag(saved, asked, cures):
+    lines = fit.differences(shapes(**asked), shapes(**saved), model(**saved))
+    found = {cure for line in lines for cure in line.partition(" -> ")[2].split(", ")}
+    assert lines and found <= cures and found, (found, lines)
+
+
+def test_no_difference():
+    assert fit.differences(shapes(), shapes(), model()) == []
+
+
+def test_without_a_config_the_shapes_still_tell():
+    assert fit.model_section("") == fit.model_section("a: [") == fit.model_section("model: 3") == {}
+    (line,) = fit.differences({"model/a": [32000, 4096]}, {"model/a": [32000, 2048]}, {})
+    assert line == "model/a: the checkpoint has [32000, 2048], asked for is [32000, 4096]"
+    assert len(fit.differences({"model/layers.0.b": [1]}, {"model/c": [1]}, {})) == 2
+
+
+def test_only_parts_asked_for_count():
+    found = {"model/a": [1], "optimizer/step/a": []}
+    assert fit.differences({"model/a": [1]}, found, {}) == []
+    assert fit.differences({"model/b": [1]}, found, {}, strict=False) == []
+
+
+def test_long_reports_are_cut(tmp_path):
+    text = fit.report(tmp_path, [f"line {number}" for number in range(50)])
+    assert "line 19\n" in text and "line 20" not in text and "and 30 more" in text
+
+
+def test_configs_compared():
+    assert fit.config_differences(model(), model(num_layers=3)) == [("num_layers", 2, 3)]
+    assert fit.config_differences(model(), model(position_embedding_type="absolute", normalization="layernorm")) == []
+    assert fit.as_flag("swiglu", True) == "--swiglu" and fit.as_flag("add_bias_linear", False) == "--disable-bias-linear"
