@@ -18,6 +18,12 @@ def folder_of(config: RunConfig) -> pathlib.Path:
     return pathlib.Path(config.checkpoint.save or f"{config.logging.folder}/checkpoints")
 
 
+def load_of(config: RunConfig) -> str | None:
+    """--load, unless it is the run's own folder: scripts name one folder for both, and mean "go on, if there is something"."""
+    load = config.checkpoint.load
+    return None if load is not None and pathlib.Path(load).resolve() == folder_of(config).resolve() else load
+
+
 def save(trainer: Trainer, progress: Progress, config_yaml: str, files: dict[str, str]) -> None:
     """Write a checkpoint of the present step. Every process takes part. files: {name inside: path} carried along."""
     config = trainer.runtime.config
@@ -37,10 +43,10 @@ def save(trainer: Trainer, progress: Progress, config_yaml: str, files: dict[str
 
 def resume(trainer: Trainer) -> Progress:
     """Load what the config says a run starts from: its own newest checkpoint, --load's, or nothing."""
-    config = trainer.runtime.config.checkpoint
+    config, load = trainer.runtime.config.checkpoint, load_of(trainer.runtime.config)
     own = folder_of(trainer.runtime.config)
     resuming = bool(checkpoint.iterations(own))
-    source = own if resuming and (config.load is None or config.finetune) else config.load
+    source = own if resuming and (load is None or config.finetune) else load
     if source is None:
         return Progress()
     weights_only = config.finetune and not resuming
@@ -65,7 +71,7 @@ def check_folder(config: RunConfig) -> None:
     """
     run, own = pathlib.Path(config.logging.folder), folder_of(config)
     there = bool(checkpoint.iterations(own))
-    load = config.checkpoint.load
+    load = load_of(config)
     if config.checkpoint.fresh:
         if load is not None and any(pathlib.Path(load).resolve().is_relative_to(path.resolve()) for path in (run, own)):
             raise ConfigError(f"--fresh would move --load {load} aside, as it lies in this run's folders; name another --run-dir.")
@@ -74,7 +80,7 @@ def check_folder(config: RunConfig) -> None:
             if path.exists():
                 path.rename(path.with_name(f"{path.name}.before-{stamp}"))
         return
-    if load is not None and there and not config.checkpoint.finetune and pathlib.Path(load).resolve() != own.resolve():
+    if load is not None and there and not config.checkpoint.finetune:
         raise ConfigError(
             f"--load {load} and the folder of this run's own checkpoints, {own}, which holds iteration {checkpoint.latest(own)}: only one can be "
             f"gone on from. Drop --load to resume this run, name another --run-dir or --save, or give --fresh to move this run aside."
