@@ -1,0 +1,32 @@
+"""Real pieces at toy size: a corpus on every machine, a vocabulary made from it, and what a command needs to run on them."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+from tokenizers import Tokenizer
+
+from megalith.data.bpe import train_bpe
+from megalith.workflows.corpus import write_corpus
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def make_corpus(folder: pathlib.Path) -> None:
+    """corpus.jsonl and a vocabulary in both of its forms: tokenizer.json, and GPT-2's vocab.json with merges.txt."""
+    write_corpus(folder / "corpus.jsonl", megabytes=0.3)
+    train_bpe([(folder / "corpus.jsonl").read_text()], 512, folder / "tokenizer.json")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.model.save(str(folder))
+    (folder / "vocab.json").write_text(json.dumps(tokenizer.get_vocab(with_added_tokens=True)))  # model.save leaves out <|endoftext|>
+
+
+def run(command: list[str], folder: pathlib.Path, **variables: str) -> str:
+    """Run a command in `folder` with this Python's scripts first on the path; its output. A failure shows all it printed."""
+    paths = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ["PATH"]])
+    environment = os.environ | {"PATH": paths, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables
+    done = subprocess.run(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, f"{' '.join(command)} ended with status {done.returncode}:\n{done.stdout}"
+    return done.stdout
