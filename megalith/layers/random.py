@@ -24,8 +24,8 @@ def key(*words: object) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def bits(key: int, index: Tensor) -> Tensor:
-    """64 random bits for each element of `index` (int64, any shape)."""
+def bits(key: int | Tensor, index: Tensor) -> Tensor:
+    """64 random bits for each element of `index` (int64, any shape); a key for each where `key` is an int64 tensor."""
     x = index * _GOLDEN + key
     x ^= (x >> 30) & 0x3FFFFFFFF
     x *= _MIX[0]
@@ -34,9 +34,9 @@ def bits(key: int, index: Tensor) -> Tensor:
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
-def uniform(key: int, index: Tensor) -> Tensor:
-    """Uniform in (0, 1), float64, for each element of `index`."""
-    return (((bits(key, index) >> 11) & 0x1FFFFFFFFFFFFF).double() + 0.5) * 2.0**-53
+def uniform(key: int | Tensor, index: Tensor) -> Tensor:
+    """Uniform in (0, 1), float64, for each element of `index`; of 52 bits, because with 53 adding a half rounds up to 1."""
+    return (((bits(key, index) >> 12) & 0xFFFFFFFFFFFFF).double() + 0.5) * 2.0**-52
 
 
 def normal(key: int, index: Tensor) -> Tensor:

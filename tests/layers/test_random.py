@@ -1,6 +1,7 @@
 """Random numbers by counter: their moments, and that slices of them are slices of the whole."""
 
 import numpy as np
+import pytest
 import torch
 
 from megalith.layers import random
@@ -45,6 +46,17 @@ def test_uniform_moments() -> None:
     assert abs(x.var() - 1 / 12) < 0.001
     counts = torch.histc(x, 64, 0, 1)
     assert ((counts - COUNT / 64) ** 2 / (COUNT / 64)).sum() < 130  # chi squared, 63 degrees: 1 in 10^6 above
+
+
+def test_uniform_never_reaches_its_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random, "bits", lambda key, index: torch.tensor([-1, 0]))
+    assert random.uniform(0, INDEX[:2]).tolist() == [1 - 2.0**-53, 2.0**-53]
+
+
+def test_a_key_for_each_element() -> None:
+    keys = torch.tensor([random.key("a"), random.key("b")])
+    alone = [random.uniform(random.key(name), INDEX[i : i + 1]) for i, name in enumerate("ab")]
+    assert torch.equal(random.uniform(keys, INDEX[:2]), torch.cat(alone))
 
 
 def test_normal_moments() -> None:

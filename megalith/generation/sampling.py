@@ -1,0 +1,91 @@
+"""From logits to the next token: greedy, temperature, top-k, top-p, with random numbers that belong to a row and a place.
+
+Row r of seed s at place p of its sequence draws f(s, r, p) and nothing else, so a text does not depend on what else is in
+its batch, on the size of the batch, or on the padding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from megalith.common.errors import ConfigError, problem
+from megalith.layers import random
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen.
+
+    temperature: logits are divided by it; 0 means greedy. top_k: only the k likeliest tokens (and those tied with the
+    k-th), 0 for all; 1 means greedy. top_p: only the likeliest tokens whose probabilities before them sum to at most p,
+    0 for all (Holtzman et al., 2020). Both: k first, then p of what is left.
+    top_p_decay, top_p_bound: after each new token p becomes max(p x decay, bound), as in Megatron; 0 for off.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 0.0
+    top_p_decay: float = 0.0
+    top_p_bound: float = 0.0
+
+    def __post_init__(self):
+        rules = [
+            (self.temperature >= 0.0, "temperature", "it must be 0 (greedy) or above", "Try 0.8"),
+            (self.top_k >= 0, "top_k", "it must be 0 (all tokens) or above", "Try 40"),
+            (0.0 <= self.top_p <= 1.0, "top_p", "it must lie between 0 (off) and 1", "Try 0.9"),
+            (0.0 <= self.top_p_decay <= 1.0, "top_p_decay", "it must lie between 0 (off) and 1", "Try 0.99"),
+            (0.0 <= self.top_p_bound <= self.top_p, "top_p_bound", "it must lie between 0 and top_p", "Lower it, or raise --top-p"),
+        ]
+        for holds, name, rule, cure in rules:
+            if not holds:
+                raise ConfigError(problem(f"--{name.replace('_', '-')}", getattr(self, name), rule, cure))
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken and nothing is drawn."""
+        return self.top_k == 1 or self.temperature == 0.0
+
+    def p_at(self, nth: int) -> float:
+        """top_p for the nth new token, counted from 0."""
+        if not self.top_p or not self.top_p_decay:
+            return self.top_p
+        return max(self.top_p * self.top_p_decay**nth, self.top_p_bound)
+
+
+def row_keys(seed: int, rows: list[int], device: torch.device) -> Tensor:
+    """The key of each row's random numbers, int64 [b]."""
+    return torch.tensor([random.key(seed, "sample", row) for row in rows], device=device)
+
+
+def choose(logits: Tensor, sampling: Sampling, keys: Tensor, places: Tensor, nth: int = 0) -> Tensor:
+    """The next token of each row, int64 [b].
+
+    logits [b, V]; keys int64 [b] from `row_keys`; places int64 [b], where in its sequence each row's new token will stand;
+    nth: how many new tokens came before it. Of equal logits the lower token number wins, on every device.
+    """
+    if sampling.greedy:
+        return logits.argmax(dim=-1)
+    chances, order = filtered(logits, sampling, nth)
+    total = chances.cumsum(dim=-1)
+    drawn = random.uniform(keys, places)[:, None] * total[:, -1:]
+    at = torch.searchsorted(total, drawn, right=True).clamp(max=logits.shape[-1] - 1)
+    return (at if order is None else order.gather(-1, at))[:, 0]
+
+
+def filtered(logits: Tensor, sampling: Sampling, nth: int = 0) -> tuple[Tensor, Tensor | None]:
+    """Probabilities, not normalised, float64 [b, V], and the tokens they are of where they are sorted (top-p), else None."""
+    scores = logits.float()
+    scores = (scores - scores.amax(dim=-1, keepdim=True)) / sampling.temperature  # subtracted first: a small temperature must not overflow
+    if 0 < sampling.top_k < scores.shape[-1]:
+        worst = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
+        scores = scores.masked_fill(scores < worst, float("-inf"))
+    p = sampling.p_at(nth)
+    if not 0.0 < p < 1.0:
+        return scores.softmax(dim=-1, dtype=torch.float64), None
+    scores, order = scores.sort(dim=-1, descending=True, stable=True)
+    chances = scores.softmax(dim=-1, dtype=torch.float64)
+    before = chances.cumsum(dim=-1) - chances
+    return chances.masked_fill(before > p, 0.0), order
