@@ -135,7 +135,7 @@ class _Weighted(torch.autograd.Function):
                 made = _chunk_gradient(powers, total, log_z, targets[rows], scale[rows], z_loss, vocabulary)
                 gradients.add(rows, made, flat, weight)
         ctx.gradients, ctx.shape, ctx.dtypes = gradients, hidden.shape, (weight.dtype, None if bias is None else bias.dtype)
-        return (losses * scale).view(labels.shape)
+        return losses.view(labels.shape) * scale.view(labels.shape)  # a product, no view: fully_shard cannot hold a view
 
     @staticmethod
     def backward(ctx, upstream):
@@ -164,7 +164,9 @@ class _Free(torch.autograd.Function):
         ctx.chunk, ctx.z_loss, ctx.vocabulary = chunk, z_loss, vocabulary
         slices = [slice(start, start + chunk) for start in range(0, len(targets), chunk)]
         parts = [_chunk_loss(flat[rows], weight, bias, targets[rows], z_loss, vocabulary)[0] for rows in slices]
-        return torch.cat(parts).view(labels.shape)
+        losses = parts[0].new_empty(labels.shape)
+        torch.cat(parts, out=losses.view(-1))
+        return losses
 
     @staticmethod
     def backward(ctx, upstream):

@@ -1,37 +1,45 @@
-"""Data parallelism and number formats, both by fully_shard: the one mechanism for them."""
+"""Data parallelism: fully_shard for sharded modes and 16-bit formats, a bucketed all-reduce for float32 replicas.
+
+Bytes per parameter that a rank holds between steps and during accumulation, over d ranks (docs/architecture.md, section 2):
+float32 replicas must not keep a gathered copy beside the master, as fully_shard would; everything else may.
+"""
 
 from __future__ import annotations
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
+from megalith.common.errors import ConfigError
 from megalith.config.parallel import ParallelConfig
 from megalith.config.precision import PrecisionConfig
 from megalith.parallel.mesh import Mesh
+from megalith.parallel.tensor import buckets, local
+
+BUCKET = 1 << 23  # elements of gradients that replicas sum in one call: 32 MiB of float32, two of them in flight or so
 
 
 def wrap(model: nn.Module, blocks: list[nn.Module], mesh: Mesh, parallel: ParallelConfig, precision: PrecisionConfig) -> bool:
     """Spread `model` over the data-parallel axes; each of `blocks` is gathered and reduced on its own. Works on meta.
 
     Parameters become DTensors in float32 and are gathered in the compute format; gradients are summed (not averaged:
-    losses are divided by global counts) in float32. One process in float32 is left alone, as all of this would be copies.
+    losses are divided by global counts) in float32. Float32 that nothing shards is left alone, as all of this would be copies
+    (`Replicas` sums its gradients). Parameters may be DTensors of the tensor-parallel axis; a float64 model stays float64.
     Returns whether the model was wrapped.
     """
-    if mesh.data_size * mesh.size("cp") == 1 and precision.compute_dtype == "float32":
+    if precision.compute_dtype == "float32" and (parallel.sharding == "none" or mesh.data_size * mesh.size("cp") == 1):
         return False
-    compute = getattr(torch, precision.compute_dtype)
+    wide = torch.float64 if next(model.parameters()).dtype == torch.float64 else torch.float32
+    compute = getattr(torch, precision.compute_dtype) if wide == torch.float32 else wide
     # Inputs are not cast: ids are integers, and loss weights and rotary tables must stay float32.
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    if parallel.sharding == "none":
-        axes = mesh.devices["dp_replicate", "dp_shard"]
-    elif mesh.size("dp_replicate") == 1:
-        axes = mesh.devices["dp_shard"]
-    else:
-        axes = mesh.devices["dp_replicate", "dp_shard"]
-    reshard = parallel.sharding == "full"
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=wide, cast_forward_inputs=False)
+    axes = _axes(mesh, parallel)
+    shards, reshard = axes.size(axes.ndim - 1), parallel.sharding == "full"
     for module in [*blocks, model]:
-        fully_shard(module, mesh=axes, mp_policy=policy, reshard_after_forward=reshard)
+        fully_shard(module, mesh=axes, mp_policy=policy, reshard_after_forward=reshard, shard_placement_fn=lambda p: shard_dim(p, shards))
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -40,8 +48,89 @@ def wrap(model: nn.Module, blocks: list[nn.Module], mesh: Mesh, parallel: Parall
     return True
 
 
-def sync_gradients(model: nn.Module, last: bool) -> None:
-    """Tell the model whether the coming backward pass is the last of the step: only then are gradients reduced."""
+def _axes(mesh: Mesh, parallel: ParallelConfig) -> DeviceMesh:
+    """fully_shard's mesh: shards, or replicas x shards. Ranks of one sequence (cp) shard like any others, or replicate."""
+    if parallel.sharding == "none":
+        return DeviceMesh._concatenate([mesh.flat("dp_replicate", "dp_shard", "cp"), mesh.devices["dp_shard"]])
+    shards = mesh.flat("dp_shard", "cp")
+    return shards if mesh.size("dp_replicate") == 1 else DeviceMesh._concatenate([mesh.devices["dp_replicate"], shards])
+
+
+def shard_dim(parameter: nn.Parameter, shards: int) -> Shard:
+    """Which dimension fully_shard splits: the first, except where the tensor-parallel axis splits that into unequal parts.
+
+    Shards of unequal parts are not what a DTensor of both axes takes them for: its offsets, and with them initial weights and
+    checkpoints, would be wrong.
+    """
+    if not isinstance(parameter, DTensor) or Shard(0) not in parameter.placements or parameter.shape[0] % parameter.device_mesh.size() == 0:
+        return Shard(0)
+    if parameter.dim() > 1 and parameter.shape[1] % shards == 0:
+        return Shard(1)
+    ranks = parameter.device_mesh.size()
+    raise ConfigError(
+        f"a parameter of shape {tuple(parameter.shape)}: {ranks} tensor-parallel ranks do not divide its rows, and {shards} data-parallel "
+        f"shards do not divide its columns; one of them must. Use --data-parallel-sharding none, or another --tensor-model-parallel-size."
+    )
+
+
+def sync_gradients(model: nn.Module, last: bool, parallel: ParallelConfig, precision: PrecisionConfig) -> None:
+    """Tell a wrapped model whether the coming backward pass is the last of the step: only then are gradients reduced.
+
+    Under fp16 with sharding every pass reduces, so that no rank holds whole gradients. Under ZeRO-2 gathered 16-bit parameters
+    are kept from pass to pass.
+    """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
+        sharded = parallel.sharding != "none"
+        model.set_requires_gradient_sync(last or (precision.fp16 and sharded))
         model.set_is_last_backward(last)
+        model.set_reshard_after_backward(last or parallel.sharding == "full" or precision.compute_dtype == "float32")
+
+
+class Replicas:
+    """Sums the float32 gradients of replicas, bucket by bucket, while the last backward pass of a step goes on.
+
+    Buckets start in one order on all ranks, whatever order gradients come in; those not started by the end start in `finish`.
+    """
+
+    def __init__(self, model: nn.Module, mesh: DeviceMesh):
+        """model: with its memory, as hooks do not survive to_empty. mesh: the ranks that hold copies, one axis."""
+        self.group, self.armed = mesh.get_group(), False
+        trained = [parameter for parameter in reversed(list(model.parameters())) if parameter.requires_grad]
+        self.buckets = [list(bucket) for bucket in buckets(trained, BUCKET)]
+        self.waiting: list[set[int]] = []
+        self.started: list[tuple[list[Tensor], Tensor, dist.Work]] = []
+        for number, bucket in enumerate(self.buckets):
+            for parameter in bucket:
+                parameter.register_post_accumulate_grad_hook(lambda parameter, number=number: self._ready(parameter, number))
+
+    def arm(self, last: bool) -> None:
+        """Announce whether the coming backward pass is the last of the step."""
+        self.armed = last
+        self.waiting = [{id(parameter) for parameter in bucket} for bucket in self.buckets] if last else []
+
+    def _ready(self, parameter: nn.Parameter, number: int) -> None:
+        if self.armed:
+            self.waiting[number].discard(id(parameter))
+            while len(self.started) < len(self.buckets) and not self.waiting[len(self.started)]:
+                self._start()
+
+    @torch.no_grad()
+    def _start(self) -> None:
+        gradients = []
+        for parameter in self.buckets[len(self.started)]:
+            if parameter.grad is None:  # unused on this rank; another may have used it
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(local(parameter.grad))
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        self.started.append((gradients, flat, dist.all_reduce(flat, group=self.group, async_op=True)))
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Wait for the sums and put them where the gradients were."""
+        while len(self.started) < len(self.buckets):
+            self._start()
+        for gradients, flat, work in self.started:
+            work.wait()
+            parts = flat.split([gradient.numel() for gradient in gradients])
+            torch._foreach_copy_(gradients, [part.view(gradient.shape) for part, gradient in zip(parts, gradients)])
+        self.started, self.armed = [], False

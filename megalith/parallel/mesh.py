@@ -57,12 +57,14 @@ class Mesh:
         """Whether this process writes files and speaks."""
         return self.rank == 0
 
+    def flat(self, *axes: str) -> DeviceMesh:
+        """Several neighbouring axes as one."""
+        return self.devices[axes]._flatten("_".join(axes)) if len(axes) > 1 else self.devices[axes[0]]
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum of `values` over the data-parallel processes, in place."""
-        if self.data_size > 1:
-            for axis in ("dp_replicate", "dp_shard"):
-                if self.size(axis) > 1:
-                    dist.all_reduce(values, group=self.devices.get_group(axis))
+        """Sum of `values` over the processes that read different tokens (data-parallel and context-parallel), in place."""
+        if self.data_size * self.size("cp") > 1:
+            dist.all_reduce(values, group=self.flat("dp_replicate", "dp_shard", "cp").get_group())
         return values
 
 
@@ -95,5 +97,11 @@ def grid(config: ParallelConfig, device: torch.device) -> Mesh:
     data = world // config.model_parallel_size
     # Without sharding every data-parallel process is a replica; with it, those of one replica group share one copy.
     replicate = data if config.sharding == "none" else config.data_parallel_replicas
-    shape = (config.pipeline_model_parallel_size, replicate, data // replicate, config.context_parallel_size, config.tensor_model_parallel_size)
+    shape = (
+        config.pipeline_model_parallel_size,
+        replicate,
+        data // replicate,
+        config.context_parallel_size,
+        config.tensor_model_parallel_size,
+    )
     return Mesh(device, dist.init_device_mesh(device.type, shape, mesh_dim_names=AXES))

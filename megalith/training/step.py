@@ -66,7 +66,6 @@ def train_step(trainer: Trainer, batches: list[Batch], progress: Progress, stop:
         (loss * scale if scale != 1.0 else loss).backward()
         for name, share in losses.items():
             totals[name] = totals.get(name, 0.0) + share.detach().double()
-    runtime.finish_gradients()
     shared = mesh.sum(torch.stack([*totals.values(), torch.tensor(float(stop), device=trainer.device, dtype=torch.float64)]))
     runtime.finish_gradients()
     named = gradients(runtime.model.named_parameters())

@@ -1,0 +1,66 @@
+"""A plan: patterns of module names, and the style by which each such module is split. Complete, or an error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from megalith.common.errors import ConfigError
+from megalith.common.registry import Registry
+from megalith.parallel.collectives import Axis
+
+Style = Callable[[nn.Module, nn.Module, Axis], nn.Module]  # (module, its parent, axis) -> what takes its place
+Plan = Mapping[str, Style]
+
+PLANS = Registry("tensor-parallel plan", {"gpt": "megalith.parallel.plans.gpt:PLAN"})
+
+
+def apply(model: nn.Module, plan: Plan, axis: Axis) -> None:
+    """Replace the modules that the plan names by their split twins, in the plan's order. Parameters keep their names and ties.
+
+    In a pattern `*` stands for any one name. A module that is None (a pipeline stage lacks it) is passed over. A pattern that
+    matches nothing and a parameter that no pattern names are ConfigErrors, because either would train wrongly in silence.
+    """
+    ties: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        ties.setdefault(id(parameter), []).append(name)
+    for pattern, style in plan.items():
+        for parent, name in matches(model, pattern):
+            setattr(parent, name, style(getattr(parent, name), parent, axis))
+    for first, *others in ties.values():
+        for name in others:
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, model.get_parameter(first))
+    missed = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
+    if missed:
+        raise ConfigError(
+            f"tensor-parallel plan of {type(model).__name__}: no pattern names {', '.join(missed)}; every parameter must be split or "
+            f"named as a copy. Add its module to the plan."
+        )
+
+
+def matches(model: nn.Module, pattern: str) -> Iterator[tuple[nn.Module, str]]:
+    """(parent, attribute) of the modules that the pattern names and that are there."""
+    *path, last = pattern.split(".")
+    parents = [model]
+    for step in path:
+        parents = [child for parent in parents for child in children(parent, step, pattern)]
+    for parent in parents:
+        for name in list(parent._modules) if last == "*" else [last]:
+            if next(iter(children(parent, name, pattern)), None) is not None:
+                yield parent, name
+
+
+def children(parent: nn.Module, step: str, pattern: str) -> list[nn.Module]:
+    """The modules under one step of a pattern."""
+    if step == "*":
+        return [child for child in parent.children() if child is not None]
+    if not hasattr(parent, step):
+        raise ConfigError(
+            f"tensor-parallel plan: pattern {pattern!r} matches nothing, {type(parent).__name__} has no {step!r}. "
+            f"Correct the pattern, or take it out of the plan."
+        )
+    child = getattr(parent, step)
+    return [] if child is None else [child]

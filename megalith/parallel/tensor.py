@@ -1,0 +1,285 @@
+"""Twins of layers whose parameters lie on the tensor-parallel axis. State is DTensor, compute is on local tensors.
+
+Every parameter, replicated ones too, is a DTensor on the one axis: optimizers and clipping then see one kind, and a checkpoint
+sees true shapes. A dimension that does not divide is split as DTensor does, the first ranks holding one share more; nothing is
+padded. `summed` of a twin names the parameters of which each rank computes a part of the gradient; `sum_gradients` adds them up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from megalith.common.errors import ConfigError, problem
+from megalith.parallel.collectives import Axis, Columns, Enter, Leave, gather_columns, start_maximum, start_sum, wait
+
+BUCKET = 1 << 24  # elements of gradients that are summed in one call
+
+
+def local(parameter: Tensor | None) -> Tensor | None:
+    """The plain tensor that this rank holds of a parameter."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def share(size: int, axis: Axis) -> tuple[int, int]:
+    """(first, number) of this rank's rows of `size` rows."""
+    step = -(-size // axis.size)
+    first = min(step * axis.rank, size)
+    return first, min(step, size - first)
+
+
+def spread(parameter: Tensor, axis: Axis, dim: int | None) -> nn.Parameter:
+    """The parameter as a DTensor on the axis: split along `dim`, or a copy on each rank where None."""
+    part, data = parameter.detach(), parameter.detach()
+    if dim is not None:
+        part = data.narrow(dim, *share(data.shape[dim], axis)).contiguous()
+    placement = Replicate() if dim is None else Shard(dim)
+    spread = DTensor.from_local(part, axis.mesh, [placement], run_check=False, shape=data.shape, stride=data.stride())
+    return nn.Parameter(spread, requires_grad=parameter.requires_grad)
+
+
+class Linear(nn.Linear):
+    """What the split linear layers share. in_features and out_features are those of the whole layer."""
+
+    summed: tuple[str, ...] = ()
+
+    def __init__(self, old: nn.Linear, axis: Axis):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.axis = old.in_features, old.out_features, axis
+        self.weight, self.bias = old.weight, old.bias
+
+    def locals(self) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias as plain tensors."""
+        return local(self.weight), local(self.bias)
+
+
+class ColumnLinear(Linear):
+    """Split by outputs: the input whole (gathered under sequence parallelism), the output this rank's columns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [b, s, h], under sequence parallelism [b, s/t, h] -> [b, s, out/t]."""
+        return columns(x, self.axis, [self])[0]
+
+
+class KeyValueLinear(ColumnLinear):
+    """Keys or values with fewer heads than ranks: the weight is whole on every rank, which computes the one head it needs."""
+
+    summed = ("weight", "bias")
+
+    def __init__(self, old: nn.Linear, axis: Axis, head_dim: int):
+        super().__init__(old, axis)
+        heads = old.out_features // head_dim
+        self.rows = (axis.rank * heads // axis.size * head_dim, head_dim)
+
+    def locals(self) -> tuple[Tensor | None, Tensor | None]:
+        """Rows of one head."""
+        weight, bias = super().locals()
+        return weight.narrow(0, *self.rows), None if bias is None else bias.narrow(0, *self.rows)
+
+
+class RowLinear(Linear):
+    """Split by inputs: the input this rank's columns, the output summed (and split along the sequence)."""
+
+    def __init__(self, old: nn.Linear, axis: Axis):
+        super().__init__(old, axis)
+        self.summed = ("bias",) if axis.sequence else ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [b, s, in/t] -> [b, s, out], under sequence parallelism [b, s/t, out]."""
+        weight, bias = self.locals()
+        y = Leave.apply(F.linear(x, weight), self.axis.size, self.axis.group, self.axis.sequence)
+        return y if bias is None else y + bias
+
+
+class Head(ColumnLinear):
+    """The output layer, split by vocabulary. Called (for generation), it returns all logits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [b, s, h] -> logits [b, s, V]."""
+        y, step = super().forward(x), -(-self.out_features // self.axis.size)
+        return GatherColumns.apply(F.pad(y, (0, step - y.shape[-1])), self.axis.size, self.axis.rank, self.axis.group)[
+            ..., : self.out_features
+        ]
+
+
+class GatherColumns(torch.autograd.Function):
+    """Joins the last dimension; what follows is the same on all ranks, so each keeps its part of the gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, size: int, rank: int, group: str) -> Tensor:
+        ctx.first, ctx.number = x.shape[-1] * rank, x.shape[-1]
+        return gather_columns(x, size, group)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # type: ignore[override]
+        return gradient.narrow(-1, ctx.first, ctx.number).contiguous(), None, None, None
+
+
+class VocabularyEmbedding(nn.Embedding):
+    """Split by vocabulary: each rank looks up the ids it holds, and the sum over the ranks has them all."""
+
+    summed: tuple[str, ...] = ()
+
+    def __init__(self, old: nn.Embedding, axis: Axis):
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim, self.axis, self.weight = old.num_embeddings, old.embedding_dim, axis, old.weight
+        self.first, self.number = share(old.num_embeddings, axis)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [b, s] -> [b, s, h], under sequence parallelism [b, s/t, h]."""
+        self.axis.check(ids.shape[1])
+        row = ids - self.first
+        here = (row >= 0) & (row < self.number)
+        x = F.embedding(torch.where(here, row, 0), local(self.weight))
+        x = torch.where(here[..., None], x, 0.0)
+        return Leave.apply(x, self.axis.size, self.axis.group, self.axis.sequence)
+
+
+class PartEmbedding(nn.Embedding):
+    """An embedding that every rank holds whole; under sequence parallelism it looks up its part of the sequence."""
+
+    def __init__(self, old: nn.Embedding, axis: Axis):
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim, self.axis, self.weight = old.num_embeddings, old.embedding_dim, axis, old.weight
+        self.summed = ("weight",) if axis.sequence else ()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [b, s] -> [b, s, h] or [b, s/t, h]."""
+        return F.embedding(self.axis.part(ids), local(self.weight))
+
+
+class LayerNorm(nn.LayerNorm):
+    """A norm that every rank holds whole."""
+
+    def __init__(self, old: nn.LayerNorm, axis: Axis, summed: tuple[str, ...]):
+        nn.Module.__init__(self)
+        self.normalized_shape, self.eps, self.elementwise_affine = old.normalized_shape, old.eps, old.elementwise_affine
+        self.weight, self.bias, self.axis, self.summed = old.weight, old.bias, axis, summed
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., h] -> [..., h]."""
+        return F.layer_norm(x, self.normalized_shape, local(self.weight), local(self.bias), self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """A norm that every rank holds whole."""
+
+    def __init__(self, old: nn.RMSNorm, axis: Axis, summed: tuple[str, ...]):
+        nn.Module.__init__(self)
+        self.normalized_shape, self.eps, self.elementwise_affine = old.normalized_shape, old.eps, old.elementwise_affine
+        self.weight, self.axis, self.summed = old.weight, axis, summed
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., h] -> [..., h]."""
+        return F.rms_norm(x, self.normalized_shape, local(self.weight), self.eps)
+
+
+class SharedInput(nn.Module):
+    """Several split linear layers of one input: gathered once, one collective backward (layers/linear.py has the other)."""
+
+    def __init__(self, axis: Axis):
+        super().__init__()
+        self.axis = axis
+
+    def forward(self, x: Tensor, *linears: ColumnLinear) -> tuple[Tensor, ...]:
+        """x [b, s, h] or [b, s/t, h] -> one [b, s, out/t] of each layer."""
+        return columns(x, self.axis, linears)
+
+
+def columns(x: Tensor, axis: Axis, linears) -> tuple[Tensor, ...]:
+    """The outputs of several split linear layers of one input."""
+    weights, biases = zip(*(linear.locals() for linear in linears))
+    return Columns.apply(x, axis.size, axis.group, axis.sequence, *weights, *biases)
+
+
+class PartRows(nn.Module):
+    """Dropout of this rank's part of the sequence, keyed by that part of `rows`."""
+
+    def __init__(self, dropout: nn.Module, axis: Axis):
+        super().__init__()
+        self.dropout, self.axis = dropout, axis
+
+    def forward(self, x: Tensor, rows: Tensor | None) -> Tensor:
+        """x [b, s/t, h], rows [b, s]."""
+        return self.dropout(x, None if rows is None else self.axis.part(rows))
+
+
+class VocabularyPart:
+    """This rank's rows of the vocabulary, for the loss (layers/loss.py, Vocabulary, says what each function means)."""
+
+    def __init__(self, axis: Axis, size: int):
+        self.axis, (self.first, number) = axis, share(size, axis)
+        if number == 0:
+            raise ConfigError(
+                problem(
+                    "vocab_size",
+                    size,
+                    f"it must leave each of {axis.size} tensor-parallel ranks a row",
+                    "Lower --tensor-model-parallel-size",
+                )
+            )
+
+    def hidden(self, hidden: Tensor) -> Tensor:
+        return Enter.apply(hidden, self.axis.size, self.axis.group, self.axis.sequence)
+
+    def rows(self, weight: Tensor) -> Tensor:
+        return local(weight)
+
+    def find(self, labels: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        row = labels - self.first
+        here = (row >= 0) & (row < rows) & (labels >= 0)
+        return torch.where(here, row, 0), here
+
+    def maximum(self, values: Tensor) -> Tensor:
+        return wait(start_maximum(values, self.axis.group))
+
+    def total(self, values: Tensor) -> Tensor:
+        return wait(start_sum(values, self.axis.group))
+
+
+@torch.no_grad()
+def sum_gradients(model: nn.Module) -> None:
+    """Add up over the tensor-parallel ranks the gradients of which each computed a part; once a step, after all others' sums."""
+    axis, seen, pending = None, set[int](), dict[torch.dtype, list[Tensor]]()
+    for module in model.modules():
+        for name in getattr(module, "summed", ()):
+            parameter = getattr(module, name)
+            if parameter is not None and parameter.grad is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                axis = axis or module.axis
+                pending.setdefault(parameter.grad.dtype, []).append(local(parameter.grad))
+    for gradients in pending.values():
+        for bucket in buckets(gradients, BUCKET):
+            flat = wait(start_sum(torch.cat([gradient.flatten() for gradient in bucket]), axis.group))
+            parts = flat.split([gradient.numel() for gradient in bucket])
+            torch._foreach_copy_(bucket, [part.view(gradient.shape) for part, gradient in zip(parts, bucket)])
+
+
+def buckets(tensors: list[Tensor], limit: int) -> Iterator[list[Tensor]]:
+    """The tensors in order, in lists of about `limit` elements."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        bucket.append(tensor)
+        if sum(held.numel() for held in bucket) >= limit:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket
+
+
+@contextlib.contextmanager
+def whole_sequences(model: nn.Module) -> Iterator[None]:
+    """Evaluate with sequences whole on every rank, so that any length works (generation). Not for training."""
+    axes = {id(axis): axis for module in model.modules() if (axis := getattr(module, "axis", None)) is not None and axis.sequence}
+    for axis in axes.values():
+        axis.sequence = False
+    try:
+        yield
+    finally:
+        for axis in axes.values():
+            axis.sequence = True

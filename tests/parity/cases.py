@@ -1,0 +1,43 @@
+"""The tables of the parity tests: forms of GPT, and layouts. A new form or layout is a row here."""
+
+from megalith.config.run import RunConfig
+
+SMALL = RunConfig().replace(
+    num_layers=2, hidden_size=32, num_attention_heads=4, ffn_hidden_size=48, max_position_embeddings=16, seq_length=16, vocab_size=64,
+    hidden_dropout=0.0, attention_dropout=0.0, init_method_std=0.2, loss_chunk_tokens=24, micro_batch_size=1, global_batch_size=4, device="cpu",
+)  # fmt: skip
+
+FORMS: dict[str, dict] = {
+    "absolute": {},
+    "rotary": {
+        "position_embedding_type": "rope", "group_query_attention": True, "num_query_groups": 2, "swiglu": True,
+        "untie_embeddings_and_output_weights": True, "normalization": "RMSNorm", "add_bias_linear": False, "qk_layernorm": True,
+    },
+    "alibi": {"position_embedding_type": "alibi", "attention_head_type": "multiquery", "squared_relu": True},
+    "odd vocabulary": {"vocab_size": 67},
+    "odd layers": {"num_layers": 3, "position_embedding_type": "rope", "untie_embeddings_and_output_weights": True},
+    "dropout": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
+}  # fmt: skip
+
+# name -> (ranks, what differs from one process)
+LAYOUTS: dict[str, tuple[int, dict]] = {
+    "tp2": (2, {"tensor_model_parallel_size": 2}),
+    "tp4": (4, {"tensor_model_parallel_size": 4}),
+    "tp2 sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "tp4 sp": (4, {"tensor_model_parallel_size": 4, "sequence_parallel": True}),
+    "dp2 none": (2, {}),
+    "dp2 optimizer": (2, {"use_distributed_optimizer": True}),
+    "dp2 full": (2, {"data_parallel_sharding": "full"}),
+    "dp 2x2": (4, {"data_parallel_sharding": "full", "data_parallel_replicas": 2}),
+    "tp2 dp2": (4, {"tensor_model_parallel_size": 2}),
+    "tp2 dp2 optimizer": (4, {"tensor_model_parallel_size": 2, "use_distributed_optimizer": True}),
+    "tp2 sp dp2 full": (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "data_parallel_sharding": "full"}),
+    "tp2 compile": (2, {"tensor_model_parallel_size": 2, "compile": True}),
+    "tp2 sp compile": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "compile": True}),
+}
+
+
+def config_of(form: str, layout: str | None = None) -> RunConfig:
+    """The config of a form, of one process where no layout is named."""
+    config = SMALL.replace(**FORMS[form])
+    return config.replace(micro_batch_size=4) if layout is None else config.replace(**LAYOUTS[layout][1])
