@@ -7,11 +7,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import yaml
-
 from megalith.checkpoint.facts import part_of
+from megalith.common.errors import ConfigError
+from megalith.config.loading import from_yaml
 from megalith.config.loading_values import fields
-from megalith.config.model import ModelConfig
 from megalith.config.text import flag, value_text
 
 FIELDS = {name: field for name, field in fields().items() if field.section == "model"}
@@ -47,15 +46,13 @@ SHAPING = (
 
 
 def model_section(text: str) -> dict[str, Any]:
-    """{field: value} of the section `model` of a config's YAML text, derived sizes filled in; {} where it has none."""
+    """{field: value} of what decides shapes in a config's YAML text, derived sizes filled in; {} where it cannot be read."""
+    if not text.strip():
+        return {}
     try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError:
+        config = from_yaml(text).model
+    except ConfigError:  # a config of another release: what it cannot tell, the shapes tell
         return {}
-    section = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(section, dict):
-        return {}
-    config = ModelConfig(**{name: value for name, value in section.items() if name in FIELDS})
     model = {name: getattr(config, name) for name in SHAPING}
     if config.hidden_size and config.num_attention_heads:
         model |= {"ffn_hidden_size": config.ffn_size, "kv_channels": config.head_dim, "num_query_groups": config.num_kv_heads}
@@ -114,8 +111,12 @@ def cure_of_presence(name: str, others: Iterable[str], model: Mapping[str, Any])
 
 
 def config_differences(mine: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(field, mine, other) for the fields that decide names and shapes and differ between two model sections."""
-    return [(field, mine.get(field), other.get(field)) for field in SHAPING if mine.get(field) != other.get(field)]
+    """(field, mine, other) for the fields that decide names and shapes and differ between two model sections.
+
+    A vocabulary that one side leaves to its tokenizer is no difference.
+    """
+    both = [(field, mine.get(field), other.get(field)) for field in SHAPING]
+    return [(field, one, two) for field, one, two in both if one != two and not (field == "vocab_size" and None in (one, two))]
 
 
 def as_flag(field: str, value: Any) -> str:

@@ -36,6 +36,11 @@ def iterations(folder: str | os.PathLike) -> list[int]:
     return sorted(number for number, path in _checkpoints(root(folder)).items() if (path / manifest.NAME).exists())
 
 
+def paths(folder: str | os.PathLike) -> list[pathlib.Path]:
+    """The folders of all checkpoints in `folder`, by iteration, damaged ones among them."""
+    return [path for _, path in sorted(_checkpoints(root(folder)).items())]
+
+
 def latest(folder: str | os.PathLike) -> int | None:
     """The iteration that training goes on from: what `latest` names, or the newest where that file is missing; None if none.
 

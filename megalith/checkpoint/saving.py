@@ -87,7 +87,7 @@ def merge(state: State) -> dict[str, Tensor]:
     return merged
 
 
-def write(order: Order, state: dict[str, Tensor], parts: dict[str, Tensor], ranks: Ranks) -> pathlib.Path:
+def write(order: Order, state: dict[str, Tensor], parts: Mapping[str, Tensor], ranks: Ranks) -> pathlib.Path:
     """`save`, of tensors whose layout is that of `state` and whose data are in `parts` (see store.write)."""
     locks: list[int] = []
     try:

@@ -10,7 +10,7 @@ import hashlib
 import pathlib
 import pickle
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,11 +35,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def write(state: dict[str, Tensor], parts: dict[str, Tensor], folder: pathlib.Path, ranks: Ranks) -> tuple[dict, dict]:
+def write(state: dict[str, Tensor], parts: Mapping[str, Tensor], folder: pathlib.Path, ranks: Ranks) -> tuple[dict, dict]:
     """Write tensors into `folder`, all ranks together, durably.
 
-    state: says what is written: names, and layouts. parts: {name: this rank's part}, what is in the files; they may be
-    copies on another device (see saver.py).
+    state: says what is written: names, and layouts. parts: {name: this rank's part}, the data, asked for one by one; they
+        may be copies on another device (see saver.py) or read when asked for (see editing.py).
     Returns ({name: {"shape", "dtype"}} of the whole checkpoint, {file: {"bytes", "sha256"}} of this rank's files).
     """
     planner = _SavePlanner(parts)
@@ -128,7 +128,7 @@ _HARMLESS = {
 class _SavePlanner(DefaultSavePlanner):
     """DCP's planner, which takes the data from `parts` and only the layout from the state."""
 
-    def __init__(self, parts: dict[str, Tensor]):
+    def __init__(self, parts: Mapping[str, Tensor]):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self.parts = parts
 

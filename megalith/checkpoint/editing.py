@@ -1,0 +1,161 @@
+"""A changed copy of a checkpoint: other names, fewer parts, another iteration, a larger or smaller vocabulary.
+
+Tensors pass one by one, so the memory needed is that of the largest few, whatever the size of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import pathlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+import yaml
+from torch import Tensor
+
+from megalith.checkpoint import manifest, store
+from megalith.checkpoint.facts import CONFIG, TRAIN_STATE, read_config, read_train_state
+from megalith.checkpoint.ranks import Ranks
+from megalith.checkpoint.saving import Order, write
+from megalith.common.errors import CheckpointError
+from megalith.config.text import nearest
+
+RESIZED = {  # field of the config -> the parameters with a row for each of its units
+    "vocab_size": re.compile(r"(.*\.)?(embedding|head)\.(weight|bias)"),
+    "max_position_embeddings": re.compile(r"(.*\.)?position_embedding\.weight"),
+}
+
+
+def edit(
+    path: str | os.PathLike,
+    folder: str | os.PathLike,
+    *,
+    rename: Mapping[str, str] | None = None,
+    drop: Sequence[str] = (),
+    iteration: int | None = None,
+    vocab_size: int | None = None,
+    max_position_embeddings: int | None = None,
+) -> pathlib.Path:
+    """Write a changed copy of the checkpoint at `path` into the new `folder`, and return its path. One process, no group.
+
+    drop: parts (`optimizer`, `optimizer/exp_avg`) or patterns of whole names (`*/head.weight`) that are left out.
+    rename: {old: new} parameter names, or beginnings of them that end before a dot; weights and optimizer alike.
+    iteration: the number of the copy, also in its train_state; consumed samples stay what they were.
+    vocab_size, max_position_embeddings: the number of rows of the (position) embedding and the head. Rows at the end are
+        cut off; new ones are the mean of the old ones, in the optimizer's tensors too, so that a new word starts as an
+        average one, with the logit of one. The copy's config says the new size.
+
+    Raises CheckpointError where `folder` is not empty or something named is not there; the source is never changed.
+    """
+    path, folder = pathlib.Path(path), pathlib.Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists and is not empty; an edited checkpoint goes into a new folder. Name another one.")
+    content = manifest.read(path)
+    names = _rename(_keep(content["tensors"], drop), rename or {})
+    asked = {"vocab_size": vocab_size, "max_position_embeddings": max_position_embeddings}
+    sizes = {field: size for field, size in asked.items() if size is not None}
+    tensors = _Tensors(path, names, content["tensors"], _rows(names, content["tensors"], sizes))
+    train_state = read_train_state(path)
+    files = {name: path / name for name in content["files"] if not name.endswith(store.DATA)}
+    for own in (store.METADATA, CONFIG, TRAIN_STATE):
+        del files[own]
+    number = content["iteration"] if iteration is None else iteration
+    order = Order(folder, number, train_state, _config(read_config(path), sizes), files, 0, None)
+    return write(order, tensors.layout(), tensors, Ranks())
+
+
+class _Tensors(Mapping[str, Tensor]):
+    """The tensors of the copy by their new names, read when asked for."""
+
+    def __init__(self, path: pathlib.Path, names: dict[str, str], facts: dict[str, dict], rows: dict[str, int]):
+        """names: {new: old}; facts: {old: shape and dtype}; rows: {new: number of rows} of those that are resized."""
+        self.path, self.names, self.facts, self.rows = path, names, facts, rows
+        self.metadata = store.Reader(path).read_metadata()
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._empty(name, "cpu")
+        store.read(self.path, {self.names[name]: tensor}, self.metadata)
+        return resize(tensor, self.rows[name]) if name in self.rows else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def layout(self) -> dict[str, Tensor]:
+        """The same without data."""
+        return {name: resize(self._empty(name, "meta"), self.rows.get(name)) for name in self}
+
+    def _empty(self, name: str, device: str) -> Tensor:
+        facts = self.facts[self.names[name]]
+        return torch.empty(facts["shape"], dtype=getattr(torch, facts["dtype"]), device=device)
+
+
+def resize(tensor: Tensor, rows: int | None) -> Tensor:
+    """`tensor` with `rows` rows: the last ones cut off, or the mean of all added (taken in float64). None: as it is."""
+    if rows is None:
+        return tensor
+    if rows <= len(tensor):
+        return tensor[:rows]
+    mean = tensor.double().mean(dim=0, keepdim=True).to(tensor.dtype)
+    return torch.cat([tensor, mean.expand(rows - len(tensor), *tensor.shape[1:])])
+
+
+def _keep(known: dict[str, dict], drop: Sequence[str]) -> list[str]:
+    """The names that no pattern drops; each pattern must drop something."""
+    kept = list(known)
+    for pattern in drop:
+        left = [name for name in kept if not (fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern.rstrip('/')}/"))]
+        if len(left) == len(kept):
+            raise CheckpointError(_unknown("drop", pattern, [*known, *{name.rpartition("/")[0] for name in known}]))
+        kept = left
+    return kept
+
+
+def _rename(names: list[str], rename: Mapping[str, str]) -> dict[str, str]:
+    """{new name: old name}; each old name must be there, and no two may become one."""
+    renamed = {name: name for name in names}  # old -> new
+    for old, new in rename.items():
+        beginning = re.compile(rf"(.*/){re.escape(old)}(?=\.|$)")
+        touched = [name for name in renamed if beginning.match(name)]
+        if not touched:
+            raise CheckpointError(_unknown("rename", old, {name.rpartition("/")[2] for name in names}))
+        renamed |= {name: beginning.sub(rf"\g<1>{new}", name) for name in touched}
+    swapped = {new: old for old, new in renamed.items()}
+    if len(swapped) < len(renamed):
+        twice = next(new for new in renamed.values() if list(renamed.values()).count(new) > 1)
+        raise CheckpointError(f"rename: two tensors would be called {twice}. Drop one of them, or choose another name.")
+    return swapped
+
+
+def _rows(names: dict[str, str], facts: dict[str, dict], sizes: Mapping[str, int]) -> dict[str, int]:
+    """{new name: rows} of the tensors that change; those of the optimizer that have a row for each row of theirs too."""
+    rows: dict[str, int] = {}
+    for field, size in sizes.items():
+        tables = {name: facts[old]["shape"] for name, old in names.items() if RESIZED[field].fullmatch(name.rpartition("/")[2])}
+        before = next((shape[0] for name, shape in tables.items() if name.startswith("model/")), None)
+        if before is None:
+            raise CheckpointError(
+                f"{field}: the checkpoint has no parameter with a row for each of its units, so it cannot be set to {size}"
+            )
+        if size < 1:
+            raise CheckpointError(f"{field}: found {size}; a table has at least one row. The checkpoint has {before}.")
+        rows |= {name: size for name, shape in tables.items() if shape and shape[0] == before}
+    return rows
+
+
+def _config(text: str, sizes: Mapping[str, int]) -> str:
+    """The config with the new sizes in its section `model`."""
+    content = yaml.safe_load(text) if sizes else None
+    if not isinstance(content, dict):
+        return text
+    content["model"] = {**(content.get("model") or {}), **sizes}
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=140)
+
+
+def _unknown(option: str, name: str, known: Sequence[str] | set[str]) -> str:
+    near = nearest(name, known)
+    return f"{option}: the checkpoint has nothing called {name!r}" + (f"; did you mean {near!r}?" if near else ".")
