@@ -61,9 +61,10 @@ def generate(model: nn.Module | Decoder, prompts: Prompts = None, **options) -> 
 
 
 def complete(
-    model: nn.Module | Decoder, prompts: Prompts = None, *, max_new_tokens: int = 64, temperature: float = 1.0, top_k: int = 0, top_p: float = 0.0,
-    top_p_decay: float = 0.0, top_p_bound: float = 0.0, seed: int | None = None, num_results: int = 1, stop: Sequence[str] = (),
-    stop_at_eod: bool = True, add_bos: bool = False, logprobs: bool = False, on_token: OnToken | None = None, batch_size: int = 32,
+    model: nn.Module | Decoder, prompts: Prompts = None, *, max_new_tokens: int = 64, temperature: float = 1.0, top_k: int = 0,
+    top_p: float = 0.0, top_p_decay: float = 0.0, top_p_bound: float = 0.0, seed: int | None = None, num_results: int = 1,
+    stop: Sequence[str] = (), stop_at_eod: bool = True, add_bos: bool = False, logprobs: bool = False, on_token: OnToken | None = None,
+    batch_size: int = 32,
 ) -> list[Completion]:  # fmt: skip
     """What the model writes after each prompt, num_results completions for each, in order.
 
@@ -202,8 +203,8 @@ def check_length(model: nn.Module | Decoder, prompt: int, new: int) -> None:
     limit = config.max_position_embeddings
     if config.positions != "alibi" and limit is not None and prompt + new > limit:
         raise ConfigError(
-            f"too long: the longest prompt has {prompt} tokens and {new} new ones are asked for, together {prompt + new}; the model's limit "
-            f"(max_position_embeddings) is {limit}. Shorten the prompt or ask for at most {max(limit - prompt, 0)} new tokens."
+            f"too long: the longest prompt has {prompt} tokens and {new} new ones are asked for, together {prompt + new}; the model's "
+            f"limit (max_position_embeddings) is {limit}. Shorten the prompt or ask for at most {max(limit - prompt, 0)} new tokens."
         )
 
 
@@ -227,10 +228,7 @@ def tokenized(model: nn.Module | Decoder, prompts: Prompts, add_bos: bool = Fals
             ids = [tokenizer.require("eod"), *ids]
         wrong = [i for i in ids if not 0 <= i < vocabulary]
         if wrong:
-            raise DataError(
-                problem(
-                    f"prompt {number}, token", wrong[0], f"the model's vocabulary has {vocabulary} tokens, from 0", "Use the tokenizer it was trained with"
-                )
-            )  # fmt: skip
+            rule = f"the model's vocabulary has {vocabulary} tokens, numbered from 0"
+            raise DataError(problem(f"prompt {number}, token", wrong[0], rule, "Use the tokenizer that it was trained with"))
         made.append(Completion(prompt_ids=ids, prompt=text, continuation=None if text is None else ""))
     return made

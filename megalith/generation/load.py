@@ -11,9 +11,8 @@ from megalith.common.errors import ConfigError, problem
 from megalith.data.tokenizers import load_tokenizer
 from megalith.runtime.load import load_plain
 
-DTYPES = {
-    "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float16": torch.float16, "fp16": torch.float16,
-}  # fmt: skip
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def load(
@@ -28,9 +27,9 @@ def load(
     carries none). Raises CheckpointError where there is no good checkpoint, ConfigError for a device or dtype there is not.
     """
     if isinstance(dtype, str):
-        if dtype not in DTYPES:
+        if SHORT.get(dtype, dtype) not in DTYPES:
             raise ConfigError(problem("--dtype", dtype, f"the known ones are {', '.join(DTYPES)}", "Use one of them"))
-        dtype = DTYPES[dtype]
+        dtype = DTYPES[SHORT.get(dtype, dtype)]
     model, run_config, found = load_plain(path, device=device, dtype=dtype or torch.float32, iteration=iteration)
     folder = found / "tokenizer"
     model.run_config = run_config

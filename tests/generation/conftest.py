@@ -1,0 +1,50 @@
+"""A tiny tokenizer of many scripts and tiny models with random weights, for every test of this folder."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from megalith.config.model import ModelConfig
+from megalith.data.tokenizers import Tokenizer, build_tokenizer
+from megalith.models.gpt import GPT
+from megalith.runtime.build import plain
+
+CORPUS = ["Once upon a time there was a small model, and the model wrote.", "Zürich, 東京, Ελλάδα, 😀 naïve café; once more upon a time."]
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A tokenizer.json: byte-level BPE of 300 tokens, the first `<|endoftext|>`."""
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet))
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    made.save(str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_file: pathlib.Path) -> Tokenizer:
+    return build_tokenizer("HuggingFaceTokenizer", tokenizer_model=str(tokenizer_file))
+
+
+@pytest.fixture
+def make(tokenizer: Tokenizer) -> Callable[..., GPT]:
+    """`make(dtype=..., **config)`: a model in evaluation mode with the tokenizer attached."""
+
+    def made(dtype: torch.dtype = torch.float32, **form: Any) -> GPT:
+        base = {
+            "num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": tokenizer.vocab_size, "max_position_embeddings": 200,
+            "init_method_std": 0.3,
+        }  # fmt: skip
+        model = plain(ModelConfig(**{**base, **form}), torch.device("cpu"), dtype, seed=5)
+        model.tokenizer = tokenizer
+        return model
+
+    return made
