@@ -1,0 +1,88 @@
+"""Every command in README.md runs as typed, block by block in one folder; what would take minutes is left to the slow tests."""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.toy import ROOT, make_corpus, run
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+# `make` only says what it would do here; test_fresh_clone does it.
+PRELUDE = f"set -euo pipefail\nmake() {{ command make --dry-run --directory '{ROOT}' \"$@\"; }}\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> pathlib.Path:
+    """What a reader has: a clone, a corpus of their own, GPT-2's vocabulary."""
+    folder = tmp_path_factory.mktemp("readme")
+    make_corpus(folder)
+    (folder / "tokenizer.json").unlink()  # the README makes it
+    for name in ("examples", "megalith"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+def test_every_block_says_what_it_is() -> None:
+    assert {language for language, _ in BLOCKS} == {"sh", "python", "yaml", "text"}
+    assert "$ " not in "".join(body for _, body in BLOCKS)
+
+
+@pytest.mark.timeout(900)
+def test_every_command_runs(folder: pathlib.Path) -> None:
+    for language, body in BLOCKS:
+        if language == "sh":
+            run(["bash", "-c", PRELUDE + body], folder)
+        elif language == "python":
+            run([sys.executable, "-c", body], folder)
+        elif language == "yaml":
+            (folder / body.split()[1]).write_text(body)
+    losses = [losses_of(folder / "runs" / name) for name in ("first", "two", "sharded")]
+    assert len(losses[0]) == 60
+    for one, others in zip(losses[0], zip(*losses[1:])):
+        assert others == pytest.approx((one, one), rel=1e-5)
+    assert losses[0][-1] < losses[0][0] - 1
+    assert {"config.yaml", "metrics.jsonl", "loss.png", "checkpoints"} <= {path.name for path in (folder / "runs/first").iterdir()}
+
+
+def losses_of(run_folder: pathlib.Path) -> list[float]:
+    """Training loss of every step."""
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_the_map_is_the_tree() -> None:
+    (tree,) = (body for language, body in BLOCKS if language == "text")
+    lines = tree.splitlines()
+    folders = {line.split("/")[0].strip() for line in lines if line.startswith("  ")}
+    top = {line.split("/")[0] for line in lines if not line.startswith("  ")}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert folders == {path.split("/")[1] for path in tracked if path.startswith("megalith/") and path.count("/") > 1}
+    assert top == {path.split("/")[0] for path in tracked if "/" in path and not path.startswith(".")}
+
+
+def test_links_lead_somewhere() -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    missing = [link for link in links if "://" not in link and not (ROOT / link).exists()]
+    assert links and not missing
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_fresh_clone(tmp_path: pathlib.Path) -> None:
+    """The two commands, from nothing; the loss falls by a third, the picture is there, the text is printed."""
+    run(["git", "clone", "--quiet", str(ROOT), "clone"], tmp_path)
+    output = run(["make", "demo"], tmp_path / "clone", PYTHONPATH="")
+    losses = [
+        next(iter(line["validation"].values()))
+        for line in map(json.loads, (tmp_path / "clone/runs/demo/run/metrics.jsonl").read_text().splitlines())
+        if "validation" in line
+    ]
+    assert losses[-1] < losses[0] * 2 / 3
+    assert (tmp_path / "clone/runs/demo/run/loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert "import" in output
+    run(["make", "test"], tmp_path / "clone", PYTHONPATH="")
