@@ -8,18 +8,11 @@ from collections.abc import Iterator
 from megalith.config.checks_model import model_problems
 from megalith.config.checks_parallel import parallel_problems
 from megalith.config.checks_schedule import schedule_problems
-from megalith.config.loading_values import fields
+from megalith.config.loading_values import WORDS, fields
 from megalith.config.run import RunConfig
 from megalith.config.text import Problem, Words, fail, flag, nearest, trouble, value_text
 
-SHARES = {
-    "hidden_dropout": 1.0,
-    "attention_dropout": 1.0,
-    "rotary_percent": None,
-    "lr_warmup_fraction": 1.0,
-    "adam_beta1": 1.0,
-    "adam_beta2": 1.0,
-}
+BELOW_ONE = ("hidden_dropout", "attention_dropout", "lr_warmup_fraction", "adam_beta1", "adam_beta2")
 
 
 def check(config: RunConfig, world_size: int = 1, *, data: bool = True) -> None:
@@ -34,6 +27,7 @@ def find_problems(config: RunConfig, world_size: int = 1, *, data: bool = True) 
     """Every reason why this config cannot work on `world_size` processes. A rule is skipped where a field it needs is wrong itself."""
     found = list(_limits(config))
     wrong = {field for each in found for field in each.fields}
+    config = config.replace(**{name: fields()[name].default for name in wrong})  # the rules below may divide
     rules = [
         *model_problems(config),
         *schedule_problems(config),
@@ -52,9 +46,11 @@ def _limits(config: RunConfig) -> Iterator[Problem]:
         field = fields()[name]
         smallest, choices = field.metadata["minimum"], field.metadata["choices"]
         default = "" if field.default in (None, []) else f"; the default is {value_text(field.default)}"
-        if value is None or field.kind is bool:
-            if value is None and not field.optional:
+        if value is None:
+            if not field.optional:
                 yield trouble((name,), flag(name), value, f"it needs a value{default}", f"Give {flag(name)} one")
+        elif isinstance(value, bool) != (field.kind is bool) or not isinstance(value, (int, float) if field.kind is float else field.kind):
+            yield trouble((name,), flag(name), value, f"it is {WORDS[field.kind]}{default}", f"Give {flag(name)} such a value")
         elif choices and value not in choices:
             near = nearest(str(value), choices) or nearest(str(value).lower(), choices) or choices[0]
             yield trouble((name,), flag(name), value, f"it is one of {', '.join(choices)}", f"Write {flag(name)} {near}")
@@ -63,8 +59,8 @@ def _limits(config: RunConfig) -> Iterator[Problem]:
         elif smallest is not None and value < smallest:
             cure = f"Write {flag(name)} {value_text(smallest)} or more{default}"
             yield trouble((name,), flag(name), value, f"it is at least {value_text(smallest)}", cure)
-        elif name in SHARES and (value >= 1.0 if SHARES[name] else value > 1.0):
-            rule = "it is a share, below 1" if SHARES[name] else "it is a share, at most 1"
+        elif (name in BELOW_ONE and value >= 1.0) or (name == "rotary_percent" and value > 1.0):
+            rule = "it is a share, below 1" if name in BELOW_ONE else "it is a share, at most 1"
             yield trouble((name,), flag(name), value, rule, f"Write {flag(name)} with a number between 0 and 1")
 
 
@@ -114,18 +110,13 @@ def _files(config: RunConfig) -> Iterator[Problem]:
 
 def _data(config: RunConfig) -> Iterator[Problem]:
     d = config.data
-    if d.dataset == "gpt" and not (d.data_path or d.train_data_path):
+    given = [name for name in ("data_path", "data_file_list", "train_data_path") if getattr(d, name)]
+    if d.dataset == "gpt" and not given:
         cure = "Write --data-path PREFIX, the name without .bin and .idx that `megalith data preprocess` gave"
         yield trouble(("data_path",), "--data-path", None, "the dataset needs a corpus", cure)
-    if d.data_path and (d.train_data_path or d.valid_data_path or d.test_data_path):
-        cure = "Give --data-path with --split, or one path for each of training, validation and test"
-        yield trouble(
-            ("data_path", "train_data_path"),
-            "--data-path",
-            Words(value_text(d.data_path)),
-            "it excludes --train-data-path and the like",
-            cure,
-        )
+    elif len(given) > 1:
+        cure = "Keep one; --data-path and --data-file-list go with --split, the others name training, validation and test"
+        yield trouble(tuple(given), "corpus", Words(" and ".join(map(flag, given))), "it is named in one way", cure)
     if d.tokenizer_type is None:
         cure = "Write --vocab-file FILE --merge-file FILE (GPT-2's), or --tokenizer-model tokenizer.json"
         yield trouble(("tokenizer_type", "vocab_file"), "tokenizer", None, "the data was made with one, and it has the vocabulary", cure)

@@ -139,7 +139,7 @@ def _splits(config: RunConfig) -> Iterator[Problem]:
             whole["ffn_hidden_size"] = m.ffn_size
         for name, value in whole.items():
             if value % tp:
-                fitting = [n for n in range(1, tp + 1) if value % n == 0]
+                fitting = [n for n in range(1, tp + 1) if not any(each % n for each in whole.values())]
                 yield trouble((TP, name), flag(TP), tp, f"{flag(name)}, {value}, is a multiple of it", f"Write {flag(TP)} {fitting[-1]}")
         kv = m.num_kv_heads
         if kv % tp and tp % kv:
@@ -159,13 +159,14 @@ def _splits(config: RunConfig) -> Iterator[Problem]:
 
 def layouts(config: RunConfig, world_size: int, count: int = 3) -> list[tuple[int, int, int]]:
     """Up to `count` (tensor, pipeline, context) sizes that fit the processes and the model, nearest to the wanted ones first."""
-    m, p = config.model, config.parallel
+    p, layers = config.parallel, config.model.num_layers or 1
     wanted = (p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.context_parallel_size)
-    heads, layers, sequence = m.num_attention_heads or 1, m.num_layers or 1, config.data.seq_length or 1
 
     def fits(tp: int, pp: int, cp: int) -> bool:
-        even = heads % tp == 0 and (m.num_kv_heads or tp) % tp == 0 and pp <= layers
-        return even and (cp == 1 or sequence % (2 * cp) == 0) and world_size % (tp * pp * cp) == 0
+        if world_size % (tp * pp * cp) or pp > layers:
+            return False
+        sizes = {TP: tp, PP: pp, CP: cp, "sequence_parallel": p.sequence_parallel and tp > 1}
+        return not list(_splits(config.replace(**sizes)))
 
     def far(sizes: tuple[int, int, int]) -> float:
         return sum(abs(math.log2(size / want)) + (size > want == 1) for size, want in zip(sizes, wanted, strict=True))

@@ -88,7 +88,7 @@ def config_flags() -> dict[str, Flag]:
     for name, (nargs, reason) in legacy_megatron.not_needed().items():
         found[name] = Flag(name, {}, nargs, notice=f"{name} is not needed: {reason}")
     for name, (nargs, harmless, reason) in legacy_megatron.REFUSED.items():
-        found[name] = Flag(name, {}, nargs, refused=reason, harmless=harmless)
+        found[name] = Flag(name, {}, nargs, refused=reason, harmless=harmless, notice=f"{name} {VALUE} changes nothing here")
     return found
 
 

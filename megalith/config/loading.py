@@ -193,7 +193,7 @@ def to_yaml(config: RunConfig, *, changed_only: bool = False) -> str:
         field = fields()[name]
         if not changed_only or value != field.default:
             tree.setdefault(field.section, {})[name] = value
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=140) if tree else ""
+    return yaml.safe_dump(tree, sort_keys=False, width=140) if tree else ""
 
 
 def from_yaml(text: str, source: str = "config") -> RunConfig:

@@ -38,7 +38,8 @@ def value_text(value: object) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that `name` was probably meant to be, or None where nothing is near."""
-    found = difflib.get_close_matches(name, list(known), 1)
+    known = list(known)
+    found = difflib.get_close_matches(name, known, 1) or [each for each in known if len(name) > 3 and name in each]
     return found[0] if found else None
 
 

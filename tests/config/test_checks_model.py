@@ -1,0 +1,52 @@
+"""Rules of shape and formats."""
+
+import pytest
+
+from megalith.config.checks_model import model_problems
+from megalith.config.run import RunConfig
+
+GOOD = RunConfig().replace(num_layers=4, hidden_size=64, num_attention_heads=4, seq_length=32, max_position_embeddings=32)
+
+
+def texts(**values):
+    return [problem.text for problem in model_problems(GOOD.replace(**values))]
+
+
+CASES = [
+    ({"num_attention_heads": 5},
+     "--num-attention-heads: found 5; --hidden-size, 64, is a multiple of it. Write --num-attention-heads 4, or --hidden-size 65, "
+     "or the width of a head with --kv-channels."),
+    ({"num_query_groups": 3}, "--num-query-groups: found 3; --num-attention-heads, 4, is a multiple of it. Write --num-query-groups 4."),
+    ({"group_query_attention": True}, "Write --num-query-groups with the number of key/value heads"),
+    ({"attention_head_type": "multiquery", "num_query_groups": 2}, "--attention-head-type multiquery is one group"),
+    ({"seq_length": 64},
+     "--seq-length: found 64; it is at most --max-position-embeddings, 32. Write --max-position-embeddings 64, or --seq-length 32."),
+    ({"seq_length": None}, "--seq-length: found nothing"),
+    ({"max_position_embeddings": None}, "Write --max-position-embeddings 32"),
+    ({"fp16": True, "bf16": True}, "--fp16: found also --bf16; there is one compute format. Leave out one of the two."),
+    ({"loss_scale": 8.0}, "only float16 is scaled"),
+    ({"fp16": True, "min_loss_scale": 2.0**40}, "--min-loss-scale"),
+    ({"swiglu": True, "squared_relu": True}, "activation: found --squared-relu and --swiglu; an MLP has one."),
+    ({"use_rotary_position_embeddings": True, "position_embedding_type": "alibi"}, "a model has one kind of positions"),
+    ({"position_embedding_type": "rope", "rotary_percent": 0.01}, "rotated channels of a head: found 0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "message"), CASES, ids=lambda each: "-".join(each) if isinstance(each, dict) else "")
+def test_each_rule(values, message):
+    (text,) = texts(**values)
+    assert message in text
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {}, {"num_attention_heads": 5, "kv_channels": 8}, {"position_embedding_type": "alibi", "max_position_embeddings": None},
+        {"swiglu": True, "glu_activation": "swiglu"}, {"group_query_attention": True, "num_query_groups": 2}, {"num_query_groups": 1},
+        {"position_embedding_type": "rotary", "use_rotary_position_embeddings": True}, {"attention_head_type": "multiquery"},
+        {"fp16": True, "loss_scale": 8.0}, {"num_layers": None, "use_checkpoint_args": True, "load": "a"},
+    ],
+    ids=lambda each: "-".join(each),
+)  # fmt: skip
+def test_what_is_allowed(values):
+    assert texts(**values) == []

@@ -1,0 +1,94 @@
+"""Rules of layouts and batches; what is proposed instead does fit."""
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megalith.config.checks_parallel import CP, PP, TP, layouts, parallel_problems
+from megalith.config.run import RunConfig
+
+GOOD = RunConfig().replace(num_layers=8, hidden_size=64, num_attention_heads=8, seq_length=32, micro_batch_size=2)
+RAMP = {"global_batch_size": 16, "train_samples": 100}
+
+
+def texts(world_size=1, **values):
+    return [problem.text for problem in parallel_problems(GOOD.replace(**values), world_size)]
+
+
+CASES = [
+    (6, {TP: 4}, "number of processes: found 6; it is a multiple of tensor 4 x pipeline 1 x context 1 = 4. "
+     "Start 4 or 8 processes, or with 6 use --tensor-model-parallel-size 2; or no model parallelism"),
+    (1, {TP: 2, PP: 2}, "Start 4 processes, or with 1 use no model parallelism."),
+    (2, {"data_parallel_replicas": 3, "data_parallel_sharding": "full"},
+     "the data-parallel size, 2, is a multiple of it. Write --data-parallel-replicas 2."),
+    (2, {"data_parallel_replicas": 2}, "without sharding every process is a replica already"),
+    (1, {"micro_batch_size": None}, "--micro-batch-size: found nothing"),
+    (3, {"global_batch_size": 16},
+     "found 16; it is a multiple of --micro-batch-size 2 x data-parallel size 3 = 6. Write --global-batch-size 12 or 18."),
+    (1, {"global_batch_size": 1}, "Write --global-batch-size 2."),
+    (1, {**RAMP, "rampup_batch_size": [2, 2]}, "it is three numbers"),
+    (1, {**RAMP, "rampup_batch_size": [2, 0, 9]}, "its numbers are 1 or more"),
+    (1, {**RAMP, "rampup_batch_size": [16, 2, 9]}, "the first size is less than --global-batch-size, 16"),
+    (1, {**RAMP, "rampup_batch_size": [2, 4, 9]},
+     "increments lead from 2 to --global-batch-size, 16, exactly. Write --rampup-batch-size 2 2 9."),
+    (1, {**RAMP, "rampup_batch_size": [3, 13, 9]},
+     "first size and increment are multiples of --micro-batch-size 2 x data-parallel size 1 = 2"),
+    (1, {"sequence_parallel": True}, "found --tensor-model-parallel-size 1; it splits among tensor-parallel processes."),
+    (16, {TP: 16}, "--num-attention-heads, 8, is a multiple of it. Write --tensor-model-parallel-size 8."),
+    (4, {TP: 4, "ffn_hidden_size": 90}, "--ffn-hidden-size, 90, is a multiple of it. Write --tensor-model-parallel-size 2."),
+    (6, {TP: 6, "num_attention_heads": 12, "hidden_size": 96, "num_query_groups": 4},
+     "it divides the 4 key/value heads, or is a multiple of them. Write --tensor-model-parallel-size 2."),
+    (2, {TP: 2, "sequence_parallel": True, "seq_length": 31}, "Write --seq-length 32."),
+    (2, {CP: 2, "seq_length": 30}, "each of 2 context-parallel processes takes two chunks of it. Write --seq-length 32."),
+    (1, {"pipeline_schedule": "zbv"}, "a pipeline has two stages or more"),
+    (16, {PP: 16}, "each stage has a layer, and --num-layers is 8"),
+    (1, {"num_layers_per_virtual_pipeline_stage": 2}, "virtual stages divide the stages of a pipeline"),
+    (2, {PP: 2, "num_layers_per_virtual_pipeline_stage": 3},
+     "--num-layers, 8, is a multiple of it times the 2 pipeline stages. Write 1 or 2 or 4."),
+    (3, {PP: 3, "num_layers_per_virtual_pipeline_stage": 1}, "Choose --num-layers as a multiple of 3"),
+    (2, {PP: 2, "num_layers_per_virtual_pipeline_stage": 2, "global_batch_size": 10}, "Write --global-batch-size 8 or 12."),
+    (4, {PP: 4, "pipeline_schedule": "1f1b"}, "micro-batches of a step: found 1; the pipeline needs at least 4, to fill its stages. "
+                                              "Write --global-batch-size 8, or --pipeline-schedule gpipe."),
+    (2, {PP: 2, "pipeline_schedule": "dualpipev", "global_batch_size": 6}, "the pipeline needs at least 4"),
+    (2, {PP: 2, "pipeline_schedule": "1f1b", **RAMP, "rampup_batch_size": [2, 2, 50]}, "micro-batches of a step: found 1;"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("world_size", "values", "message"), CASES)
+def test_each_rule(world_size, values, message):
+    (text,) = texts(world_size, **values)
+    assert message in text
+
+
+@pytest.mark.parametrize(
+    ("world_size", "values"),
+    [
+        (1, {}), (3, {}), (8, {TP: 2, PP: 2, CP: 2, "sequence_parallel": True}), (4, {TP: 4, "num_query_groups": 2}),
+        (4, {TP: 4, "attention_head_type": "multiquery"}), (2, {PP: 2, "num_layers_per_virtual_pipeline_stage": 2, "global_batch_size": 6}),
+        (3, {PP: 3, "num_layers": 8}), (4, {"data_parallel_sharding": "full", "data_parallel_replicas": 2}),
+        (1, {**RAMP, "rampup_batch_size": [2, 2, 50]}), (2, {PP: 2, "pipeline_schedule": "dualpipev", "global_batch_size": 8}),
+        (4, {PP: 4}),
+    ],
+)  # fmt: skip
+def test_what_is_allowed(world_size, values):
+    assert texts(world_size, **values) == []
+
+
+@given(st.integers(1, 24), st.sampled_from([1, 2, 3, 4, 8]), st.integers(1, 6), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 8]))
+def test_proposed_layouts_fit(world_size, tp, pp, cp, groups):
+    config = GOOD.replace(**{TP: tp, PP: pp, CP: cp, "num_query_groups": groups})
+    proposed = layouts(config, world_size)
+    assert 1 <= len(proposed) <= 3
+    for sizes in proposed:
+        assert not list(parallel_problems(config.replace(**dict(zip((TP, PP, CP), sizes))), world_size)), sizes
+    if world_size % (tp * pp * cp) == 0 and not list(parallel_problems(config, world_size)):
+        assert proposed[0] == (tp, pp, cp)
+
+
+@given(st.integers(1, 12), st.integers(1, 5), st.integers(1, 100))
+def test_proposed_batch_sizes_fit(dp, micro, full):
+    found = texts(dp, micro_batch_size=micro, global_batch_size=full)
+    for size in map(int, re.findall(r"\d+", found[0].split("--global-batch-size")[-1])) if found else ():
+        assert texts(dp, micro_batch_size=micro, global_batch_size=size) == []

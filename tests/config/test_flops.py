@@ -1,0 +1,51 @@
+"""Model FLOPs: the published formulas, and torch's own counter on the built model."""
+
+import pytest
+
+from megalith.config.flops import flops_per_token
+from megalith.config.model import ModelConfig
+
+
+def test_megatrons_formula():
+    """72 l h^2 (1 + s/6h + V/12lh) per token for the shape of GPT-2 (arXiv 2104.04473 without the recomputation)."""
+    layers, h, s, V = 24, 2048, 1024, 50304
+    config = ModelConfig(num_layers=layers, hidden_size=h, num_attention_heads=16, vocab_size=V, max_position_embeddings=s)
+    assert flops_per_token(config, s) == pytest.approx(72 * layers * h**2 * (1 + s / (6 * h) + V / (12 * layers * h)), rel=1e-12)
+
+
+def test_palms_formula_in_both_conventions():
+    """6 N + 12 L H Q T per token (PaLM, appendix B), N the weights that multiply; half of the second term where causality is used."""
+    config = ModelConfig(
+        num_layers=3, hidden_size=64, num_attention_heads=4, kv_channels=32, num_query_groups=2, swiglu=True, ffn_hidden_size=96,
+        vocab_size=100, untie_embeddings_and_output_weights=True,
+    )  # fmt: skip
+    weights = 3 * (64 * 128 * 2 + 64 * 64 * 2 + 3 * 64 * 96) + 64 * 100
+    attention = 12 * 3 * 4 * 32 * 256
+    assert flops_per_token(config, 256) == 6 * weights + attention
+    assert flops_per_token(config, 256, causal_half=True) == 6 * weights + attention / 2
+
+
+FORMS = [
+    {},
+    {"num_query_groups": 2, "swiglu": True, "position_embedding_type": "rope"},
+    {"attention_head_type": "multiquery", "kv_channels": 20},
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=["gpt2", "gqa-swiglu", "mqa"])
+def test_equal_to_torchs_counter(form):
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from megalith.models.gpt import GPT
+
+    sequence, batch = 16, 2
+    config = ModelConfig(**{
+        "num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": sequence, "vocab_size": 50,
+        "hidden_dropout": 0.0, "attention_dropout": 0.0, "attention_backend": "explicit", **form,
+    })  # fmt: skip
+    model = GPT(config)
+    ids = torch.zeros(batch, sequence, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        model(ids).sum().backward()
+    assert counter.get_total_flops() == flops_per_token(config, sequence) * batch * sequence
