@@ -40,9 +40,13 @@ def make(tokenizer: Tokenizer) -> Callable[..., GPT]:
 
     def made(dtype: torch.dtype = torch.float32, **form: Any) -> GPT:
         base = {
-            "num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": tokenizer.vocab_size, "max_position_embeddings": 200,
+            "num_layers": 2,
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "vocab_size": tokenizer.vocab_size,
+            "max_position_embeddings": 200,
             "init_method_std": 0.3,
-        }  # fmt: skip
+        }
         model = plain(ModelConfig(**{**base, **form}), torch.device("cpu"), dtype, seed=5)
         model.tokenizer = tokenizer
         return model

@@ -19,7 +19,13 @@ FORMS: dict[str, dict[str, Any]] = {
     "none": {"position_embedding_type": "none"},
     "multiquery": {"attention_head_type": "multiquery"},
     "groups, alibi": {"num_query_groups": 2, "position_embedding_type": "alibi"},
-    "llama": {"use_rotary_position_embeddings": True, "normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False, "num_query_groups": 2},
+    "llama": {
+        "use_rotary_position_embeddings": True,
+        "normalization": "RMSNorm",
+        "swiglu": True,
+        "add_bias_linear": False,
+        "num_query_groups": 2,
+    },
     "qwen3": {"position_embedding_type": "rope", "qk_layernorm": True, "untie_embeddings_and_output_weights": True},
     "explicit": {"attention_backend": "explicit"},
 }

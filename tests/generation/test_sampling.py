@@ -35,7 +35,12 @@ def test_greedy_takes_the_first_of_the_largest(greedy: Sampling) -> None:
 
 
 def test_top_k() -> None:
-    for k, kept in ((2, [3, 5]), (3, [0, 3, 5]), (4, [0, 1, 3, 5, 7]), (100, [0, 1, 2, 3, 4, 5, 7])):  # 1 and 7 are tied for the fourth place
+    for k, kept in (
+        (2, [3, 5]),
+        (3, [0, 3, 5]),
+        (4, [0, 1, 3, 5, 7]),
+        (100, [0, 1, 2, 3, 4, 5, 7]),
+    ):  # 1 and 7 are tied for the fourth place
         expected = torch.zeros(8).double()
         expected[kept] = LOGITS[kept].double().softmax(-1)
         assert near(draw(Sampling(top_k=k)), expected)
@@ -86,7 +91,9 @@ def test_bfloat16_logits_are_sampled_in_full_precision() -> None:
     assert near(draw(Sampling(), logits=LOGITS.bfloat16()), LOGITS.double().softmax(-1))
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_k": -1}, {"top_p": 1.5}, {"top_p_decay": 2, "top_p": 0.5}, {"top_p_bound": 0.6, "top_p": 0.5}])
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1}, {"top_k": -1}, {"top_p": 1.5}, {"top_p_decay": 2, "top_p": 0.5}, {"top_p_bound": 0.6, "top_p": 0.5}]
+)
 def test_wrong_values_are_named(wrong: dict) -> None:
     with pytest.raises(ConfigError, match="--" + next(iter(wrong)).replace("_", "-")):
         Sampling(**wrong)

@@ -1,0 +1,177 @@
+"""megalith generate: text out of a trained model, to the terminal as it is written, or into a file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from megalith.common.errors import ConfigError, DataError, problem
+from megalith.common.files import write_text
+
+EXAMPLE = """\
+examples:
+  megalith generate --load runs/demo/run --prompt 'def ' --max-new-tokens 100 --temperature 0.8 --top-k 40
+  megalith generate --load runs/demo/run --prompt-file prompts.txt --num-samples 4 --seed 1 --out-file texts.jsonl
+  echo 'Once upon a time' | megalith generate --load runs/demo/run
+
+A prompt file holds one prompt a line, or JSON strings or objects with "prompt" where its name ends in .jsonl. Standard input, where
+it is not a terminal, is one prompt. Without any prompt, texts start from the end-of-document token.
+"""
+
+
+def register(subparsers: argparse._SubParsersAction) -> None:
+    """Add the verb to the command line."""
+    parser = subparsers.add_parser(
+        "generate", help="text out of a trained model", description="Text out of a trained model.", epilog=EXAMPLE
+    )
+    parser.add_argument("--load", required=True, metavar="PATH", help="a run's folder, a folder of checkpoints, or one checkpoint")
+    parser.add_argument("--ckpt-step", type=int, metavar="N", help="the checkpoint of this step (default: the latest)")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompt", action="append", metavar="TEXT", help="what the text begins with; may be given several times")
+    source.add_argument("--prompt-file", metavar="FILE", help="a file of prompts")
+    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts for each prompt (default: 1)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="tokens to write at most (default: 64)")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="below 1 bolder, above 1 wilder, 0 greedy (default: 1)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="choose among the K likeliest tokens (default: 0, all)")
+    parser.add_argument(
+        "--top-p", type=float, default=0.0, metavar="P", help="choose among the likeliest tokens of total chance P (default: 0, all)"
+    )
+    parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
+    parser.add_argument("--beam-width", type=int, metavar="N", help="beam search with N beams instead of sampling")
+    parser.add_argument(
+        "--length-penalty", type=float, default=1.0, metavar="X", help="beams are compared by log chance / length^X (default: 1)"
+    )
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
+    parser.add_argument("--ignore-eod", action="store_true", help="write on after an end-of-document token")
+    parser.add_argument("--seed", type=int, metavar="S", help="the same seed gives the same texts (default: another each time)")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="texts worked on at one time (default: 32)")
+    parser.add_argument("--dtype", default="float32", metavar="TYPE", help="float32, bfloat16 or float16 (default: float32)")
+    parser.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or xpu (default: auto)")
+    parser.add_argument(
+        "--stream", action=argparse.BooleanOptionalAction, help="show text as it is written (default: where there is one text)"
+    )
+    parser.add_argument("--out-file", metavar="FILE", help="write the results there, a JSON object a line, instead of showing them")
+    parser.set_defaults(handler=generate)
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Load, write, show; the exit status."""
+    prompts = read_prompts(args)
+    if args.beam_width is not None and (args.greedy or args.top_k or args.top_p or args.stop or args.ignore_eod or args.temperature != 1.0):
+        raise ConfigError(
+            f"--beam-width {args.beam_width} with --greedy, --temperature, --top-k, --top-p, --stop or --ignore-eod: beam search draws "
+            f"nothing and ends at the end of document. Drop the one or the others."
+        )
+    from megalith.generation.load import load  # here, because it imports torch
+
+    model = load(args.load, device=args.device, dtype=args.dtype, iteration=args.ckpt_step)
+    if model.tokenizer is None:
+        raise ConfigError(f"--load {args.load}: the checkpoint has no tokenizer/ folder; text needs one. Use megalith.load from Python.")
+    made = _beams(model, prompts, args) if args.beam_width is not None else _samples(model, prompts, args)
+    if args.out_file is not None:
+        write_text(pathlib.Path(args.out_file), "".join(json.dumps(record(one), ensure_ascii=False) + "\n" for one in made))
+        print(f"{len(made)} texts -> {args.out_file}")
+    return 0
+
+
+def read_prompts(args: argparse.Namespace) -> list[str] | None:
+    """The prompts of --prompt, of --prompt-file, or of standard input where something is piped in; None for none.
+
+    Raises DataError with file and line for what cannot be read.
+    """
+    if args.prompt is not None:
+        return args.prompt
+    if args.prompt_file is None:
+        text = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
+        return [text.removesuffix("\n")] if text.strip() else None
+    path = pathlib.Path(args.prompt_file)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(problem("--prompt-file", str(path), f"it must be a readable UTF-8 file ({error})", "Check the path")) from None
+    parse: Callable[[str, str], str] = _json_prompt if path.suffix == ".jsonl" else lambda line, _: line
+    prompts = [parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not prompts:
+        raise DataError(problem("--prompt-file", str(path), "it holds no prompt", "Write one prompt a line"))
+    return prompts
+
+
+def _json_prompt(line: str, where: str) -> str:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise DataError(problem(where, line[:60], f"it must be JSON ({error})", "Correct the line")) from None
+    found = value.get("prompt") if isinstance(value, dict) else value
+    if not isinstance(found, str):
+        raise DataError(problem(where, line[:60], 'it must be a string or an object with a string "prompt"', "Correct the line"))
+    return found
+
+
+def record(made: Any) -> dict[str, Any]:
+    """A Completion as it stands in --out-file."""
+    extra = {} if made.score is None else {"score": made.score}
+    return {"prompt": made.prompt, "continuation": made.continuation, "tokens": len(made.ids), "finish": made.finish, **extra}
+
+
+def _samples(model: Any, prompts: list[str] | None, args: argparse.Namespace) -> list[Any]:
+    from megalith.generation.generate import complete
+
+    count = args.num_samples * len(prompts or [""])
+    show = args.out_file is None
+    streamed = show and (args.stream if args.stream is not None else count == 1)
+    on_token = _Printer(prompts or [""], args.num_samples) if streamed else None
+    made = complete(
+        model, prompts, max_new_tokens=args.max_new_tokens, temperature=0.0 if args.greedy else args.temperature, top_k=args.top_k,
+        top_p=args.top_p, seed=args.seed, num_results=args.num_samples, stop=args.stop, stop_at_eod=not args.ignore_eod, on_token=on_token,
+        batch_size=1 if streamed else args.batch_size,
+    )  # fmt: skip
+    if on_token is not None:
+        on_token.close()
+    elif show:
+        _show([one.text for one in made])
+    return made
+
+
+def _beams(model: Any, prompts: list[str] | None, args: argparse.Namespace) -> list[Any]:
+    from megalith.generation.beam import beam_search
+    from megalith.generation.generate import tokenized
+
+    options = {"beam_width": args.beam_width, "max_new_tokens": args.max_new_tokens, "length_penalty": args.length_penalty}
+    found = [beam_search(model, one.prompt_ids, prompt=one.prompt, **options) for one in tokenized(model, prompts)]
+    made = [one for beams in found for one in beams[: args.num_samples]]
+    if args.out_file is None:
+        _show([one.text for one in made])
+    return made
+
+
+def _show(texts: list[str]) -> None:
+    for number, text in enumerate(texts):
+        if number:
+            print(_RULE)
+        print(text)
+
+
+_RULE = "-" * 40
+
+
+class _Printer:
+    """Writes texts to the terminal piece by piece, one after another; a prompt is shown before its first piece."""
+
+    def __init__(self, prompts: list[str], each: int):
+        self.prompts, self.each, self.row = prompts, each, -1
+
+    def __call__(self, row: int, token: int, piece: str) -> None:
+        if row != self.row:
+            if self.row >= 0:
+                print(f"\n{_RULE}")
+            self.row = row
+            print(self.prompts[row // self.each], end="")
+        print(piece, end="", flush=True)
+
+    def close(self) -> None:
+        """End the last line."""
+        print()

@@ -1,0 +1,84 @@
+"""Beam search against trying everything, and its rules for ending."""
+
+import itertools
+
+import pytest
+import torch
+
+from megalith.common.errors import ConfigError
+from megalith.generation.beam import Finished, beam_search
+from megalith.generation.generate import complete, generate, score
+
+SMALL = 6  # tokens of a vocabulary in which every continuation can be tried
+
+
+@pytest.fixture
+def small(make):
+    model = make(torch.float64, vocab_size=SMALL, init_method_std=1.0)
+    model.tokenizer = None
+    return model
+
+
+def everything(model, prompt: list[int], count: int, stop: int | None, penalty: float) -> list[tuple[float, tuple[int, ...]]]:
+    """Every hypothesis with its score, best first."""
+    found = {}
+    for tokens in itertools.product(range(SMALL), repeat=count):
+        end = tokens.index(stop) + 1 if stop in tokens else count
+        found[tokens[:end]] = None
+    rows = score(model, [prompt + list(tokens) for tokens in found])
+    scored = [(sum(row[len(prompt) - 1 :]) / len(tokens) ** penalty, tokens) for row, tokens in zip(rows, found)]
+    return sorted(((value, tokens[:-1] if tokens[-1] == stop else tokens) for value, tokens in scored), reverse=True)
+
+
+def test_wide_beams_find_the_best_of_all(small) -> None:
+    for prompt in ([1], [2, 5, 3]):
+        best = everything(small, prompt, 3, None, 1.0)[:5]
+        made = beam_search(small, prompt, beam_width=SMALL**2, max_new_tokens=3)
+        assert [tuple(one.ids) for one in made[:5]] == [tokens for _, tokens in best]
+        assert [one.score for one in made[:5]] == pytest.approx([value for value, _ in best], abs=1e-5)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.7, 1.0, 3.0])
+def test_stop_tokens_and_length_penalty(penalty: float, small) -> None:
+    known = {tokens: value for value, tokens in everything(small, [1, 2], 3, 4, penalty)}
+    made = beam_search(small, [1, 2], beam_width=SMALL**2, max_new_tokens=3, length_penalty=penalty, stop_token=4)
+    assert [one.score for one in made] == sorted((one.score for one in made), reverse=True)
+    for one in made:
+        assert 4 not in one.ids and one.score == pytest.approx(known[tuple(one.ids)], abs=1e-5)
+        assert one.finish == ("length" if len(one.ids) == 3 else "stop")
+    assert {one.finish for one in made} == {"length", "stop"}
+
+
+def test_one_beam_is_greedy(make) -> None:
+    model = make(torch.float64)
+    greedy = complete(model, "Once upon", top_k=1, max_new_tokens=12, stop_at_eod=False)[0]
+    assert beam_search(model, greedy.prompt_ids, beam_width=1, max_new_tokens=12, stop_token=-1)[0].ids == greedy.ids
+
+
+def test_several_beams_are_no_worse_than_one(make) -> None:
+    model = make(torch.float64)
+    prompt = model.tokenizer.encode("Once upon")
+    for count in (2, 6):
+        one, many = (beam_search(model, prompt, beam_width=width, max_new_tokens=count, stop_token=-1)[0].score for width in (1, 8))
+        assert many >= one - 1e-9
+
+
+def test_rules_for_ending() -> None:
+    """Sums over length^penalty; only the best are kept; closed when the worst kept is no worse than the best open one."""
+    kept = Finished(2, 1.0)
+    kept.add([1], -2.0, 2, "stop")
+    assert not kept.closed(-100.0, 2)  # not full yet
+    kept.add([2], -6.0, 3, "stop")
+    kept.add([3], -8.0, 2, "stop")
+    assert [entry[0] for entry in kept.best] == [-1.0, -2.0]
+    assert not kept.closed(-5.9, 3) and kept.closed(-6.0, 3) and kept.closed(-9.0, 4)
+
+
+def test_texts_and_wrong_values(make) -> None:
+    model = make()
+    texts = generate(model, ["Once", "Z"], beam_width=3, num_results=2, max_new_tokens=5)
+    assert len(texts) == 4 and all(text.startswith("Once") for text in texts[:2]) and texts[2].startswith("Z")
+    assert generate(model, beam_width=2, max_new_tokens=4)
+    for wrong in ({"beam_width": 0}, {"max_new_tokens": 0}, {"max_new_tokens": 500}):
+        with pytest.raises(ConfigError):
+            beam_search(model, [1], **wrong)
