@@ -7,7 +7,6 @@ import dataclasses
 from megalith.config.batch import BatchConfig
 from megalith.config.checkpoint import CheckpointConfig
 from megalith.config.data import DataConfig
-from megalith.config.knobs import section
 from megalith.config.logging import LoggingConfig
 from megalith.config.model import ModelConfig
 from megalith.config.optimizer import OptimizerConfig
@@ -23,7 +22,7 @@ def _of(kind: type):
     return dataclasses.field(default_factory=kind)
 
 
-@section
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One run, whole. Field names are unique over all sections, so that flags can be flat."""
 

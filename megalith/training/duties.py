@@ -15,7 +15,9 @@ from megalith.training.state import FAILED, Progress
 class Validate(Callback):
     """Every eval_interval steps, and before and after the run, measure the losses and tell the other callbacks."""
 
-    def __init__(self, measure: Callable[[str], dict[str, float]], progress: Progress, listeners: Sequence[Callback], splits: Sequence[str]):
+    def __init__(
+        self, measure: Callable[[str], dict[str, float]], progress: Progress, listeners: Sequence[Callback], splits: Sequence[str]
+    ):
         """measure: losses of a split by name ("validation", "test"). splits: the ones that have data."""
         self.measure, self.progress, self.listeners, self.splits = measure, progress, listeners, splits
         self.done_at = -1

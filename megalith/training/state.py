@@ -6,6 +6,7 @@ import dataclasses
 
 FAILED = "an error"  # reason of a stop after which nothing may be saved: the step was not whole
 
+
 @dataclasses.dataclass
 class Progress:
     """Where a run stands. Samples are counted over all processes."""

@@ -37,7 +37,7 @@ class LanguageModelling:
 
     def inputs(self, batch: Batch, counts: dict[str, Tensor]) -> Batch:
         """Each token's weight is its mask over the global count, so the model's losses need only be added up."""
-        passed = {name: batch[name] for name in ("positions", "documents", "labels") if name in batch}
+        passed: Batch = {name: batch[name] for name in ("positions", "documents", "labels") if name in batch}
         return {"inputs": batch["input_ids"], **passed, "loss_weights": batch["loss_mask"] / counts["lm loss"].clamp(min=1.0)}
 
     def losses(self, output: Tensor, batch: Batch, counts: dict[str, Tensor]) -> dict[str, Tensor]:
