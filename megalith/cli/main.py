@@ -8,6 +8,7 @@ Exit status: 0 done, 1 stopped by an error in data, checkpoints or training, 2 t
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import os
 import re
@@ -36,7 +37,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, **options):
-        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        options.setdefault("formatter_class", functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=34))
         super().__init__(allow_abbrev=False, **options)
 
     def parse_known_args(self, args=None, namespace=None):

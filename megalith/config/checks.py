@@ -110,8 +110,13 @@ def _files(config: RunConfig) -> Iterator[Problem]:
 
 def _data(config: RunConfig) -> Iterator[Problem]:
     d = config.data
-    given = [name for name in ("data_path", "data_file_list", "train_data_path") if getattr(d, name)]
-    if d.dataset == "gpt" and not given:
+    apart = [name for name in ("train_data_path", "valid_data_path", "test_data_path") if getattr(d, name)]
+    given = [name for name in ("data_path", "data_file_list") if getattr(d, name)] + apart[:1]
+    if apart and "train_data_path" not in apart and not config.validation.skip_train:
+        yield trouble(
+            ("train_data_path",), flag(apart[0]), Words("no --train-data-path"), "training needs data", "Write --train-data-path too"
+        )
+    elif d.dataset == "gpt" and not given:
         cure = "Write --data-path PREFIX, the name without .bin and .idx that `megalith data preprocess` gave"
         yield trouble(("data_path",), "--data-path", None, "the dataset needs a corpus", cure)
     elif len(given) > 1:

@@ -66,6 +66,7 @@ COMBINED = [
     ({"use_checkpoint_args": True}, "--use-checkpoint-args: found no --load"),
     ({"data_path": []}, "--data-path: found nothing; the dataset needs a corpus."),
     ({"train_data_path": ["b"]}, "corpus: found --data-path and --train-data-path; it is named in one way."),
+    ({"data_path": [], "valid_data_path": ["b"]}, "--valid-data-path: found no --train-data-path"),
     ({"data_file_list": "b"}, "corpus: found --data-path and --data-file-list"),
     ({"tokenizer_type": None}, "tokenizer: found nothing"),
     ({"split": "a,b"}, "--split: found 'a,b'; it is up to three shares"),

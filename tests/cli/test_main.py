@@ -1,0 +1,147 @@
+"""The command: verbs found lazily, errors as messages and exit statuses, torch not imported for nothing."""
+
+import importlib
+import subprocess
+import sys
+import types
+
+import pytest
+
+from megalith.cli import main as command
+from megalith.common.errors import ConfigError, DataError
+
+
+def run(*argv):
+    return command.main(argv)
+
+
+@pytest.fixture
+def verb(monkeypatch):
+    """Install a verb `try` whose handler is the given function."""
+
+    def install(handler):
+        module = types.ModuleType("megalith.cli.try")
+
+        def register(subparsers):
+            parser = subparsers.add_parser("try", help="a test")
+            parser.add_argument("--steps", type=int, default=1)
+            parser.add_argument("--seed", type=int, required=False)
+            parser.set_defaults(handler=handler)
+
+        module.register = register
+        monkeypatch.setitem(sys.modules, "megalith.cli.try", module)
+        monkeypatch.setitem(command.VERBS, "try", "a test")
+
+    return install
+
+
+@pytest.mark.parametrize("name", command.VERBS)
+def test_every_verb_has_help_with_an_example(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(name, "--help")
+    assert ended.value.code == 0
+    assert f"megalith {name}" in capsys.readouterr().out.split("example", 1)[1]
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"]])
+def test_help_names_every_verb_and_imports_none(argv, capsys, monkeypatch):
+    monkeypatch.setattr(importlib, "import_module", None)
+    with pytest.raises(SystemExit) as ended:
+        run(*argv)
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"    {name} " in text for name in command.VERBS) and "megalith demo" in text
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        run("--version")
+    assert capsys.readouterr().out.startswith("megalith 0.")
+
+
+def test_status_of_a_handler(verb):
+    verb(lambda args: args.steps)
+    assert run("try") == 1 and run("try", "--steps", "0") == 0
+    verb(lambda args: None)
+    assert run("try") == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (ConfigError("wrong flag"), 2, "megalith: wrong flag\n"), (DataError("bad file"), 1, "megalith: bad file\n"),
+        (KeyboardInterrupt(), 130, "megalith: interrupted\n"),
+    ],
+)  # fmt: skip
+def test_errors_become_messages_and_statuses(verb, capsys, error, status, message):
+    def handler(args):
+        raise error
+
+    verb(handler)
+    assert run("try") == status
+    assert capsys.readouterr().err == message
+
+
+def test_one_message_per_machine(verb, capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert run("nothing") == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_our_own_bugs_keep_their_traceback(verb):
+    def handler(args):
+        raise RuntimeError("bug")
+
+    verb(handler)
+    with pytest.raises(RuntimeError):
+        run("try")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["pretrian"], "unknown verb 'pretrian': did you mean pretrain?"), (["xyz"], "unknown verb 'xyz': there are demo, "),
+        (["try", "--stpes", "3", "--sed", "1"], "unknown flag --stpes: did you mean --steps?; unknown flag --sed: did you mean --seed?"),
+        (["try", "--ste", "3"], "unknown flag --ste: did you mean --steps?"),
+        (["try", "--steps", "x"], "argument --steps: invalid int value: 'x'"),
+        (["try", "word"], "unexpected word"),
+    ],
+)  # fmt: skip
+def test_wrong_words(verb, capsys, argv, message):
+    verb(lambda args: 0)
+    assert run(*argv) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_verb_may_read_its_words_itself(verb):
+    seen = []
+    verb(lambda args: 0)
+    module = sys.modules["megalith.cli.try"]
+
+    def register(subparsers):
+        subparsers.add_parser("try").set_defaults(handler=lambda args: seen.append(args.reading), reads=list)
+
+    module.register = register
+    assert run("try", "--anything", "-1", "goes") == 0 and seen == [["--anything", "-1", "goes"]]
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["pretrain", "--help"], ["pretrain", "gpt", "--hiden-size", "3", "--recipe", "cpu-tiny"]])
+def test_answers_without_torch_or_numpy(argv):
+    """The reason why --help and a wrong flag answer at once."""
+    code = (
+        "import sys\nfrom megalith.cli.main import main\ntry:\n    main(sys.argv[1:])\nfinally:\n"
+        "    heavy = {'torch', 'numpy', 'rich', 'tokenizers'} & set(sys.modules)\n    print('HEAVY', sorted(heavy))"
+    )
+    found = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False)
+    assert "HEAVY []" in found.stdout, found.stderr
+
+
+def test_python_m_megalith():
+    found = subprocess.run([sys.executable, "-m", "megalith", "pretran"], capture_output=True, text=True, check=False)
+    assert found.returncode == 2 and found.stderr == "megalith: unknown verb 'pretran': did you mean pretrain?\n"
+
+
+def test_a_closed_pipe_is_no_error():
+    code = f"{sys.executable} -m megalith pretrain --help | head -1"
+    found = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=False)
+    assert found.stdout.startswith("usage: megalith pretrain") and "Traceback" not in found.stderr
