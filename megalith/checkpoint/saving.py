@@ -44,7 +44,8 @@ def save(
         dicts (the pipeline stages of one rank) may share names: their tensors must be equal, and are saved once, as must
         plain tensors of one name on several ranks be.
     train_state: JSON-able, everything else that going on needs. `iteration`, `versions` and `ranks` are added.
-    config_yaml: the resolved config. files: {name in the checkpoint: file to copy}, such as a tokenizer.
+    config_yaml: the resolved config. files: {name in the checkpoint: file to copy}, such as
+        tokenizer/tokenizer.json.
     keep_last, keep_every: which older ones stay, see folder.expired.
     group: None is the default group; without any, this process is alone. `folder` must be one and the same for all.
 
@@ -137,8 +138,9 @@ def _seal(order: Order, temporary: pathlib.Path, tensors: dict, sums: list[dict]
         raise CheckpointError(f"train_state holds what JSON cannot ({error}); it takes numbers, text, lists and dicts") from None
     entries = {name: facts for mine in sums for name, facts in mine.items()}
     for name, source in order.files.items():
-        if name in own or name in entries or name == manifest.NAME or pathlib.PurePath(name).name != name:
-            raise CheckpointError(f"file {name!r}: the name must be a plain file name that the checkpoint does not use itself")
+        path = pathlib.PurePosixPath(name)
+        if name in own or name in entries or name == manifest.NAME or path.is_absolute() or ".." in path.parts or str(path) != name:
+            raise CheckpointError(f"file {name!r}: the name must be of a file inside the checkpoint that it does not use itself")
         own[name] = pathlib.Path(source).read_bytes()
     entries |= {name: _write(temporary / name, data) for name, data in own.items()}
     written_by = versions | {"ranks": len(sums)}
@@ -174,8 +176,10 @@ def _sorted(table: dict) -> dict:
 
 def _write(path: pathlib.Path, data: bytes) -> dict:
     """Write a small file durably; its manifest entry."""
+    path.parent.mkdir(parents=True, exist_ok=True)  # it may lie in a folder of its own, such as tokenizer/
     with open(path, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+    fsync_directory(path.parent)
     return {"bytes": len(data), "sha256": sha256(path)}

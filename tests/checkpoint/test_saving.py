@@ -93,7 +93,7 @@ def test_stages_of_one_rank(tmp_path):
     assert checkpoint.iterations(tmp_path) == [1]
 
 
-@pytest.mark.parametrize("bad", [{"train_state": {"a": object()}}, {"files": {"manifest.json": __file__}}, {"files": {"a/b": __file__}}])
+@pytest.mark.parametrize("bad", [{"train_state": {"a": object()}}, {"files": {"manifest.json": __file__}}, {"files": {"../b": __file__}}])
 def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, bad):
     with pytest.raises(CheckpointError, match="was not saved"):
         save(tmp_path, 1, tensors(), **bad)
