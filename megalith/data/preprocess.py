@@ -27,7 +27,7 @@ from megalith.data.merge import merge_datasets
 from megalith.data.preprocess_part import STAGES, BadDocument, Job, finished_parts, part_prefix
 from megalith.data.preprocess_pool import ENGINES
 from megalith.data.readers import Part, cut, file_format, find_inputs, read_part, sample_texts
-from megalith.data.tokenizers import TokenizerOptions, build_tokenizer
+from megalith.data.tokenizers import Tokenizer, TokenizerOptions, build_tokenizer
 
 SMALLEST_PART, LARGEST_PART = 16 << 20, 64 << 20  # bytes of input; --partitions can ask for smaller ones
 FORMAT = 1  # raise when the meaning of stored parts changes
@@ -88,6 +88,7 @@ def preprocess(
     _validate(options)
     inputs = find_inputs(options.input)
     tokenizer = build_tokenizer(**dataclasses.asdict(options.tokenizer))
+    _require_tokens(options, tokenizer)
     prefixes = output_prefixes(options)
     total = sum(os.path.getsize(path) for path in inputs)
     part_bytes = max(1, min(max(SMALLEST_PART, min(total // 4096, LARGEST_PART)), -(-total // options.partitions)))
@@ -139,13 +140,17 @@ def preprocess(
     return result
 
 
+def _require_tokens(options: PreprocessOptions, tokenizer: Tokenizer) -> None:
+    for name in ["eod"] * options.append_eod + ["bos"] * options.prepend_bos:
+        tokenizer.require(name)
+
+
 def plan(options: PreprocessOptions) -> str:
     """What `preprocess` would do, in a few lines; raises what it would raise before the first document."""
     _validate(options)
     inputs = find_inputs(options.input)
     tokenizer = build_tokenizer(**dataclasses.asdict(options.tokenizer))
-    for name in ["eod"] * options.append_eod + ["bos"] * options.prepend_bos:
-        tokenizer.require(name)
+    _require_tokens(options, tokenizer)
     dtype = np.dtype(best_dtype(tokenizer.vocab_size)).name
     lines = [f"{len(inputs)} files, {units.size(sum(map(os.path.getsize, inputs)))}; {tokenizer.vocab_size} tokens in the vocabulary"]
     lines += [f"would write {prefix}.bin and .idx as {dtype}" for prefix in output_prefixes(options).values()]

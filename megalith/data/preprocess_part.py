@@ -144,7 +144,7 @@ def assemble(
     As in Megatron, eod lengthens the last sequence of a document and bos its first; kept documents have at least one token.
     """
     used = (lengths > 0) & np.repeat(keep, per_document)
-    if not used.all():
+    if not (used.all() and keep.all()):
         document = np.repeat(np.arange(len(per_document)), per_document)
         ids = ids[np.repeat(used, lengths)]
         per_document = np.bincount(document[used], minlength=len(per_document))[keep]

@@ -1,0 +1,120 @@
+"""Merge and split: the documents in order, whatever the pieces; Megatron's bytes."""
+
+import pathlib
+import shutil
+import tempfile
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megalith.common.errors import DataError
+from megalith.data.indexed import IndexedDataset, IndexedWriter
+from megalith.data.merge import directory_prefixes, merge_datasets, split_datasets
+
+SHARED = pathlib.Path(__file__).parents[2].parent / "shared" / "data"
+
+
+def write(prefix, documents, dtype=np.uint16, modes=None):
+    with IndexedWriter(prefix, dtype, multimodal=modes is not None) as writer:
+        for document in documents:
+            for row in document:
+                writer.add_sequence(row, *([modes] if modes is not None else []))
+            writer.end_document()
+    return str(prefix)
+
+
+def read(prefix):
+    data = IndexedDataset(prefix)
+    starts = data.document_indices
+    return [[data[i].tolist() for i in range(starts[d], starts[d + 1])] for d in range(data.num_documents)]
+
+
+def content(prefix):
+    return [pathlib.Path(f"{prefix}{suffix}").read_bytes() for suffix in (".bin", ".idx")]
+
+
+CORPUS = st.lists(st.lists(st.lists(st.integers(0, 9), max_size=5), max_size=3), max_size=6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(CORPUS, min_size=1, max_size=4), st.sampled_from(["tokens", "documents", "size"]), st.integers(1, 30))
+def test_split_then_merge_gives_the_documents_back(corpora, unit, limit):
+    folder = pathlib.Path(tempfile.mkdtemp())
+    prefixes = [write(folder / f"in{i}", corpus) for i, corpus in enumerate(corpora)]
+    documents = [document for corpus in corpora for document in corpus]
+    merge_datasets(prefixes, str(folder / "merged"))
+    assert read(folder / "merged") == documents
+    assert content(folder / "merged") == content(write(folder / "direct", documents))
+    pieces = split_datasets(prefixes, str(folder / "piece"), **{unit: limit})
+    assert pieces == [f"{folder}/piece-{i:04d}" for i in range(len(pieces))]
+    for piece in pieces:
+        data = IndexedDataset(piece)
+        held = {"tokens": data.num_tokens, "documents": data.num_documents, "size": data.bin_bytes}[unit]
+        assert held <= limit or sum(any(map(len, document)) for document in read(piece)) == 1
+    merge_datasets(pieces, str(folder / "again"))
+    assert content(folder / "again") == content(folder / "merged")
+    shutil.rmtree(folder)
+
+
+def test_modes_are_merged(tmp_path):
+    a = write(tmp_path / "a", [[[1], [2]]], modes=1)
+    b = write(tmp_path / "b", [[[3]]], modes=2)
+    merge_datasets([a, b], str(tmp_path / "c"))
+    assert IndexedDataset(tmp_path / "c").modes.tolist() == [1, 1, 2]
+    with pytest.raises(DataError, match="multimodal"):
+        merge_datasets([a, write(tmp_path / "d", [[[1]]])], str(tmp_path / "e"))
+
+
+def test_more_files_than_may_be_open(tmp_path):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    prefixes = [write(tmp_path / f"in{i:03}", [[[i]]]) for i in range(100)]
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (80, hard))
+        merge_datasets(prefixes, str(tmp_path / "out"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert read(tmp_path / "out") == [[[i]] for i in range(100)]
+
+
+def test_unlike_datasets_do_not_merge(tmp_path):
+    a, b = write(tmp_path / "a", [[[1]]]), write(tmp_path / "b", [[[1]]], np.int32)
+    with pytest.raises(DataError, match=r"int32.*uint16"):
+        merge_datasets([a, b], str(tmp_path / "c"))
+    assert not list(tmp_path.glob("c*")) and not list(tmp_path.glob(".c*"))
+    with pytest.raises(DataError, match="0"):
+        merge_datasets([], str(tmp_path / "c"))
+
+
+def test_directory(tmp_path):
+    write(tmp_path / "b", [[[1]]])
+    write(tmp_path / "a", [[[1]]])
+    (tmp_path / "notes.txt").write_text("a stray file is no reason to stop")
+    assert directory_prefixes(str(tmp_path)) == [str(tmp_path / "a"), str(tmp_path / "b")]
+    (tmp_path / "c.bin").write_bytes(b"")
+    with pytest.raises(DataError, match="no partner"):
+        directory_prefixes(str(tmp_path))
+    (tmp_path / "c.bin.idx").write_bytes(b"")
+    with pytest.raises(DataError, match="mv "):
+        directory_prefixes(str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    for path in ("empty", "absent"):
+        with pytest.raises(DataError, match="--input"):
+            directory_prefixes(str(tmp_path / path))
+
+
+@pytest.mark.parametrize("limits", [{}, {"tokens": 1, "documents": 1}, {"tokens": -1}])
+def test_split_needs_one_limit(tmp_path, limits):
+    with pytest.raises(DataError, match="exactly one"):
+        split_datasets([write(tmp_path / "a", [[[1]]])], str(tmp_path / "b"), **limits)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data")
+def test_megatrons_file_survives(tmp_path):
+    source = str(SHARED / "megatron/indexed/old22-gpt2bpe")
+    pieces = split_datasets([source], str(tmp_path / "piece"), documents=50)
+    assert [IndexedDataset(piece).num_documents for piece in pieces] == [50, 50, 20]
+    merge_datasets(pieces, str(tmp_path / "whole"))
+    assert content(tmp_path / "whole") == content(source)

@@ -1,0 +1,315 @@
+"""Tokenizers: Megatron's special ids, saving, errors, the fast path's guard."""
+
+import base64
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megalith.common.errors import ConfigError, DataError
+from megalith.config.data import DataConfig
+from megalith.data.tokenizers import Tokenizer, build_tokenizer, load_tokenizer, padded_vocab_size, tokenizer_from_config
+
+SHARED = pathlib.Path(__file__).parents[2].parent / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="needs the vocabularies of ../shared/data, which are not part of the project")
+
+
+def gpt2(**options) -> Tokenizer:
+    return build_tokenizer(
+        "GPT2BPETokenizer", vocab_file=str(SHARED / "gpt2/vocab.json"), merge_file=str(SHARED / "gpt2/merges.txt"), **options
+    )
+
+
+def bert(kind="LowerCase", file="uncased", **options) -> Tokenizer:
+    return build_tokenizer(f"BertWordPiece{kind}", vocab_file=str(SHARED / f"bert/bert-base-{file}-vocab.txt"), **options)
+
+
+def sentencepiece(kind, model="sp_test_unigram_1k", **options) -> Tokenizer:
+    return build_tokenizer(kind, tokenizer_model=str(SHARED / f"sentencepiece/{model}.model"), **options)
+
+
+def specials(tokenizer):
+    return {name: getattr(tokenizer, name) for name in ("eod", "bos", "eos", "pad", "cls", "sep", "mask")}
+
+
+@needs_shared
+def test_gpt2_ids():
+    tokenizer = gpt2()
+    assert (tokenizer.vocab_size, tokenizer.eod) == (50257, 50256)
+    assert tokenizer.encode("Hello world") == [15496, 995]
+    assert tokenizer.decode([15496, 995, 50256]) == "Hello world<|endoftext|>"
+    assert 50256 not in tokenizer.encode("a text that says <|endoftext|> goes on")
+    assert tokenizer.pad is None
+    assert tokenizer.tokens()[50256] == "<|endoftext|>"
+
+
+@needs_shared
+def test_gpt2_sentinels_come_after_the_vocabulary():
+    tokenizer = gpt2(vocab_extra_ids=2)
+    assert (tokenizer.vocab_size, list(tokenizer.extra_ids)) == (50259, [50257, 50258])
+    assert tokenizer.decode([15496, 50257, 50258, 995]) == "Hello<extra_id_0><extra_id_1> world"
+    assert tokenizer.tokens()[50258] == "<extra_id_1>"
+    assert max(tokenizer.encode("<extra_id_0>")) < 50257
+
+
+@needs_shared
+@pytest.mark.parametrize(("kind", "file", "size"), [("LowerCase", "uncased", 30522), ("Case", "cased", 28996)])
+def test_bert_ids(kind, file, size):
+    tokenizer = bert(kind, file, vocab_extra_ids=3)
+    assert (tokenizer.vocab_size, tokenizer.bos, tokenizer.eos, tokenizer.eod) == (size + 5, size, size + 1, size + 1)
+    assert tokenizer.extra_ids == [size + 2, size + 3, size + 4]
+    assert [tokenizer.cls, tokenizer.sep, tokenizer.pad, tokenizer.mask] == [101, 102, 0, 103]
+    assert not {101, 102, 103, size, size + 2} & set(tokenizer.encode("[CLS] is [SEP] not [MASK] special [BOS] <extra_id_0>"))
+
+
+@needs_shared
+def test_bert_normalises_as_google_does():
+    tokenizer = bert()
+    assert tokenizer.decode(tokenizer.encode("Héllo unbelievable wörld")) == "hello unbelievable world"
+    assert tokenizer.encode("x" * 200) != [100]
+    assert tokenizer.encode("x" * 201) == [100]  # one [UNK]
+
+
+@needs_shared
+def test_sentencepiece_appends_what_the_model_lacks():
+    tokenizer = sentencepiece("SentencePieceTokenizer", vocab_extra_ids=2)
+    assert specials(tokenizer) == {"cls": 1000, "sep": 1001, "eod": 1002, "mask": 1003, "bos": 1, "eos": 2, "pad": 1004}
+    assert (tokenizer.vocab_size, tokenizer.extra_ids) == (1007, [1005, 1006])
+    ids = tokenizer.encode("Hello <MASK> you <extra_id_1></s>")
+    assert [i for i in ids if i >= 1000 or i == 2] == [1003, 1006, 2]
+    assert tokenizer.decode(ids) == "Hello <MASK> you <extra_id_1> </s>"
+    with_pad = sentencepiece("SentencePieceTokenizer", "xlnet_spiece_32k")
+    assert (with_pad.pad, with_pad.vocab_size) == (5, 32004)
+
+
+@needs_shared
+def test_gpt_sentencepiece_and_llama2():
+    plain = sentencepiece("GPTSentencePieceTokenizer")
+    assert specials(plain) == {"eod": 2, "bos": 1, "eos": 2, "pad": None, "cls": None, "sep": None, "mask": None}
+    llama = sentencepiece("Llama2Tokenizer")
+    assert llama.encode("Hello") == [1, *plain.encode("Hello")]
+    assert [list(row) for row in llama.encode_batch(["Hello", "you"])] == [llama.encode("Hello"), llama.encode("you")]
+    assert (llama.eod, llama.vocab_size) == (2, 1000)
+
+
+def test_null():
+    tokenizer = build_tokenizer("NullTokenizer", vocab_size=100)
+    assert (tokenizer.vocab_size, tokenizer.eod) == (101, 100)
+    assert tokenizer.encode("5 6  99") == [5, 6, 99]
+    assert tokenizer.decode([5, 6]) == "5 6"
+    assert [row.tolist() for row in tokenizer.encode_batch(["1 2", "", "3"])] == [[1, 2], [], [3]]
+    for text in ("5 six", "101", "-1"):
+        with pytest.raises(DataError):
+            tokenizer.encode(text)
+
+
+def tik_file(folder) -> str:
+    entries = [{"rank": i, "token_bytes": base64.b64encode(bytes([i])).decode(), "token_str": ""} for i in range(256)]
+    entries += [{"rank": 256, "token_bytes": base64.b64encode(b"he").decode(), "token_str": "he"}]
+    path = folder / "tik.json"
+    path.write_text(json.dumps(entries))
+    return str(path)
+
+
+def test_tiktoken(tmp_path):
+    pytest.importorskip("tiktoken")
+    tokenizer = build_tokenizer("TikTokenizer", tokenizer_model=tik_file(tmp_path), vocab_size=267, tiktoken_num_special_tokens=10)
+    assert tokenizer.encode("hey<s>")[:2] == [266, 10 + ord("y")]
+    assert tokenizer.decode(tokenizer.encode("hey, 12 Ω")) == "hey, 12 Ω"
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.eod, tokenizer.pad) == (1, 2, 2, None)
+    assert tokenizer.tokens()[:4] == ["<unk>", "<s>", "</s>", "<SPECIAL_3>"]
+    with pytest.raises(DataError, match="--vocab-size"):
+        build_tokenizer("TikTokenizer", tokenizer_model=tik_file(tmp_path), vocab_size=400, tiktoken_num_special_tokens=10)
+    with pytest.raises(DataError, match="tiktoken-special-tokens"):
+        build_tokenizer("TikTokenizer", tokenizer_model=tik_file(tmp_path), vocab_size=267, tiktoken_special_tokens=("<s>",))
+
+
+def own_json(folder, **config) -> str:
+    from megalith.data.bpe import train_bpe
+
+    train_bpe(["the cat sat on the mat " * 20, "die Katze saß"], 300, folder / "tokenizer.json")
+    if config:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return str(folder / "tokenizer.json")
+
+
+def test_huggingface_file_folder_and_configuration(tmp_path):
+    path = own_json(tmp_path)
+    for source in (path, str(tmp_path)):
+        tokenizer = build_tokenizer("HuggingFaceTokenizer", tokenizer_model=source)
+        assert tokenizer.eod == tokenizer.eos == tokenizer.vocab_size - 1
+        assert tokenizer.decode(tokenizer.encode("the cat saß")) == "the cat saß"
+    assert tokenizer.bos is None
+    own_json(tmp_path, eos_token="the", bos_token={"content": "<|endoftext|>"})
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", tokenizer_model=path)
+    assert tokenizer.tokens()[tokenizer.eos] == "the"
+    assert tokenizer.bos == tokenizer.vocab_size - 1
+
+
+def test_megatron_deepspeed_adds_missing_tokens_in_its_order(tmp_path):
+    tokenizer = build_tokenizer("HFTokenizer", tokenizer_model=own_json(tmp_path, model_type="x"))
+    size = len(tokenizer.tokens())
+    assert tokenizer.tokens()[-3:] == ["[PAD]", "</s>", "<s>"] or tokenizer.eos is not None
+    assert tokenizer.vocab_size == size
+    assert len({tokenizer.pad, tokenizer.bos, tokenizer.eos}) == 3
+
+
+def test_post_processor_is_applied(tmp_path):
+    import tokenizers
+
+    backend = tokenizers.Tokenizer.from_file(own_json(tmp_path))
+    end = backend.token_to_id("<|endoftext|>")
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", end)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", tokenizer_model=str(tmp_path))
+    expected = backend.encode("the mat").ids
+    assert tokenizer.encode("the mat") == expected and expected[0] == end
+    assert tokenizer.encode_batch(["the mat"])[0].tolist() == expected
+    tokenizer.accelerate(["the mat"])
+    assert tokenizer.encode_batch(["the mat", ""])[0].tolist() == expected
+
+
+@needs_shared
+def test_every_tokenizer_survives_saving(tmp_path):
+    made = {
+        "gpt2": gpt2(vocab_extra_ids=1),
+        "bert": bert(vocab_extra_ids=4),
+        "spm": sentencepiece("SentencePieceTokenizer", vocab_extra_ids=2),
+        "llama": sentencepiece("Llama2Tokenizer"),
+        "null": build_tokenizer("NullTokenizer", vocab_size=10),
+    }
+    (tmp_path / "hf").mkdir()
+    made["hf"] = build_tokenizer("HuggingFaceTokenizer", tokenizer_model=own_json(tmp_path / "hf", eos_token="the"), vocab_extra_ids=2)
+    made["hf_folder_of_gpt2"] = build_tokenizer("HuggingFaceTokenizer", tokenizer_model=str(SHARED / "gpt2"))
+    for name, tokenizer in made.items():
+        tokenizer.save(tmp_path / "saved" / name)
+        moved = (tmp_path / "saved" / name).rename(tmp_path / f"moved-{name}")
+        loaded = load_tokenizer(moved)
+        text = "1 2 3" if name == "null" else "Hello the <mask> wörld"
+        assert type(loaded) is type(tokenizer)
+        assert loaded.encode(text) == tokenizer.encode(text)
+        assert specials(loaded) == specials(tokenizer)
+        assert (loaded.vocab_size, list(loaded.extra_ids)) == (tokenizer.vocab_size, list(tokenizer.extra_ids))
+        if name != "hf_folder_of_gpt2":  # became a tokenizer.json
+            assert loaded.fingerprint() == tokenizer.fingerprint()
+
+
+@needs_shared
+def test_fingerprint_tells_settings_and_files_apart():
+    prints = {t.fingerprint() for t in (gpt2(), gpt2(vocab_extra_ids=1), bert(), bert("Case", "cased"), bert("Case"))}
+    assert len(prints) == 5
+
+
+def test_config_section(tmp_path):
+    path = own_json(tmp_path)
+    tokenizer = tokenizer_from_config(DataConfig(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=path, vocab_extra_ids=2))
+    assert len(tokenizer.extra_ids) == 2
+    with pytest.raises(ConfigError, match="--tokenizer-type"):
+        tokenizer_from_config(DataConfig())
+
+
+def test_own_class_by_module_and_name(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "from megalith.data.tokenizers import Tokenizer\nclass Mine(Tokenizer):\n    vocab_size = 7\n"
+        "    def encode(self, text):\n        return [len(text)]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert build_tokenizer("mine:Mine").encode_batch(["abc"])[0].tolist() == [3]
+
+
+def test_errors_name_the_flag(tmp_path):
+    (tmp_path / "bad.json").write_text("{")
+    bad = str(tmp_path / "bad.json")
+    cases = [
+        (("GPT2BPETokenizer", {}), DataError, "--vocab-file"),
+        (("GPT2BPETokenizer", {"vocab_file": bad}), DataError, "--merge-file"),
+        (("GPT2BPETokenizer", {"vocab_file": bad, "merge_file": bad}), DataError, "vocab.json and merges.txt"),
+        (("BertWordPieceCase", {"vocab_file": "/nowhere"}), DataError, "--vocab-file.*no such file"),
+        (("BertWordPieceCase", {"vocab_file": bad}), DataError, r"\[UNK\]"),
+        (("HuggingFaceTokenizer", {}), DataError, "--tokenizer-model"),
+        (("HuggingFaceTokenizer", {"tokenizer_model": bad}), DataError, "tokenizer.json"),
+        (("HuggingFaceTokenizer", {"tokenizer_model": str(tmp_path)}), DataError, "neither"),
+        (("Llama2Tokenizer", {"tokenizer_model": bad}), DataError, "sentencepiece"),
+        (("TikTokenizer", {"tokenizer_model": bad}), DataError, "JSON list"),
+        (("NullTokenizer", {}), DataError, "--vocab-size"),
+        (("GPT2BPETokeniser", {}), ConfigError, "GPT2BPETokenizer"),
+        (("NullTokenizer", {"vocab": 1}), ConfigError, "vocab_size"),
+    ]
+    for (name, options), kind, text in cases:
+        with pytest.raises(kind, match=text):
+            build_tokenizer(name, **options)
+    with pytest.raises(DataError, match="no mask token"):
+        build_tokenizer("NullTokenizer", vocab_size=3).require("mask")
+
+
+def test_missing_package_names_the_extra(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(DataError, match=r"megalith\[data\]"):
+        build_tokenizer("Llama2Tokenizer", tokenizer_model="x")
+
+
+def test_padded_vocabulary_golden():
+    expected = {(50257, 1): 50304, (50257, 2): 50432, (50257, 4): 50688, (50257, 8): 51200, (30522, 1): 30592, (28996, 1): 29056}
+    expected |= {(28998, 1): 29056, (32000, 1): 32000, (32000, 8): 32768}
+    assert {key: padded_vocab_size(key[0], 128, key[1]) for key in expected} == expected
+
+
+# Characters on which normalisers and splitters disagree: controls, odd spaces, combining marks, ideographs, punctuation.
+TEXTS = st.text(
+    st.one_of(
+        st.sampled_from(" \t\n\r\x0b\x0c\x1c\x85\xa0\u2028\u3000\u0301\u200d\ufffd.,'[]<|>中a A1é"),
+        st.characters(exclude_categories=["Cs"]),
+    ),
+    max_size=60,
+)
+
+
+@needs_shared
+@settings(max_examples=150, deadline=None)
+@given(st.lists(TEXTS, max_size=6))
+def test_fast_paths_equal_the_plain_ones(texts):
+    for name, make in {"bert": bert, "gpt2": gpt2}.items():
+        if name not in CACHE:
+            CACHE[name] = (make(), make())
+            CACHE[name][1].accelerate([])
+        plain, fast = CACHE[name]
+        expected = [plain.encode(text) for text in texts]
+        assert [row.tolist() for row in plain.encode_batch(texts)] == expected
+        assert [row.tolist() for row in fast.encode_batch(texts)] == expected
+
+
+CACHE: dict = {}
+
+
+@needs_shared
+def test_a_fast_path_that_disagrees_is_not_used(monkeypatch):
+    gigatoken = pytest.importorskip("gigatoken")
+    other = gpt2()
+
+    class Wrong:
+        @staticmethod
+        def from_json(text):
+            return type("T", (), {"backend": type("B", (), {"encode": staticmethod(lambda text: np.array([1]))})})
+
+    monkeypatch.setattr(gigatoken, "Tokenizer", Wrong)
+    assert "other ids" in other.accelerate(["Hello"])
+    assert other.encode_batch(["Hello world"])[0].tolist() == [15496, 995]
+    lower = bert()
+    monkeypatch.setattr("megalith.data.tokenizers_fast.WordMemory.encode_flat", lambda self, texts: (np.array([1]), np.array([1])))
+    assert "other ids" in lower.accelerate(["Hello you"])
+    assert lower.encode("hello") == [7592]
+
+
+@needs_shared
+def test_without_gigatoken_the_plain_encoder_serves(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    tokenizer = gpt2()
+    assert "not usable" in tokenizer.accelerate(["Hello"])
+    assert tokenizer.encode_batch(["Hello world"])[0].tolist() == [15496, 995]
