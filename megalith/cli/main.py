@@ -61,19 +61,18 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser_for(verb: str | None) -> Parser:
-    """The command's parser, with the options of `verb` and one line for each other verb."""
+    """The command's parser: the list of verbs, and the options of this one."""
+    lines = "\n".join(f"  {name:12}{line}" for name, line in VERBS.items())
     parser = Parser(
         prog="megalith",
-        description="Large transformers, trained, evaluated, converted and served in any parallel layout.",
+        usage="megalith VERB ...",
+        description=f"Large transformers, trained, evaluated, converted and served in any parallel layout.\n\nverbs:\n{lines}",
         epilog="example: megalith demo\n`megalith VERB --help` shows the options of a verb and an example.",
     )
     parser.add_argument("--version", action="version", version=f"megalith {__version__}")
-    subparsers = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for name, line in VERBS.items():
-        if name == verb:
-            importlib.import_module(f"megalith.cli.{name}").register(subparsers)
-        else:
-            subparsers.add_parser(name, help=line)
+    subparsers = parser.add_subparsers(prog="megalith", metavar="VERB", required=True, help=argparse.SUPPRESS)
+    if verb is not None:
+        importlib.import_module(f"megalith.cli.{verb}").register(subparsers)
     return parser
 
 

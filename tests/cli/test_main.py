@@ -50,7 +50,7 @@ def test_help_names_every_verb_and_imports_none(argv, capsys, monkeypatch):
         run(*argv)
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    assert all(f"    {name} " in text for name in command.VERBS) and "megalith demo" in text
+    assert all(f"\n  {name:12}{line}\n" in text for name, line in command.VERBS.items()) and "megalith demo" in text
 
 
 def test_version(capsys):
