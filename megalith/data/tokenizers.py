@@ -166,14 +166,19 @@ def build_tokenizer(tokenizer_type: str, **options: Any) -> Tokenizer:
     return TOKENIZERS.find(tokenizer_type)(made)
 
 
-def tokenizer_from_config(data: Any) -> Tokenizer:
-    """The tokenizer that a config section `data` describes; fields are read by name, absent ones keep their default."""
+def tokenizer_from_config(data: Any, vocab_size: int | None = None) -> Tokenizer:
+    """The tokenizer that a config section `data` describes; fields are read by name, absent ones keep their default.
+
+    vocab_size: --vocab-size, which some tokenizers are made from (NullTokenizer, TikTokenizer).
+    """
     if data.tokenizer_type is None:
         raise ConfigError(problem("--tokenizer-type", None, "text needs a tokenizer", "Add one of " + ", ".join(TOKENIZERS)))
     names = [field.name for field in dataclasses.fields(TokenizerOptions)]
     given = {name: getattr(data, name) for name in names if getattr(data, name, None) is not None}
     if isinstance(given.get("tiktoken_special_tokens"), list):
         given["tiktoken_special_tokens"] = tuple(given["tiktoken_special_tokens"]) or None
+    if vocab_size is not None:
+        given.setdefault("vocab_size", vocab_size)
     return build_tokenizer(**given)
 
 

@@ -43,13 +43,14 @@ def train(config: RunConfig) -> Progress:
     the first step where something cannot work.
     """
     check(config, int(os.environ.get("WORLD_SIZE", "1")))
-    tokenizer = tokenizer_from_config(config.data)
-    config = with_vocabulary(config, tokenizer)
+    tokenizer = tokenizer_from_config(config.data, vocab_size=config.model.vocab_size)
     ours = not dist.is_initialized()
     mesh = start(config.parallel)
     try:
         on_main(mesh, functools.partial(saving.check_folder, config))
-        return run(config, mesh, tokenizer)
+        if mesh.is_main:
+            write_text(pathlib.Path(config.logging.folder) / "config.yaml", to_yaml(config))
+        return run(with_vocabulary(config, tokenizer), mesh, tokenizer)
     finally:
         if ours:
             dist.destroy_process_group()
@@ -66,7 +67,6 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
     trainer = Trainer(runtime, TASKS.find(config.data.loss)(), optimizer, schedule, build_loss_scale(config.precision))
     progress = saving.resume(trainer)
     if mesh.is_main:
-        write_text(pathlib.Path(config.logging.folder) / "config.yaml", to_yaml(config))
         announce(config, mesh, trainer, progress)
     loaders = {
         split: Loader(
@@ -113,6 +113,8 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
 def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
     """The config with the vocabulary's true size, which is the tokenizer's unless a larger one is asked for."""
     size = config.model.vocab_size or tokenizer.vocab_size
+    if config.data.tokenizer_type == "NullTokenizer":  # there --vocab-size counts the ids of texts, and one more ends documents
+        size = tokenizer.vocab_size
     if size < tokenizer.vocab_size:
         raise ConfigError(
             f"--vocab-size {size} is smaller than the tokenizer's vocabulary: found {tokenizer.vocab_size} tokens; every token needs a row of "

@@ -1,0 +1,64 @@
+"""Promise 2: the same command twice, and stop-and-resume at any step, give identical bits (on the CPU, in one layout)."""
+
+import pytest
+import torch
+from tests.tiny import losses, records, tiny_config
+
+from megalith import checkpoint
+from megalith.training.pretrain import train
+
+FORMS = {
+    "dropout": {},
+    "bf16": {"bf16": True},
+    "llama": {"position_embedding_type": "rope", "swiglu": True, "normalization": "RMSNorm", "num_query_groups": 2, "add_bias_linear": False},
+    "documents": {"reset_attention_mask": True, "reset_position_ids": True, "eod_mask_loss": True},
+    "cyclic": {"dataloader_type": "cyclic"},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_twice_and_resumed(form, corpus, tmp_path):
+    changes = FORMS[form]
+    for name in ("once", "again"):
+        train(tiny_config(corpus, str(tmp_path / name), **changes))
+    stopped = tiny_config(corpus, str(tmp_path / "stopped"), **changes)
+    assert train(stopped.replace(exit_interval=5)).stop
+    assert train(stopped.replace(exit_interval=9)).iteration == 9
+    assert train(stopped).iteration == 12
+    expected = losses(str(tmp_path / "once"))
+    assert len(expected) == 12
+    assert losses(str(tmp_path / "again")) == expected
+    assert losses(str(tmp_path / "stopped")) == expected
+    norms = [[line["grad_norm"] for line in records(str(tmp_path / name)) if "grad_norm" in line] for name in ("once", "stopped")]
+    assert norms[0] == norms[1]
+    one, two = (checkpoint.read_full(tmp_path / name / "checkpoints" / "iter_0000012") for name in ("once", "stopped"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def data_parallel(config):
+    """On each rank of a pool."""
+    train(config)
+
+
+@pytest.mark.parametrize("sharding", ["none", "optimizer", "full"])
+def test_one_process_and_two_agree(ranks, sharding, corpus, tmp_path):
+    """50 steps with dropout; the order of additions differs, nothing else."""
+    long = tiny_config(corpus, str(tmp_path / "one"), train_iters=50, lr=2e-3)
+    train(long)
+    ranks(data_parallel, 2, long.replace(run_dir=str(tmp_path / "two"), data_parallel_sharding=sharding))
+    for a, b in zip(losses(str(tmp_path / "one")), losses(str(tmp_path / "two")), strict=True):
+        assert b == pytest.approx(a, rel=1e-6)
+
+
+def test_resume_with_other_numbers_of_processes(ranks, corpus, tmp_path):
+    """1 -> 2 -> 3 -> 1 processes: the order of samples and the curve are those of one."""
+    config = tiny_config(corpus, str(tmp_path / "one"), micro_batch_size=2, global_batch_size=12)
+    train(config)
+    moved = config.replace(run_dir=str(tmp_path / "moved"))
+    train(moved.replace(exit_interval=3))
+    ranks(data_parallel, 2, moved.replace(exit_interval=6))
+    ranks(data_parallel, 3, moved.replace(exit_interval=9))
+    train(moved)
+    for a, b in zip(losses(str(tmp_path / "one")), losses(str(tmp_path / "moved")), strict=True):
+        assert b == pytest.approx(a, rel=1e-5)

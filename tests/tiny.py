@@ -1,0 +1,42 @@
+"""A corpus of tiny documents with something to learn, a config small enough to train in a second, and what a run recorded."""
+
+import json
+import pathlib
+
+import numpy as np
+
+from megalith.config.run import RunConfig
+from megalith.data.indexed import IndexedWriter
+
+VOCABULARY = 48  # tokens 0 to 47, and 48 as the end of a document
+
+
+def write_corpus(prefix: str, documents: int = 120, seed: int = 0) -> str:
+    """Documents that count upwards from a random token: the next token is a function of the last."""
+    random = np.random.RandomState(seed)
+    with IndexedWriter(prefix, np.uint16) as writer:
+        for _ in range(documents):
+            first, length = random.randint(0, VOCABULARY), random.randint(5, 40)
+            writer.add_sequence(np.append((first + np.arange(length)) % VOCABULARY, VOCABULARY))
+            writer.end_document()
+    return prefix
+
+
+def tiny_config(prefix: str, folder: str, **changes) -> RunConfig:
+    """A two-layer GPT and a run of 12 steps of 8 samples, dropout on."""
+    values = dict(
+        num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=16, max_position_embeddings=16, tokenizer_type="NullTokenizer",
+        vocab_size=VOCABULARY, data_path=[prefix], split="90,5,5", micro_batch_size=4, global_batch_size=8, train_iters=12, lr=5e-3,
+        lr_warmup_iters=2, lr_decay_style="cosine", eval_interval=6, eval_iters=2, log_interval=4, run_dir=folder, progress="none", device="cpu",
+    )  # fmt: skip
+    return RunConfig().replace(**(values | changes))
+
+
+def losses(folder: str) -> list[float]:
+    """The training losses that metrics.jsonl of a run holds, one per step."""
+    return [line["loss"] for line in records(folder) if "loss" in line]
+
+
+def records(folder: str) -> list[dict]:
+    """All lines of metrics.jsonl."""
+    return [json.loads(line) for line in (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines()]

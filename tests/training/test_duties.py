@@ -1,0 +1,113 @@
+"""What happens every so often, at the end, and on a signal."""
+
+import os
+import pathlib
+import signal
+import time
+
+import pytest
+from tests.tiny import tiny_config
+
+from megalith.training.callbacks import Callback, RunInfo, StepRecord
+from megalith.training.duties import ExitInterval, SaveCheckpoints, StopSignal, Validate
+from megalith.training.state import FAILED, Progress
+
+
+def run_info(**changes) -> RunInfo:
+    return RunInfo(config=tiny_config("unused", "unused", **changes), folder=pathlib.Path("unused"), train_iters=12)
+
+
+def step(number: int) -> StepRecord:
+    return StepRecord(step=number, consumed_samples=8 * number, loss={"lm loss": 1.0}, learning_rate=1.0, weight_decay=0.0, global_batch_size=8, tokens=1, seconds=1.0)  # fmt: skip
+
+
+class Ear(Callback):
+    def __init__(self):
+        self.heard = []
+
+    def on_validation(self, run, record):
+        self.heard.append((record.step, record.split, record.loss))
+
+
+def drive(callback: Callback, progress: Progress, run: RunInfo, steps: int, end: bool = True) -> None:
+    callback.on_start(run)
+    for number in range(progress.iteration + 1, steps + 1):
+        progress.iteration = number
+        callback.on_step(run, step(number))
+    if end:
+        callback.on_end(run)
+
+
+def test_validation_before_between_and_after():
+    ear, progress = Ear(), Progress()
+    duty = Validate(lambda split: {"lm loss": 2.0}, progress, [ear], ["validation", "test"])
+    drive(duty, progress, run_info(eval_interval=5), 12)
+    assert [(number, split) for number, split, _ in ear.heard] == [(0, "validation"), (5, "validation"), (10, "validation"), (12, "validation"), (12, "test")]
+
+
+def test_no_validation_twice_at_the_end_and_none_when_stopped():
+    ear, progress = Ear(), Progress()
+    drive(Validate(lambda split: {}, progress, [ear], ["validation"]), progress, run_info(eval_interval=6), 12)
+    assert [number for number, *_ in ear.heard] == [0, 6, 12]
+    ear, progress = Ear(), Progress(iteration=3)
+    duty = Validate(lambda split: {}, progress, [ear], ["validation"])
+    drive(duty, progress, run_info(eval_interval=6), 4, end=False)
+    progress.stop = "asked"
+    duty.on_end(run_info())
+    assert ear.heard == []
+
+
+def test_checkpoints_at_intervals_and_at_the_end_once():
+    saved, progress = [], Progress()
+    drive(SaveCheckpoints(lambda: saved.append(progress.iteration), progress), progress, run_info(save_interval=5), 12)
+    assert saved == [5, 10, 12]
+    saved.clear()
+    progress = Progress()
+    drive(SaveCheckpoints(lambda: saved.append(progress.iteration), progress), progress, run_info(save_interval=6), 12)
+    assert saved == [6, 12]
+
+
+def test_nothing_is_saved_after_an_error():
+    saved, progress = [], Progress()
+    duty = SaveCheckpoints(lambda: saved.append(1), progress)
+    drive(duty, progress, run_info(), 3, end=False)
+    progress.stop = FAILED
+    duty.on_end(run_info())
+    assert saved == []
+
+
+def test_exit_interval():
+    progress = Progress()
+    drive(ExitInterval(progress), progress, run_info(exit_interval=4), 3)
+    assert progress.stop is None
+    drive(ExitInterval(progress), progress, run_info(exit_interval=4), 4)
+    assert "--exit-interval 4" in progress.stop
+
+
+def test_sigterm_asks_and_is_given_back():
+    before = signal.getsignal(signal.SIGTERM)
+    asked = StopSignal(True, None)
+    assert not asked()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.01)
+    assert asked()
+    asked.restore()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_second_interrupt_ends_at_once():
+    asked = StopSignal(True, None)
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        assert asked()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+    finally:
+        asked.restore()
+
+
+def test_duration():
+    assert StopSignal(False, 0.0)()
+    assert not StopSignal(False, 10.0)()

@@ -1,0 +1,63 @@
+"""A dataset and a loss from a user's own module, by `module:name`, without a fork."""
+
+import sys
+
+import pytest
+from tests.tiny import losses, tiny_config
+
+MODULE = '''
+import numpy as np
+from megalith.training.tasks import LanguageModelling
+
+
+class Squares:
+    """Sample i counts up in steps of i % 3 + 1."""
+
+    def __init__(self, **given):
+        self.length, self.size = given["seq_length"], 64
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, i):
+        ids = (i + np.arange(self.length + 1) * (i % 3 + 1)) % 40
+        return {"input_ids": ids[:-1], "labels": ids[1:], "loss_mask": np.ones(self.length, np.float32), "positions": np.arange(self.length)}
+
+
+class Focal(LanguageModelling):
+    """Loss to the power of 1.5: not a sum, so the model must not be given weights."""
+
+    def inputs(self, batch, counts):
+        given = super().inputs(batch, counts)
+        del given["loss_weights"]
+        return given
+
+    def losses(self, output, batch, counts):
+        return {"focal loss": (output.clamp(min=1e-6) ** 1.5 * batch["loss_mask"]).sum() / counts["lm loss"]}
+'''
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    (tmp_path / "mine_of_test.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "mine_of_test"
+    sys.modules.pop("mine_of_test", None)
+
+
+def test_own_dataset_and_loss(module, corpus, tmp_path):
+    from megalith.training.pretrain import train
+
+    config = tiny_config(corpus, str(tmp_path / "run"), dataset=f"{module}:Squares", loss=f"{module}:Focal", train_iters=30, eval_iters=0)
+    train(config)
+    found = losses(str(tmp_path / "run"))
+    assert found[0] > 6.0, "3.9 to the power of 1.5"
+    assert found[-1] < 0.75 * found[0]
+
+
+def test_a_wrong_name_is_told(corpus, tmp_path):
+    from megalith.common.errors import ConfigError
+    from megalith.training.pretrain import train
+
+    with pytest.raises(ConfigError, match="Python path"):
+        train(tiny_config(corpus, str(tmp_path / "run"), loss="no_such_module:Loss"))

@@ -1,0 +1,94 @@
+"""What a run folder that is not empty means."""
+
+import pathlib
+
+import pytest
+import torch
+from tests.tiny import losses, tiny_config
+
+from megalith import checkpoint
+from megalith.common.errors import CheckpointError, ConfigError
+from megalith.training.pretrain import train
+
+
+@pytest.fixture
+def run(corpus, tmp_path) -> pathlib.Path:
+    """A finished run of 12 steps with checkpoints at 6 and 12."""
+    folder = tmp_path / "run"
+    train(tiny_config(corpus, str(folder), save_interval=6))
+    return folder
+
+
+def test_the_same_command_goes_on_and_finds_nothing_to_do(run, corpus):
+    record = (run / "metrics.jsonl").read_bytes()
+    assert train(tiny_config(corpus, str(run), save_interval=6)).iteration == 12
+    kept = [line for line in (run / "metrics.jsonl").read_bytes().splitlines() if b'"loss"' in line]
+    assert kept == [line for line in record.splitlines() if b'"loss"' in line]
+
+
+def test_longer(run, corpus):
+    assert train(tiny_config(corpus, str(run), train_iters=14, override_opt_param_scheduler=True)).iteration == 14
+    assert len(losses(str(run))) == 14
+
+
+def test_another_schedule_is_named(run, corpus):
+    with pytest.raises(ConfigError, match="--override-opt-param-scheduler"):
+        train(tiny_config(corpus, str(run), train_iters=14))
+
+
+def test_fresh_moves_the_run_aside(run, corpus):
+    old = (run / "metrics.jsonl").read_bytes()
+    train(tiny_config(corpus, str(run), fresh=True, train_iters=2))
+    assert len(losses(str(run))) == 2
+    aside = list(run.parent.glob("run.before-*"))
+    assert len(aside) == 1 and (aside[0] / "metrics.jsonl").read_bytes() == old
+
+
+def test_a_record_without_a_checkpoint_is_not_overwritten(tmp_path, corpus):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    with pytest.raises(ConfigError, match="--fresh"):
+        train(tiny_config(corpus, str(tmp_path / "run")))
+
+
+def test_load_of_nothing_is_an_error(tmp_path, corpus):
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        train(tiny_config(corpus, str(tmp_path / "run"), load=str(tmp_path / "nowhere")))
+
+
+def test_two_sources_are_an_error(run, tmp_path, corpus):
+    other = tmp_path / "other"
+    train(tiny_config(corpus, str(other), train_iters=2))
+    with pytest.raises(ConfigError, match="only one"):
+        train(tiny_config(corpus, str(run), load=str(other / "checkpoints")))
+
+
+def test_finetune_takes_weights_alone_and_resumes_itself(run, tmp_path, corpus):
+    tuned = tmp_path / "tuned"
+    config = tiny_config(corpus, str(tuned), load=str(run / "checkpoints"), finetune=True, train_iters=4, save_interval=2, exit_interval=2)
+    assert train(config).iteration == 2
+    assert losses(str(tuned))[0] < 3.5, "the first loss is that of trained weights"
+    assert train(config).iteration == 4, "the same command goes on with its own checkpoint"
+
+
+def test_a_damaged_checkpoint_is_named_with_the_newest_good_one(run, corpus):
+    victim = next((run / "checkpoints" / "iter_0000012").glob("*.distcp"))
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        train(tiny_config(corpus, str(run), train_iters=14, override_opt_param_scheduler=True))
+    assert victim.name in str(caught.value) and "6" in str(caught.value)
+
+
+def test_another_shape_is_named(run, corpus):
+    with pytest.raises(CheckpointError, match="--hidden-size"):
+        train(tiny_config(corpus, str(run), hidden_size=48))
+
+
+def test_without_optimizer(run, tmp_path, corpus):
+    config = tiny_config(corpus, str(tmp_path / "lean"), train_iters=2, no_save_optim=True)
+    train(config)
+    names = checkpoint.read_full(tmp_path / "lean" / "checkpoints" / "iter_0000002")
+    assert names and all(name.startswith("model/") for name in names)
+    assert all(isinstance(tensor, torch.Tensor) for tensor in names.values())
