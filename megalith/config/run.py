@@ -18,26 +18,22 @@ from megalith.config.schedule import ScheduleConfig
 from megalith.config.validation import ValidationConfig
 
 
-def _of(kind: type):
-    return dataclasses.field(default_factory=kind)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One run, whole. Field names are unique over all sections, so that flags can be flat."""
 
-    model: ModelConfig = _of(ModelConfig)
-    parallel: ParallelConfig = _of(ParallelConfig)
-    data: DataConfig = _of(DataConfig)
-    batch: BatchConfig = _of(BatchConfig)
-    optimizer: OptimizerConfig = _of(OptimizerConfig)
-    schedule: ScheduleConfig = _of(ScheduleConfig)
-    precision: PrecisionConfig = _of(PrecisionConfig)
-    recompute: RecomputeConfig = _of(RecomputeConfig)
-    checkpoint: CheckpointConfig = _of(CheckpointConfig)
-    validation: ValidationConfig = _of(ValidationConfig)
-    logging: LoggingConfig = _of(LoggingConfig)
-    resilience: ResilienceConfig = _of(ResilienceConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    batch: BatchConfig = dataclasses.field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
+    precision: PrecisionConfig = dataclasses.field(default_factory=PrecisionConfig)
+    recompute: RecomputeConfig = dataclasses.field(default_factory=RecomputeConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = dataclasses.field(default_factory=ValidationConfig)
+    logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
+    resilience: ResilienceConfig = dataclasses.field(default_factory=ResilienceConfig)
 
     def replace(self, **values) -> RunConfig:
         """A copy with fields changed by their flat names: config.replace(num_layers=2, lr=1e-3)."""
