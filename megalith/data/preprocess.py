@@ -124,10 +124,9 @@ def preprocess(
         progress(record, total)
     slices: dict[int, list[str]] = {}  # part -> path of each slice
     parts = (_noted(part, slices) for part in cut(inputs, part_bytes, frozenset(records)))
-    workers = options.workers or os.cpu_count() or 1
     todo = (part for part in parts if part.number not in records)
     try:
-        for record in ENGINES.find(options.engine)(job, todo, workers):
+        for record in ENGINES.find(options.engine)(job, todo, options.workers):
             records[record["part"]] = record
             progress(record, total)
     except BadDocument as error:

@@ -16,6 +16,10 @@ from megalith.data.readers import Part
 from megalith.data.tokenizers import optional_import
 
 ENGINES = Registry("engine", {"processes": "megalith.data.preprocess_pool:run_processes", "ray": "megalith.data.preprocess_pool:run_ray"})
+LOST_WORKER = (
+    "a worker process ended without a word (killed, or out of memory); run the same command again and it goes on with the parts "
+    "that are missing, or use fewer --workers"
+)
 
 
 class Worker:
@@ -44,7 +48,8 @@ def _end_with(parent: Any) -> None:
 
 
 def run_processes(job: Job, parts: Iterator[Part], workers: int) -> Iterator[dict]:
-    """Records of the parts as they finish, from `workers` fresh processes (a fork would copy the encoder's dead threads)."""
+    """Records of the parts as they finish, from `workers` fresh processes (0: one a core; a fork would copy the encoder's dead threads)."""
+    workers = workers or os.cpu_count() or 1
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, context, Worker.start, (job,)) as pool:
         waiting: set[concurrent.futures.Future] = set()
@@ -57,38 +62,55 @@ def run_processes(job: Job, parts: Iterator[Part], workers: int) -> Iterator[dic
             for future in concurrent.futures.as_completed(waiting):
                 yield future.result()
         except concurrent.futures.process.BrokenProcessPool as error:
-            raise DataError(
-                "a worker process ended without a word (killed, or out of memory); run the same command again and it goes on "
-                "with the parts that are missing, or use fewer --workers"
-            ) from error
+            raise DataError(LOST_WORKER) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
+class RayWorker:
+    """The encoder of one actor."""
+
+    def __init__(self, job: Job):
+        """Load the encoder."""
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        self.encoder = PartEncoder(job)
+
+    def run(self, part: Part) -> dict:
+        """Encode one part."""
+        return self.encoder(part)
+
+
 def run_ray(job: Job, parts: Iterator[Part], workers: int) -> Iterator[dict]:
-    """Records of the parts as they finish, from `workers` actors on a Ray cluster whose nodes see the same input and output folders."""
+    """Records of the parts as they finish, from `workers` actors (0: one a core of the cluster) on a Ray cluster.
+
+    Its nodes have megalith installed and see the same input and output folders. RAY_ADDRESS says which cluster; without it, this machine.
+    """
     ray: Any = optional_import("ray", "ray", "--engine ray")
     if not ray.is_initialized():
         ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False)
-    actor = ray.remote(num_cpus=1)(PartEncoder)
-    free = [actor.remote(job) for _ in range(workers)]
+    cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    actor = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(RayWorker)
+    free = [actor.remote(job) for _ in range(min(workers or cores, cores))]
     busy: dict[Any, Any] = {}
     try:
         for part in parts:
             if not free:
                 yield from _collect(ray, busy, free)
             worker = free.pop()
-            busy[worker.__call__.remote(part)] = worker
+            busy[worker.run.remote(part)] = worker
         while busy:
             yield from _collect(ray, busy, free)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
+    except ray.exceptions.RayActorError as error:
+        raise DataError(f"{LOST_WORKER} ({error})") from error
     finally:
         for worker in free + list(busy.values()):
             ray.kill(worker)
 
 
 def _collect(ray: Any, busy: dict, free: list) -> list[dict]:
+    """Records of what is done, one at least; its actors are free again."""
     ready, _ = ray.wait(list(busy), num_returns=1)
     free += [busy.pop(reference) for reference in ready]
     return ray.get(ready)
