@@ -147,7 +147,7 @@ def test_another_tokenizers_data_is_refused_at_the_start(corpus):
     hidden = open_indexed(path)
     from megalith.data.gpt_dataset import GPTDataset
 
-    with pytest.raises(DataError, match="outside the vocabulary of 1000"):
+    with pytest.raises(DataError, match="tokens 0 to 1000, but the vocabulary has 1000"):
         GPTDataset(hidden, None, 1, seq_length=8, vocab_size=1000)[0]
 
 
