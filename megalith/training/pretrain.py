@@ -88,7 +88,8 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
         if split == "test":
             return evaluate(trainer, loaders["test"], 0, iterations, batch)
         losses = evaluate(trainer, loaders["valid"], progress.consumed_valid_samples, iterations, batch)
-        progress.consumed_valid_samples += iterations * batch
+        if progress.iteration:  # the point before the first step is one more than Megatron counts samples for
+            progress.consumed_valid_samples += iterations * batch
         return losses
 
     tell = reporters(config)
