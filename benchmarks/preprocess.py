@@ -3,14 +3,14 @@
     python benchmarks/preprocess.py --gpt2 FOLDER --bert VOCAB [--megabytes 250] [--gigabyte] > benchmarks/results/preprocess.txt
 
 classic: a pool of 2 processes, one document a call through `tokenizers`, ids pickled back and written by one process (Megatron's tool with
-the faster library). bare: `encode_batch_fast` of `tokenizers` over the same documents, texts in memory, nothing written. ours: the whole
-command. Each is a process of its own; wall seconds, CPU seconds and peak memory are those of the process and its children.
+faster libraries: its own nltk splitter and Python BPE are slower). bare: `encode_batch_fast` of `tokenizers` over the same documents, texts
+in memory, nothing written. ours: the whole command. Each is a process of its own; wall seconds, CPU seconds and peak memory are those of
+the process and its children.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import gzip
 import hashlib
 import itertools
@@ -105,9 +105,9 @@ class Classic:
         cls.tokenizer = plain_tokenizer(kind, files)
         cls.split = None
         if split:
-            import sentencex
+            from megalith.data.sentences import sentence_splitter
 
-            cls.split = functools.partial(sentencex.segment, "en")
+            cls.split = sentence_splitter("english")
 
     @classmethod
     def encode(cls, line: bytes) -> tuple[list[list[int]], int]:
