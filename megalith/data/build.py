@@ -24,7 +24,15 @@ from megalith.data.tntidx import open_indexed
 
 # A dataset is made by a function or class called with (indexed, documents, num_samples) and the keywords of `_Maker.make`. Its attribute
 # `splits_documents` says that `documents` counts documents (BERT, T5) and not sequences (GPT). Without a corpus the first two are None.
-DATASETS = Registry("dataset", {"gpt": "megalith.data.gpt_dataset:from_config"})
+DATASETS = Registry(
+    "dataset",
+    {
+        "gpt": "megalith.data.gpt_dataset:from_config",
+        "bert": "megalith.data.bert_dataset:from_config",
+        "t5": "megalith.data.t5_dataset:from_config",
+        "ict": "megalith.data.ict_dataset:from_config",
+    },
+)
 THREADS = 16
 
 
