@@ -16,6 +16,7 @@ FORMS: dict[str, dict] = {
     "alibi": {"position_embedding_type": "alibi", "attention_head_type": "multiquery", "squared_relu": True},
     "odd vocabulary": {"vocab_size": 67},
     "odd layers": {"num_layers": 3, "position_embedding_type": "rope", "untie_embeddings_and_output_weights": True},
+    "post norm": {"apply_residual_connection_post_layernorm": True, "openai_gelu": True, "reset_attention_mask": True},
     "dropout": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
 }  # fmt: skip
 
