@@ -25,7 +25,7 @@ class Task(Protocol):
         """The model's arguments by name, given the counts of the global batch."""
 
     def losses(self, output: Tensor, batch: Batch, counts: dict[str, Tensor]) -> dict[str, Tensor]:
-        """This micro-batch's share of each loss of the global batch; all shares are added up, and so are the names."""
+        """This micro-batch's share of each loss of the global batch, under the names of `counts`; the shares are added up, and so are the losses."""
 
 
 class LanguageModelling:
