@@ -4,11 +4,11 @@ import pathlib
 
 import pytest
 import torch
-from tests.tiny import losses, tiny_config
 
 from megalith import checkpoint
 from megalith.common.errors import CheckpointError, ConfigError
 from megalith.training.pretrain import train
+from tests.tiny import losses, tiny_config
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_another_schedule_is_named(run, corpus):
 
 def test_fresh_moves_the_run_aside(run, corpus):
     old = (run / "metrics.jsonl").read_bytes()
-    train(tiny_config(corpus, str(run), fresh=True, train_iters=2))
+    train(tiny_config(corpus, str(run), fresh=True, train_iters=2, lr_warmup_iters=1))
     assert len(losses(str(run))) == 2
     aside = list(run.parent.glob("run.before-*"))
     assert len(aside) == 1 and (aside[0] / "metrics.jsonl").read_bytes() == old
@@ -58,7 +58,7 @@ def test_load_of_nothing_is_an_error(tmp_path, corpus):
 
 def test_two_sources_are_an_error(run, tmp_path, corpus):
     other = tmp_path / "other"
-    train(tiny_config(corpus, str(other), train_iters=2))
+    train(tiny_config(corpus, str(other), train_iters=2, lr_warmup_iters=1))
     with pytest.raises(ConfigError, match="only one"):
         train(tiny_config(corpus, str(run), load=str(other / "checkpoints")))
 
@@ -87,7 +87,7 @@ def test_another_shape_is_named(run, corpus):
 
 
 def test_without_optimizer(run, tmp_path, corpus):
-    config = tiny_config(corpus, str(tmp_path / "lean"), train_iters=2, no_save_optim=True)
+    config = tiny_config(corpus, str(tmp_path / "lean"), train_iters=2, lr_warmup_iters=1, no_save_optim=True)
     train(config)
     names = checkpoint.read_full(tmp_path / "lean" / "checkpoints" / "iter_0000002")
     assert names and all(name.startswith("model/") for name in names)
