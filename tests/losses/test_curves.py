@@ -1,9 +1,9 @@
 """Promise 1: one loss curve, whatever the layout, with the default dropout of 0.1 on hidden states and attention."""
 
 import pytest
-from tests.tiny import records, tiny_config
 
 from megalith.training.pretrain import train
+from tests.tiny import records, tiny_config
 
 # name -> (processes, steps, the layout)
 CASES: dict[str, tuple[int, int, dict]] = {

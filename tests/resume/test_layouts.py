@@ -4,10 +4,10 @@ import pathlib
 import shutil
 
 import pytest
-from tests.tiny import losses, records, tiny_config
 
 from megalith.common.errors import ConfigError
 from megalith.training.pretrain import train
+from tests.tiny import losses, records, tiny_config
 
 SAVED, STEPS = 5, 15
 SAVED_IN = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "micro_batch_size": 1}
@@ -17,9 +17,6 @@ LAYOUTS: dict[str, tuple[int, dict]] = {
     "tp4": (4, {"tensor_model_parallel_size": 4}),
     "pp4 interleaved": (4, {"pipeline_model_parallel_size": 4, "num_layers_per_virtual_pipeline_stage": 1, "micro_batch_size": 1}),
     "tp2 sp dp2 full": (
-        4,
-        {"tensor_model_parallel_size": 2, "sequence_parallel": True, "data_parallel_sharding": "full", "micro_batch_size": 2},
-    ),
         4,
         {"tensor_model_parallel_size": 2, "sequence_parallel": True, "data_parallel_sharding": "full", "micro_batch_size": 2},
     ),
@@ -65,7 +62,5 @@ def test_without_the_optimizer_the_curve_is_another(runs, corpus, tmp_path):
 
 def test_a_batch_that_does_not_divide_is_an_error(ranks, runs, corpus, tmp_path):
     shutil.copytree(runs / "stopped", tmp_path / "moved")
-    with pytest.raises(
-        ConfigError, match="found 8; it is a multiple of --micro-batch-size 2 x data-parallel size 3 = 6"
-    ):
+    with pytest.raises(ConfigError, match="found 8; it is a multiple of --micro-batch-size 2 x data-parallel size 3 = 6"):
         ranks(run, 3, config_of(corpus, tmp_path / "moved", micro_batch_size=2))
