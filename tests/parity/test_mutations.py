@@ -7,13 +7,13 @@ from unittest import mock
 
 import pytest
 import torch
-from tests.parity.cases import LAYOUTS, config_of
 from torch import Tensor
 
 from megalith.parallel import collectives, styles, tensor
 from megalith.parallel.plans.gpt import PLAN
 from megalith.testing import parity, run_ranks
 from megalith.testing.parity import TOLERANCE, Measured, compare, measure
+from tests.parity.cases import LAYOUTS, config_of
 
 DTYPE = torch.float64
 
@@ -81,7 +81,11 @@ MUTATIONS: dict[str, tuple[str, str, Callable[[], contextlib.AbstractContextMana
     "sum of the softmax": ("absolute", "tp2", lambda: mock.patch.object(tensor, "start_sum", identity_sum)),
     "gathered in another order": ("absolute", "tp2 sp", lambda: mock.patch.object(collectives, "finish_gather", own_gather)),
     "no sum over copies": ("rotary", "tp2 sp", lambda: mock.patch.object(tensor, "sum_gradients", lambda model: None)),
-    "replicas not summed": ("absolute", "dp2 none", lambda: mock.patch("megalith.parallel.data_parallel.Replicas.finish", lambda self: None)),
+    "replicas not summed": (
+        "absolute",
+        "dp2 none",
+        lambda: mock.patch("megalith.parallel.data_parallel.Replicas.finish", lambda self: None),
+    ),
     "shards averaged": ("absolute", "dp2 full", lambda: mock.patch("torch.distributed.fsdp.FSDPModule.set_gradient_divide_factor")),
     "normalised by own tokens": ("absolute", "dp2 none", lambda: mock.patch.object(parity, "backward", local_count)),
 }
