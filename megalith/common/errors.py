@@ -19,6 +19,10 @@ class CheckpointError(MegalithError):
     """A checkpoint that is missing, incomplete, damaged or of another model."""
 
 
+class RankError(MegalithError):
+    """Contact with another process of the run was lost."""
+
+
 def problem(what: str, found: object, rule: str, cure: str) -> str:
     """One line in the order every message of this project keeps: what, the value found, the rule, the cure."""
     return f"{what}: found {found!r}; {rule}. {cure}."

@@ -75,9 +75,14 @@ class Mesh:
 
 
 def start(config: ParallelConfig) -> Mesh:
+    """Join the process group, and make the mesh over it."""
+    return grid(config, join(config))
+
+
+def join(config: ParallelConfig) -> torch.device:
     """Join the process group that the launcher's variables describe (torchrun's; none of them means one process).
 
-    A group that the caller has made is used as it is.
+    A group that the caller has made is used as it is. Returns this process's device.
     """
     device = pick(config.device)
     if not dist.is_initialized():
@@ -87,7 +92,7 @@ def start(config: ParallelConfig) -> Mesh:
             dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
         else:
             dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
-    return grid(config, device)
+    return device
 
 
 def grid(config: ParallelConfig, device: torch.device) -> Mesh:

@@ -15,7 +15,7 @@ from megalith.layers.random import key
 from megalith.models import MODELS
 from megalith.parallel import data_parallel, plan
 from megalith.parallel.collectives import Axis
-from megalith.parallel.mesh import Mesh, start
+from megalith.parallel.mesh import Mesh, grid, join, start
 from megalith.parallel.part import Part
 from megalith.parallel.pipeline import Pipeline
 from megalith.parallel.pipeline_cut import ENDS, Cut, canonical_names
@@ -23,7 +23,7 @@ from megalith.parallel.pipeline_deferred import Queue, defer
 from megalith.parallel.pipeline_shared import Shared
 from megalith.runtime.initialize import initialize
 
-__all__ = ["Mesh", "Runtime", "meta_model", "place", "plain", "start"]
+__all__ = ["Mesh", "Runtime", "grid", "join", "meta_model", "place", "plain", "start"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from megalith.data.loader import Loader
 from megalith.optim.clip import global_norm
+from megalith.training import failures
 from megalith.training.callbacks import Callback, RunInfo, StepRecord
 from megalith.training.state import FAILED, Progress
 from megalith.training.step import StepResult, Trainer, train_step
@@ -23,10 +24,11 @@ def train_loop(
     for callback in callbacks:
         callback.on_start(run)
     try:
-        while progress.iteration < run.train_iters and progress.stop is None:
-            record = step_and_record(trainer, loader, progress, batch_size, asked_to_stop())
-            for callback in callbacks:
-                callback.on_step(run, record)
+        with failures.named(progress):
+            while progress.iteration < run.train_iters and progress.stop is None:
+                record = step_and_record(trainer, loader, progress, batch_size, asked_to_stop())
+                for callback in callbacks:
+                    callback.on_step(run, record)
     except BaseException:
         progress.stop = FAILED
         raise

@@ -23,14 +23,15 @@ from megalith.data.tokenizers import Tokenizer, tokenizer_from_config
 from megalith.optim.build import build_optimizer
 from megalith.optim.loss_scale import build_loss_scale
 from megalith.optim.schedule import Schedule
-from megalith.runtime.build import Mesh, place, start
+from megalith.runtime.build import Mesh, grid, join, place
 from megalith.training import saving
 from megalith.training.callbacks import RunInfo
 from megalith.training.duties import ExitInterval, SaveCheckpoints, StopSignal, Validate
+from megalith.training.failures import same_config
 from megalith.training.loop import train_loop
 from megalith.training.peaks import peak_flops
 from megalith.training.reporters import reporters
-from megalith.training.state import Progress
+from megalith.training.state import FAILED, Progress
 from megalith.training.step import Trainer
 from megalith.training.tasks import TASKS
 from megalith.training.validation import evaluate
@@ -45,8 +46,10 @@ def train(config: RunConfig) -> Progress:
     check(config, int(os.environ.get("WORLD_SIZE", "1")))
     tokenizer = tokenizer_from_config(config.data, vocab_size=config.model.vocab_size)
     ours = not dist.is_initialized()
-    mesh = start(config.parallel)
+    device = join(config.parallel)
     try:
+        same_config(config)
+        mesh = grid(config.parallel, device)
         on_main(mesh, functools.partial(saving.check_folder, config))
         if mesh.is_main:
             write_text(pathlib.Path(config.logging.folder) / "config.yaml", to_yaml(config))
@@ -106,7 +109,8 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
             batches = functools.partial(batch_size_at, config, mesh.data_size)
             train_loop(trainer, loaders["train"], progress, batches, info, callbacks, signals)
         finally:
-            signals.restore()
+            if mesh.world_size == 1 or progress.stop != FAILED:  # a launcher's SIGTERM to the others must not silence what they have to say
+                signals.restore()
     if mesh.is_main and progress.stop is not None:
         print(f"stopped after step {progress.iteration} ({progress.stop}); the same command goes on from there", flush=True)
     return progress

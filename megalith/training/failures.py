@@ -1,0 +1,74 @@
+"""Failures in a run of several processes: each of them ends, and says which it is and how far it came.
+
+A dead process is noticed by those that talk to it: under gloo at once, where its machine lives, and otherwise after
+--distributed-timeout-minutes. Its own step is theirs too, since every step ends with a sum over all processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+import torch.distributed as dist
+
+from megalith.common.errors import ConfigError, RankError
+from megalith.config.run import RunConfig
+from megalith.config.text import flag
+from megalith.training.state import Progress
+
+# gloo raises plain RuntimeErrors: they have its file names, what its sockets say, or that it gave up waiting.
+BROKEN = re.compile(r"gloo/|Connection (closed|reset) by peer|pair closure|Broken pipe|NCCL (error|communicator)", re.IGNORECASE)
+
+
+@contextlib.contextmanager
+def named(progress: Progress) -> Iterator[None]:
+    """Around steps: an error that leaves names this rank and its last step; one of a collective becomes a RankError."""
+    try:
+        yield
+    except Exception as error:
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            raise
+        place = f"rank {dist.get_rank()} of {dist.get_world_size()}, after step {progress.iteration}"
+        cause = broken_collective(error)
+        if cause is None:
+            error.add_note(f"on {place}")
+            raise
+        first_line = str(cause).strip().partition("\n")[0]
+        raise RankError(
+            f"{place}: contact with another rank was lost: it died, failed, or did not answer within --distributed-timeout-minutes. Its own last "
+            f"words and the launcher's report name it. The same command goes on from the newest checkpoint. ({first_line})"
+        ) from error
+
+
+def broken_collective(error: BaseException | None) -> BaseException | None:
+    """The error of a collective behind `error`, which others may have wrapped (pipeline schedules do); None where there is none."""
+    while error is not None:
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and BROKEN.search(str(error))):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def same_config(config: RunConfig) -> None:
+    """Raise ConfigError on every rank, naming the fields, where not all ranks were started with one config.
+
+    Without this they would wait for one another in different collectives, or train different models in silence.
+    """
+    mine = config.flat()
+    first = [mine]
+    dist.broadcast_object_list(first, src=0)
+    other = {name: (first[0][name], value) for name, value in mine.items() if value != first[0][name]}
+    found: list[dict] = [{}] * dist.get_world_size()
+    dist.all_gather_object(found, other)
+    differing = [
+        f"{flag(name)} is {values[0]!r} on rank 0 and {values[1]!r} on rank {rank}"
+        for rank, each in enumerate(found)
+        for name, values in each.items()
+    ]
+    if differing:
+        more = f" (and {len(differing) - 8} more)" if len(differing) > 8 else ""
+        raise ConfigError(
+            f"the ranks were started with different configs: {'; '.join(differing[:8])}{more}; all ranks train one model in one way. "
+            f"Start every rank with the same flags and files."
+        )
