@@ -13,8 +13,8 @@ from megalith.training.tasks import LanguageModelling
 class Squares:
     """Sample i counts up in steps of i % 3 + 1."""
 
-    def __init__(self, **given):
-        self.length, self.size = given["seq_length"], 64
+    def __init__(self, indexed, documents, num_samples, *, config, tokenizer, seed, cache_folders):
+        self.length, self.size = config.data.seq_length, num_samples
 
     def __len__(self):
         return self.size
