@@ -115,6 +115,8 @@ def _begin(order: Order, asked: list[tuple[str, int]], locks: list[int]) -> path
     """Check that all ranks mean the same, clear what killed saves left, and make the temporary folder."""
     if len(set(asked)) > 1:
         raise CheckpointError(f"ranks disagree on what to save where: {sorted(set(asked))}; all must name one folder and iteration")
+    if order.iteration < 0:
+        raise CheckpointError(f"iteration: found {order.iteration}; iterations count from 0. Pass the number of steps done")
     if order.path.exists() and not (order.path / store.METADATA).exists() and not (order.path / manifest.NAME).exists():
         # Megatron names its folders alike; what another program wrote is not ours to replace.
         raise CheckpointError(f"{order.path} exists and is no checkpoint of megalith. Save elsewhere (--save), or move it away")

@@ -46,7 +46,7 @@ def pretrain(args: argparse.Namespace) -> int:
         if name not in MODELS and ":" not in name:
             otherwise = f"there are {', '.join(MODELS)}, and your own goes by module:name"
             reading.problems.append(Problem(("model_type",), unknown("model", name, MODELS, otherwise)))
-    config, notices = resolve(reading, read_recipe=recipes.text, world_size=world_size)
+    config, notices = resolve(reading, read_recipe=recipes.text, read_checkpoint=checkpoint_config, world_size=world_size)
     if os.environ.get("RANK", "0") == "0":
         for notice in notices:
             print(f"megalith: {notice}", file=sys.stderr)
@@ -56,6 +56,14 @@ def pretrain(args: argparse.Namespace) -> int:
 
         train(config)
     return 0
+
+
+def checkpoint_config(folder: str, iteration: int | None) -> str:
+    """The YAML text of the config in a checkpoint (the latest one where no iteration is given)."""
+    from megalith.checkpoint import facts  # here, because few runs need them
+    from megalith.checkpoint import folder as folders
+
+    return facts.read_config(folders.find(folder, iteration))
 
 
 def shown(config: RunConfig, world_size: int, how_much: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 from megalith.config.checks_model import model_problems
 from megalith.config.checks_parallel import parallel_problems
@@ -49,7 +50,7 @@ def _limits(config: RunConfig) -> Iterator[Problem]:
         if value is None:
             if not field.optional:
                 yield trouble((name,), flag(name), value, f"it needs a value{default}", f"Give {flag(name)} one")
-        elif isinstance(value, bool) != (field.kind is bool) or not isinstance(value, (int, float) if field.kind is float else field.kind):
+        elif not _of_kind(value, field.kind):
             yield trouble((name,), flag(name), value, f"it is {WORDS[field.kind]}{default}", f"Give {flag(name)} such a value")
         elif choices and value not in choices:
             near = nearest(str(value), choices) or nearest(str(value).lower(), choices) or choices[0]
@@ -62,6 +63,11 @@ def _limits(config: RunConfig) -> Iterator[Problem]:
         elif (name in BELOW_ONE and value >= 1.0) or (name == "rotary_percent" and value > 1.0):
             rule = "it is a share, below 1" if name in BELOW_ONE else "it is a share, at most 1"
             yield trouble((name,), flag(name), value, rule, f"Write {flag(name)} with a number between 0 and 1")
+
+
+def _of_kind(value: Any, kind: type) -> bool:
+    """Whether a value has the type of its field; whole numbers are numbers, but true and false are not."""
+    return isinstance(value, bool) == (kind is bool) and isinstance(value, (int, float) if kind is float else kind)
 
 
 def _recompute(config: RunConfig) -> Iterator[Problem]:

@@ -142,7 +142,7 @@ def _splits(config: RunConfig) -> Iterator[Problem]:
                 fitting = [n for n in range(1, tp + 1) if not any(each % n for each in whole.values())]
                 yield trouble((TP, name), flag(TP), tp, f"{flag(name)}, {value}, is a multiple of it", f"Write {flag(TP)} {fitting[-1]}")
         kv = m.num_kv_heads
-        if kv % tp and tp % kv:
+        if kv != m.num_attention_heads and kv % tp and tp % kv:
             yield trouble((TP, "num_query_groups"), flag(TP), tp, f"it divides the {kv} key/value heads, or is a multiple of them",
                           f"Write {flag(TP)} {math.gcd(kv, tp)}")  # fmt: skip
     if sequence is None:

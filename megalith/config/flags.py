@@ -78,6 +78,7 @@ def config_flags() -> dict[str, Flag]:
         nargs = 0 if field.kind is bool else "+" if field.kind is list else 1
         for name in yes:
             told = "" if name == yes[0] or nargs == 0 else f"{name} is read as {yes[0]}"
+            told = f"{name} is {field.metadata['help']}" if field.metadata["help"].startswith("accepted") else told
             found[name] = Flag(name, {field.name: True if nargs == 0 else VALUE}, nargs, notice=told)
         for name in no:
             found[name] = Flag(name, {field.name: False}, 0)

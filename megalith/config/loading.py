@@ -10,25 +10,33 @@ from megalith.common.errors import ConfigError, problem
 from megalith.config import flags, legacy
 from megalith.config.checks import find_problems
 from megalith.config.loading_values import convert, fields
+from megalith.config.loading_yaml import parse_yaml
 from megalith.config.run import RunConfig
-from megalith.config.text import Problem, fail, flag, unknown
+from megalith.config.text import Problem, fail, flag
+
+ReadRecipe = Callable[[str], str]  # name -> YAML text
+ReadCheckpoint = Callable[[str, int | None], str]  # folder, iteration (None: the latest) -> YAML text of the config in it
 
 
-def load_config(
-    argv: Sequence[str] = (), *, read_recipe: Callable[[str], str] | None = None, world_size: int = 1, data: bool = True
-) -> tuple[RunConfig, list[str]]:
-    """Resolve flags (`--recipe` and `--config` among them) to a checked config, and the notices to show.
-
-    read_recipe: name -> YAML text of a recipe. world_size: number of processes. data: whether a corpus is needed.
-    Raises ConfigError with every problem of flags, files and their combination.
-    """
-    return resolve(flags.read(argv), read_recipe=read_recipe, world_size=world_size, data=data)
+def load_config(argv: Sequence[str] = (), **options: Any) -> tuple[RunConfig, list[str]]:
+    """Resolve flags (`--recipe` and `--config` among them) to a checked config, and the notices to show. Options: as resolve."""
+    return resolve(flags.read(argv), **options)
 
 
 def resolve(
-    reading: flags.Reading, *, read_recipe: Callable[[str], str] | None = None, world_size: int = 1, data: bool = True
+    reading: flags.Reading,
+    *,
+    read_recipe: ReadRecipe | None = None,
+    read_checkpoint: ReadCheckpoint | None = None,
+    world_size: int = 1,
+    data: bool = True,
 ) -> tuple[RunConfig, list[str]]:
-    """As load_config, from what flags.read found. Words other than a model's name are problems."""
+    """A checked config and the notices to show, from what flags.read found.
+
+    read_recipe, read_checkpoint: for --recipe and --use-checkpoint-args; without them these flags are errors.
+    world_size: number of processes. data: whether a corpus is needed.
+    Raises ConfigError with every problem of flags, files and their combination.
+    """
     problems, notices = list(reading.problems), list(reading.notices)
     values: dict[str, Any] = {}
     chosen = reading.values
@@ -41,6 +49,8 @@ def resolve(
     ]
     if reading.words:
         values["model_type"] = reading.words[0]
+    if values.get("use_checkpoint_args") and values.get("load"):
+        values |= _model_of_checkpoint(values["load"], values.get("ckpt_step"), read_checkpoint, notices)
     config = complete(values, notices)
     wrong = {field for each in problems for field in each.fields}
     problems += [each for each in find_problems(config, world_size, data=data) if not wrong.intersection(each.fields)]
@@ -48,9 +58,7 @@ def resolve(
     return config, notices
 
 
-def _files(
-    recipe: str | None, file: str | None, read_recipe: Callable[[str], str] | None, problems: list[Problem]
-) -> list[tuple[str, str]]:
+def _files(recipe: str | None, file: str | None, read_recipe: ReadRecipe | None, problems: list[Problem]) -> list[tuple[str, str]]:
     """(what to call it, its text) of the recipe and of the YAML file, as far as they are named and readable."""
     found = []
     try:
@@ -69,76 +77,13 @@ def _files(
     return found
 
 
-def parse_yaml(text: str, source: str, problems: list[Problem], notices: list[str]) -> dict[str, Any]:
-    """Raw values by field of a YAML text, its keys grouped by section or flat. A top-level `about` is for people."""
-    import yaml  # here, because most commands and every --help do without it
-
-    try:
-        tree = yaml.load(text, Loader=_loader())
-    except yaml.YAMLError as error:
-        problems.append(Problem(tuple(fields()), f"{source} is not valid YAML: {error}".replace("\n", " ")))
-        return {}
-    if tree is None:
-        return {}
-    if not isinstance(tree, Mapping):
-        rule = "it maps names to values, as in 'model:' and below it '  num_layers: 4'"
-        problems.append(Problem(tuple(fields()), problem(source, tree, rule, "Correct the file; megalith config writes one")))
-        return {}
-    sections = {field.section for field in fields().values()}
-    values: dict[str, Any] = {}
-    for key, value in tree.items():
-        if key == "about":
-            continue
-        if key not in sections:
-            _one(str(key), value, None, source, values, problems, notices)
-        elif isinstance(value, Mapping):
-            for name, inner in value.items():
-                _one(str(name), inner, key, source, values, problems, notices)
-        elif value is not None:
-            rule = f"{key} is a section: its fields stand below it, indented"
-            problems.append(Problem((), problem(f"{source}: {key}", value, rule, "Indent them, or write fields without a section")))
-    return values
-
-
-def _one(
-    name: str, value: Any, section: str | None, source: str, values: dict[str, Any], problems: list[Problem], notices: list[str]
-) -> None:
-    """Take one key of a YAML file: a field, or an old spelling of one."""
-    field, called = fields().get(name), f"{source}: {name}"
-    if field is not None and section in (None, field.section):
-        if name in values:
-            problems.append(Problem((name,), problem(called, value, "it is given twice", "Keep one")))
-        values[name] = value
-    elif field is not None:
-        problems.append(
-            Problem((name,), problem(called, section, f"{name} belongs to {field.section}", f"Move it there, or give {flag(name)}"))
-        )
-    elif flag(name) in flags.config_flags():
-        off = value is False or value is None
-        old = flags.read([] if off else [flag(name), *map(str, value if isinstance(value, list) else [] if value is True else [value])], ())
-        values |= old.values
-        problems += old.problems
-        notices += [f"{source}: {told}" for told in old.notices]
-    else:
-        otherwise = "megalith pretrain --help lists the fields as flags"
-        near = unknown("key", name, fields(), otherwise)
-        meant = tuple(key for key in fields() if near.endswith(f"did you mean {key}?"))
-        problems.append(Problem(meant, f"{source}: {near}"))
-
-
-def _loader() -> Any:
-    """A YAML loader that refuses a key given twice, where the plain one silently keeps the last."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict:
-            names = [key.value for key, _ in node.value]
-            for key, _ in node.value:
-                if names.count(key.value) > 1:
-                    raise yaml.YAMLError(f"{key.value} is given twice{key.start_mark}; keep one")
-            return super().construct_mapping(node, deep)
-
-    return Loader
+def _model_of_checkpoint(folder: str, iteration: int | None, read: ReadCheckpoint | None, notices: list[str]) -> dict[str, Any]:
+    """The model section that a checkpoint was trained with."""
+    if read is None:
+        raise ConfigError("--use-checkpoint-args has no effect here: this command reads no checkpoint. Leave it out.")
+    model = from_yaml(read(folder, iteration), f"config of {folder}").model
+    notices.append(f"--use-checkpoint-args: the model is that of {folder}, whatever recipe, YAML and flags say")
+    return dict(vars(model))
 
 
 def _typed(raw: Mapping[str, tuple[Any, str]], problems: list[Problem]) -> dict[str, Any]:

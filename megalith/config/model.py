@@ -48,7 +48,9 @@ class ModelConfig:
     attention_dropout: float = knob(0.1, "dropout of attention probabilities", minimum=0.0)
     init_method_std: float = knob(0.02, "standard deviation of the initial weights", minimum=0.0)
     init_method_xavier_uniform: bool = knob(False, "draw weight matrices from Xavier's uniform distribution instead")
-    apply_query_key_layer_scaling: bool = knob(False, "divide scores by the layer number and multiply back in the softmax (fp16 range)")
+    apply_query_key_layer_scaling: bool = knob(
+        False, "accepted: scores are summed and normalised in float32, where the scaling changes nothing"
+    )
     attention_backend: str = knob(
         "auto",
         "attention kernel; explicit is the readable reference",

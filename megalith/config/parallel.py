@@ -19,6 +19,11 @@ class ParallelConfig:
         "auto: 1F1B, or interleaved 1F1B with virtual stages",
         choices=("auto", "gpipe", "1f1b", "interleaved_1f1b", "zero_bubble", "zbv", "dualpipev"),
     )
+    pipeline_split: str = knob(
+        "cost",
+        "layers of the stages: cost (embedding and head count, so that stages take equal time) or even (as Megatron)",
+        choices=("cost", "even"),
+    )
     context_parallel_size: int = knob(1, "processes among which each sequence is split", minimum=1)
     use_distributed_optimizer: bool = knob(False, "shard gradients and optimizer state over the data-parallel processes (ZeRO-2)")
     data_parallel_sharding: str = knob(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -90,13 +91,19 @@ class Blended:
     or read twice. The order up to a change does not depend on what comes after it.
     """
 
-    def __init__(self, datasets: Sequence[Any], schedule: Sequence[tuple[int, Sequence[float]]], size: int):
-        """Blend `datasets` into `size` samples."""
+    def __init__(
+        self,
+        datasets: Sequence[Any],
+        schedule: Sequence[tuple[int, Sequence[float]]],
+        size: int,
+        folders: Sequence[str | os.PathLike] = (),
+    ):
+        """Blend `datasets` into `size` samples; a large index is kept in one of `folders`."""
         self.datasets, self.size = datasets, size
         self.starts = [start for start, _ in schedule if start < size or start == 0]
         self._indices, self._taken = [], [np.zeros(len(datasets), np.int64)]
         for (start, weights), end in zip(schedule, [*self.starts[1:], size]):
-            index = blend_index(weights, end - start)
+            index = blend_index(weights, end - start, folders)
             self._indices.append(index)
             self._taken.append(self._taken[-1] + index.taken(len(index)))
 

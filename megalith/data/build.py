@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -101,12 +102,15 @@ class _Maker:
 
     def make(self, indexed: Any, documents: tuple[int, int] | None, num_samples: int | None, turn: int = 0) -> Any:
         """One dataset; `turn` above 0 shuffles anew."""
-        folders = default_folders(indexed.prefix, self.config.data.data_cache_path, self.run_folder) if indexed is not None else []
+        folders = self._folders(indexed) if indexed is not None else []
         seed = self.config.batch.seed + turn
         dataset = self.kind(indexed, documents, num_samples, config=self.config, tokenizer=self.tokenizer, seed=seed, cache_folders=folders)
         if turn == 0:
             self.made.append(dataset)
         return dataset
+
+    def _folders(self, indexed: Any) -> list[pathlib.Path]:
+        return default_folders(indexed.prefix, self.config.data.data_cache_path, self.run_folder)
 
     def prepare_all(self, rank: int) -> None:
         """Build every index, each rank starting elsewhere, so that ranks that share a cache share the work."""
@@ -136,7 +140,8 @@ class _Maker:
         )
         if len(rows) == 1:
             rows[0].samples = size
-        dataset.rows = rows
+        with contextlib.suppress(AttributeError):  # a user's dataset may be a plain list
+            dataset.rows = rows
         return dataset
 
     def _single(self, parts: list, size: int) -> Any:
@@ -146,10 +151,11 @@ class _Maker:
     def _blend(self, parts: list, rows: list[Row], size: int, num_sources: int) -> Any:
         weights, requests = self._requests(parts, size)
         datasets = [self._endless(indexed, bounds, asked) for (_, indexed, bounds, _), asked in zip(parts, requests)]
+        folders = self._folders(parts[0][1])
         names = list(dict.fromkeys(row.source.corpus for row in rows))
         schedule = self._schedule(len(names) if names != [""] else num_sources)
         if names == [""]:
-            blended = Blended(datasets, [(0, weights), *schedule], size)
+            blended = Blended(datasets, [(0, weights), *schedule], size, folders)
             for row, taken in zip(rows, blended.taken):
                 row.samples = int(taken)
             return blended
@@ -164,7 +170,7 @@ class _Maker:
             )
             for group in members
         ]
-        blended = Blended(corpora, [(0, [len(corpus) for corpus in corpora]), *schedule], size)
+        blended = Blended(corpora, [(0, [len(corpus) for corpus in corpora]), *schedule], size, folders)
         for group, corpus, taken in zip(members, corpora, blended.taken):
             for place in group:
                 rows[place].samples = round(int(taken) * requests[place] / len(corpus))  # type: ignore[operator]

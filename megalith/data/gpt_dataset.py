@@ -55,7 +55,8 @@ class GPTDataset:
                 "has none; choose a tokenizer that has one, or leave the flags out"
             )
         self.plan = gpt_index.plan(begin, end, indexed.tokens_between(begin, end), num_samples, seq_length, seed)
-        self.vocab_size = vocab_size
+        self._unsigned = np.dtype(f"u{indexed.dtype.itemsize}")  # as which a negative id is beyond every vocabulary
+        self._limit = vocab_size if vocab_size and vocab_size <= np.iinfo(indexed.dtype).max else None
         self.cache_folders = cache_folders
         self._lock = threading.Lock()
         self._indices: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
@@ -94,26 +95,16 @@ class GPTDataset:
             raise IndexError(f"sample {index} of {self.indexed.prefix}, which has {self.plan.samples}")
         documents, samples, order = self._indices or self.prepare()._indices  # type: ignore[misc]
         place = 2 * order.item(index)
-        first, begin, last, end = (samples.item(place + column) for column in range(4))
-        get = self.indexed.get
-        text = np.empty(self.seq_length + 1, np.int64)
-        if first == last:
-            text[:] = get(documents.item(first), begin, end - begin + 1)
-        else:
-            part = get(documents.item(first), begin)
-            filled = part.size
-            text[:filled] = part
-            for between in range(first + 1, last):
-                part = get(documents.item(between))
-                text[filled : filled + part.size] = part
-                filled += part.size
-            text[filled:] = get(documents.item(last), 0, end + 1)
-        if self.vocab_size is not None and text.max() >= self.vocab_size:  # a microsecond, against an index error on the accelerator
-            raise DataError(
-                f"{self.indexed.prefix}, sequences {documents[first : last + 1].tolist()}: token {text.max()} is outside the vocabulary of "
-                f"{self.vocab_size}; the data was made with another tokenizer, or is damaged"
-            )
-        return text
+        numbers = documents[samples.item(place) : samples.item(place + 2) + 1].tolist()
+        text = self.indexed.join(numbers, samples.item(place + 1), self.seq_length + 1)
+        if self._limit:  # half a microsecond, against an index error on the device
+            unsigned = text.view(self._unsigned)
+            if unsigned.item(unsigned.argmax()) >= self._limit:
+                raise DataError(
+                    f"{self.indexed.prefix}, sequences {numbers}: tokens {text.min()} to {text.max()}, but the vocabulary has "
+                    f"{self._limit}; the data was made with another tokenizer, or is damaged"
+                )
+        return text.astype(np.int64)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """Sample `index`, as the class describes."""

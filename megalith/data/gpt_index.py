@@ -1,8 +1,8 @@
 """Megatron's three indices of a GPT dataset: documents in reading order, where each sample begins, and the order of samples.
 
 All documents of all epochs lie end to end; sample k covers the tokens k*s to k*s + s of them (s + 1 tokens, so neighbours share one).
-Where that token lies is a search in the running sum of lengths, so no loop is needed. The random numbers are drawn in Megatron's order
-(one RandomState, documents first, then samples), so the indices are Megatron's to the last bit.
+In which document that token lies follows from the running sum of lengths, so no loop is needed. The random numbers are drawn in
+Megatron's order (one RandomState, documents first, then samples), so the indices are Megatron's to the last bit.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from megalith.common.errors import DataError
 
-BLOCK = 1 << 19  # documents searched at a time: 4 MiB of running sums, small enough for the cache
+BLOCK = 1 << 16  # documents looked at together: half a megabyte of running sums, small enough for the cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,16 +77,19 @@ def sample_index(documents: np.ndarray, lengths: np.ndarray, seq_length: int, sa
     """Where each sample begins: row k is (place in `documents`, offset in that document) of token k * seq_length; [samples + 1, 2]."""
     kind = np.int32 if documents.size <= np.iinfo(np.int32).max else np.int64
     index = np.zeros((samples + 1, 2), kind)  # row 0 is (0, 0), even where the first document is empty
+    lengths = np.require(lengths, requirements="A")  # in the file they are not aligned, and `take` would copy them each time
     row, before = 1, 0
     for begin in range(0, documents.size, BLOCK):
-        ends = np.cumsum(lengths[documents[begin : begin + BLOCK]], dtype=np.int64)
-        stop = max(row, min(samples, (before + int(ends[-1]) - 1) // seq_length) + 1)  # max: a first block may hold no token
-        tokens = np.arange(row, stop, dtype=np.int64) * seq_length - before
-        place = np.searchsorted(ends, tokens, side="right")  # right: an empty document holds no token
+        sizes = lengths.take(documents[begin : begin + BLOCK])
+        ends = np.cumsum(sizes, dtype=np.int64)
+        ends += before
+        before = int(ends[-1])
+        upto = np.clip((ends - 1) // seq_length, row - 1, samples)  # the last sample that begins by the end of each document
+        place = np.repeat(np.arange(sizes.size), np.diff(upto, prepend=row - 1))
+        stop = row + place.size
         index[row:stop, 0] = place + begin
-        tokens -= np.where(place > 0, ends[place - 1], 0)
-        index[row:stop, 1] = tokens
-        row, before = stop, before + int(ends[-1])
+        index[row:stop, 1] = np.arange(row, stop) * seq_length - (ends - sizes)[place]
+        row = stop
     return index
 
 

@@ -18,6 +18,7 @@ except ImportError:  # lifted out
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16}
+BLOCK = 1 << 20  # sequences looked at together: bounds the memory of every pass over an index
 CODES = {np.dtype(kind): code for code, kind in DTYPES.items()}
 
 

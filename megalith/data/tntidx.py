@@ -12,8 +12,9 @@ import struct
 
 import numpy as np
 
-from .indexed import BLOCK, IndexedDataset, IndexedWriter, _map, resolve_prefix
-from .indexed_format import DataError, dtype_of_code
+from .indexed_format import BLOCK, DataError, dtype_of_code, resolve_prefix
+from .indexed_reader import IndexedDataset, _map
+from .indexed_writer import IndexedWriter
 
 MAGIC = b"TNTIDX\x00\x00"
 HEADER = struct.Struct("<8s6Q")
@@ -101,6 +102,10 @@ class TntidxDataset:
             raise IndexError(f"tokens {offset} to {offset + count} of item {index}, which has {self.lengths.item(index)}")
         begin = self._offsets.item(index) * self._element + offset * self.dtype.itemsize
         return self._data[begin : begin + count * self.dtype.itemsize].view(self.dtype)
+
+    def join(self, numbers: list[int], begin: int, count: int) -> np.ndarray:
+        """`count` tokens from token `begin` of the first item on, reading through the items `numbers`."""
+        return np.concatenate([self.get(number) for number in numbers])[begin : begin + count]
 
 
 def sniff(prefix: str | os.PathLike) -> str:

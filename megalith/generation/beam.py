@@ -66,7 +66,8 @@ def beam_search(
 
 def _search(decoder: Decoder, prompt: list[int], finished: Finished, count: int, stop_token: int | None) -> None:
     width = finished.size
-    logits, beams, totals = decoder.read([prompt]), [[]], torch.zeros(1, 1)
+    beams: list[list[int]] = [[]]
+    logits, totals = decoder.read([prompt]), torch.zeros(1, 1)
     for length in range(1, count + 1):
         chances = totals.to(logits.device) + logits.float().log_softmax(dim=-1)
         found = chances.flatten().topk(min(2 * width, chances.numel()))

@@ -213,7 +213,8 @@ def tokenized(model: nn.Module | Decoder, prompts: Prompts, add_bos: bool = Fals
     tokenizer = tokenizer_of(model)
     vocabulary = (model.model if isinstance(model, Decoder) else model).config.vocab_size
     made = []
-    for number, prompt in enumerate([""] if prompts is None else [prompts] if isinstance(prompts, str) else prompts):
+    given: Sequence[str | Sequence[int]] = [""] if prompts is None else [prompts] if isinstance(prompts, str) else prompts
+    for number, prompt in enumerate(given):
         if isinstance(prompt, str):
             if tokenizer is None:
                 raise ConfigError("this model has no tokenizer: give prompts as lists of token numbers, or set model.tokenizer.")

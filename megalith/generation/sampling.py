@@ -69,23 +69,30 @@ def choose(logits: Tensor, sampling: Sampling, keys: Tensor, places: Tensor, nth
     if sampling.greedy:
         return logits.argmax(dim=-1)
     chances, order = filtered(logits, sampling, nth)
-    total = chances.cumsum(dim=-1)
+    total = chances.cumsum(dim=-1, dtype=torch.float64)
     drawn = random.uniform(keys, places)[:, None] * total[:, -1:]
     at = torch.searchsorted(total, drawn, right=True).clamp(max=logits.shape[-1] - 1)
     return (at if order is None else order.gather(-1, at))[:, 0]
 
 
 def filtered(logits: Tensor, sampling: Sampling, nth: int = 0) -> tuple[Tensor, Tensor | None]:
-    """Probabilities, not normalised, float64 [b, V], and the tokens they are of where they are sorted (top-p), else None."""
+    """Probabilities, not normalised, float32 [b, any], and the tokens they are of; None where column i is of token i."""
     scores = logits.float()
-    scores = (scores - scores.amax(dim=-1, keepdim=True)) / sampling.temperature  # subtracted first: a small temperature must not overflow
+    scores = (scores - scores.amax(dim=-1, keepdim=True)).div_(
+        sampling.temperature
+    )  # subtracted first: a small temperature must not overflow
     if 0 < sampling.top_k < scores.shape[-1]:
         worst = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
         scores = scores.masked_fill(scores < worst, float("-inf"))
-    p = sampling.p_at(nth)
+    chances, p = scores.softmax(dim=-1), sampling.p_at(nth)
     if not 0.0 < p < 1.0:
-        return scores.softmax(dim=-1, dtype=torch.float64), None
-    scores, order = scores.sort(dim=-1, descending=True, stable=True)
-    chances = scores.softmax(dim=-1, dtype=torch.float64)
-    before = chances.cumsum(dim=-1) - chances
-    return chances.masked_fill(before > p, 0.0), order
+        return chances, None
+    # All tokens below this chance together have less than 1 - p, so none of them is kept: mostly a few are left to be sorted.
+    count = int((chances >= 0.5 * (1.0 - p) / chances.shape[-1]).sum(dim=-1).max())
+    tokens = None
+    if count < chances.shape[-1] // 3:
+        tokens = chances.topk(count, dim=-1).indices.sort(dim=-1).values
+        chances = chances.gather(-1, tokens)
+    chances, order = chances.sort(dim=-1, descending=True, stable=True)  # stable: equal chances by token number
+    before = chances.cumsum(dim=-1, dtype=torch.float64) - chances
+    return chances.masked_fill(before > p, 0.0), order if tokens is None else tokens.gather(-1, order)

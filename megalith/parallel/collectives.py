@@ -129,15 +129,16 @@ class Columns(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients: Tensor):  # type: ignore[override]
         x, *weights = ctx.saved_tensors
-        whole = start_gather(x, ctx.size, ctx.group) if ctx.sequence else x
+        trained = ctx.needs_input_grad[4:]
+        gather = ctx.sequence and any(trained)
+        whole = start_gather(x, ctx.size, ctx.group) if gather else x
         rows = [gradient.flatten(0, 1) for gradient in gradients]
         by_input = rows[0] @ weights[0]
         for row, weight in zip(rows[1:], weights[1:]):
             by_input = torch.addmm(by_input, row, weight)
         by_input = by_input.view(*gradients[0].shape[:2], -1)
         started = start_scatter(by_input, ctx.size, ctx.group) if ctx.sequence else start_sum(by_input, ctx.group)
-        flat = (finish_gather(whole, ctx.size) if ctx.sequence else whole).flatten(0, 1)
-        trained = ctx.needs_input_grad[4:]
+        flat = (finish_gather(whole, ctx.size) if gather else whole).flatten(0, 1)
         by_weight = [row.t() @ flat if needed else None for row, needed in zip(rows, trained)]
         by_bias = [row.sum(dim=0) if needed else None for row, needed in zip(rows, trained[len(rows) :])]
         return wait(started), None, None, None, *by_weight, *by_bias

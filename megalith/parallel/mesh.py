@@ -61,6 +61,12 @@ class Mesh:
         """Several neighbouring axes as one."""
         return self.devices[axes]._flatten("_".join(axes)) if len(axes) > 1 else self.devices[axes[0]]
 
+    def share(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum of `values` over all processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of `values` over the processes that read different tokens (data-parallel and context-parallel), in place."""
         if self.data_size * self.size("cp") > 1:

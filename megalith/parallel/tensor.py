@@ -8,6 +8,7 @@ padded. `summed` of a twin names the parameters of which each rank computes a pa
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -16,7 +17,19 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from megalith.common.errors import ConfigError, problem
-from megalith.parallel.collectives import Axis, Columns, Enter, Leave, gather_columns, start_maximum, start_sum, wait
+from megalith.parallel import pipeline_deferred as deferred
+from megalith.parallel.collectives import (
+    Axis,
+    Columns,
+    Enter,
+    Leave,
+    finish_gather,
+    gather_columns,
+    start_gather,
+    start_maximum,
+    start_sum,
+    wait,
+)
 
 BUCKET = 1 << 24  # elements of gradients that are summed in one call
 
@@ -47,6 +60,7 @@ class Linear(nn.Linear):
     """What the split linear layers share. in_features and out_features are those of the whole layer."""
 
     summed: tuple[str, ...] = ()
+    queue: deferred.Queue | None = None  # where gradients of weights are put off
 
     def __init__(self, old: nn.Linear, axis: Axis):
         nn.Module.__init__(self)
@@ -92,7 +106,8 @@ class RowLinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x [b, s, in/t] -> [b, s, out], under sequence parallelism [b, s/t, out]."""
         weight, bias = self.locals()
-        y = Leave.apply(F.linear(x, weight), self.axis.size, self.axis.group, self.axis.sequence)
+        y = F.linear(x, weight) if self.queue is None else deferred.linear(x, weight, None, self.queue)
+        y = Leave.apply(y, self.axis.size, self.axis.group, self.axis.sequence)
         return y if bias is None else y + bias
 
 
@@ -194,7 +209,14 @@ class SharedInput(nn.Module):
 def columns(x: Tensor, axis: Axis, linears) -> tuple[Tensor, ...]:
     """The outputs of several split linear layers of one input."""
     weights, biases = zip(*(linear.locals() for linear in linears))
-    return Columns.apply(x, axis.size, axis.group, axis.sequence, *weights, *biases)
+    queue = linears[0].queue
+    if queue is None:
+        return Columns.apply(x, axis.size, axis.group, axis.sequence, *weights, *biases)
+    outputs = Columns.apply(x, axis.size, axis.group, axis.sequence, *map(deferred.detach, (*weights, *biases)))
+    kept = x.detach()
+    whole = functools.cache(lambda: finish_gather(start_gather(kept, axis.size, axis.group), axis.size) if axis.sequence else kept)
+    deferred.note(queue, whole, outputs, weights, biases)
+    return outputs
 
 
 class PartRows(nn.Module):

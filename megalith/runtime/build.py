@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megalith.config.model import ModelConfig
 from megalith.config.run import RunConfig
+from megalith.config.stages import SPLIT_BACKWARD, layers_of, schedule_of, stages_of
 from megalith.layers.random import key
 from megalith.models import MODELS
-from megalith.parallel import data_parallel, plan, tensor
+from megalith.parallel import data_parallel, plan
 from megalith.parallel.collectives import Axis
 from megalith.parallel.mesh import Mesh, start
+from megalith.parallel.part import Part
+from megalith.parallel.pipeline import Pipeline
+from megalith.parallel.pipeline_cut import ENDS, Cut, canonical_names
+from megalith.parallel.pipeline_deferred import Queue, defer
+from megalith.parallel.pipeline_shared import Shared
 from megalith.runtime.initialize import initialize
 
 __all__ = ["Mesh", "Runtime", "meta_model", "place", "plain", "start"]
@@ -21,33 +28,83 @@ __all__ = ["Mesh", "Runtime", "meta_model", "place", "plain", "start"]
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """A placed model with what its training needs to know of the place."""
+    """A placed model with what its training needs to know of the place.
+
+    parts: the stages of the model that this process runs; one, the whole model, where there is no pipeline.
+    """
 
     config: RunConfig
     mesh: Mesh
-    model: nn.Module
-    wrapped: bool  # whether fully_shard holds it
-    replicas: data_parallel.Replicas | None = None
+    parts: tuple[Part, ...]
+    num_parameters: int  # of the whole model, shared ones counted once
+    pipeline: Pipeline | None = None
+    shared: Shared | None = None  # parameters that several stages hold
+
+    @property
+    def model(self) -> nn.Module:
+        """The model, where this process runs one part of it."""
+        (part,) = self.parts
+        return part.model
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """This process's parameters under their names in the whole model; a name comes twice where two parts hold copies."""
+        for part in self.parts:
+            yield from part.named_parameters()
+
+    def tensors(self, of: Callable[[nn.Parameter], Tensor | None]) -> tuple[list[tuple[str, Tensor]], set[str]]:
+        """(name, tensor) pairs of what `of` gives for each parameter, and the names of those that are counted elsewhere.
+
+        Those are copies of parameters that another stage owns; their names have a mark, as a process may hold both.
+        """
+        named, copies = [], set()
+        for name, parameter in self.named_parameters():
+            if (tensor := of(parameter)) is None:
+                continue
+            if self.shared is not None and id(parameter) in self.shared.copies:
+                name += " (copy)"
+                copies.add(name)
+            named.append((name, tensor))
+        return named, copies
+
+    def gradients(self) -> tuple[list[tuple[str, Tensor]], set[str]]:
+        """`tensors` of the gradients that there are."""
+        return self.tensors(lambda parameter: parameter.grad)
+
+    def train(self, mode: bool = True) -> None:
+        """Switch to training mode, or to evaluation mode."""
+        for part in self.parts:
+            part.model.train(mode)
 
     def begin_step(self, iteration: int) -> None:
         """Make ready for training step `iteration`. Dropout inside fused attention is all that draws from a generator."""
-        self.model.train()
+        self.train()
         if self.mesh.device.type != "cpu":
             torch.manual_seed(key(self.config.batch.seed, "step", iteration))
 
-    def sync_gradients(self, last: bool) -> None:
-        """Announce whether the coming backward pass is the last of the step."""
-        if self.wrapped:
-            data_parallel.sync_gradients(self.model, last, self.config.parallel, self.config.precision)
-        if self.replicas is not None:
-            self.replicas.arm(last)
+    def run(self, inputs: Sequence[Mapping[str, Tensor]], loss: Callable[[Tensor, int], Tensor], train: bool) -> None:
+        """Run this process's micro-batches forward, and in training mode backward. Every process calls it.
+
+        inputs: the model's keyword arguments for each micro-batch.
+        loss: given the model's output and the number of the micro-batch, the 0-dimensional tensor to differentiate. It is
+            called where the end of the model is, so on some processes never.
+        """
+        if self.pipeline is not None:
+            self.pipeline.run(inputs, loss, train)
+            return
+        (part,) = self.parts
+        for number, arguments in enumerate(inputs):
+            if train:
+                part.sync_gradients(last=number == len(inputs) - 1)
+            value = loss(part.model(**arguments), number)
+            if train:
+                value.backward()
 
     def finish_gradients(self) -> None:
         """After the last backward pass of a step: the gradients are those of the global batch, on every process."""
-        if self.replicas is not None:
-            self.replicas.finish()
-        if self.mesh.size("tp") > 1:
-            tensor.sum_gradients(self.model)
+        for part in self.parts:
+            part.finish_gradients()
+        if self.shared is not None:
+            self.shared.sum_gradients()
 
 
 def meta_model(config: ModelConfig, seed: int = 0) -> nn.Module:
@@ -61,21 +118,44 @@ def place(config: RunConfig, mesh: Mesh, dtype: torch.dtype = torch.float32) -> 
 
     dtype: of the weights; float64 is for checks of layouts against one another.
     """
-    model = meta_model(config.model, config.batch.seed).to(dtype)
+    whole = meta_model(config.model, config.batch.seed)
+    names, number = canonical_names(whole), sum(parameter.numel() for parameter in whole.parameters())
+    if mesh.size("pp") == 1:
+        return Runtime(config, mesh, (settle(config, mesh, whole.to(dtype), 0, names),), number)
+    cut = Cut(ENDS.find(config.model.model_type), layers_of(config))
+    stages, schedule = stages_of(config, mesh.place("pp")), schedule_of(config.parallel)
+    queues = [Queue() if schedule in SPLIT_BACKWARD else None for _ in stages]
+    parts = []
+    for stage, queue in zip(stages, queues, strict=True):
+        model = meta_model(config.model, config.batch.seed).to(dtype)
+        cut.apply(model, stage)
+        parts.append(settle(config, mesh, model, stage, names, queue))
+    processes = {stage: process for process in range(mesh.size("pp")) for stage in stages_of(config, process)}
+    shared = Shared(cut.holders(names), parts, processes, mesh)
+    compute = dtype if dtype == torch.float64 else getattr(torch, config.precision.compute_dtype)
+    sequence = mesh.size("tp") if config.parallel.sequence_parallel else 1
+    pipeline = Pipeline(schedule, len(cut.layers), parts, mesh, config.model.hidden_size, compute, sequence, queues)
+    return Runtime(config, mesh, tuple(parts), number, pipeline, shared)
+
+
+def settle(config: RunConfig, mesh: Mesh, model: nn.Module, stage: int, names: Mapping[str, str], queue: Queue | None = None) -> Part:
+    """A model on meta, or a stage of one, split over the other axes, with memory and weights. queue: where weight gradients are put off."""
     if mesh.size("tp") > 1:
         table = plan.PLANS.find(config.parallel.tensor_parallel_plan or config.model.model_type)
         plan.apply(model, table, Axis(mesh.devices["tp"], config.parallel.sequence_parallel))
+    if queue is not None:
+        defer(model, queue)
     blocks = list(model.layers.values())
     if config.precision.compile:
         for block in blocks:  # forward alone: the hooks of fully_shard would break the graph
             block.forward = torch.compile(block.forward, fullgraph=True)
     wrapped = data_parallel.wrap(model, blocks, mesh, config.parallel, config.precision)
     materialize(model, mesh.device)
-    initialize(model, config.batch.seed)
+    initialize(model, config.batch.seed, names)
     replicas = None
     if not wrapped and mesh.data_size * mesh.size("cp") > 1:
         replicas = data_parallel.Replicas(model, mesh.flat("dp_replicate", "dp_shard", "cp"))
-    return Runtime(config, mesh, model, wrapped, replicas)
+    return Part(model, stage, names, wrapped, replicas, config.parallel, config.precision)
 
 
 def plain(config: ModelConfig, device: torch.device, dtype: torch.dtype = torch.float32, seed: int | None = None) -> nn.Module:

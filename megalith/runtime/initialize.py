@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,13 @@ from megalith.layers import random
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, seed: int) -> None:
-    """Fill every parameter as `model.initial(name)` says; each process draws its own shard alone."""
+def initialize(model: nn.Module, seed: int, names: Mapping[str, str] | None = None) -> None:
+    """Fill every parameter as `model.initial(name)` says; each process draws its own shard alone.
+
+    names: those of a pipeline stage's parameters in the whole model, where they differ.
+    """
     for name, parameter in model.named_parameters():
+        name = names.get(name, name) if names else name
         kind, value = model.initial(name)
         fill(parameter, kind, value, random.key(seed, name))
 

@@ -6,13 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from megalith.parallel.part import Part
 
-def weights(model: nn.Module) -> dict[str, Tensor]:
+
+def weights(model: nn.Module | Part) -> dict[str, Tensor]:
     """{model/<parameter>: tensor}; a shared parameter appears once, under its first name."""
     return {f"model/{name}": parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+def optimizer_state(model: nn.Module | Part, optimizer: Optimizer) -> dict[str, Tensor]:
     """{optimizer/<key>/<parameter>: tensor}. Steps are kept too: they set Adam's bias correction."""
     state = {}
     for name, parameter in model.named_parameters():

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -39,6 +40,15 @@ class Measured:
     def norm(self) -> float:
         """Norm of all gradients."""
         return math.sqrt(sum(float(gradient.double().square().sum()) for gradient in self.gradients.values()))
+
+
+def merge(parts: list[Measured]) -> Measured:
+    """What all ranks together saw: each pipeline stage has parameters of its own."""
+    weights, gradients = {}, {}
+    for part in reversed(parts):
+        weights.update(part.weights)
+        gradients.update(part.gradients)
+    return dataclasses.replace(parts[0], weights=weights, gradients=gradients)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,17 +79,23 @@ def micro_batches(whole: Batch, size: int, mesh: Mesh) -> list[Batch]:
     return [{name: value[first : first + size].to(mesh.device) for name, value in whole.items()} for first in firsts]
 
 
-def backward(runtime: Runtime, batches: list[Batch], tokens: Tensor, step: Tensor) -> Tensor:
-    """Forward and backward pass of all micro-batches; returns this rank's share of the loss."""
+def backward(runtime: Runtime, batches: list[Batch], tokens: Tensor, step: Tensor) -> float:
+    """Forward and backward pass of all micro-batches; returns the loss of the global batch."""
     total = torch.zeros((), dtype=torch.float64, device=runtime.mesh.device)
-    for number, data in enumerate(batches):
-        runtime.sync_gradients(last=number == len(batches) - 1)
-        arguments = {name: data[name] for name in ("documents", "labels", "samples") if name in data}
-        losses = runtime.model(data["input_ids"], **arguments, loss_weights=data["loss_mask"] / tokens, step=step)
-        losses.sum().backward()
-        total += losses.detach().sum()
+
+    def loss(output: Tensor, number: int) -> Tensor:
+        total.add_(output.detach().sum())
+        return output.sum()
+
+    names = {"input_ids": "inputs", "documents": "documents", "labels": "labels", "samples": "samples"}
+    inputs = [
+        {names[name]: value for name, value in data.items() if name in names} | {"loss_weights": data["loss_mask"] / tokens, "step": step}
+        for data in batches
+    ]
+    runtime.run(inputs, loss, train=True)
     runtime.finish_gradients()
-    return runtime.mesh.sum(total)
+    dist.all_reduce(total)  # only the last stage has a loss, all tensor-parallel ranks of it the same
+    return float(total) / runtime.mesh.size("tp")
 
 
 def measure(config: RunConfig, dtype: torch.dtype = torch.float32, extra: Callable[[Runtime], Any] | None = None) -> Measured:
@@ -89,13 +105,13 @@ def measure(config: RunConfig, dtype: torch.dtype = torch.float32, extra: Callab
     torch.manual_seed(0)
     mesh = meshes.start(config.parallel)
     runtime = place(config, mesh, dtype)
-    runtime.model.train()
-    weights = {name: whole(parameter) for name, parameter in runtime.model.named_parameters()}
+    runtime.train()
+    weights = {name: whole(parameter) for name, parameter in runtime.named_parameters()}
     data = batch(config)
     step = torch.zeros((), dtype=torch.int64, device=mesh.device)
     loss = backward(runtime, micro_batches(data, config.batch.micro_batch_size, mesh), data["loss_mask"].sum(), step)
-    gradients = {name: whole(parameter.grad) for name, parameter in runtime.model.named_parameters() if parameter.grad is not None}
-    return Measured(float(loss), weights, gradients, extra(runtime) if extra else None)
+    gradients = {name: whole(parameter.grad) for name, parameter in runtime.named_parameters() if parameter.grad is not None}
+    return Measured(loss, weights, gradients, extra(runtime) if extra else None)
 
 
 def whole(tensor: Tensor) -> Tensor:

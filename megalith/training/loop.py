@@ -67,4 +67,5 @@ def parameters_norm(trainer: Trainer) -> float | None:
     """L2 norm of all parameters, where the config asks for it."""
     if not trainer.runtime.config.logging.log_params_norm:
         return None
-    return float(global_norm([(name, parameter.detach()) for name, parameter in trainer.runtime.model.named_parameters()]))
+    named, copies = trainer.runtime.tensors(lambda parameter: parameter.detach())
+    return float(global_norm(named, skip=copies, stages=trainer.runtime.mesh.size("pp")))

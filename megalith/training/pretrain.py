@@ -64,7 +64,7 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
         raise ConfigError(f"--split {config.data.split!r} leaves nothing to train on; its first share must be above 0, or give --train-data-path.")
     batch = global_batch(config, mesh.data_size)
     runtime = place(config, mesh)
-    optimizer = build_optimizer(config.optimizer, runtime.model.named_parameters())
+    optimizer = build_optimizer(config.optimizer, runtime.named_parameters())
     schedule = Schedule(config.optimizer, config.schedule, batch)
     trainer = Trainer(runtime, TASKS.find(config.data.loss)(), optimizer, schedule, build_loss_scale(config.precision))
     progress = saving.resume(trainer)
@@ -146,9 +146,8 @@ def on_main(mesh: Mesh, job) -> None:
 
 def announce(config: RunConfig, mesh: Mesh, trainer: Trainer, progress: Progress, last_step: int) -> None:
     """Say what is about to run, in a few lines."""
-    parameters = sum(parameter.numel() for parameter in trainer.runtime.model.parameters())
     print(
-        f"{config.model.model_type} with {parameters:,} parameters on {mesh.world_size} x {device_name(mesh.device)}, "
+        f"{config.model.model_type} with {trainer.runtime.num_parameters:,} parameters on {mesh.world_size} x {device_name(mesh.device)}, "
         f"{config.precision.compute_dtype}; run folder {config.logging.folder}",
         flush=True,
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pathlib
 import time
 
+from torch import Tensor
+
 from megalith import checkpoint
 from megalith.common.errors import CheckpointError, ConfigError
 from megalith.config.run import RunConfig
@@ -27,9 +29,9 @@ def load_of(config: RunConfig) -> str | None:
 def save(trainer: Trainer, progress: Progress, config_yaml: str, files: dict[str, str]) -> None:
     """Write a checkpoint of the present step. Every process takes part. files: {name inside: path} carried along."""
     config = trainer.runtime.config
-    tensors = state.weights(trainer.runtime.model)
+    tensors = [state.weights(part) for part in trainer.runtime.parts]
     if not config.checkpoint.no_save_optim:
-        tensors |= state.optimizer_state(trainer.runtime.model, trainer.optimizer)
+        tensors = with_optimizer_state(trainer, tensors)
     train_state = progress.numbers() | {
         "schedule": trainer.schedule.state(),
         "loss_scale": trainer.loss_scale.state_dict(),
@@ -51,10 +53,10 @@ def resume(trainer: Trainer) -> Progress:
         return Progress()
     weights_only = config.finetune and not resuming
     with_optimizer = not (weights_only or config.no_load_optim)
-    tensors = state.weights(trainer.runtime.model)
+    tensors = [state.weights(part) for part in trainer.runtime.parts]
     if with_optimizer:
         state.touch(trainer.optimizer)
-        tensors |= state.optimizer_state(trainer.runtime.model, trainer.optimizer)
+        tensors = with_optimizer_state(trainer, tensors)
     stored = checkpoint.load(source, tensors, iteration=config.ckpt_step)
     if weights_only:
         return Progress()
@@ -62,6 +64,11 @@ def resume(trainer: Trainer) -> Progress:
         trainer.loss_scale.load_state_dict(stored["loss_scale"])
         trainer.schedule = trainer.schedule.resumed(stored["schedule"])
     return Progress.resumed(stored)
+
+
+def with_optimizer_state(trainer: Trainer, weights: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The tensors of each part with those of the optimizer."""
+    return [tensors | state.optimizer_state(part, trainer.optimizer) for part, tensors in zip(trainer.runtime.parts, weights, strict=True)]
 
 
 def check_folder(config: RunConfig) -> None:

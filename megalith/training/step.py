@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from megalith.optim.clip import clip, count_zeros, gradients
+from megalith.optim.clip import clip, count_zeros
 from megalith.optim.groups import set_rates
 from megalith.optim.loss_scale import StaticLossScale
 from megalith.optim.schedule import Schedule
@@ -58,19 +58,14 @@ def train_step(trainer: Trainer, batches: list[Batch], progress: Progress, stop:
     counts = global_counts(trainer, batches)
     step = torch.tensor(progress.iteration, device=trainer.device)
     runtime.begin_step(progress.iteration)
-    scale, totals = trainer.loss_scale.scale, dict[str, Tensor]()
-    for number, batch in enumerate(batches):
-        runtime.sync_gradients(last=number == len(batches) - 1)
-        losses = forward(trainer, batch, counts, step)
-        loss = torch.stack(list(losses.values())).sum()
-        (loss * scale if scale != 1.0 else loss).backward()
-        for name, share in losses.items():
-            totals[name] = totals.get(name, 0.0) + share.detach().double()
-    shared = mesh.sum(torch.stack([*totals.values(), torch.tensor(float(stop), device=trainer.device, dtype=torch.float64)]))
+    scale = trainer.loss_scale.scale
+    totals = run(trainer, batches, counts, step, train=True)
+    shared = mesh.share(torch.cat((totals, totals.new_tensor([float(stop)]))))
     runtime.finish_gradients()
-    named = gradients(runtime.model.named_parameters())
-    norm = clip(named, runtime.config.optimizer.clip_grad, inverse_scale=trainer.loss_scale.inverse)
-    zeros = int(count_zeros(named)) if runtime.config.logging.log_num_zeros_in_grad else None
+    named, copies = runtime.gradients()
+    over = {"skip": copies, "stages": mesh.size("pp")}
+    norm = clip(named, runtime.config.optimizer.clip_grad, inverse_scale=trainer.loss_scale.inverse, **over)
+    zeros = int(count_zeros(named, **over)) if runtime.config.logging.log_num_zeros_in_grad else None
     *values, stops, grad_norm = torch.cat((shared, norm.double().view(1))).tolist()  # the step's one wait for the device
     updated = grad_norm < float("inf")
     rates = trainer.schedule.lr(progress.scheduled_samples), trainer.schedule.weight_decay(progress.scheduled_samples)
@@ -80,14 +75,28 @@ def train_step(trainer: Trainer, batches: list[Batch], progress: Progress, stop:
     trainer.loss_scale.update(not updated)
     trainer.optimizer.zero_grad(set_to_none=True)
     tokens = sum(batch["input_ids"].numel() for batch in batches) * mesh.data_size
-    return StepResult(dict(zip(totals, values, strict=True)), grad_norm, *rates, scale, tokens, updated, stops > 0, zeros)
+    return StepResult(dict(zip(counts, values, strict=True)), grad_norm, *rates, scale, tokens, updated, stops > 0, zeros)
 
 
-def forward(trainer: Trainer, batch: Batch, counts: dict[str, Tensor], step: Tensor) -> dict[str, Tensor]:
-    """This micro-batch's shares of the losses, with a graph behind them in training mode."""
-    inputs = trainer.task.inputs(batch, counts)
-    output = trainer.runtime.model(**inputs, samples=batch["samples"], step=step)
-    return trainer.task.losses(output, batch, counts)
+def run(trainer: Trainer, batches: list[Batch], counts: dict[str, Tensor], step: Tensor, train: bool) -> Tensor:
+    """Run micro-batches forward, and backward where `train`. Every process calls it.
+
+    Returns this process's part of the losses, float64 in the order of `counts`; the sum over all processes is whole. It is zero
+    where the end of the model is not, and where another tensor-parallel process has the same.
+    """
+    mesh, scale = trainer.runtime.mesh, trainer.loss_scale.scale if train else 1.0
+    totals = {name: torch.zeros((), dtype=torch.float64, device=trainer.device) for name in counts}
+
+    def loss(output: Tensor, number: int) -> Tensor:
+        losses = trainer.task.losses(output, batches[number], counts)
+        for name, share in losses.items():
+            totals[name] += share.detach().double()
+        value = torch.stack(list(losses.values())).sum()
+        return value * scale if scale != 1.0 else value
+
+    inputs = [trainer.task.inputs(batch, counts) | {"samples": batch["samples"], "step": step} for batch in batches]
+    trainer.runtime.run(inputs, loss, train)
+    return torch.stack(list(totals.values())) * float(mesh.place("tp") == 0)
 
 
 def global_counts(trainer: Trainer, batches: list[Batch]) -> dict[str, Tensor]:

@@ -31,6 +31,19 @@ def work(group_size):
     return seen
 
 
+def without_a_cpu_backend():
+    """As under NCCL alone: a gloo group is made beside the group, once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "get_backend_config", lambda group: "cuda:nccl")
+        first, second = Ranks(), Ranks()
+    assert first.group is second.group is not dist.group.WORLD
+    return first.collect(lambda: first.rank, sum)
+
+
+def test_group_beside_an_accelerators(ranks):
+    assert ranks(without_a_cpu_backend, 2) == [1, 1]
+
+
 def fail(text):
     raise CheckpointError(text)
 

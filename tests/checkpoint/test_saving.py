@@ -100,6 +100,11 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, bad):
     assert os.listdir(tmp_path) == []
 
 
+def test_negative_iteration(tmp_path):
+    with pytest.raises(CheckpointError, match="iteration: found -1"):
+        save(tmp_path, -1, tensors())
+
+
 def test_foreign_folder_is_not_replaced(tmp_path):
     (tmp_path / "iter_0000001" / "mp_rank_00").mkdir(parents=True)
     with pytest.raises(CheckpointError, match="is no checkpoint of megalith"):

@@ -95,6 +95,12 @@ def test_what_cannot_work_is_an_error_with_a_way_out(words):
     assert problem.text.startswith(f"{' '.join(words)} cannot be used: ") and ("; " in problem.text or "," in problem.text)
 
 
+@pytest.mark.parametrize("name", [name for name, field in fields().items() if field.metadata["help"].startswith("accepted")])
+def test_fields_that_are_only_accepted_say_so(name):
+    (notice,) = flags.read([f"--{name.replace('_', '-')}"]).notices
+    assert " is accepted: " in notice
+
+
 def test_bias_gelu_says_where_the_meaning_differs():
     (notice,) = flags.read(["--no-bias-gelu-fusion"]).notices
     assert "tanh approximation" in notice and "--openai-gelu" in notice

@@ -75,21 +75,6 @@ def test_all_sources_of_mistakes_at_once(tmp_path):
     assert "--num-layers: found nothing" not in text and "--hidden-size: found nothing" not in text, "one mistake is told once"
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("model: [", "is not valid YAML"), ("- a\n- b\n", "it maps names to values"), ("lr: 1\nlr: 2\n", "lr is given twice"),
-        ("lr: 1\noptimizer: {lr: 2}\n", "it is given twice"), ("model: {a: {b: c}}", "unknown key a"),
-        ("num_layers: {a: b}", "it is a whole number"),
-        ("1: 2", "unknown key 1"), ("num_experts: 8", "--num-experts 8 cannot be used"),
-    ],
-)  # fmt: skip
-def test_bad_yaml(tmp_path, content, message):
-    file = tmp_path / "run.yaml"
-    file.write_text(content)
-    assert message in errors(*SHAPE, "--config", str(file))
-
-
 def test_missing_and_unreadable_files(tmp_path):
     assert errors("--config", str(tmp_path / "none.yaml")).startswith("--config: found ")
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
@@ -102,6 +87,24 @@ def test_missing_and_unreadable_files(tmp_path):
 def test_problems_of_the_combination_are_found_with_those_of_the_flags():
     text = errors(*SHAPE, "--num-attention-heads", "5", "--fp16", "--bf16", "--lr", "fast")
     assert text.startswith("3 problems") and "--lr: found 'fast'" in text and "--fp16" in text and "--num-attention-heads" in text
+
+
+def test_the_model_of_a_checkpoint():
+    stored = load(*SHAPE, "--hidden-size", "96", "--swiglu", "--vocab-size", "77")[0]
+    asked = []
+
+    def read(folder, iteration):
+        asked.append((folder, iteration))
+        return to_yaml(stored)
+
+    config, notices = load(
+        *SHAPE, "--load", "there", "--ckpt-step", "5", "--use-checkpoint-args", "--num-layers", "9", read_checkpoint=read
+    )
+    assert config.model == stored.model and config.checkpoint.load == "there" and asked == [("there", 5)]
+    assert "--use-checkpoint-args: the model is that of there, whatever recipe, YAML and flags say" in notices
+    words = shlex.split("--use-checkpoint-args --load there --micro-batch-size 2 --lr 1e-3 --train-iters 5")
+    assert load(*words, read_checkpoint=read)[0].data.seq_length == 32, "the length follows from the model"
+    assert "reads no checkpoint" in errors(*words)
 
 
 def test_a_config_survives_yaml():

@@ -1,0 +1,43 @@
+"""A stage of the model as one process holds it, with what sums its gradients; all of the model where there is no pipeline."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+from torch import nn
+
+from megalith.config.parallel import ParallelConfig
+from megalith.config.precision import PrecisionConfig
+from megalith.parallel import data_parallel, tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A stage. `names`: names of parameters here to those of the whole model, which checkpoints and initial weights go by."""
+
+    model: nn.Module
+    stage: int
+    names: Mapping[str, str]
+    wrapped: bool  # whether fully_shard holds it
+    replicas: data_parallel.Replicas | None
+    parallel: ParallelConfig
+    precision: PrecisionConfig
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters under their names in the whole model."""
+        for name, parameter in self.model.named_parameters():
+            yield self.names.get(name, name), parameter
+
+    def sync_gradients(self, last: bool) -> None:
+        """Announce whether the coming backward pass is the last of the step, so that it sums the gradients of processes."""
+        if self.wrapped:
+            data_parallel.sync_gradients(self.model, last, self.parallel, self.precision)
+        if self.replicas is not None:
+            self.replicas.arm(last)
+
+    def finish_gradients(self) -> None:
+        """After the last backward pass: the gradients of this part are those of the global batch."""
+        if self.replicas is not None:
+            self.replicas.finish()
+        tensor.sum_gradients(self.model)

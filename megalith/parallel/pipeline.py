@@ -1,0 +1,186 @@
+"""The pipeline of one process: its stages, run by torch's schedules.
+
+Between stages flow activations alone, [b, s, h] in the compute format. Everything else that a stage needs (positions, labels,
+sample numbers) it gets as keyword arguments, because every process reads its own samples.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
+
+from megalith.parallel.devices import synchronize
+from megalith.parallel.mesh import Mesh
+from megalith.parallel.part import Part
+from megalith.parallel.pipeline_deferred import Queue
+from megalith.parallel.schedules import SCHEDULES, Span, Work, single
+
+Loss = Callable[[Tensor, int], Tensor]  # (the last stage's output, number of the micro-batch) -> what is added up, 0-dimensional
+
+
+class _Body(nn.Module):
+    """What torch sees as the stage's module.
+
+    It hides the model, because torch takes gradient sums of a fully_shard module into its own hands, and on the last stage its
+    output is the loss, so that evaluation needs no other way.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.hidden = (model,)
+        self.loss: Loss | None = None  # on the last stage, during a run
+        self.number = 0
+
+    def forward(self, inputs: Tensor, **arguments: Tensor) -> Tensor:
+        output = self.hidden[0](inputs, **arguments)
+        return output if self.loss is None else self.loss(output, self.number)
+
+
+class Stage(PipelineStage):
+    """A stage: its inputs by number of micro-batch, its gradients' sums, its clock."""
+
+    def __init__(self, part: Part, stages: int, device: torch.device, group, received: Tensor, sent: Tensor, queue: Queue | None):
+        """received, sent: tensors on meta as what comes in and goes out. queue: of weight gradients, where they are deferred."""
+        dw_builder = None if queue is None else queue.take
+        super().__init__(
+            _Body(part.model), part.stage, stages, device, input_args=received, output_args=sent, group=group, dw_builder=dw_builder
+        )
+        self.submod: nn.Module
+        self.part, self.deferred, self.received, self.sent = part, queue is not None, received, sent
+        self.inputs: Sequence[Mapping[str, Any]] = ()
+        self.spans: list[Span] | None = None  # where work is being timed
+
+    def forward_one_chunk(self, number, args=(), kwargs=None, save_forward_output=True):
+        """The forward pass of micro-batch `number`."""
+        arguments = dict(self.inputs[number])
+        first = arguments.pop("inputs")
+        self.submod.number = number
+        output = self._timed("F", number, lambda: super(Stage, self).forward_one_chunk(number, (first,), arguments, save_forward_output))
+        if not self.has_backward:
+            _drop(self.args_recv_info[number])
+        return output
+
+    def backward_one_chunk(self, number, loss=None, full_backward=True, last_backward=False):
+        """The backward pass, or its half for activations."""
+        self.part.sync_gradients(last_backward and not self.deferred)
+        run = super().backward_one_chunk
+        self._timed("B" if full_backward else "I", number, lambda: run(number, loss, full_backward, last_backward))
+        _drop(self.args_recv_info[number])
+        _drop(self.grad_recv_info[number])
+
+    def backward_weight_one_chunk(self, number, last_backward=False):
+        """The half of the backward pass for weights."""
+        run = super().backward_weight_one_chunk
+        self._timed("W", number, lambda: run(number, last_backward))
+
+    def perform_reduce_grad(self, grad_scale_factor):
+        """After the last backward pass. Deferred gradients came too late for fully_shard's own hooks, so torch reduces them now."""
+        if self.deferred and self.part.wrapped:
+            body, self.submod = self.submod, self.part.model
+            super().perform_reduce_grad(grad_scale_factor)
+            self.submod = body
+
+    # torch would keep a buffer for every micro-batch of a step. A buffer is made when its message is due, and dropped when used.
+
+    def get_fwd_recv_ops(self, number):
+        """What to receive before a forward pass."""
+        self._make(self.args_recv_info, number, None if self.is_first else self.received)
+        return super().get_fwd_recv_ops(number)
+
+    def get_bwd_recv_ops(self, number):
+        """What to receive before a backward pass."""
+        if self.has_backward:
+            self._make(self.grad_recv_info, number, None if self.is_last else self.sent)
+        return super().get_bwd_recv_ops(number)
+
+    def _make(self, table: dict, number: int, like: Tensor | None) -> None:
+        if like is None:
+            return
+        if number == 0:
+            for infos in table.values():
+                _drop(infos)
+        for info in table[number]:
+            info.buffer = torch.empty(like.shape, dtype=like.dtype, device=self.device)
+
+    def _timed(self, kind: str, number: int, run: Callable[[], Any]) -> Any:
+        if self.spans is None:
+            return run()
+        synchronize(self.device)
+        start = time.perf_counter()
+        result = run()
+        synchronize(self.device)
+        self.spans.append(Span(self.group_rank, Work(kind, self.stage_index, number), start, time.perf_counter()))
+        return result
+
+
+def _drop(infos) -> None:
+    for info in infos:
+        if not getattr(info, "is_root_arg", False):
+            info.buffer = None
+
+
+class Pipeline:
+    """The stages of one process and the schedule that runs them."""
+
+    def __init__(
+        self, schedule: str, stages: int, parts: Sequence[Part], mesh: Mesh, hidden: int, dtype: torch.dtype, sequence: int,
+        queues: Sequence[Queue | None],
+    ):  # fmt: skip
+        """hidden, dtype: of activations. sequence: processes among which they are split along the sequence."""
+        self.schedule, self.stages, self.parts, self.mesh = schedule, stages, parts, mesh
+        self.hidden, self.dtype, self.sequence, self.queues = hidden, dtype, sequence, queues
+        self.spans: list[Span] | None = None  # of the steps run while this is a list
+        self.made: dict[tuple, tuple[Any, list[Stage]]] = {}
+
+    def run(self, inputs: Sequence[Mapping[str, Any]], loss: Loss, train: bool) -> None:
+        """Run micro-batches through all stages. Every process of the pipeline must call.
+
+        inputs: the model's keyword arguments for each micro-batch; "inputs" are ids [b, s], and all are of one shape.
+        loss: called where the last stage is, with what it returned; in training the sum of what it returns is differentiated.
+        """
+        b, s = inputs[0]["inputs"].shape
+        key = (len(inputs), b, s, train)
+        if key not in self.made:
+            self.made[key] = self._make(*key)
+        schedule, stages = self.made[key]
+        coordinates = torch.arange(s, device=self.mesh.device)  # a later stage could not tell them from its part of the sequence
+        for stage in stages:
+            stage.inputs = [{"coordinates": coordinates, **arguments} for arguments in inputs]
+            stage.submod.loss = loss if stage.is_last else None
+            stage.spans = self.spans
+        schedule.step(target=torch.arange(len(inputs)), return_outputs=False)
+        for stage in stages:
+            stage.clear_runtime_states()
+            stage.inputs, stage.submod.loss = (), None
+
+    def _make(self, count: int, b: int, s: int, train: bool) -> tuple[Any, list[Stage]]:
+        """Schedule and stages for one shape of step; stages hold no weights, so several of one part cost nothing."""
+        activation = torch.empty(b, s // self.sequence, self.hidden, dtype=self.dtype, device="meta", requires_grad=True)
+        ids, result = (
+            torch.empty(b, s, dtype=torch.int64, device="meta"),
+            torch.empty((), dtype=self.dtype, device="meta", requires_grad=True),
+        )
+        group, last = self.mesh.devices["pp"].get_group(), self.stages - 1
+        stages = [
+            Stage(
+                part,
+                self.stages,
+                self.mesh.device,
+                group,
+                activation if part.stage else ids,
+                activation if part.stage != last else result,
+                queue,
+            )
+            for part, queue in zip(self.parts, self.queues, strict=True)
+        ]
+        make, loss = SCHEDULES[self.schedule], _output_is_loss if train else None
+        return make(stages[0] if single(self.schedule) else stages, count, loss_fn=loss, scale_grads=False), stages
+
+
+def _output_is_loss(output: Tensor, target: Tensor) -> Tensor:
+    return output

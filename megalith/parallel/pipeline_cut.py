@@ -1,0 +1,62 @@
+"""Cutting a model into stages: the same model with the modules it lacks set to None, layers kept under their global numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import nn
+
+from megalith.common.registry import Registry
+
+
+@dataclasses.dataclass(frozen=True)
+class Ends:
+    """Names of a model's modules that its first stage alone has, and its last; all that is no layer and not named is everywhere."""
+
+    first: tuple[str, ...]
+    last: tuple[str, ...]
+
+
+GPT = Ends(("embedding", "position_embedding"), ("final_norm", "head"))
+ENDS = Registry("pipeline ends", {"gpt": "megalith.parallel.pipeline_cut:GPT"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """Which stage has what. layers: global numbers of the layers of each stage."""
+
+    ends: Ends
+    layers: list[range]
+
+    def has(self, stage: int, name: str) -> bool:
+        """Whether a stage has the module or parameter of this name."""
+        top, _, rest = name.partition(".")
+        if top == "layers" and rest:
+            return int(rest.partition(".")[0]) in self.layers[stage]
+        return (top not in self.ends.first or stage == 0) and (top not in self.ends.last or stage == len(self.layers) - 1)
+
+    def apply(self, model: nn.Module, stage: int) -> None:
+        """Take from a whole model what the stage lacks."""
+        for name in (*self.ends.first, *self.ends.last):
+            if not self.has(stage, name):
+                setattr(model, name, None)
+        for number in list(model.layers):
+            if not self.has(stage, f"layers.{number}"):
+                del model.layers[number]
+
+    def holders(self, names: dict[str, str]) -> dict[str, list[tuple[int, str]]]:
+        """For each parameter of the whole model, the (stage, name there) of its copies. names: see `canonical_names`."""
+        found: dict[str, list[tuple[int, str]]] = {}
+        for stage in range(len(self.layers)):
+            seen = set()  # tied within a stage: one parameter under its first name
+            for name, first in names.items():
+                if self.has(stage, name) and first not in seen:
+                    seen.add(first)
+                    found.setdefault(first, []).append((stage, name))
+        return found
+
+
+def canonical_names(model: nn.Module) -> dict[str, str]:
+    """Each name of a parameter to the first it has, under which a tied one is known: {"head.weight": "embedding.weight", ...}."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(parameter), name) for name, parameter in model.named_parameters(remove_duplicate=False)}

@@ -1,0 +1,120 @@
+"""Pipeline schedules by name, the order in which each process works them off, and how long that takes.
+
+`play` turns an order and the seconds of each piece of work into a timeline, without running anything: the ideal that a measured
+one is drawn beside, and the answer to "what would 8 processes do with stages as fast as these".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+from unittest import mock
+
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleDualPipeV,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle
+
+SCHEDULES: dict[str, type] = {
+    "gpipe": ScheduleGPipe,
+    "1f1b": Schedule1F1B,
+    "interleaved_1f1b": ScheduleInterleaved1F1B,
+    "zero_bubble": ScheduleInterleavedZeroBubble,
+    "zbv": ScheduleZBVZeroBubble,
+    "dualpipev": ScheduleDualPipeV,
+}
+
+
+class Work(NamedTuple):
+    """A piece of work: forward (F), whole backward (B), or its halves for activations (I) and weights (W)."""
+
+    kind: str
+    stage: int
+    micro_batch: int
+
+
+class Span(NamedTuple):
+    """When a process did a piece of work, in seconds since the step began."""
+
+    process: int
+    work: Work
+    start: float
+    end: float
+
+
+def single(name: str) -> bool:
+    """Whether the schedule runs one stage per process."""
+    return issubclass(SCHEDULES[name], PipelineScheduleSingle)
+
+
+def order(name: str, processes: int, micro_batches: int, stages_per_process: int = 1) -> list[list[Work]]:
+    """What each process does, in order."""
+    stage = mock.create_autospec(PipelineStage, instance=True)  # the schedule only asks for its place
+    stage.group_rank, stage.group_size, stage.num_stages, stage.submod = 0, processes, processes * stages_per_process, None
+    schedule = SCHEDULES[name](stage if single(name) else [stage] * stages_per_process, micro_batches)
+    return [[work for action in schedule.pipeline_order[process] if action for work in _works(action)] for process in range(processes)]
+
+
+def _works(action) -> list[Work]:
+    """The pieces of one of torch's actions; an overlapped forward and backward is two."""
+    if action.sub_actions:
+        return [work for each in action.sub_actions for work in _works(each)]
+    return [Work(action.computation_type.value, action.stage_index, action.microbatch_index)]
+
+
+def play(order: Sequence[Sequence[Work]], seconds: Callable[[Work], float], transfer: float = 0.0) -> list[Span]:
+    """When each piece of work is done if every process starts it as soon as it is free and its input is there.
+
+    transfer: seconds that an activation or gradient takes from one process to another.
+    """
+    last = max(work.stage for works in order for work in works)
+    process_of = {work.stage: process for process, works in enumerate(order) for work in works}
+    done: dict[Work, float] = {}
+    free, at, spans = [0.0] * len(order), [0] * len(order), list[Span]()
+    while any(at[process] < len(works) for process, works in enumerate(order)):
+        before = len(spans)
+        for process, works in enumerate(order):
+            while at[process] < len(works):
+                work = works[at[process]]
+                needed = _needed(work, last)
+                ready = [_ready(choices, done, process_of, process, transfer) for choices in needed]
+                if None in ready:
+                    break
+                start = max([free[process], *(moment for moment in ready if moment is not None)])
+                free[process] = done[work] = start + seconds(work)
+                spans.append(Span(process, work, start, free[process]))
+                at[process] += 1
+        assert len(spans) > before, "the order of a schedule waits for itself"
+    return spans
+
+
+def _needed(work: Work, last: int) -> list[list[Work]]:
+    """What must be done before: of each list, one (a backward pass is whole or in halves)."""
+    stage, micro_batch = work.stage, work.micro_batch
+    if work.kind == "F":
+        return [] if stage == 0 else [[Work("F", stage - 1, micro_batch)]]
+    if work.kind == "W":
+        return [[Work("I", stage, micro_batch)]]
+    after = [] if stage == last else [[Work("B", stage + 1, micro_batch), Work("I", stage + 1, micro_batch)]]
+    return [[Work("F", stage, micro_batch)], *after]
+
+
+def _ready(choices: list[Work], done: dict[Work, float], process_of: dict[int, int], process: int, transfer: float) -> float | None:
+    for work in choices:
+        if work in done:
+            return done[work] + (transfer if process_of[work.stage] != process else 0.0)
+    return None
+
+
+def bubble(spans: Sequence[Span]) -> float:
+    """Idle time over computing time of a step, all processes together: from the first start anywhere to the last end anywhere."""
+    processes = {span.process for span in spans}
+    busy = sum(span.end - span.start for span in spans)
+    whole = max(span.end for span in spans) - min(span.start for span in spans)
+    return (whole * len(processes) - busy) / busy

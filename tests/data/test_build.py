@@ -1,0 +1,181 @@
+"""From a config to the datasets of a run: counts, splits, blends, corpora, changes of weights, and what is wrong seen at the start."""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+from megalith.common.errors import ConfigError, DataError
+from megalith.config.run import RunConfig
+from megalith.data.build import build_datasets, report, sample_counts
+from megalith.data.indexed import IndexedWriter
+from megalith.data.tntidx import open_indexed
+
+ORIGINAL = pathlib.Path(__file__).resolve().parents[3] / "shared" / "data" / "megatron"
+needs_originals = pytest.mark.skipif(not ORIGINAL.is_dir(), reason="needs the Megatron files of ../shared/data")
+
+
+class Words:
+    """As much of a tokenizer as datasets need."""
+
+    vocab_size, eod = 1000, 0
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Makes a dataset of documents that hold its number only, ended by 0; returns its prefix."""
+
+    def make(name, number, documents=40, length=9):
+        with IndexedWriter(tmp_path / name, np.uint16) as writer:
+            for _ in range(documents):
+                writer.add_sequence([number] * (length - 1) + [0])
+                writer.end_document()
+        return str(tmp_path / name)
+
+    return make
+
+
+def config(**values):
+    base = {"split": "80,10,10", "seq_length": 8, "global_batch_size": 4, "micro_batch_size": 2, "train_iters": 20, "eval_interval": 10}
+    return RunConfig().replace(**{**base, "eval_iters": 2, "dataset": "gpt", **values})
+
+
+def kinds(dataset, upto=None):
+    """The source of each sample, told by its tokens."""
+    return [
+        int(np.bincount(sample["input_ids"][sample["input_ids"] > 0]).argmax())
+        for sample in map(dataset.__getitem__, range(upto or len(dataset)))
+    ]
+
+
+def test_counts_as_megatron_asks():
+    assert sample_counts(config()) == (80, 24, 8)
+    assert sample_counts(config(train_iters=None, train_samples=100)) == (100, 24, 8)
+    assert sample_counts(config(global_batch_size=None), 3) == (120, 36, 12)
+    assert sample_counts(config(train_iters=None)) == (0, 8, 8)
+
+
+@needs_originals
+def test_one_corpus_equal_to_megatron_core(tmp_path):
+    class GPT2:
+        vocab_size, eod = 50257, 50256
+
+    for prefix in ("old22-gpt2bpe", "old22-gpt2bpe-cached"):
+        options = {
+            "seq_length": 64,
+            "global_batch_size": 10,
+            "train_iters": 500,
+            "eval_interval": 27,
+            "eval_iters": 1,
+            "split": "900,80,20",
+        }
+        path = str(ORIGINAL / "indexed" / prefix)
+        built = build_datasets(config(data_path=[path], data_cache_path=str(tmp_path), **options), GPT2())
+        samples = np.load(ORIGINAL / "order" / "samples16.npz")
+        assert len(built["train"]) == samples["train_len"]
+        for index in range(16):
+            assert np.array_equal(built["train"][index]["labels"], samples["train_labels"][index])
+
+
+def test_splits_and_reports(corpus):
+    built = build_datasets(config(data_path=[corpus("a", 1)], split="50,50,0"), Words())
+    assert built["test"] is None and len(built["train"]) >= 80 and len(built["valid"]) >= 24
+    assert report(built["train"]) == [
+        {"prefix": report(built["train"])[0]["prefix"], "corpus": "", "weight": None, "samples": 80, "tokens": 180, "epochs": 80 * 8 / 180}
+    ]
+    assert build_datasets(config(data_path=[corpus("a", 1)], eval_iters=0), Words())["valid"] is None
+    assert build_datasets(config(data_path=[corpus("a", 1)], train_iters=0), Words())["train"] is None
+
+
+def test_own_paths_for_each_split(corpus):
+    built = build_datasets(config(train_data_path=[corpus("a", 1)], valid_data_path=[corpus("b", 2)]), Words())
+    assert set(kinds(built["train"])) == {1} and set(kinds(built["valid"])) == {2} and built["test"] is None
+    assert built["train"].plan.end == 40
+
+
+def test_weighted_blend(corpus):
+    built = build_datasets(config(data_path=["0.3", corpus("a", 1), "0.7", corpus("b", 2)]), Words())
+    assert kinds(built["train"], 12) == [2, 1, 2, 2, 1, 2, 2, 1, 2, 2, 1, 2] and len(built["train"]) == 80
+    assert [(row["samples"], row["weight"]) for row in report(built["train"])] == [(24, 0.3), (56, 0.7)]
+
+
+def test_extreme_weights_never_run_out(corpus):
+    paths = [part for number in range(1, 60) for part in ("1e-7", corpus(f"s{number}", number, 10))]
+    built = build_datasets(config(data_path=["1", corpus("big", 99), *paths], split="100", train_iters=50), Words())
+    assert len(kinds(built["train"])) == 200 and sum(row["samples"] for row in report(built["train"])) == 200
+
+
+def test_unweighted_gives_in_proportion(corpus):
+    prefixes = [corpus("a", 1, 10), corpus("b", 2, 30)]
+    few = build_datasets(config(data_path=prefixes, split="1", train_iters=5), Words())["train"]
+    assert np.bincount(kinds(few))[1:].tolist() == [5, 15] and all(source.first.plan.epochs == 1 for source in few.datasets)
+    many = build_datasets(config(data_path=[str(pathlib.Path(prefixes[0]).parent)], split="1", train_iters=40), Words())["train"]
+    assert np.bincount(kinds(many))[1:].tolist() == [40, 120]
+
+
+def test_file_list_groups_by_corpus(corpus, tmp_path):
+    for name, number in (("a0", 1), ("b0", 2), ("a1", 3)):
+        corpus(name, number)
+    path = tmp_path / "list.txt"
+    path.write_text("0.25 a0 A\n0.5 b0 B\n0.25 a1 A\n")
+    plain = build_datasets(config(data_file_list=str(path)), Words())["train"]
+    order = kinds(plain)
+    assert [kind for kind in order if kind != 2] == [1] * 21 + [3] * (order.count(1) + order.count(3) - 21)  # request(80, 1/4) is 21
+    assert order[:4] in ([1, 2, 1, 2], [2, 1, 2, 1]) and [row["corpus"] for row in report(plain)] == ["A", "B", "A"]
+    mixed = kinds(build_datasets(config(data_file_list=str(path), blend_sample_in_corpus=True), Words())["train"])
+    assert [kind for kind in mixed if kind != 2][:6] == [1, 3, 1, 3, 1, 3]
+    shuffled = kinds(build_datasets(config(data_file_list=str(path), shuffle_sample_in_corpus=True), Words())["train"])
+    assert shuffled != order and sorted(shuffled)[0] == 1
+
+
+def test_weights_change_during_the_run(corpus, tmp_path):
+    path = tmp_path / "weights.txt"
+    path.write_text("# sample weights\n20 1 0\n40 0 1\n")
+    options = {"data_path": ["1", corpus("a", 1), "1", corpus("b", 2)], "data_weights_schedule": str(path)}
+    order = kinds(build_datasets(config(**options), Words())["train"])
+    assert order[:4] == [1, 2, 1, 2] and order[20:] == [1] * 20 + [2] * 40
+    for text in ("20 1\n", "x 1 1\n", "20 1 1\n20 1 1\n", "0 1 1\n", "20 -1 2\n", "20 0 0\n"):
+        path.write_text(text)
+        with pytest.raises(DataError, match=r"line [12]"):
+            build_datasets(config(**options), Words())
+
+
+def test_another_tokenizers_data_is_refused_at_the_start(corpus):
+    path = corpus("a", 1000)
+    with pytest.raises(DataError, match=r"a, sequence 0 holds token 1000, but Words has ids 0 to 999"):
+        build_datasets(config(data_path=[path]), Words())
+    hidden = open_indexed(path)
+    from megalith.data.gpt_dataset import GPTDataset
+
+    with pytest.raises(DataError, match="tokens 0 to 1000, but the vocabulary has 1000"):
+        GPTDataset(hidden, None, 1, seq_length=8, vocab_size=1000)[0]
+
+
+def test_warnings(corpus, tmp_path):
+    with IndexedWriter(tmp_path / "s", np.uint16) as writer:
+        writer.add_many(np.ones(90), np.full(30, 3), np.full(10, 3))
+    with pytest.warns(UserWarning, match="split into sentences"):
+        build_datasets(config(data_path=[str(tmp_path / "s")]), Words())
+    with IndexedWriter(tmp_path / "n", np.uint16) as writer:
+        writer.add_many(np.ones(90), np.full(30, 3))
+    with pytest.warns(UserWarning, match="append-eod"):
+        build_datasets(config(data_path=[str(tmp_path / "n")], reset_position_ids=True), Words())
+    with IndexedWriter(tmp_path / "f", np.float64) as writer:
+        writer.add_many(np.ones(90), np.full(30, 3))
+    with pytest.raises(DataError, match="no token ids"):
+        build_datasets(config(data_path=[str(tmp_path / "f")]), Words())
+
+
+def test_a_dataset_of_the_users_own(corpus, monkeypatch, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def squares(indexed, documents, num_samples, *, config, tokenizer, seed, cache_folders):\n"
+        "    return [{'input_ids': [n * n, seed]} for n in range(num_samples)]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for paths in ([], [corpus("b", 1)]):
+        built = build_datasets(config(dataset="mine:squares", split="1", data_path=paths), Words())
+    assert built["train"][3] == {"input_ids": [9, 1234]} and len(built["train"]) == 80
+    with pytest.raises(ConfigError, match="unknown dataset 'gtp'"):
+        build_datasets(config(dataset="gtp"), Words())
+    with pytest.raises(ConfigError, match="--seq-length"):
+        build_datasets(config(seq_length=None, data_path=[corpus("a", 1)]), Words())

@@ -1,0 +1,48 @@
+"""The forms of --data-path and the file list."""
+
+import pathlib
+
+import pytest
+
+from megalith.common.errors import ConfigError, DataError
+from megalith.data.sources import Source, read_list, sources_of
+
+
+def test_forms(tmp_path):
+    assert (
+        sources_of([]) == []
+        and sources_of(["a"]) == [Source("a")]
+        and sources_of(["a", "b", "c"]) == [Source("a"), Source("b"), Source("c")]
+    )
+    assert sources_of(["a", "b"]) == [Source("a"), Source("b")]
+    assert sources_of(["0.3", "a", "7", "b", "0", "c"]) == [Source("a", 0.3), Source("b", 7.0)]
+    for name in ("y_text", "x.idx", "y.idx", "x.bin"):
+        (tmp_path / name).touch()
+    assert sources_of([str(tmp_path)]) == [Source(str(tmp_path / "x")), Source(str(tmp_path / "y"))]
+
+
+@pytest.mark.parametrize(
+    "paths, meaning",
+    [(["0.3", "a", "b", "c"], "a weight stands before each prefix"), (["-1", "a", "2", "b"], "0 or more"), (["nan", "a"], "0 or more")]
+    + [(["0", "a"], "at least one weight"), (["inf", "a"], "0 or more")],
+)
+def test_nonsense_is_refused(paths, meaning):
+    with pytest.raises(ConfigError, match=meaning):
+        sources_of(paths)
+
+
+def test_an_empty_directory_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"no \.idx file"):
+        sources_of([str(tmp_path)])
+
+
+def test_file_list(tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_text("# comment\n0.25 wiki/w-0000_text_document wiki\n\n5e-1 /abs/b.bin books\n0 unused x\n")
+    assert read_list(path) == [Source(str(tmp_path / "wiki/w-0000_text_document"), 0.25, "wiki"), Source("/abs/b", 0.5, "books")]
+    for text, meaning in (("0.5 a\n", "line 1.*weight path corpus"), ("0.5 a b\nx a b\n", "line 2"), ("\n", "names no dataset")):
+        path.write_text(text)
+        with pytest.raises(DataError, match=meaning):
+            read_list(path)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_list(pathlib.Path("nowhere"))
