@@ -49,9 +49,7 @@ def main() -> None:
     model.tokenizer = None
     original = hugging_face(model, args).to(device, dtype)
     print(f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}, {args.device}, {args.dtype}")
-    print(
-        f"{args.num_layers} layers, hidden {args.hidden_size}, vocabulary {args.vocab_size}; {args.new} new tokens after about {args.prompt}\n"
-    )
+    print(f"{args.num_layers} layers, hidden {args.hidden_size}, vocabulary {args.vocab_size}; {args.new} new tokens after {args.prompt}\n")
     print(f"{'case':36}{'transformers':>14}{'megalith':>12}{'ratio':>8}{'limit':>12}{'of limit':>10}   tokens/s; same tokens")
     for rows, ragged, sampled in ((1, False, False), (1, False, True), (8, False, False), (8, True, False), (8, False, True)):
         prompts = [[(7 * i + 13 * row) % args.vocab_size for i in range(args.prompt - (3 * row if ragged else 0))] for row in range(rows)]

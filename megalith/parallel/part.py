@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from megalith.config.parallel import ParallelConfig
 from megalith.config.precision import PrecisionConfig
@@ -35,6 +36,12 @@ class Part:
             data_parallel.sync_gradients(self.model, last, self.parallel, self.precision)
         if self.replicas is not None:
             self.replicas.arm(last)
+
+    def reshard(self) -> None:
+        """Let go of gathered parameters, which evaluation under ZeRO-2 leaves in the place of the shards."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def finish_gradients(self) -> None:
         """After the last backward pass: the gradients of this part are those of the global batch."""

@@ -67,6 +67,8 @@ class Stage(PipelineStage):
 
     def backward_one_chunk(self, number, loss=None, full_backward=True, last_backward=False):
         """The backward pass, or its half for activations."""
+        if not self.has_backward:  # a schedule asks in evaluation too
+            return
         self.part.sync_gradients(last_backward and not self.deferred)
         run = super().backward_one_chunk
         self._timed("B" if full_backward else "I", number, lambda: run(number, loss, full_backward, last_backward))
@@ -75,6 +77,8 @@ class Stage(PipelineStage):
 
     def backward_weight_one_chunk(self, number, last_backward=False):
         """The half of the backward pass for weights."""
+        if not self.has_backward:
+            return
         run = super().backward_weight_one_chunk
         self._timed("W", number, lambda: run(number, last_backward))
 
@@ -84,6 +88,17 @@ class Stage(PipelineStage):
             body, self.submod = self.submod, self.part.model
             super().perform_reduce_grad(grad_scale_factor)
             self.submod = body
+
+    # Two stages of one process hand gradients to each other; torch does it in evaluation too, and stumbles over there being none.
+
+    def get_local_bwd_output(self, mb_index):
+        """Gradients for the stage before, on the same process."""
+        return super().get_local_bwd_output(mb_index) if self.has_backward else ()
+
+    def set_local_bwd_input(self, next_stage_bwd_outputs, mb_index):
+        """Gradients from the stage after, on the same process."""
+        if self.has_backward:
+            super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
 
     # torch would keep a buffer for every micro-batch of a step. A buffer is made when its message is due, and dropped when used.
 

@@ -90,14 +90,17 @@ class Runtime:
         """
         if self.pipeline is not None:
             self.pipeline.run(inputs, loss, train)
-            return
-        (part,) = self.parts
-        for number, arguments in enumerate(inputs):
-            if train:
-                part.sync_gradients(last=number == len(inputs) - 1)
-            value = loss(part.model(**arguments), number)
-            if train:
-                value.backward()
+        else:
+            (part,) = self.parts
+            for number, arguments in enumerate(inputs):
+                if train:
+                    part.sync_gradients(last=number == len(inputs) - 1)
+                value = loss(part.model(**arguments), number)
+                if train:
+                    value.backward()
+        if not train:
+            for part in self.parts:
+                part.reshard()
 
     def finish_gradients(self) -> None:
         """After the last backward pass of a step: the gradients are those of the global batch, on every process."""

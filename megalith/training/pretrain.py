@@ -105,7 +105,7 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
     signals = StopSignal(config.resilience.exit_signal_handler, config.resilience.exit_duration_in_mins)
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save(scratch)
-        files = {path.name: str(path) for path in pathlib.Path(scratch).iterdir()}
+        files = {f"tokenizer/{path.name}": str(path) for path in pathlib.Path(scratch).iterdir()}
         save = functools.partial(saving.save, trainer, progress, to_yaml(config), files)
         callbacks = [*tell, Validate(measure, progress, tell, splits), SaveCheckpoints(save, progress), ExitInterval(progress)]
         try:
