@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from megalith.config.batch_math import data_parallel_size, global_batch
 from megalith.config.run import RunConfig
+from megalith.config.stages import LOOPING, SPLIT_BACKWARD, num_stages, schedule_of
 from megalith.config.text import Problem, Words, flag, trouble
 
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
@@ -86,29 +87,30 @@ def _rampup(rampup: list[int], full: int, unit: int, each: str) -> Iterator[Prob
 def _micro_batches(config: RunConfig, count: int, unit: int) -> Iterator[Problem]:
     """Numbers of micro-batches that a pipeline schedule cannot run (the rules of torch.distributed.pipelining)."""
     p = config.parallel
-    stages, schedule = p.pipeline_model_parallel_size, p.pipeline_schedule
+    stages = p.pipeline_model_parallel_size
     if stages == 1:
         return
     about = ("global_batch_size", "micro_batch_size", "pipeline_schedule")
-    interleaved = schedule in ("interleaved_1f1b", "zero_bubble") or (schedule == "auto" and p.num_layers_per_virtual_pipeline_stage)
-    if interleaved:
+    if schedule_of(p) in LOOPING:
         rounds = max(1, count // stages)
         if count % rounds:
             yield trouble(about, "micro-batches of a step", count, f"the schedule runs them in {rounds} equal rounds",
                           f"Write --global-batch-size {rounds * stages * unit} or {(rounds + 1) * stages * unit}")  # fmt: skip
         return
-    needed = {"dualpipev": 2 * stages, "1f1b": stages}.get(schedule, 1)
+    needed = {"dualpipev": 2 * stages, "1f1b": stages}.get(p.pipeline_schedule, 1)
     if count < needed:
         yield trouble(about, "micro-batches of a step", count, f"the pipeline needs at least {needed}, to fill its stages",
                       f"Write --global-batch-size {needed * unit}, or --pipeline-schedule gpipe")  # fmt: skip
 
 
 def _pipeline(config: RunConfig) -> Iterator[Problem]:
-    p, layers = config.parallel, config.model.num_layers
+    p, layers, schedule = config.parallel, config.model.num_layers, schedule_of(config.parallel)
     stages, per_chunk = p.pipeline_model_parallel_size, p.num_layers_per_virtual_pipeline_stage
     if p.pipeline_schedule in SCHEDULE_NEEDS_STAGES and stages == 1:
         yield trouble(("pipeline_schedule", PP), "--pipeline-schedule", p.pipeline_schedule, "a pipeline has two stages or more",
                       "Write --pipeline-model-parallel-size 2, or leave the schedule out")  # fmt: skip
+    if stages > 1 and schedule in SPLIT_BACKWARD:
+        yield from _split_backward(config, schedule)
     if layers is None:
         return
     if stages > layers:
@@ -118,6 +120,14 @@ def _pipeline(config: RunConfig) -> Iterator[Problem]:
     elif per_chunk and stages == 1:
         yield trouble(("num_layers_per_virtual_pipeline_stage", PP), "--num-layers-per-virtual-pipeline-stage", per_chunk,
                       "virtual stages divide the stages of a pipeline", f"Write {flag(PP)} 2, or leave it out")  # fmt: skip
+    elif per_chunk and schedule not in LOOPING:
+        yield trouble(("num_layers_per_virtual_pipeline_stage", "pipeline_schedule"), "--num-layers-per-virtual-pipeline-stage", per_chunk,
+                      f"--pipeline-schedule {schedule} sets the number of stages itself; this is for {' and '.join(LOOPING)}",
+                      "Leave out one of the two")  # fmt: skip
+    elif num_stages(config) > layers:
+        yield trouble(("pipeline_schedule", "num_layers"), "--num-layers", layers,
+                      f"--pipeline-schedule {schedule} has {num_stages(config)} stages on {stages} processes, each with a layer",
+                      "Write --pipeline-schedule 1f1b")  # fmt: skip
     elif per_chunk and layers % (per_chunk * stages):
         fitting = [n for n in range(1, layers // stages + 1) if layers % (n * stages) == 0]
         cure = (
@@ -125,6 +135,18 @@ def _pipeline(config: RunConfig) -> Iterator[Problem]:
         )
         yield trouble(("num_layers_per_virtual_pipeline_stage", "num_layers"), "--num-layers-per-virtual-pipeline-stage", per_chunk,
                       f"--num-layers, {layers}, is a multiple of it times the {stages} pipeline stages", cure)  # fmt: skip
+
+
+def _split_backward(config: RunConfig, schedule: str) -> Iterator[Problem]:
+    """What a schedule that computes weight gradients apart from those of activations cannot work with."""
+    cure = "Leave it out, or write --pipeline-schedule interleaved_1f1b"
+    if config.precision.compile:
+        yield trouble(("compile", "pipeline_schedule"), "--compile", Words(f"with --pipeline-schedule {schedule}"),
+                      "a compiled block computes both kinds of gradients in one piece, and none can be put off", cure)  # fmt: skip
+    if config.recompute.granularity == "full":
+        yield trouble(("recompute_granularity", "pipeline_schedule"), "--recompute-granularity full",
+                      Words(f"with --pipeline-schedule {schedule}"),
+                      "weight gradients that are put off keep the inputs of layers, which full recompute is to free", cure)  # fmt: skip
 
 
 def _splits(config: RunConfig) -> Iterator[Problem]:

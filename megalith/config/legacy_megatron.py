@@ -81,14 +81,13 @@ _NOT_NEEDED: dict[str, dict[int | str, str]] = {  # reason -> how many values ("
     "the launcher's environment says it (LOCAL_RANK)": {1: "--local-rank"},
     "it was for exports to ONNX": {"?": "--onnx-safe"},
     BERT: {
-        0: "--bert-no-binary-head",
-        1: "--mask-prob --short-seq-prob --decoder-seq-length --decoder-num-layers --pipeline-model-parallel-split-rank "
+        1: "--decoder-num-layers --pipeline-model-parallel-split-rank "
         "--encoder-tensor-model-parallel-size --encoder-pipeline-model-parallel-size",
     },
     "only vision models read it; it has no effect on gpt": {1: "--sample-rate --num-classes --img-h --img-w --num-channels --patch-dim"},
     RETRIEVAL: {
-        0: "--biencoder-shared-query-context-model --use-one-sent-docs --retriever-score-scaling",
-        1: "--ict-head-size --biencoder-projection-dim --ict-load --bert-load --titles-data-path --query-in-block-prob "
+        0: "--biencoder-shared-query-context-model --retriever-score-scaling",
+        1: "--ict-head-size --biencoder-projection-dim --ict-load --bert-load "
         "--evidence-data-path --retriever-seq-length --block-data-path --embedding-path --indexer-batch-size --indexer-log-interval",
         "+": "--retriever-report-topk-accuracies",
     },

@@ -16,7 +16,7 @@ class ParallelConfig:
     num_layers_per_virtual_pipeline_stage: int | None = knob(None, "layers per chunk of the interleaved pipeline schedules", minimum=1)
     pipeline_schedule: str = knob(
         "auto",
-        "auto: 1F1B, or interleaved 1F1B with virtual stages",
+        "auto: interleaved 1F1B with virtual stages, else 1F1B, or GPipe for fewer micro-batches than stages",
         choices=("auto", "gpipe", "1f1b", "interleaved_1f1b", "zero_bubble", "zbv", "dualpipev"),
     )
     pipeline_split: str = knob(

@@ -24,7 +24,15 @@ from megalith.data.tntidx import open_indexed
 
 # A dataset is made by a function or class called with (indexed, documents, num_samples) and the keywords of `_Maker.make`. Its attribute
 # `splits_documents` says that `documents` counts documents (BERT, T5) and not sequences (GPT). Without a corpus the first two are None.
-DATASETS = Registry("dataset", {"gpt": "megalith.data.gpt_dataset:from_config"})
+DATASETS = Registry(
+    "dataset",
+    {
+        "gpt": "megalith.data.gpt_dataset:from_config",
+        "bert": "megalith.data.bert_dataset:from_config",
+        "t5": "megalith.data.t5_dataset:from_config",
+        "ict": "megalith.data.ict_dataset:from_config",
+    },
+)
 THREADS = 16
 
 
@@ -92,6 +100,7 @@ class _Maker:
             raise ConfigError(problem("--seq-length", None, "samples have a length", "Add --seq-length N"))
         self.seq_length = config.data.seq_length
         self.made: list[Any] = []
+        self.places: dict[str, list[pathlib.Path]] = {}
 
     def open(self, sources: Sequence[Source]) -> list[Any]:
         """Open and check every source, in parallel."""
@@ -110,7 +119,10 @@ class _Maker:
         return dataset
 
     def _folders(self, indexed: Any) -> list[pathlib.Path]:
-        return default_folders(indexed.prefix, self.config.data.data_cache_path, self.run_folder)
+        beside = os.path.dirname(indexed.prefix)
+        if beside not in self.places:  # asked for every source, and paths are slow to put together
+            self.places[beside] = default_folders(indexed.prefix, self.config.data.data_cache_path, self.run_folder)
+        return self.places[beside]
 
     def prepare_all(self, rank: int) -> None:
         """Build every index, each rank starting elsewhere, so that ranks that share a cache share the work."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from megalith.common.files import atomic_path
 
-Layout = Sequence[tuple[str, tuple[int, ...], np.dtype | type]]  # name, shape, dtype of each array
+Layout = Sequence[tuple[str, tuple[int, ...], np.dtype | type]]  # name, shape (-1: any), dtype of each array
 
 
 def key_of(*parts: object) -> str:
@@ -68,7 +68,7 @@ def _load(folder: pathlib.Path, key: str, layout: Layout) -> list[np.ndarray]:
     arrays = []
     for name, shape, kind in layout:
         array = np.load(folder / f"{key}-{name}.npy", mmap_mode="r", allow_pickle=False)
-        if array.shape != shape or array.dtype != kind:
+        if array.ndim != len(shape) or any(a != b for a, b in zip(array.shape, shape) if b != -1) or array.dtype != kind:
             raise ValueError(f"{key}-{name}.npy holds {array.dtype} {array.shape}, not {kind} {shape}")
         arrays.append(array.view(np.ndarray))
     return arrays

@@ -10,7 +10,7 @@ UPPER, LOWER, TWIST = np.uint64(0xFFFFFFFF80000000), np.uint64(0x7FFFFFFF), np.u
 
 def draws32(seed: int, count: int) -> np.ndarray:
     """The first `count` numbers of std::mt19937(seed), uint32. numpy's legacy generator is the same one, seeded alike."""
-    return np.random.RandomState(seed).randint(0, 2**32, count, dtype=np.uint32)  # noqa: NPY002
+    return np.random.RandomState(seed).randint(0, 2**32, count, dtype=np.uint32)
 
 
 def draws64(seed: int, count: int) -> np.ndarray:

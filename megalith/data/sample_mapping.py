@@ -64,8 +64,8 @@ def build_blocks(
 ) -> np.ndarray:
     """Rows (first sentence, last + 1, document, block) for ICT, shuffled; uint32 [blocks, 4].
 
-    A block and its title, of title_lengths[document] tokens, fill max_length. Blocks are numbered from 0 in every epoch. one_sentence: blocks
-    of a single sentence are allowed. The other arguments are as in `build_mapping`.
+    A block and its title, of title_lengths[document] tokens, fill max_length. Blocks are numbered from 0 in every epoch. one_sentence:
+    blocks of a single sentence are allowed. The other arguments are as in `build_mapping`.
     """
     minimum = 1 if one_sentence else 2
     counts, has_long = _sentences(documents, lengths)
@@ -108,7 +108,7 @@ def _epochs(rows: array.array, width: int, num_samples: int | None, usable: int)
 def _walk(documents: np.ndarray, lengths: np.ndarray, usable: np.ndarray) -> Iterator[tuple[int, int, memoryview, int]]:
     """(first sentence, last + 1, running sum of lengths, sentence at which it is 0) of each usable document."""
     base = int(documents[0])
-    ends = memoryview(np.concatenate(([0], np.cumsum(lengths[base : int(documents[-1])], dtype=np.int64))))
+    ends = np.concatenate(([0], np.cumsum(lengths[base : int(documents[-1])], dtype=np.int64))).data
     for first, last in zip(documents[usable].tolist(), documents[usable + 1].tolist()):
         yield first, last, ends, base
 

@@ -63,7 +63,7 @@ class CoreAttention(nn.Module):
         weights = wide.softmax(dim=-1)
         if mask.rows is not None:
             heads = torch.arange(self.first_head, self.first_head + q.shape[1], device=q.device, dtype=torch.int32)
-            weights = self.dropout(weights, mask.rows[:, None, :] + heads[None, :, None] * 0x3243F6A9)
+            weights = self.dropout(weights, mask.rows[:, None, :] ^ heads[None, :, None])
         return weights.to(v.dtype) @ v
 
     def blocks(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, p: float) -> Tensor:

@@ -40,7 +40,9 @@ class Dropout(nn.Module):
         if rows is None or self.p == 0.0 or not self.training:
             return x
         columns = torch.arange(self.first_column, self.first_column + x.shape[-1], device=x.device, dtype=torch.int32)
-        drawn = mix32(rows[..., None] ^ mix32(columns * 0x68E31DA4 + self.site)) & 0x7FFFFFFF
+        # Columns are mixed only together with rows. torch.compile's C++ has overflow of int32 undefined: of a product whose factors'
+        # ranges the compiler knows, as those of a counter, it made masks in the gradients that were not those of the forward pass.
+        drawn = mix32(mix32(rows ^ self.site)[..., None] ^ columns) & 0x7FFFFFFF
         return torch.where(drawn >= int(self.p * 2**31), x * (1.0 / (1.0 - self.p)), 0.0)
 
     def extra_repr(self) -> str:

@@ -40,8 +40,10 @@ def adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.
 
 
 def sgd(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Gradient descent with momentum. As in Megatron, weight decay is added to the gradient here (it is not decoupled)."""
-    # Not fused: that kernel knows no DTensor, and SGD is no longer where time goes.
+    """Gradient descent with momentum. As in Megatron, weight decay is added to the gradient here (it is not decoupled).
+
+    Not in one kernel: torch's fused step does not know DTensors.
+    """
     return torch.optim.SGD(groups, lr=config.lr or 0.0, momentum=config.sgd_momentum, weight_decay=config.weight_decay)
 
 

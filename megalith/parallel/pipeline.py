@@ -193,8 +193,10 @@ class Pipeline:
             )
             for part, queue in zip(self.parts, self.queues, strict=True)
         ]
-        make, loss = SCHEDULES[self.schedule], _output_is_loss if train else None
-        return make(stages[0] if single(self.schedule) else stages, count, loss_fn=loss, scale_grads=False), stages
+        # With so few micro-batches all of them are under way at once, which is GPipe; torch's 1F1B refuses them.
+        name = "gpipe" if self.schedule == "1f1b" and count < self.stages else self.schedule
+        loss = _output_is_loss if train else None
+        return SCHEDULES[name](stages[0] if single(name) else stages, count, loss_fn=loss, scale_grads=False), stages
 
 
 def _output_is_loss(output: Tensor, target: Tensor) -> Tensor:

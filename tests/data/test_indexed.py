@@ -248,3 +248,11 @@ def test_ten_thousand_damaged_indices(tmp_path):
         if bytes(damaged) == index:
             assert np.array_equal(sequence, original[number])
     assert refused > 8000
+
+
+def test_joined_sequences(small):
+    for reader in ("mmap", "pread"):
+        data = IndexedDataset(small, reader=reader)
+        assert data.join([0, 2, 3], 1, 5).tolist() == [2, 3, 5, 6, 7] and data.join([3], 1, 3).tolist() == [8, 9, 10]
+        with pytest.raises(IndexError, match="which are 1 short"):
+            data.join([0, 1], 0, 5)

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalith.common.errors import DataError
+from megalith.data import sentences
 from megalith.data.sentences import sentence_splitter
 
 pytest.importorskip("sentencex")
@@ -38,3 +39,24 @@ def test_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "sentencex", None)
     with pytest.raises(DataError, match=r"megalith\[data\]"):
         sentence_splitter()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from(["A sentence. ", "Another one!\n", "word ", "\n\n", "line\n", "x" * 30]), max_size=40))
+def test_long_texts_are_cut_where_nothing_is_lost(parts):
+    text = "".join(parts)
+    before = sentences.LONG
+    try:
+        sentences.LONG = 50
+        runs = list(sentences._runs(text))
+        assert "".join(runs) == text
+        assert "".join(sentence_splitter(keep_newlines=True)(text)) == text
+    finally:
+        sentences.LONG = before
+
+
+def test_cuts_between_paragraphs_change_nothing(monkeypatch):
+    text = "\n\n".join(f"Paragraph {i} has one. And two, by Mr. Smith!" for i in range(200))
+    expected = sentence_splitter()(text)
+    monkeypatch.setattr(sentences, "LONG", 100)
+    assert sentence_splitter()(text) == expected and len(expected) == 400

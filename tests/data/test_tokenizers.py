@@ -262,7 +262,7 @@ def test_padded_vocabulary_golden():
 # Characters on which normalisers and splitters disagree: controls, odd spaces, combining marks, ideographs, punctuation.
 TEXTS = st.text(
     st.one_of(
-        st.sampled_from(" \t\n\r\x0b\x0c\x1c\x85\xa0\u2028\u3000\u0301\u200d\ufffd.,'[]<|>中a A1é"),
+        st.sampled_from(" \t\n\r\x00\x01_-\x0b\x0c\x1c\x85\xa0\u2028\u3000\u0301\u200d\ufffd.,'[]<|>中a A1é"),
         st.characters(exclude_categories=["Cs"]),
     ),
     max_size=60,
@@ -273,7 +273,7 @@ TEXTS = st.text(
 @settings(max_examples=150, deadline=None)
 @given(st.lists(TEXTS, max_size=6))
 def test_fast_paths_equal_the_plain_ones(texts):
-    for name, make in {"bert": bert, "gpt2": gpt2}.items():
+    for name, make in {"bert": bert, "gpt2": gpt2, "cased": lambda: bert("Case", "cased")}.items():
         if name not in CACHE:
             CACHE[name] = (make(), make())
             CACHE[name][1].accelerate([])
@@ -284,6 +284,24 @@ def test_fast_paths_equal_the_plain_ones(texts):
 
 
 CACHE: dict = {}
+
+
+@needs_shared
+def test_word_memory_when_full_and_with_large_vocabularies(monkeypatch):
+    from megalith.data import tokenizers_fast
+
+    tokenizer = bert()
+    texts = ["a few words, a few more (and more)", "", "new_words\0 here", "héllo " * 3]
+    expected = [tokenizer.encode(text) for text in texts]
+    for room, size, prose in ((0, 30524, 1), (2, 30524, 99), (10**6, 70000, 99)):
+        monkeypatch.setattr(tokenizers_fast, "PROSE", prose)
+        monkeypatch.setattr(tokenizers_fast, "MAX_REMEMBERED_WORDS", room)
+        memory = tokenizers_fast.WordMemory(tokenizer.backend, True, size)
+        ids, lengths = memory.encode_flat(texts)
+        assert lengths.tolist() == [len(row) for row in expected]
+        assert ids.tolist() == [i for row in expected for i in row]
+        assert len(memory) <= 2 * room + 1
+        assert memory.encode_flat([])[1].size == 0
 
 
 @needs_shared
@@ -300,7 +318,7 @@ def test_a_fast_path_that_disagrees_is_not_used(monkeypatch):
     assert "other ids" in other.accelerate(["Hello"])
     assert other.encode_batch(["Hello world"])[0].tolist() == [15496, 995]
     lower = bert()
-    monkeypatch.setattr("megalith.data.tokenizers_fast.WordMemory.encode_flat", lambda self, texts: (np.array([1]), np.array([1])))
+    monkeypatch.setattr("megalith.data.tokenizers_fast.WordMemory.__missing__", lambda self, word: b"\1\0")
     assert "other ids" in lower.accelerate(["Hello you"])
     assert lower.encode("hello") == [7592]
 

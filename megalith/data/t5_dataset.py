@@ -1,0 +1,123 @@
+"""Samples of T5: runs of words replaced by sentinels, which the decoder spells out; equal to Megatron's for the same seed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from megalith.common.errors import ConfigError, DataError, problem
+from megalith.config.run import RunConfig
+from megalith.data.masking import Masking, continuing
+from megalith.data.sample_mapping import build_mapping
+from megalith.data.sentence_dataset import SentenceDataset, padded
+
+
+class T5Dataset(SentenceDataset):
+    """Samples are dicts over s = seq_length encoder and d = decoder_seq_length decoder tokens:
+
+    input_ids [s] int64, the text with a sentinel for each masked run; decoder_input_ids [d] int64, [BOS] and then each sentinel with its
+    run; labels [d] int64, the same one step on with [EOS], and -1 for padding; loss_mask [d] float32; padding_mask [s] and
+    decoder_padding_mask [d] int64, 1 for tokens.
+    """
+
+    def __init__(
+        self,
+        indexed: Any,
+        documents: tuple[int, int] | None = None,
+        num_samples: int | None = None,
+        *,
+        seq_length: int,
+        decoder_seq_length: int,
+        tokenizer: Any,
+        seed: int = 1234,
+        mask_prob: float = 0.15,
+        short_seq_prob: float = 0.1,
+        cache_folders: Sequence[str | os.PathLike] = (),
+    ):
+        """Whole epochs until there are num_samples (None: one epoch). tokenizer: with tokens(), cls, sep, pad, bos, eos, extra_ids."""
+        super().__init__(indexed, documents, seed, cache_folders)
+        self.num_samples, self.seq_length, self.decoder_seq_length, self.short_seq_prob = (
+            num_samples,
+            seq_length,
+            decoder_seq_length,
+            short_seq_prob,
+        )
+        self.bos, self.eos, self.pad = (tokenizer.require(name) for name in ("bos", "eos", "pad"))
+        self.sentinels = list(tokenizer.extra_ids)
+        if not self.sentinels:
+            raise ConfigError(problem("--vocab-extra-ids", 0, "T5 marks masked runs with sentinels", "Add --vocab-extra-ids 100"))
+        skipped = tuple(token for token in (tokenizer.cls, tokenizer.sep) if token is not None)
+        self.masking = Masking(continuing(tokenizer), skipped, mask_prob, longest=10, geometric=True)
+
+    def build(self) -> tuple[tuple, int, Callable[[], np.ndarray]]:
+        """The mapping of sentences to samples; Megatron keeps two tokens of the encoder's length back."""
+        options: dict[str, Any] = {"num_samples": self.num_samples, "max_length": self.seq_length - 2, "short_prob": self.short_seq_prob}
+        options |= {"seed": self.seed, "min_sentences": 1}
+        return tuple(options.items()), 3, lambda: build_mapping(self.documents, self.indexed.lengths, **options)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Sample `index`, as the class describes."""
+        first, last, target = map(int, self.mapping[index])
+        random = np.random.RandomState((self.seed + index) % 2**32)
+        text = np.concatenate(self.sentences(first, last))[:target].astype(np.int64)
+        runs = self.masking.runs(text, target, random)
+        if len(runs) > len(self.sentinels):
+            raise DataError(
+                f"{self.indexed.prefix}, sample {index} has {len(runs)} masked runs and the tokenizer {len(self.sentinels)} sentinels; "
+                f"raise --vocab-extra-ids"
+            )
+        tokens = text.tolist()
+        encoder: list[int] = []
+        spelled: list[int] = []
+        start = 0
+        for sentinel, run in zip(self.sentinels, runs):
+            encoder += [*tokens[start : run[0]], sentinel]
+            spelled += [sentinel, *(tokens[place] for place in run)]
+            start = run[-1] + 1
+        encoder += tokens[start:]
+        size = len(spelled) + 1
+        if size > self.decoder_seq_length:
+            rule = f"sample {index} of {self.indexed.prefix} has {size} masked tokens and sentinels"
+            raise ConfigError(problem("--decoder-seq-length", self.decoder_seq_length, rule, "Raise it, or lower --mask-prob"))
+        loss_mask = np.zeros(self.decoder_seq_length, np.float32)
+        loss_mask[:size] = 1.0
+        return {
+            "input_ids": padded(encoder, self.seq_length, self.pad),
+            "decoder_input_ids": padded([self.bos, *spelled], self.decoder_seq_length, self.pad),
+            "labels": padded([*spelled, self.eos], self.decoder_seq_length, -1),
+            "loss_mask": loss_mask,
+            "padding_mask": padded([1] * len(encoder), self.seq_length, 0),
+            "decoder_padding_mask": padded([1] * size, self.decoder_seq_length, 0),
+        }
+
+
+def from_config(
+    indexed: Any,
+    documents: tuple[int, int] | None,
+    num_samples: int | None,
+    *,
+    config: RunConfig,
+    tokenizer: Any,
+    seed: int,
+    cache_folders: Sequence[str | os.PathLike] = (),
+) -> T5Dataset:
+    """The dataset "t5" of the registry; without --decoder-seq-length the decoder is as long as the encoder."""
+    data = config.data
+    return T5Dataset(
+        indexed,
+        documents,
+        num_samples,
+        seq_length=data.seq_length or 0,
+        decoder_seq_length=data.decoder_seq_length or data.seq_length or 0,
+        tokenizer=tokenizer,
+        seed=seed,
+        mask_prob=data.mask_prob,
+        short_seq_prob=data.short_seq_prob,
+        cache_folders=cache_folders,
+    )
+
+
+from_config.splits_documents = True  # type: ignore[attr-defined]

@@ -1,0 +1,70 @@
+"""Every layout gives the loss and every gradient of one process, from the same initial weights."""
+
+import functools
+
+import pytest
+import torch
+
+from megalith.optim.clip import global_norm
+from megalith.runtime.build import Runtime
+from megalith.testing import run_ranks
+from megalith.testing.parity import TOLERANCE, Measured, compare, measure, merge
+from tests.parity.cases import FORMS, LAYOUTS, config_of
+
+# The covering set: each layout with a form that strains it most, each form with several layouts. All the others are slow.
+COVERING = {
+    ("absolute", "tp2"), ("absolute", "dp2 full"), ("absolute", "tp2 dp2 optimizer"), ("rotary", "tp4"), ("rotary", "tp2 sp"),
+    ("rotary", "dp2 optimizer"), ("rotary", "tp2 dp2"), ("alibi", "tp4 sp"), ("alibi", "dp2 none"), ("odd vocabulary", "tp4"),
+    ("odd vocabulary", "tp2 sp dp2 full"), ("odd layers", "tp2 sp"), ("odd layers", "dp 2x2"), ("dropout", "tp4 sp"),
+    ("dropout", "tp2 dp2 optimizer"), ("dropout", "dp2 none"), ("post norm", "tp2 sp"),
+}  # fmt: skip
+CASES = [
+    pytest.param(form, layout, id=f"{form}-{layout}", marks=() if (form, layout) in COVERING else pytest.mark.slow)
+    for form in FORMS
+    for layout in LAYOUTS
+]
+
+
+def norm(runtime: Runtime) -> float:
+    """The norm that clipping goes by."""
+    named, copies = runtime.gradients()
+    return float(global_norm(named, skip=copies, stages=runtime.mesh.size("pp")))
+
+
+@functools.cache
+def alone(form: str, dtype: torch.dtype) -> Measured:
+    """One process."""
+    return run_ranks(measure, 1, config_of(form), dtype, norm)[0]
+
+
+def check(form: str, layout: str, dtype: torch.dtype) -> None:
+    """Compare a layout with one process."""
+    expected = alone(form, dtype)
+    parts = run_ranks(measure, LAYOUTS[layout][0], config_of(form, layout), dtype, norm, timeout=280)
+    found = merge(parts)
+    assert found.weights.keys() == expected.weights.keys()
+    for name, weight in expected.weights.items():
+        assert torch.equal(found.weights[name], weight), f"{name} starts from other values"
+    for part in parts:  # what several ranks hold must be right on each of them
+        own = Measured(part.loss, part.weights, {name: expected.gradients[name] for name in expected.gradients} | part.gradients)
+        loss, worst, *_ = compare(expected, own, dtype)
+        assert loss.error <= TOLERANCE[dtype] and worst.error <= TOLERANCE[dtype], (loss, worst)
+    loss, worst, *_ = compare(expected, found, dtype)
+    assert worst.error <= TOLERANCE[dtype], worst
+    assert [part.extra for part in parts] == pytest.approx([expected.norm] * len(parts), rel=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(("form", "layout"), CASES)
+def test_gradients_in_float64(form: str, layout: str) -> None:
+    check(form, layout, torch.float64)
+
+
+@pytest.mark.parametrize(("form", "layout"), [("absolute", "tp2 sp dp2 full"), ("rotary", "tp4"), ("dropout", "tp2 dp2")])
+def test_gradients_in_float32(form: str, layout: str) -> None:
+    check(form, layout, torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("form", "layout"), CASES)
+def test_every_case_in_float32(form: str, layout: str) -> None:
+    check(form, layout, torch.float32)
