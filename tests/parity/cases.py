@@ -34,16 +34,6 @@ LAYOUTS: dict[str, tuple[int, dict]] = {
     "tp2 dp2": (4, {"tensor_model_parallel_size": 2}),
     "tp2 dp2 optimizer": (4, {"tensor_model_parallel_size": 2, "use_distributed_optimizer": True}),
     "tp2 sp dp2 full": (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "data_parallel_sharding": "full"}),
-    "selective": (1, {"recompute_activations": True}),
-    "full uniform": (1, {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2}),
-    "full block": (1, {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1}),
-    "tp2 sp dp2 full, full uniform": (
-        4,
-        {
-            "tensor_model_parallel_size": 2, "sequence_parallel": True, "data_parallel_sharding": "full",
-            "recompute_granularity": "full", "recompute_method": "uniform",
-        },
-    ),  # fmt: skip
     "tp2 compile": (2, {"tensor_model_parallel_size": 2, "compile": True}),
     "tp2 sp compile": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "compile": True}),
 }
