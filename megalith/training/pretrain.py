@@ -61,7 +61,9 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
     torch.use_deterministic_algorithms(config.precision.deterministic_mode)
     datasets = build_datasets(config, tokenizer, rank=mesh.data_rank, size=mesh.data_size, run_folder=config.logging.folder)
     if datasets["train"] is None and not config.validation.skip_train:
-        raise ConfigError(f"--split {config.data.split!r} leaves nothing to train on; its first share must be above 0, or give --train-data-path.")
+        raise ConfigError(
+            f"--split {config.data.split!r} leaves nothing to train on; its first share must be above 0. Change it, or give --train-data-path."
+        )
     batch = global_batch(config, mesh.data_size)
     runtime = place(config, mesh)
     optimizer = build_optimizer(config.optimizer, runtime.named_parameters())
