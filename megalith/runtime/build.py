@@ -13,7 +13,7 @@ from megalith.config.run import RunConfig
 from megalith.config.stages import SPLIT_BACKWARD, layers_of, schedule_of, stages_of
 from megalith.layers.random import key
 from megalith.models import MODELS
-from megalith.parallel import data_parallel, plan
+from megalith.parallel import data_parallel, plan, recompute
 from megalith.parallel.collectives import Axis
 from megalith.parallel.mesh import Mesh, grid, join, start
 from megalith.parallel.part import Part
@@ -148,6 +148,7 @@ def settle(config: RunConfig, mesh: Mesh, model: nn.Module, stage: int, names: M
         plan.apply(model, table, Axis(mesh.devices["tp"], config.parallel.sequence_parallel))
     if queue is not None:
         defer(model, queue)
+    recompute.apply(model, config.recompute)
     blocks = list(model.layers.values())
     if config.precision.compile:
         for block in blocks:  # forward alone: the hooks of fully_shard would break the graph

@@ -30,6 +30,7 @@ from megalith.training.duties import ExitInterval, SaveCheckpoints, StopSignal, 
 from megalith.training.failures import same_config
 from megalith.training.loop import train_loop
 from megalith.training.peaks import peak_flops
+from megalith.training.profile import ProfilePipeline
 from megalith.training.reporters import reporters
 from megalith.training.state import FAILED, Progress
 from megalith.training.step import Trainer
@@ -63,14 +64,22 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
     """The run itself, on a mesh."""
     torch.use_deterministic_algorithms(config.precision.deterministic_mode)
     datasets = build_datasets(config, tokenizer, rank=mesh.data_rank, size=mesh.data_size, run_folder=config.logging.folder)
+    if datasets["train"] is None and not config.validation.skip_train:
+        raise ConfigError(
+            f"--split {config.data.split!r} leaves nothing to train on; its first share must be above 0. "
+            f"Change it, or give --train-data-path."
+        )
     batch = global_batch(config, mesh.data_size)
     runtime = place(config, mesh)
     optimizer = build_optimizer(config.optimizer, runtime.named_parameters())
     schedule = Schedule(config.optimizer, config.schedule, batch)
     trainer = Trainer(runtime, TASKS.find(config.data.loss)(), optimizer, schedule, build_loss_scale(config.precision))
     progress = saving.resume(trainer)
+    last_step = 0 if config.validation.skip_train else total_steps(config, mesh.data_size)
     if mesh.is_main:
-        announce(config, mesh, trainer, progress)
+        announce(config, mesh, trainer, progress, last_step)
+    if progress.iteration >= last_step > 0:
+        return progress
     loaders = {
         split: Loader(
             dataset, micro_batch_size=config.batch.micro_batch_size, rank=mesh.data_rank, size=mesh.data_size, seed=config.batch.seed,
@@ -81,7 +90,7 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
     info = RunInfo(
         config=config, folder=pathlib.Path(config.logging.folder), start_step=progress.iteration,
         rank=mesh.rank, world_size=mesh.world_size,
-        train_iters=0 if config.validation.skip_train else total_steps(config, mesh.data_size),
+        train_iters=last_step,
         flops_per_token_full=flops_per_token(config.model, config.data.seq_length, causal_half=False),
         flops_per_token_half=flops_per_token(config.model, config.data.seq_length, causal_half=True),
         peak_flops=peak_flops(device_name(mesh.device), config.precision.compute_dtype, config.logging.peak_tflops),
@@ -91,12 +100,17 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
         iterations = config.validation.eval_iters
         if split == "test":
             return evaluate(trainer, loaders["test"], 0, iterations, batch)
-        losses = evaluate(trainer, loaders["valid"], progress.consumed_valid_samples, iterations, batch)
+        # Each validation takes the next samples, as Megatron's does; after the last whole set it starts over.
+        sets = max(1, len(datasets["valid"]) // (iterations * batch))
+        first = progress.consumed_valid_samples // (iterations * batch) % sets * (iterations * batch)
+        losses = evaluate(trainer, loaders["valid"], first, iterations, batch)
         if progress.iteration:  # the point before the first step is one more than Megatron counts samples for
             progress.consumed_valid_samples += iterations * batch
         return losses
 
     tell = reporters(config)
+    if config.logging.profile_pipeline:
+        tell.append(ProfilePipeline(runtime))
     names = {"validation": "valid", "test": "test"} if config.validation.eval_iters else {}
     splits = [split for split, name in names.items() if name in loaders]
     signals = StopSignal(config.resilience.exit_signal_handler, config.resilience.exit_duration_in_mins)
@@ -107,7 +121,7 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
         callbacks = [*tell, Validate(measure, progress, tell, splits), SaveCheckpoints(save, progress), ExitInterval(progress)]
         try:
             batches = functools.partial(batch_size_at, config, mesh.data_size)
-            train_loop(trainer, loaders["train"], progress, batches, info, callbacks, signals)
+            train_loop(trainer, loaders.get("train"), progress, batches, info, callbacks, signals)
         finally:
             if mesh.world_size == 1 or progress.stop != FAILED:  # a launcher's SIGTERM to the others must not silence what they have to say
                 signals.restore()
@@ -142,7 +156,7 @@ def on_main(mesh: Mesh, job) -> None:
         raise outcome[0]
 
 
-def announce(config: RunConfig, mesh: Mesh, trainer: Trainer, progress: Progress) -> None:
+def announce(config: RunConfig, mesh: Mesh, trainer: Trainer, progress: Progress, last_step: int) -> None:
     """Say what is about to run, in a few lines."""
     print(
         f"{config.model.model_type} with {trainer.runtime.num_parameters:,} parameters on {mesh.world_size} x {device_name(mesh.device)}, "
@@ -150,7 +164,8 @@ def announce(config: RunConfig, mesh: Mesh, trainer: Trainer, progress: Progress
         flush=True,
     )
     if progress.iteration:
-        print(f"resuming after step {progress.iteration} ({progress.consumed_train_samples} samples)", flush=True)
+        done = "; that is all of them, nothing is left to do (raise --train-iters to go on)" if progress.iteration >= last_step > 0 else ""
+        print(f"resuming after step {progress.iteration} of {last_step}{done}", flush=True)
 
 
 def device_name(device: torch.device) -> str:

@@ -112,12 +112,12 @@ def test_keys_stay_aligned(tmp_path):
 
 def test_bos_and_eod(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "1 2"}\n{"text": "3"}\n')
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "mine_bos.py").write_text(
         "from megalith.data.tokenizers_other import NullTokenizer\nclass Mine(NullTokenizer):\n    bos = 77\n"
     )
     sys.path.insert(0, str(tmp_path))
     try:
-        own = dataclasses.replace(NULL, tokenizer_type="mine:Mine")
+        own = dataclasses.replace(NULL, tokenizer_type="mine_bos:Mine")
         result = run(tmp_path, tmp_path / "a.jsonl", tokenizer=own, prepend_bos=True, append_eod=True)
         assert rows(result.prefixes["text"]) == [[77, 1, 2, 5000], [77, 3, 5000]]
     finally:
@@ -219,6 +219,27 @@ def test_finished_parts_are_kept_only_for_the_same_job(tmp_path, monkeypatch):
         preprocess(dataclasses.replace(options, overwrite=True), progress=stop)
     changed = numbers(tmp_path / "a.jsonl", seed=2)
     assert rows(preprocess(dataclasses.replace(options, overwrite=True)).prefixes["text"]) == changed
+
+
+def test_killed_between_the_datasets_of_two_keys(tmp_path, monkeypatch):
+    numbers(tmp_path / "a.jsonl", keys=("title", "body"))
+    expected = run(tmp_path, tmp_path / "a.jsonl", "expected", json_keys=("title", "body"))
+    real, calls = module.merge_datasets, []
+
+    def die_at_second(parts, prefix):
+        calls.append(prefix)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(parts, prefix)
+
+    monkeypatch.setattr(module, "merge_datasets", die_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, tmp_path / "a.jsonl", json_keys=("title", "body"))
+    assert (tmp_path / "out_title_document.idx").exists() and not (tmp_path / "out_body_document.idx").exists()
+    result = run(tmp_path, tmp_path / "a.jsonl", json_keys=("title", "body"))
+    assert result.resumed_parts == 1
+    for key in ("title", "body"):
+        assert content(result.prefixes[key]) == content(expected.prefixes[key])
 
 
 @pytest.mark.parametrize("packed", [False, True])
