@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.handler(args) or 0
     except MegalithError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, ConfigError):
-            print("\n".join([f"megalith: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)  # a ConfigError is every rank's: one per machine is enough
+            print(f"megalith: {error}", file=sys.stderr)  # a ConfigError is every rank's: one per machine is enough
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         print("megalith: interrupted", file=sys.stderr)

@@ -96,7 +96,8 @@ def end_terms(config: RunConfig) -> dict[str, int]:
     if m.positions == "rope":
         terms["rotary_tables"] = FLOAT * tokens * (int(m.head_dim * m.rotary_percent) // 2 * 2)
     terms |= {f"final_norm.{name}": size for name, size in norm_terms(config).items()}
-    return terms | {"loss.hidden_gradient": element * tokens * m.hidden_size, "loss.weight_gradient": FLOAT * -(-m.vocab_size // tp) * m.hidden_size}
+    rows = -(-m.vocab_size // tp)
+    return terms | {"loss.hidden_gradient": element * tokens * m.hidden_size, "loss.weight_gradient": FLOAT * rows * m.hidden_size}
 
 
 def attention_path(config: RunConfig) -> str:

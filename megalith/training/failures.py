@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 
-from megalith.common.errors import ConfigError, RankError
+from megalith.common.errors import ConfigError, MegalithError, RankError
 from megalith.config.run import RunConfig
 from megalith.config.text import flag
 from megalith.training.state import Progress
@@ -32,12 +32,14 @@ def named(progress: Progress) -> Iterator[None]:
         place = f"rank {dist.get_rank()} of {dist.get_world_size()}, after step {progress.iteration}"
         cause = broken_collective(error)
         if cause is None:
+            if isinstance(error, MegalithError):  # shown as one message, without notes
+                raise type(error)(f"{error} (on {place})") from error
             error.add_note(f"on {place}")
             raise
         first_line = str(cause).strip().partition("\n")[0]
         raise RankError(
-            f"{place}: contact with another rank was lost: it died, failed, or did not answer within --distributed-timeout-minutes. Its own last "
-            f"words and the launcher's report name it. The same command goes on from the newest checkpoint. ({first_line})"
+            f"{place}: contact with another rank was lost: it died, failed, or did not answer within --distributed-timeout-minutes. Its own "
+            f"last words and the launcher's report name it. The same command goes on from the newest checkpoint. ({first_line})"
         ) from error
 
 

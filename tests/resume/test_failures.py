@@ -11,12 +11,12 @@ import time
 
 import pytest
 import torch.distributed as dist
-from tests.tiny import losses, tiny_config
 
 from megalith import checkpoint
 from megalith.common.errors import ConfigError
 from megalith.config.loading import to_yaml
 from megalith.training.pretrain import train
+from tests.tiny import losses, tiny_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node"]
@@ -141,5 +141,8 @@ def test_a_world_that_no_layout_fits_is_told_the_nearest(start, corpus, tmp_path
     launcher = start([*TORCHRUN, "3", *command(tmp_path)])
     output, _ = launcher.communicate(timeout=60)
     assert launcher.returncode != 0 and re.search(r"exitcode\s*: 2 ", output)
-    assert "found 3; it is a multiple of tensor 2 x pipeline 2 x context 1 = 4. Start 4 processes, or with 3 use no model parallelism" in output
+    assert (
+        "found 3; it is a multiple of tensor 2 x pipeline 2 x context 1 = 4. Start 4 processes, or with 3 use no model parallelism"
+        in output
+    )
     assert not (tmp_path / "run").exists()
