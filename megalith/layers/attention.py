@@ -47,7 +47,7 @@ class CoreAttention(nn.Module):
         on_cpu = q.device.type == "cpu"
         if self.backend == "explicit" or (p and on_cpu):
             return self.explicit(q, k, v, mask)
-        if mask.plain and self.backend != "flex" and q.shape[2] == k.shape[2]:
+        if mask.plain and self.backend != "flex" and (q.shape[2] == k.shape[2] or not mask.causal):
             if on_cpu:  # the CPU's fused kernel wants as many key heads as query heads
                 k, v = _expand(k, q.shape[1]), _expand(v, q.shape[1])
             return scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=mask.causal, enable_gqa=k.shape[1] != q.shape[1])
