@@ -152,11 +152,17 @@ def limit(args: argparse.Namespace, device: torch.device, ids: Tensor, labels: T
         products += [(tokens, inner, outer), (tokens, outer, inner), (inner, tokens, outer)]
     rows, chunks = 1024, max(1, tokens // 1024)  # the head in chunks, as a chunked loss does it: a whole one would not fit in every memory
     products += [(rows, h, args.vocab_size), (rows, args.vocab_size, h), (args.vocab_size, rows, h)] * chunks
-    made = {shape: (torch.randn(shape[0], shape[1], device=device, dtype=dtype), torch.randn(shape[1], shape[2], device=device, dtype=dtype)) for shape in set(products)}
+    made = {
+        shape: (torch.randn(shape[0], shape[1], device=device, dtype=dtype), torch.randn(shape[1], shape[2], device=device, dtype=dtype))
+        for shape in set(products)
+    }
     outputs = {shape: torch.empty(shape[0], shape[2], device=device, dtype=dtype) for shape in made}
     heads, width, half = args.batch * args.heads, h // args.heads, args.sequence // 2
     q = torch.randn(heads, args.sequence, width, device=device, dtype=dtype)
-    k, scores = torch.randn(heads, half, width, device=device, dtype=dtype), torch.randn(heads, args.sequence, half, device=device, dtype=dtype)
+    k, scores = (
+        torch.randn(heads, half, width, device=device, dtype=dtype),
+        torch.randn(heads, args.sequence, half, device=device, dtype=dtype),
+    )
 
     def step() -> None:
         for shape in products:

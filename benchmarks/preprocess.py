@@ -1,6 +1,6 @@
 """`megalith data preprocess` against the classic design and against bare `tokenizers`, on real text found on this machine.
 
-    python benchmarks/preprocess.py --gpt2 FOLDER --bert VOCAB [--megabytes 250] [--gigabyte] > benchmarks/results/preprocess.txt
+    python benchmarks/preprocess.py --gpt2 FOLDER --bert VOCAB [--megabytes 200] [--gigabyte] > benchmarks/results/preprocess.txt
 
 classic: a pool of 2 processes, one document a call through `tokenizers`, ids pickled back and written by one process (Megatron's tool with
 faster libraries: its own nltk splitter and Python BPE are slower). bare: `encode_batch_fast` of `tokenizers` over the same documents, texts
@@ -275,7 +275,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpt2", help="folder with vocab.json and merges.txt")
     parser.add_argument("--bert", help="BERT's vocab.txt (uncased)")
-    parser.add_argument("--megabytes", type=int, default=250)
+    parser.add_argument("--megabytes", type=int, default=200)
     parser.add_argument("--gigabyte", action="store_true", help="also run 1 GB, for the memory")
     parser.add_argument("--folder", default="/tmp/megalith-preprocess", help="where the corpus and the results go")
     parser.add_argument("--workers", type=int, default=2)

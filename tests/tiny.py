@@ -27,7 +27,8 @@ def tiny_config(prefix: str, folder: str, **changes) -> RunConfig:
     values = dict(
         num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=16, max_position_embeddings=16, tokenizer_type="NullTokenizer",
         vocab_size=VOCABULARY, data_path=[prefix], split="90,5,5", micro_batch_size=4, global_batch_size=8, train_iters=12, lr=5e-3,
-        lr_warmup_iters=2, lr_decay_style="cosine", eval_interval=6, eval_iters=2, log_interval=4, run_dir=folder, progress="none", device="cpu",
+        lr_warmup_iters=2, lr_decay_style="cosine", eval_interval=6, eval_iters=2, log_interval=4, run_dir=folder,
+        progress="none", device="cpu",
     )  # fmt: skip
     return RunConfig().replace(**(values | changes))
 

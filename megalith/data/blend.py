@@ -168,7 +168,7 @@ def _window(shares: np.ndarray, counts: np.ndarray, starts: np.ndarray, steps: i
     others = np.take_along_axis(behind, order[:, cut : cut + 1], axis=1)[:, 0]  # during the window no other source is further behind
     candidates = np.sort(order[:, cut:], axis=1)  # in order: of equals the first is chosen
     few = np.take_along_axis(counts, candidates, axis=1)
-    chosen, least = _advance(shares[candidates], few, starts, steps)
+    chosen, least = _advance(shares[candidates], few, starts, steps, watch=True)
     chosen = np.take_along_axis(candidates, chosen, axis=1)
     doubtful = np.flatnonzero(least <= others)
     before = counts[doubtful]
@@ -179,8 +179,8 @@ def _window(shares: np.ndarray, counts: np.ndarray, starts: np.ndarray, steps: i
     return chosen
 
 
-def _advance(shares: np.ndarray, counts: np.ndarray, starts: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rule, `steps` times on every row: chosen columns [rows, steps], and the least w * x - count that was chosen in each row."""
+def _advance(shares: np.ndarray, counts: np.ndarray, starts: np.ndarray, steps: int, watch: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """The rule, `steps` times on every row: chosen columns [rows, steps]; if watched, the least w * x - count chosen in each row."""
     rows, width = shares.shape
     chosen = np.empty((steps, rows), np.int64)
     least = np.full(rows, np.inf)
@@ -194,7 +194,8 @@ def _advance(shares: np.ndarray, counts: np.ndarray, starts: np.ndarray, steps: 
         best = behind.argmax(axis=1)
         chosen[step] = best
         best += first
-        np.minimum(least, values[best], out=least)
+        if watch:
+            np.minimum(least, values[best], out=least)
         flat[best] += 1.0
         place += 1.0
         if step == 0:

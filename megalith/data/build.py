@@ -100,6 +100,7 @@ class _Maker:
             raise ConfigError(problem("--seq-length", None, "samples have a length", "Add --seq-length N"))
         self.seq_length = config.data.seq_length
         self.made: list[Any] = []
+        self.places: dict[str, list[pathlib.Path]] = {}
 
     def open(self, sources: Sequence[Source]) -> list[Any]:
         """Open and check every source, in parallel."""
@@ -118,7 +119,10 @@ class _Maker:
         return dataset
 
     def _folders(self, indexed: Any) -> list[pathlib.Path]:
-        return default_folders(indexed.prefix, self.config.data.data_cache_path, self.run_folder)
+        beside = os.path.dirname(indexed.prefix)
+        if beside not in self.places:  # asked for every source, and paths are slow to put together
+            self.places[beside] = default_folders(indexed.prefix, self.config.data.data_cache_path, self.run_folder)
+        return self.places[beside]
 
     def prepare_all(self, rank: int) -> None:
         """Build every index, each rank starting elsewhere, so that ranks that share a cache share the work."""

@@ -25,6 +25,7 @@ FORMATS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "pa
 COMPRESSIONS = (".gz", ".zst")
 GUESSED_EXPANSION = 4  # text under gzip or zstd; only balances parts
 BATCH = 1 << 20  # bytes of raw input handled at once; a few MB live at any time
+STREAM_BLOCK = 16 << 20  # bytes of a compressed stream in one part: the parent holds one block for each worker
 MANY_COMPRESSED = 16  # from so many compressed files on, each is decompressed by the worker that encodes it
 
 
@@ -101,7 +102,7 @@ def cut(inputs: Sequence[str], part_bytes: int, finished: frozenset[int] = froze
             if waiting:
                 yield Part(number, tuple(waiting), waiting_size)
                 number, waiting, waiting_size = number + 1, [], 0
-            for block, share in _stream_blocks(path, part_bytes, size):
+            for block, share in _stream_blocks(path, min(part_bytes, STREAM_BLOCK), size):
                 yield Part(number, (Slice(path, block=None if number in finished else block),), share)
                 number += 1
             continue

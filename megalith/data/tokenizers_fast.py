@@ -142,7 +142,7 @@ class WordMemory(dict):
         self.backend, self.match, self.lower_case = backend, backend.model.tokenize, lower_case
         self.dtype = np.dtype(np.uint16 if vocab_size <= np.iinfo(np.uint16).max else np.int32)
         self.pack = functools.partial(array.array, "H" if self.dtype == np.uint16 else "i")
-        self.end = np.iinfo(self.dtype).max  # no token has this id
+        self.end = 2**16 - 1 if self.dtype == np.uint16 else 2**31 - 1  # no token has this id
         self[b"\0"] = self.pack([int(self.end)]).tobytes()
 
     def __missing__(self, word: bytes) -> bytes:

@@ -140,11 +140,16 @@ class _Weighted(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         if ctx.gradients is None:
-            raise RuntimeError("the gradients of weighted token losses are kept for one backward pass; use losses without loss_weights for more")
+            raise RuntimeError(
+                "the gradients of weighted token losses are kept for one backward pass; use losses without loss_weights for more"
+            )
         made, ctx.gradients = ctx.gradients, None
         factor = torch.where(upstream.min() == upstream.max(), upstream.flatten()[0], float("nan"))  # NaN: not a plain sum
         # A factor of one is the usual case; knowing it costs a synchronisation, free on the CPU alone.
-        scaled = [g if g is None or (not factor.is_cuda and factor.item() == 1.0) else g.mul_(factor) for g in (made.hidden, made.weight, made.bias)]
+        scaled = [
+            g if g is None or (not factor.is_cuda and factor.item() == 1.0) else g.mul_(factor)
+            for g in (made.hidden, made.weight, made.bias)
+        ]
         hidden, weight, bias = scaled
         return (
             None if hidden is None else hidden.view(ctx.shape),

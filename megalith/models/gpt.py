@@ -124,5 +124,7 @@ class GPT(nn.Module):
         if not self.training or (self.config.hidden_dropout == 0.0 and self.config.attention_dropout == 0.0):
             return None
         if samples is None or step is None:
-            raise ValueError("dropout needs `samples` and `step` in training mode: pass them, or call model.eval(), or set the dropouts to 0")
+            raise ValueError(
+                "dropout needs `samples` and `step` in training mode: pass them, or call model.eval(), or set the dropouts to 0"
+            )
         return row_keys(self.seed, step, samples, coordinates)

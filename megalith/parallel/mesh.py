@@ -96,9 +96,9 @@ def grid(config: ParallelConfig, device: torch.device) -> Mesh:
     fixed = config.model_parallel_size * config.data_parallel_replicas
     if world % fixed:
         raise ConfigError(
-            f"{world} processes do not divide into tensor {config.tensor_model_parallel_size} x pipeline {config.pipeline_model_parallel_size} "
-            f"x context {config.context_parallel_size} x replicas {config.data_parallel_replicas}; their product must divide the number of "
-            f"processes. Start a multiple of {fixed} processes, or lower --tensor-model-parallel-size or its like."
+            f"{world} processes do not divide into tensor {config.tensor_model_parallel_size} "
+            f"x pipeline {config.pipeline_model_parallel_size} x context {config.context_parallel_size} "
+            f"x replicas {config.data_parallel_replicas}; their product must divide the number of processes. Start a multiple of {fixed} processes, or lower --tensor-model-parallel-size or its like."
         )
     data = world // config.model_parallel_size
     # Without sharding every data-parallel process is a replica; with it, those of one replica group share one copy.

@@ -76,7 +76,8 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
         for split, dataset in datasets.items() if dataset is not None
     }  # fmt: skip
     info = RunInfo(
-        config=config, folder=pathlib.Path(config.logging.folder), start_step=progress.iteration, rank=mesh.rank, world_size=mesh.world_size,
+        config=config, folder=pathlib.Path(config.logging.folder), start_step=progress.iteration,
+        rank=mesh.rank, world_size=mesh.world_size,
         train_iters=0 if config.validation.skip_train else total_steps(config, mesh.data_size),
         flops_per_token_full=flops_per_token(config.model, config.data.seq_length, causal_half=False),
         flops_per_token_half=flops_per_token(config.model, config.data.seq_length, causal_half=True),
@@ -118,8 +119,8 @@ def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
         size = tokenizer.vocab_size
     if size < tokenizer.vocab_size:
         raise ConfigError(
-            f"--vocab-size {size} is smaller than the tokenizer's vocabulary: found {tokenizer.vocab_size} tokens; every token needs a row of "
-            f"the embedding. Drop --vocab-size, or name the tokenizer that made the data."
+            f"--vocab-size {size} is smaller than the tokenizer's vocabulary: found {tokenizer.vocab_size} tokens; "
+            f"every token needs a row of the embedding. Drop --vocab-size, or name the tokenizer that made the data."
         )
     return config.replace(vocab_size=size)
 

@@ -89,12 +89,15 @@ def check_folder(config: RunConfig) -> None:
         return
     if load is not None and there and not config.checkpoint.finetune:
         raise ConfigError(
-            f"--load {load} and the folder of this run's own checkpoints, {own}, which holds iteration {checkpoint.latest(own)}: only one can be "
-            f"gone on from. Drop --load to resume this run, name another --run-dir or --save, or give --fresh to move this run aside."
+            f"--load {load} and the folder of this run's own checkpoints, {own}, which holds iteration "
+            f"{checkpoint.latest(own)}: only one can be gone on from. Drop --load to resume this run, "
+            f"name another --run-dir or --save, or give --fresh to move this run aside."
         )
     if load is not None and not there and not checkpoint.iterations(load):
-        raise CheckpointError(f"--load {load} holds no complete checkpoint (iter_NNNNNNN/); starting from random weights instead would be silent loss. "
-                              f"Name a folder that `megalith checkpoint inspect` can read, or drop --load.")  # fmt: skip
+        raise CheckpointError(
+            f"--load {load} holds no complete checkpoint (iter_NNNNNNN/); starting from random weights instead would be silent loss. "
+            f"Name a folder that `megalith checkpoint inspect` can read, or drop --load."
+        )
     metrics = run / "metrics.jsonl"
     if not there and load is None and metrics.exists() and metrics.stat().st_size:
         raise ConfigError(

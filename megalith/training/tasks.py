@@ -25,7 +25,10 @@ class Task(Protocol):
         """The model's arguments by name, given the counts of the global batch."""
 
     def losses(self, output: Tensor, batch: Batch, counts: dict[str, Tensor]) -> dict[str, Tensor]:
-        """This micro-batch's share of each loss of the global batch, under the names of `counts`; the shares are added up, and so are the losses."""
+        """This micro-batch's share of each loss of the global batch, under the names of `counts`.
+
+        The shares are added up, and what is minimised is the sum of the losses.
+        """
 
 
 class LanguageModelling:

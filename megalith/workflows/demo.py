@@ -16,7 +16,18 @@ from megalith.common.errors import ConfigError, MegalithError
 from megalith.common.units import duration, size
 from megalith.workflows.corpus import write_corpus
 
-MODEL = "--num-layers 4 --hidden-size 256 --num-attention-heads 4 --max-position-embeddings 256 --seq-length 256".split()
+MODEL = [
+    "--num-layers",
+    "4",
+    "--hidden-size",
+    "256",
+    "--num-attention-heads",
+    "4",
+    "--max-position-embeddings",
+    "256",
+    "--seq-length",
+    "256",
+]
 TRAINING = (
     "--micro-batch-size 8 --global-batch-size 16 --train-iters {steps} --lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine "
     "--lr-warmup-fraction 0.05 --weight-decay 0.1 --adam-beta2 0.95 --hidden-dropout 0 --attention-dropout 0 --split 95,5,0 "
@@ -58,7 +69,9 @@ def run_demo(folder: str = "runs/demo", steps: int = 300, megabytes: float = 8.0
     _megalith(*train, processes=processes)
 
     _say(f"6. Text from it, after the prompt {PROMPT!r}")
-    _megalith("generate", "--load", str(run), "--prompt", PROMPT, "--max-new-tokens", "96", "--temperature", "0.8", "--top-k", "40", "--seed", "1")
+    _megalith(
+        "generate", "--load", str(run), "--prompt", PROMPT, "--max-new-tokens", "96", "--temperature", "0.8", "--top-k", "40", "--seed", "1"
+    )
     first, last = _validation(run)
     _say(f"Done in {duration(time.perf_counter() - started)}")
     print(

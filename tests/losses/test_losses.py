@@ -9,14 +9,13 @@ import pytest
 FOLDER = pathlib.Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from tests.tiny import losses, tiny_config, write_corpus  # noqa: E402
-
 from megalith.training.pretrain import train  # noqa: E402
+from tests.tiny import losses, tiny_config, write_corpus  # noqa: E402
 
 MODELS = {
     "gpt": {"openai_gelu": True},
-    "llama": {"position_embedding_type": "rope", "swiglu": True, "normalization": "RMSNorm", "num_query_groups": 2, "add_bias_linear": False,
-              "untie_embeddings_and_output_weights": True, "hidden_dropout": 0.0, "attention_dropout": 0.0},
+    "llama": {"position_embedding_type": "rope", "swiglu": True, "normalization": "RMSNorm", "num_query_groups": 2,
+              "add_bias_linear": False, "untie_embeddings_and_output_weights": True, "hidden_dropout": 0.0, "attention_dropout": 0.0},
 }  # fmt: skip
 
 

@@ -4,7 +4,8 @@ from megalith.config.run import RunConfig
 
 SMALL = RunConfig().replace(
     num_layers=2, hidden_size=32, num_attention_heads=4, ffn_hidden_size=48, max_position_embeddings=16, seq_length=16, vocab_size=64,
-    hidden_dropout=0.0, attention_dropout=0.0, init_method_std=0.2, loss_chunk_tokens=24, micro_batch_size=1, global_batch_size=4, device="cpu",
+    hidden_dropout=0.0, attention_dropout=0.0, init_method_std=0.2, loss_chunk_tokens=24, micro_batch_size=1, global_batch_size=4,
+    device="cpu",
 )  # fmt: skip
 
 FORMS: dict[str, dict] = {

@@ -4,12 +4,12 @@ import functools
 
 import pytest
 import torch
-from tests.parity.cases import FORMS, LAYOUTS, config_of
 
 from megalith.optim.clip import global_norm
 from megalith.runtime.build import Runtime
 from megalith.testing import run_ranks
 from megalith.testing.parity import TOLERANCE, Measured, compare, measure, merge
+from tests.parity.cases import FORMS, LAYOUTS, config_of
 
 # The covering set: each layout with a form that strains it most, each form with several layouts. All the others are slow.
 COVERING = {

@@ -2,15 +2,21 @@
 
 import pytest
 import torch
-from tests.tiny import losses, records, tiny_config
 
 from megalith import checkpoint
 from megalith.training.pretrain import train
+from tests.tiny import losses, records, tiny_config
 
 FORMS = {
     "dropout": {},
     "bf16": {"bf16": True},
-    "llama": {"position_embedding_type": "rope", "swiglu": True, "normalization": "RMSNorm", "num_query_groups": 2, "add_bias_linear": False},
+    "llama": {
+        "position_embedding_type": "rope",
+        "swiglu": True,
+        "normalization": "RMSNorm",
+        "num_query_groups": 2,
+        "add_bias_linear": False,
+    },
     "documents": {"reset_attention_mask": True, "reset_position_ids": True, "eod_mask_loss": True},
     "cyclic": {"dataloader_type": "cyclic"},
 }

@@ -9,10 +9,10 @@ import sys
 import time
 
 import pytest
-from tests.tiny import losses, tiny_config
 
 from megalith import checkpoint
 from megalith.config.loading import to_yaml
+from tests.tiny import losses, tiny_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -33,7 +33,9 @@ def wait_for_a_checkpoint(checkpoints: pathlib.Path, newer_than: int) -> None:
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_kill_during_saves(kills, corpus, tmp_path):
-    config = tiny_config(corpus, str(tmp_path / "run"), train_iters=100000, save_interval=1, eval_iters=0, lr_decay_style="constant", keep_last=2)
+    config = tiny_config(
+        corpus, str(tmp_path / "run"), train_iters=100000, save_interval=1, eval_iters=0, lr_decay_style="constant", keep_last=2
+    )
     chance, checkpoints = random.Random(7), tmp_path / "run" / "checkpoints"
     last = 0
     for _ in range(kills):

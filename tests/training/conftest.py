@@ -1,6 +1,7 @@
 """One corpus for all tests of training."""
 
 import pytest
+
 from tests.tiny import write_corpus
 
 

@@ -6,11 +6,11 @@ import signal
 import time
 
 import pytest
-from tests.tiny import tiny_config
 
 from megalith.training.callbacks import Callback, RunInfo, StepRecord
 from megalith.training.duties import ExitInterval, SaveCheckpoints, StopSignal, Validate
 from megalith.training.state import FAILED, Progress
+from tests.tiny import tiny_config
 
 
 def run_info(**changes) -> RunInfo:
@@ -18,7 +18,8 @@ def run_info(**changes) -> RunInfo:
 
 
 def step(number: int) -> StepRecord:
-    return StepRecord(step=number, consumed_samples=8 * number, loss={"lm loss": 1.0}, learning_rate=1.0, weight_decay=0.0, global_batch_size=8, tokens=1, seconds=1.0)  # fmt: skip
+    rates = {"learning_rate": 1.0, "weight_decay": 0.0}
+    return StepRecord(step=number, consumed_samples=8 * number, loss={"lm loss": 1.0}, global_batch_size=8, tokens=1, seconds=1.0, **rates)
 
 
 class Ear(Callback):
@@ -42,7 +43,13 @@ def test_validation_before_between_and_after():
     ear, progress = Ear(), Progress()
     duty = Validate(lambda split: {"lm loss": 2.0}, progress, [ear], ["validation", "test"])
     drive(duty, progress, run_info(eval_interval=5), 12)
-    assert [(number, split) for number, split, _ in ear.heard] == [(0, "validation"), (5, "validation"), (10, "validation"), (12, "validation"), (12, "test")]
+    assert [(number, split) for number, split, _ in ear.heard] == [
+        (0, "validation"),
+        (5, "validation"),
+        (10, "validation"),
+        (12, "validation"),
+        (12, "test"),
+    ]
 
 
 def test_no_validation_twice_at_the_end_and_none_when_stopped():

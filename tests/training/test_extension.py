@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+
 from tests.tiny import losses, tiny_config
 
 MODULE = '''
@@ -20,7 +21,8 @@ class Squares:
 
     def __getitem__(self, i):
         ids = (i + np.arange(self.length + 1) * (i % 3 + 1)) % 40
-        return {"input_ids": ids[:-1], "labels": ids[1:], "loss_mask": np.ones(self.length, np.float32), "positions": np.arange(self.length)}
+        mask, positions = np.ones(self.length, np.float32), np.arange(self.length)
+        return {"input_ids": ids[:-1], "labels": ids[1:], "loss_mask": mask, "positions": positions}
 
 
 class Focal:

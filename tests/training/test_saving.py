@@ -4,11 +4,11 @@ import pathlib
 
 import pytest
 import torch
-from tests.tiny import losses, tiny_config
 
 from megalith import checkpoint
 from megalith.common.errors import CheckpointError, ConfigError
 from megalith.training.pretrain import train
+from tests.tiny import losses, tiny_config
 
 
 @pytest.fixture

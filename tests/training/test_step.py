@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tests.tiny import VOCABULARY, tiny_config
 
 from megalith.optim.build import build_optimizer
 from megalith.optim.loss_scale import StaticLossScale
@@ -11,6 +10,7 @@ from megalith.runtime.build import place, start
 from megalith.training.state import Progress
 from megalith.training.step import Trainer, train_step
 from megalith.training.tasks import LanguageModelling
+from tests.tiny import VOCABULARY, tiny_config
 
 
 @pytest.fixture(autouse=True)

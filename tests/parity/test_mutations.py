@@ -1,0 +1,115 @@
+"""Would the parity tests notice? Plan entries, collectives and normalisers are broken on purpose; each break must be caught."""
+
+import contextlib
+import functools
+from collections.abc import Callable
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from megalith.parallel import collectives, styles, tensor
+from megalith.parallel.plans.gpt import PLAN
+from megalith.testing import parity, run_ranks
+from megalith.testing.parity import TOLERANCE, Measured, compare, measure
+from tests.parity.cases import LAYOUTS, config_of
+
+DTYPE = torch.float64
+
+
+def entry(pattern: str, style: Callable) -> contextlib.AbstractContextManager:
+    """The plan with another style for a pattern."""
+    return mock.patch.dict(PLAN, {pattern: style})
+
+
+def untold(module, parent, axis):
+    """A style that changes nothing."""
+    return module
+
+
+def unsummed(style: Callable) -> Callable:
+    """A style whose gradients are not added up."""
+
+    def build(module, parent, axis):
+        twin = style(module, parent, axis)
+        twin.summed = ()
+        return twin
+
+    return build
+
+
+def first_part(module, parent, axis):
+    """Dropout by the first rank's rows on all ranks."""
+    twin = styles.part_dropout(module, parent, axis)
+    twin.axis = mock.Mock(part=lambda rows: rows[:, : rows.shape[1] // axis.size])
+    return twin
+
+
+def identity_sum(x: Tensor, group: str) -> Tensor:
+    """A sum over the ranks that is forgotten."""
+    return collectives.ops.all_reduce(x / 2, "sum", group)  # the mean, so that ranks stay in step
+
+
+def own_gather(started: Tensor, size: int) -> Tensor:
+    """A gather that mixes up the ranks."""
+    parts = collectives.wait(started)
+    return parts.view(size, -1, *parts.shape[1:]).flip(0).transpose(0, 1).flatten(1, 2)
+
+
+def local_count(runtime, batches, tokens, step):
+    """Each rank divides by the tokens it has seen itself."""
+    return backward(runtime, batches, torch.stack([data["loss_mask"].sum() for data in batches]).sum() * runtime.mesh.data_size, step)
+
+
+backward = parity.backward
+MUTATIONS: dict[str, tuple[str, str, Callable[[], contextlib.AbstractContextManager]]] = {
+    "slopes of other heads": ("alibi", "tp2", lambda: entry("layers.*.attention.core", untold)),
+    "score dropout of other heads": ("dropout", "tp2", lambda: entry("layers.*.attention.core", untold)),
+    "norm not summed": ("absolute", "tp2 sp", lambda: entry("layers.*.mlp_norm", unsummed(styles.copy))),
+    "final norm not summed": ("absolute", "tp2 sp", lambda: entry("final_norm", unsummed(styles.copy))),
+    "head norm not summed": ("rotary", "tp2", lambda: entry("layers.*.attention.k_norm", styles.copy)),
+    "keys not summed": ("alibi", "tp2", lambda: entry("layers.*.attention.k", unsummed(styles.heads))),
+    "row bias not summed": ("absolute", "tp2 sp", lambda: entry("layers.*.mlp.down", unsummed(styles.row))),
+    "positions not summed": ("absolute", "tp2 sp", lambda: entry("position_embedding", unsummed(styles.part_embedding))),
+    "embedding dropout of other rows": ("dropout", "tp2 sp", lambda: entry("embedding_dropout", first_part)),
+    "MLP dropout of other rows": ("dropout", "tp2 sp", lambda: entry("layers.*.mlp_dropout", first_part)),
+    "attention dropout of all rows": ("dropout", "tp2 sp", lambda: entry("layers.*.attention_dropout", untold)),
+    "loss of a part of the vocabulary": ("absolute", "tp2", lambda: entry("token_loss", untold)),
+    "up as a copy": ("absolute", "tp2", lambda: entry("layers.*.mlp.up", styles.row)),
+    "forward and backward sums": ("absolute", "tp2", lambda: mock.patch.object(collectives, "start_sum", identity_sum)),
+    "sum of the softmax": ("absolute", "tp2", lambda: mock.patch.object(tensor, "start_sum", identity_sum)),
+    "gathered in another order": ("absolute", "tp2 sp", lambda: mock.patch.object(collectives, "finish_gather", own_gather)),
+    "no sum over copies": ("rotary", "tp2 sp", lambda: mock.patch.object(tensor, "sum_gradients", lambda model: None)),
+    "replicas not summed": (
+        "absolute",
+        "dp2 none",
+        lambda: mock.patch("megalith.parallel.data_parallel.Replicas.finish", lambda self: None),
+    ),
+    "shards averaged": ("absolute", "dp2 full", lambda: mock.patch("torch.distributed.fsdp.FSDPModule.set_gradient_divide_factor")),
+    "normalised by own tokens": ("absolute", "dp2 none", lambda: mock.patch.object(parity, "backward", local_count)),
+}
+
+
+def broken(name: str) -> Measured:
+    """One step with a mutation."""
+    form, layout, patch = MUTATIONS[name]
+    with patch():
+        return measure(config_of(form, layout), DTYPE)
+
+
+@functools.cache
+def alone(form: str) -> Measured:
+    """One process, unbroken."""
+    return run_ranks(measure, 1, config_of(form), DTYPE)[0]
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_break_is_caught(name: str) -> None:
+    form, layout, _ = MUTATIONS[name]
+    try:
+        parts = run_ranks(broken, LAYOUTS[layout][0], name, timeout=60)
+    except (RuntimeError, IndexError, ValueError):  # shapes that do not fit: noticed without any comparison
+        return
+    worst = max(difference.error for part in parts for difference in compare(alone(form), part, DTYPE))
+    assert worst > 100 * TOLERANCE[DTYPE], f"{name} went unnoticed: worst difference {worst}"
