@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.tiny import losses, records, tiny_config, write_corpus
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,6 +19,7 @@ from megalith.parallel.collectives import Axis
 from megalith.parallel.context import ContextAttention, part, places
 from megalith.testing import run_ranks
 from megalith.training.pretrain import train
+from tests.tiny import losses, records, tiny_config, write_corpus
 
 BATCH, HEADS, LENGTH, WIDTH = 2, 4, 24, 8
 
