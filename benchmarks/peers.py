@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Callable
 from unittest import mock
 
@@ -108,7 +109,7 @@ def megatron_core(args: argparse.Namespace, device: torch.device, ids: Tensor, l
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker, model_parallel_cuda_manual_seed
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -116,6 +117,8 @@ def megatron_core(args: argparse.Namespace, device: torch.device, ids: Tensor, l
     parallel_state.initialize_model_parallel()
     if device.type == "cuda":
         model_parallel_cuda_manual_seed(1)
+    else:  # its dropout, off here, asks for a CUDA generator
+        mock.patch.object(CudaRNGStatesTracker, "fork", lambda self, name=None: contextlib.nullcontext()).start()
     config = TransformerConfig(
         num_layers=args.num_layers, hidden_size=args.hidden_size, num_attention_heads=args.heads, use_cpu_initialization=True,
         hidden_dropout=0.0, attention_dropout=0.0, activation_func=lambda x: nn.functional.gelu(x, approximate="tanh"),

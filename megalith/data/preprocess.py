@@ -32,6 +32,7 @@ from megalith.data.tokenizers import Tokenizer, TokenizerOptions, build_tokenize
 SMALLEST_PART, LARGEST_PART = 16 << 20, 64 << 20  # bytes of input; --partitions can ask for smaller ones
 FORMAT = 1  # raise when the meaning of stored parts changes
 REPORTED_PROBLEMS = 1000
+PARTS = ".parts"  # behind the output prefix: the folder of unfinished work
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,20 +95,23 @@ def preprocess(
     part_bytes = max(1, min(max(SMALLEST_PART, min(total // 4096, LARGEST_PART)), -(-total // options.partitions)))
     key = _fingerprint(options, inputs, part_bytes, tokenizer.fingerprint())
     report = f"{options.output_prefix}_preprocess.json"
-    if done := _already_done(report, key, prefixes, options.overwrite):
+    if done := _already_done(options, report, key, prefixes):
         notice(
             f"{', '.join(prefixes.values())}: already made from this input with these settings; nothing to do (--overwrite makes it again)"
         )
+        shutil.rmtree(options.output_prefix + PARTS, ignore_errors=True)
         return PreprocessResult(**done, report=report, elapsed=time.monotonic() - started)
 
-    encoder = tokenizer.accelerate(sample_texts(inputs, options.json_keys)) if options.fast else "encoder: plain, as asked"
+    fast, encoder = False, "encoder: plain, as asked"
+    if options.fast:
+        fast, encoder = tokenizer.accelerate(sample_texts(inputs, options.json_keys))
     notice(encoder)
     folder = _working_folder(options.output_prefix, key, notice)
     job = Job(
         folder=str(folder.resolve()),
         tokenizer=dataclasses.asdict(options.tokenizer),
         keys=tuple(options.json_keys),
-        fast=options.fast and "not usable" not in encoder and "other ids" not in encoder,
+        fast=fast,
         split_sentences=options.split_sentences,
         language=options.lang,
         keep_newlines=options.keep_newlines,
@@ -196,24 +200,27 @@ def _fingerprint(options: PreprocessOptions, inputs: list[str], part_bytes: int,
     return digest.hexdigest()
 
 
-def _already_done(report: str, key: str, prefixes: dict[str, str], overwrite: bool) -> dict | None:
+def _already_done(options: PreprocessOptions, report: str, key: str, prefixes: dict[str, str]) -> dict | None:
     """The result stored in the report when the outputs are there and were made from the same; DataError when from something else."""
     existing = [prefix for prefix in prefixes.values() if os.path.exists(prefix + ".idx")]
-    if not existing or overwrite:
+    if not existing or options.overwrite:
         return None
+    marker = pathlib.Path(options.output_prefix + PARTS, "key")
     try:
         stored = json.loads(pathlib.Path(report).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         stored = {}
     if stored.get("key") == key and len(existing) == len(prefixes):
         return stored["result"]
+    if marker.exists() and marker.read_text() == key:
+        return None  # killed while the datasets of several keys were joined
     rule = "it was made from other input or with other settings, and is not replaced unasked"
     raise DataError(problem("--output-prefix", existing[0] + ".idx exists", rule, "Add --overwrite, or choose another prefix"))
 
 
 def _working_folder(output_prefix: str, key: str, notice: Callable[[str], None]) -> pathlib.Path:
     """`{prefix}.parts`, emptied of what belongs to another key."""
-    folder = pathlib.Path(output_prefix + ".parts")
+    folder = pathlib.Path(output_prefix + PARTS)
     marker = folder / "key"
     if folder.exists() and (not marker.exists() or marker.read_text() != key):
         notice(f"{folder}: left by another input or other settings; starting anew")

@@ -108,9 +108,9 @@ class Tokenizer:
         ids, lengths = self.encode_flat(texts)
         return np.split(ids, np.cumsum(lengths)[:-1]) if len(texts) else []
 
-    def accelerate(self, sample: Sequence[str]) -> str:
-        """Switch to a faster encoder if there is one and it gives the same ids for `sample`; returns a line that says what was chosen."""
-        return f"{self.options.tokenizer_type}: no faster encoder than the plain one"
+    def accelerate(self, sample: Sequence[str]) -> tuple[bool, str]:
+        """Switch to a faster encoder if there is one and it gives the same ids for `sample`; (whether it did, a line that says so)."""
+        return False, f"encoder: {self.options.tokenizer_type}: no faster encoder than the plain one"
 
     def require(self, name: str) -> int:
         """The special id `name` ("eod", "mask", ...); raises DataError where this vocabulary has none."""

@@ -91,15 +91,15 @@ class BertWordPiece(LibraryTokenizer):
         """Ids of many texts end to end, and how many belong to each."""
         return self._words.encode_flat(texts) if self._words is not None else super().encode_flat(texts)
 
-    def accelerate(self, sample: Sequence[str]) -> str:
+    def accelerate(self, sample: Sequence[str]) -> tuple[bool, str]:
         """Remember words already encoded, if that gives the ids of encoding whole texts for every text of `sample`."""
         words = WordMemory(self.backend, self.lower_case, self.vocab_size)
         ids, lengths = words.encode_flat(sample)
         expected = [encoding.ids for encoding in self.backend.encode_batch_fast(list(sample), add_special_tokens=False)]
         if [len(row) for row in expected] != lengths.tolist() or list(itertools.chain.from_iterable(expected)) != ids.tolist():
-            return "encoder: tokenizers (remembering words gave other ids for a sample of this input)"
+            return False, "encoder: tokenizers (remembering words gave other ids for a sample of this input)"
         self._words = words
-        return f"encoder: tokenizers with a memory of words (same ids as without on {len(sample)} sampled texts)"
+        return True, f"encoder: tokenizers with a memory of words (same ids as without on {len(sample)} sampled texts)"
 
 
 class BertWordPieceLowerCase(BertWordPiece):

@@ -69,17 +69,17 @@ class LibraryTokenizer(Tokenizer):
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         return (np.concatenate(rows) if rows else np.empty(0, np.int32)), lengths
 
-    def accelerate(self, sample: Sequence[str]) -> str:
+    def accelerate(self, sample: Sequence[str]) -> tuple[bool, str]:
         """Use gigatoken if it is installed and gives the ids of `tokenizers` for every text of `sample`."""
         try:
             encoder = optional_import("gigatoken", "data", "the fast encoder").Tokenizer.from_json(self.fast_json()).backend.encode
             same = all(self.backend.encode(text, add_special_tokens=False).ids == encoder(text).tolist() for text in sample)
         except (DataError, ValueError, TypeError, RuntimeError, NotImplementedError) as error:
-            return f"encoder: tokenizers (gigatoken not usable: {error})"
+            return False, f"encoder: tokenizers (gigatoken not usable: {error})"
         if not same:
-            return "encoder: tokenizers (gigatoken gave other ids for a sample of this input)"
+            return False, "encoder: tokenizers (gigatoken gave other ids for a sample of this input)"
         self._encoder = encoder
-        return f"encoder: gigatoken (same ids as tokenizers on {len(sample)} sampled texts)"
+        return True, f"encoder: gigatoken (same ids as tokenizers on {len(sample)} sampled texts)"
 
     def fast_json(self) -> str:
         """The tokenizer.json handed to gigatoken."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megalith.config.model import ModelConfig
 from megalith.layers.attention import CoreAttention, SelfAttention
-from megalith.layers.block import NORMS, Block
+from megalith.layers.block import NORMS, Block, run_in_order
 from megalith.layers.dropout import Dropout, row_keys
 from megalith.layers.loss import TokenLoss
 from megalith.layers.mask import AttentionMask
@@ -33,6 +33,7 @@ class GPT(nn.Module):
         self.position_embedding = nn.Embedding(config.max_position_embeddings, h) if learned else None
         self.embedding_dropout = Dropout(config.hidden_dropout, "embedding")
         self.layers = nn.ModuleDict({str(i): self.make_layer(i) for i in range(config.num_layers)})
+        self.run_layers = run_in_order
         self.final_norm = NORMS[config.norm](h, config.layernorm_epsilon)
         self.head = nn.Linear(h, vocab, bias=False)
         self.token_loss = TokenLoss(config.loss_chunk_tokens, config.z_loss_coeff)
@@ -102,8 +103,7 @@ class GPT(nn.Module):
         x = inputs if self.embedding is None else self.embed(inputs, positions, rows)
         mask = AttentionMask(documents=documents, slopes=self.slopes, rows=rows)
         rotary = rotary_table(positions, c.head_dim, base=c.rotary_base, percent=c.rotary_percent) if c.positions == "rope" else None
-        for layer in self.layers.values():
-            x = layer(x, mask, rotary, rows)
+        x = self.run_layers(list(self.layers.values()), x, mask, rotary, rows)
         if self.final_norm is not None:
             x = self.final_norm(x)
         if self.head is None:

@@ -98,7 +98,8 @@ def grid(config: ParallelConfig, device: torch.device) -> Mesh:
         raise ConfigError(
             f"{world} processes do not divide into tensor {config.tensor_model_parallel_size} "
             f"x pipeline {config.pipeline_model_parallel_size} x context {config.context_parallel_size} "
-            f"x replicas {config.data_parallel_replicas}; their product must divide the number of processes. Start a multiple of {fixed} processes, or lower --tensor-model-parallel-size or its like."
+            f"x replicas {config.data_parallel_replicas}; their product must divide the number of processes. "
+            f"Start a multiple of {fixed} processes, or lower --tensor-model-parallel-size or its like."
         )
     data = world // config.model_parallel_size
     # Without sharding every data-parallel process is a replica; with it, those of one replica group share one copy.

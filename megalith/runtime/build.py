@@ -13,7 +13,7 @@ from megalith.config.run import RunConfig
 from megalith.config.stages import SPLIT_BACKWARD, layers_of, schedule_of, stages_of
 from megalith.layers.random import key
 from megalith.models import MODELS
-from megalith.parallel import context, data_parallel, plan
+from megalith.parallel import context, data_parallel, plan, recompute
 from megalith.parallel.collectives import Axis
 from megalith.parallel.mesh import Mesh, start
 from megalith.parallel.part import Part
@@ -155,6 +155,7 @@ def settle(config: RunConfig, mesh: Mesh, model: nn.Module, stage: int, names: M
         defer(model, queue)
     if mesh.size("cp") > 1:
         context.apply(model, Axis(mesh.devices["cp"]))
+    recompute.apply(model, config.recompute)
     blocks = list(model.layers.values())
     if config.precision.compile:
         for block in blocks:  # forward alone: the hooks of fully_shard would break the graph

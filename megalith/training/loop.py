@@ -13,7 +13,7 @@ from megalith.training.step import StepResult, Trainer, train_step
 
 
 def train_loop(
-    trainer: Trainer, loader: Loader, progress: Progress, batch_size: Callable[[int], int], run: RunInfo,
+    trainer: Trainer, loader: Loader | None, progress: Progress, batch_size: Callable[[int], int], run: RunInfo,
     callbacks: Sequence[Callback], asked_to_stop: Callable[[], bool],
 ) -> None:  # fmt: skip
     """Step until run.train_iters, or until `progress.stop` says why the run ends early.

@@ -60,14 +60,21 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
     """The run itself, on a mesh."""
     torch.use_deterministic_algorithms(config.precision.deterministic_mode)
     datasets = build_datasets(config, tokenizer, rank=mesh.data_rank, size=mesh.data_size, run_folder=config.logging.folder)
+    if datasets["train"] is None and not config.validation.skip_train:
+        raise ConfigError(
+            f"--split {config.data.split!r} leaves nothing to train on; its first share must be above 0. Change it, or give --train-data-path."
+        )
     batch = global_batch(config, mesh.data_size)
     runtime = place(config, mesh)
     optimizer = build_optimizer(config.optimizer, runtime.named_parameters())
     schedule = Schedule(config.optimizer, config.schedule, batch)
     trainer = Trainer(runtime, TASKS.find(config.data.loss)(), optimizer, schedule, build_loss_scale(config.precision))
     progress = saving.resume(trainer)
+    last_step = 0 if config.validation.skip_train else total_steps(config, mesh.data_size)
     if mesh.is_main:
-        announce(config, mesh, trainer, progress)
+        announce(config, mesh, trainer, progress, last_step)
+    if progress.iteration >= last_step > 0:
+        return progress
     loaders = {
         split: Loader(
             dataset, micro_batch_size=config.batch.micro_batch_size, rank=mesh.data_rank, size=mesh.data_size, seed=config.batch.seed,
@@ -78,7 +85,7 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
     info = RunInfo(
         config=config, folder=pathlib.Path(config.logging.folder), start_step=progress.iteration,
         rank=mesh.rank, world_size=mesh.world_size,
-        train_iters=0 if config.validation.skip_train else total_steps(config, mesh.data_size),
+        train_iters=last_step,
         flops_per_token_full=flops_per_token(config.model, config.data.seq_length, causal_half=False),
         flops_per_token_half=flops_per_token(config.model, config.data.seq_length, causal_half=True),
         peak_flops=peak_flops(device_name(mesh.device), config.precision.compute_dtype, config.logging.peak_tflops),
@@ -88,7 +95,10 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
         iterations = config.validation.eval_iters
         if split == "test":
             return evaluate(trainer, loaders["test"], 0, iterations, batch)
-        losses = evaluate(trainer, loaders["valid"], progress.consumed_valid_samples, iterations, batch)
+        # Each validation takes the next samples, as Megatron's does; after the last whole set it starts over.
+        sets = max(1, len(datasets["valid"]) // (iterations * batch))
+        first = progress.consumed_valid_samples // (iterations * batch) % sets * (iterations * batch)
+        losses = evaluate(trainer, loaders["valid"], first, iterations, batch)
         if progress.iteration:  # the point before the first step is one more than Megatron counts samples for
             progress.consumed_valid_samples += iterations * batch
         return losses
@@ -104,7 +114,7 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
         callbacks = [*tell, Validate(measure, progress, tell, splits), SaveCheckpoints(save, progress), ExitInterval(progress)]
         try:
             batches = functools.partial(batch_size_at, config, mesh.data_size)
-            train_loop(trainer, loaders["train"], progress, batches, info, callbacks, signals)
+            train_loop(trainer, loaders.get("train"), progress, batches, info, callbacks, signals)
         finally:
             signals.restore()
     if mesh.is_main and progress.stop is not None:
@@ -138,7 +148,7 @@ def on_main(mesh: Mesh, job) -> None:
         raise outcome[0]
 
 
-def announce(config: RunConfig, mesh: Mesh, trainer: Trainer, progress: Progress) -> None:
+def announce(config: RunConfig, mesh: Mesh, trainer: Trainer, progress: Progress, last_step: int) -> None:
     """Say what is about to run, in a few lines."""
     print(
         f"{config.model.model_type} with {trainer.runtime.num_parameters:,} parameters on {mesh.world_size} x {device_name(mesh.device)}, "
@@ -146,7 +156,8 @@ def announce(config: RunConfig, mesh: Mesh, trainer: Trainer, progress: Progress
         flush=True,
     )
     if progress.iteration:
-        print(f"resuming after step {progress.iteration} ({progress.consumed_train_samples} samples)", flush=True)
+        done = "; that is all of them, nothing is left to do (raise --train-iters to go on)" if progress.iteration >= last_step > 0 else ""
+        print(f"resuming after step {progress.iteration} of {last_step}{done}", flush=True)
 
 
 def device_name(device: torch.device) -> str:

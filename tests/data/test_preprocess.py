@@ -221,6 +221,27 @@ def test_finished_parts_are_kept_only_for_the_same_job(tmp_path, monkeypatch):
     assert rows(preprocess(dataclasses.replace(options, overwrite=True)).prefixes["text"]) == changed
 
 
+def test_killed_between_the_datasets_of_two_keys(tmp_path, monkeypatch):
+    numbers(tmp_path / "a.jsonl", keys=("title", "body"))
+    expected = run(tmp_path, tmp_path / "a.jsonl", "expected", json_keys=("title", "body"))
+    real, calls = module.merge_datasets, []
+
+    def die_at_second(parts, prefix):
+        calls.append(prefix)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(parts, prefix)
+
+    monkeypatch.setattr(module, "merge_datasets", die_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, tmp_path / "a.jsonl", json_keys=("title", "body"))
+    assert (tmp_path / "out_title_document.idx").exists() and not (tmp_path / "out_body_document.idx").exists()
+    result = run(tmp_path, tmp_path / "a.jsonl", json_keys=("title", "body"))
+    assert result.resumed_parts == 1
+    for key in ("title", "body"):
+        assert content(result.prefixes[key]) == content(expected.prefixes[key])
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_kill_and_go_on(tmp_path, packed):
     source = tmp_path / "a.jsonl"
