@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # the project itself, where it is not installed
 CANDIDATES = ("megalith", "megalith-compile", "hf", "hf-compile", "megatron-core", "limit")
 
 
@@ -65,8 +66,6 @@ def arguments() -> argparse.Namespace:
 def work(args: argparse.Namespace) -> dict:
     """Be one candidate: time its steps, and tell its losses and its peak memory."""
     import torch
-
-    sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
     from peers import BUILDERS
 
     device = torch.device(args.device)
@@ -116,11 +115,27 @@ def report(args: argparse.Namespace, results: dict[str, list[dict]]) -> None:
         lines.append(f"best of ours ({best}) / fastest peer ({rival}): {speed[best] / speed[rival]:.3f}")
         lines.append(f"its memory / smallest peer's: {memory[best] / min(memory[name] for name in peers):.3f}")
         lines.append(f"smallest memory of ours / smallest peer's: {min(memory[n] for n in ours) / min(memory[n] for n in peers):.3f}")
+    for name, rate in speed.items():
+        lines += [mfu(args, name, rate)] if args.device != "cpu" and name != "limit" else []
     if ours and "limit" in speed:
         lines.append(f"best of ours / limit: {max(speed[name] for name in ours) / speed['limit']:.3f}")
     print("\n".join(lines))
     if args.output:
         args.output.write_text("\n".join(lines) + "\n")
+
+
+def mfu(args: argparse.Namespace, name: str, tokens_per_second: float) -> str:
+    """Model FLOP/s of one device against its peak, attention counted whole and causal."""
+    import torch
+    from peers import our_config
+
+    from megalith.config.flops import flops_per_token
+    from megalith.training.peaks import peak_flops
+
+    peak = peak_flops(torch.get_device_module().get_device_name(), args.dtype, args.peak_tflops)
+    rates = [tokens_per_second * flops_per_token(our_config(args).model, args.sequence, causal_half=half) for half in (False, True)]
+    shares = "unknown peak" if peak is None else f"MFU {rates[0] / peak:.1%} full attention, {rates[1] / peak:.1%} causal half"
+    return f"{name}: {rates[0] / 1e12:.1f} TFLOP/s full attention, {rates[1] / 1e12:.1f} causal half; {shares}"
 
 
 if __name__ == "__main__":

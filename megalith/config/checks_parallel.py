@@ -111,6 +111,9 @@ def _pipeline(config: RunConfig) -> Iterator[Problem]:
                       "Write --pipeline-model-parallel-size 2, or leave the schedule out")  # fmt: skip
     if stages > 1 and schedule in SPLIT_BACKWARD:
         yield from _split_backward(config, schedule)
+    if config.logging.profile_pipeline and stages == 1:
+        yield trouble(("profile_pipeline", PP), "--profile-pipeline", Words("no pipeline"), "it draws one",
+                      f"Write {flag(PP)} 2 or more, or leave it out")  # fmt: skip
     if layers is None:
         return
     if stages > layers:

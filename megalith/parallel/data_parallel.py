@@ -86,6 +86,20 @@ def sync_gradients(model: nn.Module, last: bool, parallel: ParallelConfig, preci
         model.set_reshard_after_backward(last or parallel.sharding == "full" or precision.compute_dtype == "float32")
 
 
+def widen_gradients(model: nn.Module) -> None:
+    """Bring gradients that came after a wrapped model's backward pass, in its compute format, into their float32 sums.
+
+    fully_shard does so after each backward pass of its own, but late ones would be added up in 16 bits until the next.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            state = module._get_fsdp_state()
+            for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
+                for parameter in group.fsdp_params if group is not None else ():
+                    parameter.accumulate_unsharded_grad_if_needed()
+                    parameter.to_accumulated_grad_if_needed()
+
+
 class Replicas:
     """Sums the float32 gradients of replicas, bucket by bucket, while the last backward pass of a step goes on.
 

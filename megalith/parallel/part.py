@@ -37,6 +37,11 @@ class Part:
         if self.replicas is not None:
             self.replicas.arm(last)
 
+    def after_late_gradients(self) -> None:
+        """After gradients that came later than the backward pass."""
+        if self.wrapped:
+            data_parallel.widen_gradients(self.model)
+
     def reshard(self) -> None:
         """Let go of gathered parameters, which evaluation under ZeRO-2 leaves in the place of the shards."""
         for module in self.model.modules():

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
@@ -46,14 +47,15 @@ class Stage(PipelineStage):
 
     def __init__(self, part: Part, stages: int, device: torch.device, group, received: Tensor, sent: Tensor, queue: Queue | None):
         """received, sent: tensors on meta as what comes in and goes out. queue: of weight gradients, where they are deferred."""
-        dw_builder = None if queue is None else queue.take
+        later = None if queue is None else self._later
         super().__init__(
-            _Body(part.model), part.stage, stages, device, input_args=received, output_args=sent, group=group, dw_builder=dw_builder
+            _Body(part.model), part.stage, stages, device, input_args=received, output_args=sent, group=group, dw_builder=later
         )
         self.submod: nn.Module
-        self.part, self.deferred, self.received, self.sent = part, queue is not None, received, sent
+        self.part, self.queue, self.received, self.sent = part, queue, received, sent
         self.inputs: Sequence[Mapping[str, Any]] = ()
-        self.spans: list[Span] | None = None  # where work is being timed
+        self.spans: list[Span] | None = None  # where work is being timed, from `zero` on
+        self.zero = 0.0
 
     def forward_one_chunk(self, number, args=(), kwargs=None, save_forward_output=True):
         """The forward pass of micro-batch `number`."""
@@ -69,7 +71,7 @@ class Stage(PipelineStage):
         """The backward pass, or its half for activations."""
         if not self.has_backward:  # a schedule asks in evaluation too
             return
-        self.part.sync_gradients(last_backward and not self.deferred)
+        self.part.sync_gradients(last_backward and self.queue is None)
         run = super().backward_one_chunk
         self._timed("B" if full_backward else "I", number, lambda: run(number, loss, full_backward, last_backward))
         _drop(self.args_recv_info[number])
@@ -84,7 +86,7 @@ class Stage(PipelineStage):
 
     def perform_reduce_grad(self, grad_scale_factor):
         """After the last backward pass. Deferred gradients came too late for fully_shard's own hooks, so torch reduces them now."""
-        if self.deferred and self.part.wrapped:
+        if self.queue is not None and self.part.wrapped:
             body, self.submod = self.submod, self.part.model
             super().perform_reduce_grad(grad_scale_factor)
             self.submod = body
@@ -122,6 +124,16 @@ class Stage(PipelineStage):
         for info in table[number]:
             info.buffer = torch.empty(like.shape, dtype=like.dtype, device=self.device)
 
+    def _later(self) -> Callable[[], None]:
+        """What computes the weight gradients that the last backward pass left."""
+        run = self.queue.take()
+
+        def late() -> None:
+            run()
+            self.part.after_late_gradients()
+
+        return late
+
     def _timed(self, kind: str, number: int, run: Callable[[], Any]) -> Any:
         if self.spans is None:
             return run()
@@ -129,7 +141,8 @@ class Stage(PipelineStage):
         start = time.perf_counter()
         result = run()
         synchronize(self.device)
-        self.spans.append(Span(self.group_rank, Work(kind, self.stage_index, number), start, time.perf_counter()))
+        end = time.perf_counter()
+        self.spans.append(Span(self.group_rank, Work(kind, self.stage_index, number), start - self.zero, end - self.zero))
         return result
 
 
@@ -150,6 +163,7 @@ class Pipeline:
         self.schedule, self.stages, self.parts, self.mesh = schedule, stages, parts, mesh
         self.hidden, self.dtype, self.sequence, self.queues = hidden, dtype, sequence, queues
         self.spans: list[Span] | None = None  # of the steps run while this is a list
+        self.zero = 0.0
         self.made: dict[tuple, tuple[Any, list[Stage]]] = {}
 
     def run(self, inputs: Sequence[Mapping[str, Any]], loss: Loss, train: bool) -> None:
@@ -163,11 +177,14 @@ class Pipeline:
         if key not in self.made:
             self.made[key] = self._make(*key)
         schedule, stages = self.made[key]
+        if self.spans is not None:
+            dist.barrier(self.mesh.devices["pp"].get_group())  # one zero for the clocks of all
+            self.zero = time.perf_counter()
         coordinates = torch.arange(s, device=self.mesh.device)  # a later stage could not tell them from its part of the sequence
         for stage in stages:
             stage.inputs = [{"coordinates": coordinates, **arguments} for arguments in inputs]
             stage.submod.loss = loss if stage.is_last else None
-            stage.spans = self.spans
+            stage.spans, stage.zero = self.spans, self.zero
         schedule.step(target=torch.arange(len(inputs)), return_outputs=False)
         for stage in stages:
             stage.clear_runtime_states()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import faulthandler
+import gc
 import io
 import os
 import pickle
@@ -127,14 +128,17 @@ def _group(job: Job) -> Iterator[None]:
 
 
 def _forget_meshes() -> None:
-    """Empty torch's caches of DTensor operations.
+    """Empty torch's caches of DTensor operations, and free the groups that they kept.
 
-    A mesh of the next call compares equal to one of this call, so that a cached result would hand out the old mesh,
+    Each group has threads, and hundreds of idle ones of earlier calls slow a machine to a crawl. And a mesh of the next call compares equal to one of this call, so that a cached result would hand out the old mesh,
     whose process groups are gone. Outside a pool nobody builds a mesh twice, so torch has no public word for this.
     """
     from torch.distributed.tensor import _redistribute, debug
 
     debug._clear_sharding_prop_cache()
     _redistribute._gen_transform_infos.cache_clear()
+    if hasattr(_redistribute, "clear_redistribute_planner_cache"):  # newer than torch 2.11
+        _redistribute.clear_redistribute_planner_cache()
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+    gc.collect()

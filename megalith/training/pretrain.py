@@ -29,6 +29,7 @@ from megalith.training.callbacks import RunInfo
 from megalith.training.duties import ExitInterval, SaveCheckpoints, StopSignal, Validate
 from megalith.training.loop import train_loop
 from megalith.training.peaks import peak_flops
+from megalith.training.profile import ProfilePipeline
 from megalith.training.reporters import reporters
 from megalith.training.state import Progress
 from megalith.training.step import Trainer
@@ -62,7 +63,8 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
     datasets = build_datasets(config, tokenizer, rank=mesh.data_rank, size=mesh.data_size, run_folder=config.logging.folder)
     if datasets["train"] is None and not config.validation.skip_train:
         raise ConfigError(
-            f"--split {config.data.split!r} leaves nothing to train on; its first share must be above 0. Change it, or give --train-data-path."
+            f"--split {config.data.split!r} leaves nothing to train on; its first share must be above 0. "
+            f"Change it, or give --train-data-path."
         )
     batch = global_batch(config, mesh.data_size)
     runtime = place(config, mesh)
@@ -104,6 +106,8 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
         return losses
 
     tell = reporters(config)
+    if config.logging.profile_pipeline:
+        tell.append(ProfilePipeline(runtime))
     names = {"validation": "valid", "test": "test"} if config.validation.eval_iters else {}
     splits = [split for split, name in names.items() if name in loaders]
     signals = StopSignal(config.resilience.exit_signal_handler, config.resilience.exit_duration_in_mins)

@@ -112,12 +112,12 @@ def test_keys_stay_aligned(tmp_path):
 
 def test_bos_and_eod(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "1 2"}\n{"text": "3"}\n')
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "mine_bos.py").write_text(
         "from megalith.data.tokenizers_other import NullTokenizer\nclass Mine(NullTokenizer):\n    bos = 77\n"
     )
     sys.path.insert(0, str(tmp_path))
     try:
-        own = dataclasses.replace(NULL, tokenizer_type="mine:Mine")
+        own = dataclasses.replace(NULL, tokenizer_type="mine_bos:Mine")
         result = run(tmp_path, tmp_path / "a.jsonl", tokenizer=own, prepend_bos=True, append_eod=True)
         assert rows(result.prefixes["text"]) == [[77, 1, 2, 5000], [77, 3, 5000]]
     finally:

@@ -212,12 +212,12 @@ def test_config_section(tmp_path):
 
 
 def test_own_class_by_module_and_name(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "mine_lengths.py").write_text(
         "from megalith.data.tokenizers import Tokenizer\nclass Mine(Tokenizer):\n    vocab_size = 7\n"
         "    def encode(self, text):\n        return [len(text)]\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert build_tokenizer("mine:Mine").encode_batch(["abc"])[0].tolist() == [3]
+    assert build_tokenizer("mine_lengths:Mine").encode_batch(["abc"])[0].tolist() == [3]
 
 
 def test_errors_name_the_flag(tmp_path):

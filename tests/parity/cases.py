@@ -41,13 +41,46 @@ LAYOUTS: dict[str, tuple[int, dict]] = {
     "cp2 dp2": (4, {"context_parallel_size": 2}),
     "cp2 dp2 optimizer": (4, {"context_parallel_size": 2, "use_distributed_optimizer": True}),
     "cp2 pp2": (4, {"context_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+    "cp2 selective": (2, {"context_parallel_size": 2, "recompute_activations": True}),
     "cp2 compile": (2, {"context_parallel_size": 2, "compile": True}),
     "tp2 compile": (2, {"tensor_model_parallel_size": 2, "compile": True}),
     "tp2 sp compile": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "compile": True}),
 }
 
+PIPELINES: dict[str, tuple[int, dict]] = {
+    "pp2": (2, {"pipeline_model_parallel_size": 2}),
+    "pp2 gpipe": (2, {"pipeline_model_parallel_size": 2, "pipeline_schedule": "gpipe"}),
+    "pp4": (4, {"pipeline_model_parallel_size": 4}),
+    "pp2 interleaved": (2, {"pipeline_model_parallel_size": 2, "pipeline_schedule": "interleaved_1f1b"}),
+    "pp2 zero-bubble": (2, {"pipeline_model_parallel_size": 2, "pipeline_schedule": "zero_bubble"}),
+    "zbv": (2, {"pipeline_model_parallel_size": 2, "pipeline_schedule": "zbv"}),
+    "dualpipev": (2, {"pipeline_model_parallel_size": 2, "pipeline_schedule": "dualpipev"}),
+    "tp2 pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+    "tp2 sp zbv": (
+        4,
+        {
+            "tensor_model_parallel_size": 2,
+            "sequence_parallel": True,
+            "pipeline_model_parallel_size": 2,
+            "pipeline_schedule": "zbv",
+        },
+    ),
+    "pp2 dp2": (4, {"pipeline_model_parallel_size": 2}),
+    "zbv dp2 full": (4, {"pipeline_model_parallel_size": 2, "pipeline_schedule": "zbv", "data_parallel_sharding": "full"}),
+    "tp2 pp2 dp2": (8, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+    "pp2 compile": (2, {"pipeline_model_parallel_size": 2, "compile": True}),
+    "pp2 full uniform": (
+        2,
+        {"pipeline_model_parallel_size": 2, "recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2},
+    ),
+    "zbv selective": (2, {"pipeline_model_parallel_size": 2, "pipeline_schedule": "zbv", "recompute_activations": True}),
+}
+LAYOUTS |= PIPELINES
 
-def config_of(form: str, layout: str | None = None) -> RunConfig:
-    """The config of a form, of one process where no layout is named."""
+
+def config_of(form: str, layout: str | None = None, deep: bool = False) -> RunConfig:
+    """The config of a form, of one process where no layout is named. deep: with two more layers, as pipelines have."""
     config = SMALL.replace(**FORMS[form])
+    if deep or layout in PIPELINES:
+        config = config.replace(num_layers=config.model.num_layers + 2)
     return config.replace(micro_batch_size=4) if layout is None else config.replace(**LAYOUTS[layout][1])

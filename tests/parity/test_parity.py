@@ -9,7 +9,7 @@ from megalith.optim.clip import global_norm
 from megalith.runtime.build import Runtime
 from megalith.testing import run_ranks
 from megalith.testing.parity import TOLERANCE, Measured, compare, measure, merge
-from tests.parity.cases import FORMS, LAYOUTS, config_of
+from tests.parity.cases import FORMS, LAYOUTS, PIPELINES, config_of
 
 # The covering set: each layout with a form that strains it most, each form with several layouts. All the others are slow.
 COVERING = {
@@ -19,6 +19,11 @@ COVERING = {
     ("dropout", "tp2 dp2 optimizer"), ("dropout", "dp2 none"), ("post norm", "tp2 sp"),
     ("absolute", "cp2 pp2"), ("rotary", "cp4"), ("rotary", "cp2 tp2"), ("alibi", "cp2 tp2 sp"), ("odd vocabulary", "cp2 dp2"),
     ("odd layers", "cp2"), ("post norm", "cp4"), ("post norm", "cp2 dp2 optimizer"), ("dropout", "cp2 pp2"), ("dropout", "cp2 tp2 sp"),
+    ("absolute", "pp2 gpipe"), ("absolute", "zbv"), ("absolute", "tp2 pp2 dp2"), ("rotary", "pp4"),
+    ("rotary", "tp2 pp2"), ("rotary", "zbv dp2 full"), ("alibi", "pp2 zero-bubble"), ("alibi", "tp2 sp zbv"),
+    ("odd vocabulary", "tp2 sp zbv"),
+    ("odd layers", "pp2 interleaved"), ("odd layers", "dualpipev"), ("post norm", "dualpipev"), ("post norm", "pp2 zero-bubble"),
+    ("dropout", "pp2"), ("dropout", "tp2 pp2 dp2"), ("dropout", "zbv selective"), ("dropout", "pp2 dp2"), ("absolute", "pp2 full uniform"),
 }  # fmt: skip
 CASES = [
     pytest.param(form, layout, id=f"{form}-{layout}", marks=() if (form, layout) in COVERING else pytest.mark.slow)
@@ -34,14 +39,14 @@ def norm(runtime: Runtime) -> float:
 
 
 @functools.cache
-def alone(form: str, dtype: torch.dtype) -> Measured:
+def alone(form: str, dtype: torch.dtype, deep: bool) -> Measured:
     """One process."""
-    return run_ranks(measure, 1, config_of(form), dtype, norm)[0]
+    return run_ranks(measure, 1, config_of(form, deep=deep), dtype, norm)[0]
 
 
 def check(form: str, layout: str, dtype: torch.dtype) -> None:
     """Compare a layout with one process."""
-    expected = alone(form, dtype)
+    expected = alone(form, dtype, layout in PIPELINES)
     parts = run_ranks(measure, LAYOUTS[layout][0], config_of(form, layout), dtype, norm, timeout=280)
     found = merge(parts)
     assert found.weights.keys() == expected.weights.keys()
