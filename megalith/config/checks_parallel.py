@@ -173,13 +173,17 @@ def _splits(config: RunConfig) -> Iterator[Problem]:
     if sequence is None:
         return
     if cp > 1 and sequence % (2 * cp):
-        near = -(-sequence // (2 * cp)) * 2 * cp
         yield trouble(("seq_length", CP), "--seq-length", sequence, f"each of {cp} context-parallel processes takes two chunks of it",
-                      f"Write --seq-length {near}")  # fmt: skip
+                      f"Write --seq-length {_nearest(sequence, 2 * cp)}")  # fmt: skip
     elif p.sequence_parallel and sequence // cp % tp:
-        near = -(-sequence // (cp * tp)) * cp * tp
+        unit = tp if cp == 1 else math.lcm(2, tp) * cp
         yield trouble(("seq_length", TP), "--seq-length", sequence, f"--sequence-parallel splits it among {tp} processes",
-                      f"Write --seq-length {near}")  # fmt: skip
+                      f"Write --seq-length {_nearest(sequence, unit)}")  # fmt: skip
+
+
+def _nearest(length: int, unit: int) -> str:
+    """The multiples of `unit` below and above."""
+    return " or ".join(str(near) for near in (length // unit * unit, -(-length // unit) * unit) if near)
 
 
 def layouts(config: RunConfig, world_size: int, count: int = 3) -> list[tuple[int, int, int]]:

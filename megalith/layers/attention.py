@@ -1,6 +1,6 @@
 """Attention: projections with parameters, and a core without, which others may replace.
 
-Shapes: b batch, s sequence, n query heads, m key/value heads, d channels of a head.
+Shapes: b batch, s queries, t keys, n query heads, m key/value heads, d channels of a head.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import functools
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
@@ -36,7 +37,7 @@ class CoreAttention(nn.Module):
         self.dropout = Dropout(dropout, site)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-        """q [b, n, s, d], k and v [b, m, s, d] with n a multiple of m; returns [b, n, s, d].
+        """q [b, n, s, d], k and v [b, m, t, d] with n a multiple of m; returns [b, n, s, d]. The queries are the last s of t places.
 
         `first_head` is the global number of head 0, for a rank that holds a part of the heads; mask.slopes are those of all heads.
         """
@@ -46,10 +47,13 @@ class CoreAttention(nn.Module):
         on_cpu = q.device.type == "cpu"
         if self.backend == "explicit" or (p and on_cpu):
             return self.explicit(q, k, v, mask)
-        if mask.plain and self.backend != "flex":
+        if mask.plain and self.backend != "flex" and (q.shape[2] == k.shape[2] or not mask.causal):
             if on_cpu:  # the CPU's fused kernel wants as many key heads as query heads
                 k, v = _expand(k, q.shape[1]), _expand(v, q.shape[1])
             return scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=mask.causal, enable_gqa=k.shape[1] != q.shape[1])
+        if mask.plain and mask.causal and not on_cpu and self.backend != "flex" and not torch.compiler.is_compiling():
+            bias = causal_lower_right(q.shape[2], k.shape[2])  # flash attention, but torch.compile (2.13) cannot trace it
+            return scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p, enable_gqa=k.shape[1] != q.shape[1])
         if self.backend == "flex" or (not on_cpu and self.backend == "auto" and not p):
             return flex(q, k, v, mask)
         return self.blocks(q, k, v, mask, p)
@@ -59,7 +63,7 @@ class CoreAttention(nn.Module):
         k, v = _expand(k, q.shape[1]), _expand(v, q.shape[1])
         scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
         wide = scores.double() if scores.dtype == torch.float64 else scores.float()
-        wide = wide + mask.bias(slice(0, q.shape[2]), slice(0, k.shape[2]), q.device).to(wide.dtype)
+        wide = wide + mask.bias(slice(k.shape[2] - q.shape[2], k.shape[2]), slice(0, k.shape[2]), q.device).to(wide.dtype)
         weights = wide.softmax(dim=-1)
         if mask.rows is not None:
             heads = torch.arange(self.first_head, self.first_head + q.shape[1], device=q.device, dtype=torch.int32)
@@ -70,11 +74,11 @@ class CoreAttention(nn.Module):
         """Fused attention of one block of queries at a time; memory of the bias is heads x QUERY_BLOCK x s."""
         k, v = _expand(k, q.shape[1]), _expand(v, q.shape[1])
         run = _block if not q.requires_grad else functools.partial(checkpoint, _block, use_reentrant=False, preserve_rng_state=p > 0)
-        parts = []
+        parts, first = [], k.shape[2] - q.shape[2]
         for start in range(0, q.shape[2], QUERY_BLOCK):
             stop = min(start + QUERY_BLOCK, q.shape[2])
-            end = stop if mask.causal else k.shape[2]
-            parts.append(run(q[:, :, start:stop], k[:, :, :end], v[:, :, :end], mask, start, p))
+            end = first + stop if mask.causal else k.shape[2]
+            parts.append(run(q[:, :, start:stop], k[:, :, :end], v[:, :, :end], mask, first + start, p))
         return torch.cat(parts, dim=2)
 
 
@@ -93,9 +97,10 @@ def flex(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     """FlexAttention with the mask as code (PyTorch: torch.nn.attention.flex_attention); compiled on accelerators."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    documents, padding, slopes = mask.documents, mask.padding, mask.slopes
+    documents, padding, slopes, first = mask.documents, mask.padding, mask.slopes, k.shape[2] - q.shape[2]
 
     def sees(b, h, i, j):
+        i = i + first
         keep = (j <= i) if mask.causal else (j >= 0)
         if mask.window is not None:
             keep = keep & (i - j < mask.window)
@@ -106,7 +111,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
         return keep
 
     def score(value, b, h, i, j):
-        return value + slopes[h] * (j - i)
+        return value + slopes[h] * (j - i - first)
 
     batch = q.shape[0] if documents is not None or padding is not None else None
     visible = create_block_mask(sees, batch, None, q.shape[2], k.shape[2], device=q.device)

@@ -16,7 +16,7 @@ class AttentionMask(NamedTuple):
     padding: bool [b, s], True for real tokens; other keys are hidden.
     slopes: float [heads], ALiBi: slope x (key place - query place) is added.
     window: keys more than window - 1 places before the query are hidden.
-    rows: int32 [b, s], dropout keys of the queries (layers/dropout.py), None where nothing is dropped.
+    rows: int32 [b, queries], dropout keys of the queries (layers/dropout.py), None where nothing is dropped.
     """
 
     causal: bool = True

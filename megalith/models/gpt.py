@@ -88,7 +88,7 @@ class GPT(nn.Module):
 
         inputs: ids [b, s] int64, or hidden states [b, s, h] where this part has no embedding.
         positions: [b, s], places for the position embedding (default: coordinates).
-        documents: int [b, s]; tokens attend to their own document alone.
+        documents: int [b, s]; tokens attend to their own document alone. Those of the whole sequence, where coordinates are a part.
         labels, loss_weights: [b, s], see TokenLoss; with labels the result is float32 losses [b, s].
         samples [b] (global sample numbers) and step []: key the dropout masks; needed in training mode with dropout.
         coordinates: [s], places of these tokens in the whole sequence (default: 0 .. s-1).

@@ -13,7 +13,7 @@ from megalith.config.run import RunConfig
 from megalith.config.stages import SPLIT_BACKWARD, layers_of, schedule_of, stages_of
 from megalith.layers.random import key
 from megalith.models import MODELS
-from megalith.parallel import data_parallel, plan, recompute
+from megalith.parallel import context, data_parallel, plan, recompute
 from megalith.parallel.collectives import Axis
 from megalith.parallel.mesh import Mesh, grid, join, start
 from megalith.parallel.part import Part
@@ -80,6 +80,11 @@ class Runtime:
         self.train()
         if self.mesh.device.type != "cpu":
             torch.manual_seed(key(self.config.batch.seed, "step", iteration))
+
+    def take(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A micro-batch on the device, without waiting where its memory is pinned; of its tokens those that this process works on."""
+        here = {name: tensor.to(self.mesh.device, non_blocking=True) for name, tensor in batch.items()}
+        return here if self.mesh.size("cp") == 1 else context.part(here, Axis(self.mesh.devices["cp"]))
 
     def run(self, inputs: Sequence[Mapping[str, Tensor]], loss: Callable[[Tensor, int], Tensor], train: bool) -> None:
         """Run this process's micro-batches forward, and in training mode backward. Every process calls it.
@@ -148,6 +153,8 @@ def settle(config: RunConfig, mesh: Mesh, model: nn.Module, stage: int, names: M
         plan.apply(model, table, Axis(mesh.devices["tp"], config.parallel.sequence_parallel))
     if queue is not None:
         defer(model, queue)
+    if mesh.size("cp") > 1:
+        context.apply(model, Axis(mesh.devices["cp"]))
     recompute.apply(model, config.recompute)
     blocks = list(model.layers.values())
     if config.precision.compile:

@@ -76,7 +76,7 @@ def micro_batches(whole: Batch, size: int, mesh: Mesh) -> list[Batch]:
     """This data-parallel rank's micro-batches of the global batch, in order (the m-th: samples from m x size x ranks on)."""
     step, samples = size * mesh.data_size, len(whole["input_ids"])
     firsts = range(mesh.data_rank * size, samples, step)
-    return [{name: value[first : first + size].to(mesh.device) for name, value in whole.items()} for first in firsts]
+    return [{name: value[first : first + size] for name, value in whole.items()} for first in firsts]
 
 
 def backward(runtime: Runtime, batches: list[Batch], tokens: Tensor, step: Tensor) -> float:
@@ -87,10 +87,10 @@ def backward(runtime: Runtime, batches: list[Batch], tokens: Tensor, step: Tenso
         total.add_(output.detach().sum())
         return output.sum()
 
-    names = {"input_ids": "inputs", "documents": "documents", "labels": "labels", "samples": "samples"}
+    names = {"input_ids": "inputs"} | {name: name for name in ("documents", "labels", "samples", "coordinates")}
     inputs = [
         {names[name]: value for name, value in data.items() if name in names} | {"loss_weights": data["loss_mask"] / tokens, "step": step}
-        for data in batches
+        for data in map(runtime.take, batches)
     ]
     runtime.run(inputs, loss, train=True)
     runtime.finish_gradients()

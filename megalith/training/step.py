@@ -54,7 +54,7 @@ def train_step(trainer: Trainer, batches: list[Batch], progress: Progress, stop:
     A step whose gradients are not finite changes no weights.
     """
     runtime, mesh = trainer.runtime, trainer.runtime.mesh
-    batches = [to_device(batch, trainer.device) for batch in batches]
+    batches = [runtime.take(batch) for batch in batches]
     counts = global_counts(trainer, batches)
     step = torch.tensor(progress.iteration, device=trainer.device)
     runtime.begin_step(progress.iteration)
@@ -74,7 +74,7 @@ def train_step(trainer: Trainer, batches: list[Batch], progress: Progress, stop:
         trainer.optimizer.step()
     trainer.loss_scale.update(not updated)
     trainer.optimizer.zero_grad(set_to_none=True)
-    tokens = sum(batch["input_ids"].numel() for batch in batches) * mesh.data_size
+    tokens = sum(batch["input_ids"].numel() for batch in batches) * mesh.data_size * mesh.size("cp")
     return StepResult(dict(zip(counts, values, strict=True)), grad_norm, *rates, scale, tokens, updated, stops > 0, zeros)
 
 
@@ -94,7 +94,8 @@ def run(trainer: Trainer, batches: list[Batch], counts: dict[str, Tensor], step:
         value = torch.stack(list(losses.values())).sum()
         return value * scale if scale != 1.0 else value
 
-    inputs = [trainer.task.inputs(batch, counts) | {"samples": batch["samples"], "step": step} for batch in batches]
+    places = [{name: batch[name] for name in ("samples", "coordinates") if name in batch} for batch in batches]
+    inputs = [trainer.task.inputs(batch, counts) | place | {"step": step} for batch, place in zip(batches, places)]
     trainer.runtime.run(inputs, loss, train)
     return torch.stack(list(totals.values())) * float(mesh.place("tp") == 0)
 
@@ -104,8 +105,3 @@ def global_counts(trainer: Trainer, batches: list[Batch]) -> dict[str, Tensor]:
     each = [trainer.task.counts(batch) for batch in batches]
     total = torch.stack([torch.stack([counts[name] for counts in each]).sum().double() for name in each[0]])
     return dict(zip(each[0], trainer.runtime.mesh.sum(total).float(), strict=True))
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch on `device`, without waiting where its memory is pinned."""
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megalith.common.registry import Registry
 
-Batch = dict[str, Tensor]  # of one micro-batch; b samples of s tokens
+Batch = dict[str, Tensor]  # of one micro-batch; b samples of s tokens (with context parallelism, this process's part of them)
 
 
 class Task(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from megalith.data.loader import Loader
-from megalith.training.step import Trainer, global_counts, run, to_device
+from megalith.training.step import Trainer, global_counts, run
 
 
 @torch.no_grad()
@@ -18,7 +18,7 @@ def evaluate(trainer: Trainer, loader: Loader, start: int, batches: int, global_
     step = torch.zeros((), dtype=torch.int64, device=trainer.device)
     sums, totals = torch.zeros((), dtype=torch.float64, device=trainer.device), dict[str, torch.Tensor]()
     for number in range(batches):
-        parts = [to_device(batch, trainer.device) for batch in loader.step(start + number * global_batch_size, global_batch_size)]
+        parts = [trainer.runtime.take(batch) for batch in loader.step(start + number * global_batch_size, global_batch_size)]
         counts = global_counts(trainer, parts)
         sums = sums + run(trainer, parts, counts, step, train=False) * torch.stack(list(counts.values())).double()
         for name, count in counts.items():

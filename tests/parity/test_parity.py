@@ -17,6 +17,8 @@ COVERING = {
     ("rotary", "dp2 optimizer"), ("rotary", "tp2 dp2"), ("alibi", "tp4 sp"), ("alibi", "dp2 none"), ("odd vocabulary", "tp4"),
     ("odd vocabulary", "tp2 sp dp2 full"), ("odd layers", "tp2 sp"), ("odd layers", "dp 2x2"), ("dropout", "tp4 sp"),
     ("dropout", "tp2 dp2 optimizer"), ("dropout", "dp2 none"), ("post norm", "tp2 sp"),
+    ("absolute", "cp2 pp2"), ("rotary", "cp4"), ("rotary", "cp2 tp2"), ("alibi", "cp2 tp2 sp"), ("odd vocabulary", "cp2 dp2"),
+    ("odd layers", "cp2"), ("post norm", "cp4"), ("post norm", "cp2 dp2 optimizer"), ("dropout", "cp2 pp2"), ("dropout", "cp2 tp2 sp"),
     ("absolute", "pp2 gpipe"), ("absolute", "zbv"), ("absolute", "tp2 pp2 dp2"), ("rotary", "pp4"),
     ("rotary", "tp2 pp2"), ("rotary", "zbv dp2 full"), ("alibi", "pp2 zero-bubble"), ("alibi", "tp2 sp zbv"),
     ("odd vocabulary", "tp2 sp zbv"),
@@ -64,7 +66,9 @@ def test_gradients_in_float64(form: str, layout: str) -> None:
     check(form, layout, torch.float64)
 
 
-@pytest.mark.parametrize(("form", "layout"), [("absolute", "tp2 sp dp2 full"), ("rotary", "tp4"), ("dropout", "tp2 dp2")])
+@pytest.mark.parametrize(
+    ("form", "layout"), [("absolute", "tp2 sp dp2 full"), ("rotary", "tp4"), ("dropout", "tp2 dp2"), ("dropout", "cp4")]
+)
 def test_gradients_in_float32(form: str, layout: str) -> None:
     check(form, layout, torch.float32)
 

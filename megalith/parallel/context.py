@@ -1,0 +1,81 @@
+"""Context parallelism: each process holds a part of every sequence, and gathers the keys and values of the others.
+
+A sequence is cut into 2c chunks, of which process r of c holds r and 2c-1-r: the early one sees few keys, the late one many, and
+their sum is the same on every process (Dubey et al., 2024, arXiv 2407.21783, section 3.3.2). As a process has all keys up to its
+queries, attention of each chunk is one causal call, and no softmax has to be put together from parts.
+Price: each layer gathers keys and values [b, s, m, 2d] of the whole sequence, which are few where many heads share them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megalith.common.errors import ConfigError, problem
+from megalith.parallel.collectives import Axis, Enter
+
+WHOLE = ("documents",)  # attention asks them of keys too, and every process sees all keys
+
+
+def places(length: int, axis: Axis, device: torch.device | None = None) -> Tensor:
+    """Where this process's tokens stand in a sequence of `length`: int64 [length / c]. Raises ConfigError where it does not divide."""
+    unit = 2 * axis.size
+    if length % unit:
+        near = sorted({max(1, length // unit) * unit, -(-length // unit) * unit})
+        rule = f"--context-parallel-size {axis.size} cuts it into {unit} equal chunks"
+        raise ConfigError(problem("sequence length", length, rule, f"Use {' or '.join(map(str, near))}"))
+    chunks = torch.arange(length, device=device).view(unit, -1)
+    return torch.cat((chunks[axis.rank], chunks[-1 - axis.rank]))
+
+
+def part(batch: Mapping[str, Tensor], axis: Axis) -> dict[str, Tensor]:
+    """This process's tokens of a batch: its tensors [b, s, ...], s as of `input_ids`, become [b, s/c, ...].
+
+    Adds `coordinates` [s/c], the tokens' places. Tensors of other shapes, and documents, stay whole.
+    """
+    length, device = batch["input_ids"].shape[1], batch["input_ids"].device
+    here = places(length, axis, device)
+    taken = {
+        name: value.index_select(1, here) if name not in WHOLE and value.dim() > 1 and value.shape[1] == length else value
+        for name, value in batch.items()
+    }
+    return taken | {"coordinates": here}
+
+
+def apply(model: nn.Module, axis: Axis) -> None:
+    """Make the core attention of every one of `model.layers` one of part sequences."""
+    for layer in model.layers.values():
+        layer.attention.core = ContextAttention(layer.attention.core, axis)
+
+
+class ContextAttention(nn.Module):
+    """Causal core attention of this process's two chunks of queries to all keys before them."""
+
+    def __init__(self, core: nn.Module, axis: Axis):
+        """core: attention whose queries are the last of its keys (layers/attention.py)."""
+        super().__init__()
+        self.core, self.axis = core, axis
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+        """q [b, n, s/c, d], k and v [b, m, s/c, d] -> [b, n, s/c, d]. mask: of layers/mask.py; its `rows` are those of the queries."""
+        if not mask.causal:
+            raise ConfigError("--context-parallel-size: this model's attention is not causal, and only causal attention is split; use 1.")
+        chunk, (k, v) = q.shape[2] // 2, join(k, v, self.axis)
+        ends = chunk * (self.axis.rank + 1), chunk * (2 * self.axis.size - self.axis.rank)
+        rows = (None, None) if mask.rows is None else mask.rows.chunk(2, dim=1)
+        parts = [
+            self.core(queries, k[:, :, :end], v[:, :, :end], mask._replace(rows=keys))
+            for queries, end, keys in zip(q.chunk(2, dim=2), ends, rows, strict=True)
+        ]
+        return torch.cat(parts, dim=2)
+
+
+def join(k: Tensor, v: Tensor, axis: Axis) -> tuple[Tensor, ...]:
+    """Keys and values [b, m, s/c, d] of all processes, in one collective: [b, m, s, d], in the order of the sequence."""
+    held = torch.cat((k.transpose(1, 2), v.transpose(1, 2)), dim=-1)
+    early, late = Enter.apply(held, axis.size, axis.group, True).unflatten(1, (axis.size, 2, -1)).unbind(2)
+    whole = torch.cat((early, late.flip(1)), dim=1).flatten(1, 2).transpose(1, 2)
+    return whole.split((k.shape[-1], v.shape[-1]), dim=-1)

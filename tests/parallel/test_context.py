@@ -1,0 +1,147 @@
+"""Sequences split over processes: who holds what, whole attention from parts, one gather a layer, a run with the losses of one process."""
+
+import types
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megalith.common.errors import ConfigError
+from megalith.layers.attention import CoreAttention
+from megalith.layers.dropout import row_keys
+from megalith.layers.mask import AttentionMask
+from megalith.layers.positions import alibi_slopes
+from megalith.parallel.collectives import Axis
+from megalith.parallel.context import ContextAttention, part, places
+from megalith.testing import run_ranks
+from megalith.training.pretrain import train
+from tests.tiny import losses, records, tiny_config, write_corpus
+
+BATCH, HEADS, LENGTH, WIDTH = 2, 4, 24, 8
+
+
+def axis(rank: int, size: int):
+    """What `places` and `part` ask of an Axis, without processes."""
+    return types.SimpleNamespace(rank=rank, size=size)
+
+
+@given(st.integers(1, 8), st.integers(1, 5))
+def test_every_token_is_held_once_and_the_work_is_equal(size: int, chunk: int) -> None:
+    length = 2 * size * chunk
+    held = [places(length, axis(rank, size)) for rank in range(size)]
+    assert sorted(torch.cat(held).tolist()) == list(range(length))
+    assert len({int((places + 1).sum()) for places in held}) == 1  # keys that the queries of a process see
+    assert all(places.tolist() == sorted(places.tolist()) for places in held)
+
+
+def test_a_length_that_does_not_divide_names_those_that_do() -> None:
+    with pytest.raises(ConfigError, match=r"found 18.*--context-parallel-size 4 cuts it into 8 equal chunks\. Use 16 or 24\."):
+        places(18, axis(0, 4))
+    with pytest.raises(ConfigError, match=r"Use 8\."):
+        places(3, axis(0, 4))
+
+
+def test_part_takes_tokens_and_leaves_the_rest() -> None:
+    batch = {
+        "input_ids": torch.arange(16).view(2, 8),
+        "documents": torch.zeros(2, 8),
+        "samples": torch.arange(2),
+        "wide": torch.arange(48).view(2, 8, 3),
+    }
+    mine = part(batch, axis(1, 2))
+    assert mine["coordinates"].tolist() == [2, 3, 4, 5] and mine["input_ids"].tolist() == [[2, 3, 4, 5], [10, 11, 12, 13]]
+    assert torch.equal(mine["wide"], batch["wide"][:, 2:6])
+    assert mine["samples"] is batch["samples"] and mine["documents"] is batch["documents"]
+
+
+class Gathers(TorchDispatchMode):
+    """Counts collectives by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "_c10d_functional" and "wait" not in function.__name__:
+            self.names.append(function.__name__.split(".")[0])
+        return function(*args, **(kwargs or {}))
+
+
+def drawn(kv_heads: int) -> list[torch.Tensor]:
+    """q, k, v and the gradient of the output, the same everywhere."""
+    random = torch.Generator().manual_seed(0)
+    return [torch.randn(BATCH, heads, LENGTH, WIDTH, generator=random, dtype=torch.float64) for heads in (HEADS, kv_heads, kv_heads, HEADS)]
+
+
+def mask_of(form: str) -> AttentionMask:
+    documents = (torch.rand(BATCH, LENGTH, generator=torch.Generator().manual_seed(1)) < 0.2).cumsum(dim=1)
+    rows = row_keys(1, torch.tensor(3), torch.tensor([10, 11]), torch.arange(LENGTH))
+    return {
+        "causal": AttentionMask(),
+        "documents": AttentionMask(documents=documents),
+        "alibi": AttentionMask(slopes=alibi_slopes(HEADS)),
+        "window": AttentionMask(window=5),
+        "dropout": AttentionMask(rows=rows),
+        "all": AttentionMask(documents=documents, slopes=alibi_slopes(HEADS), window=9, rows=rows),
+    }[form]
+
+
+def attend(core, tensors, mask: AttentionMask) -> list[torch.Tensor]:
+    """Output and gradients of q, k, v."""
+    *inputs, upstream = (tensor.clone().requires_grad_() for tensor in tensors)
+    output = core(*inputs, mask)
+    return [output, *torch.autograd.grad(output, inputs, upstream)]
+
+
+def on_a_rank(form: str, kv_heads: int, backend: str):
+    """This rank's attention, the same cut out of the whole, and the names of the collectives."""
+    held = Axis(init_device_mesh("cpu", (dist.get_world_size(),)))
+    here, mask = places(LENGTH, held), mask_of(form)
+    core = CoreAttention(0.25, "layers.0.scores", backend)
+    expected = [tensor[:, :, here] for tensor in attend(core, drawn(kv_heads), mask)]
+    mine = mask if mask.rows is None else mask._replace(rows=mask.rows[:, here])
+    with Gathers() as gathers:
+        found = attend(ContextAttention(core, held), [tensor[:, :, here] for tensor in drawn(kv_heads)], mine)
+    return expected, found, gathers.names
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(
+    ("form", "kv_heads", "backend"),
+    [("causal", 4, "auto"), ("causal", 2, "auto"), ("causal", 4, "explicit"), ("documents", 1, "auto"), ("alibi", 4, "auto"),
+     ("window", 2, "explicit"), ("dropout", 2, "auto"), ("all", 4, "auto"), ("all", 1, "auto")],
+)  # fmt: skip
+def test_attention_of_parts_is_the_whole(form: str, kv_heads: int, backend: str, size: int) -> None:
+    for expected, found, names in run_ranks(on_a_rank, size, form, kv_heads, backend):
+        for one, other in zip(expected, found, strict=True):
+            torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-12)
+        assert names == ["all_gather_into_tensor", "reduce_scatter_tensor"]  # one each way, keys and values together
+
+
+def test_only_causal_attention_is_split() -> None:
+    attention = ContextAttention(CoreAttention(0.0, "s"), axis(0, 2))
+    with pytest.raises(ConfigError, match="not causal"):
+        attention(*drawn(4)[:3], AttentionMask(causal=False))
+
+
+def pretrain(config) -> None:
+    """On each rank of a pool."""
+    train(config)
+
+
+@pytest.mark.parametrize("changes", [{}, {"reset_attention_mask": True, "reset_position_ids": True, "eod_mask_loss": True}])
+def test_a_run_has_the_numbers_of_one_process(tmp_path, changes) -> None:
+    """Dropout and validation on; what two processes began, with their optimizer state in shards, one goes on with."""
+    alone = tiny_config(write_corpus(str(tmp_path / "corpus")), str(tmp_path / "alone"), **changes)
+    split = alone.replace(run_dir=str(tmp_path / "split"))
+    run_ranks(pretrain, 1, alone)
+    run_ranks(pretrain, 2, split.replace(context_parallel_size=2, use_distributed_optimizer=True, exit_interval=8))
+    assert len(losses(str(tmp_path / "split"))) == 8
+    run_ranks(pretrain, 1, split)
+    for key in ("loss", "grad_norm", "tokens", "validation_loss"):
+        one, two = ([line[key] for line in records(str(tmp_path / name)) if key in line] for name in ("alone", "split"))
+        assert one and two == pytest.approx(one, rel=1e-5), key
