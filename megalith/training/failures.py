@@ -38,7 +38,7 @@ def named(progress: Progress) -> Iterator[None]:
             raise
         first_line = str(cause).strip().partition("\n")[0]
         raise RankError(
-            f"{place}: contact with another rank was lost: it died, failed, or did not answer within --distributed-timeout-minutes. Its own "
+            f"{place}: contact with another rank was lost: it died, failed, or was silent for --distributed-timeout-minutes. Its own "
             f"last words and the launcher's report name it. The same command goes on from the newest checkpoint. ({first_line})"
         ) from error
 
