@@ -25,6 +25,7 @@ VERBS = {  # verb -> one line; the module is megalith.cli.VERB, with register(su
     "pretrain": "train a model",
     "generate": "text out of a trained model",
     "checkpoint": "look into checkpoints",
+    "parity": "does a layout give the gradients of one process",
     "config": "answer a few questions, get a YAML file for pretrain",
 }
 

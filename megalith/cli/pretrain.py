@@ -7,7 +7,7 @@ import os
 import sys
 
 from megalith import recipes
-from megalith.config import flags
+from megalith.config import flags, megatron_counts
 from megalith.config.batch_math import data_parallel_size, global_batch, total_steps
 from megalith.config.loading import resolve, to_yaml
 from megalith.config.parameters import parameter_count
@@ -72,7 +72,6 @@ def shown(config: RunConfig, world_size: int, how_much: str) -> str:
         return ""
     dp = data_parallel_size(config, world_size)
     lines = [f"{world_size} processes, {dp} data-parallel; {total_steps(config, dp)} steps, each of {global_batch(config, dp)} samples"]
-    if config.model.vocab_size:
-        parameters = parameter_count(config.model) if config.model.model_type == "gpt" else None
-        lines += [f"{parameters:,} parameters"] if parameters else []
+    if config.model.vocab_size and config.model.model_type == "gpt":
+        lines += [f"{parameter_count(config.model):,} parameters", *megatron_counts.report(config)]
     return "".join(f"# {line}\n" for line in lines) + to_yaml(config, changed_only=how_much == "changed")

@@ -6,6 +6,8 @@ float32 replicas must not keep a gathered copy beside the master, as fully_shard
 
 from __future__ import annotations
 
+import collections
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -19,7 +21,8 @@ from megalith.config.precision import PrecisionConfig
 from megalith.parallel.mesh import Mesh
 from megalith.parallel.tensor import buckets, local
 
-BUCKET = 1 << 23  # elements of gradients that replicas sum in one call: 32 MiB of float32, two of them in flight or so
+BUCKET = 1 << 23  # elements of gradients that replicas sum in one call: 32 MiB of float32
+IN_FLIGHT = 4  # such sums at one time, each with a copy of its gradients
 
 
 def wrap(model: nn.Module, blocks: list[nn.Module], mesh: Mesh, parallel: ParallelConfig, precision: PrecisionConfig) -> bool:
@@ -112,7 +115,8 @@ class Replicas:
         trained = [parameter for parameter in reversed(list(model.parameters())) if parameter.requires_grad]
         self.buckets = [list(bucket) for bucket in buckets(trained, BUCKET)]
         self.waiting: list[set[int]] = []
-        self.started: list[tuple[list[Tensor], Tensor, dist.Work]] = []
+        self.started = 0
+        self.in_flight: collections.deque[tuple[list[Tensor], Tensor, dist.Work]] = collections.deque()
         for number, bucket in enumerate(self.buckets):
             for parameter in bucket:
                 parameter.register_post_accumulate_grad_hook(lambda parameter, number=number: self._ready(parameter, number))
@@ -125,26 +129,33 @@ class Replicas:
     def _ready(self, parameter: nn.Parameter, number: int) -> None:
         if self.armed:
             self.waiting[number].discard(id(parameter))
-            while len(self.started) < len(self.buckets) and not self.waiting[len(self.started)]:
+            while self.started < len(self.buckets) and not self.waiting[self.started]:
                 self._start()
 
     @torch.no_grad()
     def _start(self) -> None:
         gradients = []
-        for parameter in self.buckets[len(self.started)]:
+        for parameter in self.buckets[self.started]:
             if parameter.grad is None:  # unused on this rank; another may have used it
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(local(parameter.grad))
+        if len(self.in_flight) == IN_FLIGHT:
+            self._end()
         flat = torch.cat([gradient.flatten() for gradient in gradients])
-        self.started.append((gradients, flat, dist.all_reduce(flat, group=self.group, async_op=True)))
+        self.in_flight.append((gradients, flat, dist.all_reduce(flat, group=self.group, async_op=True)))
+        self.started += 1
 
     @torch.no_grad()
+    def _end(self) -> None:
+        gradients, flat, work = self.in_flight.popleft()
+        work.wait()
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [part.view(gradient.shape) for part, gradient in zip(parts, gradients)])
+
     def finish(self) -> None:
-        """Wait for the sums and put them where the gradients were."""
-        while len(self.started) < len(self.buckets):
+        """Wait for all sums; the gradients are then those of all replicas."""
+        while self.started < len(self.buckets):
             self._start()
-        for gradients, flat, work in self.started:
-            work.wait()
-            parts = flat.split([gradient.numel() for gradient in gradients])
-            torch._foreach_copy_(gradients, [part.view(gradient.shape) for part, gradient in zip(parts, gradients)])
-        self.started, self.armed = [], False
+        while self.in_flight:
+            self._end()
+        self.started, self.armed = 0, False

@@ -4,14 +4,17 @@ import gc
 
 import pytest
 import torch
-from tests.parity.cases import SMALL
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megalith.config.run import RunConfig
 from megalith.optim.build import build_optimizer
 from megalith.parallel import mesh as meshes
 from megalith.runtime.build import place
 from megalith.testing import parity, run_ranks
+from tests.parity.cases import SMALL
 
 CONFIG = SMALL.replace(hidden_size=128, ffn_hidden_size=256, vocab_size=128)
 PRECISIONS: dict[str, dict] = {"fp32": {}, "bf16": {"bf16": True}, "fp16": {"fp16": True}}
@@ -28,47 +31,46 @@ TABLE = {  # (precision, sharding) -> bytes of a parameter on each of d ranks
 SLACK = 1.03  # small tensors: step counters, ids, norms' padding to equal shards
 
 
-def live() -> dict[int, int]:
-    """Bytes of every storage that is alive; gradients are asked for, as those that C++ holds are no objects of Python."""
-    gc.collect()
-    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
-    tensors += [tensor.grad for tensor in tensors if tensor.is_leaf and tensor.grad is not None]
-    plain = [tensor._local_tensor if isinstance(tensor, DTensor) else tensor for tensor in tensors]
-    storages = [tensor.untyped_storage() for tensor in plain if tensor.device.type == "cpu"]
-    return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
+class Storages(TorchDispatchMode):
+    """Knows every storage that an operation returned while it was on, and which of them are alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: dict[int, StorageWeakRef] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu":
+                reference = StorageWeakRef((leaf._local_tensor if isinstance(leaf, DTensor) else leaf).untyped_storage())
+                self.seen[reference.cdata] = reference
+        return out
+
+    def live(self) -> int:
+        """Bytes alive; storages that fully_shard has emptied have none."""
+        gc.collect()
+        storages = [torch.UntypedStorage._new_with_weak_ptr(reference.cdata) for reference in self.seen.values()]
+        return sum(storage.nbytes() for storage in storages if storage is not None)
 
 
 def measured(config: RunConfig) -> dict[str, float]:
     """Bytes per parameter after every backward pass and after the step, of the second step (the first makes the state)."""
-    before = live()
-    mesh = meshes.start(config.parallel)
-    runtime = place(config, mesh)
-    optimizer = build_optimizer(config.optimizer, runtime.named_parameters())
-    number = sum(parameter.numel() for parameter in runtime.model.parameters())
-    data = parity.batch(config)
-    own = set(live()) - set(before)
-    found = {}
-
-    def now() -> float:
-        return sum(size for key, size in live().items() if key not in before and key not in inputs) / number
-
-    inputs: set[int] = set()
+    mesh, data, found = meshes.start(config.parallel), parity.batch(config), {}
     batches = parity.micro_batches(data, config.batch.micro_batch_size, mesh)
-    inputs = set(live()) - set(before) - own | {tensor.untyped_storage().data_ptr() for tensor in data.values()}
-    for step in range(2):
-        for count, micro in enumerate(batches):
-            runtime.parts[0].sync_gradients(last=count == len(batches) - 1)
-            losses = runtime.model(micro["input_ids"], labels=micro["labels"], loss_weights=micro["loss_mask"])
-            losses.sum().backward()
-            del losses
-            if step == 1:
-                found["between micro-batches" if count < len(batches) - 1 else "after backward"] = now()
-        runtime.finish_gradients()
-        if step == 1:
-            found["reduced"] = now()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    found["after step"] = now()
+    with Storages() as storages:
+        runtime = place(config, mesh)
+        optimizer = build_optimizer(config.optimizer, runtime.named_parameters())
+        number = sum(parameter.numel() for parameter in runtime.model.parameters())
+        for _ in range(2):
+            for count, micro in enumerate(batches):
+                runtime.parts[0].sync_gradients(last=count == len(batches) - 1)
+                runtime.model(micro["input_ids"], labels=micro["labels"], loss_weights=micro["loss_mask"]).sum().backward()
+                found["between micro-batches" if count < len(batches) - 1 else "after backward"] = storages.live() / number
+            runtime.finish_gradients()
+            found["reduced"] = storages.live() / number
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        found["after step"] = storages.live() / number
     return found
 
 

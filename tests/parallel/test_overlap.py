@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tests.parity.cases import config_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalith.config.run import RunConfig
@@ -10,6 +9,7 @@ from megalith.layers.mask import AttentionMask
 from megalith.parallel import mesh as meshes
 from megalith.runtime.build import place
 from megalith.testing import run_ranks
+from tests.parity.cases import config_of
 
 PRODUCTS = ("mm", "addmm")
 
@@ -93,6 +93,8 @@ def compiled_code(config: RunConfig) -> str:
 @pytest.mark.slow
 def test_compiled_backward_keeps_the_order() -> None:
     code = run_ranks(compiled_code, 2, config_of("absolute", "tp2 compile"), timeout=280)[0]
-    calls = [line for line in code[code.index("def call") :].splitlines() if line.lstrip().startswith(("extern_kernels", "torch.ops._c10d"))]
+    calls = [
+        line for line in code[code.index("def call") :].splitlines() if line.lstrip().startswith(("extern_kernels", "torch.ops._c10d"))
+    ]
     first = next(number for number, line in enumerate(calls) if "all_reduce" in line)
     assert "extern_kernels.mm" in calls[first + 1] and "wait_tensor" in calls[first + 2]

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.distributed as dist
-from tests.parity.cases import config_of
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from megalith.common.errors import ConfigError
@@ -13,6 +12,7 @@ from megalith.parallel.collectives import Axis
 from megalith.parallel.plans.gpt import PLAN
 from megalith.runtime.build import meta_model
 from megalith.testing import run_ranks
+from tests.parity.cases import config_of
 
 
 def split(config: RunConfig, table: plan.Plan, sequence: bool = False):

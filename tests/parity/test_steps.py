@@ -1,0 +1,60 @@
+"""Several whole steps, clipped and with AdamW, end in the weights of one process."""
+
+import functools
+
+import pytest
+import torch
+
+from megalith.optim.build import build_optimizer
+from megalith.optim.clip import clip
+from megalith.parallel import mesh as meshes
+from megalith.runtime.build import place
+from megalith.testing import parity, run_ranks
+from tests.parity.cases import LAYOUTS, config_of
+
+STEPS = 3
+
+
+def weights(form: str, layout: str | None) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Weights after some steps, and each step's gradient norm before clipping."""
+    config = config_of(form, layout).replace(lr=1e-2, clip_grad=0.5)
+    mesh = meshes.start(config.parallel)
+    runtime = place(config, mesh, torch.float64)
+    runtime.train()
+    optimizer = build_optimizer(config.optimizer, runtime.named_parameters())
+    norms = []
+    for number in range(STEPS):
+        data = parity.batch(config, number)
+        batches = parity.micro_batches(data, config.batch.micro_batch_size, mesh)
+        parity.backward(runtime, batches, data["loss_mask"].sum(), torch.tensor(number))
+        gradients, copies = runtime.gradients()
+        norms.append(float(clip(gradients, config.optimizer.clip_grad, skip=copies, stages=mesh.size("pp"))))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return {name: parity.whole(parameter) for name, parameter in runtime.named_parameters()}, norms
+
+
+@functools.cache
+def alone(form: str) -> tuple[dict[str, torch.Tensor], list[float]]:
+    return run_ranks(weights, 1, form, None)[0]
+
+
+@pytest.mark.parametrize(
+    ("form", "layout"),
+    [
+        ("dropout", "tp2 sp"),
+        ("rotary", "tp4"),
+        ("odd vocabulary", "tp2 sp dp2 full"),
+        ("rotary", "tp2 dp2"),
+        ("absolute", "tp2 dp2 optimizer"),
+        pytest.param("absolute", "dp 2x2", marks=pytest.mark.slow),
+        pytest.param("dropout", "dp2 none", marks=pytest.mark.slow),
+    ],
+)
+def test_steps_end_in_the_same_weights(form: str, layout: str) -> None:
+    expected, norms = alone(form)
+    for found, others in run_ranks(weights, LAYOUTS[layout][0], form, layout):
+        assert others == pytest.approx(norms, rel=1e-10) and norms[0] > 0.5
+        for name, weight in found.items():
+            if not name.endswith("k.bias"):  # its gradient is rounding alone, which Adam makes whole steps of
+                torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-8)

@@ -1,0 +1,46 @@
+"""The parity verb, as a user meets it."""
+
+import pytest
+
+from megalith.cli.main import main
+
+SMALL = ["parity", "--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4", "--seq-length", "16", "--vocab-size", "67"]
+SMALL += ["--micro-batch-size", "1", "--global-batch-size", "4", "--hidden-dropout", "0.1"]
+
+
+def test_a_right_layout(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--tensor-model-parallel-size", "2", "--sequence-parallel", "--show", "2"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("2 processes against one") and "equal, bit for bit" in out and "\nequal: 36 gradients compared" in out
+    assert len([line for line in out.splitlines() if "e-1" in line and "layers." in line]) == 2
+
+
+def test_a_wrong_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = "tests.workflows.test_parity:WRONG"
+    assert main([*SMALL, "--tensor-model-parallel-size", "2", "--sequence-parallel", "--tensor-parallel-plan", plan]) == 1
+    out = capsys.readouterr().out
+    assert "final_norm" in out and "WRONG" in out and "NOT equal: 36 gradients" in out
+
+
+def _wrong() -> dict:
+    from megalith.parallel import styles
+    from megalith.parallel.plans.gpt import PLAN
+
+    def forgets(module, parent, axis):
+        twin = styles.copy(module, parent, axis)
+        twin.summed = ()
+        return twin
+
+    return {**PLAN, "final_norm": forgets}
+
+
+WRONG = _wrong()
+
+
+def test_what_cannot_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SMALL, "--tensor-model-parallel-size", "3"]) == 2
+    assert "--tensor-model-parallel-size: found 3" in capsys.readouterr().err
+    assert main([*SMALL, "--processes", "16", "--global-batch-size", "16"]) == 2
+    assert "number of processes: found 16" in capsys.readouterr().err
+    assert main([*SMALL, "--tensor-model-parallel-size", "2", "--dry-run"]) == 0
+    assert "2 processes would be compared with one" in capsys.readouterr().out
