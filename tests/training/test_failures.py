@@ -26,16 +26,16 @@ def raising(error: Exception) -> None:
 
 
 def test_errors_name_rank_and_step(ranks):
-    with pytest.raises(DataError, match=r"^no such document \(on rank \d of 2, after step 7\)$"):
+    with pytest.raises(DataError, match=r"^no such document \(on rank \d of 2, after step 7\)"):
         ranks(raising, 2, DataError("no such document"))
     with pytest.raises(RankError, match=r"^rank \d of 2, after step 7: contact with another rank was lost: .*pair closure"):
         ranks(raising, 2, RuntimeError("Application timeout caused pair closure"))
-    with pytest.raises(RuntimeError, match="^shapes$") as caught:
+    with pytest.raises(RuntimeError, match="shapes") as caught:
         ranks(raising, 2, RuntimeError("shapes"))
     assert any(note.endswith("of 2, after step 7") for note in caught.value.__notes__)
 
 
 def test_one_process_needs_no_names():
-    with pytest.raises(RuntimeError, match="^shapes$") as caught, named(Progress()):
+    with pytest.raises(RuntimeError, match="shapes") as caught, named(Progress()):
         raise torch.OutOfMemoryError("shapes")
     assert not getattr(caught.value, "__notes__", [])
