@@ -130,8 +130,9 @@ def _group(job: Job) -> Iterator[None]:
 def _forget_meshes() -> None:
     """Empty torch's caches of DTensor operations, and free the groups that they kept.
 
-    Each group has threads, and hundreds of idle ones of earlier calls slow a machine to a crawl. And a mesh of the next call compares equal to one of this call, so that a cached result would hand out the old mesh,
-    whose process groups are gone. Outside a pool nobody builds a mesh twice, so torch has no public word for this.
+    Each group has threads, and hundreds of idle ones of earlier calls slow a machine to a crawl. And a mesh of the next call
+    compares equal to one of this call, so that a cached result would hand out the old mesh, whose process groups are gone.
+    Outside a pool nobody builds a mesh twice, so torch has no public word for this.
     """
     from torch.distributed.tensor import _redistribute, debug
 

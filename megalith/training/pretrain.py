@@ -62,6 +62,8 @@ def train(config: RunConfig) -> Progress:
 
 def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
     """The run itself, on a mesh."""
+    if config.precision.deterministic_mode:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses to be deterministic without it; read at first use
     torch.use_deterministic_algorithms(config.precision.deterministic_mode)
     datasets = build_datasets(config, tokenizer, rank=mesh.data_rank, size=mesh.data_size, run_folder=config.logging.folder)
     if datasets["train"] is None and not config.validation.skip_train:
