@@ -117,5 +117,5 @@ def _validation(run: pathlib.Path) -> tuple[float, float]:
     import json
 
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    losses = [next(iter(line["validation"].values())) for line in lines if "validation" in line]
+    losses = [line["validation_loss"] for line in lines if "validation_loss" in line]
     return losses[0], losses[-1]
