@@ -115,6 +115,11 @@ class Stage(PipelineStage):
             self._make(self.grad_recv_info, number, None if self.is_last else self.sent)
         return super().get_bwd_recv_ops(number)
 
+    def clear_runtime_states(self):
+        """Forget the step. (torch's own would clear the buffers, of which there are none.)"""
+        self.fwd_cache.clear()
+        self.output_chunks.clear()
+
     def _make(self, table: dict, number: int, like: Tensor | None) -> None:
         if like is None:
             return
@@ -123,6 +128,8 @@ class Stage(PipelineStage):
                 _drop(infos)
         for info in table[number]:
             info.buffer = torch.empty(like.shape, dtype=like.dtype, device=self.device)
+            if table is self.args_recv_info:
+                info.buffer.requires_grad_(self.has_backward)
 
     def _later(self) -> Callable[[], None]:
         """What computes the weight gradients that the last backward pass left."""
@@ -193,10 +200,8 @@ class Pipeline:
     def _make(self, count: int, b: int, s: int, train: bool) -> tuple[Any, list[Stage]]:
         """Schedule and stages for one shape of step; stages hold no weights, so several of one part cost nothing."""
         activation = torch.empty(b, s // self.sequence, self.hidden, dtype=self.dtype, device="meta", requires_grad=True)
-        ids, result = (
-            torch.empty(b, s, dtype=torch.int64, device="meta"),
-            torch.empty((), dtype=self.dtype, device="meta", requires_grad=True),
-        )
+        ids = torch.empty(b, s, dtype=torch.int64, device="meta")
+        result = torch.empty((), dtype=torch.promote_types(self.dtype, torch.float32), device="meta", requires_grad=True)
         group, last = self.mesh.devices["pp"].get_group(), self.stages - 1
         stages = [
             Stage(
