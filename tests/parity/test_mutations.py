@@ -1,6 +1,7 @@
 """Would the parity tests notice? Plan entries, collectives and normalisers are broken on purpose; each break must be caught."""
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable
 from unittest import mock
@@ -9,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megalith.parallel import collectives, styles, tensor
+from megalith.parallel import collectives, pipeline_deferred, styles, tensor
 from megalith.parallel.plans.gpt import PLAN
 from megalith.testing import parity, run_ranks
 from megalith.testing.parity import TOLERANCE, Measured, compare, measure
-from tests.parity.cases import LAYOUTS, config_of
+from tests.parity.cases import LAYOUTS, PIPELINES, config_of
 
 DTYPE = torch.float64
 
@@ -87,6 +88,17 @@ MUTATIONS: dict[str, tuple[str, str, Callable[[], contextlib.AbstractContextMana
         lambda: mock.patch("megalith.parallel.data_parallel.Replicas.finish", lambda self: None),
     ),
     "shards averaged": ("absolute", "dp2 full", lambda: mock.patch("torch.distributed.fsdp.FSDPModule.set_gradient_divide_factor")),
+    "copies not summed over stages": (
+        "absolute",
+        "pp2",
+        lambda: mock.patch("megalith.parallel.pipeline_shared.Shared.sum_gradients", lambda self: None),
+    ),
+    "copies not summed on one process": (
+        "absolute",
+        "zbv",
+        lambda: mock.patch("megalith.parallel.pipeline_shared.Shared.sum_gradients", lambda self: None),
+    ),
+    "late weight gradients lost": ("rotary", "zbv", lambda: mock.patch.object(pipeline_deferred, "run", lambda work: None)),
     "normalised by own tokens": ("absolute", "dp2 none", lambda: mock.patch.object(parity, "backward", local_count)),
 }
 
@@ -99,9 +111,9 @@ def broken(name: str) -> Measured:
 
 
 @functools.cache
-def alone(form: str) -> Measured:
+def alone(form: str, deep: bool) -> Measured:
     """One process, unbroken."""
-    return run_ranks(measure, 1, config_of(form), DTYPE)[0]
+    return run_ranks(measure, 1, config_of(form, deep=deep), DTYPE)[0]
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
@@ -111,5 +123,8 @@ def test_break_is_caught(name: str) -> None:
         parts = run_ranks(broken, LAYOUTS[layout][0], name, timeout=60)
     except (RuntimeError, IndexError, ValueError):  # shapes that do not fit: noticed without any comparison
         return
-    worst = max(difference.error for part in parts for difference in compare(alone(form), part, DTYPE))
+    expected = alone(form, layout in PIPELINES)
+    elsewhere = [{name: value for name, value in expected.gradients.items() if name not in part.weights} for part in parts]
+    whole = [dataclasses.replace(part, gradients=other | part.gradients) for part, other in zip(parts, elsewhere, strict=True)]
+    worst = max(difference.error for part in whole for difference in compare(expected, part, DTYPE))
     assert worst > 100 * TOLERANCE[DTYPE], f"{name} went unnoticed: worst difference {worst}"
