@@ -6,8 +6,6 @@ does not end there.
 
 from __future__ import annotations
 
-import array
-import functools
 import itertools
 import re
 from collections.abc import Sequence
@@ -23,6 +21,7 @@ from megalith.data.tokenizers_huggingface import LibraryTokenizer, byte_level_bp
 END_OF_TEXT = "<|endoftext|>"
 MAX_WORD_CHARACTERS = 200  # Google's value, which Megatron uses; the library's own default is 100
 MAX_REMEMBERED_WORDS = 400_000  # about 80 MB, and as much again for pieces of words
+SAMPLE = 1 << 16  # bytes of a batch that are counted to tell which kind it is
 PROSE = 7.5  # bytes a word, white space included; source code has more, and its words seldom come again whole
 PIECES = re.compile(rb"[^\s!-/:-@\[-`{-~]+|[!-/:-@\[-`{-~]+").findall  # runs without ASCII punctuation, and runs of it
 # BERT's cleaning deletes these, while bytes.split would split at them: deleting them first makes both agree.
@@ -141,22 +140,21 @@ class WordMemory(dict):
         super().__init__()
         self.backend, self.match, self.lower_case = backend, backend.model.tokenize, lower_case
         self.dtype = np.dtype(np.uint16 if vocab_size <= np.iinfo(np.uint16).max else np.int32)
-        self.pack = functools.partial(array.array, "H" if self.dtype == np.uint16 else "i")
-        self.end = 2**16 - 1 if self.dtype == np.uint16 else 2**31 - 1  # no token has this id
-        self[b"\0"] = self.pack([int(self.end)]).tobytes()
+        self.end = np.iinfo(np.uint16).max if self.dtype == np.uint16 else np.iinfo(np.int32).max  # no token has this id
+        self.coded = [np.array(i, self.dtype).tobytes() for i in range(vocab_size)]  # one object an id, however many words share it
+        self[b"\0"] = np.array(self.end, self.dtype).tobytes()
 
     def __missing__(self, word: bytes) -> bytes:
         """Ids of a new word, remembered while there is room: frequent words come early."""
-        pieces = PIECES(word)
-        if len(pieces) > 1:
-            ids = b"".join(map(self.__getitem__, pieces))
-            room = MAX_REMEMBERED_WORDS
+        room = 2 * MAX_REMEMBERED_WORDS
+        if word.isalnum():  # plain ASCII: normalising is lowering the case
+            text = (word.lower() if self.lower_case else word).decode()
+            ids = b"".join([self.coded[token.id] for token in self.match(text)])
+        elif len(pieces := PIECES(word)) > 1:
+            ids, room = b"".join(map(self.__getitem__, pieces)), MAX_REMEMBERED_WORDS
         else:
-            if word.isalnum():  # plain ASCII: normalising is lowering the case
-                listed = [token.id for token in self.match((word.lower() if self.lower_case else word).decode())]
-            else:
-                listed = self.backend.encode(word.decode("utf-8", "surrogatepass"), add_special_tokens=False).ids
-            ids, room = self.pack(listed).tobytes(), 2 * MAX_REMEMBERED_WORDS
+            text = word.decode("utf-8", "surrogatepass")
+            ids = b"".join([self.coded[i] for i in self.backend.encode(text, add_special_tokens=False).ids])
         if len(self) < room:
             self[word] = ids
         return ids
@@ -169,9 +167,8 @@ class WordMemory(dict):
         if joined.count("\0") >= len(texts):  # BERT's cleaning deletes it; here it ends a text
             joined = " \0 ".join(text.replace("\0", "") for text in texts)
         data = joined.encode("utf-8", "surrogatepass").translate(None, VERTICAL)
-        words = data.split()
-        if len(data) > PROSE * len(words):
-            words = PIECES(data)
+        sample = data[:SAMPLE]
+        words = data.split() if len(sample) <= PROSE * len(sample.split()) else PIECES(data)
         ids = np.frombuffer(b"".join(map(self.__getitem__, words)), self.dtype)
         ends = np.flatnonzero(ids == self.end)
         return np.delete(ids, ends), np.diff(ends, prepend=-1, append=len(ids)) - 1
