@@ -30,7 +30,7 @@ test: install  ## the covering set, under ten minutes on two cores
 
 test-all: install  ## every test, the slow ones too; the log goes to benchmarks/results/test-all.txt
 	@mkdir -p benchmarks/results
-	@bash -o pipefail -c '$(TEST) $(PYTEST_ARGS) 2>&1 | tee benchmarks/results/test-all.txt'
+	@bash -o pipefail -c '$(TEST) -n 2 --dist loadfile $(PYTEST_ARGS) 2>&1 | tee benchmarks/results/test-all.txt'
 
 check: lint types test  ## what CI runs
 

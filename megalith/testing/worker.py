@@ -134,10 +134,11 @@ def _forget_meshes() -> None:
     compares equal to one of this call, so that a cached result would hand out the old mesh, whose process groups are gone.
     Outside a pool nobody builds a mesh twice, so torch has no public word for this.
     """
-    from torch.distributed.tensor import _redistribute, debug
+    from torch.distributed.tensor import _collective_utils, _redistribute, debug
 
     debug._clear_sharding_prop_cache()
     _redistribute._gen_transform_infos.cache_clear()
+    _collective_utils.MeshTopoInfo.build_from_mesh.cache_clear()
     if hasattr(_redistribute, "clear_redistribute_planner_cache"):  # newer than torch 2.11
         _redistribute.clear_redistribute_planner_cache()
     if "torch._dynamo" in sys.modules:
