@@ -17,6 +17,7 @@ from megalith.config.checks import check
 from megalith.config.flops import flops_per_token
 from megalith.config.loading import to_yaml
 from megalith.config.run import RunConfig
+from megalith.config.stages import layers_of, schedule_of
 from megalith.data.build import build_datasets
 from megalith.data.loader import Loader
 from megalith.data.tokenizers import Tokenizer, tokenizer_from_config
@@ -165,6 +166,9 @@ def announce(config: RunConfig, mesh: Mesh, trainer: Trainer, progress: Progress
         f"{config.precision.compute_dtype}; run folder {config.logging.folder}",
         flush=True,
     )
+    if mesh.size("pp") > 1:
+        stages = ", ".join(f"{layers.start}-{layers.stop - 1}" for layers in layers_of(config))
+        print(f"pipeline: {schedule_of(config.parallel)}, layers by stage {stages}", flush=True)
     if progress.iteration:
         done = "; that is all of them, nothing is left to do (raise --train-iters to go on)" if progress.iteration >= last_step > 0 else ""
         print(f"resuming after step {progress.iteration} of {last_step}{done}", flush=True)

@@ -1,0 +1,124 @@
+"""Idle time of pipelines: measured on two processes, and played for four and eight with the times measured on the two.
+
+    python benchmarks/pipeline.py [--pictures docs/pictures]
+
+A model of equal stages (a tiny vocabulary costs nothing) trains on two processes of one thread. For each schedule: the bubble of
+the fastest step and the spread over all (on a busy machine the fastest is the least disturbed), and the theory for equal stages.
+For four and eight processes the schedule is played with the median times of forward and backward passes and of a transfer.
+Then the price of putting weight gradients off: (activations + weights) over the fused backward pass of the same stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import statistics
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+import torch
+import torch.distributed as dist
+
+from megalith.config import stages
+from megalith.config.run import RunConfig
+from megalith.optim.build import build_optimizer
+from megalith.parallel import mesh as meshes
+from megalith.parallel.schedules import bubble, order, play
+from megalith.runtime import timeline
+from megalith.runtime.build import place
+from megalith.testing import parity, run_ranks
+from megalith.training.profile import draw
+
+SCHEDULES = {"gpipe": 1, "1f1b": 1, "interleaved_1f1b": 2, "zero_bubble": 2, "zbv": 2, "dualpipev": 2}
+MICRO_BATCHES = 8
+CONFIG = RunConfig().replace(
+    num_layers=8, hidden_size=384, num_attention_heads=6, seq_length=128, max_position_embeddings=128, vocab_size=64,
+    hidden_dropout=0.0, attention_dropout=0.0, micro_batch_size=1, global_batch_size=MICRO_BATCHES, pipeline_model_parallel_size=2,
+    pipeline_split="even", device="cpu",
+)  # fmt: skip
+
+
+def transfer_seconds(config: RunConfig, times: int = 50) -> float:
+    """How long an activation takes from one process to the other: half a round trip, median."""
+    x, rank, taken = torch.zeros(config.data.seq_length, config.model.hidden_size), dist.get_rank(), []
+    for _ in range(times):
+        start = time.perf_counter()
+        for sender in (0, 1):
+            dist.send(x, 1 - rank) if rank == sender else dist.recv(x, 1 - rank)
+        taken.append((time.perf_counter() - start) / 2)
+    return statistics.median(taken)
+
+
+def steps(config: RunConfig, number: int) -> tuple[list[timeline.Timeline], float]:
+    """Timelines of steps, after two that warm up."""
+    mesh = meshes.start(config.parallel)
+    runtime = place(config, mesh)
+    runtime.train()
+    optimizer = build_optimizer(config.optimizer, runtime.named_parameters())
+    found = []
+    for step in range(number + 2):
+        data = parity.batch(config, step)
+        if step >= 2:
+            timeline.record(runtime)
+        parity.backward(runtime, parity.micro_batches(data, 1, mesh), data["loss_mask"].sum(), torch.tensor(step))
+        if step >= 2:
+            found.append(timeline.collect(runtime))
+        optimizer.step()
+        optimizer.zero_grad()
+    return found, transfer_seconds(config)
+
+
+def medians(found: list[timeline.Timeline]) -> dict[str, float]:
+    """Median seconds of each kind of work, over all stages, micro-batches and steps."""
+    taken: dict[str, list[float]] = {}
+    for span in (span for each in found for span in each.measured):
+        taken.setdefault(span.work.kind, []).append(span.end - span.start)
+    return {kind: statistics.median(values) for kind, values in taken.items()}
+
+
+def theory(name: str, processes: int, micro_batches: int, seconds: dict[str, float]) -> float:
+    """The bubble of equal stages with these times and no transfers."""
+    if name in ("gpipe", "1f1b", "interleaved_1f1b"):
+        return stages.bubble(name, processes, micro_batches, SCHEDULES[name])
+    return bubble(play(order(name, processes, micro_batches, SCHEDULES[name]), lambda work: seconds[work.kind]))
+
+
+def whole(each: timeline.Timeline) -> float:
+    """Seconds of the step."""
+    return max(span.end for span in each.measured) - min(span.start for span in each.measured)
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--pictures", type=pathlib.Path, help="draw the fastest step of each schedule into this folder")
+    args = parser.parse_args()
+    m, d = CONFIG.model, CONFIG.data
+    print(f"torch {torch.__version__}, {m.num_layers} layers, hidden {m.hidden_size}, {d.seq_length} tokens, {MICRO_BATCHES} micro-batches")
+    print("idle over computing time. 2 processes: fastest step, median (quartiles) | theory || 4: played | theory || 8: played | theory")
+    costs = {}
+    for name, v in SCHEDULES.items():
+        config = CONFIG.replace(pipeline_schedule=name, num_layers_per_virtual_pipeline_stage=2 if name in stages.LOOPING else None)
+        found, transfer = run_ranks(steps, 2, config, args.steps, timeout=600)[0]
+        fastest, bubbles = min(found, key=whole), [each.bubbles()[0] for each in found]
+        low, middle, high = statistics.quantiles(bubbles, n=4)
+        costs[name] = seconds = medians(found)
+        line = f"{name:18s} {fastest.bubbles()[0]:6.1%}, {middle:6.1%} ({low:.1%} to {high:.1%})"
+        line += f" | {theory(name, 2, MICRO_BATCHES, seconds):6.1%}"
+        for processes in (4, 8):
+            works = order(name, processes, 4 * processes, v)
+            played = bubble(play(works, lambda work: seconds[work.kind], transfer))  # noqa: B023 - used at once
+            line += f" || {played:6.2%} | {theory(name, processes, 4 * processes, seconds):6.2%}"
+        times = ", ".join(f"{kind} {value * 1e3:.1f} ms" for kind, value in seconds.items())
+        print(f"{line}  ({times}, transfer {transfer * 1e3:.2f} ms)", flush=True)
+        if args.pictures:
+            draw(fastest, args.pictures / f"pipeline_{name}.png")
+    split, fused = costs["zero_bubble"], costs["interleaved_1f1b"]
+    print(f"weight gradients put off: {(split['I'] + split['W']) / fused['B']:.3f} of the fused backward pass")
+
+
+if __name__ == "__main__":
+    main()
