@@ -100,7 +100,11 @@ def _files(config: RunConfig) -> Iterator[Problem]:
         cure = f"Write --keep-every {max(1, round(c.keep_every / c.save_interval)) * c.save_interval}"
         yield trouble(("keep_every", "save_interval"), "--keep-every", c.keep_every, rule, cure)
     if (c.finetune or c.no_load_optim or c.ckpt_step is not None or config.validation.skip_train) and not (c.load or c.save):
-        given = next(name for name in ("finetune", "no_load_optim", "ckpt_step", "skip_train") if config.flat()[name] not in (False, None))
+        given = next(
+            name
+            for name in ("finetune", "no_load_optim", "ckpt_step", "skip_train")
+            if config.flat()[name] is not None and config.flat()[name] is not False
+        )
         yield trouble(
             (given, "load"), flag(given), Words("no checkpoint folder"), "it needs a checkpoint to load", "Name its folder with --load"
         )
