@@ -37,6 +37,12 @@ class Part:
         if self.replicas is not None:
             self.replicas.arm(last)
 
+    def hold_gradients(self) -> None:
+        """Announce a backward pass whose weight gradients come later, so that it must sum nothing, under fp16 neither."""
+        self.sync_gradients(last=False)
+        if self.wrapped:
+            self.model.set_requires_gradient_sync(False)
+
     def after_late_gradients(self) -> None:
         """After gradients that came later than the backward pass."""
         if self.wrapped:

@@ -71,7 +71,10 @@ class Stage(PipelineStage):
         """The backward pass, or its half for activations."""
         if not self.has_backward:  # a schedule asks in evaluation too
             return
-        self.part.sync_gradients(last_backward and self.queue is None)
+        if self.queue is None:
+            self.part.sync_gradients(last_backward)
+        else:
+            self.part.hold_gradients()
         run = super().backward_one_chunk
         self._timed("B" if full_backward else "I", number, lambda: run(number, loss, full_backward, last_backward))
         _drop(self.args_recv_info[number])

@@ -125,12 +125,21 @@ def test_uneven_stages():
     assert [len(mine) for mine in layers] == [2, 2, 1]
 
 
-def test_bf16_puts_off_weight_gradients_to_the_same_bits():
-    bf16 = CONFIG.replace(bf16=True, pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1)
-    fused = run_ranks(trained, 4, bf16.replace(pipeline_schedule="interleaved_1f1b", use_distributed_optimizer=True))
-    split = run_ranks(trained, 4, bf16.replace(pipeline_schedule="zero_bubble", use_distributed_optimizer=True))
+@pytest.mark.parametrize("format", ["bf16", "fp16"])
+def test_16_bits_put_off_weight_gradients_to_the_same_bits(format):
+    narrow = CONFIG.replace(**{format: True, PP: 2, VIRTUAL: 1})
+    # fp16 without shards, as with them fused passes are reduced one by one, in another order.
+    sharding = {"use_distributed_optimizer": format == "bf16"}
+    fused = run_ranks(trained, 4, narrow.replace(pipeline_schedule="interleaved_1f1b", **sharding))
+    split = run_ranks(trained, 4, narrow.replace(pipeline_schedule="zero_bubble", **sharding))
     for one, other in zip(fused, split, strict=True):
         assert one[:4] == other[:4]
+
+
+def test_fp16_with_shards_follows_float32():
+    found = run_ranks(trained, 4, CONFIG.replace(fp16=True, use_distributed_optimizer=True, **LAYOUTS["zbv"][1]))
+    for each in found:
+        assert each[0] == pytest.approx(alone()[0], rel=2e-3)
 
 
 def loaded(config, folder):
