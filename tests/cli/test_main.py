@@ -82,10 +82,10 @@ def test_errors_become_messages_and_statuses(verb, capsys, error, status, messag
     assert capsys.readouterr().err == message
 
 
-def test_every_rank_says_what_is_wrong(monkeypatch, capsys):
+def test_every_rank_says_what_is_wrong(verb, capsys, monkeypatch):
     """A launcher ends the others as soon as one has ended, so the first to fail may be the only one that is heard."""
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert main(["nothing"]) == 2
+    assert run("nothing") == 2
     assert "unknown verb" in capsys.readouterr().err
 
 
