@@ -88,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser_for(verb).parse_args(argv or ["--help"])
         return args.handler(args) or 0
     except MegalithError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, ConfigError):
-            print(f"megalith: {error}", file=sys.stderr)  # a ConfigError is every rank's: one per machine is enough
+        # Every rank says it, also what is the same on all: a launcher ends the others as soon as the first has ended.
+        print(f"megalith: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         print("megalith: interrupted", file=sys.stderr)
