@@ -1,9 +1,11 @@
 """Training and evaluating through a pipeline is training and evaluating; gradients of one step are in tests/parity."""
 
 import functools
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megalith import checkpoint
 from megalith.config.loading import to_yaml
@@ -189,3 +191,29 @@ def held_buffers():
 def test_buffers_of_activations_do_not_grow_with_micro_batches():
     """Eight micro-batches; the last stage of 1F1B has one activation at a time, and torch would keep eight."""
     assert run_ranks(held_buffers, 2)[1] == [1] * 8
+
+
+def reductions(config, size):
+    """How many collectives sum gradients in a step."""
+    made, batches = trainer(config)
+    train_step(made, batches.step(0, 8), Progress())
+    calls = []
+    with mock.patch("torch.distributed.all_reduce", counting(calls, dist.all_reduce)):
+        with mock.patch("torch.distributed.reduce_scatter_tensor", counting(calls, dist.reduce_scatter_tensor)):
+            train_step(made, batches.step(1, size), Progress(iteration=1))
+    return len(calls)
+
+
+def counting(calls, function):
+    def counted(*args, **kwargs):
+        calls.append(function)
+        return function(*args, **kwargs)
+
+    return counted
+
+
+@pytest.mark.parametrize("layout", ["zbv, dp", "1f1b, ZeRO-2", "interleaved, ZeRO-3", "zbv, ZeRO-2"])
+def test_gradients_are_summed_once_a_step(layout):
+    ranks, changes = LAYOUTS[layout]
+    few, many = (run_ranks(reductions, ranks, CONFIG.replace(**changes), size) for size in (8, 16))
+    assert few == many and min(few) > 0
