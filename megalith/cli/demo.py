@@ -15,7 +15,7 @@ def register(subparsers) -> None:
         epilog="example: megalith demo --steps 100",
     )
     parser.add_argument("--folder", default="runs/demo", help="where everything goes (default: runs/demo)")
-    parser.add_argument("--steps", type=int, default=300, help="training steps (default: 300)")
+    parser.add_argument("--steps", type=int, default=200, help="training steps (default: 200)")
     parser.add_argument("--megabytes", type=float, default=8.0, help="size of the corpus in MB (default: 8)")
     parser.add_argument("--vocab-size", type=int, default=4096, help="tokens of the vocabulary (default: 4096)")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and exit")

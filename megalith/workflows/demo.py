@@ -36,7 +36,7 @@ TRAINING = (
 PROMPT = "def "
 
 
-def run_demo(folder: str = "runs/demo", steps: int = 300, megabytes: float = 8.0, vocabulary: int = 4096) -> int:
+def run_demo(folder: str = "runs/demo", steps: int = 200, megabytes: float = 8.0, vocabulary: int = 4096) -> int:
     """Make a corpus, train a tokenizer, preprocess, train, stop and resume, draw, generate. Returns an exit status."""
     if steps < 4:
         raise ConfigError(f"--steps: found {steps}; the demo stops half-way and resumes, so at least 4 steps are needed. Give more.")
