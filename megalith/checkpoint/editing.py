@@ -6,19 +6,17 @@ Tensors pass one by one, so the memory needed is that of the largest few, whatev
 from __future__ import annotations
 
 import fnmatch
+import functools
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
-import yaml
 from torch import Tensor
 
-from megalith.checkpoint import manifest, store
-from megalith.checkpoint.facts import CONFIG, TRAIN_STATE, read_config, read_train_state
-from megalith.checkpoint.ranks import Ranks
-from megalith.checkpoint.saving import Order, write
+from megalith.checkpoint.weights import own, write
 from megalith.common.errors import CheckpointError
 from megalith.config.text import nearest
 
@@ -49,49 +47,15 @@ def edit(
 
     Raises CheckpointError where `folder` is not empty or something named is not there; the source is never changed.
     """
-    path, folder = pathlib.Path(path), pathlib.Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} exists and is not empty; an edited checkpoint goes into a new folder. Name another one.")
-    content = manifest.read(path)
-    names = _rename(_keep(content["tensors"], drop), rename or {})
+    source = own(path)
+    facts = {name: {"shape": list(lazy.shape)} for name, lazy in source.tensors.items()}
+    names = _rename(_keep(facts, drop), rename or {})
     asked = {"vocab_size": vocab_size, "max_position_embeddings": max_position_embeddings}
     sizes = {field: size for field, size in asked.items() if size is not None}
-    tensors = _Tensors(path, names, content["tensors"], _rows(names, content["tensors"], sizes))
-    train_state = read_train_state(path)
-    files = {name: path / name for name in content["files"] if not name.endswith(store.DATA)}
-    for own in (store.METADATA, CONFIG, TRAIN_STATE):
-        del files[own]
-    number = content["iteration"] if iteration is None else iteration
-    order = Order(folder, number, train_state, _config(read_config(path), sizes), files, 0, None)
-    return write(order, tensors.layout(), tensors, Ranks())
-
-
-class _Tensors(Mapping[str, Tensor]):
-    """The tensors of the copy by their new names, read when asked for."""
-
-    def __init__(self, path: pathlib.Path, names: dict[str, str], facts: dict[str, dict], rows: dict[str, int]):
-        """names: {new: old}; facts: {old: shape and dtype}; rows: {new: number of rows} of those that are resized."""
-        self.path, self.names, self.facts, self.rows = path, names, facts, rows
-        self.metadata = store.Reader(path).read_metadata()
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor = self._empty(name, "cpu")
-        store.read(self.path, {self.names[name]: tensor}, self.metadata)
-        return resize(tensor, self.rows[name]) if name in self.rows else tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def layout(self) -> dict[str, Tensor]:
-        """The same without data."""
-        return {name: resize(self._empty(name, "meta"), self.rows.get(name)) for name in self}
-
-    def _empty(self, name: str, device: str) -> Tensor:
-        facts = self.facts[self.names[name]]
-        return torch.empty(facts["shape"], dtype=getattr(torch, facts["dtype"]), device=device)
+    rows = _rows(names, facts, sizes)
+    tensors = {new: source.tensors[old].then(functools.partial(resize, rows=rows.get(new))) for new, old in names.items()}
+    number = source.iteration if iteration is None else iteration
+    return write(replace(source, tensors=tensors, iteration=number, config=source.config.replace(**sizes)), folder)
 
 
 def resize(tensor: Tensor, rows: int | None) -> Tensor:
@@ -145,15 +109,6 @@ def _rows(names: dict[str, str], facts: dict[str, dict], sizes: Mapping[str, int
             raise CheckpointError(f"{field}: found {size}; a table has at least one row. The checkpoint has {before}.")
         rows |= {name: size for name, shape in tables.items() if shape and shape[0] == before}
     return rows
-
-
-def _config(text: str, sizes: Mapping[str, int]) -> str:
-    """The config with the new sizes in its section `model`."""
-    content = yaml.safe_load(text) if sizes else None
-    if not isinstance(content, dict):
-        return text
-    content["model"] = {**(content.get("model") or {}), **sizes}
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=140)
 
 
 def _unknown(option: str, name: str, known: Sequence[str] | set[str]) -> str:

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-import yaml
 
 from megalith import checkpoint
 from megalith.checkpoint.editing import resize
 from megalith.common.errors import CheckpointError
+from megalith.config.loading import from_yaml, to_yaml
+from megalith.config.run import RunConfig
 
 SHAPES = {
     "embedding.weight": (5, 3),
@@ -15,7 +16,7 @@ SHAPES = {
     "head.weight": (5, 3),
     "head.bias": (5,),
 }
-CONFIG = "model:\n  vocab_size: 5\n  max_position_embeddings: 4\ndata:\n  seq_length: 4\n"
+CONFIG = RunConfig().replace(vocab_size=5, max_position_embeddings=4, seq_length=4)
 
 
 @pytest.fixture
@@ -28,7 +29,9 @@ def source(tmp_path):
     state["model/embedding.weight"] = state["model/embedding.weight"].bfloat16()
     extra = tmp_path / "tokenizer.json"
     extra.write_text("{}")
-    return checkpoint.save(tmp_path / "c", 7, state, train_state={"samples": 3}, config_yaml=CONFIG, files={"tokenizer.json": extra}), state
+    return checkpoint.save(
+        tmp_path / "c", 7, state, train_state={"samples": 3}, config_yaml=to_yaml(CONFIG), files={"tokenizer.json": extra}
+    ), state
 
 
 def edit(source, tmp_path, **options):
@@ -42,7 +45,7 @@ def test_plain_copy(source, tmp_path):
     path, state = edit(source[0], tmp_path)
     assert path.name == "iter_0000007" and state.keys() == source[1].keys()
     assert all(torch.equal(state[name], tensor) and state[name].dtype == tensor.dtype for name, tensor in source[1].items())
-    assert checkpoint.read_config(path) == CONFIG and (path / "tokenizer.json").read_text() == "{}"
+    assert from_yaml(checkpoint.read_config(path)) == CONFIG and (path / "tokenizer.json").read_text() == "{}"
 
 
 def test_drop_rename_iteration(source, tmp_path):
@@ -72,9 +75,8 @@ def test_sizes(source, tmp_path, size):
         kept = min(rows, len(before))
         assert torch.equal(state[name][:kept], before[:kept])
         assert (state[name][kept:] == before.double().mean(dim=0).to(before.dtype)).all()
-    assert yaml.safe_load(checkpoint.read_config(path)) == {
-        "model": {"vocab_size": size, "max_position_embeddings": size + 1}, "data": {"seq_length": 4},
-    }  # fmt: skip
+    wanted = CONFIG.replace(vocab_size=size, max_position_embeddings=size + 1)
+    assert from_yaml(checkpoint.read_config(path)) == wanted
 
 
 def test_resize_keeps_the_mean():

@@ -1,0 +1,112 @@
+"""A model's weights from anywhere, tensor by tensor: what every importer gives and every exporter takes.
+
+    weights = huggingface.read(FOLDER) or megatron.read(FOLDER) or own(CHECKPOINT)
+    write(weights, NEW_FOLDER) or huggingface.write(weights, NEW_FOLDER) or megatron.write(weights, NEW_FOLDER, ...)
+
+A tensor is read when it is asked for, so that the memory needed is that of the largest few.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalith.checkpoint import folder as folders
+from megalith.checkpoint import manifest, store
+from megalith.checkpoint.facts import CONFIG, TRAIN_STATE, read_config, read_train_state
+from megalith.checkpoint.ranks import Ranks
+from megalith.checkpoint.saving import Order
+from megalith.checkpoint.saving import write as write_checkpoint
+from megalith.common.errors import CheckpointError
+from megalith.config.loading import from_yaml, to_yaml
+from megalith.config.run import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lazy:
+    """A tensor that is read when asked for."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    def then(self, change: Callable[[Tensor], Tensor]) -> Lazy:
+        """The tensor changed when it is read: a transposition, a slice, a cast. The new shape is found on the meta device."""
+        empty = change(torch.empty(self.shape, dtype=self.dtype, device="meta"))
+        return Lazy(shape=tuple(empty.shape), dtype=empty.dtype, read=lambda: change(self.read()))
+
+
+def join(parts: list[Lazy], change: Callable[[list[Tensor]], Tensor]) -> Lazy:
+    """One tensor of several, such as the tensor-parallel parts of one weight."""
+    empty = change([torch.empty(part.shape, dtype=part.dtype, device="meta") for part in parts])
+    return Lazy(shape=tuple(empty.shape), dtype=empty.dtype, read=lambda: change([part.read() for part in parts]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights(Mapping[str, Tensor]):
+    """Tensors under our canonical names, and what else going on needs.
+
+    config: a whole RunConfig; its section `model` says what the tensors make.
+    tensors: {"model/<parameter>" or "optimizer/<state>/<parameter>": Lazy}; the vocabulary at its true size.
+    train_state: what `checkpoint.save` takes under that name; {} where the source has none.
+    files: {name in a checkpoint: file}, such as tokenizer/tokenizer.json.
+    notes: what a reader should know: what was assumed, dropped or refused, a line each.
+    """
+
+    config: RunConfig
+    tensors: Mapping[str, Lazy]
+    iteration: int = 0
+    train_state: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, pathlib.Path] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+def own(path: str | os.PathLike, iteration: int | None = None) -> Weights:
+    """Those of a checkpoint of ours: the checkpoint itself, a folder of them, or a run's folder."""
+    place = folders.find(path, iteration)
+    content = manifest.read(place)
+    metadata = store.Reader(place).read_metadata()
+
+    def lazy(name: str, facts: Mapping[str, Any]) -> Lazy:
+        dtype = getattr(torch, facts["dtype"])
+
+        def read() -> Tensor:
+            tensor = torch.empty(facts["shape"], dtype=dtype)
+            store.read(place, {name: tensor}, metadata)
+            return tensor
+
+        return Lazy(shape=tuple(facts["shape"]), dtype=dtype, read=read)
+
+    others = {CONFIG, TRAIN_STATE, store.METADATA}
+    return Weights(
+        config=from_yaml(read_config(place)),
+        tensors={name: lazy(name, facts) for name, facts in content["tensors"].items()},
+        iteration=content["iteration"],
+        train_state=read_train_state(place),
+        files={name: place / name for name in content["files"] if not name.endswith(store.DATA) and name not in others},
+    )
+
+
+def write(weights: Weights, folder: str | os.PathLike) -> pathlib.Path:
+    """Write a checkpoint of ours into the new `folder` and return its path; one process, no group, tensor by tensor."""
+    place = pathlib.Path(folder)
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise CheckpointError(f"{place} exists and is not empty; a converted checkpoint goes into a new folder. Name another one.")
+    layout = {name: torch.empty(lazy.shape, dtype=lazy.dtype, device="meta") for name, lazy in weights.tensors.items()}
+    order = Order(place, weights.iteration, weights.train_state, to_yaml(weights.config), weights.files, 0, None)
+    return write_checkpoint(order, layout, weights, Ranks())
