@@ -234,6 +234,8 @@ class PartRows(nn.Module):
 class VocabularyPart:
     """This rank's rows of the vocabulary, for the loss (layers/loss.py, Vocabulary, says what each function means)."""
 
+    block = None  # each block would be two collectives
+
     def __init__(self, axis: Axis, size: int):
         self.axis, (self.first, number) = axis, share(size, axis)
         if number == 0:
