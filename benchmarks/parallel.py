@@ -119,7 +119,7 @@ def report(rates: dict[str, list[float]], losses: dict[str, list[float]], steps:
     lines = [
         "command: python benchmarks/parallel.py",
         f"machine: {datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
-        f"4 layers, hidden 1024, vocabulary 1024, sequence {SEQUENCE}, float32, AdamW; {HERE * SEQUENCE} tokens a step and process; {steps}",
+        f"4 layers, hidden 1024, vocabulary 1024, sequence {SEQUENCE}, float32, AdamW; {HERE * SEQUENCE} tokens each step; {steps}",
         f"{'':26}{'tokens/s':>9}  {'quartiles':>15}  share of the limit  asked  losses of the first two steps",
     ]
     for name, values in rates.items():
