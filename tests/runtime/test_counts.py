@@ -1,0 +1,38 @@
+"""What Megatron's log says of a split model, counted on the model itself: built on meta, cut and split, never given memory."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore  # joins as any rank of any world, alone
+
+from megalith.config.megatron_counts import padded_vocabulary, rank_parameters
+from megalith.config.run import RunConfig
+from megalith.config.stages import layers_of
+from megalith.parallel import plan
+from megalith.parallel.collectives import Axis
+from megalith.parallel.mesh import grid
+from megalith.parallel.pipeline_cut import ENDS, Cut
+from megalith.runtime.build import meta_model
+
+GPT2_LARGE = RunConfig().replace(
+    num_layers=36, hidden_size=1280, num_attention_heads=20, max_position_embeddings=1024, seq_length=1024, vocab_size=50257,
+    tensor_model_parallel_size=2, pipeline_model_parallel_size=2, pipeline_split="even",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("rank", "parameters"), [(0, 210_753_280), (1, 210_753_280), (2, 209_445_120), (3, 209_445_120)])
+def test_gpt2_large_on_two_by_two(rank: int, parameters: int):
+    vocabulary = padded_vocabulary(50257, GPT2_LARGE.model.make_vocab_size_divisible_by, 2)
+    assert vocabulary - 50257 == 175
+    config = GPT2_LARGE.replace(vocab_size=vocabulary)  # ours would have the true size
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=4)
+    try:
+        mesh = grid(config.parallel, torch.device("cpu"))
+        model = meta_model(config.model)
+        Cut(ENDS.find("gpt"), layers_of(config)).apply(model, mesh.place("pp"))
+        plan.apply(model, plan.PLANS.find("gpt"), Axis(mesh.devices["tp"]))
+        found = sum(parameter.to_local().numel() for parameter in model.parameters())
+        assert all(parameter.to_local().is_meta for parameter in model.parameters())
+    finally:
+        dist.destroy_process_group()
+    assert found == rank_parameters(GPT2_LARGE, rank // 2) == parameters
