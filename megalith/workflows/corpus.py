@@ -28,11 +28,11 @@ def write_corpus(path: pathlib.Path, megabytes: float, seed: int = 1) -> tuple[i
 
 
 def _modules():
-    """Sources of the standard library without its tests, which are long tables more than text."""
+    """Sources of the standard library, without what is long tables more than text: tests, encodings."""
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
     for path in root.rglob("*.py"):
         inside = path.relative_to(root)
-        if {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3"} & set(inside.parts):
+        if {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data"} & set(inside.parts):
             continue
         text = path.read_text(encoding="utf-8", errors="replace")
         if len(text) > 200 and "\ufffd" not in text:
