@@ -1,4 +1,4 @@
-"""`megalith checkpoint`: look into checkpoints, prove them whole, make changed copies."""
+"""`megalith checkpoint`: look into checkpoints, prove them whole, make changed copies, convert them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from megalith.checkpoint import fit, folder, manifest
 from megalith.checkpoint.facts import describe, part_of, read_config, read_train_state
+from megalith.cli import checkpoint_convert
 from megalith.common import units
 from megalith.common.errors import CheckpointError, ConfigError
 
@@ -19,6 +20,8 @@ examples:
   megalith checkpoint inspect runs/gpt/checkpoints/iter_0000100 --with other.yaml
   megalith checkpoint verify runs/gpt
   megalith checkpoint edit runs/gpt weights --drop optimizer
+  megalith checkpoint import Llama-3-8B runs/llama
+  megalith checkpoint export runs/gpt gpt-hf --to huggingface
 """
 PATH = "a checkpoint, a folder of them, or a run's folder"
 
@@ -26,7 +29,7 @@ PATH = "a checkpoint, a folder of them, or a run's folder"
 def register(subparsers: Any) -> None:
     """Add the verb and its own verbs."""
     about = "look into checkpoints"
-    description = "Look into checkpoints, prove them whole, make changed copies."
+    description = "Look into checkpoints, prove them whole, make changed copies, convert them."
     parser = subparsers.add_parser("checkpoint", help=about, description=description, epilog=EXAMPLES)
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
 
@@ -54,6 +57,7 @@ def register(subparsers: Any) -> None:
     one.add_argument("--vocab-size", type=int, metavar="N", help="rows of embedding and head; new rows are the mean of the old ones")
     one.add_argument("--max-position-embeddings", type=int, metavar="N", help="rows of the position embedding; new rows as above")
     one.set_defaults(handler=edit)
+    checkpoint_convert.register(verbs)
 
 
 def inspect(args: argparse.Namespace) -> int:

@@ -1,9 +1,15 @@
-"""How many parameters a model has, from its config alone."""
+"""A model's parameters, from its config alone: their names, their shapes, how many there are."""
 
 from __future__ import annotations
 
+import math
+
+from megalith.common.registry import Registry
 from megalith.config.model import ModelConfig
 from megalith.config.text import fail, flag, trouble
+
+Shapes = dict[str, tuple[int, ...]]
+SHAPES = Registry("model", {"gpt": "megalith.config.parameters:gpt_shapes"})
 
 
 def sizes(model: ModelConfig) -> tuple[int, int, int, int]:
@@ -24,16 +30,48 @@ def matrix_parameters(model: ModelConfig) -> int:
 
 
 def parameter_count(model: ModelConfig) -> int:
-    """Number of parameters of a GPT, each shared one once, at the true vocabulary size. Needs vocab_size."""
+    """Number of parameters, each shared one once, at the true vocabulary size. Needs vocab_size."""
+    return sum(math.prod(shape) for shape in parameter_shapes(model).values())
+
+
+def parameter_shapes(model: ModelConfig) -> Shapes:
+    """{parameter: shape}, in the names of a checkpoint (`model/` before them there); a shared one once. Needs vocab_size."""
+    return SHAPES.find(model.model_type)(model)
+
+
+def gpt_shapes(model: ModelConfig) -> Shapes:
+    """Those of a GPT (models/gpt.py)."""
     layers, h, heads, vocabulary = sizes(model)
-    queries, keys = heads * model.head_dim, model.num_kv_heads * model.head_dim
-    norm = h if model.norm == "rmsnorm" else 2 * h
-    per_layer = 2 * norm + (2 * model.head_dim if model.qk_layernorm else 0)
-    if model.add_bias_linear or model.add_qkv_bias:
-        per_layer += queries + 2 * keys
-    if model.add_bias_linear:
-        per_layer += h + (2 if model.gated else 1) * model.ffn_size + h
-    embeddings = vocabulary * h if model.untie_embeddings_and_output_weights else 0
+    found: Shapes = {"embedding.weight": (vocabulary, h)}
     if model.positions == "learned_absolute":
-        embeddings += (model.max_position_embeddings or 0) * h
-    return matrix_parameters(model) + layers * per_layer + norm + embeddings
+        found["position_embedding.weight"] = (model.max_position_embeddings or 0, h)
+    for number in range(layers):
+        found |= {f"layers.{number}.{name}": shape for name, shape in layer_shapes(model, heads).items()}
+    found |= norm_shapes("final_norm", model)
+    if model.untie_embeddings_and_output_weights:
+        found["head.weight"] = (vocabulary, h)
+    return found
+
+
+def layer_shapes(model: ModelConfig, heads: int) -> Shapes:
+    """Those of one layer (layers/block.py)."""
+    h, inner, queries, keys = model.hidden_size, model.ffn_size, heads * model.head_dim, model.num_kv_heads * model.head_dim
+    bias, qkv_bias = model.add_bias_linear, model.add_bias_linear or model.add_qkv_bias
+    linears = {
+        "attention.q": (queries, h, qkv_bias), "attention.k": (keys, h, qkv_bias), "attention.v": (keys, h, qkv_bias),
+        "attention.out": (h, queries, bias), "mlp.up": (inner, h, bias), "mlp.down": (h, inner, bias),
+    }  # fmt: skip
+    if model.gated:
+        linears["mlp.gate"] = (inner, h, bias)
+    found: Shapes = norm_shapes("attention_norm", model) | norm_shapes("mlp_norm", model)
+    for name, (outputs, inputs, biased) in linears.items():
+        found |= {f"{name}.weight": (outputs, inputs)} | ({f"{name}.bias": (outputs,)} if biased else {})
+    if model.qk_layernorm:
+        found |= {f"attention.{name}_norm.weight": (model.head_dim,) for name in "qk"}
+    return found
+
+
+def norm_shapes(name: str, model: ModelConfig) -> Shapes:
+    """Those of a norm of the residual stream."""
+    kinds = ("weight",) if model.norm == "rmsnorm" else ("weight", "bias")
+    return {f"{name}.{kind}": (model.hidden_size,) for kind in kinds}

@@ -1,0 +1,107 @@
+"""The formats that weights come from and go to, by name; each is one module with a FORMAT.
+
+weights = read(SOURCE)                    # whatever it is
+FORMATS.find("huggingface").write(weights, FOLDER, Options(dtype="bfloat16"))
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from megalith.checkpoint import weights as own_format
+from megalith.checkpoint.folder import FINISHED, root
+from megalith.checkpoint.manifest import NAME as MANIFEST
+from megalith.checkpoint.weights import Weights
+from megalith.common.errors import CheckpointError, problem
+from megalith.common.registry import Registry
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a reader or a writer may be told; each takes what concerns it.
+
+    qkv_layout, swiglu_order: order of rows in fused weights, where the source does not tell (auto: what it most likely is).
+    dtype: of what is written: float32, bfloat16 or float16; None keeps that of the source.
+    tensor_model_parallel_size, pipeline_model_parallel_size, data_parallel_size, use_distributed_optimizer,
+    make_vocab_size_divisible_by: the layout written, in formats that have one.
+    max_shard_size: bytes of one file at most (a single tensor may be larger). safetensors: or pytorch_model.bin.
+    architecture: Hugging Face family written; None is that of the source, or the first that has this form.
+    tokenizer: folder of tokenizer files that are written along, instead of those of the source.
+    with_optimizer: read or write the optimizer's state too. iteration: which checkpoint of several (the latest).
+    overrides: fields of the config, by flat name, that override what the source says.
+    """
+
+    qkv_layout: str = "auto"
+    swiglu_order: str = "auto"
+    dtype: str | None = None
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    data_parallel_size: int = 1
+    use_distributed_optimizer: bool = False
+    make_vocab_size_divisible_by: int | None = None
+    max_shard_size: int = 5_000_000_000
+    safetensors: bool = True
+    architecture: str | None = None
+    tokenizer: pathlib.Path | None = None
+    with_optimizer: bool = False
+    iteration: int | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Format(NamedTuple):
+    """A format. looks: what one looks like, for the error that lists them all. write: None where it is only read."""
+
+    looks: str
+    recognises: Callable[[pathlib.Path], bool]
+    read: Callable[[pathlib.Path, Options], Weights]
+    write: Callable[[Weights, pathlib.Path, Options], None] | None = None
+
+
+def _is_own(path: pathlib.Path) -> bool:
+    place = root(path)
+    return (path / MANIFEST).exists() or (
+        place.is_dir() and any(FINISHED.fullmatch(each.name) and (each / MANIFEST).exists() for each in place.iterdir())
+    )
+
+
+def _write_own(weights: Weights, folder: pathlib.Path, options: Options) -> None:
+    own_format.write(weights, folder)
+
+
+OWN = Format(
+    f"megalith: a folder with {MANIFEST}, or one of iter_NNNNNNN folders that have it",
+    _is_own,
+    lambda path, options: own_format.own(path, options.iteration),
+    _write_own,
+)
+FORMATS = Registry(
+    "checkpoint format",
+    {
+        "megalith": "megalith.checkpoint.formats:OWN",
+        "huggingface": "megalith.checkpoint.huggingface:FORMAT",
+    },
+)
+
+
+def recognise(path: str | os.PathLike) -> str:
+    """The name of the format that `path` is in. Raises CheckpointError where it is in none, or is not there."""
+    place = pathlib.Path(path)
+    if not place.exists():
+        raise CheckpointError(problem("source", str(path), "there is no such file or folder", "Correct the path"))
+    for name in FORMATS:
+        if FORMATS.find(name).recognises(place):
+            return name
+    inside = sorted(each.name for each in place.iterdir())[:8] if place.is_dir() else "a file"
+    looks = "; ".join(FORMATS.find(name).looks for name in FORMATS)
+    raise CheckpointError(
+        problem(f"{place}", inside, f"no known format looks like this ({looks})", "Correct the path, or name the format with --from")
+    )
+
+
+def read(path: str | os.PathLike, format: str | None = None, options: Options | None = None) -> Weights:
+    """The weights at `path`, in `format` or the one recognised."""
+    return FORMATS.find(format or recognise(path)).read(pathlib.Path(path), options or Options())

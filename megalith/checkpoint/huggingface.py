@@ -1,0 +1,190 @@
+"""Hugging Face folders: config.json, tensors, tokenizer. What a family's names and fields mean is in families/*.py."""
+
+from __future__ import annotations
+
+import functools
+import json
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from megalith.checkpoint import huggingface_files as files
+from megalith.checkpoint.formats import Format, Options
+from megalith.checkpoint.huggingface_families import FAMILIES, Family, form
+from megalith.checkpoint.weights import Lazy, Weights, join
+from megalith.common.errors import CheckpointError, ConfigError, problem
+from megalith.common.files import write_text
+from megalith.config.model import ModelConfig
+from megalith.config.parameters import parameter_shapes
+from megalith.config.run import RunConfig
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+KEPT = "huggingface/"  # where a checkpoint of ours keeps config.json and generation_config.json of what it was made from
+TOKENIZER = "tokenizer/"
+TOKENIZER_FILES = re.compile(
+    r"tokenizer.*|vocab\.(json|txt)|merges\.txt|special_tokens_map\.json|added_tokens\.json|.*\.model|.*\.tiktoken|chat_template\..*"
+)
+
+
+def recognises(path: pathlib.Path) -> bool:
+    """A folder with a config.json that says which model it is."""
+    return (path / CONFIG).is_file() and bool({"model_type", "architectures"} & files.read_json(path / CONFIG).keys())
+
+
+def family_of(given: Mapping[str, Any], where: pathlib.Path) -> tuple[str, Family]:
+    """The family of a config.json. Raises CheckpointError where it is not one of ours."""
+    name = given.get("model_type")
+    if name not in FAMILIES.addresses:
+        rule = f"the architectures known here are {', '.join(FAMILIES)}"
+        cure = "Convert a model of one of these, or describe the new one in a table as megalith/checkpoint/families/ has them"
+        raise CheckpointError(problem(f"{where}: model_type", name, rule, cure))
+    return name, FAMILIES.find(name)
+
+
+def read(path: pathlib.Path, options: Options) -> Weights:
+    """The weights of a folder, tensors unread, in the dtype they are stored in."""
+    given = files.read_json(path / CONFIG)
+    _, family = family_of(given, path / CONFIG)
+    values = family.to_ours(given, str(path / CONFIG))
+    found = files.tensors(files.weight_files(path))
+    dtypes = {lazy.dtype for lazy in found.values()}
+    values |= {"seq_length": values.get("max_position_embeddings"), "bf16": torch.bfloat16 in dtypes}
+    config = RunConfig().replace(**{**values, **options.overrides})
+    tensors, notes = _ours(found, family, config.model, path)
+    kept = {f"{KEPT}{name}": path / name for name in (CONFIG, GENERATION) if (path / name).is_file()}
+    return Weights(config=config, tensors=tensors, files={**kept, **_tokenizer(options.tokenizer or path)}, notes=notes)
+
+
+def _tokenizer(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    return {f"{TOKENIZER}{file.name}": file for file in sorted(folder.iterdir()) if file.is_file() and TOKENIZER_FILES.fullmatch(file.name)}
+
+
+def _ours(found: Mapping[str, Lazy], family: Family, model: ModelConfig, path: pathlib.Path) -> tuple[dict[str, Lazy], tuple[str, ...]]:
+    """Our tensors, made of theirs when they are read; and notes on what was left out. Everything must be there and fit."""
+    shapes = parameter_shapes(model)
+    made: dict[str, Lazy] = {}
+    used, missing, wrong = set(), [], []
+    for rule, theirs, ours in rules(family, model):
+        name = next((each for each in (theirs, theirs.removeprefix(family.prefix)) if each in found), None)
+        expected = tuple(_together(rule.form, model, [_empty(shapes[each]) for each in ours]).shape)
+        if name is None:
+            missing.append(theirs)
+        elif found[name].shape != expected:
+            wrong.append(f"{name}: found {list(found[name].shape)}, expected {list(expected)}")
+        else:
+            used.add(name)
+            for number, each in enumerate(ours):
+                made[f"model/{each}"] = found[name].then(functools.partial(_part, rule.form, model, number))
+    if wrong:
+        rule_text = f"{path / CONFIG} says which shapes they have"
+        raise CheckpointError(
+            problem(f"{path}: tensors of another shape", wrong[:6], rule_text, "Take both files from one and the same model")
+        )
+    if missing:
+        rule_text = f"{family.architecture} as {path / CONFIG} describes it has {len(missing)} more"
+        raise CheckpointError(problem(f"{path}: missing tensors", missing[:6], rule_text, "Copy all of the model's files, of one version"))
+    assert made.keys() == {f"model/{name}" for name in shapes}, f"the table of {family.architecture} does not name every parameter"
+    spare = sorted(name for name in found.keys() - used if not any(re.fullmatch(each, name) for each in family.surplus))
+    return made, (f"left out, as this model has no use for them: {', '.join(spare[:8])}{' ...' * (len(spare) > 8)}",) if spare else ()
+
+
+def rules(family: Family, model: ModelConfig) -> Iterator[tuple[Any, str, tuple[str, ...]]]:
+    """(rule, their tensor, our tensors) for every parameter of the model."""
+    shapes = parameter_shapes(model)
+    for rule in family.names:
+        for theirs, ours in rule.pairs(shapes):
+            yield rule, theirs, ours
+
+
+def _part(way, model: ModelConfig, number: int, theirs: torch.Tensor) -> torch.Tensor:
+    return way.apart(theirs, model)[number]
+
+
+def _together(way, model: ModelConfig, ours: list[torch.Tensor]) -> torch.Tensor:
+    return way.together(ours, model)
+
+
+def _empty(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.empty(shape, device="meta")
+
+
+def write(weights: Weights, folder: pathlib.Path, options: Options) -> None:
+    """Write a folder that `from_pretrained` reads: tensors in shards, config.json, generation_config.json, tokenizer files."""
+    model = weights.config.model
+    name, family = choose(weights, options)
+    made: dict[str, Lazy] = {}
+    for rule, theirs, ours in rules(family, model):
+        parts = [weights.tensors[f"model/{each}"] for each in ours]
+        made[theirs] = join(parts, functools.partial(_together, rule.form, model))
+        if options.dtype:
+            made[theirs] = made[theirs].then(functools.partial(torch.Tensor.to, dtype=getattr(torch, options.dtype)))
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = max((lazy.dtype for lazy in made.values()), key=lambda each: each.itemsize)
+    content = _config(weights, name, family)
+    content["dtype" if "dtype" in content else "torch_dtype"] = str(dtype).removeprefix("torch.")  # transformers 5's word, and 4's
+    files.write_tensors(folder, made, options.max_shard_size, options.safetensors)
+    _write_rest(weights, folder, options, content)
+    write_text(folder / CONFIG, json.dumps(content, indent=2) + "\n")  # last: without it nobody takes the folder for a whole one
+
+
+def choose(weights: Weights, options: Options) -> tuple[str, Family]:
+    """The family to write: the one asked for, that of the source, or the first whose config.json can say all of this model."""
+    kept = weights.files.get(f"{KEPT}{CONFIG}")
+    first = options.architecture or (files.read_json(kept).get("model_type") if kept else None)
+    names = [options.architecture] if options.architecture else list(dict.fromkeys([*([first] if first else []), *FAMILIES]))
+    losses: dict[str, list[str]] = {}
+    for name in names:
+        family = FAMILIES.find(name)
+        losses[name] = _losses(family, weights.config)
+        if not losses[name]:
+            return name, family
+    nearest = min(losses, key=lambda each: len(losses[each]))
+    raise CheckpointError(
+        problem("architecture", " and ".join(losses[nearest]), f"{FAMILIES.find(nearest).architecture} has no such form" +
+                ("" if options.architecture else ", nor has another of the architectures known here"),
+                "Export to megatron, which can hold it, or train a model of a form that Hugging Face has")
+    )  # fmt: skip
+
+
+def _losses(family: Family, config: RunConfig) -> list[str]:
+    """What of the model the family's config.json cannot say: what is read back from it differs in this."""
+    mine = form(config.model)
+    try:
+        values = family.to_ours(json.loads(json.dumps(family.to_theirs(config))))
+        other = form(RunConfig().replace(**values).model)
+    except (CheckpointError, ConfigError) as error:
+        return [str(error)]
+    return [f"{key} {value}" for key, value in mine.items() if other.get(key) != value]
+
+
+def _config(weights: Weights, name: str, family: Family) -> dict[str, Any]:
+    """config.json: that of the source where it still says the same, else made from ours over it."""
+    made = {"architectures": [family.architecture], "model_type": name, **family.to_theirs(weights.config)}
+    kept = weights.files.get(f"{KEPT}{CONFIG}")
+    source = files.read_json(kept) if kept else {}
+    if source.get("model_type") != name:
+        return made
+    before = RunConfig().replace(**family.to_ours(source))
+    if form(before.model) == form(weights.config.model):
+        return source
+    return {key: value for key, value in source.items() if key != "rope_parameters"} | made
+
+
+def _write_rest(weights: Weights, folder: pathlib.Path, options: Options, content: Mapping[str, Any]) -> None:
+    """Tokenizer files and generation_config.json."""
+    named = _tokenizer(options.tokenizer) if options.tokenizer else weights.files
+    for name, file in named.items():
+        if name.startswith(TOKENIZER) and TOKENIZER_FILES.fullmatch(file.name):
+            (folder / file.name).write_bytes(file.read_bytes())
+    kept = weights.files.get(f"{KEPT}{GENERATION}")
+    if kept:
+        (folder / GENERATION).write_bytes(kept.read_bytes())
+    else:
+        ids = {key: content.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        write_text(folder / GENERATION, json.dumps({"_from_model_config": True, **ids}, indent=2) + "\n")
+
+
+FORMAT = Format("huggingface: a folder with config.json and model.safetensors or pytorch_model.bin", recognises, read, write)

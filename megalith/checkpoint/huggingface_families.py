@@ -1,0 +1,185 @@
+"""What a family's table says (families/*.py): how config.json and names of weights become ours, and ours theirs.
+
+llama = FAMILIES.find("llama")
+values = llama.to_ours(config_json)            # {flat field: value}
+config_json = llama.to_theirs(config)
+llama.names, see Rule
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megalith.common.errors import CheckpointError, problem
+from megalith.common.registry import Registry
+from megalith.config.model import ModelConfig
+from megalith.config.parameters import Shapes
+from megalith.config.run import RunConfig
+
+FAMILIES = Registry(  # config.json's model_type -> table; in the order in which an export looks for one that fits
+    "Hugging Face family",
+    {
+        "gpt2": "megalith.checkpoint.families.gpt2:GPT2",
+        "llama": "megalith.checkpoint.families.llama:LLAMA",
+    },
+)
+REQUIRED = object()  # a field of config.json without a default
+
+
+class Form(NamedTuple):
+    """A reversible change between one tensor of theirs and one or several of ours. It takes weights and biases alike.
+
+    apart(theirs, model) -> ours; together(ours, model) -> theirs.
+    """
+
+    apart: Callable[[Tensor, ModelConfig], Sequence[Tensor]]
+    together: Callable[[Sequence[Tensor], ModelConfig], Tensor]
+
+
+SAME = Form(lambda theirs, model: [theirs], lambda ours, model: ours[0])
+TRANSPOSED = Form(lambda theirs, model: [theirs.t()], lambda ours, model: ours[0].t())  # GPT-2's Conv1D keeps [in, out]
+THIRDS_TRANSPOSED = Form(lambda theirs, model: theirs.t().chunk(3), lambda ours, model: torch.cat(list(ours)).t())
+
+
+def _groups_apart(theirs: Tensor, model: ModelConfig) -> list[Tensor]:
+    queries = model.num_attention_heads // model.num_kv_heads
+    rows = theirs.unflatten(0, (model.num_kv_heads, queries + 2, model.head_dim))
+    return [part.flatten(0, 2) for part in (rows[:, :queries], rows[:, queries:-1], rows[:, -1:])]
+
+
+def _groups_together(ours: Sequence[Tensor], model: ModelConfig) -> Tensor:
+    rows = [part.unflatten(0, (model.num_kv_heads, -1, model.head_dim)) for part in ours]
+    return torch.cat(rows, dim=1).flatten(0, 2)
+
+
+GROUPS = Form(_groups_apart, _groups_together)  # rows of each key head's queries, then its key, then its value
+
+
+class Rule(NamedTuple):
+    """Modules of theirs and of ours with the same weight and bias; `*` is the number of a layer. `ours` may be several of one tensor."""
+
+    theirs: str
+    ours: str | tuple[str, ...]
+    form: Form = SAME
+
+    def pairs(self, shapes: Shapes) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """(their tensor, our tensors) for each that the model with these shapes has."""
+        ours = (self.ours,) if isinstance(self.ours, str) else self.ours
+        pattern = re.compile(re.escape(ours[0]).replace(r"\*", r"(\d+)") + r"\.(weight|bias)")
+        for name in shapes:
+            if match := pattern.fullmatch(name):
+                *number, kind = match.groups()
+                theirs, *names = (_numbered(each, number, kind) for each in (self.theirs, *ours))
+                yield theirs, tuple(names)
+
+
+def _numbered(pattern: str, number: Sequence[str], kind: str) -> str:
+    return f"{pattern.replace('*', number[0]) if number else pattern}.{kind}"
+
+
+class Setting(NamedTuple):
+    """A field of config.json that has the value of a field of ours. default: what theirs is where config.json lacks it."""
+
+    theirs: str
+    ours: str
+    default: Any = REQUIRED
+
+
+def _nothing(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """An architecture of Hugging Face's.
+
+    architecture: class in transformers. prefix: of their names, which files of the bare model leave out.
+    settings: fields that both sides have. always: ours that config.json does not have. only: values that theirs must have
+    where they are given, because nothing else is built.
+    more_ours(config.json) and more_theirs(config): what no table says.
+    names: see Rule. surplus: patterns of their tensors that are no weights (masks, inverse frequencies).
+    """
+
+    architecture: str
+    prefix: str = ""
+    settings: tuple[Setting, ...]
+    always: Mapping[str, Any] = field(default_factory=dict)
+    only: Mapping[str, tuple] = field(default_factory=dict)
+    more_ours: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
+    more_theirs: Callable[[RunConfig], dict[str, Any]] = lambda config: {}
+    names: tuple[Rule, ...]
+    surplus: tuple[str, ...] = ()
+
+    def to_ours(self, given: Mapping[str, Any], where: str = "config.json") -> dict[str, Any]:
+        """{flat field of RunConfig: value} of a config.json. Raises CheckpointError for what it lacks or what is not built."""
+        for name, allowed in self.only.items():
+            if name in given and given[name] not in allowed:
+                rule = f"of {self.architecture} only {name} = {' or '.join(map(str, allowed))} is built here"
+                raise CheckpointError(
+                    problem(f"{where}: {name}", given[name], rule, "This model cannot be converted; ask for it in an issue")
+                )
+        missing = [each.theirs for each in self.settings if each.default is REQUIRED and given.get(each.theirs) is None]
+        if missing:
+            rule = f"{self.architecture} has {', '.join(missing)} in it"
+            raise CheckpointError(problem(where, sorted(given)[:20], rule, "Add what is missing, or copy the original file again"))
+        values = {
+            each.ours: each.default if given.get(each.theirs) is None and each.default is not REQUIRED else given[each.theirs]
+            for each in self.settings
+        }
+        return {**self.always, **values, **self.more_ours(given)}
+
+    def to_theirs(self, config: RunConfig) -> dict[str, Any]:
+        """config.json's fields, without those of transformers itself (architectures, model_type, dtype)."""
+        flat = resolved(config)
+        return {**{each.theirs: flat[each.ours] for each in self.settings}, **self.more_theirs(config)}
+
+
+def resolved(config: RunConfig) -> dict[str, Any]:
+    """Every field by its flat name, with what follows from others filled in."""
+    model = config.model
+    derived = {"ffn_hidden_size": model.ffn_size, "kv_channels": model.head_dim, "num_query_groups": model.num_kv_heads}
+    return {**config.flat(), **derived}
+
+
+# hidden_act and its like -> our fields, for an MLP without gate and with one. The first of several names is the one written.
+PLAIN: dict[str, dict[str, Any]] = {
+    "gelu": {}, "gelu_new": {"openai_gelu": True}, "gelu_pytorch_tanh": {"openai_gelu": True}, "gelu_fast": {"openai_gelu": True},
+    "relu2": {"squared_relu": True},
+}  # fmt: skip
+GATED: dict[str, dict[str, Any]] = {
+    "silu": {"swiglu": True}, "swish": {"swiglu": True}, "gelu": {"glu_activation": "geglu"},
+    "gelu_pytorch_tanh": {"glu_activation": "geglu_tanh"}, "relu": {"glu_activation": "reglu"},
+}  # fmt: skip
+
+
+def activation(table: Mapping[str, dict[str, Any]], name: str) -> dict[str, Any]:
+    """Our fields for an activation of theirs."""
+    if name not in table:
+        rule = f"the activations known here are {', '.join(table)}"
+        raise CheckpointError(problem("config.json: activation", name, rule, "This model cannot be converted; ask for it in an issue"))
+    return table[name]
+
+
+def activation_name(table: Mapping[str, dict[str, Any]], model: ModelConfig) -> str | None:
+    """Their name of the model's activation, None where the table has none."""
+    return next((name for name, fields in table.items() if ModelConfig(**fields).activation == model.activation), None)
+
+
+OF_POSITIONS = {"learned_absolute": ("max_position_embeddings",), "rope": ("rotary_base", "rotary_percent", "rotary_interleaved")}
+
+
+def form(model: ModelConfig) -> dict[str, Any]:
+    """All of a model that its logits depend on besides the weights: two with equal forms compute the same."""
+    names = [
+        "model_type", "num_layers", "hidden_size", "num_attention_heads", "num_kv_heads", "head_dim", "ffn_size", "vocab_size", "norm",
+        "positions", "activation", "layernorm_epsilon", "add_bias_linear", "qk_layernorm", "untie_embeddings_and_output_weights",
+        "apply_residual_connection_post_layernorm", *OF_POSITIONS.get(model.positions, ()),
+    ]  # fmt: skip
+    found = {name: getattr(model, name) for name in names}
+    return {**found, "qkv bias": model.add_bias_linear or model.add_qkv_bias}

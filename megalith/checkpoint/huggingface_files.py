@@ -1,0 +1,131 @@
+"""The files that hold the tensors of a Hugging Face folder: safetensors or pytorch_model.bin, in shards or not."""
+
+from __future__ import annotations
+
+import functools
+import json
+import pathlib
+import pickle
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megalith.checkpoint.weights import Lazy
+from megalith.common.errors import CheckpointError, problem
+from megalith.common.files import atomic_path, write_text
+
+NAMES = ("model.safetensors", "pytorch_model.bin")  # in the order in which they are looked for
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16",
+          "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}  # fmt: skip
+
+
+def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files with tensors. Raises CheckpointError where there are none, or where one that the index names is missing."""
+    for name in NAMES:
+        index = folder / f"{name}.index.json"
+        if index.exists():
+            table = read_json(index).get("weight_map", {})
+            files = [folder / each for each in sorted(set(table.values()))]
+            missing = [file.name for file in files if not file.is_file()]
+            if missing or not files:
+                rule = f"{index.name} names {len(files)} files and all are needed"
+                raise CheckpointError(problem(f"{folder}: missing shards", missing, rule, "Copy or download these files as well"))
+            return files
+        if (folder / name).exists():
+            return [folder / name]
+    raise CheckpointError(
+        problem(f"{folder}: weights", sorted(each.name for each in folder.iterdir())[:12],
+                f"a Hugging Face folder has {NAMES[0]} or {NAMES[1]}, or shards with an index", "Copy or download them as well")
+    )  # fmt: skip
+
+
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError where it is none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(problem(str(file), str(error), "it must be readable JSON", "Copy or download it again")) from None
+    if not isinstance(found, dict):
+        raise CheckpointError(problem(str(file), type(found).__name__, "it must be a JSON object", "Copy or download it again"))
+    return found
+
+
+def tensors(files: list[pathlib.Path]) -> dict[str, Lazy]:
+    """{their name: Lazy} of all files; nothing but headers is read."""
+    found: dict[str, Lazy] = {}
+    for file in files:
+        found |= dict(_safetensors(file) if file.suffix == ".safetensors" else _pickled(file))
+    return found
+
+
+def _safetensors(file: pathlib.Path) -> Iterator[tuple[str, Lazy]]:
+    def read(name: str) -> Tensor:
+        # Opened anew for each tensor: pages of a map that stays open count as memory of the process until it is closed.
+        with safe_open(file, framework="pt") as opened:
+            return opened.get_tensor(name)
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (no mapping)
+                part = opened.get_slice(name)
+                dtype = getattr(torch, DTYPES[part.get_dtype()])
+                yield name, Lazy(shape=tuple(part.get_shape()), dtype=dtype, read=functools.partial(read, name))
+    except (SafetensorError, OSError, KeyError) as error:
+        raise CheckpointError(_damaged(file, error, "a safetensors file")) from None
+
+
+def _pickled(file: pathlib.Path) -> Iterator[tuple[str, Lazy]]:
+    try:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # written before torch 1.6: no archive that can be mapped
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError) as error:
+        raise CheckpointError(_damaged(file, error, "a torch file of tensors and nothing that runs code")) from None
+    for name, tensor in state.items():
+        if isinstance(tensor, Tensor):
+            yield name, Lazy(shape=tuple(tensor.shape), dtype=tensor.dtype, read=functools.partial(Tensor.detach, tensor))
+
+
+def _damaged(file: pathlib.Path, error: Exception, kind: str) -> str:
+    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return problem(str(file), first, f"it must be {kind}", "Copy or download it again; compare its size and checksum with the original's")
+
+
+def write_tensors(folder: pathlib.Path, made: Mapping[str, Lazy], max_shard_size: int, safetensors: bool) -> None:
+    """Write tensors into files of at most max_shard_size bytes, and the index where there are several. Memory is that of one file."""
+    shards = split(made, max_shard_size)
+    stem, dot, ending = NAMES[0 if safetensors else 1].rpartition(".")
+    table: dict[str, str] = {}
+    total = 0
+    for number, names in enumerate(shards, 1):
+        name = f"{stem}{dot}{ending}" if len(shards) == 1 else f"{stem}-{number:05}-of-{len(shards):05}{dot}{ending}"
+        content = {each: made[each].read().contiguous() for each in names}
+        with atomic_path(folder / name) as temporary:
+            if safetensors:
+                save_file(content, temporary, metadata={"format": "pt"})
+            else:
+                torch.save(content, temporary)
+        table |= dict.fromkeys(names, name)
+        total += sum(tensor.nbytes for tensor in content.values())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(table.items()))}
+        write_text(folder / f"{stem}{dot}{ending}.index.json", json.dumps(index, indent=2) + "\n")
+
+
+def split(made: Mapping[str, Lazy], max_shard_size: int) -> list[list[str]]:
+    """Names, in order, in as few runs as their sizes allow; a tensor over the limit has a file of its own."""
+    shards: list[list[str]] = [[]]
+    held = 0
+    for name, lazy in made.items():
+        size = torch.Size(lazy.shape).numel() * lazy.dtype.itemsize
+        if shards[-1] and held + size > max_shard_size:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held += size
+    return shards

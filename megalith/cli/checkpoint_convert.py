@@ -1,0 +1,175 @@
+"""`megalith checkpoint import` and `export`: weights from other formats, and to them."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from megalith.common.errors import problem
+from megalith.config import flags
+from megalith.config.flags import VALUE, Flag
+from megalith.config.loading_values import convert as typed
+from megalith.config.loading_values import fields
+from megalith.config.text import fail, flag
+
+IMPORT = """\
+examples:
+  megalith checkpoint import Llama-3-8B runs/llama                    # a Hugging Face folder
+  megalith checkpoint import megatron/iter_0005000 runs/gpt --tokenizer gpt2-files --verify
+  megalith checkpoint import model.zip runs/gpt --num-layers 24 --hidden-size 1024 --num-attention-heads 16
+
+The format is recognised by itself. Flags of the model (--num-layers, --rope-theta, ...) say what the source does not say, or say it
+better. Nothing in the source is run: pickles are read without the classes they name.
+"""
+EXPORT = """\
+examples:
+  megalith checkpoint export runs/gpt gpt-hf --to huggingface --max-shard-size 2GB
+  megalith checkpoint export runs/gpt gpt-megatron --to megatron --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2
+  megalith checkpoint export megatron/iter_0005000 gpt-hf --to huggingface --dtype bfloat16
+
+SOURCE may be in any format that `import` reads.
+"""
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"} | {name: name for name in ("float32", "bfloat16", "float16")}
+
+
+def _renamed(old: str, new: str, sets: Mapping[str, Any], nargs: int | str = 1) -> Flag:
+    """A spelling of transformers' and Megatron's converters."""
+    return Flag(old, dict(sets), nargs, notice=f"{old} is read as {new}")
+
+
+COMMON = (
+    Flag("--from", {"from": VALUE}, help="format of the source: huggingface, megatron, ... (default: the one recognised)"),
+    Flag("--ckpt-step", {"iteration": VALUE}, help="iteration to take of several (default: the latest)"),
+    Flag("--dtype", {"dtype": VALUE}, choices=tuple(DTYPES), help="number format of the weights written (default: the source's)"),
+    Flag("--qkv-layout", {"qkv_layout": VALUE}, help="order of rows of fused q, k, v in Megatron's files (default: auto)"),
+    Flag("--swiglu-order", {"swiglu_order": VALUE}, choices=("auto", "gate-first", "gate-second"),
+         help="which half of a fused gated MLP is the gate (default: auto)"),
+    Flag("--tokenizer", {"tokenizer": VALUE}, help="folder with tokenizer files that go along (default: the source's)"),
+    Flag("--with-optimizer", {"with_optimizer": True}, 0, help="the optimizer's state too, where both formats can hold it"),
+    Flag("--sha256", {"sha256": VALUE}, help="checksum that a downloaded source must have"),
+    Flag("--verify", {"verify": True}, 0, help="compare logits with transformers' model (needs transformers)"),
+    Flag("--print-structure", {"print_structure": True}, 0, help="print names, shapes and dtypes of the tensors"),
+    _renamed("--load-path", "SOURCE", {"source": VALUE}),
+    _renamed("--load-dir", "SOURCE", {"source": VALUE}),
+    _renamed("--save-path", "FOLDER", {"folder": VALUE}),
+    _renamed("--save-dir", "FOLDER", {"folder": VALUE}),
+    _renamed("--tokenizer-name", "--tokenizer", {"tokenizer": VALUE}),
+    _renamed("--print-checkpoint-structure", "--print-structure", {"print_structure": True}, 0),
+    _renamed("--target-params-dtype", "--dtype", {"dtype": VALUE}),
+    Flag("--megatron-path", {}, notice="--megatron-path is not needed: Megatron's files are read without its code"),
+)  # fmt: skip
+OWN = {
+    "import": COMMON,
+    "export": (
+        Flag("--to", {"to": VALUE}, help="format to write: huggingface, megatron, ..."),
+        Flag("--max-shard-size", {"max_shard_size": VALUE}, help="bytes of one file at most: 200MB, 5GB (default: 5GB)"),
+        Flag("--bin", {"safetensors": False}, 0, help="pytorch_model.bin instead of safetensors"),
+        Flag("--architecture", {"architecture": VALUE}, help="Hugging Face family: gpt2, llama, ... (default: one that has this form)"),
+        Flag("--data-parallel-size", {"data_parallel_size": VALUE}, help="parts of Megatron's distributed optimizer (default: 1)"),
+        *COMMON,
+        _renamed("--convert-checkpoint-from-megatron-to-transformers", "--to huggingface", {"to": "huggingface"}, 0),
+        _renamed("--target-tensor-model-parallel-size", "--tensor-model-parallel-size", {"tensor_model_parallel_size": VALUE}),
+        _renamed("--target-tensor-parallel-size", "--tensor-model-parallel-size", {"tensor_model_parallel_size": VALUE}),
+        _renamed("--target-pipeline-model-parallel-size", "--pipeline-model-parallel-size", {"pipeline_model_parallel_size": VALUE}),
+        _renamed("--target-pipeline-parallel-size", "--pipeline-model-parallel-size", {"pipeline_model_parallel_size": VALUE}),
+        _renamed("--target-data-parallel-size", "--data-parallel-size", {"data_parallel_size": VALUE}),
+    ),
+}
+NUMBERS = ("data_parallel_size", "iteration")
+TOLD = ("qkv_layout", "swiglu_order", "safetensors", "architecture", "with_optimizer")  # of Options, as they were typed
+LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "use_distributed_optimizer", "make_vocab_size_divisible_by")
+
+
+def register(verbs: Any) -> None:
+    """Add `import` and `export` to the verbs of `megalith checkpoint`."""
+    about = {"import": "weights of another format become a checkpoint", "export": "a checkpoint in another format"}
+    for verb, epilog in (("import", IMPORT), ("export", EXPORT)):
+        usage = f"megalith checkpoint {verb} SOURCE FOLDER [--FLAG VALUE ...]"
+        parser = verbs.add_parser(verb, help=about[verb], usage=usage, epilog=epilog)
+        group = parser.add_argument_group("this command")
+        for each in OWN[verb]:
+            if each.help:
+                kind: dict[str, Any] = {"action": "store_true"} if each.nargs == 0 else {"metavar": each.name[2:].split("-")[0].upper()}
+                group.add_argument(each.name, help=each.help, **kind)
+        parser.set_defaults(handler=functools.partial(run, verb), reads=functools.partial(flags.read, own=OWN[verb]))
+
+
+def run(verb: str, args: argparse.Namespace) -> int:
+    """Convert, and print what was done."""
+    values, problems = dict(args.reading.values), [each.text for each in args.reading.problems]
+    words = [values.pop(name) for name in ("source", "folder") if name in values] + args.reading.words
+    if len(words) != 2:
+        cure = f"Write megalith checkpoint {verb} SOURCE FOLDER"
+        problems.append(problem("paths", words, "it takes two, where to read and where to write", cure))
+    to = values.pop("to", "megalith" if verb == "import" else None)
+    if to is None:
+        problems.append(problem("--to", None, "an export has a format", "Write --to huggingface, or --to megatron"))
+    told = {name: values.pop(name) for name in ("from", "sha256", "verify", "print_structure") if name in values}
+    options = _options(values, verb, problems)
+    fail(problems)
+    for line in args.reading.notices:
+        print(line)
+    from megalith.checkpoint.formats import Options
+    from megalith.workflows import conversion  # here, because it imports torch
+
+    source, folder = map(pathlib.Path, words)
+    weights = conversion.convert(source, folder, to=to, format=told.get("from"), options=Options(**options))
+    if told.get("print_structure"):
+        for name, lazy in weights.tensors.items():
+            print(f"{name:<60} {list(lazy.shape)} {str(lazy.dtype).removeprefix('torch.')}")
+    for line in weights.notes:
+        print(line)
+    print(f"{len(weights)} tensors -> {folder}")
+    if told.get("verify"):
+        pair = (source, folder) if verb == "import" else (folder, source)
+        print(f"verified: the logits of both differ by at most {conversion.verify(*pair):.1e} of the largest")
+    return 0
+
+
+def _options(values: dict[str, Any], verb: str, problems: list[str]) -> dict[str, Any]:
+    """Fields of Options from raw values; what is left are fields of the config."""
+    found = {name: values.pop(name) for name in TOLD if name in values}
+    for name in NUMBERS:
+        if name in values:
+            found[name] = _number(flag(name), values.pop(name), problems)
+    if "dtype" in values:
+        found["dtype"] = DTYPES.get(raw := values.pop("dtype"))
+        if found["dtype"] is None:
+            problems.append(problem("--dtype", raw, f"it is one of {', '.join(DTYPES)}", "Write --dtype bfloat16"))
+    if "max_shard_size" in values:
+        found["max_shard_size"] = _bytes(values.pop("max_shard_size"), problems)
+    if "tokenizer" in values:
+        found["tokenizer"] = pathlib.Path(values.pop("tokenizer"))
+        if not found["tokenizer"].is_dir():
+            rule = "it is a folder with tokenizer.json, or vocab.json and merges.txt; nothing is downloaded by name"
+            problems.append(problem("--tokenizer", str(found["tokenizer"]), rule, "Name a folder on this machine"))
+    overrides = {}
+    for name, raw in values.items():
+        value, trouble = typed(fields()[name], raw, flag(name))
+        if trouble:
+            problems.append(trouble.text)
+        elif verb == "export" and name in LAYOUT:
+            found[name] = value
+        else:
+            overrides[name] = value
+    return {**found, "overrides": overrides}
+
+
+def _number(name: str, text: str, problems: list[str]) -> int | None:
+    if re.fullmatch(r"\d+", text):
+        return int(text)
+    problems.append(problem(name, text, "it is a whole number", f"Write {name} 1"))
+    return None
+
+
+def _bytes(text: str, problems: list[str]) -> int | None:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]I?B)?", text.upper())
+    if match and float(match[1]) > 0:
+        return int(float(match[1]) * UNITS[match[2] or ""])
+    problems.append(problem("--max-shard-size", text, "it is a size such as 200MB, 5GB or 2GiB", "Write --max-shard-size 5GB"))
+    return None

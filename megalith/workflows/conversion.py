@@ -1,0 +1,68 @@
+"""Weights from one format to another: read, write, and prove that the result computes what the source computes."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalith.checkpoint import formats
+from megalith.checkpoint.formats import FORMATS, Options
+from megalith.checkpoint.weights import Weights
+from megalith.common.errors import CheckpointError, ConfigError, problem
+
+TOLERANCE = 1e-4  # of the largest logit: sums in another order differ by less, a wrong name or layout by 1
+
+
+def convert(source: pathlib.Path, folder: pathlib.Path, *, to: str, format: str | None = None, options: Options | None = None) -> Weights:
+    """Write what is at `source` (in `format`, or the one recognised) into the new `folder` in the format `to`; what was read.
+
+    Tensor by tensor. Raises CheckpointError where the source is damaged or incomplete, or the target cannot hold it.
+    """
+    options = options or Options()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(problem(f"{folder}", "files in it", "a conversion goes into a new folder", "Name another one, or empty it"))
+    found = FORMATS.find(to)
+    if found.write is None:
+        raise ConfigError(problem("--to", to, "this format is only read", f"Write --to {', '.join(n for n in FORMATS if n != to)}"))
+    weights = formats.read(source, format, options)
+    if options.dtype and to == "megalith":
+        weights = cast(weights, getattr(torch, options.dtype))
+    found.write(weights, folder, options)
+    return weights
+
+
+def cast(weights: Weights, dtype: torch.dtype) -> Weights:
+    """The model's tensors in another format; the optimizer's stay as they are."""
+    tensors = {name: lazy.then(lambda t: t.to(dtype)) if name.startswith("model/") else lazy for name, lazy in weights.tensors.items()}
+    return dataclasses.replace(weights, tensors=tensors)
+
+
+def verify(original: pathlib.Path, ours: pathlib.Path, tokens: int = 32) -> float:
+    """Largest difference of logits between a Hugging Face folder and a checkpoint of ours, over the largest logit.
+
+    Both in float32, on made-up ids. Raises CheckpointError where it is over TOLERANCE, ConfigError where transformers is not installed.
+    """
+    try:
+        import transformers
+    except ImportError:
+        rule = "it compares with transformers, which is not installed"
+        raise ConfigError(problem("--verify", "no transformers", rule, "pip install 'megalith[hf]', or leave --verify out")) from None
+    from megalith.runtime.load import load_plain
+
+    config = transformers.AutoConfig.from_pretrained(original)
+    theirs: Any = getattr(transformers, config.architectures[0]).from_pretrained(original, dtype=torch.float32).eval()
+    model, run_config, _ = load_plain(ours, device="cpu")
+    length = min(tokens, run_config.model.max_position_embeddings or tokens)
+    ids = torch.randint(run_config.model.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted: Tensor = theirs(ids).logits
+        worst = float((model(ids) - wanted).abs().max() / wanted.abs().max())
+    if not worst <= TOLERANCE:
+        rule = f"both compute the same, to {TOLERANCE} of the largest logit"
+        cure = "Say how rows are ordered with --qkv-layout and --swiglu-order, and if that is not it report it with config.json"
+        raise CheckpointError(problem("--verify: relative difference of logits", worst, rule, cure))
+    return worst

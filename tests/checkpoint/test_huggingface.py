@@ -1,0 +1,44 @@
+"""Hugging Face folders: read, written back bit for bit, and every way in which one can be broken."""
+
+import json
+import pathlib
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from megalith.checkpoint import formats, huggingface
+from megalith.checkpoint.formats import Options
+from megalith.checkpoint.weights import own, write
+from tests.originals.families import MODELS
+
+
+@pytest.fixture
+def folder(tmp_path: pathlib.Path):
+    """`folder(name)`: a saved model of a family at toy size."""
+
+    def make(name: str) -> pathlib.Path:
+        torch.manual_seed(0)
+        MODELS[name]().save_pretrained(tmp_path / "theirs")
+        return tmp_path / "theirs"
+
+    return make
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_import_then_export_is_bit_exact(name: str, folder, tmp_path: pathlib.Path) -> None:
+    theirs = folder(name)
+    write(formats.read(theirs), tmp_path / "ours")
+    huggingface.write(own(tmp_path / "ours"), tmp_path / "back", Options(max_shard_size=40_000))
+    before, after = load_file(theirs / "model.safetensors"), {}
+    for file in (tmp_path / "back").glob("*.safetensors"):
+        after |= load_file(file)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) and before[key].dtype == after[key].dtype for key in before)
+    assert json.loads((tmp_path / "back/config.json").read_text()) == json.loads((theirs / "config.json").read_text())
+    index = json.loads((tmp_path / "back/model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == before.keys()
+    ids = torch.randint(90, (2, 20))
+    one, other = (transformers.AutoModelForCausalLM.from_pretrained(each).eval()(ids).logits for each in (theirs, tmp_path / "back"))
+    assert torch.equal(one, other)
