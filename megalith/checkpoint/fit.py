@@ -19,6 +19,7 @@ SHOWN = 20  # lines of a difference; a wrong model differs everywhere, and says 
 # Words in a parameter's name -> the fields that its sizes come from, the likeliest first.
 SIZES = (
     ("position", ("max_position_embeddings", "hidden_size")),
+    ("token_type", ("hidden_size",)),
     ("embedding", ("vocab_size", "hidden_size")),
     ("head.", ("vocab_size", "hidden_size")),
     ("attention.k", ("hidden_size", "num_query_groups", "kv_channels")),
@@ -31,6 +32,13 @@ SIZES = (
 # Words in the name of a parameter that one side lacks -> the fields that decide whether it exists.
 PRESENCE = (
     ("position_embedding", ("position_embedding_type",)),
+    ("token_type_embedding", ("bert_no_binary_head",)),
+    ("pooler", ("bert_no_binary_head",)),
+    ("order_head", ("bert_no_binary_head",)),
+    ("embedding_norm", ("norm_after_residual",)),
+    ("final_norm.weight", ("norm_after_residual",)),
+    ("head_", ("model_type",)),
+    ("head.bias", ("model_type",)),
     ("head.", ("untie_embeddings_and_output_weights",)),
     ("attention.q_norm", ("qk_layernorm",)),
     ("attention.k_norm", ("qk_layernorm",)),
@@ -41,7 +49,8 @@ PRESENCE = (
 SHAPING = (
     "model_type", "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "kv_channels", "attention_head_type",
     "num_query_groups", "max_position_embeddings", "position_embedding_type", "normalization", "swiglu", "glu_activation",
-    "add_bias_linear", "add_qkv_bias", "qk_layernorm", "untie_embeddings_and_output_weights", "vocab_size",
+    "add_bias_linear", "add_qkv_bias", "qk_layernorm", "norm_after_residual", "bert_no_binary_head",
+    "untie_embeddings_and_output_weights", "vocab_size",
 )  # fmt: skip
 
 

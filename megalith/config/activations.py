@@ -6,6 +6,7 @@ context parallelism. Parameters, gradients and what lives for a moment only are 
 
 from __future__ import annotations
 
+from megalith.common.errors import ConfigError, problem
 from megalith.config.run import RunConfig
 
 # Tensors of the MLP's inner width that are kept, besides the input of `down`: what the activation and the product with `up` need.
@@ -18,6 +19,9 @@ def activation_bytes(config: RunConfig, layers: int | None = None, ends: bool = 
 
     A pipeline holds as many times this as there are micro-batches under way.
     """
+    if config.model.model_type != "gpt":
+        rule = "the activations of GPT alone are priced"
+        raise ConfigError(problem("model", config.model.model_type, rule, "Measure a step; the layers cost what a GPT's of their size do"))
     count = config.model.num_layers if layers is None else layers
     recompute, group = config.recompute, config.recompute.recompute_num_layers
     one, entry = sum(layer_terms(config).values()), _tokens(config) * _element(config) * config.model.hidden_size // _sequence_ways(config)

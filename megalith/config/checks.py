@@ -13,7 +13,7 @@ from megalith.config.loading_values import WORDS, fields
 from megalith.config.run import RunConfig
 from megalith.config.text import Problem, Words, fail, flag, nearest, trouble, value_text
 
-BELOW_ONE = ("hidden_dropout", "attention_dropout", "lr_warmup_fraction", "adam_beta1", "adam_beta2")
+BELOW_ONE = ("hidden_dropout", "attention_dropout", "lr_warmup_fraction", "adam_beta1", "adam_beta2", "mask_prob")
 
 
 def check(config: RunConfig, world_size: int = 1, *, data: bool = True) -> None:
@@ -126,7 +126,7 @@ def _data(config: RunConfig) -> Iterator[Problem]:
         yield trouble(
             ("train_data_path",), flag(apart[0]), Words("no --train-data-path"), "training needs data", "Write --train-data-path too"
         )
-    elif d.dataset == "gpt" and not given:
+    elif d.dataset in ("gpt", "bert", "t5", "ict") and not given:
         cure = "Write --data-path PREFIX, the name without .bin and .idx that `megalith data preprocess` gave"
         yield trouble(("data_path",), "--data-path", None, "the dataset needs a corpus", cure)
     elif len(given) > 1:

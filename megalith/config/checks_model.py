@@ -31,6 +31,7 @@ def model_problems(config: RunConfig) -> Iterator[Problem]:
         yield trouble(("seq_length", "max_position_embeddings"), "--seq-length", sequence, rule, cure)
     yield from _heads(config)
     yield from _forms(config)
+    yield from _bert(config)
     p = config.precision
     if p.fp16 and p.bf16:
         yield trouble(("fp16", "bf16"), "--fp16", Words("also --bf16"), "there is one compute format", "Leave out one of the two")
@@ -88,3 +89,29 @@ def _forms(config: RunConfig) -> Iterator[Problem]:
         yield trouble(
             both, "--use-rotary-position-embeddings", Words("also alibi"), "a model has one kind of positions", "Leave out one of the two"
         )
+
+
+def _bert(config: RunConfig) -> Iterator[Problem]:
+    m, d = config.model, config.data
+    if m.model_type != "bert":
+        for name in ("norm_after_residual", "bert_no_binary_head"):
+            if getattr(m, name) and m.model_type == "gpt":
+                yield trouble((name,), flag(name), Words("with gpt"), "it is a form of BERT", "Leave it out, or train bert")
+        return
+    if m.positions != "learned_absolute":
+        cure = "Leave it out; the default is learned_absolute"
+        yield trouble(("position_embedding_type",), "--position-embedding-type", m.positions, "BERT learns its positions", cure)
+    if m.norm_after_residual and m.apply_residual_connection_post_layernorm:
+        both = ("norm_after_residual", "apply_residual_connection_post_layernorm")
+        cure = "Leave out --apply-residual-connection-post-layernorm"
+        yield trouble(both, "--norm-after-residual", Words("also --apply-residual-connection-post-layernorm"), "a layer has one form", cure)
+    for name, needed in (("dataset", "bert"), ("loss", "bert")):
+        if getattr(d, name) in {"dataset": ("gpt", "t5", "ict"), "loss": ("lm",)}[name]:
+            cure = f"Write --{name} bert, or leave it out"
+            yield trouble((name,), f"--{name}", getattr(d, name), f"bert learns from the {name} {needed!r}", cure)
+    for name in ("reset_position_ids", "reset_attention_mask", "eod_mask_loss"):
+        if getattr(d, name):
+            yield trouble((name,), flag(name), True, "samples of BERT are of one document each", "Leave it out")
+    if d.seq_length is not None and d.seq_length < 8:
+        rule = "a sample has [CLS], two segments and a [SEP] after each: it is at least 8"
+        yield trouble(("seq_length",), "--seq-length", d.seq_length, rule, "Write --seq-length 512")

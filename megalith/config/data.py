@@ -42,7 +42,6 @@ class DataConfig:
     eod_mask_loss: bool = knob(False, "no loss on what follows an end-of-document token")
     mask_prob: float = knob(0.15, "bert, t5: share of tokens that are masked", minimum=0.0)
     short_seq_prob: float = knob(0.1, "bert, t5: share of samples that are shorter than --seq-length", minimum=0.0)
-    bert_no_binary_head: bool = knob(False, "bert: one segment, without the prediction of the order of two")
     decoder_seq_length: int | None = knob(None, "t5: tokens of the decoder (default: --seq-length)", minimum=1)
     titles_data_path: str | None = knob(None, "ict: indexed dataset with the title of each document")
     use_one_sent_docs: bool = knob(False, "ict: allow blocks of a single sentence")

@@ -15,6 +15,7 @@ every key. A gated MLP has three matrices instead of two.
 
 There are two conventions for causal attention, and both are printed. Full: `keys` is the sequence length (PaLM, Megatron).
 Half: it is half of that, because a fused causal kernel skips what the mask hides. Half gives the smaller, stricter number.
+BERT's attention is not causal, so that both are the same. Its pooler works on one token of a sequence, and is left out.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from megalith.config.parameters import matrix_parameters, sizes
 
 def flops_per_token(model: ModelConfig, seq_length: int, causal_half: bool = False) -> float:
     """FLOPs of forward and backward pass for each token of a sequence of `seq_length` tokens. Needs vocab_size."""
-    keys = seq_length / 2 if causal_half else seq_length
+    keys = seq_length / 2 if causal_half and model.causal else seq_length
     layers, _, heads, _ = sizes(model)
     attention = 4 * layers * heads * model.head_dim * keys
     return 3 * (2 * matrix_parameters(model) + attention)

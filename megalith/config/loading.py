@@ -14,6 +14,10 @@ from megalith.config.loading_yaml import parse_yaml
 from megalith.config.run import RunConfig
 from megalith.config.text import Problem, fail, flag
 
+# What a model brings along where nothing is said; `vocab_file` stands for the tokenizer that a vocabulary file alone means.
+BRINGS: dict[str | None, dict[str, str]] = {
+    "bert": {"dataset": "bert", "loss": "bert", "name": "bert", "vocab_file": "BertWordPieceLowerCase"},
+}
 ReadRecipe = Callable[[str], str]  # name -> YAML text
 ReadCheckpoint = Callable[[str, int | None], str]  # folder, iteration (None: the latest) -> YAML text of the config in it
 
@@ -102,7 +106,9 @@ def _typed(raw: Mapping[str, tuple[Any, str]], problems: list[Problem]) -> dict[
 
 def complete(values: Mapping[str, Any], notices: list[str]) -> RunConfig:
     """A RunConfig of these values, with what follows from them filled in; each conclusion is added to the notices."""
-    values = dict(values)
+    brings = dict(BRINGS.get(values.get("model_type"), {}))
+    of_vocabulary = brings.pop("vocab_file", "GPT2BPETokenizer")
+    values = brings | dict(values)
     sequence, positions = values.get("seq_length"), values.get("max_position_embeddings")
     if sequence and positions is None:
         values["max_position_embeddings"] = sequence
@@ -112,8 +118,8 @@ def complete(values: Mapping[str, Any], notices: list[str]) -> RunConfig:
         notices.append(f"--seq-length is not given: it is --max-position-embeddings, {positions}")
     _tokens_to_samples(values, notices)
     if values.get("tokenizer_type") is None:
-        gpt2 = values.get("vocab_file") or values.get("merge_file")
-        kind = "GPT2BPETokenizer" if gpt2 else "HuggingFaceTokenizer" if values.get("tokenizer_model") else None
+        gpt2 = "GPT2BPETokenizer" if values.get("merge_file") else None
+        kind = gpt2 or (of_vocabulary if values.get("vocab_file") else "HuggingFaceTokenizer" if values.get("tokenizer_model") else None)
         if kind:
             values["tokenizer_type"] = kind
             notices.append(f"--tokenizer-type is not given: the files are of a {kind}")

@@ -48,12 +48,12 @@ def rank_parameters(config: RunConfig, process: int) -> int:
 
 
 def report(config: RunConfig) -> list[str]:
-    """The lines of Megatron's log on vocabulary and parameters. Needs vocab_size; of a GPT."""
+    """The lines of Megatron's log on vocabulary and, of a GPT, on parameters. Needs vocab_size."""
     model, p = config.model, config.parallel
     vocabulary = sizes(model)[3]
     padded = padded_vocabulary(vocabulary, model.make_vocab_size_divisible_by, p.tensor_model_parallel_size)
     lines = [f" > padded vocab (size: {vocabulary}) with {padded - vocabulary} dummy tokens (new size: {padded})"]
-    for process in range(p.pipeline_model_parallel_size):
+    for process in range(p.pipeline_model_parallel_size if model.model_type == "gpt" else 0):
         number = rank_parameters(config, process)
         lines += [
             f" > number of parameters on (tensor, pipeline) model parallel rank ({tensor}, {process}): {number}"

@@ -32,6 +32,8 @@ class ModelConfig:
     normalization: str = knob("LayerNorm", "norm of the residual stream", choices=("LayerNorm", "RMSNorm", "layernorm", "rmsnorm"))
     layernorm_epsilon: float = knob(1e-5, "added to the variance", flags=("--norm-epsilon",), minimum=0.0)
     apply_residual_connection_post_layernorm: bool = knob(False, "take the residual after the norm instead of before it (post-LN residual)")
+    norm_after_residual: bool = knob(False, "bert: norm after each residual and after the embeddings, no final norm, as Google's BERT")
+    bert_no_binary_head: bool = knob(False, "bert: one segment, without the prediction of the order of two")
     openai_gelu: bool = knob(False, "GELU by its tanh approximation, as GPT-2 has it")
     squared_relu: bool = knob(False, "squared ReLU instead of GELU")
     swiglu: bool = knob(False, "gated MLP with SiLU: silu(gate) * up")
@@ -100,6 +102,11 @@ class ModelConfig:
         if self.use_rotary_position_embeddings:
             return "rope"
         return POSITIONS.get(self.position_embedding_type, self.position_embedding_type)
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token sees those before it alone, as in a model that writes text."""
+        return self.model_type != "bert"
 
     @property
     def norm(self) -> str:

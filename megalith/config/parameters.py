@@ -9,7 +9,7 @@ from megalith.config.model import ModelConfig
 from megalith.config.text import fail, flag, trouble
 
 Shapes = dict[str, tuple[int, ...]]
-SHAPES = Registry("model", {"gpt": "megalith.config.parameters:gpt_shapes"})
+SHAPES = Registry("model", {name: f"megalith.config.parameters:{name}_shapes" for name in ("gpt", "bert")})
 
 
 def sizes(model: ModelConfig) -> tuple[int, int, int, int]:
@@ -26,7 +26,7 @@ def matrix_parameters(model: ModelConfig) -> int:
     layers, h, heads, vocabulary = sizes(model)
     attention = 2 * h * model.head_dim * (heads + model.num_kv_heads)  # q and out; k and v
     mlp = (3 if model.gated else 2) * h * model.ffn_size
-    return layers * (attention + mlp) + vocabulary * h
+    return layers * (attention + mlp) + vocabulary * h + (h * h if model.model_type == "bert" else 0)  # of its head, a layer before
 
 
 def parameter_count(model: ModelConfig) -> int:
@@ -50,6 +50,19 @@ def gpt_shapes(model: ModelConfig) -> Shapes:
     found |= norm_shapes("final_norm", model)
     if model.untie_embeddings_and_output_weights:
         found["head.weight"] = (vocabulary, h)
+    return found
+
+
+def bert_shapes(model: ModelConfig) -> Shapes:
+    """Those of a BERT (models/bert.py)."""
+    _, h, _, vocabulary = sizes(model)
+    found = gpt_shapes(model)
+    if model.norm_after_residual:
+        found = {name: shape for name, shape in found.items() if "final_norm" not in name} | norm_shapes("embedding_norm", model)
+    found |= {"head_dense.weight": (h, h), "head_dense.bias": (h,), "head.bias": (vocabulary,)} | norm_shapes("head_norm", model)
+    if not model.bert_no_binary_head:
+        found |= {"token_type_embedding.weight": (2, h), "pooler.weight": (h, h), "pooler.bias": (h,)}
+        found |= {"order_head.weight": (2, h), "order_head.bias": (2,)}
     return found
 
 

@@ -116,7 +116,7 @@ def from_config(
         seed=seed,
         mask_prob=data.mask_prob,
         short_seq_prob=data.short_seq_prob,
-        binary_head=not data.bert_no_binary_head,
+        binary_head=not config.model.bert_no_binary_head,
         cache_folders=cache_folders,
     )
 

@@ -19,14 +19,15 @@ class Block(nn.Module):
 
     normed_residual takes the residual after the norm instead of before it
     (Megatron's --apply-residual-connection-post-layernorm).
+    norm_after: norm(x + drop(attention(x))), then norm(x + drop(mlp(x))), as in Vaswani et al. (2017) and Google's BERT.
     """
 
     def __init__(
         self, hidden: int, norm: str, epsilon: float, attention: SelfAttention, mlp: MLP, *, dropout: float, site: str,
-        normed_residual: bool = False,
+        normed_residual: bool = False, norm_after: bool = False,
     ):  # fmt: skip
         super().__init__()
-        self.normed_residual = normed_residual
+        self.normed_residual, self.norm_after = normed_residual, norm_after
         self.attention_norm = NORMS[norm](hidden, epsilon)
         self.attention = attention
         self.attention_dropout = Dropout(dropout, f"{site}.attention")
@@ -36,6 +37,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, mask: AttentionMask, rotary: tuple[Tensor, Tensor] | None, rows: Tensor | None) -> Tensor:
         """x [b, s, hidden]; rows: int32 [b, s] of dropout keys for these rows, None where nothing is dropped."""
+        if self.norm_after:
+            x = self.attention_norm(x + self.attention_dropout(self.attention(x, mask, rotary), rows))
+            return self.mlp_norm(x + self.mlp_dropout(self.mlp(x), rows))
         normed = self.attention_norm(x)
         residual = normed if self.normed_residual else x
         x = residual + self.attention_dropout(self.attention(normed, mask, rotary), rows)

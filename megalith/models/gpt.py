@@ -9,15 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from megalith.config.model import ModelConfig
-from megalith.layers.attention import CoreAttention, SelfAttention
-from megalith.layers.block import NORMS, Block, run_in_order
-from megalith.layers.dropout import Dropout, row_keys
+from megalith.layers.block import NORMS, run_in_order
+from megalith.layers.dropout import Dropout
 from megalith.layers.loss import TokenLoss
 from megalith.layers.mask import AttentionMask
-from megalith.layers.mlp import MLP
 from megalith.layers.positions import alibi_slopes, rotary_table
-
-BACKENDS = {"flash": "auto", "fused": "auto", "unfused": "explicit", "local": "explicit"}  # Megatron's word -> ours
+from megalith.models.parts import dropout_rows, initial, make_layer
 
 
 class GPT(nn.Module):
@@ -32,7 +29,7 @@ class GPT(nn.Module):
         learned = config.positions == "learned_absolute"
         self.position_embedding = nn.Embedding(config.max_position_embeddings, h) if learned else None
         self.embedding_dropout = Dropout(config.hidden_dropout, "embedding")
-        self.layers = nn.ModuleDict({str(i): self.make_layer(i) for i in range(config.num_layers)})
+        self.layers = nn.ModuleDict({str(i): make_layer(config, i) for i in range(config.num_layers)})
         self.run_layers = run_in_order
         self.final_norm = NORMS[config.norm](h, config.layernorm_epsilon)
         self.head = nn.Linear(h, vocab, bias=False)
@@ -40,21 +37,6 @@ class GPT(nn.Module):
         self.slopes: Tensor | None
         self.register_buffer("slopes", alibi_slopes(config.num_attention_heads) if config.positions == "alibi" else None, persistent=False)
         self.restore()
-
-    def make_layer(self, number: int) -> Block:
-        """The layer of this global number."""
-        c, site = self.config, f"layers.{number}"
-        core = CoreAttention(c.attention_dropout, f"{site}.scores", BACKENDS.get(c.attention_backend, c.attention_backend))
-        attention = SelfAttention(
-            c.hidden_size, c.num_attention_heads, c.num_kv_heads, c.head_dim, bias=c.add_bias_linear,
-            qkv_bias=c.add_bias_linear or c.add_qkv_bias, core=core, interleaved=c.rotary_interleaved,
-            head_norm=c.layernorm_epsilon if c.qk_layernorm else None,
-        )  # fmt: skip
-        mlp = MLP(c.hidden_size, c.ffn_size, c.activation, gated=c.gated, bias=c.add_bias_linear)
-        return Block(
-            c.hidden_size, c.norm, c.layernorm_epsilon, attention, mlp, dropout=c.hidden_dropout, site=site,
-            normed_residual=c.apply_residual_connection_post_layernorm,
-        )  # fmt: skip
 
     def restore(self) -> None:
         """Tie head and embedding where the config says so, and fill buffers: what to_empty undoes."""
@@ -64,20 +46,8 @@ class GPT(nn.Module):
             self.slopes.copy_(alibi_slopes(len(self.slopes)))
 
     def initial(self, name: str) -> tuple[str, float]:
-        """How a parameter starts: ("normal", standard deviation), ("xavier", 1.0) or ("constant", value).
-
-        Megatron's rules: matrices from N(0, std), those that write to the residual from N(0, std / sqrt(2 layers)).
-        """
-        if name.endswith("bias"):
-            return "constant", 0.0
-        if "norm" in name:
-            return "constant", 1.0
-        std = self.config.init_method_std
-        if self.config.init_method_xavier_uniform and "embedding" not in name:
-            return "xavier", 1.0
-        if name.endswith(("attention.out.weight", "mlp.down.weight")):
-            std /= (2.0 * self.config.num_layers) ** 0.5
-        return "normal", std
+        """How a parameter starts; see parts.initial."""
+        return initial(self.config, name)
 
     def forward(
         self, inputs: Tensor, positions: Tensor | None = None, documents: Tensor | None = None, labels: Tensor | None = None,
@@ -99,7 +69,7 @@ class GPT(nn.Module):
             coordinates = torch.arange(inputs.shape[1], device=inputs.device)
         if positions is None:
             positions = coordinates.expand(inputs.shape[0], -1)
-        rows = self.rows(samples, step, coordinates)
+        rows = dropout_rows(self, samples, step, coordinates)
         x = inputs if self.embedding is None else self.embed(inputs, positions, rows)
         mask = AttentionMask(documents=documents, slopes=self.slopes, rows=rows)
         rotary = rotary_table(positions, c.head_dim, base=c.rotary_base, percent=c.rotary_percent) if c.positions == "rope" else None
@@ -118,13 +88,3 @@ class GPT(nn.Module):
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
         return self.embedding_dropout(x, rows)
-
-    def rows(self, samples: Tensor | None, step: Tensor | None, coordinates: Tensor) -> Tensor | None:
-        """Dropout keys int32 [b, s], or None where nothing is dropped."""
-        if not self.training or (self.config.hidden_dropout == 0.0 and self.config.attention_dropout == 0.0):
-            return None
-        if samples is None or step is None:
-            raise ValueError(
-                "dropout needs `samples` and `step` in training mode: pass them, or call model.eval(), or set the dropouts to 0"
-            )
-        return row_keys(self.seed, step, samples, coordinates)

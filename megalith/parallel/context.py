@@ -3,6 +3,7 @@
 A sequence is cut into 2c chunks, of which process r of c holds r and 2c-1-r: the early one sees few keys, the late one many, and
 their sum is the same on every process (Dubey et al., 2024, arXiv 2407.21783, section 3.3.2). As a process has all keys up to its
 queries, attention of each chunk is one causal call, and no softmax has to be put together from parts.
+Where attention is not causal, as in encoders, every chunk sees all keys and the two are one call.
 Price: each layer gathers keys and values [b, s, m, 2d] of the whole sequence, which are few where many heads share them.
 """
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from megalith.common.errors import ConfigError, problem
 from megalith.parallel.collectives import Axis, Enter
 
-WHOLE = ("documents",)  # attention asks them of keys too, and every process sees all keys
+WHOLE = ("documents", "padding_mask")  # attention asks them of keys too, and every process sees all keys
 
 
 def places(length: int, axis: Axis, device: torch.device | None = None) -> Tensor:
@@ -34,7 +35,7 @@ def places(length: int, axis: Axis, device: torch.device | None = None) -> Tenso
 def part(batch: Mapping[str, Tensor], axis: Axis) -> dict[str, Tensor]:
     """This process's tokens of a batch: its tensors [b, s, ...], s as of `input_ids`, become [b, s/c, ...].
 
-    Adds `coordinates` [s/c], the tokens' places. Tensors of other shapes, and documents, stay whole.
+    Adds `coordinates` [s/c], the tokens' places. Tensors of other shapes, documents and padding masks stay whole.
     """
     length, device = batch["input_ids"].shape[1], batch["input_ids"].device
     here = places(length, axis, device)
@@ -52,7 +53,7 @@ def apply(model: nn.Module, axis: Axis) -> None:
 
 
 class ContextAttention(nn.Module):
-    """Causal core attention of this process's two chunks of queries to all keys before them."""
+    """Core attention of this process's two chunks of queries to all keys, or where it is causal to all keys before them."""
 
     def __init__(self, core: nn.Module, axis: Axis):
         """core: attention whose queries are the last of its keys (layers/attention.py)."""
@@ -61,9 +62,12 @@ class ContextAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
         """q [b, n, s/c, d], k and v [b, m, s/c, d] -> [b, n, s/c, d]. mask: of layers/mask.py; its `rows` are those of the queries."""
-        if not mask.causal:
-            raise ConfigError("--context-parallel-size: this model's attention is not causal, and only causal attention is split; use 1.")
         chunk, (k, v) = q.shape[2] // 2, join(k, v, self.axis)
+        if not mask.causal:
+            if mask.documents is not None or mask.slopes is not None or mask.window is not None:  # they ask where a query stands
+                rule = "attention that is not causal is split with a padding mask alone"
+                raise ConfigError(problem("--context-parallel-size", self.axis.size, rule, "Use 1"))
+            return self.core(q, k, v, mask)
         ends = chunk * (self.axis.rank + 1), chunk * (2 * self.axis.size - self.axis.rank)
         rows = (None, None) if mask.rows is None else mask.rows.chunk(2, dim=1)
         parts = [

@@ -18,7 +18,11 @@ class Ends:
 
 
 GPT = Ends(("embedding", "position_embedding"), ("final_norm", "head"))
-ENDS = Registry("pipeline ends", {"gpt": "megalith.parallel.pipeline_cut:GPT"})
+BERT = Ends(
+    ("embedding", "position_embedding", "token_type_embedding", "embedding_norm"),
+    ("final_norm", "head_dense", "head_norm", "head", "pooler", "order_head"),
+)
+ENDS = Registry("pipeline ends", {name.lower(): f"megalith.parallel.pipeline_cut:{name}" for name in ("GPT", "BERT")})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,6 +68,26 @@ def part_embedding(module: nn.Embedding, parent: nn.Module, axis: Axis) -> nn.Mo
     return tensor.PartEmbedding(module, axis)
 
 
+def part_linear(module: nn.Linear, parent: nn.Module, axis: Axis) -> nn.Module:
+    """A whole linear layer on each rank. Under sequence parallelism its gradient is summed, as each rank sees a part of the tokens."""
+    return _copied_linear(module, axis, axis.sequence)
+
+
+def whole_linear(module: nn.Linear, parent: nn.Module, axis: Axis) -> nn.Module:
+    """A whole linear layer on each rank, of an input that all ranks have whole."""
+    return _copied_linear(module, axis, False)
+
+
+def _copied_linear(module: nn.Linear, axis: Axis, partial: bool) -> nn.Module:
+    _spread_linear(module, axis, None, None)
+    return tensor.CopiedLinear(module, axis, partial)
+
+
+def first_token(module: nn.Module, parent: nn.Module, axis: Axis) -> nn.Module:
+    """The first token of the whole sequence on each rank."""
+    return tensor.FirstToken(axis) if axis.sequence else module
+
+
 def part_dropout(module: nn.Module, parent: nn.Module, axis: Axis) -> nn.Module:
     """Dropout of a part of the sequence."""
     return tensor.PartRows(module, axis) if axis.sequence else module

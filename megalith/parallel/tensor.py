@@ -111,6 +111,47 @@ class RowLinear(Linear):
         return y if bias is None else y + bias
 
 
+class CopiedLinear(Linear):
+    """Whole on every rank."""
+
+    def __init__(self, old: nn.Linear, axis: Axis, partial: bool):
+        """partial: whether the ranks see different tokens, so that each computes a part of the gradients."""
+        super().__init__(old, axis)
+        self.summed = ("weight", "bias") if partial else ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        weight, bias = self.locals()
+        return F.linear(x, weight, bias) if self.queue is None else deferred.linear(x, weight, bias, self.queue)
+
+
+class FirstToken(nn.Module):
+    """The first token of sequences of which each rank holds a part. What follows is the same on all ranks."""
+
+    def __init__(self, axis: Axis):
+        super().__init__()
+        self.axis = axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [b, s/t, h] -> [b, h], that of the first rank."""
+        if not self.axis.sequence:  # inside whole_sequences
+            return x[:, 0]
+        return Fetch.apply(x[:, 0], self.axis.rank == 0, self.axis.group)
+
+
+class Fetch(torch.autograd.Function):
+    """One rank's tensor on all; as all compute the same with it, its gradient is that of its owner."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, mine: bool, group: str) -> Tensor:
+        ctx.mine = mine
+        return wait(start_sum(x if mine else torch.zeros_like(x), group))
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):  # type: ignore[override]
+        return gradient if ctx.mine else torch.zeros_like(gradient), None, None
+
+
 class Head(ColumnLinear):
     """The output layer, split by vocabulary. Called (for generation), it returns all logits."""
 

@@ -60,7 +60,12 @@ class Difference:
 
 
 def batch(config: RunConfig, step: int = 0) -> Batch:
-    """A made-up global batch: random ids and labels, a tenth of the tokens masked, unevenly over the samples."""
+    """A made-up global batch, under the names of the model's arguments (but input_ids and loss_mask, of which `backward` makes them)."""
+    return (_bert if config.model.model_type == "bert" else _gpt)(config, step)
+
+
+def _gpt(config: RunConfig, step: int) -> Batch:
+    """Random ids and labels, a tenth of the tokens masked, unevenly over the samples."""
     drawn = torch.Generator().manual_seed(config.batch.seed + step)
     shape = config.batch.global_batch_size, config.data.seq_length
     ids = torch.randint(config.model.vocab_size, (shape[0], shape[1] + 1), generator=drawn)
@@ -69,6 +74,22 @@ def batch(config: RunConfig, step: int = 0) -> Batch:
     made = {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous(), "loss_mask": seen.float(), "samples": samples}
     if config.data.reset_attention_mask:
         made["documents"] = (ids[:, :-1] % 7 == 0).cumsum(dim=1)
+    return made
+
+
+def _bert(config: RunConfig, step: int) -> Batch:
+    """Random ids, lengths, second segments and masked tokens, and with the binary head orders."""
+    drawn = torch.Generator().manual_seed(config.batch.seed + step)
+    b, s = shape = config.batch.global_batch_size, config.data.seq_length
+    place, draw = torch.arange(s), torch.rand(b, 2, 1, generator=drawn)
+    length = (s * (0.5 + 0.5 * draw[:, 0])).long()
+    tokens, masked = place < length, torch.rand(shape, generator=drawn) < 0.3
+    ids = torch.randint(config.model.vocab_size, (2, *shape), generator=drawn)
+    made = {"input_ids": ids[0], "padding_mask": tokens.long(), "samples": torch.arange(b) + step * b}
+    made |= {"labels": torch.where(masked & tokens, ids[1], -1), "loss_mask": (masked & tokens).float()}
+    if not config.model.bert_no_binary_head:
+        made |= {"token_types": (tokens & (place >= length * draw[:, 1])).long(), "sentence_order": torch.arange(b) % 3 % 2}
+        made |= {"order_weights": torch.full((b,), 1.0 / b)}
     return made
 
 
@@ -84,14 +105,15 @@ def backward(runtime: Runtime, batches: list[Batch], tokens: Tensor, step: Tenso
     total = torch.zeros((), dtype=torch.float64, device=runtime.mesh.device)
 
     def loss(output: Tensor, number: int) -> Tensor:
-        total.add_(output.detach().sum())
-        return output.sum()
+        value = sum(part.sum() for part in (output if isinstance(output, tuple) else (output,)))
+        total.add_(value.detach())
+        return value
 
-    names = {"input_ids": "inputs"} | {name: name for name in ("documents", "labels", "samples", "coordinates")}
-    inputs = [
-        {names[name]: value for name, value in data.items() if name in names} | {"loss_weights": data["loss_mask"] / tokens, "step": step}
-        for data in map(runtime.take, batches)
-    ]
+    def arguments(data: Batch) -> Batch:
+        weights = data.pop("loss_mask") / tokens
+        return {"inputs": data.pop("input_ids"), **data, "loss_weights": weights, "step": step}
+
+    inputs = [arguments(runtime.take(data)) for data in batches]
     runtime.run(inputs, loss, train=True)
     runtime.finish_gradients()
     dist.all_reduce(total)  # only the last stage has a loss, all tensor-parallel ranks of it the same

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from megalith.common.registry import Registry
@@ -48,4 +49,29 @@ class LanguageModelling:
         return {"lm loss": output.sum()}
 
 
-TASKS = Registry("loss", {"lm": "megalith.training.tasks:LanguageModelling"})
+class MaskedLanguageModelling:
+    """BERT's: cross entropy of the masked tokens of the global batch, and where the data has it that of the order of two segments."""
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Masked tokens; samples, each counted where its first token is."""
+        counts = {"lm loss": batch["loss_mask"].sum()}
+        if "sentence_order" in batch:
+            here = batch["coordinates"][0] == 0 if "coordinates" in batch else 1.0
+            counts["sop loss"] = torch.ones_like(batch["sentence_order"], dtype=torch.float32).sum() * here
+        return counts
+
+    def inputs(self, batch: Batch, counts: dict[str, Tensor]) -> Batch:
+        """Weights are masks, or ones, over the global counts, so the model's losses need only be added up."""
+        passed: Batch = {name: batch[name] for name in ("token_types", "padding_mask", "labels", "sentence_order") if name in batch}
+        weights = {"loss_weights": batch["loss_mask"] / counts["lm loss"].clamp(min=1.0)}
+        if "sentence_order" in batch:
+            weights["order_weights"] = (1.0 / counts["sop loss"]).expand(len(batch["input_ids"]))
+        return {"inputs": batch["input_ids"], **passed, **weights}
+
+    def losses(self, output: Tensor | tuple[Tensor, Tensor], batch: Batch, counts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """output: weighted losses of tokens [b, s], and of orders [b] where there are any."""
+        parts = output if isinstance(output, tuple) else (output,)
+        return {name: part.sum() for name, part in zip(counts, parts, strict=True)}
+
+
+TASKS = Registry("loss", {"lm": "megalith.training.tasks:LanguageModelling", "bert": "megalith.training.tasks:MaskedLanguageModelling"})

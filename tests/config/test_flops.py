@@ -49,3 +49,18 @@ def test_equal_to_torchs_counter(form):
     with FlopCounterMode(display=False) as counter:
         model(ids).sum().backward()
     assert counter.get_total_flops() == flops_per_token(config, sequence) * batch * sequence
+
+
+def test_of_bert():
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from megalith.models.bert import BERT
+
+    config = ModelConfig(
+        model_type="bert", num_layers=2, hidden_size=32, num_attention_heads=4, max_position_embeddings=16, vocab_size=50,
+        hidden_dropout=0.0, attention_dropout=0.0, attention_backend="explicit", bert_no_binary_head=True,
+    )  # fmt: skip
+    with FlopCounterMode(display=False) as counter:
+        BERT(config)(torch.zeros(2, 16, dtype=torch.int64)).sum().backward()
+    assert counter.get_total_flops() == flops_per_token(config, 16) * 2 * 16 == flops_per_token(config, 16, causal_half=True) * 2 * 16

@@ -4,7 +4,7 @@ import pytest
 
 from megalith.common.errors import ConfigError
 from megalith.config.model import ModelConfig
-from megalith.config.parameters import matrix_parameters, parameter_count
+from megalith.config.parameters import matrix_parameters, parameter_count, parameter_shapes
 
 GPT2 = {"num_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "max_position_embeddings": 1024, "vocab_size": 50257}
 LLAMA = {
@@ -63,3 +63,24 @@ def test_equal_to_the_built_model(form):
     assert sum(parameter.numel() for parameter in model.parameters()) == parameter_count(config)
     matrices = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)}
     assert sum(matrices.values()) == matrix_parameters(config)
+
+
+BERTS = [{}, {"norm_after_residual": True}, {"bert_no_binary_head": True}, {"untie_embeddings_and_output_weights": True},
+         {"normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False, "norm_after_residual": True}]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", BERTS, ids=lambda form: "-".join(form) or "megatron")
+def test_bert_equal_to_the_built_model(form):
+    import torch
+
+    from megalith.models.bert import BERT
+
+    config = ModelConfig(model_type="bert", **{**SMALL, **form})
+    with torch.device("meta"):
+        model = BERT(config)
+    assert {name: tuple(parameter.shape) for name, parameter in model.named_parameters()} == parameter_shapes(config)
+
+
+def test_bert_base_has_its_published_size():
+    shape = {"num_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "max_position_embeddings": 512, "vocab_size": 30522}
+    assert parameter_count(ModelConfig(model_type="bert", norm_after_residual=True, **shape)) == 110_106_428

@@ -10,7 +10,7 @@ from megalith.layers.mask import AttentionMask
 from megalith.layers.mlp import MLP
 
 
-def block(norm: str = "layernorm", dropout: float = 0.0, normed_residual: bool = False) -> Block:
+def block(norm: str = "layernorm", dropout: float = 0.0, normed_residual: bool = False, norm_after: bool = False) -> Block:
     torch.manual_seed(0)
     attention = SelfAttention(8, 2, 2, 4, bias=True, qkv_bias=True, core=CoreAttention(0.0, "s"))
     made = Block(
@@ -22,6 +22,7 @@ def block(norm: str = "layernorm", dropout: float = 0.0, normed_residual: bool =
         dropout=dropout,
         site="layers.0",
         normed_residual=normed_residual,
+        norm_after=norm_after,
     )
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter)
@@ -44,6 +45,12 @@ def test_residuals(norm: str, normed_residual: bool) -> None:
     second = normed(layer.mlp_norm, y)
     expected = (second if normed_residual else y) + layer.mlp(second)
     torch.testing.assert_close(layer(x, mask, None, None), expected)
+
+
+def test_norms_after_residuals() -> None:
+    layer, x, mask = block(norm_after=True), torch.randn(2, 5, 8, dtype=torch.float64), AttentionMask(causal=False)
+    y = layer.attention_norm(x + layer.attention(x, mask, None))
+    torch.testing.assert_close(layer(x, mask, None, None), layer.mlp_norm(y + layer.mlp(y)))
 
 
 def test_dropout_acts_on_both_branches_by_different_masks() -> None:

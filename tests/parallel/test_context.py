@@ -86,6 +86,8 @@ def mask_of(form: str) -> AttentionMask:
         "alibi": AttentionMask(slopes=alibi_slopes(HEADS)),
         "window": AttentionMask(window=5),
         "dropout": AttentionMask(rows=rows),
+        "padding": AttentionMask(causal=False, padding=torch.arange(LENGTH) < torch.tensor([[20], [9]]), rows=rows),
+        "bidirectional": AttentionMask(causal=False),
         "all": AttentionMask(documents=documents, slopes=alibi_slopes(HEADS), window=9, rows=rows),
     }[form]
 
@@ -113,7 +115,8 @@ def on_a_rank(form: str, kv_heads: int, backend: str):
 @pytest.mark.parametrize(
     ("form", "kv_heads", "backend"),
     [("causal", 4, "auto"), ("causal", 2, "auto"), ("causal", 4, "explicit"), ("documents", 1, "auto"), ("alibi", 4, "auto"),
-     ("window", 2, "explicit"), ("dropout", 2, "auto"), ("all", 4, "auto"), ("all", 1, "auto")],
+     ("window", 2, "explicit"), ("dropout", 2, "auto"), ("padding", 2, "auto"),
+     ("padding", 4, "sdpa"), ("bidirectional", 4, "auto"), ("all", 4, "auto"), ("all", 1, "auto")],
 )  # fmt: skip
 def test_attention_of_parts_is_the_whole(form: str, kv_heads: int, backend: str, size: int) -> None:
     for expected, found, names in run_ranks(on_a_rank, size, form, kv_heads, backend):
@@ -122,10 +125,11 @@ def test_attention_of_parts_is_the_whole(form: str, kv_heads: int, backend: str,
         assert names == ["all_gather_into_tensor", "reduce_scatter_tensor"]  # one each way, keys and values together
 
 
-def test_only_causal_attention_is_split() -> None:
+def test_places_of_queries_are_for_causal_attention_alone(monkeypatch) -> None:
+    monkeypatch.setattr("megalith.parallel.context.join", lambda k, v, axis: (k, v))
     attention = ContextAttention(CoreAttention(0.0, "s"), axis(0, 2))
     with pytest.raises(ConfigError, match="not causal"):
-        attention(*drawn(4)[:3], AttentionMask(causal=False))
+        attention(*drawn(4)[:3], AttentionMask(causal=False, slopes=alibi_slopes(HEADS)))
 
 
 def pretrain(config) -> None:

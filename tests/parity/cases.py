@@ -1,4 +1,4 @@
-"""The tables of the parity tests: forms of GPT, and layouts. A new form or layout is a row here."""
+"""The tables of the parity tests: forms of the models, and layouts. A new form or layout is a row here."""
 
 from megalith.config.run import RunConfig
 
@@ -19,6 +19,10 @@ FORMS: dict[str, dict] = {
     "odd layers": {"num_layers": 3, "position_embedding_type": "rope", "untie_embeddings_and_output_weights": True},
     "post norm": {"apply_residual_connection_post_layernorm": True, "openai_gelu": True, "reset_attention_mask": True},
     "dropout": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
+    "bert": {"model_type": "bert", "vocab_size": 67},
+    "bert google": {"model_type": "bert", "norm_after_residual": True, "untie_embeddings_and_output_weights": True},
+    "bert dropout": {"model_type": "bert", "hidden_dropout": 0.1, "attention_dropout": 0.1},
+    "bert no order": {"model_type": "bert", "bert_no_binary_head": True, "normalization": "RMSNorm", "swiglu": True},
 }  # fmt: skip
 
 # name -> (ranks, what differs from one process)

@@ -1,4 +1,4 @@
-"""The plan of GPT, for all its forms: what a form lacks is passed over."""
+"""The plan of GPT, for all its forms: what a form lacks is passed over. LAYERS is that of every model of such layers."""
 
 from __future__ import annotations
 
@@ -18,10 +18,7 @@ from megalith.parallel.styles import (
     vocabulary_loss,
 )
 
-PLAN: Plan = {
-    "embedding": vocabulary,
-    "position_embedding": part_embedding,
-    "embedding_dropout": part_dropout,
+LAYERS: Plan = {
     "layers.*.attention_norm": copy,
     "layers.*.attention.core": core,  # before q, whose heads it counts
     "layers.*.attention.shared_input": shared_input,
@@ -38,6 +35,12 @@ PLAN: Plan = {
     "layers.*.mlp.up": column,
     "layers.*.mlp.down": row,
     "layers.*.mlp_dropout": part_dropout,
+}
+PLAN: Plan = {
+    "embedding": vocabulary,
+    "position_embedding": part_embedding,
+    "embedding_dropout": part_dropout,
+    **LAYERS,
     "final_norm": copy,
     "head": head,
     "token_loss": vocabulary_loss,

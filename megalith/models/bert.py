@@ -1,0 +1,119 @@
+"""BERT: a bidirectional encoder that learns from masked words and from the order of two segments.
+
+Megatron's form has a norm before each branch and one at the end (Shoeybi et al., 2019, section 4.2); Google's has one after each
+residual and after the embeddings (Devlin et al., 2019). Shapes: b batch, s sequence, h hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megalith.config.model import ModelConfig
+from megalith.layers.block import NORMS, run_in_order
+from megalith.layers.dropout import Dropout
+from megalith.layers.loss import TokenLoss
+from megalith.layers.mask import AttentionMask
+from megalith.layers.mlp import ACTIVATIONS
+from megalith.models.parts import dropout_rows, initial, make_layer
+
+
+class BERT(nn.Module):
+    """Embeddings, layers, norm; a head over the vocabulary, and one over the first token. A pipeline stage has some of them as None."""
+
+    def __init__(self, config: ModelConfig, seed: int = 0):
+        """config.vocab_size must be known. `seed` keys the dropout masks. Parameters are left as torch draws them."""
+        super().__init__()
+        self.config, self.seed = config, seed
+        h, vocab, binary = config.hidden_size, config.vocab_size, not config.bert_no_binary_head
+
+        def norm() -> nn.Module:
+            return NORMS[config.norm](h, config.layernorm_epsilon)
+
+        self.embedding = nn.Embedding(vocab, h)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, h)
+        self.token_type_embedding = nn.Embedding(2, h) if binary else None
+        self.embedding_norm = norm() if config.norm_after_residual else None
+        self.embedding_dropout = Dropout(config.hidden_dropout, "embedding")
+        self.layers = nn.ModuleDict({str(i): make_layer(config, i) for i in range(config.num_layers)})
+        self.run_layers = run_in_order
+        self.final_norm = None if config.norm_after_residual else norm()
+        self.head_dense, self.head_norm = nn.Linear(h, h), norm()
+        self.head = nn.Linear(h, vocab)
+        self.token_loss = TokenLoss(config.loss_chunk_tokens, config.z_loss_coeff)
+        self.first_token = FirstToken()
+        self.pooler = nn.Linear(h, h) if binary else None
+        self.order_head = nn.Linear(h, 2) if binary else None
+        self.restore()
+
+    def restore(self) -> None:
+        """Tie head and embedding where the config says so, which to_empty undoes."""
+        if not self.config.untie_embeddings_and_output_weights and self.embedding is not None and self.head is not None:
+            self.head.weight = self.embedding.weight
+
+    def initial(self, name: str) -> tuple[str, float]:
+        """How a parameter starts; see parts.initial."""
+        return initial(self.config, name)
+
+    def forward(
+        self, inputs: Tensor, positions: Tensor | None = None, token_types: Tensor | None = None, padding_mask: Tensor | None = None,
+        labels: Tensor | None = None, loss_weights: Tensor | None = None, sentence_order: Tensor | None = None,
+        order_weights: Tensor | None = None, samples: Tensor | None = None, step: Tensor | None = None, coordinates: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+        """One pass.
+
+        inputs: ids [b, s] int64, or hidden states [b, s, h] where this part has no embedding.
+        positions: [b, s], places for the position embedding (default: coordinates). token_types: [b, s], 0 or 1 (default: 0).
+        padding_mask: [b, s], not zero for tokens; the others are not attended to. That of the whole sequence, where coordinates are a part.
+        labels, loss_weights: [b, s], see TokenLoss. sentence_order: [b], 0 or 1; order_weights: [b], their losses' factors.
+        samples [b] (global sample numbers) and step []: key the dropout masks; needed in training mode with dropout.
+        coordinates: [s], places of these tokens in the whole sequence (default: 0 .. s-1).
+        Returns hidden states where this part has no head; else (tokens, order), or tokens alone without the binary head. tokens:
+        logits [b, s, V], or float32 losses [b, s] with labels. order: logits [b, 2], or float32 losses [b] with sentence_order;
+        it is of the first token, so with weights these losses are 0 where the sequence's first token is not among these.
+        """
+        if coordinates is None:
+            coordinates = torch.arange(inputs.shape[1], device=inputs.device)
+        if positions is None:
+            positions = coordinates.expand(inputs.shape[0], -1)
+        rows = dropout_rows(self, samples, step, coordinates)
+        x = inputs if self.embedding is None else self.embed(inputs, positions, token_types, rows)
+        mask = AttentionMask(causal=False, padding=None if padding_mask is None else padding_mask.bool(), rows=rows)
+        x = self.run_layers(list(self.layers.values()), x, mask, None, rows)
+        if self.final_norm is not None:
+            x = self.final_norm(x)
+        if self.head is None:
+            return x
+        tokens = self.tokens(x, labels, loss_weights)
+        if self.order_head is None:
+            return tokens
+        order = self.order_head(torch.tanh(self.pooler(self.first_token(x))))
+        return tokens, order if sentence_order is None else order_loss(order, sentence_order, order_weights, coordinates)
+
+    def embed(self, ids: Tensor, positions: Tensor, token_types: Tensor | None, rows: Tensor | None) -> Tensor:
+        """Word, position and type embeddings with norm and dropout: [b, s] -> [b, s, h]."""
+        x = self.embedding(ids) + self.position_embedding(positions)
+        if self.token_type_embedding is not None:
+            x = x + self.token_type_embedding(torch.zeros_like(ids) if token_types is None else token_types)
+        return self.embedding_dropout(x if self.embedding_norm is None else self.embedding_norm(x), rows)
+
+    def tokens(self, x: Tensor, labels: Tensor | None, loss_weights: Tensor | None) -> Tensor:
+        """The head over the vocabulary: [b, s, h] -> logits [b, s, V], or losses [b, s]."""
+        gelu = ACTIVATIONS["gelu_tanh" if self.config.openai_gelu else "gelu"]
+        x = self.head_norm(gelu(self.head_dense(x)))
+        return self.head(x) if labels is None else self.token_loss(x, self.head.weight, labels, loss_weights, self.head.bias)
+
+
+class FirstToken(nn.Module):
+    """The hidden state of the first token, parameterless, so that a plan may fetch it from who has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [b, s, h] -> [b, h]."""
+        return x[:, 0]
+
+
+def order_loss(logits: Tensor, order: Tensor, weights: Tensor | None, coordinates: Tensor) -> Tensor:
+    """Cross entropy [b] of logits [b, 2], times `weights` [b]; those count where `coordinates` [s] begin with the first place."""
+    losses = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), order, reduction="none")
+    return losses if weights is None else losses * (weights * (coordinates[0] == 0))

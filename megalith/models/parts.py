@@ -1,0 +1,63 @@
+"""What several models are made of, from a config: layers, dropout keys, initial values."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from megalith.config.model import ModelConfig
+from megalith.layers.attention import CoreAttention, SelfAttention
+from megalith.layers.block import Block
+from megalith.layers.dropout import row_keys
+from megalith.layers.mlp import MLP
+
+BACKENDS = {"flash": "auto", "fused": "auto", "unfused": "explicit", "local": "explicit"}  # Megatron's word -> ours
+
+
+def make_layer(c: ModelConfig, number: int) -> Block:
+    """The layer of this global number, in the form that the config asks for."""
+    site = f"layers.{number}"
+    attention = SelfAttention(
+        c.hidden_size, c.num_attention_heads, c.num_kv_heads, c.head_dim, bias=c.add_bias_linear,
+        qkv_bias=c.add_bias_linear or c.add_qkv_bias, core=make_core(c, site), interleaved=c.rotary_interleaved,
+        head_norm=c.layernorm_epsilon if c.qk_layernorm else None,
+    )  # fmt: skip
+    return Block(
+        c.hidden_size, c.norm, c.layernorm_epsilon, attention, make_mlp(c), dropout=c.hidden_dropout, site=site,
+        normed_residual=c.apply_residual_connection_post_layernorm, norm_after=c.norm_after_residual,
+    )  # fmt: skip
+
+
+def make_core(c: ModelConfig, site: str) -> CoreAttention:
+    """Core attention of the layer at `site`."""
+    return CoreAttention(c.attention_dropout, f"{site}.scores", BACKENDS.get(c.attention_backend, c.attention_backend))
+
+
+def make_mlp(c: ModelConfig) -> MLP:
+    """The feed-forward half of a layer."""
+    return MLP(c.hidden_size, c.ffn_size, c.activation, gated=c.gated, bias=c.add_bias_linear)
+
+
+def dropout_rows(model: nn.Module, samples: Tensor | None, step: Tensor | None, coordinates: Tensor) -> Tensor | None:
+    """Dropout keys int32 [b, s] for `model` (with .config and .seed), or None where nothing is dropped."""
+    if not model.training or (model.config.hidden_dropout == 0.0 and model.config.attention_dropout == 0.0):
+        return None
+    if samples is None or step is None:
+        raise ValueError("dropout needs `samples` and `step` in training mode: pass them, or call model.eval(), or set the dropouts to 0")
+    return row_keys(model.seed, step, samples, coordinates)
+
+
+def initial(c: ModelConfig, name: str) -> tuple[str, float]:
+    """How a parameter starts: ("normal", standard deviation), ("xavier", 1.0) or ("constant", value).
+
+    Megatron's rules: matrices from N(0, std), those that write to the residual from N(0, std / sqrt(2 layers)).
+    """
+    if name.endswith("bias"):
+        return "constant", 0.0
+    if "norm" in name:
+        return "constant", 1.0
+    std = c.init_method_std
+    if c.init_method_xavier_uniform and "embedding" not in name:
+        return "xavier", 1.0
+    if name.endswith(("attention.out.weight", "mlp.down.weight")):
+        std /= (2.0 * c.num_layers) ** 0.5
+    return "normal", std
