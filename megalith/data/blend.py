@@ -21,9 +21,10 @@ from megalith.data.index_cache import cached, key_of
 
 STRIDE = 4096  # samples between two stored rows of counts
 EARLY = 1024  # samples by which a stretch starts early
-WINDOW = 128  # samples for which the sources that can be chosen are looked up once, where sources are many
-CANDIDATES = 224  # how many those are
-MATRIX = 20_000  # counts in a matrix: what a step touches stays in the cache
+WINDOW = 64  # samples for which the sources that can be chosen are looked up once, where sources are many
+CANDIDATES = 104  # how many those are
+MATRIX = 40_000  # counts in a matrix: what a step touches stays in the cache
+NARROW = 64  # sources
 LARGE = 1 << 22  # blends of more samples than this are kept in the index cache
 
 
@@ -152,7 +153,7 @@ def _expected(shares: np.ndarray, index: int) -> np.ndarray:
 def advance(shares: np.ndarray, counts: np.ndarray, starts: np.ndarray, steps: int) -> np.ndarray:
     """Run independent chains: the sources of `steps` samples from starts[k] on, [chains, steps]; `counts` [chains, sources] is updated."""
     if shares.size <= CANDIDATES + WINDOW // 4:
-        return _advance(np.tile(shares, (len(counts), 1)), counts, starts, steps)[0]
+        return _advance(shares, counts, starts, steps)[0]
     chosen = np.empty((len(counts), steps), np.int32)
     for begin in range(0, steps, WINDOW):
         length = min(WINDOW, steps - begin)
@@ -174,22 +175,25 @@ def _window(shares: np.ndarray, counts: np.ndarray, starts: np.ndarray, steps: i
     before = counts[doubtful]
     np.put_along_axis(counts, candidates, few, axis=1)
     if doubtful.size:
-        chosen[doubtful] = _advance(np.tile(shares, (doubtful.size, 1)), before, starts[doubtful], steps)[0]
+        chosen[doubtful] = _advance(shares, before, starts[doubtful], steps)[0]
         counts[doubtful] = before
     return chosen
 
 
 def _advance(shares: np.ndarray, counts: np.ndarray, starts: np.ndarray, steps: int, watch: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """The rule, `steps` times on every row: chosen columns [rows, steps]; if watched, the least w * x - count chosen in each row."""
-    rows, width = shares.shape
+    """The rule, `steps` times on every row: chosen columns [rows, steps]; if watched, the least w * x - count chosen in each row.
+
+    shares: [width], or [rows, width] where rows have sources of their own.
+    """
+    rows, width = counts.shape
     chosen = np.empty((steps, rows), np.int64)
     least = np.full(rows, np.inf)
-    place = np.repeat(starts.astype(np.float64), width).reshape(rows, width)  # whole numbers below 2^53: adding 1 is exact
-    np.maximum(place, 1.0, out=place)
-    behind, first, flat = np.empty_like(shares), np.arange(rows) * width, counts.reshape(-1)
-    values = behind.reshape(-1)
+    # Whole numbers below 2^53: adding 1 is exact. Narrow rows are multiplied faster as one block than row by row.
+    place = np.repeat(starts.astype(np.float64)[:, None], width if width < NARROW else 1, axis=1)
+    behind, first, flat = np.empty((rows, width)), np.arange(rows) * width, counts.reshape(-1)
+    values, clamped = behind.reshape(-1), np.empty_like(place)
     for step in range(steps):
-        np.multiply(shares, place, out=behind)
+        np.multiply(shares, np.maximum(place, 1.0, out=clamped), out=behind)  # samples 0 and 1 both count as 1
         np.subtract(behind, counts, out=behind)
         best = behind.argmax(axis=1)
         chosen[step] = best
@@ -198,6 +202,4 @@ def _advance(shares: np.ndarray, counts: np.ndarray, starts: np.ndarray, steps: 
             np.minimum(least, values[best], out=least)
         flat[best] += 1.0
         place += 1.0
-        if step == 0:
-            place[starts == 0] = 1.0  # samples 0 and 1 both count as 1
     return chosen.T, least

@@ -175,8 +175,10 @@ class RankPool:
             worker.process.join(10 * GRACE)  # the exit code comes by way of the fork server, late on a busy machine
             code = worker.process.exitcode
             return None, (0.0, RuntimeError(f"rank {rank} of {world_size} died with exit code {code} (negative: a signal)"))
+        if answer.worn:
+            worker.stop()  # the next call starts another
         if not answer.traceback:
-            return answer.value, None
+            return pickle.loads(answer.value), None
         error = answer.error or RuntimeError("an exception that cannot be pickled; its traceback is in the note")
         error.add_note(f"raised on rank {rank} of {world_size}:\n{answer.traceback}")
         return None, (answer.moment, error)

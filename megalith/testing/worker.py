@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+WORN = 60  # threads of a rank that is replaced
+
 
 class Job(NamedTuple):
     """What a rank is told; `call` is a pickled (function, arguments), kept apart so that its import errors are answers too."""
@@ -34,16 +36,17 @@ class Job(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a rank tells: a value, or the error (None where it cannot be pickled), its traceback as text, and its moment.
+    """What a rank tells: a pickled value, or the error (None where it cannot be pickled), its traceback as text, and its moment.
 
     The moment (time.monotonic, one clock for all processes of a machine) finds the first of several errors: the other ranks
-    fail too, when the first one's sockets close.
+    fail too, when the first one's sockets close. worn: this rank is to be replaced.
     """
 
-    value: Any
+    value: bytes
     error: BaseException | None = None
     traceback: str = ""
     moment: float = 0.0
+    worn: bool = False
 
 
 class _Pickler(pickle.Pickler):
@@ -70,10 +73,19 @@ def serve(connection: Connection, stacks: str) -> None:
                 job = pickle.loads(connection.recv_bytes())
             except (EOFError, OSError):
                 return
-            connection.send_bytes(_answer(job))
+            connection.send_bytes(pickle.dumps(_answer(job)._replace(worn=_worn())))
 
 
-def _answer(job: Job) -> bytes:
+def _worn() -> bool:
+    """Whether this process has gathered so many threads that a new one is cheaper than its slow calls.
+
+    Every process group has three, some of which wake all the time, and torch's hooks on parameters keep groups alive.
+    """
+    tasks = "/proc/self/task"  # elsewhere than on Linux ranks serve for good
+    return os.path.isdir(tasks) and len(os.listdir(tasks)) > WORN
+
+
+def _answer(job: Job) -> Answer:
     try:
         sys.path[:] = job.path
         with _group(job):
@@ -82,28 +94,28 @@ def _answer(job: Job) -> bytes:
         return _failure(error)
 
 
-def _call(job: Job) -> bytes:
+def _call(job: Job) -> Answer:
     try:
         function, arguments = pickle.loads(job.call)
-        answer = _dumps(Answer(function(*arguments)))
+        answer = Answer(_dumps(function(*arguments)))
         dist.barrier()  # a rank that leaves early closes sockets on which others still wait
         return answer
     except BaseException as error:  # SystemExit of a tested command line is an answer too
         return _failure(error)
 
 
-def _failure(error: BaseException) -> bytes:
+def _failure(error: BaseException) -> Answer:
     moment, text = time.monotonic(), traceback.format_exc()
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
-        return _dumps(Answer(None, None, text, moment))
-    return _dumps(Answer(None, error, text, moment))
+        return Answer(b"", None, text, moment)
+    return Answer(b"", error, text, moment)
 
 
-def _dumps(answer: Answer) -> bytes:
+def _dumps(value: Any) -> bytes:
     buffer = io.BytesIO()
-    _Pickler(buffer, pickle.HIGHEST_PROTOCOL).dump(answer)
+    _Pickler(buffer, pickle.HIGHEST_PROTOCOL).dump(value)
     return buffer.getvalue()
 
 

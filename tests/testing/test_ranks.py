@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -11,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from megalith.common.errors import ConfigError
-from megalith.testing import RankPool, run_ranks
+from megalith.testing import RankPool, run_ranks, worker
 
 
 def add_rank(value):
@@ -39,6 +40,12 @@ def die_on(rank):
 
 
 def own_pid():
+    return os.getpid()
+
+
+def gather_threads():
+    for _ in range(worker.WORN):
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
     return os.getpid()
 
 
@@ -86,6 +93,12 @@ def test_ranks_are_reused(pool):
     first = pool.run(own_pid, 4)
     assert pool.run(own_pid, 4) == first
     assert pool.run(own_pid, 2) == first[:2]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are counted on Linux alone")
+def test_a_rank_with_many_threads_is_replaced(pool):
+    before = pool.run(gather_threads, 2)
+    assert not set(before) & set(pool.run(own_pid, 2))
 
 
 def test_an_exception_keeps_its_type_and_says_its_rank(pool):
