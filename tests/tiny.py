@@ -1,4 +1,4 @@
-"""A corpus of tiny documents with something to learn, a config small enough to train in a second, and what a run recorded."""
+"""Corpora of tiny documents with something to learn, a config small enough to train in a second, and what a run recorded."""
 
 import json
 import pathlib
@@ -31,6 +31,27 @@ def tiny_config(prefix: str, folder: str, **changes) -> RunConfig:
         progress="none", device="cpu",
     )  # fmt: skip
     return RunConfig().replace(**(values | changes))
+
+
+def write_sentences(prefix: str, documents: int = 60, seed: int = 0) -> str:
+    """Documents whose sentences repeat one of eight words, each the one after the last; and a vocabulary for WordPiece, `prefix`.vocab."""
+    words = [f"w{number}" for number in range(VOCABULARY)]
+    pathlib.Path(f"{prefix}.vocab").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    random = np.random.RandomState(seed)
+    with IndexedWriter(prefix, np.uint16) as writer:
+        for _ in range(documents):
+            first = random.randint(0, VOCABULARY)
+            for length in random.randint(3, 9, random.randint(2, 8)):
+                writer.add_sequence(np.full(length, 5 + first % 8))
+                first += 1
+            writer.end_document()
+    return prefix
+
+
+def tiny_bert(prefix: str, folder: str, **changes) -> RunConfig:
+    """The run of `tiny_config` with a BERT, on what `write_sentences` wrote."""
+    values = dict(model_type="bert", dataset="bert", loss="bert", tokenizer_type="BertWordPieceLowerCase", vocab_file=f"{prefix}.vocab")
+    return tiny_config(prefix, folder, vocab_size=None, seq_length=24, max_position_embeddings=24).replace(**(values | changes))
 
 
 def losses(folder: str) -> list[float]:

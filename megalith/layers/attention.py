@@ -73,7 +73,9 @@ class CoreAttention(nn.Module):
     def blocks(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, p: float) -> Tensor:
         """Fused attention of one block of queries at a time; memory of the bias is heads x QUERY_BLOCK x s."""
         k, v = _expand(k, q.shape[1]), _expand(v, q.shape[1])
-        run = _block if not q.requires_grad else functools.partial(checkpoint, _block, use_reentrant=False, preserve_rng_state=p > 0)
+        # A compiler decides by itself what to compute again, and torch's (2.13) stumbles over DTensors beside a checkpoint.
+        again = q.requires_grad and not torch.compiler.is_compiling()
+        run = functools.partial(checkpoint, _block, use_reentrant=False, preserve_rng_state=p > 0) if again else _block
         parts, first = [], k.shape[2] - q.shape[2]
         for start in range(0, q.shape[2], QUERY_BLOCK):
             stop = min(start + QUERY_BLOCK, q.shape[2])

@@ -50,8 +50,8 @@ def vocabulary(module: nn.Embedding, parent: nn.Module, axis: Axis) -> nn.Module
 
 
 def head(module: nn.Linear, parent: nn.Module, axis: Axis) -> nn.Module:
-    """Split the output layer by vocabulary."""
-    _spread_linear(module, axis, 0, 0)
+    """Split the output layer by vocabulary, its bias apart: a row without columns could not be split once more by fully_shard."""
+    _spread_linear(module, axis, 0, None)
     return tensor.Head(module, axis)
 
 

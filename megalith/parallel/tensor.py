@@ -153,7 +153,14 @@ class Fetch(torch.autograd.Function):
 
 
 class Head(ColumnLinear):
-    """The output layer, split by vocabulary. Called (for generation), it returns all logits."""
+    """The output layer, split by vocabulary, its bias whole on every rank. Called (for generation), it returns all logits."""
+
+    summed = ("bias",)
+
+    def locals(self) -> tuple[Tensor | None, Tensor | None]:
+        """Rows of this rank's part of the vocabulary."""
+        weight, bias = super().locals()
+        return weight, None if bias is None else bias.narrow(0, *share(self.out_features, self.axis))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [b, s, h] -> logits [b, s, V]."""
@@ -278,8 +285,8 @@ class VocabularyPart:
     block = None  # each block would be two collectives
 
     def __init__(self, axis: Axis, size: int):
-        self.axis, (self.first, number) = axis, share(size, axis)
-        if number == 0:
+        self.axis, (self.first, self.number) = axis, share(size, axis)
+        if self.number == 0:
             raise ConfigError(
                 problem(
                     "vocab_size",
@@ -293,7 +300,8 @@ class VocabularyPart:
         return Enter.apply(hidden, self.axis.size, self.axis.group, self.axis.sequence)
 
     def rows(self, weight: Tensor) -> Tensor:
-        return local(weight)
+        part = local(weight)
+        return part if len(part) == self.number else part.narrow(0, self.first, self.number)  # the bias is whole on every rank
 
     def find(self, labels: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         row = labels - self.first

@@ -1,9 +1,11 @@
 """Promise 1: one loss curve, whatever the layout, with the default dropout of 0.1 on hidden states and attention."""
 
+import pathlib
+
 import pytest
 
 from megalith.training.pretrain import train
-from tests.tiny import records, tiny_config
+from tests.tiny import records, tiny_bert, tiny_config
 
 # name -> (processes, steps, the layout)
 CASES: dict[str, tuple[int, int, dict]] = {
@@ -11,6 +13,13 @@ CASES: dict[str, tuple[int, int, dict]] = {
     "tp2 pp2 dp2": (8, 100, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "micro_batch_size": 2}),
 }
 SLOW = ("tp2 pp2 dp2",)
+BERT: dict[str, tuple[int, dict]] = {
+    "tp2 sp pp2": (
+        4,
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True, "pipeline_model_parallel_size": 2, "micro_batch_size": 2},
+    ),
+    "cp2 dp2": (4, {"context_parallel_size": 2}),
+}
 
 
 def run(config) -> None:
@@ -21,7 +30,21 @@ def run(config) -> None:
 @pytest.mark.parametrize("layout", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES])
 def test_one_curve(ranks, layout, corpus, tmp_path):
     processes, steps, changes = CASES[layout]
-    one = tiny_config(corpus, str(tmp_path / "one"), train_iters=steps, eval_interval=steps)
+    compare(ranks, tiny_config(corpus, str(tmp_path / "one"), train_iters=steps, eval_interval=steps), processes, changes)
+
+
+@pytest.mark.parametrize("layout", BERT)
+def test_one_curve_of_bert(ranks, layout, sentences, tmp_path):
+    """Both of its losses have their own normaliser, whose counts are spread over processes in their own ways."""
+    processes, changes = BERT[layout]
+    compare(ranks, tiny_bert(sentences, str(tmp_path / "one"), train_iters=20, eval_interval=20), processes, changes)
+    for lines in (records(str(tmp_path / name)) for name in ("one", "many")):
+        assert all(line["loss"] == pytest.approx(sum(line["losses"].values())) for line in lines if "losses" in line)
+
+
+def compare(ranks, one, processes, changes):
+    """A run on one process, and on many with `changes`."""
+    steps, tmp_path = one.schedule.train_iters, pathlib.Path(one.logging.folder).parent
     assert one.model.hidden_dropout == one.model.attention_dropout == 0.1
     train(one)
     ranks(run, processes, one.replace(run_dir=str(tmp_path / "many"), **changes), timeout=280)

@@ -24,7 +24,7 @@ COVERING = {
     ("odd vocabulary", "tp2 sp zbv"),
     ("odd layers", "pp2 interleaved"), ("odd layers", "dualpipev"), ("post norm", "dualpipev"), ("post norm", "pp2 zero-bubble"),
     ("dropout", "pp2"), ("dropout", "tp2 pp2 dp2"), ("dropout", "zbv selective"), ("dropout", "pp2 dp2"), ("absolute", "pp2 full uniform"),
-    ("bert", "tp2 sp"), ("bert", "dp2 none"), ("bert", "dp2 full"), ("bert", "pp2"), ("bert", "zbv"), ("bert", "cp2 tp2 sp"),
+    ("bert", "tp2 sp"), ("bert", "dp2 none"), ("bert", "tp2 sp dp2 full"), ("bert", "pp2"), ("bert", "zbv"), ("bert", "cp2 tp2 sp"),
     ("bert dropout", "tp2 sp"), ("bert dropout", "pp2 interleaved"), ("bert dropout", "cp2"), ("bert google", "tp2 pp2"),
     ("bert google", "dp2 optimizer"), ("bert google", "tp2 sp zbv"), ("bert no order", "tp4 sp"), ("bert no order", "cp2 pp2"),
 }  # fmt: skip

@@ -1,11 +1,13 @@
 """Promise 2: the same command twice, and stop-and-resume at any step, give identical bits (on the CPU, in one layout)."""
 
+import functools
+
 import pytest
 import torch
 
 from megalith import checkpoint
 from megalith.training.pretrain import train
-from tests.tiny import losses, records, tiny_config
+from tests.tiny import losses, records, tiny_bert, tiny_config
 
 FORMS = {
     "dropout": {},
@@ -24,10 +26,19 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_twice_and_resumed(form, corpus, tmp_path):
-    changes = FORMS[form]
+    check_bits(functools.partial(tiny_config, corpus, **FORMS[form]), tmp_path)
+
+
+@pytest.mark.parametrize("google", [False, True])
+def test_bert_twice_and_resumed(google, sentences, tmp_path):
+    check_bits(functools.partial(tiny_bert, sentences, norm_after_residual=google, bert_no_binary_head=google), tmp_path)
+
+
+def check_bits(make, tmp_path):
+    """make: a config of 12 steps from a folder."""
     for name in ("once", "again"):
-        train(tiny_config(corpus, str(tmp_path / name), **changes))
-    stopped = tiny_config(corpus, str(tmp_path / "stopped"), **changes)
+        train(make(str(tmp_path / name)))
+    stopped = make(str(tmp_path / "stopped"))
     assert train(stopped.replace(exit_interval=5)).stop
     assert train(stopped.replace(exit_interval=9)).iteration == 9
     assert train(stopped).iteration == 12
