@@ -1,0 +1,211 @@
+"""From the arguments that Megatron stores (an argparse.Namespace) to our config, and back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from megalith.checkpoint.unpickle import Stand
+from megalith.checkpoint.weights import Lazy
+from megalith.common.errors import CheckpointError, problem
+from megalith.config.loading_values import convert, fields
+from megalith.config.megatron_counts import padded_vocabulary
+from megalith.config.model import GLU_ACTIVATIONS
+from megalith.config.run import RunConfig
+
+POSITIONS = {1: "rope", 2: "learned_absolute", 3: "alibi", "rotary": "rope", "absolute": "learned_absolute"}  # of PositionEmbeddingType
+RENAMED = {  # what other versions and forks call a field of ours
+    "rotary_position_embeddings_theta": "rotary_base", "rope_theta": "rotary_base", "norm_epsilon": "layernorm_epsilon",
+    "num_key_value_heads": "num_query_groups",
+}  # fmt: skip
+DATA = {"seq_length", "tokenizer_type", "split", "reset_position_ids", "reset_attention_mask", "eod_mask_loss", "vocab_extra_ids",
+        "mask_prob", "short_seq_prob", "decoder_seq_length"}  # fmt: skip
+PRECISION = {"bf16", "fp16", "loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis"}
+SECTIONS = {"model", "optimizer", "schedule", "batch"}
+LEFT = {"model_type", "vocab_size", "group_query_attention", "attention_backend", "optimizer", "num_query_groups"}  # read by rules of their own
+VOCABULARIES = {  # tokenizers of one size only: what a padded vocabulary of theirs holds
+    "GPT2BPETokenizer": 50257, "BertWordPieceLowerCase": 30522, "BertWordPieceCase": 28996,
+}  # fmt: skip
+UNSUPPORTED = {  # argument -> why a model trained with it cannot be one of ours
+    "num_experts": "there are no mixture-of-experts layers here",
+    "apply_layernorm_1p": "norm weights are stored as they multiply here, and minus one there",
+    "multi_latent_attention": "there is no multi-latent attention here",
+}
+
+
+def plain(value: Any) -> Any:
+    """A value of the arguments without its class: an enum's member by its name or number."""
+    return value.args[0] if isinstance(value, Stand) and len(value.args) == 1 else None if isinstance(value, Stand) else value
+
+
+def to_config(
+    args: Mapping[str, Any], parts: Mapping[str, Lazy], ranks: int, kind: str, overrides: Mapping[str, Any], notes: list[str]
+) -> RunConfig:
+    """The config of a model with these arguments and these tensors (those of one tensor-parallel rank of `ranks`).
+
+    What shapes tell is a fact; the rest is the arguments', or assumed with a note where there are none; overrides win.
+    Raises CheckpointError for what our models cannot be.
+    """
+    args = {name: plain(value) for name, value in args.items()}
+    for name, reason in UNSUPPORTED.items():
+        if args.get(name) and args[name] not in ([1], 1):
+            raise CheckpointError(problem(f"--{name.replace('_', '-')}", args[name], reason, "Train without it, or convert with its own tools"))
+    values = _of_arguments(args, notes) | {"model_type": kind}
+    values |= _of_shapes(parts, ranks, values)
+    if not args:
+        values |= _assumed(kind, values, overrides, notes)
+    values |= overrides
+    _heads(values, args, parts, ranks, overrides)
+    padded = parts["embedding.word_embeddings.weight"].shape[0] * ranks
+    values["vocab_size"] = _vocabulary(args, padded, ranks, overrides, notes)
+    values.setdefault("make_vocab_size_divisible_by", 128)
+    return RunConfig().replace(**values)
+
+
+def _of_arguments(args: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """Our fields that the arguments set."""
+    values: dict[str, Any] = {}
+    for name, value in args.items():
+        field = fields().get(RENAMED.get(name, name))
+        taken = field and (field.section in SECTIONS or field.name in DATA or field.name in PRECISION)
+        if not taken or field is None or value is None or field.name in LEFT:
+            continue
+        if field.name == "position_embedding_type":
+            value = POSITIONS.get(value, value)
+        typed, trouble = convert(field, value, name)
+        choices = field.metadata.get("choices")
+        if trouble or (choices and typed not in choices):
+            notes.append(f"{name}: {value!r} has no counterpart here and was left out")
+        else:
+            values[field.name] = typed
+    if args.get("train_samples"):  # Megatron works out both; here a run has one
+        for name in ("train_iters", "lr_decay_iters"):
+            values.pop(name, None)
+    if args.get("bias_gelu_fusion") and not any(args.get(name) for name in ("swiglu", "squared_relu", "glu_activation")):
+        values["openai_gelu"] = True
+    if args.get("bert_binary_head") is False:
+        values["bert_no_binary_head"] = True
+    return values
+
+
+def _of_shapes(parts: Mapping[str, Lazy], ranks: int, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What the shapes of the first stack's tensors say, whatever the arguments say."""
+    layer = {name.removeprefix("encoder.layers.0."): part for name, part in parts.items() if name.startswith("encoder.layers.0.")}
+    words = parts.get("embedding.word_embeddings.weight")
+    if words is None or "mlp.dense_h_to_4h.weight" not in layer or "mlp.dense_4h_to_h.weight" not in layer:
+        lacking = "embedding.word_embeddings.weight" if words is None else "encoder.layers.0.mlp.dense_*.weight"
+        raise CheckpointError(
+            problem("model", sorted(parts)[:3], f"every model of Megatron has {lacking}", "Check that the path is of a whole checkpoint")
+        )
+    inner, outer = layer["mlp.dense_4h_to_h.weight"].shape[1], layer["mlp.dense_h_to_4h.weight"].shape[0]
+    gated = values.get("swiglu") or values.get("glu_activation") in GLU_ACTIVATIONS
+    found: dict[str, Any] = {
+        "hidden_size": words.shape[1],
+        "num_layers": 1 + max(int(match[1]) for name in parts if (match := re.match(r"encoder\.layers\.(\d+)\.", name))),
+        "ffn_hidden_size": inner * ranks,
+        "add_bias_linear": "self_attention.dense.bias" in layer,
+        "add_qkv_bias": "self_attention.query_key_value.bias" in layer and "self_attention.dense.bias" not in layer,
+        "qk_layernorm": "self_attention.q_layernorm.weight" in layer,
+        "normalization": "LayerNorm" if "input_layernorm.bias" in layer else "RMSNorm",
+        "attention_head_type": "multiquery" if "self_attention.query.weight" in layer else "multihead",
+    }
+    if outer == 2 * inner and not gated:
+        found["swiglu"] = True
+    positions = parts.get("embedding.position_embeddings.weight")
+    if positions is not None:
+        found |= {"max_position_embeddings": positions.shape[0], "position_embedding_type": "learned_absolute"}
+    elif values.get("position_embedding_type", "learned_absolute") == "learned_absolute":
+        found["position_embedding_type"] = "rope" if values.get("use_rotary_position_embeddings") else "none"
+    return found
+
+
+def _assumed(kind: str, values: Mapping[str, Any], overrides: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+    """What is assumed of a file without arguments."""
+    assumed: dict[str, Any] = {"openai_gelu": kind == "gpt"} if not values.get("swiglu") else {}
+    if values["position_embedding_type"] == "none":
+        assumed["position_embedding_type"] = "rope"
+    if values["hidden_size"] % 64 == 0 and "attention.query_key_value" not in values and values["hidden_size"] >= 512:
+        assumed["num_attention_heads"] = values["hidden_size"] // 64
+    said = ", ".join(f"{name} {value}" for name, value in assumed.items() if name not in overrides)
+    notes.append(f"the file holds no arguments; assumed: {said}, layernorm_epsilon 1e-05. Give what differs as flags")
+    return assumed
+
+
+def _heads(values: dict[str, Any], args: Mapping[str, Any], parts: Mapping[str, Lazy], ranks: int, overrides: Mapping[str, Any]) -> None:
+    """Check the number of heads, and find the number of key/value heads from the rows of the fused weight."""
+    heads = values.get("num_attention_heads")
+    if not heads:
+        raise CheckpointError(
+            problem("number of attention heads", None, "the file holds no arguments, and shapes do not tell it", "Give --num-attention-heads")
+        )
+    fused = parts.get("encoder.layers.0.self_attention.query_key_value.weight")
+    if fused is None:
+        values["kv_channels"] = parts["encoder.layers.0.self_attention.query.weight"].shape[0] * ranks // heads
+        return
+    rows = fused.shape[0] * ranks
+    width = values.get("kv_channels") or values["hidden_size"] // heads
+    asked = overrides.get("num_query_groups") or args.get("num_query_groups") or args.get("num_key_value_heads")
+    groups = (rows // width - heads) // 2
+    if rows % width or groups < 1 or heads % groups or (rows // width - heads) % 2:
+        raise CheckpointError(
+            problem(
+                "encoder.layers.0.self_attention.query_key_value.weight", list(fused.shape),
+                f"{ranks} such parts hold {heads} heads of {width} channels and their keys and values",
+                f"Give the right --num-attention-heads, --kv-channels{f' (the arguments say {asked} groups)' if asked else ''}",
+            )
+        )  # fmt: skip
+    if groups != heads:
+        values |= {"num_query_groups": groups, "group_query_attention": True}
+
+
+def _vocabulary(args: Mapping[str, Any], padded: int, ranks: int, overrides: Mapping[str, Any], notes: list[str]) -> int:
+    """The true size of the vocabulary: what is said, or what the tokenizer has, or the padded size with a note."""
+    said = overrides.get("vocab_size") or args.get("orig_vocab_size") or args.get("vocab_size")
+    if said:
+        if int(said) > padded:
+            raise CheckpointError(
+                problem("--vocab-size", said, f"the embedding has {padded} rows", "Give the true size, which is at most that of the padded one")
+            )
+        return int(said)
+    kind, divisor = args.get("tokenizer_type"), args.get("make_vocab_size_divisible_by") or 128
+    candidates = {kind: VOCABULARIES[kind]} if kind in VOCABULARIES else VOCABULARIES if not args else {}
+    for name, size in candidates.items():
+        size += args.get("vocab_extra_ids") or 0
+        if padded == padded_vocabulary(size, divisor, ranks):
+            notes.append(f"vocabulary: {size} of {padded} rows, the size of a {name}; --vocab-size says otherwise")
+            return size
+    notes.append(f"vocabulary: the true size is not in the file; all {padded} rows are kept (padding among them). --vocab-size cuts it")
+    return padded
+
+
+def to_arguments(config: RunConfig, *, iteration: int, tensor: int, pipeline: int, virtual: int | None, data: int, padded: int) -> dict[str, Any]:
+    """The arguments that Megatron's loaders compare and use, for a model in this layout."""
+    model = config.model
+    kept = {name: value for name, value in config.flat().items() if fields()[name].section in SECTIONS or name in DATA | PRECISION}
+    chunk = None if virtual is None else (model.num_layers or 0) // pipeline // virtual
+    return kept | {
+        "ffn_hidden_size": model.ffn_size,
+        "kv_channels": model.head_dim,
+        "position_embedding_type": model.positions,
+        "num_query_groups": model.num_kv_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "group_query_attention": model.num_kv_heads not in (1, model.num_attention_heads) or bool(model.num_query_groups),
+        "use_rotary_position_embeddings": model.positions == "rope",
+        "rope_theta": model.rotary_base,
+        "rotary_position_embeddings_theta": model.rotary_base,
+        "normalization": {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}[model.norm],
+        "bias_gelu_fusion": model.activation == "gelu_tanh",
+        "bert_binary_head": not config.data.bert_no_binary_head,
+        "orig_vocab_size": model.vocab_size,
+        "padded_vocab_size": padded,
+        "tensor_model_parallel_size": tensor,
+        "pipeline_model_parallel_size": pipeline,
+        "virtual_pipeline_model_parallel_size": virtual,
+        "num_layers_per_virtual_pipeline_stage": chunk,
+        "data_parallel_size": data,
+        "world_size": tensor * pipeline * data,
+        "iteration": iteration,
+        "vocab_file": config.data.vocab_file,
+        "merge_file": config.data.merge_file,
+    }

@@ -1,0 +1,113 @@
+"""From what the ranks of Megatron hold to our parameters: the step that all formats of its family share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megalith.checkpoint.formats import Options
+from megalith.checkpoint.megatron.arguments import plain, to_config
+from megalith.checkpoint.megatron.layout import Layout, merge, part_shape
+from megalith.checkpoint.megatron.names import TIED, model_type, rows_of_theirs, table
+from megalith.checkpoint.unpickle import fields
+from megalith.checkpoint.weights import Lazy
+from megalith.common.errors import CheckpointError, problem
+from megalith.config.parameters import parameter_shapes
+
+Parts = Mapping[str, Lazy]  # of one tensor-parallel rank, {Megatron's name: tensor}
+SPARE = 20  # lines of an error
+
+
+class Plan:
+    """How the tensors of a checkpoint become ours: decided from its arguments, its names and its shapes once, for weights and moments alike."""
+
+    def __init__(self, args: Any, version: float, parts: Sequence[Parts], options: Options, notes: list[str]):
+        """parts: the model's tensors of each tensor-parallel rank. Raises CheckpointError where they make no model that is known."""
+        said = {name: plain(value) for name, value in fields(args).items()}
+        tied = said.get("untie_embeddings_and_output_weights") is False
+        self.left = {TIED} | ({"output_layer.weight"} if tied else set())
+        first = {name: tensor for name, tensor in parts[0].items() if name not in self.left}
+        kind = model_type(first)
+        self.config = to_config(fields(args), first, len(parts), kind, options.overrides, notes)
+        if "output_layer.weight" in first:
+            self.config = self.config.replace(untie_embeddings_and_output_weights=True)
+        model = self.config.model
+        multiquery = model.attention_head_type == "multiquery"
+        rows = table(kind, gated=model.gated, multiquery=multiquery)
+        self.rows = rows_of_theirs(rows, first)
+        self.layout = Layout(
+            heads=model.num_attention_heads or 1, groups=model.num_kv_heads, head_dim=model.head_dim, vocabulary=model.vocab_size or 0,
+            padded=first["embedding.word_embeddings.weight"].shape[0] * len(parts), ranks=len(parts),
+            qkv=qkv_layout(options, version, notes), gate_first=gate_first(options, said, model.gated, notes),
+        )  # fmt: skip
+        self.shapes = parameter_shapes(model)
+        self._check_names(kind)
+
+    def apply(self, parts: Sequence[Parts], prefix: str) -> dict[str, Lazy]:
+        """Our tensors under `prefix` of these parts, which may be the weights or one of the optimizer's states of them.
+
+        Raises CheckpointError with every part that is missing or has another shape than the model gives it.
+        """
+        wrong, found = [], {}
+        for row in self.rows:
+            expected = part_shape(row.split, [self.shapes[name] for name in row.ours], self.layout)
+            there = [rank.get(row.theirs) for rank in parts]
+            for number, part in enumerate(there):
+                if part is None or part.shape != expected:
+                    where = f"{row.theirs} of tensor-parallel rank {number}"
+                    wrong.append(f"{where}: found {list(part.shape) if part else 'nothing'}, the model has {list(expected)} there")
+            if not wrong:
+                pieces = merge(row.split, [part for part in there if part is not None], self.layout, len(row.ours))
+                found |= {prefix + name: piece for name, piece in zip(row.ours, pieces, strict=True)}
+        if wrong:
+            more = [f"... and {len(wrong) - SPARE} more"] if len(wrong) > SPARE else []
+            cure = "The flags of the model override what the file says: --num-attention-heads, --hidden-size, --num-query-groups, ..."
+            raise CheckpointError("\n".join([f"{prefix.rstrip('/')} does not fit the model's shape:", *wrong[:SPARE], *more, cure]))
+        return found
+
+    def _check_names(self, kind: str) -> None:
+        """Raise CheckpointError where the model has parameters that the file has not, or the other way round."""
+        ours = {name for row in self.rows for name in row.ours}
+        lacking, spare = sorted(self.shapes.keys() - ours), sorted(ours - self.shapes.keys())
+        if lacking or spare:
+            text = "; ".join(filter(None, [lacking and f"not in the file: {lacking[:4]}", spare and f"only in the file: {spare[:4]}"]))
+            raise CheckpointError(
+                problem(
+                    f"parameters of the {kind}", text, "names and arguments of a checkpoint describe one model",
+                    "A shard may be missing, or give the flags of the model that the arguments do not tell (--position-embedding-type, ...)",
+                )
+            )  # fmt: skip
+
+
+def qkv_layout(options: Options, version: float, notes: list[str]) -> str:
+    """The order of rows in fused weights: what is asked for, or what the version means."""
+    if options.qkv_layout != "auto":
+        return options.qkv_layout
+    known = {0.0: "thirds", 1.0: "interleaved", 2.0: "grouped", 3.0: "grouped", 4.0: "grouped"}
+    if version not in known:
+        raise CheckpointError(
+            problem("checkpoint_version", version, f"those known are {', '.join(map(str, known))}", "Name the order of rows: --qkv-layout")
+        )
+    notes.append(f"checkpoint_version {version}: rows of query_key_value are read as {known[version]}; --qkv-layout says otherwise")
+    return known[version]
+
+
+def gate_first(options: Options, args: Mapping[str, Any], gated: bool, notes: list[str]) -> bool:
+    """Whether the first half of a gated MLP is the gate: in NVIDIA's and Microsoft's code it is, in Hugging Face's fork it is the second."""
+    if options.swiglu_order != "auto":
+        return options.swiglu_order == "gate-first"
+    fork = bool(args.get("glu_activation"))
+    if gated:
+        order = "the gate second, as Hugging Face's fork has it" if fork else "the gate first"
+        notes.append(f"the halves of dense_h_to_4h are read with {order}; --swiglu-order says otherwise")
+    return not fork
+
+
+def by_rank(tables: Sequence[tuple[int, Parts]]) -> list[dict[str, Lazy]]:
+    """(tensor-parallel rank, tensors) of all stages, as one table for each tensor-parallel rank; the first stage's copy counts."""
+    found: dict[int, dict[str, Lazy]] = {}
+    for rank, tensors in tables:
+        for name, tensor in tensors.items():
+            found.setdefault(rank, {}).setdefault(name, tensor)
+    return [found[rank] for rank in sorted(found)]
+

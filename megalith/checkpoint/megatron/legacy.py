@@ -1,0 +1,84 @@
+"""Megatron's own directories (`mp_rank_00/model_optim_rng.pt`) of every version, in any layout, and the zips of its releases."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from megalith.checkpoint.formats import Format, Options
+from megalith.checkpoint.megatron import optimizer
+from megalith.checkpoint.megatron.assemble import Plan, by_rank
+from megalith.checkpoint.megatron.source import EXPERT, RANK, Files, Rank, chunks_of, find, is_core, is_release, read_ranks
+from megalith.checkpoint.megatron.write import write
+from megalith.checkpoint.unpickle import fields, load_file
+from megalith.checkpoint.weights import Weights
+from megalith.common.errors import CheckpointError
+
+
+def recognises(path: pathlib.Path) -> bool:
+    """Whether `path` is such a directory, a release as downloaded, or one file of torch.save."""
+    if path.is_dir():
+        return any(RANK.search(name) or EXPERT.search(name) for name in Files.of(path).names)
+    return path.suffix in (".pt", ".pth", ".zip") and (is_release(path) or path.suffix != ".zip")
+
+
+def read(path: pathlib.Path, options: Options) -> Weights:
+    """The weights at `path`. Raises CheckpointError for what is missing, damaged, unknown or does not fit."""
+    classes: set[str] = set()
+    if path.is_file() and not is_release(path):
+        content, found = load_file(path)
+        content = content if isinstance(content, dict) else {}
+        classes.update(found)
+        ranks = [Rank(str(path), 0, 0, content, chunks_of(content))]
+    else:
+        files = Files.of(path)
+        ranks = read_ranks(files, find(files, options.iteration), classes)
+    return weights_of(ranks, classes, options)
+
+
+def weights_of(ranks: list[Rank], classes: set[str], options: Options) -> Weights:
+    """The weights of these ranks, with the optimizer's state if asked for."""
+    content, notes = ranks[0].content, list[str]()
+    parts = by_rank([(rank.tensor, rank.tensors) for rank in ranks])
+    if not parts or not parts[0]:
+        raise CheckpointError(f"{ranks[0].name}: no tensors found; a file of Megatron holds them under `model` or `module`. Check the path.")
+    version = 3.0 if is_core(content) else float(content.get("checkpoint_version", 0.0))
+    plan = Plan(content.get("args"), version, parts, options, notes)
+    tensors = plan.apply(parts, "model/")
+    state: dict[str, Any] = {}
+    if options.with_optimizer:
+        states = optimizer.read(ranks, notes)
+        tensors |= plan.apply(states.pop("master"), "model/") if "master" in states else {}
+        for key, moments in states.items():
+            tensors |= plan.apply(moments, f"optimizer/{key}/")
+        tensors |= optimizer.steps(ranks, [name.removeprefix("model/") for name in tensors if name.startswith("model/")])
+        state = optimizer.train_state(content)
+    if "rng_state" in content or "random_rng_state" in content:
+        notes.append("random states were left out: everything random here is a function of seed and step")
+    if classes:
+        notes.append(f"classes that were not loaded, nor needed: {', '.join(sorted(classes))}")
+    return Weights(
+        config=plan.config, tensors=tensors, iteration=iteration_of(content), train_state=counts(content) | state, notes=tuple(notes)
+    )
+
+
+def iteration_of(content: Mapping[str, Any]) -> int:
+    """Steps done; 0 for a release."""
+    found = content.get("iteration", content.get("total_iters", 0))
+    return found if isinstance(found, int) and found >= 0 else 0
+
+
+def counts(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Samples consumed, for a run that goes on from here."""
+    args = fields(content.get("args"))
+    names = ("consumed_train_samples", "consumed_valid_samples")
+    return {"iteration": iteration_of(content)} | {name: args[name] for name in names if isinstance(args.get(name), int)}
+
+
+FORMAT = Format(
+    "megatron: mp_rank_00/model_optim_rng.pt in a folder, in iter_NNNNNNN/ or release/ of it, or in a zip; or one .pt file",
+    recognises,
+    read,
+    write,
+)

@@ -1,0 +1,205 @@
+"""Weights as Megatron-LM's legacy models read them: one file for each tensor and pipeline rank, checkpoint_version 3.0.
+
+Tensors are cut and written one by one; a rank's file is never in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalith.checkpoint.formats import Options
+from megalith.checkpoint.megatron.arguments import to_arguments
+from megalith.checkpoint.megatron.layout import Layout, check_divisible, part_shape, split_part
+from megalith.checkpoint.megatron.names import TIED, Row, rows_of_ours, table
+from megalith.checkpoint.megatron.optimizer import MOMENTS, SCHEDULE, buffer, order
+from megalith.checkpoint.megatron.source import TRACKER
+from megalith.checkpoint.torch_file import Room, save
+from megalith.checkpoint.weights import Lazy, Weights
+from megalith.common import files
+from megalith.common.errors import CheckpointError, problem
+from megalith.config.megatron_counts import padded_vocabulary
+
+NESTED = ("embedding", "output_layer", "word_embeddings_for_head", "binary_head")  # dicts all the way; the rest has dotted names
+OF_THE_MODEL = ("word_embeddings_for_head", "lm_head", "binary_head")  # beside language_model, not in it
+FIRST = ("embedding.",)  # on the first stage; what has no layer is on the last one otherwise
+
+
+def write(weights: Weights, folder: pathlib.Path, options: Options) -> None:
+    """Write `weights` into the new `folder`, in the layout that the options name.
+
+    Raises CheckpointError where the folder holds something, or where heads, sizes or layers cannot be cut so.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists and is not empty; a converted checkpoint goes into a new folder. Name another one.")
+    export = _Export(weights, options)
+    name = f"iter_{weights.iteration:07d}" if weights.iteration else "release"
+    for pipeline in range(export.pipeline):
+        for tensor in range(export.layout.ranks):
+            place = folder / name / (f"mp_rank_{tensor:02d}" + (f"_{pipeline:03d}" if export.pipeline > 1 else ""))
+            place.mkdir(parents=True)
+            for file, content in export.files(tensor, pipeline).items():
+                save(place / file, content)
+    files.write_text(folder / TRACKER, str(weights.iteration or "release"))
+
+
+class _Export:
+    """What is the same for every rank."""
+
+    def __init__(self, weights: Weights, options: Options):
+        self.weights, self.options = weights, options
+        model = weights.config.model
+        self.pipeline, self.virtual = options.pipeline_model_parallel_size, options.virtual_pipeline_model_parallel_size
+        divisor = options.make_vocab_size_divisible_by or model.make_vocab_size_divisible_by
+        ranks = options.tensor_model_parallel_size
+        self.layout = Layout(
+            heads=model.num_attention_heads or 1, groups=model.num_kv_heads, head_dim=model.head_dim, vocabulary=model.vocab_size or 0,
+            padded=padded_vocabulary(model.vocab_size or 0, divisor, ranks), ranks=ranks,
+            gate_first=not options.swiglu_order == "gate-second",
+        )  # fmt: skip
+        names = [name.removeprefix("model/") for name in weights.tensors if name.startswith("model/")]
+        rows = table(model.model_type, gated=model.gated, multiquery=model.attention_head_type == "multiquery")
+        self.rows = rows_of_ours(rows, names)
+        self.shapes = {name: weights.tensors[f"model/{name}"].shape for name in names}
+        self.dtype = getattr(torch, options.dtype) if options.dtype else weights.tensors[f"model/{names[0]}"].dtype
+        self.with_optimizer = options.with_optimizer
+        self._check()
+        arguments = to_arguments(
+            weights.config, iteration=weights.iteration, tensor=ranks, pipeline=self.pipeline, virtual=self.virtual,
+            data=options.data_parallel_size, padded=self.layout.padded,
+        )  # fmt: skip
+        counts = {name: weights.train_state.get(name, 0) for name in ("consumed_train_samples", "consumed_valid_samples")}
+        own = {
+            "params_dtype": self.dtype, "bf16": self.dtype == torch.bfloat16, "fp16": self.dtype == torch.float16,
+            "make_vocab_size_divisible_by": divisor, "use_distributed_optimizer": options.use_distributed_optimizer,
+        }  # fmt: skip
+        self.args = argparse.Namespace(**(arguments | counts | own))
+
+    def _check(self) -> None:
+        model, chunks = self.weights.config.model, self.pipeline * (self.virtual or 1)
+        if (model.num_layers or 0) % chunks:
+            raise CheckpointError(
+                problem(
+                    "--target-pipeline-parallel-size", self.pipeline, f"each of {chunks} stages takes as many of the {model.num_layers} layers",
+                    "Take a number of stages that divides it",
+                )
+            )  # fmt: skip
+        check_divisible(self.layout, [(row.theirs, row.split, self.shapes[row.ours[0]]) for row in self.rows])
+        lacking = [key for key in MOMENTS if f"optimizer/{key}/{self.rows[0].ours[0]}" not in self.weights.tensors]
+        if self.with_optimizer and lacking:
+            raise CheckpointError(
+                problem("optimizer", None, f"{' and '.join(lacking)} of every parameter would be needed, as Adam has them", "Export without it")
+            )
+
+    def files(self, tensor: int, pipeline: int) -> dict[str, Any]:
+        """{name: content} of one rank's files."""
+        chunks = [self._chunk(tensor, pipeline, number) for number in range(self.virtual or 1)]
+        state = self.weights.train_state
+        content: dict[str, Any] = {"args": self.args, "checkpoint_version": 3.0, "iteration": self.weights.iteration}
+        for number, chunk in enumerate(chunks):
+            rooms = {name: self._room(row, tensor) for name, row in chunk.items()}
+            content[f"model{number}" if self.virtual else "model"] = _tree(rooms)
+        others: dict[str, Any] = {}
+        if self.with_optimizer:
+            content["optimizer"], others = self._optimizer(chunks, tensor)
+            content["opt_param_scheduler"] = {theirs: state.get("schedule", {}).get(ours) for theirs, ours in SCHEDULE.items()} | {
+                "num_steps": state.get("scheduled_samples", 0)
+            }
+        return {"model_optim_rng.pt": content} | others
+
+    def _chunk(self, tensor: int, pipeline: int, number: int) -> dict[str, Row]:
+        """{name in the file: row} of a stage's chunk, in the order of Megatron's modules; layers count from 0."""
+        last, stages = pipeline == self.pipeline - 1 and number == (self.virtual or 1) - 1, self.pipeline * (self.virtual or 1)
+        size = (self.weights.config.model.num_layers or 0) // stages
+        first = (number * self.pipeline + pipeline) * size
+        found: dict[str, Row] = {}
+        for row in self.rows:
+            layer = re.search(r"\.layers\.(\d+)\.", row.theirs)
+            if layer and first <= int(layer[1]) < first + size:
+                found[row.theirs.replace(layer[0], f".layers.{int(layer[1]) - first}.", 1)] = row
+            elif not layer and (pipeline == number == 0 if row.theirs.startswith(FIRST) else last):
+                found[row.theirs] = row
+        if last and self.pipeline > 1 and not self.weights.config.model.untie_embeddings_and_output_weights:
+            heads = {name: found.pop(name) for name in list(found) if name.startswith(OF_THE_MODEL)}
+            found |= {TIED: next(row for row in self.rows if row.theirs.startswith(FIRST))} | heads
+        return found
+
+    def _lazies(self, row: Row, prefix: str) -> list[Lazy]:
+        return [self.weights.tensors[prefix + name] for name in row.ours]
+
+    def _part(self, row: Row, tensor: int, prefix: str) -> Tensor:
+        """One rank's part of a row's weights or moments."""
+        parts = [lazy.read() for lazy in self._lazies(row, prefix)]
+        return split_part(row.split, parts, self.layout, tensor, padding=prefix == "model/")
+
+    def _room(self, row: Row, tensor: int, prefix: str = "model/", dtype: torch.dtype | None = None) -> Room:
+        shape = part_shape(row.split, [lazy.shape for lazy in self._lazies(row, prefix)], self.layout)
+        return Room(shape, dtype or self.dtype, ((0, functools.partial(self._part, row, tensor, prefix)),))
+
+    def _optimizer(self, chunks: Sequence[Mapping[str, Row]], tensor: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What goes under `optimizer`, and further files."""
+        rows = {f"{number}:{name}": row for number, chunk in enumerate(chunks) for name, row in chunk.items()}
+        masters = {name: self._room(row, tensor, dtype=torch.float32) for name, row in rows.items()}
+        empty = {name: Lazy(shape=room.shape, dtype=room.dtype, read=lambda: torch.empty(0)) for name, room in masters.items()}
+        groups = order([empty])
+        numbers = {name: number for number, name in enumerate(name for group in groups for name in group)}
+        config, step = self.weights.config.optimizer, self._step()
+        described = [
+            {
+                "lr": config.lr or 0.0, "betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_eps, "bias_correction": True,
+                "weight_decay": config.weight_decay * mult, "wd_mult": mult, "lr_mult": 1.0, "step": step,
+                "params": [numbers[name] for name in group],
+            }
+            for group in groups for mult in [1.0 if len(masters[group[0]].shape) > 1 else 0.0]
+        ]  # fmt: skip
+        scaler = {"grad_scaler": self._scaler()} if self.dtype == torch.float16 else {}
+        if self.options.use_distributed_optimizer:
+            flat = {number: {torch.float32: self._flat(chunk, tensor)} for number, chunk in enumerate(chunks)}
+            return {"optimizer": {"param_groups": described}} | scaler, {"distrib_optim.pt": flat}
+        moments = {
+            numbers[name]: {key: self._room(row, tensor, f"optimizer/{key}/", torch.float32) for key in MOMENTS} for name, row in rows.items()
+        }
+        inner = {"state": {number: moments[number] for number in sorted(moments)}, "param_groups": described}
+        if self.dtype == torch.float32:
+            return inner, {}
+        return {"optimizer": inner} | scaler | {"fp32_from_fp16_params": [[masters[name] for name in group] for group in groups]}, {}
+
+    def _flat(self, chunk: Mapping[str, Row], tensor: int) -> dict[str, Room]:
+        """The buffers of the distributed optimizer, padded to a multiple of the data-parallel size."""
+        shapes = {name: self._room(row, tensor) for name, row in chunk.items()}
+        places = buffer({name: Lazy(shape=room.shape, dtype=room.dtype, read=lambda: torch.empty(0)) for name, room in shapes.items()})
+        total, ranks = sum(count for _, _, count in places), self.options.data_parallel_size
+        found = {}
+        for theirs, prefix in {"param": "model/", **{key: f"optimizer/{key}/" for key in MOMENTS}}.items():
+            pieces = tuple((first, functools.partial(self._part, chunk[name], tensor, prefix)) for name, first, _ in places)
+            found[theirs] = Room((-(-total // ranks) * ranks,), torch.float32, pieces)
+        return found
+
+    def _step(self) -> int:
+        lazy = self.weights.tensors.get(f"optimizer/step/{self.rows[0].ours[0]}")
+        return int(lazy.read()) if lazy else self.weights.iteration
+
+    def _scaler(self) -> dict[str, Any]:
+        state = dict(self.weights.train_state.get("loss_scale", {}))
+        return {"scale": torch.tensor([state.pop("scale", 1.0)]), "growth_tracker": 0, "hysteresis_tracker": 2} | state
+
+
+def _tree(rooms: Mapping[str, Room]) -> dict[str, Any]:
+    """Tensors under dotted names as Megatron nests them."""
+    tree: dict[str, Any] = {"language_model": {}}
+    for name, room in rooms.items():
+        top, _, rest = name.partition(".")
+        place = tree if top in OF_THE_MODEL else tree["language_model"]
+        place = place.setdefault(top, {})
+        parts = rest.split(".") if top in NESTED else [rest]
+        for part in parts[:-1]:
+            place = place.setdefault(part, {})
+        place[parts[-1]] = room
+    return tree
