@@ -26,8 +26,8 @@ class Options:
 
     qkv_layout, swiglu_order: order of rows in fused weights, where the source does not tell (auto: what it most likely is).
     dtype: of what is written: float32, bfloat16 or float16; None keeps that of the source.
-    tensor_model_parallel_size, pipeline_model_parallel_size, data_parallel_size, use_distributed_optimizer,
-    make_vocab_size_divisible_by: the layout written, in formats that have one.
+    tensor_model_parallel_size, pipeline_model_parallel_size, num_layers_per_virtual_pipeline_stage, data_parallel_size,
+    use_distributed_optimizer, make_vocab_size_divisible_by: the layout written, in formats that have one.
     max_shard_size: bytes of one file at most (a single tensor may be larger). safetensors: or pytorch_model.bin.
     architecture: Hugging Face family written; None is that of the source, or the first that has this form.
     tokenizer: folder of tokenizer files that are written along, instead of those of the source.
@@ -40,6 +40,7 @@ class Options:
     dtype: str | None = None
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
+    num_layers_per_virtual_pipeline_stage: int | None = None
     data_parallel_size: int = 1
     use_distributed_optimizer: bool = False
     make_vocab_size_divisible_by: int | None = None
@@ -83,6 +84,7 @@ FORMATS = Registry(
     {
         "megalith": "megalith.checkpoint.formats:OWN",
         "huggingface": "megalith.checkpoint.huggingface:FORMAT",
+        "megatron": "megalith.checkpoint.megatron.legacy:FORMAT",
     },
 )
 

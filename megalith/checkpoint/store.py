@@ -107,7 +107,7 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         found = None
-        if module == "torch.distributed.checkpoint.metadata" or (module, name) in _HARMLESS:
+        if (module == METADATA_MODULE and name in METADATA_CLASSES) or (module, name) in _HARMLESS:
             found = super().find_class(module, name)
         elif module == "torch":
             found = getattr(torch, name, None)
@@ -117,6 +117,11 @@ class _Unpickler(pickle.Unpickler):
         return found
 
 
+METADATA_MODULE = "torch.distributed.checkpoint.metadata"
+METADATA_CLASSES = {  # by name: pickle would follow "os.system" into whatever that module imports
+    "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "StorageMeta",
+    "_MEM_FORMAT_ENCODING",
+}  # fmt: skip
 _HARMLESS = {
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),

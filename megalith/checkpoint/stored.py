@@ -49,7 +49,9 @@ class Window:
     def within(self, start: int, size: int) -> Window:
         """A range of this range."""
         if start < 0 or size < 0 or start + size > self.size:
-            raise CheckpointError(f"{self} is damaged: bytes {start} to {start + size} are asked for and there are {self.size}. Copy it again.")
+            raise CheckpointError(
+                f"{self} is damaged: bytes {start} to {start + size} are asked for and there are {self.size}. Copy it again."
+            )
         return Window(self.path, self.start + start, size, str(self), self.keeper)
 
     def open(self) -> BinaryIO:
@@ -73,7 +75,7 @@ class Window:
 
 class _Raw(io.RawIOBase):
     def __init__(self, window: Window):
-        self.window, self.place, self.file = window, 0, open(window.path, "rb")
+        self.window, self.place, self.file = window, 0, open(window.path, "rb")  # noqa: SIM115 (closed by close)
 
     def readable(self) -> bool:
         return True

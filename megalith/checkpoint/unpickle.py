@@ -124,21 +124,27 @@ CALLS: dict[str, Callable] = {
     "torch._tensor._rebuild_from_type_v2": lambda function, kind, args, state: function(*args),
     "torch.serialization._get_layout": lambda name: name,
 }
-INERT = {  # classes known here of which no more is needed than what they hold
-    *(f"builtins.{name}" for name in "object int float complex str bool bytes list tuple dict slice range type".split()),
-    *(f"pathlib.{name}" for name in "PosixPath PurePosixPath Path WindowsPath PureWindowsPath".split()),
-    *(f"pathlib._local.{name}" for name in "PosixPath PurePosixPath Path WindowsPath PureWindowsPath".split()),
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
-    *(f"torch.distributed.checkpoint.planner.{name}" for name in "SavePlan WriteItem WriteItemType TensorWriteData BytesIOWriteData".split()),
-    *(
-        f"torch.distributed.checkpoint.metadata.{name}"
-        for name in "Metadata MetadataIndex TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata TensorProperties "
-        "_MEM_FORMAT_ENCODING StorageMeta".split()
-    ),
-    *("torch.distributed.checkpoint.filesystem._StorageInfo", "torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter"),
-    *("torch.nn.parameter.Buffer", "argparse.Namespace", "types.SimpleNamespace", "signal.Signals", "numpy.ndarray", "numpy.dtype"),
-    *("datetime.datetime", "datetime.date", "datetime.timedelta", "torch.utils.hooks.RemovableHandle"),
+_PATHS = "PosixPath PurePosixPath Path WindowsPath PureWindowsPath"
+_INERT = {  # classes known here of which no more is needed than what they hold
+    "builtins": "object int float complex str bool bytes list tuple dict slice range type",
+    "argparse": "Namespace",
+    "types": "SimpleNamespace",
+    "signal": "Signals",
+    "datetime": "datetime date timedelta",
+    "pathlib": _PATHS,
+    "pathlib._local": _PATHS,
+    "numpy": "ndarray dtype",
+    "numpy.core.multiarray": "_reconstruct scalar",
+    "numpy._core.multiarray": "_reconstruct scalar",
+    "torch": "Tensor",
+    "torch._tensor": "Tensor",
+    "torch.nn.parameter": "Parameter Buffer",
+    "torch.distributed.checkpoint.planner": "SavePlan WriteItem WriteItemType TensorWriteData BytesIOWriteData",
+    "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+    "torch.distributed.checkpoint.metadata": "Metadata MetadataIndex TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata "
+    "TensorProperties _MEM_FORMAT_ENCODING StorageMeta",
 }
+INERT = {f"{module}.{name}" for module, names in _INERT.items() for name in names.split()}
 RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # Python 2
 
 

@@ -23,7 +23,14 @@ DATA = {"seq_length", "tokenizer_type", "split", "reset_position_ids", "reset_at
         "mask_prob", "short_seq_prob", "decoder_seq_length"}  # fmt: skip
 PRECISION = {"bf16", "fp16", "loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis"}
 SECTIONS = {"model", "optimizer", "schedule", "batch"}
-LEFT = {"model_type", "vocab_size", "group_query_attention", "attention_backend", "optimizer", "num_query_groups"}  # read by rules of their own
+LEFT = {
+    "model_type",
+    "vocab_size",
+    "group_query_attention",
+    "attention_backend",
+    "optimizer",
+    "num_query_groups",
+}  # read by rules of their own
 VOCABULARIES = {  # tokenizers of one size only: what a padded vocabulary of theirs holds
     "GPT2BPETokenizer": 50257, "BertWordPieceLowerCase": 30522, "BertWordPieceCase": 28996,
 }  # fmt: skip
@@ -50,7 +57,9 @@ def to_config(
     args = {name: plain(value) for name, value in args.items()}
     for name, reason in UNSUPPORTED.items():
         if args.get(name) and args[name] not in ([1], 1):
-            raise CheckpointError(problem(f"--{name.replace('_', '-')}", args[name], reason, "Train without it, or convert with its own tools"))
+            raise CheckpointError(
+                problem(f"--{name.replace('_', '-')}", args[name], reason, "Train without it, or convert with its own tools")
+            )
     values = _of_arguments(args, notes) | {"model_type": kind}
     values |= _of_shapes(parts, ranks, values)
     if not args:
@@ -137,7 +146,9 @@ def _heads(values: dict[str, Any], args: Mapping[str, Any], parts: Mapping[str, 
     heads = values.get("num_attention_heads")
     if not heads:
         raise CheckpointError(
-            problem("number of attention heads", None, "the file holds no arguments, and shapes do not tell it", "Give --num-attention-heads")
+            problem(
+                "number of attention heads", None, "the file holds no arguments, and shapes do not tell it", "Give --num-attention-heads"
+            )
         )
     fused = parts.get("encoder.layers.0.self_attention.query_key_value.weight")
     if fused is None:
@@ -165,7 +176,9 @@ def _vocabulary(args: Mapping[str, Any], padded: int, ranks: int, overrides: Map
     if said:
         if int(said) > padded:
             raise CheckpointError(
-                problem("--vocab-size", said, f"the embedding has {padded} rows", "Give the true size, which is at most that of the padded one")
+                problem(
+                    "--vocab-size", said, f"the embedding has {padded} rows", "Give the true size, which is at most that of the padded one"
+                )
             )
         return int(said)
     kind, divisor = args.get("tokenizer_type"), args.get("make_vocab_size_divisible_by") or 128
@@ -179,7 +192,9 @@ def _vocabulary(args: Mapping[str, Any], padded: int, ranks: int, overrides: Map
     return padded
 
 
-def to_arguments(config: RunConfig, *, iteration: int, tensor: int, pipeline: int, virtual: int | None, data: int, padded: int) -> dict[str, Any]:
+def to_arguments(
+    config: RunConfig, *, iteration: int, tensor: int, pipeline: int, virtual: int | None, data: int, padded: int
+) -> dict[str, Any]:
     """The arguments that Megatron's loaders compare and use, for a model in this layout."""
     model = config.model
     kept = {name: value for name, value in config.flat().items() if fields()[name].section in SECTIONS or name in DATA | PRECISION}

@@ -19,7 +19,7 @@ SPARE = 20  # lines of an error
 
 
 class Plan:
-    """How the tensors of a checkpoint become ours: decided from its arguments, its names and its shapes once, for weights and moments alike."""
+    """How the tensors of a checkpoint become ours: decided once, from arguments, names and shapes, for weights and moments alike."""
 
     def __init__(self, args: Any, version: float, parts: Sequence[Parts], options: Options, notes: list[str]):
         """parts: the model's tensors of each tensor-parallel rank. Raises CheckpointError where they make no model that is known."""
@@ -48,7 +48,7 @@ class Plan:
 
         Raises CheckpointError with every part that is missing or has another shape than the model gives it.
         """
-        wrong, found = [], {}
+        wrong, found = list[str](), dict[str, Lazy]()
         for row in self.rows:
             expected = part_shape(row.split, [self.shapes[name] for name in row.ours], self.layout)
             there = [rank.get(row.theirs) for rank in parts]
@@ -74,7 +74,7 @@ class Plan:
             raise CheckpointError(
                 problem(
                     f"parameters of the {kind}", text, "names and arguments of a checkpoint describe one model",
-                    "A shard may be missing, or give the flags of the model that the arguments do not tell (--position-embedding-type, ...)",
+                    "A shard may be missing; or give the flags of the model that are wrong in the file (--position-embedding-type, ...)",
                 )
             )  # fmt: skip
 
@@ -93,7 +93,7 @@ def qkv_layout(options: Options, version: float, notes: list[str]) -> str:
 
 
 def gate_first(options: Options, args: Mapping[str, Any], gated: bool, notes: list[str]) -> bool:
-    """Whether the first half of a gated MLP is the gate: in NVIDIA's and Microsoft's code it is, in Hugging Face's fork it is the second."""
+    """Whether the first half of a gated MLP is the gate: it is for NVIDIA and Microsoft, in Hugging Face's fork it is the second."""
     if options.swiglu_order != "auto":
         return options.swiglu_order == "gate-first"
     fork = bool(args.get("glu_activation"))
@@ -110,4 +110,3 @@ def by_rank(tables: Sequence[tuple[int, Parts]]) -> list[dict[str, Lazy]]:
         for name, tensor in tensors.items():
             found.setdefault(rank, {}).setdefault(name, tensor)
     return [found[rank] for rank in sorted(found)]
-

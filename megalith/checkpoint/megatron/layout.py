@@ -14,6 +14,7 @@ Shapes: n query heads, g key/value heads, d channels of a head, t ranks.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,10 +58,10 @@ def part_shape(split: str, ours: Sequence[Shape], layout: Layout) -> Shape:
 
 def merge(split: str, parts: Sequence[Lazy], layout: Layout, count: int) -> list[Lazy]:
     """Our tensors, read when asked for, of all ranks' parts."""
-    return [join(list(parts), lambda tensors, which=index: _merged(split, tensors, layout, which)) for index in range(count)]
+    return [join(list(parts), functools.partial(_merged, split, layout, index)) for index in range(count)]
 
 
-def _merged(split: str, parts: list[Tensor], layout: Layout, index: int) -> Tensor:
+def _merged(split: str, layout: Layout, index: int, parts: list[Tensor]) -> Tensor:
     if split == "whole":
         return parts[0]
     if split == "columns":

@@ -42,7 +42,9 @@ def weights_of(ranks: list[Rank], classes: set[str], options: Options) -> Weight
     content, notes = ranks[0].content, list[str]()
     parts = by_rank([(rank.tensor, rank.tensors) for rank in ranks])
     if not parts or not parts[0]:
-        raise CheckpointError(f"{ranks[0].name}: no tensors found; a file of Megatron holds them under `model` or `module`. Check the path.")
+        raise CheckpointError(
+            f"{ranks[0].name}: no tensors found; a file of Megatron holds them under `model` or `module`. Check the path."
+        )
     version = 3.0 if is_core(content) else float(content.get("checkpoint_version", 0.0))
     plan = Plan(content.get("args"), version, parts, options, notes)
     tensors = plan.apply(parts, "model/")

@@ -151,7 +151,5 @@ def rows_of_ours(rows: Iterable[Row], names: Iterable[str]) -> list[Row]:
                 found.append(Row(row.theirs.format(number), ours, row.split))
                 taken.update(ours)
     if known - taken:
-        raise CheckpointError(
-            problem("parameter", min(known - taken), "Megatron's model has no place for it", "Export to another format")
-        )
+        raise CheckpointError(problem("parameter", min(known - taken), "Megatron's model has no place for it", "Export to another format"))
     return found

@@ -7,6 +7,7 @@ last module first. Every shape is compared, and of flat buffers a sample of the 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -107,7 +108,7 @@ def _disagree(rank: Rank, found: str, rule: str) -> CheckpointError:
 def buffer(chunk: Mapping[str, Lazy]) -> list[tuple[str, int, int]]:
     """(parameter, first element, number of elements) in the flat buffer of the distributed optimizer: the last parameter first."""
     places, first = [], 0
-    for name in reversed(chunk):
+    for name in reversed(list(chunk)):
         count = math.prod(chunk[name].shape)
         places.append((name, first, count))
         first += count
@@ -129,7 +130,8 @@ def _flat(rank: Rank, file: Window) -> dict[str, Table]:
                 problem(
                     str(file), sorted(map(str, states if isinstance(states, dict) else by_type or {}))[:6],
                     f"only one buffer of at least {total} elements under param, exp_avg and exp_avg_sq can be read (the buckets of later "
-                    "versions depend on settings that are not stored)", "Save it once more with --ckpt-format torch_dist, or import without the optimizer",
+                    "versions depend on settings that are not stored)",
+                    "Save it once more with --ckpt-format torch_dist, or import without the optimizer",
                 )
             )  # fmt: skip
         for theirs, ours in keys.items():
@@ -173,11 +175,15 @@ def _shards(rank: Rank, files: Sequence[Window]) -> dict[str, Table]:
                 pieces.setdefault(key, {}).setdefault(name, []).append(tensor)
     shapes = rank.tensors
     found = {
-        key: {name: join(parts, lambda ts, s=shapes[name].shape: torch.cat([t.reshape(-1) for t in ts]).view(s)) for name, parts in table.items()}
+        key: {name: join(parts, functools.partial(_glued, shapes[name].shape)) for name, parts in table.items()}
         for key, table in pieces.items()
     }
     _compare(rank, found["master"], files[0])
     return found
+
+
+def _glued(shape: tuple[int, ...], parts: list[Tensor]) -> Tensor:
+    return torch.cat([part.reshape(-1) for part in parts]).view(shape)
 
 
 def _shard_number(name: str) -> int:
@@ -226,7 +232,10 @@ def train_state(content: Mapping[str, Any]) -> dict[str, Any]:
     theirs = {OLDER.get(name, name): value for name, value in theirs.items()} if isinstance(theirs, dict) else {}
     outer = content.get("optimizer")
     scaler = outer.get("grad_scaler") if isinstance(outer, dict) else None
-    state: dict[str, Any] = {"loss_scale": _scale(scaler), "schedule": {ours: theirs[name] for name, ours in SCHEDULE.items() if name in theirs}}
+    state: dict[str, Any] = {
+        "loss_scale": _scale(scaler),
+        "schedule": {ours: theirs[name] for name, ours in SCHEDULE.items() if name in theirs},
+    }
     if isinstance(theirs.get("num_steps"), int):
         state["scheduled_samples"] = theirs["num_steps"]
     return state

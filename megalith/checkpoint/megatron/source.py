@@ -87,7 +87,9 @@ def find(files: Files, iteration: int | None) -> str:
         wanted = "release/" if word == "release" else f"iter_{int(word):07d}/" if word.isdigit() else ""
         if not wanted:
             raise CheckpointError(
-                problem(f"{files.path}/{tracker}", word[:40], "it holds the number of an iteration, or `release`", "Name one: --iteration N")
+                problem(
+                    f"{files.path}/{tracker}", word[:40], "it holds the number of an iteration, or `release`", "Name one: --iteration N"
+                )
             )
     elif len(folders) == 1:
         return folders[0]
@@ -143,7 +145,11 @@ def read_ranks(files: Files, folder: str, classes: set[str]) -> list[Rank]:
         if match:
             content, found = unpickle.load(files.window(name))
             classes.update(found)
-            beside = {each.rpartition("/")[2]: files.window(each) for each in names if each.startswith(name.rpartition("/")[0] + "/") and each != name}
+            beside = {
+                each.rpartition("/")[2]: files.window(each)
+                for each in names
+                if each.startswith(name.rpartition("/")[0] + "/") and each != name
+            }
             shards = sorted(each for each in names if re.fullmatch(re.escape(name.rpartition("/")[0]) + r"_\d{3,}/optim\.pt", each))
             beside |= {f"optim.pt/{place}": files.window(each) for place, each in enumerate(shards)}
             content = content if isinstance(content, dict) else {}

@@ -56,13 +56,14 @@ class _Export:
     def __init__(self, weights: Weights, options: Options):
         self.weights, self.options = weights, options
         model = weights.config.model
-        self.pipeline, self.virtual = options.pipeline_model_parallel_size, options.virtual_pipeline_model_parallel_size
+        self.pipeline, chunk = options.pipeline_model_parallel_size, options.num_layers_per_virtual_pipeline_stage
+        self.virtual = None if chunk is None else max(1, (model.num_layers or 0) // self.pipeline // chunk)
         divisor = options.make_vocab_size_divisible_by or model.make_vocab_size_divisible_by
         ranks = options.tensor_model_parallel_size
         self.layout = Layout(
             heads=model.num_attention_heads or 1, groups=model.num_kv_heads, head_dim=model.head_dim, vocabulary=model.vocab_size or 0,
             padded=padded_vocabulary(model.vocab_size or 0, divisor, ranks), ranks=ranks,
-            gate_first=not options.swiglu_order == "gate-second",
+            gate_first=options.swiglu_order != "gate-second",
         )  # fmt: skip
         names = [name.removeprefix("model/") for name in weights.tensors if name.startswith("model/")]
         rows = table(model.model_type, gated=model.gated, multiquery=model.attention_head_type == "multiquery")
@@ -87,7 +88,7 @@ class _Export:
         if (model.num_layers or 0) % chunks:
             raise CheckpointError(
                 problem(
-                    "--target-pipeline-parallel-size", self.pipeline, f"each of {chunks} stages takes as many of the {model.num_layers} layers",
+                    "--pipeline-model-parallel-size", self.pipeline, f"each of {chunks} stages takes as many of {model.num_layers} layers",
                     "Take a number of stages that divides it",
                 )
             )  # fmt: skip
@@ -95,7 +96,9 @@ class _Export:
         lacking = [key for key in MOMENTS if f"optimizer/{key}/{self.rows[0].ours[0]}" not in self.weights.tensors]
         if self.with_optimizer and lacking:
             raise CheckpointError(
-                problem("optimizer", None, f"{' and '.join(lacking)} of every parameter would be needed, as Adam has them", "Export without it")
+                problem(
+                    "optimizer", None, f"{' and '.join(lacking)} of every parameter would be needed, as Adam has them", "Export without it"
+                )
             )
 
     def files(self, tensor: int, pipeline: int) -> dict[str, Any]:
@@ -109,9 +112,10 @@ class _Export:
         others: dict[str, Any] = {}
         if self.with_optimizer:
             content["optimizer"], others = self._optimizer(chunks, tensor)
-            content["opt_param_scheduler"] = {theirs: state.get("schedule", {}).get(ours) for theirs, ours in SCHEDULE.items()} | {
-                "num_steps": state.get("scheduled_samples", 0)
-            }
+            if schedule := state.get("schedule"):
+                content["opt_param_scheduler"] = {theirs: schedule[ours] for theirs, ours in SCHEDULE.items() if ours in schedule} | {
+                    "num_steps": state.get("scheduled_samples", 0)
+                }
         return {"model_optim_rng.pt": content} | others
 
     def _chunk(self, tensor: int, pipeline: int, number: int) -> dict[str, Row]:
@@ -164,7 +168,8 @@ class _Export:
             flat = {number: {torch.float32: self._flat(chunk, tensor)} for number, chunk in enumerate(chunks)}
             return {"optimizer": {"param_groups": described}} | scaler, {"distrib_optim.pt": flat}
         moments = {
-            numbers[name]: {key: self._room(row, tensor, f"optimizer/{key}/", torch.float32) for key in MOMENTS} for name, row in rows.items()
+            numbers[name]: {key: self._room(row, tensor, f"optimizer/{key}/", torch.float32) for key in MOMENTS}
+            for name, row in rows.items()
         }
         inner = {"state": {number: moments[number] for number in sorted(moments)}, "param_groups": described}
         if self.dtype == torch.float32:
@@ -188,7 +193,8 @@ class _Export:
 
     def _scaler(self) -> dict[str, Any]:
         state = dict(self.weights.train_state.get("loss_scale", {}))
-        return {"scale": torch.tensor([state.pop("scale", 1.0)]), "growth_tracker": 0, "hysteresis_tracker": 2} | state
+        scale = Room((1,), torch.float32, ((0, functools.partial(torch.tensor, [state.pop("scale", 1.0)])),))
+        return {"scale": scale, "growth_tracker": 0, "hysteresis_tracker": 2} | state
 
 
 def _tree(rooms: Mapping[str, Room]) -> dict[str, Any]:

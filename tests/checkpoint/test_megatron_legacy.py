@@ -1,0 +1,225 @@
+"""Megatron directories of every version and layout give the tensors that they were made of."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import zipfile
+
+import numpy
+import pytest
+import torch
+
+from megalith.checkpoint import formats
+from megalith.checkpoint.formats import Options
+from megalith.checkpoint.weights import write as write_own
+from megalith.common.errors import CheckpointError
+from megalith.models.gpt import GPT
+from tests.checkpoint import megatron_files
+from tests.checkpoint.megatron_files import foreign, model_of
+
+ROOT = pathlib.Path(__file__).parents[2]
+FILES = ROOT.parent / "shared/data/megatron/models"
+needs_files = pytest.mark.skipif(not FILES.is_dir(), reason=f"needs Megatron's own files in {FILES}")
+GIVEN = dict(num_attention_heads=4, openai_gelu=False)  # what files without arguments do not say
+
+
+def check(folder, config, tensors, **options) -> formats.Weights:
+    """Import and compare, config and every bit."""
+    weights = formats.read(folder, options=Options(**options))
+    assert {name.removeprefix("model/") for name in weights} == set(tensors)
+    for name, tensor in tensors.items():
+        lazy = weights.tensors[f"model/{name}"]
+        assert lazy.shape == tensor.shape and torch.equal(lazy.read(), tensor), name
+    found = weights.config.model
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "num_kv_heads", "head_dim", "ffn_size", "vocab_size",
+                 "activation", "norm",                 "positions", "add_bias_linear", "untie_embeddings_and_output_weights"):  # fmt: skip
+        assert getattr(found, name) == getattr(config, name), name
+    return weights
+
+
+ENUMS = "megatron.model.enums"
+LAYOUTS = {
+    "one": {},
+    "tp2": dict(tensor=2),
+    "pp2": dict(pipeline=2),
+    "tp2 pp2": dict(tensor=2, pipeline=2),
+    "vpp": dict(tensor=2, pipeline=2, virtual=2),
+}
+VERSIONS = [(0.0, 2019), (1.0, 2019), (2.0, 2022), (3.0, 2022), (3.0, 2023), ("thirds", 2022)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("version, year", VERSIONS)
+def test_versions_and_layouts(tmp_path: pathlib.Path, layout: str, version, year: int) -> None:
+    config, tensors = model_of()
+    folder = megatron_files.write(tmp_path / "m", config, tensors, **LAYOUTS[layout], version=version, year=year, args={})
+    weights = check(folder, config, tensors, qkv_layout="thirds" if version == "thirds" else "auto")
+    assert weights.iteration == 7 and weights.train_state == {"iteration": 7, "consumed_train_samples": 56, "consumed_valid_samples": 8}
+    assert weights.config.data.seq_length == 16 and weights.config.optimizer.lr == 1e-3
+
+
+FORMS = {
+    "grouped queries": (dict(num_query_groups=2, group_query_attention=True), {}, {}),
+    "multi-query": (dict(attention_head_type="multiquery"), dict(attention_head_type="multiquery"), {}),
+    "untied": (dict(untie_embeddings_and_output_weights=True), dict(untie_embeddings_and_output_weights=True), {}),
+    "wide heads": (dict(kv_channels=16), {}, {}),
+    "tanh": (dict(openai_gelu=True), dict(bias_gelu_fusion=True), {}),
+    "no positions": (dict(position_embedding_type="rope"), dict(use_rotary_position_embeddings=True), {}),
+    "alibi": (dict(position_embedding_type="alibi"), dict(position_embedding_type=foreign(ENUMS, "PositionEmbeddingType", 3)), {}),
+    "swiglu": (dict(swiglu=True, ffn_hidden_size=64), dict(swiglu=True), {}),
+    "swiglu of the fork": (dict(glu_activation="swiglu", ffn_hidden_size=64), dict(glu_activation="swiglu"), dict(gate_first=False)),
+    "llama": (
+        dict(swiglu=True, ffn_hidden_size=64, normalization="RMSNorm", add_bias_linear=False, num_query_groups=2,
+             position_embedding_type="rope", untie_embeddings_and_output_weights=True, group_query_attention=True),
+        dict(swiglu=True, use_rotary_position_embeddings=True, num_key_value_heads=2, normalization="rmsnorm",
+             untie_embeddings_and_output_weights=True),
+        {},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["one", "tp2", "vpp"])
+@pytest.mark.parametrize("form", FORMS)
+def test_forms(tmp_path: pathlib.Path, form: str, layout: str) -> None:
+    changes, args, how = FORMS[form]
+    config, tensors = model_of(**changes)
+    check(megatron_files.write(tmp_path / "m", config, tensors, **LAYOUTS[layout], args=args, **how), config, tensors)
+
+
+def test_order_of_gated_halves_is_an_option(tmp_path: pathlib.Path) -> None:
+    config, tensors = model_of(swiglu=True, ffn_hidden_size=64)
+    folder = megatron_files.write(tmp_path / "m", config, tensors, tensor=2, args=dict(swiglu=True), gate_first=False)
+    check(folder, config, tensors, swiglu_order="gate-second")
+    swapped = formats.read(folder)
+    assert torch.equal(swapped["model/layers.0.mlp.gate.weight"], tensors["layers.0.mlp.up.weight"])
+
+
+def test_without_arguments_what_is_assumed_is_said(tmp_path: pathlib.Path) -> None:
+    config, tensors = model_of()
+    folder = megatron_files.write(tmp_path / "m", config, tensors, version=0.0, year=2019, iteration=None)
+    with pytest.raises(CheckpointError, match=r"number of attention heads: found None; the file holds no arguments.*--num-attention-heads"):
+        formats.read(folder)
+    weights = check(folder, config, tensors, overrides=GIVEN | {"vocab_size": 96})
+    assert weights.iteration == 0 and any("the file holds no arguments; assumed" in note for note in weights.notes)
+    with pytest.raises(CheckpointError, match=r"--vocab-size: found 200; the embedding has 128 rows"):
+        formats.read(folder, options=Options(overrides=GIVEN | {"vocab_size": 200}))
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "before 1.6"])
+def test_the_zip_of_a_release(tmp_path: pathlib.Path, compression: int, new: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = torch.save
+    monkeypatch.setattr(torch, "save", lambda *args: save(*args, _use_new_zipfile_serialization=new))
+    config, tensors = model_of(hidden_size=512, num_layers=1, num_attention_heads=8, vocab_size=50257, openai_gelu=True)
+    folder = megatron_files.write(tmp_path / "m", config, tensors, version=0.0, year=2019, iteration=None, padded=50304)
+    with zipfile.ZipFile(tmp_path / "megatron_lm_345m_v0.0.zip", "w", compression) as archive:
+        for file in sorted(each for each in folder.rglob("*") if each.is_file()):
+            archive.write(file, file.relative_to(folder))
+    weights = check(tmp_path / "megatron_lm_345m_v0.0.zip", config, tensors)
+    assert "vocabulary: 50257 of 50304 rows, the size of a GPT2BPETokenizer; --vocab-size says otherwise" in weights.notes
+    assert weights.config.model.openai_gelu and weights.config.model.num_attention_heads == 8
+
+
+CHILD = """
+import sys
+for name in ("megatron", "apex", "deepspeed", "transformer_engine", "mpu"):
+    sys.modules[name] = None  # importing them fails
+from megalith.checkpoint import formats
+weights = formats.read(sys.argv[1])
+assert len(list(map(weights.__getitem__, weights))) == 68, len(weights)
+print(*weights.notes, sep="\\n")
+"""
+
+
+def test_pickled_classes_need_no_megatron(tmp_path: pathlib.Path) -> None:
+    config, tensors = model_of()
+    args = dict(
+        position_embedding_type=foreign(ENUMS, "PositionEmbeddingType", 2), model_type=foreign("megatron.core.enums", "ModelType", 1),
+        path=pathlib.Path("/x"),
+    )  # fmt: skip
+    extra = {
+        "scaler": foreign("apex.fp16_utils.loss_scaler", "DynamicLossScaler", 4.0),
+        "rng_state": [{"np_rng_state": numpy.random.get_state()}],
+    }
+    megatron_files.write(tmp_path / "m", config, tensors, tensor=2, pipeline=2, args=args, extra=extra)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", CHILD, str(tmp_path / "m")], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "apex.fp16_utils.loss_scaler.DynamicLossScaler, megatron.core.enums.ModelType, megatron.model.enums" in done.stdout
+    assert "random states were left out" in done.stdout
+
+
+def broken(folder: pathlib.Path, what: str) -> None:
+    """Break a tp2 pp2 directory."""
+    place = folder / "iter_0000007"
+    first = place / "mp_rank_00_000/model_optim_rng.pt"
+    content = torch.load(first, weights_only=False)
+    encoder = content["model"]["language_model"]["encoder"]
+    if what == "shard":
+        (place / "mp_rank_01_001/model_optim_rng.pt").unlink()
+    elif what == "tracker":
+        (folder / "latest_checkpointed_iteration.txt").write_text("soon")
+    elif what == "iteration":
+        (folder / "latest_checkpointed_iteration.txt").write_text("9")
+    elif what == "version":
+        content["checkpoint_version"] = 7.0
+    elif what == "heads":
+        content["args"].num_attention_heads = 3
+    elif what == "shape":
+        encoder["layers.0.mlp.dense_4h_to_h.bias"] = torch.zeros(31)
+    elif what == "name":
+        encoder["layers.0.mlp.router.weight"] = torch.zeros(3)
+    elif what == "experts":
+        content["args"].num_experts = [8]
+    elif what == "empty":
+        content["model"] = {}
+    if what in ("version", "heads", "shape", "name", "experts", "empty"):
+        torch.save(content, first)
+
+
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("shard",
+         "found '3 of 4 ranks'; tensor parallel 2 x pipeline parallel 2 has one folder for each, and mp_rank_01_001 is missing. Copy"),
+        ("tracker",
+         "latest_checkpointed_iteration.txt: found 'soon'; it holds the number of an iteration, or `release`. Name one: --iteration N"),
+        ("iteration", r"iter_0000009/: found \['iter_0000007/'\]; these are the checkpoints that are there"),
+        ("version", "checkpoint_version: found 7.0; those known are 0.0, 1.0, 2.0, 3.0, 4.0. Name the order of rows: --qkv-layout"),
+        ("heads", r"query_key_value.weight: found \[48, 32\]; 2 such parts hold 3 heads of 10 channels|hold 3 heads of 8 channels"),
+        ("shape", r"layers.0.mlp.dense_4h_to_h.bias of tensor-parallel rank 0: found \[31\], the model has \[32\] there"),
+        ("name", "parameter: found 'encoder.layers.0.mlp.router.weight'; no model of Megatron that is known here has it"),
+        ("experts", "--num-experts: found .*; there are no mixture-of-experts layers here"),
+        ("empty", "every model of Megatron has embedding.word_embeddings.weight. Check that the path is of a whole checkpoint"),
+    ],
+)  # fmt: skip
+def test_errors_name_the_cure(tmp_path: pathlib.Path, what: str, message: str) -> None:
+    config, tensors = model_of()
+    folder = megatron_files.write(tmp_path / "m", config, tensors, tensor=2, pipeline=2, args={})
+    broken(folder, what)
+    with pytest.raises(CheckpointError, match=message):
+        formats.read(folder)
+
+
+@needs_files
+def test_megatrons_own_file_gives_its_logits(tmp_path: pathlib.Path) -> None:
+    weights = formats.read(FILES / "tp2pp1")
+    assert weights.config.model.activation == "gelu" and weights.iteration == 5
+    path = write_own(weights, tmp_path / "ours")
+    from megalith.runtime.load import load_plain
+
+    model = load_plain(path, device="cpu")[0]
+    ids = torch.from_numpy(numpy.load(FILES / "reference/input_ids.npy"))
+    logits = torch.from_numpy(numpy.load(FILES / "reference/logits_megatron2022.npy"))
+    losses = torch.from_numpy(numpy.load(FILES / "reference/token_losses_megatron2022.npy"))
+    with torch.no_grad():
+        assert (model(ids) - logits).abs().max() < 1e-5
+        assert (model(ids, labels=ids.roll(-1, dims=1)) - losses).abs().max() < 1e-5
+
+
+@needs_files
+def test_megatron_cores_flat_file_gives_its_logits_and_gradients() -> None:
+    from tests.checkpoint.core_reference import compare
+
+    compare(formats.read(FILES / "core_gpt/state_dict.pt", options=Options(overrides=GIVEN)), GPT, FILES / "core_gpt/reference.npz")
