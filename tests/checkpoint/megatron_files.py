@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megalith.config.model import ModelConfig
-from megalith.models.gpt import GPT
+from megalith.models import MODELS
 
 Tensors = dict[str, Tensor]
 SMALL = dict(
@@ -29,7 +29,8 @@ def model_of(**changes) -> tuple[ModelConfig, Tensors]:
     """A config, and random weights under our names, biases and norms among them."""
     config = ModelConfig(**(SMALL | changes))
     torch.manual_seed(1)
-    return config, {name: torch.randn_like(parameter) for name, parameter in GPT(config).named_parameters()}
+    model = MODELS.find(config.model_type)(config)
+    return config, {name: torch.randn_like(parameter) for name, parameter in model.named_parameters()}
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, config: ModelConfig, ranks: int, rank: int, version: float | str) -> Tensor:
@@ -126,6 +127,8 @@ def write(
                 language: dict = {}
                 if stage == chunk == 0:
                     language["embedding"] = {"word_embeddings": {"weight": words}}
+                    if "token_type_embedding.weight" in tensors:
+                        language["embedding"]["tokentype_embeddings"] = {"weight": tensors["token_type_embedding.weight"]}
                     if "position_embedding.weight" in tensors:
                         language["embedding"]["position_embeddings"] = {"weight": tensors["position_embedding.weight"]}
                 if last:
@@ -139,6 +142,14 @@ def write(
                     head = torch.cat([tensors["head.weight"], torch.zeros(padded - config.vocab_size, config.hidden_size)])
                     language["output_layer"] = {"weight": head.chunk(tensor)[rank]}
                 model: dict = {"language_model": language}
+                if last and config.model_type == "bert":
+                    language["pooler"] = {f"dense.{kind}": tensors[f"pooler.{kind}"] for kind in ("weight", "bias")}
+                    model["lm_head"] = {
+                        "bias": torch.cat([tensors["head.bias"], torch.zeros(padded - config.vocab_size)]).chunk(tensor)[rank]
+                    }
+                    for theirs, ours in (("dense", "head_dense"), (spelling["norm"], "head_norm")):
+                        model["lm_head"] |= {f"{theirs}.{kind}": tensors[f"{ours}.{kind}"] for kind in ("weight", "bias")}
+                    model["binary_head"] = {kind: tensors[f"order_head.{kind}"] for kind in ("weight", "bias")}
                 if last and pipeline > 1 and "head.weight" not in tensors:
                     model["word_embeddings_for_head"] = {"weight": words}
                 content["model" if virtual == 1 else f"model{chunk}"] = model

@@ -59,7 +59,10 @@ def test_versions_and_layouts(tmp_path: pathlib.Path, layout: str, version, year
     assert weights.config.data.seq_length == 16 and weights.config.optimizer.lr == 1e-3
 
 
-FORMS = {
+FORMS: dict[str, tuple[dict, dict, dict]] = {
+    "bert": (dict(model_type="bert"), dict(bias_gelu_fusion=False), {}),
+    "bert of 2019": (dict(model_type="bert"), {}, dict(version=0.0, year=2019)),
+    "bert of 2023": (dict(model_type="bert"), {}, dict(year=2023)),
     "grouped queries": (dict(num_query_groups=2, group_query_attention=True), {}, {}),
     "multi-query": (dict(attention_head_type="multiquery"), dict(attention_head_type="multiquery"), {}),
     "untied": (dict(untie_embeddings_and_output_weights=True), dict(untie_embeddings_and_output_weights=True), {}),

@@ -56,8 +56,9 @@ def same(one: Weights, other: Weights) -> None:
         dict(swiglu=True, ffn_hidden_size=64, num_query_groups=2, normalization="RMSNorm", add_bias_linear=False,
              position_embedding_type="rope",             untie_embeddings_and_output_weights=True),
         dict(attention_head_type="multiquery", openai_gelu=True),
+        dict(model_type="bert"),
     ],
-    ids=["gpt", "llama", "multi-query"],
+    ids=["gpt", "llama", "multi-query", "bert"],
 )  # fmt: skip
 def test_round_trip(tmp_path: pathlib.Path, layout: str, changes: dict) -> None:
     weights = weights_of(**changes)
@@ -84,9 +85,10 @@ def test_through_ours_and_another_layout_equals_the_direct_way(tmp_path: pathlib
 @pytest.mark.parametrize("distributed", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("layout", ["one", "tp2 pp2 virtual"])
-def test_optimizer_round_trip(tmp_path: pathlib.Path, layout: str, dtype: str, distributed: bool) -> None:
+@pytest.mark.parametrize("kind", ["gpt", "bert"])
+def test_optimizer_round_trip(tmp_path: pathlib.Path, layout: str, dtype: str, distributed: bool, kind: str) -> None:
     """Moments, steps and the float32 weights are exact whatever the format of the weights."""
-    weights = weights_of(optimizer=True)
+    weights = weights_of(optimizer=True, model_type=kind)
     options = Options(**LAYOUTS[layout], dtype=dtype, use_distributed_optimizer=distributed, data_parallel_size=3, with_optimizer=True)
     FORMATS.find("megatron").write(weights, tmp_path / "m", options)
     back = formats.read(tmp_path / "m", options=Options(with_optimizer=True))

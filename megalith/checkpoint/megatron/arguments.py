@@ -60,7 +60,7 @@ def to_config(
             raise CheckpointError(
                 problem(f"--{name.replace('_', '-')}", args[name], reason, "Train without it, or convert with its own tools")
             )
-    values = _of_arguments(args, notes) | {"model_type": kind}
+    values = _of_arguments(args, notes) | {"model_type": kind} | ({} if kind == "gpt" else {"dataset": kind, "loss": kind})
     values |= _of_shapes(parts, ranks, values)
     if not args:
         values |= _assumed(kind, values, overrides, notes)
@@ -93,8 +93,6 @@ def _of_arguments(args: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
             values.pop(name, None)
     if args.get("bias_gelu_fusion") and not any(args.get(name) for name in ("swiglu", "squared_relu", "glu_activation")):
         values["openai_gelu"] = True
-    if args.get("bert_binary_head") is False:
-        values["bert_no_binary_head"] = True
     return values
 
 
@@ -119,6 +117,8 @@ def _of_shapes(parts: Mapping[str, Lazy], ranks: int, values: Mapping[str, Any])
         "normalization": "LayerNorm" if "input_layernorm.bias" in layer else "RMSNorm",
         "attention_head_type": "multiquery" if "self_attention.query.weight" in layer else "multihead",
     }
+    if values["model_type"] == "bert":
+        found["bert_no_binary_head"] = "binary_head.weight" not in parts
     if outer == 2 * inner and not gated:
         found["swiglu"] = True
     positions = parts.get("embedding.position_embeddings.weight")
@@ -211,7 +211,7 @@ def to_arguments(
         "rotary_position_embeddings_theta": model.rotary_base,
         "normalization": {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}[model.norm],
         "bias_gelu_fusion": model.activation == "gelu_tanh",
-        "bert_binary_head": not config.data.bert_no_binary_head,
+        "bert_binary_head": not model.bert_no_binary_head,
         "orig_vocab_size": model.vocab_size,
         "padded_vocab_size": padded,
         "tensor_model_parallel_size": tensor,

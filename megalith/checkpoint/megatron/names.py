@@ -62,7 +62,17 @@ GPT = (
     *_linear("encoder.final_layernorm", "final_norm", "whole", "whole"),
     Row("output_layer.weight", ("head.weight",), "vocabulary"),
 )
-TABLES: dict[str, tuple[Row, ...]] = {"gpt": GPT}
+BERT = (
+    *GPT[:2],
+    Row("embedding.tokentype_embeddings.weight", ("token_type_embedding.weight",), "whole"),
+    *GPT[2:-1],
+    *_linear("pooler.dense", "pooler", "whole", "whole"),
+    Row("lm_head.bias", ("head.bias",), "vocabulary"),
+    *_linear("lm_head.dense", "head_dense", "whole", "whole"),
+    *_linear("lm_head.layernorm", "head_norm", "whole", "whole"),
+    *_linear("binary_head", "order_head", "whole", "whole"),
+)
+TABLES: dict[str, tuple[Row, ...]] = {"gpt": GPT, "bert": BERT}
 TIED = "word_embeddings_for_head.weight"  # the last stage's copy of the word embedding
 
 _SPELLINGS = [  # (pattern, what the spelling of 2022 says), one after another
@@ -72,6 +82,7 @@ _SPELLINGS = [  # (pattern, what the spelling of 2022 says), one after another
     (r"\.attention\.", ".self_attention."),
     (r"\b(input|post_attention|post_inter_attention|final)_norm\b", r"\1_layernorm"),
     (r"^lm_head\.(norm|layer_norm)\.", "lm_head.layernorm."),
+    (r"^output_layer\.bias$", "lm_head.bias"),
     (r"^(tied_modules\.embed\.)", "embedding."),
     (r"\.linear_qkv\.layer_norm_(weight|bias)$", r"._input_layernorm.\1"),  # Transformer Engine fuses the norm into what follows
     (r"\.self_attention\._input_layernorm\.", ".input_layernorm."),
