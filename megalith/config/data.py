@@ -37,6 +37,7 @@ class DataConfig:
     data_cache_path: str | None = knob(
         None, "folder of the index cache (default: beside the data, or in the run folder where that is read-only)"
     )
+    mmap_bin_files: bool = knob(True, "map token files into memory; without, each sample is one read")
     reset_position_ids: bool = knob(False, "start positions anew after each end-of-document token")
     reset_attention_mask: bool = knob(False, "tokens attend only to their own document")
     eod_mask_loss: bool = knob(False, "no loss on what follows an end-of-document token")

@@ -55,7 +55,7 @@ _NOT_NEEDED: dict[str, dict[int | str, str]] = {  # reason -> how many values ("
         "--log-world-size-to-tensorboard --transformer-timers --log-throughput --log-progress",
         1: "--tensorboard-log-interval --tensorboard-queue-size --timing-log-level --timing-log-option",
     },
-    MMAP: {0: "--mmap-warmup --no-mmap-bin-files", 1: "--data-impl --dataset-impl --num-dataset-builder-threads"},
+    MMAP: {0: "--mmap-warmup", 1: "--data-impl --dataset-impl --num-dataset-builder-threads"},
     MASKS: {0: "--no-create-attention-mask-in-dataloader"},
     PIPELINE: {
         0: "--no-scatter-gather-tensors-in-pipeline --no-pipeline-parallel --standalone-embedding-stage --overlap-p2p-communication "

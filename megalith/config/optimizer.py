@@ -7,12 +7,12 @@ from megalith.config.knobs import knob, section
 
 @section
 class OptimizerConfig:
-    """AdamW or SGD with decoupled weight decay (Loshchilov and Hutter, 2019), and gradient clipping."""
+    """AdamW (decoupled weight decay: Loshchilov and Hutter, 2019) or SGD (decay added to the gradient), and gradient clipping."""
 
     optimizer: str = knob("adam", "adam (AdamW), sgd, or module:name of your own")
     lr: float | None = knob(None, "peak learning rate", minimum=0.0)
     min_lr: float = knob(0.0, "learning rate at the end of the decay", minimum=0.0)
-    weight_decay: float = knob(0.01, "decoupled weight decay of matrices (biases and norms have none)", minimum=0.0)
+    weight_decay: float = knob(0.01, "weight decay of matrices (biases and norms have none)", minimum=0.0)
     start_weight_decay: float | None = knob(None, "weight decay at the start, where it grows", minimum=0.0)
     end_weight_decay: float | None = knob(None, "weight decay at the end, where it grows", minimum=0.0)
     weight_decay_incr_style: str = knob("constant", "how weight decay grows over the run", choices=("constant", "linear", "cosine"))

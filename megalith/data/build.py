@@ -104,8 +104,12 @@ class _Maker:
 
     def open(self, sources: Sequence[Source]) -> list[Any]:
         """Open and check every source, in parallel."""
-        spots = max(2, 1024 // max(1, len(sources)))
-        look = lambda source: check_source(open_indexed(source.prefix), self.tokenizer, self.config.data, not self.by_document, spots)  # noqa: E731
+        spots, data = max(2, 1024 // max(1, len(sources))), self.config.data
+        reader = "mmap" if data.mmap_bin_files else "pread"
+
+        def look(source: Source) -> Any:
+            return check_source(open_indexed(source.prefix, reader), self.tokenizer, data, not self.by_document, spots)
+
         with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
             return list(pool.map(look, sources))
 

@@ -120,9 +120,9 @@ def sniff(prefix: str | os.PathLike) -> str:
     raise DataError(f"{path}, offset 0: {magic!r} begins neither an mmap (MMIDIDX) nor a lazy/cached (TNTIDX) index")
 
 
-def open_indexed(prefix: str | os.PathLike) -> IndexedDataset | TntidxDataset:
-    """Open either format."""
-    return TntidxDataset(prefix) if sniff(prefix) == "cached" else IndexedDataset(prefix)
+def open_indexed(prefix: str | os.PathLike, reader: str = "mmap") -> IndexedDataset | TntidxDataset:
+    """Open either format. reader: how the mmap format's tokens are read, see IndexedDataset."""
+    return TntidxDataset(prefix) if sniff(prefix) == "cached" else IndexedDataset(prefix, reader=reader)
 
 
 def convert(prefix: str | os.PathLike, output: str | os.PathLike, dtype=None) -> None:

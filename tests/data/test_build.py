@@ -87,6 +87,16 @@ def test_splits_and_reports(corpus):
     assert build_datasets(config(data_path=[corpus("a", 1)], train_iters=0), Words())["train"] is None
 
 
+def test_reads_instead_of_maps(corpus):
+    prefix = corpus("a", 1)
+    mapped, read = (
+        build_datasets(config(data_path=[prefix], mmap_bin_files=value), Words(), rank=0, size=1)["train"] for value in (True, False)
+    )
+    for one, other in zip(mapped, map(read.__getitem__, range(len(mapped)))):
+        assert all((one[name] == other[name]).all() for name in one)
+    assert read.indexed.reader == "pread" and mapped.indexed.reader == "mmap"
+
+
 def test_own_paths_for_each_split(corpus):
     built = build_datasets(config(train_data_path=[corpus("a", 1)], valid_data_path=[corpus("b", 2)]), Words())
     assert set(kinds(built["train"])) == {1} and set(kinds(built["valid"])) == {2} and built["test"] is None
