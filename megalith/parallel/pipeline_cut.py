@@ -17,7 +17,7 @@ class Ends:
     last: tuple[str, ...]
 
 
-GPT = Ends(("embedding", "position_embedding"), ("final_norm", "head"))
+GPT = Ends(("embedding", "position_embedding", "embedding_norm"), ("final_norm", "head"))
 BERT = Ends(
     ("embedding", "position_embedding", "token_type_embedding", "embedding_norm"),
     ("final_norm", "head_dense", "head_norm", "head", "pooler", "order_head"),
