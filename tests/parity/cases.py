@@ -56,6 +56,7 @@ LAYOUTS: dict[str, tuple[int, dict]] = {
     "cp2 pp2": (4, {"context_parallel_size": 2, "pipeline_model_parallel_size": 2}),
     "cp2 selective": (2, {"context_parallel_size": 2, "recompute_activations": True}),
     "cp2 compile": (2, {"context_parallel_size": 2, "compile": True}),
+    "cp2 selective compile": (2, {"context_parallel_size": 2, "recompute_activations": True, "compile": True}),
     "tp2 compile": (2, {"tensor_model_parallel_size": 2, "compile": True}),
     "tp2 sp compile": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "compile": True}),
 }
