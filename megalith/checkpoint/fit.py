@@ -18,6 +18,7 @@ SHOWN = 20  # lines of a difference; a wrong model differs everywhere, and says 
 
 # Words in a parameter's name -> the fields that its sizes come from, the likeliest first.
 SIZES = (
+    ("coder_bias", ("relative_attention_num_buckets", "num_attention_heads")),
     ("position", ("max_position_embeddings", "hidden_size")),
     ("token_type", ("hidden_size",)),
     ("embedding", ("vocab_size", "hidden_size")),
@@ -31,6 +32,9 @@ SIZES = (
 )
 # Words in the name of a parameter that one side lacks -> the fields that decide whether it exists.
 PRESENCE = (
+    ("cross_", ("model_type", "decoder_num_layers", "num_layers")),
+    ("encoder_norm", ("model_type",)),
+    ("coder_bias", ("position_embedding_type",)),
     ("position_embedding", ("position_embedding_type",)),
     ("token_type_embedding", ("bert_no_binary_head",)),
     ("pooler", ("bert_no_binary_head",)),
@@ -42,18 +46,15 @@ PRESENCE = (
     ("head.", ("untie_embeddings_and_output_weights",)),
     ("attention.q_norm", ("qk_layernorm",)),
     ("attention.k_norm", ("qk_layernorm",)),
-    ("embedding_norm", ("embed_layernorm",)),
     ("norm.bias", ("normalization",)),
-    ("mlp_norm", ("parallel_attn", "parallel_layernorm")),
     ("mlp.gate", ("swiglu", "glu_activation")),
     (".bias", ("add_bias_linear",)),
 )
 SHAPING = (
-    "model_type", "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "kv_channels", "attention_head_type",
-    "num_query_groups", "max_position_embeddings", "position_embedding_type", "normalization", "swiglu", "glu_activation",
-    "embed_layernorm", "parallel_attn", "parallel_layernorm", "add_bias_linear", "add_qkv_bias", "qk_layernorm",
-    "norm_after_residual", "bert_no_binary_head",
-    "untie_embeddings_and_output_weights", "vocab_size",
+    "model_type", "num_layers", "decoder_num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "kv_channels",
+    "attention_head_type", "num_query_groups", "max_position_embeddings", "position_embedding_type", "relative_attention_num_buckets",
+    "normalization", "swiglu", "glu_activation", "add_bias_linear", "add_qkv_bias", "qk_layernorm", "norm_after_residual",
+    "bert_no_binary_head", "untie_embeddings_and_output_weights", "vocab_size",
 )  # fmt: skip
 
 
@@ -143,7 +144,8 @@ def as_flag(field: str, value: Any) -> str:
 
 def _sizes(model: Mapping[str, Any]) -> dict[str, set[int]]:
     """{field: sizes of dimensions that come from it}."""
-    sizes = {name: {model[name]} for name in ("hidden_size", "vocab_size", "max_position_embeddings", "ffn_hidden_size") if model.get(name)}
+    single = ("hidden_size", "vocab_size", "max_position_embeddings", "ffn_hidden_size", "relative_attention_num_buckets")
+    sizes = {name: {model[name]} for name in single if model.get(name)}
     heads, groups, width = (model.get(name) for name in ("num_attention_heads", "num_query_groups", "kv_channels"))
     if heads and width:
         sizes |= {"num_attention_heads": {heads * width}, "kv_channels": {width, heads * width}}

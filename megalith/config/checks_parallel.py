@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 
 from megalith.config.batch_math import data_parallel_size, global_batch
+from megalith.config.checks_t5 import t5_layout_problems
 from megalith.config.run import RunConfig
 from megalith.config.stages import LOOPING, SPLIT_BACKWARD, num_stages, schedule_of
 from megalith.config.text import Problem, Words, flag, trouble
@@ -19,6 +20,7 @@ def parallel_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
     p = config.parallel
     yield from _splits(config)
     yield from _pipeline(config)
+    yield from t5_layout_problems(config)
     copy = p.model_parallel_size
     if world_size < copy or world_size % copy:
         yield trouble((TP, PP, CP), "number of processes", world_size,
@@ -104,7 +106,8 @@ def _micro_batches(config: RunConfig, count: int, unit: int) -> Iterator[Problem
 
 
 def _pipeline(config: RunConfig) -> Iterator[Problem]:
-    p, layers, schedule = config.parallel, config.model.num_layers, schedule_of(config.parallel)
+    p, layers, schedule = config.parallel, config.model.all_layers or None, schedule_of(config.parallel)
+    called = "encoder and decoder layers" if config.model.decoder_layers else "--num-layers"
     stages, per_chunk = p.pipeline_model_parallel_size, p.num_layers_per_virtual_pipeline_stage
     if p.pipeline_schedule in SCHEDULE_NEEDS_STAGES and stages == 1:
         yield trouble(("pipeline_schedule", PP), "--pipeline-schedule", p.pipeline_schedule, "a pipeline has two stages or more",
@@ -117,9 +120,7 @@ def _pipeline(config: RunConfig) -> Iterator[Problem]:
     if layers is None:
         return
     if stages > layers:
-        yield trouble(
-            (PP, "num_layers"), flag(PP), stages, f"each stage has a layer, and --num-layers is {layers}", f"Write {layers} or less"
-        )
+        yield trouble((PP, "num_layers"), flag(PP), stages, f"each stage has a layer, and {called} is {layers}", f"Write {layers} or less")
     elif per_chunk and stages == 1:
         yield trouble(("num_layers_per_virtual_pipeline_stage", PP), "--num-layers-per-virtual-pipeline-stage", per_chunk,
                       "virtual stages divide the stages of a pipeline", f"Write {flag(PP)} 2, or leave it out")  # fmt: skip
@@ -128,16 +129,14 @@ def _pipeline(config: RunConfig) -> Iterator[Problem]:
                       f"--pipeline-schedule {schedule} sets the number of stages itself; this is for {' and '.join(LOOPING)}",
                       "Leave out one of the two")  # fmt: skip
     elif num_stages(config) > layers:
-        yield trouble(("pipeline_schedule", "num_layers"), "--num-layers", layers,
+        yield trouble(("pipeline_schedule", "num_layers"), called, layers,
                       f"--pipeline-schedule {schedule} has {num_stages(config)} stages on {stages} processes, each with a layer",
                       "Write --pipeline-schedule 1f1b")  # fmt: skip
     elif per_chunk and layers % (per_chunk * stages):
         fitting = [n for n in range(1, layers // stages + 1) if layers % (n * stages) == 0]
-        cure = (
-            f"Write {' or '.join(map(str, fitting))}" if fitting else f"Choose --num-layers as a multiple of {stages}, the pipeline stages"
-        )
+        cure = f"Write {' or '.join(map(str, fitting))}" if fitting else f"Choose {called} as a multiple of {stages}, the pipeline stages"
         yield trouble(("num_layers_per_virtual_pipeline_stage", "num_layers"), "--num-layers-per-virtual-pipeline-stage", per_chunk,
-                      f"--num-layers, {layers}, is a multiple of it times the {stages} pipeline stages", cure)  # fmt: skip
+                      f"{called}, {layers}, is a multiple of it times the {stages} pipeline stages", cure)  # fmt: skip
 
 
 def _split_backward(config: RunConfig, schedule: str) -> Iterator[Problem]:
@@ -188,7 +187,7 @@ def _nearest(length: int, unit: int) -> str:
 
 def layouts(config: RunConfig, world_size: int, count: int = 3) -> list[tuple[int, int, int]]:
     """Up to `count` (tensor, pipeline, context) sizes that fit the processes and the model, nearest to the wanted ones first."""
-    p, layers = config.parallel, config.model.num_layers or 1
+    p, layers = config.parallel, config.model.all_layers or 1
     wanted = (p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.context_parallel_size)
 
     def fits(tp: int, pp: int, cp: int) -> bool:

@@ -14,7 +14,7 @@ NO_INIT = "every process draws its own part of the weights by a counter, the sam
 METRICS = "every metric of every step is in metrics.jsonl, and in tensorboard with --tensorboard-dir"
 MMAP = "the format of a dataset is recognised by itself, and it is read through a memory map"
 PIPELINE = "stages exchange contiguous activations directly; there is nothing to switch"
-BERT = "only BERT and T5 read it; it has no effect on gpt"
+SPLIT = "encoder and decoder share one layout, and stages are cut where they cost the same (or by --pipeline-split even)"
 RETRIEVAL = "only the retrieval models (ICT, REALM, Retro) read it; it has no effect on gpt"
 DEEPSPEED = "DeepSpeed is not used; --data-parallel-sharding takes the place of ZeRO, and what its config file set belongs in flags"
 TANH = (
@@ -80,9 +80,8 @@ _NOT_NEEDED: dict[str, dict[int | str, str]] = {  # reason -> how many values ("
     },
     "the launcher's environment says it (LOCAL_RANK)": {1: "--local-rank"},
     "it was for exports to ONNX": {"?": "--onnx-safe"},
-    BERT: {
-        1: "--decoder-num-layers --pipeline-model-parallel-split-rank "
-        "--encoder-tensor-model-parallel-size --encoder-pipeline-model-parallel-size",
+    SPLIT: {
+        1: "--pipeline-model-parallel-split-rank --encoder-tensor-model-parallel-size --encoder-pipeline-model-parallel-size",
     },
     "only vision models read it; it has no effect on gpt": {1: "--sample-rate --num-classes --img-h --img-w --num-channels --patch-dim"},
     RETRIEVAL: {
@@ -120,10 +119,6 @@ REFUSED: dict[str, tuple[int | str, tuple[str, ...], str]] = {
         0, (), "the residual stream has the compute format; train without --bf16 and --fp16 to have it in float32"
     ),
     "--apply-layernorm-1p": (0, (), "norm weights are stored as they multiply, not minus one; leave it out"),
-    "--window-size": (
-        1, ("-1,0",), "write --sliding-window N: N counts the token itself, which the left side here does not, so 4095,0 is 4096"
-    ),
-    "--window-attn-skip-freq": (1, (), "name the layers that see everything with --full-attention-layers 0 2 4"),
     "--data-parallel-random-init": (0, (), "all data-parallel processes hold one model; leave it out, --seed gives another start"),
     "--load-tag": (1, (), "checkpoints are chosen by iteration; use --ckpt-step N"),
     "--wandb-entity-name": (1, (), NO_TRACKER),

@@ -17,6 +17,7 @@ from megalith.config.text import Problem, fail, flag
 # What a model brings along where nothing is said; `vocab_file` stands for the tokenizer that a vocabulary file alone means.
 BRINGS: dict[str | None, dict[str, str]] = {
     "bert": {"dataset": "bert", "loss": "bert", "name": "bert", "vocab_file": "BertWordPieceLowerCase"},
+    "t5": {"dataset": "t5", "loss": "t5", "name": "t5", "vocab_file": "BertWordPieceLowerCase"},
 }
 ReadRecipe = Callable[[str], str]  # name -> YAML text
 ReadCheckpoint = Callable[[str, int | None], str]  # folder, iteration (None: the latest) -> YAML text of the config in it

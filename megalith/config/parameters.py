@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 
 from megalith.common.registry import Registry
 from megalith.config.model import ModelConfig
 from megalith.config.text import fail, flag, trouble
 
 Shapes = dict[str, tuple[int, ...]]
-SHAPES = Registry("model", {name: f"megalith.config.parameters:{name}_shapes" for name in ("gpt", "bert")})
+SHAPES = Registry("model", {name: f"megalith.config.parameters:{name}_shapes" for name in ("gpt", "bert", "t5")})
 
 
 def sizes(model: ModelConfig) -> tuple[int, int, int, int]:
@@ -23,10 +24,20 @@ def sizes(model: ModelConfig) -> tuple[int, int, int, int]:
 
 def matrix_parameters(model: ModelConfig) -> int:
     """Elements of the weight matrices that each token is multiplied with: all layers and the output layer, no biases."""
-    layers, h, heads, vocabulary = sizes(model)
-    attention = 2 * h * model.head_dim * (heads + model.num_kv_heads)  # q and out; k and v
-    mlp = (3 if model.gated else 2) * h * model.ffn_size
-    return layers * (attention + mlp) + vocabulary * h + (h * h if model.model_type == "bert" else 0)  # of its head, a layer before
+    layers, h, _, vocabulary = sizes(model)
+    matrices = layers * (attention_parameters(model) + mlp_parameters(model)) + vocabulary * h
+    return matrices + (h * h if model.model_type == "bert" else 0)  # of its head, a layer before
+
+
+def attention_parameters(model: ModelConfig) -> int:
+    """Elements of the weight matrices of an attention."""
+    _, h, heads, _ = sizes(model)
+    return 2 * h * model.head_dim * (heads + model.num_kv_heads)  # q and out; k and v
+
+
+def mlp_parameters(model: ModelConfig) -> int:
+    """Elements of the weight matrices of an MLP."""
+    return (3 if model.gated else 2) * sizes(model)[1] * model.ffn_size
 
 
 def parameter_count(model: ModelConfig) -> int:
@@ -45,8 +56,6 @@ def gpt_shapes(model: ModelConfig) -> Shapes:
     found: Shapes = {"embedding.weight": (vocabulary, h)}
     if model.positions == "learned_absolute":
         found["position_embedding.weight"] = (model.max_position_embeddings or 0, h)
-    if model.embed_layernorm:
-        found |= norm_shapes("embedding_norm", model)
     for number in range(layers):
         found |= {f"layers.{number}.{name}": shape for name, shape in layer_shapes(model, heads).items()}
     found |= norm_shapes("final_norm", model)
@@ -68,6 +77,19 @@ def bert_shapes(model: ModelConfig) -> Shapes:
     return found
 
 
+def t5_shapes(model: ModelConfig) -> Shapes:
+    """Those of a T5 (models/t5.py)."""
+    layers, _, heads, vocabulary = sizes(model)
+    found = gpt_shapes(model) | norm_shapes("encoder_norm", model)
+    for number in range(layers, model.all_layers):
+        own = layer_shapes(model, heads) | norm_shapes("cross_norm", model)
+        own |= {name.replace("attention", "cross_attention"): shape for name, shape in own.items() if re.match(r"attention\.\w+\.", name)}
+        found |= {f"layers.{number}.{name}": shape for name, shape in own.items() if not re.match(r"cross_attention\.\w_norm", name)}
+    if model.positions == "relative":
+        found |= {f"{stack}_bias.weight": (model.relative_attention_num_buckets, heads) for stack in ("encoder", "decoder")}
+    return found | ({"head.bias": (vocabulary,)} if model.add_bias_linear else {})
+
+
 def layer_shapes(model: ModelConfig, heads: int) -> Shapes:
     """Those of one layer (layers/block.py)."""
     h, inner, queries, keys = model.hidden_size, model.ffn_size, heads * model.head_dim, model.num_kv_heads * model.head_dim
@@ -78,7 +100,7 @@ def layer_shapes(model: ModelConfig, heads: int) -> Shapes:
     }  # fmt: skip
     if model.gated:
         linears["mlp.gate"] = (inner, h, bias)
-    found: Shapes = norm_shapes("attention_norm", model) | (norm_shapes("mlp_norm", model) if model.two_norms else {})
+    found: Shapes = norm_shapes("attention_norm", model) | norm_shapes("mlp_norm", model)
     for name, (outputs, inputs, biased) in linears.items():
         found |= {f"{name}.weight": (outputs, inputs)} | ({f"{name}.bias": (outputs,)} if biased else {})
     if model.qk_layernorm:

@@ -6,6 +6,11 @@ p processes run p x v stages. Looping schedules give process r the stages r, r +
 
 from __future__ import annotations
 
+import functools
+import itertools
+from collections.abc import Sequence
+
+from megalith.config.flops import layer_costs
 from megalith.config.model import ModelConfig
 from megalith.config.parallel import ParallelConfig
 from megalith.config.parameters import sizes
@@ -31,7 +36,7 @@ def stages_per_process(config: RunConfig) -> int:
     if schedule not in LOOPING:
         return 1
     if p.num_layers_per_virtual_pipeline_stage:
-        return max(1, (config.model.num_layers or 1) // (p.num_layers_per_virtual_pipeline_stage * p.pipeline_model_parallel_size))
+        return max(1, (config.model.all_layers or 1) // (p.num_layers_per_virtual_pipeline_stage * p.pipeline_model_parallel_size))
     return 2 if schedule == "interleaved_1f1b" else 1
 
 
@@ -49,9 +54,13 @@ def stages_of(config: RunConfig, process: int) -> list[int]:
 
 
 def layers_of(config: RunConfig) -> list[range]:
-    """Global numbers of the layers of each stage."""
-    first, last = end_costs(config.model, config.data.seq_length or 1) if config.parallel.pipeline_split == "cost" else (0.0, 0.0)
-    counts = split(config.model.num_layers or 1, num_stages(config), first, last)
+    """Global numbers of the layers of each stage; a decoder's come after the encoder's."""
+    even, length = config.parallel.pipeline_split == "even", config.data.seq_length or 1
+    if config.model.decoder_layers and not even:
+        counts = partition(layer_costs(config.model, length, config.data.decoder_seq_length or length), num_stages(config))
+    else:
+        first, last = (0.0, 0.0) if even else end_costs(config.model, length)
+        counts = split(config.model.all_layers or 1, num_stages(config), first, last)
     firsts = [sum(counts[:stage]) for stage in range(len(counts))]
     return [range(start, start + count) for start, count in zip(firsts, counts, strict=True)]
 
@@ -71,6 +80,21 @@ def split(layers: int, stages: int, first: float, last: float) -> list[int]:
         costs[cheapest] += 1.0
         counts[cheapest] += 1
     return counts
+
+
+def partition(costs: Sequence[float], stages: int) -> list[int]:
+    """Layers of each stage, one at least, such that the most expensive stage is as cheap as can be; for layers of different costs."""
+    sums = [0.0, *itertools.accumulate(costs)]
+
+    @functools.cache
+    def best(first: int, stages: int) -> tuple[float, tuple[int, ...]]:
+        """(cost of the dearest stage, counts) for the layers from `first` on."""
+        if stages == 1:
+            return sums[-1] - sums[first], (len(costs) - first,)
+        ways = ((stop, *best(stop, stages - 1)) for stop in range(first + 1, len(costs) - stages + 2))
+        return min((max(sums[stop] - sums[first], cost), (stop - first, *counts)) for stop, cost, counts in ways)
+
+    return list(best(0, stages)[1])
 
 
 def end_costs(model: ModelConfig, seq_length: int) -> tuple[float, float]:

@@ -22,7 +22,7 @@ QUERY_BLOCK = 256  # queries whose additive mask exists at one time
 
 
 class CoreAttention(nn.Module):
-    """softmax(q k^T / sqrt(d) + bias) v, by the fastest path that the mask and the device allow.
+    """softmax(scale q k^T + bias) v, by the fastest path that the mask and the device allow.
 
     Causal alone: one fused call. With a bias: FlexAttention on accelerators; on the CPU, where that has no backward, fused
     calls on blocks of queries, each bias built for its block and again in the backward pass. Attention dropout on the CPU
@@ -30,19 +30,18 @@ class CoreAttention(nn.Module):
     generator, and so differ between layouts (the one such exception besides in-batch negatives).
     """
 
-    def __init__(self, dropout: float, site: str, backend: str = "auto"):
-        """backend: auto, sdpa, flex or explicit. site: see Dropout."""
+    def __init__(self, dropout: float, site: str, backend: str = "auto", scale: float | None = None):
+        """backend: auto, sdpa, flex or explicit. site: see Dropout. scale: of the scores, 1 / sqrt(d) where None."""
         super().__init__()
-        self.backend, self.first_head = backend, 0
+        self.backend, self.first_head, self.scale = backend, 0, scale
         self.dropout = Dropout(dropout, site)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
         """q [b, n, s, d], k and v [b, m, t, d] with n a multiple of m; returns [b, n, s, d]. The queries are the last s of t places.
 
-        `first_head` is the global number of head 0, for a rank that holds a part of the heads; mask.slopes are those of all heads.
+        `first_head` is the global number of head 0, for a rank that holds a part of the heads; mask.slopes are those of all heads,
+        mask.relative those of the heads here.
         """
-        if mask.window is not None and mask.window >= k.shape[2]:
-            mask = mask._replace(window=None)  # hides nothing
         if mask.slopes is not None:
             mask = mask._replace(slopes=mask.slopes[self.first_head : self.first_head + q.shape[1]])
         p = self.dropout.p if self.training and mask.rows is not None else 0.0
@@ -52,18 +51,20 @@ class CoreAttention(nn.Module):
         if mask.plain and self.backend != "flex" and (q.shape[2] == k.shape[2] or not mask.causal):
             if on_cpu:  # the CPU's fused kernel wants as many key heads as query heads
                 k, v = _expand(k, q.shape[1]), _expand(v, q.shape[1])
-            return scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=mask.causal, enable_gqa=k.shape[1] != q.shape[1])
+            grouped = k.shape[1] != q.shape[1]
+            return scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=mask.causal, scale=self.scale, enable_gqa=grouped)
         if mask.plain and mask.causal and not on_cpu and self.backend != "flex" and not torch.compiler.is_compiling():
             bias = causal_lower_right(q.shape[2], k.shape[2])  # flash attention, but torch.compile (2.13) cannot trace it
-            return scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p, enable_gqa=k.shape[1] != q.shape[1])
+            grouped = k.shape[1] != q.shape[1]
+            return scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p, scale=self.scale, enable_gqa=grouped)
         if self.backend == "flex" or (not on_cpu and self.backend == "auto" and not p):
-            return flex(q, k, v, mask)
+            return flex(q, k, v, mask, self.scale)
         return self.blocks(q, k, v, mask, p)
 
     def explicit(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
         """The reference: scores, softmax in float32 at least, dropout by hash, product."""
         k, v = _expand(k, q.shape[1]), _expand(v, q.shape[1])
-        scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+        scores = (q @ k.transpose(-1, -2)) * (self.scale or q.shape[-1] ** -0.5)
         wide = scores.double() if scores.dtype == torch.float64 else scores.float()
         wide = wide + mask.bias(slice(k.shape[2] - q.shape[2], k.shape[2]), slice(0, k.shape[2]), q.device).to(wide.dtype)
         weights = wide.softmax(dim=-1)
@@ -82,27 +83,26 @@ class CoreAttention(nn.Module):
         for start in range(0, q.shape[2], QUERY_BLOCK):
             stop = min(start + QUERY_BLOCK, q.shape[2])
             end = first + stop if mask.causal else k.shape[2]
-            begin = 0 if mask.window is None else max(0, first + start - mask.window + 1)
-            parts.append(run(q[:, :, start:stop], k[:, :, begin:end], v[:, :, begin:end], mask, first + start, begin, p))
+            parts.append(run(q[:, :, start:stop], k[:, :, :end], v[:, :, :end], mask, first + start, p, self.scale))
         return torch.cat(parts, dim=2)
 
 
-def _block(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, start: int, begin: int, p: float) -> Tensor:
-    bias = mask.bias(slice(start, start + q.shape[2]), slice(begin, begin + k.shape[2]), q.device)
+def _block(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, start: int, p: float, scale: float | None) -> Tensor:
+    bias = mask.bias(slice(start, start + q.shape[2]), slice(0, k.shape[2]), q.device)
     # Distances over 256 are rounded in bfloat16; the CPU's kernel takes them as float32.
     bias = bias.to(torch.promote_types(q.dtype, bias.dtype) if q.device.type == "cpu" else q.dtype)
-    return scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p)
+    return scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p, scale=scale)
 
 
 def _expand(x: Tensor, heads: int) -> Tensor:
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+def flex(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float | None = None) -> Tensor:
     """FlexAttention with the mask as code (PyTorch: torch.nn.attention.flex_attention); compiled on accelerators."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    documents, padding, slopes, first = mask.documents, mask.padding, mask.slopes, k.shape[2] - q.shape[2]
+    documents, padding, slopes, relative, first = mask.documents, mask.padding, mask.slopes, mask.relative, k.shape[2] - q.shape[2]
 
     def sees(b, h, i, j):
         i = i + first
@@ -116,12 +116,15 @@ def flex(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
         return keep
 
     def score(value, b, h, i, j):
-        return value + slopes[h] * (j - i - first)
+        if slopes is not None:
+            value = value + slopes[h] * (j - i - first)
+        return value if relative is None else value + relative[h, j - i - first + relative.shape[1] // 2]
 
     batch = q.shape[0] if documents is not None or padding is not None else None
     visible = create_block_mask(sees, batch, None, q.shape[2], k.shape[2], device=q.device)
     call = _compiled_flex(q.device.type)
-    return call(q, k, v, score_mod=score if slopes is not None else None, block_mask=visible, enable_gqa=k.shape[1] != q.shape[1])
+    biased, grouped = slopes is not None or relative is not None, k.shape[1] != q.shape[1]
+    return call(q, k, v, score_mod=score if biased else None, block_mask=visible, scale=scale, enable_gqa=grouped)
 
 
 @functools.cache
@@ -139,11 +142,11 @@ class SelfAttention(nn.Module):
 
     def __init__(
         self, hidden: int, heads: int, kv_heads: int, head_dim: int, *, bias: bool, qkv_bias: bool, core: CoreAttention,
-        interleaved: bool = False, head_norm: float | None = None, window: int | None = None,
+        interleaved: bool = False, head_norm: float | None = None,
     ):  # fmt: skip
-        """head_norm: epsilon of an RMSNorm on each query and key head (Qwen3), None for none. window: see AttentionMask."""
+        """head_norm: epsilon of an RMSNorm on each query and key head (Qwen3), None for none."""
         super().__init__()
-        self.head_dim, self.interleaved, self.window = head_dim, interleaved, window
+        self.head_dim, self.interleaved = head_dim, interleaved
         self.shared_input = SharedInput()
         self.q = nn.Linear(hidden, heads * head_dim, bias=qkv_bias)
         self.k = nn.Linear(hidden, kv_heads * head_dim, bias=qkv_bias)
@@ -160,10 +163,22 @@ class SelfAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, rotary, self.interleaved), rotate(k, rotary, self.interleaved)
-        if self.window is not None:
-            mask = mask._replace(window=self.window)
         return self.out(self.core(q, k, v, mask).transpose(1, 2).flatten(2))
 
     def heads(self, x: Tensor) -> Tensor:
         """[b, s, heads x d] -> [b, heads, s, d], however many heads this process holds."""
         return x.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+
+
+class CrossAttention(SelfAttention):
+    """Attention whose queries come from a decoder and whose keys and values from the encoder's output, the memory."""
+
+    def __init__(self, hidden: int, heads: int, kv_heads: int, head_dim: int, *, bias: bool, qkv_bias: bool, core: CoreAttention):
+        super().__init__(hidden, heads, kv_heads, head_dim, bias=bias, qkv_bias=qkv_bias, core=core)
+        self.shared_memory = SharedInput()
+
+    def forward(self, x: Tensor, memory: Tensor, mask: AttentionMask) -> Tensor:  # type: ignore[override]
+        """x [b, s, hidden], memory [b, t, hidden] -> [b, s, hidden]. mask: which places of the memory are seen."""
+        (q,) = self.shared_input(x, self.q)
+        k, v = self.shared_memory(memory, self.k, self.v)
+        return self.out(self.core(self.heads(q), self.heads(k), self.heads(v), mask).transpose(1, 2).flatten(2))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from megalith.layers.attention import SelfAttention
+from megalith.layers.attention import CrossAttention, SelfAttention
 from megalith.layers.dropout import Dropout
 from megalith.layers.mask import AttentionMask
 from megalith.layers.mlp import MLP
@@ -15,37 +15,48 @@ NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 
 
 class Block(nn.Module):
-    """x + drop(attention(norm(x))), then x + drop(mlp(norm(x))).
+    """x + drop(attention(norm(x))), then x + drop(mlp(norm(x))); in a decoder with x + drop(cross_attention(norm(x), memory)) between.
 
     normed_residual takes the residual after the norm instead of before it
     (Megatron's --apply-residual-connection-post-layernorm).
     norm_after: norm(x + drop(attention(x))), then norm(x + drop(mlp(x))), as in Vaswani et al. (2017) and Google's BERT.
-    parallel: x + drop(attention(norm(x))) + drop(mlp(norm(x))), with one norm or, with two_norms, one for each (Falcon).
     """
 
     def __init__(
         self, hidden: int, norm: str, epsilon: float, attention: SelfAttention, mlp: MLP, *, dropout: float, site: str,
-        normed_residual: bool = False, norm_after: bool = False, parallel: bool = False, two_norms: bool = True,
+        normed_residual: bool = False, norm_after: bool = False, cross: CrossAttention | None = None,
     ):  # fmt: skip
         super().__init__()
-        self.normed_residual, self.norm_after, self.parallel = normed_residual, norm_after, parallel
+        self.normed_residual, self.norm_after = normed_residual, norm_after
         self.attention_norm = NORMS[norm](hidden, epsilon)
         self.attention = attention
         self.attention_dropout = Dropout(dropout, f"{site}.attention")
-        self.mlp_norm = NORMS[norm](hidden, epsilon) if two_norms else None
+        self.cross_norm = NORMS[norm](hidden, epsilon) if cross is not None else None
+        self.cross_attention = cross
+        self.cross_dropout = Dropout(dropout, f"{site}.cross_attention") if cross is not None else None
+        self.mlp_norm = NORMS[norm](hidden, epsilon)
         self.mlp = mlp
         self.mlp_dropout = Dropout(dropout, f"{site}.mlp")
 
-    def forward(self, x: Tensor, mask: AttentionMask, rotary: tuple[Tensor, Tensor] | None, rows: Tensor | None) -> Tensor:
-        """x [b, s, hidden]; rows: int32 [b, s] of dropout keys for these rows, None where nothing is dropped."""
+    def forward(
+        self, x: Tensor, mask: AttentionMask, rotary: tuple[Tensor, Tensor] | None, rows: Tensor | None,
+        memory: Tensor | None = None, memory_mask: AttentionMask | None = None,
+    ) -> Tensor:  # fmt: skip
+        """x [b, s, hidden]; rows: int32 [b, s] of dropout keys for these rows, None where nothing is dropped.
+
+        memory [b, t, hidden] is what a decoder's cross attention looks at, as far as memory_mask lets it.
+        """
         if self.norm_after:
             x = self.attention_norm(x + self.attention_dropout(self.attention(x, mask, rotary), rows))
             return self.mlp_norm(x + self.mlp_dropout(self.mlp(x), rows))
         normed = self.attention_norm(x)
-        residual, before = normed if self.normed_residual else x, x
+        residual = normed if self.normed_residual else x
         x = residual + self.attention_dropout(self.attention(normed, mask, rotary), rows)
-        if self.mlp_norm is not None:
-            normed = self.mlp_norm(before if self.parallel else x)
+        if self.cross_attention is not None:
+            normed = self.cross_norm(x)
+            residual = normed if self.normed_residual else x
+            x = residual + self.cross_dropout(self.cross_attention(normed, memory, memory_mask), rows)
+        normed = self.mlp_norm(x)
         residual = normed if self.normed_residual else x
         return residual + self.mlp_dropout(self.mlp(normed), rows)
 

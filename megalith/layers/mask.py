@@ -15,6 +15,7 @@ class AttentionMask(NamedTuple):
     documents: int [b, s], document of each token; keys of other documents are hidden.
     padding: bool [b, s], True for real tokens; other keys are hidden.
     slopes: float [heads], ALiBi: slope x (key place - query place) is added.
+    relative: float [heads, 2 n - 1], a learned bias: column n - 1 + (key place - query place) is added; n or less places.
     window: keys more than window - 1 places before the query are hidden.
     rows: int32 [b, queries], dropout keys of the queries (layers/dropout.py), None where nothing is dropped.
     """
@@ -23,13 +24,14 @@ class AttentionMask(NamedTuple):
     documents: Tensor | None = None
     padding: Tensor | None = None
     slopes: Tensor | None = None
+    relative: Tensor | None = None
     window: int | None = None
     rows: Tensor | None = None
 
     @property
     def plain(self) -> bool:
         """Whether `causal` says it all, so that a fused kernel needs no bias."""
-        return self.documents is None and self.padding is None and self.slopes is None and self.window is None
+        return all(each is None for each in (self.documents, self.padding, self.slopes, self.relative, self.window))
 
     def bias(self, queries: slice, keys: slice, device: torch.device) -> Tensor:
         """The scores' additive term for a block of places: float32, broadcastable to [b, heads, queries, keys]."""
@@ -43,5 +45,13 @@ class AttentionMask(NamedTuple):
         if self.padding is not None:
             seen = seen & self.padding[:, None, None, keys]
         zero = torch.zeros((), device=device)
-        distance = self.slopes.view(1, -1, 1, 1).float() * (k - q) if self.slopes is not None else zero
-        return torch.where(seen, distance, float("-inf"))
+        added = self.slopes.view(1, -1, 1, 1).float() * (k - q) if self.slopes is not None else zero
+        if self.relative is not None:
+            added = added + self.windows(queries, keys)
+        return torch.where(seen, added, float("-inf"))
+
+    def windows(self, queries: slice, keys: slice) -> Tensor:
+        """Of `relative` the part for a block of places, [heads, queries, keys]: each row is the next one moved by one column."""
+        zero, count = self.relative.shape[1] // 2, keys.stop - keys.start
+        near = self.relative[:, zero + keys.start - queries.stop + 1 : zero + keys.stop - queries.start]
+        return near.unfold(1, count, 1).flip(1).to(torch.promote_types(near.dtype, torch.float32))

@@ -2,4 +2,4 @@
 
 from megalith.common.registry import Registry
 
-MODELS = Registry("model", {"gpt": "megalith.models.gpt:GPT", "bert": "megalith.models.bert:BERT"})
+MODELS = Registry("model", {"gpt": "megalith.models.gpt:GPT", "bert": "megalith.models.bert:BERT", "t5": "megalith.models.t5:T5"})

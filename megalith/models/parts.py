@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from megalith.config.model import ModelConfig
-from megalith.layers.attention import CoreAttention, SelfAttention
+from megalith.layers.attention import CoreAttention, CrossAttention, SelfAttention
 from megalith.layers.block import Block
 from megalith.layers.dropout import row_keys
 from megalith.layers.mlp import MLP
@@ -19,18 +19,26 @@ def make_layer(c: ModelConfig, number: int) -> Block:
     attention = SelfAttention(
         c.hidden_size, c.num_attention_heads, c.num_kv_heads, c.head_dim, bias=c.add_bias_linear,
         qkv_bias=c.add_bias_linear or c.add_qkv_bias, core=make_core(c, site), interleaved=c.rotary_interleaved,
-        head_norm=c.layernorm_epsilon if c.qk_layernorm else None, window=c.window(number),
+        head_norm=c.layernorm_epsilon if c.qk_layernorm else None,
     )  # fmt: skip
     return Block(
         c.hidden_size, c.norm, c.layernorm_epsilon, attention, make_mlp(c), dropout=c.hidden_dropout, site=site,
         normed_residual=c.apply_residual_connection_post_layernorm, norm_after=c.norm_after_residual,
-        parallel=c.parallel_attn, two_norms=c.two_norms,
+        cross=make_cross(c, site) if c.decoder_layers and number >= c.num_layers else None,
+    )  # fmt: skip
+
+
+def make_cross(c: ModelConfig, site: str) -> CrossAttention:
+    """Cross attention of a decoder's layer; it has no norms of heads."""
+    return CrossAttention(
+        c.hidden_size, c.num_attention_heads, c.num_kv_heads, c.head_dim, bias=c.add_bias_linear,
+        qkv_bias=c.add_bias_linear or c.add_qkv_bias, core=make_core(c, f"{site}.cross"),
     )  # fmt: skip
 
 
 def make_core(c: ModelConfig, site: str) -> CoreAttention:
     """Core attention of the layer at `site`."""
-    return CoreAttention(c.attention_dropout, f"{site}.scores", BACKENDS.get(c.attention_backend, c.attention_backend))
+    return CoreAttention(c.attention_dropout, f"{site}.scores", BACKENDS.get(c.attention_backend, c.attention_backend), c.softmax_scale)
 
 
 def make_mlp(c: ModelConfig) -> MLP:

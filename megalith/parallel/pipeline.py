@@ -1,6 +1,7 @@
 """The pipeline of one process: its stages, run by torch's schedules.
 
-Between stages flow activations alone, [b, s, h] in the compute format. Everything else that a stage needs (positions, labels,
+Between stages flow activations alone, [b, s, h] in the compute format; inside a decoder two of them, as the encoder's output rides
+along and gathers its gradient on the way back. Everything else that a stage needs (positions, labels,
 sample numbers) it gets as keyword arguments, because every process reads its own samples.
 """
 
@@ -18,9 +19,11 @@ from torch.distributed.pipelining import PipelineStage
 from megalith.parallel.devices import synchronize
 from megalith.parallel.mesh import Mesh
 from megalith.parallel.part import Part
+from megalith.parallel.pipeline_cut import Cut
 from megalith.parallel.pipeline_deferred import Queue
 from megalith.parallel.schedules import SCHEDULES, Span, Work, single
 
+Flow = tuple[Tensor, ...]  # what passes between two stages
 Loss = Callable[[Tensor, int], Tensor]  # (the last stage's output, number of the micro-batch) -> what is added up, 0-dimensional
 
 
@@ -37,16 +40,16 @@ class _Body(nn.Module):
         self.loss: Loss | None = None  # on the last stage, during a run
         self.number = 0
 
-    def forward(self, inputs: Tensor, **arguments: Tensor) -> Tensor:
-        output = self.hidden[0](inputs, **arguments)
+    def forward(self, *inputs: Tensor, **arguments: Tensor) -> Any:
+        output = self.hidden[0](*inputs, **arguments)
         return output if self.loss is None else self.loss(output, self.number)
 
 
 class Stage(PipelineStage):
     """A stage: its inputs by number of micro-batch, its gradients' sums, its clock."""
 
-    def __init__(self, part: Part, stages: int, device: torch.device, group, received: Tensor, sent: Tensor, queue: Queue | None):
-        """received, sent: tensors on meta as what comes in and goes out. queue: of weight gradients, where they are deferred."""
+    def __init__(self, part: Part, stages: int, device: torch.device, group, received: Flow, sent: Flow, queue: Queue | None):
+        """received, sent: tensors on meta as those that come in and go out. queue: of weight gradients, where they are deferred."""
         later = None if queue is None else self._later
         super().__init__(
             _Body(part.model), part.stage, stages, device, input_args=received, output_args=sent, group=group, dw_builder=later
@@ -109,13 +112,13 @@ class Stage(PipelineStage):
 
     def get_fwd_recv_ops(self, number):
         """What to receive before a forward pass."""
-        self._make(self.args_recv_info, number, None if self.is_first else self.received)
+        self._make(self.args_recv_info, number, () if self.is_first else self.received)
         return super().get_fwd_recv_ops(number)
 
     def get_bwd_recv_ops(self, number):
         """What to receive before a backward pass."""
         if self.has_backward:
-            self._make(self.grad_recv_info, number, None if self.is_last else self.sent)
+            self._make(self.grad_recv_info, number, () if self.is_last else self.sent)
         return super().get_bwd_recv_ops(number)
 
     def clear_runtime_states(self):
@@ -123,13 +126,11 @@ class Stage(PipelineStage):
         self.fwd_cache.clear()
         self.output_chunks.clear()
 
-    def _make(self, table: dict, number: int, like: Tensor | None) -> None:
-        if like is None:
-            return
-        if number == 0:
+    def _make(self, table: dict, number: int, flow: Flow) -> None:
+        if number == 0 and flow:
             for infos in table.values():
                 _drop(infos)
-        for info in table[number]:
+        for info, like in zip(table[number] if flow else (), flow, strict=True):
             info.buffer = torch.empty(like.shape, dtype=like.dtype, device=self.device)
             if table is self.args_recv_info:
                 info.buffer.requires_grad_(self.has_backward)
@@ -166,11 +167,11 @@ class Pipeline:
     """The stages of one process and the schedule that runs them."""
 
     def __init__(
-        self, schedule: str, stages: int, parts: Sequence[Part], mesh: Mesh, hidden: int, dtype: torch.dtype, sequence: int,
+        self, schedule: str, cut: Cut, parts: Sequence[Part], mesh: Mesh, hidden: int, dtype: torch.dtype, sequence: int,
         queues: Sequence[Queue | None],
     ):  # fmt: skip
         """hidden, dtype: of activations. sequence: processes among which they are split along the sequence."""
-        self.schedule, self.stages, self.parts, self.mesh = schedule, stages, parts, mesh
+        self.schedule, self.cut, self.stages, self.parts, self.mesh = schedule, cut, len(cut.layers), parts, mesh
         self.hidden, self.dtype, self.sequence, self.queues = hidden, dtype, sequence, queues
         self.spans: list[Span] | None = None  # of the steps run while this is a list
         self.zero = 0.0
@@ -182,15 +183,16 @@ class Pipeline:
         inputs: the model's keyword arguments for each micro-batch; "inputs" are ids [b, s], and all are of one shape.
         loss: called where the last stage is, with what it returned; in training the sum of what it returns is differentiated.
         """
-        b, s = inputs[0]["inputs"].shape
-        key = (len(inputs), b, s, train)
+        shapes = tuple((name, tuple(inputs[0][name].shape)) for name in ("inputs", "decoder_input_ids") if name in inputs[0])
+        key = (len(inputs), shapes, train)
         if key not in self.made:
             self.made[key] = self._make(*key)
         schedule, stages = self.made[key]
         if self.spans is not None:
             dist.barrier(self.mesh.devices["pp"].get_group())  # one zero for the clocks of all
             self.zero = time.perf_counter()
-        coordinates = torch.arange(s, device=self.mesh.device)  # a later stage could not tell them from its part of the sequence
+        # A later stage could not tell them from its part of the sequence.
+        coordinates = torch.arange(inputs[0]["inputs"].shape[1], device=self.mesh.device)
         for stage in stages:
             stage.inputs = [{"coordinates": coordinates, **arguments} for arguments in inputs]
             stage.submod.loss = loss if stage.is_last else None
@@ -200,28 +202,26 @@ class Pipeline:
             stage.clear_runtime_states()
             stage.inputs, stage.submod.loss = (), None
 
-    def _make(self, count: int, b: int, s: int, train: bool) -> tuple[Any, list[Stage]]:
+    def _make(self, count: int, shapes: tuple, train: bool) -> tuple[Any, list[Stage]]:
         """Schedule and stages for one shape of step; stages hold no weights, so several of one part cost nothing."""
-        activation = torch.empty(b, s // self.sequence, self.hidden, dtype=self.dtype, device="meta", requires_grad=True)
-        ids = torch.empty(b, s, dtype=torch.int64, device="meta")
-        result = torch.empty((), dtype=torch.promote_types(self.dtype, torch.float32), device="meta", requires_grad=True)
-        group, last = self.mesh.devices["pp"].get_group(), self.stages - 1
+        group = self.mesh.devices["pp"].get_group()
         stages = [
-            Stage(
-                part,
-                self.stages,
-                self.mesh.device,
-                group,
-                activation if part.stage else ids,
-                activation if part.stage != last else result,
-                queue,
-            )
+            Stage(part, self.stages, self.mesh.device, group, self._flow(part.stage, shapes), self._flow(part.stage + 1, shapes), queue)
             for part, queue in zip(self.parts, self.queues, strict=True)
         ]
         # With so few micro-batches all of them are under way at once, which is GPipe; torch's 1F1B refuses them.
         name = "gpipe" if self.schedule == "1f1b" and count < self.stages else self.schedule
         loss = _output_is_loss if train else None
         return SCHEDULES[name](stages[0] if single(name) else stages, count, loss_fn=loss, scale_grads=False), stages
+
+    def _flow(self, stage: int, shapes: tuple) -> Flow:
+        """Tensors on meta as those that flow into a stage: ids into the first one, and a loss out of the last."""
+        if stage == 0:
+            return (torch.empty(shapes[0][1], dtype=torch.int64, device="meta"),)
+        if stage == self.stages:
+            return (torch.empty((), dtype=torch.promote_types(self.dtype, torch.float32), device="meta", requires_grad=True),)
+        sizes = [(b, s // self.sequence, self.hidden) for b, s in (dict(shapes)[name] for name in self.cut.received(stage))]
+        return tuple(torch.empty(size, dtype=self.dtype, device="meta", requires_grad=True) for size in sizes)
 
 
 def _output_is_loss(output: Tensor, target: Tensor) -> Tensor:

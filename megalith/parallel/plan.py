@@ -14,7 +14,7 @@ from megalith.parallel.collectives import Axis
 Style = Callable[[nn.Module, nn.Module, Axis], nn.Module]  # (module, its parent, axis) -> what takes its place
 Plan = Mapping[str, Style]
 
-PLANS = Registry("tensor-parallel plan", {name: f"megalith.parallel.plans.{name}:PLAN" for name in ("gpt", "bert")})
+PLANS = Registry("tensor-parallel plan", {name: f"megalith.parallel.plans.{name}:PLAN" for name in ("gpt", "bert", "t5")})
 
 
 def apply(model: nn.Module, plan: Plan, axis: Axis) -> None:

@@ -98,6 +98,22 @@ def shared_input(module: nn.Module, parent: nn.Module, axis: Axis) -> nn.Module:
     return tensor.SharedInput(axis)
 
 
+def whole_input(module: nn.Module, parent: nn.Module, axis: Axis) -> nn.Module:
+    """Several linear layers, split by outputs, of what `whole` has fetched."""
+    return tensor.WholeInput(axis)
+
+
+def whole(module: nn.Module, parent: nn.Module, axis: Axis) -> nn.Module:
+    """One gather, and one sum of gradients, for the inputs of many layers."""
+    return tensor.Whole(axis)
+
+
+def head_table(module: nn.Module, parent: nn.Module, axis: Axis) -> nn.Module:
+    """Split a table with a column for each head."""
+    module.weight = spread(module.weight, axis, 1)
+    return tensor.HeadTable(module, axis)
+
+
 def core(module: nn.Module, parent: nn.Module, axis: Axis) -> nn.Module:
     """Tell core attention which of the query heads are here; the same module."""
     module.first_head = axis.rank * (parent.q.out_features // parent.head_dim // axis.size)

@@ -267,6 +267,42 @@ def columns(x: Tensor, axis: Axis, linears) -> tuple[Tensor, ...]:
     return outputs
 
 
+class WholeInput(SharedInput):
+    """Several split linear layers of an input that is whole on every rank already, and whose gradients `Whole` sums for all of them."""
+
+    def forward(self, x: Tensor, *linears: ColumnLinear) -> tuple[Tensor, ...]:
+        """x [b, s, h] -> one [b, s, out/t] of each layer."""
+        queue = linears[0].queue
+        each = [linear.locals() for linear in linears]
+        if queue is None:
+            return tuple(F.linear(x, weight, bias) for weight, bias in each)
+        return tuple(deferred.linear(x, weight, bias, queue) for weight, bias in each)
+
+
+class Whole(nn.Module):
+    """What many `WholeInput`s share, gathered once forward and its gradient summed once backward: an encoder's output."""
+
+    def __init__(self, axis: Axis):
+        super().__init__()
+        self.axis = axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [b, s, h] or [b, s/t, h] -> [b, s, h]."""
+        return Enter.apply(x, self.axis.size, self.axis.group, self.axis.sequence)
+
+
+class HeadTable(nn.Module):
+    """A relative bias, of which each rank holds its heads."""
+
+    def __init__(self, old: nn.Module, axis: Axis):
+        super().__init__()
+        self.weight, self.buckets, self.axis = old.weight, old.buckets, axis
+
+    def forward(self, length: int) -> Tensor:
+        """As layers/positions.py, RelativeBias, for the heads here."""
+        return F.embedding(self.buckets(length, self.weight.device), local(self.weight)).t()
+
+
 class PartRows(nn.Module):
     """Dropout of this rank's part of the sequence, keyed by that part of `rows`."""
 

@@ -130,7 +130,7 @@ def place(config: RunConfig, mesh: Mesh, dtype: torch.dtype = torch.float32) -> 
     names, number = canonical_names(whole), sum(parameter.numel() for parameter in whole.parameters())
     if mesh.size("pp") == 1:
         return Runtime(config, mesh, (settle(config, mesh, whole.to(dtype), 0, names),), number)
-    cut = Cut(ENDS.find(config.model.model_type), layers_of(config))
+    cut = Cut(ENDS.find(config.model.model_type), layers_of(config), config.model.num_layers if config.model.decoder_layers else None)
     stages, schedule = stages_of(config, mesh.place("pp")), schedule_of(config.parallel)
     queues = [Queue() if schedule in SPLIT_BACKWARD else None for _ in stages]
     parts = []
@@ -142,7 +142,7 @@ def place(config: RunConfig, mesh: Mesh, dtype: torch.dtype = torch.float32) -> 
     shared = Shared(cut.holders(names), parts, processes, mesh)
     compute = dtype if dtype == torch.float64 else getattr(torch, config.precision.compute_dtype)
     sequence = mesh.size("tp") if config.parallel.sequence_parallel else 1
-    pipeline = Pipeline(schedule, len(cut.layers), parts, mesh, config.model.hidden_size, compute, sequence, queues)
+    pipeline = Pipeline(schedule, cut, parts, mesh, config.model.hidden_size, compute, sequence, queues)
     return Runtime(config, mesh, tuple(parts), number, pipeline, shared)
 
 

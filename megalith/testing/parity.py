@@ -61,7 +61,7 @@ class Difference:
 
 def batch(config: RunConfig, step: int = 0) -> Batch:
     """A made-up global batch, under the names of the model's arguments (but input_ids and loss_mask, of which `backward` makes them)."""
-    return (_bert if config.model.model_type == "bert" else _gpt)(config, step)
+    return {"bert": _bert, "t5": _t5}.get(config.model.model_type, _gpt)(config, step)
 
 
 def _gpt(config: RunConfig, step: int) -> Batch:
@@ -75,6 +75,17 @@ def _gpt(config: RunConfig, step: int) -> Batch:
     if config.data.reset_attention_mask:
         made["documents"] = (ids[:, :-1] % 7 == 0).cumsum(dim=1)
     return made
+
+
+def _t5(config: RunConfig, step: int) -> Batch:
+    """What GPT has for the decoder; for the encoder random ids and lengths."""
+    target = config.data.decoder_seq_length or config.data.seq_length
+    made = _gpt(config.replace(seq_length=target), step)
+    drawn = torch.Generator().manual_seed(config.batch.seed - 1 - step)
+    b, s = shape = config.batch.global_batch_size, config.data.seq_length
+    length = (s * (0.5 + 0.5 * torch.rand(b, 1, generator=drawn))).long()
+    ids = torch.randint(config.model.vocab_size, shape, generator=drawn)
+    return made | {"decoder_input_ids": made["input_ids"], "input_ids": ids, "padding_mask": (torch.arange(s) < length).long()}
 
 
 def _bert(config: RunConfig, step: int) -> Batch:

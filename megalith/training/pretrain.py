@@ -94,8 +94,8 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
         config=config, folder=pathlib.Path(config.logging.folder), start_step=progress.iteration,
         rank=mesh.rank, world_size=mesh.world_size,
         train_iters=last_step,
-        flops_per_token_full=flops_per_token(config.model, config.data.seq_length, causal_half=False),
-        flops_per_token_half=flops_per_token(config.model, config.data.seq_length, causal_half=True),
+        flops_per_token_full=flops_per_token(config.model, config.data.seq_length, False, config.data.decoder_seq_length),
+        flops_per_token_half=flops_per_token(config.model, config.data.seq_length, True, config.data.decoder_seq_length),
         peak_flops=peak_flops(device_name(mesh.device), config.precision.compute_dtype, config.logging.peak_tflops),
     )  # fmt: skip
 

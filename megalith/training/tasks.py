@@ -49,6 +49,15 @@ class LanguageModelling:
         return {"lm loss": output.sum()}
 
 
+class SpanCorruption(LanguageModelling):
+    """T5's: next-token cross entropy of what the decoder is to spell, averaged over its unmasked tokens of the global batch."""
+
+    def inputs(self, batch: Batch, counts: dict[str, Tensor]) -> Batch:
+        """As LanguageModelling, for a model that is given two sequences. Padding ends the decoder's, which needs no mask for it."""
+        passed = {name: batch[name] for name in ("decoder_input_ids", "padding_mask")}
+        return super().inputs(batch, counts) | passed
+
+
 class MaskedLanguageModelling:
     """BERT's: cross entropy of the masked tokens of the global batch, and where the data has it that of the order of two segments."""
 
@@ -74,4 +83,11 @@ class MaskedLanguageModelling:
         return {name: part.sum() for name, part in zip(counts, parts, strict=True)}
 
 
-TASKS = Registry("loss", {"lm": "megalith.training.tasks:LanguageModelling", "bert": "megalith.training.tasks:MaskedLanguageModelling"})
+TASKS = Registry(
+    "loss",
+    {
+        "lm": "megalith.training.tasks:LanguageModelling",
+        "bert": "megalith.training.tasks:MaskedLanguageModelling",
+        "t5": "megalith.training.tasks:SpanCorruption",
+    },
+)

@@ -1,0 +1,132 @@
+"""T5: an encoder, and a decoder that looks at its output. Two forms by config, and what lies between them:
+
+- Megatron's: learned absolute positions, LayerNorm, biases (of the output layer too), GELU, scores over sqrt(d).
+- T5's own (Raffel et al., 2020, arXiv 1910.10683; v1.1, mT5 and Flan too): --position-embedding-type relative, RMSNorm, no
+  biases, ReLU or gated GELU, --softmax-scale 1, and --scale-output where the output layer is tied to the embedding.
+
+Dropout is where Megatron has it: after embeddings, on attention weights, and of each branch before its residual.
+Shapes: b batch, s encoder's sequence, t decoder's sequence, h hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megalith.config.model import ModelConfig
+from megalith.layers.block import NORMS, run_in_order
+from megalith.layers.dropout import Dropout
+from megalith.layers.loss import TokenLoss
+from megalith.layers.mask import AttentionMask
+from megalith.layers.positions import RelativeBias
+from megalith.models.parts import dropout_rows, initial, make_layer
+
+
+class T5(nn.Module):
+    """Embedding, encoder, decoder, head. `layers` are the encoder's and, numbered on, the decoder's.
+
+    Any part may be None or lack layers in a part of the model (a pipeline stage).
+    """
+
+    def __init__(self, config: ModelConfig, seed: int = 0):
+        """config.vocab_size must be known. `seed` keys the dropout masks. Parameters are left as torch draws them."""
+        super().__init__()
+        self.config, self.seed = config, seed
+        h, vocab = config.hidden_size, config.vocab_size
+        self.embedding = nn.Embedding(vocab, h)
+        learned = config.positions == "learned_absolute"
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, h) if learned else None
+        self.encoder_dropout = Dropout(config.hidden_dropout, "encoder.embedding")
+        self.decoder_dropout = Dropout(config.hidden_dropout, "decoder.embedding")
+        self.encoder_bias, self.decoder_bias = (self.make_bias(both_ways) for both_ways in (True, False))
+        self.layers = nn.ModuleDict({str(i): make_layer(config, i) for i in range(config.all_layers)})
+        self.run_layers = run_in_order
+        self.encoder_norm = NORMS[config.norm](h, config.layernorm_epsilon)
+        self.memory = nn.Identity()  # the encoder's output on its way to all cross attentions, where a plan may gather it
+        self.final_norm = NORMS[config.norm](h, config.layernorm_epsilon)
+        self.head = nn.Linear(h, vocab, bias=config.add_bias_linear)
+        self.token_loss = TokenLoss(config.loss_chunk_tokens, config.z_loss_coeff)
+        self.restore()
+
+    def make_bias(self, both_ways: bool) -> RelativeBias | None:
+        """The relative bias that the layers of a stack share, where the config has one."""
+        c = self.config
+        if c.positions != "relative":
+            return None
+        return RelativeBias(c.relative_attention_num_buckets, c.num_attention_heads, c.relative_attention_max_distance, both_ways)
+
+    def restore(self) -> None:
+        """Tie head and embedding where the config says so: what to_empty undoes."""
+        if not self.config.untie_embeddings_and_output_weights and self.embedding is not None and self.head is not None:
+            self.head.weight = self.embedding.weight
+
+    def initial(self, name: str) -> tuple[str, float]:
+        """How a parameter starts: Megatron's rules (parts.initial), or T5's own where the config has an initializer_factor.
+
+        Those are N(0, factor^2 / width of the layer's input), for queries over the square root of a head's width too, as scores are
+        not divided by it; embeddings and output layer N(0, factor^2).
+        """
+        c, factor = self.config, self.config.initializer_factor
+        if factor is None or name.endswith(".bias") or "norm" in name:
+            return initial(c, name)
+        widths = {
+            "embedding.weight": 1, "head.weight": 1, "attention.q.weight": c.hidden_size * c.head_dim,
+            "attention.out.weight": c.num_attention_heads * c.head_dim, "mlp.down.weight": c.ffn_size,
+        }  # fmt: skip
+        width = next((width for ending, width in widths.items() if name.endswith(ending)), c.hidden_size)
+        return "normal", factor * width**-0.5
+
+    def forward(
+        self, inputs: Tensor, hidden: Tensor | None = None, *, decoder_input_ids: Tensor, padding_mask: Tensor | None = None,
+        decoder_padding_mask: Tensor | None = None, labels: Tensor | None = None, loss_weights: Tensor | None = None,
+        samples: Tensor | None = None, step: Tensor | None = None, coordinates: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+        """One pass.
+
+        inputs: ids [b, s] int64, or where this part begins later the hidden states [b, s, h] of the encoder.
+        hidden: [b, t, h], the decoder's hidden states, where this part begins inside the decoder.
+        decoder_input_ids: [b, t] int64. padding_mask [b, s], decoder_padding_mask [b, t]: 1 or True for tokens, 0 for padding; padding
+            after the decoder's tokens needs no mask, as they do not look ahead.
+        labels, loss_weights: [b, t], see TokenLoss; with labels the result is float32 losses [b, t].
+        samples [b] (global sample numbers) and step []: key the dropout masks; needed in training mode with dropout.
+        coordinates: [s], where a part of the model cannot tell them from `inputs`: 0 .. s-1.
+        Returns losses, or logits [b, t, V]; where this part has no head the encoder's hidden states, with the decoder's if it has begun.
+        """
+        c, device = self.config, inputs.device
+        encoder, decoder = ([layer for n, layer in self.layers.items() if (int(n) < c.num_layers) is first] for first in (True, False))
+        places = torch.arange(inputs.shape[1], device=device) if coordinates is None else coordinates
+        padding = None if padding_mask is None else padding_mask.bool()
+        x = inputs
+        if encoder:
+            rows = dropout_rows(self, samples, step, places)
+            relative = None if self.encoder_bias is None else self.encoder_bias(len(places))
+            if not inputs.is_floating_point():
+                x = self.encoder_dropout(self.embed(inputs, places), rows)
+            mask = AttentionMask(causal=False, padding=padding, relative=relative, rows=rows)
+            x = self.run_layers(encoder, x, mask, None, rows)
+            if self.encoder_norm is not None:
+                x = self.encoder_norm(x)
+        if not decoder:
+            return x
+        places = torch.arange(decoder_input_ids.shape[1], device=device)
+        rows = dropout_rows(self, samples, step, places)
+        y = self.decoder_dropout(self.embed(decoder_input_ids, places), rows) if hidden is None else hidden
+        mask = AttentionMask(
+            padding=None if decoder_padding_mask is None else decoder_padding_mask.bool(),
+            relative=None if self.decoder_bias is None else self.decoder_bias(len(places)), rows=rows,
+        )  # fmt: skip
+        y = self.run_layers(decoder, y, mask, None, rows, self.memory(x), AttentionMask(causal=False, padding=padding, rows=rows))
+        # A clone, because fully_shard hooks outputs, which must not be views of inputs.
+        return (x.clone(), y) if self.head is None else self.finish(y, labels, loss_weights)
+
+    def embed(self, ids: Tensor, places: Tensor) -> Tensor:
+        """Word embeddings, and those of positions where the form has them: [b, s] -> [b, s, h]."""
+        x = self.embedding(ids)
+        return x if self.position_embedding is None else x + self.position_embedding(places.expand(len(ids), -1))
+
+    def finish(self, y: Tensor, labels: Tensor | None, loss_weights: Tensor | None) -> Tensor:
+        """Logits, or with labels losses, of the decoder's last hidden states."""
+        y = self.final_norm(y)
+        if self.config.scale_output:
+            y = y * self.config.hidden_size**-0.5
+        return self.head(y) if labels is None else self.token_loss(y, self.head.weight, labels, loss_weights, self.head.bias)
