@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import pytest
 
@@ -17,6 +18,16 @@ TOY = {
     "PRECISION": "",
 }
 FLAGS = ["--train-iters", "6", "--eval-iters", "1", "--log-interval", "1"]
+BERT = {"VOCAB_FILE": "bert-vocab.txt", "DATA_PATH": "my-bert_text_sentence"}
+GPT = {"VOCAB_FILE": "vocab.json", "MERGE_FILE": "merges.txt", "DATA_PATH": "my-gpt2_text_document"}
+SCRIPTS = {  # with the variables that make them small
+    "pretrain_gpt.sh": GPT | {"GLOBAL_BATCH": "4"},
+    "pretrain_gpt_distributed.sh": GPT | {"GPUS_PER_NODE": "2", "MASTER_PORT": "29531"},
+    "pretrain_bert.sh": BERT | {"GLOBAL_BATCH": "4"},
+    "pretrain_bert_distributed.sh": BERT | {"GPUS_PER_NODE": "2", "MASTER_PORT": "29533"},
+    "pretrain_bert_distributed_with_mp.sh": BERT | {"GPUS_PER_NODE": "2", "TENSOR": "1", "GLOBAL_BATCH": "8", "MASTER_PORT": "29534"},
+}
+SLOW = ("pretrain_bert.sh", "pretrain_bert_distributed.sh")
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +35,13 @@ def folder(tmp_path_factory) -> pathlib.Path:
     """A folder in which the README's preprocess command was run."""
     folder = tmp_path_factory.mktemp("examples")
     make_corpus(folder)
-    command = "megalith data preprocess --input corpus.jsonl --output-prefix my-gpt2 --tokenizer-type GPT2BPETokenizer"
-    run([*command.split(), "--vocab-file", "vocab.json", "--merge-file", "merges.txt", "--append-eod", "--workers", "1"], folder)
+    words = sorted(set(re.findall(r"[a-z]+", (folder / "corpus.jsonl").read_text().lower())))
+    (folder / "bert-vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    preprocess = "megalith data preprocess --input corpus.jsonl --workers 1 --output-prefix"
+    gpt2 = "my-gpt2 --tokenizer-type GPT2BPETokenizer --vocab-file vocab.json --merge-file merges.txt --append-eod"
+    bert = "my-bert --tokenizer-type BertWordPieceLowerCase --vocab-file bert-vocab.txt --split-sentences"
+    for options in (gpt2, bert):
+        run(f"{preprocess} {options}".split(), folder)
     return folder
 
 
@@ -35,31 +51,23 @@ def steps(folder: pathlib.Path, name: str) -> list[int]:
     return [line["step"] for line in lines if "loss" in line]
 
 
-@pytest.mark.parametrize(
-    ("script", "variables"),
-    [("pretrain_gpt.sh", {"GLOBAL_BATCH": "4"}), ("pretrain_gpt_distributed.sh", {"GPUS_PER_NODE": "2", "MASTER_PORT": "29531"})],
-)
-def test_script_trains_and_goes_on(script: str, variables: dict[str, str], folder: pathlib.Path) -> None:
+@pytest.mark.parametrize("script", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in SCRIPTS])
+def test_script_trains_and_goes_on(script: str, folder: pathlib.Path) -> None:
     name = pathlib.Path(script).stem
-    paths = {
-        "CHECKPOINT_PATH": f"{name}/checkpoints",
-        "VOCAB_FILE": "vocab.json",
-        "MERGE_FILE": "merges.txt",
-        "DATA_PATH": "my-gpt2_text_document",
-    }
+    variables = TOY | SCRIPTS[script] | {"CHECKPOINT_PATH": f"{name}/checkpoints"}
     command = [str(ROOT / "examples" / script), *FLAGS, "--run-dir", name]
-    run([*command, "--exit-interval", "4"], folder, **TOY, **paths, **variables)
-    assert (folder / paths["CHECKPOINT_PATH"] / "latest").read_text().strip() == "iter_0000004"
-    output = run(command, folder, **TOY, **paths, **variables)
+    run([*command, "--exit-interval", "4"], folder, **variables)
+    assert (folder / variables["CHECKPOINT_PATH"] / "latest").read_text().strip() == "iter_0000004"
+    output = run(command, folder, **variables)
     assert "resuming after step 4" in output
     assert steps(folder, name) == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("script", ["pretrain_gpt.sh", "pretrain_gpt_distributed.sh"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_the_defaults_are_the_345m_model(script: str, folder: pathlib.Path) -> None:
-    paths = {"CHECKPOINT_PATH": "unused", "VOCAB_FILE": "vocab.json", "MERGE_FILE": "merges.txt", "DATA_PATH": "my-gpt2_text_document"}
-    output = run(
-        [str(ROOT / "examples" / script), "--dry-run", "--vocab-size", "50257"], folder, **paths, GPUS_PER_NODE="1", MASTER_PORT="29532"
-    )
-    assert "354,823,168 parameters" in output
+    bert = "bert" in script
+    command = [str(ROOT / "examples" / script), "--dry-run", "--vocab-size", "30524" if bert else "50257"]
+    alone = {"GPUS_PER_NODE": "1", "TENSOR": "1", "PIPELINE": "1", "GLOBAL_BATCH": "8", "CHECKPOINT_PATH": "unused"}
+    output = run(command, folder, **SCRIPTS[script] | alone)
+    assert ("336,228,158 parameters" if bert else "354,823,168 parameters") in output
     assert not (folder / "unused").exists()

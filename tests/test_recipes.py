@@ -11,13 +11,21 @@ from megalith.config.parameters import parameter_count
 
 
 def load(name, **options):
-    return load_config(["gpt", "--recipe", name, "--data-path", "a", "--tokenizer-model", "t"], read_recipe=recipes.text, **options)[0]
+    return load_config(["--recipe", name, "--data-path", "a", "--tokenizer-model", "t"], read_recipe=recipes.text, **options)[0]
 
 
 def test_the_list():
-    assert {"cpu-tiny", "gpt2-small-124m", "gpt2-medium-345m", "gpt3-1.3b", "gpt3-2.7b", "gpt3-175b", "llama-1b", "llama-8b"} <= set(
-        recipes.names()
-    )
+    assert {
+        "cpu-tiny",
+        "gpt2-small-124m",
+        "gpt2-medium-345m",
+        "gpt3-1.3b",
+        "gpt3-2.7b",
+        "gpt3-175b",
+        "llama-1b",
+        "llama-8b",
+        "bert-tiny",
+    } <= set(recipes.names())
 
 
 @pytest.mark.parametrize("name", recipes.names())
@@ -52,5 +60,5 @@ def test_gpt3_175b_counts_steps_as_megatron():
 def test_unknown_recipe():
     with pytest.raises(ConfigError, match="unknown recipe gpt2-smal: did you mean gpt2-small-124m"):
         recipes.text("gpt2-smal")
-    with pytest.raises(ConfigError, match=r"^unknown recipe ../config: the known ones are cpu-tiny, "):
+    with pytest.raises(ConfigError, match=r"^unknown recipe ../config: the known ones are bert-345m, bert-tiny, cpu-tiny, "):
         load("../config")

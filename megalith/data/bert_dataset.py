@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from megalith.common.errors import DataError, problem
 from megalith.config.run import RunConfig
+from megalith.config.text import Words
 from megalith.data.masking import Masking, continuing
 from megalith.data.sample_mapping import build_mapping
 from megalith.data.sentence_dataset import SentenceDataset, padded
@@ -38,6 +40,10 @@ class BertDataset(SentenceDataset):
     ):
         """Whole epochs until there are num_samples (None: one epoch). tokenizer: with tokens(), vocab_size, cls, sep, mask, pad."""
         super().__init__(indexed, documents, seed, cache_folders)
+        if binary_head and len(indexed) <= indexed.num_documents:
+            rule = f"each of the {indexed.num_documents} documents is one sequence; a sample needs two sentences of one document"
+            cure = "Preprocess with --split-sentences, or train without the order of sentences: --bert-no-binary-head"
+            raise DataError(problem(indexed.prefix, Words(f"{len(indexed)} sequences"), rule, cure))
         self.num_samples, self.seq_length, self.short_seq_prob, self.binary_head = num_samples, seq_length, short_seq_prob, binary_head
         self.cls, self.sep, self.mask, self.pad = (tokenizer.require(name) for name in ("cls", "sep", "mask", "pad"))
         self.vocab_size = tokenizer.vocab_size

@@ -1,23 +1,23 @@
 """Flags that would make a checkpoint fit, for every parameter of real models and every size that decides it."""
 
 import pytest
-import torch
 
 from megalith.checkpoint import fit
 from megalith.config.model import ModelConfig
+from megalith.config.parameters import parameter_shapes
 from megalith.config.run import RunConfig
-from megalith.models.gpt import GPT
 
 BASE = {
     "num_layers": 2, "hidden_size": 24, "num_attention_heads": 4, "vocab_size": 50, "max_position_embeddings": 32, "ffn_hidden_size": 40,
 }  # fmt: skip
 
 
+BERT = {"model_type": "bert"}
+
+
 def shapes(**model):
     config = RunConfig(model=ModelConfig(**{**BASE, **model}))
-    with torch.device("meta"):
-        built = GPT(config.model)
-    return {f"model/{name}": list(parameter.shape) for name, parameter in built.named_parameters()}
+    return {f"model/{name}": list(shape) for name, shape in parameter_shapes(config.model).items()}
 
 
 def model(**values):
@@ -43,6 +43,17 @@ CASES = [
     ({"normalization": "RMSNorm"}, {}, {"--normalization rmsnorm"}),
     ({"qk_layernorm": True}, {}, {"--qk-layernorm"}),
     ({"add_bias_linear": False}, {}, {"--disable-bias-linear"}),
+    (BERT, {**BERT, "vocab_size": 60}, {"--vocab-size 50"}),
+    (BERT, {**BERT, "hidden_size": 48}, {"--hidden-size 24"}),
+    (BERT, {**BERT, "bert_no_binary_head": True}, {"no --bert-no-binary-head"}),
+    ({**BERT, "bert_no_binary_head": True}, BERT, {"--bert-no-binary-head"}),
+    ({**BERT, "norm_after_residual": True}, BERT, {"--norm-after-residual", "--normalization layernorm"}),
+    (
+        BERT,
+        {**BERT, "bert_no_binary_head": True, "max_position_embeddings": 64},
+        {"no --bert-no-binary-head", "--max-position-embeddings 32"},
+    ),
+    (BERT, {}, {"--model-type bert", "no --bert-no-binary-head"}),
 ]
 
 

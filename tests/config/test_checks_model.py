@@ -50,3 +50,29 @@ def test_each_rule(values, message):
 )  # fmt: skip
 def test_what_is_allowed(values):
     assert texts(**values) == []
+
+
+BERT = {"model_type": "bert", "dataset": "bert", "loss": "bert"}
+BERT_CASES = [
+    ({"norm_after_residual": True}, "--norm-after-residual: found with gpt; it is a form of BERT. Leave it out, or train bert."),
+    ({"bert_no_binary_head": True}, "--bert-no-binary-head: found with gpt"),
+    ({**BERT, "position_embedding_type": "rope"}, "--position-embedding-type: found 'rope'; BERT learns its positions."),
+    ({**BERT, "norm_after_residual": True, "apply_residual_connection_post_layernorm": True}, "a layer has one form"),
+    ({**BERT, "dataset": "gpt"}, "--dataset: found 'gpt'; bert learns from the dataset 'bert'. Write --dataset bert, or leave it out."),
+    ({**BERT, "loss": "lm"}, "Write --loss bert, or leave it out."),
+    ({**BERT, "reset_attention_mask": True}, "samples of BERT are of one document each"),
+    ({**BERT, "seq_length": 4}, "it is at least 8"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), BERT_CASES, ids=range(len(BERT_CASES)))
+def test_each_rule_of_bert(values, message):
+    (text,) = texts(**values)
+    assert message in text
+
+
+@pytest.mark.parametrize(
+    "values", [BERT, {**BERT, "norm_after_residual": True, "bert_no_binary_head": True}, {**BERT, "dataset": "my:own"}]
+)
+def test_what_bert_may_be(values):
+    assert texts(**values) == []
