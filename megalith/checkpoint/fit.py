@@ -46,15 +46,17 @@ PRESENCE = (
     ("head.", ("untie_embeddings_and_output_weights",)),
     ("attention.q_norm", ("qk_layernorm",)),
     ("attention.k_norm", ("qk_layernorm",)),
+    ("embedding_norm", ("embed_layernorm",)),
     ("norm.bias", ("normalization",)),
+    ("mlp_norm", ("parallel_attn", "parallel_layernorm")),
     ("mlp.gate", ("swiglu", "glu_activation")),
     (".bias", ("add_bias_linear",)),
 )
 SHAPING = (
     "model_type", "num_layers", "decoder_num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "kv_channels",
     "attention_head_type", "num_query_groups", "max_position_embeddings", "position_embedding_type", "relative_attention_num_buckets",
-    "normalization", "swiglu", "glu_activation", "add_bias_linear", "add_qkv_bias", "qk_layernorm", "norm_after_residual",
-    "bert_no_binary_head", "untie_embeddings_and_output_weights", "vocab_size",
+    "normalization", "swiglu", "glu_activation", "embed_layernorm", "parallel_attn", "parallel_layernorm", "add_bias_linear",
+    "add_qkv_bias", "qk_layernorm", "norm_after_residual", "bert_no_binary_head", "untie_embeddings_and_output_weights", "vocab_size",
 )  # fmt: skip
 
 

@@ -94,7 +94,7 @@ def _ours(found: Mapping[str, Lazy], family: Family, model: ModelConfig, path: p
 def rules(family: Family, model: ModelConfig) -> Iterator[tuple[Any, str, tuple[str, ...]]]:
     """(rule, their tensor, our tensors) for every parameter of the model."""
     shapes = parameter_shapes(model)
-    for rule in family.names:
+    for rule in (each for each in family.names if each.when(model)):
         for theirs, ours in rule.pairs(shapes):
             yield rule, theirs, ours
 

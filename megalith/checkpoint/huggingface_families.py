@@ -27,6 +27,12 @@ FAMILIES = Registry(  # config.json's model_type -> table; in the order in which
     {
         "gpt2": "megalith.checkpoint.families.gpt2:GPT2",
         "llama": "megalith.checkpoint.families.llama:LLAMA",
+        "mistral": "megalith.checkpoint.families.llama:MISTRAL",
+        "qwen2": "megalith.checkpoint.families.llama:QWEN2",
+        "qwen3": "megalith.checkpoint.families.llama:QWEN3",
+        "bloom": "megalith.checkpoint.families.bloom:BLOOM",
+        "falcon": "megalith.checkpoint.families.falcon:FALCON",
+        "gpt_neox": "megalith.checkpoint.families.neox:NEOX",
     },
 )
 REQUIRED = object()  # a field of config.json without a default
@@ -62,14 +68,18 @@ GROUPS = Form(_groups_apart, _groups_together)  # rows of each key head's querie
 
 
 class Rule(NamedTuple):
-    """Modules of theirs and of ours with the same weight and bias; `*` is the number of a layer. `ours` may be several of one tensor."""
+    """Modules of theirs and of ours with the same weight and bias; `*` is the number of a layer.
+
+    ours: several, where one tensor of theirs is several of ours. when: which models have it under this name.
+    """
 
     theirs: str
     ours: str | tuple[str, ...]
     form: Form = SAME
+    when: Callable[[ModelConfig], bool] = lambda model: True
 
     def pairs(self, shapes: Shapes) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """(their tensor, our tensors) for each that the model with these shapes has."""
+        """(their tensor, our tensors) for each that a model with these shapes has."""
         ours = (self.ours,) if isinstance(self.ours, str) else self.ours
         pattern = re.compile(re.escape(ours[0]).replace(r"\*", r"(\d+)") + r"\.(weight|bias)")
         for name in shapes:
@@ -100,8 +110,8 @@ class Family:
     """An architecture of Hugging Face's.
 
     architecture: class in transformers. prefix: of their names, which files of the bare model leave out.
-    settings: fields that both sides have. always: ours that config.json does not have. only: values that theirs must have
-    where they are given, because nothing else is built.
+    settings: fields that both sides have. always: ours that config.json does not have. only: values that theirs must have where
+        they are given, because nothing else is built.
     more_ours(config.json) and more_theirs(config): what no table says.
     names: see Rule. surplus: patterns of their tensors that are no weights (masks, inverse frequencies).
     """
@@ -171,7 +181,16 @@ def activation_name(table: Mapping[str, dict[str, Any]], model: ModelConfig) -> 
     return next((name for name, fields in table.items() if ModelConfig(**fields).activation == model.activation), None)
 
 
-OF_POSITIONS = {"learned_absolute": ("max_position_embeddings",), "rope": ("rotary_base", "rotary_percent", "rotary_interleaved")}
+OF_POSITIONS = {
+    "learned_absolute": ("max_position_embeddings",),
+    "rope": ("rotary_base", "rotary_percent", "rotary_interleaved", "rope_scaling_type"),
+    "alibi": ("scaled_alibi",),
+}
+OF_STRETCH = {
+    "linear": ("rope_scaling_factor",),
+    "llama3": ("rope_scaling_factor", "rope_original_max_position_embeddings", "rope_low_freq_factor", "rope_high_freq_factor"),
+    "yarn": ("rope_scaling_factor", "rope_original_max_position_embeddings", "rope_beta_fast", "rope_beta_slow"),
+}
 
 
 def form(model: ModelConfig) -> dict[str, Any]:
@@ -179,7 +198,9 @@ def form(model: ModelConfig) -> dict[str, Any]:
     names = [
         "model_type", "num_layers", "hidden_size", "num_attention_heads", "num_kv_heads", "head_dim", "ffn_size", "vocab_size", "norm",
         "positions", "activation", "layernorm_epsilon", "add_bias_linear", "qk_layernorm", "untie_embeddings_and_output_weights",
-        "apply_residual_connection_post_layernorm", *OF_POSITIONS.get(model.positions, ()),
+        "apply_residual_connection_post_layernorm", "embed_layernorm", "parallel_attn", "two_norms", *OF_POSITIONS.get(model.positions, ()),
+        *OF_STRETCH.get(model.rope_scaling_type, ()),
     ]  # fmt: skip
     found = {name: getattr(model, name) for name in names}
-    return {**found, "qkv bias": model.add_bias_linear or model.add_qkv_bias}
+    windows = [model.window(layer) for layer in range(model.num_layers)]
+    return {**found, "qkv bias": model.add_bias_linear or model.add_qkv_bias, "windows": windows}

@@ -43,8 +43,11 @@ def layer_terms(config: RunConfig) -> dict[str, int]:
     terms = {f"attention_norm.{name}": size for name, size in norm_terms(config).items()}
     terms |= {"attention.input": element * stream}
     terms |= attention_terms(config)
-    terms |= {f"mlp_norm.{name}": size for name, size in norm_terms(config).items()}
-    terms |= {"mlp.input": element * stream, "mlp.activation": INNER[m.activation] * element * inner, "mlp.down.input": element * inner}
+    if m.two_norms:  # with one, the MLP keeps the input that attention keeps
+        shared = {"input"} if m.parallel_attn and m.norm == "layernorm" else set()  # of both norms
+        terms |= {f"mlp_norm.{name}": size for name, size in norm_terms(config).items() if name not in shared}
+        terms |= {"mlp.input": element * stream}
+    terms |= {"mlp.activation": INNER[m.activation] * element * inner, "mlp.down.input": element * inner}
     if m.hidden_dropout:
         terms |= {"attention_dropout.mask": stream, "mlp_dropout.mask": stream}
     return terms
@@ -99,6 +102,8 @@ def end_terms(config: RunConfig) -> dict[str, int]:
         terms["embedding_dropout.mask"] = tokens * m.hidden_size // _sequence_ways(config)
     if m.positions == "rope":
         terms["rotary_tables"] = FLOAT * tokens * (int(m.head_dim * m.rotary_percent) // 2 * 2)
+    if m.embed_layernorm:
+        terms |= {f"embedding_norm.{name}": size for name, size in norm_terms(config).items()}
     terms |= {f"final_norm.{name}": size for name, size in norm_terms(config).items()}
     rows = -(-m.vocab_size // tp)
     return terms | {"loss.hidden_gradient": element * tokens * m.hidden_size, "loss.weight_gradient": FLOAT * rows * m.hidden_size}
@@ -109,7 +114,7 @@ def attention_path(config: RunConfig) -> str:
     m = config.model
     if m.attention_backend in ("explicit", "unfused", "local") or m.attention_dropout:
         return "explicit"
-    return "blocks" if m.positions == "alibi" or config.data.reset_attention_mask else "fused"
+    return "blocks" if m.positions == "alibi" or m.sliding_window or config.data.reset_attention_mask else "fused"
 
 
 def _tokens(config: RunConfig) -> int:

@@ -31,6 +31,7 @@ def model_problems(config: RunConfig) -> Iterator[Problem]:
         cure = f"Write --max-position-embeddings {sequence}, or --seq-length {m.max_position_embeddings}"
         yield trouble(("seq_length", "max_position_embeddings"), "--seq-length", sequence, rule, cure)
     yield from _heads(config)
+    yield from _attention(config)
     yield from _forms(config)
     yield from _bert(config)
     yield from t5_problems(config)
@@ -42,6 +43,39 @@ def model_problems(config: RunConfig) -> Iterator[Problem]:
         yield trouble(("min_loss_scale", "initial_loss_scale"), "--min-loss-scale", p.min_loss_scale, rule, "Write a smaller one")
     if p.loss_scale is not None and not p.fp16:
         yield trouble(("loss_scale", "fp16"), "--loss-scale", p.loss_scale, "only float16 is scaled", "Add --fp16, or leave it out")
+
+
+def _attention(config: RunConfig) -> Iterator[Problem]:
+    """Windows, parallel branches, stretched positions."""
+    m = config.model
+    of = {"rope_scaling_type": "rope", "scaled_alibi": "alibi"}
+    for name, positions in of.items():
+        if getattr(m, name) and m.positions != positions:
+            cure = f"Write --position-embedding-type {positions}, or leave out {flag(name)}"
+            yield trouble(
+                (name, "position_embedding_type"), flag(name), getattr(m, name), f"it is for {positions}, not {m.positions}", cure
+            )
+    if m.rope_scaling_type == "llama3" and m.rope_high_freq_factor <= m.rope_low_freq_factor:
+        both = ("rope_high_freq_factor", "rope_low_freq_factor")
+        rule = f"it is more than --rope-low-freq-factor, {m.rope_low_freq_factor}"
+        yield trouble(both, "--rope-high-freq-factor", m.rope_high_freq_factor, rule, "Write --rope-high-freq-factor 4")
+    strange = [layer for layer in m.full_attention_layers if not 0 <= layer < (m.num_layers or layer + 1)]
+    if strange:
+        rule = f"layers are counted from 0 to {m.num_layers - 1}"
+        yield trouble(("full_attention_layers", "num_layers"), "--full-attention-layers", strange, rule, "Leave these out")
+    if m.full_attention_layers and m.sliding_window is None:
+        both = ("full_attention_layers", "sliding_window")
+        rule = "all layers see everything without a window"
+        yield trouble(both, "--full-attention-layers", m.full_attention_layers, rule, "Add --sliding-window N, or leave it out")
+    for name, other, wanted in (
+        ("parallel_layernorm", "parallel_attn", True),
+        ("parallel_attn", "apply_residual_connection_post_layernorm", False),
+    ):
+        if getattr(m, name) and getattr(m, other) != wanted:
+            rule = f"it goes {'with' if wanted else 'without'} {flag(other)}"
+            yield trouble(
+                (name, other), flag(name), True, rule, f"{'Add' if wanted else 'Leave out'} {flag(other)}, or leave out {flag(name)}"
+            )
 
 
 def _heads(config: RunConfig) -> Iterator[Problem]:
@@ -103,6 +137,9 @@ def _bert(config: RunConfig) -> Iterator[Problem]:
     if m.positions != "learned_absolute":
         cure = "Leave it out; the default is learned_absolute"
         yield trouble(("position_embedding_type",), "--position-embedding-type", m.positions, "BERT learns its positions", cure)
+    for name in ("embed_layernorm", "parallel_attn", "sliding_window"):
+        if getattr(m, name):
+            yield trouble((name,), flag(name), getattr(m, name), "it is a form of GPT", "Leave it out, or train gpt")
     if m.norm_after_residual and m.apply_residual_connection_post_layernorm:
         both = ("norm_after_residual", "apply_residual_connection_post_layernorm")
         cure = "Leave out --apply-residual-connection-post-layernorm"

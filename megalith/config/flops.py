@@ -16,6 +16,7 @@ every key. A gated MLP has three matrices instead of two.
 There are two conventions for causal attention, and both are printed. Full: `keys` is the sequence length (PaLM, Megatron).
 Half: it is half of that, because a fused causal kernel skips what the mask hides. Half gives the smaller, stricter number.
 BERT's attention is not causal, so that both are the same. Its pooler works on one token of a sequence, and is left out.
+With a sliding window the length of the window takes the place of the sequence's, and half leaves out what the first tokens lack.
 
 Of an encoder-decoder model the FLOPs of a sample (an encoder's and a decoder's sequence) are counted for each of the encoder's
 tokens, as these are what a step's tokens are. Only the decoder's self-attention is causal.
@@ -34,10 +35,16 @@ def flops_per_token(model: ModelConfig, seq_length: int, causal_half: bool = Fal
     """
     if model.decoder_layers:
         return 6 * sum(layer_costs(model, seq_length, decoder_seq_length or seq_length, causal_half, look_up=0.0)) / seq_length
-    keys = seq_length / 2 if causal_half and model.causal else seq_length
     layers, _, heads, _ = sizes(model)
-    attention = 4 * layers * heads * model.head_dim * keys
+    keys = sum(keys_seen(seq_length, model.window(layer), causal_half and model.causal) for layer in range(layers))
+    attention = 4 * heads * model.head_dim * keys
     return 3 * (2 * matrix_parameters(model) + attention)
+
+
+def keys_seen(seq_length: int, window: int | None, causal_half: bool) -> float:
+    """Keys that a query of one layer is multiplied with, on average: all in the window, or (half) those of them that exist."""
+    widest = min(window or seq_length, seq_length)
+    return widest - widest * widest / (2 * seq_length) if causal_half else widest
 
 
 def layer_costs(model: ModelConfig, source: int, target: int, causal_half: bool = True, look_up: float = 0.1) -> list[float]:

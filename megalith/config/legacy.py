@@ -21,6 +21,9 @@ RENAMED: dict[str, dict[str, Any]] = {
     "--no-query-key-layer-scaling": {"apply_query_key_layer_scaling": False},
     "--encoder-num-layers": {"num_layers": VALUE},
     "--encoder-seq-length": {"seq_length": VALUE},
+    # Megatron core
+    "--use-rope-scaling": {"rope_scaling_type": "llama3"},
+    "--rotary-seq-len-interpolation-factor": {"rope_scaling_type": "linear", "rope_scaling_factor": VALUE},
     # Hugging Face's fork
     "--finetune-from": {"load": VALUE, "finetune": True},
     # Megatron-DeepSpeed

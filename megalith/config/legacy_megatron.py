@@ -119,6 +119,10 @@ REFUSED: dict[str, tuple[int | str, tuple[str, ...], str]] = {
         0, (), "the residual stream has the compute format; train without --bf16 and --fp16 to have it in float32"
     ),
     "--apply-layernorm-1p": (0, (), "norm weights are stored as they multiply, not minus one; leave it out"),
+    "--window-size": (
+        1, ("-1,0",), "write --sliding-window N: N counts the token itself, which the left side here does not, so 4095,0 is 4096"
+    ),
+    "--window-attn-skip-freq": (1, (), "name the layers that see everything with --full-attention-layers 0 2 4"),
     "--data-parallel-random-init": (0, (), "all data-parallel processes hold one model; leave it out, --seed gives another start"),
     "--load-tag": (1, (), "checkpoints are chosen by iteration; use --ckpt-step N"),
     "--wandb-entity-name": (1, (), NO_TRACKER),

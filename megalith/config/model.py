@@ -34,6 +34,23 @@ class ModelConfig:
     rotary_base: float = knob(10000.0, "theta of the rotary embedding", flags=("--rotary-position-embeddings-theta", "--rope-theta"))
     rotary_percent: float = knob(1.0, "share of each head that is rotated, 0 to 1", minimum=0.0)
     rotary_interleaved: bool = knob(False, "rotate neighbouring pairs (GPT-J, Meta's files) instead of halves (NeoX, Hugging Face)")
+    rope_scaling_type: str | None = knob(
+        None, "stretch the rotary embedding beyond the length it was trained for", choices=("linear", "llama3", "yarn")
+    )
+    rope_scaling_factor: float = knob(8.0, "how many times longer the stretched sequences are", minimum=1.0)
+    rope_original_max_position_embeddings: int = knob(8192, "llama3, yarn: longest sequence before stretching, in tokens", minimum=1)
+    rope_low_freq_factor: float = knob(
+        1.0, "llama3: channels that turn less often than this in that length are stretched whole", minimum=0.0
+    )
+    rope_high_freq_factor: float = knob(4.0, "llama3: channels that turn more often than this in that length stay as they are", minimum=0.0)
+    rope_beta_fast: float = knob(32.0, "yarn: channels that turn more often than this in that length stay as they are", minimum=0.0)
+    rope_beta_slow: float = knob(1.0, "yarn: channels that turn less often than this in that length are stretched whole", minimum=0.0)
+    scaled_alibi: bool = knob(False, "divide ALiBi's biases by the square root of the width of a head (Falcon)")
+    sliding_window: int | None = knob(None, "tokens that each token sees, itself and those before it (default: all)", minimum=1)
+    full_attention_layers: list[int] = knob([], "layers, counted from 0, whose tokens see all before them in spite of --sliding-window")
+    embed_layernorm: bool = knob(False, "norm the embeddings too (Bloom)")
+    parallel_attn: bool = knob(False, "attention and MLP side by side, both from the residual before either (Falcon, NeoX)")
+    parallel_layernorm: bool = knob(False, "with --parallel-attn: a norm for each of the two instead of one for both")
     normalization: str = knob("LayerNorm", "norm of the residual stream", choices=("LayerNorm", "RMSNorm", "layernorm", "rmsnorm"))
     layernorm_epsilon: float = knob(1e-5, "added to the variance", flags=("--norm-epsilon",), minimum=0.0)
     apply_residual_connection_post_layernorm: bool = knob(False, "take the residual after the norm instead of before it (post-LN residual)")
@@ -130,6 +147,15 @@ class ModelConfig:
     def causal(self) -> bool:
         """Whether a token sees those before it alone, as in a model that writes text."""
         return self.model_type != "bert"
+
+    @property
+    def two_norms(self) -> bool:
+        """Whether the MLP of a layer has a norm of its own."""
+        return self.parallel_layernorm or not self.parallel_attn
+
+    def window(self, layer: int) -> int | None:
+        """Tokens that each token of this layer sees, None for all before it."""
+        return None if layer in self.full_attention_layers else self.sliding_window
 
     @property
     def norm(self) -> str:

@@ -56,6 +56,8 @@ def gpt_shapes(model: ModelConfig) -> Shapes:
     found: Shapes = {"embedding.weight": (vocabulary, h)}
     if model.positions == "learned_absolute":
         found["position_embedding.weight"] = (model.max_position_embeddings or 0, h)
+    if model.embed_layernorm:
+        found |= norm_shapes("embedding_norm", model)
     for number in range(layers):
         found |= {f"layers.{number}.{name}": shape for name, shape in layer_shapes(model, heads).items()}
     found |= norm_shapes("final_norm", model)
@@ -100,7 +102,7 @@ def layer_shapes(model: ModelConfig, heads: int) -> Shapes:
     }  # fmt: skip
     if model.gated:
         linears["mlp.gate"] = (inner, h, bias)
-    found: Shapes = norm_shapes("attention_norm", model) | norm_shapes("mlp_norm", model)
+    found: Shapes = norm_shapes("attention_norm", model) | (norm_shapes("mlp_norm", model) if model.two_norms else {})
     for name, (outputs, inputs, biased) in linears.items():
         found |= {f"{name}.weight": (outputs, inputs)} | ({f"{name}.bias": (outputs,)} if biased else {})
     if model.qk_layernorm:

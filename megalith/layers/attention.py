@@ -42,6 +42,8 @@ class CoreAttention(nn.Module):
         `first_head` is the global number of head 0, for a rank that holds a part of the heads; mask.slopes are those of all heads,
         mask.relative those of the heads here.
         """
+        if mask.window is not None and mask.window >= k.shape[2]:
+            mask = mask._replace(window=None)  # hides nothing
         if mask.slopes is not None:
             mask = mask._replace(slopes=mask.slopes[self.first_head : self.first_head + q.shape[1]])
         p = self.dropout.p if self.training and mask.rows is not None else 0.0
@@ -83,12 +85,14 @@ class CoreAttention(nn.Module):
         for start in range(0, q.shape[2], QUERY_BLOCK):
             stop = min(start + QUERY_BLOCK, q.shape[2])
             end = first + stop if mask.causal else k.shape[2]
-            parts.append(run(q[:, :, start:stop], k[:, :, :end], v[:, :, :end], mask, first + start, p, self.scale))
+            begin = 0 if mask.window is None else max(0, first + start - mask.window + 1)
+            here = slice(begin, end)
+            parts.append(run(q[:, :, start:stop], k[:, :, here], v[:, :, here], mask, first + start, begin, p, self.scale))
         return torch.cat(parts, dim=2)
 
 
-def _block(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, start: int, p: float, scale: float | None) -> Tensor:
-    bias = mask.bias(slice(start, start + q.shape[2]), slice(0, k.shape[2]), q.device)
+def _block(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, start: int, begin: int, p: float, scale: float | None) -> Tensor:
+    bias = mask.bias(slice(start, start + q.shape[2]), slice(begin, begin + k.shape[2]), q.device)
     # Distances over 256 are rounded in bfloat16; the CPU's kernel takes them as float32.
     bias = bias.to(torch.promote_types(q.dtype, bias.dtype) if q.device.type == "cpu" else q.dtype)
     return scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p, scale=scale)
@@ -142,11 +146,11 @@ class SelfAttention(nn.Module):
 
     def __init__(
         self, hidden: int, heads: int, kv_heads: int, head_dim: int, *, bias: bool, qkv_bias: bool, core: CoreAttention,
-        interleaved: bool = False, head_norm: float | None = None,
+        interleaved: bool = False, head_norm: float | None = None, window: int | None = None,
     ):  # fmt: skip
-        """head_norm: epsilon of an RMSNorm on each query and key head (Qwen3), None for none."""
+        """head_norm: epsilon of an RMSNorm on each query and key head (Qwen3), None for none. window: see AttentionMask."""
         super().__init__()
-        self.head_dim, self.interleaved = head_dim, interleaved
+        self.head_dim, self.interleaved, self.window = head_dim, interleaved, window
         self.shared_input = SharedInput()
         self.q = nn.Linear(hidden, heads * head_dim, bias=qkv_bias)
         self.k = nn.Linear(hidden, kv_heads * head_dim, bias=qkv_bias)
@@ -163,6 +167,8 @@ class SelfAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, rotary, self.interleaved), rotate(k, rotary, self.interleaved)
+        if self.window is not None:
+            mask = mask._replace(window=self.window)
         return self.out(self.core(q, k, v, mask).transpose(1, 2).flatten(2))
 
     def heads(self, x: Tensor) -> Tensor:

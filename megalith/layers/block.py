@@ -20,21 +20,23 @@ class Block(nn.Module):
     normed_residual takes the residual after the norm instead of before it
     (Megatron's --apply-residual-connection-post-layernorm).
     norm_after: norm(x + drop(attention(x))), then norm(x + drop(mlp(x))), as in Vaswani et al. (2017) and Google's BERT.
+    parallel: x + drop(attention(norm(x))) + drop(mlp(norm(x))), with one norm or, with two_norms, one for each (Falcon).
     """
 
     def __init__(
         self, hidden: int, norm: str, epsilon: float, attention: SelfAttention, mlp: MLP, *, dropout: float, site: str,
-        normed_residual: bool = False, norm_after: bool = False, cross: CrossAttention | None = None,
+        normed_residual: bool = False, norm_after: bool = False, parallel: bool = False, two_norms: bool = True,
+        cross: CrossAttention | None = None,
     ):  # fmt: skip
         super().__init__()
-        self.normed_residual, self.norm_after = normed_residual, norm_after
+        self.normed_residual, self.norm_after, self.parallel = normed_residual, norm_after, parallel
         self.attention_norm = NORMS[norm](hidden, epsilon)
         self.attention = attention
         self.attention_dropout = Dropout(dropout, f"{site}.attention")
         self.cross_norm = NORMS[norm](hidden, epsilon) if cross is not None else None
         self.cross_attention = cross
         self.cross_dropout = Dropout(dropout, f"{site}.cross_attention") if cross is not None else None
-        self.mlp_norm = NORMS[norm](hidden, epsilon)
+        self.mlp_norm = NORMS[norm](hidden, epsilon) if two_norms else None
         self.mlp = mlp
         self.mlp_dropout = Dropout(dropout, f"{site}.mlp")
 
@@ -50,13 +52,14 @@ class Block(nn.Module):
             x = self.attention_norm(x + self.attention_dropout(self.attention(x, mask, rotary), rows))
             return self.mlp_norm(x + self.mlp_dropout(self.mlp(x), rows))
         normed = self.attention_norm(x)
-        residual = normed if self.normed_residual else x
+        residual, before = normed if self.normed_residual else x, x
         x = residual + self.attention_dropout(self.attention(normed, mask, rotary), rows)
         if self.cross_attention is not None:
             normed = self.cross_norm(x)
             residual = normed if self.normed_residual else x
             x = residual + self.cross_dropout(self.cross_attention(normed, memory, memory_mask), rows)
-        normed = self.mlp_norm(x)
+        if self.mlp_norm is not None:
+            normed = self.mlp_norm(before if self.parallel else x)
         residual = normed if self.normed_residual else x
         return residual + self.mlp_dropout(self.mlp(normed), rows)
 

@@ -13,7 +13,7 @@ from megalith.layers.block import NORMS, run_in_order
 from megalith.layers.dropout import Dropout
 from megalith.layers.loss import TokenLoss
 from megalith.layers.mask import AttentionMask
-from megalith.layers.positions import alibi_slopes, rotary_table
+from megalith.layers.positions import Stretch, alibi_slopes, rotary_table
 from megalith.models.parts import dropout_rows, initial, make_layer
 
 
@@ -28,22 +28,29 @@ class GPT(nn.Module):
         self.embedding = nn.Embedding(vocab, h)
         learned = config.positions == "learned_absolute"
         self.position_embedding = nn.Embedding(config.max_position_embeddings, h) if learned else None
+        self.embedding_norm = NORMS[config.norm](h, config.layernorm_epsilon) if config.embed_layernorm else None
         self.embedding_dropout = Dropout(config.hidden_dropout, "embedding")
         self.layers = nn.ModuleDict({str(i): make_layer(config, i) for i in range(config.num_layers)})
         self.run_layers = run_in_order
         self.final_norm = NORMS[config.norm](h, config.layernorm_epsilon)
         self.head = nn.Linear(h, vocab, bias=False)
         self.token_loss = TokenLoss(config.loss_chunk_tokens, config.z_loss_coeff)
+        self.stretch = stretch(config)
         self.slopes: Tensor | None
-        self.register_buffer("slopes", alibi_slopes(config.num_attention_heads) if config.positions == "alibi" else None, persistent=False)
+        self.register_buffer("slopes", self.make_slopes() if config.positions == "alibi" else None, persistent=False)
         self.restore()
+
+    def make_slopes(self) -> Tensor:
+        """ALiBi's slope of each head, float32 [heads]."""
+        slopes = alibi_slopes(self.config.num_attention_heads)
+        return slopes * self.config.head_dim**-0.5 if self.config.scaled_alibi else slopes
 
     def restore(self) -> None:
         """Tie head and embedding where the config says so, and fill buffers: what to_empty undoes."""
         if not self.config.untie_embeddings_and_output_weights and self.embedding is not None and self.head is not None:
             self.head.weight = self.embedding.weight
         if self.slopes is not None and not self.slopes.is_meta:
-            self.slopes.copy_(alibi_slopes(len(self.slopes)))
+            self.slopes.copy_(self.make_slopes())
 
     def initial(self, name: str) -> tuple[str, float]:
         """How a parameter starts; see parts.initial."""
@@ -72,7 +79,9 @@ class GPT(nn.Module):
         rows = dropout_rows(self, samples, step, coordinates)
         x = inputs if self.embedding is None else self.embed(inputs, positions, rows)
         mask = AttentionMask(documents=documents, slopes=self.slopes, rows=rows)
-        rotary = rotary_table(positions, c.head_dim, base=c.rotary_base, percent=c.rotary_percent) if c.positions == "rope" else None
+        rotary = None
+        if c.positions == "rope":
+            rotary = rotary_table(positions, c.head_dim, base=c.rotary_base, percent=c.rotary_percent, stretch=self.stretch)
         x = self.run_layers(list(self.layers.values()), x, mask, rotary, rows)
         if self.final_norm is not None:
             x = self.final_norm(x)
@@ -87,4 +96,15 @@ class GPT(nn.Module):
         x = self.embedding(ids)
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
         return self.embedding_dropout(x, rows)
+
+
+def stretch(config: ModelConfig) -> Stretch | None:
+    """How the config stretches the rotary embedding, None where it does not."""
+    c, kind = config, config.rope_scaling_type
+    if kind is None:
+        return None
+    slow, fast = (c.rope_low_freq_factor, c.rope_high_freq_factor) if kind == "llama3" else (c.rope_beta_slow, c.rope_beta_fast)
+    return Stretch(kind, c.rope_scaling_factor, c.rope_original_max_position_embeddings, slow, fast)

@@ -19,12 +19,12 @@ def make_layer(c: ModelConfig, number: int) -> Block:
     attention = SelfAttention(
         c.hidden_size, c.num_attention_heads, c.num_kv_heads, c.head_dim, bias=c.add_bias_linear,
         qkv_bias=c.add_bias_linear or c.add_qkv_bias, core=make_core(c, site), interleaved=c.rotary_interleaved,
-        head_norm=c.layernorm_epsilon if c.qk_layernorm else None,
+        head_norm=c.layernorm_epsilon if c.qk_layernorm else None, window=c.window(number),
     )  # fmt: skip
     return Block(
         c.hidden_size, c.norm, c.layernorm_epsilon, attention, make_mlp(c), dropout=c.hidden_dropout, site=site,
         normed_residual=c.apply_residual_connection_post_layernorm, norm_after=c.norm_after_residual,
-        cross=make_cross(c, site) if c.decoder_layers and number >= c.num_layers else None,
+        parallel=c.parallel_attn, two_norms=c.two_norms, cross=make_cross(c, site) if c.decoder_layers and number >= c.num_layers else None,
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ class Ends:
     beside: Mapping[str, Callable[[int, int], Collection[int]]] = dataclasses.field(default_factory=dict)
 
 
-GPT = Ends(("embedding", "position_embedding"), ("final_norm", "head"))
+GPT = Ends(("embedding", "position_embedding", "embedding_norm"), ("final_norm", "head"))
 BERT = Ends(
     ("embedding", "position_embedding", "token_type_embedding", "embedding_norm"),
     ("final_norm", "head_dense", "head_norm", "head", "pooler", "order_head"),

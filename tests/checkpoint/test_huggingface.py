@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from megalith.checkpoint import formats, huggingface
 from megalith.checkpoint.formats import Options
+from megalith.checkpoint.huggingface_families import form
 from megalith.checkpoint.weights import own, write
 from tests.originals.families import MODELS
 
@@ -42,3 +44,16 @@ def test_import_then_export_is_bit_exact(name: str, folder, tmp_path: pathlib.Pa
     ids = torch.randint(90, (2, 20))
     one, other = (transformers.AutoModelForCausalLM.from_pretrained(each).eval()(ids).logits for each in (theirs, tmp_path / "back"))
     assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_config_of_our_own_making_is_the_same_model(name: str, folder, tmp_path: pathlib.Path) -> None:
+    """Without the config.json it came from, as a model trained here has none."""
+    theirs = folder(name)
+    weights = replace(formats.read(theirs), files={})
+    huggingface.write(weights, tmp_path / "back", Options())
+    ids = torch.randint(90, (2, 40))
+    one, other = (transformers.AutoModelForCausalLM.from_pretrained(each).eval()(ids).logits for each in (theirs, tmp_path / "back"))
+    assert torch.equal(one, other) or (one - other).abs().max() < 1e-5
+    again = formats.read(tmp_path / "back")
+    assert form(again.config.model) == form(weights.config.model)

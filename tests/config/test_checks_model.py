@@ -29,6 +29,15 @@ CASES = [
     ({"swiglu": True, "squared_relu": True}, "activation: found --squared-relu and --swiglu; an MLP has one."),
     ({"use_rotary_position_embeddings": True, "position_embedding_type": "alibi"}, "a model has one kind of positions"),
     ({"position_embedding_type": "rope", "rotary_percent": 0.01}, "rotated channels of a head: found 0"),
+    ({"rope_scaling_type": "yarn"},
+     "--rope-scaling-type: found 'yarn'; it is for rope, not learned_absolute. Write --position-embedding-type rope, or leave out "
+     "--rope-scaling-type."),
+    ({"scaled_alibi": True}, "--scaled-alibi: found True; it is for alibi"),
+    ({"position_embedding_type": "rope", "rope_scaling_type": "llama3", "rope_high_freq_factor": 1.0}, "it is more than --rope-low-freq-"),
+    ({"sliding_window": 8, "full_attention_layers": [1, 4]}, "--full-attention-layers: found [4]; layers are counted from 0 to 3."),
+    ({"full_attention_layers": [1]}, "Add --sliding-window N, or leave it out"),
+    ({"parallel_layernorm": True}, "--parallel-layernorm: found True; it goes with --parallel-attn. Add --parallel-attn, or leave out"),
+    ({"parallel_attn": True, "apply_residual_connection_post_layernorm": True}, "it goes without --apply-residual-connection-post-"),
 ]  # fmt: skip
 
 
@@ -44,6 +53,8 @@ def test_each_rule(values, message):
         {}, {"num_attention_heads": 5, "kv_channels": 8}, {"position_embedding_type": "alibi", "max_position_embeddings": None},
         {"swiglu": True, "glu_activation": "swiglu"}, {"group_query_attention": True, "num_query_groups": 2}, {"num_query_groups": 1},
         {"position_embedding_type": "rotary", "use_rotary_position_embeddings": True}, {"attention_head_type": "multiquery"},
+        {"sliding_window": 8, "full_attention_layers": [0, 3]}, {"parallel_attn": True, "parallel_layernorm": True},
+        {"position_embedding_type": "rope", "rope_scaling_type": "llama3"}, {"position_embedding_type": "alibi", "scaled_alibi": True},
         {"fp16": True, "loss_scale": 8.0}, {"num_layers": None, "use_checkpoint_args": True, "load": "a"},
     ],
     ids=lambda each: "-".join(each),

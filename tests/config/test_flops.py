@@ -2,7 +2,7 @@
 
 import pytest
 
-from megalith.config.flops import flops_per_token
+from megalith.config.flops import flops_per_token, keys_seen
 from megalith.config.model import ModelConfig
 
 
@@ -64,3 +64,13 @@ def test_of_bert():
     with FlopCounterMode(display=False) as counter:
         BERT(config)(torch.zeros(2, 16, dtype=torch.int64)).sum().backward()
     assert counter.get_total_flops() == flops_per_token(config, 16) * 2 * 16 == flops_per_token(config, 16, causal_half=True) * 2 * 16
+
+
+def test_windows_take_the_place_of_the_sequence():
+    shape = {"num_layers": 3, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 100}
+    whole, slid = ModelConfig(**shape), ModelConfig(**shape, sliding_window=10, full_attention_layers=[1])
+    kept = 12 * 64 * 2 * (256 - 10)  # two of the three layers
+    assert flops_per_token(whole, 256) - flops_per_token(slid, 256) == kept
+    seen = sum(min(place + 1, 10) for place in range(256)) / 256  # the first tokens see fewer
+    assert keys_seen(256, 10, True) == pytest.approx(seen, abs=0.03) and keys_seen(256, None, True) == 128
+    assert keys_seen(8, 10, False) == 8

@@ -47,7 +47,8 @@ FORMS = [
     {}, {"untie_embeddings_and_output_weights": True}, {"position_embedding_type": "rope"}, {"position_embedding_type": "alibi"},
     {"attention_head_type": "multiquery"}, {"num_query_groups": 2, "kv_channels": 10}, {"swiglu": True}, {"glu_activation": "geglu"},
     {"add_bias_linear": False}, {"add_bias_linear": False, "add_qkv_bias": True}, {"normalization": "RMSNorm", "qk_layernorm": True},
-    {"squared_relu": True, "ffn_hidden_size": 50},
+    {"squared_relu": True, "ffn_hidden_size": 50}, {"embed_layernorm": True, "position_embedding_type": "alibi"}, {"parallel_attn": True},
+    {"parallel_attn": True, "parallel_layernorm": True},
 ]  # fmt: skip
 
 
@@ -60,6 +61,7 @@ def test_equal_to_the_built_model(form):
     config = ModelConfig(**{**SMALL, **form})
     with torch.device("meta"):
         model = GPT(config)
+    assert {name: tuple(parameter.shape) for name, parameter in model.named_parameters()} == parameter_shapes(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameter_count(config)
     matrices = {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)}
     assert sum(matrices.values()) == matrix_parameters(config)

@@ -27,6 +27,9 @@ FORMS: dict[str, dict[str, Any]] = {
         "num_query_groups": 2,
     },
     "qwen3": {"position_embedding_type": "rope", "qk_layernorm": True, "untie_embeddings_and_output_weights": True},
+    "window": {"position_embedding_type": "rope", "sliding_window": 7, "full_attention_layers": [1]},
+    "window, alibi": {"position_embedding_type": "alibi", "sliding_window": 30, "num_query_groups": 2},
+    "side by side": {"parallel_attn": True, "embed_layernorm": True, "attention_head_type": "multiquery"},
     "explicit": {"attention_backend": "explicit"},
 }
 RAGGED = [[5, 9, 200, 17, 3], [250], list(range(40, 110)), [7, 7, 7]]

@@ -28,6 +28,8 @@ MASKS: dict[str, dict[str, Any]] = {
     "alibi": {"slopes": alibi_slopes(HEADS)},
     "documents": {"documents": documents()},
     "window": {"window": 9},
+    "window of two blocks": {"window": QUERY_BLOCK + 10},
+    "window that hides nothing": {"window": LENGTH},
     "padding": {"causal": False, "padding": torch.arange(LENGTH)[None] < torch.tensor([[LENGTH], [77]])},
     "all": {"slopes": alibi_slopes(HEADS), "documents": documents(), "window": 99},
 }

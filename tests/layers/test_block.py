@@ -53,6 +53,19 @@ def test_norms_after_residuals() -> None:
     torch.testing.assert_close(layer(x, mask, None, None), layer.mlp_norm(y + layer.mlp(y)))
 
 
+@pytest.mark.parametrize("two_norms", [False, True])
+def test_side_by_side(two_norms: bool) -> None:
+    torch.manual_seed(0)
+    attention = SelfAttention(8, 2, 2, 4, bias=True, qkv_bias=True, core=CoreAttention(0.0, "s"))
+    mlp = MLP(8, 16, "gelu", gated=False, bias=True)
+    layer = Block(8, "layernorm", 1e-5, attention, mlp, dropout=0.0, site="layers.0", parallel=True, two_norms=two_norms).double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    x, mask = torch.randn(2, 5, 8, dtype=torch.float64), AttentionMask()
+    beside = layer.mlp_norm(x) if two_norms else layer.attention_norm(x)
+    torch.testing.assert_close(layer(x, mask, None, None), x + attention(layer.attention_norm(x), mask, None) + mlp(beside))
+
+
 def test_dropout_acts_on_both_branches_by_different_masks() -> None:
     layer, x, mask = block(dropout=0.5), torch.randn(2, 5, 8, dtype=torch.float64), AttentionMask()
     rows = row_keys(1, torch.tensor(0), torch.tensor([4, 5]), torch.arange(5))

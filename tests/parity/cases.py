@@ -23,6 +23,15 @@ FORMS: dict[str, dict] = {
     "odd vocabulary": {"vocab_size": 67},
     "odd layers": {"num_layers": 3, "position_embedding_type": "rope", "untie_embeddings_and_output_weights": True},
     "post norm": {"apply_residual_connection_post_layernorm": True, "openai_gelu": True, "reset_attention_mask": True},
+    "window": {
+        "sliding_window": 5, "full_attention_layers": [1], "position_embedding_type": "rope", "rope_scaling_type": "llama3",
+        "rope_original_max_position_embeddings": 12,
+    },
+    "side by side": {"parallel_attn": True, "attention_head_type": "multiquery", "position_embedding_type": "rope"},
+    "embedding norm": {
+        "position_embedding_type": "alibi", "scaled_alibi": True, "embed_layernorm": True, "parallel_attn": True,
+        "parallel_layernorm": True,
+    },
     "dropout": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
     "bert": {"model_type": "bert", "vocab_size": 67},
     "bert google": {"model_type": "bert", "norm_after_residual": True, "untie_embeddings_and_output_weights": True},
@@ -55,6 +64,7 @@ LAYOUTS: dict[str, tuple[int, dict]] = {
     "cp2 pp2": (4, {"context_parallel_size": 2, "pipeline_model_parallel_size": 2}),
     "cp2 selective": (2, {"context_parallel_size": 2, "recompute_activations": True}),
     "cp2 compile": (2, {"context_parallel_size": 2, "compile": True}),
+    "cp2 selective compile": (2, {"context_parallel_size": 2, "recompute_activations": True, "compile": True}),
     "tp2 compile": (2, {"tensor_model_parallel_size": 2, "compile": True}),
     "tp2 sp compile": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "compile": True}),
 }

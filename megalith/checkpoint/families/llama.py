@@ -1,11 +1,12 @@
-"""Llama (Touvron et al., 2023) and its like: transformers' LlamaForCausalLM."""
+"""Llama (Touvron et al., 2023) and its like: Mistral (a sliding window), Qwen2 (biases), Qwen3 (a norm of each head)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from megalith.checkpoint.huggingface_families import GATED, Family, Rule, Setting, activation, activation_name
+from megalith.checkpoint.huggingface_families import GATED, REQUIRED, Family, Rule, Setting, activation, activation_name
 from megalith.common.errors import CheckpointError, problem
 from megalith.config.run import RunConfig
 
@@ -41,44 +42,120 @@ NAMES = (
 )
 
 
+LENGTH = ("original_max_position_embeddings", "rope_original_max_position_embeddings", REQUIRED)
+FACTOR = ("factor", "rope_scaling_factor", REQUIRED)
+ROPE: dict[str, tuple[tuple[str, str, Any], ...]] = {  # rope_type -> (field of rope_scaling, ours, what it is where it lacks it)
+    "linear": (FACTOR,),
+    "llama3": (FACTOR, LENGTH, ("low_freq_factor", "rope_low_freq_factor", REQUIRED),
+               ("high_freq_factor", "rope_high_freq_factor", REQUIRED)),
+    "yarn": (FACTOR, LENGTH, ("beta_fast", "rope_beta_fast", 32.0), ("beta_slow", "rope_beta_slow", 1.0)),
+}  # fmt: skip
+UNKNOWN_ROPE = ("attention_factor", "mscale", "mscale_all_dim", "truncate")  # of yarn: not built
+
+
 def rope(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Our fields of the rotary embedding: of transformers 5's `rope_parameters`, or of the fields before it."""
+    """Our fields of the rotary embedding: of transformers 5's `rope_parameters`, or of the fields before it.
+
+    "dynamic" stretches only sequences longer than max_position_embeddings, which no config of ours allows: here it is "default".
+    """
     found = {**(given.get("rope_scaling") or {}), **(given.get("rope_parameters") or {})}
     kind = found.get("rope_type", found.get("type", "default"))
-    if kind != "default":
-        raise CheckpointError(problem("config.json: rope_type", kind, "the known ones are default", "This model cannot be converted"))
-    return {"rotary_base": float(found.get("rope_theta", given.get("rope_theta", 10000.0)))}
+    values = {"rotary_base": float(found.get("rope_theta", given.get("rope_theta", 10000.0)))}
+    if kind in ("default", "dynamic"):
+        return values
+    strange = [name for name in UNKNOWN_ROPE if found.get(name) is not None]
+    missing = [name for name, _, default in ROPE.get(kind, ()) if default is REQUIRED and found.get(name) is None]
+    if kind not in ROPE or strange or missing:
+        rule = f"rope_type is one of default, dynamic, {', '.join(ROPE)}, with all their fields and without {', '.join(UNKNOWN_ROPE)}"
+        cure = "Copy config.json again; if it is as published, this model cannot be converted"
+        raise CheckpointError(problem("config.json: rope_scaling", found, rule, cure))
+    return {**values, "rope_scaling_type": kind, **{ours: found.get(name) or default for name, ours, default in ROPE[kind]}}
 
 
 def rope_theirs(config: RunConfig) -> dict[str, Any]:
-    """Fields that transformers 4 and 5 both read."""
-    return {"rope_theta": config.model.rotary_base, "rope_scaling": None}
+    """The fields that transformers 4 and 5 both read."""
+    flat, kind = config.flat(), config.model.rope_scaling_type
+    scaling = {"rope_type": kind, **{name: flat[ours] for name, ours, _ in ROPE[kind]}} if kind else None
+    return {"rope_theta": config.model.rotary_base, "rope_scaling": scaling}
 
 
-def _more_ours(given: Mapping[str, Any]) -> dict[str, Any]:
+def windows(given: Mapping[str, Any], used: bool, first: int = 0) -> dict[str, Any]:
+    """Our fields of sliding windows. used: where config.json has no layer_types, whether layers from `first` on have one."""
+    layers, width = given["num_hidden_layers"], given.get("sliding_window")
+    types = given.get("layer_types") or ["sliding_attention" if used and number >= first else "full_attention" for number in range(layers)]
+    full = [number for number, kind in enumerate(types) if kind == "full_attention"]
+    if width is None or len(full) == layers:
+        return {}
+    return {"sliding_window": width, "full_attention_layers": full}
+
+
+def windows_theirs(config: RunConfig) -> dict[str, Any]:
+    """Fields of Qwen's configs: layer by layer, as transformers 4.5 and later read them; before that the first layers were full ones."""
+    model = config.model
+    full = [model.window(number) is None for number in range(model.num_layers)]
+    return {
+        "use_sliding_window": not all(full),
+        "sliding_window": model.sliding_window,
+        "max_window_layers": full.index(False) if not all(full) else model.num_layers,
+        "layer_types": ["full_attention" if each else "sliding_attention" for each in full],
+    }
+
+
+def common(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Our fields of what all families here have in common and no table says."""
     tied = given.get("tie_word_embeddings", False)
     return {**activation(GATED, given.get("hidden_act", "silu")), **rope(given), "untie_embeddings_and_output_weights": not tied}
 
 
-def _more_theirs(config: RunConfig) -> dict[str, Any]:
+def common_theirs(config: RunConfig) -> dict[str, Any]:
+    """The same in theirs."""
     m = config.model
     return {
         **rope_theirs(config),
         "hidden_act": activation_name(GATED, m),
         "tie_word_embeddings": not m.untie_embeddings_and_output_weights,
-        "attention_bias": False,
-        "mlp_bias": False,
     }
 
 
+def _mistral(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {**common(given), **windows({"sliding_window": 4096, **given}, True)}
+
+
+def _qwen(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {**common(given), **windows(given, given.get("use_sliding_window", False), given.get("max_window_layers", 28))}
+
+
+NO_BIASES: dict[str, tuple] = {"attention_bias": (False,), "mlp_bias": (False,)}
 LLAMA = Family(
     architecture="LlamaForCausalLM",
     prefix="model.",
     settings=SETTINGS,
     always=ALWAYS,
-    only={"attention_bias": (False,), "mlp_bias": (False,)},
-    more_ours=_more_ours,
-    more_theirs=_more_theirs,
+    only=NO_BIASES,
+    more_ours=common,
+    more_theirs=lambda config: {**common_theirs(config), "attention_bias": False, "mlp_bias": False},
     names=NAMES,
     surplus=(r".*\.rotary_emb\.inv_freq",),
+)
+MISTRAL = replace(
+    LLAMA,
+    architecture="MistralForCausalLM",
+    only={},
+    more_ours=_mistral,
+    more_theirs=lambda config: {**common_theirs(config), "sliding_window": config.model.sliding_window},
+)
+QWEN2 = replace(
+    LLAMA,
+    architecture="Qwen2ForCausalLM",
+    only={},
+    always={**ALWAYS, "add_qkv_bias": True},
+    more_ours=_qwen,
+    more_theirs=lambda config: {**common_theirs(config), **windows_theirs(config)},
+)
+QWEN3 = replace(
+    QWEN2,
+    architecture="Qwen3ForCausalLM",
+    only=NO_BIASES,
+    always={**ALWAYS, "qk_layernorm": True},
+    more_theirs=lambda config: {**common_theirs(config), **windows_theirs(config), "attention_bias": False},
 )

@@ -39,6 +39,7 @@ LAYERS: Plan = {
 PLAN: Plan = {
     "embedding": vocabulary,
     "position_embedding": part_embedding,
+    "embedding_norm": copy,
     "embedding_dropout": part_dropout,
     **LAYERS,
     "final_norm": copy,

@@ -1,0 +1,53 @@
+"""Bloom (BigScience, 2022): ALiBi, a norm of the embeddings, q, k and v of each head side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megalith.checkpoint.huggingface_families import GROUPS, Family, Rule, Setting
+
+QKV = ("layers.*.attention.q", "layers.*.attention.k", "layers.*.attention.v")
+LAYER = (  # also Falcon's
+    Rule("transformer.word_embeddings", "embedding"),
+    Rule("transformer.h.*.input_layernorm", "layers.*.attention_norm"),
+    Rule("transformer.h.*.self_attention.query_key_value", QKV, GROUPS),
+    Rule("transformer.h.*.self_attention.dense", "layers.*.attention.out"),
+    Rule("transformer.h.*.post_attention_layernorm", "layers.*.mlp_norm"),
+    Rule("transformer.h.*.mlp.dense_h_to_4h", "layers.*.mlp.up"),
+    Rule("transformer.h.*.mlp.dense_4h_to_h", "layers.*.mlp.down"),
+    Rule("transformer.ln_f", "final_norm"),
+    Rule("lm_head", "head"),
+)
+
+
+def _more_ours(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Old config.json files call the width n_embed."""
+    return {
+        "hidden_size": given.get("hidden_size", given.get("n_embed", 64)),
+        "untie_embeddings_and_output_weights": not given.get("tie_word_embeddings", True),
+    }
+
+
+BLOOM = Family(
+    architecture="BloomForCausalLM",
+    prefix="transformer.",
+    settings=(
+        Setting("n_layer", "num_layers"),
+        Setting("n_head", "num_attention_heads"),
+        Setting("vocab_size", "vocab_size"),
+        Setting("layer_norm_epsilon", "layernorm_epsilon", 1e-5),
+        Setting("hidden_dropout", "hidden_dropout", 0.0),
+        Setting("attention_dropout", "attention_dropout", 0.0),
+        Setting("initializer_range", "init_method_std", 0.02),
+        Setting("apply_residual_connection_post_layernorm", "apply_residual_connection_post_layernorm", False),
+        Setting("seq_length", "max_position_embeddings", 2048),
+    ),
+    always={"position_embedding_type": "alibi", "embed_layernorm": True, "openai_gelu": True},
+    more_ours=_more_ours,
+    more_theirs=lambda config: {
+        "hidden_size": config.model.hidden_size,
+        "tie_word_embeddings": not config.model.untie_embeddings_and_output_weights,
+    },
+    names=(Rule("transformer.word_embeddings_layernorm", "embedding_norm"), *LAYER),
+)
