@@ -1,4 +1,4 @@
-"""`megalith checkpoint import` and `export`: weights from other formats, and to them."""
+"""`megalith checkpoint import`, `export` and `reshape`: weights from other formats, to them, and between layouts of Megatron."""
 
 from __future__ import annotations
 
@@ -33,6 +33,13 @@ examples:
 
 SOURCE may be in any format that `import` reads.
 """
+RESHAPE = """\
+examples:
+  megalith checkpoint reshape megatron megatron-tp4 --target-tensor-parallel-size 4 --target-pipeline-parallel-size 1
+  megalith checkpoint reshape megatron megatron-pp8 --target-pipeline-parallel-size 8 --dtype bfloat16 --with-optimizer
+
+From one layout of Megatron to another in one step, tensor by tensor. Checkpoints of megalith need none: any layout loads them.
+"""
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"} | {name: name for name in ("float32", "bfloat16", "float16")}
 
@@ -46,7 +53,8 @@ COMMON = (
     Flag("--from", {"from": VALUE}, help="format of the source: huggingface, megatron, ... (default: the one recognised)"),
     Flag("--ckpt-step", {"iteration": VALUE}, help="iteration to take of several (default: the latest)"),
     Flag("--dtype", {"dtype": VALUE}, choices=tuple(DTYPES), help="number format of the weights written (default: the source's)"),
-    Flag("--qkv-layout", {"qkv_layout": VALUE}, help="order of rows of fused q, k, v in Megatron's files (default: auto)"),
+    Flag("--qkv-layout", {"qkv_layout": VALUE}, choices=("auto", "grouped", "thirds", "interleaved"),
+         help="order of rows of fused q, k, v in Megatron's files (default: auto, by the file's version)"),
     Flag("--swiglu-order", {"swiglu_order": VALUE}, choices=("auto", "gate-first", "gate-second"),
          help="which half of a fused gated MLP is the gate (default: auto)"),
     Flag("--tokenizer", {"tokenizer": VALUE}, help="folder with tokenizer files that go along (default: the source's)"),
@@ -63,32 +71,52 @@ COMMON = (
     _renamed("--target-params-dtype", "--dtype", {"dtype": VALUE}),
     Flag("--megatron-path", {}, notice="--megatron-path is not needed: Megatron's files are read without its code"),
 )  # fmt: skip
+TARGET = (
+    Flag("--data-parallel-size", {"data_parallel_size": VALUE}, help="parts of Megatron's distributed optimizer (default: 1)"),
+    _renamed("--target-tensor-model-parallel-size", "--tensor-model-parallel-size", {"tensor_model_parallel_size": VALUE}),
+    _renamed("--target-tensor-parallel-size", "--tensor-model-parallel-size", {"tensor_model_parallel_size": VALUE}),
+    _renamed("--target-pipeline-model-parallel-size", "--pipeline-model-parallel-size", {"pipeline_model_parallel_size": VALUE}),
+    _renamed("--target-pipeline-parallel-size", "--pipeline-model-parallel-size", {"pipeline_model_parallel_size": VALUE}),
+    _renamed("--target-data-parallel-size", "--data-parallel-size", {"data_parallel_size": VALUE}),
+    _renamed("--true-vocab-size", "--vocab-size", {"vocab_size": VALUE}),
+)
 OWN = {
     "import": COMMON,
+    "reshape": (  # the rest are words of Megatron's checkpoint_util.py
+        *COMMON,
+        *TARGET,
+        Flag("--model-type", {}, notice="--model-type is not needed: the parameters tell it"),
+        Flag("--loader", {}, notice="--loader is not needed: the format is recognised by itself (--from names one)"),
+        Flag("--saver", {}, notice="--saver is not needed: what is written are Megatron's directories"),
+        Flag("--max-queue-size", {}, notice="--max-queue-size is not needed: one process reads and writes, tensor by tensor"),
+        Flag("--no-checking", {}, 0, notice="--no-checking is not needed: names and shapes are always checked"),
+    ),
     "export": (
         Flag("--to", {"to": VALUE}, help="format to write: huggingface, megatron, ..."),
         Flag("--max-shard-size", {"max_shard_size": VALUE}, help="bytes of one file at most: 200MB, 5GB (default: 5GB)"),
         Flag("--bin", {"safetensors": False}, 0, help="pytorch_model.bin instead of safetensors"),
         Flag("--architecture", {"architecture": VALUE}, help="Hugging Face family: gpt2, llama, ... (default: one that has this form)"),
-        Flag("--data-parallel-size", {"data_parallel_size": VALUE}, help="parts of Megatron's distributed optimizer (default: 1)"),
         *COMMON,
+        *TARGET,
         _renamed("--convert-checkpoint-from-megatron-to-transformers", "--to huggingface", {"to": "huggingface"}, 0),
-        _renamed("--target-tensor-model-parallel-size", "--tensor-model-parallel-size", {"tensor_model_parallel_size": VALUE}),
-        _renamed("--target-tensor-parallel-size", "--tensor-model-parallel-size", {"tensor_model_parallel_size": VALUE}),
-        _renamed("--target-pipeline-model-parallel-size", "--pipeline-model-parallel-size", {"pipeline_model_parallel_size": VALUE}),
-        _renamed("--target-pipeline-parallel-size", "--pipeline-model-parallel-size", {"pipeline_model_parallel_size": VALUE}),
-        _renamed("--target-data-parallel-size", "--data-parallel-size", {"data_parallel_size": VALUE}),
     ),
 }
 NUMBERS = ("data_parallel_size", "iteration")
 TOLD = ("qkv_layout", "swiglu_order", "safetensors", "architecture", "with_optimizer")  # of Options, as they were typed
-LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "use_distributed_optimizer", "make_vocab_size_divisible_by")
+LAYOUT = (
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage", "use_distributed_optimizer",
+    "make_vocab_size_divisible_by",
+)  # fmt: skip
 
 
 def register(verbs: Any) -> None:
-    """Add `import` and `export` to the verbs of `megalith checkpoint`."""
-    about = {"import": "weights of another format become a checkpoint", "export": "a checkpoint in another format"}
-    for verb, epilog in (("import", IMPORT), ("export", EXPORT)):
+    """Add `import`, `export` and `reshape` to the verbs of `megalith checkpoint`."""
+    about = {
+        "import": "weights of another format become a checkpoint",
+        "export": "a checkpoint in another format",
+        "reshape": "a Megatron checkpoint in another layout",
+    }
+    for verb, epilog in (("import", IMPORT), ("export", EXPORT), ("reshape", RESHAPE)):
         usage = f"megalith checkpoint {verb} SOURCE FOLDER [--FLAG VALUE ...]"
         parser = verbs.add_parser(verb, help=about[verb], usage=usage, epilog=epilog)
         group = parser.add_argument_group("this command")
@@ -106,7 +134,7 @@ def run(verb: str, args: argparse.Namespace) -> int:
     if len(words) != 2:
         cure = f"Write megalith checkpoint {verb} SOURCE FOLDER"
         problems.append(problem("paths", words, "it takes two, where to read and where to write", cure))
-    to = values.pop("to", "megalith" if verb == "import" else None)
+    to = values.pop("to", {"import": "megalith", "reshape": "megatron"}.get(verb))
     if to is None:
         problems.append(problem("--to", None, "an export has a format", "Write --to huggingface, or --to megatron"))
     told = {name: values.pop(name) for name in ("from", "sha256", "verify", "print_structure") if name in values}
@@ -118,6 +146,8 @@ def run(verb: str, args: argparse.Namespace) -> int:
     from megalith.workflows import conversion  # here, because it imports torch
 
     source, folder = map(pathlib.Path, words)
+    if verb == "reshape":
+        conversion.check_reshape(source, told.get("from"))
     weights = conversion.convert(source, folder, to=to, format=told.get("from"), options=Options(**options))
     if told.get("print_structure"):
         for name, lazy in weights.tensors.items():
@@ -153,7 +183,7 @@ def _options(values: dict[str, Any], verb: str, problems: list[str]) -> dict[str
         value, trouble = typed(fields()[name], raw, flag(name))
         if trouble:
             problems.append(trouble.text)
-        elif verb == "export" and name in LAYOUT:
+        elif verb != "import" and name in LAYOUT:
             found[name] = value
         else:
             overrides[name] = value

@@ -35,6 +35,20 @@ def convert(source: pathlib.Path, folder: pathlib.Path, *, to: str, format: str 
     return weights
 
 
+def check_reshape(source: pathlib.Path, format: str | None) -> None:
+    """Raise ConfigError where `source` is of a format that needs no reshaping, and say what to do instead."""
+    found = format or formats.recognise(source)
+    if found == "megalith":
+        cure = (
+            "Give --tensor-model-parallel-size and --pipeline-model-parallel-size to the command that loads it; "
+            "for Megatron, write megalith checkpoint export --to megatron"
+        )
+        raise ConfigError(problem("reshape", f"{source}, a checkpoint of megalith", "it holds whole tensors, which any layout loads", cure))
+    if found not in ("megatron", "deepspeed", "torch_dist"):
+        rule = "reshape goes from one layout of Megatron to another"
+        raise ConfigError(problem("reshape", f"{source}, of the format {found}", rule, "Write megalith checkpoint export --to megatron"))
+
+
 def cast(weights: Weights, dtype: torch.dtype) -> Weights:
     """The model's tensors in another format; the optimizer's stay as they are."""
     tensors = {name: lazy.then(lambda t: t.to(dtype)) if name.startswith("model/") else lazy for name, lazy in weights.tensors.items()}

@@ -187,7 +187,7 @@ def broken(folder: pathlib.Path, what: str) -> None:
         ("shard",
          "found '3 of 4 ranks'; tensor parallel 2 x pipeline parallel 2 has one folder for each, and mp_rank_01_001 is missing. Copy"),
         ("tracker",
-         "latest_checkpointed_iteration.txt: found 'soon'; it holds the number of an iteration, or `release`. Name one: --iteration N"),
+         "latest_checkpointed_iteration.txt: found 'soon'; it holds the number of an iteration, or `release`. Name one: --ckpt-step N"),
         ("iteration", r"iter_0000009/: found \['iter_0000007/'\]; these are the checkpoints that are there"),
         ("version", "checkpoint_version: found 7.0; those known are 0.0, 1.0, 2.0, 3.0, 4.0. Name the order of rows: --qkv-layout"),
         ("heads", r"query_key_value.weight: found \[48, 32\]; 2 such parts hold 3 heads of 10 channels|hold 3 heads of 8 channels"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -173,6 +175,8 @@ def _heads(values: dict[str, Any], args: Mapping[str, Any], parts: Mapping[str, 
 def _vocabulary(args: Mapping[str, Any], padded: int, ranks: int, overrides: Mapping[str, Any], notes: list[str]) -> int:
     """The true size of the vocabulary: what is said, or what the tokenizer has, or the padded size with a note."""
     said = overrides.get("vocab_size") or args.get("orig_vocab_size") or args.get("vocab_size")
+    for file in (overrides.get("vocab_file"), args.get("vocab_file")):
+        said = said or _words(file, args, notes)
     if said:
         if int(said) > padded:
             raise CheckpointError(
@@ -190,6 +194,20 @@ def _vocabulary(args: Mapping[str, Any], padded: int, ranks: int, overrides: Map
             return size
     notes.append(f"vocabulary: the true size is not in the file; all {padded} rows are kept (padding among them). --vocab-size cuts it")
     return padded
+
+
+def _words(file: Any, args: Mapping[str, Any], notes: list[str]) -> int | None:
+    """The words of a vocabulary file (a JSON object, or one word a line), if it is on this machine."""
+    path = pathlib.Path(str(file)) if file else None
+    if path is None or not path.is_file() or path.suffix not in (".json", ".txt"):
+        return None
+    try:
+        text = path.read_text(encoding="utf-8")
+        count = (len(json.loads(text)) if path.suffix == ".json" else len(text.splitlines())) + (args.get("vocab_extra_ids") or 0)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(problem("--vocab-file", str(path), f"it cannot be read ({error})", "Name vocab.json or vocab.txt")) from None
+    notes.append(f"vocabulary: {count} words, as {path} has")
+    return count
 
 
 def to_arguments(

@@ -88,21 +88,21 @@ def find(files: Files, iteration: int | None) -> str:
         if not wanted:
             raise CheckpointError(
                 problem(
-                    f"{files.path}/{tracker}", word[:40], "it holds the number of an iteration, or `release`", "Name one: --iteration N"
+                    f"{files.path}/{tracker}", word[:40], "it holds the number of an iteration, or `release`", "Name one: --ckpt-step N"
                 )
             )
     elif len(folders) == 1:
         return folders[0]
     else:
         raise CheckpointError(
-            problem(f"{files.path}", folders[:8], f"it holds several checkpoints and no {TRACKER} names one", "Name one: --iteration N")
+            problem(f"{files.path}", folders[:8], f"it holds several checkpoints and no {TRACKER} names one", "Name one: --ckpt-step N")
         )
     found = [folder for folder in folders if folder.endswith(wanted)]
     if not found:
         raise CheckpointError(
             problem(
                 f"{files.path}/{wanted}", [folder or "." for folder in folders][:8], "these are the checkpoints that are there",
-                "Name one of them with --iteration N, or copy the missing one",
+                "Name one of them with --ckpt-step N, or copy the missing one",
             )
         )  # fmt: skip
     return found[0]
