@@ -85,6 +85,8 @@ FORMATS = Registry(
         "megalith": "megalith.checkpoint.formats:OWN",
         "huggingface": "megalith.checkpoint.huggingface:FORMAT",
         "megatron": "megalith.checkpoint.megatron.legacy:FORMAT",
+        "deepspeed": "megalith.checkpoint.megatron.deepspeed:FORMAT",
+        "torch_dist": "megalith.checkpoint.megatron.dist:FORMAT",
     },
 )
 

@@ -28,7 +28,7 @@ KNOWN_HERE = {*sys.stdlib_module_names, "__builtin__", "copy_reg", "commands", "
 class Stand:
     """Stands in for an object of a class that is not here; it keeps what the object was made of, and does nothing.
 
-    path: "module.Class". args: what it was called with. fields: its state, by name.
+    path: "module.Class". args: what it was called with. fields: its state, by name; state: as it was given.
     """
 
     path = ""
@@ -43,8 +43,10 @@ class Stand:
 
     args: tuple[Any, ...]
     fields: dict[Any, Any]
+    state: Any = None
 
     def __setstate__(self, state: Any) -> None:
+        self.state = state
         for part in state if isinstance(state, tuple) else (state,):
             if isinstance(part, Mapping):
                 self.fields.update(part)
@@ -177,15 +179,18 @@ class _Unpickler(pickle.Unpickler):
         return name[1].at(self.records, name[2], name[5] if len(name) == 6 else None)
 
 
-def load(window: Window) -> tuple[Any, tuple[str, ...]]:
-    """What the file holds, and the names of the classes that stand-ins stand for, sorted.
+def load(window: Window, *, plain: bool = False) -> tuple[Any, tuple[str, ...]]:
+    """What the file holds, and the names of the classes that stand-ins stand for, sorted. plain: it is one pickle without tensors.
 
     Raises CheckpointError for a file that is none of torch's, is damaged, or asks for something that acts (which it names).
     """
     seen: dict[str, type] = {}
     try:
         with window.open() as file:
-            if zipfile.is_zipfile(file):
+            if plain:
+                records = Records(window)
+                value = _Unpickler(file, records, seen).load()
+            elif zipfile.is_zipfile(file):
                 records = zip_records(window, file)
                 with window.within(*records.places["data.pkl"]).open() as inner:
                     value = _Unpickler(inner, records, seen).load()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,16 +49,22 @@ class Plan:
 
         Raises CheckpointError with every part that is missing or has another shape than the model gives it.
         """
+        layout = dataclasses.replace(self.layout, ranks=len(parts))
+        if len(parts) != self.layout.ranks and layout.qkv != "grouped":
+            rule = f"rows of query_key_value in the order {layout.qkv} can only be told apart on each of {self.layout.ranks} ranks"
+            raise CheckpointError(problem(f"{prefix.rstrip('/')}, tensor-parallel parts", len(parts), rule, "Import without the optimizer"))
         wrong, found = list[str](), dict[str, Lazy]()
         for row in self.rows:
-            expected = part_shape(row.split, [self.shapes[name] for name in row.ours], self.layout)
+            expected = part_shape(row.split, [self.shapes[name] for name in row.ours], layout)
             there = [rank.get(row.theirs) for rank in parts]
+            if row.split == "vocabulary":  # padded or not
+                expected = _enough(there, expected, layout)
             for number, part in enumerate(there):
                 if part is None or part.shape != expected:
                     where = f"{row.theirs} of tensor-parallel rank {number}"
                     wrong.append(f"{where}: found {list(part.shape) if part else 'nothing'}, the model has {list(expected)} there")
             if not wrong:
-                pieces = merge(row.split, [part for part in there if part is not None], self.layout, len(row.ours))
+                pieces = merge(row.split, [part for part in there if part is not None], layout, len(row.ours))
                 found |= {prefix + name: piece for name, piece in zip(row.ours, pieces, strict=True)}
         if wrong:
             more = [f"... and {len(wrong) - SPARE} more"] if len(wrong) > SPARE else []
@@ -77,6 +84,13 @@ class Plan:
                     "A shard may be missing; or give the flags of the model that are wrong in the file (--position-embedding-type, ...)",
                 )
             )  # fmt: skip
+
+
+def _enough(parts: Sequence[Lazy | None], expected: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
+    """The shape of a part of the vocabulary: as it is, if all parts together have every word."""
+    first = parts[0]
+    whole = first is not None and first.shape[0] * layout.ranks >= layout.vocabulary
+    return (first.shape[0], *expected[1:]) if first is not None and whole else expected
 
 
 def qkv_layout(options: Options, version: float, notes: list[str]) -> str:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping
-from typing import Any
 
 from megalith.checkpoint.formats import Format, Options
-from megalith.checkpoint.megatron import optimizer
-from megalith.checkpoint.megatron.assemble import Plan, by_rank
+from megalith.checkpoint.megatron import build, optimizer
+from megalith.checkpoint.megatron.assemble import by_rank
 from megalith.checkpoint.megatron.source import EXPERT, RANK, Files, Rank, chunks_of, find, is_core, is_release, read_ranks
 from megalith.checkpoint.megatron.write import write
-from megalith.checkpoint.unpickle import fields, load_file
+from megalith.checkpoint.unpickle import load_file
 from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError
 
@@ -39,43 +37,13 @@ def read(path: pathlib.Path, options: Options) -> Weights:
 
 def weights_of(ranks: list[Rank], classes: set[str], options: Options) -> Weights:
     """The weights of these ranks, with the optimizer's state if asked for."""
-    content, notes = ranks[0].content, list[str]()
-    parts = by_rank([(rank.tensor, rank.tensors) for rank in ranks])
+    content, parts = ranks[0].content, by_rank([(rank.tensor, rank.tensors) for rank in ranks])
     if not parts or not parts[0]:
         raise CheckpointError(
             f"{ranks[0].name}: no tensors found; a file of Megatron holds them under `model` or `module`. Check the path."
         )
     version = 3.0 if is_core(content) else float(content.get("checkpoint_version", 0.0))
-    plan = Plan(content.get("args"), version, parts, options, notes)
-    tensors = plan.apply(parts, "model/")
-    state: dict[str, Any] = {}
-    if options.with_optimizer:
-        states = optimizer.read(ranks, notes)
-        tensors |= plan.apply(states.pop("master"), "model/") if "master" in states else {}
-        for key, moments in states.items():
-            tensors |= plan.apply(moments, f"optimizer/{key}/")
-        tensors |= optimizer.steps(ranks, [name.removeprefix("model/") for name in tensors if name.startswith("model/")])
-        state = optimizer.train_state(content)
-    if "rng_state" in content or "random_rng_state" in content:
-        notes.append("random states were left out: everything random here is a function of seed and step")
-    if classes:
-        notes.append(f"classes that were not loaded, nor needed: {', '.join(sorted(classes))}")
-    return Weights(
-        config=plan.config, tensors=tensors, iteration=iteration_of(content), train_state=counts(content) | state, notes=tuple(notes)
-    )
-
-
-def iteration_of(content: Mapping[str, Any]) -> int:
-    """Steps done; 0 for a release."""
-    found = content.get("iteration", content.get("total_iters", 0))
-    return found if isinstance(found, int) and found >= 0 else 0
-
-
-def counts(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Samples consumed, for a run that goes on from here."""
-    args = fields(content.get("args"))
-    names = ("consumed_train_samples", "consumed_valid_samples")
-    return {"iteration": iteration_of(content)} | {name: args[name] for name in names if isinstance(args.get(name), int)}
+    return build.weights_of(content, version, parts, lambda notes: optimizer.read(ranks, notes), classes, options)
 
 
 FORMAT = Format(

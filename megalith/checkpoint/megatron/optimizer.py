@@ -201,10 +201,9 @@ def _compare(rank: Rank, masters: Table, file: Window) -> None:
             )
 
 
-def steps(ranks: Sequence[Rank], names: Sequence[str]) -> dict[str, Lazy]:
-    """{optimizer/step/<parameter>: how often Adam updated it}."""
-    rank = ranks[0]
-    outer = rank.content.get("optimizer")
+def steps(content: Mapping[str, Any], names: Sequence[str]) -> dict[str, Lazy]:
+    """{optimizer/step/<parameter>: how often Adam updated it}; the iteration where the optimizer does not say."""
+    outer = content.get("optimizer")
     inner = outer.get("optimizer", outer) if isinstance(outer, dict) else {}
     if isinstance(inner, list):
         inner = inner[0] if inner else {}
@@ -213,7 +212,7 @@ def steps(ranks: Sequence[Rank], names: Sequence[str]) -> dict[str, Lazy]:
         found = holder.get("step", found) if isinstance(holder, dict) else found
     if isinstance(found, Lazy):
         found = float(found.read())
-    count = float(found if isinstance(found, (int, float)) else rank.content.get("iteration", 0))
+    count = float(found if isinstance(found, (int, float)) else content.get("iteration", 0))
     return {f"optimizer/step/{name}": Lazy(shape=(), dtype=torch.float32, read=lambda: torch.tensor(count)) for name in names}
 
 

@@ -1,0 +1,59 @@
+"""The last step of every reader of the family: what was found, as Weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from megalith.checkpoint.formats import Options
+from megalith.checkpoint.megatron import optimizer
+from megalith.checkpoint.megatron.assemble import Parts, Plan
+from megalith.checkpoint.unpickle import fields
+from megalith.checkpoint.weights import Weights
+
+States = Mapping[str, Sequence[Parts]]  # "exp_avg", "exp_avg_sq", "master" -> the parts of each tensor-parallel rank
+
+
+def weights_of(
+    content: Mapping[str, Any],
+    version: float,
+    parts: Sequence[Parts],
+    states: Callable[[list[str]], States],
+    classes: set[str],
+    options: Options,
+) -> Weights:
+    """Weights of the model's `parts`, and if asked for with the optimizer's `states` (which may add notes).
+
+    content: what the file holds beside tensors: args, iteration, optimizer, opt_param_scheduler, rng_state.
+    """
+    notes: list[str] = []
+    plan = Plan(content.get("args"), version, parts, options, notes)
+    tensors = plan.apply(parts, "model/")
+    state = counts(content)
+    if options.with_optimizer:
+        found = dict(states(notes))
+        names = [name.removeprefix("model/") for name in tensors]
+        if "master" in found:
+            tensors |= plan.apply(found.pop("master"), "model/")
+        for key, moments in found.items():
+            tensors |= plan.apply(moments, f"optimizer/{key}/")
+        tensors |= optimizer.steps(content, names)
+        state |= optimizer.train_state(content)
+    if "rng_state" in content or "random_rng_state" in content:
+        notes.append("random states were left out: everything random here is a function of seed and step")
+    if classes:
+        notes.append(f"classes that were not loaded, nor needed: {', '.join(sorted(classes))}")
+    return Weights(config=plan.config, tensors=tensors, iteration=iteration_of(content), train_state=state, notes=tuple(notes))
+
+
+def iteration_of(content: Mapping[str, Any]) -> int:
+    """Steps done; 0 for a release."""
+    found = content.get("iteration", content.get("total_iters", 0))
+    return found if isinstance(found, int) and found >= 0 else 0
+
+
+def counts(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Steps and samples, for a run that goes on from here."""
+    args = fields(content.get("args"))
+    names = ("consumed_train_samples", "consumed_valid_samples")
+    return {"iteration": iteration_of(content)} | {name: args[name] for name in names if isinstance(args.get(name), int)}
