@@ -125,7 +125,10 @@ def test_torch_and_megatron_find_what_they_expect(tmp_path: pathlib.Path) -> Non
             dict(tensor_model_parallel_size=3),
             "attention heads: found 4; each of 3 tensor-parallel ranks takes as many. Take a number of ranks",
         ),
-        (dict(pipeline_model_parallel_size=3), "--pipeline-model-parallel-size: found 3; each of 3 stages takes as many of 4 layers"),
+        (
+            dict(pipeline_model_parallel_size=3),
+            "--pipeline-model-parallel-size: found 3; each of 3 stages of the model takes as many of its 4 layers",
+        ),
         (dict(with_optimizer=True), "optimizer: found None; exp_avg and exp_avg_sq of every parameter would be needed"),
     ],
 )

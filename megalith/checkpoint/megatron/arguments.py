@@ -119,6 +119,8 @@ def _of_shapes(parts: Mapping[str, Lazy], ranks: int, values: Mapping[str, Any])
         "normalization": "LayerNorm" if "input_layernorm.bias" in layer else "RMSNorm",
         "attention_head_type": "multiquery" if "self_attention.query.weight" in layer else "multihead",
     }
+    if values["model_type"] == "t5":
+        found["decoder_num_layers"] = len({name.split(".")[2] for name in parts if name.startswith("decoder.layers.")})
     if values["model_type"] == "bert":
         found["bert_no_binary_head"] = "binary_head.weight" not in parts
     if outer == 2 * inner and not gated:
@@ -211,13 +213,17 @@ def _words(file: Any, args: Mapping[str, Any], notes: list[str]) -> int | None:
 
 
 def to_arguments(
-    config: RunConfig, *, iteration: int, tensor: int, pipeline: int, virtual: int | None, data: int, padded: int
+    config: RunConfig, *, iteration: int, tensor: int, pipeline: int, split: int | None, virtual: int | None, data: int, padded: int
 ) -> dict[str, Any]:
     """The arguments that Megatron's loaders compare and use, for a model in this layout."""
     model = config.model
     kept = {name: value for name, value in config.flat().items() if fields()[name].section in SECTIONS or name in DATA | PRECISION}
     chunk = None if virtual is None else (model.num_layers or 0) // pipeline // virtual
+    del kept["model_type"]  # an enum there
     return kept | {
+        "encoder_num_layers": model.num_layers,
+        "decoder_num_layers": model.decoder_layers or None,
+        "pipeline_model_parallel_split_rank": split,
         "ffn_hidden_size": model.ffn_size,
         "kv_channels": model.head_dim,
         "position_embedding_type": model.positions,

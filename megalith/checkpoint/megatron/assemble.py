@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from megalith.checkpoint.formats import Options
@@ -27,8 +29,10 @@ class Plan:
         said = {name: plain(value) for name, value in fields(args).items()}
         tied = said.get("untie_embeddings_and_output_weights") is False
         self.left = {TIED} | ({"output_layer.weight"} if tied else set())
-        first = {name: tensor for name, tensor in parts[0].items() if name not in self.left}
+        first: Parts = {name: tensor for name, tensor in parts[0].items() if name not in self.left}
         kind = model_type(first)
+        self.encoder_layers = count_layers(first, "encoder") if kind == "t5" else 0
+        first = self._number(first)
         self.config = to_config(fields(args), first, len(parts), kind, options.overrides, notes)
         if "output_layer.weight" in first:
             self.config = self.config.replace(untie_embeddings_and_output_weights=True)
@@ -53,6 +57,7 @@ class Plan:
         if len(parts) != self.layout.ranks and layout.qkv != "grouped":
             rule = f"rows of query_key_value in the order {layout.qkv} can only be told apart on each of {self.layout.ranks} ranks"
             raise CheckpointError(problem(f"{prefix.rstrip('/')}, tensor-parallel parts", len(parts), rule, "Import without the optimizer"))
+        parts = [self._number(rank) for rank in parts]
         wrong, found = list[str](), dict[str, Lazy]()
         for row in self.rows:
             expected = part_shape(row.split, [self.shapes[name] for name in row.ours], layout)
@@ -72,6 +77,13 @@ class Plan:
             raise CheckpointError("\n".join([f"{prefix.rstrip('/')} does not fit the model's shape:", *wrong[:SPARE], *more, cure]))
         return found
 
+    def _number(self, parts: Parts) -> Parts:
+        """The decoder's layers numbered after the encoder's."""
+        if not self.encoder_layers:
+            return parts
+        shift = functools.partial(re.sub, r"^decoder\.layers\.(\d+)", lambda found: f"decoder.layers.{int(found[1]) + self.encoder_layers}")
+        return {shift(name): tensor for name, tensor in parts.items()}
+
     def _check_names(self, kind: str) -> None:
         """Raise CheckpointError where the model has parameters that the file has not, or the other way round."""
         ours = {name for row in self.rows for name in row.ours}
@@ -84,6 +96,11 @@ class Plan:
                     "A shard may be missing; or give the flags of the model that are wrong in the file (--position-embedding-type, ...)",
                 )
             )  # fmt: skip
+
+
+def count_layers(names: Iterable[str], stack: str) -> int:
+    """Layers of the encoder or the decoder."""
+    return len({match[1] for name in names if (match := re.match(rf"{stack}\.layers\.(\d+)\.", name))})
 
 
 def _enough(parts: Sequence[Lazy | None], expected: tuple[int, ...], layout: Layout) -> tuple[int, ...]:

@@ -72,7 +72,23 @@ BERT = (
     *_linear("lm_head.layernorm", "head_norm", "whole", "whole"),
     *_linear("binary_head", "order_head", "whole", "whole"),
 )
-TABLES: dict[str, tuple[Row, ...]] = {"gpt": GPT, "bert": BERT}
+CROSS = (  # in a decoder the norm after attention comes before cross attention, and another one before the MLP
+    ("post_attention_layernorm", "cross_norm", "whole", "whole"),
+    ("inter_attention.query", "cross_attention.q", "rows", "rows"),
+    ("inter_attention.key_value", "cross_attention.k cross_attention.v", "pair", "pair"),
+    ("inter_attention.dense", "cross_attention.out", "columns", "whole"),
+    ("post_inter_attention_layernorm", "mlp_norm", "whole", "whole"),
+)
+T5 = (  # layers of the decoder have the numbers after the encoder's, on both sides of the table
+    *GPT[:2],
+    *_layer("encoder.layers.{}", "layers.{}", *ATTENTION, *MLP),
+    *_linear("encoder.final_layernorm", "encoder_norm", "whole", "whole"),
+    *_layer("decoder.layers.{}", "layers.{}", *ATTENTION, *CROSS, *MLP[1:]),
+    *_linear("decoder.final_layernorm", "final_norm", "whole", "whole"),
+    GPT[-1],
+    Row("lm_head.bias", ("head.bias",), "vocabulary"),
+)
+TABLES: dict[str, tuple[Row, ...]] = {"gpt": GPT, "bert": BERT, "t5": T5}
 TIED = "word_embeddings_for_head.weight"  # the last stage's copy of the word embedding
 
 _SPELLINGS = [  # (pattern, what the spelling of 2022 says), one after another
@@ -92,6 +108,10 @@ _SPELLINGS = [  # (pattern, what the spelling of 2022 says), one after another
     (r"\.self_attention\.linear_proj\.", ".self_attention.dense."),
     (r"\.mlp\.linear_fc1\.", ".mlp.dense_h_to_4h."),
     (r"\.mlp\.linear_fc2\.", ".mlp.dense_4h_to_h."),
+    (r"\.pre_cross_attn_layernorm\.", ".post_attention_layernorm."),
+    (r"\.cross_attention\.linear_q\.", ".inter_attention.query."),
+    (r"\.cross_attention\.linear_kv\.", ".inter_attention.key_value."),
+    (r"\.cross_attention\.linear_proj\.", ".inter_attention.dense."),
 ]
 
 
@@ -103,11 +123,18 @@ def normal(name: str) -> str:
 
 
 def normal_names(names: Iterable[str]) -> dict[str, str]:
-    """{name as it is: in the spelling of 2022}. Megatron core calls the only stack of a GPT `decoder`."""
+    """{name as it is: in the spelling of 2022}. Megatron core calls the only stack of a GPT `decoder`, and has one norm of another name."""
     found = {name: normal(name) for name in names}
-    if not any(name.startswith("encoder.") for name in found.values()):
-        found = {name: re.sub(r"^decoder\.", "encoder.", each) for name, each in found.items()}
-    return found
+    if not any(".linear_qkv." in name for name in found):
+        return found
+    if any(".cross_attention." in name for name in found):
+        return {
+            name: each.replace(".post_attention_", ".post_inter_attention_")
+            if "pre_cross_attn" not in name and each.startswith("decoder.")
+            else each
+            for name, each in found.items()
+        }
+    return {name: re.sub(r"^decoder\.", "encoder.", each) for name, each in found.items()}
 
 
 def model_type(names: Iterable[str]) -> str:
@@ -148,14 +175,18 @@ def rows_of_theirs(rows: Iterable[Row], names: Iterable[str]) -> list[Row]:
     return found
 
 
-def rows_of_ours(rows: Iterable[Row], names: Iterable[str]) -> list[Row]:
-    """The rows that hold these parameters of ours, in Megatron's order of modules. Raises CheckpointError for one that none holds."""
+def rows_of_ours(rows: Iterable[Row], names: Iterable[str], encoder_layers: int) -> list[Row]:
+    """The rows that hold these parameters of ours, in Megatron's order of modules. Raises CheckpointError for one that none holds.
+
+    encoder_layers: layers from this number on are the decoder's.
+    """
     known = set(names)
     found, taken = [], set[str]()
     for group, several in itertools.groupby(rows, key=lambda row: row.theirs.partition(".{}.")[0] if "{}" in row.theirs else ""):
-        block = list(several)
-        stack = block[0].ours[0].partition("{}")[0]
-        numbers = sorted({int(match[1]) for name in known if (match := re.match(re.escape(stack) + r"(\d+)\.", name))}) if group else [0]
+        block, numbers = list(several), [0]
+        if group:
+            every = {int(match[1]) for name in known if (match := re.match(r"layers\.(\d+)\.", name))}
+            numbers = sorted(number for number in every if (number < encoder_layers) is group.startswith("encoder"))
         for number, row in itertools.product(numbers, block):
             ours = tuple(name.format(number) for name in row.ours)
             if known.issuperset(ours):

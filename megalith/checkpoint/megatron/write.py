@@ -29,7 +29,8 @@ from megalith.config.megatron_counts import padded_vocabulary
 
 NESTED = ("embedding", "output_layer", "word_embeddings_for_head", "binary_head")  # dicts all the way; the rest has dotted names
 OF_THE_MODEL = ("word_embeddings_for_head", "lm_head", "binary_head")  # beside language_model, not in it
-FIRST = ("embedding.",)  # on the first stage; what has no layer is on the last one otherwise
+FIRST = "embedding."
+UNWRITTEN: dict[str, Any] = {}  # fields of the model that must have this value, because Megatron's models know no other
 
 
 def write(weights: Weights, folder: pathlib.Path, options: Options) -> None:
@@ -67,13 +68,17 @@ class _Export:
         )  # fmt: skip
         names = [name.removeprefix("model/") for name in weights.tensors if name.startswith("model/")]
         rows = table(model.model_type, gated=model.gated, multiquery=model.attention_head_type == "multiquery")
-        self.rows = rows_of_ours(rows, names)
+        self.rows = rows_of_ours(rows, names, model.num_layers or 0)
         self.shapes = {name: weights.tensors[f"model/{name}"].shape for name in names}
         self.dtype = getattr(torch, options.dtype) if options.dtype else weights.tensors[f"model/{names[0]}"].dtype
         self.with_optimizer = options.with_optimizer
+        # T5 has stages of the encoder, then stages of the decoder.
+        self.split = self.pipeline * (model.num_layers or 0) // model.all_layers if model.decoder_layers and self.pipeline > 1 else None
         self._check()
+        self.stages = self._stages()
         arguments = to_arguments(
-            weights.config, iteration=weights.iteration, tensor=ranks, pipeline=self.pipeline, virtual=self.virtual,
+            weights.config, iteration=weights.iteration, tensor=ranks, pipeline=self.pipeline,
+            split=self.split, virtual=self.virtual,
             data=options.data_parallel_size, padded=self.layout.padded,
         )  # fmt: skip
         counts = {name: weights.train_state.get(name, 0) for name in ("consumed_train_samples", "consumed_valid_samples")}
@@ -84,14 +89,20 @@ class _Export:
         self.args = argparse.Namespace(**(arguments | counts | own))
 
     def _check(self) -> None:
-        model, chunks = self.weights.config.model, self.pipeline * (self.virtual or 1)
-        if (model.num_layers or 0) % chunks:
-            raise CheckpointError(
-                problem(
-                    "--pipeline-model-parallel-size", self.pipeline, f"each of {chunks} stages takes as many of {model.num_layers} layers",
-                    "Take a number of stages that divides it",
-                )
-            )  # fmt: skip
+        model = self.weights.config.model
+        unwritten = [name for name, plain in UNWRITTEN.items() if getattr(model, name, plain) != plain]
+        if unwritten:
+            rule = "Megatron's legacy models have no such part, and would compute something else"
+            raise CheckpointError(problem(unwritten[0], getattr(model, unwritten[0]), rule, "Export to another format"))
+        parts = {"encoder" if model.decoder_layers else "model": (model.num_layers or 0, self.split or self.pipeline * (self.virtual or 1))}
+        if model.decoder_layers:
+            parts["decoder"] = (model.decoder_layers, self.pipeline - (self.split or 0))
+        for stack, (layers, stages) in parts.items():
+            if not stages or layers % stages or (model.decoder_layers and self.virtual):
+                rule = f"each of {stages} stages of the {stack} takes as many of its {layers} layers"
+                rule += ", and there are no virtual stages" if model.decoder_layers else ""
+                cure = "Take a number of stages that divides it"
+                raise CheckpointError(problem("--pipeline-model-parallel-size", self.pipeline, rule, cure))
         check_divisible(self.layout, [(row.theirs, row.split, self.shapes[row.ours[0]]) for row in self.rows])
         lacking = [key for key in MOMENTS if f"optimizer/{key}/{self.rows[0].ours[0]}" not in self.weights.tensors]
         if self.with_optimizer and lacking:
@@ -118,22 +129,42 @@ class _Export:
                 }
         return {"model_optim_rng.pt": content} | others
 
+    def _stages(self) -> list[dict[str, range]]:
+        """The layers of each stage, in the order of the model: {"encoder": numbers, "decoder": numbers}."""
+        model = self.weights.config.model
+        last, count = model.num_layers or 0, self.split or self.pipeline * (self.virtual or 1)
+        encoder = [range(number * last // count, (number + 1) * last // count) for number in range(count)]
+        stages = [{"encoder": layers} for layers in encoder]
+        if model.decoder_layers:
+            each = model.decoder_layers // (self.pipeline - (self.split or 0))
+            decoder = [range(first, first + each) for first in range(last, model.all_layers, each)]
+            if self.split is None:
+                return [{"encoder": encoder[0], "decoder": decoder[0]}]
+            stages += [{"decoder": layers} for layers in decoder]
+        return stages
+
     def _chunk(self, tensor: int, pipeline: int, number: int) -> dict[str, Row]:
         """{name in the file: row} of a stage's chunk, in the order of Megatron's modules; layers count from 0."""
-        last, stages = pipeline == self.pipeline - 1 and number == (self.virtual or 1) - 1, self.pipeline * (self.virtual or 1)
-        size = (self.weights.config.model.num_layers or 0) // stages
-        first = (number * self.pipeline + pipeline) * size
+        stage, last = number * self.pipeline + pipeline, len(self.stages) - 1
         found: dict[str, Row] = {}
         for row in self.rows:
-            layer = re.search(r"\.layers\.(\d+)\.", row.theirs)
-            if layer and first <= int(layer[1]) < first + size:
-                found[row.theirs.replace(layer[0], f".layers.{int(layer[1]) - first}.", 1)] = row
-            elif not layer and (pipeline == number == 0 if row.theirs.startswith(FIRST) else last):
+            layer = re.match(r"(encoder|decoder)\.layers\.(\d+)\.", row.theirs)
+            if layer:
+                mine = self.stages[stage].get(layer[1], range(0))
+                if int(layer[2]) in mine:
+                    found[f"{layer[1]}.layers.{int(layer[2]) - mine.start}.{row.theirs[layer.end() :]}"] = row
+            elif stage in self._places(row, last):
                 found[row.theirs] = row
-        if last and self.pipeline > 1 and not self.weights.config.model.untie_embeddings_and_output_weights:
+        if stage == last and self.pipeline > 1 and not self.weights.config.model.untie_embeddings_and_output_weights:
             heads = {name: found.pop(name) for name in list(found) if name.startswith(OF_THE_MODEL)}
             found |= {TIED: next(row for row in self.rows if row.theirs.startswith(FIRST))} | heads
         return found
+
+    def _places(self, row: Row, last: int) -> tuple[int, ...]:
+        """The stages that hold what is in no layer: embeddings begin each stack, everything else ends one."""
+        if row.theirs.startswith(FIRST):
+            return (0,) if self.split is None else (0, self.split)
+        return (self.split - 1,) if self.split and row.theirs.startswith("encoder.") else (last,)
 
     def _lazies(self, row: Row, prefix: str) -> list[Lazy]:
         return [self.weights.tensors[prefix + name] for name in row.ours]
