@@ -49,7 +49,8 @@ def read(path: pathlib.Path, options: Options) -> Weights:
     given = files.read_json(path / CONFIG)
     _, family = family_of(given, path / CONFIG)
     values = family.to_ours(given, str(path / CONFIG))
-    found = files.tensors(files.weight_files(path))
+    # Models that came from TensorFlow call a norm's parameters gamma and beta; transformers renames them too.
+    found = {re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", n)): t for n, t in files.tensors(files.weight_files(path)).items()}
     dtypes = {lazy.dtype for lazy in found.values()}
     values |= {"seq_length": values.get("max_position_embeddings"), "bf16": torch.bfloat16 in dtypes}
     config = RunConfig().replace(**{**values, **options.overrides})

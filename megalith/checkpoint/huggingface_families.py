@@ -25,6 +25,8 @@ from megalith.config.run import RunConfig
 FAMILIES = Registry(  # config.json's model_type -> table; in the order in which an export looks for one that fits
     "Hugging Face family",
     {
+        "bert": "megalith.checkpoint.families.bert:BERT",
+        "megatron-bert": "megalith.checkpoint.families.bert:MEGATRON_BERT",
         "gpt2": "megalith.checkpoint.families.gpt2:GPT2",
         "llama": "megalith.checkpoint.families.llama:LLAMA",
         "mistral": "megalith.checkpoint.families.llama:MISTRAL",
@@ -196,6 +198,7 @@ OF_STRETCH = {
 def form(model: ModelConfig) -> dict[str, Any]:
     """All of a model that its logits depend on besides the weights: two with equal forms compute the same."""
     names = [
+        "norm_after_residual", "bert_no_binary_head",
         "model_type", "num_layers", "hidden_size", "num_attention_heads", "num_kv_heads", "head_dim", "ffn_size", "vocab_size", "norm",
         "positions", "activation", "layernorm_epsilon", "add_bias_linear", "qk_layernorm", "untie_embeddings_and_output_weights",
         "apply_residual_connection_post_layernorm", "embed_layernorm", "parallel_attn", "two_norms", *OF_POSITIONS.get(model.positions, ()),

@@ -34,6 +34,12 @@ def stretched(kind: str, **more: float) -> dict[str, Any]:
     return {"rope_type": kind, "factor": 4.0, "rope_theta": 100.0, **length, **more}
 
 
+def bert(kind: str, **more: Any) -> Callable[[], transformers.PreTrainedModel]:
+    """As `make`, of a model for pre-training without dropout."""
+    config = {**SHAPE, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "pad_token_id": 0, **more}
+    return lambda: getattr(transformers, f"{kind}ForPreTraining")(getattr(transformers, f"{kind}Config")(**config))
+
+
 MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     "gpt2": gpt2(),
     "gpt2, erf, untied": gpt2(activation_function="gelu", n_inner=70, tie_word_embeddings=False),
@@ -55,4 +61,10 @@ MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     "falcon rw": make("Falcon", ffn_hidden_size=80, alibi=True, multi_query=False, parallel_attn=False, bias=True),
     "neox": make("GPTNeoX", rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
     "neox, one after the other": make("GPTNeoX", use_parallel_residual=False, num_attention_heads=2, intermediate_size=70),
+}
+
+BERTS: dict[str, Callable[[], transformers.PreTrainedModel]] = {  # with their own heads
+    "bert": bert("Bert"),
+    "bert, tanh": bert("Bert", hidden_act="gelu_new"),
+    "megatron-bert": bert("MegatronBert"),
 }

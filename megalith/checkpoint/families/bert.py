@@ -1,0 +1,82 @@
+"""BERT (Devlin et al., 2019) and Megatron's form of it: transformers' BertForPreTraining and MegatronBertForPreTraining."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from megalith.checkpoint.huggingface_families import PLAIN, Family, Rule, Setting, activation, activation_name
+from megalith.config.run import RunConfig
+
+GELUS = {name: fields for name, fields in PLAIN.items() if "gelu" in name}  # the head has the same, and there nothing else is built
+
+
+def _more_ours(given: Mapping[str, Any]) -> dict[str, Any]:
+    return activation(GELUS, given.get("hidden_act", "gelu"))
+
+
+def _more_theirs(config: RunConfig) -> dict[str, Any]:
+    return {"hidden_act": activation_name(GELUS, config.model), "type_vocab_size": 2, "pad_token_id": 0}
+
+
+_make = functools.partial(
+    Family,
+    prefix="bert.",
+    settings=(
+        Setting("num_hidden_layers", "num_layers"),
+        Setting("hidden_size", "hidden_size"),
+        Setting("num_attention_heads", "num_attention_heads"),
+        Setting("intermediate_size", "ffn_hidden_size", 3072),
+        Setting("max_position_embeddings", "max_position_embeddings", 512),
+        Setting("vocab_size", "vocab_size"),
+        Setting("layer_norm_eps", "layernorm_epsilon", 1e-12),
+        Setting("hidden_dropout_prob", "hidden_dropout", 0.1),
+        Setting("attention_probs_dropout_prob", "attention_dropout", 0.1),
+        Setting("initializer_range", "init_method_std", 0.02),
+    ),
+    only={
+        "type_vocab_size": (2,), "tie_word_embeddings": (True,), "position_embedding_type": ("absolute",), "is_decoder": (False,),
+        "add_cross_attention": (False,),
+    },
+    more_ours=_more_ours,
+    more_theirs=_more_theirs,
+    surplus=(r"bert\.embeddings\.position_ids", r"cls\.predictions\.decoder\.(weight|bias)"),  # the latter are copies
+)  # fmt: skip
+ALWAYS = {"model_type": "bert", "dataset": "bert", "loss": "bert"}
+NAMES = (
+    Rule("bert.embeddings.word_embeddings", "embedding"),
+    Rule("bert.embeddings.position_embeddings", "position_embedding"),
+    Rule("bert.embeddings.token_type_embeddings", "token_type_embedding"),
+    Rule("bert.encoder.layer.*.attention.self.query", "layers.*.attention.q"),
+    Rule("bert.encoder.layer.*.attention.self.key", "layers.*.attention.k"),
+    Rule("bert.encoder.layer.*.attention.self.value", "layers.*.attention.v"),
+    Rule("bert.encoder.layer.*.attention.output.dense", "layers.*.attention.out"),
+    Rule("bert.encoder.layer.*.intermediate.dense", "layers.*.mlp.up"),
+    Rule("bert.encoder.layer.*.output.dense", "layers.*.mlp.down"),
+    Rule("bert.pooler.dense", "pooler"),
+    Rule("cls.predictions.transform.dense", "head_dense"),
+    Rule("cls.predictions.transform.LayerNorm", "head_norm"),
+    Rule("cls.predictions", "head"),  # its bias; the weight is the embedding
+    Rule("cls.seq_relationship", "order_head"),
+)
+BERT = _make(
+    architecture="BertForPreTraining",
+    always={**ALWAYS, "norm_after_residual": True},
+    names=(
+        *NAMES,
+        Rule("bert.embeddings.LayerNorm", "embedding_norm"),
+        Rule("bert.encoder.layer.*.attention.output.LayerNorm", "layers.*.attention_norm"),
+        Rule("bert.encoder.layer.*.output.LayerNorm", "layers.*.mlp_norm"),
+    ),
+)
+MEGATRON_BERT = _make(
+    architecture="MegatronBertForPreTraining",
+    always=ALWAYS,
+    names=(
+        *NAMES,
+        Rule("bert.encoder.layer.*.attention.ln", "layers.*.attention_norm"),
+        Rule("bert.encoder.layer.*.ln", "layers.*.mlp_norm"),
+        Rule("bert.encoder.ln", "final_norm"),
+    ),
+)
