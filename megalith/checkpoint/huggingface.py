@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megalith.checkpoint import huggingface_files as files
+from megalith.checkpoint import huggingface_tokenizer as tokenizer
 from megalith.checkpoint.formats import Format, Options
 from megalith.checkpoint.huggingface_families import FAMILIES, Family, form
 from megalith.checkpoint.weights import Lazy, Weights, join
@@ -23,10 +24,6 @@ from megalith.config.run import RunConfig
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 KEPT = "huggingface/"  # where a checkpoint of ours keeps config.json and generation_config.json of what it was made from
-TOKENIZER = "tokenizer/"
-TOKENIZER_FILES = re.compile(
-    r"tokenizer.*|vocab\.(json|txt)|merges\.txt|special_tokens_map\.json|added_tokens\.json|.*\.model|.*\.tiktoken|chat_template\..*"
-)
 
 
 def recognises(path: pathlib.Path) -> bool:
@@ -56,11 +53,7 @@ def read(path: pathlib.Path, options: Options) -> Weights:
     config = RunConfig().replace(**{**values, **options.overrides})
     tensors, notes = _ours(found, family, config.model, path)
     kept = {f"{KEPT}{name}": path / name for name in (CONFIG, GENERATION) if (path / name).is_file()}
-    return Weights(config=config, tensors=tensors, files={**kept, **_tokenizer(options.tokenizer or path)}, notes=notes)
-
-
-def _tokenizer(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    return {f"{TOKENIZER}{file.name}": file for file in sorted(folder.iterdir()) if file.is_file() and TOKENIZER_FILES.fullmatch(file.name)}
+    return Weights(config=config, tensors=tensors, files={**kept, **tokenizer.found_in(options.tokenizer or path)}, notes=notes)
 
 
 def _ours(found: Mapping[str, Lazy], family: Family, model: ModelConfig, path: pathlib.Path) -> tuple[dict[str, Lazy], tuple[str, ...]]:
@@ -127,7 +120,15 @@ def write(weights: Weights, folder: pathlib.Path, options: Options) -> None:
     content = _config(weights, name, family)
     content["dtype" if "dtype" in content else "torch_dtype"] = str(dtype).removeprefix("torch.")  # transformers 5's word, and 4's
     files.write_tensors(folder, made, options.max_shard_size, options.safetensors)
-    _write_rest(weights, folder, options, content)
+    words = tokenizer.written(tokenizer.found_in(options.tokenizer) if options.tokenizer else weights.files)
+    for each, data in words.items():
+        (folder / each).write_bytes(data)
+    if f"{KEPT}{CONFIG}" not in weights.files:
+        content |= dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end(words)[1])
+    kept = weights.files.get(f"{KEPT}{GENERATION}")
+    ids = {key: content.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = kept.read_text(encoding="utf-8") if kept else json.dumps({"_from_model_config": True, **ids}, indent=2) + "\n"
+    write_text(folder / GENERATION, text)
     write_text(folder / CONFIG, json.dumps(content, indent=2) + "\n")  # last: without it nobody takes the folder for a whole one
 
 
@@ -157,7 +158,7 @@ def _losses(family: Family, config: RunConfig) -> list[str]:
         values = family.to_ours(json.loads(json.dumps(family.to_theirs(config))))
         other = form(RunConfig().replace(**values).model)
     except (CheckpointError, ConfigError) as error:
-        return [str(error)]
+        return [f"activation {config.model.activation}" if "activation" in str(error) else str(error)]
     return [f"{key} {value}" for key, value in mine.items() if other.get(key) != value]
 
 
@@ -172,20 +173,6 @@ def _config(weights: Weights, name: str, family: Family) -> dict[str, Any]:
     if form(before.model) == form(weights.config.model):
         return source
     return {key: value for key, value in source.items() if key != "rope_parameters"} | made
-
-
-def _write_rest(weights: Weights, folder: pathlib.Path, options: Options, content: Mapping[str, Any]) -> None:
-    """Tokenizer files and generation_config.json."""
-    named = _tokenizer(options.tokenizer) if options.tokenizer else weights.files
-    for name, file in named.items():
-        if name.startswith(TOKENIZER) and TOKENIZER_FILES.fullmatch(file.name):
-            (folder / file.name).write_bytes(file.read_bytes())
-    kept = weights.files.get(f"{KEPT}{GENERATION}")
-    if kept:
-        (folder / GENERATION).write_bytes(kept.read_bytes())
-    else:
-        ids = {key: content.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        write_text(folder / GENERATION, json.dumps({"_from_model_config": True, **ids}, indent=2) + "\n")
 
 
 FORMAT = Format("huggingface: a folder with config.json and model.safetensors or pytorch_model.bin", recognises, read, write)

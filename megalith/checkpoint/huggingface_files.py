@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megalith.checkpoint.weights import Lazy
@@ -97,24 +96,46 @@ def _damaged(file: pathlib.Path, error: Exception, kind: str) -> str:
 
 
 def write_tensors(folder: pathlib.Path, made: Mapping[str, Lazy], max_shard_size: int, safetensors: bool) -> None:
-    """Write tensors into files of at most max_shard_size bytes, and the index where there are several. Memory is that of one file."""
+    """Write tensors into files of at most max_shard_size bytes, and the index where there are several.
+
+    Memory is that of one tensor; of one file where it is no safetensors file, as torch.save takes all at once.
+    """
     shards = split(made, max_shard_size)
     stem, dot, ending = NAMES[0 if safetensors else 1].rpartition(".")
     table: dict[str, str] = {}
-    total = 0
     for number, names in enumerate(shards, 1):
         name = f"{stem}{dot}{ending}" if len(shards) == 1 else f"{stem}-{number:05}-of-{len(shards):05}{dot}{ending}"
-        content = {each: made[each].read().contiguous() for each in names}
         with atomic_path(folder / name) as temporary:
             if safetensors:
-                save_file(content, temporary, metadata={"format": "pt"})
+                _write_safetensors(temporary, {each: made[each] for each in names})
             else:
-                torch.save(content, temporary)
+                torch.save({each: made[each].read().contiguous() for each in names}, temporary)
         table |= dict.fromkeys(names, name)
-        total += sum(tensor.nbytes for tensor in content.values())
     if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(table.items()))}
+        index = {"metadata": {"total_size": sum(map(nbytes, made.values()))}, "weight_map": dict(sorted(table.items()))}
         write_text(folder / f"{stem}{dot}{ending}.index.json", json.dumps(index, indent=2) + "\n")
+
+
+def _write_safetensors(file: pathlib.Path, made: Mapping[str, Lazy]) -> None:
+    """Header and tensors, one after another (https://github.com/huggingface/safetensors#format); the library wants all at once."""
+    names = {getattr(torch, dtype): name for name, dtype in DTYPES.items()}
+    order = sorted(made, key=lambda each: (-made[each].dtype.itemsize, each))  # wide ones first: so all are aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for each in order:
+        start, end = end, end + nbytes(made[each])
+        header[each] = {"dtype": names[made[each].dtype], "shape": list(made[each].shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(file, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for each in order:
+            stream.write(made[each].read().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def nbytes(lazy: Lazy) -> int:
+    """Bytes of a tensor."""
+    return torch.Size(lazy.shape).numel() * lazy.dtype.itemsize
 
 
 def split(made: Mapping[str, Lazy], max_shard_size: int) -> list[list[str]]:
@@ -122,10 +143,9 @@ def split(made: Mapping[str, Lazy], max_shard_size: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     held = 0
     for name, lazy in made.items():
-        size = torch.Size(lazy.shape).numel() * lazy.dtype.itemsize
-        if shards[-1] and held + size > max_shard_size:
+        if shards[-1] and held + nbytes(lazy) > max_shard_size:
             shards.append([])
             held = 0
         shards[-1].append(name)
-        held += size
+        held += nbytes(lazy)
     return shards

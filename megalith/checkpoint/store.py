@@ -6,6 +6,7 @@ What is written is an ordinary DCP folder, so that `torch.distributed.checkpoint
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import pathlib
 import pickle
@@ -25,6 +26,7 @@ from megalith.checkpoint.ranks import Ranks
 from megalith.common.errors import CheckpointError
 
 THREADS = 2  # files a rank writes at once: while one waits for the disk, the other copies and hashes
+RUN = 256 << 20  # bytes that are held at one time, where tensors are read or copied from a device as they are written
 DATA = ".distcp"
 METADATA = ".metadata"
 
@@ -158,10 +160,28 @@ class _Writer(FileSystemWriter):
 
     def write(self, plan: SavePlan, planner: DefaultSavePlanner) -> list:
         """`write_data`, except that an error in one of its threads is an error: it prints those and goes on."""
-        results = self.write_data(plan, planner).wait()
-        if self.files.failures:
-            raise self.files.failures[0]
+        results: list = []
+        for number, items in enumerate(_runs(plan.items)):  # DCP keeps all tensors of a call until its end
+            prefix = f"{plan.storage_data.prefix}{f'{number}_' if number else ''}"
+            part = dataclasses.replace(plan, items=items, storage_data=dataclasses.replace(plan.storage_data, prefix=prefix))
+            results += self.write_data(part, planner).wait()
+            if self.files.failures:
+                raise self.files.failures[0]
         return results
+
+
+def _runs(items: list) -> list[list]:
+    """Items in order, in runs of about RUN bytes; one, maybe empty, at least."""
+    runs: list[list] = [[]]
+    held = 0
+    for item in items:
+        size = item.tensor_data.chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize
+        if runs[-1] and held + size > RUN:
+            runs.append([])
+            held = 0
+        runs[-1].append(item)
+        held += size
+    return runs
 
 
 class _Files(FileSystem):

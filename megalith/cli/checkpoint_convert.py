@@ -22,8 +22,8 @@ examples:
   megalith checkpoint import megatron/iter_0005000 runs/gpt --tokenizer gpt2-files --verify
   megalith checkpoint import model.zip runs/gpt --num-layers 24 --hidden-size 1024 --num-attention-heads 16
 
-The format is recognised by itself. Flags of the model (--num-layers, --rope-theta, ...) say what the source does not say, or say it
-better. Nothing in the source is run: pickles are read without the classes they name.
+SOURCE is a folder, a zip archive, or the URL of one. The format is recognised by itself. Flags of the model (--num-layers, ...) say
+what the source does not say, or say it better. Nothing in the source is run: pickles are read without the classes they name.
 """
 EXPORT = """\
 examples:
@@ -142,10 +142,11 @@ def run(verb: str, args: argparse.Namespace) -> int:
     fail(problems)
     for line in args.reading.notices:
         print(line)
+    from megalith.checkpoint import sources
     from megalith.checkpoint.formats import Options
     from megalith.workflows import conversion  # here, because it imports torch
 
-    source, folder = map(pathlib.Path, words)
+    source, folder = sources.local(words[0], sha256=told.get("sha256")), pathlib.Path(words[1])
     if verb == "reshape":
         conversion.check_reshape(source, told.get("from"))
     weights = conversion.convert(source, folder, to=to, format=told.get("from"), options=Options(**options))
@@ -156,8 +157,7 @@ def run(verb: str, args: argparse.Namespace) -> int:
         print(line)
     print(f"{len(weights)} tensors -> {folder}")
     if told.get("verify"):
-        pair = (source, folder) if verb == "import" else (folder, source)
-        print(f"verified: the logits of both differ by at most {conversion.verify(*pair):.1e} of the largest")
+        print(f"verified: the logits differ from those of transformers by at most {conversion.verify(source, folder):.1e} of the largest")
     return 0
 
 

@@ -28,7 +28,9 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "generate", help="text out of a trained model", description="Text out of a trained model.", epilog=EXAMPLE
     )
-    parser.add_argument("--load", required=True, metavar="PATH", help="a run's folder, a folder of checkpoints, or one checkpoint")
+    parser.add_argument(
+        "--load", required=True, metavar="PATH", help="a run's folder, a checkpoint, or weights of Hugging Face or Megatron"
+    )
     parser.add_argument("--ckpt-step", type=int, metavar="N", help="the checkpoint of this step (default: the latest)")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", action="append", metavar="TEXT", help="what the text begins with; may be given several times")

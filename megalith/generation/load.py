@@ -20,7 +20,8 @@ def load(
 ) -> nn.Module:
     """A trained model on one device, in evaluation mode: `model(input_ids)` gives logits [batch, sequence, vocabulary].
 
-    path: a run's folder, a folder of checkpoints, or one checkpoint. device: auto, cpu, cuda or xpu. dtype: of the weights and of
+    path: a run's folder, a folder of checkpoints, one checkpoint, a Hugging Face folder, a Megatron directory or a zip archive of one,
+    or its URL. device: auto, cpu, cuda or xpu. dtype: of the weights and of
     the computation, float32 unless another is named (bfloat16 halves the memory). iteration: which checkpoint (the latest).
 
     The result has `.config` (its ModelConfig), `.run_config` (the whole RunConfig) and `.tokenizer` (None where the checkpoint
@@ -30,8 +31,7 @@ def load(
         if SHORT.get(dtype, dtype) not in DTYPES:
             raise ConfigError(problem("--dtype", dtype, f"the known ones are {', '.join(DTYPES)}", "Use one of them"))
         dtype = DTYPES[SHORT.get(dtype, dtype)]
-    model, run_config, found = load_plain(path, device=device, dtype=dtype or torch.float32, iteration=iteration)
-    folder = found / "tokenizer"
+    model, run_config, tokenizer = load_plain(path, device=device, dtype=dtype or torch.float32, iteration=iteration)
     model.run_config = run_config
-    model.tokenizer = load_tokenizer(folder) if folder.is_dir() else None
+    model.tokenizer = load_tokenizer(tokenizer) if tokenizer is not None else None
     return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import tempfile
 from typing import Any
 
 import torch
@@ -55,11 +56,22 @@ def cast(weights: Weights, dtype: torch.dtype) -> Weights:
     return dataclasses.replace(weights, tensors=tensors)
 
 
-def verify(original: pathlib.Path, ours: pathlib.Path, tokens: int = 32) -> float:
-    """Largest difference of logits between a Hugging Face folder and a checkpoint of ours, over the largest logit.
+def verify(source: pathlib.Path, result: pathlib.Path, options: Options | None = None) -> float:
+    """Largest difference of logits between transformers' model and ours, over the largest logit.
 
-    Both in float32, on made-up ids. Raises CheckpointError where it is over TOLERANCE, ConfigError where transformers is not installed.
+    Compared are the two sides of a conversion; where neither is a Hugging Face folder, what `result` gives when exported to one.
+    Raises CheckpointError where it is over TOLERANCE, ConfigError where transformers is not installed.
     """
+    sides = {formats.recognise(path): path for path in (source, result)}
+    with tempfile.TemporaryDirectory() as aside:
+        if "huggingface" not in sides:
+            FORMATS.find("huggingface").write(formats.read(result), pathlib.Path(aside), options or Options())
+            return compare(pathlib.Path(aside), result)
+        return compare(sides["huggingface"], next((path for name, path in sides.items() if name != "huggingface"), result))
+
+
+def compare(original: pathlib.Path, ours: pathlib.Path, tokens: int = 32) -> float:
+    """`verify`, of a Hugging Face folder and anything that load_plain opens. Both in float32, on made-up ids."""
     try:
         import transformers
     except ImportError:

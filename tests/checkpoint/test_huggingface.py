@@ -7,13 +7,23 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+import megalith
+from megalith import checkpoint
 from megalith.checkpoint import formats, huggingface
 from megalith.checkpoint.formats import Options
 from megalith.checkpoint.huggingface_families import form
-from megalith.checkpoint.weights import own, write
+from megalith.checkpoint.weights import Weights, own, write
+from megalith.common.errors import CheckpointError
+from megalith.config.loading import to_yaml
+from megalith.config.parameters import parameter_shapes
+from megalith.config.run import RunConfig
+from megalith.data.tokenizers import build_tokenizer
+from megalith.runtime.build import plain
+from megalith.runtime.state import weights as weights_of
 from tests.originals.families import MODELS
+from tests.toy import make_corpus
 
 
 @pytest.fixture
@@ -57,3 +67,105 @@ def test_a_config_of_our_own_making_is_the_same_model(name: str, folder, tmp_pat
     assert torch.equal(one, other) or (one - other).abs().max() < 1e-5
     again = formats.read(tmp_path / "back")
     assert form(again.config.model) == form(weights.config.model)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama, groups, tied"])
+def test_bin_and_dtype(name: str, folder, tmp_path: pathlib.Path) -> None:
+    theirs = folder(name)
+    huggingface.write(formats.read(theirs), tmp_path / "back", Options(safetensors=False, dtype="bfloat16", max_shard_size=40_000))
+    assert len(list((tmp_path / "back").glob("pytorch_model-*.bin"))) > 1 and not list((tmp_path / "back").glob("*.safetensors"))
+    made = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert made.dtype == torch.bfloat16
+    original = transformers.AutoModelForCausalLM.from_pretrained(theirs, dtype=torch.bfloat16)
+    assert all(torch.equal(one, other) for one, other in zip(made.state_dict().values(), original.state_dict().values()))
+    again = formats.read(tmp_path / "back")
+    assert again.config.precision.bf16 and {lazy.dtype for lazy in again.tensors.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bloom", "llama"])
+def test_files_of_the_bare_model(name: str, folder, tmp_path: pathlib.Path) -> None:
+    """As gpt2's on the hub: names without the beginning, and masks that are no weights."""
+    theirs = folder(name)
+    state = load_file(theirs / "model.safetensors")
+    prefix = {"llama": "model."}.get(name, "transformer.")
+    bare = {key.removeprefix(prefix): value for key, value in state.items()}
+    extra = {"gpt2": "h.0.attn.bias", "llama": "layers.0.self_attn.rotary_emb.inv_freq", "bloom": "other"}[name]
+    save_file({**bare, extra: torch.ones(1)}, theirs / "model.safetensors")
+    found = formats.read(theirs)
+    assert len(found) == len(parameter_shapes(found.config.model))
+    assert found.notes == (("left out, as this model has no use for them: other",) if name == "bloom" else ())
+
+
+def broken(theirs: pathlib.Path, **changes) -> None:
+    content = json.loads((theirs / "config.json").read_text())
+    content = {key: value for key, value in {**content, **changes}.items() if value != "absent"}
+    (theirs / "config.json").write_text(json.dumps(content))
+
+
+ERRORS = [
+    ({"model_type": "rwkv"}, r"model_type: found 'rwkv'; the architectures known here are gpt2, .* Convert a model of one of these"),
+    ({"hidden_size": "absent"}, r"LlamaForCausalLM has hidden_size in it. Add what is missing"),
+    ({"attention_bias": True}, r"attention_bias: found True; of LlamaForCausalLM only attention_bias = False is built here"),
+    ({"hidden_act": "gelu_10"}, r"activation: found 'gelu_10'; the activations known here are silu"),
+    (
+        {"rope_parameters": {"rope_type": "longrope"}},
+        r"rope_scaling: found \{'rope_type': 'longrope'\}; rope_type is one of default, dynamic",
+    ),
+    ({"rope_scaling": {"type": "linear"}, "rope_parameters": None}, r"rope_scaling: found \{'type': 'linear'\}; .* with all their fields"),
+    ({"intermediate_size": 64}, r"another shape: found \['model.layers.0.mlp.gate_proj.weight: found \[80, 48\], expected \[64, 48\]'"),
+    ({"num_hidden_layers": 4}, r"missing tensors: found \['model.layers.3.input_layernorm.weight', .* has 9 more. Copy all"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), ERRORS, ids=[next(iter(changes)) for changes, _ in ERRORS])
+def test_what_does_not_fit_is_named(changes: dict, message: str, folder) -> None:
+    theirs = folder("llama")
+    broken(theirs, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        formats.read(theirs)
+
+
+def test_a_form_that_no_family_has_is_named(tmp_path: pathlib.Path) -> None:
+    config = RunConfig().replace(
+        num_layers=1, hidden_size=8, num_attention_heads=2, vocab_size=9, max_position_embeddings=4, squared_relu=True, qk_layernorm=True
+    )
+    weights = Weights(config=config, tensors={})
+    with pytest.raises(CheckpointError, match="architecture: found 'qk_layernorm True'; GPT2LMHeadModel has no such form, nor has another"):
+        huggingface.write(weights, tmp_path / "a", Options())
+    with pytest.raises(
+        CheckpointError, match=r"architecture: found 'activation squared_relu'; LlamaForCausalLM has no such form. Export to megatron"
+    ):
+        huggingface.write(
+            replace(weights, config=config.replace(position_embedding_type="rope")), tmp_path / "a", Options(architecture="llama")
+        )
+
+
+def test_not_a_format(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(CheckpointError, match=r"source: found '.*nothing'; there is no such file or folder. Correct the path"):
+        formats.read(tmp_path / "nothing")
+    (tmp_path / "a").touch()
+    with pytest.raises(CheckpointError, match=r"found \['a'\]; no known format looks like this \(megalith: a folder with manifest.json"):
+        formats.read(tmp_path)
+
+
+def test_a_model_trained_here_with_its_tokenizer(tmp_path: pathlib.Path) -> None:
+    """From a checkpoint as a run leaves it to transformers' model and tokenizer."""
+    make_corpus(tmp_path)
+    tokenizer = build_tokenizer("GPT2BPETokenizer", vocab_file=str(tmp_path / "vocab.json"), merge_file=str(tmp_path / "merges.txt"))
+    tokenizer.save(tmp_path / "tokenizer")
+    config = RunConfig().replace(
+        num_layers=2, hidden_size=16, num_attention_heads=2, vocab_size=tokenizer.vocab_size, max_position_embeddings=32, seq_length=32,
+        init_method_std=0.3,
+    )  # fmt: skip
+    model = plain(config.model, torch.device("cpu"), seed=1)
+    files = {f"tokenizer/{file.name}": file for file in (tmp_path / "tokenizer").iterdir()}
+    checkpoint.save(tmp_path / "run", 5, weights_of(model), train_state={}, config_yaml=to_yaml(config), files=files)
+    huggingface.write(own(tmp_path / "run"), tmp_path / "out", Options())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert words("def main():").input_ids == list(tokenizer.encode("def main():"))
+    assert theirs.config.eos_token_id == tokenizer.eod == theirs.generation_config.eos_token_id
+    ids = torch.tensor([words("def main():").input_ids])
+    assert (theirs(ids).logits - model(ids)).abs().max() < 1e-5
+    loaded = megalith.load(tmp_path / "out", device="cpu")
+    assert torch.equal(loaded(ids), model(ids)) and loaded.tokenizer.encode("def") == tokenizer.encode("def")

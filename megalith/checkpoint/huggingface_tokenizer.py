@@ -1,0 +1,64 @@
+"""Tokenizer files between Hugging Face folders and the tokenizer/ of our checkpoints."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from megalith.checkpoint.huggingface_files import read_json
+
+HERE = "tokenizer/"  # where our checkpoints keep them
+FILES = re.compile(
+    r"tokenizer.*|vocab\.(json|txt)|merges\.txt|special_tokens_map\.json|added_tokens\.json|.*\.model|.*\.tiktoken|chat_template\..*"
+)
+RECORD = "megalith_tokenizer.json"  # of data/tokenizers.py: the tokenizer's type, and which file is which of its options
+NAMED = {  # type -> transformers' class, and the names it wants of the files
+    "GPT2BPETokenizer": ("GPT2Tokenizer", {"vocab_file": "vocab.json", "merge_file": "merges.txt"}),
+    "BertWordPieceLowerCase": ("BertTokenizer", {"vocab_file": "vocab.txt"}),
+    "BertWordPieceCase": ("BertTokenizer", {"vocab_file": "vocab.txt"}),
+    "HuggingFaceTokenizer": ("PreTrainedTokenizerFast", {"tokenizer_model": "tokenizer.json"}),
+    "HFTokenizer": ("PreTrainedTokenizerFast", {"tokenizer_model": "tokenizer.json"}),
+    "Llama2Tokenizer": ("LlamaTokenizer", {"tokenizer_model": "tokenizer.model"}),
+}
+ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "[SEP]")  # words that end a text, where no file names one
+
+
+def found_in(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """{name in a checkpoint of ours: file} of the tokenizer files in a Hugging Face folder."""
+    return {f"{HERE}{file.name}": file for file in sorted(folder.iterdir()) if file.is_file() and FILES.fullmatch(file.name)}
+
+
+def written(files: Mapping[str, pathlib.Path]) -> dict[str, bytes]:
+    """{name in a Hugging Face folder: content} of a checkpoint's files, as transformers' AutoTokenizer wants them."""
+    own = {name.removeprefix(HERE): file for name, file in files.items() if name.startswith(HERE)}
+    made = {name: file.read_bytes() for name, file in own.items() if FILES.fullmatch(name)}
+    record = read_json(own[RECORD]) if RECORD in own else {}
+    kind, names = NAMED.get(record.get("tokenizer_type", ""), (None, {}))
+    for option, name in names.items():
+        file = own.get(record.get(option) or "")
+        if file is not None and file.name != name:
+            made.pop(file.name, None)
+            made[name] = file.read_bytes()
+    if kind and "tokenizer_config.json" not in made:
+        lower = {"do_lower_case": record["tokenizer_type"] == "BertWordPieceLowerCase"} if kind == "BertTokenizer" else {}
+        ends = {f"{each}_token": word for each in ("bos", "eos") if (word := end(made)[0])} if kind != "BertTokenizer" else {}
+        made["tokenizer_config.json"] = (json.dumps({"tokenizer_class": kind, **lower, **ends}, indent=2) + "\n").encode()
+    return made
+
+
+def end(made: Mapping[str, bytes]) -> tuple[str | None, int | None]:
+    """The word that ends a text and its id, (None, None) where the files do not tell."""
+    vocabulary: dict[str, Any] = {}
+    if "vocab.json" in made:
+        vocabulary = json.loads(made["vocab.json"])
+    elif "tokenizer.json" in made:
+        content = json.loads(made["tokenizer.json"])
+        words = content.get("model", {}).get("vocab", {})
+        vocabulary = dict(words) if isinstance(words, dict) else {word: number for number, (word, _) in enumerate(words)}
+        vocabulary |= {each["content"]: each["id"] for each in content.get("added_tokens", ())}
+    named = json.loads(made.get("tokenizer_config.json", b"{}")).get("eos_token")
+    named = named.get("content") if isinstance(named, dict) else named
+    return next(((word, vocabulary[word]) for word in (named, *ENDS) if word in vocabulary), (None, None))

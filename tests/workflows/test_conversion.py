@@ -1,0 +1,117 @@
+"""Conversions end to end, and what --verify lets pass."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from megalith.checkpoint.formats import Options, read
+from megalith.common.errors import CheckpointError
+from megalith.workflows import conversion
+from tests.originals.families import MODELS
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture
+def theirs(tmp_path: pathlib.Path) -> pathlib.Path:
+    torch.manual_seed(0)
+    MODELS["llama, groups, tied"]().save_pretrained(tmp_path / "theirs")
+    return tmp_path / "theirs"
+
+
+def test_verify_sees_what_is_wrong(theirs: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    conversion.convert(theirs, tmp_path / "ours", to="megalith")
+    assert conversion.verify(theirs, tmp_path / "ours") < 1e-5
+    state = load_file(theirs / "model.safetensors")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    save_file({**state, name: state[name].flip(0)}, theirs / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"relative difference of logits: found 0\.\d+; both compute the same, to 0.0001"):
+        conversion.verify(theirs, tmp_path / "ours")
+
+
+def test_dtype_and_targets(theirs: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    conversion.convert(theirs, tmp_path / "ours", to="megalith", options=Options(dtype="bfloat16"))
+    assert {lazy.dtype for lazy in read(tmp_path / "ours").tensors.values()} == {torch.bfloat16}
+    with pytest.raises(CheckpointError, match="a conversion goes into a new folder"):
+        conversion.convert(theirs, tmp_path / "ours", to="megalith")
+
+
+SHAPE = {  # 1.3e9 parameters in bfloat16, 2.6 GB
+    "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 25, "num_attention_heads": 32, "num_key_value_heads": 16,
+    "vocab_size": 32000, "max_position_embeddings": 2048,
+}  # fmt: skip
+MEASURE = """
+import resource, sys
+from megalith.cli.main import main
+status = main(["checkpoint", *sys.argv[1:]])
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+sys.exit(status)
+"""
+
+
+def make_large(folder: pathlib.Path) -> int:
+    """A Llama of 1.3e9 random parameters, written shard by shard; its bytes."""
+    import json
+
+    config = transformers.LlamaConfig(**SHAPE, architectures=["LlamaForCausalLM"])
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        state = transformers.LlamaForCausalLM(config).state_dict()
+    table, total, shard, number = {}, 0, {}, 0
+    for position, (name, tensor) in enumerate(state.items(), 1):
+        shard[name] = torch.randn(tensor.shape, dtype=torch.bfloat16) * 0.02
+        if sum(each.nbytes for each in shard.values()) > 400e6 or position == len(state):
+            number += 1
+            save_file(shard, folder / f"model-{number:05}.safetensors")
+            table |= dict.fromkeys(shard, f"model-{number:05}.safetensors")
+            total, shard = total + sum(each.nbytes for each in shard.values()), {}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+    return total
+
+
+def copy_time(folder: pathlib.Path, target: pathlib.Path) -> float:
+    """Seconds to read the bytes and write them durably, with the checksum that every checkpoint has."""
+    import hashlib
+
+    start = time.perf_counter()
+    with open(target, "wb") as out:
+        for file in sorted(folder.glob("*.safetensors")):
+            with open(file, "rb") as source:
+                digest = hashlib.sha256()
+                while piece := source.read(1 << 24):
+                    digest.update(piece)
+                    out.write(piece)
+        out.flush()
+        os.fsync(out.fileno())
+    target.unlink()
+    return time.perf_counter() - start
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_large_model_needs_little_memory(tmp_path: pathlib.Path) -> None:
+    """Peak memory of the importing process, Python and torch included, is under 2 GB for 2.6 GB of weights. Times are printed."""
+    (tmp_path / "theirs").mkdir()
+    total = make_large(tmp_path / "theirs")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for verb, source, target, more in (
+        ("import", "theirs", "ours", ()),
+        ("export", "ours", "back", ("--to", "huggingface", "--max-shard-size", "500MB")),
+    ):
+        start = time.perf_counter()
+        command = [sys.executable, "-c", MEASURE, verb, str(tmp_path / source), str(tmp_path / target), *more]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        took = time.perf_counter() - start
+        assert done.returncode == 0, done.stderr
+        peak = int(re.search(r"peak (\d+)", done.stdout)[1])
+        plain = copy_time(tmp_path / "theirs", tmp_path / "copied")
+        print(f"{verb}: {total / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB, {took:.1f} s; copying with checksums {plain:.1f} s")
+        assert peak < 2e9
