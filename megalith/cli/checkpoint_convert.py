@@ -66,7 +66,7 @@ COMMON = (
     _renamed("--load-dir", "SOURCE", {"source": VALUE}),
     _renamed("--save-path", "FOLDER", {"folder": VALUE}),
     _renamed("--save-dir", "FOLDER", {"folder": VALUE}),
-    _renamed("--tokenizer-name", "--tokenizer", {"tokenizer": VALUE}),
+    Flag("--tokenizer-name", {"tokenizer_name": VALUE}),
     _renamed("--print-checkpoint-structure", "--print-structure", {"print_structure": True}, 0),
     _renamed("--target-params-dtype", "--dtype", {"dtype": VALUE}),
     Flag("--megatron-path", {}, notice="--megatron-path is not needed: Megatron's files are read without its code"),
@@ -135,6 +135,8 @@ def run(verb: str, args: argparse.Namespace) -> int:
         cure = f"Write megalith checkpoint {verb} SOURCE FOLDER"
         problems.append(problem("paths", words, "it takes two, where to read and where to write", cure))
     to = values.pop("to", {"import": "megalith", "reshape": "megatron"}.get(verb))
+    if to is None and any(word in LAYOUT or word == "data_parallel_size" for word in values):
+        to = "megatron"  # transformers' converter goes there unless told otherwise
     if to is None:
         problems.append(problem("--to", None, "an export has a format", "Write --to huggingface, or --to megatron"))
     told = {name: values.pop(name) for name in ("from", "sha256", "verify", "print_structure") if name in values}
@@ -164,29 +166,34 @@ def run(verb: str, args: argparse.Namespace) -> int:
 def _options(values: dict[str, Any], verb: str, problems: list[str]) -> dict[str, Any]:
     """Fields of Options from raw values; what is left are fields of the config."""
     found = {name: values.pop(name) for name in TOLD if name in values}
-    for name in NUMBERS:
-        if name in values:
-            found[name] = _number(flag(name), values.pop(name), problems)
+    for each in NUMBERS:
+        if each in values:
+            found[each] = _number({"iteration": "--ckpt-step"}.get(each, flag(each)), values.pop(each), problems)
     if "dtype" in values:
         found["dtype"] = DTYPES.get(raw := values.pop("dtype"))
         if found["dtype"] is None:
             problems.append(problem("--dtype", raw, f"it is one of {', '.join(DTYPES)}", "Write --dtype bfloat16"))
     if "max_shard_size" in values:
         found["max_shard_size"] = _bytes(values.pop("max_shard_size"), problems)
+    name = values.pop("tokenizer_name", None)
+    if name is not None and pathlib.Path(name).is_dir():
+        values["tokenizer"] = name
+    elif name is not None:
+        print(f"--tokenizer-name {name} is no folder, and nothing is downloaded by name: add tokenizer files with --tokenizer FOLDER")
     if "tokenizer" in values:
         found["tokenizer"] = pathlib.Path(values.pop("tokenizer"))
         if not found["tokenizer"].is_dir():
             rule = "it is a folder with tokenizer.json, or vocab.json and merges.txt; nothing is downloaded by name"
             problems.append(problem("--tokenizer", str(found["tokenizer"]), rule, "Name a folder on this machine"))
     overrides = {}
-    for name, raw in values.items():
-        value, trouble = typed(fields()[name], raw, flag(name))
+    for field, raw in values.items():
+        value, trouble = typed(fields()[field], raw, flag(field))
         if trouble:
             problems.append(trouble.text)
-        elif verb != "import" and name in LAYOUT:
-            found[name] = value
+        elif verb != "import" and field in LAYOUT:
+            found[field] = value
         else:
-            overrides[name] = value
+            overrides[field] = value
     return {**found, "overrides": overrides}
 
 

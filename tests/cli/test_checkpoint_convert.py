@@ -1,0 +1,87 @@
+"""`megalith checkpoint import` and `export`: flags of ours and of other people's converters."""
+
+import pathlib
+import shlex
+
+import pytest
+import torch
+
+from megalith.checkpoint.formats import read
+from megalith.cli.checkpoint_convert import _bytes
+from megalith.cli.main import main
+from tests.originals.families import MODELS
+
+
+@pytest.fixture
+def theirs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    torch.manual_seed(0)
+    MODELS["gpt2"]().save_pretrained(tmp_path / "theirs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "theirs"
+
+
+def run(line: str) -> int:
+    return main(["checkpoint", *shlex.split(line)])
+
+
+def test_import_verify_export(theirs, capsys):
+    assert run("import theirs ours --verify --print-structure --hidden-dropout 0.25") == 0
+    out = capsys.readouterr().out
+    assert "52 tensors -> ours" in out and "verified: the logits differ" in out
+    assert "model/layers.0.attention.q.weight" in out and "[48, 48] float32" in out
+    assert read("ours").config.model.hidden_dropout == 0.25
+    assert run("export ours back --to huggingface --bin --max-shard-size 60KB --dtype bf16 --verify") == 1  # bfloat16 is not that near
+    assert "relative difference of logits" in capsys.readouterr().err
+    assert len(list(pathlib.Path("back").glob("pytorch_model-*.bin"))) > 1
+    assert run("export ours again --to huggingface --verify") == 0
+
+
+def test_words_of_transformers_converter(theirs, capsys):
+    """seeds/000: the two commands, as typed there."""
+    assert run(
+        "export --load_path theirs --save_path megatron --target_tensor_model_parallel_size 2 --target_pipeline_model_parallel_size 3 "
+        "--target_data_parallel_size 1 --target_params_dtype fp32 --make_vocab_size_divisible_by 128 --print-checkpoint-structure"
+    ) == 0  # fmt: skip
+    out = capsys.readouterr().out
+    for line in ("--load-path is read as SOURCE", "--target-tensor-model-parallel-size is read as --tensor-model-parallel-size"):
+        assert line.replace("-", "_") in out.replace("-", "_")
+    assert len(list(pathlib.Path("megatron").rglob("model_optim_rng.pt"))) == 6
+    assert run(
+        "export --convert_checkpoint_from_megatron_to_transformers --load_path megatron --save_path back --max_shard_size 200MB "
+        "--tokenizer_name gpt2 --print-checkpoint-structure"
+    ) == 0  # fmt: skip
+    assert "--tokenizer-name gpt2 is no folder, and nothing is downloaded by name" in capsys.readouterr().out
+    one, other = read("theirs"), read("back")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+ERRORS = [
+    ("import theirs", "paths: found ['theirs']; it takes two, where to read and where to write. Write megalith checkpoint import SOURCE"),
+    ("export theirs back", "--to: found None; an export has a format. Write --to huggingface, or --to megatron."),
+    ("export theirs back --to huggingfase", "unknown checkpoint format 'huggingfase'; did you mean 'huggingface'?"),
+    ("export theirs back --to huggingface --max-shard-size big", "--max-shard-size: found 'big'; it is a size such as 200MB, 5GB or 2GiB"),
+    ("export theirs back --to huggingface --dtype int8", "--dtype: found 'int8'; it is one of"),
+    ("import theirs ours --ckpt-step last", "--ckpt-step: found 'last'; it is a whole number"),
+    ("import theirs ours --tokenizer nowhere", "--tokenizer: found 'nowhere'; it is a folder with tokenizer.json"),
+    ("import theirs ours --hidden-dropout much", "--hidden-dropout: found 'much'; it is a finite number"),
+    ("import theirs ours --veryfy", "unknown flag --veryfy: did you mean --verify?"),
+    ("import nowhere ours", "source: found 'nowhere'; there is no such file or folder. Correct the path."),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), ERRORS)
+def test_errors(line, message, theirs, capsys):
+    assert run(line) in (1, 2)
+    assert message in capsys.readouterr().err
+
+
+def test_sizes():
+    assert [_bytes(text, []) for text in ("200MB", "5gb", "2GiB", "1.5KB", "77")] == [200_000_000, 5_000_000_000, 2 << 30, 1500, 77]
+    assert all(_bytes(text, []) is None for text in ("", "0", "-1", "5 apples"))
+
+
+@pytest.mark.parametrize("verb", ["import", "export"])
+def test_help(verb, capsys):
+    with pytest.raises(SystemExit):
+        run(f"{verb} --help")
+    assert f"megalith checkpoint {verb}" in capsys.readouterr().out
