@@ -1,4 +1,4 @@
-"""Bytes of a rank per parameter of the model, from the storages that are alive: at or under the table of docs/architecture.md."""
+"""Bytes of a rank per parameter of the model, from the storages that are alive: at or under the table of docs/memory.md."""
 
 import gc
 
