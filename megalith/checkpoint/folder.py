@@ -23,6 +23,10 @@ from megalith.common.errors import CheckpointError
 POINTER = "latest"
 FINISHED = re.compile(r"iter_(\d{7,})")
 UNFINISHED = re.compile(r"\.iter_(\d{7,})\.[0-9a-f]+\.(saving|replaced|removing)")
+STRANGE = (  # what lies in checkpoints of other programs
+    "latest_checkpointed_iteration.txt", "mp_rank_*", "iter_*/mp_rank_*", "release/mp_rank_*", "global_step*", "config.json",
+    "*.safetensors", "pytorch_model*.bin", "metadata.json", "iter_*/metadata.json",
+)  # fmt: skip
 ABANDONED = 24 * 3600.0  # seconds after which a writer is taken for dead on a filesystem without locks
 
 
@@ -52,6 +56,8 @@ def latest(folder: str | os.PathLike) -> int | None:
         return max(iterations(folder), default=None)
     match = FINISHED.fullmatch(text)
     if not match:
+        if hint := strange(folder):
+            raise CheckpointError(hint)
         raise CheckpointError(
             f"{root(folder) / POINTER}: found {text[:40]!r}; it must hold the name of a checkpoint such as {folder_name(100)}. "
             f"{offer(folder)}"
@@ -72,6 +78,8 @@ def find(folder: str | os.PathLike, iteration: int | None = None) -> pathlib.Pat
     else:
         wanted = latest(folder) if iteration is None else iteration
         if wanted is None:
+            if hint := strange(folder):
+                raise CheckpointError(hint)
             raise CheckpointError(f"{place}: no checkpoint found; it would be a folder such as {folder_name(100)} in it. Check the path.")
         found = _checkpoints(root(folder)).get(wanted)
         if found is None:
@@ -81,6 +89,18 @@ def find(folder: str | os.PathLike, iteration: int | None = None) -> pathlib.Pat
     if problems:
         raise CheckpointError(damage(path, problems))
     return path
+
+
+def strange(folder: str | os.PathLike) -> str:
+    """What to tell of a folder (or file) with a checkpoint of another program; "" where there is none."""
+    place = pathlib.Path(folder)
+    found = [place] if place.is_file() else [path for pattern in STRANGE for path in sorted(place.glob(pattern))[:1]]
+    if not found:
+        return ""
+    return (
+        f"{place}: found {found[0].name}, as checkpoints of other programs have it; checkpoints of megalith are folders such as "
+        f"{folder_name(100)}. Write megalith checkpoint import {place} FOLDER, and name that folder instead."
+    )
 
 
 def damage(path: pathlib.Path, problems: list[str]) -> str:

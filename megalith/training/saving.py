@@ -8,6 +8,7 @@ import time
 from torch import Tensor
 
 from megalith import checkpoint
+from megalith.checkpoint.folder import strange
 from megalith.common.errors import CheckpointError, ConfigError
 from megalith.config.run import RunConfig
 from megalith.runtime import state
@@ -95,7 +96,8 @@ def check_folder(config: RunConfig) -> None:
         )
     if load is not None and not there and not checkpoint.iterations(load):
         raise CheckpointError(
-            f"--load {load} holds no complete checkpoint (iter_NNNNNNN/); starting from random weights instead would be silent loss. "
+            strange(load)
+            or f"--load {load} holds no complete checkpoint (iter_NNNNNNN/); starting from random weights instead would be silent loss. "
             f"Name a folder that `megalith checkpoint inspect` can read, or drop --load."
         )
     metrics = run / "metrics.jsonl"

@@ -6,8 +6,11 @@ import pytest
 import torch
 
 from megalith import checkpoint
+from megalith.checkpoint import formats
+from megalith.checkpoint.formats import FORMATS, Options
 from megalith.common.errors import CheckpointError, ConfigError
 from megalith.training.pretrain import train
+from megalith.workflows.conversion import convert
 from tests.tiny import losses, tiny_config
 
 
@@ -54,6 +57,39 @@ def test_a_record_without_a_checkpoint_is_not_overwritten(tmp_path, corpus):
 def test_load_of_nothing_is_an_error(tmp_path, corpus):
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         train(tiny_config(corpus, str(tmp_path / "run"), load=str(tmp_path / "nowhere")))
+
+
+def test_load_of_another_program_names_the_import(tmp_path, corpus):
+    (tmp_path / "theirs/iter_0000005/mp_rank_00").mkdir(parents=True)
+    (tmp_path / "theirs/latest_checkpointed_iteration.txt").write_text("5")
+    message = (
+        r"theirs: found latest_checkpointed_iteration.txt, as checkpoints of other programs.*megalith checkpoint import .*theirs FOLDER"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        train(tiny_config(corpus, str(tmp_path / "run"), load=str(tmp_path / "theirs")))
+    (tmp_path / "deepspeed/global_step5").mkdir(parents=True)
+    (tmp_path / "deepspeed/latest").write_text("global_step5")
+    for name in ("theirs", "deepspeed"):
+        with pytest.raises(CheckpointError, match="megalith checkpoint import"):
+            checkpoint.find(tmp_path / name)
+
+
+def test_no_load_optim_goes_on_with_new_moments(run, tmp_path, corpus):
+    """The iteration and the samples go on, the optimizer and the schedule begin anew."""
+    config = tiny_config(corpus, str(tmp_path / "on"), load=str(run / "checkpoints"), no_load_optim=True, no_load_rng=True, train_iters=14)
+    assert train(config).iteration == 14 and len(losses(str(tmp_path / "on"))) == 2
+
+
+def test_a_run_goes_on_from_its_export_to_megatron_bit_for_bit(run, tmp_path, corpus):
+    """Weights, moments, steps, schedule and samples survive the way through Megatron's files of another layout."""
+    six = run / "checkpoints/iter_0000006"
+    options = Options(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, with_optimizer=True, use_distributed_optimizer=True)
+    FORMATS.find("megatron").write(formats.read(six), tmp_path / "megatron", options)
+    convert(tmp_path / "megatron", tmp_path / "back", to="megalith", options=Options(with_optimizer=True))
+    train(tiny_config(corpus, str(tmp_path / "on"), load=str(tmp_path / "back")))
+    assert losses(str(tmp_path / "on")) == losses(str(run))[6:]
+    tuned = tiny_config(corpus, str(tmp_path / "tuned"), load=str(tmp_path / "back"), finetune=True, train_iters=2, lr_warmup_iters=1)
+    assert train(tuned).iteration == 2
 
 
 def test_two_sources_are_an_error(run, tmp_path, corpus):

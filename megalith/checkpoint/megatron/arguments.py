@@ -93,6 +93,10 @@ def _of_arguments(args: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     if args.get("train_samples"):  # Megatron works out both; here a run has one
         for name in ("train_iters", "lr_decay_iters"):
             values.pop(name, None)
+    if args.get("use_rope_scaling"):
+        values["rope_scaling_type"] = "llama3"
+    if args.get("window_size"):
+        values["sliding_window"] = int(args["window_size"][0]) + 1  # there: tokens before the own one
     if args.get("bias_gelu_fusion") and not any(args.get(name) for name in ("swiglu", "squared_relu", "glu_activation")):
         values["openai_gelu"] = True
     return values
@@ -115,6 +119,7 @@ def _of_shapes(parts: Mapping[str, Lazy], ranks: int, values: Mapping[str, Any])
         "ffn_hidden_size": inner * ranks,
         "add_bias_linear": "self_attention.dense.bias" in layer,
         "add_qkv_bias": "self_attention.query_key_value.bias" in layer and "self_attention.dense.bias" not in layer,
+        "embed_layernorm": "embedding.word_embeddings.norm.weight" in parts,
         "qk_layernorm": "self_attention.q_layernorm.weight" in layer,
         "normalization": "LayerNorm" if "input_layernorm.bias" in layer else "RMSNorm",
         "attention_head_type": "multiquery" if "self_attention.query.weight" in layer else "multihead",

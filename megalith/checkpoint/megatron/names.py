@@ -55,17 +55,22 @@ MLP = (  # a gated MLP has dense_h_to_4h as two halves
     ("mlp.dense_h_to_4h", "mlp.up", "rows", "rows"),
     ("mlp.dense_4h_to_h", "mlp.down", "columns", "whole"),
 )
-GPT = (
+EMBEDDINGS = (
     Row("embedding.word_embeddings.weight", ("embedding.weight",), "vocabulary"),
     Row("embedding.position_embeddings.weight", ("position_embedding.weight",), "whole"),
+)
+GPT = (
+    *EMBEDDINGS,
+    *_linear("embedding.word_embeddings.norm", "embedding_norm", "whole", "whole"),  # BigScience's fork alone
     *_layer("encoder.layers.{}", "layers.{}", *ATTENTION, *MLP),
     *_linear("encoder.final_layernorm", "final_norm", "whole", "whole"),
     Row("output_layer.weight", ("head.weight",), "vocabulary"),
 )
 BERT = (
-    *GPT[:2],
+    *EMBEDDINGS,
     Row("embedding.tokentype_embeddings.weight", ("token_type_embedding.weight",), "whole"),
-    *GPT[2:-1],
+    *_layer("encoder.layers.{}", "layers.{}", *ATTENTION, *MLP),
+    *_linear("encoder.final_layernorm", "final_norm", "whole", "whole"),
     *_linear("pooler.dense", "pooler", "whole", "whole"),
     Row("lm_head.bias", ("head.bias",), "vocabulary"),
     *_linear("lm_head.dense", "head_dense", "whole", "whole"),
@@ -80,7 +85,7 @@ CROSS = (  # in a decoder the norm after attention comes before cross attention,
     ("post_inter_attention_layernorm", "mlp_norm", "whole", "whole"),
 )
 T5 = (  # layers of the decoder have the numbers after the encoder's, on both sides of the table
-    *GPT[:2],
+    *EMBEDDINGS,
     *_layer("encoder.layers.{}", "layers.{}", *ATTENTION, *MLP),
     *_linear("encoder.final_layernorm", "encoder_norm", "whole", "whole"),
     *_layer("decoder.layers.{}", "layers.{}", *ATTENTION, *CROSS, *MLP[1:]),

@@ -30,7 +30,10 @@ from megalith.config.megatron_counts import padded_vocabulary
 NESTED = ("embedding", "output_layer", "word_embeddings_for_head", "binary_head")  # dicts all the way; the rest has dotted names
 OF_THE_MODEL = ("word_embeddings_for_head", "lm_head", "binary_head")  # beside language_model, not in it
 FIRST = "embedding."
-UNWRITTEN: dict[str, Any] = {}  # fields of the model that must have this value, because Megatron's models know no other
+UNWRITTEN: dict[str, Any] = {  # fields of the model that must have this value, because Megatron's legacy models know no other
+    "sliding_window": None, "rope_scaling_type": None, "scaled_alibi": False, "embed_layernorm": False, "parallel_attn": False,
+    "norm_after_residual": False, "relu": False, "qk_layernorm": False, "softmax_scale": None, "scale_output": False,
+}  # fmt: skip
 
 
 def write(weights: Weights, folder: pathlib.Path, options: Options) -> None:
