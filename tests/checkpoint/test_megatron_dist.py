@@ -14,7 +14,7 @@ from megalith.checkpoint.megatron.dist import _restore
 from megalith.common.errors import CheckpointError
 from megalith.models.gpt import GPT
 from tests.checkpoint.megatron_files import fused, model_of, namespace
-from tests.checkpoint.test_megatron_legacy import FILES, GIVEN, needs_files
+from tests.checkpoint.test_megatron_legacy import FILES, GIVEN, check, needs_files
 
 CORE = {  # within a layer
     "attention_norm": "self_attention.linear_qkv.layer_norm_{}", "mlp_norm": "mlp.linear_fc1.layer_norm_{}",
@@ -90,6 +90,38 @@ def test_weights_and_optimizer(tmp_path: pathlib.Path, local: bool) -> None:
     assert weights.train_state["schedule"] == {"lr": 0.1} and weights.train_state["scheduled_samples"] == 70
     plain = formats.read(tmp_path / "c/iter_0000007")
     assert plain["model/embedding.weight"].dtype == torch.bfloat16 and len(plain) == len(tensors)
+
+
+def test_core_in_the_directories_of_old(tmp_path: pathlib.Path) -> None:
+    """--ckpt-format torch: flat names, a part for each rank, and on the last stage a copy of the embedding called output_layer."""
+    config, tensors = model_of()
+    for stage in range(2):
+        for rank in range(2):
+            model = {}
+            for name, whole in core_state(config, tensors, local=True).items():
+                cut = 1 if name.endswith(("linear_proj.weight", "fc2.weight")) else 0
+                split = cut == 1 or any(word in name for word in ("linear_fc1", "word_embeddings"))
+                if ".layers." in name:
+                    for local in range(2):
+                        part = whole[2 * stage + local]
+                        place = name.replace(".layers.", f".layers.{local}.")
+                        if "linear_qkv" in name:
+                            kind = name.rpartition(".")[2]
+                            each = [tensors[f"layers.{2 * stage + local}.attention.{x}.{kind}"] for x in "qkv"]
+                            model[place] = fused(*each, config, 2, rank, 3.0)
+                        else:
+                            model[place] = part.chunk(2, cut)[rank].clone() if split else part.clone()
+                elif name.startswith("embedding.") == (stage == 0):
+                    model[name] = whole.chunk(2)[rank].clone() if split else whole
+                model["decoder.layers.0.self_attention._extra_state"] = torch.zeros(3)
+            if stage == 1:
+                model["output_layer.weight"] = core_state(config, tensors)["embedding.word_embeddings.weight"].chunk(2)[rank]
+            args = namespace(config, 2, 2, 128, {"untie_embeddings_and_output_weights": False})
+            path = tmp_path / f"iter_0000007/mp_rank_{rank:02d}_{stage:03d}"
+            path.mkdir(parents=True)
+            torch.save({"args": args, "checkpoint_version": 3.0, "iteration": 7, "model": model}, path / "model_optim_rng.pt")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
+    check(tmp_path, config, tensors)
 
 
 def test_fragments_that_were_stored_flat() -> None:

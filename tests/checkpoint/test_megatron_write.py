@@ -82,6 +82,26 @@ def test_through_ours_and_another_layout_equals_the_direct_way(tmp_path: pathlib
         assert str(one["model"]) == str(other["model"]) and vars(one["args"]) == vars(other["args"])
 
 
+def test_hugging_face_by_way_of_megatron_equals_the_direct_export(tmp_path: pathlib.Path) -> None:
+    llama = dict(swiglu=True, ffn_hidden_size=64, num_query_groups=2, normalization="RMSNorm", add_bias_linear=False, hidden_dropout=0.0,
+                 position_embedding_type="rope", untie_embeddings_and_output_weights=True, attention_dropout=0.0)  # fmt: skip
+    weights, huggingface = weights_of(**llama), FORMATS.find("huggingface")
+    huggingface.write(weights, tmp_path / "direct", Options())
+    FORMATS.find("megatron").write(weights, tmp_path / "megatron", Options(**LAYOUTS["tp2 pp2"]))
+    write_own(formats.read(tmp_path / "megatron"), tmp_path / "ours")
+    huggingface.write(own(tmp_path / "ours"), tmp_path / "around", Options())
+    name = "model.safetensors"
+    assert (tmp_path / "direct" / name).read_bytes() == (tmp_path / "around" / name).read_bytes()
+
+
+def test_models_that_megatron_does_not_have_are_refused(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"sliding_window: found 8; Megatron's legacy models have no such part, and would compute something else"
+    ):
+        FORMATS.find("megatron").write(weights_of(sliding_window=8), tmp_path / "m", Options())
+    assert not (tmp_path / "m").exists()
+
+
 @pytest.mark.parametrize("distributed", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("layout", ["one", "tp2 pp2 virtual"])

@@ -58,7 +58,7 @@ def to_config(
     """
     args = {name: plain(value) for name, value in args.items()}
     for name, reason in UNSUPPORTED.items():
-        if args.get(name) and args[name] not in ([1], 1):
+        if args.get(name) and (args[name] is True or args[name] not in ([1], 1)):  # one expert is none
             raise CheckpointError(
                 problem(f"--{name.replace('_', '-')}", args[name], reason, "Train without it, or convert with its own tools")
             )
@@ -143,7 +143,7 @@ def _assumed(kind: str, values: Mapping[str, Any], overrides: Mapping[str, Any],
     assumed: dict[str, Any] = {"openai_gelu": kind == "gpt"} if not values.get("swiglu") else {}
     if values["position_embedding_type"] == "none":
         assumed["position_embedding_type"] = "rope"
-    if values["hidden_size"] % 64 == 0 and "attention.query_key_value" not in values and values["hidden_size"] >= 512:
+    if values["hidden_size"] % 64 == 0 and values["hidden_size"] >= 512:  # the releases have heads of 64
         assumed["num_attention_heads"] = values["hidden_size"] // 64
     said = ", ".join(f"{name} {value}" for name, value in assumed.items() if name not in overrides)
     notes.append(f"the file holds no arguments; assumed: {said}, layernorm_epsilon 1e-05. Give what differs as flags")

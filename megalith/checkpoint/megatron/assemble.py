@@ -114,7 +114,7 @@ def qkv_layout(options: Options, version: float, notes: list[str]) -> str:
     """The order of rows in fused weights: what is asked for, or what the version means."""
     if options.qkv_layout != "auto":
         return options.qkv_layout
-    known = {0.0: "thirds", 1.0: "interleaved", 2.0: "grouped", 3.0: "grouped", 4.0: "grouped"}
+    known = {0.0: "thirds", 1.0: "interleaved", 2.0: "grouped", 3.0: "grouped"}
     if version not in known:
         raise CheckpointError(
             problem("checkpoint_version", version, f"those known are {', '.join(map(str, known))}", "Name the order of rows: --qkv-layout")

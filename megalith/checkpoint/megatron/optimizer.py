@@ -55,7 +55,7 @@ def read(ranks: Sequence[Rank], notes: list[str]) -> dict[str, list[Table]]:
 
 
 def _of_rank(rank: Rank) -> dict[str, Table]:
-    outer = rank.content.get("optimizer")
+    outer = _only(rank.content.get("optimizer"))
     if "distrib_optim.pt" in rank.others:
         return _flat(rank, rank.others["distrib_optim.pt"])
     shards = [rank.others[name] for name in sorted(rank.others, key=_shard_number) if name.startswith("optim.pt/")]
@@ -82,6 +82,11 @@ def _of_rank(rank: Rank) -> dict[str, Table]:
             if tensor.shape != shapes[name].shape:
                 raise _disagree(rank, f"{key} {list(tensor.shape)} where {name} is", f"that has {list(shapes[name].shape)}")
     return found
+
+
+def _only(optimizer: Any) -> Any:
+    """The optimizer of a chain of one, as Megatron core may have it."""
+    return optimizer[0] if isinstance(optimizer, list) and len(optimizer) == 1 else optimizer
 
 
 def _numbered(rank: Rank, inner: Mapping[str, Any]) -> dict[int, str]:
@@ -203,10 +208,9 @@ def _compare(rank: Rank, masters: Table, file: Window) -> None:
 
 def steps(content: Mapping[str, Any], names: Sequence[str]) -> dict[str, Lazy]:
     """{optimizer/step/<parameter>: how often Adam updated it}; the iteration where the optimizer does not say."""
-    outer = content.get("optimizer")
-    inner = outer.get("optimizer", outer) if isinstance(outer, dict) else {}
-    if isinstance(inner, list):
-        inner = inner[0] if inner else {}
+    outer = _only(content.get("optimizer"))
+    inner = _only(outer.get("optimizer", outer)) if isinstance(outer, dict) else {}
+    inner = inner if isinstance(inner, dict) else {}
     found: Any = None
     for holder in [*inner.get("param_groups", []), *list(inner.get("state", {}).values())[:1]]:
         found = holder.get("step", found) if isinstance(holder, dict) else found
@@ -229,7 +233,7 @@ def train_state(content: Mapping[str, Any]) -> dict[str, Any]:
     """The schedule and the loss scale, for a run that goes on."""
     theirs = content.get("opt_param_scheduler", content.get("lr_scheduler"))
     theirs = {OLDER.get(name, name): value for name, value in theirs.items()} if isinstance(theirs, dict) else {}
-    outer = content.get("optimizer")
+    outer = _only(content.get("optimizer"))
     scaler = outer.get("grad_scaler") if isinstance(outer, dict) else None
     state: dict[str, Any] = {
         "loss_scale": _scale(scaler),
