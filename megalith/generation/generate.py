@@ -210,9 +210,11 @@ def check_length(model: nn.Module | Decoder, prompt: int, new: int) -> None:
 
 def tokenized(model: nn.Module | Decoder, prompts: Prompts, add_bos: bool = False) -> list[Completion]:
     """A Completion without continuation for each prompt."""
-    tokenizer = tokenizer_of(model)
-    vocabulary = (model.model if isinstance(model, Decoder) else model).config.vocab_size
-    made = []
+    config = (model.model if isinstance(model, Decoder) else model).config
+    if config.decoder_layers or not config.causal:
+        rule = "text is written, and scored, by models of one stack that read from left to right"
+        raise ConfigError(problem("model", config.model_type, rule, "Load a GPT"))
+    tokenizer, vocabulary, made = tokenizer_of(model), config.vocab_size, []
     given: Sequence[str | Sequence[int]] = [""] if prompts is None else [prompts] if isinstance(prompts, str) else prompts
     for number, prompt in enumerate(given):
         if isinstance(prompt, str):

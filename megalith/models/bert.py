@@ -41,7 +41,7 @@ class BERT(nn.Module):
         self.final_norm = None if config.norm_after_residual else norm()
         self.head_dense, self.head_norm = nn.Linear(h, h), norm()
         self.head = nn.Linear(h, vocab)
-        self.token_loss = TokenLoss(config.loss_chunk_tokens, config.z_loss_coeff)
+        self.token_loss = TokenLoss(config.loss_chunk_tokens, config.z_loss_coeff, few_labels=True)
         self.first_token = FirstToken()
         self.pooler = nn.Linear(h, h) if binary else None
         self.order_head = nn.Linear(h, 2) if binary else None

@@ -7,6 +7,7 @@ from megalith import checkpoint
 from megalith.checkpoint.editing import resize
 from megalith.common.errors import CheckpointError
 from megalith.config.loading import from_yaml, to_yaml
+from megalith.config.parameters import parameter_shapes
 from megalith.config.run import RunConfig
 
 SHAPES = {
@@ -104,3 +105,15 @@ def test_never_into_something_that_is_there(source, tmp_path):
     for place in (source[0], source[0].parent, tmp_path / "tokenizer.json"):
         with pytest.raises(CheckpointError, match="new folder"):
             checkpoint.edit(source[0], place)
+
+
+def test_sizes_of_a_bert(tmp_path):
+    """Its head has a bias with a row for each word; its other heads and the token types have none."""
+    config = CONFIG.replace(model_type="bert", num_layers=1, hidden_size=2, num_attention_heads=1, vocab_size=4, max_position_embeddings=3)
+    state = {f"model/{name}": torch.zeros(shape) for name, shape in parameter_shapes(config.model).items()}
+    source = checkpoint.save(tmp_path / "c", 1, state, train_state={}, config_yaml=to_yaml(config))
+    _, changed = edit(source, tmp_path, vocab_size=6, max_position_embeddings=5)
+    wanted = config.replace(vocab_size=6, max_position_embeddings=5)
+    assert {name: tuple(tensor.shape) for name, tensor in changed.items()} == {
+        f"model/{name}": shape for name, shape in parameter_shapes(wanted.model).items()
+    }

@@ -5,6 +5,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 
+from megalith.common.errors import ConfigError
 from megalith.config.activations import activation_bytes, attention_path, end_terms, layer_terms, score_terms
 from megalith.config.run import RunConfig
 from megalith.parallel import mesh as meshes
@@ -119,3 +120,8 @@ def test_selective_recompute_removes_the_square_terms():
 def test_ends_and_layers_add_up():
     assert activation_bytes(BASE) == 2 * sum(layer_terms(BASE).values()) + sum(end_terms(BASE).values())
     assert activation_bytes(BASE, layers=1, ends=False) == sum(layer_terms(BASE).values())
+
+
+def test_of_gpt_alone():
+    with pytest.raises(ConfigError, match="model: found 'bert'; the activations of GPT alone are priced"):
+        activation_bytes(BASE.replace(model_type="bert"))

@@ -42,3 +42,10 @@ FORMS: list[dict] = [
 def test_one_process_without_padding_has_our_count(form: dict) -> None:
     config = GPT2_LARGE.replace(vocab_size=50304, **form)
     assert rank_parameters(config, 0) == parameter_count(config.model)
+
+
+def test_of_bert_only_the_vocabulary_is_reported():
+    config = RunConfig().replace(
+        model_type="bert", num_layers=2, hidden_size=8, num_attention_heads=1, vocab_size=30522, tensor_model_parallel_size=2
+    )
+    assert report(config) == [" > padded vocab (size: 30522) with 198 dummy tokens (new size: 30720)"]

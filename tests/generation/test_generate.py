@@ -7,8 +7,10 @@ import torch
 
 import megalith
 from megalith.common.errors import CheckpointError, ConfigError, DataError
+from megalith.config.model import ModelConfig
 from megalith.generation.cache import Decoder
 from megalith.generation.generate import complete, generate, score
+from megalith.models.bert import BERT
 
 PROMPTS = ["Once upon a time", "Z", "", "東京 and the model wrote a small naïve café"]
 
@@ -170,3 +172,12 @@ def test_wrong_values(make) -> None:
 def test_the_words_of_the_package(make) -> None:
     assert megalith.generate(make(), "Once", max_new_tokens=3, seed=1)[0].startswith("Once")
     assert json.dumps(megalith.generate(make(), ["Once"], max_new_tokens=3))
+
+
+@pytest.mark.parametrize("call", [complete, score])
+def test_only_models_that_read_from_left_to_right_write(call) -> None:
+    model = BERT(
+        ModelConfig(model_type="bert", num_layers=1, hidden_size=8, num_attention_heads=1, max_position_embeddings=8, vocab_size=9)
+    )
+    with pytest.raises(ConfigError, match=r"model: found 'bert'; text is written"):
+        call(model.eval(), [[1, 2]])

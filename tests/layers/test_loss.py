@@ -47,6 +47,18 @@ def test_equals_plain_cross_entropy(weighted: bool, with_bias: bool, chunk: int,
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("labelled", [0, 1, 5, BATCH * SEQUENCE])
+def test_few_labels_change_no_number(labelled: int) -> None:
+    hidden, weight, bias, labels = inputs()
+    order = torch.randperm(BATCH * SEQUENCE, generator=torch.Generator().manual_seed(2))
+    labels = labels.clamp(min=0).flatten().index_fill(0, order[labelled:], -1).view(labels.shape)
+    weights = torch.rand(BATCH, SEQUENCE, dtype=torch.float64)
+    found, expected = (TokenLoss(3, 0.01, few_labels=few)(hidden, weight, labels, weights, bias) for few in (True, False))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    for one, other in zip(*(torch.autograd.grad(each.sum() * 0.3, (hidden, weight, bias)) for each in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
+
+
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
 def test_free_form_passes_gradcheck(z_loss: float) -> None:
     hidden, weight, bias, labels = inputs()

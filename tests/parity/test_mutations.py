@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megalith.parallel import collectives, pipeline_deferred, styles, tensor
+from megalith.parallel.plans.bert import PLAN as BERT
 from megalith.parallel.plans.gpt import PLAN
 from megalith.testing import parity, run_ranks
 from megalith.testing.parity import TOLERANCE, Measured, compare, measure
@@ -22,6 +23,16 @@ DTYPE = torch.float64
 def entry(pattern: str, style: Callable) -> contextlib.AbstractContextManager:
     """The plan with another style for a pattern."""
     return mock.patch.dict(PLAN, {pattern: style})
+
+
+def bert_entry(pattern: str, style: Callable) -> contextlib.AbstractContextManager:
+    """The plan of BERT with another style for a pattern."""
+    return mock.patch.dict(BERT, {pattern: style})
+
+
+def order_everywhere(logits: Tensor, order: Tensor, weights: Tensor, coordinates: Tensor) -> Tensor:
+    """A loss of the order wherever some token is the first."""
+    return torch.nn.functional.cross_entropy(logits, order, reduction="none") * weights
 
 
 def untold(module, parent, axis):
@@ -70,6 +81,12 @@ MUTATIONS: dict[str, tuple[str, str, Callable[[], contextlib.AbstractContextMana
     "norm not summed": ("absolute", "tp2 sp", lambda: entry("layers.*.mlp_norm", unsummed(styles.copy))),
     "final norm not summed": ("absolute", "tp2 sp", lambda: entry("final_norm", unsummed(styles.copy))),
     "head norm not summed": ("rotary", "tp2", lambda: entry("layers.*.attention.k_norm", styles.copy)),
+    "head's norm not summed": ("bert", "tp2 sp", lambda: bert_entry("head_norm", unsummed(styles.copy))),
+    "head's layer not summed": ("bert", "tp2 sp", lambda: bert_entry("head_dense", styles.whole_linear)),
+    "pooler summed": ("bert", "tp2 sp", lambda: bert_entry("pooler", styles.part_linear)),
+    "head's bias not summed": ("bert", "tp2", lambda: bert_entry("head", unsummed(styles.head))),
+    "first token of each part": ("bert", "tp2 sp", lambda: bert_entry("first_token", untold)),
+    "order counted by each part": ("bert", "cp2", lambda: mock.patch("megalith.models.bert.order_loss", order_everywhere)),
     "keys not summed": ("alibi", "tp2", lambda: entry("layers.*.attention.k", unsummed(styles.heads))),
     "row bias not summed": ("absolute", "tp2 sp", lambda: entry("layers.*.mlp.down", unsummed(styles.row))),
     "positions not summed": ("absolute", "tp2 sp", lambda: entry("position_embedding", unsummed(styles.part_embedding))),

@@ -34,6 +34,17 @@ def test_bert_twice_and_resumed(google, sentences, tmp_path):
     check_bits(functools.partial(tiny_bert, sentences, norm_after_residual=google, bert_no_binary_head=google), tmp_path)
 
 
+def test_bert_goes_on_in_another_layout(ranks, sentences, tmp_path):
+    """Tensor 2 x pipeline 2, then one process, then two with everything sharded."""
+    train(tiny_bert(sentences, str(tmp_path / "one")))
+    moved = tiny_bert(sentences, str(tmp_path / "moved"))
+    split = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "pipeline_model_parallel_size": 2}
+    ranks(data_parallel, 4, moved.replace(exit_interval=4, **split))
+    train(moved.replace(exit_interval=8))
+    ranks(data_parallel, 2, moved.replace(data_parallel_sharding="full"))
+    assert losses(str(tmp_path / "moved")) == pytest.approx(losses(str(tmp_path / "one")), rel=1e-4)
+
+
 def check_bits(make, tmp_path):
     """make: a config of 12 steps from a folder."""
     for name in ("once", "again"):
