@@ -34,7 +34,7 @@ from megalith.training.profile import draw
 SCHEDULES = {"gpipe": 1, "1f1b": 1, "interleaved_1f1b": 2, "zero_bubble": 2, "zbv": 2, "dualpipev": 2}
 MICRO_BATCHES = 8
 CONFIG = RunConfig().replace(
-    num_layers=8, hidden_size=384, num_attention_heads=6, seq_length=512, max_position_embeddings=512, vocab_size=64,
+    num_layers=8, hidden_size=768, num_attention_heads=12, seq_length=512, max_position_embeddings=512, vocab_size=64,
     hidden_dropout=0.0, attention_dropout=0.0, micro_batch_size=1, global_batch_size=MICRO_BATCHES, pipeline_model_parallel_size=2,
     pipeline_split="even", device="cpu",
 )  # fmt: skip

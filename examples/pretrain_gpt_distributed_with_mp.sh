@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# The 345M GPT of pretrain_gpt.sh with each layer split among TENSOR processes and the layers cut into PIPELINE stages; the rest
+# of the processes is data-parallel. Set the same four paths; on several machines run it on each, with MASTER_ADDR (the first
+# machine's name), NUM_NODES and NODE_RANK (0, 1, ...) set:
+#
+#   DATA_PATH=my-gpt2_text_document VOCAB_FILE=vocab.json MERGE_FILE=merges.txt CHECKPOINT_PATH=checkpoints/gpt \
+#       GPUS_PER_NODE=8 TENSOR=2 PIPELINE=2 examples/pretrain_gpt_distributed_with_mp.sh --sequence-parallel
+set -euo pipefail
+
+CHECKPOINT_PATH=${CHECKPOINT_PATH:?folder that checkpoints are saved in and loaded from}
+VOCAB_FILE=${VOCAB_FILE:?vocab.json of GPT-2}
+MERGE_FILE=${MERGE_FILE:?merges.txt of GPT-2}
+DATA_PATH=${DATA_PATH:?indexed dataset without its extension, as in my-gpt2_text_document}
+
+GPUS_PER_NODE=${GPUS_PER_NODE:-8} # processes a machine; on CPUs, one for every few cores
+NUM_NODES=${NUM_NODES:-1}
+NODE_RANK=${NODE_RANK:-0}
+MASTER_ADDR=${MASTER_ADDR:-localhost}
+MASTER_PORT=${MASTER_PORT:-6000}
+
+TENSOR=${TENSOR:-2}
+PIPELINE=${PIPELINE:-2}
+NUM_LAYERS=${NUM_LAYERS:-24}
+HIDDEN_SIZE=${HIDDEN_SIZE:-1024}
+NUM_HEADS=${NUM_HEADS:-16}
+SEQ_LENGTH=${SEQ_LENGTH:-1024}
+MICRO_BATCH=${MICRO_BATCH:-4}
+GLOBAL_BATCH=${GLOBAL_BATCH:-$((MICRO_BATCH * 4 * GPUS_PER_NODE * NUM_NODES / TENSOR))} # four micro-batches for each stage
+TRAIN_ITERS=${TRAIN_ITERS:-500000}
+PRECISION=${PRECISION---bf16} # PRECISION=--fp16 on devices without bf16; PRECISION= for float32
+
+LAUNCH=(
+    --nproc-per-node "$GPUS_PER_NODE"
+    --nnodes "$NUM_NODES"
+    --node-rank "$NODE_RANK"
+    --master-addr "$MASTER_ADDR"
+    --master-port "$MASTER_PORT"
+)
+
+# shellcheck disable=SC2206 # an empty PRECISION is no word at all
+ARGS=(
+    --tensor-model-parallel-size "$TENSOR"
+    --pipeline-model-parallel-size "$PIPELINE"
+    --num-layers "$NUM_LAYERS"
+    --hidden-size "$HIDDEN_SIZE"
+    --num-attention-heads "$NUM_HEADS"
+    --seq-length "$SEQ_LENGTH"
+    --max-position-embeddings "$SEQ_LENGTH"
+    --micro-batch-size "$MICRO_BATCH"
+    --global-batch-size "$GLOBAL_BATCH"
+    --lr 0.00015
+    --min-lr 1.0e-5
+    --train-iters "$TRAIN_ITERS"
+    --lr-decay-iters "${DECAY_ITERS:-320000}"
+    --lr-decay-style cosine
+    --lr-warmup-fraction .01
+    --weight-decay 1e-2
+    --clip-grad 1.0
+    $PRECISION
+    --data-path "$DATA_PATH"
+    --tokenizer-type GPT2BPETokenizer
+    --vocab-file "$VOCAB_FILE"
+    --merge-file "$MERGE_FILE"
+    --split 949,50,1
+    --log-interval 100
+    --save-interval 10000
+    --eval-interval 1000
+    --eval-iters 10
+    --save "$CHECKPOINT_PATH"
+    --load "$CHECKPOINT_PATH"
+)
+
+exec "${PYTHON:-python}" -m torch.distributed.run "${LAUNCH[@]}" -m megalith pretrain gpt "${ARGS[@]}" "$@"
