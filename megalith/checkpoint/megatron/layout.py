@@ -83,15 +83,19 @@ def split_part(split: str, tensors: Sequence[Tensor], layout: Layout, rank: int,
     if split == "columns":
         return tensors[0].chunk(layout.ranks, dim=1)[rank]
     if split == "vocabulary":
-        return _padded(tensors[0], layout.padded, padding).chunk(layout.ranks)[rank]
+        return _words(tensors[0], layout.padded // layout.ranks, rank, padding)
     if split == "pair" and layout.groups == 1:
         return _pack(split, list(tensors), layout)
     return _pack(split, [tensor.chunk(layout.ranks)[rank] for tensor in tensors], layout)
 
 
-def _padded(tensor: Tensor, rows: int, copies: bool) -> Tensor:
+def _words(tensor: Tensor, rows: int, rank: int, copies: bool) -> Tensor:
+    """The rows of a rank that has so many; only what this rank lacks is made up."""
+    part = tensor[rank * rows : (rank + 1) * rows]
+    if len(part) == rows:
+        return part
     last = tensor[-1:] if copies else torch.zeros_like(tensor[-1:])
-    return torch.cat([tensor, last.expand(rows - len(tensor), *tensor.shape[1:])]) if rows > len(tensor) else tensor
+    return torch.cat([part, last.expand(rows - len(part), *tensor.shape[1:])])
 
 
 def _unpack(split: str, part: Tensor, layout: Layout) -> Sequence[Tensor]:
