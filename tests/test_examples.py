@@ -19,6 +19,7 @@ TOY = {
 }
 FLAGS = ["--train-iters", "6", "--eval-iters", "1", "--log-interval", "1"]
 BERT = {"VOCAB_FILE": "bert-vocab.txt", "DATA_PATH": "my-bert_text_sentence"}
+T5 = {"VOCAB_FILE": "bert-vocab.txt", "DATA_PATH": "my-bert_text_sentence", "DECODER_SEQ_LENGTH": "16"}  # as BERT's data
 GPT = {"VOCAB_FILE": "vocab.json", "MERGE_FILE": "merges.txt", "DATA_PATH": "my-gpt2_text_document"}
 SCRIPTS = {  # with the variables that make them small
     "pretrain_gpt.sh": GPT | {"GLOBAL_BATCH": "4"},
@@ -27,8 +28,16 @@ SCRIPTS = {  # with the variables that make them small
     "pretrain_bert.sh": BERT | {"GLOBAL_BATCH": "4"},
     "pretrain_bert_distributed.sh": BERT | {"GPUS_PER_NODE": "2", "MASTER_PORT": "29533"},
     "pretrain_bert_distributed_with_mp.sh": BERT | {"GPUS_PER_NODE": "2", "TENSOR": "1", "GLOBAL_BATCH": "8", "MASTER_PORT": "29534"},
+    "pretrain_t5.sh": T5 | {"GLOBAL_BATCH": "4"},
+    "pretrain_t5_distributed.sh": T5 | {"GPUS_PER_NODE": "2", "MASTER_PORT": "29535"},
+    "pretrain_t5_distributed_with_mp.sh": T5 | {"GPUS_PER_NODE": "2", "TENSOR": "1", "GLOBAL_BATCH": "8", "MASTER_PORT": "29536"},
 }
-SLOW = ("pretrain_bert.sh", "pretrain_bert_distributed.sh")
+SLOW = ("pretrain_bert.sh", "pretrain_bert_distributed.sh", "pretrain_t5.sh", "pretrain_t5_distributed.sh")
+SIZES = {  # of the defaults: words of the vocabulary that --vocab-size counts, parameters
+    "gpt": ("50257", "354,823,168 parameters"),
+    "bert": ("30524", "336,228,158 parameters"),
+    "t5": ("30624", "222,421,920 parameters"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +74,10 @@ def test_script_trains_and_goes_on(script: str, folder: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_the_defaults_are_the_345m_model(script: str, folder: pathlib.Path) -> None:
-    bert = "bert" in script
-    command = [str(ROOT / "examples" / script), "--dry-run", "--vocab-size", "30524" if bert else "50257"]
+def test_the_defaults_are_megatrons_models(script: str, folder: pathlib.Path) -> None:
+    vocabulary, parameters = SIZES[script.split("_")[1].removesuffix(".sh")]
+    command = [str(ROOT / "examples" / script), "--dry-run", "--vocab-size", vocabulary]
     alone = {"GPUS_PER_NODE": "1", "TENSOR": "1", "PIPELINE": "1", "GLOBAL_BATCH": "8", "CHECKPOINT_PATH": "unused"}
     output = run(command, folder, **SCRIPTS[script] | alone)
-    assert ("336,228,158 parameters" if bert else "354,823,168 parameters") in output
+    assert parameters in output
     assert not (folder / "unused").exists()

@@ -25,6 +25,7 @@ def test_the_list():
         "llama-1b",
         "llama-8b",
         "bert-tiny",
+        "t5-tiny",
     } <= set(recipes.names())
 
 

@@ -54,6 +54,12 @@ def tiny_bert(prefix: str, folder: str, **changes) -> RunConfig:
     return tiny_config(prefix, folder, vocab_size=None, seq_length=24, max_position_embeddings=24).replace(**(values | changes))
 
 
+def tiny_t5(prefix: str, folder: str, **changes) -> RunConfig:
+    """The run of `tiny_config` with a T5, on what `write_sentences` wrote."""
+    values = dict(model_type="t5", dataset="t5", loss="t5", vocab_extra_ids=20, decoder_seq_length=16)
+    return tiny_bert(prefix, folder, **(values | changes))
+
+
 def losses(folder: str) -> list[float]:
     """The training losses that metrics.jsonl of a run holds, one per step."""
     return [line["loss"] for line in records(folder) if "loss" in line]

@@ -26,11 +26,6 @@ def check_source(indexed: Any, tokenizer: Any, data: DataConfig, whole_documents
             f"dataset would shuffle them; preprocess without --split-sentences",
             stacklevel=2,
         )
-    if not whole_documents and len(indexed) == indexed.num_documents > 0 and indexed.lengths.max() > (data.seq_length or 0):
-        raise DataError(
-            f"{indexed.prefix} has one sequence in each of its {len(indexed)} documents, of up to {indexed.lengths.max()} tokens: it is "
-            f"not split into sentences, and what is beyond --seq-length {data.seq_length} would be lost; preprocess with --split-sentences"
-        )
     if tokenizer is None or not len(indexed):
         return indexed
     eod, seen = getattr(tokenizer, "eod", None), False

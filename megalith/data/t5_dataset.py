@@ -10,6 +10,7 @@ import numpy as np
 
 from megalith.common.errors import ConfigError, DataError, problem
 from megalith.config.run import RunConfig
+from megalith.config.text import Words
 from megalith.data.masking import Masking, continuing
 from megalith.data.sample_mapping import build_mapping
 from megalith.data.sentence_dataset import SentenceDataset, padded
@@ -39,6 +40,12 @@ class T5Dataset(SentenceDataset):
     ):
         """Whole epochs until there are num_samples (None: one epoch). tokenizer: with tokens(), cls, sep, pad, bos, eos, extra_ids."""
         super().__init__(indexed, documents, seed, cache_folders)
+        longest = int(indexed.lengths.max())
+        if len(indexed) == indexed.num_documents > 1 and longest > seq_length:
+            rule = (
+                f"each of the {indexed.num_documents} documents is one sequence, of which all but --seq-length {seq_length} would be lost"
+            )
+            raise DataError(problem(indexed.prefix, Words(f"up to {longest} tokens"), rule, "Preprocess with --split-sentences"))
         self.num_samples, self.seq_length, self.decoder_seq_length, self.short_seq_prob = (
             num_samples,
             seq_length,

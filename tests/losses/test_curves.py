@@ -5,7 +5,7 @@ import pathlib
 import pytest
 
 from megalith.training.pretrain import train
-from tests.tiny import records, tiny_bert, tiny_config
+from tests.tiny import records, tiny_bert, tiny_config, tiny_t5
 
 # name -> (processes, steps, the layout)
 CASES: dict[str, tuple[int, int, dict]] = {
@@ -40,6 +40,13 @@ def test_one_curve_of_bert(ranks, layout, sentences, tmp_path):
     compare(ranks, tiny_bert(sentences, str(tmp_path / "one"), train_iters=20, eval_interval=20), processes, changes)
     for lines in (records(str(tmp_path / name)) for name in ("one", "many")):
         assert all(line["loss"] == pytest.approx(sum(line["losses"].values())) for line in lines if "losses" in line)
+
+
+@pytest.mark.slow
+def test_one_curve_of_t5(ranks, sentences, tmp_path):
+    """Three holders of the embedding, a table of biases on each stage, two sequences of different lengths."""
+    one = tiny_t5(sentences, str(tmp_path / "one"), train_iters=20, eval_interval=20, position_embedding_type="relative")
+    compare(ranks, one, *BERT["tp2 sp pp2"])
 
 
 def compare(ranks, one, processes, changes):

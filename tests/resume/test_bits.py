@@ -7,7 +7,7 @@ import torch
 
 from megalith import checkpoint
 from megalith.training.pretrain import train
-from tests.tiny import losses, records, tiny_bert, tiny_config
+from tests.tiny import losses, records, tiny_bert, tiny_config, tiny_t5
 
 FORMS = {
     "dropout": {},
@@ -43,6 +43,11 @@ def test_bert_goes_on_in_another_layout(ranks, sentences, tmp_path):
     train(moved.replace(exit_interval=8))
     ranks(data_parallel, 2, moved.replace(data_parallel_sharding="full"))
     assert losses(str(tmp_path / "moved")) == pytest.approx(losses(str(tmp_path / "one")), rel=1e-4)
+
+
+@pytest.mark.parametrize("form", [{}, {"position_embedding_type": "relative", "softmax_scale": 1.0, "bf16": True}])
+def test_t5_twice_and_resumed(form, sentences, tmp_path):
+    check_bits(functools.partial(tiny_t5, sentences, **form), tmp_path)
 
 
 def check_bits(make, tmp_path):
