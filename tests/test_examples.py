@@ -77,7 +77,7 @@ def test_script_trains_and_goes_on(script: str, folder: pathlib.Path) -> None:
 def test_the_defaults_are_megatrons_models(script: str, folder: pathlib.Path) -> None:
     vocabulary, parameters = SIZES[script.split("_")[1].removesuffix(".sh")]
     command = [str(ROOT / "examples" / script), "--dry-run", "--vocab-size", vocabulary]
-    alone = {"GPUS_PER_NODE": "1", "TENSOR": "1", "PIPELINE": "1", "GLOBAL_BATCH": "8", "CHECKPOINT_PATH": "unused"}
+    alone = {"GPUS_PER_NODE": "1", "TENSOR": "1", "PIPELINE": "1", "GLOBAL_BATCH": "16", "CHECKPOINT_PATH": "unused"}
     output = run(command, folder, **SCRIPTS[script] | alone)
     assert parameters in output
     assert not (folder / "unused").exists()

@@ -48,6 +48,7 @@ def read(path: pathlib.Path, options: Options) -> Weights:
     values = family.to_ours(given, str(path / CONFIG))
     # Models that came from TensorFlow call a norm's parameters gamma and beta; transformers renames them too.
     found = {re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", n)): t for n, t in files.tensors(files.weight_files(path)).items()}
+    values |= family.of_tensors(found)
     dtypes = {lazy.dtype for lazy in found.values()}
     values |= {"seq_length": values.get("max_position_embeddings"), "bf16": torch.bfloat16 in dtypes}
     config = RunConfig().replace(**{**values, **options.overrides})
@@ -89,7 +90,7 @@ def rules(family: Family, model: ModelConfig) -> Iterator[tuple[Any, str, tuple[
     """(rule, their tensor, our tensors) for every parameter of the model."""
     shapes = parameter_shapes(model)
     for rule in (each for each in family.names if each.when(model)):
-        for theirs, ours in rule.pairs(shapes):
+        for theirs, ours in rule.pairs(shapes, model):
             yield rule, theirs, ours
 
 

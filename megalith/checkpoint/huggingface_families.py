@@ -35,6 +35,8 @@ FAMILIES = Registry(  # config.json's model_type -> table; in the order in which
         "bloom": "megalith.checkpoint.families.bloom:BLOOM",
         "falcon": "megalith.checkpoint.families.falcon:FALCON",
         "gpt_neox": "megalith.checkpoint.families.neox:NEOX",
+        "t5": "megalith.checkpoint.families.t5:T5",
+        "mt5": "megalith.checkpoint.families.t5:MT5",
     },
 )
 REQUIRED = object()  # a field of config.json without a default
@@ -73,22 +75,27 @@ class Rule(NamedTuple):
     """Modules of theirs and of ours with the same weight and bias; `*` is the number of a layer.
 
     ours: several, where one tensor of theirs is several of ours. when: which models have it under this name.
+    stack: encoder or decoder, whose layers theirs counts from 0 each.
     """
 
     theirs: str
     ours: str | tuple[str, ...]
     form: Form = SAME
     when: Callable[[ModelConfig], bool] = lambda model: True
+    stack: str | None = None
 
-    def pairs(self, shapes: Shapes) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """(their tensor, our tensors) for each that a model with these shapes has."""
+    def pairs(self, shapes: Shapes, model: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """(their tensor, our tensors) for each that the model, with these shapes, has."""
+        layers = {"encoder": range(model.num_layers or 0), "decoder": range(model.num_layers or 0, model.all_layers)}.get(self.stack or "")
         ours = (self.ours,) if isinstance(self.ours, str) else self.ours
         pattern = re.compile(re.escape(ours[0]).replace(r"\*", r"(\d+)") + r"\.(weight|bias)")
         for name in shapes:
             if match := pattern.fullmatch(name):
                 *number, kind = match.groups()
-                theirs, *names = (_numbered(each, number, kind) for each in (self.theirs, *ours))
-                yield theirs, tuple(names)
+                if layers is not None and int(number[0]) not in layers:
+                    continue
+                theirs = _numbered(self.theirs, [str(int(number[0]) - layers.start)] if layers is not None else number, kind)
+                yield theirs, tuple(_numbered(each, number, kind) for each in ours)
 
 
 def _numbered(pattern: str, number: Sequence[str], kind: str) -> str:
@@ -114,7 +121,7 @@ class Family:
     architecture: class in transformers. prefix: of their names, which files of the bare model leave out.
     settings: fields that both sides have. always: ours that config.json does not have. only: values that theirs must have where
         they are given, because nothing else is built.
-    more_ours(config.json) and more_theirs(config): what no table says.
+    more_ours(config.json) and more_theirs(config): what no table says. of_tensors: what of ours their tensors alone tell.
     names: see Rule. surplus: patterns of their tensors that are no weights (masks, inverse frequencies).
     """
 
@@ -125,6 +132,7 @@ class Family:
     only: Mapping[str, tuple] = field(default_factory=dict)
     more_ours: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
     more_theirs: Callable[[RunConfig], dict[str, Any]] = lambda config: {}
+    of_tensors: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
     names: tuple[Rule, ...]
     surplus: tuple[str, ...] = ()
 
@@ -187,6 +195,7 @@ OF_POSITIONS = {
     "learned_absolute": ("max_position_embeddings",),
     "rope": ("rotary_base", "rotary_percent", "rotary_interleaved", "rope_scaling_type"),
     "alibi": ("scaled_alibi",),
+    "relative": ("relative_attention_num_buckets", "relative_attention_max_distance"),
 }
 OF_STRETCH = {
     "linear": ("rope_scaling_factor",),
@@ -201,7 +210,8 @@ def form(model: ModelConfig) -> dict[str, Any]:
         "norm_after_residual", "bert_no_binary_head",
         "model_type", "num_layers", "hidden_size", "num_attention_heads", "num_kv_heads", "head_dim", "ffn_size", "vocab_size", "norm",
         "positions", "activation", "layernorm_epsilon", "add_bias_linear", "qk_layernorm", "untie_embeddings_and_output_weights",
-        "apply_residual_connection_post_layernorm", "embed_layernorm", "parallel_attn", "two_norms", *OF_POSITIONS.get(model.positions, ()),
+        "apply_residual_connection_post_layernorm", "embed_layernorm", "parallel_attn", "two_norms",
+        "decoder_layers", "softmax_scale", "scale_output", *OF_POSITIONS.get(model.positions, ()),
         *OF_STRETCH.get(model.rope_scaling_type, ()),
     ]  # fmt: skip
     found = {name: getattr(model, name) for name in names}

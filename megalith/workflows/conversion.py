@@ -84,9 +84,10 @@ def compare(original: pathlib.Path, ours: pathlib.Path, tokens: int = 32) -> flo
     model, run_config, _ = load_plain(ours, device="cpu")
     length = min(tokens, run_config.model.max_position_embeddings or tokens)
     ids = torch.randint(run_config.model.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    second = {"decoder_input_ids": ids.flip(1)} if run_config.model.decoder_layers else {}
     with torch.no_grad():
-        wanted: Tensor = theirs(ids)[0]  # logits over the vocabulary; BERT has a second head
-        found = model(ids)
+        wanted: Tensor = theirs(ids, **second)[0]  # logits over the vocabulary; BERT has a second head
+        found = model(ids, **second)
         worst = float(((found[0] if isinstance(found, tuple) else found) - wanted).abs().max() / wanted.abs().max())
     if not worst <= TOLERANCE:
         rule = f"both compute the same, to {TOLERANCE} of the largest logit"

@@ -8,6 +8,7 @@ import transformers
 from torch import Tensor
 
 from megalith.config.model import ModelConfig
+from megalith.config.parameters import parameter_count, parameter_shapes
 from megalith.models.t5 import T5
 
 VOCAB, WIDTH, HEADS, LAYERS, DECODER, SOURCE, TARGET = 89, 32, 4, 2, 3, 40, 19
@@ -56,22 +57,29 @@ def ours(name: str) -> str | None:
     return f"layers.{number}.{re.sub(r'attention.o$', 'attention.out', rest)}.weight"
 
 
-def pair(case: str) -> tuple[transformers.PreTrainedModel, T5]:
-    """An original with random weights, norms too, and ours with the same."""
+def original(case: str) -> transformers.PreTrainedModel:
+    """Theirs, with random weights, norms too."""
     kind, theirs, form = CASES[case]
     torch.manual_seed(0)
-    original = getattr(transformers, f"{kind}ForConditionalGeneration")(getattr(transformers, f"{kind}Config")(**THEIRS, **theirs)).eval()
+    made = getattr(transformers, f"{kind}ForConditionalGeneration")(getattr(transformers, f"{kind}Config")(**THEIRS, **theirs)).eval()
     if form is UNTIED:  # the files of this form have two matrices
-        original.lm_head.weight = torch.nn.Parameter(0.2 * torch.randn(VOCAB, WIDTH))
-    model = T5(ModelConfig(**{**FORM, **form})).eval()
-    mine = dict(model.named_parameters())
+        made.lm_head.weight = torch.nn.Parameter(0.2 * torch.randn(VOCAB, WIDTH))
     with torch.no_grad():
-        for name, parameter in original.named_parameters():
+        for name, parameter in made.named_parameters():
             if parameter.dim() == 1 or "relative" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
+    return made
+
+
+def pair(case: str) -> tuple[transformers.PreTrainedModel, T5]:
+    """Theirs, and ours with the same weights."""
+    theirs, model = original(case), T5(ModelConfig(**{**FORM, **CASES[case][2]})).eval()
+    mine = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
             mine.pop(ours(name)).copy_(parameter)
     assert not mine
-    return original, model
+    return theirs, model
 
 
 def batch() -> dict[str, Tensor]:
@@ -86,13 +94,13 @@ def batch() -> dict[str, Tensor]:
 @pytest.mark.parametrize("backend", ["auto", "explicit"])
 @pytest.mark.parametrize("case", CASES)
 def test_logits_losses_and_gradients_equal_the_original(case: str, backend: str) -> None:
-    original, model = pair(case)
+    theirs, model = pair(case)
     for module in model.modules():
         if hasattr(module, "backend"):
             module.backend = backend
     given = batch()
     source, target, padding, ends = given.values()
-    logits = original(input_ids=source, decoder_input_ids=target, attention_mask=padding.long(), decoder_attention_mask=ends.long()).logits
+    logits = theirs(input_ids=source, decoder_input_ids=target, attention_mask=padding.long(), decoder_attention_mask=ends.long()).logits
     assert (model(**given) - logits)[ends].abs().max() < 1e-5
     assert (model(**{**given, "decoder_padding_mask": None}) - logits)[ends].abs().max() < 1e-5  # nobody looks ahead at padding
     labels = torch.where(ends, target.roll(-1, dims=1), -100)
@@ -101,10 +109,10 @@ def test_logits_losses_and_gradients_equal_the_original(case: str, backend: str)
     assert abs(losses.sum().item() - wanted.item()) < 1e-5
     wanted.backward()
     losses.sum().backward()
-    theirs = {ours(name): parameter.grad for name, parameter in original.named_parameters()}
+    gradients = {ours(name): parameter.grad for name, parameter in theirs.named_parameters()}
     for name, parameter in model.named_parameters():
-        assert theirs[name].norm() > 1e-4, name
-        assert (parameter.grad - theirs[name]).abs().max() < 1e-5 * max(1.0, float(theirs[name].norm())), name
+        assert gradients[name].norm() > 1e-4, name
+        assert (parameter.grad - gradients[name]).abs().max() < 1e-5 * max(1.0, float(gradients[name].norm())), name
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -114,11 +122,23 @@ def test_initial_weights_have_the_originals_spread(case: str) -> None:
     torch.manual_seed(0)
     sizes = {"d_model": 96, "d_ff": 160, "d_kv": 48}
     config = getattr(transformers, f"{kind}Config")(**{**THEIRS, **theirs, **sizes})
-    original = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+    drawn = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
     model = T5(ModelConfig(**{**FORM, **form, "hidden_size": 96, "ffn_hidden_size": 160, "kv_channels": 48}))
-    for name, parameter in original.named_parameters():
+    for name, parameter in drawn.named_parameters():
         rule, value = model.initial(ours(name))
         if rule == "constant":
             assert torch.all(parameter == value), name
         elif parameter.numel() > 1000 and name != "lm_head.weight":
             assert value == pytest.approx(parameter.std().item(), rel=0.1), name
+
+
+def test_t5_large_has_its_published_size() -> None:
+    """By the values of its config.json (d_model 1024, d_ff 4096, 24 layers each, 16 heads of 64, relu, 32128 tokens), built on meta."""
+    large = ModelConfig(**{
+        **FORM, **CASES["t5"][2], "num_layers": 24, "decoder_num_layers": None, "hidden_size": 1024, "num_attention_heads": 16,
+        "kv_channels": 64, "ffn_hidden_size": 4096, "vocab_size": 32128, "relative_attention_num_buckets": 32,
+    })  # fmt: skip
+    with torch.device("meta"):
+        model = T5(large)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameter_count(large) == 737_668_096
+    assert {name: tuple(parameter.shape) for name, parameter in model.named_parameters()} == parameter_shapes(large)
