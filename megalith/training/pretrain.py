@@ -141,7 +141,8 @@ def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
     if size < tokenizer.vocab_size:
         raise ConfigError(
             f"--vocab-size {size} is smaller than the tokenizer's vocabulary: found {tokenizer.vocab_size} tokens; "
-            f"every token needs a row of the embedding. Drop --vocab-size, or name the tokenizer that made the data."
+            f"every token needs a row of the embedding. Drop --vocab-size, or name the tokenizer that made the data; "
+            f"`megalith checkpoint edit SOURCE FOLDER --vocab-size {tokenizer.vocab_size}` gives a checkpoint more rows."
         )
     return config.replace(vocab_size=size)
 
