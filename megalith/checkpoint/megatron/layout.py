@@ -24,7 +24,7 @@ from torch import Tensor
 from megalith.checkpoint.weights import Lazy, join
 from megalith.common.errors import CheckpointError, problem
 
-QKV_LAYOUTS = ("grouped", "thirds", "interleaved")
+CUT = {"rows": 0, "vocabulary": 0, "columns": 1}  # what is cut along an axis and nothing else
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,16 +58,29 @@ def part_shape(split: str, ours: Sequence[Shape], layout: Layout) -> Shape:
 
 def merge(split: str, parts: Sequence[Lazy], layout: Layout, count: int) -> list[Lazy]:
     """Our tensors, read when asked for, of all ranks' parts."""
+    if split in CUT:
+        axis, first = CUT[split], parts[0]
+        size = layout.vocabulary if split == "vocabulary" else sum(part.shape[axis] for part in parts)
+        shape = (*first.shape[:axis], size, *first.shape[axis + 1 :])
+        return [Lazy(shape=shape, dtype=first.dtype, read=functools.partial(_glued, list(parts), axis, shape))]
     return [join(list(parts), functools.partial(_merged, split, layout, index)) for index in range(count)]
+
+
+def _glued(parts: list[Lazy], axis: int, shape: Shape) -> Tensor:
+    """Parts one after another along an axis, cut to `shape`; one part is in memory at a time beside the result."""
+    if len(parts) == 1:
+        return parts[0].read().narrow(axis, 0, shape[axis])
+    whole, place = torch.empty(shape, dtype=parts[0].dtype), 0
+    for part in parts:
+        size = min(part.shape[axis], shape[axis] - place)
+        whole.narrow(axis, place, size).copy_(part.read().narrow(axis, 0, size))
+        place += size
+    return whole
 
 
 def _merged(split: str, layout: Layout, index: int, parts: list[Tensor]) -> Tensor:
     if split == "whole":
         return parts[0]
-    if split == "columns":
-        return torch.cat(parts, dim=1)
-    if split == "vocabulary":
-        return torch.cat(parts)[: layout.vocabulary]
     if split == "pair" and layout.groups == 1:
         return _unpack(split, parts[0], layout)[index]
     return torch.cat([_unpack(split, part, layout)[index] for part in parts])
