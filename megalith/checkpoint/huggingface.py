@@ -144,7 +144,8 @@ def choose(weights: Weights, options: Options) -> tuple[str, Family]:
         losses[name] = _losses(family, weights.config)
         if not losses[name]:
             return name, family
-    nearest = min(losses, key=lambda each: len(losses[each]))
+    kinds = {name: FAMILIES.find(name).always.get("model_type", "gpt") for name in losses}
+    nearest = min(losses, key=lambda each: (kinds[each] != weights.config.model.model_type, len(losses[each])))
     raise CheckpointError(
         problem("architecture", " and ".join(losses[nearest]), f"{FAMILIES.find(nearest).architecture} has no such form" +
                 ("" if options.architecture else ", nor has another of the architectures known here"),

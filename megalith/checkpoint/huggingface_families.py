@@ -32,6 +32,7 @@ FAMILIES = Registry(  # config.json's model_type -> table; in the order in which
         "mistral": "megalith.checkpoint.families.llama:MISTRAL",
         "qwen2": "megalith.checkpoint.families.llama:QWEN2",
         "qwen3": "megalith.checkpoint.families.llama:QWEN3",
+        "gemma": "megalith.checkpoint.families.llama:GEMMA",
         "bloom": "megalith.checkpoint.families.bloom:BLOOM",
         "falcon": "megalith.checkpoint.families.falcon:FALCON",
         "gpt_neox": "megalith.checkpoint.families.neox:NEOX",
@@ -210,7 +211,7 @@ def form(model: ModelConfig) -> dict[str, Any]:
         "norm_after_residual", "bert_no_binary_head",
         "model_type", "num_layers", "hidden_size", "num_attention_heads", "num_kv_heads", "head_dim", "ffn_size", "vocab_size", "norm",
         "positions", "activation", "layernorm_epsilon", "add_bias_linear", "qk_layernorm", "untie_embeddings_and_output_weights",
-        "apply_residual_connection_post_layernorm", "embed_layernorm", "parallel_attn", "two_norms",
+        "apply_residual_connection_post_layernorm", "embed_layernorm", "scale_embeddings", "parallel_attn", "two_norms",
         "decoder_layers", "softmax_scale", "scale_output", *OF_POSITIONS.get(model.positions, ()),
         *OF_STRETCH.get(model.rope_scaling_type, ()),
     ]  # fmt: skip

@@ -57,7 +57,7 @@ def norm_terms(config: RunConfig) -> dict[str, int]:
     """Of one norm of the residual stream."""
     rows, element = _tokens(config) // _sequence_ways(config), _element(config)
     stream = rows * config.model.hidden_size
-    if config.model.norm == "rmsnorm":  # made of elementary operations: the input and the normed one, both in float32
+    if config.model.norm != "layernorm":  # made of elementary operations: the input and the normed one, both in float32
         return {"input": FLOAT * stream, "normed": FLOAT * stream, "statistics": FLOAT * rows}
     return {"input": element * stream, "statistics": 2 * element * rows}
 

@@ -59,6 +59,11 @@ def _attention(config: RunConfig) -> Iterator[Problem]:
         both = ("rope_high_freq_factor", "rope_low_freq_factor")
         rule = f"it is more than --rope-low-freq-factor, {m.rope_low_freq_factor}"
         yield trouble(both, "--rope-high-freq-factor", m.rope_high_freq_factor, rule, "Write --rope-high-freq-factor 4")
+    if m.apply_layernorm_1p and m.norm != "rmsnorm_1p":
+        both = ("apply_layernorm_1p", "normalization")
+        yield trouble(
+            both, "--apply-layernorm-1p", Words("with LayerNorm"), "it is for RMSNorm", "Add --normalization RMSNorm, or leave it out"
+        )
     strange = [layer for layer in m.full_attention_layers if not 0 <= layer < (m.num_layers or layer + 1)]
     if strange:
         rule = f"layers are counted from 0 to {m.num_layers - 1}"

@@ -118,7 +118,6 @@ REFUSED: dict[str, tuple[int | str, tuple[str, ...], str]] = {
     "--fp32-residual-connection": (
         0, (), "the residual stream has the compute format; train without --bf16 and --fp16 to have it in float32"
     ),
-    "--apply-layernorm-1p": (0, (), "norm weights are stored as they multiply, not minus one; leave it out"),
     "--window-size": (
         1, ("-1,0",), "write --sliding-window N: N counts the token itself, which the left side here does not, so 4095,0 is 4096"
     ),

@@ -24,7 +24,7 @@ def layer_parameters(model: ModelConfig, tensor: int) -> int:
     queries = heads * model.head_dim // tensor
     keys = max(model.num_kv_heads // tensor, 1) * model.head_dim  # fewer heads than ranks: one head on each
     inner, columns = model.ffn_size // tensor, 2 if model.gated else 1
-    norm = h if model.norm == "rmsnorm" else 2 * h
+    norm = 2 * h if model.norm == "layernorm" else h
     count = 2 * h * (queries + keys) + (columns + 1) * h * inner + 2 * norm
     count += 2 * model.head_dim if model.qk_layernorm else 0
     count += queries + 2 * keys if model.add_bias_linear or model.add_qkv_bias else 0
@@ -42,7 +42,7 @@ def rank_parameters(config: RunConfig, process: int) -> int:
         if stage == 0:
             total += words + ((model.max_position_embeddings or 0) * h if model.positions == "learned_absolute" else 0)
         if stage == last:
-            total += h if model.norm == "rmsnorm" else 2 * h
+            total += 2 * h if model.norm == "layernorm" else h
             total += words if last > 0 or model.untie_embeddings_and_output_weights else 0
     return total
 

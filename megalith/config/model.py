@@ -52,6 +52,8 @@ class ModelConfig:
     parallel_attn: bool = knob(False, "attention and MLP side by side, both from the residual before either (Falcon, NeoX)")
     parallel_layernorm: bool = knob(False, "with --parallel-attn: a norm for each of the two instead of one for both")
     normalization: str = knob("LayerNorm", "norm of the residual stream", choices=("LayerNorm", "RMSNorm", "layernorm", "rmsnorm"))
+    apply_layernorm_1p: bool = knob(False, "with RMSNorm: weights of norms are stored minus one (Gemma)")
+    scale_embeddings: bool = knob(False, "multiply word embeddings by the square root of the hidden size (Gemma)")
     layernorm_epsilon: float = knob(1e-5, "added to the variance", flags=("--norm-epsilon",), minimum=0.0)
     apply_residual_connection_post_layernorm: bool = knob(False, "take the residual after the norm instead of before it (post-LN residual)")
     norm_after_residual: bool = knob(False, "bert: norm after each residual and after the embeddings, no final norm, as Google's BERT")
@@ -159,5 +161,5 @@ class ModelConfig:
 
     @property
     def norm(self) -> str:
-        """layernorm or rmsnorm."""
-        return self.normalization.lower()
+        """layernorm, rmsnorm or rmsnorm_1p."""
+        return self.normalization.lower() + ("_1p" if self.apply_layernorm_1p else "")

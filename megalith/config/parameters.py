@@ -112,5 +112,5 @@ def layer_shapes(model: ModelConfig, heads: int) -> Shapes:
 
 def norm_shapes(name: str, model: ModelConfig) -> Shapes:
     """Those of a norm of the residual stream."""
-    kinds = ("weight",) if model.norm == "rmsnorm" else ("weight", "bias")
+    kinds = ("weight", "bias") if model.norm == "layernorm" else ("weight",)
     return {f"{name}.{kind}": (model.hidden_size,) for kind in kinds}

@@ -10,8 +10,7 @@ from megalith.layers.attention import CrossAttention, SelfAttention
 from megalith.layers.dropout import Dropout
 from megalith.layers.mask import AttentionMask
 from megalith.layers.mlp import MLP
-
-NORMS = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
+from megalith.layers.norm import NORMS
 
 
 class Block(nn.Module):

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalith.config.model import ModelConfig
-from megalith.layers.block import NORMS, run_in_order
+from megalith.layers.block import run_in_order
 from megalith.layers.dropout import Dropout
 from megalith.layers.loss import TokenLoss
 from megalith.layers.mask import AttentionMask
 from megalith.layers.mlp import ACTIVATIONS
+from megalith.layers.norm import NORMS
 from megalith.models.parts import dropout_rows, initial, make_layer
 
 

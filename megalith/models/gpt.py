@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from megalith.config.model import ModelConfig
-from megalith.layers.block import NORMS, run_in_order
+from megalith.layers.block import run_in_order
 from megalith.layers.dropout import Dropout
 from megalith.layers.loss import TokenLoss
 from megalith.layers.mask import AttentionMask
+from megalith.layers.norm import NORMS
 from megalith.layers.positions import Stretch, alibi_slopes, rotary_table
 from megalith.models.parts import dropout_rows, initial, make_layer
 
@@ -94,6 +95,8 @@ class GPT(nn.Module):
     def embed(self, ids: Tensor, positions: Tensor, rows: Tensor | None) -> Tensor:
         """Word and position embeddings with dropout: [b, s] -> [b, s, h]."""
         x = self.embedding(ids)
+        if self.config.scale_embeddings:
+            x = x * self.config.hidden_size**0.5
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
         if self.embedding_norm is not None:

@@ -63,7 +63,7 @@ def initial(c: ModelConfig, name: str) -> tuple[str, float]:
     if name.endswith("bias"):
         return "constant", 0.0
     if "norm" in name:
-        return "constant", 1.0
+        return "constant", 0.0 if c.apply_layernorm_1p and ".attention." not in name else 1.0  # norms of heads are plain ones
     std = c.init_method_std
     if c.init_method_xavier_uniform and "embedding" not in name:
         return "xavier", 1.0

@@ -230,16 +230,17 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.RMSNorm):
-    """A norm that every rank holds whole."""
+    """A norm that every rank holds whole; one with a formula of its own has it as `compute` (layers/norm.py)."""
 
     def __init__(self, old: nn.RMSNorm, axis: Axis, summed: tuple[str, ...]):
         nn.Module.__init__(self)
         self.normalized_shape, self.eps, self.elementwise_affine = old.normalized_shape, old.eps, old.elementwise_affine
         self.weight, self.axis, self.summed = old.weight, axis, summed
+        self.compute = getattr(old, "compute", F.rms_norm)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., h] -> [..., h]."""
-        return F.rms_norm(x, self.normalized_shape, local(self.weight), self.eps)
+        return self.compute(x, self.normalized_shape, local(self.weight), self.eps)
 
 
 class SharedInput(nn.Module):

@@ -21,7 +21,7 @@ network: --num-layers 2; --hidden-size 64; --num-attention-heads 4; --max-positi
  --openai-gelu; --onnx-safe True; --bert-no-binary-head; --position-embedding-type alibi; --glu-activation geglu; --num-experts 1;
  --num-key-value-heads 2; --use-rotary-position-embeddings; --rotary-position-embeddings-theta 10000; --rotary-percent 1.0;
  --no-position-embedding; --normalization rmsnorm; --swiglu; --squared-relu; --untie-embeddings-and-output-weights;
- --use-rope-scaling; --rope-scaling-factor 8.0; --rotary-seq-len-interpolation-factor 2; --window-size -1,0;
+ --apply-layernorm-1p; --use-rope-scaling; --rope-scaling-factor 8.0; --rotary-seq-len-interpolation-factor 2; --window-size -1,0;
  --embedding-weights-in-fp32; --disable-bias-linear; --encoder-num-layers 2; --decoder-num-layers 2
 regularisation: --attention-dropout 0.1; --hidden-dropout 0.1; --weight-decay 0.01; --start-weight-decay 0.01; --end-weight-decay 0.1;
  --weight-decay-incr-style linear; --clip-grad 1.0; --adam-beta1 0.9; --adam-beta2 0.999; --adam-eps 1e-8; --sgd-momentum 0.9
@@ -66,7 +66,7 @@ WORDS = [
     if each.strip()
 ]
 REFUSED = """
---fp32-residual-connection; --apply-layernorm-1p; --data-parallel-random-init; --load-tag global_step10; --wandb-entity-name a;
+--fp32-residual-connection; --data-parallel-random-init; --load-tag global_step10; --wandb-entity-name a;
 --wandb-project-name a; --num-experts 4
 """
 ELSEWHERE = {  # flags of other programs in the same documents

@@ -48,7 +48,7 @@ FORMS = [
     {"attention_head_type": "multiquery"}, {"num_query_groups": 2, "kv_channels": 10}, {"swiglu": True}, {"glu_activation": "geglu"},
     {"add_bias_linear": False}, {"add_bias_linear": False, "add_qkv_bias": True}, {"normalization": "RMSNorm", "qk_layernorm": True},
     {"squared_relu": True, "ffn_hidden_size": 50}, {"embed_layernorm": True, "position_embedding_type": "alibi"}, {"parallel_attn": True},
-    {"parallel_attn": True, "parallel_layernorm": True},
+    {"parallel_attn": True, "parallel_layernorm": True}, {"normalization": "RMSNorm", "apply_layernorm_1p": True},
 ]  # fmt: skip
 
 

@@ -54,6 +54,7 @@ MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     "qwen2": make("Qwen2", num_key_value_heads=2),
     "qwen2, half slides": make("Qwen2", num_key_value_heads=2, use_sliding_window=True, sliding_window=9, max_window_layers=2),
     "qwen3": make("Qwen3", num_key_value_heads=2, head_dim=20),
+    "gemma": make("Gemma", num_key_value_heads=1, head_dim=16, rms_norm_eps=1e-6),
     "bloom": bloom(),
     "falcon 7b": make("Falcon", ffn_hidden_size=80),
     "falcon 40b": make("Falcon", ffn_hidden_size=80, new_decoder_architecture=True, num_kv_heads=2),

@@ -27,6 +27,10 @@ FORMS: dict[str, dict] = {
         "sliding_window": 5, "full_attention_layers": [1], "position_embedding_type": "rope", "rope_scaling_type": "llama3",
         "rope_original_max_position_embeddings": 12,
     },
+    "norm plus one": {
+        "normalization": "RMSNorm", "apply_layernorm_1p": True, "scale_embeddings": True, "glu_activation": "geglu_tanh",
+        "position_embedding_type": "rope", "add_bias_linear": False,
+    },
     "side by side": {"parallel_attn": True, "attention_head_type": "multiquery", "position_embedding_type": "rope"},
     "embedding norm": {
         "position_embedding_type": "alibi", "scaled_alibi": True, "embed_layernorm": True, "parallel_attn": True,

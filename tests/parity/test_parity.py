@@ -26,6 +26,7 @@ COVERING = {
     ("window", "tp2 sp"), ("window", "cp4"), ("window", "cp2 pp2"), ("side by side", "tp4 sp"), ("side by side", "zbv"),
     ("side by side", "cp2 tp2 sp"), ("embedding norm", "tp2 sp zbv"), ("embedding norm", "pp2 interleaved"),
     ("embedding norm", "tp2 dp2 optimizer"),
+    ("norm plus one", "tp2 sp zbv"), ("norm plus one", "cp2 dp2 optimizer"),
     ("dropout", "pp2"), ("dropout", "tp2 pp2 dp2"), ("dropout", "zbv selective"), ("dropout", "pp2 dp2"), ("absolute", "pp2 full uniform"),
     ("bert", "tp2 sp"), ("bert", "dp2 none"), ("bert", "tp2 sp dp2 full"), ("bert", "pp2"), ("bert", "zbv"), ("bert", "cp2 tp2 sp"),
     ("bert dropout", "tp2 sp"), ("bert dropout", "pp2 interleaved"), ("bert dropout", "cp2"), ("bert google", "tp2 pp2"),

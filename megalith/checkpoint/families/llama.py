@@ -1,4 +1,4 @@
-"""Llama (Touvron et al., 2023) and its like: Mistral (a sliding window), Qwen2 (biases), Qwen3 (a norm of each head)."""
+"""Llama (Touvron et al., 2023) and its like: Mistral (a sliding window), Qwen2 (biases), Qwen3 (a norm of each head), Gemma."""
 
 from __future__ import annotations
 
@@ -121,6 +121,12 @@ def _mistral(given: Mapping[str, Any]) -> dict[str, Any]:
     return {**common(given), **windows({"sliding_window": 4096, **given}, True)}
 
 
+def _gemma(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Its first files had the activation in a field of its own."""
+    act = given.get("hidden_activation") or given.get("hidden_act", "gelu_pytorch_tanh")
+    return common({"tie_word_embeddings": True, **given, "hidden_act": act})
+
+
 def _qwen(given: Mapping[str, Any]) -> dict[str, Any]:
     return {**common(given), **windows(given, given.get("use_sliding_window", False), given.get("max_window_layers", 28))}
 
@@ -158,4 +164,16 @@ QWEN3 = replace(
     only=NO_BIASES,
     always={**ALWAYS, "qk_layernorm": True},
     more_theirs=lambda config: {**common_theirs(config), **windows_theirs(config), "attention_bias": False},
+)
+GEMMA = replace(
+    LLAMA,
+    architecture="GemmaForCausalLM",
+    only={"attention_bias": (False,), "use_bidirectional_attention": (None, False)},
+    always={**ALWAYS, "apply_layernorm_1p": True, "scale_embeddings": True},
+    more_ours=_gemma,
+    more_theirs=lambda config: {
+        **common_theirs(config),
+        "hidden_activation": activation_name(GATED, config.model),
+        "attention_bias": False,
+    },
 )
