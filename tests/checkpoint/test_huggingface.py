@@ -130,9 +130,7 @@ def test_a_form_that_no_family_has_is_named(tmp_path: pathlib.Path) -> None:
         num_layers=1, hidden_size=8, num_attention_heads=2, vocab_size=9, max_position_embeddings=4, squared_relu=True, qk_layernorm=True
     )
     weights = Weights(config=config, tensors={})
-    with pytest.raises(
-        CheckpointError, match="architecture: found 'activation squared_relu'; GPT2LMHeadModel has no such form, nor has another"
-    ):
+    with pytest.raises(CheckpointError, match="architecture: found 'qk_layernorm True'; GPT2LMHeadModel has no such form, nor has another"):
         huggingface.write(weights, tmp_path / "a", Options())
     with pytest.raises(
         CheckpointError, match=r"architecture: found 'activation squared_relu'; LlamaForCausalLM has no such form. Export to megatron"
