@@ -42,9 +42,7 @@ class T5Dataset(SentenceDataset):
         super().__init__(indexed, documents, seed, cache_folders)
         longest = int(indexed.lengths.max())
         if len(indexed) == indexed.num_documents > 1 and longest > seq_length:
-            rule = (
-                f"each of the {indexed.num_documents} documents is one sequence, of which all but --seq-length {seq_length} would be lost"
-            )
+            rule = f"each of {indexed.num_documents} documents is one sequence, and what is beyond --seq-length {seq_length} would be lost"
             raise DataError(problem(indexed.prefix, Words(f"up to {longest} tokens"), rule, "Preprocess with --split-sentences"))
         self.num_samples, self.seq_length, self.decoder_seq_length, self.short_seq_prob = (
             num_samples,

@@ -74,3 +74,13 @@ def test_windows_take_the_place_of_the_sequence():
     seen = sum(min(place + 1, 10) for place in range(256)) / 256  # the first tokens see fewer
     assert keys_seen(256, 10, True) == pytest.approx(seen, abs=0.03) and keys_seen(256, None, True) == 128
     assert keys_seen(8, 10, False) == 8
+
+
+def test_an_encoder_and_a_decoder():
+    """Each product by hand: 2 + 1 layers of width 8 with 2 heads of 4, 6 and 4 tokens, a vocabulary of 10."""
+    model = ModelConfig(model_type="t5", num_layers=2, decoder_num_layers=1, hidden_size=8, num_attention_heads=2, vocab_size=10)
+    attention, mlp = 4 * 64, 2 * 8 * 32
+    encoder = 2 * (6 * (attention + mlp) + 2 * 6 * 6 * 8)
+    decoder = 4 * (attention + mlp) + 2 * 4 * 4 * 8 + 4 * 2 * 64 + 6 * 2 * 64 + 2 * 4 * 6 * 8
+    assert flops_per_token(model, 6, False, 4) == pytest.approx(6 * (encoder + decoder + 4 * 80) / 6)
+    assert flops_per_token(model, 6, True, 4) == pytest.approx(6 * (encoder + decoder - 4 * 4 * 8 + 4 * 80) / 6)

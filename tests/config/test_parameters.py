@@ -86,3 +86,19 @@ def test_bert_equal_to_the_built_model(form):
 def test_bert_base_has_its_published_size():
     shape = {"num_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "max_position_embeddings": 512, "vocab_size": 30522}
     assert parameter_count(ModelConfig(model_type="bert", norm_after_residual=True, **shape)) == 110_106_428
+
+
+T5S = [{}, {"decoder_num_layers": 1}, {"position_embedding_type": "relative", "normalization": "RMSNorm", "add_bias_linear": False},
+       {"swiglu": True, "untie_embeddings_and_output_weights": True, "num_query_groups": 2, "qk_layernorm": True}]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", T5S, ids=lambda form: "-".join(form) or "megatron")
+def test_t5_equal_to_the_built_model(form):
+    import torch
+
+    from megalith.models.t5 import T5
+
+    config = ModelConfig(model_type="t5", **{**SMALL, **form})
+    with torch.device("meta"):
+        model = T5(config)
+    assert {name: tuple(parameter.shape) for name, parameter in model.named_parameters()} == parameter_shapes(config)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megalith.config.run import RunConfig
-from megalith.config.stages import bubble, end_costs, layers_of, num_stages, schedule_of, split, stages_of, stages_per_process
+from megalith.config.stages import bubble, end_costs, layers_of, num_stages, partition, schedule_of, split, stages_of, stages_per_process
 
 MODEL = RunConfig().replace(num_layers=8, hidden_size=64, num_attention_heads=4, vocab_size=256, seq_length=32)
 
@@ -83,3 +83,24 @@ def test_ideal_bubbles():
     assert bubble("1f1b", 4, 8) == bubble("gpipe", 4, 8) == 3 / 8
     assert bubble("interleaved_1f1b", 4, 8, 2) == 3 / 16
     assert bubble("zero_bubble", 4, 8) == 1 / 8
+
+
+@given(st.lists(st.floats(0.1, 9), min_size=1, max_size=8), st.integers(1, 4))
+def test_layers_of_different_costs(costs, stages):
+    stages = min(stages, len(costs))
+
+    def dearest(counts):
+        ends = [sum(counts[:number]) for number in range(len(counts) + 1)]
+        return max(sum(costs[first:last]) for first, last in itertools.pairwise(ends))
+
+    every = (counts for counts in itertools.product(range(1, len(costs) + 1), repeat=stages) if sum(counts) == len(costs))
+    counts = partition(costs, stages)
+    assert sum(counts) == len(costs) and min(counts) >= 1 and dearest(counts) == pytest.approx(min(map(dearest, every)))
+
+
+def test_stages_of_an_encoder_and_a_decoder():
+    """A short decoder costs little, so that it shares a stage; even stages do not ask."""
+    t5 = of(2, model_type="t5", num_layers=4, decoder_num_layers=4, seq_length=512, decoder_seq_length=64)
+    assert layers_of(t5.replace(pipeline_split="even")) == [range(4), range(4, 8)]
+    first, second = layers_of(t5)
+    assert first.stop < 4 and second.stop == 8

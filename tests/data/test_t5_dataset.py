@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from megalith.common.errors import ConfigError, DataError
+from megalith.data.indexed import IndexedDataset, IndexedWriter
 from megalith.data.t5_dataset import T5Dataset
 from tests.data.word_pieces import WordPieces, original, write
 
@@ -47,3 +48,12 @@ def test_t5_says_what_is_missing(tmp_path):
         list(map(T5Dataset(data, None, 60, seq_length=64, decoder_seq_length=64, tokenizer=few).__getitem__, range(40)))
     with pytest.raises(ConfigError, match="--decoder-seq-length"):
         list(map(T5Dataset(data, None, 60, seq_length=64, decoder_seq_length=4, tokenizer=WordPieces()).__getitem__, range(40)))
+
+
+def test_documents_that_are_not_split(tmp_path):
+    with IndexedWriter(tmp_path / "whole", np.int32) as writer:
+        for _ in range(3):
+            writer.add_sequence(np.full(90, 7))
+            writer.end_document()
+    with pytest.raises(DataError, match=r"found up to 90 tokens; each of 3 documents is one sequence.*Preprocess with --split-sentences"):
+        T5Dataset(IndexedDataset(tmp_path / "whole"), None, 6, seq_length=64, decoder_seq_length=40, tokenizer=WordPieces())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megalith.layers.attention import QUERY_BLOCK, CoreAttention, SelfAttention
+from megalith.layers.attention import QUERY_BLOCK, CoreAttention, CrossAttention, SelfAttention
 from megalith.layers.dropout import row_keys
 from megalith.layers.mask import AttentionMask
 from megalith.layers.positions import alibi_slopes, rotary_table
@@ -186,3 +186,29 @@ def test_biases_are_where_they_should_be(bias: bool, qkv_bias: bool) -> None:
     assert (module.out.bias is not None) == bias
     assert all((layer.bias is not None) == qkv_bias for layer in (module.q, module.k, module.v))
     assert module.q_norm.weight.shape == (4,) and module.q_norm.eps == 1e-6
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_relative_bias_on_every_path(causal: bool) -> None:
+    """Blocks of queries, FlexAttention (which has no backward pass on the CPU) and the explicit path; the table's gradient too."""
+    q, k, v, upstream = draw(2)
+    table = torch.randn(HEADS, 2 * LENGTH - 1, dtype=torch.float64, requires_grad=True)
+    found = {}
+    for backend in ("auto", "explicit", "flex"):
+        core = CoreAttention(0.0, "here", backend, scale=0.7).eval()
+        leaves = [each.clone().requires_grad_(backend != "flex") for each in (q, k, v)]
+        mask = AttentionMask(causal=causal, relative=table if backend != "flex" else table.detach())
+        out = core(*leaves, mask)
+        made = torch.autograd.grad((out * upstream).sum(), [*leaves, table]) if backend != "flex" else ()
+        found[backend] = (out.detach(), *made)
+    for one, other in zip(found["auto"], found["explicit"], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found["flex"][0], found["explicit"][0], rtol=1e-5, atol=1e-5)
+
+
+def test_cross_attention_of_one_place_is_its_value() -> None:
+    attention = CrossAttention(8, 2, 1, 4, bias=True, qkv_bias=True, core=CoreAttention(0.0, "here"))
+    x, memory = torch.randn(2, 5, 8), torch.randn(2, 3, 8)
+    seen = AttentionMask(causal=False, padding=torch.tensor([[True, False, False], [False, True, False]]))
+    value = attention.v(memory[torch.arange(2), torch.arange(2)])
+    torch.testing.assert_close(attention(x, memory, seen), attention.out(value.repeat(1, 2))[:, None].expand(-1, 5, -1))

@@ -44,3 +44,17 @@ def test_half_precision_slopes_keep_exact_distances() -> None:
     bias = AttentionMask(slopes=slopes).bias(slice(1000, 1001), slice(0, 1001), CPU)
     assert bias.dtype == torch.float32
     assert torch.equal(bias.flatten(), 0.5 * (torch.arange(1001.0) - 1000))
+
+
+@given(st.integers(1, 12), st.integers(0, 9), st.integers(1, 9), st.integers(0, 3), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_relative_bias_is_that_of_each_distance(size: int, start: int, keys: int, more: int, causal: bool) -> None:
+    """Any block of places, of a table for as many distances as there are or more."""
+    places = max(start + size, keys) + more
+    table = torch.randn(2, 2 * places - 1, dtype=torch.float64)
+    found = AttentionMask(causal=causal, relative=table).bias(slice(start, start + size), slice(0, keys), CPU)
+    for query in range(size):
+        for key in range(keys):
+            distance = key - (start + query)
+            wanted = table[:, places - 1 + distance] if not causal or distance <= 0 else torch.full((2,), -math.inf).double()
+            assert torch.equal(found[0, :, query, key].double(), wanted)

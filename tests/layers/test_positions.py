@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb as gptj_rotary
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as llama_rotary
+from transformers.models.t5.modeling_t5 import T5Attention
 
-from megalith.layers.positions import alibi_slopes, rotary_table, rotate
+from megalith.layers.positions import alibi_slopes, distance_buckets, rotary_table, rotate
 
 WIDTH, LENGTH = 16, 9
 POSITIONS = torch.stack([torch.arange(LENGTH), torch.arange(LENGTH) * 7 + 3])
@@ -80,3 +81,12 @@ def test_alibi_slopes_equal_bloom(heads: int) -> None:
 
     theirs = build_alibi_tensor(torch.ones(1, 3), heads, torch.float32).view(heads, 3)
     torch.testing.assert_close(alibi_slopes(heads), theirs[:, 1], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("both_ways", [True, False])
+@pytest.mark.parametrize(("number", "farthest"), [(32, 128), (8, 20), (4, 3)])
+def test_distance_buckets_are_the_originals(both_ways: bool, number: int, farthest: int) -> None:
+    distance = torch.arange(-299, 300)
+    wanted = T5Attention._relative_position_bucket(distance, both_ways, number, farthest)
+    found = distance_buckets(300, torch.device("cpu"), number=number, max_distance=farthest, both_ways=both_ways)
+    assert torch.equal(found, wanted)

@@ -1,9 +1,11 @@
 """A stage is the whole model less what it lacks; together the stages have everything, and compute what the model computes."""
 
+import copy
+
 import pytest
 import torch
 
-from megalith.parallel.pipeline_cut import GPT, Cut, canonical_names
+from megalith.parallel.pipeline_cut import GPT, T5, Cut, canonical_names
 from megalith.runtime.build import meta_model, plain
 from tests.parity.cases import SMALL
 
@@ -57,3 +59,24 @@ def test_one_stage_after_the_other_is_the_model():
     whole = plain(config.model, torch.device("cpu"), torch.float64, seed=1)
     whole.head.weight = stages(config)[-1].head.weight
     torch.testing.assert_close(x, whole(ids), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layers", [[range(2), range(2, 5)], [range(1), range(1, 3), range(3, 5)], [range(3), range(3, 5)]])
+def test_one_stage_of_t5_after_the_other_is_the_model(layers):
+    """Cut in the encoder, between the stacks, in the decoder; shared parameters are where they are needed."""
+    config = SMALL.replace(model_type="t5", num_layers=2, decoder_num_layers=3, position_embedding_type="relative")
+    whole = plain(config.model, torch.device("cpu"), torch.float64, seed=1)
+    cut, (source, target) = Cut(T5, layers, 2), torch.arange(40).view(2, 20)[:, :16].unsqueeze(0).repeat(2, 1, 1)
+    flow = (source,)
+    names = canonical_names(meta_model(config.model))
+    for stage in range(len(layers)):
+        assert len(flow) == len(cut.received(stage))
+        model = copy.deepcopy(whole)
+        cut.apply(model, stage)
+        assert {name for name, _ in model.named_parameters(remove_duplicate=False)} == {name for name in names if cut.has(stage, name)}
+        out = model(*flow, decoder_input_ids=target, coordinates=torch.arange(16))
+        flow = out if isinstance(out, tuple) else (out,)
+    torch.testing.assert_close(flow[0], whole(source, decoder_input_ids=target), rtol=0, atol=0)
+    holders = cut.holders(names)
+    assert [stage for stage, _ in holders["encoder_bias.weight"]] == [n for n, each in enumerate(layers) if each.start < 2]
+    assert {0, len(layers) - 1} <= {stage for stage, _ in holders["embedding.weight"]}

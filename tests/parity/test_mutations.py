@@ -13,6 +13,7 @@ from torch import Tensor
 from megalith.parallel import collectives, pipeline_deferred, styles, tensor
 from megalith.parallel.plans.bert import PLAN as BERT
 from megalith.parallel.plans.gpt import PLAN
+from megalith.parallel.plans.t5 import PLAN as T5
 from megalith.testing import parity, run_ranks
 from megalith.testing.parity import TOLERANCE, Measured, compare, measure
 from tests.parity.cases import LAYOUTS, PIPELINES, config_of
@@ -28,6 +29,11 @@ def entry(pattern: str, style: Callable) -> contextlib.AbstractContextManager:
 def bert_entry(pattern: str, style: Callable) -> contextlib.AbstractContextManager:
     """The plan of BERT with another style for a pattern."""
     return mock.patch.dict(BERT, {pattern: style})
+
+
+def t5_entry(pattern: str, style: Callable) -> contextlib.AbstractContextManager:
+    """The plan of T5 with another style for a pattern."""
+    return mock.patch.dict(T5, {pattern: style})
 
 
 def order_everywhere(logits: Tensor, order: Tensor, weights: Tensor, coordinates: Tensor) -> Tensor:
@@ -86,6 +92,12 @@ MUTATIONS: dict[str, tuple[str, str, Callable[[], contextlib.AbstractContextMana
     "pooler summed": ("bert", "tp2 sp", lambda: bert_entry("pooler", styles.part_linear)),
     "head's bias not summed": ("bert", "tp2", lambda: bert_entry("head", unsummed(styles.head))),
     "first token of each part": ("bert", "tp2 sp", lambda: bert_entry("first_token", untold)),
+    "memory's gradient not summed": ("t5", "tp2", lambda: t5_entry("memory", untold)),
+    "memory gathered in each layer too": ("t5", "tp2 sp", lambda: t5_entry("layers.*.cross_attention.shared_memory", styles.shared_input)),
+    "norm of queries to the memory not summed": ("t5", "tp2 sp", lambda: t5_entry("layers.*.cross_norm", unsummed(styles.copy))),
+    "encoder's norm not summed": ("t5 relative", "tp2 sp", lambda: t5_entry("encoder_norm", unsummed(styles.copy))),
+    "cross scores dropped as other heads'": ("t5 dropout", "tp2", lambda: t5_entry("layers.*.cross_attention.core", untold)),
+    "cross dropout of other rows": ("t5 dropout", "tp2 sp", lambda: t5_entry("layers.*.cross_dropout", first_part)),
     "order counted by each part": ("bert", "cp2", lambda: mock.patch("megalith.models.bert.order_loss", order_everywhere)),
     "keys not summed": ("alibi", "tp2", lambda: entry("layers.*.attention.k", unsummed(styles.heads))),
     "row bias not summed": ("absolute", "tp2 sp", lambda: entry("layers.*.mlp.down", unsummed(styles.row))),
