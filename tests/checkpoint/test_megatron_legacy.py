@@ -112,7 +112,7 @@ def test_what_only_arguments_say(tmp_path: pathlib.Path) -> None:
     assert weights.config.schedule.train_samples == 640 and weights.config.schedule.train_iters is None and weights.config.precision.bf16
     assert "loss_scale: 'many' has no counterpart here and was left out" in weights.notes
     folder = megatron_files.write(tmp_path / "b", config, tensors, args=args | {"apply_layernorm_1p": True})
-    with pytest.raises(CheckpointError, match=r"--apply-layernorm-1p: found True; norm weights are stored as they multiply here"):
+    with pytest.raises(CheckpointError, match=r"--apply-layernorm-1p: found True; weights of LayerNorm are stored as they multiply here"):
         formats.read(folder)
 
 

@@ -99,6 +99,8 @@ def test_models_that_megatron_does_not_have_are_refused(tmp_path: pathlib.Path) 
         CheckpointError, match=r"sliding_window: found 8; Megatron's legacy models have no such part, and would compute something else"
     ):
         FORMATS.find("megatron").write(weights_of(sliding_window=8), tmp_path / "m", Options())
+    with pytest.raises(CheckpointError, match=r"scale_embeddings: found True"):
+        FORMATS.find("megatron").write(weights_of(scale_embeddings=True), tmp_path / "m", Options())
     assert not (tmp_path / "m").exists()
 
 

@@ -38,7 +38,7 @@ VOCABULARIES = {  # tokenizers of one size only: what a padded vocabulary of the
 }  # fmt: skip
 UNSUPPORTED = {  # argument -> why a model trained with it cannot be one of ours
     "num_experts": "there are no mixture-of-experts layers here",
-    "apply_layernorm_1p": "norm weights are stored as they multiply here, and minus one there",
+    "apply_layernorm_1p": "weights of LayerNorm are stored as they multiply here, and minus one there",
     "multi_latent_attention": "there is no multi-latent attention here",
 }
 
@@ -57,7 +57,10 @@ def to_config(
     Raises CheckpointError for what our models cannot be.
     """
     args = {name: plain(value) for name, value in args.items()}
+    plain_norms = "encoder.layers.0.input_layernorm.bias" not in parts  # RMSNorm has that form here too
     for name, reason in UNSUPPORTED.items():
+        if name == "apply_layernorm_1p" and plain_norms:
+            continue
         if args.get(name) and (args[name] is True or args[name] not in ([1], 1)):  # one expert is none
             raise CheckpointError(
                 problem(f"--{name.replace('_', '-')}", args[name], reason, "Train without it, or convert with its own tools")

@@ -33,6 +33,7 @@ FIRST = "embedding."
 UNWRITTEN: dict[str, Any] = {  # fields of the model that must have this value, because Megatron's legacy models know no other
     "sliding_window": None, "rope_scaling_type": None, "scaled_alibi": False, "embed_layernorm": False, "parallel_attn": False,
     "norm_after_residual": False, "relu": False, "qk_layernorm": False, "softmax_scale": None, "scale_output": False,
+    "apply_layernorm_1p": False, "scale_embeddings": False,
 }  # fmt: skip
 
 
