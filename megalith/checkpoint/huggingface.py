@@ -53,6 +53,8 @@ def read(path: pathlib.Path, options: Options) -> Weights:
     values |= {"seq_length": values.get("max_position_embeddings"), "bf16": torch.bfloat16 in dtypes}
     config = RunConfig().replace(**{**values, **options.overrides})
     tensors, notes = _ours(found, family, config.model, path)
+    if "dynamic" in str(given.get("rope_parameters") or given.get("rope_scaling")):
+        notes += ("rope_type dynamic is left out: it acts beyond max_position_embeddings alone, where no sequence here goes",)
     kept = {f"{KEPT}{name}": path / name for name in (CONFIG, GENERATION) if (path / name).is_file()}
     return Weights(config=config, tensors=tensors, files={**kept, **tokenizer.found_in(options.tokenizer or path)}, notes=notes)
 

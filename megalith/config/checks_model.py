@@ -142,7 +142,7 @@ def _bert(config: RunConfig) -> Iterator[Problem]:
     if m.positions != "learned_absolute":
         cure = "Leave it out; the default is learned_absolute"
         yield trouble(("position_embedding_type",), "--position-embedding-type", m.positions, "BERT learns its positions", cure)
-    for name in ("embed_layernorm", "parallel_attn", "sliding_window"):
+    for name in ("embed_layernorm", "parallel_attn", "sliding_window", "scale_embeddings"):
         if getattr(m, name):
             yield trouble((name,), flag(name), getattr(m, name), "it is a form of GPT", "Leave it out, or train gpt")
     if m.norm_after_residual and m.apply_residual_connection_post_layernorm:

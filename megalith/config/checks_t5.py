@@ -23,7 +23,7 @@ def t5_problems(config: RunConfig) -> Iterator[Problem]:
         rule = "T5 has learned_absolute (Megatron's), relative (its own) or none"
         cure = "Write --position-embedding-type relative, or leave it out"
         yield trouble(("position_embedding_type",), "--position-embedding-type", m.positions, rule, cure)
-    for name in ("embed_layernorm", "parallel_attn", "sliding_window"):
+    for name in ("embed_layernorm", "parallel_attn", "sliding_window", "scale_embeddings"):
         if getattr(m, name):
             yield trouble((name,), flag(name), getattr(m, name), "it is a form of GPT", "Leave it out, or train gpt")
     exact = m.relative_attention_num_buckets // 2

@@ -169,3 +169,8 @@ def test_a_model_trained_here_with_its_tokenizer(tmp_path: pathlib.Path) -> None
     assert (theirs(ids).logits - model(ids)).abs().max() < 1e-5
     loaded = megalith.load(tmp_path / "out", device="cpu")
     assert torch.equal(loaded(ids), model(ids)) and loaded.tokenizer.encode("def") == tokenizer.encode("def")
+
+
+def test_dynamic_stretching_is_noted(folder) -> None:
+    (note,) = formats.read(folder("llama, dynamic")).notes
+    assert note.startswith("rope_type dynamic is left out: it acts beyond max_position_embeddings alone")
