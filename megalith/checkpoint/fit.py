@@ -119,7 +119,7 @@ def cure_of_presence(name: str, others: Iterable[str], model: Mapping[str, Any])
     """Flags with the values of the checkpoint's `model` that decide whether a parameter exists; `others` lack it."""
     layer = re.search(r"layers\.\d+\.", name)
     if layer and not any(layer[0] in other for other in others):
-        deciding: tuple[str, ...] = ("num_layers",)
+        deciding: tuple[str, ...] = ("num_layers", "decoder_num_layers")
     else:
         deciding = next((names for word, names in PRESENCE if word in name), ())
     return [as_flag(field, model[field]) for field in deciding if model.get(field) is not None]

@@ -3,6 +3,7 @@
 import pytest
 
 from megalith.checkpoint import fit
+from megalith.config.loading import to_yaml
 from megalith.config.model import ModelConfig
 from megalith.config.parameters import parameter_shapes
 from megalith.config.run import RunConfig
@@ -90,3 +91,23 @@ def test_configs_compared():
     assert fit.config_differences(model(), model(num_layers=3)) == [("num_layers", 2, 3)]
     assert fit.config_differences(model(), model(position_embedding_type="absolute", normalization="layernorm")) == []
     assert fit.as_flag("swiglu", True) == "--swiglu" and fit.as_flag("add_bias_linear", False) == "--disable-bias-linear"
+
+
+T5 = fit.model_section(to_yaml(RunConfig().replace(
+    model_type="t5", num_layers=2, decoder_num_layers=3, hidden_size=32, num_attention_heads=4, vocab_size=64,
+    position_embedding_type="relative", relative_attention_num_buckets=16,
+)))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "cures"),
+    [
+        ("model/layers.3.cross_attention.q.weight", ["--model-type t5", "--decoder-num-layers 3", "--num-layers 2"]),
+        ("model/layers.4.mlp.up.weight", ["--num-layers 2", "--decoder-num-layers 3"]),
+        ("model/encoder_bias.weight", ["--position-embedding-type relative"]),
+    ],
+)
+def test_what_only_t5_has(name, cures):
+    others = [f"model/layers.{number}.mlp_norm.weight" for number in range(4)]
+    assert fit.cure_of_presence(name, others, T5) == cures
+    assert fit.cure_of_shape("model/decoder_bias.weight", [16, 4], [32, 4], T5) == ["--relative-attention-num-buckets 16"]

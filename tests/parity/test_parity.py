@@ -78,7 +78,8 @@ def test_gradients_in_float64(form: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "layout"), [("absolute", "tp2 sp dp2 full"), ("rotary", "tp4"), ("dropout", "tp2 dp2"), ("dropout", "cp4")]
+    ("form", "layout"),
+    [("absolute", "tp2 sp dp2 full"), ("rotary", "tp4"), ("dropout", "tp2 dp2"), ("dropout", "cp4"), ("t5 relative", "tp2 sp")],
 )
 def test_gradients_in_float32(form: str, layout: str) -> None:
     check(form, layout, torch.float32)
