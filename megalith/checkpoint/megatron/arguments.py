@@ -40,6 +40,7 @@ UNSUPPORTED = {  # argument -> why a model trained with it cannot be one of ours
     "num_experts": "there are no mixture-of-experts layers here",
     "apply_layernorm_1p": "weights of LayerNorm are stored as they multiply here, and minus one there",
     "multi_latent_attention": "there is no multi-latent attention here",
+    "window_attn_skip_freq": "which layers have the window is not read from it; --full-attention-layers says so here",
 }
 
 
