@@ -87,4 +87,4 @@ def test_help_lists_recipes_and_sections(capsys):
     with pytest.raises(SystemExit):
         main(["pretrain", "gpt", "--help"])
     text = capsys.readouterr().out
-    assert "recipes: cpu-tiny, " in text and "\nmodel:\n" in text and "  --num-layers N " in text and "--swiglu, --no-swiglu" in text
+    assert ", cpu-tiny, " in text and "\nmodel:\n" in text and "  --num-layers N " in text and "--swiglu, --no-swiglu" in text
