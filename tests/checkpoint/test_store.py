@@ -56,6 +56,13 @@ def test_an_index_cannot_run_code(tmp_path):
             store.Reader(tmp_path).read_metadata()
 
 
+def test_an_index_cannot_reach_through_a_module(tmp_path):
+    module, name = b"torch.distributed.checkpoint.metadata", b"os.system"  # pickle follows the dot into what the module imports
+    (tmp_path / ".metadata").write_bytes(b"\x80\x04\x8c%c%s\x8c%c%s\x93." % (len(module), module, len(name), name))
+    with pytest.raises(CheckpointError, match="os.system, which no index of a checkpoint has"):
+        store.Reader(tmp_path).read_metadata()
+
+
 @pytest.mark.parametrize("file", ["__0_0.distcp", "__0_1.distcp", ".metadata.tmp"])
 def test_failure_of_any_file_is_a_failure(tmp_path, monkeypatch, file, capfd):
     write_some = store._Hashed.write
