@@ -59,7 +59,7 @@ def test_an_index_cannot_run_code(tmp_path):
 def test_an_index_cannot_reach_through_a_module(tmp_path):
     module, name = b"torch.distributed.checkpoint.metadata", b"os.system"  # pickle follows the dot into what the module imports
     (tmp_path / ".metadata").write_bytes(b"\x80\x04\x8c%c%s\x8c%c%s\x93." % (len(module), module, len(name), name))
-    with pytest.raises(CheckpointError, match="os.system, which no index of a checkpoint has"):
+    with pytest.raises(CheckpointError, match=r"os\.system, which no index of a checkpoint has"):
         store.Reader(tmp_path).read_metadata()
 
 
