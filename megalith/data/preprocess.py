@@ -29,7 +29,7 @@ from megalith.data.preprocess_pool import ENGINES
 from megalith.data.readers import Part, cut, file_format, find_inputs, read_part, sample_texts
 from megalith.data.tokenizers import Tokenizer, TokenizerOptions, build_tokenizer
 
-SMALLEST_PART, LARGEST_PART = 16 << 20, 64 << 20  # bytes of input; --partitions can ask for smaller ones
+SMALLEST_PART, LARGEST_PART = 4 << 20, 64 << 20  # bytes of input; --partitions can ask for smaller ones
 FORMAT = 1  # raise when the meaning of stored parts changes
 REPORTED_PROBLEMS = 1000
 PARTS = ".parts"  # behind the output prefix: the folder of unfinished work
