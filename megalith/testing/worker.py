@@ -66,6 +66,7 @@ def serve(connection: Connection, stacks: str) -> None:
     """Answer jobs until the pool closes its end. On SIGUSR1 the stacks of all threads are written to the file `stacks`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C belongs to the caller, who closes us
     torch.set_num_threads(1)
+    gc.freeze()  # what the fork server imported stays; a collection after each call then looks at the call's own objects only
     with open(stacks, "w") as file:
         faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
         while True:
@@ -73,7 +74,8 @@ def serve(connection: Connection, stacks: str) -> None:
                 job = pickle.loads(connection.recv_bytes())
             except (EOFError, OSError):
                 return
-            connection.send_bytes(pickle.dumps(_answer(job)._replace(worn=_worn())))
+            answer = _answer(job)
+            connection.send_bytes(pickle.dumps(answer._replace(worn=answer.worn or _worn())))
 
 
 def _worn() -> bool:
@@ -91,7 +93,8 @@ def _answer(job: Job) -> Answer:
         with _group(job):
             return _call(job)
     except BaseException as error:
-        return _failure(error)
+        # A group that failed half-made stays counted in torch, which names groups by that count: the next one would wait for ever.
+        return _failure(error)._replace(worn=True)
 
 
 def _call(job: Job) -> Answer:
@@ -130,6 +133,7 @@ def _group(job: Job) -> Iterator[None]:
     patience = datetime.timedelta(seconds=job.timeout + 60)  # longer than the pool's, which has the stacks to show
     dist.init_process_group("gloo", store=store, rank=job.rank, world_size=job.world_size, timeout=patience)
     try:
+        dist.barrier()  # a function that fails at once closes sockets to which others still connect
         yield
     finally:
         if dist.is_initialized():

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -56,6 +57,10 @@ def raise_unpicklable():
     raise Local("seen")
 
 
+def make_group_again(store):
+    return worker._answer(worker.Job(0, 1, store, 10.0, sys.path, b""))  # torch refuses a second default group
+
+
 def view_of_large():
     return torch.zeros(1000, 1000)[:2, :2]
 
@@ -107,6 +112,11 @@ def test_an_exception_keeps_its_type_and_says_its_rank(pool):
     assert "raised on rank 1 of 3" in caught.value.__notes__[0]
     assert "in fail_on" in caught.value.__notes__[0]
     assert len(pool.run(own_pid, 3)) == 3
+
+
+def test_a_rank_whose_group_was_not_made_is_replaced(pool, tmp_path):
+    (answer,) = pool.run(make_group_again, 1, str(tmp_path / "store"))
+    assert answer.worn and "twice" in str(answer.error)
 
 
 def test_an_exception_that_cannot_travel_is_still_told(pool):
