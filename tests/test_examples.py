@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import re
 
 import pytest
 
@@ -18,8 +17,8 @@ TOY = {
     "PRECISION": "",
 }
 FLAGS = ["--train-iters", "6", "--eval-iters", "1", "--log-interval", "1"]
-BERT = {"VOCAB_FILE": "bert-vocab.txt", "DATA_PATH": "my-bert_text_sentence"}
-T5 = {"VOCAB_FILE": "bert-vocab.txt", "DATA_PATH": "my-bert_text_sentence", "DECODER_SEQ_LENGTH": "16"}  # as BERT's data
+BERT = {"VOCAB_FILE": "vocab.txt", "DATA_PATH": "my-bert_text_sentence"}
+T5 = {"VOCAB_FILE": "vocab.txt", "DATA_PATH": "my-bert_text_sentence", "DECODER_SEQ_LENGTH": "16"}  # as BERT's data
 GPT = {"VOCAB_FILE": "vocab.json", "MERGE_FILE": "merges.txt", "DATA_PATH": "my-gpt2_text_document"}
 SCRIPTS = {  # with the variables that make them small
     "pretrain_gpt.sh": GPT | {"GLOBAL_BATCH": "4"},
@@ -45,11 +44,9 @@ def folder(tmp_path_factory) -> pathlib.Path:
     """A folder in which the README's preprocess command was run."""
     folder = tmp_path_factory.mktemp("examples")
     make_corpus(folder)
-    words = sorted(set(re.findall(r"[a-z]+", (folder / "corpus.jsonl").read_text().lower())))
-    (folder / "bert-vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
     preprocess = "megalith data preprocess --input corpus.jsonl --workers 1 --output-prefix"
     gpt2 = "my-gpt2 --tokenizer-type GPT2BPETokenizer --vocab-file vocab.json --merge-file merges.txt --append-eod"
-    bert = "my-bert --tokenizer-type BertWordPieceLowerCase --vocab-file bert-vocab.txt --split-sentences"
+    bert = "my-bert --tokenizer-type BertWordPieceLowerCase --vocab-file vocab.txt --split-sentences"
     for options in (gpt2, bert):
         run(f"{preprocess} {options}".split(), folder)
     return folder

@@ -18,11 +18,9 @@ PRELUDE = f"set -euo pipefail\nmake() {{ command make --dry-run --directory '{RO
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> pathlib.Path:
-    """What a reader has: a clone, a corpus of their own, GPT-2's vocabulary and one of WordPiece."""
+    """What a reader has: a clone, a corpus of their own and vocabularies."""
     folder = tmp_path_factory.mktemp("readme")
     make_corpus(folder)
-    words = sorted(set(re.findall(r"[a-z]+", (folder / "corpus.jsonl").read_text().lower())))
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
     (folder / "tokenizer.json").unlink()  # the README makes it
     for name in ("examples", "megalith"):
         (folder / name).symlink_to(ROOT / name)

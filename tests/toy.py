@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -15,12 +16,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def make_corpus(folder: pathlib.Path) -> None:
-    """corpus.jsonl and a vocabulary in both of its forms: tokenizer.json, and GPT-2's vocab.json with merges.txt."""
+    """corpus.jsonl and its vocabularies: tokenizer.json, the same as GPT-2's vocab.json with merges.txt, WordPiece's vocab.txt."""
     write_corpus(folder / "corpus.jsonl", megabytes=0.3)
     train_bpe([(folder / "corpus.jsonl").read_text()], 512, folder / "tokenizer.json")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.model.save(str(folder))
     (folder / "vocab.json").write_text(json.dumps(tokenizer.get_vocab(with_added_tokens=True)))  # model.save leaves out <|endoftext|>
+    words = sorted(set(re.findall(r"[a-z]+", (folder / "corpus.jsonl").read_text().lower())))
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
 
 
 def run(command: list[str], folder: pathlib.Path, **variables: str) -> str:

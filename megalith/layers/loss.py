@@ -84,6 +84,15 @@ def chunk_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, spare: Ten
     return logits if bias is None else logits.add_(bias.to(logits.dtype))
 
 
+def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, size: int) -> Iterator[tuple[slice, Tensor]]:
+    """Which tokens a chunk has, and their logits, which last until the next chunk."""
+    logits = None
+    for start in range(0, len(hidden), size):
+        rows = slice(start, min(start + size, len(hidden)))
+        logits = chunk_logits(hidden[rows], weight, bias, logits)
+        yield rows, logits
+
+
 def _blocks(rows: slice, logits: Tensor, vocabulary: Vocabulary) -> Iterator[tuple[slice, Tensor]]:
     """The tokens of a chunk and their logits, block by block.
 
@@ -95,10 +104,6 @@ def _blocks(rows: slice, logits: Tensor, vocabulary: Vocabulary) -> Iterator[tup
     for first in range(0, len(logits), size):
         block = logits[first : first + size]
         yield slice(rows.start + first, rows.start + first + len(block)), block
-
-
-def _chunks(tokens: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -120,13 +125,12 @@ def _block_loss(logits, labels, z_loss, vocabulary):
 
 
 def _block_gradient(powers, total, log_z, labels, upstream, z_loss, vocabulary):
-    """Gradient of sum(upstream x losses) by the logits, in the place of `powers` [t, V]."""
+    """Turn `powers` [t, V] into the gradient of sum(upstream x losses) by the logits, in its place."""
     upstream = torch.where(labels >= 0, upstream, 0.0).to(powers.dtype)
     slope = upstream * (1.0 + 2.0 * z_loss * log_z) if z_loss else upstream
-    gradient = powers.mul_((slope / total)[:, None])
+    powers.mul_((slope / total)[:, None])
     row, here = vocabulary.find(labels, powers.shape[1])
-    gradient.scatter_add_(1, row[:, None], torch.where(here, -upstream, 0.0)[:, None])
-    return gradient
+    powers.scatter_add_(1, row[:, None], torch.where(here, -upstream, 0.0)[:, None])
 
 
 class _Gradients:
@@ -165,9 +169,8 @@ class _Weighted(torch.autograd.Function):
         flat, targets = hidden.flatten(0, 1), labels.flatten()
         scale = loss_weights.flatten().float()
         losses = torch.empty(targets.shape, device=flat.device, dtype=_wide(flat))
-        gradients, logits = _Gradients(flat, weight, bias, ctx.needs_input_grad), None
-        for rows in _chunks(len(targets), chunk):
-            logits = chunk_logits(flat[rows], weight, bias, logits)
+        gradients = _Gradients(flat, weight, bias, ctx.needs_input_grad)
+        for rows, logits in _chunks(flat, weight, bias, chunk):
             for few, block in _blocks(rows, logits, vocabulary):
                 losses[few], powers, total, log_z = _block_loss(block, targets[few], z_loss, vocabulary)
                 if any(ctx.needs_input_grad):
@@ -207,9 +210,8 @@ class _Free(torch.autograd.Function):
         flat, targets = hidden.flatten(0, 1), labels.flatten()
         ctx.save_for_backward(hidden, weight, bias, labels)
         ctx.chunk, ctx.z_loss, ctx.vocabulary = chunk, z_loss, vocabulary
-        losses, logits = torch.empty(targets.shape, device=flat.device, dtype=_wide(flat)), None
-        for rows in _chunks(len(targets), chunk):
-            logits = chunk_logits(flat[rows], weight, bias, logits)
+        losses = torch.empty(targets.shape, device=flat.device, dtype=_wide(flat))
+        for rows, logits in _chunks(flat, weight, bias, chunk):
             for few, block in _blocks(rows, logits, vocabulary):
                 losses[few] = _block_loss(block, targets[few], z_loss, vocabulary)[0]
         return losses.view(labels.shape)
@@ -218,9 +220,8 @@ class _Free(torch.autograd.Function):
     def backward(ctx, upstream):
         hidden, weight, bias, labels = ctx.saved_tensors
         flat, targets, scale = hidden.flatten(0, 1), labels.flatten(), upstream.flatten()
-        gradients, logits = _Gradients(flat, weight, bias, ctx.needs_input_grad), None
-        for rows in _chunks(len(targets), ctx.chunk):
-            logits = chunk_logits(flat[rows], weight, bias, logits)
+        gradients = _Gradients(flat, weight, bias, ctx.needs_input_grad)
+        for rows, logits in _chunks(flat, weight, bias, ctx.chunk):
             for few, block in _blocks(rows, logits, ctx.vocabulary):
                 _, powers, total, log_z = _block_loss(block, targets[few], ctx.z_loss, ctx.vocabulary)
                 _block_gradient(powers, total, log_z, targets[few], scale[few], ctx.z_loss, ctx.vocabulary)

@@ -7,27 +7,13 @@ import pytest
 from megalith.cli.main import main
 from tests.tiny import records
 
-ROOT = pathlib.Path(__file__).parents[2]
-SHARED = ROOT.parent / "shared" / "data"
-pytestmark = pytest.mark.skipif(not SHARED.exists(), reason="needs the data of ../shared, which is not part of the project")
-VOCABULARY = ["--vocab-file", str(SHARED / "bert/bert-base-uncased-vocab.txt")]
 MODEL = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --micro-batch-size 4 --global-batch-size 8 --lr 2e-3"
 RUN = "--lr-decay-style linear --lr-warmup-fraction 0.05 --split 949,50,1 --eval-iters 2 --print-config none --progress none --device cpu"
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> str:
-    """Prefix of the articles, split into sentences."""
-    prefix = tmp_path_factory.mktemp("bert") / "my-bert"
-    text = str(SHARED / "loose_json/wikitext2_test_articles.jsonl")
-    words = ["data", "preprocess", "--input", text, "--output-prefix", str(prefix), "--split-sentences", "--workers", "1"]
-    assert main([*words, "--tokenizer-type", "BertWordPieceLowerCase", *VOCABULARY]) == 0
-    return f"{prefix}_text_sentence"
-
-
 @pytest.mark.parametrize(("steps", "falls"), [(20, 0.3), pytest.param(200, 2.5, marks=pytest.mark.slow)])
-def test_pretraining_lowers_the_loss(steps: int, falls: float, corpus: str, tmp_path: pathlib.Path) -> None:
-    command = ["pretrain", "bert", *MODEL.split(), *RUN.split(), *VOCABULARY, "--data-path", corpus]
+def test_pretraining_lowers_the_loss(steps: int, falls: float, articles: list[str], tmp_path: pathlib.Path) -> None:
+    command = ["pretrain", "bert", *MODEL.split(), *RUN.split(), *articles]
     assert main([*command, "--train-iters", str(steps), "--eval-interval", str(steps), "--run-dir", str(tmp_path / "run")]) == 0
     lines = records(str(tmp_path / "run"))
     first, last = (line["validation_losses"] for line in lines if "validation_losses" in line)

@@ -9,29 +9,15 @@ from megalith.common.errors import ConfigError
 from megalith.config.loading import load_config
 from tests.tiny import records
 
-ROOT = pathlib.Path(__file__).parents[2]
-SHARED = ROOT.parent / "shared" / "data"
-pytestmark = pytest.mark.skipif(not SHARED.exists(), reason="needs the data of ../shared, which is not part of the project")
-VOCABULARY = ["--vocab-file", str(SHARED / "bert/bert-base-uncased-vocab.txt")]
 MODEL = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --kv-channels 16 --encoder-seq-length 64 --decoder-seq-length 24"
 RUN = "--micro-batch-size 4 --global-batch-size 8 --lr 2e-3 --lr-decay-style linear --lr-warmup-fraction 0.05 --split 949,50,1"
 QUIET = "--eval-iters 2 --print-config none --progress none --device cpu"
 OWN = "--position-embedding-type relative --normalization RMSNorm --disable-bias-linear --relu --softmax-scale 1 --initializer-factor 1"
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> str:
-    """Prefix of the articles, split into sentences."""
-    prefix = tmp_path_factory.mktemp("t5") / "my-t5"
-    text = str(SHARED / "loose_json/wikitext2_test_articles.jsonl")
-    words = ["data", "preprocess", "--input", text, "--output-prefix", str(prefix), "--split-sentences", "--workers", "1"]
-    assert main([*words, "--tokenizer-type", "BertWordPieceLowerCase", *VOCABULARY]) == 0
-    return f"{prefix}_text_sentence"
-
-
-def command(corpus: str, *more: str) -> list[str]:
+def command(articles: list[str], *more: str) -> list[str]:
     """The words of a run."""
-    return ["pretrain", "t5", *MODEL.split(), *RUN.split(), *QUIET.split(), *VOCABULARY, "--data-path", corpus, *more]
+    return ["pretrain", "t5", *MODEL.split(), *RUN.split(), *QUIET.split(), *articles, *more]
 
 
 FORMS = {"megatron": ["--max-position-embeddings", "64"], "its own": [*OWN.split(), "--scale-output"]}
@@ -41,8 +27,8 @@ FORMS = {"megatron": ["--max-position-embeddings", "64"], "its own": [*OWN.split
     ("form", "steps", "falls"),
     [("megatron", 20, 0.5), *(pytest.param(form, 200, 2.5, marks=pytest.mark.slow) for form in FORMS)],
 )
-def test_pretraining_lowers_the_loss(form: str, steps: int, falls: float, corpus: str, tmp_path: pathlib.Path) -> None:
-    words = command(corpus, "--vocab-extra-ids", "100", *FORMS[form])
+def test_pretraining_lowers_the_loss(form: str, steps: int, falls: float, articles: list[str], tmp_path: pathlib.Path) -> None:
+    words = command(articles, "--vocab-extra-ids", "100", *FORMS[form])
     assert main([*words, "--train-iters", str(steps), "--eval-interval", str(steps), "--run-dir", str(tmp_path / "run")]) == 0
     lines = records(str(tmp_path / "run"))
     first, last = (line["validation_loss"] for line in lines if "validation_loss" in line)
@@ -50,6 +36,6 @@ def test_pretraining_lowers_the_loss(form: str, steps: int, falls: float, corpus
     assert last < first - falls
 
 
-def test_a_tokenizer_without_sentinels(corpus: str) -> None:
+def test_a_tokenizer_without_sentinels(articles: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"the vocabulary lacks\. Write --vocab-extra-ids 100"):
-        load_config(command(corpus, "--train-iters", "2")[1:])
+        load_config(command(articles, "--train-iters", "2")[1:])
