@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 from megalith import recipes
+from megalith.common.errors import MegalithError
 from megalith.config import flags
 from megalith.config.loading import resolve
+from megalith.config.loading_yaml import parse_yaml
 
 EXAMPLE = """\
 examples:
@@ -46,7 +52,8 @@ def parity(args: argparse.Namespace) -> int:
     values = {"train_iters": str(10**9), "lr": "0.0001"} | reading.values  # one step is run; a config's warm-up must fit in all the same
     reading.values = values
     sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "data_parallel_replicas")
-    copy = functools.reduce(lambda product, name: product * number(values.get(name, 1)), sizes, 1)
+    layout = said(values) | values
+    copy = functools.reduce(lambda product, name: product * number(layout.get(name, 1)), sizes, 1)
     processes = number(values.get("processes", copy if copy > 1 else 2))
     config, _ = resolve(reading, read_recipe=recipes.text, world_size=processes, data=False)
     if values.get("dry_run"):
@@ -66,6 +73,15 @@ def parity(args: argparse.Namespace) -> int:
         print(f"{difference.error:9.1e}  {difference.name}{'' if difference.error <= result.tolerance else '   WRONG'}")
     print(f"{'equal' if result.equal else 'NOT equal'}: {len(gradients)} gradients compared")
     return 0 if result.equal else 1
+
+
+def said(values: Mapping[str, str]) -> dict[str, Any]:
+    """What recipe and YAML file say, unchecked; `resolve` tells what is wrong with them."""
+    found: dict[str, Any] = {}
+    with contextlib.suppress(MegalithError, OSError, UnicodeDecodeError):
+        found |= parse_yaml(recipes.text(values["recipe"]), "", [], []) if "recipe" in values else {}
+        found |= parse_yaml(pathlib.Path(values["config"]).read_text(encoding="utf-8"), "", [], []) if "config" in values else {}
+    return found
 
 
 def number(value: str | int) -> int:

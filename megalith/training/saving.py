@@ -9,7 +9,8 @@ from torch import Tensor
 
 from megalith import checkpoint
 from megalith.checkpoint.folder import strange
-from megalith.common.errors import CheckpointError, ConfigError
+from megalith.checkpoint.ranks import Ranks
+from megalith.common.errors import CheckpointError, ConfigError, problem
 from megalith.config.run import RunConfig
 from megalith.runtime import state
 from megalith.training.state import Progress
@@ -57,7 +58,10 @@ def resume(trainer: Trainer) -> Progress:
     tensors = [state.weights(part) for part in trainer.runtime.parts]
     if with_optimizer:
         state.touch(trainer.optimizer)
-        tensors = with_optimizer_state(trainer, tensors)
+        if has_moments(source, config.ckpt_step, needed=any(trainer.optimizer.state.values())):
+            tensors = with_optimizer_state(trainer, tensors)
+        else:
+            trainer.optimizer.state.clear()
     stored = checkpoint.load(source, tensors, iteration=config.ckpt_step)
     if weights_only:
         return Progress()
@@ -65,6 +69,25 @@ def resume(trainer: Trainer) -> Progress:
         trainer.loss_scale.load_state_dict(stored["loss_scale"])
         trainer.schedule = trainer.schedule.resumed(stored["schedule"])
     return Progress.resumed(stored)
+
+
+def has_moments(source: str | pathlib.Path, iteration: int | None, needed: bool) -> bool:
+    """Whether a checkpoint has the optimizer's state. All processes call; raises CheckpointError on all where it lacks what is needed.
+
+    Before the first step that changed weights there is none to have: float16 begins with steps that are skipped.
+    """
+
+    def judge() -> bool:
+        path = checkpoint.find(source, iteration)
+        if any(part.startswith("optimizer/") for part in checkpoint.describe(path)["parameters"]):
+            return True
+        if needed and checkpoint.read_train_state(path).get("scheduled_samples") != 0:
+            rule = "it holds weights alone, and going on needs the optimizer's state too"
+            cure = "Give --no-load-optim to go on with a new one, or --finetune to begin at step 0"
+            raise CheckpointError(problem(f"{path}: optimizer", None, rule, cure))
+        return False
+
+    return Ranks().first(judge)
 
 
 def with_optimizer_state(trainer: Trainer, weights: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

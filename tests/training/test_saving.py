@@ -128,3 +128,15 @@ def test_without_optimizer(run, tmp_path, corpus):
     names = checkpoint.read_full(tmp_path / "lean" / "checkpoints" / "iter_0000002")
     assert names and all(name.startswith("model/") for name in names)
     assert all(isinstance(tensor, torch.Tensor) for tensor in names.values())
+    with pytest.raises(CheckpointError, match="--no-load-optim"):
+        train(tiny_config(corpus, str(tmp_path / "lean"), train_iters=4, lr_warmup_iters=1, override_opt_param_scheduler=True))
+
+
+def test_a_run_goes_on_from_before_its_first_update(tmp_path, corpus):
+    """The first steps of float16 overflow and are skipped: a checkpoint of then has no optimizer's state, and needs none."""
+    whole, parts = (str(tmp_path / name) for name in ("whole", "parts"))
+    changes = {"fp16": True, "initial_loss_scale": 2.0**22, "hysteresis": 1, "save_interval": 1}
+    train(tiny_config(corpus, whole, **changes))
+    assert train(tiny_config(corpus, parts, exit_interval=1, **changes)).scheduled_samples == 0
+    train(tiny_config(corpus, parts, **changes))
+    assert losses(parts) == losses(whole)

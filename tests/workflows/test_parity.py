@@ -44,3 +44,11 @@ def test_what_cannot_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert "number of processes: found 16" in capsys.readouterr().err
     assert main([*SMALL, "--tensor-model-parallel-size", "2", "--dry-run"]) == 0
     assert "2 processes would be compared with one" in capsys.readouterr().out
+
+
+def test_the_layout_of_a_file_is_counted(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
+    (tmp_path / "run.yaml").write_text("parallel:\n  tensor_model_parallel_size: 4\n")
+    assert main([*SMALL, "--config", str(tmp_path / "run.yaml"), "--dry-run"]) == 0
+    assert "4 processes would be compared with one" in capsys.readouterr().out
+    assert main([*SMALL, "--config", str(tmp_path / "nowhere.yaml"), "--dry-run"]) == 2
+    assert "nowhere.yaml" in capsys.readouterr().err
