@@ -38,7 +38,6 @@ PLACES = (
     "/usr/share",
     "/usr/local/lib",
     "/usr/lib",
-    "/work/venv/lib",
 )
 SUFFIXES = {".py", ".pyi", ".h", ".hpp", ".c", ".txt", ".md", ".rst", ".pm", ".pl", ".tex", ".html", *(f".{i}" for i in range(1, 9))}
 

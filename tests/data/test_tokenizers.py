@@ -287,20 +287,22 @@ CACHE: dict = {}
 
 
 @needs_shared
-def test_word_memory_when_full_and_with_large_vocabularies(monkeypatch):
+def test_word_memory_when_full_with_few_slots_and_with_large_vocabularies(monkeypatch):
     from megalith.data import tokenizers_fast
 
     tokenizer = bert()
-    texts = ["a few words, a few more (and more)", "", "new_words\0 here", "héllo " * 3]
+    long = ["sixteen_letters_", "abcdefghijklmnop", "abcdefghijklmnopq", "abcdefghijklmnopqr", "abcdefgh", "abcdefghi", "x" * 300]
+    texts = ["a few words, a few more (and more)", "", "new_words\0 here", "héllo " * 3, " ".join(long), "Abcdefgh\x1fi\x0bj", ""]
     expected = [tokenizer.encode(text) for text in texts]
-    for room, size, prose in ((0, 30524, 1), (2, 30524, 99), (10**6, 70000, 99)):
-        monkeypatch.setattr(tokenizers_fast, "PROSE", prose)
+    for room, size, bits in ((0, 30524, 1), (2, 30524, 4), (10**6, 70000, 20)):
+        monkeypatch.setattr(tokenizers_fast, "SLOT_BITS", bits)
         monkeypatch.setattr(tokenizers_fast, "MAX_REMEMBERED_WORDS", room)
         memory = tokenizers_fast.WordMemory(tokenizer.backend, True, size)
-        ids, lengths = memory.encode_flat(texts)
-        assert lengths.tolist() == [len(row) for row in expected]
-        assert ids.tolist() == [i for row in expected for i in row]
-        assert len(memory) <= 2 * room + 1
+        for _ in range(3):
+            ids, lengths = memory.encode_flat(texts)
+            assert lengths.tolist() == [len(row) for row in expected]
+            assert ids.tolist() == [i for row in expected for i in row]
+        assert ids.dtype == (np.uint16 if size < 1 << 16 else np.int32)
         assert memory.encode_flat([])[1].size == 0
 
 
@@ -319,7 +321,7 @@ def test_a_fast_path_that_disagrees_is_not_used(monkeypatch):
     assert not fast and "other ids" in line
     assert other.encode_batch(["Hello world"])[0].tolist() == [15496, 995]
     lower = bert()
-    monkeypatch.setattr("megalith.data.tokenizers_fast.WordMemory.__missing__", lambda self, word: b"\1\0")
+    monkeypatch.setattr("megalith.data.tokenizers_fast.WordMemory._encode", lambda self, word: [1])
     fast, line = lower.accelerate(["Hello you"])
     assert not fast and "other ids" in line
     assert lower.encode("hello") == [7592]
