@@ -6,6 +6,7 @@ does not end there.
 
 from __future__ import annotations
 
+import array
 import itertools
 import string
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from megalith.data.tokenizers_huggingface import LibraryTokenizer, byte_level_bp
 
 END_OF_TEXT = "<|endoftext|>"
 MAX_WORD_CHARACTERS = 200  # Google's value, which Megatron uses; the library's own default is 100
-MAX_REMEMBERED_WORDS = 800_000  # about 150 MB; then all are forgotten, and the frequent ones soon learnt again
+MAX_REMEMBERED_WORDS = 800_000  # some 150 MB; then all are forgotten, and the frequent ones soon learnt again
 SLOT_BITS = 20  # 20 MB of slots; a quarter of them takes 15 % longer
 MIX = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio: multiplying by it spreads a word's bytes over the high bits
 FIRST = np.array([(1 << 8 * count) - 1 for count in range(9)], "<u8")  # masks of the first 0 to 8 of 8 bytes
@@ -140,13 +141,13 @@ class WordMemory:
     def __init__(self, backend: tokenizers.Tokenizer, lower_case: bool, vocab_size: int):
         """backend: a BERT WordPiece, which encodes what is not remembered."""
         self.backend, self.match, self.lower_case = backend, backend.model.tokenize, lower_case
-        self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
+        self.dtype = "H" if vocab_size <= 1 << 16 else "i"  # to numpy and array.array: uint16, int32
         self.forget()
 
     def forget(self) -> None:
         """Know nothing but word 0, NUL, which stands before each text and has no ids; empty slots hold it by themselves."""
         self.numbers = {b"\0": 0}
-        self.ids, self.bounds = np.empty(0, self.dtype), np.zeros(2, np.int64)  # ids of word w: ids[bounds[w] : bounds[w + 1]]
+        self.ids, self.bounds = array.array(self.dtype), array.array("q", (0, 0))  # ids of word w: ids[bounds[w] : bounds[w + 1]]
         self.low, self.high, self.held = (np.zeros(1 << SLOT_BITS, dtype) for dtype in ("<u8", "<u8", np.int32))
 
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -158,9 +159,10 @@ class WordMemory:
             joined = " \0 ".join(["", *(text.replace("\0", "") for text in texts)])
         data = joined.encode("utf-8", "surrogatepass").translate(None, VERTICAL)
         words = self._words((data.lower() if self.lower_case else data) + b" " * 16)
-        begins, counts = self.bounds[words], self.bounds[words + 1] - self.bounds[words]
+        bounds = np.asarray(self.bounds)
+        begins, counts = bounds[words], bounds[words + 1] - bounds[words]
         ends = np.cumsum(counts)
-        ids = self.ids[np.arange(ends[-1]) + np.repeat(begins - ends + counts, counts)]
+        ids = np.asarray(self.ids)[np.arange(ends[-1]) + np.repeat(begins - ends + counts, counts)]
         return ids, np.diff(ends[words == 0], append=ends[-1])
 
     def _words(self, data: bytes) -> np.ndarray:
@@ -185,11 +187,11 @@ class WordMemory:
 
     def _numbers(self, words: list[bytes]) -> list[int]:
         """Numbers of words that were not in their slots; new words are encoded."""
-        fresh = [word for word in dict.fromkeys(words) if word not in self.numbers]
-        rows = [self._encode(word) for word in fresh]
-        self.numbers.update(zip(fresh, itertools.count(len(self.numbers))))
-        self.ids = np.concatenate([self.ids, np.array(list(itertools.chain.from_iterable(rows)), self.dtype)])
-        self.bounds = np.concatenate([self.bounds, self.bounds[-1] + np.cumsum(list(map(len, rows)), dtype=np.int64)])
+        for word in words:
+            if word not in self.numbers:
+                self.ids.extend(self._encode(word))
+                self.bounds.append(len(self.ids))
+                self.numbers[word] = len(self.numbers)
         return [self.numbers[word] for word in words]
 
     def _encode(self, word: bytes) -> list[int]:
