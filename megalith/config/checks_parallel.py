@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator
 
 from megalith.config.batch_math import data_parallel_size, global_batch
-from megalith.config.checks_t5 import t5_layout_problems
 from megalith.config.run import RunConfig
 from megalith.config.stages import LOOPING, SPLIT_BACKWARD, num_stages, schedule_of
 from megalith.config.text import Problem, Words, flag, trouble
@@ -20,7 +19,6 @@ def parallel_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
     p = config.parallel
     yield from _splits(config)
     yield from _pipeline(config)
-    yield from t5_layout_problems(config)
     copy = p.model_parallel_size
     if world_size < copy or world_size % copy:
         yield trouble((TP, PP, CP), "number of processes", world_size,
@@ -152,8 +150,7 @@ def _split_backward(config: RunConfig, schedule: str) -> Iterator[Problem]:
 
 
 def _splits(config: RunConfig) -> Iterator[Problem]:
-    m, p, sequence = config.model, config.parallel, config.data.seq_length
-    tp, cp = p.tensor_model_parallel_size, p.context_parallel_size
+    m, p, tp = config.model, config.parallel, config.parallel.tensor_model_parallel_size
     if p.sequence_parallel and tp == 1:
         yield trouble(("sequence_parallel", TP), "--sequence-parallel", Words(f"{flag(TP)} 1"), "it splits among tensor-parallel processes",
                       f"Write {flag(TP)} 2 or more, or leave it out")  # fmt: skip
@@ -169,15 +166,24 @@ def _splits(config: RunConfig) -> Iterator[Problem]:
         if kv != m.num_attention_heads and kv % tp and tp % kv:
             yield trouble((TP, "num_query_groups"), flag(TP), tp, f"it divides the {kv} key/value heads, or is a multiple of them",
                           f"Write {flag(TP)} {math.gcd(kv, tp)}")  # fmt: skip
-    if sequence is None:
+    yield from _sequence(config, "seq_length", "--seq-length, the encoder's --encoder-seq-length" if m.decoder_layers else "--seq-length")
+    if m.decoder_layers:
+        yield from _sequence(config, "decoder_seq_length", "--decoder-seq-length")
+
+
+def _sequence(config: RunConfig, name: str, called: str) -> Iterator[Problem]:
+    """Whether a sequence, of the length that field `name` has, can be split."""
+    p, length = config.parallel, config.flat()[name]
+    tp, cp = p.tensor_model_parallel_size, p.context_parallel_size
+    if length is None:
         return
-    if cp > 1 and sequence % (2 * cp):
-        yield trouble(("seq_length", CP), "--seq-length", sequence, f"each of {cp} context-parallel processes takes two chunks of it",
-                      f"Write --seq-length {_nearest(sequence, 2 * cp)}")  # fmt: skip
-    elif p.sequence_parallel and sequence // cp % tp:
+    if cp > 1 and length % (2 * cp):
+        yield trouble((name, CP), called, length, f"each of {cp} context-parallel processes takes two chunks of it",
+                      f"Write {flag(name)} {_nearest(length, 2 * cp)}")  # fmt: skip
+    elif p.sequence_parallel and length // cp % tp:
         unit = tp if cp == 1 else math.lcm(2, tp) * cp
-        yield trouble(("seq_length", TP), "--seq-length", sequence, f"--sequence-parallel splits it among {tp} processes",
-                      f"Write --seq-length {_nearest(sequence, unit)}")  # fmt: skip
+        yield trouble((name, TP), called, length, f"--sequence-parallel splits it among {tp} processes",
+                      f"Write {flag(name)} {_nearest(length, unit)}")  # fmt: skip
 
 
 def _nearest(length: int, unit: int) -> str:

@@ -57,18 +57,3 @@ def _only_t5(config: RunConfig) -> Iterator[Problem]:
     if config.model.positions == "relative":
         rule, cure = "T5 alone has a bias of that kind", "Leave it out, or write --position-embedding-type alibi"
         yield trouble(("position_embedding_type",), "--position-embedding-type relative", Words(f"with {kind}"), rule, cure)
-
-
-def t5_layout_problems(config: RunConfig) -> Iterator[Problem]:
-    """What of its layout cannot work."""
-    p, tp = config.parallel, config.parallel.tensor_model_parallel_size
-    length = config.data.decoder_seq_length
-    if config.model.decoder_layers and p.context_parallel_size > 1:
-        rule = "it splits one sequence, and a T5 has two of different lengths, with a bias by the distance of queries and keys"
-        cure = "Use 1; --sequence-parallel and --recompute-activations save activations too"
-        yield trouble(("context_parallel_size",), "--context-parallel-size", p.context_parallel_size, rule, cure)
-    if config.model.decoder_layers and p.sequence_parallel and length and length % tp:
-        near = " or ".join(str(each) for each in (length // tp * tp, -(-length // tp) * tp) if each)
-        about = ("decoder_seq_length", "tensor_model_parallel_size")
-        rule = f"--sequence-parallel splits it among {tp} processes"
-        yield trouble(about, "--decoder-seq-length", length, rule, f"Write --decoder-seq-length {near}")

@@ -105,10 +105,11 @@ class RelativeBias(nn.Embedding):
         """both_ways: half of the buckets are for keys after the query; without, those share the bucket of distance 0."""
         super().__init__(buckets, heads)
         self.buckets = functools.partial(distance_buckets, number=buckets, max_distance=max_distance, both_ways=both_ways)
+        self.parts = 1  # equal ones into which a sequence is split, where a process holds one of them
 
     def forward(self, length: int) -> Tensor:  # type: ignore[override]
-        """[heads, 2 length - 1] for distances 1 - length to length - 1 (layers/mask.py, `relative`)."""
-        return F.embedding(self.buckets(length, self.weight.device), self.weight).t()
+        """[heads, 2 n - 1] for distances 1 - n to n - 1 (layers/mask.py, `relative`) in a sequence of n places, `length` of them here."""
+        return F.embedding(self.buckets(length * self.parts, self.weight.device), self.weight).t()
 
 
 def distance_buckets(length: int, device: torch.device, *, number: int, max_distance: int, both_ways: bool) -> Tensor:

@@ -81,16 +81,18 @@ class T5(nn.Module):
         self, inputs: Tensor, hidden: Tensor | None = None, *, decoder_input_ids: Tensor, padding_mask: Tensor | None = None,
         decoder_padding_mask: Tensor | None = None, labels: Tensor | None = None, loss_weights: Tensor | None = None,
         samples: Tensor | None = None, step: Tensor | None = None, coordinates: Tensor | None = None,
+        decoder_coordinates: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """One pass.
 
         inputs: ids [b, s] int64, or where this part begins later the hidden states [b, s, h] of the encoder.
         hidden: [b, t, h], the decoder's hidden states, where this part begins inside the decoder.
         decoder_input_ids: [b, t] int64. padding_mask [b, s], decoder_padding_mask [b, t]: 1 or True for tokens, 0 for padding; padding
-            after the decoder's tokens needs no mask, as they do not look ahead.
+            after the decoder's tokens needs no mask, as they do not look ahead. Those of whole sequences, where coordinates are a part.
         labels, loss_weights: [b, t], see TokenLoss; with labels the result is float32 losses [b, t].
         samples [b] (global sample numbers) and step []: key the dropout masks; needed in training mode with dropout.
-        coordinates: [s], where a part of the model cannot tell them from `inputs`: 0 .. s-1.
+        coordinates: [s], places of the encoder's tokens in the whole sequence (default: 0 .. s-1, s as of `inputs`); decoder_coordinates:
+            [t], of the decoder's.
         Returns losses, or logits [b, t, V]; where this part has no head the encoder's hidden states, with the decoder's if it has begun.
         """
         c, device = self.config, inputs.device
@@ -109,7 +111,7 @@ class T5(nn.Module):
                 x = self.encoder_norm(x)
         if not decoder:
             return x
-        places = torch.arange(decoder_input_ids.shape[1], device=device)
+        places = torch.arange(decoder_input_ids.shape[1], device=device) if decoder_coordinates is None else decoder_coordinates
         rows = dropout_rows(self, samples, step, places)
         y = self.decoder_dropout(self.embed(decoder_input_ids, places), rows) if hidden is None else hidden
         mask = AttentionMask(

@@ -3,7 +3,8 @@
 A sequence is cut into 2c chunks, of which process r of c holds r and 2c-1-r: the early one sees few keys, the late one many, and
 their sum is the same on every process (Dubey et al., 2024, arXiv 2407.21783, section 3.3.2). As a process has all keys up to its
 queries, attention of each chunk is one causal call, and no softmax has to be put together from parts.
-Where attention is not causal, as in encoders, every chunk sees all keys and the two are one call.
+Where attention is not causal, as in encoders, every chunk sees all keys and the two are one call; but with a bias by distance,
+which differs between the chunks. A decoder's cross attention is such a call too, to the gathered keys of the encoder's output.
 Price: each layer gathers keys and values [b, s, m, 2d] of the whole sequence, which are few where many heads share them.
 """
 
@@ -18,7 +19,10 @@ from torch import Tensor, nn
 from megalith.common.errors import ConfigError, problem
 from megalith.parallel.collectives import Axis, Enter
 
-WHOLE = ("documents", "padding_mask")  # attention asks them of keys too, and every process sees all keys
+# Attention asks them of keys too, and every process sees all keys.
+WHOLE = ("documents", "padding_mask", "decoder_padding_mask")
+SEQUENCES = {"input_ids": "coordinates", "decoder_input_ids": "decoder_coordinates"}  # ids -> what their places are called
+BIASES = ("encoder_bias", "decoder_bias")  # a model's tables of biases by distance
 
 
 def places(length: int, axis: Axis, device: torch.device | None = None) -> Tensor:
@@ -33,27 +37,36 @@ def places(length: int, axis: Axis, device: torch.device | None = None) -> Tenso
 
 
 def part(batch: Mapping[str, Tensor], axis: Axis) -> dict[str, Tensor]:
-    """This process's tokens of a batch: its tensors [b, s, ...], s as of `input_ids`, become [b, s/c, ...].
+    """This process's tokens of a batch: its tensors [b, s, ...], s as of `input_ids` or `decoder_input_ids`, become [b, s/c, ...].
 
-    Adds `coordinates` [s/c], the tokens' places. Tensors of other shapes, documents and padding masks stay whole.
+    Adds `coordinates` [s/c], the tokens' places, and for a decoder's sequence `decoder_coordinates`. Tensors of other shapes, documents
+    and padding masks stay whole.
     """
-    length, device = batch["input_ids"].shape[1], batch["input_ids"].device
-    here = places(length, axis, device)
+    lengths = {where: batch[ids].shape[1] for ids, where in SEQUENCES.items() if ids in batch}
+    here = {length: places(length, axis, batch["input_ids"].device) for length in lengths.values()}
     taken = {
-        name: value.index_select(1, here) if name not in WHOLE and value.dim() > 1 and value.shape[1] == length else value
+        name: value.index_select(1, here[value.shape[1]]) if name not in WHOLE and value.dim() > 1 and value.shape[1] in here else value
         for name, value in batch.items()
     }
-    return taken | {"coordinates": here}
+    return taken | {where: here[length] for where, length in lengths.items()}
 
 
 def apply(model: nn.Module, axis: Axis) -> None:
-    """Make the core attention of every one of `model.layers` one of part sequences."""
+    """Make the core attention, and cross attention, of every one of `model.layers` one of part sequences; `BIASES` cover the whole."""
     for layer in model.layers.values():
-        layer.attention.core = ContextAttention(layer.attention.core, axis)
+        for attention in (layer.attention, getattr(layer, "cross_attention", None)):
+            if attention is not None:
+                attention.core = ContextAttention(attention.core, axis)
+    for table in (getattr(model, name, None) for name in BIASES):
+        if table is not None:
+            table.parts = axis.size
 
 
 class ContextAttention(nn.Module):
-    """Core attention of this process's two chunks of queries to all keys, or where it is causal to all keys before them."""
+    """Core attention of this process's two chunks of queries to all keys, or where it is causal to all keys before them.
+
+    Queries and keys may be of different sequences where it is not causal.
+    """
 
     def __init__(self, core: nn.Module, axis: Axis):
         """core: attention whose queries are the last of its keys (layers/attention.py)."""
@@ -61,20 +74,32 @@ class ContextAttention(nn.Module):
         self.core, self.axis = core, axis
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
-        """q [b, n, s/c, d], k and v [b, m, s/c, d] -> [b, n, s/c, d]. mask: of layers/mask.py; its `rows` are those of the queries."""
+        """q [b, n, s/c, d], k and v [b, m, t/c, d] -> [b, n, s/c, d]. mask: of layers/mask.py; its `rows` are those of the queries."""
         chunk, (k, v) = q.shape[2] // 2, join(k, v, self.axis)
         if not mask.causal:
             if mask.documents is not None or mask.slopes is not None or mask.window is not None:  # they ask where a query stands
-                rule = "attention that is not causal is split with a padding mask alone"
+                rule = "attention that is not causal is split with a padding mask or a relative bias alone"
                 raise ConfigError(problem("--context-parallel-size", self.axis.size, rule, "Use 1"))
-            return self.core(q, k, v, mask)
+            if mask.relative is None:
+                return self.core(q, k, v, mask)
         ends = chunk * (self.axis.rank + 1), chunk * (2 * self.axis.size - self.axis.rank)
         rows = (None, None) if mask.rows is None else mask.rows.chunk(2, dim=1)
-        parts = [
-            self.core(queries, k[:, :, :end], v[:, :, :end], mask._replace(rows=keys))
-            for queries, end, keys in zip(q.chunk(2, dim=2), ends, rows, strict=True)
-        ]
+        parts = []
+        for queries, end, keys in zip(q.chunk(2, dim=2), ends, rows, strict=True):
+            if mask.causal:
+                parts.append(self.core(queries, k[:, :, :end], v[:, :, :end], mask._replace(rows=keys)))
+            else:
+                parts.append(self.core(queries, k, v, mask._replace(rows=keys, relative=seen_from(mask.relative, end, k.shape[2]))))
         return torch.cat(parts, dim=2)
+
+
+def seen_from(relative: Tensor, end: int, length: int) -> Tensor:
+    """The table of biases by distance (layers/mask.py) for queries that end at place `end`, where core attention takes them for the last.
+
+    It reads the table `length - end` columns too far left, so the columns move there. What comes round the edge is of distances that
+    none of these queries has.
+    """
+    return relative.roll(end - length, dims=1)
 
 
 def join(k: Tensor, v: Tensor, axis: Axis) -> tuple[Tensor, ...]:

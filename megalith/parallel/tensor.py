@@ -297,11 +297,11 @@ class HeadTable(nn.Module):
 
     def __init__(self, old: nn.Module, axis: Axis):
         super().__init__()
-        self.weight, self.buckets, self.axis = old.weight, old.buckets, axis
+        self.weight, self.buckets, self.parts, self.axis = old.weight, old.buckets, old.parts, axis
 
     def forward(self, length: int) -> Tensor:
         """As layers/positions.py, RelativeBias, for the heads here."""
-        return F.embedding(self.buckets(length, self.weight.device), local(self.weight)).t()
+        return F.embedding(self.buckets(length * self.parts, self.weight.device), local(self.weight)).t()
 
 
 class PartRows(nn.Module):

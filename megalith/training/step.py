@@ -94,7 +94,7 @@ def run(trainer: Trainer, batches: list[Batch], counts: dict[str, Tensor], step:
         value = torch.stack(list(losses.values())).sum()
         return value * scale if scale != 1.0 else value
 
-    places = [{name: batch[name] for name in ("samples", "coordinates") if name in batch} for batch in batches]
+    places = [{name: batch[name] for name in ("samples", "coordinates", "decoder_coordinates") if name in batch} for batch in batches]
     inputs = [trainer.task.inputs(batch, counts) | place | {"step": step} for batch, place in zip(batches, places)]
     trainer.runtime.run(inputs, loss, train)
     return torch.stack(list(totals.values())) * float(mesh.place("tp") == 0)

@@ -21,6 +21,7 @@ def texts(processes=1, **values):
 def test_nothing_wrong(form):
     assert texts(**form) == []
     assert texts(8, tensor_model_parallel_size=2, sequence_parallel=True, pipeline_model_parallel_size=4, **form) == []
+    assert texts(8, tensor_model_parallel_size=2, sequence_parallel=True, context_parallel_size=4, **form) == []
 
 
 CASES = [
@@ -46,12 +47,24 @@ def test_each_rule(values, message):
 
 
 LAYOUTS = [
-    (2, {"context_parallel_size": 2}, "--context-parallel-size: found 2; it splits one sequence, and a T5 has two of different lengths"),
+    (2, {"context_parallel_size": 2, "decoder_seq_length": 14},
+     "--decoder-seq-length: found 14; each of 2 context-parallel processes takes two chunks of it. Write --decoder-seq-length 12 or 16."),
+    (2, {"context_parallel_size": 2, "seq_length": 30},
+     "--seq-length, the encoder's --encoder-seq-length: found 30; each of 2 context-parallel processes takes two chunks of it. "
+     "Write --seq-length 28 or 32."),
+    (2, {"context_parallel_size": 2, "seq_length": 30, "decoder_seq_length": None}, "Write --seq-length 28 or 32."),
+    (6, {"tensor_model_parallel_size": 3, "context_parallel_size": 2, "sequence_parallel": True, "num_attention_heads": 6,
+         "ffn_hidden_size": 96, "kv_channels": 8, "seq_length": 24}, "Write --decoder-seq-length 12 or 24."),
     (4, {"tensor_model_parallel_size": 4, "sequence_parallel": True, "decoder_seq_length": 18}, "Write --decoder-seq-length 16 or 20."),
     (16, {"pipeline_model_parallel_size": 16, "global_batch_size": 32},
      "found 16; each stage has a layer, and encoder and decoder layers is 8. Write 8 or less."),
     (4, {"pipeline_model_parallel_size": 4, "num_layers_per_virtual_pipeline_stage": 3}, "decoder layers, 8, is a multiple of it"),
 ]  # fmt: skip
+
+
+def test_both_lengths_are_told():
+    first, second = texts(2, context_parallel_size=2, seq_length=30, decoder_seq_length=18)
+    assert "Write --seq-length 28 or 32." in first and "Write --decoder-seq-length 16 or 20." in second
 
 
 @pytest.mark.parametrize(("processes", "values", "message"), LAYOUTS)

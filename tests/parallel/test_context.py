@@ -21,7 +21,7 @@ from megalith.testing import run_ranks
 from megalith.training.pretrain import train
 from tests.tiny import losses, records, tiny_config, write_corpus
 
-BATCH, HEADS, LENGTH, WIDTH = 2, 4, 24, 8
+BATCH, HEADS, LENGTH, QUERIES, WIDTH = 2, 4, 24, 12, 8  # QUERIES: of the other sequence, in cross attention
 
 
 def axis(rank: int, size: int):
@@ -58,6 +58,18 @@ def test_part_takes_tokens_and_leaves_the_rest() -> None:
     assert mine["samples"] is batch["samples"] and mine["documents"] is batch["documents"]
 
 
+def test_part_of_two_sequences() -> None:
+    batch = {
+        "input_ids": torch.arange(32).view(2, 16), "decoder_input_ids": torch.arange(16).view(2, 8), "labels": torch.arange(16).view(2, 8),
+        "padding_mask": torch.ones(2, 16), "decoder_padding_mask": torch.ones(2, 8), "samples": torch.arange(2),
+    }  # fmt: skip
+    mine = part(batch, axis(0, 2))
+    assert mine["coordinates"].tolist() == [0, 1, 2, 3, 12, 13, 14, 15] and mine["decoder_coordinates"].tolist() == [0, 1, 6, 7]
+    assert mine["labels"].tolist() == mine["decoder_input_ids"].tolist() == [[0, 1, 6, 7], [8, 9, 14, 15]]
+    assert mine["input_ids"][0].tolist() == mine["coordinates"].tolist()
+    assert all(mine[name] is batch[name] for name in ("padding_mask", "decoder_padding_mask", "samples"))
+
+
 class Gathers(TorchDispatchMode):
     """Counts collectives by name."""
 
@@ -71,22 +83,31 @@ class Gathers(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def drawn(kv_heads: int) -> list[torch.Tensor]:
+def drawn(kv_heads: int, queries: int = LENGTH) -> list[torch.Tensor]:
     """q, k, v and the gradient of the output, the same everywhere."""
     random = torch.Generator().manual_seed(0)
-    return [torch.randn(BATCH, heads, LENGTH, WIDTH, generator=random, dtype=torch.float64) for heads in (HEADS, kv_heads, kv_heads, HEADS)]
+    shapes = (HEADS, queries), (kv_heads, LENGTH), (kv_heads, LENGTH), (HEADS, queries)
+    return [torch.randn(BATCH, heads, length, WIDTH, generator=random, dtype=torch.float64) for heads, length in shapes]
 
 
 def mask_of(form: str) -> AttentionMask:
     documents = (torch.rand(BATCH, LENGTH, generator=torch.Generator().manual_seed(1)) < 0.2).cumsum(dim=1)
-    rows = row_keys(1, torch.tensor(3), torch.tensor([10, 11]), torch.arange(LENGTH))
+    rows = row_keys(1, torch.tensor(3), torch.tensor([10, 11]), torch.arange(QUERIES if form.startswith("cross") else LENGTH))
+    padding = torch.arange(LENGTH) < torch.tensor([[20], [9]])
+    relative = torch.randn(HEADS, 2 * LENGTH - 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     return {
         "causal": AttentionMask(),
         "documents": AttentionMask(documents=documents),
         "alibi": AttentionMask(slopes=alibi_slopes(HEADS)),
         "window": AttentionMask(window=5),
         "dropout": AttentionMask(rows=rows),
-        "padding": AttentionMask(causal=False, padding=torch.arange(LENGTH) < torch.tensor([[20], [9]]), rows=rows),
+        "padding": AttentionMask(causal=False, padding=padding, rows=rows),
+        "causal padding": AttentionMask(padding=padding),
+        "relative": AttentionMask(causal=False, relative=relative, padding=padding),
+        "relative dropout": AttentionMask(causal=False, relative=relative, padding=padding, rows=rows),
+        "causal relative": AttentionMask(relative=relative, rows=rows),
+        "cross": AttentionMask(causal=False),
+        "cross dropout": AttentionMask(causal=False, padding=padding, rows=rows),
         "bidirectional": AttentionMask(causal=False),
         "all": AttentionMask(documents=documents, slopes=alibi_slopes(HEADS), window=9, rows=rows),
     }[form]
@@ -101,13 +122,16 @@ def attend(core, tensors, mask: AttentionMask) -> list[torch.Tensor]:
 
 def on_a_rank(form: str, kv_heads: int, backend: str):
     """This rank's attention, the same cut out of the whole, and the names of the collectives."""
-    held = Axis(init_device_mesh("cpu", (dist.get_world_size(),)))
-    here, mask = places(LENGTH, held), mask_of(form)
+    held, queries = Axis(init_device_mesh("cpu", (dist.get_world_size(),))), QUERIES if form.startswith("cross") else LENGTH
+    keys, here, mask = places(LENGTH, held), places(queries, held), mask_of(form)
     core = CoreAttention(0.25, "layers.0.scores", backend)
-    expected = [tensor[:, :, here] for tensor in attend(core, drawn(kv_heads), mask)]
+    whole = drawn(kv_heads, queries)
+    expected = [tensor[:, :, of] for tensor, of in zip(attend(core, whole, mask), (here, here, keys, keys), strict=True)]
     mine = mask if mask.rows is None else mask._replace(rows=mask.rows[:, here])
     with Gathers() as gathers:
-        found = attend(ContextAttention(core, held), [tensor[:, :, here] for tensor in drawn(kv_heads)], mine)
+        found = attend(
+            ContextAttention(core, held), [tensor[:, :, of] for tensor, of in zip(whole, (here, keys, keys, here), strict=True)], mine
+        )
     return expected, found, gathers.names
 
 
@@ -116,7 +140,9 @@ def on_a_rank(form: str, kv_heads: int, backend: str):
     ("form", "kv_heads", "backend"),
     [("causal", 4, "auto"), ("causal", 2, "auto"), ("causal", 4, "explicit"), ("documents", 1, "auto"), ("alibi", 4, "auto"),
      ("window", 2, "explicit"), ("dropout", 2, "auto"), ("padding", 2, "auto"),
-     ("padding", 4, "sdpa"), ("bidirectional", 4, "auto"), ("all", 4, "auto"), ("all", 1, "auto")],
+     ("padding", 4, "sdpa"), ("bidirectional", 4, "auto"), ("causal padding", 4, "auto"), ("relative", 2, "auto"),
+     ("relative dropout", 4, "auto"), ("causal relative", 2, "explicit"), ("cross", 2, "auto"), ("cross dropout", 4, "auto"),
+     ("all", 4, "auto"), ("all", 1, "auto")],
 )  # fmt: skip
 def test_attention_of_parts_is_the_whole(form: str, kv_heads: int, backend: str, size: int) -> None:
     for expected, found, names in run_ranks(on_a_rank, size, form, kv_heads, backend):

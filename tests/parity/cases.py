@@ -67,6 +67,10 @@ LAYOUTS: dict[str, tuple[int, dict]] = {
     "cp2 dp2 optimizer": (4, {"context_parallel_size": 2, "use_distributed_optimizer": True}),
     "cp2 pp2": (4, {"context_parallel_size": 2, "pipeline_model_parallel_size": 2}),
     "cp2 selective": (2, {"context_parallel_size": 2, "recompute_activations": True}),
+    "cp2 full uniform": (
+        2,
+        {"context_parallel_size": 2, "recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2},
+    ),
     "cp2 compile": (2, {"context_parallel_size": 2, "compile": True}),
     "cp2 selective compile": (2, {"context_parallel_size": 2, "recompute_activations": True, "compile": True}),
     "tp2 compile": (2, {"tensor_model_parallel_size": 2, "compile": True}),
@@ -89,6 +93,19 @@ PIPELINES: dict[str, tuple[int, dict]] = {
             "sequence_parallel": True,
             "pipeline_model_parallel_size": 2,
             "pipeline_schedule": "zbv",
+        },
+    ),
+    "cp2 pp2 interleaved": (
+        4,
+        {"context_parallel_size": 2, "pipeline_model_parallel_size": 2, "pipeline_schedule": "interleaved_1f1b"},
+    ),
+    "cp2 zbv selective": (
+        4,
+        {
+            "context_parallel_size": 2,
+            "pipeline_model_parallel_size": 2,
+            "pipeline_schedule": "zbv",
+            "recompute_activations": True,
         },
     ),
     "pp2 dp2": (4, {"pipeline_model_parallel_size": 2}),

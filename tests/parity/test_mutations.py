@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megalith.parallel import collectives, pipeline_deferred, styles, tensor
+from megalith.parallel import collectives, context, pipeline_deferred, styles, tensor
 from megalith.parallel.plans.bert import PLAN as BERT
 from megalith.parallel.plans.gpt import PLAN
 from megalith.parallel.plans.t5 import PLAN as T5
@@ -39,6 +39,29 @@ def t5_entry(pattern: str, style: Callable) -> contextlib.AbstractContextManager
 def order_everywhere(logits: Tensor, order: Tensor, weights: Tensor, coordinates: Tensor) -> Tensor:
     """A loss of the order wherever some token is the first."""
     return torch.nn.functional.cross_entropy(logits, order, reduction="none") * weights
+
+
+def in_context(name: str, wrong: Callable) -> contextlib.AbstractContextManager:
+    """Context parallelism with another function of that name."""
+    return mock.patch.object(context, name, wrong)
+
+
+def shuffled_padding(batch, axis):
+    """A padding mask in the order of the processes that it was gathered from, not that of the sequence."""
+    taken = part(batch, axis)
+    order = [context.places(batch["input_ids"].shape[1], mock.Mock(rank=rank, size=axis.size)) for rank in range(axis.size)]
+    return taken | {"padding_mask": taken["padding_mask"][:, torch.cat(order)]}
+
+
+def shuffled_keys(k, v, axis):
+    """Keys and values in the order of the processes that they were gathered from."""
+    order = torch.cat([context.places(k.shape[2] * axis.size, mock.Mock(rank=rank, size=axis.size)) for rank in range(axis.size)])
+    return tuple(x.index_select(2, order) for x in join(k, v, axis))
+
+
+def one_sequence(batch, axis):
+    """The decoder's places forgotten, so that each process takes its tokens for the first ones."""
+    return {name: value for name, value in part(batch, axis).items() if name != "decoder_coordinates"}
 
 
 def untold(module, parent, axis):
@@ -80,7 +103,7 @@ def local_count(runtime, batches, tokens, step):
     return backward(runtime, batches, torch.stack([data["loss_mask"].sum() for data in batches]).sum() * runtime.mesh.data_size, step)
 
 
-backward = parity.backward
+backward, part, join = parity.backward, context.part, context.join
 MUTATIONS: dict[str, tuple[str, str, Callable[[], contextlib.AbstractContextManager]]] = {
     "slopes of other heads": ("alibi", "tp2", lambda: entry("layers.*.attention.core", untold)),
     "score dropout of other heads": ("dropout", "tp2", lambda: entry("layers.*.attention.core", untold)),
@@ -99,6 +122,13 @@ MUTATIONS: dict[str, tuple[str, str, Callable[[], contextlib.AbstractContextMana
     "cross scores dropped as other heads'": ("t5 dropout", "tp2", lambda: t5_entry("layers.*.cross_attention.core", untold)),
     "cross dropout of other rows": ("t5 dropout", "tp2 sp", lambda: t5_entry("layers.*.cross_dropout", first_part)),
     "order counted by each part": ("bert", "cp2", lambda: mock.patch("megalith.models.bert.order_loss", order_everywhere)),
+    "padding in the order of processes": ("t5", "cp2", lambda: in_context("part", shuffled_padding)),
+    "padding not gathered": ("t5", "cp2", lambda: in_context("WHOLE", ())),
+    "decoder's places in a part": ("t5", "cp2", lambda: in_context("part", one_sequence)),
+    "decoder's dropout of other rows": ("t5 dropout", "cp2", lambda: in_context("part", one_sequence)),
+    "bias of a part's distances": ("t5 relative", "cp2", lambda: in_context("BIASES", ())),
+    "bias as if the queries were the last": ("t5 relative", "cp2", lambda: in_context("seen_from", lambda table, end, length: table)),
+    "keys in the order of processes": ("t5", "cp2", lambda: in_context("join", shuffled_keys)),
     "keys not summed": ("alibi", "tp2", lambda: entry("layers.*.attention.k", unsummed(styles.heads))),
     "row bias not summed": ("absolute", "tp2 sp", lambda: entry("layers.*.mlp.down", unsummed(styles.row))),
     "positions not summed": ("absolute", "tp2 sp", lambda: entry("position_embedding", unsummed(styles.part_embedding))),

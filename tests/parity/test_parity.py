@@ -33,13 +33,14 @@ COVERING = {
     ("bert google", "dp2 optimizer"), ("bert google", "tp2 sp zbv"), ("bert no order", "tp4 sp"), ("bert no order", "cp2 pp2"),
     ("t5", "tp2 sp"), ("t5", "dp2 none"), ("t5", "pp2"), ("t5", "tp2 sp zbv"), ("t5 relative", "tp4 sp"), ("t5 relative", "tp2 pp2"),
     ("t5 relative", "dp2 full"), ("t5 relative", "pp2 zero-bubble"), ("t5 relative", "pp2 full uniform"), ("t5 dropout", "tp2 sp"),
+    ("t5", "cp2"), ("t5", "cp2 pp2 interleaved"), ("t5 relative", "cp4"), ("t5 relative", "cp2 tp2 sp"), ("t5 relative", "cp2 dp2"),
+    ("t5 dropout", "cp2 pp2"), ("t5 dropout", "cp2 selective"), ("rotary", "cp2 full uniform"), ("dropout", "cp2 zbv selective"),
     ("t5 dropout", "pp2 interleaved"), ("t5 dropout", "zbv selective"), ("t5 dropout", "zbv dp2 full"),
 }  # fmt: skip
 CASES = [
     pytest.param(form, layout, id=f"{form}-{layout}", marks=() if (form, layout) in COVERING else pytest.mark.slow)
     for form in FORMS
     for layout in LAYOUTS
-    if not (form.startswith("t5") and layout.startswith("cp"))  # a ConfigError, which tests/config/test_checks_t5.py has
 ]
 
 
@@ -79,7 +80,14 @@ def test_gradients_in_float64(form: str, layout: str) -> None:
 
 @pytest.mark.parametrize(
     ("form", "layout"),
-    [("absolute", "tp2 sp dp2 full"), ("rotary", "tp4"), ("dropout", "tp2 dp2"), ("dropout", "cp4"), ("t5 relative", "tp2 sp")],
+    [
+        ("absolute", "tp2 sp dp2 full"),
+        ("rotary", "tp4"),
+        ("dropout", "tp2 dp2"),
+        ("dropout", "cp4"),
+        ("t5 relative", "tp2 sp"),
+        ("t5 relative", "cp2 tp2"),
+    ],
 )
 def test_gradients_in_float32(form: str, layout: str) -> None:
     check(form, layout, torch.float32)
