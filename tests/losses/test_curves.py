@@ -43,10 +43,11 @@ def test_one_curve_of_bert(ranks, layout, sentences, tmp_path):
 
 
 @pytest.mark.slow
-def test_one_curve_of_t5(ranks, sentences, tmp_path):
-    """Three holders of the embedding, a table of biases on each stage, two sequences of different lengths."""
+@pytest.mark.parametrize("layout", BERT)
+def test_one_curve_of_t5(ranks, layout, sentences, tmp_path):
+    """Three holders of the embedding, a table of biases on each stage, two sequences of different lengths, both of them padded."""
     one = tiny_t5(sentences, str(tmp_path / "one"), train_iters=20, eval_interval=20, position_embedding_type="relative")
-    compare(ranks, one, *BERT["tp2 sp pp2"])
+    compare(ranks, one, *BERT[layout])
 
 
 def compare(ranks, one, processes, changes):
