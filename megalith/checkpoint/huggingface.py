@@ -15,7 +15,8 @@ from megalith.checkpoint import huggingface_files as files
 from megalith.checkpoint import huggingface_tokenizer as tokenizer
 from megalith.checkpoint.formats import Format, Options
 from megalith.checkpoint.huggingface_families import FAMILIES, Family, form
-from megalith.checkpoint.weights import Lazy, Weights, join
+from megalith.checkpoint.lazy import Lazy, join
+from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError, ConfigError, problem
 from megalith.common.files import write_text
 from megalith.config.model import ModelConfig
@@ -115,9 +116,8 @@ def write(weights: Weights, folder: pathlib.Path, options: Options) -> None:
     made: dict[str, Lazy] = {}
     for rule, theirs, ours in rules(family, model):
         parts = [weights.tensors[f"model/{each}"] for each in ours]
+        parts = [each.to(getattr(torch, options.dtype)) for each in parts] if options.dtype else parts
         made[theirs] = join(parts, functools.partial(_together, rule.form, model))
-        if options.dtype:
-            made[theirs] = made[theirs].then(functools.partial(torch.Tensor.to, dtype=getattr(torch, options.dtype)))
     folder.mkdir(parents=True, exist_ok=True)
     dtype = max((lazy.dtype for lazy in made.values()), key=lambda each: each.itemsize)
     content = _config(weights, name, family)

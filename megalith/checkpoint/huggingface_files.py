@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import pathlib
-import pickle
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,7 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megalith.checkpoint.weights import Lazy
+from megalith.checkpoint import torch_file
+from megalith.checkpoint.lazy import Lazy
+from megalith.checkpoint.torch_file import Room
+from megalith.checkpoint.unpickle import load_file
 from megalith.common.errors import CheckpointError, problem
 from megalith.common.files import atomic_path, write_text
 
@@ -74,31 +76,21 @@ def _safetensors(file: pathlib.Path) -> Iterator[tuple[str, Lazy]]:
                 dtype = getattr(torch, DTYPES[part.get_dtype()])
                 yield name, Lazy(shape=tuple(part.get_shape()), dtype=dtype, read=functools.partial(read, name))
     except (SafetensorError, OSError, KeyError) as error:
-        raise CheckpointError(_damaged(file, error, "a safetensors file")) from None
+        cure = "Copy or download it again; compare its size and checksum with the original's"
+        raise CheckpointError(problem(str(file), str(error), "it must be a safetensors file", cure)) from None
 
 
 def _pickled(file: pathlib.Path) -> Iterator[tuple[str, Lazy]]:
-    try:
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # written before torch 1.6: no archive that can be mapped
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError) as error:
-        raise CheckpointError(_damaged(file, error, "a torch file of tensors and nothing that runs code")) from None
-    for name, tensor in state.items():
-        if isinstance(tensor, Tensor):
-            yield name, Lazy(shape=tuple(tensor.shape), dtype=tensor.dtype, read=functools.partial(Tensor.detach, tensor))
-
-
-def _damaged(file: pathlib.Path, error: Exception, kind: str) -> str:
-    first = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return problem(str(file), first, f"it must be {kind}", "Copy or download it again; compare its size and checksum with the original's")
+    state, _ = load_file(file)
+    for name, tensor in state.items() if isinstance(state, dict) else ():
+        if isinstance(tensor, Lazy):
+            yield name, tensor
 
 
 def write_tensors(folder: pathlib.Path, made: Mapping[str, Lazy], max_shard_size: int, safetensors: bool) -> None:
     """Write tensors into files of at most max_shard_size bytes, and the index where there are several.
 
-    Memory is that of one tensor; of one file where it is no safetensors file, as torch.save takes all at once.
+    Memory is that of one tensor.
     """
     shards = split(made, max_shard_size)
     stem, dot, ending = NAMES[0 if safetensors else 1].rpartition(".")
@@ -109,7 +101,8 @@ def write_tensors(folder: pathlib.Path, made: Mapping[str, Lazy], max_shard_size
             if safetensors:
                 _write_safetensors(temporary, {each: made[each] for each in names})
             else:
-                torch.save({each: made[each].read().contiguous() for each in names}, temporary)
+                rooms = {each: Room(made[each].shape, made[each].dtype, ((0, made[each].read),)) for each in names}
+                torch_file.save(temporary, rooms)
         table |= dict.fromkeys(names, name)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(map(nbytes, made.values()))}, "weight_map": dict(sorted(table.items()))}

@@ -6,27 +6,30 @@ What is written is an ordinary DCP folder, so that `torch.distributed.checkpoint
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
+import os
 import pathlib
 import pickle
+import threading
 import zlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
-from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
 from megalith.checkpoint.ranks import Ranks
 from megalith.common.errors import CheckpointError
 
 THREADS = 2  # files a rank writes at once: while one waits for the disk, the other copies and hashes
-RUN = 256 << 20  # bytes that are held at one time, where tensors are read or copied from a device as they are written
+ALIGNED = 64  # bytes: what torch aligns data to within its files, and this what it writes within ours
 DATA = ".distcp"
 METADATA = ".metadata"
 
@@ -158,30 +161,51 @@ class _Writer(FileSystemWriter):
     def storage_meta(self) -> None:
         """Leave out what DCP would record: the temporary path of the folder."""
 
-    def write(self, plan: SavePlan, planner: DefaultSavePlanner) -> list:
-        """`write_data`, except that an error in one of its threads is an error: it prints those and goes on."""
-        results: list = []
-        for number, items in enumerate(_runs(plan.items)):  # DCP keeps all tensors of a call until its end
-            prefix = f"{plan.storage_data.prefix}{f'{number}_' if number else ''}"
-            part = dataclasses.replace(plan, items=items, storage_data=dataclasses.replace(plan.storage_data, prefix=prefix))
-            results += self.write_data(part, planner).wait()
-            if self.files.failures:
-                raise self.files.failures[0]
-        return results
+    def write(self, plan: SavePlan, planner: DefaultSavePlanner) -> list[WriteResult]:
+        """The files of this rank, THREADS at once, a tensor at a time in each (`write_data` keeps all tensors of a file until its end)."""
+        largest = max(map(_size, plan.items), default=0)
+        alone = threading.Lock()  # the embedding and the head: one of them is in memory, not both
+
+        def fill(number: int, items: list[WriteItem]) -> list[WriteResult]:
+            name = f"{plan.storage_data.prefix}{number}{DATA}"
+            with self.fs.create_stream(self.fs.concat_path(self.path, name), "wb") as stream:
+                results = []
+                for item in items:
+                    with alone if _size(item) == largest else contextlib.nullcontext():
+                        results.append(_write_item(stream, item, planner.resolve_data(item), name))
+                os.fsync(stream.fileno())
+            return results
+
+        with ThreadPoolExecutor(THREADS) as pool:
+            return [result for results in pool.map(fill, range(THREADS), _split(plan.items)) for result in results]
 
 
-def _runs(items: list) -> list[list]:
-    """Items in order, in runs of about RUN bytes; one, maybe empty, at least."""
-    runs: list[list] = [[]]
-    held = 0
+def _write_item(stream: _Hashed, item: WriteItem, tensor: Tensor, name: str) -> WriteResult:
+    """A tensor as torch.save writes it, where its data can be mapped from the file."""
+    tensor = tensor.detach().cpu()
+    if not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.nbytes:
+        tensor = tensor.clone(memory_format=torch.contiguous_format)  # torch.save writes a storage, not a view
+    stream.write(bytes(-stream.size % ALIGNED))
+    first = stream.size
+    torch.save(tensor, stream)
+    length = stream.size - first
+    return WriteResult(index=item.index, size_in_bytes=length, storage_data=_StorageInfo(name, first, length))
+
+
+def _size(item: WriteItem) -> int:
+    """Bytes of a tensor."""
+    return item.tensor_data.chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize
+
+
+def _split(items: list[WriteItem]) -> list[list[WriteItem]]:
+    """Items in order, each into the file that has the least so far: neighbours are written at about the same time."""
+    files: list[list[WriteItem]] = [[] for _ in range(THREADS)]
+    held = [0] * THREADS
     for item in items:
-        size = item.tensor_data.chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize
-        if runs[-1] and held + size > RUN:
-            runs.append([])
-            held = 0
-        runs[-1].append(item)
-        held += size
-    return runs
+        least = held.index(min(held))
+        files[least].append(item)
+        held[least] += _size(item)
+    return files
 
 
 class _Files(FileSystem):
@@ -189,21 +213,17 @@ class _Files(FileSystem):
 
     def __init__(self) -> None:
         self.sums: dict[str, dict] = {}
-        self.failures: list[Exception] = []
 
     @contextlib.contextmanager
     def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
         name = pathlib.Path(path).name
-        stream: _Hashed | None = None
-        try:
-            with open(path, mode) as file:
-                stream = _Hashed(file)
+        with open(path, mode) as file:
+            stream = _Hashed(file)
+            try:
                 yield stream
-            self.sums[name] = {"bytes": stream.size, "sha256": stream.hash.hexdigest()}
-        except Exception as error:
-            if not name.endswith(DATA):
-                raise
-            self.failures.append((stream and stream.failure) or error)
+            except Exception as error:
+                raise stream.failure or error from None
+        self.sums[name] = {"bytes": stream.size, "sha256": stream.hash.hexdigest()}
 
     def rename(self, path: Any, new_path: Any) -> None:
         super().rename(path, new_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import mmap
 import pathlib
 import pickle
 import struct
@@ -15,7 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from megalith.checkpoint.weights import Lazy
+from megalith.checkpoint.lazy import Index, Lazy
 from megalith.common.errors import CheckpointError
 
 DTYPES = {
@@ -72,6 +73,19 @@ class Window:
             raise CheckpointError(f"{self} ends too early: {count} of {size} bytes at {part.start}. Copy it again.")
         return data
 
+    def map(self, start: int, size: int) -> Tensor:
+        """As `read`, a private map of the file: bytes are read when touched, and are memory that the system can take back."""
+        part = self.within(start, size)
+        if not size:
+            return torch.empty(0, dtype=torch.uint8)
+        before = part.start % mmap.ALLOCATIONGRANULARITY
+        try:
+            with open(self.path, "rb") as file:
+                pages = mmap.mmap(file.fileno(), before + size, access=mmap.ACCESS_COPY, offset=part.start - before)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self} ends too early, or cannot be read: {error}. Copy it again.") from None
+        return torch.frombuffer(pages, dtype=torch.uint8, offset=before, count=size)
+
 
 class _Raw(io.RawIOBase):
     def __init__(self, window: Window):
@@ -111,10 +125,10 @@ class Records:
     tensors: list[tuple[str, int, int]] = field(default_factory=list)  # key, first byte, number of bytes
     widths: dict[str, int] = field(default_factory=dict)  # bytes of an element by key
 
-    def read(self, key: str, start: int, size: int) -> Tensor:
-        """Bytes of a record."""
+    def map(self, key: str, start: int, size: int) -> Tensor:
+        """Bytes of a record, see Window.map."""
         place, length = self.places[key]
-        return self.window.within(place, length).read(start, size)
+        return self.window.within(place, length).map(start, size)
 
     def check(self) -> None:
         """Every tensor must lie inside its record: raise CheckpointError otherwise."""
@@ -161,10 +175,13 @@ def rebuild(storage: Any, offset: int, size: Any, stride: Any, *rest: Any, dtype
     start, count = (storage.first + offset) * kind.itemsize, span * kind.itemsize
     records.tensors.append((key, start, count))
 
-    def read() -> Tensor:
-        return records.read(key, start, count).view(kind).as_strided(size, stride).contiguous()
+    def read(index: Index = ()) -> Tensor:
+        width = kind.itemsize  # what may begin at any byte is cut as bytes
+        part = records.map(key, start, count).as_strided((*size, width), (*(step * width for step in stride), 1))[index]
+        part = part.contiguous() if part.data_ptr() % width == 0 else part.clone(memory_format=torch.contiguous_format)
+        return part.view(kind).squeeze(-1)
 
-    return Lazy(shape=size, dtype=kind, read=read)
+    return Lazy(shape=size, dtype=kind, read=read, box=read)
 
 
 def zip_records(window: Window, file: BinaryIO) -> Records:

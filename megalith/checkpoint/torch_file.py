@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalith.checkpoint.lazy import BLOCK
 from megalith.checkpoint.stored import Window, zip_records
 
 
@@ -37,8 +38,8 @@ def save(path: pathlib.Path, content: Any) -> None:
         for key, room in enumerate(rooms):
             for first, read in room.pieces:
                 file.seek(places[str(key)][0] + first * room.dtype.itemsize)
-                data = read().to(room.dtype).contiguous()
-                file.write(data.reshape(-1).view(torch.uint8).numpy().data)
+                for block in read().reshape(-1).split(BLOCK):
+                    file.write(block.to(room.dtype).view(torch.uint8).numpy().data)
 
 
 def _rooms(content: Any) -> Iterator[Room]:

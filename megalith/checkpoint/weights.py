@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,33 +19,15 @@ from torch import Tensor
 
 from megalith.checkpoint import folder as folders
 from megalith.checkpoint import manifest, store
+from megalith.checkpoint.chunked import Chunked
 from megalith.checkpoint.facts import CONFIG, TRAIN_STATE, read_config, read_train_state
+from megalith.checkpoint.lazy import Lazy
 from megalith.checkpoint.ranks import Ranks
 from megalith.checkpoint.saving import Order
 from megalith.checkpoint.saving import write as write_checkpoint
 from megalith.common.errors import CheckpointError
 from megalith.config.loading import from_yaml, to_yaml
 from megalith.config.run import RunConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lazy:
-    """A tensor that is read when asked for."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    read: Callable[[], Tensor]
-
-    def then(self, change: Callable[[Tensor], Tensor]) -> Lazy:
-        """The tensor changed when it is read: a transposition, a slice, a cast. The new shape is found on the meta device."""
-        empty = change(torch.empty(self.shape, dtype=self.dtype, device="meta"))
-        return Lazy(shape=tuple(empty.shape), dtype=empty.dtype, read=lambda: change(self.read()))
-
-
-def join(parts: list[Lazy], change: Callable[[list[Tensor]], Tensor]) -> Lazy:
-    """One tensor of several, such as the tensor-parallel parts of one weight."""
-    empty = change([torch.empty(part.shape, dtype=part.dtype, device="meta") for part in parts])
-    return Lazy(shape=tuple(empty.shape), dtype=empty.dtype, read=lambda: change([part.read() for part in parts]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,22 +62,11 @@ def own(path: str | os.PathLike, iteration: int | None = None) -> Weights:
     """Those of a checkpoint of ours: the checkpoint itself, a folder of them, or a run's folder."""
     place = folders.find(path, iteration)
     content = manifest.read(place)
-    metadata = store.Reader(place).read_metadata()
-
-    def lazy(name: str, facts: Mapping[str, Any]) -> Lazy:
-        dtype = getattr(torch, facts["dtype"])
-
-        def read() -> Tensor:
-            tensor = torch.empty(facts["shape"], dtype=dtype)
-            store.read(place, {name: tensor}, metadata)
-            return tensor
-
-        return Lazy(shape=tuple(facts["shape"]), dtype=dtype, read=read)
-
+    chunked = Chunked(place)
     others = {CONFIG, TRAIN_STATE, store.METADATA}
     return Weights(
         config=from_yaml(read_config(place)),
-        tensors={name: lazy(name, facts) for name, facts in content["tensors"].items()},
+        tensors={name: chunked.lazy(name) for name in content["tensors"]},
         iteration=content["iteration"],
         train_state=read_train_state(place),
         files={name: place / name for name in content["files"] if not name.endswith(store.DATA) and name not in others},

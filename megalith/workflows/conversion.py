@@ -52,7 +52,7 @@ def check_reshape(source: pathlib.Path, format: str | None) -> None:
 
 def cast(weights: Weights, dtype: torch.dtype) -> Weights:
     """The model's tensors in another format; the optimizer's stay as they are."""
-    tensors = {name: lazy.then(lambda t: t.to(dtype)) if name.startswith("model/") else lazy for name, lazy in weights.tensors.items()}
+    tensors = {name: lazy.to(dtype) if name.startswith("model/") else lazy for name, lazy in weights.tensors.items()}
     return dataclasses.replace(weights, tensors=tensors)
 
 

@@ -8,9 +8,10 @@ import torch
 
 from megalith.checkpoint import formats
 from megalith.checkpoint.formats import FORMATS, Options
+from megalith.checkpoint.lazy import Lazy
 from megalith.checkpoint.torch_file import Room, save
 from megalith.checkpoint.unpickle import load_file
-from megalith.checkpoint.weights import Lazy, Weights, own
+from megalith.checkpoint.weights import Weights, own
 from megalith.checkpoint.weights import write as write_own
 from megalith.common.errors import CheckpointError
 from megalith.config.run import RunConfig

@@ -177,12 +177,12 @@ def test_one_tensor_is_read_at_a_time(tmp_path: pathlib.Path) -> None:
     asked = []
     records = first.read.__closure__
     window = Window.of(tmp_path / "x.pt")
-    original = Window.read
+    original = Window.map
     try:
-        Window.read = lambda self, start, size: asked.append(size) or original(self, start, size)  # type: ignore[method-assign]
+        Window.map = lambda self, start, size: asked.append(size) or original(self, start, size)  # type: ignore[method-assign]
         assert torch.equal(last.read(), whole[990:]) and asked == [40] and records and window.size > 4000
     finally:
-        Window.read = original  # type: ignore[method-assign]
+        Window.map = original  # type: ignore[method-assign]
 
 
 OPCODES = [op.code.encode("latin1") for op in pickletools.opcodes]

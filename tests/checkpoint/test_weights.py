@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from megalith import checkpoint
-from megalith.checkpoint.weights import Lazy, join, own, write
+from megalith.checkpoint.lazy import Lazy, join
+from megalith.checkpoint.weights import own, write
 from megalith.common.errors import CheckpointError
 from megalith.config.loading import to_yaml
 from megalith.config.run import RunConfig

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megalith.checkpoint.huggingface_families import Family, Rule, Setting, activation, activation_name
-from megalith.checkpoint.weights import Lazy
+from megalith.checkpoint.lazy import Lazy
 from megalith.config.run import RunConfig
 
 MLPS: dict[str, dict[str, Any]] = {  # feed_forward_proj

@@ -8,8 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from megalith.checkpoint.lazy import Lazy
 from megalith.checkpoint.unpickle import Stand
-from megalith.checkpoint.weights import Lazy
 from megalith.common.errors import CheckpointError, problem
 from megalith.config.loading_values import convert, fields
 from megalith.config.megatron_counts import padded_vocabulary

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from megalith.checkpoint.formats import Options
+from megalith.checkpoint.lazy import Lazy
 from megalith.checkpoint.megatron.arguments import plain, to_config
 from megalith.checkpoint.megatron.layout import Layout, merge, part_shape
 from megalith.checkpoint.megatron.names import TIED, model_type, rows_of_theirs, table
 from megalith.checkpoint.unpickle import fields
-from megalith.checkpoint.weights import Lazy
 from megalith.common.errors import CheckpointError, problem
 from megalith.config.parameters import parameter_shapes
 

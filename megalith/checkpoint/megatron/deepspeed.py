@@ -16,12 +16,13 @@ from typing import Any
 
 from megalith.checkpoint import unpickle
 from megalith.checkpoint.formats import Format, Options
+from megalith.checkpoint.lazy import Lazy
 from megalith.checkpoint.megatron import build, zero
 from megalith.checkpoint.megatron.assemble import by_rank
 from megalith.checkpoint.megatron.names import normal
 from megalith.checkpoint.megatron.source import Rank, chunks_of, flatten, number_layers
 from megalith.checkpoint.stored import Window
-from megalith.checkpoint.weights import Lazy, Weights
+from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError, problem
 
 LATEST = "latest"

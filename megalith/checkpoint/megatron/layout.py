@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megalith.checkpoint.weights import Lazy, join
+from megalith.checkpoint.lazy import Index, Lazy, join
 from megalith.common.errors import CheckpointError, problem
 
 CUT = {"rows": 0, "vocabulary": 0, "columns": 1}  # what is cut along an axis and nothing else
@@ -62,19 +62,25 @@ def merge(split: str, parts: Sequence[Lazy], layout: Layout, count: int) -> list
         axis, first = CUT[split], parts[0]
         size = layout.vocabulary if split == "vocabulary" else sum(part.shape[axis] for part in parts)
         shape = (*first.shape[:axis], size, *first.shape[axis + 1 :])
-        return [Lazy(shape=shape, dtype=first.dtype, read=functools.partial(_glued, list(parts), axis, shape))]
+        read = functools.partial(_glued, list(parts), axis, shape)
+        return [Lazy(shape=shape, dtype=first.dtype, read=read, box=read)]
     return [join(list(parts), functools.partial(_merged, split, layout, index)) for index in range(count)]
 
 
-def _glued(parts: list[Lazy], axis: int, shape: Shape) -> Tensor:
-    """Parts one after another along an axis, cut to `shape`; one part is in memory at a time beside the result."""
-    if len(parts) == 1:
-        return parts[0].read().narrow(axis, 0, shape[axis])
-    whole, place = torch.empty(shape, dtype=parts[0].dtype), 0
+def _glued(parts: list[Lazy], axis: int, shape: Shape, index: Index = ()) -> Tensor:
+    """Parts one after another along an axis, cut to `shape`, at an index; one part is in memory at a time beside the result."""
+    index = (*index, *[slice(None)] * (len(shape) - len(index)))
+    ranges = [range(size)[each] for size, each in zip(shape, index, strict=True)]
+    whole, first = torch.empty([len(each) for each in ranges], dtype=parts[0].dtype), 0
     for part in parts:
-        size = min(part.shape[axis], shape[axis] - place)
-        whole.narrow(axis, place, size).copy_(part.read().narrow(axis, 0, size))
-        place += size
+        last = first + part.shape[axis]
+        low, high = max(first, ranges[axis].start), min(last, ranges[axis].stop)
+        if low < high:
+            piece = part.part((*index[:axis], slice(low - first, high - first), *index[axis + 1 :]))
+            if piece.shape == whole.shape:
+                return piece
+            whole.narrow(axis, low - ranges[axis].start, high - low).copy_(piece)
+        first = last
     return whole
 
 
@@ -86,29 +92,30 @@ def _merged(split: str, layout: Layout, index: int, parts: list[Tensor]) -> Tens
     return torch.cat([_unpack(split, part, layout)[index] for part in parts])
 
 
-def split_part(split: str, tensors: Sequence[Tensor], layout: Layout, rank: int, *, padding: bool = True) -> Tensor:
+def split_part(split: str, ours: Sequence[Lazy], layout: Layout, rank: int, *, padding: bool = True) -> Tensor:
     """The part of tensor-parallel rank `rank` of the tensor that holds these parameters.
 
     padding: dummy words are copies of the last one, as in Megatron's own converters; without it zeros, as moments want them.
     """
+    if split == "vocabulary":
+        return _words(ours[0], layout.padded // layout.ranks, rank, padding)
+    tensors = [lazy.read() for lazy in ours]
     if split == "whole":
         return tensors[0]
     if split == "columns":
         return tensors[0].chunk(layout.ranks, dim=1)[rank]
-    if split == "vocabulary":
-        return _words(tensors[0], layout.padded // layout.ranks, rank, padding)
     if split == "pair" and layout.groups == 1:
-        return _pack(split, list(tensors), layout)
+        return _pack(split, tensors, layout)
     return _pack(split, [tensor.chunk(layout.ranks)[rank] for tensor in tensors], layout)
 
 
-def _words(tensor: Tensor, rows: int, rank: int, copies: bool) -> Tensor:
+def _words(words: Lazy, rows: int, rank: int, copies: bool) -> Tensor:
     """The rows of a rank that has so many; only what this rank lacks is made up."""
-    part = tensor[rank * rows : (rank + 1) * rows]
+    part = words.part((slice(rank * rows, (rank + 1) * rows),))
     if len(part) == rows:
         return part
-    last = tensor[-1:] if copies else torch.zeros_like(tensor[-1:])
-    return torch.cat([part, last.expand(rows - len(part), *tensor.shape[1:])])
+    last = words.part((slice(-1, None),))
+    return torch.cat([part, (last if copies else torch.zeros_like(last)).expand(rows - len(part), *words.shape[1:])])
 
 
 def _unpack(split: str, part: Tensor, layout: Layout) -> Sequence[Tensor]:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from megalith.checkpoint import unpickle
+from megalith.checkpoint.lazy import Lazy, join
 from megalith.checkpoint.megatron.source import Rank
 from megalith.checkpoint.stored import Window
-from megalith.checkpoint.weights import Lazy, join
 from megalith.common.errors import CheckpointError, problem
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megalith.checkpoint import unpickle
+from megalith.checkpoint.lazy import Lazy
 from megalith.checkpoint.megatron.names import TIED, normal_names
 from megalith.checkpoint.stored import Window, stored
-from megalith.checkpoint.weights import Lazy
 from megalith.common.errors import CheckpointError, problem
 
 TRACKER = "latest_checkpointed_iteration.txt"

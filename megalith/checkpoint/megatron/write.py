@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from megalith.checkpoint.formats import Options
+from megalith.checkpoint.lazy import Lazy
 from megalith.checkpoint.megatron.arguments import to_arguments
 from megalith.checkpoint.megatron.layout import Layout, check_divisible, part_shape, split_part
 from megalith.checkpoint.megatron.names import TIED, Row, rows_of_ours, table
 from megalith.checkpoint.megatron.optimizer import MOMENTS, SCHEDULE, buffer, order
 from megalith.checkpoint.megatron.source import TRACKER
 from megalith.checkpoint.torch_file import Room, save
-from megalith.checkpoint.weights import Lazy, Weights
+from megalith.checkpoint.weights import Weights
 from megalith.common import files
 from megalith.common.errors import CheckpointError, problem
 from megalith.config.megatron_counts import padded_vocabulary
@@ -175,8 +176,7 @@ class _Export:
 
     def _part(self, row: Row, tensor: int, prefix: str) -> Tensor:
         """One rank's part of a row's weights or moments."""
-        parts = [lazy.read() for lazy in self._lazies(row, prefix)]
-        return split_part(row.split, parts, self.layout, tensor, padding=prefix == "model/")
+        return split_part(row.split, self._lazies(row, prefix), self.layout, tensor, padding=prefix == "model/")
 
     def _room(self, row: Row, tensor: int, prefix: str = "model/", dtype: torch.dtype | None = None) -> Room:
         shape = part_shape(row.split, [lazy.shape for lazy in self._lazies(row, prefix)], self.layout)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from megalith.checkpoint import unpickle
+from megalith.checkpoint.lazy import Lazy, join
 from megalith.checkpoint.megatron.optimizer import CURE, MOMENTS
 from megalith.checkpoint.stored import Window
-from megalith.checkpoint.weights import Lazy, join
 from megalith.common.errors import CheckpointError, problem
 
 SHARD = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
