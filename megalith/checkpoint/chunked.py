@@ -5,7 +5,6 @@ The index and what is not a tensor are pickles, which are read without running t
 
 from __future__ import annotations
 
-import itertools
 import math
 import pathlib
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megalith.checkpoint import unpickle
-from megalith.checkpoint.lazy import Index, Lazy
+from megalith.checkpoint.lazy import Index, Lazy, ranges
 from megalith.checkpoint.stored import Window
 from megalith.common.errors import CheckpointError, problem
 
@@ -71,9 +70,9 @@ class Chunked:
         first, sizes = first or (0,) * len(shape), shape if sizes is None else sizes
 
         def read(index: Index = ()) -> Tensor:
-            ranges = [range(size)[each] for size, each in itertools.zip_longest(sizes, index, fillvalue=slice(None))]
-            begin = tuple(place + each.start for place, each in zip(first, ranges, strict=True))
-            return _region(begin, tuple(map(len, ranges)), dtype, chunks)
+            taken = ranges(sizes, index)
+            begin = tuple(place + each.start for place, each in zip(first, taken, strict=True))
+            return _region(begin, tuple(map(len, taken)), dtype, chunks)
 
         return Lazy(shape=sizes, dtype=dtype, read=read, box=read)
 

@@ -30,6 +30,12 @@ STRANGE = (  # what lies in checkpoints of other programs
 ABANDONED = 24 * 3600.0  # seconds after which a writer is taken for dead on a filesystem without locks
 
 
+def check_new(folder: pathlib.Path) -> None:
+    """Raise CheckpointError where a conversion's folder is there already and holds something, or is none."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} exists and is not empty; a converted checkpoint goes into a new folder. Name another one.")
+
+
 def folder_name(iteration: int) -> str:
     """100 -> iter_0000100, as Megatron names them."""
     return f"iter_{iteration:07d}"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from megalith.checkpoint import weights as own_format
-from megalith.checkpoint.folder import FINISHED, root
+from megalith.checkpoint.folder import iterations
 from megalith.checkpoint.manifest import NAME as MANIFEST
 from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError, problem
@@ -63,10 +63,7 @@ class Format(NamedTuple):
 
 
 def _is_own(path: pathlib.Path) -> bool:
-    place = root(path)
-    return (path / MANIFEST).exists() or (
-        place.is_dir() and any(FINISHED.fullmatch(each.name) and (each / MANIFEST).exists() for each in place.iterdir())
-    )
+    return (path / MANIFEST).exists() or bool(iterations(path))
 
 
 def _write_own(weights: Weights, folder: pathlib.Path, options: Options) -> None:

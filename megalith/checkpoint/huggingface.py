@@ -84,7 +84,10 @@ def _ours(found: Mapping[str, Lazy], family: Family, model: ModelConfig, path: p
     if missing:
         rule_text = f"{family.architecture} as {path / CONFIG} describes it has {len(missing)} more"
         raise CheckpointError(problem(f"{path}: missing tensors", missing[:6], rule_text, "Copy all of the model's files, of one version"))
-    assert made.keys() == {f"model/{name}" for name in shapes}, f"the table of {family.architecture} does not name every parameter"
+    unnamed = sorted(f"model/{name}" for name in shapes if f"model/{name}" not in made)
+    if unnamed:
+        rule_text = f"the table of {family.architecture} names every parameter of the model that it describes"
+        raise CheckpointError(problem(f"{path}: parameters without a rule", unnamed[:6], rule_text, "Add them to the family's table"))
     spare = sorted(name for name in found.keys() - used if not any(re.fullmatch(each, name) for each in family.surplus))
     return made, (f"left out, as this model has no use for them: {', '.join(spare[:8])}{' ...' * (len(spare) > 8)}",) if spare else ()
 

@@ -47,6 +47,11 @@ class Lazy:
         return Lazy(shape=tuple(empty.shape), dtype=empty.dtype, read=lambda: change(self.read()))
 
 
+def ranges(shape: tuple[int, ...], index: Index) -> list[range]:
+    """What an index takes along every axis."""
+    return [range(size)[each] for size, each in zip(shape, (*index, *[slice(None)] * (len(shape) - len(index))), strict=True)]
+
+
 def join(parts: list[Lazy], change: Callable[[list[Tensor]], Tensor]) -> Lazy:
     """One tensor of several, such as the tensor-parallel parts of one weight."""
     empty = change([torch.empty(part.shape, dtype=part.dtype, device="meta") for part in parts])

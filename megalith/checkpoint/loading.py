@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalith.checkpoint import fit, manifest, store
+from megalith.checkpoint.chunked import Chunked
 from megalith.checkpoint.facts import read_config, read_train_state
 from megalith.checkpoint.folder import damage, find
 from megalith.checkpoint.ranks import Ranks
@@ -49,9 +50,9 @@ def load(
     ranks.collect(lambda: asked, lambda tables: _check(path, _union(tables), content["tensors"], strict))
 
     def read() -> None:
-        metadata = store.Reader(path).read_metadata()
+        chunked = Chunked(path)
         for stage in stages:
-            store.read(path, {name: tensor.detach() for name, tensor in stage.items() if name in content["tensors"]}, metadata)
+            store.read(chunked, {name: tensor for name, tensor in stage.items() if name in content["tensors"]})
 
     ranks.every(read)
     return read_train_state(path)
@@ -69,10 +70,10 @@ def read_tensors(path: str | os.PathLike, names: Iterable[str] | None = None) ->
     missing = sorted(set(wanted) - set(known))
     if missing:
         raise CheckpointError(fit.report(path, [f"{name}: not in the checkpoint" for name in missing]))
-    metadata = store.Reader(path).read_metadata()
+    chunked = Chunked(path)
     for name in wanted:
         tensor = torch.empty(known[name]["shape"], dtype=getattr(torch, known[name]["dtype"]))
-        store.read(path, {name: tensor}, metadata)
+        store.read(chunked, {name: tensor})
         yield name, tensor
 
 

@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import os
 import pathlib
-import pickle
 import threading
 import zlib
 from collections.abc import Iterator, Mapping
@@ -18,13 +17,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
+from megalith.checkpoint.chunked import Chunked
 from megalith.checkpoint.ranks import Ranks
 from megalith.common.errors import CheckpointError
 
@@ -73,66 +74,20 @@ def write(state: dict[str, Tensor], parts: Mapping[str, Tensor], folder: pathlib
     return tensors, writer.sums
 
 
-def read(folder: pathlib.Path, state: dict[str, Tensor], metadata: Metadata | None = None) -> None:
-    """Fill the tensors of `state` in place from the checkpoint files in `folder`: this rank's parts, no communication.
+def read(chunked: Chunked, state: dict[str, Tensor]) -> None:
+    """Fill the tensors of `state` in place from a folder's files: this rank's parts, no communication.
 
-    Names and shapes must fit (see fit.py); dtypes are converted.
+    Names and shapes must fit (see fit.py); dtypes are converted. Beside them no more than one part of another dtype is in memory.
     """
-    reader = Reader(folder)
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    metadata = metadata or reader.read_metadata()
-    # Without communication, so that no rank waits for another: every plan follows from the index alone.
-    planner.set_up_planner(state, metadata, is_coordinator=True)
-    reader.set_up_storage_reader(metadata, is_coordinator=True)
-    plan = planner.finish_plan(planner.create_local_plan())
     with torch.no_grad():
-        reader.read_data(plan, planner).wait()
+        for name, tensor in state.items():
+            (mine,) = _create_chunk_list(tensor)  # where this rank's part lies in the whole
+            local(tensor).copy_(chunked.lazy(name, tuple(mine.offsets), tuple(mine.sizes)).read())
 
 
 def fingerprint(tensor: Tensor) -> int:
     """CRC-32 of a tensor's bytes: equal for equal tensors, on whatever device."""
     return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
-class Reader(FileSystemReader):
-    """DCP's reader, except that the index is unpickled without running what a stranger may have put into it."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index of all tensors. Raises CheckpointError for anything that is not one."""
-        file = pathlib.Path(self.path) / METADATA
-        try:
-            with open(file, "rb") as stream:
-                return _Unpickler(stream).load()
-        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, OSError) as error:
-            raise CheckpointError(f"{file} cannot be read as the index of a checkpoint ({type(error).__name__}: {error})") from None
-
-
-class _Unpickler(pickle.Unpickler):
-    """Knows the classes that an index consists of and torch's constants, nothing that acts."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        found = None
-        if (module == METADATA_MODULE and name in METADATA_CLASSES) or (module, name) in _HARMLESS:
-            found = super().find_class(module, name)
-        elif module == "torch":
-            found = getattr(torch, name, None)
-            found = found if isinstance(found, (torch.dtype, torch.layout, torch.memory_format)) else None
-        if found is None:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no index of a checkpoint has")
-        return found
-
-
-METADATA_MODULE = "torch.distributed.checkpoint.metadata"
-METADATA_CLASSES = {  # by name: pickle would follow "os.system" into whatever that module imports
-    "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "StorageMeta",
-    "_MEM_FORMAT_ENCODING",
-}  # fmt: skip
-_HARMLESS = {
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("collections", "OrderedDict"),
-}
 
 
 class _SavePlanner(DefaultSavePlanner):

@@ -25,7 +25,6 @@ from megalith.checkpoint.lazy import Lazy
 from megalith.checkpoint.ranks import Ranks
 from megalith.checkpoint.saving import Order
 from megalith.checkpoint.saving import write as write_checkpoint
-from megalith.common.errors import CheckpointError
 from megalith.config.loading import from_yaml, to_yaml
 from megalith.config.run import RunConfig
 
@@ -76,8 +75,7 @@ def own(path: str | os.PathLike, iteration: int | None = None) -> Weights:
 def write(weights: Weights, folder: str | os.PathLike) -> pathlib.Path:
     """Write a checkpoint of ours into the new `folder` and return its path; one process, no group, tensor by tensor."""
     place = pathlib.Path(folder)
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise CheckpointError(f"{place} exists and is not empty; a converted checkpoint goes into a new folder. Name another one.")
+    folders.check_new(place)
     layout = {name: torch.empty(lazy.shape, dtype=lazy.dtype, device="meta") for name, lazy in weights.tensors.items()}
     order = Order(place, weights.iteration, weights.train_state, to_yaml(weights.config), weights.files, 0, None)
     return write_checkpoint(order, layout, weights, Ranks())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megalith.checkpoint import formats
+from megalith.checkpoint.folder import check_new
 from megalith.checkpoint.formats import FORMATS, Options
 from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError, ConfigError, problem
@@ -24,8 +25,7 @@ def convert(source: pathlib.Path, folder: pathlib.Path, *, to: str, format: str 
     Tensor by tensor. Raises CheckpointError where the source is damaged or incomplete, or the target cannot hold it.
     """
     options = options or Options()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(problem(f"{folder}", "files in it", "a conversion goes into a new folder", "Name another one, or empty it"))
+    check_new(folder)
     found = FORMATS.find(to)
     if found.write is None:
         raise ConfigError(problem("--to", to, "this format is only read", f"Write --to {', '.join(n for n in FORMATS if n != to)}"))

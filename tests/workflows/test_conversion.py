@@ -41,7 +41,7 @@ def test_verify_sees_what_is_wrong(theirs: pathlib.Path, tmp_path: pathlib.Path)
 def test_dtype_and_targets(theirs: pathlib.Path, tmp_path: pathlib.Path) -> None:
     conversion.convert(theirs, tmp_path / "ours", to="megalith", options=Options(dtype="bfloat16"))
     assert {lazy.dtype for lazy in read(tmp_path / "ours").tensors.values()} == {torch.bfloat16}
-    with pytest.raises(CheckpointError, match="a conversion goes into a new folder"):
+    with pytest.raises(CheckpointError, match="a converted checkpoint goes into a new folder"):
         conversion.convert(theirs, tmp_path / "ours", to="megalith")
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megalith.checkpoint.lazy import Index, Lazy, join
+from megalith.checkpoint.lazy import Index, Lazy, join, ranges
 from megalith.common.errors import CheckpointError, problem
 
 CUT = {"rows": 0, "vocabulary": 0, "columns": 1}  # what is cut along an axis and nothing else
@@ -69,17 +69,17 @@ def merge(split: str, parts: Sequence[Lazy], layout: Layout, count: int) -> list
 
 def _glued(parts: list[Lazy], axis: int, shape: Shape, index: Index = ()) -> Tensor:
     """Parts one after another along an axis, cut to `shape`, at an index; one part is in memory at a time beside the result."""
-    index = (*index, *[slice(None)] * (len(shape) - len(index)))
-    ranges = [range(size)[each] for size, each in zip(shape, index, strict=True)]
-    whole, first = torch.empty([len(each) for each in ranges], dtype=parts[0].dtype), 0
+    taken = ranges(shape, index)
+    others = [slice(each.start, each.stop) for each in taken]
+    whole, first = torch.empty([len(each) for each in taken], dtype=parts[0].dtype), 0
     for part in parts:
         last = first + part.shape[axis]
-        low, high = max(first, ranges[axis].start), min(last, ranges[axis].stop)
+        low, high = max(first, taken[axis].start), min(last, taken[axis].stop)
         if low < high:
-            piece = part.part((*index[:axis], slice(low - first, high - first), *index[axis + 1 :]))
+            piece = part.part((*others[:axis], slice(low - first, high - first), *others[axis + 1 :]))
             if piece.shape == whole.shape:
                 return piece
-            whole.narrow(axis, low - ranges[axis].start, high - low).copy_(piece)
+            whole.narrow(axis, low - taken[axis].start, high - low).copy_(piece)
         first = last
     return whole
 

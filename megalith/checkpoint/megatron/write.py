@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalith.checkpoint.folder import check_new
 from megalith.checkpoint.formats import Options
 from megalith.checkpoint.lazy import Lazy
 from megalith.checkpoint.megatron.arguments import to_arguments
@@ -43,8 +44,7 @@ def write(weights: Weights, folder: pathlib.Path, options: Options) -> None:
 
     Raises CheckpointError where the folder holds something, or where heads, sizes or layers cannot be cut so.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} exists and is not empty; a converted checkpoint goes into a new folder. Name another one.")
+    check_new(folder)
     export = _Export(weights, options)
     name = f"iter_{weights.iteration:07d}" if weights.iteration else "release"
     for pipeline in range(export.pipeline):
