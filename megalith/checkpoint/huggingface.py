@@ -6,6 +6,7 @@ import functools
 import json
 import pathlib
 import re
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -53,22 +54,33 @@ def read(path: pathlib.Path, options: Options) -> Weights:
     dtypes = {lazy.dtype for lazy in found.values()}
     values |= {"seq_length": values.get("max_position_embeddings"), "bf16": torch.bfloat16 in dtypes}
     config = RunConfig().replace(**{**values, **options.overrides})
-    tensors, notes = _ours(found, family, config.model, path)
+    found, told = family.adapt(found, config.model)
+    tensors, notes = _ours(found, family, config.model, path, family.heads(given))
     if "dynamic" in str(given.get("rope_parameters") or given.get("rope_scaling")):
         notes += ("rope_type dynamic is left out: it acts beyond max_position_embeddings alone, where no sequence here goes",)
+    notes = told + notes
     kept = {f"{KEPT}{name}": path / name for name in (CONFIG, GENERATION) if (path / name).is_file()}
     return Weights(config=config, tensors=tensors, files={**kept, **tokenizer.found_in(options.tokenizer or path)}, notes=notes)
 
 
-def _ours(found: Mapping[str, Lazy], family: Family, model: ModelConfig, path: pathlib.Path) -> tuple[dict[str, Lazy], tuple[str, ...]]:
-    """Our tensors, made of theirs when they are read; and notes on what was left out. Everything must be there and fit."""
+def _ours(
+    found: Mapping[str, Lazy], family: Family, model: ModelConfig, path: pathlib.Path, heads: tuple[str, ...]
+) -> tuple[dict[str, Lazy], tuple[str, ...]]:
+    """Our tensors, made of theirs when they are read; and notes on what was left out or is new. Everything must be there and fit.
+
+    heads: beginnings of names; one that the folder has nothing of is begun anew.
+    """
     shapes = parameter_shapes(model)
     made: dict[str, Lazy] = {}
-    used, missing, wrong = set(), [], []
+    used, missing, wrong, new = set[str](), list[str](), list[str](), list[str]()
+    absent = tuple(head for head in heads if not any(name.startswith((head, head.removeprefix(family.prefix))) for name in found))
     for rule, theirs, ours in rules(family, model):
         name = next((each for each in (theirs, theirs.removeprefix(family.prefix)) if each in found), None)
         expected = tuple(_together(rule.form, model, [_empty(shapes[each]) for each in ours]).shape)
-        if name is None:
+        if name is None and theirs.startswith(absent):
+            made |= {f"model/{each}": _begun(each, shapes[each], model, next(iter(found.values())).dtype) for each in ours}
+            new += ours
+        elif name is None:
             missing.append(theirs)
         elif found[name].shape != expected:
             wrong.append(f"{name}: found {list(found[name].shape)}, expected {list(expected)}")
@@ -89,7 +101,20 @@ def _ours(found: Mapping[str, Lazy], family: Family, model: ModelConfig, path: p
         rule_text = f"the table of {family.architecture} names every parameter of the model that it describes"
         raise CheckpointError(problem(f"{path}: parameters without a rule", unnamed[:6], rule_text, "Add them to the family's table"))
     spare = sorted(name for name in found.keys() - used if not any(re.fullmatch(each, name) for each in family.surplus))
-    return made, (f"left out, as this model has no use for them: {', '.join(spare[:8])}{' ...' * (len(spare) > 8)}",) if spare else ()
+    notes = [f"not in this folder, so new and untrained: {', '.join(new)}"] * bool(new)
+    notes += [f"left out, as this model has no use for them: {', '.join(spare[:8])}{' ...' * (len(spare) > 8)}"] * bool(spare)
+    return made, tuple(notes)
+
+
+def _begun(name: str, shape: tuple[int, ...], model: ModelConfig, dtype: torch.dtype) -> Lazy:
+    """A parameter of a new head: matrices are drawn, norms are one, biases zero."""
+
+    def read() -> torch.Tensor:
+        if len(shape) > 1:
+            return torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))) * model.init_method_std
+        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+
+    return Lazy(shape=shape, dtype=torch.float32, read=read).to(dtype)
 
 
 def rules(family: Family, model: ModelConfig) -> Iterator[tuple[Any, str, tuple[str, ...]]]:

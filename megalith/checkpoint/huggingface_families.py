@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megalith.checkpoint.lazy import Lazy
 from megalith.common.errors import CheckpointError, problem
 from megalith.common.registry import Registry
 from megalith.config.model import ModelConfig
@@ -123,6 +124,8 @@ class Family:
     settings: fields that both sides have. always: ours that config.json does not have. only: values that theirs must have where
         they are given, because nothing else is built.
     more_ours(config.json) and more_theirs(config): what no table says. of_tensors: what of ours their tensors alone tell.
+    heads(config.json): beginnings of names of the heads that a folder of its class lacks (an encoder alone, a classifier).
+    adapt(tensors, model): their tensors changed for a model that lacks some of them, and what to tell of it.
     names: see Rule. surplus: patterns of their tensors that are no weights (masks, inverse frequencies).
     """
 
@@ -134,6 +137,8 @@ class Family:
     more_ours: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
     more_theirs: Callable[[RunConfig], dict[str, Any]] = lambda config: {}
     of_tensors: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
+    heads: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda given: ()
+    adapt: Callable[[dict[str, Lazy], ModelConfig], tuple[dict[str, Lazy], tuple[str, ...]]] = lambda tensors, model: (tensors, ())
     names: tuple[Rule, ...]
     surplus: tuple[str, ...] = ()
 

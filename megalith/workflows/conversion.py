@@ -87,6 +87,9 @@ def compare(original: pathlib.Path, ours: pathlib.Path, tokens: int = 32) -> flo
     second = {"decoder_input_ids": ids.flip(1)} if run_config.model.decoder_layers else {}
     with torch.no_grad():
         wanted: Tensor = theirs(ids, **second)[0]  # logits over the vocabulary; BERT has a second head
+        if wanted.shape[-1] != run_config.model.vocab_size:
+            rule = "it compares logits over the vocabulary, and this class gives none"
+            raise ConfigError(problem("--verify", config.architectures[0], rule, "Leave --verify out"))
         found = model(ids, **second)
         worst = float(((found[0] if isinstance(found, tuple) else found) - wanted).abs().max() / wanted.abs().max())
     if not worst <= TOLERANCE:

@@ -13,7 +13,7 @@ from megalith.checkpoint import formats, huggingface
 from megalith.checkpoint.formats import Options
 from megalith.checkpoint.huggingface_families import form
 from megalith.checkpoint.weights import own, write
-from megalith.common.errors import CheckpointError
+from megalith.common.errors import CheckpointError, ConfigError
 from megalith.runtime.load import load_plain
 from megalith.workflows import conversion
 from tests.originals.families import BERTS
@@ -77,3 +77,71 @@ def test_forms_that_theirs_does_not_have(changes: dict, tmp_path: pathlib.Path) 
     other = replace(weights, config=weights.config.replace(**changes), files={})
     with pytest.raises(CheckpointError, match=r"BertForPreTraining has no such form"):
         huggingface.write(other, tmp_path / "back", Options())
+
+
+def save_as(kind: str, folder: pathlib.Path) -> transformers.PreTrainedModel:
+    """A model of this class, its vectors not as they begin."""
+    torch.manual_seed(0)
+    prefix = "MegatronBert" if kind.startswith("Megatron") else "Bert"
+    model = getattr(transformers, kind)(BERTS["megatron-bert" if prefix == "MegatronBert" else "bert"]().config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["BertForMaskedLM", "MegatronBertForMaskedLM"])
+def test_a_masked_lm_is_a_model_without_binary_head(kind: str, tmp_path: pathlib.Path) -> None:
+    original = save_as(kind, tmp_path / "theirs")
+    weights = conversion.convert(tmp_path / "theirs", tmp_path / "ours", to="megalith")
+    assert weights.config.model.bert_no_binary_head
+    assert weights.notes == (
+        "no binary head in it: imported without, for one segment, whose embedding was added to those of the positions",
+    )
+    ids = torch.randint(90, (2, 20))
+    found = load_plain(tmp_path / "ours", device="cpu")[0](ids)
+    assert (found - original(ids).logits).abs().max() < 1e-5
+    assert conversion.verify(tmp_path / "theirs", tmp_path / "ours") < 1e-5
+
+
+def test_a_masked_lm_can_keep_its_segments(tmp_path: pathlib.Path) -> None:
+    original = save_as("BertForMaskedLM", tmp_path)
+    weights = formats.read(tmp_path, options=Options(overrides={"bert_no_binary_head": False}))
+    (note,) = weights.notes
+    assert note == "not in this folder, so new and untrained: pooler.weight, pooler.bias, order_head.weight, order_head.bias"
+    write(weights, tmp_path / "ours")
+    ids, types = torch.randint(90, (2, 20)), torch.randint(2, (2, 20))
+    tokens, _ = load_plain(tmp_path / "ours", device="cpu")[0](ids, token_types=types)
+    assert (tokens - original(ids, token_type_ids=types).logits).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["BertModel", "BertForSequenceClassification", "MegatronBertModel"])
+def test_heads_that_are_not_there_are_new(kind: str, tmp_path: pathlib.Path) -> None:
+    """The encoder and the pooler are the original's; the classifier is left out."""
+    original = save_as(kind, tmp_path / "theirs")
+    weights = conversion.convert(tmp_path / "theirs", tmp_path / "ours", to="megalith")
+    assert weights.notes[0].startswith("not in this folder, so new and untrained: head_dense.weight, head_dense.bias, head_norm.weight")
+    left = ["left out, as this model has no use for them: classifier.bias, classifier.weight"]
+    assert list(weights.notes[1:]) == left * ("Classification" in kind)
+    model = load_plain(tmp_path / "ours", device="cpu")[0]
+    pooled = []
+    model.order_head.register_forward_pre_hook(lambda module, inputs: pooled.append(inputs[0]))
+    ids = torch.randint(90, (2, 20))
+    model(ids)
+    assert (pooled[0] - getattr(original, "bert", original)(ids).pooler_output).abs().max() < 1e-5
+    with pytest.raises(ConfigError, match=f"--verify: found '{kind}'; it compares logits over the vocabulary, and this class gives none"):
+        conversion.verify(tmp_path / "theirs", tmp_path / "ours")
+
+
+def test_a_tensor_that_is_missing_is_an_error(tmp_path: pathlib.Path) -> None:
+    for kind, name in (
+        ("BertForMaskedLM", "cls.predictions.transform.dense.weight"), ("BertForPreTraining", "cls.seq_relationship.weight"),
+        ("BertModel", "encoder.layer.1.output.dense.bias"), ("BertModel", "pooler.dense.bias"),
+    ):  # fmt: skip
+        save_as(kind, tmp_path)
+        tensors = load_file(tmp_path / "model.safetensors")
+        del tensors[name]
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(CheckpointError, match=rf"missing tensors: found \['(bert\.)?{name}'\]"):
+            formats.read(tmp_path)

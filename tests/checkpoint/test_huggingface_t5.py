@@ -101,3 +101,10 @@ def test_training_goes_on_with_their_loss(theirs: pathlib.Path, tmp_path: pathli
             input_ids=batch["input_ids"], attention_mask=batch["padding_mask"], decoder_input_ids=batch["decoder_input_ids"], labels=labels
         ).loss
     assert losses(str(tmp_path / "run"))[0] == pytest.approx(float(wanted), rel=1e-5)
+
+
+def test_an_encoder_alone_is_refused(tmp_path: pathlib.Path) -> None:
+    config = transformers.T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, vocab_size=80)
+    transformers.T5EncoderModel(config).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"this folder has no decoder \(T5EncoderModel\). Convert the whole model"):
+        formats.read(tmp_path)

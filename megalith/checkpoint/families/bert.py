@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megalith.checkpoint.huggingface_families import PLAIN, Family, Rule, Setting, activation, activation_name
+from megalith.checkpoint.lazy import Lazy, join
+from megalith.config.model import ModelConfig
 from megalith.config.run import RunConfig
 
 GELUS = {name: fields for name, fields in PLAIN.items() if "gelu" in name}  # the head has the same, and there nothing else is built
@@ -18,6 +20,32 @@ def _more_ours(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _more_theirs(config: RunConfig) -> dict[str, Any]:
     return {"hidden_act": activation_name(GELUS, config.model), "type_vocab_size": 2, "pad_token_id": 0}
+
+
+HEADS = {"bert.pooler.": ("PreTraining",), "cls.predictions.": ("PreTraining", "MaskedLM"), "cls.seq_relationship.": ("PreTraining",)}
+POSITIONS, TYPES = "embeddings.position_embeddings.weight", "embeddings.token_type_embeddings.weight"
+
+
+def _heads(given: Mapping[str, Any]) -> tuple[str, ...]:
+    """BertModel, BertForMaskedLM, BertForSequenceClassification, ... have not all of ours."""
+    (name, *_) = given.get("architectures") or ["PreTraining"]
+    return tuple(head for head, classes in HEADS.items() if not name.endswith(classes))
+
+
+def _binary(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Without a pooler it is a model without binary head."""
+    return {} if any("pooler.dense" in name or "seq_relationship" in name for name in found) else {"bert_no_binary_head": True}
+
+
+def _one_segment(found: dict[str, Lazy], model: ModelConfig) -> tuple[dict[str, Lazy], tuple[str, ...]]:
+    """A model without binary head has one segment and no embedding of it: the first one's becomes part of the positions'."""
+    prefix = "" if TYPES in found else "bert."
+    if not model.bert_no_binary_head or not {prefix + POSITIONS, prefix + TYPES} <= found.keys():
+        return found, ()
+    positions = join([found[prefix + POSITIONS], found[prefix + TYPES]], lambda parts: parts[0] + parts[1][0])
+    others = {name: lazy for name, lazy in found.items() if name != prefix + TYPES}
+    note = "no binary head in it: imported without, for one segment, whose embedding was added to those of the positions"
+    return {**others, prefix + POSITIONS: positions}, (note,)
 
 
 _make = functools.partial(
@@ -41,7 +69,10 @@ _make = functools.partial(
     },
     more_ours=_more_ours,
     more_theirs=_more_theirs,
-    surplus=(r"bert\.embeddings\.position_ids", r"cls\.predictions\.decoder\.(weight|bias)"),  # the latter are copies
+    of_tensors=_binary,
+    heads=_heads,
+    adapt=_one_segment,
+    surplus=(r"(bert\.)?embeddings\.position_ids", r"cls\.predictions\.decoder\.(weight|bias)"),  # the latter are copies
 )  # fmt: skip
 ALWAYS = {"model_type": "bert", "dataset": "bert", "loss": "bert"}
 NAMES = (

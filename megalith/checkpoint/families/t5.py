@@ -10,6 +10,7 @@ import torch
 
 from megalith.checkpoint.huggingface_families import Family, Rule, Setting, activation, activation_name
 from megalith.checkpoint.lazy import Lazy
+from megalith.common.errors import CheckpointError, problem
 from megalith.config.run import RunConfig
 
 MLPS: dict[str, dict[str, Any]] = {  # feed_forward_proj
@@ -39,6 +40,9 @@ def _more_theirs(config: RunConfig, scales: bool) -> dict[str, Any]:
 
 def untied(found: Mapping[str, Lazy]) -> dict[str, Any]:
     """Whether there is an output layer beside the embedding: transformers 5 writes that they are tied even where they are two."""
+    if not any(name.startswith("decoder.") for name in found):
+        rule = "a T5 has an encoder and a decoder here, and this folder has no decoder (T5EncoderModel)"
+        raise CheckpointError(problem("weights", sorted(found)[:3], rule, "Convert the whole model that the encoder was taken from"))
     head, embedding = found.get("lm_head.weight"), found.get("shared.weight")
     if head is None or embedding is None:
         return {}
