@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 import megalith
 from megalith.checkpoint import folder as folders
 from megalith.checkpoint import manifest, store
+from megalith.checkpoint.chunked import INDEX
 from megalith.checkpoint.facts import CONFIG, TRAIN_STATE
 from megalith.checkpoint.ranks import Ranks
 from megalith.common.errors import CheckpointError
@@ -117,7 +118,7 @@ def _begin(order: Order, asked: list[tuple[str, int]], locks: list[int]) -> path
         raise CheckpointError(f"ranks disagree on what to save where: {sorted(set(asked))}; all must name one folder and iteration")
     if order.iteration < 0:
         raise CheckpointError(f"iteration: found {order.iteration}; iterations count from 0. Pass the number of steps done")
-    if order.path.exists() and not (order.path / store.METADATA).exists() and not (order.path / manifest.NAME).exists():
+    if order.path.exists() and not (order.path / INDEX).exists() and not (order.path / manifest.NAME).exists():
         # Megatron names its folders alike; what another program wrote is not ours to replace.
         raise CheckpointError(f"{order.path} exists and is no checkpoint of megalith. Save elsewhere (--save), or move it away")
     with contextlib.suppress(OSError):

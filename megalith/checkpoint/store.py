@@ -32,7 +32,6 @@ from megalith.common.errors import CheckpointError
 THREADS = 2  # files a rank writes at once: while one waits for the disk, the other copies and hashes
 ALIGNED = 64  # bytes: what torch aligns data to within its files, and this what it writes within ours
 DATA = ".distcp"
-METADATA = ".metadata"
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -77,7 +76,7 @@ def write(state: dict[str, Tensor], parts: Mapping[str, Tensor], folder: pathlib
 def read(chunked: Chunked, state: dict[str, Tensor]) -> None:
     """Fill the tensors of `state` in place from a folder's files: this rank's parts, no communication.
 
-    Names and shapes must fit (see fit.py); dtypes are converted. Beside them no more than one part of another dtype is in memory.
+    Names and shapes must fit (see fit.py); dtypes are converted. Of the files no more is read than these parts.
     """
     with torch.no_grad():
         for name, tensor in state.items():

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megalith.checkpoint import folder as folders
 from megalith.checkpoint import manifest, store
-from megalith.checkpoint.chunked import Chunked
+from megalith.checkpoint.chunked import INDEX, Chunked
 from megalith.checkpoint.facts import CONFIG, TRAIN_STATE, read_config, read_train_state
 from megalith.checkpoint.lazy import Lazy
 from megalith.checkpoint.ranks import Ranks
@@ -62,7 +62,7 @@ def own(path: str | os.PathLike, iteration: int | None = None) -> Weights:
     place = folders.find(path, iteration)
     content = manifest.read(place)
     chunked = Chunked(place)
-    others = {CONFIG, TRAIN_STATE, store.METADATA}
+    others = {CONFIG, TRAIN_STATE, INDEX}
     return Weights(
         config=from_yaml(read_config(place)),
         tensors={name: chunked.lazy(name) for name in content["tensors"]},

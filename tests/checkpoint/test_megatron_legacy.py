@@ -109,6 +109,10 @@ def test_what_only_arguments_say(tmp_path: pathlib.Path) -> None:
     weights = formats.read(megatron_files.write(tmp_path / "a", config, tensors, args=args))
     model = weights.config.model
     assert (model.rope_scaling_type, model.rope_scaling_factor, model.rotary_base, model.sliding_window) == ("llama3", 4.0, 5e5, 8)
+    assert model.full_attention_layers == []
+    for skip, full in ((2, [1, 3]), (3, [2]), ([1, 0, 1, 1], [1])):
+        skipped = formats.read(megatron_files.write(tmp_path / f"{skip}", config, tensors, args=args | {"window_attn_skip_freq": skip}))
+        assert skipped.config.model.full_attention_layers == full
     assert weights.config.schedule.train_samples == 640 and weights.config.schedule.train_iters is None and weights.config.precision.bf16
     assert "loss_scale: 'many' has no counterpart here and was left out" in weights.notes
     folder = megatron_files.write(tmp_path / "b", config, tensors, args=args | {"apply_layernorm_1p": True})

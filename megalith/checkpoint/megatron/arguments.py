@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megalith.checkpoint.lazy import Lazy
@@ -40,7 +40,6 @@ UNSUPPORTED = {  # argument -> why a model trained with it cannot be one of ours
     "num_experts": "there are no mixture-of-experts layers here",
     "apply_layernorm_1p": "weights of LayerNorm are stored as they multiply here, and minus one there",
     "multi_latent_attention": "there is no multi-latent attention here",
-    "window_attn_skip_freq": "which layers have the window is not read from it; --full-attention-layers says so here",
 }
 
 
@@ -68,6 +67,8 @@ def to_config(
             )
     values = _of_arguments(args, notes) | {"model_type": kind} | ({} if kind == "gpt" else {"dataset": kind, "loss": kind})
     values |= _of_shapes(parts, ranks, values)
+    if values.get("sliding_window"):
+        values["full_attention_layers"] = _without_window(args.get("window_attn_skip_freq"), values["num_layers"])
     if not args:
         values |= _assumed(kind, values, overrides, notes)
     values |= overrides
@@ -104,6 +105,12 @@ def _of_arguments(args: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     if args.get("bias_gelu_fusion") and not any(args.get(name) for name in ("swiglu", "squared_relu", "glu_activation")):
         values["openai_gelu"] = True
     return values
+
+
+def _without_window(skip: int | Sequence[int] | None, layers: int) -> list[int]:
+    """The layers that see everything: every `skip`-th, or those where the list has a 0 (megatron/core/transformer/utils.py)."""
+    pattern = skip if isinstance(skip, Sequence) else [number % skip for number in range(1, layers + 1)] if skip else []
+    return [layer for layer, window in enumerate(pattern[:layers]) if not window]
 
 
 def _of_shapes(parts: Mapping[str, Lazy], ranks: int, values: Mapping[str, Any]) -> dict[str, Any]:
