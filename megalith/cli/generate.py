@@ -125,7 +125,8 @@ def _samples(model: Any, prompts: list[str] | None, args: argparse.Namespace) ->
     count = args.num_samples * len(prompts or [""])
     show = args.out_file is None
     streamed = show and (args.stream if args.stream is not None else count == 1)
-    on_token = _Printer(prompts or [""], args.num_samples) if streamed else None
+    shown = [""] * count if model.config.decoder_layers else prompts or [""]  # an answer stands alone
+    on_token = _Printer(shown, args.num_samples) if streamed else None
     made = complete(
         model, prompts, max_new_tokens=args.max_new_tokens, temperature=0.0 if args.greedy else args.temperature, top_k=args.top_k,
         top_p=args.top_p, seed=args.seed, num_results=args.num_samples, stop=args.stop, stop_at_eod=not args.ignore_eod, on_token=on_token,

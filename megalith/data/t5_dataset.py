@@ -19,9 +19,9 @@ from megalith.data.sentence_dataset import SentenceDataset, padded
 class T5Dataset(SentenceDataset):
     """Samples are dicts over s = seq_length encoder and d = decoder_seq_length decoder tokens:
 
-    input_ids [s] int64, the text with a sentinel for each masked run; decoder_input_ids [d] int64, [BOS] and then each sentinel with its
-    run; labels [d] int64, the same one step on with [EOS], and -1 for padding; loss_mask [d] float32; padding_mask [s] and
-    decoder_padding_mask [d] int64, 1 for tokens.
+    input_ids [s] int64, the text with a sentinel for each masked run; decoder_input_ids [d] int64, [BOS] (padding where a vocabulary
+    has none) and then each sentinel with its run; labels [d] int64, the same one step on with [EOS], and -1 for padding; loss_mask [d]
+    float32; padding_mask [s] and decoder_padding_mask [d] int64, 1 for tokens.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class T5Dataset(SentenceDataset):
         short_seq_prob: float = 0.1,
         cache_folders: Sequence[str | os.PathLike] = (),
     ):
-        """Whole epochs until there are num_samples (None: one epoch). tokenizer: with tokens(), cls, sep, pad, bos, eos, extra_ids."""
+        """Whole epochs until there are num_samples (None: one epoch). tokenizer: see BERT's, with decoder_start, eos and extra_ids too."""
         super().__init__(indexed, documents, seed, cache_folders)
         longest = int(indexed.lengths.max())
         if len(indexed) == indexed.num_documents > 1 and longest > seq_length:
@@ -50,7 +50,7 @@ class T5Dataset(SentenceDataset):
             decoder_seq_length,
             short_seq_prob,
         )
-        self.bos, self.eos, self.pad = (tokenizer.require(name) for name in ("bos", "eos", "pad"))
+        self.start, self.eos, self.pad = tokenizer.decoder_start, tokenizer.require("eos"), tokenizer.require("pad")
         self.sentinels = list(tokenizer.extra_ids)
         if not self.sentinels:
             raise ConfigError(problem("--vocab-extra-ids", 0, "T5 marks masked runs with sentinels", "Add --vocab-extra-ids 100"))
@@ -91,7 +91,7 @@ class T5Dataset(SentenceDataset):
         loss_mask[:size] = 1.0
         return {
             "input_ids": padded(encoder, self.seq_length, self.pad),
-            "decoder_input_ids": padded([self.bos, *spelled], self.decoder_seq_length, self.pad),
+            "decoder_input_ids": padded([self.start, *spelled], self.decoder_seq_length, self.pad),
             "labels": padded([*spelled, self.eos], self.decoder_seq_length, -1),
             "loss_mask": loss_mask,
             "padding_mask": padded([1] * len(encoder), self.seq_length, 0),

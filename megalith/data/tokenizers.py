@@ -85,6 +85,11 @@ class Tokenizer:
         """Keep what it is made from; a subclass loads its vocabulary and sets `vocab_size` and the special ids."""
         self.options = options
 
+    @property
+    def decoder_start(self) -> int:
+        """What stands before the first token of a T5's decoder: bos, or pad where there is none, as in T5's own vocabulary."""
+        return self.bos if self.bos is not None else self.require("pad")
+
     def encode(self, text: str) -> list[int]:
         """Token ids of one text."""
         raise NotImplementedError

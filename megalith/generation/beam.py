@@ -7,8 +7,7 @@ from torch import nn
 
 from megalith.common.errors import ConfigError, problem
 from megalith.generation.cache import Decoder
-from megalith.generation.generate import Completion, check_length, decoder_for, tokenized, tokenizer_of
-from megalith.generation.stream import TextStream
+from megalith.generation.generate import Completion, check_length, config_of, decoder_for, end_of, tokenized, tokenizer_of
 
 
 class Finished:
@@ -48,19 +47,20 @@ def beam_search(
         prompt_ids = tokenized(model, None)[0].prompt_ids
     check_length(model, len(prompt_ids), max_new_tokens)
     tokenizer = tokenizer_of(model)
-    if stop_token is None and tokenizer is not None:
-        stop_token = tokenizer.eod
+    stop_token = end_of(model) if stop_token is None else stop_token
     finished = Finished(beam_width, length_penalty)
     with decoder_for(model, len(prompt_ids) + max_new_tokens) as decoder:
         _search(decoder, prompt_ids, finished, max_new_tokens, stop_token)
     made = []
+    if prompt is None and tokenizer is not None:
+        prompt = tokenizer.decode(prompt_ids)
     for value, ids, finish in finished.best:
-        text = None
+        answer = bool(config_of(model).decoder_layers)
+        one = Completion(prompt_ids=prompt_ids, ids=ids, prompt=prompt, score=value, finish=finish, answer=answer)
         if tokenizer is not None:
-            stream = TextStream(tokenizer, prompt_ids)
-            text = "".join(map(stream.push, ids)) + stream.finish()
-            prompt = tokenizer.decode(prompt_ids) if prompt is None else prompt
-        made.append(Completion(prompt_ids=prompt_ids, ids=ids, prompt=prompt, continuation=text, score=value, finish=finish))
+            stream = one.stream(tokenizer)
+            one.continuation = "".join(map(stream.push, ids)) + stream.finish()
+        made.append(one)
     return made
 
 

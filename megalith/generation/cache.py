@@ -40,6 +40,8 @@ class Reading:
             if mask.window is not None:
                 hidden = hidden | (distance <= -mask.window)
             values = torch.zeros((), device=key.device) if mask.slopes is None else mask.slopes.view(1, -1, 1, 1).float() * distance
+            if mask.relative is not None:
+                values = mask.relative[:, distance[:, 0] + mask.relative.shape[1] // 2].transpose(0, 1)
             wide = torch.promote_types(dtype, torch.float32) if key.device.type == "cpu" else dtype
             self.biases[mask.window] = values.masked_fill(hidden, float("-inf")).to(wide)
         return self.biases[mask.window]
@@ -48,8 +50,8 @@ class Reading:
 class CachedAttention(CoreAttention):
     """Takes the place of a layer's core attention and keeps its keys and values, in one block of memory for all steps."""
 
-    def __init__(self, reading: Reading):
-        super().__init__(0.0, "cache", "sdpa")
+    def __init__(self, reading: Reading, scale: float | None):
+        super().__init__(0.0, "cache", "sdpa", scale)
         self.reading = reading
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
@@ -70,8 +72,8 @@ class CachedAttention(CoreAttention):
         if bias is not None and (tokens > 1 or bias.shape[1] > 1):
             bias = bias.expand(-1, q.shape[1], -1, -1).reshape(rows, kv_heads, group * tokens, -1)
         grouped = q.reshape(rows, kv_heads, group * tokens, width)
-        out = scaled_dot_product_attention(grouped, self.keys[:, :, : reading.length], self.values[:, :, : reading.length], attn_mask=bias)
-        return out.view(q.shape)
+        keys, values = self.keys[:, :, : reading.length], self.values[:, :, : reading.length]
+        return scaled_dot_product_attention(grouped, keys, values, attn_mask=bias, scale=self.scale).view(q.shape)
 
     def reserve(self, k: Tensor) -> None:
         """Memory for the rows of k [b, m, s, d], the same as before where it fits. Zeros: 0 x NaN is NaN, also where masked."""
@@ -94,7 +96,7 @@ class Decoder:
     def __init__(self, model: nn.Module, capacity: int, *, compile: bool = False):
         self.model, self.fixed = model, compile
         self.reading = Reading(-(-capacity // STEP) * STEP)
-        self.cores = {name: CachedAttention(self.reading) for name in model.layers}
+        self.cores = {name: CachedAttention(self.reading, layer.attention.core.scale) for name, layer in model.layers.items()}
         self.call = torch.compile(model, dynamic=False, mode="reduce-overhead") if compile else model
         self.device = next(model.parameters()).device
         self.last: Tensor | None = None

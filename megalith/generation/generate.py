@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from megalith.common.errors import CheckpointError, ConfigError, DataError, problem
+from megalith.config.model import ModelConfig
 from megalith.data.tokenizers import Tokenizer
 from megalith.generation.cache import Decoder
+from megalith.generation.pair import PairDecoder
 from megalith.generation.sampling import Sampling, choose, row_keys
 from megalith.generation.stream import TextStream
 
@@ -25,6 +27,7 @@ class Completion:
 
     prompt_ids, ids: tokens read (with the end-of-document token that stands before an empty prompt) and tokens written
     (with the one that ended it). prompt, continuation: their texts, without such tokens; None without a tokenizer.
+    answer: whether the continuation stands alone, as what an encoder-decoder writes does.
     logprobs: natural logarithms of the chances that the model gave the tokens of `ids`, before temperature and filters,
     where asked for. score: of beam search. finish: why it ended, "stop" or "length".
     """
@@ -36,13 +39,18 @@ class Completion:
     logprobs: list[float] | None = None
     score: float | None = None
     finish: str = "length"
+    answer: bool = False
 
     @property
     def text(self) -> str:
-        """Prompt and continuation; needs a tokenizer."""
+        """Prompt and continuation, or the answer alone; needs a tokenizer."""
         if self.prompt is None or self.continuation is None:
             raise ConfigError("this model has no tokenizer, so there is no text: use the token numbers in `ids`.")
-        return self.prompt + self.continuation
+        return self.continuation if self.answer else self.prompt + self.continuation
+
+    def stream(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> TextStream:
+        """What turns the tokens written into text."""
+        return TextStream(tokenizer, [] if self.answer else self.prompt_ids, stops)
 
 
 def generate(model: nn.Module | Decoder, prompts: Prompts = None, **options) -> list[str]:
@@ -66,7 +74,7 @@ def complete(
     stop: Sequence[str] = (), stop_at_eod: bool = True, add_bos: bool = False, logprobs: bool = False, on_token: OnToken | None = None,
     batch_size: int = 32,
 ) -> list[Completion]:  # fmt: skip
-    """What the model writes after each prompt, num_results completions for each, in order.
+    """What the model writes after each prompt, or in answer to it, num_results completions for each, in order.
 
     model: from `load`, or any model in evaluation mode that has `.tokenizer` (or None) and `.config`; or a Decoder of one,
         to keep its memory and its compiled step for the next call.
@@ -92,7 +100,7 @@ def complete(
     check_length(model, max((len(one.prompt_ids) for one in made), default=0), max_new_tokens)
     seed = secrets.randbits(63) if seed is None else seed
     tokenizer = tokenizer_of(model)
-    eod = tokenizer.eod if tokenizer is not None and stop_at_eod else None
+    eod = end_of(model) if stop_at_eod else None
     for start in range(0, len(made) if max_new_tokens else 0, batch_size):
         rows = [Row(number, made[number], tokenizer, eod, stop, on_token) for number in range(start, min(start + batch_size, len(made)))]
         with decoder_for(model, max(len(row.made.prompt_ids) for row in rows) + max_new_tokens) as decoder:
@@ -107,7 +115,7 @@ class Row:
         self, number: int, made: Completion, tokenizer: Tokenizer | None, eod: int | None, stop: Sequence[str], on_token: OnToken | None
     ):
         self.number, self.made, self.eod, self.on_token = number, made, eod, on_token
-        self.stream = TextStream(tokenizer, made.prompt_ids, stop) if tokenizer is not None else None
+        self.stream = made.stream(tokenizer, stop) if tokenizer is not None else None
         self.done = False
 
     def push(self, token: int, logprob: float | None, last: bool) -> None:
@@ -162,6 +170,8 @@ def score(model: nn.Module | Decoder, texts: Prompts, *, add_bos: bool = False, 
     texts: as the prompts of `complete`. The sum of a list is the text's log likelihood given its first token; add_bos counts
     the first token too.
     """
+    if config_of(model).decoder_layers:
+        raise ConfigError(problem("model", "t5", "the texts scored are those of models of one stack", "Load a GPT"))
     made, model = tokenized(model, texts, add_bos), model.model if isinstance(model, Decoder) else model
     check_length(model, max((len(one.prompt_ids) for one in made), default=0), 0)
     device, loss = next(model.parameters()).device, model.token_loss
@@ -185,8 +195,24 @@ def tokenizer_of(model: nn.Module | Decoder) -> Tokenizer | None:
     return getattr(model.model if isinstance(model, Decoder) else model, "tokenizer", None)
 
 
+def config_of(model: nn.Module | Decoder) -> ModelConfig:
+    """The config of a model, or of that of a Decoder."""
+    return (model.model if isinstance(model, Decoder) else model).config
+
+
+def end_of(model: nn.Module | Decoder) -> int | None:
+    """The token that ends a text: of a document, or of what a decoder beside an encoder says."""
+    tokenizer = tokenizer_of(model)
+    return None if tokenizer is None else tokenizer.eos if config_of(model).decoder_layers else tokenizer.eod
+
+
 def decoder_for(model: nn.Module | Decoder, capacity: int) -> Decoder:
     """The decoder itself, if it is one and large enough, or a new one."""
+    if not isinstance(model, Decoder) and model.config.decoder_layers:
+        tokenizer = tokenizer_of(model)
+        if tokenizer is None:
+            raise ConfigError("this model has no tokenizer, which alone knows with what token its decoder starts: set model.tokenizer.")
+        return PairDecoder(model, capacity, tokenizer.decoder_start)
     if not isinstance(model, Decoder):
         return Decoder(model, capacity)
     if capacity > model.reading.capacity:
@@ -198,10 +224,18 @@ def decoder_for(model: nn.Module | Decoder, capacity: int) -> Decoder:
 
 
 def check_length(model: nn.Module | Decoder, prompt: int, new: int) -> None:
-    """Raise ConfigError where a sequence would be longer than the model's positions; ALiBi has no such limit."""
-    config = (model.model if isinstance(model, Decoder) else model).config
+    """Raise ConfigError where a sequence would be longer than the model's positions; ALiBi and relative ones have no such limit."""
+    config = config_of(model)
     limit = config.max_position_embeddings
-    if config.positions != "alibi" and limit is not None and prompt + new > limit:
+    if config.positions in ("alibi", "relative") or limit is None:
+        return
+    if config.decoder_layers:
+        if max(prompt, new + 1) > limit:
+            raise ConfigError(
+                f"too long: the longest prompt has {prompt} tokens, and an answer of {new} new ones after its start token {new + 1}; the "
+                f"model's limit (max_position_embeddings) is {limit} for each. Shorten it or ask for at most {limit - 1} new tokens."
+            )
+    elif prompt + new > limit:
         raise ConfigError(
             f"too long: the longest prompt has {prompt} tokens and {new} new ones are asked for, together {prompt + new}; the model's "
             f"limit (max_position_embeddings) is {limit}. Shorten the prompt or ask for at most {max(limit - prompt, 0)} new tokens."
@@ -210,10 +244,10 @@ def check_length(model: nn.Module | Decoder, prompt: int, new: int) -> None:
 
 def tokenized(model: nn.Module | Decoder, prompts: Prompts, add_bos: bool = False) -> list[Completion]:
     """A Completion without continuation for each prompt."""
-    config = (model.model if isinstance(model, Decoder) else model).config
-    if config.decoder_layers or not config.causal:
-        rule = "text is written, and scored, by models of one stack that read from left to right"
-        raise ConfigError(problem("model", config.model_type, rule, "Load a GPT"))
+    config = config_of(model)
+    if not config.decoder_layers and not config.causal:
+        rule = "text is written, and scored, by models that read from left to right"
+        raise ConfigError(problem("model", config.model_type, rule, "Load a GPT or a T5"))
     tokenizer, vocabulary, made = tokenizer_of(model), config.vocab_size, []
     given: Sequence[str | Sequence[int]] = [""] if prompts is None else [prompts] if isinstance(prompts, str) else prompts
     for number, prompt in enumerate(given):
@@ -233,5 +267,6 @@ def tokenized(model: nn.Module | Decoder, prompts: Prompts, add_bos: bool = Fals
         if wrong:
             rule = f"the model's vocabulary has {vocabulary} tokens, numbered from 0"
             raise DataError(problem(f"prompt {number}, token", wrong[0], rule, "Use the tokenizer that it was trained with"))
-        made.append(Completion(prompt_ids=ids, prompt=text, continuation=None if text is None else ""))
+        begun = None if text is None else ""
+        made.append(Completion(prompt_ids=ids, prompt=text, continuation=begun, answer=bool(config.decoder_layers)))
     return made

@@ -186,5 +186,9 @@ class CrossAttention(SelfAttention):
     def forward(self, x: Tensor, memory: Tensor, mask: AttentionMask) -> Tensor:  # type: ignore[override]
         """x [b, s, hidden], memory [b, t, hidden] -> [b, s, hidden]. mask: which places of the memory are seen."""
         (q,) = self.shared_input(x, self.q)
+        return self.out(self.core(self.heads(q), *self.look(memory), mask).transpose(1, 2).flatten(2))
+
+    def look(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [b, heads, t, d] of the memory; where text is written, they are kept."""
         k, v = self.shared_memory(memory, self.k, self.v)
-        return self.out(self.core(self.heads(q), self.heads(k), self.heads(v), mask).transpose(1, 2).flatten(2))
+        return self.heads(k), self.heads(v)

@@ -12,7 +12,7 @@ class WordPieces:
     """A vocabulary of 120 words, a third of them pieces that go on a word."""
 
     vocab_size, pad, cls, sep, mask, bos, eos, eod = 120, 0, 1, 2, 3, 4, 5, 5
-    extra_ids = range(100, 120)
+    decoder_start, extra_ids = bos, range(100, 120)
     inv_vocab = {i: ("##" if 6 <= i < 100 and i % 3 == 0 else "") + f"w{i}" for i in range(120)}  # noqa: RUF012
     vocab = additional_special_tokens_ids = None
 

@@ -127,7 +127,7 @@ def test_core_reads_in_pieces_what_it_reads_at_once(form: dict[str, Any], kv_hea
     q, k, v = (torch.randn(2, heads, length, 8, dtype=torch.float64) for heads in (4, kv_heads, kv_heads))
     expected = CoreAttention(0.0, "s", "explicit")(q, k, v, mask)
     reading = Reading(32)
-    core = CachedAttention(reading).double()
+    core = CachedAttention(reading, None).double()
     reading.set(None, max(first), False)
     torch.testing.assert_close(core(q[:, :, :13], k[:, :, :13], v[:, :, :13], mask), expected[:, :, :13])
     for step in range(2):

@@ -25,7 +25,9 @@ def by_hand(model, ids: list[int], count: int) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "form", [{}, {"position_embedding_type": "rope", "num_query_groups": 2}, {"position_embedding_type": "alibi"}], ids=str
+    "form",
+    [{}, {"position_embedding_type": "rope", "num_query_groups": 2}, {"position_embedding_type": "alibi"}, {"softmax_scale": 0.9}],
+    ids=str,
 )
 def test_greedy_equals_reading_everything_again(form: dict, make) -> None:
     model = make(torch.float64, **form)
