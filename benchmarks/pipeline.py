@@ -109,7 +109,7 @@ def main() -> None:
     m, d = CONFIG.model, CONFIG.data
     print(f"torch {torch.__version__}, {m.num_layers} layers, hidden {m.hidden_size}, {d.seq_length} tokens, {MICRO_BATCHES} micro-batches")
     print(
-        "idle over computing time. 2 processes: fastest step, median (quartiles) | at best | theory || 4: played | theory || 8: played | theory"
+        "idle over computing time. 2 processes: fastest, median (quartiles) | at best | theory || 4: played | theory || 8: played | theory"
     )
     costs = {}
     for name in args.schedules:
