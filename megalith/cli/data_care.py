@@ -33,20 +33,21 @@ def merge(args: argparse.Namespace) -> int:
     from megalith.data.inspecting import describe
     from megalith.data.merge import merge_datasets
 
-    prefixes = _prefixes(args.input)
+    prefixes = _prefixes(args.input, args.output_prefix)
     merge_datasets(prefixes, args.output_prefix)
     made = describe(args.output_prefix)
     print(f"{args.output_prefix}: {len(prefixes)} datasets, {made['num_documents']} documents, {made['total_num_tokens']} tokens")
     return 0
 
 
-def _prefixes(paths: list[str]) -> list[str]:
+def _prefixes(paths: list[str], output_prefix: str) -> list[str]:
     import os
 
     from megalith.data.indexed import resolve_prefix
     from megalith.data.merge import directory_prefixes
 
-    return [prefix for path in paths for prefix in (directory_prefixes(path) if os.path.isdir(path) else [resolve_prefix(path)])]
+    found = [directory_prefixes(path, output_prefix) if os.path.isdir(path) else [resolve_prefix(path)] for path in paths]
+    return [prefix for prefixes in found for prefix in prefixes]
 
 
 def _add_split(verbs) -> None:
@@ -66,7 +67,9 @@ def split(args: argparse.Namespace) -> int:
     """Split; prints the prefixes."""
     from megalith.data.merge import split_datasets
 
-    made = split_datasets(_prefixes(args.input), args.output_prefix, tokens=args.tokens, documents=args.documents, size=args.bytes)
+    made = split_datasets(
+        _prefixes(args.input, args.output_prefix), args.output_prefix, tokens=args.tokens, documents=args.documents, size=args.bytes
+    )
     print("\n".join(made))
     return 0
 

@@ -8,6 +8,7 @@ Exit status: 0 done, 1 stopped by an error in data, checkpoints or training, 2 t
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import importlib
 import os
@@ -19,6 +20,8 @@ from megalith import __version__
 from megalith.common.errors import ConfigError, MegalithError
 from megalith.config.text import nearest, unknown
 
+# What a disk or a path can be the cause of; other errors of the system are bugs or of the network, and keep their traceback.
+OF_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
 VERBS = {  # verb -> one line; the module is megalith.cli.VERB, with register(subparsers) that sets a default `handler`
     "demo": "corpus to trained model to text, on what every machine has",
     "data": "raw text to indexed datasets, and what is done with those",
@@ -91,9 +94,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Every rank says it, also what is the same on all: a launcher ends the others as soon as the first has ended.
         print(f"megalith: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # `megalith ... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        if error.errno not in OF_FILES:
+            raise
+        print(
+            f"megalith: {error}. Free space or correct the path, and give the same command again; what was finished is kept.",
+            file=sys.stderr,
+        )
+        return 1
     except KeyboardInterrupt:
         print("megalith: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `megalith ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141

@@ -60,6 +60,10 @@ def _limits(config: RunConfig) -> Iterator[Problem]:
         elif smallest is not None and value < smallest:
             cure = f"Write {flag(name)} {value_text(smallest)} or more{default}"
             yield trouble((name,), flag(name), value, f"it is at least {value_text(smallest)}", cure)
+        elif name == "seed" and value >= 2**32:
+            yield trouble(
+                (name,), "--seed", value, "sample orders are Megatron's, whose seeds are below 2 to the 32nd", "Write a smaller one"
+            )
         elif (name in BELOW_ONE and value >= 1.0) or (name == "rotary_percent" and value > 1.0):
             rule = "it is a share, below 1" if name in BELOW_ONE else "it is a share, at most 1"
             yield trouble((name,), flag(name), value, rule, f"Write {flag(name)} with a number between 0 and 1")

@@ -49,14 +49,17 @@ def build_datasets(
     sizes = dict(zip(NAMES, sample_counts(config, size)))
     own = {name: list(getattr(data, f"{name}_data_path")) for name in NAMES}
     if not any(own.values()):
-        sources = read_list(data.data_file_list) if data.data_file_list else sources_of(data.data_path)
+        keep_unused = data.data_weights_schedule is not None  # a weight of 0 may be raised during the run
+        listed = data.data_file_list
+        sources = read_list(listed, keep_unused) if listed else sources_of(data.data_path, keep_unused=keep_unused)
         opened = maker.open(sources)
-        built = {name: maker.split(sources, opened, sizes[name], number) for number, name in enumerate(NAMES)}
+        built = {name: maker.split(sources, opened, sizes[name], number, name == "train") for number, name in enumerate(NAMES)}
     else:
         built = {}
         for name in NAMES:
-            sources = sources_of(own[name], f"--{name}-data-path")
-            built[name] = maker.split(sources, maker.open(sources), sizes[name], None) if sources else None
+            keep_unused = name == "train" and data.data_weights_schedule is not None
+            sources = sources_of(own[name], f"--{name}-data-path", keep_unused)
+            built[name] = maker.split(sources, maker.open(sources), sizes[name], None, name == "train") if sources else None
     maker.prepare_all(rank)
     return built
 
@@ -72,6 +75,20 @@ def sample_counts(config: RunConfig, size: int = 1) -> tuple[int, int, int]:
 def report(dataset: Any) -> list[dict[str, Any]]:
     """A row per source of a built dataset: prefix, corpus, weight (None where there was none), samples taken, and epochs that they make."""
     return [row.described() for row in getattr(dataset, "rows", ())]
+
+
+def told(dataset: Any, most: int = 20) -> list[str]:
+    """Lines with samples and epochs of each source of a blend, or each corpus where sources have one, largest first; [] for one alone."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in report(dataset):
+        groups.setdefault(row["corpus"] or row["prefix"], []).append(row)
+    taken = {name: sum(row["samples"] for row in rows) for name, rows in groups.items()}
+    lines = []
+    for name in sorted(groups, key=lambda name: -taken[name]):
+        there = sum(row["tokens"] for row in groups[name])
+        epochs = sum(row["tokens"] / there * row["epochs"] for row in groups[name])
+        lines.append(f"{name}: {taken[name]} samples, {epochs:.3g} epochs")
+    return [] if len(lines) < 2 else lines[:most] + [f"and {len(lines) - most} more"] * (len(lines) > most)
 
 
 @dataclasses.dataclass
@@ -116,7 +133,7 @@ class _Maker:
     def make(self, indexed: Any, documents: tuple[int, int] | None, num_samples: int | None, turn: int = 0) -> Any:
         """One dataset; `turn` above 0 shuffles anew."""
         folders = self._folders(indexed) if indexed is not None else []
-        seed = self.config.batch.seed + turn
+        seed = (self.config.batch.seed + turn) % 2**32
         dataset = self.kind(indexed, documents, num_samples, config=self.config, tokenizer=self.tokenizer, seed=seed, cache_folders=folders)
         if turn == 0:
             self.made.append(dataset)
@@ -134,8 +151,11 @@ class _Maker:
         with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(prepare, turned))
 
-    def split(self, sources: Sequence[Source], opened: Sequence[Any], size: int, number: int | None) -> Any:
-        """The dataset of one split: its `number` among NAMES, or None for whole files. None where it has no samples or documents."""
+    def split(self, sources: Sequence[Source], opened: Sequence[Any], size: int, number: int | None, training: bool) -> Any:
+        """The dataset of one split: its `number` among NAMES, or None for whole files. None where it has no samples or documents.
+
+        training: whether --data-weights-schedule, whose sample numbers are those of training, is for it.
+        """
         if size == 0:
             return None
         if not sources:
@@ -146,13 +166,15 @@ class _Maker:
             bounds = (0, count) if number is None else split_bounds(self.config.data.split, count, self.config.data.split_rounding)[number]
             edges = [int(indexed.document_indices[bound]) for bound in bounds] if self.by_document else bounds
             tokens = indexed.tokens_between(*edges)
-            if tokens:
+            if tokens and (training or source.weight != 0):
                 parts.append((source, indexed, bounds, tokens))
         if not parts:
             return None
         rows = [Row(source, tokens, self.seq_length) for source, _, _, tokens in parts]
         dataset = (
-            self._single(parts, size) if len(parts) == 1 and sources[0].weight is None else self._blend(parts, rows, size, len(sources))
+            self._single(parts, size)
+            if len(parts) == 1 and sources[0].weight is None
+            else self._blend(parts, rows, size, sources if training else ())
         )
         if len(rows) == 1:
             rows[0].samples = size
@@ -164,12 +186,12 @@ class _Maker:
         _, indexed, bounds, _ = parts[0]
         return self.make(indexed, bounds, size)
 
-    def _blend(self, parts: list, rows: list[Row], size: int, num_sources: int) -> Any:
+    def _blend(self, parts: list, rows: list[Row], size: int, scheduled: Sequence[Source]) -> Any:
         weights, requests = self._requests(parts, size)
         datasets = [self._endless(indexed, bounds, asked) for (_, indexed, bounds, _), asked in zip(parts, requests)]
         folders = self._folders(parts[0][1])
         names = list(dict.fromkeys(row.source.corpus for row in rows))
-        schedule = self._schedule(len(names) if names != [""] else num_sources)
+        schedule = self._schedule(scheduled, rows) if scheduled else []
         if names == [""]:
             blended = Blended(datasets, [(0, weights), *schedule], size, folders)
             for row, taken in zip(rows, blended.taken):
@@ -186,7 +208,8 @@ class _Maker:
             )
             for group in members
         ]
-        blended = Blended(corpora, [(0, [len(corpus) for corpus in corpora]), *schedule], size, folders)
+        weights = [len(corpus) if any(rows[place].source.weight for place in group) else 0 for group, corpus in zip(members, corpora)]
+        blended = Blended(corpora, [(0, weights), *schedule], size, folders)
         for group, corpus, taken in zip(members, corpora, blended.taken):
             for place in group:
                 rows[place].samples = round(int(taken) * requests[place] / len(corpus))  # type: ignore[operator]
@@ -206,21 +229,34 @@ class _Maker:
         rounding = self.config.data.split_rounding
         return weights, [max(1, request(size, share, rounding)) for share in normalised(weights).tolist()]
 
-    def _schedule(self, count: int) -> list[tuple[int, list[float]]]:
-        """The changes of --data-weights-schedule: (first sample, weights), in rising order, each with `count` weights."""
+    def _schedule(self, sources: Sequence[Source], rows: Sequence[Row]) -> list[tuple[int, list[float]]]:
+        """The changes of --data-weights-schedule: (first sample, weights of what is blended), in rising order.
+
+        A line has a weight for each of `sources`, or for each of their corpora; those without documents here are left out.
+        """
         path = self.config.data.data_weights_schedule
         if path is None:
             return []
-        changes: list[tuple[int, list[float]]] = []
-        for number, line in enumerate(pathlib.Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        names: list[Any] = list(dict.fromkeys(source.corpus for source in sources))
+        used: set[Any] = {row.source.corpus for row in rows}
+        if names == [""]:
+            names, used = [id(source) for source in sources], {id(row.source) for row in rows}
+        count, changes = len(names), list[tuple[int, list[float]]]()
+        try:
+            lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"--data-weights-schedule {path} cannot be read: {error}. Correct the path.") from error
+        for number, line in enumerate(lines, 1):
             if not line.strip() or line.startswith("#"):
                 continue
             try:
                 start, weights = int(line.split()[0]), [float(word) for word in line.split()[1:]]
             except ValueError:
                 start, weights = -1, []
-            if start <= (changes[-1][0] if changes else 0) or len(weights) != count or min(weights) < 0 or not sum(weights):
-                rule = f"a line is a sample number above the last one and {count} weights, none negative"
+            here = [weight for weight, name in zip(weights, names) if name in used]
+            right = len(weights) == count and min(weights) >= 0 and 0 < sum(here) < float("inf")
+            if start <= (changes[-1][0] if changes else 0) or not right:
+                rule = f"a line is a sample number above the last one and {count} weights, none negative, one with documents above 0"
                 raise DataError(problem(f"--data-weights-schedule {path}, line {number}", line, rule, "Correct the line"))
-            changes.append((start, weights))
+            changes.append((start, here))
         return changes

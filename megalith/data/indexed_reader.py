@@ -54,7 +54,11 @@ class IndexedDataset:
             raise self._fault(len(head), f"the file ends inside its header of {HEADER.size} bytes; it is truncated")
         magic, version, code, sequences, entries = HEADER.unpack(head)
         if magic != MAGIC:
-            kind = "a lazy or cached index; megalith.data.tntidx reads and converts it" if magic[:6] == b"TNTIDX" else "no indexed dataset"
+            kind = (
+                "a lazy or cached index; `megalith data convert` makes an mmap dataset of it"
+                if magic[:6] == b"TNTIDX"
+                else "no indexed dataset"
+            )
             raise self._fault(0, f"magic {magic!r} where {MAGIC!r} belongs: {kind}")
         if version != 1:
             raise self._fault(9, f"version {version}; only version 1 exists")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -106,8 +107,11 @@ def _append(path: str, offset: int, count: int, out: int) -> None:
             offset, count = offset + copied, count - copied
 
 
-def directory_prefixes(directory: str) -> list[str]:
-    """Prefixes of the .bin/.idx pairs in `directory`, sorted by name. Raises DataError for a file without its partner."""
+def directory_prefixes(directory: str, output_prefix: str = "") -> list[str]:
+    """Prefixes of the .bin/.idx pairs in `directory`, sorted by name. Raises DataError for a file without its partner.
+
+    output_prefix: what is to be written; if an earlier call wrote it into `directory`, its documents would be taken twice: a DataError.
+    """
     folder = pathlib.Path(directory)
     if not folder.is_dir():
         raise DataError(problem("--input", directory, "it must be a directory of .bin/.idx pairs", "Correct the path"))
@@ -123,6 +127,11 @@ def directory_prefixes(directory: str) -> list[str]:
             raise DataError(f"{stem}{have} has no partner {'.idx' if have == '.bin' else '.bin'}; a dataset is both files")
     if not stems:
         raise DataError(problem("--input", directory, "it holds no .bin/.idx pair", "Name the directory that preprocess wrote to"))
+    written = re.compile(re.escape(os.path.abspath(output_prefix)) + r"(-\d{4,})?")
+    earlier = sorted(stem for stem in stems if output_prefix and written.fullmatch(os.path.abspath(stem)))
+    if earlier:
+        rule = "it has the name of what is to be written, and its documents would be taken twice"
+        raise DataError(problem("--input", earlier[0], rule, "Remove it (.bin and .idx), or write to another directory"))
     return sorted(stems)
 
 
@@ -136,6 +145,9 @@ def split_datasets(prefixes: Sequence[str], output_prefix: str, *, tokens: int =
         raise DataError(
             problem("--tokens, --documents, --bytes", limits, "exactly one of them, above 0, says how large a file gets", "Give one")
         )
+    if os.path.exists(f"{output_prefix}-0000.idx"):
+        rule = "it is of an earlier split, of which files would be left among the new ones"
+        raise DataError(problem("--output-prefix", f"{output_prefix}-0000", rule, f"Remove {output_prefix}-*, or choose another prefix"))
     made: list[str] = []
     spans: list[tuple[str, int, int]] = []
     left = limits[0]

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from megalith.data.merge import merge_datasets
 from megalith.data.preprocess_part import STAGES, BadDocument, Job, finished_parts, part_prefix
 from megalith.data.preprocess_pool import ENGINES
 from megalith.data.readers import Part, cut, file_format, find_inputs, read_part, sample_texts
+from megalith.data.sentences import CODES
 from megalith.data.tokenizers import Tokenizer, TokenizerOptions, build_tokenizer
 
 SMALLEST_PART, LARGEST_PART = 4 << 20, 64 << 20  # bytes of input; --partitions can ask for smaller ones
@@ -178,6 +180,9 @@ def _validate(options: PreprocessOptions) -> None:
     if options.workers < 0 or options.partitions < 1:
         found = (options.workers, options.partitions)
         faults.append(problem("--workers, --partitions", found, "workers are 0 (each core) or more, partitions 1 or more", "Correct them"))
+    if options.lang.lower() not in CODES and not re.fullmatch("[a-z]{2,3}", options.lang):
+        rule = f"it is a code of ISO 639 or one of {', '.join(CODES)}"
+        faults.append(problem("--lang", options.lang, rule, "Correct the name"))
     if options.on_error not in ("skip", "fail"):
         faults.append(problem("--on-error", options.on_error, "it is skip or fail", "Choose one"))
     if len(options.json_keys) > 1 and any(file_format(path)[0] == "text" for path in find_inputs(options.input)):

@@ -146,8 +146,41 @@ def open_plain(path: str, raw: BinaryIO | None = None) -> Any:
     if compression == ".gz":
         return gzip.GzipFile(fileobj=raw)
     if compression == ".zst":
-        return io.BufferedReader(optional_import("zstandard", "data", path).ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+        return io.BufferedReader(_ZstdFile(raw, optional_import("zstandard", "data", path)))
     return raw
+
+
+class _ZstdFile(io.RawIOBase):
+    """A zstd file as plain bytes. The library's own reader takes a file that is cut off for one that ends there."""
+
+    def __init__(self, raw: BinaryIO, library: Any):
+        self._raw, self._new, self._ready = raw, lambda: library.ZstdDecompressor().decompressobj(), b""
+        self._frame: Any = None  # between two frames
+
+    def readable(self) -> bool:
+        """Whether it can be read."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer, or some of it; 0 at the end."""
+        while not self._ready:
+            left = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
+            block = left or self._raw.read(1 << 16)
+            if not block:
+                if self._frame is not None and not self._frame.eof:
+                    raise EOFError("the zstd stream ends inside a frame")
+                return 0
+            if self._frame is None or self._frame.eof:
+                self._frame = self._new()
+            self._ready = self._frame.decompress(block)
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+    def close(self) -> None:
+        """Close the file too."""
+        self._raw.close()
+        super().close()
 
 
 def read_part(part: Part, keys: Sequence[str]) -> Iterator[tuple[int, Batch]]:

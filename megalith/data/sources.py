@@ -19,11 +19,14 @@ class Source:
     corpus: str = ""
 
 
-def sources_of(paths: Sequence[str], flag: str = "--data-path") -> list[Source]:
-    """Sources named by one prefix, one directory (all in it, in proportion to size), `weight prefix ...` pairs, or plain prefixes."""
+def sources_of(paths: Sequence[str], flag: str = "--data-path", keep_unused: bool = False) -> list[Source]:
+    """Sources named by one prefix, one directory (all in it, in proportion to size), `weight prefix ...` pairs, or plain prefixes.
+
+    keep_unused: also those of weight 0.
+    """
     items = [str(path) for path in paths]
     if len(items) == 1 and os.path.isdir(items[0]):
-        found = sorted(path.with_suffix("") for path in pathlib.Path(items[0]).glob("*.idx"))
+        found = sorted(path.with_suffix("") for path in pathlib.Path(items[0]).glob("[!.]*.idx"))
         if not found:
             raise DataError(problem(flag, items[0], "the directory has no .idx file", "Name a directory of indexed datasets, or a prefix"))
         return [Source(str(path)) for path in found]
@@ -33,11 +36,14 @@ def sources_of(paths: Sequence[str], flag: str = "--data-path") -> list[Source]:
     if None in weights:
         wrong = items[2 * weights.index(None)]
         raise ConfigError(problem(flag, wrong, "a weight stands before each prefix, or before none", f"Write {flag} 0.3 first 0.7 second"))
-    return _used([Source(prefix, weight) for weight, prefix in zip(weights, items[1::2])], flag)
+    return _used([Source(prefix, weight) for weight, prefix in zip(weights, items[1::2])], flag, keep_unused)
 
 
-def read_list(path: str | os.PathLike) -> list[Source]:
-    """The sources of a file with a line `weight path corpus` each; relative paths are relative to the file. DataError names the line."""
+def read_list(path: str | os.PathLike, keep_unused: bool = False) -> list[Source]:
+    """The sources of a file with a line `weight path corpus` each; relative paths are relative to the file. DataError names the line.
+
+    Paths may hold spaces, corpora may not. keep_unused: also sources of weight 0.
+    """
     folder = pathlib.Path(path).absolute().parent
     try:
         lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
@@ -45,16 +51,16 @@ def read_list(path: str | os.PathLike) -> list[Source]:
         raise DataError(f"--data-file-list {path} cannot be read: {error}") from error
     sources = []
     for number, line in enumerate(lines, 1):
-        fields = line.split()
-        if not fields or fields[0].startswith("#"):
+        if not line.strip() or line.lstrip().startswith("#"):
             continue
-        weight = _number(fields[0])
-        if len(fields) != 3 or weight is None:
+        first, *rest = line.split(maxsplit=1)
+        fields, weight = "".join(rest).rsplit(maxsplit=1), _number(first)
+        if len(fields) != 2 or weight is None:
             raise DataError(problem(f"{path}, line {number}", line.strip(), "a line is `weight path corpus`", "Correct the line"))
-        sources.append(Source(str(folder / fields[1].split(".bin")[0]), weight, fields[2]))
+        sources.append(Source(str(folder / fields[0].removesuffix(".bin")), weight, fields[1]))
     if not sources:
         raise DataError(f"--data-file-list {path} names no dataset; each line is `weight path corpus`")
-    return _used(sources, f"--data-file-list {path}")
+    return _used(sources, f"--data-file-list {path}", keep_unused)
 
 
 def _number(text: str) -> float | None:
@@ -64,12 +70,16 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _used(sources: list[Source], where: str) -> list[Source]:
-    """The sources with a weight above 0; negative and infinite ones are refused."""
+def _used(sources: list[Source], where: str, keep_unused: bool) -> list[Source]:
+    """The sources with a weight above 0; with keep_unused also corpora in which no source has one. Weights have a finite sum above 0."""
     for source in sources:
         if source.weight is not None and not 0 <= source.weight < float("inf"):
             raise ConfigError(problem(f"{where}, weight of {source.prefix}", source.weight, "weights are 0 or more", "Correct the weight"))
     used = [source for source in sources if source.weight != 0]
-    if not used:
-        raise ConfigError(problem(where, 0, "at least one weight is above 0", "Raise a weight"))
-    return used
+    total = sum(source.weight or 0.0 for source in used)
+    if not 0 < total < float("inf"):
+        raise ConfigError(
+            problem(f"{where}, sum of the weights", total, "at least one weight is above 0, and the sum is finite", "Correct them")
+        )
+    alive = {source.corpus for source in used} - {""} if keep_unused else {source.corpus for source in sources}
+    return [source for source in sources if source.weight != 0 or source.corpus not in alive]

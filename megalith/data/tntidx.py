@@ -33,7 +33,8 @@ class TntidxDataset:
             raise self._fault(len(data), f"the file ends inside its header of {HEADER.size} bytes; it is truncated")
         magic, version, code, self._element, items, sizes, entries = HEADER.unpack_from(data)
         if magic != MAGIC:
-            raise self._fault(0, f"magic {magic!r} where {MAGIC!r} belongs")
+            kind = "an mmap dataset already" if magic[:7] == b"MMIDIDX" else "no lazy or cached index"
+            raise self._fault(0, f"magic {magic!r} where {MAGIC!r} belongs: {kind}")
         if version != 1:
             raise self._fault(8, f"version {version}; only version 1 exists")
         self.dtype = dtype_of_code(code, float_codes, f"{self.index_path}, offset 16")

@@ -44,6 +44,12 @@ def write_weights(directory: str, output: str, epochs: Mapping[str, float] | Non
     groups: dict[str, list[str]] = collections.defaultdict(list)
     for prefix in tokens:
         groups[os.path.basename(os.path.dirname(prefix)) if by_directory else corpus_of(prefix)].append(prefix)
+    spaced = [corpus for corpus in groups if len(corpus.split()) != 1]
+    if spaced:
+        rule = "a line of the list is `weight path corpus`, and ends with a name without spaces"
+        raise DataError(
+            problem(f"corpus of {groups[spaced[0]][0]}", spaced[0], rule, "Rename its files, or with --by-directory its folder")
+        )
     factors = _epochs(epochs, list(groups))
     sizes = {corpus: sum(tokens[prefix] for prefix in listed) for corpus, listed in groups.items()}
     total = sum(sizes[corpus] * factors[corpus] for corpus in groups)
@@ -64,6 +70,7 @@ def write_weights(directory: str, output: str, epochs: Mapping[str, float] | Non
 def _epochs(given: Mapping[str, float] | None, corpora: list[str]) -> dict[str, float]:
     if given is None:
         return dict.fromkeys(corpora, 1.0)
+    given = {str(name): value for name, value in given.items()}  # YAML reads a corpus called 2020 as a number
     faults = []
     for name, value in given.items():
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < float("inf"):

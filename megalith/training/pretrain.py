@@ -18,7 +18,7 @@ from megalith.config.flops import flops_per_token
 from megalith.config.loading import to_yaml
 from megalith.config.run import RunConfig
 from megalith.config.stages import layers_of, schedule_of
-from megalith.data.build import build_datasets
+from megalith.data.build import build_datasets, told
 from megalith.data.loader import Loader
 from megalith.data.tokenizers import Tokenizer, tokenizer_from_config
 from megalith.optim.build import build_optimizer
@@ -81,6 +81,7 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
     last_step = 0 if config.validation.skip_train else total_steps(config, mesh.data_size)
     if mesh.is_main:
         announce(config, mesh, trainer, progress, last_step)
+        print("".join(f"  {line}\n" for line in told(datasets["train"])), end="", flush=True)
     if progress.iteration >= last_step > 0:
         return progress
     loaders = {
@@ -129,7 +130,8 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
             if mesh.world_size == 1 or progress.stop != FAILED:  # a launcher's SIGTERM to the others must not silence what they have to say
                 signals.restore()
     if mesh.is_main and progress.stop is not None:
-        print(f"stopped after step {progress.iteration} ({progress.stop}); the same command goes on from there", flush=True)
+        again = "the same command" + (" without --load" if saving.load_of(config) and not config.checkpoint.finetune else "")
+        print(f"stopped after step {progress.iteration} ({progress.stop}); {again} goes on from there", flush=True)
     return progress
 
 
@@ -173,6 +175,8 @@ def announce(config: RunConfig, mesh: Mesh, trainer: Trainer, progress: Progress
     if progress.iteration:
         done = "; that is all of them, nothing is left to do (raise --train-iters to go on)" if progress.iteration >= last_step > 0 else ""
         print(f"resuming after step {progress.iteration} of {last_step}{done}", flush=True)
+        for line in saving.changed(config):
+            print(f"  changed since that checkpoint: {line}", flush=True)
 
 
 def device_name(device: torch.device) -> str:

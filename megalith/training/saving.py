@@ -11,10 +11,18 @@ from megalith import checkpoint
 from megalith.checkpoint.folder import strange
 from megalith.checkpoint.ranks import Ranks
 from megalith.common.errors import CheckpointError, ConfigError, problem
+from megalith.config.loading import from_yaml
 from megalith.config.run import RunConfig
+from megalith.config.text import flag, value_text
 from megalith.runtime import state
 from megalith.training.state import Progress
 from megalith.training.step import Trainer
+
+COMPUTING = ("model", "data", "batch", "optimizer", "precision")  # sections that decide what a step reads and computes
+INDIFFERENT = (  # of which these do not, but for rounding
+    "data_cache_path", "num_workers", "mmap_bin_files", "micro_batch_size", "make_vocab_size_divisible_by", "attention_backend",
+    "loss_chunk_tokens", "compile", "deterministic_mode",
+)  # fmt: skip
 
 
 def folder_of(config: RunConfig) -> pathlib.Path:
@@ -45,15 +53,36 @@ def save(trainer: Trainer, progress: Progress, config_yaml: str, files: dict[str
     )  # fmt: skip
 
 
+def source_of(config: RunConfig) -> str | pathlib.Path | None:
+    """What the config says a run starts from: its own newest checkpoint, --load's, or nothing."""
+    load, own = load_of(config), folder_of(config)
+    return own if checkpoint.iterations(own) and (load is None or config.checkpoint.finetune) else load
+
+
+def changed(config: RunConfig) -> list[str]:
+    """Lines that name what a run that is gone on from had otherwise, of all that changes what it computes or reads."""
+    source = source_of(config)
+    if source is None:
+        return []
+    try:
+        before = from_yaml(checkpoint.read_config(checkpoint.find(source, config.checkpoint.ckpt_step)))
+    except ConfigError:  # a config of another release
+        return []
+    pairs = [
+        (name, value, getattr(getattr(before, section), name))
+        for section in COMPUTING
+        for name, value in vars(getattr(config, section)).items()
+        if name not in INDIFFERENT
+    ]
+    return [f"{flag(name)} is {value_text(now)}, was {value_text(then)}" for name, now, then in pairs if now != then]
+
+
 def resume(trainer: Trainer) -> Progress:
     """Load what the config says a run starts from: its own newest checkpoint, --load's, or nothing."""
-    config, load = trainer.runtime.config.checkpoint, load_of(trainer.runtime.config)
-    own = folder_of(trainer.runtime.config)
-    resuming = bool(checkpoint.iterations(own))
-    source = own if resuming and (load is None or config.finetune) else load
+    config, source = trainer.runtime.config.checkpoint, source_of(trainer.runtime.config)
     if source is None:
         return Progress()
-    weights_only = config.finetune and not resuming
+    weights_only = config.finetune and source != folder_of(trainer.runtime.config)
     with_optimizer = not (weights_only or config.no_load_optim)
     tensors = [state.weights(part) for part in trainer.runtime.parts]
     if with_optimizer:

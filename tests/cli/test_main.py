@@ -1,5 +1,6 @@
 """The command: verbs found lazily, errors as messages and exit statuses, torch not imported for nothing."""
 
+import errno
 import importlib
 import subprocess
 import sys
@@ -71,6 +72,11 @@ def test_status_of_a_handler(verb):
     [
         (ConfigError("wrong flag"), 2, "megalith: wrong flag\n"), (DataError("bad file"), 1, "megalith: bad file\n"),
         (KeyboardInterrupt(), 130, "megalith: interrupted\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "x.bin"), 1,
+            "megalith: [Errno 28] No space left on device: 'x.bin'. Free space or correct the path, and give the same command again; "
+            "what was finished is kept.\n",
+        ),
     ],
 )  # fmt: skip
 def test_errors_become_messages_and_statuses(verb, capsys, error, status, message):
@@ -89,12 +95,13 @@ def test_every_rank_says_what_is_wrong(verb, capsys, monkeypatch):
     assert "unknown verb" in capsys.readouterr().err
 
 
-def test_our_own_bugs_keep_their_traceback(verb):
+@pytest.mark.parametrize("bug", [RuntimeError("bug"), OSError(errno.EBADF, "Bad file descriptor")])
+def test_our_own_bugs_keep_their_traceback(verb, bug):
     def handler(args):
-        raise RuntimeError("bug")
+        raise bug
 
     verb(handler)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(type(bug)):
         run("try")
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from megalith.common.errors import ConfigError, DataError
 from megalith.config.run import RunConfig
-from megalith.data.build import build_datasets, report, sample_counts
+from megalith.data.build import build_datasets, report, sample_counts, told
 from megalith.data.indexed import IndexedWriter
 from megalith.data.tntidx import open_indexed
 
@@ -131,6 +131,7 @@ def test_file_list_groups_by_corpus(corpus, tmp_path):
     plain = build_datasets(config(data_file_list=str(path)), Words())["train"]
     order = kinds(plain)
     assert [kind for kind in order if kind != 2] == [1] * 21 + [3] * (order.count(1) + order.count(3) - 21)  # request(80, 1/4) is 21
+    assert told(plain) == ["A: 40 samples, 0.556 epochs", "B: 40 samples, 1.11 epochs"] and told(plain, 1)[1:] == ["and 1 more"]
     assert order[:4] in ([1, 2, 1, 2], [2, 1, 2, 1]) and [row["corpus"] for row in report(plain)] == ["A", "B", "A"]
     mixed = kinds(build_datasets(config(data_file_list=str(path), blend_sample_in_corpus=True), Words())["train"])
     assert [kind for kind in mixed if kind != 2][:6] == [1, 3, 1, 3, 1, 3]
@@ -148,6 +149,32 @@ def test_weights_change_during_the_run(corpus, tmp_path):
         path.write_text(text)
         with pytest.raises(DataError, match=r"line [12]"):
             build_datasets(config(**options), Words())
+
+
+def test_scheduled_weights_are_of_all_sources_that_are_named(corpus, tmp_path):
+    path = tmp_path / "weights.txt"
+    path.write_text("8 1 1 2\n")
+    few = corpus("few", 1, documents=2)  # none of them is for validation
+    options = {"data_path": ["1", few, "1", corpus("b", 2), "0", corpus("c", 3)], "data_weights_schedule": str(path)}
+    built = build_datasets(config(**options), Words())
+    assert np.bincount(kinds(built["train"], 24)[:8]).tolist() == [0, 4, 4] and np.bincount(kinds(built["train"], 24)).tolist() == [
+        0,
+        8,
+        8,
+        8,
+    ]
+    assert set(kinds(built["valid"])) == {2}
+    listed = tmp_path / "list.txt"
+    listed.write_text("0.5 few A\n0.5 b B\n0 c C\n")
+    built = build_datasets(config(data_file_list=str(listed), data_weights_schedule=str(path)), Words())
+    assert np.bincount(kinds(built["train"], 24)[:8]).tolist() == [0, 4, 4] and np.bincount(kinds(built["train"], 24)).tolist() == [
+        0,
+        8,
+        8,
+        8,
+    ]
+    with pytest.raises(DataError, match="nowhere cannot be read"):
+        build_datasets(config(**options | {"data_weights_schedule": "nowhere"}), Words())
 
 
 def test_another_tokenizers_data_is_refused_at_the_start(corpus):

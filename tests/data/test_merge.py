@@ -105,6 +105,18 @@ def test_directory(tmp_path):
             directory_prefixes(str(tmp_path / path))
 
 
+def test_what_an_earlier_call_wrote_is_not_taken_again(tmp_path):
+    write(tmp_path / "a", [[[1]], [[2]], [[3]]])
+    for name in ("all", "piece-0003"):
+        write(tmp_path / name, [[[1]]])
+        with pytest.raises(DataError, match=f"{name}.*twice"):
+            directory_prefixes(str(tmp_path), str(tmp_path / name.partition("-")[0]))
+    out = str(tmp_path / "out" / "piece")
+    assert len(split_datasets([str(tmp_path / "a")], out, documents=1)) == 3
+    with pytest.raises(DataError, match=r"piece-0000.*earlier split"):
+        split_datasets([str(tmp_path / "a")], out, documents=2)
+
+
 @pytest.mark.parametrize("limits", [{}, {"tokens": 1, "documents": 1}, {"tokens": -1}])
 def test_split_needs_one_limit(tmp_path, limits):
     with pytest.raises(DataError, match="exactly one"):

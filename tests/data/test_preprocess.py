@@ -285,10 +285,10 @@ def test_a_dead_worker_is_an_error_that_says_how_to_go_on(tmp_path):
 
 def test_wrong_options_are_listed_together(tmp_path):
     numbers(tmp_path / "a.jsonl", count=3)
-    options = {"json_keys": ("a", "a"), "workers": -1, "on_error": "maybe"}
+    options = {"json_keys": ("a", "a"), "workers": -1, "on_error": "maybe", "lang": "englsh"}
     with pytest.raises(ConfigError) as caught:
         run(tmp_path, tmp_path / "a.jsonl", **options)
-    assert all(flag in str(caught.value) for flag in ("--json-keys", "--workers", "--on-error"))
+    assert all(flag in str(caught.value) for flag in ("--json-keys", "--workers", "--on-error", "--lang"))
     with pytest.raises(ConfigError, match="engine"):
         run(tmp_path, tmp_path / "a.jsonl", engine="threads")
     (tmp_path / "a.txt").write_text("1")

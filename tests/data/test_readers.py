@@ -168,6 +168,15 @@ def test_damaged_gzip_is_named(tmp_path):
         list(corpus_texts([str(path)]))
 
 
+@pytest.mark.parametrize("frames", [1, 2])
+def test_damaged_zstd_is_named(tmp_path, frames):
+    zstandard = pytest.importorskip("zstandard")
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes((frames * zstandard.compress(json.dumps({"text": "x" * 10000}).encode() + b"\n"))[:-4])
+    with pytest.raises(DataError, match="decompress"):
+        list(corpus_texts([str(path)]))
+
+
 def test_sample_looks_at_all_of_the_input(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": f"{name}{i} " * 50}) + "\n" for i in range(1000)))

@@ -81,7 +81,7 @@ def test_other_formats_and_ends(tmp_path):
     for index, offset, length in ((2, 0, None), (-1, 0, None), (0, 0, 3), (0, -1, 1)):
         with pytest.raises(IndexError):
             tntidx.TntidxDataset(prefix).get(index, offset, length)
-    with pytest.raises(DataError, match="reads and converts"):
+    with pytest.raises(DataError, match="megalith data convert"):
         IndexedDataset(prefix)
     with IndexedWriter(tmp_path / "n") as writer:
         writer.add_sequence([1])

@@ -36,6 +36,19 @@ def test_proportional_to_size(folder):
     ]
 
 
+def test_names_with_spaces(folder):
+    with IndexedWriter(folder / "data" / "my corpus-0000", np.uint16) as writer:
+        writer.add_many(np.zeros(9, np.uint16), [9])
+    with pytest.raises(DataError, match=r"'my corpus'.*without spaces"):
+        write_weights(str(folder / "data"), str(folder / "list.txt"))
+
+
+def test_a_corpus_that_yaml_takes_for_a_number(tmp_path):
+    with IndexedWriter(tmp_path / "2020-0000", np.uint16) as writer:
+        writer.add_many(np.zeros(9, np.uint16), [9])
+    assert write_weights(str(tmp_path), str(tmp_path / "list.txt"), {2020: 2})[0].epochs == 2  # type: ignore[dict-item]
+
+
 def test_epochs(folder):
     write_weights(str(folder / "data"), str(folder / "list.txt"), {"wiki": 2, "books": 0, "default": 1})
     got = {path: weight for weight, path, _ in lines(folder / "list.txt")}

@@ -34,6 +34,18 @@ def test_longer(run, corpus):
     assert len(losses(str(run))) == 14
 
 
+def test_what_changed_is_told(run, corpus, tmp_path, capsys):
+    longer = {"train_iters": 13, "override_opt_param_scheduler": True}
+    train(tiny_config(corpus, str(run), **longer, num_workers=0))
+    assert "changed since" not in capsys.readouterr().out
+    train(tiny_config(corpus, str(run), **longer | {"train_iters": 15}, seed=7, clip_grad=0.5, exit_interval=14))
+    said = capsys.readouterr().out
+    assert "--seed is 7, was 1234" in said and "--clip-grad is 0.5, was 1" in said and said.count("changed since") == 2
+    assert "; the same command goes on" in said
+    train(tiny_config(corpus, str(tmp_path / "other"), load=str(run), **longer | {"train_iters": 16}, exit_interval=15))
+    assert "the same command without --load goes on" in capsys.readouterr().out
+
+
 def test_another_schedule_is_named(run, corpus):
     with pytest.raises(ConfigError, match="--override-opt-param-scheduler"):
         train(tiny_config(corpus, str(run), train_iters=14))
