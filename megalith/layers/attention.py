@@ -66,7 +66,7 @@ class CoreAttention(nn.Module):
     def explicit(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
         """The reference: scores, softmax in float32 at least, dropout by hash, product."""
         k, v = _expand(k, q.shape[1]), _expand(v, q.shape[1])
-        scores = (q @ k.transpose(-1, -2)) * (self.scale or q.shape[-1] ** -0.5)
+        scores = (q * (self.scale or q.shape[-1] ** -0.5)) @ k.transpose(-1, -2)  # before the product, which would overflow float16
         wide = scores.double() if scores.dtype == torch.float64 else scores.float()
         wide = wide + mask.bias(slice(k.shape[2] - q.shape[2], k.shape[2]), slice(0, k.shape[2]), q.device).to(wide.dtype)
         weights = wide.softmax(dim=-1)

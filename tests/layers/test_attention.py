@@ -119,6 +119,13 @@ def test_half_precision_is_near(form: str) -> None:
         assert (got.double() - exact).norm() < 0.01 * exact.norm(), backend
 
 
+def test_large_scores_do_not_overflow_float16() -> None:
+    """A product over 65504 is infinite there, though the scaled score is not."""
+    q, v = 40 * torch.randn(1, 1, 8, 64, generator=torch.Generator().manual_seed(0)), torch.eye(8, 64)[None, None]
+    found = CoreAttention(0.0, "site", "explicit")(q.half(), q.half(), v.half(), AttentionMask())
+    assert torch.allclose(found.float(), CoreAttention(0.0, "site", "explicit")(q, q, v, AttentionMask()), atol=1e-3)
+
+
 def test_half_precision_keeps_long_distances_apart() -> None:
     """Query 0 prefers the last of 2048 keys by e to one; in bfloat16 itself the last biases are all 2048 and tie."""
     zeros = torch.zeros(1, 1, 2048, 8, dtype=torch.bfloat16)
