@@ -74,7 +74,7 @@ class PartEncoder:
                 started = self._clock(record, "reading and JSON", started)
                 record["lines"][index] = batch.num_lines
                 record["bytes"] += batch.size
-                started = self._write(batch, writers, part.number, index, record, started)
+                started = self._write(batch, writers, index, record, started)
         except BaseException:
             for writer in writers.values():
                 writer.abandon()
@@ -86,10 +86,11 @@ class PartEncoder:
         write_text(record_path(job.folder, part.number), json.dumps(record))
         return record
 
-    def _write(self, batch: Batch, writers: dict, part: int, index: int, record: dict, started: float) -> float:
+    def _write(self, batch: Batch, writers: dict, index: int, record: dict, started: float) -> float:
         """Encode a batch, add it to the writers; returns the time."""
         count = len(batch.lines)
         encoded, filled = {}, np.ones(count, bool)
+        refused: dict[int, str] = {}  # documents, and why
         for key, texts in batch.texts.items():
             if self.split:
                 sentences = [self.split(text) for text in texts]
@@ -98,18 +99,19 @@ class PartEncoder:
                 started = self._clock(record, "sentences", started)
             else:
                 per_document = np.ones(count, np.int64)
-            try:
-                ids, lengths = self.tokenizer.encode_flat(texts)
-            except DataError as error:
-                raise DataError(f"part {part} of the input: {error}") from error
+            ids, lengths, reasons = self._encode(texts)
+            if reasons:
+                document = np.repeat(np.arange(count), per_document)
+                refused |= {int(document[text]): reason for text, reason in reasons.items()}
             encoded[key] = (ids, lengths, per_document)
             filled &= document_sums(lengths, per_document) > 0
             started = self._clock(record, "tokenizing", started)
-        batch.problems += [(batch.lines[i], "empty document") for i in np.flatnonzero(~filled)]
+        filled[list(refused)] = False
+        batch.problems += [(batch.lines[i], refused.get(int(i), "empty document")) for i in np.flatnonzero(~filled)]
         if batch.problems:
             batch.problems.sort()
             if self.job.fail:
-                raise BadDocument(part, index, *batch.problems[0])
+                raise BadDocument(record["part"], index, *batch.problems[0])
             record["num_problems"] += len(batch.problems)
             room = LISTED_PROBLEMS - len(record["problems"])
             record["problems"] += [[index, line, reason] for line, reason in batch.problems[:room]]
@@ -121,6 +123,21 @@ class PartEncoder:
             record["sequences"] += len(lengths)
         record["documents"] += int(filled.sum())
         return self._clock(record, "writing", started)
+
+    def _encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+        """Ids of all texts in a row, how many of each, and those texts that the tokenizer refuses, with its reasons."""
+        try:
+            return *self.tokenizer.encode_flat(texts), {}
+        except DataError:  # one by one, to know which
+            rows: list[Sequence[int]] = []
+            refused: dict[int, str] = {}
+            for number, text in enumerate(texts):
+                try:
+                    rows.append(self.tokenizer.encode(text))
+                except DataError as error:
+                    rows.append(())
+                    refused[number] = str(error)
+            return np.array([i for row in rows for i in row], np.int64), np.array([len(row) for row in rows]), refused
 
     def _clock(self, record: dict, stage: str, started: float) -> float:
         now = time.perf_counter()

@@ -24,6 +24,7 @@ from megalith.data.tokenizers import optional_import
 FORMATS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet", ".txt": "text", ".text": "text", ".md": "text"}
 COMPRESSIONS = (".gz", ".zst")
 GUESSED_EXPANSION = 4  # text under gzip or zstd; only balances parts
+BOM = b"\xef\xbb\xbf"  # some editors begin a file with it
 BATCH = 1 << 20  # bytes of raw input handled at once; a few MB live at any time
 STREAM_BLOCK = 16 << 20  # bytes of a compressed stream in one part: the parent holds one block for each worker
 MANY_COMPRESSED = 16  # from so many compressed files on, each is decompressed by the worker that encodes it
@@ -200,7 +201,7 @@ def _read_json(piece: Slice, keys: Sequence[str]) -> Iterator[Batch]:
         for line in lines:
             batch.num_lines += 1
             try:
-                record = orjson.loads(line)
+                record = orjson.loads(line.removeprefix(BOM))
                 row = [record[key] for key in keys]
             except (orjson.JSONDecodeError, KeyError, TypeError):
                 row = None
@@ -273,7 +274,7 @@ def _read_text(piece: Slice, keys: Sequence[str]) -> Iterator[Batch]:
         content = _whole_lines(stream, -1, piece.path)
     batch = Batch({key: [] for key in keys}, [], [], 1, len(content))
     try:
-        batch.texts[keys[0]].append(content.decode("utf-8"))
+        batch.texts[keys[0]].append(content.removeprefix(BOM).decode("utf-8"))
         batch.lines.append(1)
     except UnicodeDecodeError as error:
         batch.problems.append((1, f"not UTF-8 (byte {error.start} is 0x{content[error.start]:02x})"))

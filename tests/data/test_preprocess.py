@@ -126,18 +126,33 @@ def test_bos_and_eod(tmp_path):
         run(tmp_path, tmp_path / "a.jsonl", "other", prepend_bos=True)
 
 
-BAD = [b'{"text": "1"}', b'{"text": "2"', b'{"body": "3"}', b"", b'{"text": "  "}', b'{"text": "\xe9"}', b'{"text": "4"}']
+BAD = [
+    b'{"text": "1"}',
+    b'{"text": "2"',
+    b'{"body": "3"}',
+    b"",
+    b'{"text": "  "}',
+    b'{"text": "\xe9"}',
+    b'{"text": "4"}',
+    b'{"text": "7 x"}',
+]
 
 
 def test_bad_lines_are_listed_by_line(tmp_path):
     path = tmp_path / "bad.jsonl"
-    path.write_bytes(b"\n".join(BAD))
+    path.write_bytes(b"\xef\xbb\xbf" + b"\n".join(BAD))
     for parts in (1, 4):
         result = run(tmp_path, path, f"out{parts}", partitions=parts)
         assert rows(result.prefixes["text"]) == [[1], [4]]
-        assert result.num_problems == 4
-        kinds = ["2: malformed JSON", "3: missing key 'text'", "5: empty document", "6: not UTF-8"]
-        assert [line.startswith(f"{path}:{kind}") for line, kind in zip(result.problems, kinds)] == [True] * 4
+        assert result.num_problems == 5
+        kinds = [
+            "2: malformed JSON",
+            "3: missing key 'text'",
+            "5: empty document",
+            "6: not UTF-8",
+            "8: text for NullTokenizer: found '7 x'",
+        ]
+        assert [line.startswith(f"{path}:{kind}") for line, kind in zip(result.problems, kinds)] == [True] * 5
         report = json.loads(pathlib.Path(result.report).read_text())
         assert report["result"]["problems"] == result.problems
 
