@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from megalith.common.errors import ConfigError, problem
+from megalith.common.errors import ConfigError, MegalithError, problem
 from megalith.config import flags, legacy
 from megalith.config.checks import find_problems
 from megalith.config.loading_values import convert, fields
@@ -19,6 +19,10 @@ BRINGS: dict[str | None, dict[str, str]] = {
     "bert": {"dataset": "bert", "loss": "bert", "name": "bert", "vocab_file": "BertWordPieceLowerCase"},
     "t5": {"dataset": "t5", "loss": "t5", "name": "t5", "vocab_file": "BertWordPieceLowerCase"},
 }
+OF_DATASETS = {  # fields that only these of our datasets read
+    "mask_prob": ("bert", "t5"), "short_seq_prob": ("bert", "t5"), "decoder_seq_length": ("t5",), "titles_data_path": ("ict",),
+    "use_one_sent_docs": ("ict",), "query_in_block_prob": ("ict",),
+}  # fmt: skip
 ReadRecipe = Callable[[str], str]  # name -> YAML text
 ReadCheckpoint = Callable[[str, int | None], str]  # folder, iteration (None: the latest) -> YAML text of the config in it
 
@@ -55,8 +59,13 @@ def resolve(
     if reading.words:
         values["model_type"] = reading.words[0]
     if values.get("use_checkpoint_args") and values.get("load"):
-        values |= _model_of_checkpoint(values["load"], values.get("ckpt_step"), read_checkpoint, notices)
+        values |= _model_of_checkpoint(values, read_checkpoint, problems, notices)
     config = complete(values, notices)
+    notices += [
+        f"{flag(name)} has no effect: only the dataset {' or '.join(readers)} reads it"
+        for name, readers in OF_DATASETS.items()
+        if name in values and config.data.dataset in ("gpt", "bert", "t5", "ict") and config.data.dataset not in readers
+    ]
     wrong = {field for each in problems for field in each.fields}
     problems += [each for each in find_problems(config, world_size, data=data) if not wrong.intersection(each.fields)]
     fail(each.text for each in problems)
@@ -82,11 +91,22 @@ def _files(recipe: str | None, file: str | None, read_recipe: ReadRecipe | None,
     return found
 
 
-def _model_of_checkpoint(folder: str, iteration: int | None, read: ReadCheckpoint | None, notices: list[str]) -> dict[str, Any]:
-    """The model section that a checkpoint was trained with."""
-    if read is None:
-        raise ConfigError("--use-checkpoint-args has no effect here: this command reads no checkpoint. Leave it out.")
-    model = from_yaml(read(folder, iteration), f"config of {folder}").model
+def _model_of_checkpoint(
+    values: Mapping[str, Any], read: ReadCheckpoint | None, problems: list[Problem], notices: list[str]
+) -> dict[str, Any]:
+    """The model section that the checkpoint of --load was trained with."""
+    folder, asked = values["load"], values.get("model_type")
+    try:
+        if read is None:
+            raise ConfigError("--use-checkpoint-args has no effect here: this command reads no checkpoint. Leave it out.")
+        model = from_yaml(read(folder, values.get("ckpt_step")), f"config of {folder}").model
+    except MegalithError as error:
+        problems.append(Problem(tuple(fields()), str(error)))  # what the checkpoint would have set is not missing as well
+        return {}
+    if asked not in (None, model.model_type):
+        rule = f"--use-checkpoint-args takes the model of {folder}, a {model.model_type}"
+        problems.append(Problem(("model_type",), problem("model", asked, rule, f"Write megalith pretrain {model.model_type}")))
+        return {}
     notices.append(f"--use-checkpoint-args: the model is that of {folder}, whatever recipe, YAML and flags say")
     return dict(vars(model))
 

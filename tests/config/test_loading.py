@@ -105,6 +105,17 @@ def test_the_model_of_a_checkpoint():
     words = shlex.split("--use-checkpoint-args --load there --micro-batch-size 2 --lr 1e-3 --train-iters 5")
     assert load(*words, read_checkpoint=read)[0].data.seq_length == 32, "the length follows from the model"
     assert "reads no checkpoint" in errors(*words)
+    with pytest.raises(ConfigError) as caught:
+        load_config(["bert", *words, "--lr", "x"], read_checkpoint=read)
+    for part in ("model: found 'bert'", "Write megalith pretrain gpt", "--lr: found 'x'"):
+        assert part in str(caught.value)
+
+
+def test_what_the_dataset_does_not_read_is_told():
+    notices = load(*SHAPE, "--mask-prob", "0.3", "--decoder-seq-length", "12")[1]
+    assert "--mask-prob has no effect: only the dataset bert or t5 reads it" in notices
+    assert "--decoder-seq-length has no effect: only the dataset t5 reads it" in notices
+    assert not any("no effect" in notice for notice in load(*SHAPE)[1])
 
 
 def test_a_config_survives_yaml():
