@@ -17,7 +17,9 @@ class ModelConfig:
     decoder_num_layers: int | None = knob(None, "t5: layers of the decoder; --num-layers are the encoder's (default: as many)", minimum=1)
     hidden_size: int | None = knob(None, "width of the residual stream", minimum=1)
     num_attention_heads: int | None = knob(None, "number of query heads", minimum=1)
-    ffn_hidden_size: int | None = knob(None, "inner width of the MLP (default 4 x hidden; with --swiglu 2/3 of it, a multiple of 64)", minimum=1)
+    ffn_hidden_size: int | None = knob(
+        None, "inner width of the MLP (default 4 x hidden; --swiglu: 2/3 of it, a multiple of 64)", minimum=1
+    )
     kv_channels: int | None = knob(None, "width of one head (default hidden / heads)", minimum=1)
     attention_head_type: str = knob("multihead", "multihead, or multiquery: one key/value head", choices=("multihead", "multiquery"))
     group_query_attention: bool = knob(False, "share key/value heads among groups of query heads (with --num-query-groups)")
