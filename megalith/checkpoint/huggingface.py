@@ -47,6 +47,8 @@ def read(path: pathlib.Path, options: Options) -> Weights:
     """The weights of a folder, tensors unread, in the dtype they are stored in."""
     given = files.read_json(path / CONFIG)
     _, family = family_of(given, path / CONFIG)
+    if quantization := given.get("quantization_config"):
+        raise _quantized(path, quantization.get("quant_method", quantization))
     values = family.to_ours(given, str(path / CONFIG))
     # Models that came from TensorFlow call a norm's parameters gamma and beta; transformers renames them too.
     found = {re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", n)): t for n, t in files.tensors(files.weight_files(path)).items()}
@@ -61,6 +63,11 @@ def read(path: pathlib.Path, options: Options) -> Weights:
     notes = told + notes
     kept = {f"{KEPT}{name}": path / name for name in (CONFIG, GENERATION) if (path / name).is_file()}
     return Weights(config=config, tensors=tensors, files={**kept, **tokenizer.found_in(options.tokenizer or path)}, notes=notes)
+
+
+def _quantized(path: pathlib.Path, method: Any) -> CheckpointError:
+    rule = "weights are quantized, and only those in float64, float32, float16 or bfloat16 are read"
+    return CheckpointError(problem(f"{path}: weights", method, rule, "Save the model dequantized (model.dequantize() in transformers)"))
 
 
 def _ours(
@@ -82,6 +89,8 @@ def _ours(
             new += ours
         elif name is None:
             missing.append(theirs)
+        elif (dtype := found[name].dtype).itemsize < 2 or not dtype.is_floating_point:
+            raise _quantized(path, f"{name}: {dtype}")
         elif found[name].shape != expected:
             wrong.append(f"{name}: found {list(found[name].shape)}, expected {list(expected)}")
         else:
@@ -204,7 +213,7 @@ def _config(weights: Weights, name: str, family: Family) -> dict[str, Any]:
     before = RunConfig().replace(**family.to_ours(source))
     if form(before.model) == form(weights.config.model):
         return source
-    return {key: value for key, value in source.items() if key != "rope_parameters"} | made
+    return {key: value for key, value in source.items() if key not in ("rope_parameters", *family.aliases)} | made
 
 
 FORMAT = Format("huggingface: a folder with config.json and model.safetensors or pytorch_model.bin", recognises, read, write)

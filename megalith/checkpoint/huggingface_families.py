@@ -123,6 +123,8 @@ class Family:
     architecture: class in transformers. prefix: of their names, which files of the bare model leave out.
     settings: fields that both sides have. always: ours that config.json does not have. only: values that theirs must have where
         they are given, because nothing else is built.
+    aliases: {another name of a field of theirs: its name}; where both are given the other one counts (transformers' attribute_map).
+    absent: what their fields are where config.json lacks them; one that is null there stays null.
     more_ours(config.json) and more_theirs(config): what no table says. of_tensors: what of ours their tensors alone tell.
     heads(config.json): beginnings of names of the heads that a folder of its class lacks (an encoder alone, a classifier).
     adapt(tensors, model): their tensors changed for a model that lacks some of them, and what to tell of it.
@@ -132,6 +134,8 @@ class Family:
     architecture: str
     prefix: str = ""
     settings: tuple[Setting, ...]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    absent: Mapping[str, Any] = field(default_factory=dict)
     always: Mapping[str, Any] = field(default_factory=dict)
     only: Mapping[str, tuple] = field(default_factory=dict)
     more_ours: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
@@ -144,6 +148,7 @@ class Family:
 
     def to_ours(self, given: Mapping[str, Any], where: str = "config.json") -> dict[str, Any]:
         """{flat field of RunConfig: value} of a config.json. Raises CheckpointError for what it lacks or what is not built."""
+        given = {**self.absent, **given, **{self.aliases[name]: given[name] for name in self.aliases if given.get(name) is not None}}
         for name, allowed in self.only.items():
             if name in given and given[name] not in allowed:
                 rule = f"of {self.architecture} only {name} = {' or '.join(map(str, allowed))} is built here"
@@ -176,7 +181,7 @@ def resolved(config: RunConfig) -> dict[str, Any]:
 # hidden_act and its like -> our fields, for an MLP without gate and with one. The first of several names is the one written.
 PLAIN: dict[str, dict[str, Any]] = {
     "gelu": {}, "gelu_new": {"openai_gelu": True}, "gelu_pytorch_tanh": {"openai_gelu": True}, "gelu_fast": {"openai_gelu": True},
-    "relu2": {"squared_relu": True},
+    "relu": {"relu": True}, "relu2": {"squared_relu": True},
 }  # fmt: skip
 GATED: dict[str, dict[str, Any]] = {
     "silu": {"swiglu": True}, "swish": {"swiglu": True}, "gelu": {"glu_activation": "geglu"},

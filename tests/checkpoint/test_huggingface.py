@@ -4,6 +4,7 @@ import json
 import pathlib
 from dataclasses import replace
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -13,7 +14,7 @@ import megalith
 from megalith import checkpoint
 from megalith.checkpoint import formats, huggingface
 from megalith.checkpoint.formats import Options
-from megalith.checkpoint.huggingface_families import form
+from megalith.checkpoint.huggingface_families import FAMILIES, form
 from megalith.checkpoint.weights import Weights, own, write
 from megalith.common.errors import CheckpointError
 from megalith.config.loading import to_yaml
@@ -113,6 +114,10 @@ ERRORS = [
     ),
     ({"rope_scaling": {"type": "linear"}, "rope_parameters": None}, r"rope_scaling: found \{'type': 'linear'\}; .* with all their fields"),
     ({"intermediate_size": 64}, r"another shape: found \['model.layers.0.mlp.gate_proj.weight: found \[80, 48\], expected \[64, 48\]'"),
+    (
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+        r"weights: found 'bitsandbytes'; weights are quantized, .* Save the model dequantized",
+    ),
     ({"num_hidden_layers": 4}, r"missing tensors: found \['model.layers.3.input_layernorm.weight', .* has 9 more. Copy all"),
 ]
 
@@ -123,6 +128,73 @@ def test_what_does_not_fit_is_named(changes: dict, message: str, folder) -> None
     broken(theirs, **changes)
     with pytest.raises(CheckpointError, match=message):
         formats.read(theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+def test_quantized_weights_are_refused(dtype: torch.dtype, folder) -> None:
+    theirs = folder("llama")
+    state = load_file(theirs / "model.safetensors")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    save_file({**state, name: state[name].to(dtype), f"{name}_scale": torch.ones(1)}, theirs / "model.safetensors")
+    with pytest.raises(CheckpointError, match=f"weights: found '{name}: {dtype}'; weights are quantized, .* Save the model dequantized"):
+        formats.read(theirs)
+
+
+@pytest.mark.parametrize("name", ["bloom", "gpt2", "t5", "mt5"])
+def test_other_names_of_fields_are_those_of_transformers(name: str) -> None:
+    family = FAMILIES.find(name)
+    theirs = getattr(transformers, family.architecture).config_class
+    assert theirs.attribute_map.items() <= family.aliases.items()
+    given = {each: 8 + number for number, each in enumerate([*family.aliases, "vocab_size", "d_ff"])}
+    config, values = theirs(**given), family.to_ours(given)
+    for each in family.settings:
+        if each.theirs in family.aliases.values():
+            assert values[each.ours] == getattr(config, each.theirs), each
+
+
+def test_a_bloom_with_other_names(folder, tmp_path: pathlib.Path) -> None:
+    """Imported, and exported with another vocabulary: what is new is not hidden by the other names."""
+    theirs = folder("bloom")
+    names = {"n_layer": "absent", "n_head": "absent", "hidden_size": "absent"}
+    broken(theirs, **names, num_hidden_layers=3, num_attention_heads=4, n_embed=48)
+    weights = formats.read(theirs)
+    assert (weights.config.model.num_layers, weights.config.model.num_attention_heads, weights.config.model.hidden_size) == (3, 4, 48)
+    huggingface.write(
+        replace(weights, config=weights.config.replace(max_position_embeddings=8, layernorm_epsilon=1e-3)), tmp_path / "back", Options()
+    )
+    content = json.loads((tmp_path / "back/config.json").read_text())
+    assert content["n_layer"] == 3 and content["layer_norm_epsilon"] == 1e-3 and "num_hidden_layers" not in content
+
+
+LACKING = {  # fields of theirs that a config.json may lack -> attributes of our model
+    "num_key_value_heads": "num_kv_heads", "head_dim": "head_dim", "max_position_embeddings": "max_position_embeddings",
+    "rms_norm_eps": "layernorm_epsilon", "tie_word_embeddings": "tied",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("more", [{}, {"use_sliding_window": True}, {"num_key_value_heads": None}], ids=str)
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma"])
+def test_what_config_json_lacks_is_as_in_transformers(name: str, more: dict) -> None:
+    given = {"num_hidden_layers": 30, "hidden_size": 2048, "num_attention_heads": 64, "intermediate_size": 64, "vocab_size": 99, **more}
+    family = FAMILIES.find(name)
+    try:
+        config = getattr(transformers, family.architecture).config_class(**given)
+    except huggingface_hub.errors.StrictDataclassError:
+        pytest.skip("transformers refuses null here")
+    model = RunConfig().replace(**family.to_ours(given)).model
+    wanted = {theirs: getattr(config, theirs, None) for theirs in LACKING}
+    wanted["head_dim"] = wanted["head_dim"] or 2048 // 64
+    found = {theirs: getattr(model, ours, None) for theirs, ours in LACKING.items()}
+    assert found | {"tie_word_embeddings": not model.untie_embeddings_and_output_weights} == wanted
+    width = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None) or ["sliding_attention"] * 30
+    assert [model.window(layer) for layer in range(30)] == [width if kind == "sliding_attention" else None for kind in types]
+
+
+def test_falcon_counts_norms_in_the_new_architecture_alone() -> None:
+    given = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 99, "num_ln_in_parallel_attn": 2}
+    family = FAMILIES.find("falcon")
+    assert [family.to_ours({**given, "new_decoder_architecture": new})["parallel_layernorm"] for new in (False, True)] == [False, True]
 
 
 def test_a_form_that_no_family_has_is_named(tmp_path: pathlib.Path) -> None:

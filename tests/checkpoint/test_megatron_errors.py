@@ -40,6 +40,19 @@ def broken(folder: pathlib.Path, what: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "name, value",
+    [("qk_l2_norm", True), ("rope_type", "yarn"), ("position_embedding_type", "mrope"), ("no_rope_freq", 4), ("mrope_section", [8, 4, 4]),
+     ("final_logit_softcapping", 30.0), ("softmax_type", "learnable"), ("num_experts", [8])],
+)  # fmt: skip
+def test_arguments_that_change_the_model_without_a_tensor(tmp_path: pathlib.Path, name: str, value: object) -> None:
+    config, tensors = model_of()
+    folder = megatron_files.write(tmp_path / "m", config, tensors, args={name: value})
+    flag = f"--{name.replace('_', '-')}"
+    with pytest.raises(CheckpointError, match=f"{flag}: found .*; .*. Train without it, or convert with its own tools"):
+        formats.read(folder)
+
+
+@pytest.mark.parametrize(
     "what, message",
     [
         ("shard",

@@ -110,6 +110,11 @@ def test_what_only_arguments_say(tmp_path: pathlib.Path) -> None:
     model = weights.config.model
     assert (model.rope_scaling_type, model.rope_scaling_factor, model.rotary_base, model.sliding_window) == ("llama3", 4.0, 5e5, 8)
     assert model.full_attention_layers == []
+    (more := args | {"rotary_seq_len_interpolation_factor": 2, "num_experts": 1, "rope_type": "rope", "qk_l2_norm": False}).pop(
+        "use_rope_scaling"
+    )
+    stretched = formats.read(megatron_files.write(tmp_path / "stretched", config, tensors, args=more)).config.model
+    assert (stretched.rope_scaling_type, stretched.rope_scaling_factor) == ("linear", 2.0)
     for skip, full in ((2, [1, 3]), (3, [2]), ([1, 0, 1, 1], [1])):
         skipped = formats.read(megatron_files.write(tmp_path / f"{skip}", config, tensors, args=args | {"window_attn_skip_freq": skip}))
         assert skipped.config.model.full_attention_layers == full

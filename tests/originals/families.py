@@ -43,6 +43,7 @@ def bert(kind: str, **more: Any) -> Callable[[], transformers.PreTrainedModel]:
 MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     "gpt2": gpt2(),
     "gpt2, erf, untied": gpt2(activation_function="gelu", n_inner=70, tie_word_embeddings=False),
+    "gpt2, relu": gpt2(activation_function="relu"),
     "llama": make("Llama"),
     "llama, groups, tied": make("Llama", num_key_value_heads=2, head_dim=20, tie_word_embeddings=True),
     "llama 3.1": make("Llama", num_key_value_heads=2, rope_parameters=stretched("llama3", low_freq_factor=1.0, high_freq_factor=4.0)),

@@ -22,17 +22,14 @@ LAYER = (  # also Falcon's
 
 
 def _more_ours(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Old config.json files call the width n_embed."""
-    return {
-        "hidden_size": given.get("hidden_size", given.get("n_embed", 64)),
-        "untie_embeddings_and_output_weights": not given.get("tie_word_embeddings", True),
-    }
+    return {"untie_embeddings_and_output_weights": not given.get("tie_word_embeddings", True)}
 
 
 BLOOM = Family(
     architecture="BloomForCausalLM",
     prefix="transformer.",
     settings=(
+        Setting("hidden_size", "hidden_size", 64),
         Setting("n_layer", "num_layers"),
         Setting("n_head", "num_attention_heads"),
         Setting("vocab_size", "vocab_size"),
@@ -43,11 +40,9 @@ BLOOM = Family(
         Setting("apply_residual_connection_post_layernorm", "apply_residual_connection_post_layernorm", False),
         Setting("seq_length", "max_position_embeddings", 2048),
     ),
+    aliases={"n_embed": "hidden_size", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"},
     always={"position_embedding_type": "alibi", "embed_layernorm": True, "openai_gelu": True},
     more_ours=_more_ours,
-    more_theirs=lambda config: {
-        "hidden_size": config.model.hidden_size,
-        "tie_word_embeddings": not config.model.untie_embeddings_and_output_weights,
-    },
+    more_theirs=lambda config: {"tie_word_embeddings": not config.model.untie_embeddings_and_output_weights},
     names=(Rule("transformer.word_embeddings_layernorm", "embedding_norm"), *LAYER),
 )

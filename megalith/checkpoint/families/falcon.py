@@ -26,7 +26,7 @@ def _more_ours(given: Mapping[str, Any]) -> dict[str, Any]:
         **activation(PLAIN, given.get("activation", "gelu")),
         "num_query_groups": groups,
         "parallel_attn": parallel,
-        "parallel_layernorm": parallel and norms == 2,
+        "parallel_layernorm": new and norms == 2,  # before it the norms are not counted
         "untie_embeddings_and_output_weights": not given.get("tie_word_embeddings", True),
     }
 

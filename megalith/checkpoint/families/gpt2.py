@@ -47,6 +47,9 @@ GPT2 = Family(
         Setting("attn_pdrop", "attention_dropout", 0.1),
         Setting("initializer_range", "init_method_std", 0.02),
     ),
+    aliases={
+        "hidden_size": "n_embd", "max_position_embeddings": "n_positions", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer",
+    },
     only={"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)},
     more_ours=_more_ours,
     more_theirs=_more_theirs,
@@ -63,4 +66,4 @@ GPT2 = Family(
         Rule("lm_head", "head"),
     ),
     surplus=(r".*\.attn\.(bias|masked_bias)",),
-)
+)  # fmt: skip

@@ -118,17 +118,17 @@ def common_theirs(config: RunConfig) -> dict[str, Any]:
 
 
 def _mistral(given: Mapping[str, Any]) -> dict[str, Any]:
-    return {**common(given), **windows({"sliding_window": 4096, **given}, True)}
+    return {**common(given), **windows(given, True)}
 
 
 def _gemma(given: Mapping[str, Any]) -> dict[str, Any]:
     """Its first files had the activation in a field of its own."""
     act = given.get("hidden_activation") or given.get("hidden_act", "gelu_pytorch_tanh")
-    return common({"tie_word_embeddings": True, **given, "hidden_act": act})
+    return common({**given, "hidden_act": act})
 
 
 def _qwen(given: Mapping[str, Any]) -> dict[str, Any]:
-    return {**common(given), **windows(given, given.get("use_sliding_window", False), given.get("max_window_layers", 28))}
+    return {**common(given), **windows(given, given.get("use_sliding_window", False), given["max_window_layers"])}
 
 
 NO_BIASES: dict[str, tuple] = {"attention_bias": (False,), "mlp_bias": (False,)}
@@ -146,13 +146,16 @@ LLAMA = Family(
 MISTRAL = replace(
     LLAMA,
     architecture="MistralForCausalLM",
+    absent={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
     only={},
     more_ours=_mistral,
     more_theirs=lambda config: {**common_theirs(config), "sliding_window": config.model.sliding_window},
 )
+QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28}
 QWEN2 = replace(
     LLAMA,
     architecture="Qwen2ForCausalLM",
+    absent=QWEN,
     only={},
     always={**ALWAYS, "add_qkv_bias": True},
     more_ours=_qwen,
@@ -161,6 +164,7 @@ QWEN2 = replace(
 QWEN3 = replace(
     QWEN2,
     architecture="Qwen3ForCausalLM",
+    absent={**QWEN, "head_dim": 128},
     only=NO_BIASES,
     always={**ALWAYS, "qk_layernorm": True},
     more_theirs=lambda config: {**common_theirs(config), **windows_theirs(config), "attention_bias": False},
@@ -168,6 +172,7 @@ QWEN3 = replace(
 GEMMA = replace(
     LLAMA,
     architecture="GemmaForCausalLM",
+    absent={"num_key_value_heads": 16, "head_dim": 256, "max_position_embeddings": 8192, "tie_word_embeddings": True},
     only={"attention_bias": (False,), "use_bidirectional_attention": (None, False)},
     always={**ALWAYS, "apply_layernorm_1p": True, "scale_embeddings": True},
     more_ours=_gemma,

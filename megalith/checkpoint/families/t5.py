@@ -80,6 +80,7 @@ _make = functools.partial(
         Setting("relative_attention_num_buckets", "relative_attention_num_buckets", 32),
         Setting("relative_attention_max_distance", "relative_attention_max_distance", 128),
     ),
+    aliases={"hidden_size": "d_model", "num_attention_heads": "num_heads", "num_hidden_layers": "num_layers", "head_dim": "d_kv"},
     always={
         "model_type": "t5", "dataset": "t5", "loss": "t5", "position_embedding_type": "relative", "normalization": "RMSNorm",
         "add_bias_linear": False, "softmax_scale": 1.0,

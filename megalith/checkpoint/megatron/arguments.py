@@ -36,11 +36,27 @@ LEFT = {
 VOCABULARIES = {  # tokenizers of one size only: what a padded vocabulary of theirs holds
     "GPT2BPETokenizer": 50257, "BertWordPieceLowerCase": 30522, "BertWordPieceCase": 28996,
 }  # fmt: skip
-UNSUPPORTED = {  # argument -> why a model trained with it cannot be one of ours
+UNSUPPORTED = {  # argument -> why a model trained with it cannot be one of ours; it may be off, see OFF
     "num_experts": "there are no mixture-of-experts layers here",
     "apply_layernorm_1p": "weights of LayerNorm are stored as they multiply here, and minus one there",
     "multi_latent_attention": "there is no multi-latent attention here",
+    "qk_l2_norm": "there is no such norm of queries and keys here",
+    "rope_type": "of Megatron's rotary positions only plain ones are read",
+    "position_embedding_type": "of Megatron's rotary positions only plain ones are read",
+    "no_rope_freq": "all layers have rotary positions here, or none",
+    "mrope_section": "there are no positions in several dimensions here",
+    "attn_logit_softcapping": "no logits are capped here",
+    "final_logit_softcapping": "no logits are capped here",
+    "softmax_type": "there is only the plain softmax here",
+    "attention_output_gate": "the attention's output has no gate here",
+    "quick_geglu": "the activation is not built here",
+    "glu_linear_offset": "the activation is not built here",
+    "activation_func_clamp_value": "the activation is not built here",
 }
+OFF: dict[str, tuple[Any, ...]] = {  # what those read, besides None, False, 0 and [], in a model that does without
+    "num_experts": (1, [1]), "rope_type": ("rope",), "softmax_type": ("vanilla",),
+    "position_embedding_type": (*POSITIONS, *POSITIONS.values(), "relative", "none"),
+}  # fmt: skip
 
 
 def plain(value: Any) -> Any:
@@ -61,7 +77,7 @@ def to_config(
     for name, reason in UNSUPPORTED.items():
         if name == "apply_layernorm_1p" and plain_norms:
             continue
-        if args.get(name) and (args[name] is True or args[name] not in ([1], 1)):  # one expert is none
+        if args.get(name) and args[name] not in OFF.get(name, ()):
             raise CheckpointError(
                 problem(f"--{name.replace('_', '-')}", args[name], reason, "Train without it, or convert with its own tools")
             )
@@ -100,6 +116,8 @@ def _of_arguments(args: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
             values.pop(name, None)
     if args.get("use_rope_scaling"):
         values["rope_scaling_type"] = "llama3"
+    if factor := args.get("rotary_seq_len_interpolation_factor"):
+        values |= {"rope_scaling_type": "linear", "rope_scaling_factor": float(factor)}
     if args.get("window_size"):
         values["sliding_window"] = int(args["window_size"][0]) + 1  # there: tokens before the own one
     if args.get("bias_gelu_fusion") and not any(args.get(name) for name in ("swiglu", "squared_relu", "glu_activation")):
