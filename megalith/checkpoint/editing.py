@@ -20,6 +20,7 @@ from megalith.checkpoint.weights import own, write
 from megalith.common.errors import CheckpointError
 from megalith.config.text import nearest
 
+RNG = "rng"  # a part that other programs' checkpoints have: dropping it is allowed, and changes nothing
 RESIZED = {  # field of the config -> the parameters with a row for each of its units
     "vocab_size": re.compile(r"(.*\.)?(embedding|head)\.(weight|bias)"),
     "max_position_embeddings": re.compile(r"(.*\.)?position_embedding\.weight"),
@@ -71,7 +72,7 @@ def resize(tensor: Tensor, rows: int | None) -> Tensor:
 def _keep(known: dict[str, dict], drop: Sequence[str]) -> list[str]:
     """The names that no pattern drops; each pattern must drop something."""
     kept = list(known)
-    for pattern in drop:
+    for pattern in (each for each in drop if each != RNG):
         left = [name for name in kept if not (fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern.rstrip('/')}/"))]
         if len(left) == len(kept):
             raise CheckpointError(_unknown("drop", pattern, [*known, *{name.rpartition("/")[0] for name in known}]))

@@ -75,9 +75,8 @@ def verify(args: argparse.Namespace) -> int:
     place = pathlib.Path(args.path)
     paths = [place] if (place / manifest.NAME).exists() else folder.paths(place)
     if not paths:
-        raise CheckpointError(
-            f"{place}: no checkpoint found; it would be a folder such as {folder.folder_name(100)} in it. Check the path."
-        )
+        none = f"{place}: no checkpoint found; it would be a folder such as {folder.folder_name(100)} in it. Check the path."
+        raise CheckpointError(folder.strange(place) or none)
     found = {str(path): manifest.verify(path) for path in paths}
     if args.json:
         print(json.dumps(found, indent=1))
@@ -93,12 +92,15 @@ def verify(args: argparse.Namespace) -> int:
 
 def edit(args: argparse.Namespace) -> int:
     """Write the changed copy and say where it is."""
+    from megalith.checkpoint.editing import RNG
     from megalith.checkpoint.editing import edit as write_edited
 
     pairs = [text.partition("=") for text in args.rename]
     wrong = [old for old, equals, new in pairs if not (old and equals and new)]
     if wrong:
         raise ConfigError(f"--rename: found {wrong[0]!r}; it takes OLD=NEW, such as head=output")
+    if RNG in args.drop:
+        print(f"--drop {RNG} changes nothing: no random state is kept, everything random is a function of seed and step")
     path = folder.find(args.path, args.ckpt_step)
     copy = write_edited(
         path, args.target, rename={old: new for old, _, new in pairs}, drop=args.drop, iteration=args.iteration,

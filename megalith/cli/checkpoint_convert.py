@@ -142,8 +142,12 @@ def run(verb: str, args: argparse.Namespace) -> int:
     told = {name: values.pop(name) for name in ("from", "sha256", "verify", "print_structure") if name in values}
     options = _options(values, verb, problems)
     fail(problems)
+    all_written = to == "megalith" or (to == "megatron" and bool(options.get("with_optimizer")))
     for line in args.reading.notices:
         print(line)
+    for name, plain in (("use_distributed_optimizer", False), ("data_parallel_size", 1)):
+        if not all_written and options.get(name, plain) != plain:
+            print(f"{flag(name)} has no effect without --with-optimizer" + " --to megatron" * (to != "megatron"))
     from megalith.checkpoint import sources
     from megalith.checkpoint.formats import Options
     from megalith.workflows import conversion  # here, because it imports torch
@@ -152,12 +156,13 @@ def run(verb: str, args: argparse.Namespace) -> int:
     if verb == "reshape":
         conversion.check_reshape(source, told.get("from"))
     weights = conversion.convert(source, folder, to=to, format=told.get("from"), options=Options(**options))
+    written = {name: lazy for name, lazy in weights.tensors.items() if all_written or name.startswith("model/")}
     if told.get("print_structure"):
-        for name, lazy in weights.tensors.items():
+        for name, lazy in written.items():
             print(f"{name:<60} {list(lazy.shape)} {str(lazy.dtype).removeprefix('torch.')}")
     for line in weights.notes:
         print(line)
-    print(f"{len(weights)} tensors -> {folder}")
+    print(f"{len(written)} tensors -> {folder}")
     if told.get("verify"):
         print(f"verified: the logits differ from those of transformers by at most {conversion.verify(source, folder):.1e} of the largest")
     return 0

@@ -49,6 +49,11 @@ def test_plain_copy(source, tmp_path):
     assert from_yaml(checkpoint.read_config(path)) == CONFIG and (path / "tokenizer.json").read_text() == "{}"
 
 
+def test_there_is_no_random_state_to_drop(source, tmp_path):
+    _, state = edit(source[0], tmp_path, drop=["rng"])
+    assert state.keys() == source[1].keys()
+
+
 def test_drop_rename_iteration(source, tmp_path):
     path, state = edit(
         source[0], tmp_path, drop=["optimizer/exp_avg", "*/head.bias"], rename={"layers.0": "layers.9", "head.weight": "out"}, iteration=0

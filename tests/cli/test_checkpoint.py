@@ -81,6 +81,10 @@ def test_verify(tmp_path, capsys):
     assert list(json.loads(capsys.readouterr().out)) == [str(path)]
     assert main(["checkpoint", "verify", str(tmp_path / "absent")]) == 1
     assert "no checkpoint found" in capsys.readouterr().err
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/config.json").write_text("{}")
+    assert main(["checkpoint", "verify", str(tmp_path / "theirs")]) == 1
+    assert "found config.json, as checkpoints of other programs have it" in capsys.readouterr().err
 
 
 def test_edit(tmp_path, capsys):
@@ -104,6 +108,8 @@ def test_edit(tmp_path, capsys):
     assert "not empty" in capsys.readouterr().err
     assert main([*command[:3], str(tmp_path / "c"), "--rename", "embedding"]) == 2
     assert "OLD=NEW" in capsys.readouterr().err
+    assert main([*command[:3], str(tmp_path / "d"), "--drop", "rng"]) == 0
+    assert "--drop rng changes nothing: no random state is kept" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", [["--help"], ["inspect", "--help"], ["verify", "--help"], ["edit", "--help"]])

@@ -1,5 +1,6 @@
 """`megalith checkpoint import` and `export`: flags of ours and of other people's converters."""
 
+import dataclasses
 import pathlib
 import shlex
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from megalith.checkpoint.formats import read
+from megalith.checkpoint.weights import write
 from megalith.cli.checkpoint_convert import _bytes
 from megalith.cli.main import main
 from tests.originals.families import MODELS
@@ -53,6 +55,20 @@ def test_words_of_transformers_converter(theirs, capsys):
     assert "--tokenizer-name gpt2 is no folder, and nothing is downloaded by name" in capsys.readouterr().out
     one, other = read("theirs"), read("back")
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_an_export_tells_what_it_writes(theirs, capsys):
+    """Without --with-optimizer: neither its tensors are counted, nor its layout stored."""
+    weights = read("theirs")
+    moments = {name.replace("model/", "optimizer/exp_avg/"): lazy for name, lazy in weights.tensors.items()}
+    write(dataclasses.replace(weights, tensors={**weights.tensors, **moments}), "ours")
+    assert run("export ours m --to megatron --use_distributed_optimizer --target_data_parallel_size 2") == 0
+    out = capsys.readouterr().out
+    for name in ("--use-distributed-optimizer", "--data-parallel-size"):
+        assert f"{name} has no effect without --with-optimizer\n" in out
+    assert "\n52 tensors -> m\n" in out
+    arguments = torch.load("m/release/mp_rank_00/model_optim_rng.pt", weights_only=False)["args"]
+    assert (arguments.use_distributed_optimizer, arguments.data_parallel_size) == (False, 1)
 
 
 ERRORS = [

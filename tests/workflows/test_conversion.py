@@ -1,5 +1,6 @@
 """Conversions end to end, and what --verify lets pass."""
 
+import json
 import os
 import pathlib
 import re
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import megalith
 from megalith.checkpoint.formats import Options, read
-from megalith.common.errors import CheckpointError
+from megalith.common.errors import CheckpointError, ConfigError
 from megalith.workflows import conversion
 from tests.originals.families import MODELS
 
@@ -35,6 +36,16 @@ def test_verify_sees_what_is_wrong(theirs: pathlib.Path, tmp_path: pathlib.Path)
     name = "model.layers.1.self_attn.q_proj.weight"
     save_file({**state, name: state[name].flip(0)}, theirs / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"relative difference of logits: found 0\.\d+; both compute the same, to 0.0001"):
+        conversion.verify(theirs, tmp_path / "ours")
+
+
+def test_verify_takes_the_class_of_the_family_and_tells_what_transformers_cannot(theirs: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    conversion.convert(theirs, tmp_path / "ours", to="megalith")
+    config = json.loads((theirs / "config.json").read_text())
+    (theirs / "config.json").write_text(json.dumps(config | {"architectures": ["MyLlama"]}))
+    assert conversion.verify(theirs, tmp_path / "ours") < 1e-5
+    (theirs / "config.json").write_text(json.dumps(config | {"hidden_size": "wide"}))
+    with pytest.raises(ConfigError, match=r"--verify: found .*Error: .*; transformers .* must open .* as LlamaForCausalLM. Mend what"):
         conversion.verify(theirs, tmp_path / "ours")
 
 

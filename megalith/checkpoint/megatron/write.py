@@ -63,7 +63,7 @@ class _Export:
         self.weights, self.options = weights, options
         model = weights.config.model
         self.pipeline, chunk = options.pipeline_model_parallel_size, options.num_layers_per_virtual_pipeline_stage
-        self.virtual = None if chunk is None else max(1, (model.num_layers or 0) // self.pipeline // chunk)
+        self.virtual = None if chunk is None else max(1, (model.num_layers or 0) // self.pipeline // max(1, chunk))
         divisor = options.make_vocab_size_divisible_by or model.make_vocab_size_divisible_by
         ranks = options.tensor_model_parallel_size
         self.layout = Layout(
@@ -84,12 +84,12 @@ class _Export:
         arguments = to_arguments(
             weights.config, iteration=weights.iteration, tensor=ranks, pipeline=self.pipeline,
             split=self.split, virtual=self.virtual,
-            data=options.data_parallel_size, padded=self.layout.padded,
+            data=options.data_parallel_size if self.with_optimizer else 1, padded=self.layout.padded,
         )  # fmt: skip
         counts = {name: weights.train_state.get(name, 0) for name in ("consumed_train_samples", "consumed_valid_samples")}
         own = {
             "params_dtype": self.dtype, "bf16": self.dtype == torch.bfloat16, "fp16": self.dtype == torch.float16,
-            "make_vocab_size_divisible_by": divisor, "use_distributed_optimizer": options.use_distributed_optimizer,
+            "make_vocab_size_divisible_by": divisor, "use_distributed_optimizer": options.use_distributed_optimizer and self.with_optimizer,
         }  # fmt: skip
         self.args = argparse.Namespace(**(arguments | counts | own))
 
@@ -108,6 +108,10 @@ class _Export:
                 rule += ", and there are no virtual stages" if model.decoder_layers else ""
                 cure = "Take a number of stages that divides it"
                 raise CheckpointError(problem("--pipeline-model-parallel-size", self.pipeline, rule, cure))
+        each, chunk = (model.num_layers or 0) // self.pipeline, self.options.num_layers_per_virtual_pipeline_stage
+        if chunk is not None and chunk not in (fit := [size for size in range(1, each + 1) if each % size == 0]):
+            rule = f"it divides the {each} layers of a stage: {', '.join(map(str, fit))}"
+            raise CheckpointError(problem("--num-layers-per-virtual-pipeline-stage", chunk, rule, "Take one of these"))
         check_divisible(self.layout, [(row.theirs, row.split, self.shapes[row.ours[0]]) for row in self.rows])
         lacking = [key for key in MOMENTS if f"optimizer/{key}/{self.rows[0].ours[0]}" not in self.weights.tensors]
         if self.with_optimizer and lacking:
