@@ -97,18 +97,21 @@ def _recompute(config: RunConfig) -> Iterator[Problem]:
         )
 
 
+def needs_checkpoint(config: RunConfig) -> str | None:
+    """A field that has a meaning only where a checkpoint is loaded, if one is set."""
+    values = config.flat()
+    names = ("finetune", "no_load_optim", "ckpt_step", "skip_train")
+    return next((name for name in names if values[name] is not None and values[name] is not False), None)  # step 0 is one too
+
+
 def _files(config: RunConfig) -> Iterator[Problem]:
     c = config.checkpoint
     if c.keep_every and c.save_interval and c.keep_every % c.save_interval:
         rule = f"it is a multiple of --save-interval, {c.save_interval}, or no checkpoint is kept by it"
         cure = f"Write --keep-every {max(1, round(c.keep_every / c.save_interval)) * c.save_interval}"
         yield trouble(("keep_every", "save_interval"), "--keep-every", c.keep_every, rule, cure)
-    if (c.finetune or c.no_load_optim or c.ckpt_step is not None or config.validation.skip_train) and not (c.load or c.save):
-        given = next(
-            name
-            for name in ("finetune", "no_load_optim", "ckpt_step", "skip_train")
-            if config.flat()[name] is not None and config.flat()[name] is not False
-        )
+    given = needs_checkpoint(config)
+    if given and not (c.load or c.save or config.logging.run_dir):
         yield trouble(
             (given, "load"), flag(given), Words("no checkpoint folder"), "it needs a checkpoint to load", "Name its folder with --load"
         )

@@ -11,6 +11,7 @@ from megalith import checkpoint
 from megalith.checkpoint.folder import strange
 from megalith.checkpoint.ranks import Ranks
 from megalith.common.errors import CheckpointError, ConfigError, problem
+from megalith.config.checks import needs_checkpoint
 from megalith.config.loading import from_yaml
 from megalith.config.run import RunConfig
 from megalith.config.text import flag, value_text
@@ -152,6 +153,8 @@ def check_folder(config: RunConfig) -> None:
             or f"--load {load} holds no complete checkpoint (iter_NNNNNNN/); starting from random weights instead would be silent loss. "
             f"Name a folder that `megalith checkpoint inspect` can read, or drop --load."
         )
+    if not there and config.checkpoint.load is None and (given := needs_checkpoint(config)):
+        raise ConfigError(f"{flag(given)}: {own} holds no checkpoint; it needs one to load. Name its folder with --load, or leave it out.")
     metrics = run / "metrics.jsonl"
     if not there and load is None and metrics.exists() and metrics.stat().st_size:
         raise ConfigError(
