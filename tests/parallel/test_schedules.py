@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megalith.config import stages
-from megalith.parallel.schedules import Span, Work, bubble, order, play
+from megalith.parallel.schedules import Span, Work, bubble, order, play, without_model
 
 ONE, TWO = ("gpipe", "1f1b"), ("interleaved_1f1b", "zero_bubble", "zbv", "dualpipev")
 SECONDS = {"F": 1.0, "I": 1.0, "W": 1.0, "B": 2.0}
@@ -66,6 +66,21 @@ def test_nothing_starts_before_its_input_is_there(name):
     for process in range(2):
         mine = [span for span in spans if span.process == process]
         assert all(earlier.end <= later.start for earlier, later in itertools.pairwise(mine))
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_what_is_done_is_handed_on_at_once(name):
+    """Every send stands behind the work that made it, with no other work between."""
+    for actions in without_model(name, 2, 8, 2).pipeline_order_with_comms.values():
+        done, sent = None, 0
+        for action in actions:
+            assert action.sub_actions is None
+            if action.is_compute_op:
+                done = (action.stage_index, action.microbatch_index)
+            elif action.computation_type.name.startswith("SEND"):
+                sent += 1
+                assert (action.stage_index, action.microbatch_index) == done
+        assert sent
 
 
 def test_slow_transfers_cost_time():
