@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import pathlib
 import pickle
+import pickletools
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
@@ -157,7 +158,16 @@ class _Refused(pickle.UnpicklingError):
 class _Unpickler(pickle.Unpickler):
     def __init__(self, file: Any, records: Records, seen: dict[str, type]):
         super().__init__(file, encoding="latin1")
-        self.records, self.seen = records, seen
+        self.file, self.records, self.seen = file, records, seen
+
+    def load(self) -> Any:
+        """The object, once the numbers that the pickle gives to objects are seen to be those of a pickle."""
+        start = self.file.tell()
+        for count, (opcode, number, _) in enumerate(pickletools.genops(self.file)):
+            if opcode.name.endswith("PUT") and number > count:  # the reader makes a table as long as the largest: gigabytes, of a few bytes
+                raise pickle.UnpicklingError(f"it calls an object number {number} where it has {count} at most")
+        self.file.seek(start)
+        return super().load()
 
     def find_class(self, module: str, name: str) -> Any:
         path = f"{RENAMED.get(module, module)}.{name}"

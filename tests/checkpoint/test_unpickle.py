@@ -197,6 +197,13 @@ NAMES = [
 ]
 
 
+@pytest.mark.parametrize("put", [b"r\xff\xff\xff\x7f", b"p2000000000\n"])
+def test_a_few_bytes_do_not_take_gigabytes(tmp_path, put: bytes) -> None:
+    (tmp_path / "bomb.pt").write_bytes(as_zip(b"\x80\x02]" + put + b"."))
+    with pytest.raises(CheckpointError, match="it calls an object number 2"):
+        load(Window.of(tmp_path / "bomb.pt"))
+
+
 @settings(max_examples=300, deadline=None)
 @given(
     st.lists(

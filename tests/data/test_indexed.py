@@ -132,7 +132,7 @@ def patch(path, offset, data):
     "offset, data, meaning",
     [
         (0, b"X", "offset 0: magic"),
-        (0, b"TNTIDX\0\0", "tntidx reads and converts it"),
+        (0, b"TNTIDX\0\0", "`megalith data convert` makes an mmap dataset of it"),
         (9, b"\2", "offset 9: version 2"),
         (17, b"\0", "offset 17: dtype code 0"),
         (17, b"\x09", "offset 17: dtype code 9"),
