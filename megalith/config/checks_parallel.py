@@ -160,8 +160,9 @@ def _splits(config: RunConfig) -> Iterator[Problem]:
             whole["ffn_hidden_size"] = m.ffn_size
         for name, value in whole.items():
             if value % tp:
-                fitting = [n for n in range(1, tp + 1) if not any(each % n for each in whole.values())]
-                yield trouble((TP, name), flag(TP), tp, f"{flag(name)}, {value}, is a multiple of it", f"Write {flag(TP)} {fitting[-1]}")
+                common = math.gcd(*whole.values())
+                fits = next(n for n in range(min(tp, common), 0, -1) if common % n == 0)
+                yield trouble((TP, name), flag(TP), tp, f"{flag(name)}, {value}, is a multiple of it", f"Write {flag(TP)} {fits}")
         kv = m.num_kv_heads
         if kv != m.num_attention_heads and kv % tp and tp % kv:
             yield trouble((TP, "num_query_groups"), flag(TP), tp, f"it divides the {kv} key/value heads, or is a multiple of them",

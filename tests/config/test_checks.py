@@ -92,6 +92,11 @@ def test_nothing_is_read_where_no_data_is_needed():
     check(GOOD.replace(data_path=[], dataset="mine:Dataset"))
 
 
+def test_huge_numbers_are_judged_at_once():
+    for name in (name for name, field in fields().items() if field.kind in (int, float)):
+        assert isinstance(find_problems(GOOD.replace(**{name: 10**12}), 2), list)
+
+
 @given(
     st.sampled_from(sorted(fields())), st.sampled_from([-3, 0, 1, 2, 7, None, float("nan"), float("inf"), -1e9, 10**12]), st.integers(1, 9)
 )
