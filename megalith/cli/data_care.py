@@ -109,10 +109,11 @@ def _add_inspect(verbs) -> None:
 
 
 def inspect(args: argparse.Namespace) -> int:
-    """Inspect; everything on stdout. A damaged dataset is a DataError."""
+    """Inspect; everything on stdout. Damaged datasets are a DataError, after the others were shown."""
     import json
 
     from megalith.common import units
+    from megalith.common.errors import DataError
     from megalith.data.inspecting import describe, document_text, prefixes_below, verify
     from megalith.data.tokenizers import build_tokenizer
 
@@ -120,11 +121,15 @@ def inspect(args: argparse.Namespace) -> int:
         args.tokenizer_type = "HuggingFaceTokenizer"
     options = vars(tokenizer_options(args)) if args.tokenizer_type else None
     tokenizer = build_tokenizer(**options) if options else None
-    found = []
+    found, damaged = [], []
     for prefix in (prefix for path in args.path for prefix in prefixes_below(path)):
-        facts = describe(prefix)
-        if args.verify:
-            facts |= verify(prefix, tokenizer.vocab_size if tokenizer else args.vocab_size)
+        try:
+            facts = describe(prefix)
+            if args.verify:
+                facts |= verify(prefix, tokenizer.vocab_size if tokenizer else args.vocab_size)
+        except DataError as error:
+            damaged.append(str(error))
+            continue
         found.append(facts)
         if args.json:
             continue
@@ -138,6 +143,8 @@ def inspect(args: argparse.Namespace) -> int:
             print(f"--- document {number}\n{document_text(prefix, number, tokenizer)}")
     if args.json:
         print(json.dumps(found, indent=1))
+    if damaged:
+        raise DataError("\n".join(damaged))
     return 0
 
 

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
-import pathlib
-from collections.abc import Mapping
-from typing import Any
 
 from megalith import recipes
-from megalith.common.errors import MegalithError
+from megalith.common.errors import problem
 from megalith.config import flags
 from megalith.config.loading import resolve
-from megalith.config.loading_yaml import parse_yaml
+from megalith.config.text import Problem, flag
 
 EXAMPLE = """\
 examples:
@@ -51,11 +47,9 @@ def parity(args: argparse.Namespace) -> int:
     reading = args.reading
     values = {"train_iters": str(10**9), "lr": "0.0001"} | reading.values  # one step is run; a config's warm-up must fit in all the same
     reading.values = values
-    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "data_parallel_replicas")
-    layout = said(values) | values
-    copy = functools.reduce(lambda product, name: product * number(layout.get(name, 1)), sizes, 1)
-    processes = number(values.get("processes", copy if copy > 1 else 2))
-    config, _ = resolve(reading, read_recipe=recipes.text, world_size=processes, data=False)
+    asked, shown = (_number(reading, name) for name in ("processes", "show"))
+    config, _ = resolve(reading, read_recipe=recipes.text, world_size=asked, data=False)
+    processes = asked or config.parallel.smallest_world
     if values.get("dry_run"):
         print(f"{processes} processes would be compared with one")
         return 0
@@ -69,21 +63,16 @@ def parity(args: argparse.Namespace) -> int:
     print(f"loss            {result.found.loss:.12f}  against {result.expected.loss:.12f}  {loss.error:.1e}")
     print(f"gradient norm   {result.found.norm:.12f}  against {result.expected.norm:.12f}")
     print(f"initial weights {'equal, bit for bit' if result.same_weights else 'NOT equal'}")
-    for difference in gradients[: number(values.get("show", 5))]:
+    for difference in gradients[: shown or 5]:
         print(f"{difference.error:9.1e}  {difference.name}{'' if difference.error <= result.tolerance else '   WRONG'}")
     print(f"{'equal' if result.equal else 'NOT equal'}: {len(gradients)} gradients compared")
     return 0 if result.equal else 1
 
 
-def said(values: Mapping[str, str]) -> dict[str, Any]:
-    """What recipe and YAML file say, unchecked; `resolve` tells what is wrong with them."""
-    found: dict[str, Any] = {}
-    with contextlib.suppress(MegalithError, OSError, UnicodeDecodeError):
-        found |= parse_yaml(recipes.text(values["recipe"]), "", [], []) if "recipe" in values else {}
-        found |= parse_yaml(pathlib.Path(values["config"]).read_text(encoding="utf-8"), "", [], []) if "config" in values else {}
-    return found
-
-
-def number(value: str | int) -> int:
-    """A count as typed; 1 where it is none, which the config's own check reports."""
-    return int(value) if str(value).isdigit() and int(value) > 0 else 1
+def _number(reading: flags.Reading, name: str) -> int | None:
+    """A count as typed, or None where nothing is; a wrong one is told with all that is wrong."""
+    value = reading.values.get(name)
+    if value is None or (value.isdecimal() and int(value) > 0):
+        return None if value is None else int(value)
+    reading.problems.append(Problem((), problem(flag(name), value, "it is a whole number above 0", f"Write {flag(name)} 4")))
+    return None

@@ -6,9 +6,11 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from megalith.common.errors import ConfigError
 from megalith.config.checks_model import model_problems
 from megalith.config.checks_parallel import parallel_problems
 from megalith.config.checks_schedule import schedule_problems
+from megalith.config.data import shares
 from megalith.config.loading_values import WORDS, fields
 from megalith.config.run import RunConfig
 from megalith.config.text import Problem, Words, fail, flag, nearest, trouble, value_text
@@ -142,12 +144,7 @@ def _data(config: RunConfig) -> Iterator[Problem]:
     if d.tokenizer_type is None:
         cure = "Write --vocab-file FILE --merge-file FILE (GPT-2's), or --tokenizer-model tokenizer.json"
         yield trouble(("tokenizer_type", "vocab_file"), "tokenizer", None, "the data was made with one, and it has the vocabulary", cure)
-    parts = [part for part in d.split.replace("/", ",").split(",") if part.strip()]
     try:
-        shares = [float(part) for part in parts]
-        wrong = not 1 <= len(shares) <= 3 or min(shares) < 0 or not 0 < sum(shares) < math.inf
-    except ValueError:
-        wrong = True
-    if wrong:
-        cure = "Write for example --split 969,30,1"
-        yield trouble(("split",), "--split", d.split, "it is up to three shares (training, validation, test), none negative", cure)
+        shares(d.split)
+    except ConfigError as error:
+        yield Problem(("split",), str(error))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import re
+
+from megalith.common.errors import ConfigError, problem
 from megalith.config.knobs import knob, section
 
 
@@ -49,3 +53,16 @@ class DataConfig:
     query_in_block_prob: float = knob(0.1, "ict: how often the query stays in its block", minimum=0.0)
     dataloader_type: str = knob("single", "sample order: as the dataset has it, or reshuffled each epoch", choices=("single", "cyclic"))
     num_workers: int = knob(2, "threads that read samples ahead", minimum=0)
+
+
+def shares(split: str) -> list[float]:
+    """The three shares of a split such as "969, 30, 1", summing to 1; what is not given is 0. Raises ConfigError."""
+    try:
+        numbers = [float(part) for part in re.split(r"[,/\s]+", split.strip(" ,/"))]
+    except ValueError:
+        numbers = []
+    if not 1 <= len(numbers) <= 3 or min(numbers) < 0 or not 0 < sum(numbers) < math.inf:
+        rule = "it is up to three shares (training, validation, test), none negative, not all zero"
+        raise ConfigError(problem("--split", split, rule, "Write for example --split 969,30,1"))
+    numbers += [0.0] * (3 - len(numbers))
+    return [number / sum(numbers) for number in numbers]

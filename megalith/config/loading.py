@@ -37,13 +37,13 @@ def resolve(
     *,
     read_recipe: ReadRecipe | None = None,
     read_checkpoint: ReadCheckpoint | None = None,
-    world_size: int = 1,
+    world_size: int | None = 1,
     data: bool = True,
 ) -> tuple[RunConfig, list[str]]:
     """A checked config and the notices to show, from what flags.read found.
 
     read_recipe, read_checkpoint: for --recipe and --use-checkpoint-args; without them these flags are errors.
-    world_size: number of processes. data: whether a corpus is needed.
+    world_size: number of processes; None: the layout's smallest. data: whether a corpus is needed.
     Raises ConfigError with every problem of flags, files and their combination.
     """
     problems, notices = list(reading.problems), list(reading.notices)
@@ -67,7 +67,8 @@ def resolve(
         if name in values and config.data.dataset in ("gpt", "bert", "t5", "ict") and config.data.dataset not in readers
     ]
     wrong = {field for each in problems for field in each.fields}
-    problems += [each for each in find_problems(config, world_size, data=data) if not wrong.intersection(each.fields)]
+    size = config.parallel.smallest_world if world_size is None else world_size
+    problems += [each for each in find_problems(config, size, data=data) if not wrong.intersection(each.fields)]
     fail(each.text for each in problems)
     return config, notices
 

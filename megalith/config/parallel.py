@@ -47,3 +47,8 @@ class ParallelConfig:
     def model_parallel_size(self) -> int:
         """Processes that together hold one copy of the model."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def smallest_world(self) -> int:
+        """Processes of the smallest run in which something is parallel: one copy of the model with its replicas, or two."""
+        return max(2, self.model_parallel_size * self.data_parallel_replicas)

@@ -3,24 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import re
 
-from megalith.common.errors import ConfigError, problem
+from megalith.config.data import shares
 
 NAMES = ("train", "valid", "test")
-
-
-def shares(split: str) -> list[float]:
-    """The three shares of a split such as "969, 30, 1", summing to 1; what is not given is 0."""
-    try:
-        numbers = [float(number) for number in re.findall(r"[.0-9]+", split)]
-    except ValueError:
-        numbers = []
-    if not 1 <= len(numbers) <= len(NAMES) or "-" in split or sum(numbers) <= 0:
-        rule = "one to three shares of training, validation and test, none negative, not all zero"
-        raise ConfigError(problem("--split", split, rule, 'Give for example --split "969,30,1"'))
-    numbers += [0.0] * (len(NAMES) - len(numbers))
-    return [number / sum(numbers) for number in numbers]
 
 
 def split_bounds(split: str, size: int, rounding: str = "core") -> list[tuple[int, int]]:

@@ -82,6 +82,8 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
     if mesh.is_main:
         announce(config, mesh, trainer, progress, last_step)
         print("".join(f"  {line}\n" for line in told(datasets["train"])), end="", flush=True)
+        if datasets["valid"] is None and config.validation.eval_iters:
+            print("no validation data, so nothing is validated: --split or --valid-data-path gives some", flush=True)
     if progress.iteration >= last_step > 0:
         return progress
     loaders = {

@@ -68,6 +68,12 @@ def test_care(corpus, tmp_path, capsys):
     assert (tmp_path / "list.txt").read_text().splitlines()[0] == "0.4 pieces/numbers-0000 numbers"
     (tmp_path / "epochs.yaml").write_text("[1")
     assert main([*listed, "--epochs", str(tmp_path / "epochs.yaml")]) == 1
+    for number in (0, 2):
+        (tmp_path / f"pieces/numbers-000{number}.idx").write_bytes(b"MMIDIDX")
+    capsys.readouterr()
+    assert main(["data", "inspect", str(tmp_path / "pieces")]) == 1
+    shown, told = capsys.readouterr()
+    assert "numbers-0001: mmap" in shown and "numbers-0000" in told and "numbers-0002" in told
 
 
 def test_misnamed_index_is_named(tmp_path, capsys):

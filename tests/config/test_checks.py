@@ -74,6 +74,8 @@ COMBINED = [
     ({"split": "1,-1,0"}, "none negative"),
     ({"split": "0,0,0"}, "Write for example --split 969,30,1."),
     ({"split": "1,2,3,4"}, "it is up to three shares"),
+    ({"split": "nan,1"}, "it is up to three shares"),
+    ({"split": "-1,2"}, "none negative"),
 ]
 
 
@@ -82,7 +84,7 @@ def test_combinations(values, message):
     assert message in only(GOOD.replace(**values))
 
 
-@pytest.mark.parametrize("split", ["969, 30, 1", "949,50,1", "98,2,0", "100", "90/10", "0.9,0.1"])
+@pytest.mark.parametrize("split", ["969, 30, 1", "949,50,1", "98,2,0", "100", "90/10", "0.9,0.1", "1e2,1,1", "98 2 0", "969,30,1,"])
 def test_splits_that_megatron_takes(split):
     check(GOOD.replace(split=split))
 

@@ -63,3 +63,10 @@ def test_a_wrong_name_is_told(corpus, tmp_path):
 
     with pytest.raises(ConfigError, match="Python path"):
         train(tiny_config(corpus, str(tmp_path / "run"), loss="no_such_module:Loss"))
+
+
+def test_a_run_without_validation_data_says_so(corpus, tmp_path, capsys):
+    from megalith.training.pretrain import train
+
+    train(tiny_config(corpus, str(tmp_path / "run"), split="1", train_iters=2, lr_warmup_iters=1))
+    assert "no validation data" in capsys.readouterr().out

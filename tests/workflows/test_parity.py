@@ -42,6 +42,9 @@ def test_what_cannot_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--tensor-model-parallel-size: found 3" in capsys.readouterr().err
     assert main([*SMALL, "--processes", "16", "--global-batch-size", "16"]) == 2
     assert "number of processes: found 16" in capsys.readouterr().err
+    assert main([*SMALL, "--processes", "two", "--show", "0", "--tensor-model-parallel-size", "-2"]) == 2
+    err = capsys.readouterr().err
+    assert "--processes: found 'two'" in err and "--show: found '0'" in err and "--tensor-model-parallel-size: found -2" in err
     assert main([*SMALL, "--tensor-model-parallel-size", "2", "--dry-run"]) == 0
     assert "2 processes would be compared with one" in capsys.readouterr().out
 
