@@ -157,6 +157,7 @@ def write(weights: Weights, folder: pathlib.Path, options: Options) -> None:
         made[theirs] = join(parts, functools.partial(_together, rule.form, model))
     folder.mkdir(parents=True, exist_ok=True)
     dtype = max((lazy.dtype for lazy in made.values()), key=lambda each: each.itemsize)
+    made |= {name: lazy.to(dtype) for name, lazy in family.added(model).items()}
     content = _config(weights, name, family)
     content["dtype" if "dtype" in content else "torch_dtype"] = str(dtype).removeprefix("torch.")  # transformers 5's word, and 4's
     files.write_tensors(folder, made, options.max_shard_size, options.safetensors)

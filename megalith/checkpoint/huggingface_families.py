@@ -128,6 +128,7 @@ class Family:
     more_ours(config.json) and more_theirs(config): what no table says. of_tensors: what of ours their tensors alone tell.
     heads(config.json): beginnings of names of the heads that a folder of its class lacks (an encoder alone, a classifier).
     adapt(tensors, model): their tensors changed for a model that lacks some of them, and what to tell of it.
+    added(model): tensors of theirs that a model without them does not need.
     names: see Rule. surplus: patterns of their tensors that are no weights (masks, inverse frequencies).
     """
 
@@ -143,6 +144,7 @@ class Family:
     of_tensors: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
     heads: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda given: ()
     adapt: Callable[[dict[str, Lazy], ModelConfig], tuple[dict[str, Lazy], tuple[str, ...]]] = lambda tensors, model: (tensors, ())
+    added: Callable[[ModelConfig], dict[str, Lazy]] = lambda model: {}
     names: tuple[Rule, ...]
     surplus: tuple[str, ...] = ()
 
@@ -166,7 +168,7 @@ class Family:
         return {**self.always, **values, **self.more_ours(given)}
 
     def to_theirs(self, config: RunConfig) -> dict[str, Any]:
-        """config.json's fields, without those of transformers itself (architectures, model_type, dtype)."""
+        """config.json's fields, without those of transformers itself (model_type, dtype, architectures unless it is another class)."""
         flat = resolved(config)
         return {**{each.theirs: flat[each.ours] for each in self.settings}, **self.more_theirs(config)}
 

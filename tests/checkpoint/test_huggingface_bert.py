@@ -70,7 +70,7 @@ def test_names_of_files_from_tensorflow(tmp_path: pathlib.Path) -> None:
     assert torch.equal(weights["model/layers.1.mlp_norm.bias"], wanted) and not weights.notes
 
 
-@pytest.mark.parametrize("changes", [{"bert_no_binary_head": True}, {"normalization": "RMSNorm"}, {"swiglu": True}])
+@pytest.mark.parametrize("changes", [{"normalization": "RMSNorm"}, {"swiglu": True}])
 def test_forms_that_theirs_does_not_have(changes: dict, tmp_path: pathlib.Path) -> None:
     BERTS["bert"]().save_pretrained(tmp_path)
     weights = formats.read(tmp_path)
@@ -103,6 +103,23 @@ def test_a_masked_lm_is_a_model_without_binary_head(kind: str, tmp_path: pathlib
     found = load_plain(tmp_path / "ours", device="cpu")[0](ids)
     assert (found - original(ids).logits).abs().max() < 1e-5
     assert conversion.verify(tmp_path / "theirs", tmp_path / "ours") < 1e-5
+    for name, files in (("kept", weights.files), ("made", {})):
+        huggingface.write(replace(own(tmp_path / "ours"), files=files), tmp_path / name, Options())
+        back, told = getattr(transformers, kind).from_pretrained(tmp_path / name, output_loading_info=True)
+        assert not any(told.values()) and json.loads((tmp_path / name / "config.json").read_text())["architectures"] == [kind]
+        assert (back.eval()(ids).logits - original(ids).logits).abs().max() < 1e-5
+
+
+def test_the_name_masked_lm_does_not_cost_the_other_head(tmp_path: pathlib.Path) -> None:
+    """bert-base-uncased has a pooler and a binary head, and calls itself BertForMaskedLM."""
+    BERTS["bert"]().save_pretrained(tmp_path / "theirs")
+    config = json.loads((tmp_path / "theirs/config.json").read_text())
+    (tmp_path / "theirs/config.json").write_text(json.dumps({**config, "architectures": ["BertForMaskedLM"]}))
+    weights = formats.read(tmp_path / "theirs")
+    assert not weights.config.model.bert_no_binary_head and not weights.notes
+    huggingface.write(weights, tmp_path / "back", Options())
+    assert json.loads((tmp_path / "back/config.json").read_text()) == config
+    assert all(torch.equal(one, other) for one, other in zip(logits(tmp_path / "theirs"), logits(tmp_path / "back"), strict=True))
 
 
 def test_a_masked_lm_can_keep_its_segments(tmp_path: pathlib.Path) -> None:

@@ -1,10 +1,15 @@
-"""BERT (Devlin et al., 2019) and Megatron's form of it: transformers' BertForPreTraining and MegatronBertForPreTraining."""
+"""BERT (Devlin et al., 2019) and Megatron's form of it: transformers' BertForPreTraining and MegatronBertForPreTraining.
+
+Without binary head they are called ForMaskedLM there.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from megalith.checkpoint.huggingface_families import PLAIN, Family, Rule, Setting, activation, activation_name
 from megalith.checkpoint.lazy import Lazy, join
@@ -15,11 +20,14 @@ GELUS = {name: fields for name, fields in PLAIN.items() if "gelu" in name}  # th
 
 
 def _more_ours(given: Mapping[str, Any]) -> dict[str, Any]:
-    return activation(GELUS, given.get("hidden_act", "gelu"))
+    (name, *_) = given.get("architectures") or [""]
+    return {**activation(GELUS, given.get("hidden_act", "gelu")), "bert_no_binary_head": name.endswith("MaskedLM")}
 
 
-def _more_theirs(config: RunConfig) -> dict[str, Any]:
-    return {"hidden_act": activation_name(GELUS, config.model), "type_vocab_size": 2, "pad_token_id": 0}
+def _more_theirs(without_order: str, config: RunConfig) -> dict[str, Any]:
+    """without_order: the class that has no binary head."""
+    named = {"architectures": [without_order]} if config.model.bert_no_binary_head else {}
+    return {**named, "hidden_act": activation_name(GELUS, config.model), "type_vocab_size": 2, "pad_token_id": 0}
 
 
 HEADS = {"bert.pooler.": ("PreTraining",), "cls.predictions.": ("PreTraining", "MaskedLM"), "cls.seq_relationship.": ("PreTraining",)}
@@ -33,8 +41,8 @@ def _heads(given: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _binary(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Without a pooler it is a model without binary head."""
-    return {} if any("pooler.dense" in name or "seq_relationship" in name for name in found) else {"bert_no_binary_head": True}
+    """Without a pooler it is a model without binary head; with one it is not, even if called MaskedLM as bert-base-uncased is."""
+    return {"bert_no_binary_head": not any("pooler.dense" in name or "seq_relationship" in name for name in found)}
 
 
 def _one_segment(found: dict[str, Lazy], model: ModelConfig) -> tuple[dict[str, Lazy], tuple[str, ...]]:
@@ -46,6 +54,12 @@ def _one_segment(found: dict[str, Lazy], model: ModelConfig) -> tuple[dict[str, 
     others = {name: lazy for name, lazy in found.items() if name != prefix + TYPES}
     note = "no binary head in it: imported without, for one segment, whose embedding was added to those of the positions"
     return {**others, prefix + POSITIONS: positions}, (note,)
+
+
+def _no_segments(model: ModelConfig) -> dict[str, Lazy]:
+    """The embedding of segments that theirs has and a model without binary head has not: nothing is added by zeros."""
+    shape = (2, model.hidden_size)
+    return {f"bert.{TYPES}": Lazy(shape=shape, dtype=torch.float32, read=lambda: torch.zeros(shape))} if model.bert_no_binary_head else {}
 
 
 _make = functools.partial(
@@ -68,10 +82,10 @@ _make = functools.partial(
         "add_cross_attention": (False,),
     },
     more_ours=_more_ours,
-    more_theirs=_more_theirs,
     of_tensors=_binary,
     heads=_heads,
     adapt=_one_segment,
+    added=_no_segments,
     surplus=(r"(bert\.)?embeddings\.position_ids", r"cls\.predictions\.decoder\.(weight|bias)"),  # the latter are copies
 )  # fmt: skip
 ALWAYS = {"model_type": "bert", "dataset": "bert", "loss": "bert"}
@@ -93,6 +107,7 @@ NAMES = (
 )
 BERT = _make(
     architecture="BertForPreTraining",
+    more_theirs=functools.partial(_more_theirs, "BertForMaskedLM"),
     always={**ALWAYS, "norm_after_residual": True},
     names=(
         *NAMES,
@@ -103,6 +118,7 @@ BERT = _make(
 )
 MEGATRON_BERT = _make(
     architecture="MegatronBertForPreTraining",
+    more_theirs=functools.partial(_more_theirs, "MegatronBertForMaskedLM"),
     always=ALWAYS,
     names=(
         *NAMES,
