@@ -24,9 +24,10 @@ def ours(args: argparse.Namespace, device: torch.device, ids: Tensor, labels: Te
     runtime = place(config, start(config.parallel))
     optimizer = build_optimizer(config.optimizer, runtime.model.named_parameters())
     weights = torch.full(labels.shape, 1.0 / labels.numel(), device=device)
+    samples, number = torch.arange(len(ids), device=device), torch.zeros((), dtype=torch.int64, device=device)  # what masks are drawn from
 
     def step() -> float:
-        loss = runtime.model(ids, labels=labels, loss_weights=weights).sum()
+        loss = runtime.model(ids, labels=labels, loss_weights=weights, samples=samples, step=number.add_(1)).sum()
         loss.backward()
         clip(gradients(runtime.model.named_parameters()), 1.0)
         optimizer.step()
@@ -42,8 +43,8 @@ def our_config(args: argparse.Namespace):
 
     return RunConfig().replace(
         num_layers=args.num_layers, hidden_size=args.hidden_size, num_attention_heads=args.heads, max_position_embeddings=args.sequence,
-        seq_length=args.sequence, vocab_size=args.vocab_size, openai_gelu=True, hidden_dropout=0.0, attention_dropout=0.0, lr=1e-3,
-        weight_decay=0.0, adam_beta2=0.999,
+        seq_length=args.sequence, vocab_size=args.vocab_size, openai_gelu=True, hidden_dropout=args.hidden_dropout,
+        attention_dropout=args.attention_dropout, lr=1e-3, weight_decay=0.0, adam_beta2=0.999,
     )  # fmt: skip
 
 
@@ -77,7 +78,7 @@ def hugging_face(args: argparse.Namespace, device: torch.device, ids: Tensor, la
 
     config = GPT2Config(
         vocab_size=args.vocab_size, n_positions=args.sequence, n_embd=args.hidden_size, n_layer=args.num_layers, n_head=args.heads,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
+        resid_pdrop=args.hidden_dropout, embd_pdrop=args.hidden_dropout, attn_pdrop=args.attention_dropout, use_cache=False,
     )  # fmt: skip
     model = GPT2LMHeadModel(config)
     w = our_weights(args)

@@ -56,6 +56,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sequence", type=int, default=512)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--vocab-size", type=int, default=50304)
+    parser.add_argument("--hidden-dropout", type=float, default=0.0, help="of ours and Hugging Face's (see dropout.py)")
+    parser.add_argument("--attention-dropout", type=float, default=0.0)
     parser.add_argument("--steps", type=int, default=5, help="timed steps of a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peak-tflops", type=float, help="peak of the device, for MFU")

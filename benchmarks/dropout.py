@@ -1,0 +1,48 @@
+"""What dropout costs: a training step with hidden dropout, and with attention dropout too, against the same step without.
+
+    python benchmarks/dropout.py [--rounds 5] [the shapes of train.py: --num-layers 6 --device cuda ...]
+
+Ours hashes a mask for each element wherever it lies, so that every layout draws the same one; transformers' draws from a stream. Both run
+in turn, each in a process of its own, and the time of a step without dropout is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+
+CANDIDATES = ("megalith", "megalith-compile", "hf", "hf-compile")
+KINDS = {"none": ("0", "0"), "hidden 0.1": ("0.1", "0"), "hidden and attention 0.1": ("0.1", "0.1")}
+
+
+def main() -> None:
+    """Run everything in turn and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--candidates", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
+    parser.add_argument("--rounds", type=int, default=3)
+    args, shapes = parser.parse_known_args()
+    rates: dict[tuple[str, str], list[float]] = {(name, kind): [] for name in args.candidates for kind in KINDS}
+    for _ in range(args.rounds):
+        for (name, kind), found in rates.items():
+            hidden, attention = KINDS[kind]
+            command = [sys.executable, str(pathlib.Path(__file__).with_name("train.py")), "--worker", name, *shapes]
+            done = subprocess.run([*command, "--hidden-dropout", hidden, "--attention-dropout", attention], capture_output=True, text=True)
+            lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+            if not lines:
+                sys.exit(f"{name}, {kind}: failed\n{done.stderr[-2000:]}")
+            found.append(json.loads(lines[-1][7:])["tokens_per_second"])
+    print(f"machine: {platform.machine()}, {platform.platform()}, Python {platform.python_version()}")
+    print(f"command: python benchmarks/dropout.py {' '.join(sys.argv[1:])}")
+    print(f"{'':18} {'dropout':26} {'tokens/s':>9} {'min':>8} {'max':>8}  time of a step over the one without")
+    for (name, kind), found in rates.items():
+        cost = statistics.median(rates[name, "none"]) / statistics.median(found)
+        print(f"{name:18} {kind:26} {statistics.median(found):9.0f} {min(found):8.0f} {max(found):8.0f}  {cost:.3f}")
+
+
+if __name__ == "__main__":
+    main()
