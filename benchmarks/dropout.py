@@ -9,12 +9,11 @@ in turn, each in a process of its own, and the time of a step without dropout is
 from __future__ import annotations
 
 import argparse
-import json
-import pathlib
 import platform
 import statistics
-import subprocess
 import sys
+
+import train
 
 CANDIDATES = ("megalith", "megalith-compile", "hf", "hf-compile")
 KINDS = {"none": ("0", "0"), "hidden 0.1": ("0.1", "0"), "hidden and attention 0.1": ("0.1", "0.1")}
@@ -30,12 +29,10 @@ def main() -> None:
     for _ in range(args.rounds):
         for (name, kind), found in rates.items():
             hidden, attention = KINDS[kind]
-            command = [sys.executable, str(pathlib.Path(__file__).with_name("train.py")), "--worker", name, *shapes]
-            done = subprocess.run([*command, "--hidden-dropout", hidden, "--attention-dropout", attention], capture_output=True, text=True)
-            lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-            if not lines:
-                sys.exit(f"{name}, {kind}: failed\n{done.stderr[-2000:]}")
-            found.append(json.loads(lines[-1][7:])["tokens_per_second"])
+            result = train.apart(name, [*shapes, "--hidden-dropout", hidden, "--attention-dropout", attention])
+            if isinstance(result, str):
+                sys.exit(f"{name}, {kind}: failed\n{result}")
+            found.append(result["tokens_per_second"])
     print(f"machine: {platform.machine()}, {platform.platform()}, Python {platform.python_version()}")
     print(f"command: python benchmarks/dropout.py {' '.join(sys.argv[1:])}")
     print(f"{'':18} {'dropout':26} {'tokens/s':>9} {'min':>8} {'max':>8}  time of a step over the one without")

@@ -113,8 +113,8 @@ def main() -> None:
             pipeline_schedule=name, num_layers_per_virtual_pipeline_stage=2 if name in stages.LOOPING else None, global_batch_size=count
         )
         found, transfer = run_ranks(steps, 2, config, args.steps, timeout=900)[0]
-        found.sort(key=lambda each: each.bubbles()[0])
-        low, middle, high = statistics.quantiles([each.bubbles()[0] for each in found], n=4)
+        found.sort(key=lambda each: bubble(each.measured))
+        low, middle, high = statistics.quantiles([bubble(each.measured) for each in found], n=4)
         costs[name] = seconds = medians(found)
         line = f"{name:18s} {middle:6.2%} ({low:.2%} to {high:.2%})"
         line += f" | {statistics.median(at_best(each, transfer) for each in found):6.2%} | {theory(name, 2, count, seconds):6.2%}"

@@ -32,15 +32,20 @@ def main() -> None:
     results: dict[str, list[dict]] = {name: [] for name in args.candidates}
     for number in range(args.rounds):
         for name in args.candidates:
-            command = [sys.executable, __file__, "--worker", name, *sys.argv[1:]]
-            done = subprocess.run(command, capture_output=True, text=True)
-            lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-            if not lines:
-                print(f"{name}: failed\n{done.stderr[-2000:]}", flush=True)
+            result = apart(name, sys.argv[1:])
+            if isinstance(result, str):
+                print(f"{name}: failed\n{result}", flush=True)
                 continue
-            results[name].append(json.loads(lines[-1][7:]))
+            results[name].append(result)
             print(f"round {number + 1} {name}: {results[name][-1]['tokens_per_second']:.0f} tokens/s", flush=True)
     report(args, results)
+
+
+def apart(name: str, words: list[str]) -> dict | str:
+    """What `work` tells of a candidate in a process of its own, with these words of the command line; or the end of its errors."""
+    done = subprocess.run([sys.executable, __file__, "--worker", name, *words], capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    return json.loads(lines[-1][7:]) if lines else done.stderr[-2000:]
 
 
 def arguments() -> argparse.Namespace:

@@ -72,7 +72,9 @@ def parity(args: argparse.Namespace) -> int:
 def _number(reading: flags.Reading, name: str) -> int | None:
     """A count as typed, or None where nothing is; a wrong one is told with all that is wrong."""
     value = reading.values.get(name)
-    if value is None or (value.isdecimal() and int(value) > 0):
-        return None if value is None else int(value)
+    if value is None:
+        return None
+    if value.isdecimal() and int(value) > 0:
+        return int(value)
     reading.problems.append(Problem((), problem(flag(name), value, "it is a whole number above 0", f"Write {flag(name)} 4")))
     return None

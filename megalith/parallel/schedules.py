@@ -28,11 +28,7 @@ class DualPipeV(ScheduleDualPipeV):
     """
 
     def _prepare_schedule_with_comms(self, actions, *args, **kwargs) -> None:
-        apart = {
-            rank: [piece for action in listed for piece in (action.sub_actions if action and action.sub_actions else (action,))]
-            for rank, listed in actions.items()
-        }
-        super()._prepare_schedule_with_comms(apart, *args, **kwargs)
+        super()._prepare_schedule_with_comms({rank: _apart(listed) for rank, listed in actions.items()}, *args, **kwargs)
 
 
 SCHEDULES: dict[str, type] = {
@@ -73,7 +69,10 @@ def order(name: str, processes: int, micro_batches: int, stages_per_process: int
         ahead = [micro_batches if name == "gpipe" else min(micro_batches, processes - process) for process in range(processes)]
         return [_one_stage(process, micro_batches, count) for process, count in enumerate(ahead)]
     schedule = without_model(name, processes, micro_batches, stages_per_process)
-    return [[work for action in schedule.pipeline_order[process] if action for work in _works(action)] for process in range(processes)]
+    return [
+        [Work(action.computation_type.value, action.stage_index, action.microbatch_index) for action in _apart(listed) if action]
+        for _, listed in sorted(schedule.pipeline_order.items())
+    ]
 
 
 def without_model(name: str, processes: int, micro_batches: int, stages_per_process: int) -> Any:
@@ -92,11 +91,9 @@ def _one_stage(stage: int, micro_batches: int, ahead: int) -> list[Work]:
     return works
 
 
-def _works(action) -> list[Work]:
-    """The pieces of one of torch's actions; an overlapped forward and backward is two."""
-    if action.sub_actions:
-        return [work for each in action.sub_actions for work in _works(each)]
-    return [Work(action.computation_type.value, action.stage_index, action.microbatch_index)]
+def _apart(actions: Sequence[Any]) -> list[Any]:
+    """torch's actions (None: idle), of which an overlapped forward and backward pass becomes two."""
+    return [piece for action in actions for piece in (action.sub_actions if action and action.sub_actions else (action,))]
 
 
 def play(order: Sequence[Sequence[Work]], seconds: Callable[[Work], float], transfer: float = 0.0) -> list[Span]:

@@ -30,14 +30,14 @@ def run(config) -> None:
 @pytest.mark.parametrize("layout", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES])
 def test_one_curve(ranks, layout, corpus, tmp_path):
     processes, steps, changes = CASES[layout]
-    compare(ranks, tiny_config(corpus, str(tmp_path / "one"), train_iters=steps, eval_interval=steps), processes, changes)
+    assert_one_curve(ranks, tiny_config(corpus, str(tmp_path / "one"), train_iters=steps, eval_interval=steps), processes, changes)
 
 
 @pytest.mark.parametrize("layout", BERT)
 def test_one_curve_of_bert(ranks, layout, sentences, tmp_path):
     """Both of its losses have their own normaliser, whose counts are spread over processes in their own ways."""
     processes, changes = BERT[layout]
-    compare(ranks, tiny_bert(sentences, str(tmp_path / "one"), train_iters=20, eval_interval=20), processes, changes)
+    assert_one_curve(ranks, tiny_bert(sentences, str(tmp_path / "one"), train_iters=20, eval_interval=20), processes, changes)
     for lines in (records(str(tmp_path / name)) for name in ("one", "many")):
         assert all(line["loss"] == pytest.approx(sum(line["losses"].values())) for line in lines if "losses" in line)
 
@@ -47,10 +47,10 @@ def test_one_curve_of_bert(ranks, layout, sentences, tmp_path):
 def test_one_curve_of_t5(ranks, layout, sentences, tmp_path):
     """Three holders of the embedding, a table of biases on each stage, two sequences of different lengths, both of them padded."""
     one = tiny_t5(sentences, str(tmp_path / "one"), train_iters=20, eval_interval=20, position_embedding_type="relative")
-    compare(ranks, one, *BERT[layout])
+    assert_one_curve(ranks, one, *BERT[layout])
 
 
-def compare(ranks, one, processes, changes):
+def assert_one_curve(ranks, one, processes, changes):
     """A run on one process, and on many with `changes`."""
     steps, tmp_path = one.schedule.train_iters, pathlib.Path(one.logging.folder).parent
     assert one.model.hidden_dropout == one.model.attention_dropout == 0.1

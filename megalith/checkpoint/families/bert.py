@@ -19,9 +19,13 @@ from megalith.config.run import RunConfig
 GELUS = {name: fields for name, fields in PLAIN.items() if "gelu" in name}  # the head has the same, and there nothing else is built
 
 
+def _class(given: Mapping[str, Any]) -> str:
+    """The class in transformers that a config.json names."""
+    return (given.get("architectures") or ["BertForPreTraining"])[0]
+
+
 def _more_ours(given: Mapping[str, Any]) -> dict[str, Any]:
-    (name, *_) = given.get("architectures") or [""]
-    return {**activation(GELUS, given.get("hidden_act", "gelu")), "bert_no_binary_head": name.endswith("MaskedLM")}
+    return {**activation(GELUS, given.get("hidden_act", "gelu")), "bert_no_binary_head": _class(given).endswith("MaskedLM")}
 
 
 def _more_theirs(without_order: str, config: RunConfig) -> dict[str, Any]:
@@ -36,8 +40,7 @@ POSITIONS, TYPES = "embeddings.position_embeddings.weight", "embeddings.token_ty
 
 def _heads(given: Mapping[str, Any]) -> tuple[str, ...]:
     """BertModel, BertForMaskedLM, BertForSequenceClassification, ... have not all of ours."""
-    (name, *_) = given.get("architectures") or ["PreTraining"]
-    return tuple(head for head, classes in HEADS.items() if not name.endswith(classes))
+    return tuple(head for head, classes in HEADS.items() if not _class(given).endswith(classes))
 
 
 def _binary(found: Mapping[str, Any]) -> dict[str, Any]:
