@@ -1,0 +1,168 @@
+"""One writer of an output at a time, also between machines that share a file system.
+
+A lock is a file `.{name}.lock` beside the output that names its holder. flock is not used: many network file systems keep
+it within one machine, or refuse it. A hard link is atomic on all of them, and appears with its whole content. The holder
+touches its lock every HEARTBEAT seconds, by which others tell a live holder from one whose machine died.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import pathlib
+import shlex
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+from megalith.common.errors import MegalithError
+
+HEARTBEAT = 10.0  # seconds between two touches
+STALE = 90.0  # seconds without a touch after which a holder on another machine is taken for dead
+
+
+class LockedError(MegalithError):
+    """Another process writes the same output."""
+
+
+@contextlib.contextmanager
+def locked(
+    output: str | os.PathLike, *, cure: str = "Wait for it, or choose another output", notice: Callable[[str], None] = lambda line: None
+) -> Iterator[None]:
+    """Hold the lock of `output` (a file, folder or prefix, which need not exist) within the block.
+
+    The lock of a dead process is taken over, told by `notice`. Raises LockedError that names a live holder (command, host,
+    process, since when) and leaves everything as it is. A second lock of one output is refused within a process too.
+    """
+    output = pathlib.Path(os.path.abspath(output))
+    path = output.with_name(f".{output.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    owner = _describe()
+    _acquire(path, owner, output, cure, notice)
+    done = threading.Event()
+    threading.Thread(target=_touch_until, args=(done, path, owner), daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+        if _read(path) == owner:  # it may have been taken over while this process was suspended
+            path.unlink(missing_ok=True)
+
+
+def _acquire(path: pathlib.Path, owner: dict, output: pathlib.Path, cure: str, notice: Callable[[str], None]) -> None:
+    """Make the file `path` with the content `owner`, or raise LockedError."""
+    draft = path.with_name(f"{path.name}.{owner['nonce']}")
+    draft.write_text(json.dumps(owner), encoding="utf-8")
+    try:
+        while True:
+            with contextlib.suppress(FileExistsError):
+                _create(draft, path)
+                return
+            holder = _read(path)
+            if holder is None:
+                continue  # released between the two calls
+            if not _is_dead(holder, path, draft):
+                raise LockedError(f"{output} is being written by {_name(holder)}; one process at a time may. {cure}.")
+            # Of several that find a dead holder's lock, one moves it away; who moved a live one by mistake puts it back.
+            moved = path.with_name(f"{path.name}.{owner['nonce']}.stale")
+            try:
+                os.rename(path, moved)
+            except FileNotFoundError:
+                continue
+            if _read(moved) != holder:
+                with contextlib.suppress(FileExistsError):
+                    _create(moved, path)
+            else:
+                notice(f"{output}: the lock of {_name(holder)} is taken over, because that process has ended")
+            moved.unlink()
+    finally:
+        draft.unlink()
+
+
+def _create(draft: pathlib.Path, path: pathlib.Path) -> None:
+    """Give `draft` the name `path` too; FileExistsError where that is taken."""
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(draft.read_text(encoding="utf-8"))
+
+
+def _describe() -> dict:
+    """What a lock says of this process."""
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": _start_of(os.getpid()),
+        "pids": _pid_space(),
+        "since": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv)[:500],
+        "nonce": os.urandom(8).hex(),
+    }
+
+
+def _name(holder: dict) -> str:
+    return f"process {holder.get('pid')} on {holder.get('host')} since {holder.get('since')} ({holder.get('command')})"
+
+
+def _read(path: pathlib.Path) -> dict | None:
+    """What the lock says; None where there is none, {} where it cannot be understood."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _is_dead(holder: dict, path: pathlib.Path, draft: pathlib.Path) -> bool:
+    """Whether the holder is gone: looked up where its process numbers are ours, else judged by the age of its last touch."""
+    if holder.get("host") == socket.gethostname() and holder.get("pids") == _pid_space():
+        return _start_of(holder.get("pid")) != holder.get("started")
+    os.utime(draft)  # now, by the clock of the file system: machines' clocks may differ
+    try:
+        return draft.stat().st_mtime - path.stat().st_mtime > STALE
+    except FileNotFoundError:
+        return False
+
+
+def _pid_space() -> str:
+    """Tells boots and containers apart, in which equal process numbers are different processes."""
+    try:
+        return f"{pathlib.Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _start_of(pid: object) -> str | None:
+    """When the process `pid` of this machine started, None if there is none: numbers are used again."""
+    if not isinstance(pid, int) or pid <= 0:
+        return None
+    try:
+        state, *rest = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if state in "ZX" else rest[18]
+    except OSError:
+        pass
+    if os.path.isdir("/proc/self"):
+        return None
+    try:
+        os.kill(pid, 0)  # a system without /proc
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return "running"
+
+
+def _touch_until(done: threading.Event, path: pathlib.Path, owner: dict) -> None:
+    while not done.wait(HEARTBEAT):
+        if _read(path) != owner:
+            return
+        with contextlib.suppress(OSError):
+            os.utime(path)

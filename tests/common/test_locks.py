@@ -1,0 +1,125 @@
+"""Locks of outputs: one holder, named; dead holders' locks taken over; never two at a time."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from megalith.common import locks
+from megalith.common.locks import LockedError, locked
+
+HOLD = "import sys, time\nfrom megalith.common.locks import locked\nwith locked(sys.argv[1]):\n print('held', flush=True)\n time.sleep(60)"
+
+
+def _holder(output):
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(output)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_second_process_names_the_first_and_takes_over_when_it_is_dead(tmp_path):
+    """What a user sees of another job on the output, before and after its kill -9."""
+    output = tmp_path / "corpus"
+    process = _holder(output)
+    try:
+        with pytest.raises(LockedError, match=rf"process {process.pid} on .* since 20.*Wait for it"), locked(output):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+    told = []
+    with locked(output, notice=told.append):
+        assert json.loads((tmp_path / ".corpus.lock").read_text())["pid"] == os.getpid()
+    assert len(told) == 1 and f"process {process.pid} " in told[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_same_process_and_relative_names(tmp_path, monkeypatch):
+    """One output under two spellings is one output."""
+    monkeypatch.chdir(tmp_path)
+    with locked("out"), pytest.raises(LockedError), locked(tmp_path / "x" / ".." / "out"):
+        pass
+    with locked("out"):
+        pass
+
+
+def test_number_of_a_dead_process_given_to_another(tmp_path):
+    """A live process with the holder's number but another start is not the holder."""
+    with locked(tmp_path / "out"):
+        content = json.loads((tmp_path / ".out.lock").read_text())
+    (tmp_path / ".out.lock").write_text(json.dumps(content | {"started": "1"}))
+    with locked(tmp_path / "out"):
+        pass
+
+
+@pytest.mark.parametrize("content", ['{"host": "elsewhere", "pid": 1, "pids": "x", "nonce": "y"}', "", "[1]", "\0\0"])
+def test_holder_elsewhere_is_judged_by_its_last_touch(tmp_path, content):
+    """Another machine's lock, and one that was half written when its machine died."""
+    path = tmp_path / ".out.lock"
+    path.write_text(content)
+    with pytest.raises(LockedError), locked(tmp_path / "out"):
+        pass
+    assert path.read_text() == content
+    past = time.time() - locks.STALE - 5
+    os.utime(path, (past, past))
+    with locked(tmp_path / "out"):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+    assert not list(tmp_path.iterdir())
+
+
+def test_heartbeat_touches_and_gives_up_a_lock_that_was_taken(tmp_path, monkeypatch):
+    """A holder that was suspended and taken over does not remove its successor's lock."""
+    monkeypatch.setattr(locks, "HEARTBEAT", 0.02)
+    path = tmp_path / ".out.lock"
+    with locked(tmp_path / "out"):
+        os.utime(path, (1, 1))
+        deadline = time.monotonic() + 20
+        while path.stat().st_mtime < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert path.stat().st_mtime > 2
+        path.write_text('{"nonce": "of another"}')
+    assert path.read_text() == '{"nonce": "of another"}'
+
+
+def test_without_hard_links(tmp_path, monkeypatch):
+    """Some file systems have none."""
+
+    def refuse(*names):
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with locked(tmp_path / "out"), pytest.raises(LockedError), locked(tmp_path / "out"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def _count(folder, turns):
+    for _ in range(turns):
+        while True:
+            try:
+                with locked(folder / "out"):
+                    value = int((folder / "value").read_text())
+                    time.sleep(0.001)
+                    (folder / "value").write_text(str(value + 1))
+                break
+            except LockedError:
+                time.sleep(0.002)
+
+
+def test_many_processes_exclude_each_other(tmp_path):
+    """A counter that unprotected increments would lose, begun on a dead process's lock."""
+    (tmp_path / "value").write_text("0")
+    process = _holder(tmp_path / "out")
+    process.kill()
+    process.wait()
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_count, args=(tmp_path, 25)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert (tmp_path / "value").read_text() == "100"
