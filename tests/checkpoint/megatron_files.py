@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import pathlib
 import sys
 import types
@@ -155,7 +156,7 @@ def write(
                 content["model" if virtual == 1 else f"model{chunk}"] = model
             path = place / (f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if pipeline > 1 else ""))
             path.mkdir(parents=True)
-            torch.save(content | (extra or {}), path / "model_optim_rng.pt")
+            save(content | (extra or {}), path / "model_optim_rng.pt")
     (folder / "latest_checkpointed_iteration.txt").write_text(str(iteration or "release"))
     return folder
 
@@ -172,15 +173,42 @@ def namespace(config: ModelConfig, tensor: int, pipeline: int, padded: int, more
     return argparse.Namespace(**(values | more))
 
 
-def foreign(path: str, name: str, *args) -> object:
-    """An instance of a class that only its pickle will know: megatron.model.enums.ModelType and its like."""
-    for end in range(1, path.count(".") + 2):
-        part = ".".join(path.split(".")[:end])
-        sys.modules.setdefault(part, types.ModuleType(part))
-    kind = type(
-        name,
-        (),
-        {"__module__": path, "__init__": lambda self, *a: setattr(self, "args", a), "__reduce__": lambda self: (type(self), self.args)},
-    )
-    setattr(sys.modules[path], name, kind)
-    return kind(*args)
+class Foreign:
+    """Base of classes that only their pickle will know: megatron.model.enums.ModelType and its like."""
+
+    def __init__(self, *args: object):
+        self.args = args
+
+    def __reduce__(self) -> tuple:
+        return type(self), self.args
+
+
+@functools.cache
+def _foreign_class(module: str, name: str) -> type[Foreign]:
+    return type(name, (Foreign,), {"__module__": module})
+
+
+def foreign(module: str, name: str, *args: object) -> Foreign:
+    """An instance of a class that claims to be `module.name`; `save` writes it."""
+    return _foreign_class(module, name)(*args)
+
+
+def save(content: object, path: pathlib.Path) -> None:
+    """torch.save, which pickles a class only if its module has it.
+
+    Its modules are there for the length of the call alone: left in sys.modules they would hide the real megatron.core from other tests.
+    """
+    stand_ins: dict[str, types.ModuleType] = {}
+    for kind in Foreign.__subclasses__():
+        parts = kind.__module__.split(".")
+        for name in (".".join(parts[:end]) for end in range(1, len(parts) + 1)):  # its packages are looked up too
+            stand_ins.setdefault(name, types.ModuleType(name))
+        setattr(stand_ins[kind.__module__], kind.__name__, kind)
+    before = {name: sys.modules[name] for name in stand_ins if name in sys.modules}
+    sys.modules.update(stand_ins)
+    try:
+        torch.save(content, path)
+    finally:
+        for name in stand_ins:
+            del sys.modules[name]
+        sys.modules.update(before)

@@ -20,7 +20,7 @@ from tests.checkpoint.megatron_files import foreign, model_of
 
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = ROOT.parent / "shared/data/megatron/models"
-needs_files = pytest.mark.skipif(not FILES.is_dir(), reason=f"needs Megatron's own files in {FILES}")
+needs_files = pytest.mark.skipif(not FILES.is_dir(), reason="needs the Megatron files of ../shared/data")
 GIVEN = dict(num_attention_heads=4, openai_gelu=False)  # what files without arguments do not say
 
 
@@ -178,6 +178,14 @@ def test_pickled_classes_need_no_megatron(tmp_path: pathlib.Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "apex.fp16_utils.loss_scaler.DynamicLossScaler, megatron.core.enums.ModelType, megatron.model.enums" in done.stdout
     assert "random states were left out" in done.stdout
+
+
+def test_pickled_classes_leave_no_module_behind(tmp_path: pathlib.Path) -> None:
+    """A stand-in for megatron.core in sys.modules would hide the real one, the oracle of tests/data, from all later tests."""
+    before = dict(sys.modules)
+    megatron_files.save(foreign("megatron.core.enums", "ModelType", 1), tmp_path / "x.pt")
+    assert {name: sys.modules[name] for name in before} == before
+    assert not [name for name in sys.modules.keys() - before.keys() if name.split(".")[0] in ("megatron", "apex")]
 
 
 @needs_files

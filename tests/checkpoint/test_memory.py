@@ -138,7 +138,7 @@ def make_deepspeed(folder: pathlib.Path) -> None:
 @pytest.fixture(scope="module")
 def peaks(tmp_path_factory) -> dict[str, int]:
     if not pathlib.Path("/proc/self/status").exists():
-        pytest.skip("the memory of a process is read from /proc, which this system has not")
+        pytest.skip("reads /proc, which only Linux has")
     code = f"import pathlib, tests.checkpoint.test_memory as m; m.child(pathlib.Path({str(tmp_path_factory.mktemp('memory'))!r}))"
     # A fixed threshold: what is freed goes back to the system at once, so that one path's garbage is not the next one's memory.
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "32768", "OMP_NUM_THREADS": "1"}

@@ -68,7 +68,8 @@ def test_modes_are_merged(tmp_path):
 
 
 def test_more_files_than_may_be_open(tmp_path):
-    resource = pytest.importorskip("resource")
+    import resource
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     prefixes = [write(tmp_path / f"in{i:03}", [[[i]]]) for i in range(100)]
     try:

@@ -41,7 +41,7 @@ def test_ray_absent(corpus, monkeypatch):
 
 @pytest.mark.slow
 def test_two_ray_nodes(corpus, monkeypatch):
-    ray = pytest.importorskip("ray")
+    import ray
     from ray.cluster_utils import Cluster
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

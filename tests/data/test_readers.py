@@ -91,7 +91,8 @@ def test_a_finished_part_of_a_stream_comes_without_its_block(tmp_path):
 def test_formats_of_json_lines(tmp_path, suffix):
     content = b'{"text": "one"}\n{"text": "two"}'
     if suffix.endswith(".zst"):
-        zstandard = pytest.importorskip("zstandard")
+        import zstandard
+
         content = zstandard.compress(content[:16]) + zstandard.compress(content[16:])  # two frames, as pzstd writes
     elif suffix.endswith(".gz"):
         content = gzip.compress(content[:16]) + gzip.compress(content[16:])  # two members, as `cat a.gz b.gz` makes
@@ -100,7 +101,7 @@ def test_formats_of_json_lines(tmp_path, suffix):
 
 
 def test_parquet_by_row_group(tmp_path):
-    arrow = pytest.importorskip("pyarrow")
+    import pyarrow as arrow
     from pyarrow import parquet
 
     rows = [f"text {i}" for i in range(10)]
@@ -170,7 +171,8 @@ def test_damaged_gzip_is_named(tmp_path):
 
 @pytest.mark.parametrize("frames", [1, 2])
 def test_damaged_zstd_is_named(tmp_path, frames):
-    zstandard = pytest.importorskip("zstandard")
+    import zstandard
+
     path = tmp_path / "a.jsonl.zst"
     path.write_bytes((frames * zstandard.compress(json.dumps({"text": "x" * 10000}).encode() + b"\n"))[:-4])
     with pytest.raises(DataError, match="decompress"):

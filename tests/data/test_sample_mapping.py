@@ -43,7 +43,8 @@ CASE = st.tuples(
 @given(CASE, st.sampled_from([1, 2]), st.booleans())
 @settings(max_examples=150, deadline=None)
 def test_equal_to_the_compiled_originals(case, minimum, some_long):
-    helpers = pytest.importorskip("megatron.core.datasets.helpers_cpp")
+    from megatron.core.datasets import helpers_cpp as helpers
+
     counts, noise, num_samples, max_length, short, seed = case
     random = np.random.default_rng(noise)
     documents = np.concatenate(([0], np.cumsum(counts)))

@@ -8,8 +8,6 @@ from megalith.common.errors import DataError
 from megalith.data import sentences
 from megalith.data.sentences import sentence_splitter
 
-pytest.importorskip("sentencex")
-
 
 @pytest.mark.parametrize(
     ("language", "text", "expected"),

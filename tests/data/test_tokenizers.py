@@ -115,7 +115,6 @@ def tik_file(folder) -> str:
 
 
 def test_tiktoken(tmp_path):
-    pytest.importorskip("tiktoken")
     tokenizer = build_tokenizer("TikTokenizer", tokenizer_model=tik_file(tmp_path), vocab_size=267, tiktoken_num_special_tokens=10)
     assert tokenizer.encode("hey<s>")[:2] == [266, 10 + ord("y")]
     assert tokenizer.decode(tokenizer.encode("hey, 12 Ω")) == "hey, 12 Ω"
@@ -308,7 +307,8 @@ def test_word_memory_when_full_with_few_slots_and_with_large_vocabularies(monkey
 
 @needs_shared
 def test_a_fast_path_that_disagrees_is_not_used(monkeypatch):
-    gigatoken = pytest.importorskip("gigatoken")
+    import gigatoken
+
     other = gpt2()
 
     class Wrong:

@@ -88,7 +88,7 @@ def test_the_other_ranks_end_when_one_is_killed(start, corpus, tmp_path):
     assert checkpoint.verify(checkpoint.find(folder)) == [] and checkpoint.latest(folder) >= 5
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="finds the ranks of torchrun in /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, which only Linux has")
 def test_torchrun_ends_and_names_the_killed_rank(start, corpus, tmp_path):
     endless(corpus, tmp_path)
     launcher = start([*TORCHRUN, "2", *command(tmp_path)])

@@ -100,7 +100,7 @@ def test_ranks_are_reused(pool):
     assert pool.run(own_pid, 2) == first[:2]
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are counted on Linux alone")
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="reads /proc, which only Linux has")
 def test_a_rank_with_many_threads_is_replaced(pool):
     before = pool.run(gather_threads, 2)
     assert not set(before) & set(pool.run(own_pid, 2))

@@ -12,7 +12,6 @@ from tests.training.records import run_info, step
 
 
 def test_scalars_under_megatrons_names(tmp_path):
-    pytest.importorskip("tensorboard", reason="the extra 'track' is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board, run = TensorBoard(str(tmp_path)), run_info(tmp_path)

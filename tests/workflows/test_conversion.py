@@ -110,7 +110,7 @@ def copy_time(folder: pathlib.Path, target: pathlib.Path) -> float:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="peak memory is read where Linux tells it")
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc, which only Linux has")
 def test_a_large_model_needs_little_memory(tmp_path: pathlib.Path) -> None:
     """Peak memory of the importing process, Python and torch included, is under 2 GB for 2.6 GB of weights. Times are printed."""
     (tmp_path / "theirs").mkdir()
