@@ -6,7 +6,9 @@ import contextlib
 import hashlib
 import os
 import pathlib
-from collections.abc import Iterator
+import re
+import shutil
+from collections.abc import Callable, Iterator
 
 
 def fsync_directory(directory: str | os.PathLike) -> None:
@@ -18,15 +20,33 @@ def fsync_directory(directory: str | os.PathLike) -> None:
         os.close(descriptor)
 
 
+def aside(target: pathlib.Path) -> pathlib.Path:
+    """A name beside `target` that nobody else has, under which it is written."""
+    return target.with_name(f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+
+
+def sweep(target: str | os.PathLike, notice: Callable[[str], None] = lambda line: None) -> None:
+    """Remove what killed writers of `target` (a file, a folder, a dataset's prefix) left beside it. Its lock must be held.
+
+    Whoever holds the lock is the only writer, so all others are dead; their process numbers would not tell: another machine
+    or container has its own.
+    """
+    target = pathlib.Path(target)
+    left = re.compile(rf"\.{re.escape(target.name)}\.\d+\.[0-9a-f]{{8}}\.tmp(\.bin|\.idx)?")
+    for path in [target.with_name(name) for name in os.listdir(target.parent) if left.fullmatch(name)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        notice(f"{path} is removed: a writer that was killed left it")
+
+
 @contextlib.contextmanager
 def atomic_path(target: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Give a temporary path beside `target`; on success it is synced and renamed over `target`, else removed.
 
-    The temporary name holds the process number and host-unique randomness, so two writers of one target cannot meet.
+    Two writers of one target have two temporary names. What a killed writer left is removed by `sweep`.
     """
     target = pathlib.Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+    temporary = aside(target)
     try:
         yield temporary
         with open(temporary, "rb") as written:

@@ -37,7 +37,7 @@ def locked(
     The lock of a dead process is taken over, told by `notice`. Raises LockedError that names a live holder (command, host,
     process, since when) and leaves everything as it is. A second lock of one output is refused within a process too.
     """
-    output = pathlib.Path(os.path.abspath(output))
+    output = pathlib.Path(os.path.realpath(output))  # one output has one lock, however it is spelled
     path = output.with_name(f".{output.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     owner = _describe()

@@ -12,9 +12,7 @@ import dataclasses
 import hashlib
 import json
 import os
-import pathlib
 import re
-import shutil
 import time
 from collections.abc import Callable, Sequence
 
@@ -22,9 +20,9 @@ import numpy as np
 
 from megalith.common import units
 from megalith.common.errors import ConfigError, DataError, problem
-from megalith.common.files import write_text
 from megalith.data.indexed import best_dtype
 from megalith.data.merge import merge_datasets
+from megalith.data.preprocess_output import Output
 from megalith.data.preprocess_part import STAGES, BadDocument, Job, finished_parts, part_prefix
 from megalith.data.preprocess_pool import ENGINES
 from megalith.data.readers import Part, cut, file_format, find_inputs, read_part, sample_texts
@@ -34,7 +32,6 @@ from megalith.data.tokenizers import Tokenizer, TokenizerOptions, build_tokenize
 SMALLEST_PART, LARGEST_PART = 4 << 20, 64 << 20  # bytes of input; --partitions can ask for smaller ones
 FORMAT = 1  # raise when the meaning of stored parts changes
 REPORTED_PROBLEMS = 1000
-PARTS = ".parts"  # behind the output prefix: the folder of unfinished work
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,32 +82,37 @@ def preprocess(
     """Make the datasets that `options` ask for.
 
     notice: called with lines worth telling. progress: called with the record of each finished part and the bytes of all parts.
-    Raises DataError for unusable input, ConfigError for impossible options. Killed at any time, the same call goes on.
+    Raises DataError for unusable input and for outputs that exist, ConfigError for impossible options, LockedError while another
+    process writes the same. Killed at any time, the same call goes on.
     """
     started = time.monotonic()
     _validate(options)
-    inputs = find_inputs(options.input)
+    output = Output(options.output_prefix, output_prefixes(options))
+    with output.held(notice):
+        return _preprocess(options, output, notice, progress, started)
+
+
+def _preprocess(
+    options: PreprocessOptions, output: Output, notice: Callable[[str], None], progress: Callable[[dict, int], None], started: float
+) -> PreprocessResult:
+    inputs = _inputs(options, output)
     tokenizer = build_tokenizer(**dataclasses.asdict(options.tokenizer))
     _require_tokens(options, tokenizer)
-    prefixes = output_prefixes(options)
-    total = sum(os.path.getsize(path) for path in inputs)
-    part_bytes = max(1, min(max(SMALLEST_PART, min(total // 4096, LARGEST_PART)), -(-total // options.partitions)))
+    total, part_bytes = _sizes(options, inputs)
     key = _fingerprint(options, inputs, part_bytes, tokenizer.fingerprint())
-    report = f"{options.output_prefix}_preprocess.json"
-    if done := _already_done(options, report, key, prefixes):
-        notice(
-            f"{', '.join(prefixes.values())}: already made from this input with these settings; nothing to do (--overwrite makes it again)"
-        )
-        shutil.rmtree(options.output_prefix + PARTS, ignore_errors=True)
-        return PreprocessResult(**done, report=report, elapsed=time.monotonic() - started)
+    if done := output.done(key, inputs, options.overwrite, options.on_error == "fail"):
+        made = ", ".join(output.prefixes.values())
+        notice(f"{made}: already made from this input with these settings; nothing to do (--overwrite makes it again)")
+        output.remove_parts()
+        return PreprocessResult(**done, report=output.report, elapsed=time.monotonic() - started)
 
     fast, encoder = False, "encoder: plain, as asked"
     if options.fast:
         fast, encoder = tokenizer.accelerate(sample_texts(inputs, options.json_keys))
     notice(encoder)
-    folder = _working_folder(options.output_prefix, key, notice)
     job = Job(
-        folder=str(folder.resolve()),
+        folder=str(output.working_folder(key, notice).resolve()),
+        key=key,
         tokenizer=dataclasses.asdict(options.tokenizer),
         keys=tuple(options.json_keys),
         fast=fast,
@@ -122,7 +124,7 @@ def preprocess(
         fail=options.on_error == "fail",
         dtype=np.dtype(best_dtype(tokenizer.vocab_size)).name,
     )
-    records = finished_parts(job.folder, job.keys)
+    records = finished_parts(job.folder, job.keys, key, whole=job.fail)
     resumed = len(records)
     if resumed:
         notice(f"resuming: {resumed} parts are finished")
@@ -139,10 +141,24 @@ def preprocess(
         where = _place(error, inputs, options.json_keys, part_bytes)
         cure = "Correct it, or use --on-error skip"
         raise DataError(f"{where}: {error.reason}; --on-error fail stops at the first such document. {cure}.") from error
+    if _fingerprint(options, inputs, part_bytes, tokenizer.fingerprint()) != key:
+        rule = "a file of it, or of the tokenizer, changed while it was read, and the parts are of before and after"
+        raise DataError(problem("--input", list(options.input), rule, "Give the same command again when nothing writes there"))
     ordered = [records[number] for number in sorted(slices)]
-    result = _finish(options, job, prefixes, ordered, slices, key, report, encoder, resumed, started)
-    shutil.rmtree(folder)
+    result = _finish(options, job, output, ordered, slices, encoder, resumed, started)
+    output.remove_parts()
     return result
+
+
+def _sizes(options: PreprocessOptions, inputs: list[str]) -> tuple[int, int]:
+    """Bytes of all inputs, and of a part."""
+    total = sum(os.path.getsize(path) for path in inputs)
+    return total, max(1, min(max(SMALLEST_PART, min(total // 4096, LARGEST_PART)), -(-total // options.partitions)))
+
+
+def _inputs(options: PreprocessOptions, output: Output) -> list[str]:
+    """The files to read; a folder that holds them may hold the output's report and parts too, which are no corpora."""
+    return [path for path in find_inputs(options.input) if path in options.input or not output.owns(path)]
 
 
 def _require_tokens(options: PreprocessOptions, tokenizer: Tokenizer) -> None:
@@ -153,12 +169,16 @@ def _require_tokens(options: PreprocessOptions, tokenizer: Tokenizer) -> None:
 def plan(options: PreprocessOptions) -> str:
     """What `preprocess` would do, in a few lines; raises what it would raise before the first document."""
     _validate(options)
-    inputs = find_inputs(options.input)
+    output = Output(options.output_prefix, output_prefixes(options))
+    inputs = _inputs(options, output)
     tokenizer = build_tokenizer(**dataclasses.asdict(options.tokenizer))
     _require_tokens(options, tokenizer)
+    key = _fingerprint(options, inputs, _sizes(options, inputs)[1], tokenizer.fingerprint())
+    made = output.done(key, inputs, options.overwrite, options.on_error == "fail")
     dtype = np.dtype(best_dtype(tokenizer.vocab_size)).name
     lines = [f"{len(inputs)} files, {units.size(sum(map(os.path.getsize, inputs)))}; {tokenizer.vocab_size} tokens in the vocabulary"]
-    lines += [f"would write {prefix}.bin and .idx as {dtype}" for prefix in output_prefixes(options).values()]
+    would = "already made, nothing to do:" if made else "would write"
+    lines += [f"{would} {prefix}.bin and .idx as {dtype}" for prefix in output.prefixes.values()]
     return "\n".join(lines)
 
 
@@ -205,38 +225,6 @@ def _fingerprint(options: PreprocessOptions, inputs: list[str], part_bytes: int,
     return digest.hexdigest()
 
 
-def _already_done(options: PreprocessOptions, report: str, key: str, prefixes: dict[str, str]) -> dict | None:
-    """The result stored in the report when the outputs are there and were made from the same; DataError when from something else."""
-    existing = [prefix for prefix in prefixes.values() if os.path.exists(prefix + ".idx")]
-    if not existing or options.overwrite:
-        return None
-    marker = pathlib.Path(options.output_prefix + PARTS, "key")
-    try:
-        stored = json.loads(pathlib.Path(report).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        stored = {}
-    if stored.get("key") == key and len(existing) == len(prefixes):
-        return stored["result"]
-    if marker.exists() and marker.read_text() == key:
-        return None  # killed while the datasets of several keys were joined
-    rule = "it was made from other input or with other settings, and is not replaced unasked"
-    raise DataError(problem("--output-prefix", existing[0] + ".idx exists", rule, "Add --overwrite, or choose another prefix"))
-
-
-def _working_folder(output_prefix: str, key: str, notice: Callable[[str], None]) -> pathlib.Path:
-    """`{prefix}.parts`, emptied of what belongs to another key."""
-    folder = pathlib.Path(output_prefix + PARTS)
-    marker = folder / "key"
-    if folder.exists() and (not marker.exists() or marker.read_text() != key):
-        notice(f"{folder}: left by another input or other settings; starting anew")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".*.tmp*"):
-        leftover.unlink(missing_ok=True)
-    write_text(marker, key)
-    return folder
-
-
 def _place(error: BadDocument, inputs: list[str], keys: Sequence[str], part_bytes: int) -> str:
     """`file:line` of a document known by its slice; reads what comes before it in its file."""
     before: dict[str, int] = {}
@@ -253,11 +241,9 @@ def _place(error: BadDocument, inputs: list[str], keys: Sequence[str], part_byte
 def _finish(
     options: PreprocessOptions,
     job: Job,
-    prefixes: dict[str, str],
+    output: Output,
     records: list[dict],
     slices: dict[int, list[str]],
-    key: str,
-    report: str,
     encoder: str,
     resumed: int,
     started: float,
@@ -270,14 +256,14 @@ def _finish(
         found = f"{totals['num_problems']} unusable ones" if totals["num_problems"] else "nothing"
         listed = "".join(f"\n  {line}" for line in problems[:5])
         raise DataError(problem("--input", found, "the input holds no usable document", "Check --json-keys and the files") + listed)
-    for i, prefix in enumerate(prefixes.values()):
-        merge_datasets([part_prefix(job.folder, record["part"], i) for record in records], prefix)
+    output.joining()
+    for i, prefix in enumerate(output.prefixes.values()):
+        merge_datasets([part_prefix(job.folder, record["part"], i, job.key) for record in records], prefix)
     seconds = {stage: sum(record["seconds"][stage] for record in records) for stage in STAGES}
     seconds["joining"] = time.monotonic() - begun
-    stored = {"prefixes": prefixes, **totals, "problems": problems, "seconds": seconds, "resumed_parts": resumed, "encoder": encoder}
-    listing = {"key": key, "tokenizer": job.tokenizer, "input": list(options.input), "result": stored}
-    write_text(report, json.dumps(listing, indent=1) + "\n")
-    return PreprocessResult(**stored, report=report, elapsed=time.monotonic() - started)
+    stored = {"prefixes": output.prefixes, **totals, "problems": problems, "seconds": seconds, "resumed_parts": resumed, "encoder": encoder}
+    output.finish(job.key, {"tokenizer": job.tokenizer, "input": list(options.input), "result": stored})
+    return PreprocessResult(**stored, report=output.report, elapsed=time.monotonic() - started)
 
 
 def _list_problems(records: list[dict], slices: dict[int, list[str]]) -> list[str]:

@@ -38,6 +38,7 @@ class Job:
     prepend_bos: bool
     fail: bool  # stop at the first document that cannot be used
     dtype: str
+    key: str = ""  # digest of everything that the parts follow from: a part of another key is another job's
 
 
 class BadDocument(DataError):
@@ -65,8 +66,16 @@ class PartEncoder:
     def __call__(self, part: Part) -> dict:
         """Write the part's dataset of each key, then its record; a part with a record is finished."""
         job, started = self.job, time.perf_counter()
-        writers = {key: IndexedWriter(part_prefix(job.folder, part.number, i), job.dtype) for i, key in enumerate(job.keys)}
-        record: dict[str, Any] = {"part": part.number, "documents": 0, "sequences": 0, "tokens": 0, "bytes": 0, "num_problems": 0}
+        writers = {key: IndexedWriter(part_prefix(job.folder, part.number, i, job.key), job.dtype) for i, key in enumerate(job.keys)}
+        record: dict[str, Any] = {
+            "key": job.key,
+            "part": part.number,
+            "documents": 0,
+            "sequences": 0,
+            "tokens": 0,
+            "bytes": 0,
+            "num_problems": 0,
+        }
         record["size"] = part.size
         record |= {"problems": [], "lines": [0] * len(part.slices), "seconds": dict.fromkeys(STAGES, 0.0)}
         try:
@@ -81,9 +90,9 @@ class PartEncoder:
             raise
         for writer in writers.values():
             writer.finish()
-        record["sums"] = [checksums(part_prefix(job.folder, part.number, i)) for i in range(len(job.keys))]
+        record["sums"] = [checksums(part_prefix(job.folder, part.number, i, job.key)) for i in range(len(job.keys))]
         self._clock(record, "writing", started)
-        write_text(record_path(job.folder, part.number), json.dumps(record))
+        write_text(record_path(job.folder, part.number, job.key), json.dumps(record))
         return record
 
     def _write(self, batch: Batch, writers: dict, index: int, record: dict, started: float) -> float:
@@ -177,14 +186,14 @@ def assemble(
     return ids, lengths, per_document
 
 
-def part_prefix(folder: str, number: int, key: int) -> str:
-    """Prefix of the dataset of part `number` and key number `key`."""
-    return f"{folder}/{number:06d}-{key}"
+def part_prefix(folder: str, number: int, dataset: int, key: str = "") -> str:
+    """Prefix of dataset number `dataset` of part `number` of the job `key`; what workers of a killed job still write has another."""
+    return f"{folder}/{number:06d}-{dataset}{key and '-'}{key[:12]}"
 
 
-def record_path(folder: str, number: int) -> pathlib.Path:
+def record_path(folder: str, number: int, key: str = "") -> pathlib.Path:
     """The file whose existence says that the part is finished."""
-    return pathlib.Path(folder) / f"{number:06d}.json"
+    return pathlib.Path(folder) / f"{number:06d}{key and '-'}{key[:12]}.json"
 
 
 def checksums(prefix: str) -> list[int]:
@@ -199,14 +208,18 @@ def checksums(prefix: str) -> list[int]:
     return sums
 
 
-def finished_parts(folder: str, keys: Sequence[str]) -> dict[int, dict]:
-    """Records of the parts in `folder` whose files are as the record says; others are removed."""
+def finished_parts(folder: str, keys: Sequence[str], key: str = "", *, whole: bool = False) -> dict[int, dict]:
+    """Records of the parts in `folder` that the job `key` made and whose files are as the record says; others are removed.
+
+    whole: also those in which a document could not be used.
+    """
     records: dict[int, dict] = {}
     for path in sorted(pathlib.Path(folder).glob("[0-9]*.json")):
         try:
             record = json.loads(path.read_text())
-            good = [checksums(part_prefix(folder, record["part"], i)) for i in range(len(keys))] == record["sums"]
-        except (OSError, ValueError, KeyError):
+            good = record["key"] == key and not (whole and record["num_problems"])
+            good = good and [checksums(part_prefix(folder, record["part"], i, key)) for i in range(len(keys))] == record["sums"]
+        except (OSError, ValueError, KeyError, TypeError):
             good = False
         if good:
             records[record["part"]] = record

@@ -1,0 +1,59 @@
+"""Files that a command writes: one writer at a time, never an input, nothing replaced unasked."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+from megalith.common.errors import DataError, problem
+from megalith.common.files import sweep
+from megalith.common.locks import locked
+
+Path = str | os.PathLike
+
+
+@contextlib.contextmanager
+def writing(
+    output: Path,
+    files: Sequence[Path] = (),
+    *,
+    inputs: Sequence[Path] = (),
+    overwrite: bool = False,
+    flag: str = "--output",
+    notice: Callable[[str], None] = lambda line: None,
+) -> Iterator[None]:
+    """Hold the lock of `output` (a file, or the prefix of `files`) in the block that writes it.
+
+    Raises LockedError while another process writes it, and what `check` raises. What killed writers of it left is removed.
+    """
+    with locked(output, notice=notice):
+        check(files or [output], inputs=inputs, overwrite=overwrite, flag=flag)
+        for each in {output, *files}:
+            sweep(each, notice)
+        yield
+
+
+def check(files: Sequence[Path], *, inputs: Sequence[Path] = (), overwrite: bool = False, flag: str = "--output") -> None:
+    """Raise DataError where one of `files` is among `inputs` too (by any name or link), or exists and `overwrite` is False."""
+    paths = {os.path.realpath(each): each for each in inputs}
+    numbers = {(found.st_dev, found.st_ino): each for each in inputs if (found := _stat(each))}
+    for file in [os.fspath(each) for each in files]:
+        found = _stat(file)
+        read = paths.get(os.path.realpath(file)) or (numbers.get((found.st_dev, found.st_ino)) if found else None)
+        if read is not None:
+            rule = f"it is the input {os.fspath(read)} too, and what is read is never written over"
+            raise DataError(problem(flag, file, rule, "Choose another output"))
+        if os.path.lexists(file) and not os.path.isfile(file) and not os.path.islink(file):
+            kind = "a folder" if os.path.isdir(file) else "no ordinary file"
+            raise DataError(problem(flag, file, f"this is {kind}, and a file of that name is to be written", "Choose another output"))
+        if os.path.lexists(file) and not overwrite:
+            rule = "nothing that exists is replaced unasked"
+            raise DataError(problem(flag, f"{file} exists", rule, "Add --overwrite, or choose another output"))
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except OSError:
+        return None
