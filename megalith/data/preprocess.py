@@ -109,7 +109,8 @@ def _preprocess(
     fast, encoder = False, "encoder: plain, as asked"
     if options.fast:
         fast, encoder = tokenizer.accelerate(sample_texts(inputs, options.json_keys))
-    notice(encoder)
+    for line in (*tokenizer.notes, encoder):
+        notice(line)
     job = Job(
         folder=str(output.working_folder(key, notice).resolve()),
         key=key,

@@ -80,6 +80,7 @@ class Tokenizer:
     sep: int | None = None
     mask: int | None = None
     extra_ids: Sequence[int] = ()  # sentinels <extra_id_0>, <extra_id_1>, ...
+    notes: tuple[str, ...] = ()  # what a user should know: where its files disagree, and which is followed
 
     def __init__(self, options: TokenizerOptions):
         """Keep what it is made from; a subclass loads its vocabulary and sets `vocab_size` and the special ids."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pathlib
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ USUAL_NAMES = {
     "sep": ("[SEP]", "<sep>"),
     "mask": ("[MASK]", "<mask>"),
 }
+TEXT = 2**32 - 1  # an id that stands for a text: the largest that the library holds
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -40,7 +42,7 @@ class LibraryTokenizer(Tokenizer):
         backend.no_padding()
         self.backend = backend
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.prefix, self.suffix = _wrapping(backend)
+        self.prefix, self.suffix = wrapping(backend)
         self._encoder: Any = None
 
     def encode(self, text: str) -> list[int]:
@@ -86,28 +88,73 @@ class LibraryTokenizer(Tokenizer):
         return self.backend.to_str()
 
 
-def _wrapping(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
-    """Ids that the post-processor adds before and after a text."""
-    bare, full = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
-    start = next((i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare), 0)
-    return full[:start], full[start + len(bare) :]
+def wrapping(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """Ids that the post-processor puts before and after every text, of whatever kind it is (template, BERT's, RoBERTa's, a sequence).
+
+    It is run on one token whose id no vocabulary has, so that nothing it adds can be taken for the text.
+    Raises DataError where it names an id that the vocabulary gives to another token, or gives the text not once.
+    """
+    processor = backend.post_processor
+    if processor is None:
+        return [], []
+    for token, i in _tokens_of(json.loads(processor.__getstate__())):
+        if backend.token_to_id(token) != i:
+            found = f"{token} as id {i}, where the vocabulary has {token} as {backend.token_to_id(token)}"
+            rule = "the post-processor adds tokens of the vocabulary under their own ids"
+            raise DataError(
+                problem("tokenizer.json: post_processor", found, rule, "Correct the id in post_processor, or save the file again")
+            )
+    text = tokenizers.Tokenizer(tokenizers.models.WordLevel({"text": TEXT})).encode("text")
+    full = processor.process(text).ids
+    if full.count(TEXT) != 1:
+        rule = "the post-processor keeps the text, once"
+        raise DataError(problem("tokenizer.json: post_processor", f"the text {full.count(TEXT)} times", rule, "Correct its template"))
+    return full[: full.index(TEXT)], full[full.index(TEXT) + 1 :]
+
+
+def template(backend: tokenizers.Tokenizer, before: int | None, after: int | None) -> tokenizers.processors.TemplateProcessing:
+    """The post-processor that puts these tokens (or none) before and after a text, and round the second of a pair."""
+    special = [(backend.id_to_token(i), i) for i in dict.fromkeys((before, after)) if i is not None]
+    first, last = ([] if i is None else [backend.id_to_token(i)] for i in (before, after))
+    single = [*first, "$A", *last]
+    second = [f"{piece}:1" for piece in (*first, "$B", *last)]
+    return tokenizers.processors.TemplateProcessing(single=single, pair=single + second, special_tokens=special)
+
+
+def _tokens_of(processor: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """(token, id) of all that a post-processor, as tokenizer.json describes it, may add."""
+    for each in processor.get("processors", ()):
+        yield from _tokens_of(each)
+    yield from (tuple(processor[part]) for part in ("cls", "sep") if part in processor)
+    if processor["type"] == "TemplateProcessing":
+        used = {part["SpecialToken"]["id"] for part in processor["single"] if "SpecialToken" in part}
+        for name in used:
+            yield from zip(processor["special_tokens"][name]["tokens"], processor["special_tokens"][name]["ids"], strict=True)
 
 
 class HuggingFaceTokenizer(LibraryTokenizer):
     """--tokenizer-model is a tokenizer.json, a folder that holds one (or vocab.json and merges.txt), or a name on the Hub.
 
-    As Megatron does, a text gets what the tokenizer's post-processor adds (a leading BOS for Llama 3). eod is the eos token.
+    As Megatron does, a text gets what transformers' AutoTokenizer gives it: the tokens that tokenizer_config.json names are found in the
+    text, and the post-processor (of two files: add_bos_token and add_eos_token there) adds its own. eod is the eos token.
     """
 
     def __init__(self, options: TokenizerOptions):
         """Load the file and find the special tokens, by the configuration beside it or by their usual names."""
         self.source = _locate(options)
-        super().__init__(options, _load(options, self.source))
-        named = _named_tokens(self.source)
-        vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        self.settings = _settings(self.source)
+        backend = _load(options, self.source)
+        backend.add_tokens(_missing(backend, self.settings))
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        named = {part: _content(self.settings[key]) for part in USUAL_NAMES if self.settings.get(key := f"{part}_token")}
         for name, usual in USUAL_NAMES.items():
-            wanted = (named[name],) if named.get(name) else usual if not named else ()
+            wanted = (named[name],) if name in named else usual if not named else ()
             setattr(self, name, next((vocabulary[token] for token in wanted if token in vocabulary), None))
+        around = {part: getattr(self, part) for part in ("bos", "eos") if self.settings.get(f"add_{part}_token")}
+        if self.source is not None and self.source.is_dir():
+            backend.post_processor = template(backend, around.get("bos"), around.get("eos"))
+        super().__init__(options, backend)
+        self._compare(around)
         self.complete()
         self.eod = self.eos
         sentinels = [f"<extra_id_{i}>" for i in range(options.vocab_extra_ids)]
@@ -115,6 +162,16 @@ class HuggingFaceTokenizer(LibraryTokenizer):
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         self.extra_ids = [vocabulary[token] for token in sentinels]
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
+
+    def _compare(self, around: dict[str, int | None]) -> None:
+        """Note where tokenizer_config.json wants other tokens round a text than tokenizer.json, which wins, adds."""
+        for part, added in (("bos", self.prefix), ("eos", self.suffix)):
+            said, does = self.settings.get(name := f"add_{part}_token"), getattr(self, part) in added
+            if said is not None and bool(said) != does:
+                self.notes += (
+                    f"{name} is {str(bool(said)).lower()} in tokenizer_config.json, and the post_processor of tokenizer.json "
+                    f"{'adds' if does else 'does not add'} it: tokenizer.json is followed, as transformers 5 does",
+                )
 
     def complete(self) -> None:
         """Add special tokens that the file lacks; here none."""
@@ -129,10 +186,13 @@ class HuggingFaceTokenizer(LibraryTokenizer):
         folder = pathlib.Path(folder)
         if not self.files():
             self.backend.save(str(folder / "tokenizer.json"))
-        for name in COMPANIONS:
-            beside = self.source.parent / name if self.source and self.source.is_file() else None
-            if beside and beside.is_file() and beside.resolve() != (folder / name).resolve():
-                shutil.copyfile(beside, folder / name)
+        for beside in _companions(self.source):
+            if beside.resolve() != (folder / beside.name).resolve():
+                shutil.copyfile(beside, folder / beside.name)
+
+    def fingerprint(self) -> str:
+        """Of the tokenizer as its companions made it, too."""
+        return hashlib.sha256((super().fingerprint() + self.backend.to_str()).encode()).hexdigest()
 
 
 class HFTokenizer(HuggingFaceTokenizer):
@@ -193,20 +253,40 @@ def byte_level_bpe(vocab_file: pathlib.Path, merge_file: pathlib.Path) -> tokeni
     return backend
 
 
-def _named_tokens(source: pathlib.Path | None) -> dict[str, str]:
-    """The parts that tokenizer_config.json and special_tokens_map.json give to tokens, as {"eos": "</s>", ...}."""
-    named: dict[str, str] = {}
-    if source is None:
-        return named
-    folder = source if source.is_dir() else source.parent
-    for name in COMPANIONS:
+def _companions(source: pathlib.Path | None) -> list[pathlib.Path]:
+    """The files beside a tokenizer.json (or beside vocab.json) that say more about it, the weightiest first."""
+    folder = source if source is None or source.is_dir() else source.parent
+    return [] if folder is None else [folder / name for name in COMPANIONS if (folder / name).is_file()]
+
+
+def _settings(source: pathlib.Path | None) -> dict[str, Any]:
+    """What tokenizer_config.json says, and special_tokens_map.json of the rest."""
+    settings: dict[str, Any] = {}
+    for file in _companions(source):
         try:
-            content = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        for part in USUAL_NAMES:
-            token = content.get(f"{part}_token")
-            token = token.get("content") if isinstance(token, dict) else token
-            if token:
-                named.setdefault(part, token)
-    return named
+            content = json.loads(file.read_text(encoding="utf-8"))
+            settings = {key: value for key, value in content.items() if value is not None} | settings
+        except (OSError, ValueError, AttributeError) as error:
+            raise DataError(problem(str(file), str(error), "it must be a JSON object", "Copy or download it again")) from None
+    if not settings and source is not None and source.is_dir():
+        settings = dict.fromkeys(("bos_token", "eos_token"), "<|endoftext|>")  # as GPT2Tokenizer, which reads such folders
+    return settings
+
+
+def _content(token: Any) -> str:
+    return token["content"] if isinstance(token, dict) else str(token)
+
+
+def _missing(backend: tokenizers.Tokenizer, settings: dict[str, Any]) -> list[tokenizers.AddedToken]:
+    """The tokens that transformers adds to a tokenizer.json because of its configuration, in its order; most are in the vocabulary."""
+    listed: list[Any] = [token for _, token in sorted(settings.get("added_tokens_decoder", {}).items(), key=lambda each: int(each[0]))]
+    named = [settings[f"{part}_token"] for part in ("bos", "eos", "unk", "sep", "pad", "cls", "mask") if settings.get(f"{part}_token")]
+    more = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    missing: dict[str, tokenizers.AddedToken] = {}
+    for token in listed + [{"special": True, "content": _content(each)} | (each if isinstance(each, dict) else {})
+                           for each in (*named, *(more.values() if isinstance(more, dict) else more))]:  # fmt: skip
+        if token["content"] not in known:
+            flags = {key: bool(token[key]) for key in ("single_word", "lstrip", "rstrip", "normalized", "special") if key in token}
+            missing.setdefault(token["content"], tokenizers.AddedToken(token["content"], **flags))
+    return list(missing.values())
