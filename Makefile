@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # A fixed hash seed, so that test ids made of sets are the same in both.
 TEST := OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(BIN)/python -m pytest
 # The covering set; PYTEST_ARGS adds to it: make test PYTEST_ARGS="-k tokenizer"
-COVERING := -m "not slow and not gpu" -n 2 --dist loadfile
+COVERING := -m "not slow and not gpu" -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help install demo test test-all check lint format types clean
 

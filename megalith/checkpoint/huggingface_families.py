@@ -182,7 +182,8 @@ def resolved(config: RunConfig) -> dict[str, Any]:
 
 # hidden_act and its like -> our fields, for an MLP without gate and with one. The first of several names is the one written.
 PLAIN: dict[str, dict[str, Any]] = {
-    "gelu": {}, "gelu_new": {"openai_gelu": True}, "gelu_pytorch_tanh": {"openai_gelu": True}, "gelu_fast": {"openai_gelu": True},
+    "gelu": {"bias_gelu_fusion": False},
+    "gelu_new": {"openai_gelu": True}, "gelu_pytorch_tanh": {"openai_gelu": True}, "gelu_fast": {"openai_gelu": True},
     "relu": {"relu": True}, "relu2": {"squared_relu": True},
 }  # fmt: skip
 GATED: dict[str, dict[str, Any]] = {

@@ -73,5 +73,5 @@ def shown(config: RunConfig, world_size: int, how_much: str) -> str:
     dp = data_parallel_size(config, world_size)
     lines = [f"{world_size} processes, {dp} data-parallel; {total_steps(config, dp)} steps, each of {global_batch(config, dp)} samples"]
     if config.model.vocab_size and config.model.model_type in ("gpt", "bert", "t5"):
-        lines += [f"{parameter_count(config.model):,} parameters", *megatron_counts.report(config)]
+        lines += [f"{parameter_count(config.model):,} parameters, activation {config.model.activation}", *megatron_counts.report(config)]
     return "".join(f"# {line}\n" for line in lines) + to_yaml(config, changed_only=how_much == "changed")

@@ -17,10 +17,6 @@ PIPELINE = "stages exchange contiguous activations directly; there is nothing to
 SPLIT = "encoder and decoder share one layout, and stages are cut where they cost the same (or by --pipeline-split even)"
 RETRIEVAL = "only the retrieval models (ICT, REALM, Retro) read it; it has no effect on gpt"
 DEEPSPEED = "DeepSpeed is not used; --data-parallel-sharding takes the place of ZeRO, and what its config file set belongs in flags"
-TANH = (
-    "GELU has one formula, fused or not: the exact one (erf). Megatron's fusion used the tanh approximation, which is "
-    "--openai-gelu here: give that to go on with a model trained with the fusion on"
-)
 MEMORY = "the allocator of PyTorch is left alone"
 RECOMPUTED = "--sequence-parallel splits the saved activations among the tensor-parallel processes"
 ANY_LAYOUT = "every checkpoint loads in any layout"
@@ -37,7 +33,6 @@ _NOT_NEEDED: dict[str, dict[int | str, str]] = {  # reason -> how many values ("
         0: "--no-masked-softmax-fusion --no-bias-dropout-fusion --no-persist-layer-norm --no-rope-fusion "
         "--no-bias-swiglu-fusion --cross-entropy-loss-fusion"
     },
-    TANH: {0: "--no-bias-gelu-fusion"},
     REDUCTION: {
         0: "--no-contiguous-buffers-in-local-ddp --use-contiguous-buffers-in-local-ddp --overlap-grad-reduce --no-overlap-grad-reduce "
         "--overlap-param-gather --no-delay-grad-reduce",

@@ -145,7 +145,13 @@ def complete(values: Mapping[str, Any], notices: list[str]) -> RunConfig:
         if kind:
             values["tokenizer_type"] = kind
             notices.append(f"--tokenizer-type is not given: the files are of a {kind}")
-    return RunConfig().replace(**values)
+    config = RunConfig().replace(**values)
+    m = config.model
+    if m.activation == "gelu" and not m.add_bias_linear and "bias_gelu_fusion" not in values:
+        notices.append(
+            "GELU is the exact one (erf): Megatron's fused one needs biases, and Megatron stops here without --no-bias-gelu-fusion"
+        )
+    return config
 
 
 def _tokens_to_samples(values: dict[str, Any], notices: list[str]) -> None:

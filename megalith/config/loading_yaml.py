@@ -39,6 +39,9 @@ def parse_yaml(text: str, source: str, problems: list[Problem], notices: list[st
         elif value is not None:
             rule = f"{key} is a section: its fields stand below it, indented"
             problems.append(Problem((), problem(f"{source}: {key}", value, rule, "Indent them, or write fields without a section")))
+    if values.get("openai_gelu") is False and "bias_gelu_fusion" not in values:  # a whole config from before the latter was a field
+        values["bias_gelu_fusion"] = False
+        notices.append(f"{source} has openai_gelu: false and no bias_gelu_fusion: GELU is the exact one (erf)")
     return values
 
 

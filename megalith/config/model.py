@@ -60,7 +60,10 @@ class ModelConfig:
     apply_residual_connection_post_layernorm: bool = knob(False, "take the residual after the norm instead of before it (post-LN residual)")
     norm_after_residual: bool = knob(False, "bert: norm after each residual and after the embeddings, no final norm, as Google's BERT")
     bert_no_binary_head: bool = knob(False, "bert: one segment, without the prediction of the order of two")
-    openai_gelu: bool = knob(False, "GELU by its tanh approximation, as GPT-2 has it")
+    openai_gelu: bool = knob(False, "GELU by its tanh approximation everywhere, as GPT-2 has it")
+    bias_gelu_fusion: bool = knob(
+        True, "GELU of an MLP with biases by its tanh approximation, as Megatron's fused kernel computes it; --no-...: exact (erf)"
+    )
     relu: bool = knob(False, "ReLU instead of GELU, as the first T5")
     squared_relu: bool = knob(False, "squared ReLU instead of GELU")
     swiglu: bool = knob(False, "gated MLP with SiLU: silu(gate) * up")
@@ -119,13 +122,18 @@ class ModelConfig:
 
     @property
     def activation(self) -> str:
-        """One of gelu, gelu_tanh, relu, squared_relu, swiglu, geglu, geglu_tanh, reglu, liglu."""
+        """That of the MLP: one of gelu, gelu_tanh, relu, squared_relu, swiglu, geglu, geglu_tanh, reglu, liglu."""
         if self.swiglu:
             return "swiglu"
         if self.glu_activation:
             return self.glu_activation
         if self.relu or self.squared_relu:
             return "relu" if self.relu else "squared_relu"
+        return "gelu_tanh" if self.openai_gelu or (self.bias_gelu_fusion and self.add_bias_linear) else "gelu"
+
+    @property
+    def head_activation(self) -> str:
+        """That of BERT's head over the vocabulary, which Megatron does not fuse: gelu or gelu_tanh."""
         return "gelu_tanh" if self.openai_gelu else "gelu"
 
     @property

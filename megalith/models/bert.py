@@ -101,8 +101,7 @@ class BERT(nn.Module):
 
     def tokens(self, x: Tensor, labels: Tensor | None, loss_weights: Tensor | None) -> Tensor:
         """The head over the vocabulary: [b, s, h] -> logits [b, s, V], or losses [b, s]."""
-        gelu = ACTIVATIONS["gelu_tanh" if self.config.openai_gelu else "gelu"]
-        x = self.head_norm(gelu(self.head_dense(x)))
+        x = self.head_norm(ACTIVATIONS[self.config.head_activation](self.head_dense(x)))
         return self.head(x) if labels is None else self.token_loss(x, self.head.weight, labels, loss_weights, self.head.bias)
 
 

@@ -168,7 +168,7 @@ def announce(config: RunConfig, mesh: Mesh, trainer: Trainer, progress: Progress
     """Say what is about to run, in a few lines."""
     print(
         f"{config.model.model_type} with {trainer.runtime.num_parameters:,} parameters on {mesh.world_size} x {device_name(mesh.device)}, "
-        f"{config.precision.compute_dtype}; run folder {config.logging.folder}",
+        f"{config.precision.compute_dtype}; activation {config.model.activation}; run folder {config.logging.folder}",
         flush=True,
     )
     if mesh.size("pp") > 1:

@@ -21,6 +21,7 @@ SMALL = dict(
     num_attention_heads=4,
     max_position_embeddings=16,
     vocab_size=96,
+    bias_gelu_fusion=False,
     hidden_dropout=0.0,
     attention_dropout=0.0,
 )

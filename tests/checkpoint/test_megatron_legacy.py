@@ -32,8 +32,10 @@ def check(folder, config, tensors, **options) -> formats.Weights:
         lazy = weights.tensors[f"model/{name}"]
         assert lazy.shape == tensor.shape and torch.equal(lazy.read(), tensor), name
     found = weights.config.model
-    for name in ("num_layers", "hidden_size", "num_attention_heads", "num_kv_heads", "head_dim", "ffn_size", "vocab_size",
-                 "activation", "norm",                 "positions", "add_bias_linear", "untie_embeddings_and_output_weights"):  # fmt: skip
+    for name in (
+        "num_layers", "hidden_size", "num_attention_heads", "num_kv_heads", "head_dim", "ffn_size", "vocab_size", "activation",
+        "head_activation", "norm", "positions", "add_bias_linear", "untie_embeddings_and_output_weights",
+    ):  # fmt: skip
         assert getattr(found, name) == getattr(config, name), name
     return weights
 
@@ -67,7 +69,9 @@ FORMS: dict[str, tuple[dict, dict, dict]] = {
     "multi-query": (dict(attention_head_type="multiquery"), dict(attention_head_type="multiquery"), {}),
     "untied": (dict(untie_embeddings_and_output_weights=True), dict(untie_embeddings_and_output_weights=True), {}),
     "wide heads": (dict(kv_channels=16), {}, {}),
-    "tanh": (dict(openai_gelu=True), dict(bias_gelu_fusion=True), {}),
+    "fused GELU": (dict(bias_gelu_fusion=True), dict(bias_gelu_fusion=True), {}),
+    "OpenAI's GELU": (dict(openai_gelu=True), dict(openai_gelu=True), {}),
+    "bert with fused GELU": (dict(model_type="bert", bias_gelu_fusion=True), dict(bias_gelu_fusion=True), {}),
     "no positions": (dict(position_embedding_type="rope"), dict(use_rotary_position_embeddings=True), {}),
     "alibi": (dict(position_embedding_type="alibi"), dict(position_embedding_type=foreign(ENUMS, "PositionEmbeddingType", 3)), {}),
     "swiglu": (dict(swiglu=True, ffn_hidden_size=64), dict(swiglu=True), {}),

@@ -102,11 +102,6 @@ def test_fields_that_are_only_accepted_say_so(name):
     assert " is accepted: " in notice
 
 
-def test_bias_gelu_says_where_the_meaning_differs():
-    (notice,) = flags.read(["--no-bias-gelu-fusion"]).notices
-    assert "tanh approximation" in notice and "--openai-gelu" in notice
-
-
 def test_no_flag_is_in_two_tables():
     ours = {name for field in fields().values() for names in flags.names(field) for name in names}
     tables = [ours, set(flags.legacy.RENAMED), set(flags.legacy.BY_VALUE), set(legacy_megatron.not_needed()), set(legacy_megatron.REFUSED)]

@@ -13,7 +13,7 @@ from megalith.training.pretrain import train  # noqa: E402
 from tests.tiny import losses, tiny_bert, tiny_config, write_corpus, write_sentences  # noqa: E402
 
 MODELS: dict[str, dict] = {
-    "bert": {"hidden_dropout": 0.0, "attention_dropout": 0.0, "lr": 5e-3},
+    "bert": {"hidden_dropout": 0.0, "attention_dropout": 0.0, "lr": 5e-3, "bias_gelu_fusion": False},
     "gpt": {"openai_gelu": True},
     "llama": {"position_embedding_type": "rope", "swiglu": True, "normalization": "RMSNorm", "num_query_groups": 2,
               "add_bias_linear": False, "untie_embeddings_and_output_weights": True, "hidden_dropout": 0.0, "attention_dropout": 0.0},

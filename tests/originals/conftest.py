@@ -131,7 +131,7 @@ def hugging(kind: str, **more: Any) -> transformers.PreTrainedModel:
 
 CASES: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
     "gpt2": (gpt2, GPT2, {"openai_gelu": True}),
-    "gpt2, erf": (lambda: gpt2(activation_function="gelu", n_inner=70), GPT2, {"ffn_hidden_size": 70}),
+    "gpt2, erf": (lambda: gpt2(activation_function="gelu", n_inner=70), GPT2, {"ffn_hidden_size": 70, "bias_gelu_fusion": False}),
     "llama": (lambda: hugging("Llama", rms_norm_eps=1e-6), LLAMA, {**LLAMA_FORM, **UNTIED}),
     "llama, groups": (
         lambda: hugging("Llama", num_key_value_heads=2, rope_theta=5e5, rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
@@ -162,7 +162,7 @@ CASES: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
             rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
         ),
         NEOX,
-        {**UNTIED, "position_embedding_type": "rotary", "rotary_percent": 0.5, "ffn_hidden_size": 80},
+        {**UNTIED, "position_embedding_type": "rotary", "rotary_percent": 0.5, "ffn_hidden_size": 80, "bias_gelu_fusion": False},
     ),
 }
 

@@ -1,30 +1,48 @@
 """BERT in both forms against transformers' own: logits of both heads, both losses, every gradient, with padding."""
 
 import pathlib
+from collections.abc import Callable
 
 import pytest
 import torch
+import transformers
 
 from megalith.checkpoint import formats
 from megalith.checkpoint.huggingface import rules
 from megalith.checkpoint.huggingface_families import FAMILIES
 from megalith.runtime.build import plain
-from tests.originals.families import BERTS
+from tests.originals.families import BERTS, bert
 
 VOCAB, LENGTH = 97, 33
 
 
 @pytest.mark.parametrize("name", BERTS)
 def test_logits_losses_and_gradients_equal_the_original(name: str, tmp_path: pathlib.Path) -> None:
+    compare(BERTS[name], tmp_path)
+
+
+def test_megatrons_fused_gelu_is_not_in_the_head(tmp_path: pathlib.Path) -> None:
+    """The kernel that adds the bias computes the MLP's GELU by tanh; the head over the vocabulary calls the exact one."""
+
+    def fused() -> transformers.PreTrainedModel:
+        original = bert("MegatronBert", hidden_act="gelu_new")()
+        original.cls.predictions.transform.transform_act_fn = torch.nn.GELU()
+        return original
+
+    compare(fused, tmp_path, openai_gelu=False, bias_gelu_fusion=True)
+
+
+def compare(make: Callable[[], transformers.PreTrainedModel], tmp_path: pathlib.Path, **form: bool) -> None:
+    """Random weights, norms and biases too, and a batch with padding; `form`: what config.json cannot say."""
     torch.manual_seed(0)
-    original = BERTS[name]().eval()
+    original = make().eval()
     with torch.no_grad():
         for parameter in original.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     original.save_pretrained(tmp_path)
     weights = formats.read(tmp_path)
-    model = plain(weights.config.replace(loss_chunk_tokens=13).model, torch.device("cpu"))
+    model = plain(weights.config.replace(loss_chunk_tokens=13, **form).model, torch.device("cpu"))
     mine = dict(model.named_parameters())
     with torch.no_grad():
         for parameter in mine:

@@ -26,7 +26,7 @@ def _more_ours(given: Mapping[str, Any]) -> dict[str, Any]:
 def _more_theirs(config: RunConfig) -> dict[str, Any]:
     m = config.model
     return {
-        "activation_function": "gelu_new" if m.openai_gelu else activation_name(PLAIN, m),
+        "activation_function": activation_name(PLAIN, m),
         "embd_pdrop": m.hidden_dropout,
         "tie_word_embeddings": not m.untie_embeddings_and_output_weights,
     }

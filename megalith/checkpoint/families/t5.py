@@ -15,7 +15,7 @@ from megalith.config.run import RunConfig
 
 MLPS: dict[str, dict[str, Any]] = {  # feed_forward_proj
     "relu": {"relu": True}, "gated-gelu": {"glu_activation": "geglu_tanh"}, "gated-silu": {"swiglu": True},
-    "gated-relu": {"glu_activation": "reglu"}, "gelu": {}, "gelu_new": {"openai_gelu": True},
+    "gated-relu": {"glu_activation": "reglu"}, "gelu": {"bias_gelu_fusion": False}, "gelu_new": {"openai_gelu": True},
 }  # fmt: skip
 
 

@@ -120,8 +120,7 @@ def _of_arguments(args: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
         values |= {"rope_scaling_type": "linear", "rope_scaling_factor": float(factor)}
     if args.get("window_size"):
         values["sliding_window"] = int(args["window_size"][0]) + 1  # there: tokens before the own one
-    if args.get("bias_gelu_fusion") and not any(args.get(name) for name in ("swiglu", "squared_relu", "glu_activation")):
-        values["openai_gelu"] = True
+    values.setdefault("bias_gelu_fusion", False)  # files from before it was an argument
     return values
 
 
@@ -169,7 +168,7 @@ def _of_shapes(parts: Mapping[str, Lazy], ranks: int, values: Mapping[str, Any])
 
 def _assumed(kind: str, values: Mapping[str, Any], overrides: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     """What is assumed of a file without arguments."""
-    assumed: dict[str, Any] = {"openai_gelu": kind == "gpt"} if not values.get("swiglu") else {}
+    assumed: dict[str, Any] = {"openai_gelu": kind == "gpt", "bias_gelu_fusion": False} if not values.get("swiglu") else {}
     if values["position_embedding_type"] == "none":
         assumed["position_embedding_type"] = "rope"
     if values["hidden_size"] % 64 == 0 and values["hidden_size"] >= 512:  # the releases have heads of 64
@@ -268,7 +267,7 @@ def to_arguments(
         "rope_theta": model.rotary_base,
         "rotary_position_embeddings_theta": model.rotary_base,
         "normalization": {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}[model.norm],
-        "bias_gelu_fusion": model.activation == "gelu_tanh",
+        "bias_gelu_fusion": model.activation == "gelu_tanh" and not model.openai_gelu,  # Megatron refuses the two together
         "bert_binary_head": not model.bert_no_binary_head,
         "orig_vocab_size": model.vocab_size,
         "padded_vocab_size": padded,
