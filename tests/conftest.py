@@ -8,7 +8,6 @@ import pytest
 
 from tests import skips
 
-
 # Files of a minute or more that come late by name: begun last, they would keep one process busy while the other has nothing left.
 FIRST = ("tests/test_readme.py", "tests/test_examples.py", "tests/resume/", "tests/parity/")
 
