@@ -28,6 +28,14 @@ def read_train_state(path: str | os.PathLike) -> dict[str, Any]:
         raise CheckpointError(f"{file} is damaged: it is not JSON ({error})") from None
 
 
+def written_by_another(path: pathlib.Path, run: str | None) -> bool:
+    """Whether the checkpoint at `path` names as its writer another run than `run`; some name none: converted ones, and those of old."""
+    try:
+        return read_train_state(path).get("run") not in (run, None)
+    except CheckpointError:
+        return False
+
+
 def describe(path: str | os.PathLike) -> dict[str, Any]:
     """Facts: iteration, schema, written_by, tensors {name: {shape, dtype}}, parameters per part, bytes, and files.
 

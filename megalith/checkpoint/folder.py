@@ -15,6 +15,7 @@ import pathlib
 import re
 import shutil
 import time
+from collections.abc import Callable
 
 from megalith.checkpoint import manifest
 from megalith.common import files
@@ -39,6 +40,14 @@ def check_new(folder: pathlib.Path) -> None:
 def folder_name(iteration: int) -> str:
     """100 -> iter_0000100, as Megatron names them."""
     return f"iter_{iteration:07d}"
+
+
+def iteration_of(path: pathlib.Path) -> int:
+    """iter_0000100 -> 100, finished or waiting to be replaced."""
+    match = FINISHED.fullmatch(path.name) or UNFINISHED.fullmatch(path.name)
+    if match is None:
+        raise AssertionError(f"{path} does not have the name of a checkpoint")
+    return int(match[1])
 
 
 def iterations(folder: str | os.PathLike) -> list[int]:
@@ -171,9 +180,11 @@ def clean(folder: pathlib.Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def retain(folder: pathlib.Path, current: int, keep_last: int, keep_every: int | None) -> None:
-    """Delete what the policy does not keep, see `expired`. Damaged checkpoints are left for their owner to look at."""
-    complete = [number for number, path in _checkpoints(folder).items() if not manifest.glance(path)]
+def retain(
+    folder: pathlib.Path, current: int, keep_last: int, keep_every: int | None, ours: Callable[[pathlib.Path], bool] = lambda path: True
+) -> None:
+    """Delete what the policy does not keep, see `expired`, of what is `ours`. Damaged checkpoints are left for their owner to look at."""
+    complete = [number for number, path in _checkpoints(folder).items() if not manifest.glance(path) and ours(path)]
     for number in expired(complete, current, keep_last, keep_every):
         doomed = _aside(folder, number, "removing")
         os.rename(folder / folder_name(number), doomed)

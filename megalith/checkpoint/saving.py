@@ -19,7 +19,7 @@ import megalith
 from megalith.checkpoint import folder as folders
 from megalith.checkpoint import manifest, store
 from megalith.checkpoint.chunked import INDEX
-from megalith.checkpoint.facts import CONFIG, TRAIN_STATE
+from megalith.checkpoint.facts import CONFIG, TRAIN_STATE, written_by_another
 from megalith.checkpoint.ranks import Ranks
 from megalith.common.errors import CheckpointError
 from megalith.common.files import fsync_directory, sha256
@@ -44,7 +44,8 @@ def save(
     state: {canonical name: tensor}, plain or DTensor of any placements; ranks may hold different names. A list of such
         dicts (the pipeline stages of one rank) may share names: their tensors must be equal, and are saved once, as must
         plain tensors of one name on several ranks be.
-    train_state: JSON-able, everything else that going on needs. `iteration`, `versions` and `ranks` are added.
+    train_state: JSON-able, everything else that going on needs. `iteration`, `versions` and `ranks` are added. Where its entry
+        `run` names a run, a checkpoint that names another one is neither replaced nor deleted.
     config_yaml: the resolved config. files: {name in the checkpoint: file to copy}, such as
         tokenizer/tokenizer.json.
     keep_last, keep_every: which older ones stay, see folder.expired.
@@ -73,6 +74,11 @@ class Order(NamedTuple):
     def path(self) -> pathlib.Path:
         """Where the checkpoint will be."""
         return self.folder / folders.folder_name(self.iteration)
+
+    @property
+    def run(self) -> str | None:
+        """The run that saves, if it says so: what another one wrote is not replaced, nor deleted."""
+        return self.train_state.get("run")
 
 
 def merge(state: State) -> dict[str, Tensor]:
@@ -121,6 +127,8 @@ def _begin(order: Order, asked: list[tuple[str, int]], locks: list[int]) -> path
     if order.path.exists() and not (order.path / INDEX).exists() and not (order.path / manifest.NAME).exists():
         # Megatron names its folders alike; what another program wrote is not ours to replace.
         raise CheckpointError(f"{order.path} exists and is no checkpoint of megalith. Save elsewhere (--save), or move it away")
+    if written_by_another(order.path, order.run):
+        raise CheckpointError(f"{order.path} was written by another run. Save elsewhere (--save), or move it away")
     with contextlib.suppress(OSError):
         folders.clean(order.folder)
     temporary, lock = folders.claim(order.folder, order.iteration)
@@ -162,7 +170,9 @@ def _publish(order: Order, temporary: pathlib.Path) -> pathlib.Path:
     fsync_directory(temporary)
     path = folders.publish(temporary, order.iteration)
     with contextlib.suppress(OSError):  # the checkpoint is safe; what could not be deleted is tried again next time
-        folders.retain(order.folder, order.iteration, order.keep_last, order.keep_every)
+        folders.retain(
+            order.folder, order.iteration, order.keep_last, order.keep_every, ours=lambda path: not written_by_another(path, order.run)
+        )
     return path
 
 

@@ -30,15 +30,22 @@ class LockedError(MegalithError):
 
 @contextlib.contextmanager
 def locked(
-    output: str | os.PathLike, *, cure: str = "Wait for it, or choose another output", notice: Callable[[str], None] = lambda line: None
+    output: str | os.PathLike,
+    *,
+    inside: bool = False,
+    cure: str = "Wait for it, or choose another output",
+    notice: Callable[[str], None] = lambda line: None,
 ) -> Iterator[None]:
     """Hold the lock of `output` (a file, folder or prefix, which need not exist) within the block.
 
+    inside: the lock lies in the folder `output`, which is made, and removed if it is left empty: for folders that machines
+        mount at different places, or that several names lead to.
     The lock of a dead process is taken over, told by `notice`. Raises LockedError that names a live holder (command, host,
     process, since when) and leaves everything as it is. A second lock of one output is refused within a process too.
     """
     output = pathlib.Path(os.path.realpath(output))  # one output has one lock, however it is spelled
-    path = output.with_name(f".{output.name}.lock")
+    path = output / ".lock" if inside else output.with_name(f".{output.name}.lock")
+    made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()] if inside else []
     path.parent.mkdir(parents=True, exist_ok=True)
     owner = _describe()
     _acquire(path, owner, output, cure, notice)
@@ -50,6 +57,9 @@ def locked(
         done.set()
         if _read(path) == owner:  # it may have been taken over while this process was suspended
             path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()
 
 
 def _acquire(path: pathlib.Path, owner: dict, output: pathlib.Path, cure: str, notice: Callable[[str], None]) -> None:

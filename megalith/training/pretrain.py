@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import pathlib
@@ -25,7 +26,7 @@ from megalith.optim.build import build_optimizer
 from megalith.optim.loss_scale import build_loss_scale
 from megalith.optim.schedule import Schedule
 from megalith.runtime.build import Mesh, grid, join, place
-from megalith.training import saving
+from megalith.training import origin, run_folder, saving
 from megalith.training.callbacks import RunInfo
 from megalith.training.duties import ExitInterval, SaveCheckpoints, StopSignal, Validate
 from megalith.training.failures import same_config
@@ -52,10 +53,11 @@ def train(config: RunConfig) -> Progress:
     try:
         same_config(config)
         mesh = grid(config.parallel, device)
-        on_main(mesh, functools.partial(saving.check_folder, config))
-        if mesh.is_main:
-            write_text(pathlib.Path(config.logging.folder) / "config.yaml", to_yaml(config))
-        return run(with_vocabulary(config, tokenizer), mesh, tokenizer)
+        with contextlib.ExitStack() as held:
+            on_main(mesh, lambda: held.enter_context(run_folder.alone(config)))
+            if mesh.is_main:
+                write_text(pathlib.Path(config.logging.folder) / "config.yaml", to_yaml(config))
+            return run(with_vocabulary(config, tokenizer), mesh, tokenizer)
     finally:
         if ours:
             dist.destroy_process_group()
@@ -72,6 +74,8 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
             f"--split {config.data.split!r} leaves nothing to train on; its first share must be above 0. "
             f"Change it, or give --train-data-path."
         )
+    data = origin.fingerprints(filter(None, datasets.values()), config.data.titles_data_path)
+    changed = origin.compare(config, tokenizer, data)
     batch = global_batch(config, mesh.data_size)
     runtime = place(config, mesh)
     optimizer = build_optimizer(config.optimizer, runtime.named_parameters())
@@ -80,7 +84,7 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
     progress = saving.resume(trainer)
     last_step = 0 if config.validation.skip_train else total_steps(config, mesh.data_size)
     if mesh.is_main:
-        announce(config, mesh, trainer, progress, last_step)
+        announce(config, mesh, trainer, progress, last_step, changed)
         print("".join(f"  {line}\n" for line in told(datasets["train"])), end="", flush=True)
         if datasets["valid"] is None and config.validation.eval_iters:
             print("no validation data, so nothing is validated: --split or --valid-data-path gives some", flush=True)
@@ -123,7 +127,7 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save(scratch)
         files = {f"tokenizer/{path.name}": str(path) for path in pathlib.Path(scratch).iterdir()}
-        save = functools.partial(saving.save, trainer, progress, to_yaml(config), files)
+        save = functools.partial(saving.save, trainer, progress, to_yaml(config), files, data)
         callbacks = [*tell, Validate(measure, progress, tell, splits), SaveCheckpoints(save, progress), ExitInterval(progress)]
         try:
             batches = functools.partial(batch_size_at, config, mesh.data_size)
@@ -157,14 +161,14 @@ def on_main(mesh: Mesh, job) -> None:
     if mesh.is_main:
         try:
             job()
-        except MegalithError as error:
+        except (MegalithError, OSError) as error:
             outcome = [error]
     dist.broadcast_object_list(outcome, src=0, device=mesh.device if mesh.device.type != "cpu" else None)
     if outcome[0] is not None:
         raise outcome[0]
 
 
-def announce(config: RunConfig, mesh: Mesh, trainer: Trainer, progress: Progress, last_step: int) -> None:
+def announce(config: RunConfig, mesh: Mesh, trainer: Trainer, progress: Progress, last_step: int, changed: list[str]) -> None:
     """Say what is about to run, in a few lines."""
     print(
         f"{config.model.model_type} with {trainer.runtime.num_parameters:,} parameters on {mesh.world_size} x {device_name(mesh.device)}, "
@@ -177,8 +181,8 @@ def announce(config: RunConfig, mesh: Mesh, trainer: Trainer, progress: Progress
     if progress.iteration:
         done = "; that is all of them, nothing is left to do (raise --train-iters to go on)" if progress.iteration >= last_step > 0 else ""
         print(f"resuming after step {progress.iteration} of {last_step}{done}", flush=True)
-        for line in saving.changed(config):
-            print(f"  changed since that checkpoint: {line}", flush=True)
+    for line in changed:
+        print(f"  changed since that checkpoint: {line}", flush=True)
 
 
 def device_name(device: torch.device) -> str:

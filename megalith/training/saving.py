@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import pathlib
-import time
 
 from torch import Tensor
 
 from megalith import checkpoint
-from megalith.checkpoint.folder import strange
+from megalith.checkpoint.facts import part_of, written_by_another
+from megalith.checkpoint.folder import iteration_of, paths, strange
 from megalith.checkpoint.ranks import Ranks
 from megalith.common.errors import CheckpointError, ConfigError, problem
 from megalith.config.checks import needs_checkpoint
-from megalith.config.loading import from_yaml
 from megalith.config.run import RunConfig
-from megalith.config.text import flag, value_text
+from megalith.config.text import Words, flag
 from megalith.runtime import state
 from megalith.training.state import Progress
 from megalith.training.step import Trainer
-
-COMPUTING = ("model", "data", "batch", "optimizer", "precision")  # sections that decide what a step reads and computes
-INDIFFERENT = (  # of which these do not, but for rounding
-    "data_cache_path", "num_workers", "mmap_bin_files", "micro_batch_size", "make_vocab_size_divisible_by", "attention_backend",
-    "loss_chunk_tokens", "compile", "deterministic_mode",
-)  # fmt: skip
 
 
 def folder_of(config: RunConfig) -> pathlib.Path:
@@ -37,8 +30,11 @@ def load_of(config: RunConfig) -> str | None:
     return None if load is not None and pathlib.Path(load).resolve() == folder_of(config).resolve() else load
 
 
-def save(trainer: Trainer, progress: Progress, config_yaml: str, files: dict[str, str]) -> None:
-    """Write a checkpoint of the present step. Every process takes part. files: {name inside: path} carried along."""
+def save(trainer: Trainer, progress: Progress, config_yaml: str, files: dict[str, str], data: dict[str, str]) -> None:
+    """Write a checkpoint of the present step. Every process takes part.
+
+    files: {name inside: path} carried along. data: {prefix: fingerprint} of the corpora.
+    """
     config = trainer.runtime.config
     tensors = [state.weights(part) for part in trainer.runtime.parts]
     if not config.checkpoint.no_save_optim:
@@ -47,6 +43,7 @@ def save(trainer: Trainer, progress: Progress, config_yaml: str, files: dict[str
         "schedule": trainer.schedule.state(),
         "loss_scale": trainer.loss_scale.state_dict(),
         "world_size": trainer.runtime.mesh.world_size,
+        "data": data,
     }
     checkpoint.save(
         folder_of(config), progress.iteration, tensors, train_state=train_state, config_yaml=config_yaml, files=files,
@@ -60,22 +57,9 @@ def source_of(config: RunConfig) -> str | pathlib.Path | None:
     return own if checkpoint.iterations(own) and (load is None or config.checkpoint.finetune) else load
 
 
-def changed(config: RunConfig) -> list[str]:
-    """Lines that name what a run that is gone on from had otherwise, of all that changes what it computes or reads."""
-    source = source_of(config)
-    if source is None:
-        return []
-    try:
-        before = from_yaml(checkpoint.read_config(checkpoint.find(source, config.checkpoint.ckpt_step)))
-    except ConfigError:  # a config of another release
-        return []
-    pairs = [
-        (name, value, getattr(getattr(before, section), name))
-        for section in COMPUTING
-        for name, value in vars(getattr(config, section)).items()
-        if name not in INDIFFERENT
-    ]
-    return [f"{flag(name)} is {value_text(now)}, was {value_text(then)}" for name, now, then in pairs if now != then]
+def weights_only(config: RunConfig) -> bool:
+    """Whether what a run starts from gives it its weights alone: --finetune, until the run has a checkpoint of its own."""
+    return config.checkpoint.finetune and source_of(config) != folder_of(config)
 
 
 def resume(trainer: Trainer) -> Progress:
@@ -83,39 +67,61 @@ def resume(trainer: Trainer) -> Progress:
     config, source = trainer.runtime.config.checkpoint, source_of(trainer.runtime.config)
     if source is None:
         return Progress()
-    weights_only = config.finetune and source != folder_of(trainer.runtime.config)
-    with_optimizer = not (weights_only or config.no_load_optim)
+    only_weights = weights_only(trainer.runtime.config)
+    with_optimizer = not (only_weights or config.no_load_optim)
     tensors = [state.weights(part) for part in trainer.runtime.parts]
     if with_optimizer:
         state.touch(trainer.optimizer)
-        if has_moments(source, config.ckpt_step, needed=any(trainer.optimizer.state.values())):
-            tensors = with_optimizer_state(trainer, tensors)
+        complete = with_optimizer_state(trainer, tensors)
+        if has_moments(source, config.ckpt_step, {part_of(name) for tensors in complete for name in tensors}):
+            tensors = complete
         else:
             trainer.optimizer.state.clear()
     stored = checkpoint.load(source, tensors, iteration=config.ckpt_step)
-    if weights_only:
+    if only_weights:
         return Progress()
     if with_optimizer:
         trainer.loss_scale.load_state_dict(stored["loss_scale"])
         trainer.schedule = trainer.schedule.resumed(stored["schedule"])
-    return Progress.resumed(stored)
+    if source != folder_of(trainer.runtime.config):
+        return Progress.resumed(stored, same_run=False)
+    progress = Progress.resumed(stored)
+    Ranks().first(lambda: check_ahead(folder_of(trainer.runtime.config), progress))
+    return progress
 
 
-def has_moments(source: str | pathlib.Path, iteration: int | None, needed: bool) -> bool:
+def check_ahead(own: pathlib.Path, progress: Progress) -> None:
+    """Raise CheckpointError where a run would come upon checkpoints that another one wrote: they are not replaced."""
+    others = [path for path in paths(own) if written_by_another(path, progress.run) and iteration_of(path) > progress.iteration]
+    if others:
+        raise CheckpointError(
+            f"{own} holds {', '.join(path.name for path in others)} of another run, which this one, resumed after step "
+            f"{progress.iteration}, would come upon and not replace. Move them away, or name another --save."
+        )
+
+
+def has_moments(source: str | pathlib.Path, iteration: int | None, asked: set[str]) -> bool:
     """Whether a checkpoint has the optimizer's state. All processes call; raises CheckpointError on all where it lacks what is needed.
 
-    Before the first step that changed weights there is none to have: float16 begins with steps that are skipped.
+    asked: the parts of this run's state, such as optimizer/exp_avg. Before the first step that changed weights there is none
+    to have: float16 begins with steps that are skipped.
     """
 
     def judge() -> bool:
         path = checkpoint.find(source, iteration)
-        if any(part.startswith("optimizer/") for part in checkpoint.describe(path)["parameters"]):
-            return True
-        if needed and checkpoint.read_train_state(path).get("scheduled_samples") != 0:
+        wanted, found = (
+            {part for part in parts if part.startswith("optimizer/")} for parts in (asked, checkpoint.describe(path)["parameters"])
+        )
+        if wanted == found:
+            return bool(found)
+        if not found and checkpoint.read_train_state(path).get("scheduled_samples") == 0:
+            return False
+        rule = f"this run's optimizer goes on from {', '.join(sorted(wanted)) or 'none'}"
+        if not found:
             rule = "it holds weights alone, and going on needs the optimizer's state too"
-            cure = "Give --no-load-optim to go on with a new one, or --finetune to begin at step 0"
-            raise CheckpointError(problem(f"{path}: optimizer", None, rule, cure))
-        return False
+        again = "the optimizer that it was saved with (--optimizer, --sgd-momentum), or " if found else ""
+        cure = f"Give {again}--no-load-optim to go on with a new one, or --finetune to begin at step 0"
+        raise CheckpointError(problem(f"{path}: state of the optimizer", Words(", ".join(sorted(found)) or "none"), rule, cure))
 
     return Ranks().first(judge)
 
@@ -126,21 +132,13 @@ def with_optimizer_state(trainer: Trainer, weights: list[dict[str, Tensor]]) -> 
 
 
 def check_folder(config: RunConfig) -> None:
-    """Refuse to start over a run that is there, or with --fresh move it aside. One process alone calls this.
+    """Refuse to start over a run that is there. One process alone calls this.
 
     Raises ConfigError or CheckpointError that names the choices.
     """
     run, own = pathlib.Path(config.logging.folder), folder_of(config)
     there = bool(checkpoint.iterations(own))
     load = load_of(config)
-    if config.checkpoint.fresh:
-        if load is not None and any(pathlib.Path(load).resolve().is_relative_to(path.resolve()) for path in (run, own)):
-            raise ConfigError(f"--fresh would move --load {load} aside, as it lies in this run's folders; name another --run-dir.")
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        for path in (run, own):
-            if path.exists():
-                path.rename(path.with_name(f"{path.name}.before-{stamp}"))
-        return
     if load is not None and there and not config.checkpoint.finetune:
         raise ConfigError(
             f"--load {load} and the folder of this run's own checkpoints, {own}, which holds iteration "

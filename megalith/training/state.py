@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 FAILED = "an error"  # reason of a stop after which nothing may be saved: the step was not whole
 
@@ -17,6 +18,7 @@ class Progress:
     scheduled_samples: int = 0  # samples of steps that changed the weights: what the schedule goes by
     skipped_iterations: int = 0
     nan_iterations: int = 0
+    run: str = dataclasses.field(default_factory=lambda: os.urandom(8).hex())  # names the run in its checkpoints, as process 0 has it
     stop: str | None = None  # why the run is to end before its time; set by callbacks and signals
 
     def numbers(self) -> dict:
@@ -24,6 +26,7 @@ class Progress:
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "stop"}
 
     @classmethod
-    def resumed(cls, stored: dict) -> Progress:
-        """The state of a checkpoint, as `numbers` gave it."""
-        return cls(**{field.name: stored[field.name] for field in dataclasses.fields(cls) if field.name in stored})
+    def resumed(cls, stored: dict, same_run: bool = True) -> Progress:
+        """The state of a checkpoint, as `numbers` gave it. same_run: whether it is gone on with where it was left."""
+        names = {field.name for field in dataclasses.fields(cls)} - (set() if same_run else {"run"})
+        return cls(**{name: stored[name] for name in names if name in stored})

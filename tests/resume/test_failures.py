@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megalith import checkpoint
 from megalith.common.errors import ConfigError
+from megalith.common.locks import LockedError, locked
 from megalith.config.loading import to_yaml
 from megalith.training.pretrain import train
 from tests.tiny import losses, tiny_config
@@ -134,6 +135,19 @@ def test_different_configs_are_an_error_at_the_start(ranks, corpus, tmp_path):
         ranks(different, 4, config.replace(micro_batch_size=1))
     assert "--tensor-model-parallel-size is 1 on rank 0 and 2 on rank 2; --lr is 0.005 on rank 0 and 0.002 on rank 2" in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def told(config) -> str:
+    """What a rank says of a run that cannot start."""
+    with pytest.raises(LockedError) as caught:
+        train(config)
+    return str(caught.value)
+
+
+def test_all_ranks_say_that_another_run_writes_the_folder(ranks, tmp_path, corpus):
+    with locked(tmp_path / "run", inside=True):
+        first, second = ranks(told, 2, tiny_config(corpus, str(tmp_path / "run")))
+    assert first == second and "is being written by process" in first
 
 
 def test_a_world_that_no_layout_fits_is_told_the_nearest(start, corpus, tmp_path):

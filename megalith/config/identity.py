@@ -1,0 +1,84 @@
+"""What makes a model another one, though all shapes are the same: every field of ModelConfig, classified once.
+
+Weights that were trained with rotated pairs mean nothing in a model that rotates halves. So a run that goes on from a
+checkpoint, or begins with its weights, has its model; what may be changed on the way is told in a line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from megalith.config.model import ModelConfig
+from megalith.config.text import flag, value_text
+
+# What a model is, whichever of several fields says it: the fields, and what they come to. None: it has no effect in this model.
+IDENTITY: tuple[tuple[tuple[str, ...], Callable[[ModelConfig], Any]], ...] = (
+    (("model_type",), lambda m: m.model_type),
+    (("num_layers", "decoder_num_layers"), lambda m: (m.num_layers, m.decoder_layers)),
+    (("hidden_size",), lambda m: m.hidden_size),
+    (("num_attention_heads",), lambda m: m.num_attention_heads),
+    (("ffn_hidden_size",), lambda m: m.ffn_size),
+    (("kv_channels",), lambda m: m.head_dim),
+    (("attention_head_type", "group_query_attention", "num_query_groups"), lambda m: m.num_kv_heads),
+    (("position_embedding_type", "use_rotary_position_embeddings"), lambda m: m.positions),
+    (("relative_attention_num_buckets",), lambda m: m.relative_attention_num_buckets if m.positions == "relative" else None),
+    (("relative_attention_max_distance",), lambda m: m.relative_attention_max_distance if m.positions == "relative" else None),
+    (("rotary_percent",), lambda m: m.rotary_percent if m.positions == "rope" else None),
+    (("rotary_interleaved",), lambda m: m.rotary_interleaved if m.positions == "rope" else None),
+    (("scaled_alibi",), lambda m: m.scaled_alibi if m.positions == "alibi" else None),
+    (("embed_layernorm",), lambda m: m.embed_layernorm),
+    (("parallel_attn",), lambda m: m.parallel_attn),
+    (("parallel_layernorm",), lambda m: m.parallel_layernorm),
+    (("normalization", "apply_layernorm_1p"), lambda m: m.norm),
+    (("scale_embeddings",), lambda m: m.scale_embeddings),
+    (("layernorm_epsilon",), lambda m: m.layernorm_epsilon),
+    (("apply_residual_connection_post_layernorm",), lambda m: m.apply_residual_connection_post_layernorm),
+    (("norm_after_residual",), lambda m: m.norm_after_residual),
+    (("bert_no_binary_head",), lambda m: m.bert_no_binary_head),
+    (("openai_gelu", "relu", "squared_relu", "swiglu", "glu_activation"), lambda m: m.activation),
+    (("add_bias_linear",), lambda m: m.add_bias_linear),
+    (("add_qkv_bias",), lambda m: m.add_qkv_bias or m.add_bias_linear),
+    (("qk_layernorm",), lambda m: m.qk_layernorm),
+    (("untie_embeddings_and_output_weights",), lambda m: m.untie_embeddings_and_output_weights),
+    (("softmax_scale",), lambda m: m.softmax_scale or m.head_dim**-0.5),
+    (("scale_output",), lambda m: m.scale_output),
+)
+BY_SHAPE = ("vocab_size", "max_position_embeddings")  # rows of a table: its shape tells, and can be edited
+NOTED = (  # changed on purpose while a model is trained on: longer texts, another regularisation
+    "sliding_window", "full_attention_layers", "rotary_base", "rope_scaling_type", "rope_scaling_factor",
+    "rope_original_max_position_embeddings", "rope_low_freq_factor", "rope_high_freq_factor", "rope_beta_fast", "rope_beta_slow",
+    "hidden_dropout", "attention_dropout", "z_loss_coeff",
+)  # fmt: skip
+INDIFFERENT = (  # changes nothing of a model that has its weights, but for rounding
+    "make_vocab_size_divisible_by", "init_method_std", "initializer_factor", "init_method_xavier_uniform",
+    "apply_query_key_layer_scaling", "attention_backend", "loss_chunk_tokens",
+)  # fmt: skip
+
+
+class Differences(NamedTuple):
+    """Sentences `--field is A, was B`: of what makes it another model, and of what is only to be told."""
+
+    another: list[str]
+    noted: list[str]
+
+
+def differences(now: ModelConfig, then: ModelConfig) -> Differences:
+    """How a model differs from the one that a checkpoint was written by."""
+    another: list[str] = []
+    for fields, effect in IDENTITY:
+        if effect(now) != effect(then):
+            typed = [name for name in fields if getattr(now, name) != getattr(then, name)]
+            another += [sentence(name, getattr(now, name), getattr(then, name)) for name in typed]  # none: it follows from another field
+    return Differences(another, changes(now, then, BY_SHAPE + NOTED))
+
+
+def changes(now: object, then: object, names: tuple[str, ...]) -> list[str]:
+    """A sentence for each of these fields of a section that is not what it was."""
+    pairs = [(name, getattr(now, name), getattr(then, name)) for name in names]
+    return [sentence(name, new, old) for name, new, old in pairs if new != old]
+
+
+def sentence(field: str, now: object, then: object) -> str:
+    """--seed is 7, was 1234."""
+    return f"{flag(field)} is {value_text(now)}, was {value_text(then)}"

@@ -1,0 +1,131 @@
+"""What a run starts from, compared with what it is: another model is an error, other data or rates are told."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from megalith import checkpoint
+from megalith.checkpoint.ranks import Ranks
+from megalith.common.errors import CheckpointError, ConfigError, DataError
+from megalith.config.identity import changes, differences
+from megalith.config.loading import from_yaml
+from megalith.config.loading_values import fields
+from megalith.config.run import RunConfig
+from megalith.data.build import report
+from megalith.data.indexed_format import resolve_prefix
+from megalith.data.tokenizers import Tokenizer, load_tokenizer
+from megalith.training import saving
+
+COMPUTING = ("data", "batch", "optimizer", "precision")  # sections that decide, with the model, what a step reads and computes
+INDIFFERENT = (  # of which these do not, but for rounding; what a tokenizer is made from, its vocabulary tells better
+    "data_cache_path", "num_workers", "mmap_bin_files", "micro_batch_size", "compile", "deterministic_mode",
+    "tokenizer_type", "vocab_file", "merge_file", "tokenizer_model",
+)  # fmt: skip
+BLOCK, BLOCKS = 4096, 8  # bytes of a file that are looked at in a place, and places
+
+
+def compare(config: RunConfig, tokenizer: Tokenizer, data: Mapping[str, str]) -> list[str]:
+    """Lines that name all in which a run differs from the checkpoint that it starts from, if any. Every process calls it.
+
+    data: fingerprints of the corpora (see `fingerprints`).
+    Raises CheckpointError on all processes where the weights would be those of another model.
+    """
+    source = saving.source_of(config)
+    if source is None:
+        return []
+
+    def judge() -> list[str]:
+        path = checkpoint.find(source, config.checkpoint.ckpt_step)
+        return _compare(path, config, tokenizer, data, weights_only=saving.weights_only(config))
+
+    return Ranks().first(judge)
+
+
+def _compare(path: pathlib.Path, config: RunConfig, tokenizer: Tokenizer, data: Mapping[str, str], weights_only: bool) -> list[str]:
+    """weights_only: a new run begins with the weights, so its data and rates are its own."""
+    try:
+        then = from_yaml(checkpoint.read_config(path))
+    except ConfigError as error:  # a config of another release
+        return [f"what it was trained with is not compared, because its config cannot be read here: {error}"]
+    model = differences(config.model, then.model)
+    if model.another:
+        raise CheckpointError(
+            f"{path} holds another model: {'; '.join(model.another)}. Its weights mean nothing in this one, even where their shapes fit. "
+            f"Give these as the checkpoint has them (--load FOLDER --use-checkpoint-args takes them all from it), or train another "
+            f"model in a folder of its own (--run-dir)."
+        )
+    lines = model.noted + _words(path, tokenizer, weights_only)
+    if weights_only:
+        return lines
+    for section in COMPUTING:
+        names = tuple(field.name for field in fields().values() if field.section == section and field.name not in INDIFFERENT)
+        lines += changes(getattr(config, section), getattr(then, section), names)
+    before = checkpoint.read_train_state(path).get("data", {})
+    return lines + [
+        f"{prefix}.bin and .idx hold other data than then, so samples that were read may come again and others never"
+        for prefix, now in data.items()
+        if before.get(prefix, now) != now
+    ]
+
+
+def _words(path: pathlib.Path, tokenizer: Tokenizer, weights_only: bool) -> list[str]:
+    """What to tell of a tokenizer that is not the one in the checkpoint; CheckpointError where it gives ids to other words."""
+    folder = path / "tokenizer"
+    if not folder.is_dir():
+        return []
+    try:
+        then = load_tokenizer(folder)
+        if then.fingerprint() == tokenizer.fingerprint():
+            return []
+        kinds = [each.options.tokenizer_type for each in (tokenizer, then)]
+        old, new = ([], []) if "NullTokenizer" in kinds else (then.tokens(), tokenizer.tokens())
+    except (DataError, ConfigError, AttributeError) as error:  # of a user's own class, or of a package that is not here
+        return [f"the tokenizer cannot be compared with the one in {folder}: {error}"]
+    differing = [number for number, (one, other) in enumerate(zip(old, new)) if one != other]
+    named = f"the tokenizer ({_called(tokenizer)}) is not the one in {folder} ({_called(then)})"
+    if not differing:
+        both = "" if old == new and old else f"; they have {tokenizer.vocab_size} and {then.vocab_size} tokens"
+        return [f"{named}{both}"]
+    number = differing[0]
+    named += f": {len(differing)} ids are other words, first {number}: {new[number]!r}, was {old[number]!r}"
+    if weights_only:
+        return [named]
+    raise CheckpointError(
+        f"{named}. The model would read other words than it has learned. Give the tokenizer that it was trained with, or begin a new "
+        f"run with its weights: --load FOLDER --finetune."
+    )
+
+
+def _called(tokenizer: Tokenizer) -> str:
+    files = [str(path) for path in tokenizer.files().values()]
+    return " ".join([tokenizer.options.tokenizer_type, *files])
+
+
+def fingerprints(datasets: Iterable[Any], titles: str | None) -> dict[str, str]:
+    """{prefix: a hash of sizes and of some blocks} of the corpora that these datasets read; a few small reads for each."""
+    prefixes = {row["prefix"]: None for dataset in datasets for row in report(dataset)} | ({titles: None} if titles else {})
+    return {str(prefix): _fingerprint(str(prefix)) for prefix in prefixes}
+
+
+def _fingerprint(prefix: str) -> str:
+    digest = hashlib.sha256()
+    with contextlib.suppress(DataError):
+        prefix = resolve_prefix(prefix)
+    for name in (f"{prefix}.idx", f"{prefix}.bin"):
+        try:
+            descriptor = os.open(name, os.O_RDONLY)
+        except OSError:  # a user's own dataset may call by a prefix what is no file
+            continue
+        try:
+            size = os.fstat(descriptor).st_size
+            digest.update(f"{size} ".encode())
+            for number in range(BLOCKS):
+                digest.update(os.pread(descriptor, BLOCK, max(0, size - BLOCK) * number // (BLOCKS - 1)))
+        finally:
+            os.close(descriptor)
+    return digest.hexdigest()
