@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 
 from megalith import recipes
-from megalith.config import flags, megatron_counts
+from megalith.config import flags, launched, megatron_counts
 from megalith.config.batch_math import data_parallel_size, global_batch, total_steps
 from megalith.config.loading import resolve, to_yaml
 from megalith.config.parameters import parameter_count
@@ -41,13 +40,13 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 
 def pretrain(args: argparse.Namespace) -> int:
     """Resolve and check the config, show it, and train unless --dry-run is given; the exit status."""
-    reading, world_size = args.reading, int(os.environ.get("WORLD_SIZE", "1"))
+    reading, world_size = args.reading, launched.world_size()
     for name in reading.words[:1]:
         if name not in MODELS and ":" not in name:
             otherwise = f"there are {', '.join(MODELS)}, and your own goes by module:name"
             reading.problems.append(Problem(("model_type",), unknown("model", name, MODELS, otherwise)))
     config, notices = resolve(reading, read_recipe=recipes.text, read_checkpoint=checkpoint_config, world_size=world_size)
-    if os.environ.get("RANK", "0") == "0":
+    if launched.rank() == 0:
         for notice in notices:
             print(f"megalith: {notice}", file=sys.stderr)
         print(shown(config, world_size, reading.values.get("print_config", "changed")), end="", flush=True)

@@ -6,7 +6,9 @@ import os
 
 import torch
 
-from megalith.common.errors import ConfigError
+from megalith.common.errors import ConfigError, problem
+from megalith.config import launched
+from megalith.config.text import Words
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
 
@@ -21,6 +23,9 @@ def pick(kind: str = "auto", local_rank: int | None = None) -> torch.device:
     if present is None or present.type != kind:
         found = present.type if present is not None else "no accelerator"
         raise ConfigError(f"--device {kind}: found {found}; the device must be on this machine. Use --device auto or cpu.")
+    if local_rank is None and "LOCAL_RANK" not in os.environ and launched.world_size() > 1:
+        rule = "processes of one machine would share its first device"
+        raise ConfigError(problem("environment variable LOCAL_RANK", Words("nothing"), rule, launched.CURE))
     number = int(os.environ.get("LOCAL_RANK", 0)) if local_rank is None else local_rank
     if number >= torch.accelerator.device_count():
         raise ConfigError(

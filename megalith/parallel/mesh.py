@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import os
+import sys
+import threading
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from megalith.common.errors import ConfigError
+from megalith.common.errors import ConfigError, RankError
+from megalith.config import launched
 from megalith.config.parallel import ParallelConfig
 from megalith.parallel.devices import BACKENDS, pick
 
+SILENCE = 20.0  # seconds of waiting for others before that is said
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # tp varies fastest, as in Megatron's rank order
 
 
@@ -83,16 +89,42 @@ def join(config: ParallelConfig) -> torch.device:
     """Join the process group that the launcher's variables describe (torchrun's; none of them means one process).
 
     A group that the caller has made is used as it is. Returns this process's device.
+    Raises ConfigError where the variables are wrong, RankError where the processes do not meet.
     """
+    if not dist.is_initialized():
+        launched.check_connection()
     device = pick(config.device)
     if not dist.is_initialized():
         backend = config.distributed_backend or BACKENDS[device.type]
         timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)
-        if "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+        if launched.world_size() > 1:
+            with _meeting(config):
+                dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
         else:
             dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
     return device
+
+
+@contextlib.contextmanager
+def _meeting(config: ParallelConfig) -> Iterator[None]:
+    """Around the wait for the other processes: a line where it takes long, and an error where they do not come."""
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    who = f"rank {launched.rank()} of {launched.world_size()}"
+    rule = "Each process is started once, with a RANK of its own and the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE"
+    line = (
+        f"megalith: {who} has waited {SILENCE:g} s at {place} for the others, and goes on waiting for up to "
+        f"--distributed-timeout-minutes {config.distributed_timeout_minutes:g}. {rule}."
+    )
+    timer = threading.Timer(SILENCE, lambda: print(line, file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except (RuntimeError, ValueError, OSError) as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise RankError(f"{who} did not meet the others at {place}. {rule}. ({first_line})") from error
+    finally:
+        timer.cancel()
 
 
 def grid(config: ParallelConfig, device: torch.device) -> Mesh:

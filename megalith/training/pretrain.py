@@ -13,6 +13,8 @@ import torch.distributed as dist
 
 from megalith.common.errors import ConfigError, MegalithError
 from megalith.common.files import write_text
+from megalith.common.orphans import ends_with_launcher
+from megalith.config import launched
 from megalith.config.batch_math import batch_size_at, global_batch, total_steps
 from megalith.config.checks import check
 from megalith.config.flops import flops_per_token
@@ -46,9 +48,15 @@ def train(config: RunConfig) -> Progress:
     Under a launcher every process calls it with the same config. Raises ConfigError, DataError or CheckpointError before
     the first step where something cannot work.
     """
-    check(config, int(os.environ.get("WORLD_SIZE", "1")))
-    tokenizer = tokenizer_from_config(config.data, vocab_size=config.model.vocab_size)
     ours = not dist.is_initialized()
+    check(config, launched.world_size() if ours else dist.get_world_size())
+    tokenizer = tokenizer_from_config(config.data, vocab_size=config.model.vocab_size)
+    with ends_with_launcher():
+        return _train(config, tokenizer, ours)
+
+
+def _train(config: RunConfig, tokenizer: Tokenizer, ours: bool) -> Progress:
+    """ours: the process group is made here, and ended."""
     device = join(config.parallel)
     try:
         same_config(config)

@@ -1,0 +1,81 @@
+"""A process whose launcher is gone ends too: nobody would tell it that the others have died, and its successor would meet it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import select
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+GRACE = 30.0  # seconds to finish a step and save, as torchrun grants after its SIGTERM
+PATIENCE = 1.0  # seconds between two looks, where the system cannot wake us
+
+
+@contextlib.contextmanager
+def ends_with_launcher(grace: float = GRACE) -> Iterator[None]:
+    """Within the block, end this process when torchrun, if it was started by one, has died without ending it (kill -9).
+
+    It gets SIGTERM, upon which a run saves and ends; if it still runs `grace` seconds later, inside a collective that never
+    ends say, it exits with status 1.
+    """
+    done = threading.Event()
+    launcher = _launcher()
+    if launcher is not None:
+        threading.Thread(target=_watch, args=(launcher, done, grace), daemon=True, name="launcher").start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def _watch(launcher: int, done: threading.Event, grace: float) -> None:
+    _await_end(launcher, done)
+    if done.is_set():
+        return
+    place = f"megalith: rank {os.environ.get('RANK')}: the launcher, process {launcher}, has died"
+    _say(f"{place}; this process saves, if it can, and ends")
+    os.kill(os.getpid(), signal.SIGTERM)
+    if not done.wait(grace):
+        _say(f"{place} {grace:g} s ago; this process ends now")
+        os._exit(1)
+
+
+def _await_end(launcher: int, done: threading.Event) -> None:
+    """Wait until a process has ended, or `done`."""
+    parent = os.getppid()
+    try:
+        descriptor = os.pidfd_open(launcher)
+    except ProcessLookupError:
+        return
+    except (AttributeError, OSError):  # not Linux, or an old or simulated one
+        while not done.wait(PATIENCE):
+            if os.getppid() != parent:
+                return
+        return
+    try:
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        while not done.is_set() and not poll.poll(1000 * PATIENCE):
+            pass
+    finally:
+        os.close(descriptor)
+
+
+def _launcher() -> int | None:
+    """The process of torchrun: the nearest ancestor without the variables that it sets; None where it is none, or process 1."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    process = os.getppid()
+    with contextlib.suppress(OSError, ValueError, IndexError):  # a shell script may stand between
+        while process > 1 and b"\0TORCHELASTIC_RUN_ID=" in b"\0" + pathlib.Path(f"/proc/{process}/environ").read_bytes():
+            process = int(pathlib.Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    return process if process > 1 else None  # with process 1 its whole container ends
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # the terminal may be gone with the launcher
+        print(line, file=sys.stderr, flush=True)
