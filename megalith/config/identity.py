@@ -36,7 +36,10 @@ IDENTITY: tuple[tuple[tuple[str, ...], Callable[[ModelConfig], Any]], ...] = (
     (("apply_residual_connection_post_layernorm",), lambda m: m.apply_residual_connection_post_layernorm),
     (("norm_after_residual",), lambda m: m.norm_after_residual),
     (("bert_no_binary_head",), lambda m: m.bert_no_binary_head),
-    (("openai_gelu", "relu", "squared_relu", "swiglu", "glu_activation"), lambda m: m.activation),
+    (
+        ("openai_gelu", "bias_gelu_fusion", "relu", "squared_relu", "swiglu", "glu_activation"),
+        lambda m: (m.activation, m.head_activation if m.model_type == "bert" else None),
+    ),
     (("add_bias_linear",), lambda m: m.add_bias_linear),
     (("add_qkv_bias",), lambda m: m.add_qkv_bias or m.add_bias_linear),
     (("qk_layernorm",), lambda m: m.qk_layernorm),

@@ -23,7 +23,9 @@ def test_every_field_is_classified_once():
         ({}, {"num_attention_heads": 8}, ["--num-attention-heads is 8, was 4"]),
         ({}, {"hidden_size": 48}, ["--hidden-size is 48, was 32"]),
         ({"position_embedding_type": "none"}, {"position_embedding_type": "alibi"}, ["--position-embedding-type is alibi, was none"]),
-        ({}, {"openai_gelu": True}, ["--openai-gelu is True, was False"]),
+        ({}, {"openai_gelu": True}, []),
+        ({"model_type": "bert"}, {"model_type": "bert", "openai_gelu": True}, ["--openai-gelu is True, was False"]),
+        ({}, {"bias_gelu_fusion": False}, ["--bias-gelu-fusion is False, was True"]),
         ({"glu_activation": "geglu"}, {"glu_activation": "reglu"}, ["--glu-activation is reglu, was geglu"]),
         (
             {"position_embedding_type": "rope"},
