@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megalith.common.errors import problem
+from megalith.common.extras import lacking
 from megalith.config import flags
 from megalith.config.flags import VALUE, Flag
 from megalith.config.loading_values import convert as typed
@@ -141,6 +142,8 @@ def run(verb: str, args: argparse.Namespace) -> int:
         problems.append(problem("--to", None, "an export has a format", "Write --to huggingface, or --to megatron"))
     told = {name: values.pop(name) for name in ("from", "sha256", "verify", "print_structure") if name in values}
     options = _options(values, verb, problems)
+    if told.get("verify") and (fault := lacking("transformers", "--verify")):
+        problems.append(fault)
     fail(problems)
     all_written = to == "megalith" or (to == "megatron" and bool(options.get("with_optimizer")))
     for line in args.reading.notices:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megalith.common.errors import ConfigError
+from megalith.common.extras import lacking
 from megalith.config.checks_model import model_problems
 from megalith.config.checks_parallel import parallel_problems
 from megalith.config.checks_schedule import schedule_problems
@@ -15,6 +16,10 @@ from megalith.config.loading_values import WORDS, fields
 from megalith.config.run import RunConfig
 from megalith.config.text import Problem, Words, fail, flag, nearest, trouble, value_text
 
+OF_TOKENIZERS = {  # tokenizer -> the package that it is made with
+    **dict.fromkeys(("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer"), "sentencepiece"),
+    "TikTokenizer": "tiktoken",
+}
 BELOW_ONE = ("hidden_dropout", "attention_dropout", "lr_warmup_fraction", "adam_beta1", "adam_beta2", "mask_prob")
 
 
@@ -39,7 +44,7 @@ def find_problems(config: RunConfig, world_size: int = 1, *, data: bool = True) 
         *_files(config),
     ]
     if data:
-        rules += _data(config)
+        rules += [*_data(config), *_packages(config)]
     return found + [each for each in rules if not wrong.intersection(each.fields)]
 
 
@@ -125,6 +130,15 @@ def _files(config: RunConfig) -> Iterator[Problem]:
             "it reads a checkpoint",
             "Name its folder with --load",
         )
+
+
+def _packages(config: RunConfig) -> Iterator[Problem]:
+    """Packages that are not installed: told now, and not after the corpora were read."""
+    kind = config.data.tokenizer_type
+    if kind in OF_TOKENIZERS and (fault := lacking(OF_TOKENIZERS[kind], kind)):
+        yield Problem(("tokenizer_type",), fault)
+    if config.logging.tensorboard_dir and (fault := lacking("tensorboard", "--tensorboard-dir")):
+        yield Problem(("tensorboard_dir",), fault)
 
 
 def _data(config: RunConfig) -> Iterator[Problem]:

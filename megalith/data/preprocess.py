@@ -20,6 +20,7 @@ import numpy as np
 
 from megalith.common import units
 from megalith.common.errors import ConfigError, DataError, problem
+from megalith.common.extras import lacking
 from megalith.data.indexed import best_dtype
 from megalith.data.merge import merge_datasets
 from megalith.data.preprocess_output import Output
@@ -206,6 +207,9 @@ def _validate(options: PreprocessOptions) -> None:
         faults.append(problem("--lang", options.lang, rule, "Correct the name"))
     if options.on_error not in ("skip", "fail"):
         faults.append(problem("--on-error", options.on_error, "it is skip or fail", "Choose one"))
+    packages = {"sentencex": ("--split-sentences", options.split_sentences), "ray": ("--engine ray", options.engine == "ray")}
+    faults += [fault for package, (name, used) in packages.items() if used and (fault := lacking(package, name))]
+    ENGINES.find(options.engine)
     if len(options.json_keys) > 1 and any(file_format(path)[0] == "text" for path in find_inputs(options.input)):
         faults.append(problem("--json-keys", list(options.json_keys), "a plain text file has one text and no keys", "Give one key"))
     if faults:

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from megalith.common.errors import DataError
+from megalith.common.extras import require
 from megalith.common.registry import Registry
 from megalith.data.preprocess_part import Job, PartEncoder
 from megalith.data.readers import Part
-from megalith.data.tokenizers import optional_import
 
 ENGINES = Registry("engine", {"processes": "megalith.data.preprocess_pool:run_processes", "ray": "megalith.data.preprocess_pool:run_ray"})
 LOST_WORKER = (
@@ -26,6 +26,7 @@ class Worker:
     """The encoder of one worker process."""
 
     encoder: PartEncoder
+    failure: Exception | None = None  # of the start: the pool would call a worker that ends there killed, and print its traceback
 
     @classmethod
     def start(cls, job: Job) -> None:
@@ -34,11 +35,16 @@ class Worker:
         parent = multiprocessing.parent_process()
         if parent is not None:
             threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-        cls.encoder = PartEncoder(job)
+        try:
+            cls.encoder = PartEncoder(job)
+        except Exception as error:
+            cls.failure = error
 
     @classmethod
     def run(cls, part: Part) -> dict:
-        """Encode one part."""
+        """Encode one part. Raises what the start of this process raised."""
+        if cls.failure is not None:
+            raise cls.failure
         return cls.encoder(part)
 
 
@@ -85,7 +91,7 @@ def run_ray(job: Job, parts: Iterator[Part], workers: int) -> Iterator[dict]:
 
     Its nodes have megalith installed and see the same input and output folders. RAY_ADDRESS says which cluster; without it, this machine.
     """
-    ray: Any = optional_import("ray", "ray", "--engine ray")
+    ray: Any = require("ray", "--engine ray")
     if not ray.is_initialized():
         ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False)
     cores = max(1, int(ray.cluster_resources().get("CPU", 1)))

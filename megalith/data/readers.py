@@ -19,10 +19,11 @@ from typing import Any, BinaryIO
 import orjson
 
 from megalith.common.errors import DataError, problem
-from megalith.data.tokenizers import optional_import
+from megalith.common.extras import require
 
 FORMATS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet", ".txt": "text", ".text": "text", ".md": "text"}
 COMPRESSIONS = (".gz", ".zst")
+NEEDED: dict[str | None, str] = {"parquet": "pyarrow.parquet", ".zst": "zstandard"}  # packages that a format or a compression is read with
 GUESSED_EXPANSION = 4  # text under gzip or zstd; only balances parts
 BOM = b"\xef\xbb\xbf"  # some editors begin a file with it
 BATCH = 1 << 20  # bytes of raw input handled at once; a few MB live at any time
@@ -74,7 +75,8 @@ def file_format(path: str) -> tuple[str | None, str]:
 def find_inputs(patterns: Sequence[str]) -> list[str]:
     """The files meant by files, globs and directories, in order; a directory stands for the corpus files below it, sorted.
 
-    Raises DataError for a name that matches nothing. A file named twice is read once.
+    Raises DataError for a name that matches nothing, and MissingPackage where a file cannot be read without one. A file named twice
+    is read once.
     """
     found: list[str] = []
     for pattern in patterns:
@@ -88,6 +90,9 @@ def find_inputs(patterns: Sequence[str]) -> list[str]:
             rule = f"it is a file, a glob or a directory with files named {' '.join(sorted(FORMATS))}, also {' '.join(COMPRESSIONS)}"
             raise DataError(problem("--input", pattern, f"no file is meant by it; {rule}", "Correct the path, and quote a glob"))
         found += below
+    needed = {package: path for path in reversed(found) for package in map(NEEDED.get, file_format(path)) if package}
+    for package, path in needed.items():
+        require(package, path)
     return list(dict.fromkeys(found))
 
 
@@ -147,7 +152,7 @@ def open_plain(path: str, raw: BinaryIO | None = None) -> Any:
     if compression == ".gz":
         return gzip.GzipFile(fileobj=raw)
     if compression == ".zst":
-        return io.BufferedReader(_ZstdFile(raw, optional_import("zstandard", "data", path)))
+        return io.BufferedReader(_ZstdFile(raw, require("zstandard", path)))
     return raw
 
 
@@ -282,7 +287,7 @@ def _read_text(piece: Slice, keys: Sequence[str]) -> Iterator[Batch]:
 
 
 def _open_parquet(path: str) -> Any:
-    parquet = optional_import("pyarrow.parquet", "data", path)
+    parquet = require("pyarrow.parquet", path)
     try:
         return parquet.ParquetFile(path)
     except Exception as error:

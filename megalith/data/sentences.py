@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from megalith.data.tokenizers import optional_import
+from megalith.common.extras import require
 
 # nltk calls its languages by name, and so do Megatron's commands; sentencex by ISO code.
 CODES = {
@@ -21,7 +21,7 @@ def sentence_splitter(language: str = "english", keep_newlines: bool = False) ->
     language: an English name that nltk knows or an ISO 639 code; an unknown code falls back to the rules of its nearest language.
     keep_newlines: white space after a sentence stays with it, so that the sentences join to the text; else it is stripped.
     """
-    library = optional_import("sentencex", "data", "--split-sentences").segment
+    library = require("sentencex", "--split-sentences").segment
     code = CODES.get(language.lower(), language)
 
     def segment(text: str) -> list[str]:

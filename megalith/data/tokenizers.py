@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib
 import json
 import pathlib
 import shutil
@@ -210,11 +209,3 @@ def padded_vocab_size(vocab_size: int, divisible_by: int = 128, tensor_model_par
     """Rows that Megatron gives its embedding: the smallest multiple of divisible_by x tensor_model_parallel_size that holds vocab_size."""
     multiple = divisible_by * tensor_model_parallel_size
     return -(-vocab_size // multiple) * multiple
-
-
-def optional_import(module: str, extra: str, purpose: str) -> Any:
-    """Import `module`, or raise DataError saying which extra of megalith brings it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise DataError(f"{purpose} needs the package {module!r}, which is not installed; pip install 'megalith[{extra}]'") from error

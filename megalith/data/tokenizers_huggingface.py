@@ -13,7 +13,8 @@ import numpy as np
 import tokenizers
 
 from megalith.common.errors import DataError, problem
-from megalith.data.tokenizers import Tokenizer, TokenizerOptions, optional_import
+from megalith.common.extras import MissingPackage, require
+from megalith.data.tokenizers import Tokenizer, TokenizerOptions
 
 # A lone tokenizer.json does not say which of its added tokens plays which part; these are the names in use.
 USUAL_NAMES = {
@@ -74,9 +75,9 @@ class LibraryTokenizer(Tokenizer):
     def accelerate(self, sample: Sequence[str]) -> tuple[bool, str]:
         """Use gigatoken if it is installed and gives the ids of `tokenizers` for every text of `sample`."""
         try:
-            encoder = optional_import("gigatoken", "data", "the fast encoder").Tokenizer.from_json(self.fast_json()).backend.encode
+            encoder = require("gigatoken", "the fast encoder").Tokenizer.from_json(self.fast_json()).backend.encode
             same = all(self.backend.encode(text, add_special_tokens=False).ids == encoder(text).tolist() for text in sample)
-        except (DataError, ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        except (DataError, MissingPackage, ValueError, TypeError, RuntimeError, NotImplementedError) as error:
             return False, f"encoder: tokenizers (gigatoken not usable: {error})"
         if not same:
             return False, "encoder: tokenizers (gigatoken gave other ids for a sample of this input)"

@@ -8,7 +8,8 @@ import pathlib
 from collections.abc import Iterable
 
 from megalith.common.errors import DataError, problem
-from megalith.data.tokenizers import Tokenizer, TokenizerOptions, optional_import
+from megalith.common.extras import require
+from megalith.data.tokenizers import Tokenizer, TokenizerOptions
 
 DEFAULT_TIKTOKEN_VOCABULARY = 2**17
 NAMED_TOKENS = ("<unk>", "<s>", "</s>")  # every special list must hold these
@@ -27,7 +28,7 @@ class TikTokenizer(Tokenizer):
     def __init__(self, options: TokenizerOptions):
         """Load the ranks, fill the special tokens up to --tiktoken-num-special-tokens."""
         super().__init__(options)
-        library = optional_import("tiktoken", "data", options.tokenizer_type)
+        library = require("tiktoken", options.tokenizer_type)
         path, count = options.file("tokenizer_model"), options.tiktoken_num_special_tokens
         special = list(options.tiktoken_special_tokens or NAMED_TOKENS)
         if options.tiktoken_pattern not in PATTERNS:

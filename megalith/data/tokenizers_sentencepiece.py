@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from megalith.common.errors import DataError, problem
-from megalith.data.tokenizers import Tokenizer, TokenizerOptions, optional_import
+from megalith.common.extras import require
+from megalith.data.tokenizers import Tokenizer, TokenizerOptions
 
 
 class GPTSentencePieceTokenizer(Tokenizer):
@@ -18,7 +19,7 @@ class GPTSentencePieceTokenizer(Tokenizer):
     def __init__(self, options: TokenizerOptions):
         """Load --tokenizer-model."""
         super().__init__(options)
-        library = optional_import("sentencepiece", "data", options.tokenizer_type)
+        library = require("sentencepiece", options.tokenizer_type)
         path = options.file("tokenizer_model")
         try:
             self.model = library.SentencePieceProcessor(model_file=str(path))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from megalith.common.errors import ConfigError, problem
+from megalith.common.extras import require
 from megalith.training.callbacks import Callback, RunInfo, StepRecord, ValidationRecord
 
 
@@ -17,15 +17,11 @@ class TensorBoard(Callback):
         self.writer: Any = None
 
     def on_start(self, run: RunInfo) -> None:
-        """Open the directory; after a resume, TensorBoard hides what will be done again. Raises ConfigError without the package."""
+        """Open the directory; after a resume, TensorBoard hides what will be done again. Raises MissingPackage without the package."""
         if not run.writes:
             return
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            cure = "Install it (pip install 'megalith[track]') or drop the flag; metrics.jsonl is written in any case"
-            raise ConfigError(problem("--tensorboard-dir", self.directory, f"it needs the package tensorboard ({error})", cure)) from error
-        self.writer = SummaryWriter(self.directory, purge_step=run.start_step + 1 if run.start_step else None)
+        library = require("torch.utils.tensorboard", "--tensorboard-dir", package="tensorboard")
+        self.writer = library.SummaryWriter(self.directory, purge_step=run.start_step + 1 if run.start_step else None)
 
     def on_step(self, run: RunInfo, record: StepRecord) -> None:
         """Queue the step's numbers; a thread of the writer writes them."""

@@ -15,6 +15,7 @@ from megalith.checkpoint.folder import check_new
 from megalith.checkpoint.formats import FORMATS, Options
 from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError, ConfigError, problem
+from megalith.common.extras import require
 
 TOLERANCE = 1e-4  # of the largest logit: sums in another order differ by less, a wrong name or layout by 1
 
@@ -60,7 +61,7 @@ def verify(source: pathlib.Path, result: pathlib.Path, options: Options | None =
     """Largest difference of logits between transformers' model and ours, over the largest logit.
 
     Compared are the two sides of a conversion; where neither is a Hugging Face folder, what `result` gives when exported to one.
-    Raises CheckpointError where it is over TOLERANCE, ConfigError where transformers is not installed.
+    Raises CheckpointError where it is over TOLERANCE, MissingPackage where transformers is not installed.
     """
     sides = {formats.recognise(path): path for path in (source, result)}
     with tempfile.TemporaryDirectory() as aside:
@@ -72,11 +73,7 @@ def verify(source: pathlib.Path, result: pathlib.Path, options: Options | None =
 
 def compare(original: pathlib.Path, ours: pathlib.Path, tokens: int = 32) -> float:
     """`verify`, of a Hugging Face folder and anything that load_plain opens. Both in float32, on made-up ids."""
-    try:
-        import transformers
-    except ImportError:
-        rule = "it compares with transformers, which is not installed"
-        raise ConfigError(problem("--verify", "no transformers", rule, "pip install 'megalith[hf]', or leave --verify out")) from None
+    transformers = require("transformers", "--verify")
     from megalith.runtime.load import load_plain
 
     given = huggingface_files.read_json(original / huggingface.CONFIG)

@@ -149,6 +149,21 @@ def test_python_m_megalith():
     assert found.returncode == 2 and found.stderr == "megalith: unknown verb 'pretran': did you mean pretrain?\n"
 
 
+def test_python_m_megalith_beside_a_folder_of_that_name(tmp_path):
+    """As in the parent of a clone whose editable installation is found by a hook, after the folders of sys.path."""
+    (tmp_path / "megalith").mkdir()
+    code = (
+        "import runpy, sys\nfrom importlib.machinery import PathFinder\nroot = sys.argv.pop(1)\n"
+        "class Editable:\n    def find_spec(name, path=None, target=None):\n"
+        "        return PathFinder.find_spec(name, [root + '/megalith' if '.' in name else root]) if name[:8] == 'megalith' else None\n"
+        "sys.meta_path.append(Editable)\nrunpy.run_module('megalith', run_name='__main__', alter_sys=True)"
+    )
+    root = command.__file__.removesuffix("/megalith/cli/main.py")
+    argv = [sys.executable, "-S", "-c", code, root, "--version"]
+    found = subprocess.run(argv, cwd=tmp_path, env={}, capture_output=True, text=True, check=False)
+    assert found.returncode == 0 and found.stdout.startswith("megalith 0."), found.stderr
+
+
 def test_a_closed_pipe_is_no_error():
     code = f"{sys.executable} -m megalith pretrain --help | head -1"
     found = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=False)

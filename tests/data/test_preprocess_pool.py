@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from megalith.common.errors import DataError
+from megalith.common.errors import ConfigError, DataError
 from megalith.data.preprocess import PreprocessOptions, preprocess
 from megalith.data.tokenizers import TokenizerOptions
 
@@ -35,8 +35,9 @@ def test_ray_absent(corpus, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(DataError, match=r"megalith\[ray\]"):
+    with pytest.raises(ConfigError, match=r"^--engine ray needs the package ray, which is not installed.*'\.\[ray\]'"):
         preprocess(options(corpus, "out", engine="ray"))
+    assert [path.name for path in corpus.iterdir()] == ["a.jsonl"]
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalith.common.errors import DataError
+from megalith.common.errors import ConfigError
 from megalith.data import sentences
 from megalith.data.sentences import sentence_splitter
 
@@ -35,7 +35,7 @@ def test_missing_package(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "sentencex", None)
-    with pytest.raises(DataError, match=r"megalith\[data\]"):
+    with pytest.raises(ConfigError, match=r"^--split-sentences needs the package sentencex, .*'\.\[data\]'"):
         sentence_splitter()
 
 

@@ -248,7 +248,7 @@ def test_missing_package_names_the_extra(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(DataError, match=r"megalith\[data\]"):
+    with pytest.raises(ConfigError, match=r"^Llama2Tokenizer needs the package sentencepiece, .*'\.\[data\]'"):
         build_tokenizer("Llama2Tokenizer", tokenizer_model="x")
 
 

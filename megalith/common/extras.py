@@ -1,0 +1,53 @@
+"""Packages that megalith does without until something asks for them, and the one line that says which is missing."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any
+
+from megalith.common.errors import ConfigError
+
+EXTRAS = {  # package -> what pip installs, and the extra of pyproject.toml that brings it (a test compares the two)
+    "zstandard": ("zstandard>=0.23", "data"),
+    "pyarrow": ("pyarrow>=17", "data"),
+    "sentencex": ("sentencex>=1.0", "data"),
+    "gigatoken": ("gigatoken>=0.10", "data"),
+    "sentencepiece": ("sentencepiece>=0.2", "data"),
+    "tiktoken": ("tiktoken>=0.8", "data"),
+    "tensorboard": ("tensorboard>=2.18", "track"),
+    "ray": ("ray>=2.40", "ray"),
+    "transformers": ("transformers>=5.0", "hf"),
+}
+
+
+class MissingPackage(ConfigError):
+    """What was asked for needs a package that is not installed, or that cannot be imported."""
+
+
+def require(module: str, purpose: str, package: str | None = None) -> Any:
+    """Import `module`, of a package of EXTRAS or in need of one (`package`).
+
+    Raises MissingPackage that says what for (`purpose`) and how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingPackage(missing(package or module.partition(".")[0], purpose, error)) from error
+
+
+def lacking(package: str, purpose: str) -> str | None:
+    """The text of require's error where `package` is not installed, else None; nothing is imported."""
+    return missing(package, purpose) if importlib.util.find_spec(package) is None else None
+
+
+def missing(package: str, purpose: str, error: ImportError | None = None) -> str:
+    """The line on a package: what needs it, what is wrong, how to install it. error: what importing it gave."""
+    requirement, extra = EXTRAS[package]
+    broken = error is not None and getattr(error, "name", None) not in (package, None)
+    state = f"cannot be imported ({error})" if broken else "is not installed"
+    # Not 'megalith[extra]' alone: a registry would be asked for that name, and this project may not be the one it knows.
+    return (
+        f"{purpose} needs the package {package}, which {state}. Install it with pip install '{requirement}'; in a clone, "
+        f"pip install '.[{extra}]' brings all that is of its kind."
+    )
