@@ -56,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     work.add_argument("--engine", default="processes", help="processes (this machine), ray (a cluster, by RAY_ADDRESS), or module:name")
     work.add_argument("--plain-encoder", action="store_true", help="do not use a faster encoder, even one that agrees with `tokenizers`")
     for spelling, values, _ in NOT_NEEDED:
-        kind = {"action": "store_const", "const": True} if values == 0 else {"nargs": values}
+        kind = {"action": "store_const", "const": True} if values == 0 else {"nargs": values, "type": int}
+        if spelling == "--dataset-impl":
+            kind |= {"type": str, "choices": ("lazy", "cached", "mmap")}
         parser.add_argument(spelling, help=argparse.SUPPRESS, **kind)
 
 

@@ -62,6 +62,11 @@ def _limits(config: RunConfig) -> Iterator[Problem]:
         elif choices and value not in choices:
             near = nearest(str(value), choices) or nearest(str(value).lower(), choices) or choices[0]
             yield trouble((name,), flag(name), value, f"it is one of {', '.join(choices)}", f"Write {flag(name)} {near}")
+        elif field.metadata["names"] and value not in field.metadata["names"] and ":" not in value:
+            names = field.metadata["names"]
+            near = nearest(value, names) or nearest(value.lower(), names) or field.default or names[0]
+            rule = f"it is one of {', '.join(names)}, or module:name of your own"
+            yield trouble((name,), flag(name), value, rule, f"Write {flag(name)} {near}")
         elif field.kind is float and not math.isfinite(value):
             yield trouble((name,), flag(name), value, "it is a finite number", f"Write one after {flag(name)}{default}")
         elif smallest is not None and value < smallest:

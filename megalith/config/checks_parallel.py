@@ -19,6 +19,10 @@ def parallel_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
     p = config.parallel
     yield from _splits(config)
     yield from _pipeline(config)
+    device = {"nccl": "cuda", "xccl": "xpu"}.get(p.distributed_backend or "", p.device)
+    if device != p.device != "auto":
+        yield trouble(("distributed_backend", "device"), "--distributed-backend", p.distributed_backend,
+                      f"it serves {device}, and --device is {p.device}", "Leave out one of the two")  # fmt: skip
     copy = p.model_parallel_size
     if world_size < copy or world_size % copy:
         yield trouble((TP, PP, CP), "number of processes", world_size,

@@ -8,6 +8,11 @@ import re
 from megalith.common.errors import ConfigError, problem
 from megalith.config.knobs import knob, section
 
+TOKENIZERS = (
+    "GPT2BPETokenizer", "BertWordPieceLowerCase", "BertWordPieceCase", "HuggingFaceTokenizer", "HFTokenizer", "SentencePieceTokenizer",
+    "GPTSentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer", "NullTokenizer",
+)  # fmt: skip
+
 
 @section
 class DataConfig:
@@ -28,9 +33,11 @@ class DataConfig:
         "core", "how shares become document counts: as Megatron core, or as Megatron of 2022", choices=("core", "legacy")
     )
     seq_length: int | None = knob(None, "tokens of a sample", minimum=1)
-    dataset: str = knob("gpt", "dataset by registry name, or module:name of your own")
-    loss: str = knob("lm", "loss by registry name, or module:name of your own")
-    tokenizer_type: str | None = knob(None, "GPT2BPETokenizer, HuggingFaceTokenizer (a tokenizer.json), NullTokenizer, ... or module:name")
+    dataset: str = knob("gpt", "dataset by registry name, or module:name of your own", names=("gpt", "bert", "t5", "ict"))
+    loss: str = knob("lm", "loss by registry name, or module:name of your own", names=("lm", "bert", "t5"))
+    tokenizer_type: str | None = knob(
+        None, "GPT2BPETokenizer, HuggingFaceTokenizer (a tokenizer.json), NullTokenizer, ... or module:name", names=TOKENIZERS
+    )
     vocab_file: str | None = knob(None, "vocabulary file of the tokenizer")
     merge_file: str | None = knob(None, "merge table of the tokenizer")
     tokenizer_model: str | None = knob(None, "tokenizer.json, its folder, or a sentencepiece model", flags=("--tokenizer-name-or-path",))

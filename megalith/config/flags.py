@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ class Flag:
     by_value: value -> the same as `sets`, where the value decides what is set.
     notice: told when the flag is used. refused: the flag cannot work; the text says why and what to do instead.
     harmless: values with which a refused flag changes nothing, so that it is accepted.
+    number: what follows is a number, or several.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Flag:
     notice: str = ""
     refused: str = ""
     harmless: tuple[str, ...] = ()
+    number: bool = False
 
 
 @dataclasses.dataclass
@@ -87,7 +90,10 @@ def config_flags() -> dict[str, Flag]:
     for name, by_value in legacy.BY_VALUE.items():
         found[name] = Flag(name, {}, choices=tuple(by_value), by_value=by_value, notice=f"{name} is read as ")
     for name, (nargs, reason) in legacy_megatron.not_needed().items():
-        found[name] = Flag(name, {}, nargs, notice=f"{name} is not needed: {reason}")
+        told = f"{name} is not needed: {reason}"
+        choices = legacy_megatron.CHOICES.get(name, ())
+        number = nargs != 0 and not choices and name not in legacy_megatron.PATHS
+        found[name] = Flag(name, {}, nargs, choices, notice=told, number=number)
     for name, (nargs, harmless, reason) in legacy_megatron.REFUSED.items():
         found[name] = Flag(name, {}, nargs, refused=reason, harmless=harmless, notice=f"{name} {VALUE} changes nothing here")
     return found
@@ -146,10 +152,14 @@ def _use(found: Flag, name: str, values: list[str], result: Reading) -> None:
         result.problems.append(Problem(about, problem(name, Words("nothing"), "it needs a value", f"Write {name} followed by a value")))
         return
     raw: Any = values if found.nargs == "+" else values[0] if values else None
-    if found.choices and raw not in found.choices:
+    if found.choices and raw not in found.choices and values:
         rule = f"it is one of {', '.join(found.choices)}"
-        near = nearest(str(raw), found.choices) or found.choices[0]
+        near = nearest(str(raw), found.choices) or nearest(str(raw).lower(), found.choices) or found.choices[0]
         result.problems.append(Problem(about, problem(name, raw, rule, f"Write {name} {near}")))
+        return
+    wrong = [value for value in values if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", value)] if found.number else []
+    if wrong:
+        result.problems.append(Problem(about, problem(name, wrong[0], "it is a number", f"Write {name} 1, or leave it out")))
         return
     if found.refused and raw not in found.harmless:
         result.problems.append(Problem((), f"{name}{'' if raw is None else ' ' + value_text(raw)} cannot be used: {found.refused}"))

@@ -6,16 +6,19 @@ import dataclasses
 from typing import Any
 
 
-def knob(default: Any, help: str, *, choices: tuple = (), flags: tuple[str, ...] = (), minimum: float | None = None) -> Any:
+def knob(
+    default: Any, help: str, *, choices: tuple = (), names: tuple = (), flags: tuple[str, ...] = (), minimum: float | None = None
+) -> Any:
     """A field of a section.
 
     default: the value when nothing names it; None where it is derived or required.
     help: one line for `--help`, with units.
     choices: the values allowed, if they are few. minimum: the smallest number allowed.
+    names: those of our own things; a user's goes by module:name (a test compares them with the registry that finds them).
     flags: more spellings of the flag (`--rotary-position-embeddings-theta` beside `--rotary-base`); one that starts
         with `--no-` or `--disable-` sets a boolean to False.
     """
-    metadata = {"help": help, "choices": choices, "flags": flags, "minimum": minimum}
+    metadata = {"help": help, "choices": choices, "names": names, "flags": flags, "minimum": minimum}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

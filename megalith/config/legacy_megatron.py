@@ -93,6 +93,29 @@ def not_needed() -> dict[str, tuple[int | str, str]]:
     return {name: (nargs, reason) for reason, groups in _NOT_NEEDED.items() for nargs, names in groups.items() for name in names.split()}
 
 
+# Words that Megatron lets follow a flag that is not needed here: a typing mistake is one all the same.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "--DDP-impl": ("local", "torch", "FSDP"),
+    "--transformer-impl": ("local", "transformer_engine", "inference_optimized"),
+    "--data-impl": ("lazy", "cached", "mmap", "infer"),
+    "--dataset-impl": ("lazy", "cached", "mmap", "infer"),
+    "--ckpt-format": ("torch", "torch_dist", "torch_dcp", "zarr", "fsdp_dtensor"),
+    "--dist-ckpt-format": ("torch_dist", "torch_dcp", "zarr"),
+    "--dist-ckpt-strictness": (
+        "assume_ok_unexpected", "log_unexpected", "log_all", "raise_unexpected", "raise_all", "return_unexpected", "return_all",
+        "ignore_all",
+    ),
+    "--timing-log-level": ("0", "1", "2"),
+    "--timing-log-option": ("flatten", "max", "minmax", "all"),
+    "--empty-unused-memory-level": ("0", "1", "2"),
+    "--lazy-mpu-init": ("True", "False", "true", "false"),
+    "--onnx-safe": ("True", "False", "true", "false"),
+}  # fmt: skip
+PATHS = (  # flags that are not needed here and take any word; what follows all others is a number
+    "--ict-load", "--bert-load", "--evidence-data-path", "--block-data-path", "--embedding-path", "--deepspeed-config",
+    "--deepscale-config",
+)  # fmt: skip
+
 NO_EXPERTS = "there are no mixture-of-experts layers; leave it out for a dense model"
 NO_FP8 = "there is no FP8 path; use --bf16"
 NO_TRACKER = "no tracker is connected; metrics.jsonl in the run folder holds every metric, --tensorboard-dir writes them for tensorboard"

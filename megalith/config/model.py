@@ -12,7 +12,7 @@ POSITIONS = {"absolute": "learned_absolute", "rotary": "rope"}  # older spelling
 class ModelConfig:
     """Shape and numerics of the model. Sizes are counts; names are Megatron's."""
 
-    model_type: str = knob("gpt", "model by registry name, or module:name of your own")
+    model_type: str = knob("gpt", "model by registry name, or module:name of your own", names=("gpt", "bert", "t5"))
     num_layers: int | None = knob(None, "number of transformer layers", minimum=1)
     decoder_num_layers: int | None = knob(None, "t5: layers of the decoder; --num-layers are the encoder's (default: as many)", minimum=1)
     hidden_size: int | None = knob(None, "width of the residual stream", minimum=1)

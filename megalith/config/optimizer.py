@@ -9,7 +9,7 @@ from megalith.config.knobs import knob, section
 class OptimizerConfig:
     """AdamW (decoupled weight decay: Loshchilov and Hutter, 2019) or SGD (decay added to the gradient), and gradient clipping."""
 
-    optimizer: str = knob("adam", "adam (AdamW), sgd, or module:name of your own")
+    optimizer: str = knob("adam", "adam (AdamW), sgd, or module:name of your own", names=("adam", "adamw", "sgd"))
     lr: float | None = knob(None, "peak learning rate", minimum=0.0)
     min_lr: float = knob(0.0, "learning rate at the end of the decay", minimum=0.0)
     weight_decay: float = knob(0.01, "weight decay of matrices (biases and norms have none)", minimum=0.0)

@@ -10,7 +10,9 @@ class ParallelConfig:
     """Degrees of parallelism. World size = tensor x context x pipeline x data; data is what is left over."""
 
     tensor_model_parallel_size: int = knob(1, "processes among which each layer is split", flags=("--model-parallel-size",), minimum=1)
-    tensor_parallel_plan: str | None = knob(None, "how layers are split, by registry name or module:name (default: the model's)")
+    tensor_parallel_plan: str | None = knob(
+        None, "how layers are split, by registry name or module:name (default: the model's)", names=("gpt", "bert", "t5")
+    )
     sequence_parallel: bool = knob(False, "split norms and dropout along the sequence among the tensor-parallel processes")
     pipeline_model_parallel_size: int = knob(1, "pipeline stages", minimum=1)
     num_layers_per_virtual_pipeline_stage: int | None = knob(None, "layers per chunk of the interleaved pipeline schedules", minimum=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
+import torch.distributed as dist
 
 from megalith.common.errors import ConfigError, problem
 from megalith.config import launched
@@ -34,6 +35,21 @@ def pick(kind: str = "auto", local_rank: int | None = None) -> torch.device:
         )
     torch.accelerator.set_device_index(number)
     return torch.device(kind, number)
+
+
+def backend_of(device: torch.device, asked: str | None = None) -> str:
+    """The collective library of a device, or the one asked for; ConfigError where this torch lacks it or it cannot serve the device."""
+    name = asked or BACKENDS[device.type]
+    found = name if asked else f"{name}, which the device {device.type} needs"
+    if not dist.is_backend_available(name):
+        there = ", ".join(each for each in BACKENDS.values() if dist.is_backend_available(each)) or "none"
+        rule = f"torch {torch.__version__} here is built without it, and has {there}"
+        cure = f"Leave the flag out, or install a torch with {name}" if asked else f"Install a torch with {name}"
+        raise ConfigError(problem("--distributed-backend", found, rule, cure))
+    if name != "gloo" and BACKENDS[device.type] != name:
+        rule = f"it serves no {device.type}, the device of this run, whose library is {BACKENDS[device.type]}"
+        raise ConfigError(problem("--distributed-backend", found, rule, f"Leave it out, or write {BACKENDS[device.type]}"))
+    return name
 
 
 def synchronize(device: torch.device) -> None:

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from megalith.common.errors import ConfigError, RankError
 from megalith.config import launched
 from megalith.config.parallel import ParallelConfig
-from megalith.parallel.devices import BACKENDS, pick
+from megalith.parallel.devices import backend_of, pick
 
 SILENCE = 20.0  # seconds of waiting for others before that is said
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # tp varies fastest, as in Megatron's rank order
@@ -95,7 +95,7 @@ def join(config: ParallelConfig) -> torch.device:
         launched.check_connection()
     device = pick(config.device)
     if not dist.is_initialized():
-        backend = config.distributed_backend or BACKENDS[device.type]
+        backend = backend_of(device, config.distributed_backend)
         timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)
         if launched.world_size() > 1:
             with _meeting(config):

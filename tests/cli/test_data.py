@@ -36,6 +36,12 @@ def test_preprocess_with_old_flags(corpus, tmp_path, capsys):
     assert f"skipped {corpus}:21: malformed JSON" in err and "out_preprocess.json lists 1" in err
 
 
+def test_words_after_old_flags_are_looked_at(corpus, tmp_path, capsys):
+    assert preprocess(corpus, tmp_path, "--dataset-impl", "mmmap") == 2 and preprocess(corpus, tmp_path, "--chunk-size", "many") == 2
+    error = capsys.readouterr().err
+    assert "--dataset-impl: invalid choice: 'mmmap'" in error and "--chunk-size: invalid int value: 'many'" in error
+
+
 def test_preprocess_dry_run_and_errors(corpus, tmp_path, capsys):
     assert preprocess(corpus, tmp_path, "--dry-run") == 0
     assert "would write" in capsys.readouterr().out

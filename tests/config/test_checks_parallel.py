@@ -35,6 +35,7 @@ CASES = [
      "increments lead from 2 to --global-batch-size, 16, exactly. Write --rampup-batch-size 2 2 9."),
     (1, {**RAMP, "rampup_batch_size": [3, 13, 9]},
      "first size and increment are multiples of --micro-batch-size 2 x data-parallel size 1 = 2"),
+    (1, {"device": "cpu", "distributed_backend": "nccl"}, "--distributed-backend: found 'nccl'; it serves cuda, and --device is cpu."),
     (1, {"sequence_parallel": True}, "found --tensor-model-parallel-size 1; it splits among tensor-parallel processes."),
     (16, {TP: 16}, "--num-attention-heads, 8, is a multiple of it. Write --tensor-model-parallel-size 8."),
     (4, {TP: 4, "ffn_hidden_size": 90}, "--ffn-hidden-size, 90, is a multiple of it. Write --tensor-model-parallel-size 2."),
