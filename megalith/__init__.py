@@ -1,4 +1,4 @@
-"""megalith: large transformers, trained, evaluated, converted and served in any parallel layout.
+"""megalith: large transformers, trained and converted in any parallel layout, from raw text to generated text.
 
     import megalith
     model = megalith.load(PATH)
@@ -20,5 +20,8 @@ _WORDS = {"load": "megalith.generation.load", "generate": "megalith.generation.g
 def __getattr__(name: str):
     """Import one of the words above on first use (PEP 562)."""
     if name not in _WORDS:
-        raise AttributeError(f"module 'megalith' has no attribute {name!r}; it has {', '.join(__all__)}")
+        from megalith.config.elsewhere import answer
+
+        told = answer(name)
+        raise AttributeError(f"module 'megalith' has no attribute {name!r}; {told or 'it has ' + ', '.join(__all__)}")
     return getattr(importlib.import_module(_WORDS[name]), name)

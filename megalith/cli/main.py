@@ -18,10 +18,11 @@ from collections.abc import Sequence
 
 from megalith import __version__
 from megalith.common.errors import ConfigError, MegalithError
-from megalith.config.text import nearest, unknown
+from megalith.config.text import unknown
 
 # What a disk or a path can be the cause of; other errors of the system are bugs or of the network, and keep their traceback.
 OF_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+SUMMARY = "Large transformers, trained and converted in any parallel layout, from raw text to generated text."
 VERBS = {  # verb -> one line; the module is megalith.cli.VERB, with register(subparsers) that sets a default `handler`
     "demo": "corpus to trained model to text, on what every machine has",
     "data": "raw text to indexed datasets, and what is done with those",
@@ -59,6 +60,12 @@ class Parser(argparse.ArgumentParser):
             self.error("; ".join(problems) or f"unexpected {' '.join(extra)}")
         return found, extra
 
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        """A verb of a verb, or a choice, that is not there: the nearest is named, or what it is called here."""
+        if action.choices is not None and value not in action.choices:
+            kind = "verb" if isinstance(action, argparse._SubParsersAction) else f"value of {'/'.join(action.option_strings)}"
+            self.error(unknown(kind, str(value), action.choices, f"there are {', '.join(map(str, action.choices))}"))
+
     def error(self, message: str):
         """Raise ConfigError instead of printing the usage and exiting."""
         raise ConfigError(f"{message} ({self.prog} --help shows the options)")
@@ -70,7 +77,7 @@ def parser_for(verb: str | None) -> Parser:
     parser = Parser(
         prog="megalith",
         usage="megalith VERB ...",
-        description=f"Large transformers, trained, evaluated, converted and served in any parallel layout.\n\nverbs:\n{lines}",
+        description=f"{SUMMARY}\n\nverbs:\n{lines}",
         epilog="example: megalith demo\n`megalith VERB --help` shows the options of a verb and an example.",
     )
     parser.add_argument("--version", action="version", version=f"megalith {__version__}")
@@ -86,8 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = next((word for word in argv if not word.startswith("-")), None)
     try:
         if verb is not None and verb not in VERBS:
-            near = nearest(verb, VERBS)
-            raise ConfigError(f"unknown verb {verb!r}: " + (f"did you mean {near}?" if near else f"there are {', '.join(VERBS)}"))
+            raise ConfigError(unknown("verb", verb, VERBS, f"there are {', '.join(VERBS)}"))
         args = parser_for(verb).parse_args(argv or ["--help"])
         return args.handler(args) or 0
     except MegalithError as error:

@@ -16,7 +16,7 @@ from typing import Any
 from megalith.common.errors import problem
 from megalith.config import legacy, legacy_megatron
 from megalith.config.loading_values import Field, fields
-from megalith.config.text import Problem, Words, flag, nearest, value_text
+from megalith.config.text import Problem, Words, flag, nearest, unknown, value_text
 
 VALUE = legacy.VALUE
 
@@ -141,9 +141,9 @@ def read(argv: Sequence[str], own: Iterable[Flag] = RUN_FLAGS) -> Reading:
 
 
 def _unknown(name: str, table: dict[str, Flag]) -> Problem:
-    near = nearest(name.replace("_", "-"), table)
-    meant = tuple(table[near].sets) if near else ()  # so that what was meant is not reported as missing too
-    return Problem(meant, f"unknown flag {name}: " + (f"did you mean {near}?" if near else "megalith pretrain --help lists them"))
+    text = unknown("flag", name, table, "megalith pretrain --help lists them")
+    near = re.search(r"did you mean (\S+)\?$", text)
+    return Problem(tuple(table[near[1]].sets) if near else (), text)  # so that what was meant is not reported as missing too
 
 
 def _use(found: Flag, name: str, values: list[str], result: Reading) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from megalith.common.errors import ConfigError, problem
+from megalith.config.elsewhere import answer
 
 
 class Problem(NamedTuple):
@@ -44,7 +45,9 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def unknown(kind: str, name: str, known: Iterable[str], otherwise: str) -> str:
-    """Text for a name that is not known; `otherwise` is the cure where no known name is near."""
+    """Text for a name that is not known: what it is called here, the nearest known name, or `otherwise`."""
+    if told := answer(name):
+        return f"unknown {kind} {name}: {told}"
     near = nearest(name, known)
     return f"unknown {kind} {name}: did you mean {near}?" if near else f"unknown {kind} {name}: {otherwise}"
 

@@ -108,7 +108,7 @@ def test_our_own_bugs_keep_their_traceback(verb, bug):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["pretrian"], "unknown verb 'pretrian': did you mean pretrain?"), (["xyz"], "unknown verb 'xyz': there are demo, "),
+        (["pretrian"], "unknown verb pretrian: did you mean pretrain?"), (["xyz"], "unknown verb xyz: there are demo, "),
         (["try", "--stpes", "3", "--sed", "1"], "unknown flag --stpes: did you mean --steps?; unknown flag --sed: did you mean --seed?"),
         (["try", "--ste", "3"], "unknown flag --ste: did you mean --steps?"),
         (["try", "--steps", "x"], "argument --steps: invalid int value: 'x'"),
@@ -146,7 +146,7 @@ def test_answers_without_torch_or_numpy(argv):
 
 def test_python_m_megalith():
     found = subprocess.run([sys.executable, "-m", "megalith", "pretran"], capture_output=True, text=True, check=False)
-    assert found.returncode == 2 and found.stderr == "megalith: unknown verb 'pretran': did you mean pretrain?\n"
+    assert found.returncode == 2 and found.stderr == "megalith: unknown verb pretran: did you mean pretrain?\n"
 
 
 def test_python_m_megalith_beside_a_folder_of_that_name(tmp_path):
