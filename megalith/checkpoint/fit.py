@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from megalith.checkpoint.facts import part_of
 from megalith.common.errors import ConfigError
 from megalith.config.loading import from_yaml
 from megalith.config.loading_values import fields
+from megalith.config.megatron_counts import rows_asked, words_asked
 from megalith.config.text import flag, value_text
 
 FIELDS = {name: field for name, field in fields().items() if field.section == "model"}
@@ -60,15 +61,21 @@ SHAPING = (
 )  # fmt: skip
 
 
-def model_section(text: str) -> dict[str, Any]:
-    """{field: value} of what decides shapes in a config's YAML text, derived sizes filled in; {} where it cannot be read."""
+def model_section(text: str, *, typed: bool = False) -> dict[str, Any]:
+    """{field: value} of what decides shapes in a config's YAML text, derived sizes filled in; {} where it cannot be read.
+
+    typed: vocab_size is as --vocab-size means it, not the rows that a checkpoint has.
+    """
     if not text.strip():
         return {}
     try:
-        config = from_yaml(text).model
+        whole = from_yaml(text)
+        config, tokenizer = whole.model, whole.data.tokenizer_type
     except ConfigError:  # a config of another release: what it cannot tell, the shapes tell
         return {}
-    model = {name: getattr(config, name) for name in SHAPING}
+    model = {name: getattr(config, name) for name in SHAPING} | {"tokenizer_type": tokenizer}
+    if typed and config.vocab_size:
+        model["vocab_size"] = rows_asked(config.vocab_size, tokenizer)
     if config.hidden_size and config.num_attention_heads:
         model |= {"ffn_hidden_size": config.ffn_size, "kv_channels": config.head_dim, "num_query_groups": config.num_kv_heads}
     return model | {"position_embedding_type": config.positions, "normalization": config.norm}
@@ -112,7 +119,17 @@ def cure_of_shape(name: str, found: list[int], asked: list[int], model: Mapping[
     changed = [size for size, other in zip(found, asked) if size != other]
     likely = next(names for word, names in SIZES if word in name)
     cures = [next((field for field in likely if size in sizes.get(field, ())), None) for size in changed]
-    return list(dict.fromkeys(as_flag(field, model[field]) for field in cures if field))
+    return list(dict.fromkeys(cure(field, model, asked) for field in cures if field))
+
+
+def cure(field: str, model: Mapping[str, Any], asked: Sequence[int] = ()) -> str:
+    """The flag that asks for the checkpoint's value: with NullTokenizer --vocab-size means a row more than it says."""
+    if field != "vocab_size":
+        return as_flag(field, model[field])
+    rows = model[field]
+    typed = as_flag(field, words_asked(rows, model.get("tokenizer_type")))
+    unsure = rows + 1 in asked and model.get("tokenizer_type") != "NullTokenizer"  # it is what was typed, if the run has that tokenizer
+    return typed + f" (--vocab-size {words_asked(rows, 'NullTokenizer')} with NullTokenizer, which has a row more)" * unsure
 
 
 def cure_of_presence(name: str, others: Iterable[str], model: Mapping[str, Any]) -> list[str]:
@@ -122,7 +139,7 @@ def cure_of_presence(name: str, others: Iterable[str], model: Mapping[str, Any])
         deciding: tuple[str, ...] = ("num_layers", "decoder_num_layers")
     else:
         deciding = next((names for word, names in PRESENCE if word in name), ())
-    return [as_flag(field, model[field]) for field in deciding if model.get(field) is not None]
+    return [cure(field, model) for field in deciding if model.get(field) is not None]
 
 
 def config_differences(mine: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

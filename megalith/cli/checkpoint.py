@@ -114,7 +114,7 @@ def _compare(path: pathlib.Path, other: pathlib.Path) -> list[str]:
     """What keeps a run of `other` (a checkpoint, or a config file) from using `path`, and the flags that would cure it."""
     mine = fit.model_section(read_config(path))
     if other.is_file():
-        theirs = fit.model_section(other.read_text(encoding="utf-8"))
+        theirs = fit.model_section(other.read_text(encoding="utf-8"), typed=not (other.parent / manifest.NAME).exists())
         if not theirs:
             raise ConfigError(f"--with: {other} cannot be read as a config; `megalith config` writes one")
         lines = []
@@ -123,9 +123,7 @@ def _compare(path: pathlib.Path, other: pathlib.Path) -> list[str]:
         theirs = fit.model_section(read_config(second))
         shapes, others = ({name: facts["shape"] for name, facts in manifest.read(each)["tensors"].items()} for each in (path, second))
         lines = fit.differences(others, shapes, mine)
-    settings = [
-        f"{field}: {one} here, {two} there -> {fit.as_flag(field, one)}" for field, one, two in fit.config_differences(mine, theirs)
-    ]
+    settings = [f"{field}: {one} here, {two} there -> {fit.cure(field, mine)}" for field, one, two in fit.config_differences(mine, theirs)]
     return settings + lines
 
 

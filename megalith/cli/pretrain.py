@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 from megalith import recipes
 from megalith.config import flags, launched, megatron_counts
 from megalith.config.batch_math import data_parallel_size, global_batch, total_steps
-from megalith.config.loading import resolve, to_yaml
+from megalith.config.loading import from_yaml, resolve, to_yaml
 from megalith.config.parameters import parameter_count
 from megalith.config.run import RunConfig
 from megalith.config.text import Problem, unknown
@@ -45,7 +46,9 @@ def pretrain(args: argparse.Namespace) -> int:
         if name not in MODELS and ":" not in name:
             otherwise = f"there are {', '.join(MODELS)}, and your own goes by module:name"
             reading.problems.append(Problem(("model_type",), unknown("model", name, MODELS, otherwise)))
-    config, notices = resolve(reading, read_recipe=recipes.text, read_checkpoint=checkpoint_config, world_size=world_size)
+    config, notices = resolve(
+        reading, read_recipe=recipes.text, read_checkpoint=checkpoint_config, read_tokenizer=checkpoint_tokenizer, world_size=world_size
+    )
     if launched.rank() == 0:
         for notice in notices:
             print(f"megalith: {notice}", file=sys.stderr)
@@ -65,6 +68,18 @@ def checkpoint_config(folder: str, iteration: int | None) -> str:
     return facts.read_config(folders.find(folder, iteration))
 
 
+def checkpoint_tokenizer(folder: str, iteration: int | None) -> dict[str, Any]:
+    """What the tokenizer in a checkpoint is made from: the files in it, or at least its type; {} where it says nothing."""
+    from megalith.checkpoint import folder as folders  # here, because few runs need them
+    from megalith.data.tokenizers import saved_options
+
+    place = folders.find(folder, iteration)
+    data = from_yaml(checkpoint_config(folder, iteration)).data
+    if (place / "tokenizer").is_dir():
+        return saved_options(place / "tokenizer", data)
+    return {"tokenizer_type": data.tokenizer_type} if data.tokenizer_type else {}
+
+
 def shown(config: RunConfig, world_size: int, how_much: str) -> str:
     """The resolved config as YAML, under comment lines with what follows from it; '' for how_much 'none'."""
     if how_much == "none":
@@ -72,5 +87,6 @@ def shown(config: RunConfig, world_size: int, how_much: str) -> str:
     dp = data_parallel_size(config, world_size)
     lines = [f"{world_size} processes, {dp} data-parallel; {total_steps(config, dp)} steps, each of {global_batch(config, dp)} samples"]
     if config.model.vocab_size and config.model.model_type in ("gpt", "bert", "t5"):
-        lines += [f"{parameter_count(config.model):,} parameters, activation {config.model.activation}", *megatron_counts.report(config)]
+        whole = config.replace(vocab_size=megatron_counts.rows_asked(config.model.vocab_size, config.data.tokenizer_type))
+        lines += [f"{parameter_count(whole.model):,} parameters, activation {config.model.activation}", *megatron_counts.report(whole)]
     return "".join(f"# {line}\n" for line in lines) + to_yaml(config, changed_only=how_much == "changed")

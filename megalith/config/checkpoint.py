@@ -20,6 +20,6 @@ class CheckpointConfig:
     no_save_rng: bool = knob(False, "accepted: no random state is needed, everything random is a function of seed and step")
     no_load_rng: bool = knob(False, "accepted: as --no-save-rng")
     finetune: bool = knob(False, "load weights alone and start at iteration 0; ignored where --save already holds this run")
-    use_checkpoint_args: bool = knob(False, "take the model section from the checkpoint")
+    use_checkpoint_args: bool = knob(False, "take the model section, and the tokenizer where none is named, from the checkpoint")
     exit_on_missing_checkpoint: bool = knob(False, "accepted: --load without a checkpoint is always an error here")
     fresh: bool = knob(False, "start anew although --save holds a run (its files are moved aside)")

@@ -11,6 +11,7 @@ from megalith.config import flags, legacy
 from megalith.config.checks import find_problems
 from megalith.config.loading_values import convert, fields
 from megalith.config.loading_yaml import parse_yaml
+from megalith.config.megatron_counts import words_asked
 from megalith.config.run import RunConfig
 from megalith.config.text import Problem, fail, flag
 
@@ -25,6 +26,8 @@ OF_DATASETS = {  # fields that only these of our datasets read
 }  # fmt: skip
 ReadRecipe = Callable[[str], str]  # name -> YAML text
 ReadCheckpoint = Callable[[str, int | None], str]  # folder, iteration (None: the latest) -> YAML text of the config in it
+ReadTokenizer = Callable[[str, int | None], dict[str, Any]]  # the same -> fields of its tokenizer; {} where there is none
+TOKENIZER = ("tokenizer_type", "vocab_file", "merge_file", "tokenizer_model")  # what tells a tokenizer from others
 
 
 def load_config(argv: Sequence[str] = (), **options: Any) -> tuple[RunConfig, list[str]]:
@@ -37,12 +40,14 @@ def resolve(
     *,
     read_recipe: ReadRecipe | None = None,
     read_checkpoint: ReadCheckpoint | None = None,
+    read_tokenizer: ReadTokenizer | None = None,
     world_size: int | None = 1,
     data: bool = True,
 ) -> tuple[RunConfig, list[str]]:
     """A checked config and the notices to show, from what flags.read found.
 
     read_recipe, read_checkpoint: for --recipe and --use-checkpoint-args; without them these flags are errors.
+    read_tokenizer: for --use-checkpoint-args, where the command names no tokenizer of its own.
     world_size: number of processes; None: the layout's smallest. data: whether a corpus is needed.
     Raises ConfigError with every problem of flags, files and their combination.
     """
@@ -60,6 +65,8 @@ def resolve(
         values["model_type"] = reading.words[0]
     if values.get("use_checkpoint_args") and values.get("load"):
         values |= _model_of_checkpoint(values, read_checkpoint, problems, notices)
+        values |= _tokenizer_of_checkpoint(values, read_tokenizer, problems, notices)
+        values |= {name: words_asked(rows, values.get("tokenizer_type")) for name in ("vocab_size",) if (rows := values.get(name))}
     config = complete(values, notices)
     notices += [
         f"{flag(name)} has no effect: only the dataset {' or '.join(readers)} reads it"
@@ -110,6 +117,30 @@ def _model_of_checkpoint(
         return {}
     notices.append(f"--use-checkpoint-args: the model is that of {folder}, whatever recipe, YAML and flags say")
     return dict(vars(model))
+
+
+def _tokenizer_of_checkpoint(
+    values: Mapping[str, Any], read: ReadTokenizer | None, problems: list[Problem], notices: list[str]
+) -> dict[str, Any]:
+    """The tokenizer in the checkpoint of --load, unless the command names another."""
+    folder = values["load"]
+    if read is None or problems:
+        return {}
+    try:
+        found = {name: value for name, value in read(folder, values.get("ckpt_step")).items() if name in fields() and value is not None}
+    except MegalithError as error:
+        problems.append(Problem(TOKENIZER, str(error)))
+        return {}
+    found.pop("vocab_size", None)  # that of the model
+    kind = found.get("tokenizer_type")
+    named = [name for name in TOKENIZER if values.get(name) and (name != "tokenizer_type" or values[name] != kind)]
+    if kind and named:
+        mine = ", ".join(f"{flag(name)} {values[name]}" for name in named)
+        notices.append(f"--use-checkpoint-args: the tokenizer is that of {mine}, not the {kind} in {folder}")
+    elif kind:
+        notices.append(f"--use-checkpoint-args: the tokenizer is that of {folder}, a {kind}")
+        return found
+    return {}
 
 
 def _typed(raw: Mapping[str, tuple[Any, str]], problems: list[Problem]) -> dict[str, Any]:

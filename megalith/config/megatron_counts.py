@@ -18,6 +18,16 @@ def padded_vocabulary(size: int, divisible_by: int, tensor: int) -> int:
     return -(-size // multiple) * multiple
 
 
+def rows_asked(vocab_size: int, tokenizer_type: str | None) -> int:
+    """Rows of the embedding that --vocab-size means: NullTokenizer's counts the ids of texts, and one more ends documents."""
+    return vocab_size + (tokenizer_type == "NullTokenizer")
+
+
+def words_asked(rows: int, tokenizer_type: str | None) -> int:
+    """The --vocab-size that means so many rows: the reverse of `rows_asked`."""
+    return rows - (tokenizer_type == "NullTokenizer")
+
+
 def layer_parameters(model: ModelConfig, tensor: int) -> int:
     """Parameters of one GPT layer on one of `tensor` ranks: what is not split is counted on each."""
     _, h, heads, _ = sizes(model)

@@ -36,6 +36,13 @@ TOKENIZERS = Registry(
     },
 )
 RECORD = "megalith_tokenizer.json"  # what `save` leaves beside the vocabulary files
+WORD_PIECES = ("BertWordPieceLowerCase", "BertWordPieceCase")
+PIECES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
+FILES = {  # type -> the files that it is made from, under their usual names
+    "GPT2BPETokenizer": {"vocab_file": "vocab.json", "merge_file": "merges.txt"},
+    **{kind: {"vocab_file": "vocab.txt"} for kind in WORD_PIECES},
+    **{kind: {"tokenizer_model": "*.model"} for kind in PIECES},
+}
 SPECIAL_NAMES = ("eod", "bos", "eos", "pad", "cls", "sep", "mask")
 
 
@@ -187,12 +194,26 @@ def tokenizer_from_config(data: Any, vocab_size: int | None = None) -> Tokenizer
     return build_tokenizer(**given)
 
 
-def load_tokenizer(folder: str | pathlib.Path) -> Tokenizer:
-    """The tokenizer saved in `folder` by `save`, or the one of a Hugging Face folder (tokenizer.json, vocab files or a .model)."""
+def load_tokenizer(folder: str | pathlib.Path, data: Any = None) -> Tokenizer:
+    """The tokenizer saved in `folder` by `save`, or the one of a folder of vocabulary files; data: see `saved_options`."""
+    return build_tokenizer(**saved_options(folder, data))
+
+
+def saved_options(folder: str | pathlib.Path, data: Any = None) -> dict[str, Any]:
+    """What `build_tokenizer` makes the tokenizer of `folder` from.
+
+    That is what `save` recorded; without a record a Hugging Face folder, unless `data`, the section of the config that came with the
+    folder, names another type and the files of that type are there.
+    """
     folder = pathlib.Path(folder)
     record = folder / RECORD
     if not record.exists():
-        return build_tokenizer("HuggingFaceTokenizer", tokenizer_model=str(folder))
+        kind, extra = getattr(data, "tokenizer_type", None), getattr(data, "vocab_extra_ids", 0)
+        found = {option: sorted(folder.glob(pattern)) for option, pattern in FILES.get(kind or "", {}).items()}
+        if found and all(found.values()):
+            named = {option: str(files[0]) for option, files in found.items()}
+            return {"tokenizer_type": kind, "vocab_extra_ids": extra, **named}
+        return {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(folder), "vocab_extra_ids": extra}
     try:
         options = json.loads(record.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -202,7 +223,7 @@ def load_tokenizer(folder: str | pathlib.Path) -> Tokenizer:
             options[name] = str(folder / options[name])
     if options.get("tiktoken_special_tokens"):
         options["tiktoken_special_tokens"] = tuple(options["tiktoken_special_tokens"])
-    return build_tokenizer(**options)
+    return options
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int = 128, tensor_model_parallel_size: int = 1) -> int:

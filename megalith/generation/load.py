@@ -33,5 +33,5 @@ def load(
         dtype = DTYPES[SHORT.get(dtype, dtype)]
     model, run_config, tokenizer = load_plain(path, device=device, dtype=dtype or torch.float32, iteration=iteration)
     model.run_config = run_config
-    model.tokenizer = load_tokenizer(tokenizer) if tokenizer is not None else None
+    model.tokenizer = load_tokenizer(tokenizer, run_config.data) if tokenizer is not None else None
     return model

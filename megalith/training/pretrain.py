@@ -19,6 +19,7 @@ from megalith.config.batch_math import batch_size_at, global_batch, total_steps
 from megalith.config.checks import check
 from megalith.config.flops import flops_per_token
 from megalith.config.loading import to_yaml
+from megalith.config.megatron_counts import rows_asked
 from megalith.config.run import RunConfig
 from megalith.config.stages import layers_of, schedule_of
 from megalith.data.build import build_datasets, told
@@ -151,9 +152,8 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
 
 def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
     """The config with the vocabulary's true size, which is the tokenizer's unless a larger one is asked for."""
-    size = config.model.vocab_size or tokenizer.vocab_size
-    if config.data.tokenizer_type == "NullTokenizer":  # there --vocab-size counts the ids of texts, and one more ends documents
-        size = tokenizer.vocab_size
+    asked = config.model.vocab_size
+    size = rows_asked(asked, config.data.tokenizer_type) if asked else tokenizer.vocab_size
     if size < tokenizer.vocab_size:
         raise ConfigError(
             f"--vocab-size {size} is smaller than the tokenizer's vocabulary: found {tokenizer.vocab_size} tokens; "

@@ -111,3 +111,17 @@ def test_what_only_t5_has(name, cures):
     others = [f"model/layers.{number}.mlp_norm.weight" for number in range(4)]
     assert fit.cure_of_presence(name, others, T5) == cures
     assert fit.cure_of_shape("model/decoder_bias.weight", [16, 4], [32, 4], T5) == ["--relative-attention-num-buckets 16"]
+
+
+def test_the_vocabulary_size_to_type_is_that_of_the_tokenizer() -> None:
+    """NullTokenizer has a row more than --vocab-size says; a run that may have one is told both."""
+    shape = {"model_type": "gpt", "vocab_size": 100, "hidden_size": 8}
+    for tokenizer, asked, expected in (
+        ("NullTokenizer", 121, "--vocab-size 99"),
+        ("GPT2BPETokenizer", 121, "--vocab-size 100"),
+        (None, 101, "--vocab-size 100 (--vocab-size 99 with NullTokenizer, which has a row more)"),
+    ):
+        found = fit.cure_of_shape("model/embedding.weight", [100, 8], [asked, 8], shape | {"tokenizer_type": tokenizer})
+        assert found == [expected]
+    text = "model: {vocab_size: 99}\ndata: {tokenizer_type: NullTokenizer}\n"
+    assert fit.model_section(text, typed=True)["vocab_size"] == 100 and fit.model_section(text)["vocab_size"] == 99

@@ -111,6 +111,30 @@ def test_the_model_of_a_checkpoint():
         assert part in str(caught.value)
 
 
+def test_the_tokenizer_of_a_checkpoint():
+    """--use-checkpoint-args asks no more for what the checkpoint holds; a tokenizer that the command names wins, told."""
+    stored = load(*SHAPE, "--vocab-size", "77")[0]
+    words = shlex.split("--use-checkpoint-args --load there --micro-batch-size 2 --lr 1e-3 --train-iters 5 --data-path d")
+
+    def resolved(found, *more):
+        return load_config(
+            [*words, *more], read_checkpoint=lambda *asked: to_yaml(stored), read_tokenizer=lambda *asked: found
+        )  # fmt: skip
+
+    bpe = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": "there/tokenizer/t.json", "vocab_extra_ids": 3, "vocab_size": None}
+    config, notices = resolved(bpe)
+    assert (config.data.tokenizer_model, config.data.vocab_extra_ids) == ("there/tokenizer/t.json", 3) and config.model == stored.model
+    assert "--use-checkpoint-args: the tokenizer is that of there, a HuggingFaceTokenizer" in notices
+    assert resolved(bpe, "--tokenizer-type", "HuggingFaceTokenizer")[0] == config
+    config, notices = resolved(bpe, "--tokenizer-model", "other.json")
+    assert (config.data.tokenizer_model, config.data.vocab_extra_ids) == ("other.json", 0)
+    assert "the tokenizer is that of --tokenizer-model other.json, not the HuggingFaceTokenizer in there" in "".join(notices)
+    config, _ = resolved({"tokenizer_type": "NullTokenizer", "vocab_size": 76})
+    assert config.model.vocab_size == 76, "--vocab-size of NullTokenizer is a row less"
+    with pytest.raises(ConfigError, match="tokenizer: found nothing"):
+        resolved({})
+
+
 def test_what_the_dataset_does_not_read_is_told():
     notices = load(*SHAPE, "--mask-prob", "0.3", "--decoder-seq-length", "12")[1]
     assert "--mask-prob has no effect: only the dataset bert or t5 reads it" in notices

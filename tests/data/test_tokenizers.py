@@ -196,6 +196,15 @@ def test_every_tokenizer_survives_saving(tmp_path):
             assert loaded.fingerprint() == tokenizer.fingerprint()
 
 
+def test_files_without_a_record_are_of_the_type_that_came_with_them(tmp_path):
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nword\n")
+    data = DataConfig(tokenizer_type="BertWordPieceCase", vocab_extra_ids=2)
+    tokenizer = load_tokenizer(tmp_path, data)
+    assert (tokenizer.encode("word"), tokenizer.vocab_size, list(tokenizer.extra_ids)) == ([5], 10, [8, 9])
+    with pytest.raises(DataError, match="neither"):
+        load_tokenizer(tmp_path)
+
+
 @needs_shared
 def test_fingerprint_tells_settings_and_files_apart():
     prints = {t.fingerprint() for t in (gpt2(), gpt2(vocab_extra_ids=1), bert(), bert("Case", "cased"), bert("Case"))}

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megalith.checkpoint.lazy import Lazy
+from megalith.checkpoint.megatron.vocabulary import true_size
 from megalith.checkpoint.unpickle import Stand
 from megalith.common.errors import CheckpointError, problem
 from megalith.config.loading_values import convert, fields
-from megalith.config.megatron_counts import padded_vocabulary
+from megalith.config.megatron_counts import words_asked
 from megalith.config.model import GLU_ACTIVATIONS
 from megalith.config.run import RunConfig
 
@@ -33,9 +32,6 @@ LEFT = {
     "optimizer",
     "num_query_groups",
 }  # read by rules of their own
-VOCABULARIES = {  # tokenizers of one size only: what a padded vocabulary of theirs holds
-    "GPT2BPETokenizer": 50257, "BertWordPieceLowerCase": 30522, "BertWordPieceCase": 28996,
-}  # fmt: skip
 UNSUPPORTED = {  # argument -> why a model trained with it cannot be one of ours; it may be off, see OFF
     "num_experts": "there are no mixture-of-experts layers here",
     "apply_layernorm_1p": "weights of LayerNorm are stored as they multiply here, and minus one there",
@@ -90,7 +86,7 @@ def to_config(
     values |= overrides
     _heads(values, args, parts, ranks, overrides)
     padded = parts["embedding.word_embeddings.weight"].shape[0] * ranks
-    values["vocab_size"] = _vocabulary(args, padded, ranks, overrides, notes)
+    values["vocab_size"] = true_size(args, padded, ranks, overrides, notes)
     values.setdefault("make_vocab_size_divisible_by", 128)
     return RunConfig().replace(**values)
 
@@ -207,44 +203,6 @@ def _heads(values: dict[str, Any], args: Mapping[str, Any], parts: Mapping[str, 
         values |= {"num_query_groups": groups, "group_query_attention": True}
 
 
-def _vocabulary(args: Mapping[str, Any], padded: int, ranks: int, overrides: Mapping[str, Any], notes: list[str]) -> int:
-    """The true size of the vocabulary: what is said, or what the tokenizer has, or the padded size with a note."""
-    said = overrides.get("vocab_size") or args.get("orig_vocab_size") or args.get("vocab_size")
-    for file in (overrides.get("vocab_file"), args.get("vocab_file")):
-        said = said or _words(file, args, notes)
-    if said:
-        if int(said) > padded:
-            raise CheckpointError(
-                problem(
-                    "--vocab-size", said, f"the embedding has {padded} rows", "Give the true size, which is at most that of the padded one"
-                )
-            )
-        return int(said)
-    kind, divisor = args.get("tokenizer_type"), args.get("make_vocab_size_divisible_by") or 128
-    candidates = {kind: VOCABULARIES[kind]} if kind in VOCABULARIES else VOCABULARIES if not args else {}
-    for name, size in candidates.items():
-        size += args.get("vocab_extra_ids") or 0
-        if padded == padded_vocabulary(size, divisor, ranks):
-            notes.append(f"vocabulary: {size} of {padded} rows, the size of a {name}; --vocab-size says otherwise")
-            return size
-    notes.append(f"vocabulary: the true size is not in the file; all {padded} rows are kept (padding among them). --vocab-size cuts it")
-    return padded
-
-
-def _words(file: Any, args: Mapping[str, Any], notes: list[str]) -> int | None:
-    """The words of a vocabulary file (a JSON object, or one word a line), if it is on this machine."""
-    path = pathlib.Path(str(file)) if file else None
-    if path is None or not path.is_file() or path.suffix not in (".json", ".txt"):
-        return None
-    try:
-        text = path.read_text(encoding="utf-8")
-        count = (len(json.loads(text)) if path.suffix == ".json" else len(text.splitlines())) + (args.get("vocab_extra_ids") or 0)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(problem("--vocab-file", str(path), f"it cannot be read ({error})", "Name vocab.json or vocab.txt")) from None
-    notes.append(f"vocabulary: {count} words, as {path} has")
-    return count
-
-
 def to_arguments(
     config: RunConfig, *, iteration: int, tensor: int, pipeline: int, split: int | None, virtual: int | None, data: int, padded: int
 ) -> dict[str, Any]:
@@ -269,6 +227,7 @@ def to_arguments(
         "normalization": {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}[model.norm],
         "bias_gelu_fusion": model.activation == "gelu_tanh" and not model.openai_gelu,  # Megatron refuses the two together
         "bert_binary_head": not model.bert_no_binary_head,
+        "vocab_size": words_asked(model.vocab_size or 0, config.data.tokenizer_type),
         "orig_vocab_size": model.vocab_size,
         "padded_vocab_size": padded,
         "tensor_model_parallel_size": tensor,
