@@ -17,6 +17,11 @@ __all__ = ["generate", "load", "train"]
 _WORDS = {"load": "megalith.generation.load", "generate": "megalith.generation.generate", "train": "megalith.training.pretrain"}
 
 
+def __dir__() -> list[str]:
+    """The words above too, before they are imported."""
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str):
     """Import one of the words above on first use (PEP 562)."""
     if name not in _WORDS:

@@ -37,15 +37,25 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     source.add_argument("--prompt-file", metavar="FILE", help="a file of prompts")
     parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts for each prompt (default: 1)")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="tokens to write at most (default: 64)")
-    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="below 1 bolder, above 1 wilder, 0 greedy (default: 1)")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="below 1 likely tokens are likelier, above 1 less likely ones; 0: greedy (default: 1)",
+    )
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="choose among the K likeliest tokens (default: 0, all)")
     parser.add_argument(
-        "--top-p", type=float, default=0.0, metavar="P", help="choose among the likeliest tokens of total chance P (default: 0, all)"
+        "--top-p", type=float, default=0.0, metavar="P", help="choose among the likeliest tokens of total probability P (default: 0, all)"
     )
+    parser.add_argument(
+        "--top-p-decay", type=float, default=0.0, metavar="D", help="P is multiplied by this after each token (default: 0, it stays)"
+    )
+    parser.add_argument("--top-p-bound", type=float, default=0.0, metavar="P", help="where --top-p-decay ends (default: 0)")
     parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
     parser.add_argument("--beam-width", type=int, metavar="N", help="beam search with N beams instead of sampling")
     parser.add_argument(
-        "--length-penalty", type=float, default=1.0, metavar="X", help="beams are compared by log chance / length^X (default: 1)"
+        "--length-penalty", type=float, default=1.0, metavar="X", help="beams are ranked by log-probability / length^X (default: 1)"
     )
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
     parser.add_argument("--ignore-eod", action="store_true", help="write on after an end-of-document token")
@@ -63,10 +73,11 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 def generate(args: argparse.Namespace) -> int:
     """Load, write, show; the exit status."""
     prompts = read_prompts(args)
-    if args.beam_width is not None and (args.greedy or args.top_k or args.top_p or args.stop or args.ignore_eod or args.temperature != 1.0):
+    drawn = args.greedy or args.top_k or args.top_p or args.top_p_decay or args.stop or args.ignore_eod or args.temperature != 1.0
+    if args.beam_width is not None and drawn:
         raise ConfigError(
-            f"--beam-width {args.beam_width} with --greedy, --temperature, --top-k, --top-p, --stop or --ignore-eod: beam search draws "
-            f"nothing and ends at the end of document. Drop the one or the others."
+            f"--beam-width {args.beam_width} with --greedy, --temperature, --top-k, --top-p, --top-p-decay, --stop or --ignore-eod: beam "
+            f"search draws nothing and ends at the end of document. Drop the one or the others."
         )
     from megalith.generation.load import load  # here, because it imports torch
 
@@ -129,7 +140,8 @@ def _samples(model: Any, prompts: list[str] | None, args: argparse.Namespace) ->
     on_token = _Printer(shown, args.num_samples) if streamed else None
     made = complete(
         model, prompts, max_new_tokens=args.max_new_tokens, temperature=0.0 if args.greedy else args.temperature, top_k=args.top_k,
-        top_p=args.top_p, seed=args.seed, num_results=args.num_samples, stop=args.stop, stop_at_eod=not args.ignore_eod, on_token=on_token,
+        top_p=args.top_p, top_p_decay=args.top_p_decay, top_p_bound=args.top_p_bound,
+        seed=args.seed, num_samples=args.num_samples, stop=args.stop, stop_at_eod=not args.ignore_eod, on_token=on_token,
         batch_size=1 if streamed else args.batch_size,
     )  # fmt: skip
     if on_token is not None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megalith.common.errors import CheckpointError, ConfigError, DataError, problem
 from megalith.config.model import ModelConfig
+from megalith.config.text import Words
 from megalith.data.tokenizers import Tokenizer
 from megalith.generation.cache import Decoder
 from megalith.generation.pair import PairDecoder
@@ -53,28 +54,50 @@ class Completion:
         return TextStream(tokenizer, [] if self.answer else self.prompt_ids, stops)
 
 
-def generate(model: nn.Module | Decoder, prompts: Prompts = None, **options) -> list[str]:
-    """Texts, each its prompt and what follows; options as in `complete`. The texts of one prompt stand together.
+def generate(
+    model: nn.Module | Decoder, prompts: Prompts = None, *, max_new_tokens: int = 64, num_samples: int = 1, temperature: float = 1.0,
+    top_k: int = 0, top_p: float = 0.0, top_p_decay: float = 0.0, top_p_bound: float = 0.0, seed: int | None = None,
+    stop: Sequence[str] = (), stop_at_eod: bool = True, add_bos: bool = False, beam_width: int | None = None, length_penalty: float = 1.0,
+    on_token: OnToken | None = None, batch_size: int = 32,
+) -> list[str]:  # fmt: skip
+    """Texts, each a prompt and what follows (or the answer alone, of a T5): num_samples for each prompt, in order.
 
-    beam_width=n: by beam search with n beams (see beam.beam_search) instead of sampling.
+    model: from `megalith.load`. prompts: a text, several, lists of token ids, or None for texts that start from nothing.
+    max_new_tokens: most tokens written after a prompt. seed: the same seed gives the same texts; None draws one.
+    temperature: below 1 likely tokens become likelier, above 1 less likely ones; 0 is greedy. top_k: among the k likeliest tokens
+    (0: all). top_p: among the likeliest tokens of this probability together (0: all); top_p_decay, top_p_bound: it becomes
+    max(p x decay, bound) after each token. stop: texts that end one and are left out of it. stop_at_eod: so does the
+    end-of-document token. add_bos: put that token before every prompt. on_token, batch_size: see `complete`.
+    beam_width: beam search with so many beams, the best num_samples given, ranked by log-probability / length ** length_penalty;
+    nothing is drawn then, so a seed changes nothing, and options of sampling are refused.
+
+    Raises ConfigError for options that cannot work and for prompts too long for the model, DataError for unknown tokens.
     """
-    if options.get("beam_width") is None:
-        options = {name: value for name, value in options.items() if name not in ("beam_width", "length_penalty")}
-        return [each.text for each in complete(model, prompts, **options)]
+    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, top_p_decay=top_p_decay, top_p_bound=top_p_bound)
+    if beam_width is None:
+        made = complete(
+            model, prompts, **sampling, max_new_tokens=max_new_tokens, num_samples=num_samples, seed=seed, stop=stop,
+            stop_at_eod=stop_at_eod, add_bos=add_bos, on_token=on_token, batch_size=batch_size,
+        )  # fmt: skip
+        return [each.text for each in made]
     from megalith.generation.beam import beam_search
 
-    count = options.pop("num_results", 1)
-    texts = tokenized(model, prompts, options.pop("add_bos", False))
-    return [each.text for one in texts for each in beam_search(model, one.prompt_ids, prompt=one.prompt, **options)[:count]]
+    if Sampling(**sampling) != Sampling() or stop or not stop_at_eod or on_token:
+        rule = "beam search draws nothing, ends at the end of document, and knows its texts at the end alone"
+        cure = "Leave out temperature, top_k, top_p, stop, stop_at_eod and on_token, or the beams"
+        raise ConfigError(problem("beam_width", Words(f"{beam_width}, and options of sampling"), rule, cure))
+    options = dict(beam_width=beam_width, max_new_tokens=max_new_tokens, length_penalty=length_penalty)
+    found = [beam_search(model, one.prompt_ids, prompt=one.prompt, **options) for one in tokenized(model, prompts, add_bos)]
+    return [each.text for beams in found for each in beams[:num_samples]]
 
 
 def complete(
     model: nn.Module | Decoder, prompts: Prompts = None, *, max_new_tokens: int = 64, temperature: float = 1.0, top_k: int = 0,
-    top_p: float = 0.0, top_p_decay: float = 0.0, top_p_bound: float = 0.0, seed: int | None = None, num_results: int = 1,
+    top_p: float = 0.0, top_p_decay: float = 0.0, top_p_bound: float = 0.0, seed: int | None = None, num_samples: int = 1,
     stop: Sequence[str] = (), stop_at_eod: bool = True, add_bos: bool = False, logprobs: bool = False, on_token: OnToken | None = None,
     batch_size: int = 32,
 ) -> list[Completion]:  # fmt: skip
-    """What the model writes after each prompt, or in answer to it, num_results completions for each, in order.
+    """What the model writes after each prompt, or in answer to it, num_samples completions for each, in order.
 
     model: from `load`, or any model in evaluation mode that has `.tokenizer` (or None) and `.config`; or a Decoder of one,
         to keep its memory and its compiled step for the next call.
@@ -89,13 +112,13 @@ def complete(
     Raises ConfigError for options that cannot work and for prompts too long for the model, DataError for unknown tokens.
     """
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, top_p_decay=top_p_decay, top_p_bound=top_p_bound)
-    for name, value, least in (("max_new_tokens", max_new_tokens, 0), ("num_results", num_results, 1), ("batch_size", batch_size, 1)):
+    for name, value, least in (("max_new_tokens", max_new_tokens, 0), ("num_samples", num_samples, 1), ("batch_size", batch_size, 1)):
         if value < least:
             raise ConfigError(problem(name, value, f"it must be at least {least}", f"Give {least} or more"))
     made = [
         dataclasses.replace(one, ids=[], logprobs=[] if logprobs else None)
         for one in tokenized(model, prompts, add_bos)
-        for _ in range(num_results)
+        for _ in range(num_samples)
     ]
     check_length(model, max((len(one.prompt_ids) for one in made), default=0), max_new_tokens)
     seed = secrets.randbits(63) if seed is None else seed

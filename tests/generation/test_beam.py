@@ -76,9 +76,14 @@ def test_rules_for_ending() -> None:
 
 def test_texts_and_wrong_values(make) -> None:
     model = make()
-    texts = generate(model, ["Once", "Z"], beam_width=3, num_results=2, max_new_tokens=5)
+    texts = generate(model, ["Once", "Z"], beam_width=3, num_samples=2, max_new_tokens=5)
     assert len(texts) == 4 and all(text.startswith("Once") for text in texts[:2]) and texts[2].startswith("Z")
     assert generate(model, beam_width=2, max_new_tokens=4)
+    options = {"beam_width": 2, "max_new_tokens": 4}
+    assert generate(model, "Once", seed=3, length_penalty=2.0, **options) == generate(model, "Once", length_penalty=2.0, **options)
+    for wrong in ({"temperature": 0.5}, {"top_k": 3}, {"stop": ["x"]}, {"stop_at_eod": False}):
+        with pytest.raises(ConfigError, match="beam_width: found 2, and options of sampling"):
+            generate(model, "Once", **options, **wrong)
     for wrong in ({"beam_width": 0}, {"max_new_tokens": 0}, {"max_new_tokens": 500}):
         with pytest.raises(ConfigError):
             beam_search(model, [1], **wrong)

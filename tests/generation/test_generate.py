@@ -39,7 +39,7 @@ def test_greedy_equals_reading_everything_again(form: dict, make) -> None:
 def test_a_row_does_not_notice_the_others(make) -> None:
     """The same texts one by one, in batches of two, and all together: row r of a call draws as row r."""
     model = make(torch.float64)
-    options = {"max_new_tokens": 15, "temperature": 1.3, "top_p": 0.95, "seed": 11, "num_results": 2, "stop_at_eod": False}
+    options = {"max_new_tokens": 15, "temperature": 1.3, "top_p": 0.95, "seed": 11, "num_samples": 2, "stop_at_eod": False}
     together = generate(model, PROMPTS, **options)
     assert len(together) == 8 and len(set(together)) == 8
     assert together == generate(model, PROMPTS, batch_size=1, **options) == generate(model, PROMPTS, batch_size=3, **options)
@@ -90,7 +90,7 @@ def test_pieces_of_a_stream_are_the_texts(make) -> None:
         pieces[row] += piece
         tokens[row].append(token)
 
-    made = complete(model, PROMPTS, max_new_tokens=30, seed=6, num_results=2, on_token=told, temperature=2.0)
+    made = complete(model, PROMPTS, max_new_tokens=30, seed=6, num_samples=2, on_token=told, temperature=2.0)
     assert pieces == [one.continuation for one in made]
     assert tokens == [one.ids for one in made]
 
@@ -163,7 +163,7 @@ def test_wrong_values(make) -> None:
     model = make()
     with pytest.raises(DataError, match=r"300.*tokens"):
         generate(model, [[5, 300]])
-    for wrong in ({"num_results": 0}, {"max_new_tokens": -1}, {"batch_size": 0}):
+    for wrong in ({"num_samples": 0}, {"max_new_tokens": -1}, {"batch_size": 0}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             generate(model, "Once", **wrong)
     model.final_norm.weight.data.fill_(float("nan"))

@@ -87,7 +87,7 @@ def test_command_streams_one_text(run, capsys: pytest.CaptureFixture) -> None:
 
 def test_command_with_several_texts(run, capsys: pytest.CaptureFixture) -> None:
     folder, model = run
-    expected = megalith.generate(model, ["Once", "Z"], seed=1, num_results=2, max_new_tokens=12)
+    expected = megalith.generate(model, ["Once", "Z"], seed=1, num_samples=2, max_new_tokens=12)
     words = ("--load", folder, "--prompt", "Once", "--prompt", "Z", "--seed", 1, "--num-samples", 2)
     for more in ((), ("--stream",)):
         assert command(*words, *more) == 0
@@ -120,7 +120,7 @@ def test_command_reads_standard_input_or_nothing(run, monkeypatch: pytest.Monkey
 def test_command_with_beams(run, capsys: pytest.CaptureFixture) -> None:
     folder, model = run
     assert command("--load", folder, "--prompt", "Once", "--beam-width", 3, "--num-samples", 2) == 0
-    expected = megalith.generate(model, "Once", beam_width=3, num_results=2, max_new_tokens=12)
+    expected = megalith.generate(model, "Once", beam_width=3, num_samples=2, max_new_tokens=12)
     assert capsys.readouterr().out == f"\n{'-' * 40}\n".join(expected) + "\n"
     assert command("--load", folder, "--prompt", "Once", "--beam-width", 3, "--greedy") == 2
 

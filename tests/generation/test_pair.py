@@ -75,7 +75,7 @@ def test_greedy_equals_reading_everything_again(form: str, pair) -> None:
 
 def test_rows_that_end_leave_the_others_as_they_were(pair) -> None:
     model = pair("its own")
-    options = {"max_new_tokens": 30, "seed": 3, "num_results": 4, "temperature": 1.5}
+    options = {"max_new_tokens": 30, "seed": 3, "num_samples": 4, "temperature": 1.5}
     free = complete(model, PROMPTS, stop_at_eod=False, **options)
     ended = complete(model, PROMPTS, **options)
     eos = model.tokenizer.eos
@@ -98,7 +98,7 @@ def test_beams(form: str, pair) -> None:
         with torch.no_grad():
             losses = model(torch.tensor([prompt]), decoder_input_ids=torch.tensor([[0, *written[:-1]]]), labels=target)
         assert made.score == pytest.approx(-losses.sum().item() / len(written), abs=1e-5)
-    assert generate(model, PROMPTS[0], beam_width=4, max_new_tokens=6, num_results=4) == [made.text for made in beams]
+    assert generate(model, PROMPTS[0], beam_width=4, max_new_tokens=6, num_samples=4) == [made.text for made in beams]
 
 
 def test_the_model_is_as_before(pair) -> None:
