@@ -73,21 +73,25 @@ def generate(
 
     Raises ConfigError for options that cannot work and for prompts too long for the model, DataError for unknown tokens.
     """
-    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, top_p_decay=top_p_decay, top_p_bound=top_p_bound)
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, top_p_decay=top_p_decay, top_p_bound=top_p_bound)
     if beam_width is None:
         made = complete(
-            model, prompts, **sampling, max_new_tokens=max_new_tokens, num_samples=num_samples, seed=seed, stop=stop,
+            model, prompts, **dataclasses.asdict(sampling), max_new_tokens=max_new_tokens, num_samples=num_samples, seed=seed, stop=stop,
             stop_at_eod=stop_at_eod, add_bos=add_bos, on_token=on_token, batch_size=batch_size,
         )  # fmt: skip
         return [each.text for each in made]
     from megalith.generation.beam import beam_search
 
-    if Sampling(**sampling) != Sampling() or stop or not stop_at_eod or on_token:
+    if sampling != Sampling() or stop or not stop_at_eod or on_token:
         rule = "beam search draws nothing, ends at the end of document, and knows its texts at the end alone"
         cure = "Leave out temperature, top_k, top_p, stop, stop_at_eod and on_token, or the beams"
         raise ConfigError(problem("beam_width", Words(f"{beam_width}, and options of sampling"), rule, cure))
-    options = dict(beam_width=beam_width, max_new_tokens=max_new_tokens, length_penalty=length_penalty)
-    found = [beam_search(model, one.prompt_ids, prompt=one.prompt, **options) for one in tokenized(model, prompts, add_bos)]
+    found = [
+        beam_search(
+            model, one.prompt_ids, prompt=one.prompt, beam_width=beam_width, max_new_tokens=max_new_tokens, length_penalty=length_penalty
+        )
+        for one in tokenized(model, prompts, add_bos)
+    ]
     return [each.text for beams in found for each in beams[:num_samples]]
 
 
