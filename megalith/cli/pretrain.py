@@ -8,7 +8,7 @@ from typing import Any
 
 from megalith import recipes
 from megalith.config import flags, launched, megatron_counts
-from megalith.config.batch_math import data_parallel_size, global_batch, total_steps
+from megalith.config.batch_math import check_length, data_parallel_size, global_batch, total_steps
 from megalith.config.loading import from_yaml, resolve, to_yaml
 from megalith.config.parameters import parameter_count
 from megalith.config.run import RunConfig
@@ -49,6 +49,7 @@ def pretrain(args: argparse.Namespace) -> int:
     config, notices = resolve(
         reading, read_recipe=recipes.text, read_checkpoint=checkpoint_config, read_tokenizer=checkpoint_tokenizer, world_size=world_size
     )
+    check_length(config, data_parallel_size(config, world_size))
     if launched.rank() == 0:
         for notice in notices:
             print(f"megalith: {notice}", file=sys.stderr)

@@ -19,6 +19,10 @@ class CheckpointError(MegalithError):
     """A checkpoint that is missing, incomplete, damaged or of another model."""
 
 
+class TrainingError(MegalithError):
+    """A run that cannot usefully go on: it has diverged, or there is nothing in its data to learn. Every rank says the same."""
+
+
 class RankError(MegalithError):
     """Contact with another process of the run was lost."""
 

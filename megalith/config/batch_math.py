@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from megalith.common.errors import ConfigError, problem
 from megalith.config.run import RunConfig
+from megalith.config.text import flag
 
 
 def data_parallel_size(config: RunConfig, world_size: int) -> int:
@@ -57,6 +58,16 @@ def total_steps(config: RunConfig, dp: int) -> int:
         return config.schedule.train_iters or 0
     steps, consumed = ramp(config, dp)
     return steps + max(0, config.schedule.train_samples - consumed) // global_batch(config, dp)
+
+
+def check_length(config: RunConfig, dp: int) -> None:
+    """Raise ConfigError where a run that is to train has no step to make."""
+    if config.validation.skip_train or total_steps(config, dp):
+        return
+    name = "train_iters" if config.schedule.train_samples is None else "train_samples"
+    rule = "training takes at least one step" + (f", of {global_batch(config, dp)} samples here" if name == "train_samples" else "")
+    cure = f"Raise {flag(name)}, or give --skip-train to validate and test what --load gives"
+    raise ConfigError(problem(flag(name), getattr(config.schedule, name), rule, cure))
 
 
 def total_samples(config: RunConfig, dp: int) -> int:

@@ -22,7 +22,6 @@ RECOMPUTED = "--sequence-parallel splits the saved activations among the tensor-
 ANY_LAYOUT = "every checkpoint loads in any layout"
 SIGTERM = "SIGTERM finishes the step, saves and exits with status 0, and the same command goes on from there"
 PARALLEL_INPUT = "gradients are reduced while the weight gradient is computed, always"
-RESILIENT = "a run that cannot go on ends with an error that names rank and step, always"
 MASKS = "masks are computed where they are used and never built as a whole"
 OWN_MODELS = "there is one implementation of each model"
 SAVED = "checkpoints are written by torch's distributed checkpoint, in a format that any layout opens"
@@ -60,7 +59,6 @@ _NOT_NEEDED: dict[str, dict[int | str, str]] = {  # reason -> how many values ("
     RECOMPUTED: {0: "--distribute-saved-activations --distribute-checkpointed-activations"},
     MEMORY: {0: "--manual-gc", 1: "--empty-unused-memory-level --manual-gc-interval"},
     SIGTERM: {0: "--adlr-autoresume", 1: "--adlr-autoresume-interval"},
-    RESILIENT: {0: "--no-check-for-nan-in-loss-and-grad"},
     ANY_LAYOUT: {0: "--universal-checkpoint --ckpt-assume-constant-structure"},
     SAVED: {
         0: "--use-dist-ckpt --async-save --ckpt-fully-parallel-save --no-ckpt-fully-parallel-save --ckpt-fully-parallel-load "

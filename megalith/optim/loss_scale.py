@@ -17,6 +17,11 @@ class StaticLossScale:
         """1 / scale in float64, what gradients are multiplied by."""
         return 1.0 / self.scale
 
+    @property
+    def lowest(self) -> bool:
+        """Whether the scale cannot become smaller; a fixed one never does."""
+        return True
+
     def update(self, found_inf: bool) -> None:
         """Note whether a step's gradients overflowed (on any rank). A fixed scale stays."""
 
@@ -42,6 +47,11 @@ class DynamicLossScale(StaticLossScale):
         self.hysteresis = hysteresis
         self.growth_tracker = 0
         self.hysteresis_tracker = hysteresis
+
+    @property
+    def lowest(self) -> bool:
+        """Whether the scale is at its minimum."""
+        return self.scale <= self.minimum
 
     def update(self, found_inf: bool) -> None:
         """Note whether a step's gradients overflowed (on any rank), and set the scale of the next step."""

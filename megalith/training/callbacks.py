@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 
 from megalith.config.run import RunConfig
@@ -42,8 +43,10 @@ class StepRecord:
     seconds: float  # wall time since the last step's end, validation and saving left out
     grad_norm: float | None = None  # before clipping
     loss_scale: float = 1.0
-    skipped: bool = False  # the gradients overflowed, the weights did not change
+    skipped: bool = False  # loss or gradients were infinite or not a number, the weights did not change
     nan: bool = False  # the loss was infinite or not a number
+    lasting: bool = False  # skipped, and no smaller loss scale can help
+    uncounted: tuple[str, ...] = ()  # names of losses that no token of the batch counts for (all masked); their value is nan
     params_norm: float | None = None
     zeros: float | None = None  # gradient elements that are exactly zero
 
@@ -92,3 +95,8 @@ class Callback:
 def total_loss(losses: dict[str, float]) -> float:
     """The sum of all entries whose name ends in "loss"."""
     return sum(value for name, value in losses.items() if name.endswith("loss"))
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), of a loss above 20 that of 20 as Megatron prints it; infinite or not a number where the loss is."""
+    return math.exp(min(20.0, loss)) if math.isfinite(loss) else loss

@@ -3,55 +3,101 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Collection, Sequence
 from types import FrameType
 
+from megalith.common.errors import TrainingError
 from megalith.training.callbacks import Callback, RunInfo, StepRecord, ValidationRecord
-from megalith.training.state import FAILED, Progress
+from megalith.training.state import FAILED, OVER, SIGNAL, Progress
+from megalith.training.validation import Unmeasured
+
+
+class CountValidation(Callback):
+    """Counts the samples of a validation that is due, before the step is saved and before it is measured.
+
+    A checkpoint so says where the next validation reads, whether or not this one comes to its end.
+    """
+
+    def __init__(self, progress: Progress, samples: int):
+        """samples: of one validation, over all processes."""
+        self.progress, self.samples = progress, samples
+
+    def on_step(self, run: RunInfo, record: StepRecord) -> None:
+        """Count."""
+        if record.step % run.config.validation.eval_interval == 0:
+            self.progress.consumed_valid_samples += self.samples
 
 
 class Validate(Callback):
-    """Every eval_interval steps, and before and after the run, measure the losses and tell the other callbacks."""
+    """Every eval_interval steps, and before and after the run, measure the losses and tell the other callbacks.
+
+    Stands after SaveCheckpoints: a validation that fails or is killed loses no step. One that fails is told and the training
+    goes on; at the end of the run it is a TrainingError, when everything is saved.
+    """
 
     def __init__(
-        self, measure: Callable[[str], dict[str, float]], progress: Progress, listeners: Sequence[Callback], splits: Sequence[str]
-    ):
-        """measure: losses of a split by name ("validation", "test"). splits: the ones that have data."""
+        self, measure: Callable[[str], dict[str, float]], progress: Progress, listeners: Sequence[Callback], splits: Sequence[str],
+        known: Collection[str] = (),
+    ):  # fmt: skip
+        """measure: losses of a split by name ("validation", "test"); may raise Unmeasured. splits: the ones that have data.
+
+        known: those that were measured at the present step before this process started.
+        """
         self.measure, self.progress, self.listeners, self.splits = measure, progress, listeners, splits
-        self.done_at = -1
+        self.done = {(split, progress.iteration) for split in known}
 
     def on_start(self, run: RunInfo) -> None:
-        """A first point before the first step, so that the curve has a beginning."""
-        if self.progress.iteration == 0:
+        """A first point before the first step, so that the curve has a beginning; after a resume, one that was due and is missing."""
+        done = self.progress.iteration
+        if done == 0 or (done < run.train_iters and done % run.config.validation.eval_interval == 0):
             self.validate(run, "validation")
 
     def on_step(self, run: RunInfo, record: StepRecord) -> None:
         """Validate when it is time."""
-        if record.step % run.config.validation.eval_interval == 0:
+        if record.step % run.config.validation.eval_interval == 0 and self.progress.stop is None:
             self.validate(run, "validation")
 
     def on_end(self, run: RunInfo) -> None:
         """A last point, where the run is over and the last step had none; then the test data."""
-        if self.progress.stop is not None:
-            return
-        if self.done_at != self.progress.iteration:
-            self.validate(run, "validation", at_end=True)
-        self.validate(run, "test", at_end=True)
+        failed = {}
+        for split in ("validation", "test"):
+            if self.progress.stop is None and (error := self.validate(run, split, at_end=True)):
+                failed[split] = f"{type(error).__name__}: {error}"
+        if failed:
+            raise TrainingError(
+                f"all {self.progress.iteration} steps are done and saved, but not measured at their end: "
+                + "; ".join(f"{split} data: {text}" for split, text in failed.items())
+                + ". Mend the data and give the same command again, which measures what is missing."
+            )
 
-    def validate(self, run: RunInfo, split: str, at_end: bool = False) -> None:
-        """Measure and pass on."""
-        if split not in self.splits:
-            return
-        self.done_at = self.progress.iteration
+    def validate(self, run: RunInfo, split: str, at_end: bool = False) -> Exception | None:
+        """Measure and pass on, unless it is done; returns why it could not, where the run can go on all the same."""
+        step = self.progress.iteration
+        if split not in self.splits or (split, step) in self.done:
+            return None
         started = time.perf_counter()
+        try:
+            loss = self.measure(split)
+        except Unmeasured as error:
+            self.progress.stop = self.progress.stop or error.reason
+            return None if error.reason else error
+        except Exception as error:
+            if run.world_size > 1:  # the others wait in the middle of a batch
+                raise
+            print(f"megalith: {split} loss at step {step} was not measured:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            return error
+        self.done.add((split, step))
         record = ValidationRecord(
-            step=self.progress.iteration, consumed_samples=self.progress.consumed_train_samples, loss=self.measure(split), split=split,
-            at_end=at_end, seconds=time.perf_counter() - started,
+            step=step, consumed_samples=self.progress.consumed_train_samples, loss=loss, split=split, at_end=at_end,
+            seconds=time.perf_counter() - started,
         )  # fmt: skip
         for listener in self.listeners:
             listener.on_validation(run, record)
+        return None
 
 
 class SaveCheckpoints(Callback):
@@ -59,12 +105,13 @@ class SaveCheckpoints(Callback):
 
     def __init__(self, save: Callable[[], None], progress: Progress):
         self.save, self.progress = save, progress
-        self.saved_at = progress.iteration
+        self.saved_at, self.updates = progress.iteration, progress.scheduled_samples
 
     def on_step(self, run: RunInfo, record: StepRecord) -> None:
-        """Save when it is time."""
+        """Save when it is time, unless every step since the last save was skipped: doing those again loses nothing."""
         interval = run.config.checkpoint.save_interval
-        if interval is not None and record.step % interval == 0:
+        new = not record.skipped or self.updates != self.progress.scheduled_samples
+        if interval is not None and record.step % interval == 0 and new:
             self.write()
 
     def on_end(self, run: RunInfo) -> None:
@@ -74,8 +121,20 @@ class SaveCheckpoints(Callback):
 
     def write(self) -> None:
         """Save now."""
-        self.save()
-        self.saved_at = self.progress.iteration
+        try:
+            self.save()
+        except BaseException:
+            self.progress.stop = FAILED  # nothing more is measured or saved
+            raise
+        self.saved_at = self.progress.saved = self.progress.iteration
+        self.updates = self.progress.scheduled_samples
+
+
+class SaveFirst(Callback):
+    """Stands last, so that its on_end comes first: what is to be saved at the end is saved before anything is measured there."""
+
+    def __init__(self, saver: SaveCheckpoints):
+        self.on_end = saver.on_end  # type: ignore[method-assign]
 
 
 class ExitInterval(Callback):
@@ -92,10 +151,10 @@ class ExitInterval(Callback):
 
 
 class StopSignal:
-    """Becomes true when SIGTERM or Ctrl-C arrives, or --exit-duration-in-mins is over; a second Ctrl-C ends at once.
+    """Says why the run should end when SIGTERM or Ctrl-C arrives, or --exit-duration-in-mins is over; a second Ctrl-C ends at once.
 
-    Every process is asked before each step, and the answer shared before it is acted on (train_step does that), because a
-    signal reaches processes at different steps.
+    Every process is asked before each step and each batch of a validation, and the answer shared before it is acted on
+    (train_step and evaluate do that), because a signal reaches processes at different steps.
     """
 
     def __init__(self, handle: bool, minutes: float | None):
@@ -110,9 +169,11 @@ class StopSignal:
             raise KeyboardInterrupt
         self.arrived = True
 
-    def __call__(self) -> bool:
-        """Whether this process was asked to stop."""
-        return self.arrived or (self.deadline is not None and time.monotonic() >= self.deadline)
+    def __call__(self) -> str | None:
+        """Why this process was asked to stop, if it was."""
+        if self.arrived:
+            return SIGNAL
+        return OVER if self.deadline is not None and time.monotonic() >= self.deadline else None
 
     def restore(self) -> None:
         """Give the signals back to whoever had them."""

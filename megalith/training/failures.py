@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch.distributed as dist
 
-from megalith.common.errors import ConfigError, MegalithError, RankError
+from megalith.common.errors import ConfigError, MegalithError, RankError, TrainingError
 from megalith.config.run import RunConfig
 from megalith.config.text import flag
 from megalith.training.state import Progress
@@ -22,12 +22,17 @@ BROKEN = re.compile(r"gloo/|Connection (closed|reset) by peer|pair closure|Broke
 
 
 @contextlib.contextmanager
-def named(progress: Progress) -> Iterator[None]:
-    """Around steps: an error that leaves names this rank and its last step; one of a collective becomes a RankError."""
+def named(progress: Progress, again: Callable[[], str] | None = None) -> Iterator[None]:
+    """Around steps: an error that leaves names this rank and its last step; one of a collective becomes a RankError.
+
+    again: what the next start does, in words.
+    """
     try:
         yield
     except Exception as error:
         if not dist.is_initialized() or dist.get_world_size() == 1:
+            raise
+        if isinstance(error, TrainingError):  # of the run, not of a rank
             raise
         place = f"rank {dist.get_rank()} of {dist.get_world_size()}, after step {progress.iteration}"
         cause = broken_collective(error)
@@ -36,10 +41,11 @@ def named(progress: Progress) -> Iterator[None]:
                 raise type(error)(f"{error} (on {place})") from error
             error.add_note(f"on {place}")
             raise
+        then = f" {again()[0].upper()}{again()[1:]}." if again else ""
         first_line = str(cause).strip().partition("\n")[0]
         raise RankError(
             f"{place}: contact with another rank was lost: it died, failed, or was silent for --distributed-timeout-minutes. Its own "
-            f"last words and the launcher's report name it. The same command goes on from the newest checkpoint. ({first_line})"
+            f"last words and the launcher's report name it.{then} ({first_line})"
         ) from error
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-
-from megalith.training.callbacks import Callback, RunInfo, StepRecord, ValidationRecord
+from megalith.training.callbacks import Callback, RunInfo, StepRecord, ValidationRecord, perplexity
 from megalith.training.speed import Speed
 
 
@@ -84,5 +82,5 @@ def validation_line(record: ValidationRecord) -> str:
     )
     line = f" validation loss at {where} | "
     for name, value in record.loss.items():
-        line += f"{name} value: {value:.6E} | {name} PPL: {math.exp(min(20.0, value)):.6E} | "
+        line += f"{name} value: {value:.6E} | {name} PPL: {perplexity(value):.6E} | "
     return line

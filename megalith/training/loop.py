@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -15,29 +17,29 @@ from megalith.training.step import StepResult, Trainer, train_step
 
 def train_loop(
     trainer: Trainer, loader: Loader | None, progress: Progress, batch_size: Callable[[int], int], run: RunInfo,
-    callbacks: Sequence[Callback], asked_to_stop: Callable[[], bool],
+    callbacks: Sequence[Callback], asked_to_stop: Callable[[], str | None],
+    again: Callable[[], str] | None = None,
 ) -> None:  # fmt: skip
     """Step until run.train_iters, or until `progress.stop` says why the run ends early.
 
-    batch_size: global batch size after so many consumed samples. asked_to_stop: whether this process got a signal.
+    batch_size: global batch size after so many consumed samples. asked_to_stop: why this process asks for an end, if it does.
+    again: what the next start does, in words, for errors that end this one.
     """
-    for callback in callbacks:
-        callback.on_start(run)
-    try:
-        with failures.named(progress):
+    with failures.named(progress, again), contextlib.ExitStack() as ends:  # every on_end is called, in reverse, also where another raises
+        try:
+            for callback in callbacks:
+                callback.on_start(run)
+                ends.callback(callback.on_end, run)
             while progress.iteration < run.train_iters and progress.stop is None:
                 record = step_and_record(trainer, loader, progress, batch_size, asked_to_stop())
                 for callback in callbacks:
                     callback.on_step(run, record)
-    except BaseException:
-        progress.stop = FAILED
-        raise
-    finally:
-        for callback in reversed(callbacks):
-            callback.on_end(run)
+        except BaseException:
+            progress.stop = FAILED
+            raise
 
 
-def step_and_record(trainer: Trainer, loader: Loader, progress: Progress, batch_size: Callable[[int], int], stop: bool) -> StepRecord:
+def step_and_record(trainer: Trainer, loader: Loader, progress: Progress, batch_size: Callable[[int], int], stop: str | None) -> StepRecord:
     """One step, counted in `progress` and told in numbers."""
     started = time.perf_counter()
     samples = batch_size(progress.consumed_train_samples)
@@ -47,7 +49,8 @@ def step_and_record(trainer: Trainer, loader: Loader, progress: Progress, batch_
         step=progress.iteration, consumed_samples=progress.consumed_train_samples, loss=result.losses, grad_norm=result.grad_norm,
         learning_rate=result.learning_rate, weight_decay=result.weight_decay, loss_scale=result.loss_scale, global_batch_size=samples,
         tokens=result.tokens, seconds=time.perf_counter() - started, skipped=not result.updated,
-        nan=any(value != value for value in result.losses.values()), params_norm=parameters_norm(trainer), zeros=result.zeros,
+        nan=not all(map(math.isfinite, result.losses.values())), lasting=result.lasting, uncounted=result.uncounted,
+        params_norm=parameters_norm(trainer), zeros=result.zeros,
     )  # fmt: skip
 
 
@@ -62,7 +65,7 @@ def advance(progress: Progress, result: StepResult, samples: int, fp16: bool) ->
     else:
         progress.nan_iterations += 1
     if result.stop:
-        progress.stop = "asked by a signal"
+        progress.stop = result.stop
 
 
 def parameters_norm(trainer: Trainer) -> float | None:

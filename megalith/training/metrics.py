@@ -79,6 +79,12 @@ def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
                 continue
 
 
+def validated(path: pathlib.Path, step: int) -> set[str]:
+    """The splits ("validation", "test") whose loss at this step the file has; none where it is missing."""
+    lines = [line for line in read_metrics(path) if line["step"] == step] if path.exists() else []
+    return {split for line in lines for split in ("validation", "test") if f"{split}_loss" in line}
+
+
 def drop_after(path: pathlib.Path, step: float) -> None:
     """Remove, atomically, every line of a later step and every line that is not whole. No file is no error."""
     if not path.exists():

@@ -11,11 +11,12 @@ import tempfile
 import torch
 import torch.distributed as dist
 
+from megalith.checkpoint.ranks import Ranks
 from megalith.common.errors import ConfigError, MegalithError
 from megalith.common.files import write_text
 from megalith.common.orphans import ends_with_launcher
 from megalith.config import launched
-from megalith.config.batch_math import batch_size_at, global_batch, total_steps
+from megalith.config.batch_math import batch_size_at, check_length, global_batch, total_steps
 from megalith.config.checks import check
 from megalith.config.flops import flops_per_token
 from megalith.config.loading import to_yaml
@@ -31,9 +32,12 @@ from megalith.optim.schedule import Schedule
 from megalith.runtime.build import Mesh, grid, join, place
 from megalith.training import origin, run_folder, saving
 from megalith.training.callbacks import RunInfo
-from megalith.training.duties import ExitInterval, SaveCheckpoints, StopSignal, Validate
+from megalith.training.duties import CountValidation, ExitInterval, SaveCheckpoints, SaveFirst, StopSignal, Validate
 from megalith.training.failures import same_config
+from megalith.training.guards import Retain, StopDiverged, StopUnlearned
 from megalith.training.loop import train_loop
+from megalith.training.metrics import FILE, validated
+from megalith.training.next_start import next_start
 from megalith.training.peaks import peak_flops
 from megalith.training.profile import ProfilePipeline
 from megalith.training.reporters import reporters
@@ -62,6 +66,7 @@ def _train(config: RunConfig, tokenizer: Tokenizer, ours: bool) -> Progress:
     try:
         same_config(config)
         mesh = grid(config.parallel, device)
+        check_length(config, mesh.data_size)
         with contextlib.ExitStack() as held:
             on_main(mesh, lambda: held.enter_context(run_folder.alone(config)))
             if mesh.is_main:
@@ -92,12 +97,16 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
     trainer = Trainer(runtime, TASKS.find(config.data.loss)(), optimizer, schedule, build_loss_scale(config.precision))
     progress = saving.resume(trainer)
     last_step = 0 if config.validation.skip_train else total_steps(config, mesh.data_size)
+    names = {"validation": "valid", "test": "test"} if config.validation.eval_iters else {}
+    splits = [split for split, name in names.items() if datasets[name] is not None]
+    known = measured(config, mesh, progress.iteration)
+    owed = [split for split in splits if split not in known]
     if mesh.is_main:
-        announce(config, mesh, trainer, progress, last_step, changed)
+        announce(config, mesh, trainer, progress, last_step, changed, owed)
         print("".join(f"  {line}\n" for line in told(datasets["train"])), end="", flush=True)
         if datasets["valid"] is None and config.validation.eval_iters:
             print("no validation data, so nothing is validated: --split or --valid-data-path gives some", flush=True)
-    if progress.iteration >= last_step > 0:
+    if progress.iteration >= last_step > 0 and not owed:
         return progress
     loaders = {
         split: Loader(
@@ -115,38 +124,40 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
         peak_flops=peak_flops(device_name(mesh.device), config.precision.compute_dtype, config.logging.peak_tflops),
     )  # fmt: skip
 
+    signals = StopSignal(config.resilience.exit_signal_handler, config.resilience.exit_duration_in_mins)
+    samples = config.validation.eval_iters * batch  # of one validation
+
     def measure(split: str) -> dict[str, float]:
-        iterations = config.validation.eval_iters
         if split == "test":
-            return evaluate(trainer, loaders["test"], 0, iterations, batch)
-        # Each validation takes the next samples, as Megatron's does; after the last whole set it starts over.
-        sets = max(1, len(datasets["valid"]) // (iterations * batch))
-        first = progress.consumed_valid_samples // (iterations * batch) % sets * (iterations * batch)
-        losses = evaluate(trainer, loaders["valid"], first, iterations, batch)
-        if progress.iteration:  # the point before the first step is one more than Megatron counts samples for
-            progress.consumed_valid_samples += iterations * batch
-        return losses
+            return evaluate(trainer, loaders["test"], 0, config.validation.eval_iters, batch, signals)
+        # Each validation takes the next samples, as Megatron's does; after the last whole set it starts over. One that is due at
+        # this step is counted already (CountValidation); the point before the first step is one more than Megatron counts.
+        due = progress.iteration > 0 and progress.iteration % config.validation.eval_interval == 0
+        number = (progress.consumed_valid_samples // samples - due) % max(1, len(datasets["valid"]) // samples)
+        return evaluate(trainer, loaders["valid"], number * samples, config.validation.eval_iters, batch, signals)
 
     tell = reporters(config)
     if config.logging.profile_pipeline:
         tell.append(ProfilePipeline(runtime))
-    names = {"validation": "valid", "test": "test"} if config.validation.eval_iters else {}
-    splits = [split for split, name in names.items() if name in loaders]
-    signals = StopSignal(config.resilience.exit_signal_handler, config.resilience.exit_duration_in_mins)
+    again = functools.partial(next_start, config, progress)
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save(scratch)
         files = {f"tokenizer/{path.name}": str(path) for path in pathlib.Path(scratch).iterdir()}
-        save = functools.partial(saving.save, trainer, progress, to_yaml(config), files, data)
-        callbacks = [*tell, Validate(measure, progress, tell, splits), SaveCheckpoints(save, progress), ExitInterval(progress)]
+        save = functools.partial(saving.save, trainer, progress, to_yaml(config), files, data, again)
+        saver = SaveCheckpoints(save, progress)
+        retain = Retain(functools.partial(saving.retain, config, progress) if mesh.is_main else lambda: None, progress)
+        callbacks = [
+            *tell, StopDiverged(again), StopUnlearned(), retain, *([CountValidation(progress, samples)] if splits else []), saver,
+            Validate(measure, progress, [*tell, retain], splits, known), ExitInterval(progress), SaveFirst(saver),
+        ]  # fmt: skip
         try:
             batches = functools.partial(batch_size_at, config, mesh.data_size)
-            train_loop(trainer, loaders.get("train"), progress, batches, info, callbacks, signals)
+            train_loop(trainer, loaders.get("train"), progress, batches, info, callbacks, signals, again)
         finally:
             if mesh.world_size == 1 or progress.stop != FAILED:  # a launcher's SIGTERM to the others must not silence what they have to say
                 signals.restore()
     if mesh.is_main and progress.stop is not None:
-        again = "the same command" + (" without --load" if saving.load_of(config) and not config.checkpoint.finetune else "")
-        print(f"stopped after step {progress.iteration} ({progress.stop}); {again} goes on from there", flush=True)
+        print(f"stopped after step {progress.iteration} ({progress.stop}); {again()}", flush=True)
     return progress
 
 
@@ -176,7 +187,18 @@ def on_main(mesh: Mesh, job) -> None:
         raise outcome[0]
 
 
-def announce(config: RunConfig, mesh: Mesh, trainer: Trainer, progress: Progress, last_step: int, changed: list[str]) -> None:
+def measured(config: RunConfig, mesh: Mesh, step: int) -> set[str]:
+    """The splits that this run has measured at this step; none for --skip-train, which always measures. All ranks call it."""
+    if config.validation.skip_train:
+        return set()
+    writes = mesh.rank == mesh.world_size - 1  # it alone may see the file
+    mine = validated(pathlib.Path(config.logging.folder) / FILE, step) if writes else set()
+    return Ranks().collect(lambda: mine, lambda each: set().union(*each))
+
+
+def announce(
+    config: RunConfig, mesh: Mesh, trainer: Trainer, progress: Progress, last_step: int, changed: list[str], owed: list[str]
+) -> None:
     """Say what is about to run, in a few lines."""
     print(
         f"{config.model.model_type} with {trainer.runtime.num_parameters:,} parameters on {mesh.world_size} x {device_name(mesh.device)}, "
@@ -187,7 +209,9 @@ def announce(config: RunConfig, mesh: Mesh, trainer: Trainer, progress: Progress
         stages = ", ".join(f"{layers.start}-{layers.stop - 1}" for layers in layers_of(config))
         print(f"pipeline: {schedule_of(config.parallel)}, layers by stage {stages}", flush=True)
     if progress.iteration:
-        done = "; that is all of them, nothing is left to do (raise --train-iters to go on)" if progress.iteration >= last_step > 0 else ""
+        left = f"what is left is the loss of its {' and '.join(owed)} data" if owed else "nothing is left to do"
+        more = "raise --train-iters, with --override-opt-param-scheduler, to go on"
+        done = f"; that is all of them, {left} ({more})" if progress.iteration >= last_step > 0 else ""
         print(f"resuming after step {progress.iteration} of {last_step}{done}", flush=True)
     for line in changed:
         print(f"  changed since that checkpoint: {line}", flush=True)

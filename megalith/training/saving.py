@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
+from collections.abc import Callable
 
 from torch import Tensor
 
 from megalith import checkpoint
+from megalith.checkpoint import folder
 from megalith.checkpoint.facts import part_of, written_by_another
 from megalith.checkpoint.folder import iteration_of, paths, strange
 from megalith.checkpoint.ranks import Ranks
@@ -15,6 +18,7 @@ from megalith.config.checks import needs_checkpoint
 from megalith.config.run import RunConfig
 from megalith.config.text import Words, flag
 from megalith.runtime import state
+from megalith.training.finite import check_before_saving, check_loaded
 from megalith.training.state import Progress
 from megalith.training.step import Trainer
 
@@ -30,15 +34,19 @@ def load_of(config: RunConfig) -> str | None:
     return None if load is not None and pathlib.Path(load).resolve() == folder_of(config).resolve() else load
 
 
-def save(trainer: Trainer, progress: Progress, config_yaml: str, files: dict[str, str], data: dict[str, str]) -> None:
-    """Write a checkpoint of the present step. Every process takes part.
+def save(
+    trainer: Trainer, progress: Progress, config_yaml: str, files: dict[str, str], data: dict[str, str], again: Callable[[], str]
+) -> None:
+    """Write a checkpoint of the present step, and delete none. Every process takes part.
 
-    files: {name inside: path} carried along. data: {prefix: fingerprint} of the corpora.
+    files: {name inside: path} carried along. data: {prefix: fingerprint} of the corpora. again: what the next start does, in words.
+    Raises TrainingError, and writes nothing, where the state is not finite.
     """
     config = trainer.runtime.config
     tensors = [state.weights(part) for part in trainer.runtime.parts]
     if not config.checkpoint.no_save_optim:
         tensors = with_optimizer_state(trainer, tensors)
+    check_before_saving(tensors, progress.iteration, again)
     train_state = progress.numbers() | {
         "schedule": trainer.schedule.state(),
         "loss_scale": trainer.loss_scale.state_dict(),
@@ -47,8 +55,16 @@ def save(trainer: Trainer, progress: Progress, config_yaml: str, files: dict[str
     }
     checkpoint.save(
         folder_of(config), progress.iteration, tensors, train_state=train_state, config_yaml=config_yaml, files=files,
-        keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every,
+        keep_last=0,
     )  # fmt: skip
+
+
+def retain(config: RunConfig, progress: Progress) -> None:
+    """Delete the checkpoints that the config does not keep now that the last one saved is good. One process alone calls this."""
+    c, own = config.checkpoint, folder_of(config)
+    if progress.saved is not None:
+        with contextlib.suppress(OSError):  # what could not be deleted is tried again next time
+            folder.retain(own, progress.saved, c.keep_last, c.keep_every, ours=lambda path: not written_by_another(path, progress.run))
 
 
 def source_of(config: RunConfig) -> str | pathlib.Path | None:
@@ -78,6 +94,7 @@ def resume(trainer: Trainer) -> Progress:
         else:
             trainer.optimizer.state.clear()
     stored = checkpoint.load(source, tensors, iteration=config.ckpt_step)
+    check_loaded(tensors, source, stored["iteration"])
     if only_weights:
         return Progress()
     if with_optimizer:

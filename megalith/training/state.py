@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 
+SIGNAL, OVER = "asked by a signal", "--exit-duration-in-mins is over"
+REASONS = (SIGNAL, OVER)  # why a process may ask that the run end; every process has the same list
 FAILED = "an error"  # reason of a stop after which nothing may be saved: the step was not whole
 
 
@@ -20,10 +22,11 @@ class Progress:
     nan_iterations: int = 0
     run: str = dataclasses.field(default_factory=lambda: os.urandom(8).hex())  # names the run in its checkpoints, as process 0 has it
     stop: str | None = None  # why the run is to end before its time; set by callbacks and signals
+    saved: int | None = None  # the last step that this process took part in saving
 
     def numbers(self) -> dict:
         """The part that a checkpoint keeps."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "stop"}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in ("stop", "saved")}
 
     @classmethod
     def resumed(cls, stored: dict, same_run: bool = True) -> Progress:

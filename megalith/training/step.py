@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from megalith.optim.groups import set_rates
 from megalith.optim.loss_scale import StaticLossScale
 from megalith.optim.schedule import Schedule
 from megalith.runtime.build import Runtime
-from megalith.training.state import Progress
+from megalith.training.state import REASONS, Progress
 from megalith.training.tasks import Batch, Task
 
 
@@ -43,15 +45,17 @@ class StepResult:
     loss_scale: float
     tokens: int
     updated: bool
-    stop: bool  # whether any process was asked to stop
+    stop: str | None  # why any process asks that the run end, one of REASONS
+    lasting: bool  # not finite, and no smaller loss scale can help
+    uncounted: tuple[str, ...]  # losses that no token of the global batch counts for; their value is nan
     zeros: int | None  # gradient elements that are zero, where asked for
 
 
-def train_step(trainer: Trainer, batches: list[Batch], progress: Progress, stop: bool = False) -> StepResult:
+def train_step(trainer: Trainer, batches: list[Batch], progress: Progress, stop: str | None = None) -> StepResult:
     """Run one step on this process's micro-batches.
 
-    stop: whether this process was asked to end the run; the answer is shared, so that all end at the same step.
-    A step whose gradients are not finite changes no weights.
+    stop: why this process asks that the run end; the answer is shared, so that all end at the same step.
+    A step whose loss or gradients are not finite changes no weights. All ranks judge by the same sums, so they judge alike.
     """
     runtime, mesh = trainer.runtime, trainer.runtime.mesh
     batches = [runtime.take(batch) for batch in batches]
@@ -60,14 +64,20 @@ def train_step(trainer: Trainer, batches: list[Batch], progress: Progress, stop:
     runtime.begin_step(progress.iteration)
     scale = trainer.loss_scale.scale
     totals = run(trainer, batches, counts, step, train=True)
-    shared = mesh.share(torch.cat((totals, totals.new_tensor([float(stop)]))))
+    shared = mesh.share(torch.cat((totals, totals.new_tensor(asking(stop)))))
     runtime.finish_gradients()
     named, copies = runtime.gradients()
     over = {"skip": copies, "stages": mesh.size("pp")}
     norm = clip(named, runtime.config.optimizer.clip_grad, inverse_scale=trainer.loss_scale.inverse, **over)
     zeros = int(count_zeros(named, **over)) if runtime.config.logging.log_num_zeros_in_grad else None
-    *values, stops, grad_norm = torch.cat((shared, norm.double().view(1))).tolist()  # the step's one wait for the device
-    updated = grad_norm < float("inf")
+    numbers = torch.cat((torch.stack(list(counts.values())).double(), shared, norm.double().view(1)))
+    *numbers, grad_norm = numbers.tolist()  # the step's one wait for the device
+    counted, losses, stops = numbers[: len(counts)], numbers[len(counts) : -len(REASONS)], numbers[-len(REASONS) :]
+    finite = all(map(math.isfinite, losses))
+    updated = finite and math.isfinite(grad_norm)
+    # A smaller scale mends gradients of float16 that overflow, never a loss, which is not scaled.
+    lasting = not updated and (trainer.loss_scale.lowest or not finite)
+    uncounted = tuple(name for name, count in zip(counts, counted) if count == 0.0)
     rates = trainer.schedule.lr(progress.scheduled_samples), trainer.schedule.weight_decay(progress.scheduled_samples)
     if updated:
         set_rates(trainer.optimizer, *rates)
@@ -75,7 +85,18 @@ def train_step(trainer: Trainer, batches: list[Batch], progress: Progress, stop:
     trainer.loss_scale.update(not updated)
     trainer.optimizer.zero_grad(set_to_none=True)
     tokens = sum(batch["input_ids"].numel() for batch in batches) * mesh.data_size * mesh.size("cp")
-    return StepResult(dict(zip(counts, values, strict=True)), grad_norm, *rates, scale, tokens, updated, stops > 0, zeros)
+    means = dict(zip(counts, losses, strict=True)) | dict.fromkeys(uncounted, math.nan)
+    return StepResult(means, grad_norm, *rates, scale, tokens, updated, asked(stops), lasting, uncounted, zeros)
+
+
+def asking(reason: str | None) -> list[float]:
+    """One number per reason to end the run, to be summed over all processes."""
+    return [float(reason == each) for each in REASONS]
+
+
+def asked(sums: Iterable[float]) -> str | None:
+    """The first reason that any process gave, of sums of `asking`."""
+    return next((reason for reason, count in zip(REASONS, sums) if count), None)
 
 
 def run(trainer: Trainer, batches: list[Batch], counts: dict[str, Tensor], step: Tensor, train: bool) -> Tensor:
@@ -97,7 +118,8 @@ def run(trainer: Trainer, batches: list[Batch], counts: dict[str, Tensor], step:
     places = [{name: batch[name] for name in ("samples", "coordinates", "decoder_coordinates") if name in batch} for batch in batches]
     inputs = [trainer.task.inputs(batch, counts) | place | {"step": step} for batch, place in zip(batches, places)]
     trainer.runtime.run(inputs, loss, train)
-    return torch.stack(list(totals.values())) * float(mesh.place("tp") == 0)
+    whole = torch.stack(list(totals.values()))
+    return whole if mesh.place("tp") == 0 else torch.zeros_like(whole)  # not times 0, which makes an infinite loss nan
 
 
 def global_counts(trainer: Trainer, batches: list[Batch]) -> dict[str, Tensor]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from megalith.common.extras import require
-from megalith.training.callbacks import Callback, RunInfo, StepRecord, ValidationRecord
+from megalith.training.callbacks import Callback, RunInfo, StepRecord, ValidationRecord, perplexity
 
 
 class TensorBoard(Callback):
@@ -44,7 +43,7 @@ class TensorBoard(Callback):
         """Queue losses and perplexities."""
         if self.writer:
             for name, value in record.loss.items():
-                scalars = {f"{name} {record.split}": value, f"{name} {record.split} ppl": math.exp(min(20.0, value))}
+                scalars = {f"{name} {record.split}": value, f"{name} {record.split} ppl": perplexity(value)}
                 self._add(scalars, record.step, record.consumed_samples)
             self.writer.flush()
 

@@ -102,6 +102,13 @@ def test_fields_that_are_only_accepted_say_so(name):
     assert " is accepted: " in notice
 
 
+@pytest.mark.parametrize(("word", "value"), [("--check-for-nan-in-loss-and-grad", True), ("--no-check-for-nan-in-loss-and-grad", False)])
+def test_the_check_for_nan_acts(word, value):
+    """It was "not needed", for a promise that no code kept. tests/training/test_guards.py has what it does."""
+    reading = flags.read([word])
+    assert reading.values == {"check_for_nan_in_loss_and_grad": value} and not reading.notices and not reading.problems
+
+
 def test_no_flag_is_in_two_tables():
     ours = {name for field in fields().values() for names in flags.names(field) for name in names}
     tables = [ours, set(flags.legacy.RENAMED), set(flags.legacy.BY_VALUE), set(legacy_megatron.not_needed()), set(legacy_megatron.REFUSED)]

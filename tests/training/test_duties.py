@@ -9,7 +9,7 @@ import pytest
 
 from megalith.training.callbacks import Callback, RunInfo, StepRecord
 from megalith.training.duties import ExitInterval, SaveCheckpoints, StopSignal, Validate
-from megalith.training.state import FAILED, Progress
+from megalith.training.state import FAILED, OVER, SIGNAL, Progress
 from tests.tiny import tiny_config
 
 
@@ -97,7 +97,7 @@ def test_sigterm_asks_and_is_given_back():
     assert not asked()
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.01)
-    assert asked()
+    assert asked() == SIGNAL
     asked.restore()
     assert signal.getsignal(signal.SIGTERM) == before
 
@@ -116,5 +116,5 @@ def test_a_second_interrupt_ends_at_once():
 
 
 def test_duration():
-    assert StopSignal(False, 0.0)()
+    assert StopSignal(False, 0.0)() == OVER
     assert not StopSignal(False, 10.0)()

@@ -71,6 +71,12 @@ def test_perplexity_stops_at_a_loss_of_20():
     assert f"PPL: {math.exp(20.0):.6E} |" in validation_line(record)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_no_number_has_no_perplexity(value):
+    record = ValidationRecord(step=1, consumed_samples=8, loss={"lm loss": value})
+    assert f"lm loss value: {value:E} | lm loss PPL: {value:E} |" in validation_line(record)
+
+
 def test_a_line_per_interval_averages_it_alone(capsys):
     lines, run = LogLines(), run_info()
     lines.on_start(run)

@@ -7,7 +7,7 @@ from megalith.optim.build import build_optimizer
 from megalith.optim.loss_scale import StaticLossScale
 from megalith.optim.schedule import Schedule
 from megalith.runtime.build import place, start
-from megalith.training.state import Progress
+from megalith.training.state import SIGNAL, Progress
 from megalith.training.step import Trainer, train_step
 from megalith.training.tasks import LanguageModelling
 from tests.tiny import VOCABULARY, tiny_config
@@ -91,5 +91,5 @@ def test_bf16_follows_float32():
 
 def test_asked_to_stop_is_told():
     made = trainer()
-    assert train_step(made, batches(8), Progress(), stop=True).stop
+    assert train_step(made, batches(8), Progress(), stop=SIGNAL).stop == SIGNAL
     assert not train_step(made, batches(8), Progress()).stop

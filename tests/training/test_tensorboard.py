@@ -19,6 +19,7 @@ def test_scalars_under_megatrons_names(tmp_path):
     board.on_step(run, step(1))
     board.on_step(run, step(2, zeros=3.0, params_norm=4.0))
     board.on_validation(run, ValidationRecord(step=2, consumed_samples=16, loss={"lm loss": 2.0}))
+    board.on_validation(run, ValidationRecord(step=3, consumed_samples=24, loss={"lm loss": math.nan}))
     board.on_end(run)
     events = EventAccumulator(str(tmp_path))
     events.Reload()
@@ -28,6 +29,7 @@ def test_scalars_under_megatrons_names(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("lm loss")] == [(1, 3.0), (2, 3.0)]
     assert [event.step for event in events.Scalars("lm loss vs samples")] == [8, 16]
     assert events.Scalars("lm loss validation ppl")[0].value == pytest.approx(math.exp(2.0))
+    assert math.isnan(events.Scalars("lm loss validation ppl")[1].value)
 
 
 def test_without_the_package_the_flag_and_the_cure_are_named(tmp_path, monkeypatch):

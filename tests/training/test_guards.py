@@ -1,0 +1,175 @@
+"""A run that has diverged stops, says so, and neither saves nor deletes; one that has nothing to learn says so too."""
+
+import math
+import pathlib
+
+import pytest
+import torch
+
+from megalith import checkpoint
+from megalith.common.errors import CheckpointError, TrainingError
+from megalith.training import finite
+from megalith.training.callbacks import ValidationRecord
+from megalith.training.duties import SaveCheckpoints
+from megalith.training.guards import EMPTY_STEPS, Retain, StopDiverged, StopUnlearned
+from megalith.training.pretrain import train
+from megalith.training.state import Progress
+from megalith.training.tasks import LanguageModelling
+from tests.tiny import losses, records, tiny_config
+from tests.training.records import run_info, step
+
+AGAIN = {"override_opt_param_scheduler": True, "lr_decay_style": "constant", "lr_warmup_iters": 0}
+
+
+class Bad(LanguageModelling):
+    """A loss that is not a number where the batch begins with sample 24 or a later one: from the fourth step on."""
+
+    last = math.inf
+
+    def losses(self, output, batch, counts):
+        broken = 24 <= int(batch["samples"][0]) < self.last
+        return {"lm loss": output.sum() * (math.nan if broken else 1.0)}
+
+
+class BadAWhile(Bad):
+    """The same in the fourth and fifth step alone."""
+
+    last = 40
+
+
+class Masked(LanguageModelling):
+    """Nothing to learn anywhere."""
+
+    def counts(self, batch):
+        batch["loss_mask"] = torch.zeros_like(batch["loss_mask"])
+        return super().counts(batch)
+
+
+def task(name: str) -> str:
+    return f"tests.training.test_guards:{name}"
+
+
+def checkpoints(folder) -> list[int]:
+    return checkpoint.iterations(pathlib.Path(folder) / "checkpoints")
+
+
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}, {"fp16": True, "initial_loss_scale": 4.0, "hysteresis": 1}])
+def test_a_diverged_run_stops_and_the_good_checkpoints_stay(corpus, tmp_path, precision):
+    """The case of the issue: a good iteration 7, then a learning rate of 1e20; weights that are still finite are caught too."""
+    run = str(tmp_path / "run")
+    config = tiny_config(corpus, run, eval_iters=0, train_iters=7, **precision, **AGAIN)
+    train(config)
+    for lr in (1e20, 1e38):
+        with pytest.raises(TrainingError, match=r"step 8: .*diverged.* the same command goes on from step 7"):
+            train(config.replace(train_iters=20, lr=lr, save_interval=2, keep_last=1))
+        assert checkpoints(run) == [7] == [checkpoint.latest(tmp_path / "run" / "checkpoints")]
+    assert train(config.replace(train_iters=9)).iteration == 9, "the cure works"
+
+
+def test_float16_stops_ten_steps_after_no_scale_can_help(corpus, tmp_path):
+    """Weights of 100 overflow float16 in the forward pass, whatever the scale; --keep-last 1 keeps what was good before them."""
+    run = str(tmp_path / "run")
+    config = tiny_config(corpus, run, eval_iters=0, train_iters=7, fp16=True, initial_loss_scale=65536.0, hysteresis=1, **AGAIN)
+    train(config)
+    with pytest.raises(TrainingError, match=r"step 18: .*10 steps in a row.*--ckpt-step goes further back"):
+        train(config.replace(train_iters=60, lr=100.0, save_interval=1, keep_last=1))
+    assert checkpoints(run) == [7, 8]
+    assert train(config.replace(train_iters=9, ckpt_step=7)).iteration == 9, "the cure works"
+
+
+def diverge(config):
+    """On each rank of a pool."""
+    train(config)
+
+
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [(2, {}), (2, {"tensor_model_parallel_size": 2}), (2, {"pipeline_model_parallel_size": 2}), (2, {"data_parallel_sharding": "full"})],
+)
+def test_all_ranks_decide_alike(ranks, corpus, tmp_path, world, layout):
+    run = str(tmp_path / "run")
+    config = tiny_config(corpus, run, eval_iters=0, train_iters=4, **AGAIN, **layout)
+    ranks(diverge, world, config)
+    with pytest.raises(TrainingError, match=r"^step 5: .*diverged(?!.*on rank)"):
+        ranks(diverge, world, config.replace(train_iters=9, lr=1e20, save_interval=1, keep_last=1), timeout=60)
+    with pytest.raises(TrainingError, match=r"^step 4: found loss nan"):
+        ranks(diverge, world, config.replace(run_dir=str(tmp_path / "nan"), train_iters=9, loss=task("Bad")), timeout=60)
+    assert checkpoints(run) == [4] and checkpoints(tmp_path / "nan") == []
+
+
+def test_the_number_of_steps_and_the_check_are_the_users(corpus, tmp_path, capsys):
+    config = tiny_config(corpus, str(tmp_path / "run"), eval_iters=0, loss=task("Bad"), log_interval=1, save_interval=1)
+    with pytest.raises(TrainingError, match=r"step 6: .* 3 steps in a row"):
+        train(config.replace(max_nonfinite_steps=3))
+    assert checkpoints(tmp_path / "run") == [1, 2, 3] and losses(str(tmp_path / "run"))[3:] == [None, None, None]
+    assert train(config.replace(run_dir=str(tmp_path / "a"), loss=task("BadAWhile"), max_nonfinite_steps=3)).nan_iterations == 2
+    unchecked = config.replace(run_dir=str(tmp_path / "b"), check_for_nan_in_loss_and_grad=False, keep_last=1)
+    assert train(unchecked).nan_iterations == 9
+    assert checkpoints(tmp_path / "b") == [2, 3, 12], "none is deleted while no step is finite"
+
+
+def test_what_is_not_finite_is_not_gone_on_from(corpus, tmp_path):
+    """As a release before this one could save it."""
+    folder = tmp_path / "run" / "checkpoints"
+    config = tiny_config(corpus, str(tmp_path / "run"), eval_iters=0, save_interval=6)
+    train(config)
+    state = checkpoint.read_full(folder / "iter_0000012")
+    state["model/embedding.weight"][0, 0] = math.nan
+    stored, text = checkpoint.read_train_state(folder / "iter_0000012"), checkpoint.read_config(folder / "iter_0000012")
+    checkpoint.save(folder, 13, state, train_state=stored, config_yaml=text)
+    longer = config.replace(train_iters=14, override_opt_param_scheduler=True)
+    with pytest.raises(CheckpointError, match=r"found model/embedding.weight;.*--ckpt-step 12"):
+        train(longer)
+    assert train(longer.replace(ckpt_step=12)).iteration == 14, "the cure works"
+
+
+def test_every_kind_of_not_finite_is_found():
+    good = {"model/a": torch.ones(3), "optimizer/exp_avg_sq/a": torch.full((2,), 1e30), "model/empty": torch.ones(0)}
+    assert finite.not_finite(good) == []
+    for value in (math.nan, math.inf, -math.inf, 1e20):
+        assert finite.not_finite(good | {"model/b": torch.tensor([1.0, value, 2.0])}) == ["model/b"]
+    assert finite.not_finite({"optimizer/exp_avg/a": torch.tensor([math.inf])}) == ["optimizer/exp_avg/a"]
+
+
+def test_what_counts_as_in_a_row():
+    guard, run = StopDiverged(lambda: "again"), run_info(config={"fp16": True, "max_nonfinite_steps": 2})
+    for number, state in enumerate(("lasting", "fine", "lasting", "searching"), 1):
+        guard.on_step(run, step(number, skipped=state != "fine", lasting=state == "lasting"))
+    with pytest.raises(TrainingError, match="again"):
+        guard.on_step(run, step(5, skipped=True, lasting=True))
+
+
+def test_old_checkpoints_go_when_the_new_one_is_known_to_be_good():
+    done, progress, run = [], Progress(), run_info(config={"save_interval": 2})
+    keep = Retain(lambda: done.append(progress.saved), progress)
+    save = SaveCheckpoints(lambda: None, progress)
+    for number in range(1, 6):
+        progress.iteration = number
+        progress.scheduled_samples += number != 3
+        for callback in (keep, save):
+            callback.on_step(run, step(number, skipped=number == 3))
+        assert done == {4: [2], 5: [2, 4]}.get(number, [])
+    progress.saved = 6
+    keep.on_validation(run, ValidationRecord(step=6, consumed_samples=1, loss={"lm loss": math.nan}))
+    keep.on_end(run)
+    assert done == [2, 4]
+    keep.on_validation(run, ValidationRecord(step=6, consumed_samples=1, loss={"lm loss": 1.0}))
+    assert done == [2, 4, 6]
+
+
+def test_masked_data_is_told_and_then_an_error(corpus, tmp_path, capsys):
+    config = tiny_config(corpus, str(tmp_path / "run"), loss=task("Masked"), train_iters=EMPTY_STEPS + 2, eval_interval=5)
+    with pytest.raises(TrainingError, match=f"step {EMPTY_STEPS}, lm loss: no token of 8 samples counts, {EMPTY_STEPS} steps in a row"):
+        train(config)
+    said = capsys.readouterr()
+    assert said.err.count("no token of 8 samples counts (all are masked)") == 1 and "--eod-mask-loss" in said.err
+    assert "no token of 16 samples counts for the lm loss" in said.err
+    assert "PPL: NAN" in said.out and "PPL: 1.0" not in said.out
+    assert {line.get("loss", line.get("validation_loss")) for line in records(str(tmp_path / "run"))} == {None}
+
+
+def test_a_masked_batch_among_others_is_told_again(capsys):
+    guard, run = StopUnlearned(), run_info()
+    for number in range(1, 4 * EMPTY_STEPS):
+        guard.on_step(run, step(number, uncounted=("lm loss",) if number % EMPTY_STEPS else ()))
+    assert capsys.readouterr().err.count("no token") == 4
