@@ -29,6 +29,15 @@ INDIFFERENT = (  # of which these do not, but for rounding; what a tokenizer is 
 BLOCK, BLOCKS = 4096, 8  # bytes of a file that are looked at in a place, and places
 
 
+def with_stored_gelu(config: RunConfig) -> RunConfig:
+    """The config with the exact GELU where what it starts from was stored before --no-bias-gelu-fusion had an effect: then that was it."""
+    source, model = saving.source_of(config), config.model
+    if source is None or model.openai_gelu or model.activation != "gelu_tanh":
+        return config
+    stored = checkpoint.read_config(checkpoint.find(source, config.checkpoint.ckpt_step))
+    return config if "bias_gelu_fusion" in stored else config.replace(bias_gelu_fusion=False)
+
+
 def compare(config: RunConfig, tokenizer: Tokenizer, data: Mapping[str, str]) -> list[str]:
     """Lines that name all in which a run differs from the checkpoint that it starts from, if any. Every process calls it.
 

@@ -69,7 +69,11 @@ def _train(config: RunConfig, tokenizer: Tokenizer, ours: bool) -> Progress:
         check_length(config, mesh.data_size)
         with contextlib.ExitStack() as held:
             on_main(mesh, lambda: held.enter_context(run_folder.alone(config)))
+            asked, config = config, origin.with_stored_gelu(config)
             if mesh.is_main:
+                if config is not asked:
+                    was = "activation gelu (exact) as what it starts from, which was stored before --bias-gelu-fusion had an effect"
+                    print(f"{was}; --no-bias-gelu-fusion says the same without this line", flush=True)
                 write_text(pathlib.Path(config.logging.folder) / "config.yaml", to_yaml(config))
             return run(with_vocabulary(config, tokenizer), mesh, tokenizer)
     finally:

@@ -46,6 +46,20 @@ def test_what_changed_is_told(run, corpus, tmp_path, capsys):
     assert "the same command without --load goes on" in capsys.readouterr().out
 
 
+def test_a_run_from_before_the_fused_gelu_keeps_its_own(corpus, tmp_path, capsys, monkeypatch):
+    """It trained with the exact one by a command that means the tanh approximation now; the same command goes on with it."""
+    exact, old = (tiny_config(corpus, str(tmp_path / name), bias_gelu_fusion=False) for name in ("exact", "old"))
+    train(exact)
+    train(old.replace(exit_interval=6))
+    read = checkpoint.read_config
+    monkeypatch.setattr(checkpoint, "read_config", lambda path: read(path).replace("  bias_gelu_fusion: false\n", ""))
+    capsys.readouterr()
+    train(old.replace(bias_gelu_fusion=True))
+    said = capsys.readouterr().out
+    assert "--no-bias-gelu-fusion says the same" in said and "; activation gelu;" in said
+    assert losses(str(tmp_path / "old")) == losses(str(tmp_path / "exact"))
+
+
 def test_another_schedule_is_named(run, corpus):
     with pytest.raises(ConfigError, match="--override-opt-param-scheduler"):
         train(tiny_config(corpus, str(run), train_iters=14))
