@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Iterable
 
 from megalith.cli.data_preprocess import add_tokenizer_arguments, tokenizer_options
 
@@ -25,29 +27,56 @@ def _add_merge(verbs) -> None:
         "--input", nargs="+", required=True, metavar="PATH", help="prefixes, or directories of .bin/.idx pairs (sorted by name)"
     )
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX")
+    _add_overwrite(parser)
     parser.set_defaults(handler=merge)
 
 
 def merge(args: argparse.Namespace) -> int:
     """Merge; prints what was written."""
+    from megalith.common.outputs import writing
     from megalith.data.inspecting import describe
     from megalith.data.merge import merge_datasets
 
-    prefixes = _prefixes(args.input, args.output_prefix)
-    merge_datasets(prefixes, args.output_prefix)
+    prefixes, files = _prefixes(args.input, args.output_prefix), _files([_bare(args.output_prefix)])
+    options = {"inputs": _files(prefixes), "overwrite": args.overwrite, "flag": "--output-prefix", "notice": _notice}
+    with writing(args.output_prefix, files, **options):
+        merge_datasets(prefixes, args.output_prefix)
     made = describe(args.output_prefix)
     print(f"{args.output_prefix}: {len(prefixes)} datasets, {made['num_documents']} documents, {made['total_num_tokens']} tokens")
     return 0
 
 
 def _prefixes(paths: list[str], output_prefix: str) -> list[str]:
-    import os
-
-    from megalith.data.indexed import resolve_prefix
+    from megalith.data.indexed import is_folder, resolve_prefix
     from megalith.data.merge import directory_prefixes
 
-    found = [directory_prefixes(path, output_prefix) if os.path.isdir(path) else [resolve_prefix(path)] for path in paths]
+    found = [directory_prefixes(path, output_prefix) if is_folder(path) else [resolve_prefix(path)] for path in paths]
     return [prefix for prefixes in found for prefix in prefixes]
+
+
+def _files(prefixes: Iterable[str]) -> list[str]:
+    return [prefix + suffix for prefix in prefixes for suffix in (".bin", ".idx")]
+
+
+def _bare(prefix: str) -> str:
+    """An output prefix. Raises DataError where it ends as a file or a folder does."""
+    import os
+
+    from megalith.common.errors import DataError, problem
+
+    stem = prefix.removesuffix(".bin").removesuffix(".idx")
+    if stem != prefix or not os.path.basename(prefix):
+        rule = "it is what the names of the files begin with; .bin and .idx are added to it"
+        raise DataError(problem("--output-prefix", prefix, rule, f"Write {stem if os.path.basename(stem) else os.path.join(stem, 'NAME')}"))
+    return prefix
+
+
+def _add_overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace what exists of that name")
+
+
+def _notice(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _add_split(verbs) -> None:
@@ -60,16 +89,19 @@ def _add_split(verbs) -> None:
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="files are PREFIX-0000, PREFIX-0001, ...")
     for unit in ("tokens", "documents", "bytes"):
         parser.add_argument(f"--{unit}", type=int, default=0, metavar="N", help=f"{unit} a file holds at most")
+    _add_overwrite(parser)
     parser.set_defaults(handler=split)
 
 
 def split(args: argparse.Namespace) -> int:
     """Split; prints the prefixes."""
-    from megalith.data.merge import split_datasets
+    from megalith.common.outputs import check, writing
+    from megalith.data.merge import pieces, split_datasets
 
-    made = split_datasets(
-        _prefixes(args.input, args.output_prefix), args.output_prefix, tokens=args.tokens, documents=args.documents, size=args.bytes
-    )
+    prefixes, limits = _prefixes(args.input, args.output_prefix), {"tokens": args.tokens, "documents": args.documents, "size": args.bytes}
+    with writing(args.output_prefix, [], notice=_notice):
+        check(pieces(args.output_prefix), inputs=_files(prefixes), overwrite=args.overwrite, flag="--output-prefix")
+        made = split_datasets(prefixes, args.output_prefix, **limits, overwrite=args.overwrite)
     print("\n".join(made))
     return 0
 
@@ -81,15 +113,20 @@ def _add_convert(verbs) -> None:
     parser.add_argument("--input", required=True, metavar="PREFIX")
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX")
     parser.add_argument("--vocab-size", type=int, help="choose uint16 or int32 by it (default: the dtype of the input)")
+    _add_overwrite(parser)
     parser.set_defaults(handler=convert)
 
 
 def convert(args: argparse.Namespace) -> int:
     """Convert; prints the prefix."""
-    from megalith.data.indexed import best_dtype
+    from megalith.common.outputs import writing
+    from megalith.data.indexed import best_dtype, resolve_prefix
     from megalith.data.tntidx import convert as convert_dataset
 
-    convert_dataset(args.input, args.output_prefix, best_dtype(args.vocab_size) if args.vocab_size else None)
+    source, dtype = resolve_prefix(args.input), best_dtype(args.vocab_size) if args.vocab_size else None
+    options = {"inputs": _files([source]), "overwrite": args.overwrite, "flag": "--output-prefix", "notice": _notice}
+    with writing(args.output_prefix, _files([_bare(args.output_prefix)]), **options):
+        convert_dataset(source, args.output_prefix, dtype)
     print(args.output_prefix)
     return 0
 
@@ -162,6 +199,7 @@ def _add_weights(verbs) -> None:
         "--epochs", metavar="YAML", help="`corpus: epochs`, a line each, and `default: epochs` (default: proportional to size)"
     )
     parser.add_argument("--by-directory", action="store_true", help="a corpus is a subdirectory, not the beginning of a name")
+    _add_overwrite(parser)
     parser.set_defaults(handler=weights)
 
 
@@ -169,6 +207,8 @@ def weights(args: argparse.Namespace) -> int:
     """Write the list; prints the table of corpora."""
     from megalith.common import units
     from megalith.common.errors import DataError, problem
+    from megalith.common.outputs import writing
+    from megalith.data.inspecting import prefixes_below
     from megalith.data.weights import write_weights
 
     epochs = None
@@ -182,7 +222,9 @@ def weights(args: argparse.Namespace) -> int:
             raise DataError(problem("--epochs", args.epochs, f"it must be a YAML file ({error})", "Correct the file")) from error
         if not isinstance(epochs, dict):
             raise DataError(problem("--epochs", args.epochs, "it holds lines `corpus: epochs`", "Correct the file"))
-    shares = write_weights(args.input, args.output, epochs, args.by_directory)
+    inputs = [*_files(prefixes_below(args.input)), *([args.epochs] if args.epochs else [])]
+    with writing(args.output, inputs=inputs, overwrite=args.overwrite, notice=_notice):
+        shares = write_weights(args.input, args.output, epochs, args.by_directory)
     width = max(6, *(len(share.corpus) for share in shares))
     print(f"{'corpus':{width}} {'files':>6} {'tokens':>12} {'epochs':>7} {'share':>8}")
     for share in shares:
@@ -202,14 +244,17 @@ def _add_bpe(verbs) -> None:
     parser.add_argument("--vocab-size", type=int, required=True, help="tokens, the 256 bytes and special tokens among them")
     parser.add_argument("--output", required=True, metavar="FILE", help="a tokenizer.json, for --tokenizer-type HuggingFaceTokenizer")
     parser.add_argument("--special-tokens", nargs="+", default=["<|endoftext|>"], metavar="TOKEN")
+    _add_overwrite(parser)
     parser.set_defaults(handler=bpe)
 
 
 def bpe(args: argparse.Namespace) -> int:
     """Train; prints the size of the vocabulary."""
+    from megalith.common.outputs import writing
     from megalith.data.bpe import train_bpe
-    from megalith.data.readers import corpus_texts
+    from megalith.data.readers import corpus_texts, find_inputs
 
-    size = train_bpe(corpus_texts(args.input, args.json_keys), args.vocab_size, args.output, special_tokens=tuple(args.special_tokens))
+    with writing(args.output, inputs=find_inputs(args.input), overwrite=args.overwrite, notice=_notice):
+        size = train_bpe(corpus_texts(args.input, args.json_keys), args.vocab_size, args.output, special_tokens=tuple(args.special_tokens))
     print(f"{args.output}: {size} tokens")
     return 0

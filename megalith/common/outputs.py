@@ -16,20 +16,21 @@ Path = str | os.PathLike
 @contextlib.contextmanager
 def writing(
     output: Path,
-    files: Sequence[Path] = (),
+    files: Sequence[Path] | None = None,
     *,
     inputs: Sequence[Path] = (),
     overwrite: bool = False,
     flag: str = "--output",
     notice: Callable[[str], None] = lambda line: None,
 ) -> Iterator[None]:
-    """Hold the lock of `output` (a file, or the prefix of `files`) in the block that writes it.
+    """Hold the lock of `output` (a file, or what the names of `files` begin with) in the block that writes it.
 
     Raises LockedError while another process writes it, and what `check` raises. What killed writers of it left is removed.
     """
     with locked(output, notice=notice):
-        check(files or [output], inputs=inputs, overwrite=overwrite, flag=flag)
-        for each in {output, *files}:
+        files = [output] if files is None else files
+        check(files, inputs=inputs, overwrite=overwrite, flag=flag)
+        for each in {os.fspath(output), *map(str, files)}:
             sweep(each, notice)
         yield
 

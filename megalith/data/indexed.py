@@ -17,11 +17,11 @@ import concurrent.futures
 import os
 from collections.abc import Iterable
 
-from .indexed_format import best_dtype, resolve_prefix
+from .indexed_format import best_dtype, is_folder, resolve_prefix
 from .indexed_reader import IndexedDataset
 from .indexed_writer import IndexedWriter
 
-__all__ = ["IndexedDataset", "IndexedWriter", "best_dtype", "open_many", "resolve_prefix"]
+__all__ = ["IndexedDataset", "IndexedWriter", "best_dtype", "is_folder", "open_many", "resolve_prefix"]
 
 
 def open_many(prefixes: Iterable[str | os.PathLike], threads: int = 32, **options) -> list[IndexedDataset]:

@@ -39,6 +39,22 @@ def dtype_of_code(code: int, float_codes: str | None, where: str) -> np.dtype:
     return np.dtype(np.float64 if code == 7 and float_codes == "legacy" else DTYPES[code])
 
 
+def is_folder(path: str | os.PathLike) -> bool:
+    """Whether `path` means a folder of datasets: always with a slash at its end, else where no dataset has this prefix.
+
+    Raises DataError where it may mean either, because the folder has datasets too.
+    """
+    path = os.fspath(path)
+    if not os.path.isdir(path) or path.endswith(os.sep) or not any(os.path.isfile(path + suffix) for suffix in (".bin", ".idx")):
+        return os.path.isdir(path)
+    if any(name.endswith(".idx") for _, _, names in os.walk(path) for name in names):
+        raise DataError(
+            f"{path} may mean two things: the dataset {path}.bin, {path}.idx, or the folder {path}{os.sep}, which holds datasets too. "
+            f"Write {path}.bin for the one, {path}{os.sep} for the other."
+        )
+    return False
+
+
 def resolve_prefix(path: str | os.PathLike) -> str:
     """The prefix meant by `path`, which may carry `.bin` or `.idx`. Raises DataError, naming misnamed files where it sees them."""
     path = os.fspath(path)

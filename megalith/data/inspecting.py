@@ -10,6 +10,7 @@ import numpy as np
 
 from megalith.common.errors import DataError
 from megalith.common.files import sha256
+from megalith.data.indexed import is_folder
 from megalith.data.tntidx import TntidxDataset, open_indexed
 from megalith.data.tokenizers import Tokenizer
 
@@ -83,8 +84,8 @@ def document_text(prefix: str, number: int, tokenizer: Tokenizer | None = None, 
 
 
 def prefixes_below(path: str) -> list[str]:
-    """Prefixes of all datasets in a directory and below, sorted; a prefix stands for itself."""
-    if not os.path.isdir(path):
+    """Prefixes of all datasets in a directory and below, sorted; a prefix stands for itself (see `is_folder`)."""
+    if not is_folder(path):
         return [path]
     found = []
     for folder, _, names in os.walk(path):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import pathlib
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from megalith.common.errors import DataError, problem
-from megalith.common.files import atomic_path
+from megalith.common.files import aside, atomic_path
+from megalith.common.locks import locked
 from megalith.data.indexed import IndexedDataset
 from megalith.data.indexed_format import CODES, HEADER, MAGIC
 
@@ -127,30 +129,62 @@ def directory_prefixes(directory: str, output_prefix: str = "") -> list[str]:
             raise DataError(f"{stem}{have} has no partner {'.idx' if have == '.bin' else '.bin'}; a dataset is both files")
     if not stems:
         raise DataError(problem("--input", directory, "it holds no .bin/.idx pair", "Name the directory that preprocess wrote to"))
-    written = re.compile(re.escape(os.path.abspath(output_prefix)) + r"(-\d{4,})?")
-    earlier = sorted(stem for stem in stems if output_prefix and written.fullmatch(os.path.abspath(stem)))
+    written = re.compile(re.escape(os.path.realpath(output_prefix)) + r"(-\d{4,})?")
+    earlier = sorted(stem for stem in stems if output_prefix and written.fullmatch(os.path.realpath(stem)))
     if earlier:
         rule = "it has the name of what is to be written, and its documents would be taken twice"
         raise DataError(problem("--input", earlier[0], rule, "Remove it (.bin and .idx), or write to another directory"))
     return sorted(stems)
 
 
-def split_datasets(prefixes: Sequence[str], output_prefix: str, *, tokens: int = 0, documents: int = 0, size: int = 0) -> list[str]:
+def split_datasets(
+    prefixes: Sequence[str], output_prefix: str, *, tokens: int = 0, documents: int = 0, size: int = 0, overwrite: bool = False
+) -> list[str]:
     """Write the datasets, taken as one, as files `output_prefix-NNNN` of at most so many tokens, documents or bytes; returns the prefixes.
 
-    Documents stay whole: one larger than the limit gets a file of its own.
+    Documents stay whole: one larger than the limit gets a file of its own. All files appear when the last is written.
+    overwrite: put them in the place of those of an earlier split, which else are an error.
     """
     limits = [limit for limit in (tokens, documents, size) if limit]
     if len(limits) != 1 or limits[0] < 0:
         raise DataError(
             problem("--tokens, --documents, --bytes", limits, "exactly one of them, above 0, says how large a file gets", "Give one")
         )
-    if os.path.exists(f"{output_prefix}-0000.idx"):
+    earlier = pieces(output_prefix)
+    if earlier and not overwrite:
         rule = "it is of an earlier split, of which files would be left among the new ones"
-        raise DataError(problem("--output-prefix", f"{output_prefix}-0000", rule, f"Remove {output_prefix}-*, or choose another prefix"))
+        raise DataError(problem("--output-prefix", earlier[0], rule, "Add --overwrite to replace them all, or choose another prefix"))
+    folder = aside(pathlib.Path(output_prefix))
+    try:
+        count = _write_pieces(prefixes, str(folder / "piece"), limits[0], documents=bool(documents), size=bool(size))
+        made = [f"{output_prefix}-{number:04d}" for number in range(count)]
+        for number, prefix in enumerate(made):
+            with locked(prefix):
+                for suffix in (".bin", ".idx"):
+                    os.replace(folder / f"piece-{number:04d}{suffix}", prefix + suffix)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    for file in set(earlier) - {prefix + suffix for prefix in made for suffix in (".bin", ".idx")}:
+        os.unlink(file)
+    return made
+
+
+def pieces(output_prefix: str) -> list[str]:
+    """The files that a split to `output_prefix` made, sorted."""
+    folder, name = os.path.split(output_prefix)
+    made = re.compile(re.escape(name) + r"-\d{4,}\.(bin|idx)")
+    return (
+        sorted(os.path.join(folder, each) for each in os.listdir(folder or ".") if made.fullmatch(each))
+        if os.path.isdir(folder or ".")
+        else []
+    )
+
+
+def _write_pieces(prefixes: Sequence[str], output_prefix: str, limit: int, *, documents: bool, size: bool) -> int:
+    """Write the files of a split; returns how many. limit: documents, bytes (size) or tokens in a file."""
     made: list[str] = []
     spans: list[tuple[str, int, int]] = []
-    left = limits[0]
+    left = limit
 
     def flush() -> None:
         made.append(f"{output_prefix}-{len(made):04d}")
@@ -180,10 +214,12 @@ def split_datasets(prefixes: Sequence[str], output_prefix: str, *, tokens: int =
                 begin = end
             if begin < data.num_documents:
                 flush()
-                left = limits[0]
-    if spans or not made:
-        flush() if spans else write_spans([(prefixes[0], 0, 0)], output_prefix + "-0000")
-    return made or [output_prefix + "-0000"]
+                left = limit
+    if not spans and not made:
+        spans.append((prefixes[0], 0, 0))
+    if spans:
+        flush()
+    return len(made)
 
 
 def _byte_at(data: IndexedDataset, sequence: int) -> int:

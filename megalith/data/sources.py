@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Sequence
 
 from megalith.common.errors import ConfigError, DataError, problem
+from megalith.data.indexed import is_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,7 @@ def sources_of(paths: Sequence[str], flag: str = "--data-path", keep_unused: boo
     keep_unused: also those of weight 0.
     """
     items = [str(path) for path in paths]
-    if len(items) == 1 and os.path.isdir(items[0]):
+    if len(items) == 1 and is_folder(items[0]):
         found = sorted(path.with_suffix("") for path in pathlib.Path(items[0]).glob("[!.]*.idx"))
         if not found:
             raise DataError(problem(flag, items[0], "the directory has no .idx file", "Name a directory of indexed datasets, or a prefix"))
