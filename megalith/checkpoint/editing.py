@@ -10,12 +10,13 @@ import functools
 import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from megalith.checkpoint.folder import new_folder
 from megalith.checkpoint.weights import own, write
 from megalith.common.errors import CheckpointError
 from megalith.config.text import nearest
@@ -36,6 +37,8 @@ def edit(
     iteration: int | None = None,
     vocab_size: int | None = None,
     max_position_embeddings: int | None = None,
+    overwrite: bool = False,
+    notice: Callable[[str], None] = lambda line: None,
 ) -> pathlib.Path:
     """Write a changed copy of the checkpoint at `path` into the new `folder`, and return its path. One process, no group.
 
@@ -45,8 +48,10 @@ def edit(
     vocab_size, max_position_embeddings: the number of rows of the (position) embedding and the head. Rows at the end are
         cut off; new ones are the mean of the old ones, in the optimizer's tensors too, so that a new word starts as an
         average one, with the logit of one. The copy's config says the new size.
+    overwrite: put the copy in the place of what an earlier conversion wrote.
 
-    Raises CheckpointError where `folder` is not empty or something named is not there; the source is never changed.
+    Raises LockedError while another process writes there, CheckpointError where `folder` is not empty or something named is
+    not there; the source is never changed.
     """
     source = own(path)
     facts = {name: {"shape": list(lazy.shape)} for name, lazy in source.tensors.items()}
@@ -56,7 +61,9 @@ def edit(
     rows = _rows(names, facts, sizes)
     tensors = {new: source.tensors[old].then(functools.partial(resize, rows=rows.get(new))) for new, old in names.items()}
     number = source.iteration if iteration is None else iteration
-    return write(replace(source, tensors=tensors, iteration=number, config=source.config.replace(**sizes)), folder)
+    with new_folder(folder, inputs=[path], overwrite=overwrite, notice=notice) as place:
+        made = write(replace(source, tensors=tensors, iteration=number, config=source.config.replace(**sizes)), place)
+    return pathlib.Path(folder) / made.name
 
 
 def resize(tensor: Tensor, rows: int | None) -> Tensor:

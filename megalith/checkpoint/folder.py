@@ -9,17 +9,20 @@ What is not finished has another name, so that a reader never sees half of anyth
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import fnmatch
 import os
 import pathlib
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 from megalith.checkpoint import manifest
 from megalith.common import files
-from megalith.common.errors import CheckpointError
+from megalith.common.errors import CheckpointError, problem
+from megalith.common.locks import locked
 
 POINTER = "latest"
 FINISHED = re.compile(r"iter_(\d{7,})")
@@ -28,13 +31,78 @@ STRANGE = (  # what lies in checkpoints of other programs
     "latest_checkpointed_iteration.txt", "mp_rank_*", "iter_*/mp_rank_*", "release/mp_rank_*", "global_step*", "config.json",
     "*.safetensors", "pytorch_model*.bin", "metadata.json", "iter_*/metadata.json",
 )  # fmt: skip
+CONVERTED = (  # what a conversion writes into its folder
+    "iter_*", "release", POINTER, "latest_checkpointed_iteration.txt", "config.json", "generation_config.json", "*.safetensors",
+    "*.safetensors.index.json", "pytorch_model*", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "*.model", "*.jinja",
+)  # fmt: skip
 ABANDONED = 24 * 3600.0  # seconds after which a writer is taken for dead on a filesystem without locks
 
 
 def check_new(folder: pathlib.Path) -> None:
     """Raise CheckpointError where a conversion's folder is there already and holds something, or is none."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} exists and is not empty; a converted checkpoint goes into a new folder. Name another one.")
+    if os.path.lexists(folder) and (not folder.is_dir() or _content(folder)):
+        raise CheckpointError(
+            f"{folder} exists and is not empty; a converted checkpoint goes into a new folder. Name another one, or add --overwrite."
+        )
+
+
+@contextlib.contextmanager
+def new_folder(
+    folder: str | os.PathLike,
+    *,
+    inputs: Sequence[str | os.PathLike] = (),
+    overwrite: bool = False,
+    notice: Callable[[str], None] = lambda line: None,
+) -> Iterator[pathlib.Path]:
+    """Give a temporary folder that takes the name `folder` when the block ends, and is removed where it fails.
+
+    overwrite: put it in the place of an earlier conversion, and of nothing else. Raises LockedError while another process writes
+    `folder`, CheckpointError where it holds something that stays, or where it holds one of `inputs` or is in it.
+    """
+    folder = pathlib.Path(os.path.realpath(folder))
+    with locked(folder, notice=notice):
+        files.sweep(folder, notice)
+        _check_target(folder, inputs, overwrite)
+        temporary, old = files.aside(folder), files.aside(folder)
+        temporary.mkdir()
+        try:
+            yield temporary
+            if temporary.parent == folder:  # a mount point stays where it is
+                _move(folder, _content(folder), old)
+                _move(temporary, os.listdir(temporary), folder)
+            else:
+                if _content(folder):
+                    os.rename(folder, old)
+                os.rename(temporary, folder)
+            files.fsync_directory(folder.parent)
+        finally:
+            for each in (temporary, old):
+                shutil.rmtree(each, ignore_errors=True)
+
+
+def _check_target(folder: pathlib.Path, inputs: Sequence[str | os.PathLike], overwrite: bool) -> None:
+    for each in map(pathlib.Path, map(os.path.realpath, inputs)):
+        if each == folder or (_content(folder) and (folder in each.parents or each in folder.parents)):
+            rule = f"it is read from {each}, and what is read is never written over"
+            raise CheckpointError(problem("target", str(folder), rule, "Name a new folder"))
+    if not overwrite or not folder.is_dir():
+        check_new(folder)
+    strange = [name for name in _content(folder) if not any(fnmatch.fnmatch(name, pattern) for pattern in CONVERTED)]
+    if strange:
+        rule = "no conversion writes that, and --overwrite replaces an earlier conversion alone"
+        raise CheckpointError(problem(f"{folder}", sorted(strange)[:5], rule, "Name another folder, or move away what it holds"))
+
+
+def _content(folder: pathlib.Path) -> list[str]:
+    """The names in a folder, without those of its lock and of what is being written; [] where there is no folder."""
+    return [name for name in os.listdir(folder) if not name.startswith(f".{folder.name}.")] if folder.is_dir() else []
+
+
+def _move(source: pathlib.Path, names: Sequence[str], target: pathlib.Path) -> None:
+    target.mkdir(exist_ok=True)
+    for name in names:
+        os.rename(source / name, target / name)
 
 
 def folder_name(iteration: int) -> str:

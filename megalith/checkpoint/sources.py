@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import time
 import urllib.error
 import urllib.parse
@@ -17,9 +18,11 @@ from collections.abc import Callable
 
 from megalith.common import files
 from megalith.common.errors import CheckpointError, problem
+from megalith.common.locks import locked
 from megalith.common.units import size as size_text
 
 TRIES, PIECE, PATIENCE = 5, 1 << 20, 60.0  # attempts without progress, bytes at a time, seconds without an answer
+WAIT = "Wait for it: what it fetches is then here"
 Tell = Callable[[str], None]
 
 
@@ -66,16 +69,26 @@ def unpack(path: pathlib.Path, tell: Tell) -> pathlib.Path:
     key = hashlib.sha256(f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns}".encode()).hexdigest()[:16]
     target = cache() / f"{path.stem}-{key}"
     if not target.exists():
-        aside = target.with_name(f".{target.name}.{os.getpid()}")
-        try:
-            with zipfile.ZipFile(path) as archive:
-                archive.extractall(aside)  # names that lead out of the folder are made to stay in it
-        except (zipfile.BadZipFile, OSError) as error:
-            raise CheckpointError(problem(str(path), str(error), "it must be a whole zip archive", "Copy or download it again")) from None
-        aside.rename(target)
-        tell(f"{path} is unpacked in {target}")
+        with locked(target, cure=WAIT, notice=tell):
+            if not target.exists():
+                _extract(path, target, tell)
     inside = list(target.iterdir())
     return inside[0] if len(inside) == 1 and inside[0].is_dir() and not re.match(r"iter_|release|mp_rank", inside[0].name) else target
+
+
+def _extract(path: pathlib.Path, target: pathlib.Path, tell: Tell) -> None:
+    files.sweep(target, tell)
+    aside = files.aside(target)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            archive.extractall(aside)  # names that lead out of the folder are made to stay in it
+        aside.rename(target)
+    except (zipfile.BadZipFile, OSError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if getattr(error, "errno", None) is not None:  # the disk's fault, not the archive's
+            raise
+        raise CheckpointError(problem(str(path), str(error), "it must be a whole zip archive", "Copy or download it again")) from None
+    tell(f"{path} is unpacked in {target}")
 
 
 def download(url: str, folder: pathlib.Path, tell: Tell) -> pathlib.Path:
@@ -83,6 +96,11 @@ def download(url: str, folder: pathlib.Path, tell: Tell) -> pathlib.Path:
 
     The part that is there is download.part; its facts (the server's mark of the file's version) are in download.json.
     """
+    with locked(folder, cure=WAIT, notice=tell):
+        return _download(url, folder, tell)
+
+
+def _download(url: str, folder: pathlib.Path, tell: Tell) -> pathlib.Path:
     folder.mkdir(parents=True, exist_ok=True)
     done = [each for each in folder.iterdir() if each.name not in ("download.part", "download.json")]
     if done:

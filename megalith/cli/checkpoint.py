@@ -56,6 +56,7 @@ def register(subparsers: Any) -> None:
     one.add_argument("--iteration", type=int, metavar="N", help="iteration of the copy")
     one.add_argument("--vocab-size", type=int, metavar="N", help="rows of embedding and head; new rows are the mean of the old ones")
     one.add_argument("--max-position-embeddings", type=int, metavar="N", help="rows of the position embedding; new rows as above")
+    one.add_argument("--overwrite", action="store_true", help="replace what an earlier conversion wrote into FOLDER")
     one.set_defaults(handler=edit)
     checkpoint_convert.register(verbs)
 
@@ -104,7 +105,7 @@ def edit(args: argparse.Namespace) -> int:
     path = folder.find(args.path, args.ckpt_step)
     copy = write_edited(
         path, args.target, rename={old: new for old, _, new in pairs}, drop=args.drop, iteration=args.iteration,
-        vocab_size=args.vocab_size, max_position_embeddings=args.max_position_embeddings,
+        vocab_size=args.vocab_size, max_position_embeddings=args.max_position_embeddings, overwrite=args.overwrite, notice=print,
     )  # fmt: skip
     print(copy)
     return 0

@@ -60,6 +60,7 @@ COMMON = (
          help="which half of a fused gated MLP is the gate (default: auto)"),
     Flag("--tokenizer", {"tokenizer": VALUE}, help="folder with tokenizer files that go along (default: the source's)"),
     Flag("--with-optimizer", {"with_optimizer": True}, 0, help="the optimizer's state too, where both formats can hold it"),
+    Flag("--overwrite", {"overwrite": True}, 0, help="replace what an earlier conversion wrote into FOLDER"),
     Flag("--sha256", {"sha256": VALUE}, help="checksum that a downloaded source must have"),
     Flag("--verify", {"verify": True}, 0, help="compare logits with transformers' model (needs transformers)"),
     Flag("--print-structure", {"print_structure": True}, 0, help="print names, shapes and dtypes of the tensors"),
@@ -140,7 +141,7 @@ def run(verb: str, args: argparse.Namespace) -> int:
         to = "megatron"  # transformers' converter goes there unless told otherwise
     if to is None:
         problems.append(problem("--to", None, "an export has a format", "Write --to huggingface, or --to megatron"))
-    told = {name: values.pop(name) for name in ("from", "sha256", "verify", "print_structure") if name in values}
+    told = {name: values.pop(name) for name in ("from", "overwrite", "sha256", "verify", "print_structure") if name in values}
     options = _options(values, verb, problems)
     if told.get("verify") and (fault := lacking("transformers", "--verify")):
         problems.append(fault)
@@ -158,7 +159,9 @@ def run(verb: str, args: argparse.Namespace) -> int:
     source, folder = sources.local(words[0], sha256=told.get("sha256")), pathlib.Path(words[1])
     if verb == "reshape":
         conversion.check_reshape(source, told.get("from"))
-    weights = conversion.convert(source, folder, to=to, format=told.get("from"), options=Options(**options))
+    weights = conversion.convert(
+        source, folder, to=to, format=told.get("from"), options=Options(**options), overwrite="overwrite" in told, notice=print
+    )
     written = {name: lazy for name, lazy in weights.tensors.items() if all_written or name.startswith("model/")}
     if told.get("print_structure"):
         for name, lazy in written.items():

@@ -8,6 +8,8 @@ import pathlib
 from megalith import recipes
 from megalith.common.errors import ConfigError
 from megalith.common.files import write_text
+from megalith.common.outputs import check as check_output
+from megalith.common.outputs import writing
 from megalith.config.checks import check
 from megalith.config.loading import complete, from_yaml, to_yaml
 from megalith.config.loading_values import convert, fields
@@ -32,7 +34,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         epilog=EXAMPLE,
     )
     parser.add_argument("--output", default="run.yaml", metavar="FILE", help="file to write (default run.yaml)")
-    parser.add_argument("--force", action="store_true", help="replace the file if it exists")
+    parser.add_argument("--force", "--overwrite", action="store_true", help="replace the file if it exists")
     parser.set_defaults(handler=ask_and_write)
 
 
@@ -41,6 +43,7 @@ def ask_and_write(args: argparse.Namespace) -> int:
     output = pathlib.Path(args.output)
     if output.exists() and not args.force:
         raise ConfigError(f"--output: {output} exists already. Name another file, or add --force to replace it.")
+    check_output([output], overwrite=True)
     name = _recipe()
     text = recipes.text(name)
     config = from_yaml(text, f"recipe {name}")
@@ -53,7 +56,8 @@ def ask_and_write(args: argparse.Namespace) -> int:
     values = {field: value for field, value in config.flat().items() if value != fields()[field].default}
     config = complete(values, [])
     check(config, processes)
-    write_text(output, to_yaml(config, changed_only=True))
+    with writing(output, overwrite=args.force):
+        write_text(output, to_yaml(config, changed_only=True))
     start = "megalith" if processes == 1 else f"torchrun --nproc-per-node {processes} -m megalith"
     print(f"\nwrote {output}; next:\n  {start} pretrain gpt --config {output}")
     return 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import json
 import pathlib
 import sys
@@ -11,6 +13,7 @@ from typing import Any
 
 from megalith.common.errors import ConfigError, DataError, problem
 from megalith.common.files import write_text
+from megalith.common.outputs import writing
 
 EXAMPLE = """\
 examples:
@@ -67,11 +70,19 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         "--stream", action=argparse.BooleanOptionalAction, help="show text as it is written (default: where there is one text)"
     )
     parser.add_argument("--out-file", metavar="FILE", help="write the results there, a JSON object a line, instead of showing them")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file of --out-file if it exists")
     parser.set_defaults(handler=generate)
 
 
 def generate(args: argparse.Namespace) -> int:
     """Load, write, show; the exit status."""
+    out, notice = args.out_file, functools.partial(print, file=sys.stderr, flush=True)
+    inputs = [args.prompt_file] if args.prompt_file else []
+    with writing(out, inputs=inputs, overwrite=args.overwrite, flag="--out-file", notice=notice) if out else contextlib.nullcontext():
+        return _generate(args)
+
+
+def _generate(args: argparse.Namespace) -> int:
     prompts = read_prompts(args)
     drawn = args.greedy or args.top_k or args.top_p or args.top_p_decay or args.stop or args.ignore_eod or args.temperature != 1.0
     if args.beam_width is not None and drawn:

@@ -20,8 +20,31 @@ from megalith import __version__
 from megalith.common.errors import ConfigError, MegalithError
 from megalith.config.text import unknown
 
-# What a disk or a path can be the cause of; other errors of the system are bugs or of the network, and keep their traceback.
-OF_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+ELSEWHERE = "Free space or correct the path, and give the same command again; what was finished is kept"
+WRONG_PATH = "Correct the path, or make what it leads through"
+NO_FILE = "Nothing can be read or written there: name an ordinary file"
+NO_RIGHT = "Ask its owner for the right to read or write there, or name another place"
+# What a disk or a path can be the cause of, and the cure; other errors of the system are bugs, and keep their traceback.
+CURES = {
+    errno.ENOSPC: ELSEWHERE, errno.EDQUOT: ELSEWHERE,
+    errno.EFBIG: "This disk or `ulimit -f` allows no file so large: raise the limit, or name a place on another disk",
+    errno.EROFS: "This place can only be read: name another one",
+    errno.EACCES: NO_RIGHT, errno.EPERM: NO_RIGHT,
+    errno.ENOENT: WRONG_PATH,
+    errno.ENOTDIR: "A file stands where the path needs a folder: correct the path",
+    errno.EEXIST: "Something of that name is in the way: correct the path, or move it away",
+    errno.ENOTEMPTY: "The folder holds something: correct the path, or move it away",
+    errno.EISDIR: "This is a folder, and a file is needed: correct the path",
+    errno.ENAMETOOLONG: "The name is longer than this disk allows: choose a shorter one",
+    errno.ELOOP: "Links lead in a circle: correct the path, or remove the link",
+    errno.EMFILE: "Too many files are open in this process: raise `ulimit -n`",
+    errno.ENFILE: "Too many files are open on this machine: end something, or ask for a higher limit",
+    errno.EBUSY: "Something else uses it: wait for it, or name another place",
+    errno.EXDEV: "It would have to move to another disk: name a place on one disk",
+    errno.EIO: "The disk or the network file system failed: look into the system's log, and name a place on another disk",
+    errno.ESTALE: "The network file system lost it: mount it anew, and give the same command again",
+    errno.ENODEV: NO_FILE, errno.ENXIO: NO_FILE,
+}  # fmt: skip
 SUMMARY = "Large transformers, trained and converted in any parallel layout, from raw text to generated text."
 VERBS = {  # verb -> one line; the module is megalith.cli.VERB, with register(subparsers) that sets a default `handler`
     "demo": "corpus to trained model to text, on what every machine has",
@@ -104,12 +127,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):  # `megalith ... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
-        if error.errno not in OF_FILES:
+        if error.errno not in CURES or isinstance(error, ConnectionError):
             raise
-        print(
-            f"megalith: {error}. Free space or correct the path, and give the same command again; what was finished is kept.",
-            file=sys.stderr,
-        )
+        print(f"megalith: {error}. {CURES[error.errno]}.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("megalith: interrupted", file=sys.stderr)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megalith.checkpoint import formats, huggingface, huggingface_files
-from megalith.checkpoint.folder import check_new
+from megalith.checkpoint.folder import new_folder
 from megalith.checkpoint.formats import FORMATS, Options
 from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError, ConfigError, problem
@@ -20,20 +21,32 @@ from megalith.common.extras import require
 TOLERANCE = 1e-4  # of the largest logit: sums in another order differ by less, a wrong name or layout by 1
 
 
-def convert(source: pathlib.Path, folder: pathlib.Path, *, to: str, format: str | None = None, options: Options | None = None) -> Weights:
+def convert(
+    source: pathlib.Path,
+    folder: pathlib.Path,
+    *,
+    to: str,
+    format: str | None = None,
+    options: Options | None = None,
+    overwrite: bool = False,
+    notice: Callable[[str], None] = lambda line: None,
+) -> Weights:
     """Write what is at `source` (in `format`, or the one recognised) into the new `folder` in the format `to`; what was read.
 
-    Tensor by tensor. Raises CheckpointError where the source is damaged or incomplete, or the target cannot hold it.
+    Tensor by tensor; the folder appears when it is whole. overwrite: also in the place of an earlier conversion.
+    Raises CheckpointError where the source is damaged or incomplete, or the target cannot hold it, LockedError while another
+    process writes there.
     """
     options = options or Options()
-    check_new(folder)
     found = FORMATS.find(to)
     if found.write is None:
         raise ConfigError(problem("--to", to, "this format is only read", f"Write --to {', '.join(n for n in FORMATS if n != to)}"))
-    weights = formats.read(source, format, options)
-    if options.dtype and to == "megalith":
-        weights = cast(weights, getattr(torch, options.dtype))
-    found.write(weights, folder, options)
+    inputs = [source, *([options.tokenizer] if options.tokenizer else [])]
+    with new_folder(folder, inputs=inputs, overwrite=overwrite, notice=notice) as place:
+        weights = formats.read(source, format, options)
+        if options.dtype and to == "megalith":
+            weights = cast(weights, getattr(torch, options.dtype))
+        found.write(weights, place, options)
     return weights
 
 

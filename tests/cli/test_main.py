@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import os
 import subprocess
 import sys
 import types
@@ -86,6 +87,26 @@ def test_errors_become_messages_and_statuses(verb, capsys, error, status, messag
     verb(handler)
     assert run("try") == status
     assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize(
+    ("number", "cure"),
+    [
+        (errno.ENOSPC, "Free space"), (errno.EDQUOT, "Free space"), (errno.ENOENT, "Correct the path"), (errno.EACCES, "Ask its owner"),
+        (errno.EROFS, "can only be read"), (errno.ENOTDIR, "needs a folder"), (errno.EISDIR, "a file is needed"), (errno.EEXIST, "in the way"),
+        (errno.EFBIG, "raise the limit"), (errno.EMFILE, "ulimit -n"), (errno.ENAMETOOLONG, "shorter"), (errno.EIO, "failed"),
+    ],
+)  # fmt: skip
+def test_an_error_of_the_system_has_its_own_cure(verb, capsys, number, cure):
+    """Free space was advised for a missing folder."""
+
+    def handler(args):
+        raise OSError(number, os.strerror(number), "x.bin")
+
+    verb(handler)
+    assert run("try") == 1
+    told = capsys.readouterr().err
+    assert cure in told and "'x.bin'" in told and ("Free space" in told) == (number in (errno.ENOSPC, errno.EDQUOT))
 
 
 def test_every_rank_says_what_is_wrong(verb, capsys, monkeypatch):

@@ -101,7 +101,10 @@ def test_command_with_files(run, tmp_path: pathlib.Path, capsys: pytest.CaptureF
     lines.write_text('{"prompt": "Once"}\n"Zürich"\n', encoding="utf-8")
     expected = megalith.generate(model, ["Once", "Zürich"], temperature=0, max_new_tokens=12)
     for file in (plain, lines):
-        assert command("--load", folder, "--prompt-file", file, "--greedy", "--out-file", out) == 0
+        assert (
+            command("--load", folder, "--prompt-file", file, "--greedy", "--out-file", out, *(["--overwrite"] if file is lines else []))
+            == 0
+        )
         records = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
         assert [one["prompt"] + one["continuation"] for one in records] == expected
         assert {one["finish"] for one in records} <= {"stop", "length"} and str(out) in capsys.readouterr().out
