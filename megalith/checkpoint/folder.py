@@ -36,6 +36,7 @@ CONVERTED = (  # what a conversion writes into its folder
     "*.safetensors.index.json", "pytorch_model*", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json",
     "*.model", "*.jinja",
 )  # fmt: skip
+LAST = (POINTER, "latest_checkpointed_iteration.txt", "config.json")  # without these nobody takes a folder for a whole one
 ABANDONED = 24 * 3600.0  # seconds after which a writer is taken for dead on a filesystem without locks
 
 
@@ -55,29 +56,29 @@ def new_folder(
     overwrite: bool = False,
     notice: Callable[[str], None] = lambda line: None,
 ) -> Iterator[pathlib.Path]:
-    """Give a temporary folder that takes the name `folder` when the block ends, and is removed where it fails.
+    """Give a temporary folder whose content is moved into `folder` when the block ends, and removed where it fails.
 
     overwrite: put it in the place of an earlier conversion, and of nothing else. Raises LockedError while another process writes
     `folder`, CheckpointError where it holds something that stays, or where it holds one of `inputs` or is in it.
     """
     folder = pathlib.Path(os.path.realpath(folder))
-    with locked(folder, notice=notice):
-        files.sweep(folder, notice)
+    if not folder.is_dir():
+        check_new(folder)
+    with locked(folder, inside=True, notice=notice):  # the lock that a run takes of its folders
+        new, old = folder / "new", folder / "old"
+        for each in (new, old):
+            files.sweep(each, notice)
         _check_target(folder, inputs, overwrite)
-        temporary, old = files.aside(folder), files.aside(folder)
-        temporary.mkdir()
+        new, old = files.aside(new), files.aside(old)
         try:
-            yield temporary
-            if temporary.parent == folder:  # a mount point stays where it is
-                _move(folder, _content(folder), old)
-                _move(temporary, os.listdir(temporary), folder)
-            else:
-                if _content(folder):
-                    os.rename(folder, old)
-                os.rename(temporary, folder)
-            files.fsync_directory(folder.parent)
+            for each in (new, old):
+                each.mkdir()
+            yield new
+            _move(folder, _content(folder), old)
+            _move(new, sorted(os.listdir(new), key=lambda name: name in LAST), folder)
+            files.fsync_directory(folder)
         finally:
-            for each in (temporary, old):
+            for each in (new, old):
                 shutil.rmtree(each, ignore_errors=True)
 
 
@@ -86,7 +87,7 @@ def _check_target(folder: pathlib.Path, inputs: Sequence[str | os.PathLike], ove
         if each == folder or (_content(folder) and (folder in each.parents or each in folder.parents)):
             rule = f"it is read from {each}, and what is read is never written over"
             raise CheckpointError(problem("target", str(folder), rule, "Name a new folder"))
-    if not overwrite or not folder.is_dir():
+    if not overwrite:
         check_new(folder)
     strange = [name for name in _content(folder) if not any(fnmatch.fnmatch(name, pattern) for pattern in CONVERTED)]
     if strange:
@@ -95,12 +96,11 @@ def _check_target(folder: pathlib.Path, inputs: Sequence[str | os.PathLike], ove
 
 
 def _content(folder: pathlib.Path) -> list[str]:
-    """The names in a folder, without those of its lock and of what is being written; [] where there is no folder."""
-    return [name for name in os.listdir(folder) if not name.startswith(f".{folder.name}.")] if folder.is_dir() else []
+    """The names in a folder, without those of a lock and of what is being written; [] where there is no folder."""
+    return [name for name in os.listdir(folder) if not name.startswith((".lock", ".new.", ".old."))] if folder.is_dir() else []
 
 
 def _move(source: pathlib.Path, names: Sequence[str], target: pathlib.Path) -> None:
-    target.mkdir(exist_ok=True)
     for name in names:
         os.rename(source / name, target / name)
 

@@ -20,15 +20,9 @@ def fsync_directory(directory: str | os.PathLike) -> None:
         os.close(descriptor)
 
 
-def beside(target: pathlib.Path, ending: str) -> pathlib.Path:
-    """`.NAME.ending` beside `target`; in it, where it is a mount point or lies in a folder that cannot be written to."""
-    inside = target.is_dir() and (target.is_mount() or not os.access(target.parent, os.W_OK))
-    return (target if inside else target.parent) / f".{target.name}.{ending}"
-
-
 def aside(target: pathlib.Path) -> pathlib.Path:
     """A name beside `target` that nobody else has, under which it is written."""
-    return beside(target, f"{os.getpid()}.{os.urandom(4).hex()}.tmp")
+    return target.with_name(f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
 
 
 def sweep(target: str | os.PathLike, notice: Callable[[str], None] = lambda line: None) -> None:
@@ -38,9 +32,8 @@ def sweep(target: str | os.PathLike, notice: Callable[[str], None] = lambda line
     or container has its own.
     """
     target = pathlib.Path(target)
-    home = beside(target, "").parent
     left = re.compile(rf"\.{re.escape(target.name)}\.\d+\.[0-9a-f]{{8}}\.tmp(\.bin|\.idx)?")
-    for path in [home / name for name in os.listdir(home) if left.fullmatch(name)]:
+    for path in [target.with_name(name) for name in os.listdir(target.parent) if left.fullmatch(name)]:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         notice(f"{path} is removed: a writer that was killed left it")
 

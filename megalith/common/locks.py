@@ -19,7 +19,6 @@ import threading
 from collections.abc import Callable, Iterator
 
 from megalith.common.errors import MegalithError
-from megalith.common.files import beside
 
 HEARTBEAT = 10.0  # seconds between two touches
 STALE = 90.0  # seconds without a touch after which a holder on another machine is taken for dead
@@ -45,12 +44,8 @@ def locked(
     process, since when) and leaves everything as it is. A second lock of one output is refused within a process too.
     """
     output = pathlib.Path(os.path.realpath(output))  # one output has one lock, however it is spelled
-<<<<<<< HEAD
     path = output / ".lock" if inside else output.with_name(f".{output.name}.lock")
     made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()] if inside else []
-=======
-    path = beside(output, "lock")
->>>>>>> e07c92d (10.14, 10.1, 10.20: every verb that writes locks its output, replaces nothing without --overwrite and is whole or not there)
     path.parent.mkdir(parents=True, exist_ok=True)
     owner = _describe()
     _acquire(path, owner, output, cure, notice)

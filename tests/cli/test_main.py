@@ -93,7 +93,8 @@ def test_errors_become_messages_and_statuses(verb, capsys, error, status, messag
     ("number", "cure"),
     [
         (errno.ENOSPC, "Free space"), (errno.EDQUOT, "Free space"), (errno.ENOENT, "Correct the path"), (errno.EACCES, "Ask its owner"),
-        (errno.EROFS, "can only be read"), (errno.ENOTDIR, "needs a folder"), (errno.EISDIR, "a file is needed"), (errno.EEXIST, "in the way"),
+        (errno.EROFS, "can only be read"), (errno.ENOTDIR, "needs a folder"), (errno.EISDIR, "a file is needed"),
+        (errno.EEXIST, "in the way"),
         (errno.EFBIG, "raise the limit"), (errno.EMFILE, "ulimit -n"), (errno.ENAMETOOLONG, "shorter"), (errno.EIO, "failed"),
     ],
 )  # fmt: skip
