@@ -9,15 +9,18 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from megalith.checkpoint import huggingface_tokenizer as tokenizer
 from megalith.checkpoint import weights as own_format
 from megalith.checkpoint.folder import iterations
 from megalith.checkpoint.manifest import NAME as MANIFEST
 from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError, problem
 from megalith.common.registry import Registry
+
+QKV_LAYOUTS, SWIGLU_ORDERS = ("auto", "grouped", "thirds", "interleaved"), ("auto", "gate-first", "gate-second")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,4 +108,9 @@ def recognise(path: str | os.PathLike) -> str:
 
 def read(path: str | os.PathLike, format: str | None = None, options: Options | None = None) -> Weights:
     """The weights at `path`, in `format` or the one recognised."""
-    return FORMATS.find(format or recognise(path)).read(pathlib.Path(path), options or Options())
+    options = options or Options()
+    weights = FORMATS.find(format or recognise(path)).read(pathlib.Path(path), options)
+    if options.tokenizer is None:
+        return weights
+    others = {name: file for name, file in weights.files.items() if not name.startswith(tokenizer.HERE)}
+    return replace(weights, files=others | tokenizer.found_in(options.tokenizer))

@@ -15,8 +15,9 @@ import torch
 from megalith.checkpoint import huggingface_files as files
 from megalith.checkpoint import huggingface_tokenizer as tokenizer
 from megalith.checkpoint.formats import Format, Options
-from megalith.checkpoint.huggingface_families import FAMILIES, Family, form
-from megalith.checkpoint.lazy import Lazy, join
+from megalith.checkpoint.huggingface_families import FAMILIES, TAKE, Family, form
+from megalith.checkpoint.huggingface_tied import settle
+from megalith.checkpoint.lazy import Lazy, check_range, join
 from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError, ConfigError, problem
 from megalith.common.files import write_text
@@ -29,7 +30,9 @@ KEPT = "huggingface/"  # where a checkpoint of ours keeps config.json and genera
 
 
 def recognises(path: pathlib.Path) -> bool:
-    """A folder with a config.json that says which model it is."""
+    """A folder with a config.json that says which model it is, or an adapter's, which `read` refuses by name."""
+    if (path / files.ADAPTER).is_file():
+        return True
     return (path / CONFIG).is_file() and bool({"model_type", "architectures"} & files.read_json(path / CONFIG).keys())
 
 
@@ -45,14 +48,23 @@ def family_of(given: Mapping[str, Any], where: pathlib.Path) -> tuple[str, Famil
 
 def read(path: pathlib.Path, options: Options) -> Weights:
     """The weights of a folder, tensors unread, in the dtype they are stored in."""
+    if not (path / CONFIG).is_file():  # an adapter alone
+        files.weight_files(path)
     given = files.read_json(path / CONFIG)
     _, family = family_of(given, path / CONFIG)
     if quantization := given.get("quantization_config"):
         raise _quantized(path, quantization.get("quant_method", quantization))
-    values = family.to_ours(given, str(path / CONFIG))
+    stored, beside = files.read_tensors(path, given.get("transformers_weights"))
     # Models that came from TensorFlow call a norm's parameters gamma and beta; transformers renames them too.
-    found = {re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", n)): t for n, t in files.tensors(files.weight_files(path)).items()}
+    found = {re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name)): tensor for name, tensor in stored.items()}
+    if len(found) < len(stored):
+        rule = "a norm's parameters are called weight and bias, or gamma and beta in files that came from TensorFlow"
+        both = [name for name in stored if re.search(r"\.(gamma|beta)$", name)]
+        raise CheckpointError(problem(f"{path}: weights", both[:6], f"{rule}, and here both are there", "Copy all files of one version"))
+    values = family.to_ours(given, str(path / CONFIG))
     values |= family.of_tensors(found)
+    found, untied, ties = settle(found, family, {**values, **options.overrides})
+    values |= untied
     dtypes = {lazy.dtype for lazy in found.values()}
     values |= {"seq_length": values.get("max_position_embeddings"), "bf16": torch.bfloat16 in dtypes}
     config = RunConfig().replace(**{**values, **options.overrides})
@@ -60,7 +72,7 @@ def read(path: pathlib.Path, options: Options) -> Weights:
     tensors, notes = _ours(found, family, config.model, path, family.heads(given))
     if "dynamic" in str(given.get("rope_parameters") or given.get("rope_scaling")):
         notes += ("rope_type dynamic is left out: it acts beyond max_position_embeddings alone, where no sequence here goes",)
-    notes = told + notes
+    notes = (*beside, *ties, *told, *notes)
     kept = {f"{KEPT}{name}": path / name for name in (CONFIG, GENERATION) if (path / name).is_file()}
     return Weights(config=config, tensors=tensors, files={**kept, **tokenizer.found_in(options.tokenizer or path)}, notes=notes)
 
@@ -150,11 +162,15 @@ def write(weights: Weights, folder: pathlib.Path, options: Options) -> None:
     """Write a folder that `from_pretrained` reads: tensors in shards, config.json, generation_config.json, tokenizer files."""
     model = weights.config.model
     name, family = choose(weights, options)
+    if options.dtype:
+        check_range({each: lazy for each, lazy in weights.tensors.items() if each.startswith("model/")}, getattr(torch, options.dtype))
     made: dict[str, Lazy] = {}
     for rule, theirs, ours in rules(family, model):
         parts = [weights.tensors[f"model/{each}"] for each in ours]
         parts = [each.to(getattr(torch, options.dtype)) for each in parts] if options.dtype else parts
         made[theirs] = join(parts, functools.partial(_together, rule.form, model))
+    if model.untie_embeddings_and_output_weights:  # transformers then unties all
+        made |= {copy: made[each.original] for copy, each in family.copies.items() if each.differing == TAKE and each.original in made}
     folder.mkdir(parents=True, exist_ok=True)
     dtype = max((lazy.dtype for lazy in made.values()), key=lambda each: each.itemsize)
     made |= {name: lazy.to(dtype) for name, lazy in family.added(model).items()}

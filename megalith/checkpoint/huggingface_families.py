@@ -77,7 +77,7 @@ class Rule(NamedTuple):
     """Modules of theirs and of ours with the same weight and bias; `*` is the number of a layer.
 
     ours: several, where one tensor of theirs is several of ours. when: which models have it under this name.
-    stack: encoder or decoder, whose layers theirs counts from 0 each.
+    stack: encoder or decoder, whose layers theirs counts from 0 each. kinds: which of weight and bias it is about.
     """
 
     theirs: str
@@ -85,12 +85,13 @@ class Rule(NamedTuple):
     form: Form = SAME
     when: Callable[[ModelConfig], bool] = lambda model: True
     stack: str | None = None
+    kinds: str = "weight|bias"
 
     def pairs(self, shapes: Shapes, model: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
         """(their tensor, our tensors) for each that the model, with these shapes, has."""
         layers = {"encoder": range(model.num_layers or 0), "decoder": range(model.num_layers or 0, model.all_layers)}.get(self.stack or "")
         ours = (self.ours,) if isinstance(self.ours, str) else self.ours
-        pattern = re.compile(re.escape(ours[0]).replace(r"\*", r"(\d+)") + r"\.(weight|bias)")
+        pattern = re.compile(re.escape(ours[0]).replace(r"\*", r"(\d+)") + rf"\.({self.kinds})")
         for name in shapes:
             if match := pattern.fullmatch(name):
                 *number, kind = match.groups()
@@ -112,6 +113,19 @@ class Setting(NamedTuple):
     default: Any = REQUIRED
 
 
+UNTIE, TAKE, REFUSE = "untie", "take", "refuse"
+
+
+class Copy(NamedTuple):
+    """What a tensor of theirs is a copy of where config.json ties them.
+
+    differing: of two that differ: UNTIE (a head of its own), TAKE (the copy, with which theirs computes), REFUSE.
+    """
+
+    original: str
+    differing: str = UNTIE
+
+
 def _nothing(given: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
@@ -129,6 +143,7 @@ class Family:
     heads(config.json): beginnings of names of the heads that a folder of its class lacks (an encoder alone, a classifier).
     adapt(tensors, model): their tensors changed for a model that lacks some of them, and what to tell of it.
     added(model): tensors of theirs that a model without them does not need.
+    copies: {their tensor: what it is a copy of}, as transformers' _tied_weights_keys; see huggingface_tied.py.
     names: see Rule. surplus: patterns of their tensors that are no weights (masks, inverse frequencies).
     """
 
@@ -145,6 +160,7 @@ class Family:
     heads: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda given: ()
     adapt: Callable[[dict[str, Lazy], ModelConfig], tuple[dict[str, Lazy], tuple[str, ...]]] = lambda tensors, model: (tensors, ())
     added: Callable[[ModelConfig], dict[str, Lazy]] = lambda model: {}
+    copies: Mapping[str, Copy] = field(default_factory=dict)
     names: tuple[Rule, ...]
     surplus: tuple[str, ...] = ()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import pathlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,28 +21,98 @@ from megalith.common.errors import CheckpointError, problem
 from megalith.common.files import atomic_path, write_text
 
 NAMES = ("model.safetensors", "pytorch_model.bin")  # in the order in which they are looked for
+INDEX = ".index.json"
+WEIGHTS = re.compile(r".*\.(safetensors|bin|pth|h5|msgpack|gguf|ot|ckpt)|.*\.(safetensors|bin)\.index\.json")
+NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|random_states|rng_state)\b.*")  # a trainer's own
+ADAPTER = "adapter_config.json"
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16",
           "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}  # fmt: skip
 
 
-def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The files with tensors. Raises CheckpointError where there are none, or where one that the index names is missing."""
+def weight_files(folder: pathlib.Path, named: str | None = None) -> list[pathlib.Path]:
+    """The files with tensors that transformers reads: of safetensors, then of torch, the single file before the shards of an index.
+
+    named: the file or index that config.json names (`transformers_weights`). Raises CheckpointError where there are none, where one
+    that the index names is missing, or where the weights are those of an adapter, which change another model's.
+    """
+    chosen = _chosen(folder, named)
+    if not chosen.name.endswith(INDEX):
+        return [chosen]
+    files = [folder / each for each in sorted(set(weight_map(chosen).values()))]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing or not files:
+        rule = f"{chosen.name} names {len(files)} files and all are needed"
+        raise CheckpointError(problem(f"{folder}: missing shards", missing, rule, "Copy or download these files as well"))
+    return files
+
+
+def _chosen(folder: pathlib.Path, named: str | None) -> pathlib.Path:
+    """The single file, or the index of shards, that transformers reads."""
+    if (folder / ADAPTER).exists():
+        rule = "an adapter's weights change those of another model, and transformers applies them when it reads this folder"
+        cure = f"Merge them (merge_and_unload() in peft) and convert what it saves; without the adapter, move {ADAPTER} elsewhere"
+        raise CheckpointError(problem(f"{folder}: weights", ADAPTER, rule, cure))
+    if named is not None:
+        if pathlib.PurePath(named).name != named or not (folder / named).is_file():
+            rule = "config.json names under transformers_weights the file in its folder that has the weights"
+            raise CheckpointError(problem(f"{folder}: transformers_weights", named, rule, "Copy it as well, or correct config.json"))
+        return folder / named
     for name in NAMES:
-        index = folder / f"{name}.index.json"
-        if index.exists():
-            table = read_json(index).get("weight_map", {})
-            files = [folder / each for each in sorted(set(table.values()))]
-            missing = [file.name for file in files if not file.is_file()]
-            if missing or not files:
-                rule = f"{index.name} names {len(files)} files and all are needed"
-                raise CheckpointError(problem(f"{folder}: missing shards", missing, rule, "Copy or download these files as well"))
-            return files
-        if (folder / name).exists():
-            return [folder / name]
-    raise CheckpointError(
-        problem(f"{folder}: weights", sorted(each.name for each in folder.iterdir())[:12],
-                f"a Hugging Face folder has {NAMES[0]} or {NAMES[1]}, or shards with an index", "Copy or download them as well")
-    )  # fmt: skip
+        for each in (folder / name, folder / f"{name}{INDEX}"):
+            if each.is_file():
+                return each
+    there = sorted(each.name for each in folder.iterdir())
+    others = [name for name in there if WEIGHTS.fullmatch(name) and not NO_WEIGHTS.fullmatch(name)]
+    cure = "Copy or download them as well"
+    if variants := [name for name in others if re.fullmatch(r"(model|pytorch_model)\..+", name)]:
+        cure = f"Give {variants[0]} that name where it is what you mean; transformers too reads it only if its variant is named"
+    rule = f"a Hugging Face folder has {NAMES[0]} or {NAMES[1]}, or shards with an index"
+    raise CheckpointError(problem(f"{folder}: weights", (others or there)[:12], rule, cure))
+
+
+def weight_map(index: pathlib.Path) -> dict[str, str]:
+    """{tensor: file} of an index. Raises CheckpointError where it has none."""
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(each, str) and each for each in table.values()):
+        rule = "it maps names of tensors to names of files"
+        raise CheckpointError(problem(f"{index}: weight_map", str(table)[:80], rule, "Copy or download it again"))
+    return table
+
+
+def read_tensors(folder: pathlib.Path, named: str | None = None) -> tuple[dict[str, Lazy], list[str]]:
+    """{their name: Lazy} of a folder, and what to tell: other files of weights in it, and where an index and its files differ.
+
+    Raises CheckpointError as weight_files, and where one name has different tensors in two of the files.
+    """
+    taken, notes = weight_files(folder, named), list[str]()
+    chosen = _chosen(folder, named)
+    names = {each.name for each in taken} | {chosen.name}
+    others = sorted(e.name for e in folder.iterdir() if WEIGHTS.fullmatch(e.name) and not NO_WEIGHTS.fullmatch(e.name))
+    if left := [name for name in others if name not in names]:
+        notes.append(f"weights are read from {chosen.name}, as transformers does, and not from {', '.join(left)} beside it")
+    said = weight_map(chosen) if chosen.name.endswith(INDEX) else {}
+    found, places = dict[str, Lazy](), dict[str, str]()
+    for file in taken:
+        for name, tensor in tensors([file]).items():
+            if name in found and not same(found[name], tensor):
+                rule = f"one tensor has one value, and {chosen.name} says that it is in {said.get(name)}"
+                cure = "Copy all shards again, of one version"
+                raise CheckpointError(problem(f"{folder}: {name}", f"{places[name]} and {file.name} that differ in it", rule, cure))
+            found[name], places[name] = tensor, file.name
+    if wrong := sorted(name for name, file in said.items() if places.get(name, file) != file):
+        notes.append(f"{chosen.name} says {said[wrong[0]]} has {wrong[0]}; it is read from {places[wrong[0]]}, where it is"
+                     + f" (so too {len(wrong) - 1} more)" * (len(wrong) > 1))  # fmt: skip
+    for text, names_ in ((f"{chosen.name} names tensors that its files do not have", said.keys() - found.keys()),
+                         (f"tensors that {chosen.name} does not name, read from its files as transformers does",
+                          found.keys() - said.keys() if said else set())):  # fmt: skip
+        if names_:
+            notes.append(f"{text}: {', '.join(sorted(names_)[:8])}{' ...' * (len(names_) > 8)}")
+    return found, notes
+
+
+def same(one: Lazy, other: Lazy) -> bool:
+    """Whether two tensors have the same elements."""
+    return (one.shape, one.dtype) == (other.shape, other.dtype) and torch.equal(one.read(), other.read())
 
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:

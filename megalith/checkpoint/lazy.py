@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from megalith.common.errors import CheckpointError, problem
 
 Index = tuple[slice, ...]
 BLOCK = 1 << 20  # elements that are cast at a time
@@ -35,10 +37,10 @@ class Lazy:
     def _cast(self, dtype: torch.dtype) -> Tensor:
         if self.box is None or not self.shape or dtype == self.dtype:
             return self.read().to(dtype)
-        made = torch.empty(self.shape, dtype=dtype)
-        rows = max(1, BLOCK * len(made) // max(1, made.numel()))
-        for first in range(0, len(made), rows):
-            made[first : first + rows] = self.part((slice(first, first + rows),))
+        made, first = torch.empty(self.shape, dtype=dtype), 0
+        for part in _blocks(self):
+            made[first : first + len(part)] = part
+            first += len(part)
         return made
 
     def then(self, change: Callable[[Tensor], Tensor]) -> Lazy:
@@ -56,3 +58,36 @@ def join(parts: list[Lazy], change: Callable[[list[Tensor]], Tensor]) -> Lazy:
     """One tensor of several, such as the tensor-parallel parts of one weight."""
     empty = change([torch.empty(part.shape, dtype=part.dtype, device="meta") for part in parts])
     return Lazy(shape=tuple(empty.shape), dtype=empty.dtype, read=lambda: change([part.read() for part in parts]))
+
+
+def check_range(tensors: Mapping[str, Lazy], dtype: torch.dtype | None) -> None:
+    """Raise CheckpointError with every tensor that has finite elements beyond the range of `dtype`, where a cast makes them infinite.
+
+    Those of a format with a wider range are read, once; None: nothing is cast.
+    """
+    beyond = {name: count for name, lazy in tensors.items() if dtype and (count := _beyond(lazy, dtype))}
+    if not beyond:
+        return
+    word, largest = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
+    told = [f"{count} in {name}" for name, count in sorted(beyond.items(), key=lambda each: -each[1])]
+    more = f" and in {len(told) - 8} more tensors" * (len(told) > 8)
+    rule = f"{word} holds numbers up to {largest:.6g}, and {sum(beyond.values())} weights would become infinite"
+    wider = "bfloat16, which has the range of float32, or float32" if dtype == torch.float16 else "float32"
+    raise CheckpointError(problem("--dtype", word, rule + f": {', '.join(told[:8])}{more}", f"Write --dtype {wider}"))
+
+
+def _beyond(lazy: Lazy, dtype: torch.dtype) -> int:
+    """Finite elements of a tensor that are infinite in `dtype`."""
+    if not (lazy.dtype.is_floating_point and torch.finfo(lazy.dtype).max > torch.finfo(dtype).max):
+        return 0
+    return sum(int((part.to(dtype).isinf() & part.isfinite()).sum()) for part in _blocks(lazy))
+
+
+def _blocks(lazy: Lazy) -> Iterator[Tensor]:
+    """The elements, in parts of about BLOCK where the file allows it; the tensor is never in memory in two formats."""
+    if lazy.box is None or not lazy.shape:
+        yield from lazy.read().reshape(-1).split(BLOCK)
+        return
+    rows = max(1, BLOCK * lazy.shape[0] // max(1, torch.Size(lazy.shape).numel()))
+    for first in range(0, lazy.shape[0], rows):
+        yield lazy.part((slice(first, first + rows),))

@@ -170,7 +170,8 @@ def run(verb: str, args: argparse.Namespace) -> int:
         print(line)
     print(f"{len(written)} tensors -> {folder}")
     if told.get("verify"):
-        print(f"verified: the logits differ from those of transformers by at most {conversion.verify(source, folder):.1e} of the largest")
+        worst = conversion.verify(source, folder, Options(**options))
+        print(f"verified: the logits differ from those of transformers by at most {worst:.1e} of the largest")
     return 0
 
 

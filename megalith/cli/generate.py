@@ -14,6 +14,10 @@ from typing import Any
 from megalith.common.errors import ConfigError, DataError, problem
 from megalith.common.files import write_text
 from megalith.common.outputs import writing
+from megalith.config.loading_values import fields
+from megalith.config.text import flag
+
+SHOWN = ("num_attention_heads", "vocab_size", "position_embedding_type")  # what files lack most often
 
 EXAMPLE = """\
 examples:
@@ -71,7 +75,19 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--out-file", metavar="FILE", help="write the results there, a JSON object a line, instead of showing them")
     parser.add_argument("--overwrite", action="store_true", help="replace the file of --out-file if it exists")
+    lacking = parser.add_argument_group("what files of another format do not say (every flag of the model that `pretrain` has is known)")
+    lacking.add_argument("--tokenizer", metavar="FOLDER", help="folder of tokenizer files (default: those that the checkpoint has)")
+    lacking.add_argument("--qkv-layout", default="auto", metavar="ORDER", help="as in `megalith checkpoint import` (default: auto)")
+    lacking.add_argument("--swiglu-order", default="auto", metavar="ORDER", help="as in `megalith checkpoint import` (default: auto)")
+    for name in _model_fields():
+        text = f"as in `megalith pretrain`: {fields()[name].metadata['help']}" if name in SHOWN else argparse.SUPPRESS
+        few: dict[str, Any] = {list: {"nargs": "*"}, bool: {"nargs": "?", "const": "true"}}.get(fields()[name].kind, {})
+        lacking.add_argument(flag(name), default=argparse.SUPPRESS, metavar="N", help=text.replace("%", "%%"), **few)
     parser.set_defaults(handler=generate)
+
+
+def _model_fields() -> list[str]:
+    return [name for name, each in fields().items() if each.section == "model"]
 
 
 def generate(args: argparse.Namespace) -> int:
@@ -92,9 +108,11 @@ def _generate(args: argparse.Namespace) -> int:
         )
     from megalith.generation.load import load  # here, because it imports torch
 
-    model = load(args.load, device=args.device, dtype=args.dtype, iteration=args.ckpt_step)
+    said = {name: getattr(args, name) for name in _model_fields() if hasattr(args, name)}
+    orders = {"qkv_layout": args.qkv_layout, "swiglu_order": args.swiglu_order}
+    model = load(args.load, device=args.device, dtype=args.dtype, iteration=args.ckpt_step, tokenizer=args.tokenizer, **orders, **said)
     if model.tokenizer is None:
-        raise ConfigError(f"--load {args.load}: the checkpoint has no tokenizer/ folder; text needs one. Use megalith.load from Python.")
+        raise ConfigError(f"--load {args.load}: the checkpoint has no tokenizer; text needs one. Name its folder with --tokenizer.")
     made = _beams(model, prompts, args) if args.beam_width is not None else _samples(model, prompts, args)
     if args.out_file is not None:
         write_text(pathlib.Path(args.out_file), "".join(json.dumps(record(one), ensure_ascii=False) + "\n" for one in made))

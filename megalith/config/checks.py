@@ -14,7 +14,7 @@ from megalith.config.checks_schedule import schedule_problems
 from megalith.config.data import shares
 from megalith.config.loading_values import WORDS, fields
 from megalith.config.run import RunConfig
-from megalith.config.text import Problem, Words, fail, flag, nearest, trouble, value_text
+from megalith.config.text import Problem, Words, around, fail, flag, multiples, nearest, trouble, value_text
 
 OF_TOKENIZERS = {  # tokenizer -> the package that it is made with
     **dict.fromkeys(("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer"), "sentencepiece"),
@@ -49,36 +49,38 @@ def find_problems(config: RunConfig, world_size: int = 1, *, data: bool = True) 
 
 
 def _limits(config: RunConfig) -> Iterator[Problem]:
-    """Each value against its own limits: smallest value, allowed words, shares, finite numbers."""
+    """Each value against its own limits."""
     for name, value in config.flat().items():
-        field = fields()[name]
-        smallest, choices = field.metadata["minimum"], field.metadata["choices"]
-        default = "" if field.default in (None, []) else f"; the default is {value_text(field.default)}"
-        if value is None:
-            if not field.optional:
-                yield trouble((name,), flag(name), value, f"it needs a value{default}", f"Give {flag(name)} one")
-        elif not _of_kind(value, field.kind):
-            yield trouble((name,), flag(name), value, f"it is {WORDS[field.kind]}{default}", f"Give {flag(name)} such a value")
-        elif choices and value not in choices:
-            near = nearest(str(value), choices) or nearest(str(value).lower(), choices) or choices[0]
-            yield trouble((name,), flag(name), value, f"it is one of {', '.join(choices)}", f"Write {flag(name)} {near}")
-        elif field.metadata["names"] and value not in field.metadata["names"] and ":" not in value:
-            names = field.metadata["names"]
-            near = nearest(value, names) or nearest(value.lower(), names) or field.default or names[0]
-            rule = f"it is one of {', '.join(names)}, or module:name of your own"
-            yield trouble((name,), flag(name), value, rule, f"Write {flag(name)} {near}")
-        elif field.kind is float and not math.isfinite(value):
-            yield trouble((name,), flag(name), value, "it is a finite number", f"Write one after {flag(name)}{default}")
-        elif smallest is not None and value < smallest:
-            cure = f"Write {flag(name)} {value_text(smallest)} or more{default}"
-            yield trouble((name,), flag(name), value, f"it is at least {value_text(smallest)}", cure)
-        elif name == "seed" and value >= 2**32:
-            yield trouble(
-                (name,), "--seed", value, "sample orders are Megatron's, whose seeds are below 2 to the 32nd", "Write a smaller one"
-            )
-        elif (name in BELOW_ONE and value >= 1.0) or (name == "rotary_percent" and value > 1.0):
-            rule = "it is a share, below 1" if name in BELOW_ONE else "it is a share, at most 1"
-            yield trouble((name,), flag(name), value, rule, f"Write {flag(name)} with a number between 0 and 1")
+        if wrong := limit(name, value):
+            yield trouble((name,), flag(name), value, *wrong)
+
+
+def limit(name: str, value: Any) -> tuple[str, str] | None:
+    """(rule, cure) where a value is none of field `name`: its type, smallest value, allowed words, shares, finite numbers."""
+    field = fields()[name]
+    smallest, choices = field.metadata["minimum"], field.metadata["choices"]
+    default = "" if field.default in (None, []) else f"; the default is {value_text(field.default)}"
+    if value is None:
+        return None if field.optional else (f"it needs a value{default}", f"Give {flag(name)} one")
+    if not _of_kind(value, field.kind) or (field.kind is list and not all(_of_kind(item, field.item) for item in value)):
+        return f"it is {WORDS[field.kind]}{default}", f"Give {flag(name)} such a value"
+    if choices and value not in choices:
+        near = nearest(str(value), choices) or nearest(str(value).lower(), choices) or choices[0]
+        return f"it is one of {', '.join(choices)}", f"Write {flag(name)} {near}"
+    if field.metadata["names"] and value not in field.metadata["names"] and ":" not in value:
+        names = field.metadata["names"]
+        near = nearest(value, names) or nearest(value.lower(), names) or field.default or names[0]
+        return f"it is one of {', '.join(names)}, or module:name of your own", f"Write {flag(name)} {near}"
+    if field.kind is float and not math.isfinite(value):
+        return "it is a finite number", f"Write one after {flag(name)}{default}"
+    if smallest is not None and value < smallest:
+        return f"it is at least {value_text(smallest)}", f"Write {flag(name)} {value_text(smallest)} or more{default}"
+    if name == "seed" and value >= 2**32:
+        return "sample orders are Megatron's, whose seeds are below 2 to the 32nd", "Write a smaller one"
+    if (name in BELOW_ONE and value >= 1.0) or (name == "rotary_percent" and value > 1.0):
+        rule = "it is a share, below 1" if name in BELOW_ONE else "it is a share, at most 1"
+        return rule, f"Write {flag(name)} with a number between 0 and 1"
+    return None
 
 
 def _of_kind(value: Any, kind: type) -> bool:
@@ -120,7 +122,7 @@ def _files(config: RunConfig) -> Iterator[Problem]:
     c = config.checkpoint
     if c.keep_every and c.save_interval and c.keep_every % c.save_interval:
         rule = f"it is a multiple of --save-interval, {c.save_interval}, or no checkpoint is kept by it"
-        cure = f"Write --keep-every {max(1, round(c.keep_every / c.save_interval)) * c.save_interval}"
+        cure = f"Write --keep-every {around(c.keep_every, multiples(c.keep_every, c.save_interval))}"
         yield trouble(("keep_every", "save_interval"), "--keep-every", c.keep_every, rule, cure)
     given = needs_checkpoint(config)
     if given and not (c.load or c.save or config.logging.run_dir):

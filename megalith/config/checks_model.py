@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from megalith.config.checks_t5 import t5_problems
 from megalith.config.run import RunConfig
-from megalith.config.text import Problem, Words, flag, trouble
+from megalith.config.text import Problem, Words, around, divisors, flag, multiples, trouble
 
 REQUIRED = {"num_layers": 12, "hidden_size": 768, "num_attention_heads": 12}
 
@@ -89,10 +89,10 @@ def _heads(config: RunConfig) -> Iterator[Problem]:
     if not hidden or not heads:
         return
     if m.kv_channels is None and hidden % heads:
-        near = min((n for n in range(1, hidden + 1) if hidden % n == 0), key=lambda n: (abs(n - heads), -n))
         rule = f"--hidden-size, {hidden}, is a multiple of it"
         cure = (
-            f"Write --num-attention-heads {near}, or --hidden-size {-(-hidden // heads) * heads}, or the width of a head with --kv-channels"
+            f"Write --num-attention-heads {around(heads, divisors(hidden))}, or --hidden-size {around(hidden, multiples(hidden, heads))}, "
+            "or the width of a head with --kv-channels"
         )
         yield trouble(("num_attention_heads", "hidden_size"), "--num-attention-heads", heads, rule, cure)
         return
@@ -107,9 +107,9 @@ def _heads(config: RunConfig) -> Iterator[Problem]:
             ("num_query_groups",), "--group-query-attention", Words("no --num-query-groups"), "it needs to know how many groups", cure
         )
     elif groups and heads % groups:
-        near = min((n for n in range(1, heads + 1) if heads % n == 0), key=lambda n: (abs(n - groups), -n))
         rule = f"--num-attention-heads, {heads}, is a multiple of it"
-        yield trouble(("num_query_groups", "num_attention_heads"), "--num-query-groups", groups, rule, f"Write --num-query-groups {near}")
+        yield trouble(("num_query_groups", "num_attention_heads"), "--num-query-groups", groups, rule,
+                      f"Write --num-query-groups {around(groups, divisors(heads))}")  # fmt: skip
     if m.positions == "rope":
         rotated = int(m.head_dim * m.rotary_percent)
         if rotated < 2:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from megalith.config.batch_math import data_parallel_size, global_batch
 from megalith.config.run import RunConfig
 from megalith.config.stages import LOOPING, SPLIT_BACKWARD, num_stages, schedule_of
-from megalith.config.text import Problem, Words, flag, trouble
+from megalith.config.text import Problem, Words, around, divisors, flag, multiples, trouble
 
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
 SCHEDULE_NEEDS_STAGES = ("interleaved_1f1b", "zero_bubble", "zbv", "dualpipev")
@@ -17,7 +17,7 @@ SCHEDULE_NEEDS_STAGES = ("interleaved_1f1b", "zero_bubble", "zbv", "dualpipev")
 def parallel_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
     """What of the sections parallel and batch cannot work together, or not on so many processes."""
     p = config.parallel
-    yield from _splits(config)
+    yield from _splits(config, world_size)
     yield from _pipeline(config)
     device = {"nccl": "cuda", "xccl": "xpu"}.get(p.distributed_backend or "", p.device)
     if device != p.device != "auto":
@@ -31,9 +31,9 @@ def parallel_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
         return
     dp = data_parallel_size(config, world_size)
     if dp % p.data_parallel_replicas:
-        near = min((n for n in range(1, dp + 1) if dp % n == 0), key=lambda n: (abs(n - p.data_parallel_replicas), n))
+        cure = f"Write --data-parallel-replicas {around(p.data_parallel_replicas, divisors(dp))}"
         yield trouble(("data_parallel_replicas",), "--data-parallel-replicas", p.data_parallel_replicas,
-                      f"the data-parallel size, {dp}, is a multiple of it", f"Write --data-parallel-replicas {near}")  # fmt: skip
+                      f"the data-parallel size, {dp}, is a multiple of it", cure)  # fmt: skip
     elif p.data_parallel_replicas > 1 and p.sharding == "none":
         yield trouble(("data_parallel_replicas",), "--data-parallel-replicas", p.data_parallel_replicas,
                       "without sharding every process is a replica already",
@@ -80,9 +80,10 @@ def _rampup(rampup: list[int], full: int, unit: int, each: str) -> Iterator[Prob
             about, what, found, f"the first size is less than --global-batch-size, {full}", "Write a smaller one, or leave ramp-up out"
         )
     elif (full - start) % increment:
-        fitting = max(n for n in range(1, min(increment, full - start) + 1) if (full - start) % n == 0)
+        steps = [n for n in divisors(full - start) if n % unit == 0] or divisors(full - start)
+        cure = " or ".join(f"{start} {n} {samples}" for n in around(increment, steps).split(" or "))
         yield trouble(about, what, found, f"increments lead from {start} to --global-batch-size, {full}, exactly",
-                      f"Write --rampup-batch-size {start} {fitting} {samples}")  # fmt: skip
+                      f"Write --rampup-batch-size {cure}")  # fmt: skip
     elif start % unit or increment % unit:
         cure = f"Write multiples of {unit}, or a smaller micro-batch"
         yield trouble(about, what, found, f"first size and increment are multiples of {each}", cure)
@@ -98,8 +99,9 @@ def _micro_batches(config: RunConfig, count: int, unit: int) -> Iterator[Problem
     if schedule_of(p) in LOOPING:
         rounds = max(1, count // stages)
         if count % rounds:
+            fitting = [n * unit for n in range(rounds * stages, (rounds + 1) * stages + 1) if n % (n // stages) == 0]
             yield trouble(about, "micro-batches of a step", count, f"the schedule runs them in {rounds} equal rounds",
-                          f"Write --global-batch-size {rounds * stages * unit} or {(rounds + 1) * stages * unit}")  # fmt: skip
+                          f"Write --global-batch-size {around(count * unit, fitting)}")  # fmt: skip
         return
     needed = {"dualpipev": 2 * stages, "1f1b": stages}.get(p.pipeline_schedule, 1)
     if count < needed:
@@ -153,7 +155,7 @@ def _split_backward(config: RunConfig, schedule: str) -> Iterator[Problem]:
                       "weight gradients that are put off keep the inputs of layers, which full recompute is to free", cure)  # fmt: skip
 
 
-def _splits(config: RunConfig) -> Iterator[Problem]:
+def _splits(config: RunConfig, world_size: int) -> Iterator[Problem]:
     m, p, tp = config.model, config.parallel, config.parallel.tensor_model_parallel_size
     if p.sequence_parallel and tp == 1:
         yield trouble(("sequence_parallel", TP), "--sequence-parallel", Words(f"{flag(TP)} 1"), "it splits among tensor-parallel processes",
@@ -162,15 +164,17 @@ def _splits(config: RunConfig) -> Iterator[Problem]:
         whole = {"num_attention_heads": m.num_attention_heads}
         if m.hidden_size and m.ffn_size:
             whole["ffn_hidden_size"] = m.ffn_size
+        kv = m.num_kv_heads
+        fits = [n for n in divisors(math.gcd(*whole.values())) if kv == m.num_attention_heads or kv % n == 0 or n % kv == 0]
+        here = [n for n in fits if world_size % (n * p.pipeline_model_parallel_size * p.context_parallel_size) == 0]
+        others = [n for n in around(tp, fits).split(" or ") if int(n) not in here]
+        cure = f"Write {flag(TP)} {around(tp, here or fits)}"
+        cure += f", or with another number of processes {' or '.join(others)}" * bool(here and others)
         for name, value in whole.items():
             if value % tp:
-                common = math.gcd(*whole.values())
-                fits = next(n for n in range(min(tp, common), 0, -1) if common % n == 0)
-                yield trouble((TP, name), flag(TP), tp, f"{flag(name)}, {value}, is a multiple of it", f"Write {flag(TP)} {fits}")
-        kv = m.num_kv_heads
+                yield trouble((TP, name), flag(TP), tp, f"{flag(name)}, {value}, is a multiple of it", cure)
         if kv != m.num_attention_heads and kv % tp and tp % kv:
-            yield trouble((TP, "num_query_groups"), flag(TP), tp, f"it divides the {kv} key/value heads, or is a multiple of them",
-                          f"Write {flag(TP)} {math.gcd(kv, tp)}")  # fmt: skip
+            yield trouble((TP, "num_query_groups"), flag(TP), tp, f"it divides the {kv} key/value heads, or is a multiple of them", cure)
     yield from _sequence(config, "seq_length", "--seq-length, the encoder's --encoder-seq-length" if m.decoder_layers else "--seq-length")
     if m.decoder_layers:
         yield from _sequence(config, "decoder_seq_length", "--decoder-seq-length")
@@ -182,18 +186,12 @@ def _sequence(config: RunConfig, name: str, called: str) -> Iterator[Problem]:
     tp, cp = p.tensor_model_parallel_size, p.context_parallel_size
     if length is None:
         return
-    if cp > 1 and length % (2 * cp):
-        yield trouble((name, CP), called, length, f"each of {cp} context-parallel processes takes two chunks of it",
-                      f"Write {flag(name)} {_nearest(length, 2 * cp)}")  # fmt: skip
+    chunks = 2 * cp if cp > 1 else 1
+    cure = f"Write {flag(name)} {around(length, multiples(length, math.lcm(chunks, tp * cp) if p.sequence_parallel else chunks))}"
+    if length % chunks:
+        yield trouble((name, CP), called, length, f"each of {cp} context-parallel processes takes two chunks of it", cure)
     elif p.sequence_parallel and length // cp % tp:
-        unit = tp if cp == 1 else math.lcm(2, tp) * cp
-        yield trouble((name, TP), called, length, f"--sequence-parallel splits it among {tp} processes",
-                      f"Write {flag(name)} {_nearest(length, unit)}")  # fmt: skip
-
-
-def _nearest(length: int, unit: int) -> str:
-    """The multiples of `unit` below and above."""
-    return " or ".join(str(near) for near in (length // unit * unit, -(-length // unit) * unit) if near)
+        yield trouble((name, TP), called, length, f"--sequence-parallel splits it among {tp} processes", cure)
 
 
 def layouts(config: RunConfig, world_size: int, count: int = 3) -> list[tuple[int, int, int]]:
@@ -205,7 +203,7 @@ def layouts(config: RunConfig, world_size: int, count: int = 3) -> list[tuple[in
         if world_size % (tp * pp * cp) or pp > layers:
             return False
         sizes = {TP: tp, PP: pp, CP: cp, "sequence_parallel": p.sequence_parallel and tp > 1}
-        return not list(_splits(config.replace(**sizes)))
+        return not list(_splits(config.replace(**sizes), world_size))
 
     def far(sizes: tuple[int, int, int]) -> float:
         return sum(abs(math.log2(size / want)) + (size > want == 1) for size, want in zip(sizes, wanted, strict=True))

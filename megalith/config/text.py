@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -42,6 +43,24 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     known = list(known)
     found = difflib.get_close_matches(name, known, 1) or [each for each in known if len(name) > 3 and name in each]
     return found[0] if found else None
+
+
+def around(value: int, fitting: Iterable[int]) -> str:
+    """The fitting numbers nearest to `value`, from below and from above, as a cure names them: '1 or 3'."""
+    fitting = list(fitting)
+    below, above = [n for n in fitting if n < value], [n for n in fitting if n > value]
+    return " or ".join(str(n) for n in (*([max(below)] if below else []), *([min(above)] if above else [])))
+
+
+def divisors(number: int) -> list[int]:
+    """Those of a number above 0, in no order; of one beyond 10^12 not all, so that a mistyped one is judged at once."""
+    small = [n for n in range(1, min(math.isqrt(number), 10**6) + 1) if number % n == 0]
+    return [*small, *(number // n for n in small)]
+
+
+def multiples(value: int, unit: int) -> list[int]:
+    """The multiples of `unit` above 0 on both sides of `value`, which is none."""
+    return [n for n in (value // unit * unit, (value // unit + 1) * unit) if n]
 
 
 def unknown(kind: str, name: str, known: Iterable[str], otherwise: str) -> str:

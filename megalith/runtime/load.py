@@ -2,46 +2,93 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from megalith import checkpoint
 from megalith.checkpoint import formats, sources
+from megalith.checkpoint.lazy import check_range
+from megalith.checkpoint.weights import own
+from megalith.common.errors import ConfigError, problem
+from megalith.config.checks import limit
 from megalith.config.loading import from_yaml
+from megalith.config.loading_values import convert, fields
 from megalith.config.run import RunConfig
+from megalith.config.text import Problem, fail, flag, unknown
 from megalith.parallel.devices import pick
 from megalith.runtime.build import plain
 from megalith.runtime.state import weights
 
 
 def load_plain(
-    path: str | os.PathLike, *, device: str | torch.device = "auto", dtype: torch.dtype = torch.float32, iteration: int | None = None
+    path: str | os.PathLike,
+    *,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype = torch.float32,
+    iteration: int | None = None,
+    options: formats.Options | None = None,
 ) -> tuple[nn.Module, RunConfig, pathlib.Path | None]:
     """The model of a checkpoint in evaluation mode, the config of its run, and the folder of its tokenizer (None where it has none).
 
     path: a run's folder, a folder of checkpoints, one checkpoint, or weights in another format (checkpoint/formats.py), also in a
-    zip archive or at a URL. device: auto, cpu, cuda, xpu or a torch.device.
-    Raises CheckpointError where there is none or it is damaged.
+    zip archive or at a URL. device: auto, cpu, cuda, xpu or a torch.device. options: how another format is read.
+    What is to be told of another format is in the model's `.notes`.
+    Raises CheckpointError where there is none, it is damaged, or `dtype` cannot hold its weights.
     """
     place = device if isinstance(device, torch.device) else pick(device)
     source = sources.local(path)
-    format = formats.recognise(source)
+    format, options = formats.recognise(source), options or formats.Options()
     if format != "megalith":
-        return _foreign(formats.read(source, format, formats.Options(iteration=iteration)), place, dtype)
+        options = dataclasses.replace(options, iteration=iteration if iteration is not None else options.iteration)
+        return _foreign(formats.read(source, format, options), place, dtype)
+    if options.overrides:
+        given = ", ".join(map(flag, options.overrides))
+        rule = "a checkpoint of megalith says all of its model itself"
+        raise ConfigError(problem(f"{source}", given, rule, "Leave it out; it is for other formats, whose files may lack it"))
     found = checkpoint.find(source, iteration)
     config = from_yaml(checkpoint.read_config(found), str(found / "config.yaml"))
     model = plain(config.model, place, dtype)
+    check_range({name: lazy for name, lazy in own(found).tensors.items() if name.startswith("model/")}, dtype)
     checkpoint.load(found, weights(model))
+    model.notes = ()
     return model, config, found / "tokenizer" if (found / "tokenizer").is_dir() else None
 
 
 @torch.no_grad()
 def _foreign(source: formats.Weights, place: torch.device, dtype: torch.dtype) -> tuple[nn.Module, RunConfig, pathlib.Path | None]:
     model = plain(source.config.model, place, dtype)
+    check_range({name: source.tensors[name] for name in weights(model)}, dtype)
+    model.notes = source.notes
     for name, parameter in weights(model).items():
         parameter.copy_(source[name])
     tokenizer = next((file.parent for name, file in source.files.items() if name.startswith("tokenizer/")), None)
     return model, source.config, tokenizer
+
+
+def reading(qkv_layout: str, swiglu_order: str, given: Mapping[str, Any]) -> formats.Options:
+    """How another format is read. given: fields of the model that its files lack. Raises ConfigError with all that cannot be."""
+    problems = [
+        problem(name, value, f"it is one of {', '.join(known)}", f"Write {name} {known[0]}")
+        for name, value, known in (
+            ("--qkv-layout", qkv_layout, formats.QKV_LAYOUTS),
+            ("--swiglu-order", swiglu_order, formats.SWIGLU_ORDERS),
+        )
+        if value not in known
+    ]
+    known, values = [name for name, each in fields().items() if each.section == "model"], dict[str, Any]()
+    for name, raw in given.items():
+        if name not in known:
+            problems.append(unknown("field of the model", name, known, "megalith pretrain --help lists them as flags"))
+            continue
+        values[name], trouble = convert(fields()[name], raw, flag(name))
+        if trouble is None and (wrong := limit(name, values[name])):
+            trouble = Problem((name,), problem(flag(name), raw, *wrong))
+        problems += [trouble.text] if trouble else []
+    fail(problems)
+    return formats.Options(qkv_layout=qkv_layout, swiglu_order=swiglu_order, overrides=values)

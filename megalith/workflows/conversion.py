@@ -14,6 +14,8 @@ from torch import Tensor
 from megalith.checkpoint import formats, huggingface, huggingface_files
 from megalith.checkpoint.folder import new_folder
 from megalith.checkpoint.formats import FORMATS, Options
+from megalith.checkpoint.huggingface_families import form
+from megalith.checkpoint.lazy import check_range
 from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError, ConfigError, problem
 from megalith.common.extras import require
@@ -65,7 +67,8 @@ def check_reshape(source: pathlib.Path, format: str | None) -> None:
 
 
 def cast(weights: Weights, dtype: torch.dtype) -> Weights:
-    """The model's tensors in another format; the optimizer's stay as they are."""
+    """The model's tensors in another format; the optimizer's stay as they are. Raises CheckpointError for what it cannot hold."""
+    check_range({name: lazy for name, lazy in weights.tensors.items() if name.startswith("model/")}, dtype)
     tensors = {name: lazy.to(dtype) if name.startswith("model/") else lazy for name, lazy in weights.tensors.items()}
     return dataclasses.replace(weights, tensors=tensors)
 
@@ -74,18 +77,55 @@ def verify(source: pathlib.Path, result: pathlib.Path, options: Options | None =
     """Largest difference of logits between transformers' model and ours, over the largest logit.
 
     Compared are the two sides of a conversion; where neither is a Hugging Face folder, what `result` gives when exported to one.
-    Raises CheckpointError where it is over TOLERANCE, MissingPackage where transformers is not installed.
+    options: those that `source` was read with. Raises CheckpointError where it is over TOLERANCE, with what differs; MissingPackage
+    where transformers is not installed.
     """
-    sides = {formats.recognise(path): path for path in (source, result)}
+    options = options or Options()
+    plain = dataclasses.replace(options, overrides={}, iteration=None)  # for what was made: it lacks nothing
+    sides = {formats.recognise(path): (path, given) for path, given in ((source, options), (result, plain))}
     with tempfile.TemporaryDirectory() as aside:
         if "huggingface" not in sides:
-            FORMATS.find("huggingface").write(formats.read(result), pathlib.Path(aside), options or Options())
-            return compare(pathlib.Path(aside), result)
-        return compare(sides["huggingface"], next((path for name, path in sides.items() if name != "huggingface"), result))
+            FORMATS.find("huggingface").write(formats.read(result), pathlib.Path(aside), Options())
+            return _verified((pathlib.Path(aside), Options()), (result, plain))
+        original = sides.pop("huggingface")
+        return _verified(original, next(iter(sides.values()), (result, plain)))
 
 
-def compare(original: pathlib.Path, ours: pathlib.Path, tokens: int = 32) -> float:
-    """`verify`, of a Hugging Face folder and anything that load_plain opens. Both in float32, on made-up ids."""
+def _verified(original: tuple[pathlib.Path, Options], ours: tuple[pathlib.Path, Options]) -> float:
+    worst = compare(original[0], ours[0], options=ours[1])
+    if not worst <= TOLERANCE:
+        rule = f"both compute the same, to {TOLERANCE} of the largest logit"
+        raise CheckpointError(problem("--verify: relative difference of logits", worst, rule, _cause(original, ours)))
+    return worst
+
+
+def _cause(original: tuple[pathlib.Path, Options], ours: tuple[pathlib.Path, Options]) -> str:
+    """Why logits differ, as far as the two sides tell it, and what to do."""
+    one, other = (formats.read(path, options=dataclasses.replace(options, dtype=None)) for path, options in (original, ours))
+    forms = form(one.config.model), form(other.config.model)
+    if wrong := [f"{name} {value} and {forms[1][name]}" for name, value in forms[0].items() if forms[1][name] != value]:
+        return f"The two are different models ({', '.join(wrong)}); convert once more, with the flags of the model that are wrong"
+    names = [name for name in one if name.startswith("model/")]
+    differing = [name for name in names if not _close(one[name], other[name], 0.0)]
+    narrow = min((weights.tensors[name].dtype for weights in (one, other) for name in names), key=lambda each: torch.finfo(each).eps * -1)
+    if differing and all(_close(one[name], other[name], torch.finfo(narrow).eps) for name in differing):
+        return (
+            f"Weights of one side were rounded to {str(narrow).removeprefix('torch.')}: nothing else differs. Leave out --dtype to compare"
+        )
+    if differing:
+        own = "Say how rows are ordered with --qkv-layout and --swiglu-order, if the source is of Megatron; else one of the two was changed"
+        return f"These tensors differ: {', '.join(differing[:4])}{' ...' * (len(differing) > 4)}. {own} after the conversion"
+    return "Weights and forms agree, so transformers reads the folder otherwise: report it with config.json and the versions of both"
+
+
+def _close(one: Tensor, other: Tensor, eps: float) -> bool:
+    """Whether each element is the other's, or as near as rounding with this relative error makes it."""
+    one, other = one.float(), other.float()
+    return one.shape == other.shape and bool(((one - other).abs() <= eps * one.abs() + 1e-7 * bool(eps)).all())
+
+
+def compare(original: pathlib.Path, ours: pathlib.Path, tokens: int = 32, options: Options | None = None) -> float:
+    """The difference, of a Hugging Face folder and anything that load_plain opens (with `options`). Both in float32, on made-up ids."""
     transformers = require("transformers", "--verify")
     from megalith.runtime.load import load_plain
 
@@ -98,7 +138,7 @@ def compare(original: pathlib.Path, ours: pathlib.Path, tokens: int = 32) -> flo
         rule = f"transformers {transformers.__version__} must open {original} as {name}"
         cure = "Mend what it names, or leave --verify out"
         raise ConfigError(problem("--verify", f"{type(error).__name__}: {error}", rule, cure)) from None
-    model, run_config, _ = load_plain(ours, device="cpu")
+    model, run_config, _ = load_plain(ours, device="cpu", options=options)
     length = min(tokens, run_config.model.max_position_embeddings or tokens)
     ids = torch.randint(run_config.model.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
     second = {"decoder_input_ids": ids.flip(1)} if run_config.model.decoder_layers else {}
@@ -109,8 +149,4 @@ def compare(original: pathlib.Path, ours: pathlib.Path, tokens: int = 32) -> flo
             raise ConfigError(problem("--verify", name, rule, "Leave --verify out"))
         found = model(ids, **second)
         worst = float(((found[0] if isinstance(found, tuple) else found) - wanted).abs().max() / wanted.abs().max())
-    if not worst <= TOLERANCE:
-        rule = f"both compute the same, to {TOLERANCE} of the largest logit"
-        cure = "Say how rows are ordered with --qkv-layout and --swiglu-order, and if that is not it report it with config.json"
-        raise CheckpointError(problem("--verify: relative difference of logits", worst, rule, cure))
     return worst

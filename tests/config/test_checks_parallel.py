@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megalith.config.checks import find_problems
 from megalith.config.checks_parallel import CP, PP, TP, layouts, parallel_problems
 from megalith.config.run import RunConfig
+from megalith.config.text import around, divisors, multiples
 
 GOOD = RunConfig().replace(num_layers=8, hidden_size=64, num_attention_heads=8, seq_length=32, micro_batch_size=2)
 RAMP = {"global_batch_size": 16, "train_samples": 100}
@@ -32,7 +34,7 @@ CASES = [
     (1, {**RAMP, "rampup_batch_size": [2, 0, 9]}, "its numbers are 1 or more"),
     (1, {**RAMP, "rampup_batch_size": [16, 2, 9]}, "the first size is less than --global-batch-size, 16"),
     (1, {**RAMP, "rampup_batch_size": [2, 4, 9]},
-     "increments lead from 2 to --global-batch-size, 16, exactly. Write --rampup-batch-size 2 2 9."),
+     "increments lead from 2 to --global-batch-size, 16, exactly. Write --rampup-batch-size 2 2 9 or 2 14 9."),
     (1, {**RAMP, "rampup_batch_size": [3, 13, 9]},
      "first size and increment are multiples of --micro-batch-size 2 x data-parallel size 1 = 2"),
     (1, {"device": "cpu", "distributed_backend": "nccl"}, "--distributed-backend: found 'nccl'; it serves cuda, and --device is cpu."),
@@ -40,7 +42,11 @@ CASES = [
     (16, {TP: 16}, "--num-attention-heads, 8, is a multiple of it. Write --tensor-model-parallel-size 8."),
     (4, {TP: 4, "ffn_hidden_size": 90}, "--ffn-hidden-size, 90, is a multiple of it. Write --tensor-model-parallel-size 2."),
     (6, {TP: 6, "num_attention_heads": 12, "hidden_size": 96, "num_query_groups": 4},
-     "it divides the 4 key/value heads, or is a multiple of them. Write --tensor-model-parallel-size 2."),
+     "it divides the 4 key/value heads, or is a multiple of them. "
+     "Write --tensor-model-parallel-size 2, or with another number of processes 4 or 12."),
+    (2, {TP: 2, "num_attention_heads": 9, "hidden_size": 72},
+     "--num-attention-heads, 9, is a multiple of it. Write --tensor-model-parallel-size 1, or with another number of processes 3."),
+    (6, {TP: 2, "num_attention_heads": 9, "hidden_size": 72}, "Write --tensor-model-parallel-size 1 or 3."),
     (2, {TP: 2, "sequence_parallel": True, "seq_length": 31}, "Write --seq-length 30 or 32."),
     (2, {CP: 2, "seq_length": 30}, "each of 2 context-parallel processes takes two chunks of it. Write --seq-length 28 or 32."),
     (2, {CP: 2, "seq_length": 3}, "Write --seq-length 4."),
@@ -105,3 +111,36 @@ def test_proposed_batch_sizes_fit(dp, micro, full):
     found = texts(dp, micro_batch_size=micro, global_batch_size=full)
     for size in map(int, re.findall(r"\d+", found[0].split("--global-batch-size")[-1])) if found else ():
         assert texts(dp, micro_batch_size=micro, global_batch_size=size) == []
+
+
+ADVICE = re.compile(r"Write (--[a-z-]+) ((?:\d+(?: or |, or with another number of processes )?)+)")
+
+
+@given(
+    world_size=st.integers(1, 12), heads=st.integers(1, 12), width=st.integers(1, 4), groups=st.none() | st.integers(1, 12),
+    tp=st.integers(1, 8), cp=st.integers(1, 3), length=st.integers(1, 100), sequence_parallel=st.booleans(),
+    batch=st.integers(1, 40), replicas=st.integers(1, 6), interval=st.integers(1, 9), keep=st.integers(1, 30),
+)  # fmt: skip
+def test_every_number_advised_works_and_both_sides_are_named(
+    world_size, heads, width, groups, tp, cp, length, sequence_parallel, batch, replicas, interval, keep
+):
+    config = GOOD.replace(
+        num_attention_heads=heads, hidden_size=heads * width * 2 + 1, num_query_groups=groups, seq_length=length, keep_every=keep,
+        sequence_parallel=sequence_parallel and tp > 1, global_batch_size=batch, data_parallel_replicas=replicas,
+        data_parallel_sharding="full", save_interval=interval, vocab_size=9, **{TP: tp, CP: cp},
+    )  # fmt: skip
+
+    def rules(config: RunConfig) -> dict[tuple[str, str], str]:
+        parts = [re.fullmatch(r"(.+?): found .*?; (.*?)\. (.*)", each.text) for each in find_problems(config, world_size, data=False)]
+        return {(part[1], part[2]): part[3] for part in parts if part}
+
+    for rule, cure in rules(config).items():
+        for flag, numbers in ADVICE.findall(cure):
+            for number in map(int, re.findall(r"\d+", numbers)):
+                assert rule not in rules(config.replace(**{flag[2:].replace("-", "_"): number})), (rule, flag, number)
+
+
+def test_numbers_around_are_the_nearest() -> None:
+    assert around(5, divisors(36)) == "4 or 6" and around(1, divisors(7)) == "7" and around(9, divisors(3)) == "3"
+    assert around(31, multiples(31, 2)) == "30 or 32" and around(3, multiples(3, 4)) == "4"
+    assert sorted(divisors(36)) == [1, 2, 3, 4, 6, 6, 9, 12, 18, 36] and max(divisors(10**20)) == 10**20

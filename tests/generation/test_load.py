@@ -9,12 +9,14 @@ import torch
 
 import megalith
 from megalith import checkpoint
+from megalith.checkpoint.formats import Options
 from megalith.cli.main import main
 from megalith.common.errors import CheckpointError, ConfigError
 from megalith.config.loading import to_yaml
 from megalith.config.run import RunConfig
 from megalith.models.gpt import GPT
 from megalith.runtime.state import weights
+from megalith.workflows.conversion import convert
 
 
 @pytest.fixture
@@ -143,3 +145,49 @@ def test_command_names_what_is_wrong(run, tmp_path: pathlib.Path, capsys: pytest
     for words, status, named in cases:
         assert command(*words) == status
         assert named in capsys.readouterr().err
+
+
+@pytest.fixture
+def bare(run, tmp_path: pathlib.Path) -> pathlib.Path:
+    """A file of Megatron's that holds tensors alone, and no arguments."""
+    convert(run[0], tmp_path / "megatron", to="megatron")
+    (file,) = (tmp_path / "megatron").rglob("model_optim_rng.pt")
+    torch.save({"model": torch.load(file, weights_only=False)["model"], "checkpoint_version": 3.0}, tmp_path / "bare.pt")
+    return tmp_path / "bare.pt"
+
+
+def test_what_a_file_lacks_can_be_given(run, bare: pathlib.Path, capsys) -> None:
+    folder, model = run
+    said = {"num_attention_heads": 3, "position_embedding_type": "alibi", "openai_gelu": True, "vocab_size": model.config.vocab_size}
+    with pytest.raises(CheckpointError, match="Give --num-attention-heads"):
+        megalith.load(bare, device="cpu")
+    loaded = megalith.load(bare, device="cpu", tokenizer=folder / "checkpoints/iter_0000020/tokenizer", **said)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    assert torch.equal(loaded(ids), model(ids)) and loaded.tokenizer.encode("a") == model.tokenizer.encode("a")
+    assert any("holds no arguments" in note for note in loaded.notes) and f"{bare}: the file holds no arguments" in capsys.readouterr().err
+    wrong = {"num_attention_heads": "x", "vocab_size": 0, "hiden_size": 3, "lr": 1.0, "glu_activation": "relu"}
+    with pytest.raises(ConfigError, match=r"5 problems\n(.|\n)*hiden_size: did you mean hidden_size"):
+        megalith.load(bare, device="cpu", **wrong)
+    with pytest.raises(ConfigError, match="--qkv-layout: found 'pairs'; it is one of auto, grouped"):
+        megalith.load(bare, device="cpu", qkv_layout="pairs")
+    with pytest.raises(ConfigError, match="found '--num-attention-heads'; a checkpoint of megalith says all of its model itself"):
+        megalith.load(folder, device="cpu", num_attention_heads=3)
+
+
+def test_the_commands_take_it_too(run, bare: pathlib.Path, tmp_path: pathlib.Path, capsys) -> None:
+    folder, model = run
+    said = ["--num-attention-heads", "3", "--position-embedding-type", "alibi", "--vocab-size", str(model.config.vocab_size)]
+    said += ["--openai-gelu", "true"]
+    files = ["--tokenizer", str(folder / "checkpoints/iter_0000020/tokenizer")]
+    text = ["--prompt", "Once upon", "--greedy", "--max-new-tokens", "5", "--no-stream", "--device", "cpu"]
+    assert main(["generate", "--load", str(bare), *text, *said, *files]) == 0
+    found = capsys.readouterr().out
+    assert main(["generate", "--load", str(folder), *text]) == 0
+    assert capsys.readouterr().out == found
+
+
+def test_a_tokenizer_goes_along_with_every_format(run, bare: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """`import --tokenizer` from Megatron's files left it out."""
+    options = Options(tokenizer=run[0] / "checkpoints/iter_0000020/tokenizer", overrides={"num_attention_heads": 3})
+    convert(bare, tmp_path / "ours", to="megalith", options=options)
+    assert megalith.load(tmp_path / "ours", device="cpu").tokenizer.encode("Once upon") == run[1].tokenizer.encode("Once upon")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megalith.checkpoint.huggingface_families import PLAIN, Family, Rule, Setting, activation, activation_name
+from megalith.checkpoint.huggingface_families import PLAIN, TAKE, Copy, Family, Rule, Setting, activation, activation_name
 from megalith.checkpoint.lazy import Lazy, join
 from megalith.config.model import ModelConfig
 from megalith.config.run import RunConfig
@@ -25,13 +25,18 @@ def _class(given: Mapping[str, Any]) -> str:
 
 
 def _more_ours(given: Mapping[str, Any]) -> dict[str, Any]:
-    return {**activation(GELUS, given.get("hidden_act", "gelu")), "bert_no_binary_head": _class(given).endswith("MaskedLM")}
+    return {
+        **activation(GELUS, given.get("hidden_act", "gelu")),
+        "bert_no_binary_head": _class(given).endswith("MaskedLM"),
+        "untie_embeddings_and_output_weights": not given.get("tie_word_embeddings", True),
+    }
 
 
 def _more_theirs(without_order: str, config: RunConfig) -> dict[str, Any]:
     """without_order: the class that has no binary head."""
     named = {"architectures": [without_order]} if config.model.bert_no_binary_head else {}
-    return {**named, "hidden_act": activation_name(GELUS, config.model), "type_vocab_size": 2, "pad_token_id": 0}
+    return {**named, "hidden_act": activation_name(GELUS, config.model), "type_vocab_size": 2, "pad_token_id": 0,
+            "tie_word_embeddings": not config.model.untie_embeddings_and_output_weights}  # fmt: skip
 
 
 HEADS = {"bert.pooler.": ("PreTraining",), "cls.predictions.": ("PreTraining", "MaskedLM"), "cls.seq_relationship.": ("PreTraining",)}
@@ -81,7 +86,7 @@ _make = functools.partial(
         Setting("initializer_range", "init_method_std", 0.02),
     ),
     only={
-        "type_vocab_size": (2,), "tie_word_embeddings": (True,), "position_embedding_type": ("absolute",), "is_decoder": (False,),
+        "type_vocab_size": (2,), "position_embedding_type": ("absolute",), "is_decoder": (False,),
         "add_cross_attention": (False,),
     },
     more_ours=_more_ours,
@@ -89,7 +94,11 @@ _make = functools.partial(
     heads=_heads,
     adapt=_one_segment,
     added=_no_segments,
-    surplus=(r"(bert\.)?embeddings\.position_ids", r"cls\.predictions\.decoder\.(weight|bias)"),  # the latter are copies
+    copies={
+        "cls.predictions.decoder.weight": Copy("bert.embeddings.word_embeddings.weight"),
+        "cls.predictions.decoder.bias": Copy("cls.predictions.bias", TAKE),
+    },
+    surplus=(r"(bert\.)?embeddings\.position_ids",),
 )  # fmt: skip
 ALWAYS = {"model_type": "bert", "dataset": "bert", "loss": "bert"}
 NAMES = (
@@ -105,7 +114,8 @@ NAMES = (
     Rule("bert.pooler.dense", "pooler"),
     Rule("cls.predictions.transform.dense", "head_dense"),
     Rule("cls.predictions.transform.LayerNorm", "head_norm"),
-    Rule("cls.predictions", "head"),  # its bias; the weight is the embedding
+    Rule("cls.predictions", "head", kinds="bias"),
+    Rule("cls.predictions.decoder", "head", kinds="weight"),  # where it is not the embedding
     Rule("cls.seq_relationship", "order_head"),
 )
 BERT = _make(

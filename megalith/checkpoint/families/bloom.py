@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megalith.checkpoint.huggingface_families import GROUPS, Family, Rule, Setting
+from megalith.checkpoint.huggingface_families import GROUPS, Copy, Family, Rule, Setting
 
 QKV = ("layers.*.attention.q", "layers.*.attention.k", "layers.*.attention.v")
 LAYER = (  # also Falcon's
@@ -19,6 +19,7 @@ LAYER = (  # also Falcon's
     Rule("transformer.ln_f", "final_norm"),
     Rule("lm_head", "head"),
 )
+COPIES = {"lm_head.weight": Copy("transformer.word_embeddings.weight")}
 
 
 def _more_ours(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,5 +45,6 @@ BLOOM = Family(
     always={"position_embedding_type": "alibi", "embed_layernorm": True, "openai_gelu": True},
     more_ours=_more_ours,
     more_theirs=lambda config: {"tie_word_embeddings": not config.model.untie_embeddings_and_output_weights},
+    copies=COPIES,
     names=(Rule("transformer.word_embeddings_layernorm", "embedding_norm"), *LAYER),
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megalith.checkpoint.families.bloom import LAYER
+from megalith.checkpoint.families.bloom import COPIES, LAYER
 from megalith.checkpoint.families.llama import rope, rope_theirs
 from megalith.checkpoint.huggingface_families import PLAIN, Family, Rule, Setting, activation, activation_name
 from megalith.config.run import RunConfig
@@ -65,6 +65,7 @@ FALCON = Family(
     ),
     more_ours=_more_ours,
     more_theirs=_more_theirs,
+    copies=COPIES,
     names=(
         *(rule for rule in LAYER if "layernorm" not in rule.theirs),
         Rule("transformer.h.*.input_layernorm", "layers.*.attention_norm", when=lambda model: not model.parallel_layernorm),

@@ -9,6 +9,7 @@ from megalith.checkpoint.huggingface_families import (
     PLAIN,
     THIRDS_TRANSPOSED,
     TRANSPOSED,
+    Copy,
     Family,
     Rule,
     Setting,
@@ -65,5 +66,6 @@ GPT2 = Family(
         Rule("transformer.ln_f", "final_norm"),
         Rule("lm_head", "head"),
     ),
+    copies={"lm_head.weight": Copy("transformer.wte.weight")},
     surplus=(r".*\.attn\.(bias|masked_bias)",),
 )  # fmt: skip

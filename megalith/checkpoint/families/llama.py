@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from megalith.checkpoint.huggingface_families import GATED, REQUIRED, Family, Rule, Setting, activation, activation_name
+from megalith.checkpoint.huggingface_families import GATED, REQUIRED, Copy, Family, Rule, Setting, activation, activation_name
 from megalith.common.errors import CheckpointError, problem
 from megalith.config.run import RunConfig
 
@@ -141,6 +141,7 @@ LLAMA = Family(
     more_ours=common,
     more_theirs=lambda config: {**common_theirs(config), "attention_bias": False, "mlp_bias": False},
     names=NAMES,
+    copies={"lm_head.weight": Copy("model.embed_tokens.weight")},
     surplus=(r".*\.rotary_emb\.inv_freq",),
 )
 MISTRAL = replace(

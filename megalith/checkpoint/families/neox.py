@@ -7,7 +7,7 @@ from typing import Any
 
 from megalith.checkpoint.families.bloom import QKV
 from megalith.checkpoint.families.llama import rope, rope_theirs
-from megalith.checkpoint.huggingface_families import GROUPS, PLAIN, Family, Rule, Setting, activation, activation_name
+from megalith.checkpoint.huggingface_families import GROUPS, PLAIN, Copy, Family, Rule, Setting, activation, activation_name
 from megalith.config.run import RunConfig
 
 
@@ -66,5 +66,6 @@ NEOX = Family(
         Rule("gpt_neox.final_layer_norm", "final_norm"),
         Rule("embed_out", "head"),
     ),
+    copies={"embed_out.weight": Copy("gpt_neox.embed_in.weight")},
     surplus=(r".*\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
 )

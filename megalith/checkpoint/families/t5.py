@@ -6,9 +6,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
-from megalith.checkpoint.huggingface_families import Family, Rule, Setting, activation, activation_name
+from megalith.checkpoint.huggingface_families import REFUSE, Copy, Family, Rule, Setting, activation, activation_name
 from megalith.checkpoint.lazy import Lazy
 from megalith.common.errors import CheckpointError, problem
 from megalith.config.run import RunConfig
@@ -38,15 +36,12 @@ def _more_theirs(config: RunConfig, scales: bool) -> dict[str, Any]:
     return made | ids | {"dropout_rate": m.hidden_dropout, **({"scale_decoder_outputs": m.scale_output} if scales else {})}
 
 
-def untied(found: Mapping[str, Lazy]) -> dict[str, Any]:
-    """Whether there is an output layer beside the embedding: transformers 5 writes that they are tied even where they are two."""
+def _whole(found: Mapping[str, Lazy]) -> dict[str, Any]:
+    """Nothing, of a folder with both stacks."""
     if not any(name.startswith("decoder.") for name in found):
         rule = "a T5 has an encoder and a decoder here, and this folder has no decoder (T5EncoderModel)"
         raise CheckpointError(problem("weights", sorted(found)[:3], rule, "Convert the whole model that the encoder was taken from"))
-    head, embedding = found.get("lm_head.weight"), found.get("shared.weight")
-    if head is None or embedding is None:
-        return {}
-    return {"untie_embeddings_and_output_weights": not torch.equal(head.read(), embedding.read())}
+    return {}
 
 
 def _layer(stack: str, mlp: int) -> list[Rule]:
@@ -85,7 +80,7 @@ _make = functools.partial(
         "model_type": "t5", "dataset": "t5", "loss": "t5", "position_embedding_type": "relative", "normalization": "RMSNorm",
         "add_bias_linear": False, "softmax_scale": 1.0,
     },
-    of_tensors=untied,
+    of_tensors=_whole,
     names=(
         Rule("shared", "embedding"),
         *_layer("encoder", 1),
@@ -96,8 +91,12 @@ _make = functools.partial(
         Rule("decoder.final_layer_norm", "final_norm"),
         Rule("lm_head", "head"),
     ),
-    # Copies of the embedding, and a table of the first files that nothing reads.
-    surplus=(r"(encoder|decoder)\.embed_tokens\.weight", r"lm_head\.weight", r".*\.EncDecAttention\.relative_attention_bias\.weight"),
+    copies={  # transformers 5 writes that the head is tied even where there are two: that is told, and they are two
+        "encoder.embed_tokens.weight": Copy("shared.weight", REFUSE), "decoder.embed_tokens.weight": Copy("shared.weight", REFUSE),
+        "lm_head.weight": Copy("shared.weight"),
+    },
+    # A table of the first files that nothing reads.
+    surplus=(r".*\.EncDecAttention\.relative_attention_bias\.weight",),
 )  # fmt: skip
 T5 = _make(
     architecture="T5ForConditionalGeneration",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megalith.checkpoint.folder import check_new
 from megalith.checkpoint.formats import Options
-from megalith.checkpoint.lazy import Lazy
+from megalith.checkpoint.lazy import Lazy, check_range
 from megalith.checkpoint.megatron.arguments import to_arguments
 from megalith.checkpoint.megatron.layout import Layout, check_divisible, part_shape, split_part
 from megalith.checkpoint.megatron.names import TIED, Row, rows_of_ours, table
@@ -80,6 +80,7 @@ class _Export:
         # T5 has stages of the encoder, then stages of the decoder.
         self.split = self.pipeline * (model.num_layers or 0) // model.all_layers if model.decoder_layers and self.pipeline > 1 else None
         self._check()
+        check_range({name: lazy for name, lazy in weights.tensors.items() if name.startswith("model/")}, self.dtype)
         self.stages = self._stages()
         arguments = to_arguments(
             weights.config, iteration=weights.iteration, tensor=ranks, pipeline=self.pipeline,
