@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 
 
@@ -32,10 +33,22 @@ def sweep(target: str | os.PathLike, notice: Callable[[str], None] = lambda line
     or container has its own.
     """
     target = pathlib.Path(target)
-    left = re.compile(rf"\.{re.escape(target.name)}\.\d+\.[0-9a-f]{{8}}\.tmp(\.bin|\.idx)?")
-    for path in [target.with_name(name) for name in os.listdir(target.parent) if left.fullmatch(name)]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        notice(f"{path} is removed: a writer that was killed left it")
+    _remove(target.parent, re.escape(target.name), notice)
+
+
+def sweep_folder(folder: str | os.PathLike, notice: Callable[[str], None] = lambda line: None, *, age: float = 0.0) -> None:
+    """As `sweep`, of all that is written into `folder`. age: only what was not written to for so many seconds (there is no lock)."""
+    _remove(pathlib.Path(folder), ".+", notice, age)
+
+
+def _remove(folder: pathlib.Path, names: str, notice: Callable[[str], None], age: float = 0.0) -> None:
+    left = re.compile(rf"\.{names}\.\d+\.[0-9a-f]{{8}}\.tmp(\.bin|\.idx)?")
+    for path in [folder / name for name in os.listdir(folder) if left.fullmatch(name)]:
+        with contextlib.suppress(FileNotFoundError):
+            if age and time.time() - path.stat().st_mtime < age:
+                continue
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            notice(f"{path} is removed: a writer that was killed left it")
 
 
 @contextlib.contextmanager

@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from megalith.common.files import atomic_path
+from megalith.common.files import atomic_path, sweep_folder
 
+ABANDONED = 24 * 3600.0  # seconds after which what is half written is taken for a killed writer's
 Layout = Sequence[tuple[str, tuple[int, ...], np.dtype | type]]  # name, shape (-1: any), dtype of each array
 
 
@@ -54,6 +55,8 @@ def cached(key: str, layout: Layout, build: Callable[[], Sequence[np.ndarray]], 
     arrays = build()
     for folder in folders:
         try:
+            pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+            sweep_folder(folder, age=ABANDONED)
             for (name, _, _), array in zip(layout, arrays):
                 with atomic_path(pathlib.Path(folder) / f"{key}-{name}.npy") as aside, open(aside, "wb") as file:
                     np.save(file, array, allow_pickle=False)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 
 from megalith.common.errors import ConfigError
+from megalith.common.files import sweep_folder
 from megalith.common.locks import STALE, locked
 from megalith.config.run import RunConfig
 from megalith.training.saving import check_folder, folder_of, load_of
@@ -29,6 +30,8 @@ def alone(config: RunConfig) -> Iterator[None]:
     with _locks(*_folders(config)):
         if not config.checkpoint.fresh:
             check_folder(config)
+        for folder in _folders(config):
+            sweep_folder(folder)
         yield
 
 

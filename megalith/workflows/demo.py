@@ -13,6 +13,7 @@ import sys
 import time
 
 from megalith.common.errors import ConfigError, MegalithError
+from megalith.common.locks import locked
 from megalith.common.units import duration, size
 from megalith.workflows.corpus import write_corpus
 
@@ -34,18 +35,26 @@ TRAINING = (
     "--eval-interval {interval} --eval-iters 8 --save-interval {interval} --log-interval 20"
 )
 PROMPT = "def "
+MADE = (  # in the demo's folder; what is there of these names already gets another one
+    "corpus.jsonl", "tokenizer.json", "corpus_text_document.bin", "corpus_text_document.idx", "corpus_preprocess.json", "corpus.parts",
+    "run",
+)  # fmt: skip
 
 
 def run_demo(folder: str = "runs/demo", steps: int = 200, megabytes: float = 8.0, vocabulary: int = 4096) -> int:
     """Make a corpus, train a tokenizer, preprocess, train, stop and resume, draw, generate. Returns an exit status."""
     if steps < 4:
         raise ConfigError(f"--steps: found {steps}; the demo stops half-way and resumes, so at least 4 steps are needed. Give more.")
-    started, work = time.perf_counter(), pathlib.Path(folder)
-    run = work / "run"
-    if (run / "metrics.jsonl").exists():
-        run.rename(run.with_name(f"run.before-{time.strftime('%Y%m%d-%H%M%S')}"))
-    work.mkdir(parents=True, exist_ok=True)
+    work = pathlib.Path(folder)
+    with locked(work, inside=True):
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        for path in [work / name for name in MADE if (work / name).exists()]:
+            path.rename(path.with_name(f"{path.name}.before-{stamp}"))
+        return _run(work, steps, megabytes, vocabulary)
 
+
+def _run(work: pathlib.Path, steps: int, megabytes: float, vocabulary: int) -> int:
+    started, run = time.perf_counter(), work / "run"
     _say(f"1. A corpus: the sources and help texts of Python {sys.version.split()[0]}, on every machine")
     documents, text = write_corpus(work / "corpus.jsonl", megabytes)
     print(f"   {documents} documents, {size(text)} of text -> {work / 'corpus.jsonl'}")

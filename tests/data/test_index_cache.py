@@ -54,3 +54,12 @@ def test_folders(tmp_path):
     beside, run, private = default_folders(tmp_path / "data" / "p", None, tmp_path / "run")
     assert (beside, run) == (tmp_path / "data" / "index-cache", tmp_path / "run" / "index-cache") and "megalith" in private.name
     assert default_folders(tmp_path / "p", tmp_path / "chosen")[0] == tmp_path / "chosen"
+
+
+def test_what_a_killed_builder_left_is_removed_a_day_later(tmp_path):
+    old, live = tmp_path / ".j-a.npy.7.0123abcd.tmp", tmp_path / ".j-b.npy.7.0123abcd.tmp"
+    for path in (old, live):
+        path.write_text("half")
+    os.utime(old, (0, 0))
+    cached("k", LAYOUT, lambda: ARRAYS, [tmp_path])
+    assert not old.exists() and live.exists()

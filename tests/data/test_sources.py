@@ -21,6 +21,18 @@ def test_forms(tmp_path):
     assert sources_of([str(tmp_path)]) == [Source(str(tmp_path / "x")), Source(str(tmp_path / "y"))]
 
 
+def test_a_folder_does_not_hide_the_dataset_of_its_name(tmp_path):
+    (tmp_path / "wiki").mkdir()
+    wiki = str(tmp_path / "wiki")
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"wiki{suffix}").touch()
+    assert sources_of([wiki]) == [Source(wiki)]
+    (tmp_path / "wiki" / "a.idx").touch()
+    with pytest.raises(DataError, match=r"may mean two things: .*wiki\.bin.*wiki/"):
+        sources_of([wiki])
+    assert sources_of([f"{wiki}/"]) == [Source(f"{wiki}/a")] and sources_of([f"{wiki}.bin"]) == [Source(f"{wiki}.bin")]
+
+
 @pytest.mark.parametrize(
     "paths, meaning",
     [(["0.3", "a", "b", "c"], "a weight stands before each prefix"), (["-1", "a", "2", "b"], "0 or more"), (["nan", "a"], "0 or more")]

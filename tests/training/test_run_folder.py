@@ -82,3 +82,12 @@ def test_a_checkpoint_of_another_run_is_not_replaced_nor_deleted(tmp_path, corpu
     (mine / "checkpoints" / "iter_0000004").rename(tmp_path / "away")
     assert train(longer).iteration == 4
     assert checkpoint.iterations(mine / "checkpoints") == [0, 4], "its own older ones are pruned, the other run's is not"
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path, corpus):
+    left = [tmp_path / "run" / ".metrics.jsonl.7.0123abcd.tmp", tmp_path / "run" / "checkpoints" / ".latest.7.0123abcd.tmp"]
+    for path in left:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("half")
+    train(tiny_config(corpus, str(tmp_path / "run"), **SHORT))
+    assert not any(path.exists() for path in left)
