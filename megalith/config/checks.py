@@ -8,6 +8,7 @@ from typing import Any
 
 from megalith.common.errors import ConfigError
 from megalith.common.extras import lacking
+from megalith.config.checks_masking import masking_problems
 from megalith.config.checks_model import model_problems
 from megalith.config.checks_parallel import parallel_problems
 from megalith.config.checks_schedule import schedule_problems
@@ -44,7 +45,7 @@ def find_problems(config: RunConfig, world_size: int = 1, *, data: bool = True) 
         *_files(config),
     ]
     if data:
-        rules += [*_data(config), *_packages(config)]
+        rules += [*_data(config), *masking_problems(config), *_packages(config)]
     return found + [each for each in rules if not wrong.intersection(each.fields)]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from megalith.common.errors import ConfigError, MegalithError, problem
 from megalith.config import flags, legacy
 from megalith.config.checks import find_problems
+from megalith.config.checks_masking import masking_notices
 from megalith.config.loading_values import convert, fields
 from megalith.config.loading_yaml import parse_yaml
 from megalith.config.megatron_counts import words_asked
@@ -73,6 +74,7 @@ def resolve(
         for name, readers in OF_DATASETS.items()
         if name in values and config.data.dataset in ("gpt", "bert", "t5", "ict") and config.data.dataset not in readers
     ]
+    notices += masking_notices(config)
     wrong = {field for each in problems for field in each.fields}
     size = config.parallel.smallest_world if world_size is None else world_size
     problems += [each for each in find_problems(config, size, data=data) if not wrong.intersection(each.fields)]

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from megalith.common.errors import DataError
+from megalith.common.errors import ConfigError, DataError, problem
 from megalith.config.run import RunConfig
+from megalith.config.text import Words
 from megalith.data.indexed import IndexedDataset
 from megalith.data.sample_mapping import build_blocks
 from megalith.data.sentence_dataset import SentenceDataset, padded
@@ -51,6 +52,13 @@ class IctDataset(SentenceDataset):
                 f"{titles.prefix} has {len(titles)} titles for the {indexed.num_documents} documents of {indexed.prefix}; preprocess "
                 f"titles and bodies in one run (--json-keys title text) so that they stay aligned"
             )
+        room = seq_length - 3  # for [CLS], [SEP], [SEP]
+        if titles is not None and (longest := int(titles.lengths.max(initial=0))) >= room:
+            rule = f"[CLS] title [SEP] block [SEP] has room for titles of at most {room - 1} tokens"
+            found = Words(f"a title of {longest} tokens, of document {int(titles.lengths.argmax())}")
+            raise DataError(problem(titles.prefix, found, rule, f"Write --seq-length {longest + 4} or more, or shorten the titles"))
+        if room < 1:
+            raise ConfigError(problem("--seq-length", seq_length, "[CLS] block [SEP] [SEP] is at least 4 tokens", "Write --seq-length 256"))
         self.titles, self.num_samples, self.seq_length = titles, num_samples, seq_length
         self.query_in_block_prob, self.one_sentence = query_in_block_prob, one_sentence
         self.cls, self.sep, self.pad = (tokenizer.require(name) for name in ("cls", "sep", "pad"))

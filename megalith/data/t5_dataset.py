@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from megalith.common.errors import ConfigError, DataError, problem
+from megalith.config.checks_masking import decoder_problem, masked_tokens, usual_runs
 from megalith.config.run import RunConfig
 from megalith.config.text import Words
 from megalith.data.masking import Masking, continuing
@@ -54,6 +56,19 @@ class T5Dataset(SentenceDataset):
         self.sentinels = list(tokenizer.extra_ids)
         if not self.sentinels:
             raise ConfigError(problem("--vocab-extra-ids", 0, "T5 marks masked runs with sentinels", "Add --vocab-extra-ids 100"))
+        masked = masked_tokens("t5", seq_length, mask_prob)
+        if text := decoder_problem(seq_length, decoder_seq_length, mask_prob):
+            raise ConfigError(text)
+        if len(self.sentinels) < usual_runs(masked):
+            rule = (
+                f"a sample of {seq_length} tokens usually has {usual_runs(masked)} masked runs, at most {masked}; raise --vocab-extra-ids"
+            )
+            raise DataError(f"the tokenizer has {len(self.sentinels)} sentinels, and {rule}")
+        if len(self.sentinels) < masked and not getattr(getattr(tokenizer, "options", None), "vocab_extra_ids", 0):
+            text = (
+                f"the tokenizer's {len(self.sentinels)} sentinels fit usual samples; one with more runs (at most {masked}) is masked less"
+            )
+            warnings.warn(text, stacklevel=2)  # of --vocab-extra-ids the command line has told
         skipped = tuple(token for token in (tokenizer.cls, tokenizer.sep) if token is not None)
         self.masking = Masking(continuing(tokenizer), skipped, mask_prob, longest=10, geometric=True)
 
@@ -68,12 +83,7 @@ class T5Dataset(SentenceDataset):
         first, last, target = map(int, self.mapping[index])
         random = np.random.RandomState((self.seed + index) % 2**32)
         text = np.concatenate(self.sentences(first, last))[:target].astype(np.int64)
-        runs = self.masking.runs(text, target, random)
-        if len(runs) > len(self.sentinels):
-            raise DataError(
-                f"{self.indexed.prefix}, sample {index} has {len(runs)} masked runs and the tokenizer {len(self.sentinels)} sentinels; "
-                f"raise --vocab-extra-ids"
-            )
+        runs = self._fitting(self.masking.runs(text, target, random))
         tokens = text.tolist()
         encoder: list[int] = []
         spelled: list[int] = []
@@ -84,9 +94,6 @@ class T5Dataset(SentenceDataset):
             start = run[-1] + 1
         encoder += tokens[start:]
         size = len(spelled) + 1
-        if size > self.decoder_seq_length:
-            rule = f"sample {index} of {self.indexed.prefix} has {size} masked tokens and sentinels"
-            raise ConfigError(problem("--decoder-seq-length", self.decoder_seq_length, rule, "Raise it, or lower --mask-prob"))
         loss_mask = np.zeros(self.decoder_seq_length, np.float32)
         loss_mask[:size] = 1.0
         return {
@@ -97,6 +104,15 @@ class T5Dataset(SentenceDataset):
             "padding_mask": padded([1] * len(encoder), self.seq_length, 0),
             "decoder_padding_mask": padded([1] * size, self.decoder_seq_length, 0),
         }
+
+    def _fitting(self, runs: list[list[int]]) -> list[list[int]]:
+        """The first runs that the decoder has room and sentinels for: all, but in a rare sample, at which Megatron would stop."""
+        room = self.decoder_seq_length - 1
+        for count, run in enumerate(runs):
+            room -= len(run) + 1
+            if room < 0 or count == len(self.sentinels):
+                return runs[:count]
+        return runs
 
 
 def from_config(

@@ -3,6 +3,7 @@
 import pytest
 
 from megalith.config.checks import find_problems
+from megalith.config.checks_masking import masking_notices
 from megalith.config.run import RunConfig
 
 T5 = RunConfig().replace(
@@ -36,6 +37,9 @@ CASES = [
     ({"norm_after_residual": True}, "--norm-after-residual: found with t5; it is a form of BERT"),
     ({"model_type": "gpt", "dataset": "gpt", "loss": "lm", "decoder_num_layers": 2}, "found with gpt; T5 alone has it"),
     ({"model_type": "gpt", "dataset": "gpt", "loss": "lm", **RELATIVE}, "found with gpt; T5 alone has a bias of that kind"),
+    ({"decoder_seq_length": 5}, "up to 4 are masked, which with sentinels and the end are usually 6, at most 9. Write 9, or at least 6"),
+    ({"mask_prob": 0.03}, "--mask-prob: found 0.03; of the 30 tokens of text in a sample it is less than one, so nothing is ever masked"),
+    ({"mask_prob": 0.9}, "--decoder-seq-length: found 16; of 30 tokens up to 27 are masked"),
     ({"relu": True, "swiglu": True}, "activation: found --relu and --swiglu; an MLP has one."),
 ]  # fmt: skip
 
@@ -71,3 +75,10 @@ def test_both_lengths_are_told():
 def test_each_rule_of_layouts(processes, values, message):
     (text,) = texts(processes, **values)
     assert message in text
+
+
+def test_what_rare_samples_lose_is_told():
+    assert masking_notices(T5) == []
+    tight = T5.replace(decoder_seq_length=6, vocab_extra_ids=3)
+    assert [line.partition(" fits")[0] for line in masking_notices(tight)] == ["--decoder-seq-length 6", "--vocab-extra-ids 3"]
+    assert "(at most 9) is masked less" in masking_notices(tight)[0]

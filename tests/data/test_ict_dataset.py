@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from megalith.common.errors import DataError
+from megalith.common.errors import ConfigError, DataError
 from megalith.data.ict_dataset import IctDataset
 from megalith.data.indexed import IndexedDataset, IndexedWriter
 from tests.data.word_pieces import WordPieces, write
@@ -37,3 +37,16 @@ def test_ict_blocks(tmp_path, one_sentence):
     assert 0.2 < kept / len(dataset) < 0.9
     with pytest.raises(DataError, match="30 titles for the 29 documents"):
         IctDataset(write(tmp_path / "y", 3, 29), titles=titles, **options)
+
+
+def test_a_title_that_fills_a_sample_is_told_at_the_start(tmp_path):
+    data = write(tmp_path / "x", 3)
+    with IndexedWriter(tmp_path / "titles", np.uint16) as writer:
+        writer.add_many(np.full(30 * 2 + 26, 7), np.array([2] * 17 + [28] + [2] * 12))
+    titles = IndexedDataset(tmp_path / "titles")
+    with pytest.raises(DataError, match=r"found a title of 28 tokens, of document 17; .*at most 27 tokens. Write --seq-length 32 or more"):
+        IctDataset(data, titles=titles, seq_length=31, tokenizer=WordPieces())
+    dataset = IctDataset(data, titles=titles, seq_length=32, tokenizer=WordPieces())
+    assert {len(dataset[index]["context_ids"]) for index in range(len(dataset))} == {32}
+    with pytest.raises(ConfigError, match="at least 4 tokens"):
+        IctDataset(data, seq_length=3, tokenizer=WordPieces())

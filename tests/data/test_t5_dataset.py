@@ -48,6 +48,27 @@ def test_t5_says_what_is_missing(tmp_path):
         list(map(T5Dataset(data, None, 60, seq_length=64, decoder_seq_length=4, tokenizer=WordPieces()).__getitem__, range(40)))
 
 
+def test_lengths_are_judged_before_the_first_sample(tmp_path):
+    """A usual sample of 64 tokens has 9 masked ones and 3 sentinels; one that has more is masked less, and none stops a run."""
+    data = write(tmp_path / "x", 2)
+    with pytest.raises(ConfigError, match=r"found 12; of 62 tokens up to 9 are masked.* usually 13, at most 19\. Write 19, or at least 13"):
+        T5Dataset(data, seq_length=64, decoder_seq_length=12, tokenizer=WordPieces())
+    whole = T5Dataset(data, None, 60, seq_length=64, decoder_seq_length=19, tokenizer=WordPieces())
+    tight = T5Dataset(data, None, 60, seq_length=64, decoder_seq_length=13, tokenizer=WordPieces())
+    three = WordPieces()
+    three.extra_ids = WordPieces.extra_ids[:3]
+    few = T5Dataset(data, None, 60, seq_length=64, decoder_seq_length=19, tokenizer=three)
+    lengths = [[int(dataset[index]["loss_mask"].sum()) for index in range(len(whole))] for dataset in (whole, tight, few)]
+    assert max(lengths[0]) > 13 and max(lengths[1]) <= 13
+    for shorter, dataset in ((lengths[1], tight), (lengths[2], few)):
+        cut = [index for index, length in enumerate(shorter) if length < lengths[0][index]]
+        assert 0 < len(cut) < len(whole) / 2
+        for index in cut:
+            sample, full = dataset[index], whole[index]
+            assert sample["labels"].tolist()[: shorter[index] - 1] == full["labels"].tolist()[: shorter[index] - 1]
+            assert sample["padding_mask"].sum() >= full["padding_mask"].sum()
+
+
 def test_documents_that_are_not_split(tmp_path):
     with IndexedWriter(tmp_path / "whole", np.int32) as writer:
         for _ in range(3):
