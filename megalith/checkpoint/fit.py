@@ -97,8 +97,10 @@ def differences(
         if name in found and list(found[name]) != list(shape)
     ]
     if strict:
-        parts = {part_of(name) for name in asked}
-        lacking = sorted(asked.keys() - found.keys())
+        parts, there = {part_of(name) for name in asked}, {part_of(name) for name in found}
+        without = f"asked for, the checkpoint has no such part but {', '.join(sorted(there))}"
+        lines += [f"{part}: {without}" for part in sorted(parts - there)]  # another optimizer's state, say: no parameter is at fault
+        lacking = sorted(name for name in asked.keys() - found.keys() if part_of(name) in there)
         lines += [f"{name}: asked for, not in the checkpoint{_advice(cure_of_presence(name, found, model))}" for name in lacking]
         spare = sorted(name for name in found.keys() - asked.keys() if part_of(name) in parts)
         lines += [f"{name}: in the checkpoint, not asked for{_advice(cure_of_presence(name, asked, model))}" for name in spare]

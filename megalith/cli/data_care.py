@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import pathlib
 import sys
 from collections.abc import Iterable
 
@@ -206,20 +207,20 @@ def _add_weights(verbs) -> None:
 def weights(args: argparse.Namespace) -> int:
     """Write the list; prints the table of corpora."""
     from megalith.common import units
-    from megalith.common.errors import DataError, problem
+    from megalith.common.errors import ConfigError, DataError, problem
     from megalith.common.outputs import writing
+    from megalith.config.loading_yaml import load_yaml
     from megalith.data.inspecting import prefixes_below
     from megalith.data.weights import write_weights
 
     epochs = None
     if args.epochs:
-        import yaml
-
         try:
-            with open(args.epochs, encoding="utf-8") as file:
-                epochs = yaml.safe_load(file)
-        except (OSError, yaml.YAMLError) as error:
-            raise DataError(problem("--epochs", args.epochs, f"it must be a YAML file ({error})", "Correct the file")) from error
+            epochs = load_yaml(pathlib.Path(args.epochs).read_text(encoding="utf-8"), f"--epochs {args.epochs}")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(problem("--epochs", args.epochs, f"it must be a readable file ({error})", "Correct the path")) from error
+        except ConfigError as error:  # of what is in it
+            raise DataError(str(error)) from error
         if not isinstance(epochs, dict):
             raise DataError(problem("--epochs", args.epochs, "it holds lines `corpus: epochs`", "Correct the file"))
     inputs = [*_files(prefixes_below(args.input)), *([args.epochs] if args.epochs else [])]

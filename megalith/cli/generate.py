@@ -129,16 +129,22 @@ def read_prompts(args: argparse.Namespace) -> list[str] | None:
         return args.prompt
     if args.prompt_file is None:
         text = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read()
+        if text and not text.strip():
+            print("megalith: standard input is blank: the text starts from the end-of-document token", file=sys.stderr)
         return [text.removesuffix("\n")] if text.strip() else None
     path = pathlib.Path(args.prompt_file)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: a form feed may be part of a prompt
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(problem("--prompt-file", str(path), f"it must be a readable UTF-8 file ({error})", "Check the path")) from None
     parse: Callable[[str, str], str] = _json_prompt if path.suffix == ".jsonl" else lambda line, _: line
     prompts = [parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
         raise DataError(problem("--prompt-file", str(path), "it holds no prompt", "Write one prompt a line"))
+    if blank := [number for number, line in enumerate(lines[:-1], 1) if not line.strip()]:
+        named = f"line{'s' * (len(blank) > 1)} {', '.join(map(str, blank[:10]))}{' and more' * (len(blank) > 10)}"
+        cure = 'an empty prompt is "" in a .jsonl file'
+        print(f"megalith: {path}: {len(blank)} blank ({named}), and so no prompt, left out; {cure}", file=sys.stderr)
     return prompts
 
 

@@ -8,11 +8,15 @@ Exit status: 0 done, 1 stopped by an error in data, checkpoints or training, 2 t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import functools
+import hashlib
 import importlib
 import os
+import pathlib
 import re
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -55,6 +59,9 @@ VERBS = {  # verb -> one line; the module is megalith.cli.VERB, with register(su
     "parity": "does a layout give the gradients of one process",
     "config": "answer a few questions, get a YAML file for pretrain",
 }
+
+
+PLACE = re.compile(r" \(on rank \d+ of \d+, after step \d+\)$")  # what training/failures.py adds
 
 
 class Parser(argparse.ArgumentParser):
@@ -110,6 +117,35 @@ def parser_for(verb: str | None) -> Parser:
     return parser
 
 
+def say(text: str) -> None:
+    """Print an error; one that several ranks of a torchrun have on a machine is said by the first of them.
+
+    Any rank may be that: a launcher ends the others as soon as one has ended.
+    """
+    previous = None
+    with contextlib.suppress(ValueError):  # outside the main thread
+        previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # who is to say it is not ended before
+    try:
+        if _first_to_say(PLACE.sub("", text)):
+            print(text, file=sys.stderr, flush=True)
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def _first_to_say(text: str) -> bool:
+    """Whether no other rank on this machine has said it; told by a file in torchrun's folder of this attempt (ATTEMPT/RANK/error.json)."""
+    if not (file := os.environ.get("TORCHELASTIC_ERROR_FILE")):
+        return True
+    with contextlib.suppress(OSError):
+        said = pathlib.Path(file).parents[1] / f".megalith-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        try:
+            said.touch(exist_ok=False)
+        except FileExistsError:
+            return False
+    return True
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; `argv` defaults to the process's own. Returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -120,8 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parser_for(verb).parse_args(argv or ["--help"])
         return args.handler(args) or 0
     except MegalithError as error:
-        # Every rank says it, also what is the same on all: a launcher ends the others as soon as the first has ended.
-        print(f"megalith: {error}", file=sys.stderr)
+        say(f"megalith: {error}")
         return 2 if isinstance(error, ConfigError) else 1
     except OSError as error:
         if isinstance(error, BrokenPipeError):  # `megalith ... | head`
@@ -129,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 141
         if error.errno not in CURES or isinstance(error, ConnectionError):
             raise
-        print(f"megalith: {error}. {CURES[error.errno]}.", file=sys.stderr)
+        say(f"megalith: {error}. {CURES[error.errno]}.")
         return 1
     except KeyboardInterrupt:
         print("megalith: interrupted", file=sys.stderr)

@@ -5,20 +5,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megalith.common.errors import problem
+from megalith.common.errors import ConfigError, problem
 from megalith.config import flags
 from megalith.config.loading_values import fields
 from megalith.config.text import Problem, flag, unknown
 
 
-def parse_yaml(text: str, source: str, problems: list[Problem], notices: list[str]) -> dict[str, Any]:
-    """Raw values by field of a YAML text, its keys grouped by section or flat. A top-level `about` is for people."""
+def load_yaml(text: str, source: str) -> Any:
+    """What a YAML text holds; ConfigError with line, rule and cure where it is none, or names a thing twice."""
     import yaml  # here, because most commands and every --help do without it
 
     try:
-        tree = yaml.load(text, Loader=_loader())
+        return yaml.load(text, Loader=_loader())
     except yaml.YAMLError as error:
-        problems.append(Problem(tuple(fields()), f"{source} is not valid YAML: {error}".replace("\n", " ")))
+        raise ConfigError(_invalid(source, text, error)) from error
+
+
+def parse_yaml(text: str, source: str, problems: list[Problem], notices: list[str]) -> dict[str, Any]:
+    """Raw values by field of a YAML text, its keys grouped by section or flat. A top-level `about` is for people."""
+    try:
+        tree = load_yaml(text, source)
+    except ConfigError as error:
+        problems.append(Problem(tuple(fields()), str(error)))
         return {}
     if tree is None:
         return {}
@@ -71,6 +79,46 @@ def _one(
         problems.append(Problem(meant, f"{source}: {near}"))
 
 
+RULES = (  # words of the parser's complaint -> the rule and the cure, in the words of who writes the file
+    (
+        "mapping values are not allowed",
+        "a line has one name and one value",
+        "Put text with a colon into quotes, or correct the indentation",
+    ),
+    ("could not find expected ':'", "a line is `name: value`", "Write a colon and a blank after the name"),
+    ("expected ',' or", "a bracket is not closed", "Close it"),
+    ("but got '<stream end>'", "a bracket is not closed", "Close it"),
+    ("unexpected end of stream", "a quotation mark is not closed", "Close it"),
+    ("expected <block end>", "the fields of a section begin in one column", "Correct the indentation"),
+    ("cannot start any token", "text that begins with such a sign stands in quotes", "Put it into quotes"),
+    ("is given twice", "a name stands once in a section", "Keep one"),
+    ("constructor for the tag", "values are numbers, text, true, false and lists, without tags (!)", "Leave the tag out"),
+)
+
+
+def _invalid(source: str, text: str, error: Any) -> str:
+    """What is wrong with a YAML text: the line, what stands there, the rule and the cure."""
+    mark, said = getattr(error, "problem_mark", None), str(getattr(error, "problem", None) or getattr(error, "reason", None) or error)
+    if mark is None:  # a character that YAML does not allow
+        found = getattr(error, "character", "")
+        found = chr(found) if isinstance(found, int) else found
+        number = text[: getattr(error, "position", 0)].count("\n") + 1
+        return problem(f"{source} is not valid YAML, line {number}", found, said.partition("\n")[0], "Remove the character")
+    lines = text.split("\n")
+    number = min(mark.line, len(lines) - 1)
+    while number and not lines[number].strip():  # the end of the file: what is wrong stands before it
+        number -= 1
+    line = lines[number]
+    rule, cure = next(((rule, cure) for words, rule, cure in RULES if words in said), (said, "Correct the line"))
+    if said.endswith("is given twice"):
+        rule, cure = f"{said}, and {rule}", cure
+    tabs = [at for at, each in enumerate(lines[: number + 1]) if "\t" in each[: len(each) - len(each.lstrip())]]
+    if tabs or "'\\t'" in said:
+        number = tabs[-1] if tabs else number
+        line, rule, cure = lines[number], "YAML indents by blanks, not by tabs", "Replace the tabs by blanks"
+    return problem(f"{source} is not valid YAML, line {number + 1}", line.rstrip(), rule, cure)
+
+
 def _loader() -> Any:
     """A YAML loader that refuses a key given twice, where the plain one silently keeps the last."""
     import yaml
@@ -78,9 +126,9 @@ def _loader() -> Any:
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> dict:
             names = [key.value for key, _ in node.value]
-            for key, _ in node.value:
-                if names.count(key.value) > 1:
-                    raise yaml.YAMLError(f"{key.value} is given twice{key.start_mark}; keep one")
+            for number, (key, _) in enumerate(node.value):
+                if key.value in names[:number]:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
             return super().construct_mapping(node, deep)
 
     return Loader

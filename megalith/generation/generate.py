@@ -256,17 +256,22 @@ def check_length(model: nn.Module | Decoder, prompt: int, new: int) -> None:
     limit = config.max_position_embeddings
     if config.positions in ("alibi", "relative") or limit is None:
         return
+    which = f"the model's limit (max_position_embeddings) is {limit}"
     if config.decoder_layers:
-        if max(prompt, new + 1) > limit:
-            raise ConfigError(
-                f"too long: the longest prompt has {prompt} tokens, and an answer of {new} new ones after its start token {new + 1}; the "
-                f"model's limit (max_position_embeddings) is {limit} for each. Shorten it or ask for at most {limit - 1} new tokens."
-            )
+        if prompt > limit:
+            raise ConfigError(f"too long: the longest prompt has {prompt} tokens; {which}. Shorten it to {limit} tokens.")
+        if new >= limit:
+            told = f"an answer of {new} new tokens after its start token has {new + 1}"
+            raise ConfigError(f"too long: {told}; {which}. Ask for at most {limit - 1} new tokens.")
     elif prompt + new > limit:
-        raise ConfigError(
-            f"too long: the longest prompt has {prompt} tokens and {new} new ones are asked for, together {prompt + new}; the model's "
-            f"limit (max_position_embeddings) is {limit}. Shorten the prompt or ask for at most {max(limit - prompt, 0)} new tokens."
-        )
+        if prompt < limit:
+            cure = f"Shorten the prompt or ask for at most {limit - prompt} new tokens"
+        elif new < limit:
+            cure = f"Shorten the prompt to at most {limit - new} tokens"
+        else:
+            cure = f"Shorten the prompt, and ask for fewer new tokens, so that they are at most {limit} together"
+        told = f"the longest prompt has {prompt} tokens" + (f" and {new} new ones are asked for, together {prompt + new}" if new else "")
+        raise ConfigError(f"too long: {told}; {which}. {cure}.")
 
 
 def tokenized(model: nn.Module | Decoder, prompts: Prompts, add_bos: bool = False) -> list[Completion]:

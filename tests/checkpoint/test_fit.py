@@ -82,6 +82,14 @@ def test_only_parts_asked_for_count():
     assert fit.differences({"model/b": [1]}, found, {}, strict=False) == []
 
 
+def test_a_part_that_is_not_there_is_one_line_without_advice():
+    """An optimizer's state that the other optimizer did not have is the fault of no parameter's flag."""
+    found = {"model/final_norm.bias": [1], "optimizer/exp_avg/final_norm.bias": [1]}
+    asked = {"model/final_norm.bias": [1], "optimizer/momentum_buffer/final_norm.bias": [1], "optimizer/momentum_buffer/head.weight": [1]}
+    (line,) = fit.differences(asked, found, {"normalization": "layernorm"})
+    assert line == "optimizer/momentum_buffer: asked for, the checkpoint has no such part but model, optimizer/exp_avg"
+
+
 def test_long_reports_are_cut(tmp_path):
     text = fit.report(tmp_path, [f"line {number}" for number in range(50)])
     assert "line 19\n" in text and "line 20" not in text and "and 30 more" in text

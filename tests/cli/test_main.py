@@ -117,6 +117,23 @@ def test_every_rank_says_what_is_wrong(verb, capsys, monkeypatch):
     assert "unknown verb" in capsys.readouterr().err
 
 
+def test_ranks_of_a_torchrun_say_the_same_once(verb, capsys, monkeypatch, tmp_path):
+    """Whoever is first says it; what one rank alone has to say is said."""
+
+    def handler(args):
+        raise DataError(f"{args.steps} (on rank {os.environ['RANK']} of 2, after step 7)")
+
+    verb(handler)
+    for rank, words, said in (("1", "4", True), ("0", "4", False), ("0", "5", True)):
+        (tmp_path / "attempt_0" / rank).mkdir(parents=True, exist_ok=True)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "attempt_0" / rank / "error.json"))
+        monkeypatch.setenv("RANK", rank)
+        assert run("try", "--steps", words) == 1
+        assert capsys.readouterr().err == (f"megalith: {words} (on rank {rank} of 2, after step 7)\n" if said else "")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "gone" / "0" / "error.json"))
+    assert run("try", "--steps", "4") == 1 and "megalith: 4" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("bug", [RuntimeError("bug"), OSError(errno.EBADF, "Bad file descriptor")])
 def test_our_own_bugs_keep_their_traceback(verb, bug):
     def handler(args):

@@ -34,3 +34,26 @@ def test_old_spellings():
 def test_every_mistake_is_named(content, message):
     _, problems, _ = parse(content)
     assert len(problems) == 1 and message in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("model:\n\tnum_layers: 4\n", "line 2: found '\\tnum_layers: 4'; YAML indents by blanks, not by tabs. Replace the tabs by blanks."),
+        ("model:\n  num_layers: 4\n\thidden_size: 8\n", "line 3: found '\\thidden_size: 8'; YAML indents by blanks, not by tabs."),
+        ("lr: 1\nname: a: b\n", "line 2: found 'name: a: b'; a line has one name and one value. Put text with a colon into quotes"),
+        ("lr: [1, 2\n", "line 1: found 'lr: [1, 2'; a bracket is not closed. Close it."),
+        ("name: 'a\n", 'line 1: found "name: \'a"; a quotation mark is not closed. Close it.'),
+        ("model:\n    num_layers: 4\n  hidden_size: 8\n", "line 3: found '  hidden_size: 8'; the fields of a section begin in one column."),
+        ("lr: 1\nseed\nname: x\n", "a line is `name: value`. Write a colon and a blank after the name."),
+        ("lr: 1\nlr: 2\n", "line 2: found 'lr: 2'; lr is given twice, and a name stands once in a section. Keep one."),
+        ("lr: !!python/object:os.x 2\n", "without tags (!). Leave the tag out."),
+        ("lr: 1\nname: a\x07b\n", "line 2: found '\\x07'; special characters are not allowed. Remove the character."),
+        ("name: %x\n", "line 1: found 'name: %x'"),
+    ],
+)
+def test_what_is_no_yaml_is_said_in_plain_words(content, told):
+    """The line, what stands there, the rule and the cure; no words of the parser, and no line breaks."""
+    _, (problem,), _ = parse(content)
+    assert problem.startswith("run.yaml is not valid YAML, line ") and told in problem
+    assert "\n" not in problem and "while " not in problem and "<unicode" not in problem

@@ -155,8 +155,24 @@ def test_too_long_names_the_limit(make) -> None:
         generate(make(), [[5]], max_new_tokens=200)
     assert len(complete(make(), [[5]], max_new_tokens=199, stop_at_eod=False)[0].ids) == 199
     assert len(complete(make(position_embedding_type="alibi"), [[5]], max_new_tokens=210, stop_at_eod=False)[0].ids) == 210
-    with pytest.raises(ConfigError, match="201"):
+    with pytest.raises(ConfigError, match=r"prompt has 201 tokens; .* is 200\. Shorten the prompt to at most 200 tokens\.$"):
         score(make(), [[5] * 201])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new", "cure"),
+    [
+        (200, 10, "Shorten the prompt to at most 190 tokens."),
+        (230, 10, "Shorten the prompt to at most 190 tokens."),
+        (230, 200, "Shorten the prompt, and ask for fewer new tokens, so that they are at most 200 together."),
+        (199, 2, "Shorten the prompt or ask for at most 1 new tokens."),
+    ],
+)
+def test_a_prompt_too_long_is_not_cured_by_no_new_tokens(make, prompt, new, cure) -> None:
+    for search in ({}, {"beam_width": 2}):
+        with pytest.raises(ConfigError) as caught:
+            generate(make(), [[5] * prompt], max_new_tokens=new, **search)
+        assert str(caught.value).endswith(cure)
 
 
 def test_wrong_values(make) -> None:

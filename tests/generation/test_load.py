@@ -1,5 +1,6 @@
 """megalith.load: from a run, a folder of checkpoints or one checkpoint; and the command on top of it."""
 
+import argparse
 import json
 import pathlib
 from collections.abc import Callable
@@ -110,6 +111,21 @@ def test_command_with_files(run, tmp_path: pathlib.Path, capsys: pytest.CaptureF
         records = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
         assert [one["prompt"] + one["continuation"] for one in records] == expected
         assert {one["finish"] for one in records} <= {"stop", "length"} and str(out) in capsys.readouterr().out
+
+
+def test_blank_lines_of_a_prompt_file_are_named(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
+    from megalith.cli.generate import read_prompts
+
+    def read(name: str, text: str) -> tuple[list[str] | None, str]:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        prompts = read_prompts(argparse.Namespace(prompt=None, prompt_file=str(tmp_path / name)))
+        return prompts, capsys.readouterr().err
+
+    prompts, said = read("p.txt", "a\n\nb\n  \n")
+    assert prompts == ["a", "b"] and "p.txt: 2 blank (lines 2, 4), and so no prompt" in said
+    assert read("p.txt", "\ufeffa\x0cb\u2028c\r\nd") == (["a\x0cb\u2028c", "d"], "")
+    prompts, said = read("p.jsonl", '""\n\n{"prompt": "x"}\n')
+    assert prompts == ["", "x"] and "1 blank (line 2)" in said
 
 
 def test_command_reads_standard_input_or_nothing(run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
