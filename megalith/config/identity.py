@@ -60,19 +60,19 @@ INDIFFERENT = (  # changes nothing of a model that has its weights, but for roun
 
 
 class Differences(NamedTuple):
-    """Sentences `--field is A, was B`: of what makes it another model, and of what is only to be told."""
+    """What makes it another model, as (field, now, then); and sentences of what is only to be told."""
 
-    another: list[str]
+    another: list[tuple[str, Any, Any]]
     noted: list[str]
 
 
 def differences(now: ModelConfig, then: ModelConfig) -> Differences:
     """How a model differs from the one that a checkpoint was written by."""
-    another: list[str] = []
+    another: list[tuple[str, Any, Any]] = []
     for fields, effect in IDENTITY:
         if effect(now) != effect(then):
-            typed = [name for name in fields if getattr(now, name) != getattr(then, name)]
-            another += [sentence(name, getattr(now, name), getattr(then, name)) for name in typed]  # none: it follows from another field
+            pairs = [(name, getattr(now, name), getattr(then, name)) for name in fields]
+            another += [pair for pair in pairs if pair[1] != pair[2]]  # none: it follows from another field
     return Differences(another, changes(now, then, BY_SHAPE + NOTED))
 
 

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from megalith import checkpoint
+from megalith.checkpoint.fit import as_flag
 from megalith.checkpoint.ranks import Ranks
 from megalith.common.errors import CheckpointError, ConfigError, DataError
-from megalith.config.identity import changes, differences
+from megalith.config.identity import changes, differences, sentence
 from megalith.config.loading import from_yaml
 from megalith.config.loading_values import fields
 from megalith.config.run import RunConfig
@@ -64,8 +65,8 @@ def _compare(path: pathlib.Path, config: RunConfig, tokenizer: Tokenizer, data: 
     model = differences(config.model, then.model)
     if model.another:
         raise CheckpointError(
-            f"{path} holds another model: {'; '.join(model.another)}. Its weights mean nothing in this one, even where their shapes fit. "
-            f"Give these as the checkpoint has them (--load FOLDER --use-checkpoint-args takes them all from it), or train another "
+            f"{path} holds another model: {'; '.join(sentence(*each) for each in model.another)}. Its weights mean nothing in this one, "
+            f"even where their shapes fit. Give {', '.join(as_flag(name, then) for name, _, then in model.another)}, or train another "
             f"model in a folder of its own (--run-dir)."
         )
     lines = model.noted + _words(path, tokenizer, weights_only)

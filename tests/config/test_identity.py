@@ -46,7 +46,7 @@ def test_every_field_is_classified_once():
 def test_another_model_by_what_fields_come_to(then, now, told):
     """Effects are compared, not spellings; what has no effect in the model is none."""
     found = identity.differences(dataclasses.replace(BASE, **now), dataclasses.replace(BASE, **then))
-    assert found.another == told and found.noted == []
+    assert [identity.sentence(*each) for each in found.another] == told and found.noted == []
 
 
 def test_what_may_change_is_told():

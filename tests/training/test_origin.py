@@ -21,23 +21,34 @@ def half(corpus, tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "told", "cure"),
     [
-        ({"num_attention_heads": 8}, "--num-attention-heads is 8, was 4"),
-        ({"position_embedding_type": "alibi"}, "--position-embedding-type is alibi, was rope"),
-        ({"squared_relu": True}, "--squared-relu is True, was False"),
-        ({"rotary_interleaved": True, "layernorm_epsilon": 1e-6}, "--rotary-interleaved is True, was False; --layernorm-epsilon is 1e-06"),
-        ({"apply_residual_connection_post_layernorm": True}, "--apply-residual-connection-post-layernorm"),
+        ({"num_attention_heads": 8}, "--num-attention-heads is 8, was 4", "--num-attention-heads 4,"),
+        ({"position_embedding_type": "alibi"}, "--position-embedding-type is alibi, was rope", "--position-embedding-type rope,"),
+        ({"squared_relu": True}, "--squared-relu is True, was False", "no --squared-relu,"),
+        (
+            {"rotary_interleaved": True, "layernorm_epsilon": 1e-6},
+            "--rotary-interleaved is True, was False; --layernorm-epsilon is 1e-06",
+            "no --rotary-interleaved, --layernorm-epsilon 1e-05,",
+        ),
+        ({"apply_residual_connection_post_layernorm": True}, "--apply-residual-connection-post-layernorm", "no --apply-residual"),
     ],
 )
-def test_another_model_of_the_same_shapes_is_an_error(half, corpus, tmp_path, changes, told):
+def test_another_model_of_the_same_shapes_is_an_error(half, corpus, tmp_path, changes, told, cure):
     """In the run's own folder, and by --load into a new run, with --finetune too."""
     changes = SHORT | {"position_embedding_type": "rope"} | changes
     load = {"load": str(half), "run_dir": str(tmp_path / "new")}
     for place in ({}, load, load | {"finetune": True}):
-        with pytest.raises(CheckpointError, match=f"holds another model: .*{told}.*--use-checkpoint-args"):
+        with pytest.raises(CheckpointError, match=f"holds another model: .*{told}.* Give .*{cure}"):
             train(tiny_config(corpus, str(half), **changes | place))
     assert len(losses(str(half))) == 2
+
+
+def test_the_runs_own_folder_is_not_another_source(half, corpus, tmp_path):
+    """--load may name the run's folder, as well as its checkpoints in it."""
+    shutil.copytree(half, tmp_path / "run")
+    config = tiny_config(corpus, str(tmp_path / "run"), load=str(tmp_path / "run"), position_embedding_type="rope", **SHORT)
+    assert train(config).iteration == 4
 
 
 def test_what_may_change_is_told_of_a_loaded_checkpoint_too(half, corpus, tmp_path, capsys):
