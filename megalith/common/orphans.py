@@ -38,7 +38,7 @@ def _watch(launcher: int, done: threading.Event, grace: float) -> None:
         return
     place = f"megalith: rank {os.environ.get('RANK')}: the launcher, process {launcher}, has died"
     _say(f"{place}; this process saves, if it can, and ends")
-    os.kill(os.getpid(), signal.SIGTERM)
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)  # not to this thread, which would leave that one asleep
     if not done.wait(grace):
         _say(f"{place} {grace:g} s ago; this process ends now")
         os._exit(1)
