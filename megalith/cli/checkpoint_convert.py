@@ -118,14 +118,13 @@ def register(verbs: Any) -> None:
         "export": "a checkpoint in another format",
         "reshape": "a Megatron checkpoint in another layout",
     }
+    folders = {"import": "a folder of checkpoints, as --load takes it", "export": "in the format of --to", "reshape": "Megatron's"}
     for verb, epilog in (("import", IMPORT), ("export", EXPORT), ("reshape", RESHAPE)):
         usage = f"megalith checkpoint {verb} SOURCE FOLDER [--FLAG VALUE ...]"
         parser = verbs.add_parser(verb, help=about[verb], usage=usage, epilog=epilog)
-        group = parser.add_argument_group("this command")
-        for each in OWN[verb]:
-            if each.help:
-                kind: dict[str, Any] = {"action": "store_true"} if each.nargs == 0 else {"metavar": each.name[2:].split("-")[0].upper()}
-                group.add_argument(each.name, help=each.help, **kind)
+        parser.add_argument("source", metavar="SOURCE", help="what is read: a folder, a zip archive, or the URL of one")
+        parser.add_argument("folder", metavar="FOLDER", help=f"what is written, a new folder: {folders[verb]}")
+        flags.add_own_help(parser, [each for each in OWN[verb] if each.help])
         parser.set_defaults(handler=functools.partial(run, verb), reads=functools.partial(flags.read, own=OWN[verb]))
 
 

@@ -136,7 +136,7 @@ def _add_inspect(verbs) -> None:
     parser = verbs.add_parser(
         "inspect",
         help="what datasets hold, whether they are sound, documents as text",
-        epilog="example: megalith data inspect my-gpt2_text_document --verify --show 0 --tokenizer-model tokenizer.json",
+        epilog="example: megalith data inspect corpus_text_document --verify --show 0 --tokenizer-model tokenizer.json",
     )
     parser.add_argument("path", nargs="+", help="prefixes, or directories")
     parser.add_argument("--json", action="store_true", help="print a JSON list of the metadata of all of them")
@@ -241,10 +241,10 @@ def _add_bpe(verbs) -> None:
         epilog="example: megalith data bpe --input corpus.jsonl --vocab-size 32000 --output tokenizer.json",
     )
     parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, globs, directories, as preprocess reads them")
-    parser.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY")
+    parser.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys (columns) whose texts are read")
     parser.add_argument("--vocab-size", type=int, required=True, help="tokens, the 256 bytes and special tokens among them")
     parser.add_argument("--output", required=True, metavar="FILE", help="a tokenizer.json, for --tokenizer-type HuggingFaceTokenizer")
-    parser.add_argument("--special-tokens", nargs="+", default=["<|endoftext|>"], metavar="TOKEN")
+    parser.add_argument("--special-tokens", nargs="+", default=["<|endoftext|>"], metavar="TOKEN", help="tokens of no text")
     _add_overwrite(parser)
     parser.set_defaults(handler=bpe)
 

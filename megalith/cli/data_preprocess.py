@@ -28,7 +28,7 @@ NOT_NEEDED = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
-    parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, EXAMPLE
+    parser.epilog = EXAMPLE
     add_tokenizer_arguments(parser)
     inputs = parser.add_argument_group("input and output")
     inputs.add_argument(

@@ -21,8 +21,8 @@ import sys
 from collections.abc import Sequence
 
 from megalith import __version__
-from megalith.common.errors import ConfigError, MegalithError
-from megalith.config.text import unknown
+from megalith.common.errors import ConfigError, MegalithError, problem
+from megalith.config.text import nearest, unknown, value_text
 
 ELSEWHERE = "Free space or correct the path, and give the same command again; what was finished is kept"
 WRONG_PATH = "Correct the path, or make what it leads through"
@@ -64,6 +64,19 @@ VERBS = {  # verb -> one line; the module is megalith.cli.VERB, with register(su
 PLACE = re.compile(r" \(on rank \d+ of \d+, after step \d+\)$")  # what training/failures.py adds
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Texts as they are written; N stands for whole numbers, X for others; defaults are told where the help does not speak of them."""
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return {int: "N", float: "X"}.get(action.type) or action.dest.rpartition("_")[2].upper()
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if not action.option_strings or action.default in (None, False, [], argparse.SUPPRESS) or "default" in text:
+            return text
+        return f"{text} (default: {value_text(action.default)})".lstrip().replace("%", "%%")
+
+
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, whose errors are ConfigErrors that name the nearest flag.
 
@@ -72,7 +85,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, **options):
-        options.setdefault("formatter_class", functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=34))
+        options.setdefault("formatter_class", functools.partial(HelpFormatter, max_help_position=34))
         super().__init__(allow_abbrev=False, **options)
 
     def parse_known_args(self, args=None, namespace=None):
@@ -92,9 +105,14 @@ class Parser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: object) -> None:
         """A verb of a verb, or a choice, that is not there: the nearest is named, or what it is called here."""
-        if action.choices is not None and value not in action.choices:
-            kind = "verb" if isinstance(action, argparse._SubParsersAction) else f"value of {'/'.join(action.option_strings)}"
-            self.error(unknown(kind, str(value), action.choices, f"there are {', '.join(map(str, action.choices))}"))
+        if action.choices is None or value in action.choices:
+            return
+        known = list(map(str, action.choices))
+        if isinstance(action, argparse._SubParsersAction):
+            self.error(unknown("verb", str(value), known, f"there are {', '.join(known)}"))
+        name = action.option_strings[0]
+        cure = f"Write {name} {nearest(str(value), known) or known[0]}"
+        self.error(problem(name, value, f"it is one of {', '.join(known)}", cure).removesuffix("."))
 
     def error(self, message: str):
         """Raise ConfigError instead of printing the usage and exiting."""

@@ -10,6 +10,7 @@ from megalith import recipes
 from megalith.config import flags, launched, megatron_counts
 from megalith.config.batch_math import check_length, data_parallel_size, global_batch, total_steps
 from megalith.config.loading import from_yaml, resolve, to_yaml
+from megalith.config.loading_values import fields
 from megalith.config.parameters import parameter_count
 from megalith.config.run import RunConfig
 from megalith.config.text import Problem, unknown
@@ -45,7 +46,8 @@ def pretrain(args: argparse.Namespace) -> int:
     for name in reading.words[:1]:
         if name not in MODELS and ":" not in name:
             otherwise = f"there are {', '.join(MODELS)}, and your own goes by module:name"
-            reading.problems.append(Problem(("model_type",), unknown("model", name, MODELS, otherwise)))
+            every = tuple(fields())  # what the model would have brought along is not missing as well
+            reading.problems.append(Problem(every, unknown("model", name, MODELS, otherwise)))
     config, notices = resolve(
         reading, read_recipe=recipes.text, read_checkpoint=checkpoint_config, read_tokenizer=checkpoint_tokenizer, world_size=world_size
     )

@@ -179,21 +179,27 @@ def _use(found: Flag, name: str, values: list[str], result: Reading) -> None:
         result.notices.append(told)
 
 
-def add_help(parser: argparse.ArgumentParser, own: Iterable[Flag] = RUN_FLAGS) -> None:
-    """Add all flags to `parser`, grouped by section, for its --help; read() is what reads them."""
+def add_own_help(parser: argparse.ArgumentParser, own: Iterable[Flag]) -> None:
+    """Add a verb's own flags to `parser`, for its --help."""
     group = parser.add_argument_group("this command")
     for each in own:
         if each.nargs == 0:
             group.add_argument(each.name, action="store_true", help=each.help)
         else:
-            group.add_argument(each.name, metavar=each.name[2:].split("-")[0].upper(), choices=each.choices or None, help=each.help)
+            choices = "{" + ",".join(each.choices) + "}" if each.choices else each.name.rpartition("-")[2].upper()
+            group.add_argument(each.name, metavar=choices, help=each.help)
+
+
+def add_help(parser: argparse.ArgumentParser, own: Iterable[Flag] = RUN_FLAGS) -> None:
+    """Add all flags to `parser`, grouped by section, for its --help; read() is what reads them."""
+    add_own_help(parser, own)
     groups: dict[str, Any] = {}
     for field in fields().values():
         group = groups.get(field.section) or groups.setdefault(field.section, parser.add_argument_group(field.section))
         yes, no = names(field)
         text = field.metadata["help"].replace("%", "%%")
         if field.default not in (None, False, []):
-            text += " (on by default)" if field.default is True else f" (default {value_text(field.default)})".replace("%", "%%")
+            text += " (on by default)" if field.default is True else f" (default: {value_text(field.default)})".replace("%", "%%")
         if field.kind is bool:
             group.add_argument(*yes, *no, action="store_true", dest=field.name, help=text)
         else:

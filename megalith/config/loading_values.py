@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,7 +69,16 @@ def convert(field: Field, raw: Any, called: str) -> tuple[Any, Problem | None]:
     except (ValueError, TypeError, OverflowError):
         rule = f"{WORDS[field.kind]} of {WORDS[field.item]}s" if field.kind is list else WORDS[field.kind]
         rule = f"it is {rule}{', or none' if field.optional else ''} ({field.metadata['help']})"
-        return None, Problem((field.name,), problem(called, raw, rule, f"Give it as in {flag(field.name)} {EXAMPLES[field.kind]}"))
+        return None, Problem((field.name,), problem(called, raw, rule, _cure(field, raw)))
+
+
+def _cure(field: Field, raw: Any) -> str:
+    """What to write instead of `raw`: 1k and 2M are meant as thousands, or as powers of 1024."""
+    match = re.fullmatch(r"(\d+)([kKmMgG])[bB]?", str(raw))
+    if match and field.kind is int:
+        power = "kmg".index(match[2].lower()) + 1
+        return f"Write {flag(field.name)} {int(match[1]) * 1000**power}, or {int(match[1]) * 1024**power}"
+    return f"Give it as in {flag(field.name)} {EXAMPLES[field.kind]}"
 
 
 def _scalar(kind: type, raw: Any) -> Any:

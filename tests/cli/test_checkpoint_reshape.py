@@ -38,7 +38,7 @@ def test_a_vocabulary_file_tells_the_size(source, tmp_path: pathlib.Path) -> Non
     folder, _ = source
     (tmp_path / "vocab.txt").write_text("\n".join(map(str, range(90))) + "\n")
     assert main(f"checkpoint reshape {folder} {tmp_path / 'to'} --vocab-file {tmp_path / 'vocab.txt'}".split()) == 0
-    assert formats.read(tmp_path / "to").config.model.vocab_size == 90
+    assert formats.read(tmp_path / "to").config.model.vocab_size == 92  # with [BOS] and [EOS], which the tokenizer adds
 
 
 def test_our_own_format_needs_none(source, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

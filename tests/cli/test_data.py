@@ -39,7 +39,10 @@ def test_preprocess_with_old_flags(corpus, tmp_path, capsys):
 def test_words_after_old_flags_are_looked_at(corpus, tmp_path, capsys):
     assert preprocess(corpus, tmp_path, "--dataset-impl", "mmmap") == 2 and preprocess(corpus, tmp_path, "--chunk-size", "many") == 2
     error = capsys.readouterr().err
-    assert "--dataset-impl: invalid choice: 'mmmap'" in error and "--chunk-size: invalid int value: 'many'" in error
+    assert (
+        "--dataset-impl: found 'mmmap'; it is one of lazy, cached, mmap. Write --dataset-impl mmap (" in error
+        and "--chunk-size: invalid int value: 'many'" in error
+    )
 
 
 def test_preprocess_dry_run_and_errors(corpus, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import errno
 import importlib
 import os
+import re
 import subprocess
 import sys
 import types
@@ -207,3 +208,38 @@ def test_a_closed_pipe_is_no_error():
     code = f"{sys.executable} -m megalith pretrain --help | head -1"
     found = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=False)
     assert found.stdout.startswith("usage: megalith pretrain") and "Traceback" not in found.stderr
+
+
+DATA, CHECKPOINT = "preprocess merge split convert inspect weights bpe", "inspect verify edit import export reshape"
+EVERY = [[verb] for verb in command.VERBS]
+EVERY += [["data", verb] for verb in DATA.split()] + [["checkpoint", verb] for verb in CHECKPOINT.split()]
+
+
+@pytest.mark.parametrize("words", EVERY, ids=" ".join)
+def test_help_shows_choices_whole_and_defaults_of_lists(words, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "4000")  # a line for each flag
+    with pytest.raises(SystemExit):
+        run(*words, "--help")
+    text = capsys.readouterr().out
+    assert not re.search(r"^  --[a-z-]+ [A-Z]+_[A-Z_]+", text, re.MULTILINE), "a metavar that repeats the flag"
+    for line in text.splitlines():
+        flag, _, about = line.strip().partition("  ")
+        if flag.startswith("--print-config"):
+            assert flag == "--print-config {changed,all,none}"
+        if flag.startswith("--json-keys"):
+            assert about.endswith("(default: text)")
+        if flag.startswith("--qkv-layout"):
+            assert "{auto,grouped,thirds,interleaved}" in flag
+    if words[-1] in ("import", "export", "reshape"):
+        assert re.search(r"\n  SOURCE +what is read.*\n  FOLDER +what is written", text)
+
+
+def test_a_wrong_model_is_one_problem(capsys):
+    assert run("pretrain", "gtp", "--dry-run") == 2
+    assert capsys.readouterr().err == "megalith: unknown model gtp: did you mean gpt?\n"
+
+
+@pytest.mark.parametrize(("typed", "cure"), [("1k", "1000, or 1024"), ("2K", "2000, or 2048"), ("1M", "1000000, or 1048576")])
+def test_a_length_in_thousands(capsys, typed, cure):
+    assert run("pretrain", "gpt", "--recipe", "cpu-tiny", "--seq-length", typed, "--dry-run") == 2
+    assert f"Write --seq-length {cure}." in capsys.readouterr().err

@@ -37,7 +37,7 @@ def test_dry_run_shows_a_config_that_loads_again(trained, capsys):
 def test_how_much_is_shown(trained, capsys):
     assert main([*TINY, "--dry-run", "--print-config", "all", "--vocab-size", "4096"]) == 0
     out = capsys.readouterr().out
-    assert yaml.safe_load(out)["batch"]["seed"] == 1234 and "# 1,334,016 parameters\n" in out
+    assert yaml.safe_load(out)["batch"]["seed"] == 1234 and "# 1,334,016 parameters, activation gelu_tanh\n" in out
     assert main([*TINY, "--dry-run", "--print-config", "none"]) == 0
     assert capsys.readouterr().out == ""
 
