@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from megalith.cli.checkpoint_convert import ORDERS
 from megalith.common.errors import ConfigError, DataError, problem
 from megalith.common.files import write_text
 from megalith.common.outputs import writing
@@ -77,12 +78,13 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the file of --out-file if it exists")
     lacking = parser.add_argument_group("what files of another format do not say (every flag of the model that `pretrain` has is known)")
     lacking.add_argument("--tokenizer", metavar="FOLDER", help="folder of tokenizer files (default: those that the checkpoint has)")
-    lacking.add_argument("--qkv-layout", default="auto", metavar="ORDER", help="as in `megalith checkpoint import` (default: auto)")
-    lacking.add_argument("--swiglu-order", default="auto", metavar="ORDER", help="as in `megalith checkpoint import` (default: auto)")
+    for each in ORDERS:
+        lacking.add_argument(each.name, default="auto", choices=each.choices, help=each.help)
     for name in _model_fields():
         text = f"as in `megalith pretrain`: {fields()[name].metadata['help']}" if name in SHOWN else argparse.SUPPRESS
         few: dict[str, Any] = {list: {"nargs": "*"}, bool: {"nargs": "?", "const": "true"}}.get(fields()[name].kind, {})
-        lacking.add_argument(flag(name), default=argparse.SUPPRESS, metavar="N", help=text.replace("%", "%%"), **few)
+        metavar = "N" if fields()[name].kind is int else "TEXT"
+        lacking.add_argument(flag(name), default=argparse.SUPPRESS, metavar=metavar, help=text.replace("%", "%%"), **few)
     parser.set_defaults(handler=generate)
 
 

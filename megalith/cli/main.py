@@ -68,7 +68,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Texts as they are written; N stands for whole numbers, X for others; defaults are told where the help does not speak of them."""
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        return {int: "N", float: "X"}.get(action.type) or action.dest.rpartition("_")[2].upper()
+        return "N" if action.type is int else "X" if action.type is float else action.dest.rpartition("_")[2].upper()
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = action.help or ""
