@@ -1,0 +1,36 @@
+"""Lines of JSON: what either parser reads is read, and what neither reads is told."""
+
+import json
+import math
+import sys
+
+import pytest
+
+from megalith.common.json_lines import parse
+
+
+def nested(levels):
+    return '{"text": "a", "x": ' + "[" * levels + "]" * levels + "}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"text": "a", "x": NaN}', '{"text": "a", "x": [Infinity, {"y": -Infinity}]}', '{"text": "a", "x": 1e999}', nested(1500), nested(5000),
+     '{"text": "a", "x": "\\ud800"}', '{"\\udc00": 1, "text": "a"}', '{"text": "a", "x": -1e999}'],
+)  # fmt: skip
+def test_what_orjson_refuses_is_read_by_python(line):
+    before = sys.getrecursionlimit()
+    assert parse(line)["text"] == parse(line.encode())["text"] == "a"
+    assert sys.getrecursionlimit() == before
+
+
+def test_values_are_those_of_python():
+    for line in ("NaN", "[Infinity, -Infinity]", '{"a": 1.5, "b": [1, null, true, "\\u00e9"]}', '"text"', "3"):
+        assert repr(parse(line)) == repr(json.loads(line))
+    assert math.isnan(parse(b"[NaN]")[0])
+
+
+@pytest.mark.parametrize("line", ["", "{", "[1,]", '{"a": nan}', "{'a': 1}", b'"\xff"', '{"a": "\t"}', nested(20_000)])
+def test_what_neither_reads_is_a_value_error(line):
+    with pytest.raises(ValueError):
+        parse(line)
