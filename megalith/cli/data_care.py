@@ -7,7 +7,7 @@ import pathlib
 import sys
 from collections.abc import Iterable
 
-from megalith.cli.data_preprocess import add_tokenizer_arguments, tokenizer_options
+from megalith.cli.data_preprocess import add_limit, add_tokenizer_arguments, tokenizer_options
 
 
 def register(verbs) -> None:
@@ -246,6 +246,7 @@ def _add_bpe(verbs) -> None:
     parser.add_argument("--output", required=True, metavar="FILE", help="a tokenizer.json, for --tokenizer-type HuggingFaceTokenizer")
     parser.add_argument("--special-tokens", nargs="+", default=["<|endoftext|>"], metavar="TOKEN", help="tokens of no text")
     _add_overwrite(parser)
+    add_limit(parser)
     parser.set_defaults(handler=bpe)
 
 
@@ -253,9 +254,12 @@ def bpe(args: argparse.Namespace) -> int:
     """Train; prints the size of the vocabulary."""
     from megalith.common.outputs import writing
     from megalith.data.bpe import train_bpe
-    from megalith.data.readers import corpus_texts, find_inputs
+    from megalith.data.inputs import find_inputs
+    from megalith.data.readers import corpus_texts
+    from megalith.data.unusable import limit_of
 
+    texts = corpus_texts(args.input, args.json_keys, _notice, limit_of(args.max_unusable))
     with writing(args.output, inputs=find_inputs(args.input), overwrite=args.overwrite, notice=_notice):
-        size = train_bpe(corpus_texts(args.input, args.json_keys), args.vocab_size, args.output, special_tokens=tuple(args.special_tokens))
+        size = train_bpe(texts, args.vocab_size, args.output, special_tokens=tuple(args.special_tokens))
     print(f"{args.output}: {size} tokens")
     return 0

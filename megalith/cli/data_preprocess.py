@@ -32,7 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_tokenizer_arguments(parser)
     inputs = parser.add_argument_group("input and output")
     inputs.add_argument(
-        "--input", nargs="+", required=True, metavar="PATH", help="files, globs, directories: JSON lines, parquet, text; .gz, .zst"
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="files, globs, directories, - (standard input), FIFOs: JSON lines, parquet, text; also in gzip, zstd, bzip2, xz",
     )
     inputs.add_argument(
         "--output-prefix", required=True, metavar="PREFIX", help="datasets are PREFIX_{key}_{document|sentence}.bin and .idx"
@@ -49,6 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument(
         "--on-error", choices=("skip", "fail"), default="skip", help="what to do with unusable documents (default: skip and list them)"
     )
+    text.add_argument(
+        "--on-empty",
+        choices=("skip", "keep"),
+        default="skip",
+        help="what to do with documents that have no text in one of the keys: leave them out in all, or keep them (default: skip)",
+    )
+    add_limit(text)
     work = parser.add_argument_group("work")
     work.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, and exit")
     work.add_argument("--workers", type=int, default=0, help="processes, or Ray actors (default: one a core)")
@@ -79,6 +90,19 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser, required: bool = Tr
     group.add_argument("--tiktoken-special-tokens", nargs="+")
 
 
+def add_limit(parser) -> None:
+    """Declare --max-unusable; `limit_of` reads what is given."""
+    from megalith.data.unusable import MAX_UNUSABLE, RULE
+
+    rule = f"{RULE} (default: {MAX_UNUSABLE})".replace("%", "%%")
+    parser.add_argument(
+        "--max-unusable",
+        default=str(MAX_UNUSABLE),
+        metavar="N",
+        help=f"documents (malformed, without the key, ...) that may be left out before it is an error: {rule}",
+    )
+
+
 def tokenizer_options(args: argparse.Namespace):
     """The TokenizerOptions that the flags describe."""
     from megalith.data.tokenizers import TokenizerOptions
@@ -93,6 +117,7 @@ def run(args: argparse.Namespace) -> int:
     from megalith.common import units
     from megalith.data.preprocess import PreprocessOptions, plan, preprocess
     from megalith.data.preprocess_progress import Progress
+    from megalith.data.unusable import limit_of
 
     def notice(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -102,6 +127,7 @@ def run(args: argparse.Namespace) -> int:
             notice(f"{spelling} is not needed: {why}")
     if args.json_key:
         notice("--json-key is now --json-keys")
+    args.max_unusable = limit_of(args.max_unusable)
     # Every field of the options is a flag of the same name, but for these.
     other = {"tokenizer": tokenizer_options(args), "fast": not args.plain_encoder, "json_keys": args.json_key or args.json_keys}
     same = {field.name: getattr(args, field.name) for field in dataclasses.fields(PreprocessOptions) if field.name not in other}
@@ -114,15 +140,23 @@ def run(args: argparse.Namespace) -> int:
         result = preprocess(options, notice=notice, progress=progress)
     finally:
         progress.close()
-    for line in result.problems[:10]:
-        notice(f"skipped {line}")
-    if result.num_problems:
-        notice(f"skipped {result.num_problems} unusable documents; {result.report} lists {len(result.problems)} of them")
     rate = f"{result.bytes / max(result.elapsed, 1e-9) / 1e6:.1f} MB/s"
     print(
         f"{result.documents} documents, {result.sequences} sequences, {result.tokens} tokens from {units.size(result.bytes)} "
         f"in {units.duration(result.elapsed)} ({rate})"
     )
     for key, prefix in result.prefixes.items():
-        print(f"{key}: {prefix}.bin, {prefix}.idx")
+        print(f"{key}: {prefix}.bin, {prefix}.idx", flush=True)
+    for line in result.problems[:10]:
+        notice(f"skipped {line}")
+    if result.num_problems:
+        notice(skipped(result, args.max_unusable))
     return 0
+
+
+def skipped(result, limit: float) -> str:
+    """The line about documents that were left out: how many of how many, and what was allowed."""
+    unusable, total = result.num_problems - result.num_empty, result.documents + result.num_problems
+    kinds = [f"{unusable} unusable documents ({unusable / total:.2%}; --max-unusable {limit:g})"] * (unusable > 0)
+    kinds += [f"{result.num_empty} without text (--on-empty keep keeps them)"] * (result.num_empty > 0)
+    return f"skipped {' and '.join(kinds)} of {total} documents; {result.report} lists {len(result.problems)} of them"

@@ -22,16 +22,18 @@ from megalith.common import units
 from megalith.common.errors import ConfigError, DataError, problem
 from megalith.common.extras import lacking
 from megalith.data.indexed import best_dtype
+from megalith.data.inputs import Inputs, file_format, is_stream, look_for, spooled
 from megalith.data.merge import merge_datasets
 from megalith.data.preprocess_output import Output
 from megalith.data.preprocess_part import STAGES, BadDocument, Job, finished_parts, part_prefix
 from megalith.data.preprocess_pool import ENGINES
-from megalith.data.readers import Part, cut, file_format, find_inputs, read_part, sample_texts
+from megalith.data.readers import Part, cut, read_part, sample_texts
 from megalith.data.sentences import CODES
 from megalith.data.tokenizers import Tokenizer, TokenizerOptions, build_tokenizer
+from megalith.data.unusable import MAX_UNUSABLE, check_limit, require_usable
 
 SMALLEST_PART, LARGEST_PART = 4 << 20, 64 << 20  # bytes of input; --partitions can ask for smaller ones
-FORMAT = 1  # raise when the meaning of stored parts changes
+FORMAT = 2  # raise when the meaning of stored parts changes
 REPORTED_PROBLEMS = 1000
 
 
@@ -51,6 +53,8 @@ class PreprocessOptions:
     workers: int = 0  # 0: one for each core
     partitions: int = 1
     on_error: str = "skip"
+    on_empty: str = "skip"
+    max_unusable: float = MAX_UNUSABLE  # an int counts documents, a float is a share of them
     engine: str = "processes"
     fast: bool = True
     overwrite: bool = False
@@ -65,7 +69,8 @@ class PreprocessResult:
     sequences: int
     tokens: int
     bytes: int
-    num_problems: int
+    num_problems: int  # documents left out
+    num_empty: int  # those of them that hold no text
     problems: list[str]
     report: str
     seconds: dict[str, float]
@@ -96,20 +101,36 @@ def preprocess(
 def _preprocess(
     options: PreprocessOptions, output: Output, notice: Callable[[str], None], progress: Callable[[dict, int], None], started: float
 ) -> PreprocessResult:
-    inputs = _inputs(options, output)
+    found = look_for(options.input)
+    _check_keys(options, found)
     tokenizer = build_tokenizer(**dataclasses.asdict(options.tokenizer))
     _require_tokens(options, tokenizer)
-    total, part_bytes = _sizes(options, inputs)
+    with spooled(found, output.spool, notice) as inputs:
+        return _encode(options, output, inputs, tokenizer, notice, progress, started)
+
+
+def _encode(
+    options: PreprocessOptions,
+    output: Output,
+    inputs: Inputs,
+    tokenizer: Tokenizer,
+    notice: Callable[[str], None],
+    progress: Callable[[dict, int], None],
+    started: float,
+) -> PreprocessResult:
+    total, part_bytes = _sizes(options, inputs.files)
     key = _fingerprint(options, inputs, part_bytes, tokenizer.fingerprint())
-    if done := output.done(key, inputs, options.overwrite, options.on_error == "fail"):
+    if done := output.done(key, inputs.files, options.overwrite, options.on_error == "fail"):
+        _require_usable(options, done)
         made = ", ".join(output.prefixes.values())
         notice(f"{made}: already made from this input with these settings; nothing to do (--overwrite makes it again)")
         output.remove_parts()
         return PreprocessResult(**done, report=output.report, elapsed=time.monotonic() - started)
 
+    inputs.tell(notice)
     fast, encoder = False, "encoder: plain, as asked"
     if options.fast:
-        fast, encoder = tokenizer.accelerate(sample_texts(inputs, options.json_keys))
+        fast, encoder = tokenizer.accelerate(sample_texts(inputs.files, options.json_keys))
     for line in (*tokenizer.notes, encoder):
         notice(line)
     job = Job(
@@ -123,6 +144,7 @@ def _preprocess(
         keep_newlines=options.keep_newlines,
         append_eod=options.append_eod,
         prepend_bos=options.prepend_bos,
+        keep_empty=options.on_empty == "keep",
         fail=options.on_error == "fail",
         dtype=np.dtype(best_dtype(tokenizer.vocab_size)).name,
     )
@@ -133,7 +155,7 @@ def _preprocess(
     for record in records.values():
         progress(record, total)
     slices: dict[int, list[str]] = {}  # part -> path of each slice
-    parts = (_noted(part, slices) for part in cut(inputs, part_bytes, frozenset(records)))
+    parts = (_noted(part, slices) for part in cut(inputs.files, part_bytes, frozenset(records)))
     todo = (part for part in parts if part.number not in records)
     try:
         for record in ENGINES.find(options.engine)(job, todo, options.workers):
@@ -141,13 +163,13 @@ def _preprocess(
             progress(record, total)
     except BadDocument as error:
         where = _place(error, inputs, options.json_keys, part_bytes)
-        cure = "Correct it, or use --on-error skip"
+        cure = "Correct it, or use --on-error skip" + (" or --on-empty keep" if error.reason.startswith("empty") else "")
         raise DataError(f"{where}: {error.reason}; --on-error fail stops at the first such document. {cure}.") from error
     if _fingerprint(options, inputs, part_bytes, tokenizer.fingerprint()) != key:
         rule = "a file of it, or of the tokenizer, changed while it was read, and the parts are of before and after"
         raise DataError(problem("--input", list(options.input), rule, "Give the same command again when nothing writes there"))
     ordered = [records[number] for number in sorted(slices)]
-    result = _finish(options, job, output, ordered, slices, encoder, resumed, started)
+    result = _finish(options, job, output, inputs, ordered, slices, encoder, resumed, started)
     output.remove_parts()
     return result
 
@@ -158,9 +180,18 @@ def _sizes(options: PreprocessOptions, inputs: list[str]) -> tuple[int, int]:
     return total, max(1, min(max(SMALLEST_PART, min(total // 4096, LARGEST_PART)), -(-total // options.partitions)))
 
 
-def _inputs(options: PreprocessOptions, output: Output) -> list[str]:
-    """The files to read; a folder that holds them may hold the output's report and parts too, which are no corpora."""
-    return [path for path in find_inputs(options.input) if path in options.input or not output.owns(path)]
+def _check_keys(options: PreprocessOptions, inputs: Inputs) -> None:
+    texts = [path for path in inputs.files if not is_stream(path) and file_format(path)[0] == "text"]
+    if len(options.json_keys) > 1 and texts:
+        rule = f"a plain text file ({texts[0]}) has one text and no keys"
+        raise ConfigError(problem("--json-keys", list(options.json_keys), rule, "Give one key"))
+
+
+def _require_usable(options: PreprocessOptions, totals: dict) -> None:
+    """DataError where more documents are unusable than --max-unusable allows; those without text are not meant by it."""
+    total = totals["documents"] + totals["num_problems"]
+    listed = [line for line in totals["problems"] if ": empty document" not in line]
+    require_usable(totals["num_problems"] - totals["num_empty"], total, options.max_unusable, listed)
 
 
 def _require_tokens(options: PreprocessOptions, tokenizer: Tokenizer) -> None:
@@ -172,13 +203,20 @@ def plan(options: PreprocessOptions) -> str:
     """What `preprocess` would do, in a few lines; raises what it would raise before the first document."""
     _validate(options)
     output = Output(options.output_prefix, output_prefixes(options))
-    inputs = _inputs(options, output)
+    inputs = look_for(options.input)
+    _check_keys(options, inputs)
     tokenizer = build_tokenizer(**dataclasses.asdict(options.tokenizer))
     _require_tokens(options, tokenizer)
-    key = _fingerprint(options, inputs, _sizes(options, inputs)[1], tokenizer.fingerprint())
-    made = output.done(key, inputs, options.overwrite, options.on_error == "fail")
+    streams = [path for path in inputs.files if is_stream(path)]
+    made = None
+    if not streams:
+        key = _fingerprint(options, inputs, _sizes(options, inputs.files)[1], tokenizer.fingerprint())
+        made = output.done(key, inputs.files, options.overwrite, options.on_error == "fail")
     dtype = np.dtype(best_dtype(tokenizer.vocab_size)).name
-    lines = [f"{len(inputs)} files, {units.size(sum(map(os.path.getsize, inputs)))}; {tokenizer.vocab_size} tokens in the vocabulary"]
+    size = units.size(sum(os.path.getsize(path) for path in inputs.files if path not in streams))
+    unread = f", and what comes from {', '.join(streams)}" if streams else ""
+    lines = [f"{len(inputs.files) - len(streams)} files, {size}{unread}; {tokenizer.vocab_size} tokens in the vocabulary"]
+    inputs.tell(lines.append)
     would = "already made, nothing to do:" if made else "would write"
     lines += [f"{would} {prefix}.bin and .idx as {dtype}" for prefix in output.prefixes.values()]
     return "\n".join(lines)
@@ -205,22 +243,28 @@ def _validate(options: PreprocessOptions) -> None:
     if options.lang.lower() not in CODES and not re.fullmatch("[a-z]{2,3}", options.lang):
         rule = f"it is a code of ISO 639 or one of {', '.join(CODES)}"
         faults.append(problem("--lang", options.lang, rule, "Correct the name"))
-    if options.on_error not in ("skip", "fail"):
-        faults.append(problem("--on-error", options.on_error, "it is skip or fail", "Choose one"))
+    for flag, value, other in (("--on-error", options.on_error, "fail"), ("--on-empty", options.on_empty, "keep")):
+        if value not in ("skip", other):
+            faults.append(problem(flag, value, f"it is skip or {other}", "Choose one"))
+    try:
+        check_limit(options.max_unusable)
+    except ConfigError as error:
+        faults.append(str(error))
     packages = {"sentencex": ("--split-sentences", options.split_sentences), "ray": ("--engine ray", options.engine == "ray")}
     faults += [fault for package, (name, used) in packages.items() if used and (fault := lacking(package, name))]
     ENGINES.find(options.engine)
-    if len(options.json_keys) > 1 and any(file_format(path)[0] == "text" for path in find_inputs(options.input)):
-        faults.append(problem("--json-keys", list(options.json_keys), "a plain text file has one text and no keys", "Give one key"))
     if faults:
         raise ConfigError("\n".join(faults))
 
 
-def _fingerprint(options: PreprocessOptions, inputs: list[str], part_bytes: int, tokenizer: str) -> str:
+def _fingerprint(options: PreprocessOptions, inputs: Inputs, part_bytes: int, tokenizer: str) -> str:
     """Digest of everything the parts depend on: settings, tokenizer files, and name, size, time and samples of every input."""
-    settings = (options.split_sentences, options.lang, options.keep_newlines, options.append_eod, options.prepend_bos)
+    settings = (options.split_sentences, options.lang, options.keep_newlines, options.append_eod, options.prepend_bos, options.on_empty)
     digest = hashlib.sha256(json.dumps([FORMAT, part_bytes, list(options.json_keys), settings, tokenizer]).encode())
-    for path in inputs:
+    for path in inputs.files:
+        if path in inputs.marks:
+            digest.update(inputs.marks[path].encode())
+            continue
         stat = os.stat(path)
         digest.update(f"{os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}".encode())
         with open(path, "rb") as file:
@@ -230,14 +274,13 @@ def _fingerprint(options: PreprocessOptions, inputs: list[str], part_bytes: int,
     return digest.hexdigest()
 
 
-def _place(error: BadDocument, inputs: list[str], keys: Sequence[str], part_bytes: int) -> str:
+def _place(error: BadDocument, inputs: Inputs, keys: Sequence[str], part_bytes: int) -> str:
     """`file:line` of a document known by its slice; reads what comes before it in its file."""
     before: dict[str, int] = {}
-    for part in cut(inputs, part_bytes):
+    for part in cut(inputs.files, part_bytes):
         for index, piece in enumerate(part.slices):
             if (part.number, index) == (error.part, error.index):
-                is_text = file_format(piece.path)[0] == "text"
-                return piece.path if is_text else f"{piece.path}:{before.get(piece.path, 0) + error.line}"
+                return inputs.shown(piece.path, before.get(piece.path, 0) + error.line)
             lines = max((batch.num_lines for _, batch in read_part(Part(0, (piece,), 0), keys)), default=0)
             before[piece.path] = before.get(piece.path, 0) + lines
     return f"part {error.part}"
@@ -247,6 +290,7 @@ def _finish(
     options: PreprocessOptions,
     job: Job,
     output: Output,
+    inputs: Inputs,
     records: list[dict],
     slices: dict[int, list[str]],
     encoder: str,
@@ -255,23 +299,25 @@ def _finish(
 ) -> PreprocessResult:
     """Join the parts, write the report."""
     begun = time.monotonic()
-    totals = {name: sum(record[name] for record in records) for name in ("documents", "sequences", "tokens", "bytes", "num_problems")}
-    problems = _list_problems(records, slices)
+    counted = ("documents", "sequences", "tokens", "bytes", "num_problems", "num_empty")
+    totals: dict = {name: sum(record[name] for record in records) for name in counted}
+    totals["problems"] = problems = _list_problems(records, slices, inputs)
     if not totals["documents"]:
         found = f"{totals['num_problems']} unusable ones" if totals["num_problems"] else "nothing"
         listed = "".join(f"\n  {line}" for line in problems[:5])
         raise DataError(problem("--input", found, "the input holds no usable document", "Check --json-keys and the files") + listed)
+    _require_usable(options, totals)
     output.joining()
     for i, prefix in enumerate(output.prefixes.values()):
         merge_datasets([part_prefix(job.folder, record["part"], i, job.key) for record in records], prefix)
     seconds = {stage: sum(record["seconds"][stage] for record in records) for stage in STAGES}
     seconds["joining"] = time.monotonic() - begun
-    stored = {"prefixes": output.prefixes, **totals, "problems": problems, "seconds": seconds, "resumed_parts": resumed, "encoder": encoder}
-    output.finish(job.key, {"tokenizer": job.tokenizer, "input": list(options.input), "result": stored})
+    stored = {"prefixes": output.prefixes, **totals, "seconds": seconds, "resumed_parts": resumed, "encoder": encoder}
+    output.finish(job.key, {"tokenizer": job.tokenizer, "input": list(options.input), "not_read": inputs.left, "result": stored})
     return PreprocessResult(**stored, report=output.report, elapsed=time.monotonic() - started)
 
 
-def _list_problems(records: list[dict], slices: dict[int, list[str]]) -> list[str]:
+def _list_problems(records: list[dict], slices: dict[int, list[str]], inputs: Inputs) -> list[str]:
     """`file:line: reason` of the problems in order, the first REPORTED_PROBLEMS of them."""
     lines_before: dict[str, int] = {}
     listed: list[str] = []
@@ -280,7 +326,6 @@ def _list_problems(records: list[dict], slices: dict[int, list[str]]) -> list[st
         for index, path in enumerate(paths):
             for at, line, reason in record["problems"]:
                 if at == index and len(listed) < REPORTED_PROBLEMS:
-                    number = "" if file_format(path)[0] == "text" else f":{lines_before.get(path, 0) + line}"
-                    listed.append(f"{path}{number}: {reason}")
+                    listed.append(f"{inputs.shown(path, lines_before.get(path, 0) + line)}: {reason}")
             lines_before[path] = lines_before.get(path, 0) + record["lines"][index]
     return listed

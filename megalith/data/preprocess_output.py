@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from megalith.common.errors import DataError, problem
-from megalith.common.files import sweep, write_text
+from megalith.common.files import aside, sweep, write_text
 from megalith.common.locks import locked
 from megalith.common.outputs import check
 from megalith.data.indexed import IndexedDataset
@@ -42,10 +42,9 @@ class Output:
                 sweep(file, notice)
             yield
 
-    def owns(self, path: str) -> bool:
-        """Whether `path` is the report or one of the parts: corpora and output may lie in one folder."""
-        own = (os.path.realpath(self.report), os.path.realpath(self.parts))
-        return os.path.realpath(path).startswith((own[0], own[1] + os.sep))
+    def spool(self) -> pathlib.Path:
+        """A folder for what comes from streams; `held` removes one that a killed call left."""
+        return aside(pathlib.Path(self.report))
 
     def done(self, key: str, inputs: list[str], overwrite: bool, fail: bool) -> dict | None:
         """The result in the report where all datasets are there, sound and made by the job `key`; None where they are to be made.

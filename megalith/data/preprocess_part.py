@@ -38,6 +38,7 @@ class Job:
     prepend_bos: bool
     fail: bool  # stop at the first document that cannot be used
     dtype: str
+    keep_empty: bool = False  # a document without text stays one
     key: str = ""  # digest of everything that the parts follow from: a part of another key is another job's
 
 
@@ -62,6 +63,7 @@ class PartEncoder:
         self.split: Callable | None = sentence_splitter(job.language, job.keep_newlines) if job.split_sentences else None
         self.eod = self.tokenizer.require("eod") if job.append_eod else None
         self.bos = self.tokenizer.require("bos") if job.prepend_bos else None
+        self.nothing = len(self.tokenizer.encode(""))  # what a tokenizer puts round every text does not make a document
 
     def __call__(self, part: Part) -> dict:
         """Write the part's dataset of each key, then its record; a part with a record is finished."""
@@ -75,6 +77,7 @@ class PartEncoder:
             "tokens": 0,
             "bytes": 0,
             "num_problems": 0,
+            "num_empty": 0,
         }
         record["size"] = part.size
         record |= {"problems": [], "lines": [0] * len(part.slices), "seconds": dict.fromkeys(STAGES, 0.0)}
@@ -97,12 +100,13 @@ class PartEncoder:
 
     def _write(self, batch: Batch, writers: dict, index: int, record: dict, started: float) -> float:
         """Encode a batch, add it to the writers; returns the time."""
-        count = len(batch.lines)
+        count, several = len(batch.lines), len(batch.texts) > 1
         encoded, filled = {}, np.ones(count, bool)
         refused: dict[int, str] = {}  # documents, and why
+        empty: dict[int, list[str]] = {}  # documents, and in which keys
         for key, texts in batch.texts.items():
             if self.split:
-                sentences = [self.split(text) for text in texts]
+                sentences = [self.split(text) or [""] for text in texts]
                 per_document = np.fromiter(map(len, sentences), np.int64, count)
                 texts = [sentence for listed in sentences for sentence in listed]
                 started = self._clock(record, "sentences", started)
@@ -111,12 +115,20 @@ class PartEncoder:
             ids, lengths, reasons = self._encode(texts)
             if reasons:
                 document = np.repeat(np.arange(count), per_document)
-                refused |= {int(document[text]): reason for text, reason in reasons.items()}
+                where = f"key {key!r}: " if several else ""
+                refused |= {int(document[text]): f"{where}{reason}" for text, reason in reasons.items()}
             encoded[key] = (ids, lengths, per_document)
-            filled &= document_sums(lengths, per_document) > 0
+            for i in np.flatnonzero(document_sums(lengths > self.nothing, per_document) == 0).tolist():
+                empty.setdefault(i, []).append(repr(key))
             started = self._clock(record, "tokenizing", started)
+        if not self.job.keep_empty:
+            lost = {i: "empty document" for i in empty if i not in refused}
+            if several:  # dropped for one key's sake
+                lost = {i: f"{reason} (no text in {' and '.join(empty[i])})" for i, reason in lost.items()}
+            record["num_empty"] += len(lost)
+            refused |= lost
         filled[list(refused)] = False
-        batch.problems += [(batch.lines[i], refused.get(int(i), "empty document")) for i in np.flatnonzero(~filled)]
+        batch.problems += [(batch.lines[i], reason) for i, reason in refused.items()]
         if batch.problems:
             batch.problems.sort()
             if self.job.fail:
@@ -126,7 +138,7 @@ class PartEncoder:
             record["problems"] += [[index, line, reason] for line, reason in batch.problems[:room]]
         for key, arrays in encoded.items():
             # Dropped for all keys or for none, so that title k stays with body k.
-            ids, lengths, per_document = assemble(*arrays, keep=filled, eod=self.eod, bos=self.bos)
+            ids, lengths, per_document = assemble(*arrays, keep=filled, eod=self.eod, bos=self.bos, nothing=self.nothing)
             writers[key].add_many(ids, lengths, per_document)
             record["tokens"] += len(ids)
             record["sequences"] += len(lengths)
@@ -162,16 +174,27 @@ def document_sums(lengths: np.ndarray, per_document: np.ndarray) -> np.ndarray:
 
 
 def assemble(
-    ids: np.ndarray, lengths: np.ndarray, per_document: np.ndarray, *, keep: np.ndarray, eod: int | None = None, bos: int | None = None
+    ids: np.ndarray,
+    lengths: np.ndarray,
+    per_document: np.ndarray,
+    *,
+    keep: np.ndarray,
+    eod: int | None = None,
+    bos: int | None = None,
+    nothing: int = 0,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Drop documents that are not in `keep` and sequences without tokens; put bos before and eod after every document.
+    """Drop documents that are not in `keep` and sequences without text; put bos before and eod after every document.
 
     ids: all tokens in a row. lengths: tokens of each sequence. per_document: sequences of each document. keep: bool [documents].
-    As in Megatron, eod lengthens the last sequence of a document and bos its first; kept documents have at least one token.
+    nothing: tokens of a sequence without text. A kept document without text keeps its first sequence, so that it stays a document.
+    As in Megatron, eod lengthens the last sequence of a document and bos its first.
     """
-    used = (lengths > 0) & np.repeat(keep, per_document)
+    used = lengths > nothing
     if not (used.all() and keep.all()):
         document = np.repeat(np.arange(len(per_document)), per_document)
+        empty = (document_sums(used, per_document) == 0) & (per_document > 0)
+        used[(np.cumsum(per_document) - per_document)[empty]] = True
+        used &= keep[document]
         ids = ids[np.repeat(used, lengths)]
         per_document = np.bincount(document[used], minlength=len(per_document))[keep]
         lengths = lengths[used]

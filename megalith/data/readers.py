@@ -7,25 +7,27 @@ the number of workers, and the documents of all parts in order are the documents
 from __future__ import annotations
 
 import dataclasses
-import glob
-import gzip
 import io
 import itertools
 import os
 import pathlib
+import re
+import tempfile
 from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 import orjson
 
 from megalith.common.errors import DataError, problem
 from megalith.common.extras import require
+from megalith.common.json_lines import parse
+from megalith.data.compression import open_plain, read_checked
+from megalith.data.inputs import Notice, file_format, look_for, spooled
+from megalith.data.unusable import require_usable
 
-FORMATS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet", ".txt": "text", ".text": "text", ".md": "text"}
-COMPRESSIONS = (".gz", ".zst")
-NEEDED: dict[str | None, str] = {"parquet": "pyarrow.parquet", ".zst": "zstandard"}  # packages that a format or a compression is read with
-GUESSED_EXPANSION = 4  # text under gzip or zstd; only balances parts
+GUESSED_EXPANSION = 4  # text under compression; only balances parts
 BOM = b"\xef\xbb\xbf"  # some editors begin a file with it
+HALF = re.compile("[\\ud800-\\udfff]")
 BATCH = 1 << 20  # bytes of raw input handled at once; a few MB live at any time
 STREAM_BLOCK = 16 << 20  # bytes of a compressed stream in one part: the parent holds one block for each worker
 MANY_COMPRESSED = 16  # from so many compressed files on, each is decompressed by the worker that encodes it
@@ -63,37 +65,6 @@ class Batch:
     problems: list[tuple[int, str]]  # line in the slice, reason
     num_lines: int  # lines of the slice consumed so far
     size: int  # raw bytes of this batch
-
-
-def file_format(path: str) -> tuple[str | None, str]:
-    """("json" | "parquet" | "text" | None when the name does not tell, compression suffix or "")."""
-    stem, suffix = os.path.splitext(path)
-    compression = suffix if suffix in COMPRESSIONS else ""
-    return FORMATS.get(os.path.splitext(stem)[1] if compression else suffix), compression
-
-
-def find_inputs(patterns: Sequence[str]) -> list[str]:
-    """The files meant by files, globs and directories, in order; a directory stands for the corpus files below it, sorted.
-
-    Raises DataError for a name that matches nothing, and MissingPackage where a file cannot be read without one. A file named twice
-    is read once.
-    """
-    found: list[str] = []
-    for pattern in patterns:
-        if os.path.isdir(pattern):
-            below = sorted(str(path) for path in pathlib.Path(pattern).rglob("*") if path.is_file() and file_format(str(path))[0])
-        elif os.path.exists(pattern):
-            below = [pattern]
-        else:
-            below = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
-        if not below:
-            rule = f"it is a file, a glob or a directory with files named {' '.join(sorted(FORMATS))}, also {' '.join(COMPRESSIONS)}"
-            raise DataError(problem("--input", pattern, f"no file is meant by it; {rule}", "Correct the path, and quote a glob"))
-        found += below
-    needed = {package: path for path in reversed(found) for package in map(NEEDED.get, file_format(path)) if package}
-    for package, path in needed.items():
-        require(package, path)
-    return list(dict.fromkeys(found))
 
 
 def cut(inputs: Sequence[str], part_bytes: int, finished: frozenset[int] = frozenset()) -> Iterator[Part]:
@@ -139,54 +110,10 @@ def _stream_blocks(path: str, part_bytes: int, size: int) -> Iterator[tuple[byte
     """Blocks of whole lines of a compressed file, and how many compressed bytes each stands for."""
     with open(path, "rb") as raw, open_plain(path, raw) as stream:
         told = 0
-        while block := _whole_lines(stream, part_bytes, path):
+        while block := read_checked(stream, part_bytes, path, whole_lines=True):
             at = min(raw.tell(), size)
             yield block, at - told
             told = at
-
-
-def open_plain(path: str, raw: BinaryIO | None = None) -> Any:
-    """Open a file for reading bytes, decompressed by its suffix; `raw` may be the open file."""
-    raw = raw or open(path, "rb")  # noqa: SIM115 - closed with the wrapper
-    compression = file_format(path)[1]
-    if compression == ".gz":
-        return gzip.GzipFile(fileobj=raw)
-    if compression == ".zst":
-        return io.BufferedReader(_ZstdFile(raw, require("zstandard", path)))
-    return raw
-
-
-class _ZstdFile(io.RawIOBase):
-    """A zstd file as plain bytes. The library's own reader takes a file that is cut off for one that ends there."""
-
-    def __init__(self, raw: BinaryIO, library: Any):
-        self._raw, self._new, self._ready = raw, lambda: library.ZstdDecompressor().decompressobj(), b""
-        self._frame: Any = None  # between two frames
-
-    def readable(self) -> bool:
-        """Whether it can be read."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill the buffer, or some of it; 0 at the end."""
-        while not self._ready:
-            left = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
-            block = left or self._raw.read(1 << 16)
-            if not block:
-                if self._frame is not None and not self._frame.eof:
-                    raise EOFError("the zstd stream ends inside a frame")
-                return 0
-            if self._frame is None or self._frame.eof:
-                self._frame = self._new()
-            self._ready = self._frame.decompress(block)
-        count = min(len(buffer), len(self._ready))
-        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
-        return count
-
-    def close(self) -> None:
-        """Close the file too."""
-        self._raw.close()
-        super().close()
 
 
 def read_part(part: Part, keys: Sequence[str]) -> Iterator[tuple[int, Batch]]:
@@ -211,9 +138,13 @@ def _read_json(piece: Slice, keys: Sequence[str]) -> Iterator[Batch]:
             except (orjson.JSONDecodeError, KeyError, TypeError):
                 row = None
             if row is None or not all(type(text) is str for text in row):
-                if line.strip():
-                    batch.problems.append((batch.num_lines, explain_line(line, keys)))
-                continue
+                if not line.strip():
+                    continue
+                try:
+                    row = document_of(line.removeprefix(BOM), keys)
+                except ValueError as error:
+                    batch.problems.append((batch.num_lines, str(error)))
+                    continue
             batch.lines.append(batch.num_lines)
             for (_, column), text in zip(columns, row):
                 column.append(text)
@@ -221,25 +152,39 @@ def _read_json(piece: Slice, keys: Sequence[str]) -> Iterator[Batch]:
         yield batch
 
 
-def explain_line(line: bytes, keys: Sequence[str]) -> str:
-    """Why a line is no document: not UTF-8, not JSON, no object, a key that is missing or no text."""
+def document_of(line: bytes, keys: Sequence[str]) -> list[str]:
+    """The texts of a line, one a key. Raises ValueError that says why it is no document: not UTF-8, not JSON, no object, no such text."""
     try:
         line.decode("utf-8")
     except UnicodeDecodeError as error:
-        return f"not UTF-8 (byte {error.start} is 0x{line[error.start]:02x})"
+        raise ValueError(f"not UTF-8 (byte {error.start} is 0x{line[error.start]:02x})") from error
     if line.lstrip().startswith(b"["):
-        return "a JSON list; one object a line is needed (jq -c '.[]' makes lines of a list)"
+        raise ValueError("a JSON list; one object a line is needed (jq -c '.[]' makes lines of a list)")
     try:
-        record = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        return f"malformed JSON ({error})"
+        record = parse(line)
+    except ValueError as error:
+        raise ValueError(f"malformed JSON ({error})") from error
     if not isinstance(record, dict):
-        return f"not a JSON object but {type(record).__name__}"
+        raise ValueError(f"not a JSON object but {type(record).__name__}")
     missing = [key for key in keys if key not in record]
     if missing:
-        return f"missing key {missing[0]!r} (it has {', '.join(map(repr, list(record)[:8]))})"
-    key = next(key for key in keys if not isinstance(record[key], str))
-    return f"key {key!r} is no text but {type(record[key]).__name__}"
+        raise ValueError(f"missing key {missing[0]!r} (it has {', '.join(map(repr, list(record)[:8]))})")
+    texts = [record[key] for key in keys]
+    for key, text in zip(keys, texts):
+        if not isinstance(text, str):
+            raise ValueError(f"key {key!r} is no text but {type(text).__name__}")
+        if half := HALF.search(text):
+            raise ValueError(f"malformed JSON (key {key!r} has {half[0]!a}, which is half of a character)")
+    return texts
+
+
+def explain_line(line: bytes, keys: Sequence[str]) -> str:
+    """Why a line is no document, "" where it is one."""
+    try:
+        document_of(line, keys)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _line_batches(piece: Slice) -> Iterator[tuple[list[bytes], int]]:
@@ -254,7 +199,7 @@ def _line_batches(piece: Slice) -> Iterator[tuple[list[bytes], int]]:
             # The line that holds byte start - 1 belongs to the part before, even when it ends exactly there.
             stream.seek(piece.start - 1)
             left -= len(stream.readline()) - 1
-        while left > 0 and (block := _whole_lines(stream, int(min(BATCH, left)), piece.path)):
+        while left > 0 and (block := read_checked(stream, int(min(BATCH, left)), piece.path, whole_lines=True)):
             left -= len(block)
             lines = block.split(b"\n")
             if not lines[-1]:
@@ -262,21 +207,10 @@ def _line_batches(piece: Slice) -> Iterator[tuple[list[bytes], int]]:
             yield lines, len(block)
 
 
-def _whole_lines(stream: Any, count: int, path: str) -> bytes:
-    """About `count` bytes, to the end of a line; empty at the end of the file."""
-    try:
-        block = stream.read(count)
-        return block if not block or block.endswith(b"\n") else block + stream.readline()
-    except Exception as error:  # zlib, gzip, zstd and the operating system each raise their own
-        raise DataError(
-            problem(path, str(error), "the file must decompress to its end", "Fetch it again; it is damaged or cut off")
-        ) from error
-
-
 def _read_text(piece: Slice, keys: Sequence[str]) -> Iterator[Batch]:
     """A whole file is one document."""
     with open_plain(piece.path) as stream:
-        content = _whole_lines(stream, -1, piece.path)
+        content = read_checked(stream, -1, piece.path)
     batch = Batch({key: [] for key in keys}, [], [], 1, len(content))
     try:
         batch.texts[keys[0]].append(content.removeprefix(BOM).decode("utf-8"))
@@ -335,9 +269,32 @@ def sample_texts(inputs: Sequence[str], keys: Sequence[str], places: int = 64, c
     return texts
 
 
-def corpus_texts(patterns: Sequence[str], keys: Sequence[str] = ("text",)) -> Iterator[str]:
-    """Every text of the input, in order; documents that cannot be used are left out."""
-    for part in cut(find_inputs(patterns), BATCH):
-        for _, batch in read_part(part, keys):
-            for key in keys:
-                yield from batch.texts[key]
+def corpus_texts(
+    patterns: Sequence[str], keys: Sequence[str] = ("text",), notice: Notice = lambda line: None, max_unusable: float = 1.0
+) -> Iterator[str]:
+    """Every text of the input, in order; documents that cannot be used are left out, counted and told at the end.
+
+    Streams are copied into the system's temporary folder first. max_unusable: as `require_usable` takes it.
+    """
+    inputs = look_for(patterns)
+    inputs.tell(notice)
+    total, unusable, problems = 0, 0, list[str]()
+    before: dict[str, int] = {}
+    with spooled(inputs, lambda: pathlib.Path(tempfile.gettempdir(), f"megalith-{os.getpid()}-{os.urandom(4).hex()}"), notice) as ready:
+        for part in cut(ready.files, BATCH):
+            lines = [0] * len(part.slices)
+            for index, batch in read_part(part, keys):
+                path = part.slices[index].path
+                for number, reason in batch.problems[: 10 - len(problems)]:
+                    problems.append(f"{ready.shown(path, before.get(path, 0) + number)}: {reason}")
+                lines[index], unusable = batch.num_lines, unusable + len(batch.problems)
+                total += len(batch.lines) + len(batch.problems)
+                for key in keys:
+                    yield from batch.texts[key]
+            for piece, count in zip(part.slices, lines):
+                before[piece.path] = before.get(piece.path, 0) + count
+    for listed in problems:
+        notice(f"skipped {listed}")
+    require_usable(unusable, total, max_unusable, problems)
+    if unusable:
+        notice(f"skipped {unusable} unusable documents of {total}")

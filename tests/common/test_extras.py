@@ -57,6 +57,7 @@ def test_preprocessing_leaves_nothing_behind(package, words, dry, tmp_path, monk
     monkeypatch.setitem(sys.modules, package, None)
     for name in ("a.jsonl", "b.jsonl.zst", "b.parquet"):
         (tmp_path / name).write_text(json.dumps({"text": "1 2"}) + "\n")
+    (tmp_path / "b.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")  # first bytes decide, not names
     command = f"data preprocess --output-prefix out --tokenizer-type NullTokenizer --vocab-size 9 --workers 1 {words}".split()
     assert main(command + dry) == 2
     error = capsys.readouterr().err

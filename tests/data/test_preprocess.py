@@ -142,7 +142,7 @@ def test_bad_lines_are_listed_by_line(tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + b"\n".join(BAD))
     for parts in (1, 4):
-        result = run(tmp_path, path, f"out{parts}", partitions=parts)
+        result = run(tmp_path, path, f"out{parts}", partitions=parts, max_unusable=1.0)
         assert rows(result.prefixes["text"]) == [[1], [4]]
         assert result.num_problems == 5
         kinds = [
@@ -169,7 +169,7 @@ def test_on_error_fail_names_the_line(tmp_path):
 def test_problems_are_counted_beyond_the_list(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "REPORTED_PROBLEMS", 5)
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "1"}\n' + b"x\n" * 300)
-    result = run(tmp_path, tmp_path / "a.jsonl")
+    result = run(tmp_path, tmp_path / "a.jsonl", max_unusable=1.0)
     assert (result.num_problems, len(result.problems)) == (300, 5)
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from megalith.common.errors import DataError
 from megalith.data import readers
-from megalith.data.readers import Part, Slice, corpus_texts, cut, explain_line, file_format, find_inputs, read_part, sample_texts
+from megalith.data.inputs import file_format, find_inputs
+from megalith.data.readers import Part, Slice, corpus_texts, cut, explain_line, read_part, sample_texts
 
 
 def documents(inputs, part_bytes, keys=("text",)):

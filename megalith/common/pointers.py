@@ -1,0 +1,33 @@
+"""Files that only stand for files: what git LFS and git-annex check out where the content was not fetched."""
+
+from __future__ import annotations
+
+import os
+import re
+
+LFS = re.compile(rb"version https://(git-lfs\.github\.com|hawser\.github\.com)/spec/.*\n(?:.*\n)*?size (\d+)", re.ASCII)
+ANNEX = re.compile(rb"/annex/objects/\S+\n?\Z")
+LONGEST = 1024  # bytes; git LFS's own limit for a pointer
+
+
+def pointer(path: str | os.PathLike) -> str:
+    """What stands at `path` in place of the file and how to fetch it, or "" where it is no pointer. Never raises."""
+    try:
+        if not os.path.isfile(path) or os.path.getsize(path) > LONGEST:
+            return ""
+        with open(path, "rb") as file:
+            head = file.read(LONGEST)
+    except OSError:
+        return ""
+    if found := LFS.match(head):
+        size = f"{int(found[2]):,} bytes"
+        return f"this is a git LFS pointer to a file of {size}, not the file. Fetch it: git lfs pull --include '{os.path.basename(path)}'"
+    if ANNEX.match(head):
+        return f"this is a git-annex pointer, not the file. Fetch it: git annex get '{os.path.basename(path)}'"
+    return ""
+
+
+def pointers_below(folder: str | os.PathLike[str]) -> list[str]:
+    """The pointers at `folder` (a file or a folder), sorted: `path: what it is`."""
+    paths = [os.path.join(base, name) for base, _, names in os.walk(os.fspath(folder)) for name in names] or [os.fspath(folder)]
+    return [f"{path}: {text}" for path in sorted(paths) if (text := pointer(path))]
