@@ -107,7 +107,7 @@ def _words(path: pathlib.Path, tokenizer: Tokenizer, weights_only: bool) -> list
         return [named]
     raise CheckpointError(
         f"{named}. The model would read other words than it has learned. Give the tokenizer that it was trained with, or begin a new "
-        f"run with its weights: --load FOLDER --finetune."
+        f"run with its weights: --load {path} --finetune --run-dir NEW."
     )
 
 

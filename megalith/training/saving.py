@@ -9,7 +9,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from megalith import checkpoint
-from megalith.checkpoint import folder
+from megalith.checkpoint import folder, manifest
 from megalith.checkpoint.facts import part_of, written_by_another
 from megalith.checkpoint.folder import iteration_of, paths, root, strange
 from megalith.checkpoint.ranks import Ranks
@@ -137,7 +137,7 @@ def has_moments(source: str | pathlib.Path, iteration: int | None, asked: set[st
         if not found:
             rule = "it holds weights alone, and going on needs the optimizer's state too"
         again = "the optimizer that it was saved with (--optimizer, --sgd-momentum), or " if found else ""
-        cure = f"Give {again}--no-load-optim to go on with a new one, or --finetune to begin at step 0"
+        cure = f"Give {again}--no-load-optim to go on with a new one, or begin at step 0 with --load {path} --finetune --run-dir NEW"
         raise CheckpointError(problem(f"{path}: state of the optimizer", Words(", ".join(sorted(found)) or "none"), rule, cure))
 
     return Ranks().first(judge)
@@ -162,7 +162,7 @@ def check_folder(config: RunConfig) -> None:
             f"{checkpoint.latest(own)}: only one can be gone on from. Drop --load to resume this run, "
             f"name another --run-dir or --save, or give --fresh to move this run aside."
         )
-    if load is not None and not there and not checkpoint.iterations(load):
+    if load is not None and not there and not checkpoint.iterations(load) and not (pathlib.Path(load) / manifest.NAME).exists():
         raise CheckpointError(
             strange(load)
             or f"--load {load} holds no complete checkpoint (iter_NNNNNNN/); starting from random weights instead would be silent loss. "
