@@ -34,7 +34,7 @@ def test_each_recipe(name):
     about = recipes.about(recipes.text(name))
     config = load(name, world_size=about["processes"])
     assert set(about) == {"summary", "processes", "vocab_size", "parameters"}
-    assert config.logging.name == name
+    assert config.logging.name == name and "\n  model_type: " in recipes.text(name)
     model = config.replace(vocab_size=about["vocab_size"]).model
     assert parameter_count(model) == about["parameters"]
     assert flops_per_token(model, config.data.seq_length) > 6 * (about["parameters"] - model.vocab_size * model.hidden_size)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import functools
+import sys
 
 from megalith import recipes
-from megalith.common.errors import problem
 from megalith.config import flags
 from megalith.config.loading import resolve
-from megalith.config.text import Problem, flag
+from megalith.config.run import RunConfig
 
 EXAMPLE = """\
 examples:
@@ -45,19 +45,24 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 def parity(args: argparse.Namespace) -> int:
     """Run the check, print what differs; the exit status."""
     reading = args.reading
-    values = {"train_iters": str(10**9), "lr": "0.0001"} | reading.values  # one step is run; a config's warm-up must fit in all the same
-    reading.values = values
-    asked, shown = (_number(reading, name) for name in ("processes", "show"))
-    config, _ = resolve(reading, read_recipe=recipes.text, world_size=asked, data=False)
-    processes = asked or config.parallel.smallest_world
-    if values.get("dry_run"):
-        print(f"{processes} processes would be compared with one")
-        return 0
+    asked, shown = (flags.whole_number(reading, name) for name in ("processes", "show"))
+
+    def number(config: RunConfig) -> int:
+        return asked or config.parallel.smallest_world
+
+    config, notices = resolve(reading, read_recipe=recipes.text, world_size=number, data=False, one_step=True)
+    for notice in notices:
+        print(f"megalith: {notice}", file=sys.stderr)
+    processes = number(config)
     import torch
 
-    from megalith.workflows.parity import check  # here, because it imports torch
+    from megalith.workflows.parity import check, check_possible  # here, because it imports torch
 
-    result = check(config, processes, getattr(torch, values.get("check_in", "float64")))
+    check_possible(config, processes)
+    if reading.values.get("dry_run"):
+        print(f"{processes} processes would be compared with one")
+        return 0
+    result = check(config, processes, getattr(torch, reading.values.get("check_in", "float64")))
     loss, *gradients = result.differences
     print(f"{processes} processes against one; differences over norms, at most {result.tolerance:g} allowed")
     print(f"loss            {result.found.loss:.12f}  against {result.expected.loss:.12f}  {loss.error:.1e}")
@@ -67,14 +72,3 @@ def parity(args: argparse.Namespace) -> int:
         print(f"{difference.error:9.1e}  {difference.name}{'' if difference.error <= result.tolerance else '   WRONG'}")
     print(f"{'equal' if result.equal else 'NOT equal'}: {len(gradients)} gradients compared")
     return 0 if result.equal else 1
-
-
-def _number(reading: flags.Reading, name: str) -> int | None:
-    """A count as typed, or None where nothing is; a wrong one is told with all that is wrong."""
-    value = reading.values.get(name)
-    if value is None:
-        return None
-    if value.isdecimal() and int(value) > 0:
-        return int(value)
-    reading.problems.append(Problem((), problem(flag(name), value, "it is a whole number above 0", f"Write {flag(name)} 4")))
-    return None

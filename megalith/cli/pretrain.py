@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
+import pathlib
 import sys
 from typing import Any
 
 from megalith import recipes
 from megalith.config import flags, launched, megatron_counts
-from megalith.config.batch_math import check_length, data_parallel_size, global_batch, total_steps
+from megalith.config.batch_math import check_length, data_parallel_size, told
 from megalith.config.loading import from_yaml, resolve, to_yaml
 from megalith.config.loading_values import fields
 from megalith.config.parameters import parameter_count
 from megalith.config.run import RunConfig
 from megalith.config.text import Problem, unknown
 from megalith.models import MODELS
+from megalith.workflows import dry_run
 
 EXAMPLE = """\
 examples:
@@ -22,8 +26,15 @@ examples:
   torchrun --nproc-per-node 2 -m megalith pretrain gpt --config run.yaml --train-iters 1000
 
 Precedence: recipe, then --config, then flags; `none` unsets an optional value. Flags of Megatron's commands work as typed: the
-old spellings and those not needed here are accepted with a line that says so. --dry-run needs no corpus and no accelerator.
+old spellings and those not needed here are accepted with a line that says so.
+
+--dry-run needs no corpus, no accelerator and no launcher: it checks for --world-size N processes, else for the number that the
+config or recipe is for (its about: processes), else for the fewest that the layout allows. It lists the files that are missing.
 """
+OWN = (
+    *flags.RUN_FLAGS,
+    flags.Flag("--world-size", {"world_size": flags.VALUE}, help="with --dry-run: number of processes to check the config for"),
+)
 
 
 def register(subparsers: argparse._SubParsersAction) -> None:
@@ -36,31 +47,61 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         epilog=EXAMPLE + "\nrecipes: " + ", ".join(recipes.names()),
     )
     parser.add_argument("model", nargs="?", metavar="MODEL", help=f"{', '.join(MODELS)} (default gpt), or module:name of your own")
-    flags.add_help(parser)
-    parser.set_defaults(handler=pretrain, reads=flags.read)
+    flags.add_help(parser, OWN)
+    parser.set_defaults(handler=pretrain, reads=functools.partial(flags.read, own=OWN))
 
 
 def pretrain(args: argparse.Namespace) -> int:
     """Resolve and check the config, show it, and train unless --dry-run is given; the exit status."""
-    reading, world_size = args.reading, launched.world_size()
+    reading, tell = args.reading, _tell if launched.rank() == 0 else lambda line: None
+    dry = bool(reading.values.get("dry_run"))
+    meant = dry_run.number_of_processes(reading, _texts(reading))
     for name in reading.words[:1]:
         if name not in MODELS and ":" not in name:
             otherwise = f"there are {', '.join(MODELS)}, and your own goes by module:name"
             every = tuple(fields())  # what the model would have brought along is not missing as well
             reading.problems.append(Problem(every, unknown("model", name, MODELS, otherwise)))
-    config, notices = resolve(
-        reading, read_recipe=recipes.text, read_checkpoint=checkpoint_config, read_tokenizer=checkpoint_tokenizer, world_size=world_size
-    )
-    check_length(config, data_parallel_size(config, world_size))
-    if launched.rank() == 0:
-        for notice in notices:
-            print(f"megalith: {notice}", file=sys.stderr)
-        print(shown(config, world_size, reading.values.get("print_config", "changed")), end="", flush=True)
-    if not reading.values.get("dry_run"):
-        from megalith.training.pretrain import train  # here, because it imports torch
 
-        train(config)
+    def world_size(config: RunConfig) -> int:
+        number, whence = meant(config)
+        if whence:
+            tell(whence)  # before the problems, which speak of a number that nobody typed
+        return number
+
+    config, notices = resolve(
+        reading, read_recipe=recipes.text, read_checkpoint=checkpoint_config, read_tokenizer=checkpoint_tokenizer,
+        world_size=world_size, corpus=not dry,
+    )  # fmt: skip
+    for notice in notices:
+        tell(notice)
+    check_length(config, data_parallel_size(config, meant(config)[0]))
+    if launched.rank() == 0:
+        print(shown(config, meant(config)[0], reading.values.get("print_config", "changed")), end="", flush=True)
+    if dry:
+        absent = dry_run.missing(config)
+        if absent:
+            tell("the config can work; what a run of it would not find here:" + "".join(f"\n  {line}" for line in absent))
+        return 0
+    from megalith.training.pretrain import train  # here, because it imports torch
+
+    train(config)
     return 0
+
+
+def _tell(line: str) -> None:
+    print(f"megalith: {line}", file=sys.stderr)
+
+
+def _texts(reading: flags.Reading) -> list[tuple[str, str]]:
+    """(name, YAML text) of recipe and config, as far as they can be read: what is wrong with them is told elsewhere."""
+    found = []
+    recipe, file = reading.values.get("recipe"), reading.values.get("config")
+    if recipe in recipes.names():
+        found.append((f"recipe {recipe}", recipes.text(recipe)))
+    if file is not None:
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            found.append((file, pathlib.Path(file).read_text(encoding="utf-8")))
+    return found
 
 
 def checkpoint_config(folder: str, iteration: int | None) -> str:
@@ -87,8 +128,7 @@ def shown(config: RunConfig, world_size: int, how_much: str) -> str:
     """The resolved config as YAML, under comment lines with what follows from it; '' for how_much 'none'."""
     if how_much == "none":
         return ""
-    dp = data_parallel_size(config, world_size)
-    lines = [f"{world_size} processes, {dp} data-parallel; {total_steps(config, dp)} steps, each of {global_batch(config, dp)} samples"]
+    lines = [told(config, world_size)]
     if config.model.vocab_size and config.model.model_type in ("gpt", "bert", "t5"):
         whole = config.replace(vocab_size=megatron_counts.rows_asked(config.model.vocab_size, config.data.tokenizer_type))
         lines += [f"{parameter_count(whole.model):,} parameters, activation {config.model.activation}", *megatron_counts.report(whole)]

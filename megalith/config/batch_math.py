@@ -70,6 +70,19 @@ def check_length(config: RunConfig, dp: int) -> None:
     raise ConfigError(problem(flag(name), getattr(config.schedule, name), rule, cure))
 
 
+def told(config: RunConfig, world_size: int) -> str:
+    """Processes, steps and samples of a run, for its header."""
+    dp = data_parallel_size(config, world_size)
+    steps, full, (growing, _) = total_steps(config, dp), global_batch(config, dp), ramp(config, dp)
+    length = f"{steps} steps, each of {full} samples"
+    if config.validation.skip_train:
+        length = "no training steps (--skip-train)"
+    elif growing:
+        first = batch_size_at(config, dp, 0)
+        length = f"{steps} steps: {growing} while the batch grows from {first} to {full} samples, then {steps - growing} of {full}"
+    return f"{world_size} process{'es' * (world_size > 1)}, {dp} data-parallel; {length}"
+
+
 def total_samples(config: RunConfig, dp: int) -> int:
     """Samples that the run consumes if nothing ends it early."""
     if config.schedule.train_samples is None:

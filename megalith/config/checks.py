@@ -12,7 +12,7 @@ from megalith.config.checks_masking import masking_problems
 from megalith.config.checks_model import model_problems
 from megalith.config.checks_parallel import parallel_problems
 from megalith.config.checks_schedule import schedule_problems
-from megalith.config.data import shares
+from megalith.config.data import shares, unnamed_files
 from megalith.config.loading_values import WORDS, fields
 from megalith.config.run import RunConfig
 from megalith.config.text import Problem, Words, around, fail, flag, multiples, nearest, trouble, value_text
@@ -32,20 +32,24 @@ def check(config: RunConfig, world_size: int = 1, *, data: bool = True) -> None:
     fail(each.text for each in find_problems(config, world_size, data=data))
 
 
-def find_problems(config: RunConfig, world_size: int = 1, *, data: bool = True) -> list[Problem]:
-    """Every reason why this config cannot work on `world_size` processes. A rule is skipped where a field it needs is wrong itself."""
+def find_problems(
+    config: RunConfig, world_size: int = 1, *, data: bool = True, corpus: bool = True, one_step: bool = False
+) -> list[Problem]:
+    """Every reason why this config cannot work on `world_size` processes. A rule is skipped where a field it needs is wrong itself.
+
+    data: whether the section data is judged. corpus: whether a corpus and a tokenizer have to be named. one_step: one step of the
+    full batch is all that is meant, so that a run's length, schedule and files are not judged.
+    """
     found = list(_limits(config))
     wrong = {field for each in found for field in each.fields}
     config = config.replace(**{name: fields()[name].default for name in wrong})  # the rules below may divide
-    rules = [
-        *model_problems(config),
-        *schedule_problems(config),
-        *parallel_problems(config, world_size),
-        *_recompute(config),
-        *_files(config),
-    ]
+    if one_step:
+        config = config.replace(rampup_batch_size=[])
+    rules = [*model_problems(config), *parallel_problems(config, world_size), *_recompute(config)]
+    if not one_step:
+        rules += [*schedule_problems(config), *_files(config)]
     if data:
-        rules += [*_data(config), *masking_problems(config), *_packages(config)]
+        rules += [*_data(config, corpus), *masking_problems(config), *_packages(config)]
     return found + [each for each in rules if not wrong.intersection(each.fields)]
 
 
@@ -149,7 +153,7 @@ def _packages(config: RunConfig) -> Iterator[Problem]:
         yield Problem(("tensorboard_dir",), fault)
 
 
-def _data(config: RunConfig) -> Iterator[Problem]:
+def _data(config: RunConfig, corpus: bool) -> Iterator[Problem]:
     d = config.data
     apart = [name for name in ("train_data_path", "valid_data_path", "test_data_path") if getattr(d, name)]
     given = [name for name in ("data_path", "data_file_list") if getattr(d, name)] + apart[:1]
@@ -157,15 +161,18 @@ def _data(config: RunConfig) -> Iterator[Problem]:
         yield trouble(
             ("train_data_path",), flag(apart[0]), Words("no --train-data-path"), "training needs data", "Write --train-data-path too"
         )
-    elif d.dataset in ("gpt", "bert", "t5", "ict") and not given:
+    elif d.dataset in ("gpt", "bert", "t5", "ict") and not given and corpus:
         cure = "Write --data-path PREFIX, the name without .bin and .idx that `megalith data preprocess` gave"
         yield trouble(("data_path",), "--data-path", None, "the dataset needs a corpus", cure)
     elif len(given) > 1:
         cure = "Keep one; --data-path and --data-file-list go with --split, the others name training, validation and test"
         yield trouble(tuple(given), "corpus", Words(" and ".join(map(flag, given))), "it is named in one way", cure)
-    if d.tokenizer_type is None:
+    if d.tokenizer_type is None and corpus:
         cure = "Write --vocab-file FILE --merge-file FILE (GPT-2's), or --tokenizer-model tokenizer.json"
         yield trouble(("tokenizer_type", "vocab_file"), "tokenizer", None, "the data was made with one, and it has the vocabulary", cure)
+    for name in unnamed_files(d) if corpus else ():
+        rule, cure = f"{d.tokenizer_type} is made from it", f"Write {flag(name)} FILE, or name another --tokenizer-type"
+        yield trouble((name, "tokenizer_type"), flag(name), None, rule, cure)
     try:
         shares(d.split)
     except ConfigError as error:

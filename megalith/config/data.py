@@ -13,6 +13,12 @@ TOKENIZERS = (
     "GPTSentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer", "NullTokenizer",
 )  # fmt: skip
 
+MADE_FROM = {  # tokenizer -> fields of files; HuggingFaceTokenizer takes --vocab-file too
+    "GPT2BPETokenizer": ("vocab_file", "merge_file"),
+    **dict.fromkeys(("BertWordPieceLowerCase", "BertWordPieceCase"), ("vocab_file",)),
+    **dict.fromkeys(("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer"), ("tokenizer_model",)),
+}
+
 
 @section
 class DataConfig:
@@ -60,6 +66,11 @@ class DataConfig:
     query_in_block_prob: float = knob(0.1, "ict: how often the query stays in its block", minimum=0.0)
     dataloader_type: str = knob("single", "sample order: as the dataset has it, or reshuffled each epoch", choices=("single", "cyclic"))
     num_workers: int = knob(2, "threads that read samples ahead", minimum=0)
+
+
+def unnamed_files(data: DataConfig) -> list[str]:
+    """Fields of the files that the tokenizer is made from, as far as they are not given."""
+    return [name for name in MADE_FROM.get(data.tokenizer_type or "", ()) if getattr(data, name) is None]
 
 
 def shares(split: str) -> list[float]:

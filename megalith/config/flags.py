@@ -179,6 +179,17 @@ def _use(found: Flag, name: str, values: list[str], result: Reading) -> None:
         result.notices.append(told)
 
 
+def whole_number(reading: Reading, name: str) -> int | None:
+    """A count that a flag of the verb's own gives, or None where it is not typed; a wrong one is told with all that is wrong."""
+    value = reading.values.get(name)
+    if value is None:
+        return None
+    if value.isdecimal() and int(value) > 0:
+        return int(value)
+    reading.problems.append(Problem((), problem(flag(name), value, "it is a whole number above 0", f"Write {flag(name)} 4")))
+    return None
+
+
 def add_own_help(parser: argparse.ArgumentParser, own: Iterable[Flag]) -> None:
     """Add a verb's own flags to `parser`, for its --help."""
     group = parser.add_argument_group("this command")

@@ -42,28 +42,34 @@ def resolve(
     read_recipe: ReadRecipe | None = None,
     read_checkpoint: ReadCheckpoint | None = None,
     read_tokenizer: ReadTokenizer | None = None,
-    world_size: int | None = 1,
+    world_size: int | Callable[[RunConfig], int] = 1,
     data: bool = True,
+    corpus: bool = True,
+    one_step: bool = False,
 ) -> tuple[RunConfig, list[str]]:
     """A checked config and the notices to show, from what flags.read found.
 
     read_recipe, read_checkpoint: for --recipe and --use-checkpoint-args; without them these flags are errors.
     read_tokenizer: for --use-checkpoint-args, where the command names no tokenizer of its own.
-    world_size: number of processes; None: the layout's smallest. data: whether a corpus is needed.
+    world_size: number of processes, or what gives it for the config. data, corpus, one_step: as checks.find_problems.
     Raises ConfigError with every problem of flags, files and their combination.
     """
     problems, notices = list(reading.problems), list(reading.notices)
     values: dict[str, Any] = {}
-    chosen = reading.values
+    chosen, models = reading.values, dict[str, str]()  # model_type -> who said it last
     for source, text in _files(chosen.get("recipe"), chosen.get("config"), read_recipe, problems):
         raw = parse_yaml(text, source, problems, notices)
+        models |= {str(raw["model_type"]): source} if "model_type" in raw else {}
         values |= _typed({key: (value, f"{source}: {key}") for key, value in raw.items()}, problems)
     values |= _typed({key: (value, flag(key)) for key, value in chosen.items()}, problems)
+    models |= {chosen["model_type"]: "--model-type"} if "model_type" in chosen else {}
     problems += [
         Problem((), f"unexpected {word!r}: a value follows its flag, and one model follows the verb") for word in reading.words[1:]
     ]
-    if reading.words:
-        values["model_type"] = reading.words[0]
+    if reading.words and not any("model_type" in each.fields for each in problems):
+        _name_model(reading.words[0], values, models, problems)
+    if (model := values.get("model_type")) is not None:
+        notices += [f"the model is {model}, where {source} says {said}" for said, source in models.items() if said != model]
     if values.get("use_checkpoint_args") and values.get("load"):
         values |= _model_of_checkpoint(values, read_checkpoint, problems, notices)
         values |= _tokenizer_of_checkpoint(values, read_tokenizer, problems, notices)
@@ -76,10 +82,22 @@ def resolve(
     ]
     notices += masking_notices(config)
     wrong = {field for each in problems for field in each.fields}
-    size = config.parallel.smallest_world if world_size is None else world_size
-    problems += [each for each in find_problems(config, size, data=data) if not wrong.intersection(each.fields)]
+    size = world_size if isinstance(world_size, int) else world_size(config)
+    found = find_problems(config, size, data=data, corpus=corpus, one_step=one_step)
+    problems += [each for each in found if not wrong.intersection(each.fields)]
     fail(each.text for each in problems)
     return config, notices
+
+
+def _name_model(word: str, values: dict[str, Any], models: Mapping[str, str], problems: list[Problem]) -> None:
+    """Take the model named after the verb, which recipe, file and flags may not contradict, unless it is one's own (module:name)."""
+    said = values.get("model_type", word)
+    if word != said and ":" not in word:
+        rule = f"{models[said]} is of a {said}"
+        cure = f"Write {said} after the verb, or add --model-type {word} to have a {word} of that shape"
+        problems.append(Problem(("model_type",), problem("model", word, rule, cure)))
+        return
+    values["model_type"] = word
 
 
 def _files(recipe: str | None, file: str | None, read_recipe: ReadRecipe | None, problems: list[Problem]) -> list[tuple[str, str]]:

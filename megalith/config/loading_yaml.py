@@ -53,6 +53,18 @@ def parse_yaml(text: str, source: str, problems: list[Problem], notices: list[st
     return values
 
 
+def about(text: str) -> dict[str, Any]:
+    """What a YAML text says of itself under `about`; {} where it says nothing, or cannot be read."""
+    import yaml
+
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return {}
+    said = tree.get("about") if isinstance(tree, Mapping) else None
+    return dict(said) if isinstance(said, Mapping) else {}
+
+
 def _one(
     name: str, value: Any, section: str | None, source: str, values: dict[str, Any], problems: list[Problem], notices: list[str]
 ) -> None:

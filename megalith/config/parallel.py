@@ -51,6 +51,11 @@ class ParallelConfig:
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
     @property
+    def least_processes(self) -> int:
+        """Processes of the smallest run in this layout: one copy of the model, with its replicas."""
+        return self.model_parallel_size * self.data_parallel_replicas
+
+    @property
     def smallest_world(self) -> int:
-        """Processes of the smallest run in which something is parallel: one copy of the model with its replicas, or two."""
-        return max(2, self.model_parallel_size * self.data_parallel_replicas)
+        """As least_processes, and two where that is one: the smallest run in which something is parallel."""
+        return max(2, self.least_processes)

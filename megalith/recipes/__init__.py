@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 
+from megalith.config import loading_yaml
 from megalith.config.text import choose
 
 FOLDER = pathlib.Path(__file__).parent
@@ -21,6 +22,4 @@ def text(name: str) -> str:
 
 def about(yaml_text: str) -> dict:
     """What a recipe says of itself: summary, processes, vocab_size and parameters."""
-    import yaml  # here, so that a command without a recipe does not wait for it
-
-    return yaml.safe_load(yaml_text)["about"]
+    return loading_yaml.about(yaml_text)

@@ -6,9 +6,10 @@ import dataclasses
 
 import torch
 
-from megalith.common.errors import ConfigError, problem
+from megalith.common.errors import problem
 from megalith.config.batch_math import data_parallel_size, global_batch
 from megalith.config.run import RunConfig
+from megalith.config.text import Words, fail
 from megalith.testing.parity import TOLERANCE, Difference, Measured, compare, measure, merge
 from megalith.testing.ranks import LARGEST, RankPool
 
@@ -37,17 +38,27 @@ class Result:
         return self.same_weights and all(difference.error <= self.tolerance for difference in self.differences)
 
 
+def check_possible(config: RunConfig, processes: int) -> None:
+    """Raise ConfigError where the machine cannot run the check, or where it is not told what to run."""
+    faults = []
+    if config.model.vocab_size is None:
+        rule = "the check makes its data up and needs the size alone"
+        faults.append(problem("--vocab-size", Words("nothing"), rule, "Write --vocab-size 1000"))
+    if processes > LARGEST:
+        p = config.parallel
+        rule = f"one machine runs up to {LARGEST} ranks for this; the layout is tensor {p.tensor_model_parallel_size} x pipeline "
+        rule += f"{p.pipeline_model_parallel_size} x context {p.context_parallel_size} x replicas {p.data_parallel_replicas}"
+        faults.append(problem("number of processes", processes, rule, "Check a smaller layout of the same kind"))
+    fail(faults)
+
+
 def check(config: RunConfig, processes: int, dtype: torch.dtype = torch.float64, timeout: float = 3600.0) -> Result:
     """One step of `config` on `processes` ranks of this machine's CPU, and on one; every rank must have what one has.
 
     dtype: float64 finds what is wrong, not what is rounded; formats of the config (bf16, fp16) are left aside.
     Raises ConfigError where the machine cannot run it.
     """
-    if config.model.vocab_size is None:
-        raise ConfigError(problem("vocab_size", None, "the check makes its data up and needs the size alone", "Write --vocab-size N"))
-    if processes > LARGEST:
-        rule = f"one machine runs up to {LARGEST} ranks for this"
-        raise ConfigError(problem("number of processes", processes, rule, "Check a smaller layout of the same kind"))
+    check_possible(config, processes)
     samples = global_batch(config, data_parallel_size(config, processes))
     config = config.replace(device="cpu", bf16=False, fp16=False, global_batch_size=samples)
     pool = RankPool()

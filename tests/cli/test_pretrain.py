@@ -28,7 +28,7 @@ def trained(monkeypatch):
 def test_dry_run_shows_a_config_that_loads_again(trained, capsys):
     assert main([*TINY, "--dry-run", "--num-layers", "3"]) == 0
     shown = capsys.readouterr()
-    assert trained == [] and shown.out.startswith("# 1 processes, 1 data-parallel; 200 steps, each of 16 samples\n")
+    assert trained == [] and shown.out.startswith("# 1 process, 1 data-parallel; 200 steps, each of 16 samples\n")
     config = from_yaml(shown.out)
     assert config.model.num_layers == 3 and config.data.data_path == ["a"]
     assert "seed" not in shown.out and "megalith: --tokenizer-type is not given: the files are of a HuggingFaceTokenizer\n" in shown.err
@@ -57,7 +57,79 @@ def test_only_the_first_process_speaks(trained, capsys, monkeypatch):
 def test_world_size_is_the_launchers(trained, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1024")
     assert main(shlex.split("pretrain gpt --recipe gpt3-175b --data-path a --vocab-file v --merge-file m --dry-run")) == 0
-    assert capsys.readouterr().out.startswith("# 1024 processes, 8 data-parallel; 111354 steps, each of 1536 samples\n")
+    assert capsys.readouterr().out.startswith(
+        "# 1024 processes, 8 data-parallel; 111354 steps: 19802 while the batch grows from 16 to 1536 samples, then 91552 of 1536\n"
+    )
+
+
+LARGE = shlex.split("pretrain --recipe gpt3-175b --dry-run")
+
+
+def test_a_dry_run_needs_no_launcher_and_no_data(trained, capsys):
+    assert main(LARGE) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("# 1024 processes, 8 data-parallel; ") and trained == []
+    assert shown.err.startswith("megalith: --world-size is not given: checked for 1024 processes, as recipe gpt3-175b says\n")
+    assert shown.err.endswith(
+        "megalith: the config can work; what a run of it would not find here:\n"
+        "  --data-path is not given: the name of a corpus, as `megalith data preprocess` gave it\n"
+        "  --tokenizer-type is not given, nor a tokenizer's files: the data was made with one, and it has the vocabulary\n"
+    )
+    assert main([*LARGE, "--world-size", "256"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("# 256 processes, 2 data-parallel; ") and "--world-size" not in shown.err
+
+
+def test_the_model_is_checked_all_the_same(trained, capsys):
+    assert main([*LARGE, "--hidden-size", "12289", "--split", "a"]) == 2
+    error = capsys.readouterr().err
+    assert "--num-attention-heads: found 96" in error and "--split: found 'a'" in error and "--data-path" not in error
+    assert main([*LARGE, "--world-size", "200"]) == 2
+    assert "number of processes: found 200; it is a multiple of tensor 8 x pipeline 16" in capsys.readouterr().err
+
+
+def test_world_size_is_for_dry_runs(trained, capsys, monkeypatch):
+    assert main([*TINY, "--world-size", "2"]) == 2 and trained == []
+    assert "--world-size: found 2; the number of processes that were started is 1. Start 2 with torchrun" in capsys.readouterr().err
+    assert main([*TINY, "--world-size", "none", "--dry-run"]) == 2
+    assert "--world-size: found 'none'; it is a whole number" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert main([*TINY, "--world-size", "2"]) == 0 and len(trained) == 1
+    capsys.readouterr()
+    assert main([*TINY, "--world-size", "1", "--dry-run"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("# 1 process,") and "megalith: checked for --world-size 1, where 2 were started\n" in shown.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("bert --recipe cpu-tiny", "model: found 'bert'; recipe cpu-tiny is of a gpt. Write gpt after the verb, or add --model-type bert"),
+        ("gpt --recipe t5-tiny", "recipe t5-tiny is of a t5"), ("gpt --recipe cpu-tiny --model-type t5", "--model-type is of a t5"),
+        ("t5 --config bert.yaml", "bert.yaml is of a bert"),
+    ],
+)  # fmt: skip
+def test_a_model_that_contradicts_the_config_is_refused(words, message, trained, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bert.yaml").write_text("about: {processes: 1}\nmodel:\n  model_type: bert\n")
+    assert main(["pretrain", *words.split(), "--data-path", "a", "--vocab-file", "v"]) == 2 and trained == []
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("bert --recipe cpu-tiny --model-type bert", "the model is bert, where recipe cpu-tiny says gpt"),
+        ("mine:Model --recipe cpu-tiny", "the model is mine:Model, where recipe cpu-tiny says gpt"),
+        ("--recipe bert-tiny --config gpt.yaml", "the model is gpt, where recipe bert-tiny says bert"),
+    ],
+)
+def test_a_model_that_is_chosen_over_another_is_told(words, line, trained, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt.yaml").write_text("model_type: gpt\n")
+    assert main(["pretrain", *words.split(), "--dry-run"]) == 0
+    assert f"megalith: {line}\n" in capsys.readouterr().err
 
 
 def test_every_mistake_at_once_and_nothing_starts(trained, capsys):

@@ -5,7 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megalith.common.errors import ConfigError
-from megalith.config.batch_math import batch_size_at, data_parallel_size, global_batch, micro_batches, ramp, total_samples, total_steps
+from megalith.config.batch_math import (
+    batch_size_at,
+    data_parallel_size,
+    global_batch,
+    micro_batches,
+    ramp,
+    told,
+    total_samples,
+    total_steps,
+)
 from megalith.config.run import RunConfig
 
 
@@ -30,6 +39,17 @@ def test_data_parallel_size():
 def test_global_batch_defaults_to_one_micro_batch_of_each_rank():
     assert global_batch(RunConfig().replace(micro_batch_size=3), 4) == 12
     assert global_batch(RunConfig().replace(micro_batch_size=3, global_batch_size=24), 4) == 24
+
+
+def test_what_the_header_says():
+    config = RunConfig().replace(micro_batch_size=2, global_batch_size=8, train_samples=100)
+    assert told(config, 1) == "1 process, 1 data-parallel; 12 steps, each of 8 samples"
+    grown = config.replace(rampup_batch_size=[2, 2, 30])
+    steps, samples = ramp(grown, 1)
+    assert told(grown, 2) == f"2 processes, 2 data-parallel; {total_steps(grown, 2)} steps: {steps} while the batch grows from 2 to 8 " + (
+        f"samples, then {(100 - samples) // 8} of 8"
+    )
+    assert told(config.replace(skip_train=True), 1) == "1 process, 1 data-parallel; no training steps (--skip-train)"
 
 
 def test_lengths_without_rampup():

@@ -2,6 +2,7 @@
 
 import pytest
 
+from megalith import recipes
 from megalith.cli.main import main
 
 SMALL = ["parity", "--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4", "--seq-length", "16", "--vocab-size", "67"]
@@ -47,6 +48,28 @@ def test_what_cannot_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--processes: found 'two'" in err and "--show: found '0'" in err and "--tensor-model-parallel-size: found -2" in err
     assert main([*SMALL, "--tensor-model-parallel-size", "2", "--dry-run"]) == 0
     assert "2 processes would be compared with one" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_a_recipe_is_checked_without_its_schedule(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One step is run, so what a run's length, warm-up and ramp-up are does not matter, and no number of them is complained of."""
+    large = name == "gpt3-175b"
+    assert main(["parity", "--recipe", name, "--vocab-size", "128", "--dry-run"]) == (2 if large else 0)
+    shown = capsys.readouterr()
+    if large:
+        assert "number of processes: found 128; one machine runs up to 8 ranks for this; the layout is tensor 8 x pipeline 16" in shown.err
+        smaller = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "1"]
+        assert main(["parity", "--recipe", name, "--vocab-size", "128", "--dry-run", *smaller]) == 0
+    else:
+        assert shown.out == "2 processes would be compared with one\n"
+
+
+def test_a_config_whose_run_would_need_more(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
+    settings = "lr: 0.01\nmin_lr: 0.001\ntrain_samples: 1000\nlr_warmup_samples: 10\nrampup_batch_size: [1, 3, 100]\nfinetune: true\n"
+    (tmp_path / "run.yaml").write_text(settings)
+    assert main([*SMALL, "--config", str(tmp_path / "run.yaml"), "--dry-run"]) == 0
+    assert main([*(word for word in SMALL if word not in ("--vocab-size", "67")), "--dry-run"]) == 2
+    assert "--vocab-size: found nothing" in capsys.readouterr().err
 
 
 def test_the_layout_of_a_file_is_counted(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
