@@ -181,9 +181,9 @@ def write(weights: Weights, folder: pathlib.Path, options: Options) -> None:
     for each, data in words.items():
         (folder / each).write_bytes(data)
     if f"{KEPT}{CONFIG}" not in weights.files:
-        content |= dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end(words)[1])
+        content |= tokenizer.ids(words, content)
     kept = weights.files.get(f"{KEPT}{GENERATION}")
-    ids = {key: content.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {key: content[key] for key in tokenizer.IDS if key in content}
     text = kept.read_text(encoding="utf-8") if kept else json.dumps({"_from_model_config": True, **ids}, indent=2) + "\n"
     write_text(folder / GENERATION, text)
     write_text(folder / CONFIG, json.dumps(content, indent=2) + "\n")  # last: without it nobody takes the folder for a whole one

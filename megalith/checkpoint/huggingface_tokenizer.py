@@ -23,6 +23,8 @@ NAMED = {  # type -> transformers' class, and the names it wants of the files
     "HFTokenizer": ("PreTrainedTokenizerFast", {"tokenizer_model": "tokenizer.json"}),
     "Llama2Tokenizer": ("LlamaTokenizer", {"tokenizer_model": "tokenizer.model"}),
 }
+SPARE = ("special_tokens_map.json", "added_tokens.json")  # of older versions of transformers: tokenizer.json has all that they say
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "[SEP]")  # words that end a text, where no file names one
 
 
@@ -44,21 +46,33 @@ def written(files: Mapping[str, pathlib.Path]) -> dict[str, bytes]:
             made[name] = file.read_bytes()
     if kind and "tokenizer_config.json" not in made:
         lower = {"do_lower_case": record["tokenizer_type"] == "BertWordPieceLowerCase"} if kind == "BertTokenizer" else {}
-        ends = {f"{each}_token": word for each in ("bos", "eos") if (word := end(made)[0])} if kind != "BertTokenizer" else {}
-        made["tokenizer_config.json"] = (json.dumps({"tokenizer_class": kind, **lower, **ends}, indent=2) + "\n").encode()
+        made["tokenizer_config.json"] = (json.dumps({"tokenizer_class": kind, **lower}, indent=2) + "\n").encode()
     return made
 
 
-def end(made: Mapping[str, bytes]) -> tuple[str | None, int | None]:
-    """The word that ends a text and its id, (None, None) where the files do not tell."""
+def ids(made: Mapping[str, bytes], content: Mapping[str, Any]) -> dict[str, int | None]:
+    """{"bos_token_id": ...}: the ids of these parts for a config.json with this content so far; one that the files do not tell stays.
+
+    A decoder begins with the BOS, or with the padding where there is none, as in T5's own vocabulary.
+    """
     vocabulary: dict[str, Any] = {}
-    if "vocab.json" in made:
-        vocabulary = json.loads(made["vocab.json"])
-    elif "tokenizer.json" in made:
-        content = json.loads(made["tokenizer.json"])
-        words = content.get("model", {}).get("vocab", {})
+    if "tokenizer.json" in made:
+        read = json.loads(made["tokenizer.json"])
+        words = read.get("model", {}).get("vocab", {})
         vocabulary = dict(words) if isinstance(words, dict) else {word: number for number, (word, _) in enumerate(words)}
-        vocabulary |= {each["content"]: each["id"] for each in content.get("added_tokens", ())}
-    named = json.loads(made.get("tokenizer_config.json", b"{}")).get("eos_token")
-    named = named.get("content") if isinstance(named, dict) else named
-    return next(((word, vocabulary[word]) for word in (named, *ENDS) if word in vocabulary), (None, None))
+        vocabulary |= {each["content"]: each["id"] for each in read.get("added_tokens", ())}
+    elif "vocab.json" in made:
+        vocabulary = json.loads(made["vocab.json"])
+    named = json.loads(made.get("tokenizer_config.json", b"{}"))
+    parts: dict[str, int | None] = {}
+    for part in ("bos", "eos", "pad"):
+        word = named.get(f"{part}_token")
+        parts[part] = vocabulary.get(word.get("content") if isinstance(word, dict) else word) if word else None
+    if parts["eos"] is None:  # nothing names it
+        parts["eos"] = next((vocabulary[word] for word in ENDS if word in vocabulary), None)
+    if "decoder_start_token_id" in content:
+        parts["decoder_start"] = parts["bos"] if parts["bos"] is not None else parts["pad"]
+    found = {f"{part}_token_id": number for part, number in parts.items()}
+    return {
+        key: content.get(key) if number is None and (not vocabulary or key != "pad_token_id") else number for key, number in found.items()
+    }

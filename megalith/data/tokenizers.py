@@ -12,13 +12,16 @@ import json
 import pathlib
 import shutil
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megalith.common.errors import ConfigError, DataError, problem
 from megalith.common.files import write_text
 from megalith.common.registry import Registry
+
+if TYPE_CHECKING:
+    import tokenizers
 
 TOKENIZERS = Registry(
     "tokenizer",
@@ -119,6 +122,16 @@ class Tokenizer:
         """Token ids of many texts, one integer array each."""
         ids, lengths = self.encode_flat(texts)
         return np.split(ids, np.cumsum(lengths)[:-1]) if len(texts) else []
+
+    def library(self) -> tokenizers.Tokenizer:
+        """An equal tokenizer of the library `tokenizers`, which transformers reads; raises DataError where that cannot be."""
+        rule = "there is no form of it that the library tokenizers knows"
+        raise DataError(problem("tokenizer", self.options.tokenizer_type, rule, "Use it through megalith"))
+
+    @property
+    def literal(self) -> bool:
+        """Whether special tokens are plain characters where a text spells them out."""
+        return True
 
     def accelerate(self, sample: Sequence[str]) -> tuple[bool, str]:
         """Switch to a faster encoder if there is one and it gives the same ids for `sample`; (whether it did, a line that says so)."""

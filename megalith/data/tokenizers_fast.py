@@ -49,6 +49,12 @@ class GPT2BPETokenizer(LibraryTokenizer):
         self.vocab_size += options.vocab_extra_ids
         self.eod = self.eos = self.bos = backend.token_to_id(END_OF_TEXT)
 
+    def library(self) -> tokenizers.Tokenizer:
+        """The backend, with the sentinels."""
+        backend = super().library()
+        backend.add_special_tokens([f"<extra_id_{i}>" for i in range(len(self.extra_ids))])
+        return backend
+
     def tokens(self) -> list[str]:
         """The vocabulary in id order."""
         listed = super().tokens()

@@ -72,6 +72,10 @@ class LibraryTokenizer(Tokenizer):
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         return (np.concatenate(rows) if rows else np.empty(0, np.int32)), lengths
 
+    def library(self) -> tokenizers.Tokenizer:
+        """A copy of the backend."""
+        return tokenizers.Tokenizer.from_str(self.backend.to_str())
+
     def accelerate(self, sample: Sequence[str]) -> tuple[bool, str]:
         """Use gigatoken if it is installed and gives the ids of `tokenizers` for every text of `sample`."""
         try:
@@ -113,13 +117,16 @@ def wrapping(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
     return full[: full.index(TEXT)], full[full.index(TEXT) + 1 :]
 
 
-def template(backend: tokenizers.Tokenizer, before: int | None, after: int | None) -> tokenizers.processors.TemplateProcessing:
-    """The post-processor that puts these tokens (or none) before and after a text, and round the second of a pair."""
+def template(
+    backend: tokenizers.Tokenizer, before: int | None, after: int | None, *, again: bool = True
+) -> tokenizers.processors.TemplateProcessing:
+    """The post-processor that puts these tokens (or none) before and after a text; again: before the second of a pair, too."""
     special = [(backend.id_to_token(i), i) for i in dict.fromkeys((before, after)) if i is not None]
     first, last = ([] if i is None else [backend.id_to_token(i)] for i in (before, after))
-    single = [*first, "$A", *last]
-    second = [f"{piece}:1" for piece in (*first, "$B", *last)]
-    return tokenizers.processors.TemplateProcessing(single=single, pair=single + second, special_tokens=special)
+    second = [f"{piece}:1" for piece in (*(first if again else ()), "$B", *last)]
+    return tokenizers.processors.TemplateProcessing(
+        single=[*first, "$A", *last], pair=[*first, "$A", *last, *second], special_tokens=special
+    )
 
 
 def _tokens_of(processor: dict[str, Any]) -> Iterator[tuple[str, int]]:
@@ -146,6 +153,7 @@ class HuggingFaceTokenizer(LibraryTokenizer):
         self.settings = _settings(self.source)
         backend = _load(options, self.source)
         backend.add_tokens(_missing(backend, self.settings))
+        backend.encode_special_tokens = bool(self.settings.get("split_special_tokens"))
         vocabulary = backend.get_vocab(with_added_tokens=True)
         named = {part: _content(self.settings[key]) for part in USUAL_NAMES if self.settings.get(key := f"{part}_token")}
         for name, usual in USUAL_NAMES.items():
@@ -163,6 +171,11 @@ class HuggingFaceTokenizer(LibraryTokenizer):
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         self.extra_ids = [vocabulary[token] for token in sentinels]
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
+
+    @property
+    def literal(self) -> bool:
+        """Where its configuration says so, or where no token is marked as one to look for."""
+        return self.backend.encode_special_tokens or not self.backend.get_added_tokens_decoder()
 
     def _compare(self, around: dict[str, int | None]) -> None:
         """Note where tokenizer_config.json wants other tokens round a text than tokenizer.json, which wins, adds."""

@@ -7,6 +7,8 @@ import json
 import pathlib
 from collections.abc import Iterable
 
+import tokenizers
+
 from megalith.common.errors import DataError, problem
 from megalith.common.extras import require
 from megalith.data.tokenizers import Tokenizer, TokenizerOptions
@@ -64,6 +66,34 @@ class TikTokenizer(Tokenizer):
         """The vocabulary in id order; bytes that are not UTF-8 show as the replacement character."""
         return self._special + [token.decode("utf-8", "replace") for token in self._ranks]
 
+    def library(self) -> tokenizers.Tokenizer:
+        """Byte-level BPE of the same ranks: a merge for every way to cut a token in two, in the order of the ranks."""
+        first, characters = len(self._special), _characters_of_bytes()
+        names = {token: "".join(characters[byte] for byte in token) for token in self._ranks}
+        vocabulary = {name: i for i, name in enumerate(self._special)}
+        if shared := sorted(vocabulary.keys() & set(names.values())):
+            rule = "a token of the vocabulary has the name of a special token, and tokenizer.json tells them apart by name"
+            raise DataError(problem("tokenizer", shared[:3], rule, "Use it through megalith"))
+        vocabulary |= {names[token]: first + rank for token, rank in self._ranks.items()}
+        merges = []
+        for token in self._ranks:
+            cuts = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
+            known = [(self._ranks[left], self._ranks[right], left, right) for left, right in cuts if {left, right} <= self._ranks.keys()]
+            merges += [(names[left], names[right]) for *_, left, right in sorted(known)]
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges, ignore_merges=True))
+        whole = tokenizers.Regex(PATTERNS[self.options.tiktoken_pattern])
+        parts = [tokenizers.pre_tokenizers.Split(whole, "isolated"), tokenizers.pre_tokenizers.ByteLevel(False, use_regex=False)]
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(parts)
+        backend.decoder = tokenizers.decoders.ByteLevel()
+        return backend
+
+
+def _characters_of_bytes() -> list[str]:
+    """The character that stands for each byte in byte-level vocabularies (GPT-2's encoder.py, bytes_to_unicode)."""
+    plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    spare = iter(range(256, 512))
+    return [chr(byte if byte in plain else next(spare)) for byte in range(256)]
+
 
 def _read_ranks(path: pathlib.Path, wanted: int) -> dict[bytes, int]:
     """The first `wanted` ranks of the file, in order."""
@@ -110,3 +140,10 @@ class NullTokenizer(Tokenizer):
     def tokens(self) -> list[str]:
         """Every id as a string."""
         return [str(i) for i in range(self.vocab_size)]
+
+    def library(self) -> tokenizers.Tokenizer:
+        """Words that are numbers, zeros before them left out."""
+        backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(i): i for i in range(self.vocab_size)}, unk_token=str(self.eod)))
+        backend.normalizer = tokenizers.normalizers.Replace(tokenizers.Regex(r"(?<!\S)0+(?=\d)"), "")
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+        return backend

@@ -7,10 +7,13 @@ import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import tokenizers
 
 from megalith.common.errors import DataError, problem
 from megalith.common.extras import require
 from megalith.data.tokenizers import Tokenizer, TokenizerOptions
+from megalith.data.tokenizers_huggingface import template
+from megalith.data.tokenizers_spm import of_model
 
 
 class GPTSentencePieceTokenizer(Tokenizer):
@@ -48,6 +51,10 @@ class GPTSentencePieceTokenizer(Tokenizer):
         """The pieces in id order."""
         return [self.model.id_to_piece(i) for i in range(self.model.get_piece_size())]
 
+    def library(self) -> tokenizers.Tokenizer:
+        """Unigram or BPE of the same pieces."""
+        return of_model(self.model.serialized_model_proto())
+
 
 class Llama2Tokenizer(GPTSentencePieceTokenizer):
     """As Megatron's: every text starts with BOS; eod is eos."""
@@ -60,6 +67,12 @@ class Llama2Tokenizer(GPTSentencePieceTokenizer):
         """Ids of many texts end to end, BOS before each, and how many belong to each."""
         bos = self.require("bos")
         return _flat([[bos, *row] for row in self.model.encode(list(texts), num_threads=1)])
+
+    def library(self) -> tokenizers.Tokenizer:
+        """That of the pieces, with BOS before every text."""
+        backend = super().library()
+        backend.post_processor = template(backend, self.require("bos"), None)
+        return backend
 
 
 class SentencePieceTokenizer(GPTSentencePieceTokenizer):
@@ -110,6 +123,17 @@ class SentencePieceTokenizer(GPTSentencePieceTokenizer):
     def tokens(self) -> list[str]:
         """The vocabulary in id order."""
         return list(self.pieces)
+
+    def library(self) -> tokenizers.Tokenizer:
+        """That of the pieces, and what was appended."""
+        backend = super().library()
+        backend.add_special_tokens(sorted(self.special, key=self.special.__getitem__))
+        return backend
+
+    @property
+    def literal(self) -> bool:
+        """No: they are found in the text."""
+        return False
 
 
 def _flat(rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:

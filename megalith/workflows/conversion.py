@@ -19,6 +19,7 @@ from megalith.checkpoint.lazy import check_range
 from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError, ConfigError, problem
 from megalith.common.extras import require
+from megalith.workflows.tokenizer_files import prepared
 
 TOLERANCE = 1e-4  # of the largest logit: sums in another order differ by less, a wrong name or layout by 1
 
@@ -44,12 +45,15 @@ def convert(
     if found.write is None:
         raise ConfigError(problem("--to", to, "this format is only read", f"Write --to {', '.join(n for n in FORMATS if n != to)}"))
     inputs = [source, *([options.tokenizer] if options.tokenizer else [])]
-    with new_folder(folder, inputs=inputs, overwrite=overwrite, notice=notice) as place:
+    with new_folder(folder, inputs=inputs, overwrite=overwrite, notice=notice) as place, tempfile.TemporaryDirectory() as aside:
         weights = formats.read(source, format, options)
         if options.dtype and to == "megalith":
             weights = cast(weights, getattr(torch, options.dtype))
+        notes: tuple[str, ...] = ()
+        if to == "huggingface":
+            options, notes = prepared(weights, options, pathlib.Path(aside))
         found.write(weights, place, options)
-    return weights
+    return dataclasses.replace(weights, notes=(*weights.notes, *notes))
 
 
 def check_reshape(source: pathlib.Path, format: str | None) -> None:

@@ -1,0 +1,54 @@
+"""Tokenizer files that go along with an export to Hugging Face: AutoTokenizer must give the ids that preprocessing gave."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+from megalith.checkpoint import huggingface
+from megalith.checkpoint.formats import Options
+from megalith.checkpoint.huggingface_tokenizer import HERE, SPARE, written
+from megalith.checkpoint.weights import Weights
+from megalith.common.errors import DataError
+from megalith.data.tokenizers import RECORD, load_tokenizer
+from megalith.data.tokenizers_export import transformers_files
+
+
+def prepared(weights: Weights, options: Options, folder: pathlib.Path) -> tuple[Options, tuple[str, ...]]:
+    """Options with tokenizer files of `weights` (or of options.tokenizer) made in `folder`, and notes.
+
+    A Hugging Face folder's own files go along as they are: options then stay as they are, too.
+    """
+    named = {name: file for name, file in weights.files.items() if name.startswith(HERE)}
+    source = options.tokenizer or next((file.parent for file in named.values()), None)
+    if source is None:
+        return options, ()
+    if not (source / RECORD).is_file() and (
+        (source / "tokenizer_config.json").is_file()
+        or (source / huggingface.CONFIG).is_file()
+        or f"{huggingface.KEPT}{huggingface.CONFIG}" in weights.files
+    ):
+        return options, ()
+    own = {f"{HERE}{file.name}": file for file in source.iterdir() if file.is_file()}
+    model, notes = weights.config.model, list[str]()
+    files = {name: content for name, content in written(own).items() if name not in SPARE}
+    try:
+        tokenizer = load_tokenizer(source, weights.config.data)
+        if tokenizer.vocab_size > (model.vocab_size or 0):
+            notes.append(
+                f"the tokenizer has {tokenizer.vocab_size} tokens and the embedding {model.vocab_size} rows: give the model its own "
+                f"tokenizer with --tokenizer, or more rows with `megalith checkpoint edit`"
+            )
+        files |= transformers_files(tokenizer, model.model_type)
+        if huggingface.choose(weights, options)[0] in FIXED:
+            notes.append(
+                "AutoTokenizer takes Qwen2Tokenizer for every qwen2, whatever the files say: PreTrainedTokenizerFast gives our ids"
+            )
+    except DataError as error:
+        notes.append(f"tokenizer files go along as they are, and AutoTokenizer may read them otherwise, or not at all: {error}")
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return dataclasses.replace(options, tokenizer=folder), tuple(notes)
+
+
+FIXED = ("qwen2",)  # model types whose tokenizer class transformers 5 fixes (MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS)
