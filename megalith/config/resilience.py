@@ -7,7 +7,7 @@ from megalith.config.knobs import knob, section
 
 @section
 class ResilienceConfig:
-    """Planned and unplanned exits; each saves first."""
+    """Planned and unplanned exits. Each saves first, but for a run that has diverged: what is not finite is never saved."""
 
     exit_interval: int | None = knob(None, "stop after a step whose number is a multiple of this", minimum=1)
     exit_duration_in_mins: float | None = knob(None, "stop after so many minutes", minimum=0.0)
@@ -17,4 +17,4 @@ class ResilienceConfig:
     max_nonfinite_steps: int | None = knob(
         None, "such steps in a row that stop a run (default: 1; 10 with --fp16, whose smaller loss scale must have failed)", minimum=1
     )
-    exit_signal_handler: bool = knob(True, "on SIGTERM, finish the step, save, exit with status 0")
+    exit_signal_handler: bool = knob(True, "on SIGTERM, finish the step (or leave the validation), save, exit with status 0")

@@ -68,8 +68,12 @@ class Validate(Callback):
             if self.progress.stop is None and (error := self.validate(run, split, at_end=True)):
                 failed[split] = f"{type(error).__name__}: {error}"
         if failed:
+            step = self.progress.iteration
+            trained = (
+                f"all {step} steps are done and saved, but not measured at their end" if run.train_iters else f"step {step} is not measured"
+            )
             raise TrainingError(
-                f"all {self.progress.iteration} steps are done and saved, but not measured at their end: "
+                f"{trained}: "
                 + "; ".join(f"{split} data: {text}" for split, text in failed.items())
                 + ". Mend the data and give the same command again, which measures what is missing."
             )

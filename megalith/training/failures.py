@@ -7,6 +7,7 @@ A dead process is noticed by those that talk to it: under gloo at once, where it
 from __future__ import annotations
 
 import contextlib
+import errno
 import re
 from collections.abc import Callable, Iterator
 
@@ -17,6 +18,7 @@ from megalith.config.run import RunConfig
 from megalith.config.text import flag
 from megalith.training.state import Progress
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk is full, or what one may use of it
 # gloo raises plain RuntimeErrors: they have its file names, what its sockets say, or that it gave up waiting.
 BROKEN = re.compile(r"gloo/|Connection (closed|reset) by peer|pair closure|Broken pipe|NCCL (error|communicator)", re.IGNORECASE)
 
@@ -30,6 +32,8 @@ def named(progress: Progress, again: Callable[[], str] | None = None) -> Iterato
     try:
         yield
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in FULL and again:
+            raise TrainingError(f"after step {progress.iteration}: {error}. Free space; {again()}.") from error
         if not dist.is_initialized() or dist.get_world_size() == 1:
             raise
         if isinstance(error, TrainingError):  # of the run, not of a rank

@@ -96,11 +96,13 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
     changed = origin.compare(config, tokenizer, data)
     batch = global_batch(config, mesh.data_size)
     runtime = place(config, mesh)
-    optimizer = build_optimizer(config.optimizer, runtime.named_parameters())
-    schedule = Schedule(config.optimizer, config.schedule, batch)
+    measures = config.validation.skip_train  # with neither rate nor length
+    rates = RunConfig().replace(lr=0.0, train_iters=1) if measures else config
+    optimizer = build_optimizer(rates.optimizer, runtime.named_parameters())
+    schedule = Schedule(rates.optimizer, rates.schedule, batch)
     trainer = Trainer(runtime, TASKS.find(config.data.loss)(), optimizer, schedule, build_loss_scale(config.precision))
     progress = saving.resume(trainer)
-    last_step = 0 if config.validation.skip_train else total_steps(config, mesh.data_size)
+    last_step = 0 if measures else total_steps(config, mesh.data_size)
     names = {"validation": "valid", "test": "test"} if config.validation.eval_iters else {}
     splits = [split for split, name in names.items() if datasets[name] is not None]
     known = measured(config, mesh, progress.iteration)

@@ -84,7 +84,8 @@ def resume(trainer: Trainer) -> Progress:
     if source is None:
         return Progress()
     only_weights = weights_only(trainer.runtime.config)
-    with_optimizer = not (only_weights or config.no_load_optim)
+    measures = trainer.runtime.config.validation.skip_train  # which needs neither optimizer nor schedule
+    with_optimizer = not (only_weights or config.no_load_optim or measures)
     tensors = [state.weights(part) for part in trainer.runtime.parts]
     if with_optimizer:
         state.touch(trainer.optimizer)

@@ -1,5 +1,6 @@
 """Each sentence that says what the next start does, or what to give it, is done as it says."""
 
+import errno
 import pathlib
 import re
 
@@ -9,6 +10,7 @@ from megalith import checkpoint
 from megalith.common.errors import CheckpointError, ConfigError, RankError, TrainingError
 from megalith.config.run import RunConfig
 from megalith.training.failures import named
+from megalith.training.metrics import Metrics
 from megalith.training.next_start import next_start
 from megalith.training.pretrain import train
 from megalith.training.saving import folder_of
@@ -103,6 +105,40 @@ def test_before_anything_is_saved(corpus, other, tmp_path):
     with pytest.raises(TrainingError, match="; the same command begins from the start"):
         train(fresh)
     assert train(fresh.replace(lr=1e-3)).iteration == 4
+
+
+def test_a_full_disk_says_how_to_go_on(corpus, tmp_path, monkeypatch):
+    class Full(Metrics):
+        def on_step(self, run, record):
+            super().on_step(run, record)
+            if record.step == full_at:
+                raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+
+    monkeypatch.setattr("megalith.training.reporters.Metrics", Full)
+    config = tiny_config(corpus, str(tmp_path / "run"), save_interval=3, **BASE)
+    full_at = 2
+    with pytest.raises(TrainingError, match=r"No space left.*Free space; no checkpoint was written; .* --fresh begins") as caught:
+        train(config)
+    full_at = 5
+    again = obeyed(config, str(caught.value))
+    with pytest.raises(TrainingError, match=r"No space left.*Free space; the same command without --fresh goes on from step 3") as caught:
+        train(again)
+    full_at = 0
+    assert train(obeyed(config, str(caught.value))).iteration == 12
+
+
+def test_validating_alone_begins_again(other, corpus, tmp_path, capsys):
+    config = tiny_config(corpus, str(tmp_path / "run"), load=str(other), skip_train=True, exit_duration_in_mins=0.0)
+    train(config)
+    assert "(--exit-duration-in-mins is over); the same command measures from the beginning" in capsys.readouterr().out
+    train(config.replace(exit_duration_in_mins=None))
+    assert "validation loss at the end of training" in capsys.readouterr().out
+    train(config.replace(lr=None, train_iters=None, exit_duration_in_mins=None))
+    for length in ({"train_iters": 0}, {"train_iters": None, "train_samples": 5, "lr_warmup_iters": 0}):
+        with pytest.raises(ConfigError, match=f"found {length.get('train_samples', 0)}; .* --skip-train to validate and test what --load"):
+            train(config.replace(run_dir=str(tmp_path / "none"), skip_train=False, **length))
+        train(config.replace(run_dir=str(tmp_path / "none"), exit_duration_in_mins=None, **length))
+        assert "validation loss at the end of training" in capsys.readouterr().out
 
 
 def lost(config) -> None:
