@@ -1,4 +1,4 @@
-"""Lines on standard output: Megatron's own, character for character, because people parse them, and one on speed after each."""
+"""Lines on standard output: Megatron's own, character for character, because people parse them; behind its fields those of speed."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ class LogLines(Callback):
             return
         self.records.append(record)
         if record.step % run.config.logging.log_interval == 0:
-            print(step_line(run, self.records))
-            print(speed_line(run, self.records), flush=True)
+            print(step_line(run, self.records) + speed_fields(run, self.records), flush=True)
             self.records = []
 
     def on_validation(self, run: RunInfo, record: ValidationRecord) -> None:
@@ -56,15 +55,12 @@ def step_line(run: RunInfo, records: list[StepRecord]) -> str:
     return line
 
 
-def speed_line(run: RunInfo, records: list[StepRecord]) -> str:
-    """Ours: tokens per second over all devices, model TFLOP/s and MFU of one in both conventions, time left.
-
-    `key: value |` like Megatron's, but without the word that parsers of Megatron's line look for.
-    """
+def speed_fields(run: RunInfo, records: list[StepRecord]) -> str:
+    """Ours, `key: value |` as Megatron's: tokens per second over all devices, TFLOP/s and MFU of one in both conventions, time left."""
     speed = Speed(run, window=len(records))
     for record in records:
         speed.add(record)
-    parts = [f" speed at step {records[-1].step}", f"tokens per second: {speed.tokens_per_second:.1f}"]
+    parts = [f" tokens per second: {speed.tokens_per_second:.1f}"]
     if run.flops_per_token_full:
         full, half = speed.tflops()
         parts += [f"TFLOP/s per device, full attention: {full:.4g}", f"TFLOP/s per device, causal half: {half:.4g}"]

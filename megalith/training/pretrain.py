@@ -162,8 +162,10 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
         finally:
             if mesh.world_size == 1 or progress.stop != FAILED:  # a launcher's SIGTERM to the others must not silence what they have to say
                 signals.restore()
-    if mesh.is_main and progress.stop is not None:
-        print(f"stopped after step {progress.iteration} ({progress.stop}); {again()}", flush=True)
+    if mesh.is_main:
+        done = f"all {progress.iteration} steps are done"
+        print(done if progress.stop is None else f"stopped after step {progress.iteration} ({progress.stop}); {again()}")
+        print(run_folder.written(config, progress), flush=True)
     return progress
 
 

@@ -19,8 +19,8 @@ from megalith.training.speed import Speed
 class ProgressDisplay(Callback):
     """What `--progress` says: `rich` draws on standard error, `lines` prints on standard output, `none` is silent.
 
-    `auto` is rich where standard error is a terminal, else lines. A line comes after the first step and then at most every
-    `pause` seconds, and not where the log line of the same step says it all.
+    `auto` is rich where standard error is a terminal that one process writes to, else lines. A line comes after the first step
+    and then at most every `pause` seconds, and not where the log line of the same step says it all.
     """
 
     def __init__(self, pause: float = 30.0):
@@ -28,12 +28,13 @@ class ProgressDisplay(Callback):
         self.bar: Bar | None = None
         self.lines = False
         self.validation: float | None = None
+        self.last: StepRecord | None = None
 
     def on_start(self, run: RunInfo) -> None:
         """Choose the display, and show it at the step where the run starts."""
         mode = run.config.logging.progress
         if mode == "auto":
-            mode = "rich" if sys.stderr.isatty() else "lines"
+            mode = "rich" if sys.stderr.isatty() and run.world_size == 1 else "lines"
         self.lines = run.writes and mode == "lines"
         self.speed = Speed(run)
         self.spoken = -float("inf")
@@ -45,6 +46,7 @@ class ProgressDisplay(Callback):
         if not self.bar and not self.lines:
             return
         self.speed.add(record)
+        self.last = record
         if self.bar:
             self.bar.show(record.step, self.text(record))
         elif record.step % run.config.logging.log_interval and time.monotonic() - self.spoken >= self.pause:
@@ -52,8 +54,12 @@ class ProgressDisplay(Callback):
             print(f" step {record.step} of {run.train_iters}: {self.text(record)}", flush=True)
 
     def on_validation(self, run: RunInfo, record: ValidationRecord) -> None:
-        """Keep the loss, to be shown beside the training loss from now on."""
+        """Show the loss beside the training loss from now on."""
+        if record.split != "validation":
+            return
         self.validation = record.total_loss
+        if self.bar and self.last:
+            self.bar.show(self.last.step, self.text(self.last))
 
     def on_end(self, run: RunInfo) -> None:
         """Give the terminal back."""
@@ -84,7 +90,7 @@ class Bar(Progress):
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=None),
             TextColumn("{task.completed:.0f}/{task.total:.0f}", table_column=Column(no_wrap=True)),
-            console=console or Console(stderr=True),
+            console=console or Console(stderr=True, soft_wrap=True),  # lines that scroll by keep their ends: the terminal wraps
             expand=True,
             refresh_per_second=4,
             redirect_stdout=sys.stdout.isatty(),  # lines of a terminal scroll by above the bar; those of a file stay in the file

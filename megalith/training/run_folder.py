@@ -7,11 +7,14 @@ import pathlib
 import time
 from collections.abc import Iterator
 
+from megalith.checkpoint.folder import folder_name
 from megalith.common.errors import ConfigError
 from megalith.common.files import sweep_folder
 from megalith.common.locks import STALE, locked
 from megalith.config.run import RunConfig
+from megalith.training.metrics import FILE
 from megalith.training.saving import check_folder, folder_of, load_of
+from megalith.training.state import Progress
 
 CURE = f"Let it end, or name another --run-dir or --save (a process that died on another machine counts as ended {STALE:g} s later)"
 
@@ -59,3 +62,11 @@ def move_aside(config: RunConfig) -> None:
     for path in _folders(config):
         if path.exists():
             path.rename(path.with_name(f"{path.name}.before-{stamp}"))
+
+
+def written(config: RunConfig, progress: Progress) -> str:
+    """What a run leaves behind, and where."""
+    folder = pathlib.Path(config.logging.folder)
+    newest = [f"checkpoint {folder_of(config) / folder_name(progress.saved)}"] if progress.saved is not None else []
+    picture = [f"picture {folder / 'loss.png'}"] if (folder / FILE).exists() else []
+    return ", ".join([*newest, *picture, f"numbers of every step {folder / FILE}"])

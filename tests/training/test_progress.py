@@ -40,6 +40,32 @@ def test_the_last_validation_is_shown_from_then_on(capsys):
     assert "loss 3.0000, validation 9.5000, " in capsys.readouterr().out
 
 
+def test_the_bar_ends_with_the_last_validation_and_not_with_the_test(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    display, run = ProgressDisplay(), run_info(config={"progress": "auto"})
+    display.on_start(run)
+    display.on_step(run, step(1))
+    display.on_validation(run, ValidationRecord(step=1, consumed_samples=8, loss={"lm loss": 2.5}))
+    display.on_validation(run, ValidationRecord(step=1, consumed_samples=8, loss={"lm loss": 7.5}, split="test"))
+    assert "validation 2.5000" in display.bar.text
+    display.on_end(run)
+
+
+def test_auto_is_lines_where_several_processes_write_to_the_terminal(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    run_steps(run_info(rank=1, world_size=2, config={"progress": "auto"}), [1])
+    out, err = capsys.readouterr()
+    assert out.startswith(" step 1 of 10") and err == ""
+
+
+def test_lines_above_the_bar_keep_their_ends():
+    screen = io.StringIO()
+    bar = Bar(run_info(), Console(file=screen, force_terminal=True, width=40, soft_wrap=True))
+    bar.console.print("x" * 30 + " " + "y" * 30)
+    bar.stop()
+    assert "x" * 30 + " " + "y" * 30 in screen.getvalue()
+
+
 def test_none_and_other_ranks_are_silent(capsys):
     run_steps(run_info(config={"progress": "none"}), [1])
     run_steps(run_info(rank=0, world_size=2), [1])

@@ -24,4 +24,4 @@ def test_together_they_leave_a_file_and_a_picture(tmp_path, capsys):
         callback.on_end(run)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
     out = capsys.readouterr().out
-    assert out.count("\n iteration ") == out.count("\n speed at step ") == 5 and out.count(" validation loss at iteration 10 |") == 1
+    assert out.count("\n iteration ") == out.count(" | tokens per second: ") == 5 and out.count(" validation loss at iteration 10 |") == 1

@@ -29,6 +29,16 @@ def test_the_same_command_goes_on_and_finds_nothing_to_do(run, corpus):
     assert kept == [line for line in record.splitlines() if b'"loss"' in line]
 
 
+def test_the_last_line_names_what_was_written(corpus, tmp_path, capsys):
+    folder = tmp_path / "run"
+    train(tiny_config(corpus, str(folder), train_iters=3, eval_iters=0))
+    done, last = capsys.readouterr().out.splitlines()[-2:]
+    assert done == "all 3 steps are done"
+    names = [word.rstrip(",") for word in last.split() if "/" in word]
+    assert [pathlib.Path(name).name for name in names] == ["iter_0000003", "loss.png", "metrics.jsonl"]
+    assert all(pathlib.Path(name).exists() for name in names)
+
+
 def test_longer(run, corpus):
     assert train(tiny_config(corpus, str(run), train_iters=14, override_opt_param_scheduler=True)).iteration == 14
     assert len(losses(str(run))) == 14
