@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import urllib.parse
 import urllib.request
 import zipfile
 from collections.abc import Callable
+from typing import Any
 
 from megalith.common import files
 from megalith.common.errors import CheckpointError, problem
@@ -23,6 +25,7 @@ from megalith.common.units import size as size_text
 
 TRIES, PIECE, PATIENCE = 5, 1 << 20, 60.0  # attempts without progress, bytes at a time, seconds without an answer
 WAIT = "Wait for it: what it fetches is then here"
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)  # trying again does not cure them
 Tell = Callable[[str], None]
 
 
@@ -68,12 +71,23 @@ def unpack(path: pathlib.Path, tell: Tell) -> pathlib.Path:
     facts = path.stat()
     key = hashlib.sha256(f"{path.resolve()} {facts.st_size} {facts.st_mtime_ns}".encode()).hexdigest()[:16]
     target = cache() / f"{path.stem}-{key}"
-    if not target.exists():
+    if not _is_whole(path, target):
         with locked(target, cure=WAIT, notice=tell):
-            if not target.exists():
+            if not _is_whole(path, target):
+                shutil.rmtree(target, ignore_errors=True)  # it lost something since
                 _extract(path, target, tell)
     inside = list(target.iterdir())
     return inside[0] if len(inside) == 1 and inside[0].is_dir() and not re.match(r"iter_|release|mp_rank", inside[0].name) else target
+
+
+def _is_whole(path: pathlib.Path, target: pathlib.Path) -> bool:
+    """Whether every file of the archive is in `target` with its size."""
+    if not target.exists():
+        return False
+    with zipfile.ZipFile(path) as archive:
+        sizes = {target / each.filename: each.file_size for each in archive.infolist() if not each.is_dir()}
+    inside = {file: size for file, size in sizes.items() if os.path.normpath(file).startswith(f"{target}{os.sep}")}
+    return all(file.is_file() and file.stat().st_size == size for file, size in inside.items())
 
 
 def _extract(path: pathlib.Path, target: pathlib.Path, tell: Tell) -> None:
@@ -94,7 +108,7 @@ def _extract(path: pathlib.Path, target: pathlib.Path, tell: Tell) -> None:
 def download(url: str, folder: pathlib.Path, tell: Tell) -> pathlib.Path:
     """The file at `url`, in `folder`. What is there of it from an earlier attempt is gone on from, if the server still has the same file.
 
-    The part that is there is download.part; its facts (the server's mark of the file's version) are in download.json.
+    The part that is there is download.part; its facts (the server's mark of the file's version, then its size) are in download.json.
     """
     with locked(folder, cure=WAIT, notice=tell):
         return _download(url, folder, tell)
@@ -103,15 +117,20 @@ def download(url: str, folder: pathlib.Path, tell: Tell) -> pathlib.Path:
 def _download(url: str, folder: pathlib.Path, tell: Tell) -> pathlib.Path:
     folder.mkdir(parents=True, exist_ok=True)
     done = [each for each in folder.iterdir() if each.name not in ("download.part", "download.json")]
+    part, facts, failures, name = folder / "download.part", folder / "download.json", 0, ""
     if done:
-        tell(f"{url} is in {done[0]} already")
-        return done[0]
-    part, failures, name = folder / "download.part", 0, ""
+        if done[0].stat().st_size == _fact(facts, "bytes", done[0].stat().st_size):
+            tell(f"{url} is in {done[0]} already")
+            return done[0]
+        tell(f"{done[0]} has {done[0].stat().st_size} bytes, and had {_fact(facts, 'bytes')} when it was fetched: it is fetched again")
+        done[0].unlink()
     while not name:
         before = part.stat().st_size if part.exists() else 0
         try:
-            name = _continue(url, part, folder / "download.json", tell)
+            name = _continue(url, part, facts, tell)
         except (OSError, urllib.error.URLError, ValueError) as error:  # also timeouts and cut connections
+            if getattr(error, "errno", None) in DISK:
+                raise
             held = part.stat().st_size if part.exists() else 0
             failures = 0 if held > before else failures + 1
             final = isinstance(error, urllib.error.HTTPError) and error.code < 500
@@ -119,16 +138,14 @@ def _download(url: str, folder: pathlib.Path, tell: Tell) -> pathlib.Path:
                 cure = f"Check the address; the same command goes on after the {size_text(held)} that are in {part}"
                 raise CheckpointError(problem(url, str(error), "it must be a file that can be downloaded", cure)) from None
             time.sleep(min(0.1 * 2**failures, 10.0))
-    (folder / "download.json").unlink(missing_ok=True)
+    files.write_text(facts, json.dumps({"url": url, "bytes": part.stat().st_size}))
     part.rename(folder / name)
     return folder / name
 
 
 def _continue(url: str, part: pathlib.Path, facts: pathlib.Path, tell: Tell) -> str:
     """Fetch what is missing of the part; the file's name when it is whole. Raises OSError where the connection is cut."""
-    version, start = "", part.stat().st_size if part.exists() else 0
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        version = json.loads(facts.read_text())["version"]
+    version, start = _fact(facts, "version", ""), part.stat().st_size if part.exists() else 0
     headers = {"Range": f"bytes={start}-", "If-Range": version} if start and version else {}
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=PATIENCE) as answer:
         if answer.status != 206:  # the whole file: another version, or a server that knows no ranges
@@ -147,6 +164,13 @@ def _continue(url: str, part: pathlib.Path, facts: pathlib.Path, tell: Tell) -> 
         if whole is not None and part.stat().st_size != whole:
             raise ConnectionError(f"the connection ended after {part.stat().st_size} of {whole} bytes")
         return _name(url, answer.headers.get_filename())
+
+
+def _fact(facts: pathlib.Path, name: str, otherwise: Any = None) -> Any:
+    """What download.json says, if it is there and says that."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return json.loads(facts.read_text())[name]
+    return otherwise
 
 
 def _name(url: str, given: str | None) -> str:

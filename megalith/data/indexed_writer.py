@@ -103,6 +103,7 @@ class IndexedWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
+        pathlib.Path(f"{self.prefix}.idx").unlink(missing_ok=True)  # killed here, it would be the index of other data
         for suffix in (".bin", ".idx"):  # the index last: where it is, the data is
             os.replace(f"{self._aside}{suffix}", f"{self.prefix}{suffix}")
 

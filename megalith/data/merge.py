@@ -63,6 +63,7 @@ def write_spans(spans: Sequence[tuple[str, int, int]], output_prefix: str) -> No
         with open(bin_path, "wb", buffering=0) as out:
             for run in runs:
                 _append(run.prefix + ".bin", run.byte, run.byte_end - run.byte, out.fileno())
+        pathlib.Path(output_prefix + ".idx").unlink(missing_ok=True)  # killed here, it would be the index of other data
     made = IndexedDataset(output_prefix)  # opening checks the header against both file sizes
     if (len(made), made.num_documents) != (sequences, documents):
         raise DataError(f"{output_prefix}: holds {len(made)} sequences where {sequences} were written; the disk lost something")
@@ -160,6 +161,7 @@ def split_datasets(
         made = [f"{output_prefix}-{number:04d}" for number in range(count)]
         for number, prefix in enumerate(made):
             with locked(prefix):
+                pathlib.Path(prefix + ".idx").unlink(missing_ok=True)
                 for suffix in (".bin", ".idx"):
                     os.replace(folder / f"piece-{number:04d}{suffix}", prefix + suffix)
     finally:

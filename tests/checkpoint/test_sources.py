@@ -1,5 +1,6 @@
 """Sources on other machines: downloads that are cut and go on, checksums, archives. The server is this machine's own."""
 
+import errno
 import hashlib
 import http.server
 import threading
@@ -10,6 +11,7 @@ import torch
 
 from megalith.checkpoint import sources
 from megalith.common.errors import CheckpointError
+from megalith.common.locks import LockedError, locked
 
 BODY = bytes(range(256)) * 4000
 
@@ -134,3 +136,37 @@ def test_a_single_folder_is_the_content_unless_it_is_a_part_of_the_format(server
 def test_torch_files_are_no_archives(tmp_path):
     torch.save({"a": torch.ones(2)}, tmp_path / "a.pt")
     assert sources.local(tmp_path / "a.pt") == tmp_path / "a.pt" and sources.local(tmp_path) == tmp_path
+
+
+def test_what_is_in_the_cache_is_looked_at(server, tmp_path):
+    """A file that lost its end, or an archive's folder that lost a file, is not "in the cache already"."""
+    told = []
+    path = sources.local(server.url, tell=told.append)
+    path.write_bytes(BODY[:1000])
+    assert sources.local(server.url, tell=told.append).read_bytes() == BODY and "it is fetched again" in "".join(told)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("x/one", "1")
+        archive.writestr("x/two", "22")
+    folder = sources.local(tmp_path / "a.zip", tell=told.append)
+    for damage in (lambda: (folder / "two").unlink(), lambda: (folder / "one").write_text("")):
+        damage()
+        assert sources.local(tmp_path / "a.zip", tell=told.append) == folder
+        assert ((folder / "one").read_text(), (folder / "two").read_text()) == ("1", "22")
+
+
+def test_one_command_fetches_at_a_time(server, tmp_path):
+    place = sources.cache() / hashlib.sha256(server.url.encode()).hexdigest()[:16]
+    with locked(place), pytest.raises(LockedError, match="what it fetches is then here"):
+        sources.local(server.url)
+    assert server.asked == []
+    sources.local(server.url)
+    assert not [each.name for each in sources.cache().iterdir() if "lock" in each.name]
+
+
+def test_a_full_disk_is_not_the_servers_fault(server, monkeypatch):
+    def full(*given):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sources, "_continue", full)
+    with pytest.raises(OSError, match="No space left"):
+        sources.local(server.url)

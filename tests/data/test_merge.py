@@ -1,5 +1,6 @@
 """Merge and split: the documents in order, whatever the pieces; Megatron's bytes."""
 
+import os
 import pathlib
 import shutil
 import tempfile
@@ -131,3 +132,21 @@ def test_megatrons_file_survives(tmp_path):
     assert [IndexedDataset(piece).num_documents for piece in pieces] == [50, 50, 20]
     merge_datasets(pieces, str(tmp_path / "whole"))
     assert content(tmp_path / "whole") == content(source)
+
+
+@pytest.mark.parametrize("writer", ["merge", "IndexedWriter"])
+def test_killed_between_the_two_files_no_index_is_left_to_other_data(tmp_path, monkeypatch, writer):
+    """Both have as many tokens: the old index would fit the new data, and cut it wrongly."""
+    write(tmp_path / "out", [[[1, 2, 3]], [[4]]])
+    other, real = write(tmp_path / "a", [[[5]], [[6, 7, 8]]]), os.replace
+
+    def killed(source, target):
+        if str(target).endswith("out.idx"):
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        merge_datasets([other], str(tmp_path / "out")) if writer == "merge" else write(tmp_path / "out", [[[5]], [[6, 7, 8]]])
+    with pytest.raises(DataError, match="no partner"):
+        IndexedDataset(tmp_path / "out")
