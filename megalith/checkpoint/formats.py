@@ -18,6 +18,7 @@ from megalith.checkpoint.folder import iterations
 from megalith.checkpoint.manifest import NAME as MANIFEST
 from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError, problem
+from megalith.common.pointers import pointers_below
 from megalith.common.registry import Registry
 
 QKV_LAYOUTS, SWIGLU_ORDERS = ("auto", "grouped", "thirds", "interleaved"), ("auto", "gate-first", "gate-second")
@@ -99,6 +100,7 @@ def recognise(path: str | os.PathLike) -> str:
     for name in FORMATS:
         if FORMATS.find(name).recognises(place):
             return name
+    refuse_pointers(place)
     inside = sorted(each.name for each in place.iterdir())[:8] if place.is_dir() else "a file"
     looks = "; ".join(FORMATS.find(name).looks for name in FORMATS)
     raise CheckpointError(
@@ -106,10 +108,20 @@ def recognise(path: str | os.PathLike) -> str:
     )
 
 
+def refuse_pointers(place: pathlib.Path) -> None:
+    """Raise CheckpointError that names the files in whose stead git LFS left pointers: the cause, where reading has failed."""
+    if found := pointers_below(place):
+        raise CheckpointError("\n".join(found[:8]) + f"\nand {len(found) - 8} more" * (len(found) > 8))
+
+
 def read(path: str | os.PathLike, format: str | None = None, options: Options | None = None) -> Weights:
     """The weights at `path`, in `format` or the one recognised."""
     options = options or Options()
-    weights = FORMATS.find(format or recognise(path)).read(pathlib.Path(path), options)
+    try:
+        weights = FORMATS.find(format or recognise(path)).read(pathlib.Path(path), options)
+    except Exception:
+        refuse_pointers(pathlib.Path(path))
+        raise
     if options.tokenizer is None:
         return weights
     others = {name: file for name, file in weights.files.items() if not name.startswith(tokenizer.HERE)}

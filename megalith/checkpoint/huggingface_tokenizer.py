@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megalith.checkpoint.huggingface_files import read_json
+from megalith.common.pointers import refuse_pointer
 
 HERE = "tokenizer/"  # where our checkpoints keep them
 FILES = re.compile(
@@ -30,7 +31,10 @@ ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "[SEP]")  # words that end a
 
 def found_in(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """{name in a checkpoint of ours: file} of the tokenizer files in a Hugging Face folder."""
-    return {f"{HERE}{file.name}": file for file in sorted(folder.iterdir()) if file.is_file() and FILES.fullmatch(file.name)}
+    found = {f"{HERE}{file.name}": file for file in sorted(folder.iterdir()) if file.is_file() and FILES.fullmatch(file.name)}
+    for file in found.values():
+        refuse_pointer(file)  # it would be copied, and missed when text is asked for
+    return found
 
 
 def written(files: Mapping[str, pathlib.Path]) -> dict[str, bytes]:

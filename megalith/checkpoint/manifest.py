@@ -19,6 +19,7 @@ from typing import Any
 
 from megalith.common import files
 from megalith.common.errors import CheckpointError
+from megalith.common.pointers import pointer
 
 NAME = "manifest.json"
 FORMAT = "megalith checkpoint"
@@ -101,6 +102,8 @@ def _size_problem(file: pathlib.Path, size: int) -> str:
         found = file.stat().st_size
     except OSError:
         return f"{file} is missing"
+    if found != size and (stands := pointer(file)):
+        return f"{file}: {stands}"
     return "" if found == size else f"{file} is damaged: found {found} bytes, the manifest says {size}"
 
 

@@ -15,6 +15,7 @@ from megalith.cli.checkpoint_convert import ORDERS
 from megalith.common.errors import ConfigError, DataError, problem
 from megalith.common.files import write_text
 from megalith.common.outputs import writing
+from megalith.common.pointers import refuse_pointer
 from megalith.config.loading_values import fields
 from megalith.config.text import flag
 
@@ -135,11 +136,12 @@ def read_prompts(args: argparse.Namespace) -> list[str] | None:
             print("megalith: standard input is blank: the text starts from the end-of-document token", file=sys.stderr)
         return [text.removesuffix("\n")] if text.strip() else None
     path = pathlib.Path(args.prompt_file)
+    refuse_pointer(path)
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: a form feed may be part of a prompt
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(problem("--prompt-file", str(path), f"it must be a readable UTF-8 file ({error})", "Check the path")) from None
-    parse: Callable[[str, str], str] = _json_prompt if path.suffix == ".jsonl" else lambda line, _: line
+    parse: Callable[[str, str], str] = _json_prompt if path.suffix.lower() == ".jsonl" else lambda line, _: line
     prompts = [parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
         raise DataError(problem("--prompt-file", str(path), "it holds no prompt", "Write one prompt a line"))
@@ -151,13 +153,17 @@ def read_prompts(args: argparse.Namespace) -> list[str] | None:
 
 
 def _json_prompt(line: str, where: str) -> str:
+    from megalith.common.json_lines import HALF, parse  # here, because it imports orjson
+
     try:
-        value = json.loads(line)
+        value = parse(line)
     except ValueError as error:
         raise DataError(problem(where, line[:60], f"it must be JSON ({error})", "Correct the line")) from None
     found = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(found, str):
         raise DataError(problem(where, line[:60], 'it must be a string or an object with a string "prompt"', "Correct the line"))
+    if half := HALF.search(found):
+        raise DataError(problem(where, line[:60], f"{half[0]!a} is half of a character", "Correct the line"))
     return found
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from typing import Any
 
 import orjson
 
+HALF = re.compile("[\\ud800-\\udfff]")  # half of a character; json reads it from \\ud800, and no encoding can write it
 DEPTH = 10_000  # levels; the 8 MiB stack of a thread holds several times as many
 
 

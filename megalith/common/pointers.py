@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 
+from megalith.common.errors import DataError
+
 LFS = re.compile(rb"version https://(git-lfs\.github\.com|hawser\.github\.com)/spec/.*\n(?:.*\n)*?size (\d+)", re.ASCII)
 ANNEX = re.compile(rb"/annex/objects/\S+\n?\Z")
 LONGEST = 1024  # bytes; git LFS's own limit for a pointer
@@ -25,6 +27,12 @@ def pointer(path: str | os.PathLike) -> str:
     if ANNEX.match(head):
         return f"this is a git-annex pointer, not the file. Fetch it: git annex get '{os.path.basename(path)}'"
     return ""
+
+
+def refuse_pointer(path: str | os.PathLike) -> None:
+    """Raise DataError where a pointer stands in place of the file."""
+    if found := pointer(path):
+        raise DataError(f"{os.fspath(path)}: {found}")
 
 
 def pointers_below(folder: str | os.PathLike[str]) -> list[str]:

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from megalith.config.run import RunConfig
 from megalith.data.blend import normalised, request
 from megalith.data.blended import Blended, Corpus, Endless, prepare
 from megalith.data.index_cache import default_folders
-from megalith.data.source_checks import check_source
+from megalith.data.source_checks import check_some_tokens, check_source
 from megalith.data.sources import Source, read_list, sources_of
 from megalith.data.splits import NAMES, split_bounds
 from megalith.data.tntidx import open_indexed
@@ -128,7 +129,9 @@ class _Maker:
             return check_source(open_indexed(source.prefix, reader), self.tokenizer, data, not self.by_document, spots)
 
         with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-            return list(pool.map(look, sources))
+            opened = list(pool.map(look, sources))
+        check_some_tokens(sources, opened)
+        return opened
 
     def make(self, indexed: Any, documents: tuple[int, int] | None, num_samples: int | None, turn: int = 0) -> Any:
         """One dataset; `turn` above 0 shuffles anew."""
@@ -161,6 +164,7 @@ class _Maker:
         if not sources:
             return self.make(None, None, size)
         parts = []
+        without: list[str] = []  # of those that have a weight
         for source, indexed in zip(sources, opened):
             count = indexed.num_documents if self.by_document else len(indexed)
             bounds = (0, count) if number is None else split_bounds(self.config.data.split, count, self.config.data.split_rounding)[number]
@@ -168,8 +172,13 @@ class _Maker:
             tokens = indexed.tokens_between(*edges)
             if tokens and (training or source.weight != 0):
                 parts.append((source, indexed, bounds, tokens))
+            elif source.weight:
+                without.append(f"{source.prefix} ({count} documents, weight {source.weight:g})")
         if not parts:
             return None
+        if without and number is not None:
+            lost = f"leaves no document of {', '.join(without)} for {NAMES[number]}"
+            warnings.warn(f"--split {self.config.data.split!r} {lost}; there their weight goes to the others", stacklevel=2)
         rows = [Row(source, tokens, self.seq_length) for source, _, _, tokens in parts]
         dataset = (
             self._single(parts, size)

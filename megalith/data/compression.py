@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from megalith.common.errors import DataError, problem
 from megalith.common.extras import require
-from megalith.common.pointers import pointer
+from megalith.common.pointers import refuse_pointer
 
 SUFFIXES = {".gz": ".gz", ".gzip": ".gz", ".zst": ".zst", ".zstd": ".zst", ".bz2": ".bz2", ".xz": ".xz", ".lzma": ".xz"}
 COMPRESSIONS = tuple(dict.fromkeys(SUFFIXES.values()))  # as `compression` names them
@@ -52,8 +52,7 @@ def compression(head: bytes) -> str:
 
 def check_readable(path: str) -> None:
     """Raise DataError for a pointer to a file, an archive and other things that hold no lines of text, compressed or not."""
-    if found := pointer(path):
-        raise DataError(f"{path}: {found}")
+    refuse_pointer(path)
     head, inside = first_bytes(path), ""
     if kind := compression(head):
         with open_plain(path) as stream:

@@ -9,7 +9,11 @@ import numpy as np
 
 try:
     from megalith.common.errors import DataError
+    from megalith.common.pointers import refuse_pointer
 except ImportError:  # lifted out
+
+    def refuse_pointer(path: str | os.PathLike) -> None:
+        """Raise DataError where git LFS left a pointer in place of the file."""
 
     class DataError(ValueError):  # type: ignore[no-redef]
         """A dataset that cannot be read as what it claims to be."""

@@ -9,7 +9,7 @@ import struct
 
 import numpy as np
 
-from .indexed_format import BLOCK, HEADER, MAGIC, DataError, dtype_of_code, resolve_prefix
+from .indexed_format import BLOCK, HEADER, MAGIC, DataError, dtype_of_code, refuse_pointer, resolve_prefix
 
 
 class IndexedDataset:
@@ -44,6 +44,10 @@ class IndexedDataset:
                 self._read_header(file.fileno())
         except OSError as error:
             raise DataError(f"{self.prefix}: cannot be opened ({error})") from error
+        except DataError:
+            for path in (self.index_path, self.bin_path):
+                refuse_pointer(path)
+            raise
 
     def _fault(self, offset: int, meaning: str) -> DataError:
         return DataError(f"{self.index_path}, offset {offset}: {meaning}")

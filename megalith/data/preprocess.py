@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 import time
 from collections.abc import Callable, Sequence
 
@@ -28,7 +27,7 @@ from megalith.data.preprocess_output import Output
 from megalith.data.preprocess_part import STAGES, BadDocument, Job, finished_parts, part_prefix
 from megalith.data.preprocess_pool import ENGINES
 from megalith.data.readers import Part, cut, read_part, sample_texts
-from megalith.data.sentences import CODES
+from megalith.data.sentences import language_code
 from megalith.data.tokenizers import Tokenizer, TokenizerOptions, build_tokenizer
 from megalith.data.unusable import MAX_UNUSABLE, check_limit, require_usable
 
@@ -128,6 +127,8 @@ def _encode(
         return PreprocessResult(**done, report=output.report, elapsed=time.monotonic() - started)
 
     inputs.tell(notice)
+    for line in _idle(options):
+        notice(line)
     fast, encoder = False, "encoder: plain, as asked"
     if options.fast:
         fast, encoder = tokenizer.accelerate(sample_texts(inputs.files, options.json_keys))
@@ -228,6 +229,17 @@ def output_prefixes(options: PreprocessOptions) -> dict[str, str]:
     return {key: f"{options.output_prefix}_{key}_{level}" for key in options.json_keys}
 
 
+def _idle(options: PreprocessOptions) -> list[str]:
+    """Lines on options that do not do all that their names say."""
+    lines = []
+    if not options.split_sentences:
+        used = [flag for flag, given in (("--lang", options.lang != "english"), ("--keep-newlines", options.keep_newlines)) if given]
+        lines += [f"{flag} has no effect without --split-sentences: documents are not cut" for flag in used]
+    elif len(code := language_code(options.lang)) == 3:
+        lines.append(f"--lang {code}: sentences are cut by its rules or its nearest language's; where none are known, by those of English")
+    return lines
+
+
 def _noted(part: Part, slices: dict[int, list[str]]) -> Part:
     slices[part.number] = [piece.path for piece in part.slices]
     return part
@@ -240,16 +252,14 @@ def _validate(options: PreprocessOptions) -> None:
     if options.workers < 0 or options.partitions < 1:
         found = (options.workers, options.partitions)
         faults.append(problem("--workers, --partitions", found, "workers are 0 (each core) or more, partitions 1 or more", "Correct them"))
-    if options.lang.lower() not in CODES and not re.fullmatch("[a-z]{2,3}", options.lang):
-        rule = f"it is a code of ISO 639 or one of {', '.join(CODES)}"
-        faults.append(problem("--lang", options.lang, rule, "Correct the name"))
     for flag, value, other in (("--on-error", options.on_error, "fail"), ("--on-empty", options.on_empty, "keep")):
         if value not in ("skip", other):
             faults.append(problem(flag, value, f"it is skip or {other}", "Choose one"))
-    try:
-        check_limit(options.max_unusable)
-    except ConfigError as error:
-        faults.append(str(error))
+    for check in (lambda: check_limit(options.max_unusable), lambda: language_code(options.lang)):
+        try:
+            check()
+        except ConfigError as error:
+            faults.append(str(error))
     packages = {"sentencex": ("--split-sentences", options.split_sentences), "ray": ("--engine ray", options.engine == "ray")}
     faults += [fault for package, (name, used) in packages.items() if used and (fault := lacking(package, name))]
     ENGINES.find(options.engine)

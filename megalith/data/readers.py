@@ -11,7 +11,6 @@ import io
 import itertools
 import os
 import pathlib
-import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,14 +19,13 @@ import orjson
 
 from megalith.common.errors import DataError, problem
 from megalith.common.extras import require
-from megalith.common.json_lines import parse
+from megalith.common.json_lines import HALF, parse
 from megalith.data.compression import open_plain, read_checked
 from megalith.data.inputs import Notice, file_format, look_for, spooled
 from megalith.data.unusable import require_usable
 
 GUESSED_EXPANSION = 4  # text under compression; only balances parts
 BOM = b"\xef\xbb\xbf"  # some editors begin a file with it
-HALF = re.compile("[\\ud800-\\udfff]")
 BATCH = 1 << 20  # bytes of raw input handled at once; a few MB live at any time
 STREAM_BLOCK = 16 << 20  # bytes of a compressed stream in one part: the parent holds one block for each worker
 MANY_COMPRESSED = 16  # from so many compressed files on, each is decompressed by the worker that encodes it

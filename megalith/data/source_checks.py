@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from megalith.common.errors import DataError
+from megalith.common.errors import DataError, problem
 from megalith.config.data import DataConfig
+from megalith.data.sources import Source
 
 SPOT = 4096  # tokens looked at in each place
+
+
+def check_some_tokens(sources: Sequence[Source], opened: Sequence[Any]) -> None:
+    """Raise DataError for a dataset without tokens whose weight others would get, or where there is none with tokens; else warn of it."""
+    empty = [(source, indexed) for source, indexed in zip(sources, opened) if not indexed.num_tokens]
+    named = [f"{source.prefix} ({indexed.num_documents} documents)" for source, indexed in empty]
+    weighed = [f"{source.prefix} (weight {source.weight:g})" for source, _ in empty if source.weight is not None]
+    cure = "Make it again from text, or leave it out"
+    if weighed:
+        raise DataError(problem("datasets of a blend", weighed, "they hold no tokens, and their weight would go to the others", cure))
+    if empty and len(empty) == len(sources):
+        raise DataError(problem("datasets", named, "they hold no tokens", cure))
+    if empty:
+        warnings.warn(f"{', '.join(named)}: no tokens there, so no samples come from it", stacklevel=2)
 
 
 def check_source(indexed: Any, tokenizer: Any, data: DataConfig, whole_documents: bool, spots: int = 64) -> Any:

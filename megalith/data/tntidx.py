@@ -12,7 +12,7 @@ import struct
 
 import numpy as np
 
-from .indexed_format import BLOCK, DataError, dtype_of_code, resolve_prefix
+from .indexed_format import BLOCK, DataError, dtype_of_code, refuse_pointer, resolve_prefix
 from .indexed_reader import IndexedDataset, _map
 from .indexed_writer import IndexedWriter
 
@@ -63,6 +63,7 @@ class TntidxDataset:
             raise self._fault(offset + 8 * number, f"item {number} of {self.lengths[number]} tokens does not fill its place; damaged")
         ends = int(self._offsets[0]), int(self._offsets[-1]) * self._element
         if ends != (0, self.bin_bytes):
+            refuse_pointer(self.bin_path)
             raise self._fault(
                 offset, f"data from {ends[0]} to byte {ends[1]}, but {self.bin_path} has {self.bin_bytes}; truncated or another's"
             )
@@ -118,6 +119,7 @@ def sniff(prefix: str | os.PathLike) -> str:
         return "cached"
     if magic == b"MMIDIDX\x00":
         return "mmap"
+    refuse_pointer(path)
     raise DataError(f"{path}, offset 0: {magic!r} begins neither an mmap (MMIDIDX) nor a lazy/cached (TNTIDX) index")
 
 

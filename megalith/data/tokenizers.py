@@ -18,6 +18,7 @@ import numpy as np
 
 from megalith.common.errors import ConfigError, DataError, problem
 from megalith.common.files import write_text
+from megalith.common.pointers import refuse_pointer
 from megalith.common.registry import Registry
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class TokenizerOptions:
         path = pathlib.Path(value)
         if not path.exists():
             raise DataError(problem(flag, value, "there is no such file", f"Correct the path after {flag}"))
+        refuse_pointer(path)
         return path
 
 

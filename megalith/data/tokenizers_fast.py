@@ -124,7 +124,7 @@ class BertWordPieceCase(BertWordPiece):
 def _read_vocabulary(options: TokenizerOptions) -> dict[str, int]:
     path = options.file("vocab_file")
     try:
-        vocabulary = {line.strip(): i for i, line in enumerate(path.read_text(encoding="utf-8").splitlines())}
+        vocabulary = {line.strip(): i for i, line in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))}
     except UnicodeDecodeError as error:
         raise DataError(
             problem("--vocab-file", str(path), f"it must be UTF-8 text, one token a line ({error})", "Check the path")

@@ -14,6 +14,7 @@ import tokenizers
 
 from megalith.common.errors import DataError, problem
 from megalith.common.extras import MissingPackage, require
+from megalith.common.pointers import refuse_pointer
 from megalith.data.tokenizers import Tokenizer, TokenizerOptions
 
 # A lone tokenizer.json does not say which of its added tokens plays which part; these are the names in use.
@@ -247,6 +248,8 @@ def _locate(options: TokenizerOptions) -> pathlib.Path | None:
 
 
 def _load(options: TokenizerOptions, source: pathlib.Path | None) -> tokenizers.Tokenizer:
+    for file in (source / "vocab.json", source / "merges.txt", source) if source else ():
+        refuse_pointer(file)
     try:
         if source is None:
             return tokenizers.Tokenizer.from_pretrained(str(options.tokenizer_model))
@@ -277,6 +280,7 @@ def _settings(source: pathlib.Path | None) -> dict[str, Any]:
     """What tokenizer_config.json says, and special_tokens_map.json of the rest."""
     settings: dict[str, Any] = {}
     for file in _companions(source):
+        refuse_pointer(file)
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             settings = {key: value for key, value in content.items() if value is not None} | settings

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 import orjson
 
 from megalith.common.files import atomic_path
+from megalith.common.json_lines import parse
 from megalith.training.callbacks import Callback, RunInfo, StepRecord, ValidationRecord
 
 FILE = "metrics.jsonl"
@@ -74,8 +75,8 @@ def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
     with open(path, "rb") as file:
         for line in file:
             try:
-                yield orjson.loads(line)
-            except orjson.JSONDecodeError:
+                yield parse(line)
+            except ValueError:
                 continue
 
 

@@ -89,7 +89,7 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
     datasets = build_datasets(config, tokenizer, rank=mesh.data_rank, size=mesh.data_size, run_folder=config.logging.folder)
     if datasets["train"] is None and not config.validation.skip_train:
         raise ConfigError(
-            f"--split {config.data.split!r} leaves nothing to train on; its first share must be above 0. "
+            f"--split {config.data.split!r} leaves no document to train on; its first share must be above 0, and come to a document. "
             f"Change it, or give --train-data-path."
         )
     data = origin.fingerprints(filter(None, datasets.values()), config.data.titles_data_path)

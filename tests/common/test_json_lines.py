@@ -1,12 +1,16 @@
 """Lines of JSON: what either parser reads is read, and what neither reads is told."""
 
+import argparse
 import json
 import math
 import sys
 
 import pytest
 
+from megalith.cli.generate import read_prompts
+from megalith.common.errors import DataError
 from megalith.common.json_lines import parse
+from megalith.training.metrics import read_metrics
 
 
 def nested(levels):
@@ -34,3 +38,18 @@ def test_values_are_those_of_python():
 def test_what_neither_reads_is_a_value_error(line):
     with pytest.raises(ValueError):
         parse(line)
+
+
+@pytest.mark.parametrize("name", ["prompts.jsonl", "PROMPTS.JSONL"])
+def test_prompt_files(tmp_path, name):
+    path = tmp_path / name
+    path.write_text('{"prompt": "a", "score": NaN}\n"b\u2028c"\n' + nested(3000).replace("text", "prompt"), encoding="utf-8")
+    assert read_prompts(argparse.Namespace(prompt=None, prompt_file=str(path))) == ["a", "b\u2028c", "a"]
+    path.write_text('"a"\n"\\udc00"\n')
+    with pytest.raises(DataError, match=r"line 2.*half of a character"):
+        read_prompts(argparse.Namespace(prompt=None, prompt_file=str(path)))
+
+
+def test_metrics_that_other_tools_have_written(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": NaN}\n{"step": 2, "lo')
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1]

@@ -216,3 +216,31 @@ def test_a_dataset_of_the_users_own(corpus, monkeypatch, tmp_path):
         build_datasets(config(dataset="gtp"), Words())
     with pytest.raises(ConfigError, match="--seq-length"):
         build_datasets(config(seq_length=None, data_path=[corpus("a", 1)]), Words())
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_empty_dataset_is_named_and_its_weight_given_to_nobody(corpus, tmp_path):
+    full, other = corpus("full", 1), corpus("other", 2)
+    for name in ("none", "bare"):
+        with IndexedWriter(tmp_path / name, np.uint16) as writer:
+            for _ in range(3 * (name == "bare")):
+                writer.add_sequence([])
+                writer.end_document()
+    none, bare = str(tmp_path / "none"), str(tmp_path / "bare")
+    for empty in (none, bare):
+        for paths in (["0.5", full, "0.5", empty], ["1", empty]):
+            with pytest.raises(DataError, match=f"{empty} .weight .*they hold no tokens, and their weight would go to the others"):
+                build_datasets(config(data_path=paths), Words())
+        with pytest.raises(DataError, match=f"{empty} .[03] documents.*they hold no tokens"):
+            build_datasets(config(data_path=[empty]), Words())
+        with pytest.raises(UserWarning, match=f"{empty} .*no samples come from it"):
+            build_datasets(config(data_path=[full, other, empty]), Words())
+        with pytest.raises(DataError, match="hold no tokens"):
+            build_datasets(config(train_data_path=[full], valid_data_path=["1", empty, "1", other], data_path=[]), Words())
+    (tmp_path / "list").write_text(f"0.5 {full} a\n0.5 {none} b\n")
+    with pytest.raises(DataError, match=r"none \(weight 0.5\)"):
+        build_datasets(config(data_file_list=str(tmp_path / "list")), Words())
+    few = corpus("few", 3, documents=2)
+    with pytest.raises(UserWarning, match=f"--split '80,10,10' leaves no document of {few} .2 documents, weight 0.25. for valid"):
+        build_datasets(config(data_path=["0.75", full, "0.25", few]), Words())
+    assert build_datasets(config(data_path=["0.75", full, "0.25", few], split="100,0,0"), Words())["valid"] is None

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from megalith.common.errors import ConfigError
 from megalith.data import sentences
-from megalith.data.sentences import sentence_splitter
+from megalith.data.sentences import CODES, ISO_639_1, ISO_639_2, language_code, sentence_splitter
 
 
 @pytest.mark.parametrize(
@@ -58,3 +58,24 @@ def test_cuts_between_paragraphs_change_nothing(monkeypatch):
     expected = sentence_splitter()(text)
     monkeypatch.setattr(sentences, "LONG", 100)
     assert sentence_splitter()(text) == expected and len(expected) == 400
+
+
+@pytest.mark.parametrize(
+    ("language", "code"), [("English", "en"), ("EN", "en"), ("deu", "de"), ("fre", "fr"), ("zu", "zu"), ("ceb", "ceb")]
+)
+def test_codes(language, code):
+    assert language_code(language) == code
+
+
+@pytest.mark.parametrize("language", ["zz", "e", "", "xx", "englsh", "en-us", "iw"])
+def test_what_is_no_language_is_an_error(language):
+    with pytest.raises(ConfigError, match=f"--lang: found '{language}'; it is a code of ISO 639"):
+        language_code(language)
+    with pytest.raises(ConfigError):
+        sentence_splitter(language)
+
+
+def test_tables_of_codes():
+    codes = ISO_639_1.split()
+    assert len(codes) == len(set(codes)) == 185 and codes == sorted(codes)  # ISO 639-1's 183, and bh and sh, which it has withdrawn
+    assert set(CODES.values()) <= set(codes) and set(ISO_639_2.values()) == set(CODES.values())

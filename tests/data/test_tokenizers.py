@@ -345,3 +345,10 @@ def test_without_gigatoken_the_plain_encoder_serves(monkeypatch):
     fast, line = tokenizer.accelerate(["Hello"])
     assert not fast and "not usable" in line
     assert tokenizer.encode_batch(["Hello world"])[0].tolist() == [15496, 995]
+
+
+def test_a_bert_vocabulary_has_a_token_a_line_also_where_a_token_is_a_separator(tmp_path):
+    words = ["[PAD]", "[UNK]", "\u2028", "\x85", "##\x0c", "[CLS]", "[SEP]", "[MASK]", "word"]
+    (tmp_path / "vocab.txt").write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
+    tokenizer = build_tokenizer("BertWordPieceCase", vocab_file=str(tmp_path / "vocab.txt"))
+    assert (tokenizer.cls, tokenizer.mask, tokenizer.encode("word")) == (5, 7, [8])
