@@ -39,11 +39,15 @@ class StopDiverged(Callback):
             return
         scaled = f", at loss scale {record.loss_scale:g}" if run.config.precision.fp16 else ""
         found = f"loss {record.total_loss:g}, gradient norm {record.grad_norm:g}{scaled}"
+        cure = f"Give a lower --lr (it was {record.learning_rate:g}; with --override-opt-param-scheduler) or more warm-up"
+        if math.isfinite(record.total_loss) and record.loss_scale > 1.0:  # the loss is a number, so the weights may well be good
+            fixed = run.config.precision.loss_scale is not None
+            cure = "Drop --loss-scale for a dynamic one, or lower it" if fixed else "Lower --min-loss-scale"
         times = f"{most} steps in a row have" if most > 1 else "a step has"
         raise TrainingError(
             f"step {record.step}: found {found}; the run has diverged: {times} a loss or gradients that are not finite "
-            f"(--max-nonfinite-steps). Nothing was saved or deleted since. Give a lower --lr (it was {record.learning_rate:g}; with "
-            f"--override-opt-param-scheduler) or more warm-up: {self.again()}. If it fails there at once, --ckpt-step goes further back."
+            f"(--max-nonfinite-steps). Nothing was saved or deleted since. {cure}: "
+            f"{self.again()}. If it fails there at once, --ckpt-step goes further back."
         )
 
 

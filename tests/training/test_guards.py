@@ -139,6 +139,13 @@ def test_what_counts_as_in_a_row():
         guard.on_step(run, step(5, skipped=True, lasting=True))
 
 
+def test_a_loss_scale_that_is_too_high_is_named(corpus, tmp_path):
+    config = tiny_config(corpus, str(tmp_path / "run"), eval_iters=0, fp16=True, max_nonfinite_steps=2)
+    for scale, cure in (({"loss_scale": 2.0**40}, "Drop --loss-scale"), ({"min_loss_scale": 2.0**32}, "Lower --min-loss-scale")):
+        with pytest.raises(TrainingError, match=rf"step 2: found loss 3\..*{cure}"):
+            train(config.replace(run_dir=str(tmp_path / cure), **scale))
+
+
 def test_old_checkpoints_go_when_the_new_one_is_known_to_be_good():
     done, progress, run = [], Progress(), run_info(config={"save_interval": 2})
     keep = Retain(lambda: done.append(progress.saved), progress)
