@@ -16,11 +16,13 @@ import shlex
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 from megalith.common.errors import MegalithError
 
 HEARTBEAT = 10.0  # seconds between two touches
+LOOK = 1.0  # seconds between two looks at a lock that is waited for
 STALE = 90.0  # seconds without a touch after which a holder on another machine is taken for dead
 
 
@@ -33,6 +35,7 @@ def locked(
     output: str | os.PathLike,
     *,
     inside: bool = False,
+    patient: bool = False,
     cure: str = "Wait for it, or choose another output",
     notice: Callable[[str], None] = lambda line: None,
 ) -> Iterator[None]:
@@ -40,6 +43,8 @@ def locked(
 
     inside: the lock lies in the folder `output`, which is made, and removed if it is left empty: for folders that machines
         mount at different places, or that several names lead to.
+    patient: a holder on another machine, or in another container, is given up to STALE seconds to show that it lives, before
+        it counts as one: for jobs that are started again elsewhere when they have died.
     The lock of a dead process is taken over, told by `notice`. Raises LockedError that names a live holder (command, host,
     process, since when) and leaves everything as it is. A second lock of one output is refused within a process too.
     """
@@ -48,7 +53,7 @@ def locked(
     made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()] if inside else []
     path.parent.mkdir(parents=True, exist_ok=True)
     owner = _describe()
-    _acquire(path, owner, output, cure, notice)
+    _acquire(path, owner, output, cure, notice, patient)
     done = threading.Event()
     threading.Thread(target=_touch_until, args=(done, path, owner), daemon=True).start()
     try:
@@ -62,10 +67,11 @@ def locked(
                 folder.rmdir()
 
 
-def _acquire(path: pathlib.Path, owner: dict, output: pathlib.Path, cure: str, notice: Callable[[str], None]) -> None:
+def _acquire(path: pathlib.Path, owner: dict, output: pathlib.Path, cure: str, notice: Callable[[str], None], patient: bool) -> None:
     """Make the file `path` with the content `owner`, or raise LockedError."""
     draft = path.with_name(f"{path.name}.{owner['nonce']}")
     draft.write_text(json.dumps(owner), encoding="utf-8")
+    seen = None
     try:
         while True:
             with contextlib.suppress(FileExistsError):
@@ -75,6 +81,13 @@ def _acquire(path: pathlib.Path, owner: dict, output: pathlib.Path, cure: str, n
             if holder is None:
                 continue  # released between the two calls
             if not _is_dead(holder, path, draft):
+                touch = (holder.get("nonce"), _touched(path))
+                if patient and not _is_here(holder) and seen in (None, touch):
+                    if seen is None:
+                        notice(f"{output}: looking for up to {STALE:g} s whether {_name(holder)} still runs")
+                    seen = touch
+                    time.sleep(LOOK)
+                    continue
                 raise LockedError(f"{output} is being written by {_name(holder)}; one process at a time may. {cure}.")
             # Of several that find a dead holder's lock, one moves it away; who moved a live one by mistake puts it back.
             moved = path.with_name(f"{path.name}.{owner['nonce']}.stale")
@@ -133,13 +146,25 @@ def _read(path: pathlib.Path) -> dict | None:
 
 def _is_dead(holder: dict, path: pathlib.Path, draft: pathlib.Path) -> bool:
     """Whether the holder is gone: looked up where its process numbers are ours, else judged by the age of its last touch."""
-    if holder.get("host") == socket.gethostname() and holder.get("pids") == _pid_space():
+    if _is_here(holder):
         return _start_of(holder.get("pid")) != holder.get("started")
     os.utime(draft)  # now, by the clock of the file system: machines' clocks may differ
     try:
         return draft.stat().st_mtime - path.stat().st_mtime > STALE
     except FileNotFoundError:
         return False
+
+
+def _is_here(holder: dict) -> bool:
+    """Whether the holder's process number can be looked up here."""
+    return holder.get("host") == socket.gethostname() and holder.get("pids") == _pid_space()
+
+
+def _touched(path: pathlib.Path) -> float | None:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return None
 
 
 def _pid_space() -> str:

@@ -13,6 +13,7 @@ from megalith import checkpoint
 from megalith.checkpoint.fit import as_flag
 from megalith.checkpoint.ranks import Ranks
 from megalith.common.errors import CheckpointError, ConfigError, DataError
+from megalith.config.data import DataConfig
 from megalith.config.identity import changes, differences, sentence
 from megalith.config.loading import from_yaml
 from megalith.config.loading_values import fields
@@ -27,6 +28,7 @@ INDIFFERENT = (  # of which these do not, but for rounding; what a tokenizer is 
     "data_cache_path", "num_workers", "mmap_bin_files", "micro_batch_size", "compile", "deterministic_mode",
     "tokenizer_type", "vocab_file", "merge_file", "tokenizer_model",
 )  # fmt: skip
+CORPORA = ("data_path", "train_data_path", "valid_data_path", "test_data_path", "data_file_list", "titles_data_path")
 BLOCK, BLOCKS = 4096, 8  # bytes of a file that are looked at in a place, and places
 
 
@@ -75,12 +77,19 @@ def _compare(path: pathlib.Path, config: RunConfig, tokenizer: Tokenizer, data: 
     for section in COMPUTING:
         names = tuple(field.name for field in fields().values() if field.section == section and field.name not in INDIFFERENT)
         lines += changes(getattr(config, section), getattr(then, section), names)
-    before = checkpoint.read_train_state(path).get("data", {})
-    return lines + [
-        f"{prefix}.bin and .idx hold other data than then, so samples that were read may come again and others never"
-        for prefix, now in data.items()
-        if before.get(prefix, now) != now
-    ]
+    before = checkpoint.read_train_state(path).get("data", data)  # converted checkpoints do not say
+    return lines + _replaced(data, before, all(getattr(config.data, name) == getattr(then.data, name) for name in CORPORA))
+
+
+def _replaced(now: Mapping[str, str], then: Mapping[str, str], named_alike: bool) -> list[str]:
+    """What of the data is other than it was under the same name. named_alike: the flags name the same data as then."""
+    lines = [f"{name} is not what it was then" for name in now if then.get(name, now[name]) != now[name]]
+    if named_alike:  # what a list or a folder of corpora names
+        lines += [f"{name} is read, was not" for name in now if name not in then]
+        lines += [f"{name} is not read, was" for name in then if name not in now]
+    if lines:
+        lines.append("as the data is another, samples that were read may come again and others never")
+    return lines
 
 
 def _words(path: pathlib.Path, tokenizer: Tokenizer, weights_only: bool) -> list[str]:
@@ -116,10 +125,12 @@ def _called(tokenizer: Tokenizer) -> str:
     return " ".join([tokenizer.options.tokenizer_type, *files])
 
 
-def fingerprints(datasets: Iterable[Any], titles: str | None) -> dict[str, str]:
-    """{prefix: a hash of sizes and of some blocks} of the corpora that these datasets read; a few small reads for each."""
-    prefixes = {row["prefix"]: None for dataset in datasets for row in report(dataset)} | ({titles: None} if titles else {})
-    return {str(prefix): _fingerprint(str(prefix)) for prefix in prefixes}
+def fingerprints(datasets: Iterable[Any], config: DataConfig) -> dict[str, str]:
+    """{prefix or file: a hash} of the corpora that these datasets read, and of what says in what shares; a few small reads for each."""
+    named = {row["prefix"]: None for dataset in datasets for row in report(dataset)}
+    found = {str(prefix): _fingerprint(str(prefix)) for prefix in [*named, *filter(None, [config.titles_data_path])]}
+    lists = [path for path in (config.data_file_list, config.data_weights_schedule) if path]
+    return found | {path: hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest() for path in lists}
 
 
 def _fingerprint(prefix: str) -> str:

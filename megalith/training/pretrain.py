@@ -92,7 +92,7 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
             f"--split {config.data.split!r} leaves no document to train on; its first share must be above 0, and come to a document. "
             f"Change it, or give --train-data-path."
         )
-    data = origin.fingerprints(filter(None, datasets.values()), config.data.titles_data_path)
+    data = origin.fingerprints(filter(None, datasets.values()), config.data)
     changed = origin.compare(config, tokenizer, data)
     batch = global_batch(config, mesh.data_size)
     runtime = place(config, mesh)

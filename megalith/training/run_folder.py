@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from megalith.checkpoint.folder import folder_name
 from megalith.common.errors import ConfigError
 from megalith.common.files import sweep_folder
-from megalith.common.locks import STALE, locked
+from megalith.common.locks import locked
 from megalith.config.run import RunConfig
 from megalith.training.metrics import FILE
 from megalith.training.saving import check_folder, folder_of, load_of
 from megalith.training.state import Progress
 
-CURE = f"Let it end, or name another --run-dir or --save (a process that died on another machine counts as ended {STALE:g} s later)"
+CURE = "Let it end, or name another --run-dir or --save"
 
 
 @contextlib.contextmanager
@@ -42,8 +42,12 @@ def alone(config: RunConfig) -> Iterator[None]:
 def _locks(*folders: pathlib.Path) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         for folder in dict.fromkeys(path.resolve() for path in folders):
-            held.enter_context(locked(folder, inside=True, cure=CURE, notice=lambda line: print(f"megalith: {line}", flush=True)))
+            held.enter_context(locked(folder, inside=True, patient=True, cure=CURE, notice=_notice))
         yield
+
+
+def _notice(line: str) -> None:
+    print(f"megalith: {line}", flush=True)
 
 
 def _folders(config: RunConfig) -> tuple[pathlib.Path, pathlib.Path]:

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -69,6 +70,25 @@ def test_holder_elsewhere_is_judged_by_its_last_touch(tmp_path, content):
     with locked(tmp_path / "out"):
         assert json.loads(path.read_text())["pid"] == os.getpid()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("lives", [False, True])
+def test_holder_elsewhere_may_show_that_it_lives(tmp_path, monkeypatch, lives):
+    """A job that is started again in a new container finds the lock of the old one, which died a moment ago."""
+    monkeypatch.setattr(locks, "LOOK", 0.02)
+    monkeypatch.setattr(locks, "STALE", 1.0)
+    path, told = tmp_path / ".out.lock", []
+    path.write_text('{"host": "elsewhere", "pid": 1, "pids": "x", "nonce": "y"}')
+    touch = threading.Timer(0.3, os.utime, (path,))
+    if lives:
+        touch.start()
+        with pytest.raises(LockedError, match="process 1 on elsewhere"), locked(tmp_path / "out", patient=True, notice=told.append):
+            pass
+        touch.join()
+    else:
+        with locked(tmp_path / "out", patient=True, notice=told.append):
+            assert json.loads(path.read_text())["pid"] == os.getpid()
+    assert "looking for up to 1 s whether process 1 on elsewhere" in told[0] and len(told) == (1 if lives else 2)
 
 
 def test_heartbeat_touches_and_gives_up_a_lock_that_was_taken(tmp_path, monkeypatch):

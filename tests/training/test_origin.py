@@ -66,10 +66,29 @@ def test_data_replaced_under_its_name_is_told(half, corpus, tmp_path, capsys):
         shutil.copyfile(corpus + end, f"{tmp_path}/corpus{end}")
     config = tiny_config(f"{tmp_path}/corpus", str(tmp_path / "run"), position_embedding_type="rope", exit_interval=3, **SHORT)
     train(config)
-    assert "other data" not in capsys.readouterr().out, "another path is told as such"
+    assert "is not what it was" not in capsys.readouterr().out, "another path is told as such"
     write_corpus(f"{tmp_path}/corpus", seed=1)
     train(config)
-    assert f"changed since that checkpoint: {tmp_path}/corpus.bin and .idx hold other data than then" in capsys.readouterr().out
+    assert f"changed since that checkpoint: {tmp_path}/corpus is not what it was then\n" in capsys.readouterr().out
+
+
+def test_what_a_folder_and_a_list_name_is_compared(corpus, tmp_path, capsys):
+    """A corpus put into the folder that --data-path names, and other shares in the file that --data-file-list names."""
+    folder, listed = tmp_path / "corpora", tmp_path / "list.txt"
+    folder.mkdir()
+    write_corpus(str(folder / "a"))
+    listed.write_text(f"1 {folder}/a one\n")
+    runs = {"dir": {"data_path": [str(folder)]}, "list": {"data_path": [], "data_file_list": str(listed)}}
+    for name, values in runs.items():
+        train(tiny_config(corpus, str(tmp_path / name), exit_interval=2, **SHORT | values))
+    write_corpus(str(folder / "b"), seed=1)
+    listed.write_text(f"1 {folder}/a one\n1 {folder}/b two\n")
+    for name, values in runs.items():
+        capsys.readouterr()
+        train(tiny_config(corpus, str(tmp_path / name), exit_interval=3, **SHORT | values))
+        said = capsys.readouterr().out
+        assert f"changed since that checkpoint: {folder}/b is read, was not\n" in said and "samples that were read may come again" in said
+        assert (f"{listed} is not what it was then" in said) is (name == "list")
 
 
 def test_a_tokenizer_replaced_under_its_name_is_an_error(tmp_path, capsys):
