@@ -30,8 +30,10 @@ ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "[SEP]")  # words that end a
 
 
 def found_in(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """{name in a checkpoint of ours: file} of the tokenizer files in a Hugging Face folder."""
-    found = {f"{HERE}{file.name}": file for file in sorted(folder.iterdir()) if file.is_file() and FILES.fullmatch(file.name)}
+    """{name in a checkpoint of ours: file} of the tokenizer files in a folder: those of usual names, and those that a record names."""
+    named = {RECORD, *map(str, read_json(folder / RECORD).values())} if (folder / RECORD).is_file() else set()
+    files = [file for file in sorted(folder.iterdir()) if file.is_file()]
+    found = {f"{HERE}{file.name}": file for file in files if FILES.fullmatch(file.name) or file.name in named}
     for file in found.values():
         refuse_pointer(file)  # it would be copied, and missed when text is asked for
     return found

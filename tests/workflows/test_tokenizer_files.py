@@ -119,3 +119,13 @@ def test_files_of_a_hugging_face_folder_go_through_as_they_are(tmp_path: pathlib
     convert(tmp_path / "ours", tmp_path / "back", to="huggingface")
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json"):
         assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
+
+
+def test_a_saved_tokenizer_given_to_an_import_keeps_its_type(tmp_path: pathlib.Path) -> None:
+    run(tmp_path, build_tokenizer("NullTokenizer", vocab_size=29))
+    vocabulary = tmp_path / "words of mine.txt"
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "word"]))
+    build_tokenizer("BertWordPieceCase", vocab_file=str(vocabulary), vocab_extra_ids=2).save(tmp_path / "other")
+    convert(tmp_path / "run", tmp_path / "ours", to="megalith", options=Options(tokenizer=tmp_path / "other"))
+    tokenizer = megalith.load(tmp_path / "ours", device="cpu").tokenizer
+    assert (tokenizer.encode("word"), tokenizer.vocab_size) == ([5], 10)
