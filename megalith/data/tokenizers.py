@@ -47,6 +47,7 @@ FILES = {  # type -> the files that it is made from, under their usual names
     **{kind: {"vocab_file": "vocab.txt"} for kind in WORD_PIECES},
     **{kind: {"tokenizer_model": "*.model"} for kind in PIECES},
 }
+MADE_OF_SIZE = ("NullTokenizer", "TikTokenizer")  # by --vocab-size
 SPECIAL_NAMES = ("eod", "bos", "eos", "pad", "cls", "sep", "mask")
 
 
@@ -161,6 +162,8 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """Hexadecimal digest of the settings and the contents of the files: equal fingerprints give equal ids."""
         settings = {k: v for k, v in dataclasses.asdict(self.options).items() if not k.endswith(("_file", "_model"))}
+        if self.options.tokenizer_type in TOKENIZERS and self.options.tokenizer_type not in MADE_OF_SIZE:
+            del settings["vocab_size"]  # the model's, and another where a run takes it from a checkpoint
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for name, path in sorted(self.files().items()):
             digest.update(name.encode() + path.read_bytes())

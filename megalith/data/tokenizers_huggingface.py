@@ -15,7 +15,7 @@ import tokenizers
 from megalith.common.errors import DataError, problem
 from megalith.common.extras import MissingPackage, require
 from megalith.common.pointers import refuse_pointer
-from megalith.data.tokenizers import Tokenizer, TokenizerOptions
+from megalith.data.tokenizers import SPECIAL_NAMES, Tokenizer, TokenizerOptions
 
 # A lone tokenizer.json does not say which of its added tokens plays which part; these are the names in use.
 USUAL_NAMES = {
@@ -206,8 +206,10 @@ class HuggingFaceTokenizer(LibraryTokenizer):
                 shutil.copyfile(beside, folder / beside.name)
 
     def fingerprint(self) -> str:
-        """Of the tokenizer as its companions made it, too."""
-        return hashlib.sha256((super().fingerprint() + self.backend.to_str()).encode()).hexdigest()
+        """Of the tokenizer as its files made it, whichever they are: two files become one where it is saved."""
+        special = {name: getattr(self, name) for name in SPECIAL_NAMES}
+        parts = [self.options.tokenizer_type, special, list(self.extra_ids), self.literal, self.backend.to_str()]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 class HFTokenizer(HuggingFaceTokenizer):

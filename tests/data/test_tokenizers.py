@@ -192,8 +192,7 @@ def test_every_tokenizer_survives_saving(tmp_path):
         assert loaded.encode(text) == tokenizer.encode(text)
         assert specials(loaded) == specials(tokenizer)
         assert (loaded.vocab_size, list(loaded.extra_ids)) == (tokenizer.vocab_size, list(tokenizer.extra_ids))
-        if name != "hf_folder_of_gpt2":  # became a tokenizer.json
-            assert loaded.fingerprint() == tokenizer.fingerprint()
+        assert loaded.fingerprint() == tokenizer.fingerprint(), name
 
 
 def test_files_without_a_record_are_of_the_type_that_came_with_them(tmp_path):
@@ -203,6 +202,13 @@ def test_files_without_a_record_are_of_the_type_that_came_with_them(tmp_path):
     assert (tokenizer.encode("word"), tokenizer.vocab_size, list(tokenizer.extra_ids)) == ([5], 10, [8, 9])
     with pytest.raises(DataError, match="neither"):
         load_tokenizer(tmp_path)
+
+
+def test_the_size_of_the_model_is_not_the_tokenizer(tmp_path):
+    path = own_json(tmp_path)
+    made = [build_tokenizer("HFTokenizer", tokenizer_model=path, vocab_size=size).fingerprint() for size in (None, 999)]
+    assert made[0] == made[1]
+    assert len({build_tokenizer("NullTokenizer", vocab_size=size).fingerprint() for size in (8, 9)}) == 2
 
 
 @needs_shared
