@@ -38,4 +38,4 @@ def next_start(config: RunConfig, progress: Progress) -> str:
     if c.no_load_optim and not c.no_save_optim:
         without.append("--no-load-optim")
     words = (f" without {' and '.join(without)}" if without else "") + (f" with {' and '.join(with_)}" if with_ else "")
-    return f"the same command{words} goes on from step {newest}"
+    return f"the same command{words} goes on from {'there' if newest == progress.iteration else f'step {newest}'}"

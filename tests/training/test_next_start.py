@@ -68,7 +68,7 @@ def test_a_stopped_run_goes_on_as_it_says(case, other, corpus, tmp_path, capsys)
     config = config.replace(**changes)
     stopped = train(config)
     said = capsys.readouterr().out
-    assert f"goes on from step {stopped.iteration}\n" in said, said
+    assert f"stopped after step {stopped.iteration} (" in said and "goes on from there\n" in said, said
     record = losses(str(tmp_path / "run"))
     following = obeyed(config, said)
     after = train(following.replace(exit_interval=None))
@@ -85,7 +85,7 @@ def test_a_run_that_went_back_goes_on_from_where_it_came(step, corpus, tmp_path,
     assert train(back).iteration == 8 if step == 6 else 12
     said = capsys.readouterr().out
     if step == 6:
-        assert "; the same command without --ckpt-step goes on from step 8" in said
+        assert "; the same command without --ckpt-step goes on from there" in said
     assert train(obeyed(back, said) if step == 6 else config).iteration == 12
 
 
