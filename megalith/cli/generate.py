@@ -43,7 +43,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--ckpt-step", type=int, metavar="N", help="the checkpoint of this step (default: the latest)")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", action="append", metavar="TEXT", help="what the text begins with; may be given several times")
-    source.add_argument("--prompt-file", metavar="FILE", help="a file of prompts")
+    source.add_argument("--prompt-file", metavar="FILE", help="a file of prompts (- for standard input)")
     parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts for each prompt (default: 1)")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="tokens to write at most (default: 64)")
     parser.add_argument(
@@ -135,7 +135,7 @@ def read_prompts(args: argparse.Namespace) -> list[str] | None:
         if text and not text.strip():
             print("megalith: standard input is blank: the text starts from the end-of-document token", file=sys.stderr)
         return [text.removesuffix("\n")] if text.strip() else None
-    path = pathlib.Path(args.prompt_file)
+    path = pathlib.Path("/dev/stdin" if args.prompt_file == "-" else args.prompt_file)
     refuse_pointer(path)
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: a form feed may be part of a prompt

@@ -21,6 +21,7 @@ FORMATS = {
 }  # fmt: skip
 NEEDED: dict[str | None, str] = {"parquet": "pyarrow.parquet", ".zst": "zstandard"}  # packages that a format or a compression is read with
 NUMBERED = re.compile(r"[.-]\d+(-of-\d+)?$")  # a.jsonl.1, a.jsonl-00000-of-00010
+OWN = re.compile(rb'\{\s*("key": "[0-9a-f]{64}",\s*"samples"|"version": "1\.0",\s*"truncation")')  # a report; a tokenizer.json
 STANDARD_INPUT = "-"
 TOLD = 20  # names in one line
 Notice = Callable[[str], None]
@@ -180,8 +181,8 @@ def _is_corpus(path: str, left: list[tuple[str, str]], named: bool = False) -> b
         reason = "links to nothing"
     elif not os.path.isfile(path) and not named:
         reason = "no ordinary files (name them to read them)"
-    elif path.endswith("_preprocess.json") and re.match(rb'\{\s*"key": "[0-9a-f]{64}"', first_bytes(path)):
-        reason = "reports of `data preprocess`"
+    elif path.endswith(".json") and OWN.match(first_bytes(path)):
+        reason = "reports of `data preprocess` and vocabularies"
     elif not named and name_format(path)[0] is None:
         reason = "names that no corpus file has (name them to read them)"
     if reason:

@@ -73,8 +73,16 @@ class TokenizerOptions:
         path = pathlib.Path(value)
         if not path.exists():
             raise DataError(problem(flag, value, "there is no such file", f"Correct the path after {flag}"))
-        refuse_pointer(path)
+        check_file(path, flag)
         return path
+
+
+def check_file(path: pathlib.Path, flag: str) -> None:
+    """Raise DataError where `path` is a stream, which one process could read once, or a pointer that stands for a file."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        rule = "a vocabulary is an ordinary file, because each worker reads it"
+        raise DataError(problem(flag, str(path), rule, "Write what comes from there into a file, and give that"))
+    refuse_pointer(path)
 
 
 class Tokenizer:

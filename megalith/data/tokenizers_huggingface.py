@@ -15,7 +15,7 @@ import tokenizers
 from megalith.common.errors import DataError, problem
 from megalith.common.extras import MissingPackage, require
 from megalith.common.pointers import refuse_pointer
-from megalith.data.tokenizers import SPECIAL_NAMES, Tokenizer, TokenizerOptions
+from megalith.data.tokenizers import SPECIAL_NAMES, Tokenizer, TokenizerOptions, check_file
 
 # A lone tokenizer.json does not say which of its added tokens plays which part; these are the names in use.
 USUAL_NAMES = {
@@ -251,7 +251,7 @@ def _locate(options: TokenizerOptions) -> pathlib.Path | None:
 
 def _load(options: TokenizerOptions, source: pathlib.Path | None) -> tokenizers.Tokenizer:
     for file in (source / "vocab.json", source / "merges.txt", source) if source else ():
-        refuse_pointer(file)
+        check_file(file, "--tokenizer-model")
     try:
         if source is None:
             return tokenizers.Tokenizer.from_pretrained(str(options.tokenizer_model))

@@ -1,5 +1,6 @@
 """Inputs: what a path means, what a file is by its first bytes, what is not taken is told; streams are read as files are."""
 
+import argparse
 import bz2
 import contextlib
 import gzip
@@ -13,12 +14,14 @@ import threading
 
 import pytest
 
+from megalith.cli.generate import read_prompts
 from megalith.common.errors import DataError
+from megalith.data.bpe import train_bpe
 from megalith.data.indexed import IndexedDataset
 from megalith.data.inputs import file_format, find_inputs, look_for, name_format
 from megalith.data.preprocess import PreprocessOptions, plan, preprocess
 from megalith.data.readers import corpus_texts
-from megalith.data.tokenizers import TokenizerOptions
+from megalith.data.tokenizers import TokenizerOptions, build_tokenizer
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d" * 32 + b"\nsize 12345\n"
 NULL = TokenizerOptions(tokenizer_type="NullTokenizer", vocab_size=100)
@@ -129,7 +132,8 @@ def test_everything_in_a_folder_is_read_or_told(tmp_path):
     (folder / "again.jsonl").symlink_to(other / "g.jsonl")
     (folder / "dead.jsonl").symlink_to("nowhere")
     os.mkfifo(folder / "pipe.jsonl")
-    (folder / "out_preprocess.json").write_text(json.dumps({"key": "a" * 64}, indent=1))
+    (folder / "out_preprocess.json").write_text(json.dumps({"key": "a" * 64, "samples": {}}, indent=1))
+    train_bpe(["text"], 257, folder / "tokenizer.json")
     (folder / "out.parts").mkdir()
     (folder / "out.parts/key").write_text("a")
     (folder / "out.parts/000001.json").write_text("{}")
@@ -139,7 +143,7 @@ def test_everything_in_a_folder_is_read_or_told(tmp_path):
     left = {os.path.relpath(path, folder): reason for path, reason in found.left}
     assert set(left) == {
         ".hidden.jsonl", ".cache", "notes.bin", "a.jsonl~", "d.jsonl.part", "LICENSE", "loop", "dead.jsonl", "pipe.jsonl",
-        "out_preprocess.json", "out.parts", "link/g.jsonl",
+        "out_preprocess.json", "tokenizer.json", "out.parts", "link/g.jsonl",
     }  # fmt: skip
     told = []
     assert find_inputs([str(folder)], told.append) == found.files
@@ -275,10 +279,23 @@ def test_the_same_stream_goes_on_and_is_known_again(tmp_path):
     }  # fmt: skip
 
 
+def test_prompts_from_standard_input():
+    with standard_input(b"one\ntwo\n"):
+        assert read_prompts(argparse.Namespace(prompt=None, prompt_file="-")) == ["one", "two"]
+
+
 def test_a_plan_reads_no_stream(tmp_path):
     with standard_input(lines(1)):
         assert "what comes from -" in plan(options(tmp_path, "-", append_eod=True))
         assert rows(preprocess(options(tmp_path, "-", append_eod=True))) == [[1, 100]]
+
+
+@pytest.mark.parametrize("option", ["vocab_file", "tokenizer_model"])
+def test_a_vocabulary_is_no_stream(tmp_path, option, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo(tmp_path / "v")
+    with pytest.raises(DataError, match="found 'v'; a vocabulary is an ordinary file"):
+        build_tokenizer("BertWordPieceCase" if option == "vocab_file" else "HFTokenizer", **{option: "v"})
 
 
 def test_no_input_at_all(tmp_path):
