@@ -189,6 +189,16 @@ def write(weights: Weights, folder: pathlib.Path, options: Options) -> None:
     write_text(folder / CONFIG, json.dumps(content, indent=2) + "\n")  # last: without it nobody takes the folder for a whole one
 
 
+def unsaid(model: ModelConfig) -> tuple[str, ...]:
+    """What no config.json can say of a model that is exported all the same, to be told."""
+    if model.model_type != "bert" or model.activation == model.head_activation:
+        return ()
+    return (
+        f"the layers' activation is {model.activation}, that of the head over the vocabulary {model.head_activation}, as Megatron has it; "
+        f"config.json has one hidden_act, now the layers': transformers' logits over the vocabulary differ by some 1e-4 of the largest",
+    )
+
+
 def choose(weights: Weights, options: Options) -> tuple[str, Family]:
     """The family to write: the one asked for, that of the source, or the first whose config.json can say all of this model."""
     kept = weights.files.get(f"{KEPT}{CONFIG}")
