@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import pathlib
 import re
 import zlib
@@ -15,17 +16,21 @@ import torch
 from megalith.checkpoint import huggingface_files as files
 from megalith.checkpoint import huggingface_tokenizer as tokenizer
 from megalith.checkpoint.formats import Format, Options
-from megalith.checkpoint.huggingface_families import FAMILIES, TAKE, Family, form
+from megalith.checkpoint.huggingface_families import ACTIVATIONS, FAMILIES, KINDS, TAKE, Family, form
 from megalith.checkpoint.huggingface_tied import settle
 from megalith.checkpoint.lazy import Lazy, check_range, join
 from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError, ConfigError, problem
 from megalith.common.files import write_text
+from megalith.config.checks_model import form_problems
 from megalith.config.model import ModelConfig
 from megalith.config.parameters import parameter_shapes
 from megalith.config.run import RunConfig
+from megalith.config.source_fields import checked
+from megalith.config.text import fail
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
+LARGEST = 2**50  # elements of one tensor: more are of a mistyped size, and even the shape of such a tensor overflows
 KEPT = "huggingface/"  # where a checkpoint of ours keeps config.json and generation_config.json of what it was made from
 
 
@@ -50,7 +55,7 @@ def read(path: pathlib.Path, options: Options) -> Weights:
     """The weights of a folder, tensors unread, in the dtype they are stored in."""
     if not (path / CONFIG).is_file():  # an adapter alone
         files.weight_files(path)
-    given = files.read_json(path / CONFIG)
+    given = checked(files.read_json(path / CONFIG), KINDS, str(path / CONFIG))
     _, family = family_of(given, path / CONFIG)
     if quantization := given.get("quantization_config"):
         raise _quantized(path, quantization.get("quant_method", quantization))
@@ -61,6 +66,12 @@ def read(path: pathlib.Path, options: Options) -> Weights:
         rule = "a norm's parameters are called weight and bias, or gamma and beta in files that came from TensorFlow"
         both = [name for name in stored if re.search(r"\.(gamma|beta)$", name)]
         raise CheckpointError(problem(f"{path}: weights", both[:6], f"{rule}, and here both are there", "Copy all files of one version"))
+    given = family.checked(given, str(path / CONFIG))
+    for each in family.settings:
+        if each.ours in ("num_layers", "decoder_num_layers") and (given.get(each.theirs) or 0) > len(found):
+            rule = f"a layer has tensors, and this folder has {len(found)} in all"
+            cure = "Take config.json and weights from one and the same model"
+            raise CheckpointError(problem(f"{path / CONFIG}: {each.theirs}", given[each.theirs], rule, cure))
     values = family.to_ours(given, str(path / CONFIG))
     values |= family.of_tensors(found)
     found, untied, ties = settle(found, family, {**values, **options.overrides})
@@ -68,6 +79,7 @@ def read(path: pathlib.Path, options: Options) -> Weights:
     dtypes = {lazy.dtype for lazy in found.values()}
     values |= {"seq_length": values.get("max_position_embeddings"), "bf16": torch.bfloat16 in dtypes}
     config = RunConfig().replace(**{**values, **options.overrides})
+    fail((f"{path / CONFIG}: {each.text}" for each in form_problems(config)), CheckpointError)
     found, told = family.adapt(found, config.model)
     tensors, notes = _ours(found, family, config.model, path, family.heads(given))
     if "dynamic" in str(given.get("rope_parameters") or given.get("rope_scaling")):
@@ -95,6 +107,9 @@ def _ours(
     absent = tuple(head for head in heads if not any(name.startswith((head, head.removeprefix(family.prefix))) for name in found))
     for rule, theirs, ours in rules(family, model):
         name = next((each for each in (theirs, theirs.removeprefix(family.prefix)) if each in found), None)
+        if any(math.prod(shapes[each]) > LARGEST for each in ours):
+            wrong.append(f"{theirs}: found {list(found[name].shape) if name else None}, expected {[list(shapes[each]) for each in ours]}")
+            continue
         expected = tuple(_together(rule.form, model, [_empty(shapes[each]) for each in ours]).shape)
         if name is None and theirs.startswith(absent):
             made |= {f"model/{each}": _begun(each, shapes[each], model, next(iter(found.values())).dtype) for each in ours}
@@ -189,16 +204,6 @@ def write(weights: Weights, folder: pathlib.Path, options: Options) -> None:
     write_text(folder / CONFIG, json.dumps(content, indent=2) + "\n")  # last: without it nobody takes the folder for a whole one
 
 
-def unsaid(model: ModelConfig) -> tuple[str, ...]:
-    """What no config.json can say of a model that is exported all the same, to be told."""
-    if model.model_type != "bert" or model.activation == model.head_activation:
-        return ()
-    return (
-        f"the layers' activation is {model.activation}, that of the head over the vocabulary {model.head_activation}, as Megatron has it; "
-        f"config.json has one hidden_act, now the layers': transformers' logits over the vocabulary differ by some 1e-4 of the largest",
-    )
-
-
 def choose(weights: Weights, options: Options) -> tuple[str, Family]:
     """The family to write: the one asked for, that of the source, or the first whose config.json can say all of this model."""
     kept = weights.files.get(f"{KEPT}{CONFIG}")
@@ -223,7 +228,10 @@ def _losses(family: Family, config: RunConfig) -> list[str]:
     """What of the model the family's config.json cannot say: what is read back from it differs in this."""
     mine = form(config.model)
     try:
-        values = family.to_ours(json.loads(json.dumps(family.to_theirs(config))))
+        theirs = family.to_theirs(config)
+        if any(name in theirs and theirs[name] is None for name in ACTIVATIONS):
+            return [f"activation {config.model.activation}"]
+        values = family.to_ours(json.loads(json.dumps(theirs)))
         other = form(RunConfig().replace(**values).model)
     except (CheckpointError, ConfigError) as error:
         return [f"activation {config.model.activation}" if "activation" in str(error) else str(error)]

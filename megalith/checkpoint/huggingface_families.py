@@ -22,6 +22,7 @@ from megalith.common.registry import Registry
 from megalith.config.model import ModelConfig
 from megalith.config.parameters import Shapes
 from megalith.config.run import RunConfig
+from megalith.config.source_fields import Kind, Ours, checked
 
 FAMILIES = Registry(  # config.json's model_type -> table; in the order in which an export looks for one that fits
     "Hugging Face family",
@@ -41,6 +42,23 @@ FAMILIES = Registry(  # config.json's model_type -> table; in the order in which
         "mt5": "megalith.checkpoint.families.t5:MT5",
     },
 )
+NULLS = ("num_key_value_heads", "head_dim", "sliding_window", "n_inner", "ffn_hidden_size", "num_decoder_layers")  # null has a meaning
+ACTIVATIONS = ("hidden_act", "hidden_activation", "activation", "activation_function", "feed_forward_proj")
+FLAG, WORD, SIZE = Kind(bool), Kind(str), Kind(int, least=1, most=2**31)
+KINDS: dict[str, Kind | Ours] = {  # fields of any family's config.json that are read, beside those that are a field of ours (settings)
+    "model_type": WORD, "architectures": Kind(list, item=str), "transformers_weights": WORD, "quantization_config": Kind(dict),
+    "bos_token_id": Kind(int, least=0), "pad_token_id": Kind(int),
+    **dict.fromkeys(ACTIVATIONS, WORD),
+    "tie_word_embeddings": FLAG, "scale_decoder_outputs": FLAG, "use_parallel_residual": FLAG, "new_decoder_architecture": FLAG,
+    "multi_query": FLAG, "parallel_attn": FLAG, "alibi": FLAG, "use_sliding_window": FLAG, "attention_bias": FLAG, "mlp_bias": FLAG,
+    "use_bidirectional_attention": FLAG, "scale_attn_weights": FLAG, "scale_attn_by_inverse_layer_idx": FLAG,
+    "add_cross_attention": FLAG, "is_decoder": FLAG, "position_embedding_type": WORD, "type_vocab_size": SIZE,
+    "num_kv_heads": SIZE, "num_ln_in_parallel_attn": Kind(int, choices=(1, 2)), "n_positions": SIZE,
+    "max_window_layers": Kind(int, least=0),
+    "sliding_window": Ours("sliding_window", null=True),
+    "layer_types": Kind(list, item=str), "rope_theta": Ours("rotary_base"), "rotary_emb_base": Ours("rotary_base"),
+    "rotary_pct": Ours("rotary_percent"), "dropout_rate": Ours("hidden_dropout"), "rope_scaling": Kind(dict), "rope_parameters": Kind(dict),
+}  # fmt: skip
 REQUIRED = object()  # a field of config.json without a default
 
 
@@ -164,9 +182,17 @@ class Family:
     names: tuple[Rule, ...]
     surplus: tuple[str, ...] = ()
 
+    def checked(self, given: Mapping[str, Any], where: str = "config.json") -> dict[str, Any]:
+        """A config.json with every field that is read of its type and in its range, under its first name. Raises CheckpointError."""
+        own: dict[str, Kind | Ours] = {each.theirs: Ours(each.ours) for each in self.settings}
+        table = {**KINDS, **{name: Ours(kind.name, name in NULLS) for name, kind in own.items() if isinstance(kind, Ours)}}
+        table |= {name: table[first] for name, first in self.aliases.items()}
+        given = checked(given, table, where)
+        return {**self.absent, **given, **{self.aliases[name]: given[name] for name in self.aliases if name in given}}
+
     def to_ours(self, given: Mapping[str, Any], where: str = "config.json") -> dict[str, Any]:
         """{flat field of RunConfig: value} of a config.json. Raises CheckpointError for what it lacks or what is not built."""
-        given = {**self.absent, **given, **{self.aliases[name]: given[name] for name in self.aliases if given.get(name) is not None}}
+        given = self.checked(given, where)
         for name, allowed in self.only.items():
             if name in given and given[name] not in allowed:
                 rule = f"of {self.architecture} only {name} = {' or '.join(map(str, allowed))} is built here"

@@ -25,7 +25,7 @@ from megalith.checkpoint.lazy import Lazy
 from megalith.checkpoint.ranks import Ranks
 from megalith.checkpoint.saving import Order
 from megalith.checkpoint.saving import write as write_checkpoint
-from megalith.config.loading import from_yaml, to_yaml
+from megalith.config.loading import stored_config, to_yaml
 from megalith.config.run import RunConfig
 
 
@@ -64,7 +64,7 @@ def own(path: str | os.PathLike, iteration: int | None = None) -> Weights:
     chunked = Chunked(place)
     others = {CONFIG, TRAIN_STATE, INDEX}
     return Weights(
-        config=from_yaml(read_config(place)),
+        config=stored_config(read_config(place), str(place / CONFIG)),
         tensors={name: chunked.lazy(name) for name in content["tensors"]},
         iteration=content["iteration"],
         train_state=read_train_state(place),

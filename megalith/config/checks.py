@@ -78,6 +78,8 @@ def limit(name: str, value: Any) -> tuple[str, str] | None:
         return f"it is one of {', '.join(names)}, or module:name of your own", f"Write {flag(name)} {near}"
     if field.kind is float and not math.isfinite(value):
         return "it is a finite number", f"Write one after {flag(name)}{default}"
+    if field.kind is int and field.section == "model" and value >= 2**31:
+        return "it is below 2 to the 31st", f"Write a smaller number after {flag(name)}"
     if smallest is not None and value < smallest:
         return f"it is at least {value_text(smallest)}", f"Write {flag(name)} {value_text(smallest)} or more{default}"
     if name == "seed" and value >= 2**32:

@@ -30,9 +30,7 @@ def model_problems(config: RunConfig) -> Iterator[Problem]:
         rule = f"it is at most --max-position-embeddings, {m.max_position_embeddings}"
         cure = f"Write --max-position-embeddings {sequence}, or --seq-length {m.max_position_embeddings}"
         yield trouble(("seq_length", "max_position_embeddings"), "--seq-length", sequence, rule, cure)
-    yield from _heads(config)
-    yield from _attention(config)
-    yield from _forms(config)
+    yield from form_problems(config)
     yield from _bert(config)
     yield from t5_problems(config)
     p = config.precision
@@ -43,6 +41,13 @@ def model_problems(config: RunConfig) -> Iterator[Problem]:
         yield trouble(("min_loss_scale", "initial_loss_scale"), "--min-loss-scale", p.min_loss_scale, rule, "Write a smaller one")
     if p.loss_scale is not None and not p.fp16:
         yield trouble(("loss_scale", "fp16"), "--loss-scale", p.loss_scale, "only float16 is scaled", "Add --fp16, or leave it out")
+
+
+def form_problems(config: RunConfig) -> Iterator[Problem]:
+    """What of a model's shape and form alone cannot work together, wherever it comes from."""
+    yield from _heads(config)
+    yield from _attention(config)
+    yield from _forms(config)
 
 
 def _attention(config: RunConfig) -> Iterator[Problem]:

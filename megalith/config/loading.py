@@ -8,7 +8,7 @@ from typing import Any
 
 from megalith.common.errors import ConfigError, MegalithError, problem
 from megalith.config import flags, legacy
-from megalith.config.checks import find_problems
+from megalith.config.checks import find_problems, limit
 from megalith.config.checks_masking import masking_notices
 from megalith.config.loading_values import convert, fields
 from megalith.config.loading_yaml import parse_yaml
@@ -238,3 +238,11 @@ def from_yaml(text: str, source: str = "config") -> RunConfig:
     _tokens_to_samples(values, notices)
     fail(each.text for each in problems)
     return RunConfig().replace(**values)
+
+
+def stored_config(text: str, source: str) -> RunConfig:
+    """`from_yaml` of the config in a checkpoint, with each value in its limits. Raises ConfigError with all that are not."""
+    config = from_yaml(text, source)
+    wrong = [(name, value, limit(name, value)) for name, value in config.flat().items()]
+    fail(problem(f"{source}: {name}", value, *found) for name, value, found in wrong if found)
+    return config

@@ -33,7 +33,9 @@ class ModelConfig:
     relative_attention_num_buckets: int = knob(32, "t5: distances that the relative bias tells apart", minimum=4)
     relative_attention_max_distance: int = knob(128, "t5: tokens from which on the relative bias is the same", minimum=2)
     use_rotary_position_embeddings: bool = knob(False, "same as --position-embedding-type rope")
-    rotary_base: float = knob(10000.0, "theta of the rotary embedding", flags=("--rotary-position-embeddings-theta", "--rope-theta"))
+    rotary_base: float = knob(
+        10000.0, "theta of the rotary embedding", flags=("--rotary-position-embeddings-theta", "--rope-theta"), minimum=1.0
+    )
     rotary_percent: float = knob(1.0, "share of each head that is rotated, 0 to 1", minimum=0.0)
     rotary_interleaved: bool = knob(False, "rotate neighbouring pairs (GPT-J, Meta's files) instead of halves (NeoX, Hugging Face)")
     rope_scaling_type: str | None = knob(

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from megalith.common.errors import ConfigError, problem
+from megalith.common.errors import ConfigError, MegalithError, problem
 from megalith.config.elsewhere import answer
 
 
@@ -79,13 +79,13 @@ def choose(kind: str, name: str, known: Iterable[str]) -> str:
     return name
 
 
-def fail(problems: Iterable[str]) -> None:
-    """Raise one ConfigError that holds all problems, each once; nothing happens where there are none."""
+def fail(problems: Iterable[str], error: type[MegalithError] = ConfigError) -> None:
+    """Raise one error that holds all problems, each once; nothing happens where there are none."""
     texts = list(dict.fromkeys(problems))
     if len(texts) == 1:
-        raise ConfigError(texts[0])
+        raise error(texts[0])
     if texts:
-        raise ConfigError(f"{len(texts)} problems\n" + "\n".join(f"  {number}. {text}" for number, text in enumerate(texts, 1)))
+        raise error(f"{len(texts)} problems\n" + "\n".join(f"  {number}. {text}" for number, text in enumerate(texts, 1)))
 
 
 def trouble(fields: tuple[str, ...], what: str, found: object, rule: str, cure: str) -> Problem:

@@ -17,7 +17,7 @@ from megalith.checkpoint.lazy import check_range
 from megalith.checkpoint.weights import own
 from megalith.common.errors import ConfigError, problem
 from megalith.config.checks import limit
-from megalith.config.loading import from_yaml
+from megalith.config.loading import stored_config
 from megalith.config.loading_values import convert, fields
 from megalith.config.run import RunConfig
 from megalith.config.text import Problem, fail, flag, unknown
@@ -52,7 +52,7 @@ def load_plain(
         rule = "a checkpoint of megalith says all of its model itself"
         raise ConfigError(problem(f"{source}", given, rule, "Leave it out; it is for other formats, whose files may lack it"))
     found = checkpoint.find(source, iteration)
-    config = from_yaml(checkpoint.read_config(found), str(found / "config.yaml"))
+    config = stored_config(checkpoint.read_config(found), str(found / "config.yaml"))
     model = plain(config.model, place, dtype)
     check_range({name: lazy for name, lazy in own(found).tensors.items() if name.startswith("model/")}, dtype)
     checkpoint.load(found, weights(model))

@@ -52,7 +52,6 @@ def convert(
         notes: tuple[str, ...] = ()
         if to == "huggingface":
             options, notes = prepared(weights, options, pathlib.Path(aside))
-            notes += huggingface.unsaid(weights.config.model)
         found.write(weights, place, options)
     return dataclasses.replace(weights, notes=(*weights.notes, *notes))
 

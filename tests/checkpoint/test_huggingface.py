@@ -2,28 +2,33 @@
 
 import json
 import pathlib
+import shutil
 from dataclasses import replace
 
 import huggingface_hub
 import pytest
 import torch
 import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import megalith
 from megalith import checkpoint
 from megalith.checkpoint import formats, huggingface
 from megalith.checkpoint.formats import Options
-from megalith.checkpoint.huggingface_families import FAMILIES, form
+from megalith.checkpoint.huggingface_families import FAMILIES, KINDS, form
 from megalith.checkpoint.weights import Weights, own, write
-from megalith.common.errors import CheckpointError
+from megalith.common.errors import CheckpointError, ConfigError
+from megalith.config.checks_model import form_problems
 from megalith.config.loading import to_yaml
 from megalith.config.parameters import parameter_shapes
 from megalith.config.run import RunConfig
 from megalith.data.tokenizers import build_tokenizer
 from megalith.runtime.build import plain
 from megalith.runtime.state import weights as weights_of
-from tests.originals.families import MODELS
+from tests.originals.families import BERTS, MODELS
+from tests.originals.test_t5 import original
 from tests.toy import make_corpus
 
 
@@ -246,3 +251,72 @@ def test_a_model_trained_here_with_its_tokenizer(tmp_path: pathlib.Path) -> None
 def test_dynamic_stretching_is_noted(folder) -> None:
     (note,) = formats.read(folder("llama, dynamic")).notes
     assert note.startswith("rope_type dynamic is left out: it acts beyond max_position_embeddings alone")
+
+
+FORMS = {name: MODELS[name] for name in ("gpt2", "llama 3.1", "qwen2, half slides", "gemma", "bloom", "falcon 40b", "neox")}
+FORMS |= {"bert": BERTS["bert"], "t5": lambda: original("t5")}
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(-3, 70), st.sampled_from([10**9, 2**40, -(2**70), "2", "0.5", "x", "", [], {}, [3], ["a"]]),
+    st.floats(), st.dictionaries(st.sampled_from(["rope_type", "factor", "rope_theta", "a"]), st.integers(-1, 2) | st.text(max_size=2)),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, pathlib.Path]:
+    folders = {name: tmp_path_factory.mktemp("forms") for name in FORMS}
+    for name, folder in folders.items():
+        FORMS[name]().save_pretrained(folder)
+        (folder / "original.json").write_text((folder / "config.json").read_text())
+    return folders
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), name=st.sampled_from(list(FORMS)))
+def test_any_value_of_any_field_is_read_or_told(data, name: str, saved: dict) -> None:
+    folder = saved[name]
+    content = json.loads((folder / "original.json").read_text())
+    family = FAMILIES.find(content["model_type"])
+    names = sorted({*KINDS, *content, *family.aliases, *(each.theirs for each in family.settings)} - {"transformers_version"})
+    changes = data.draw(st.dictionaries(st.sampled_from(names), VALUES, min_size=1, max_size=2))
+    (folder / "config.json").write_text(json.dumps({**content, **changes}))
+    try:
+        found = formats.read(folder)
+    except (CheckpointError, ConfigError) as error:
+        assert "found" in str(error) and len(str(error)) < 4000
+        return
+    assert not [each.text for each in form_problems(found.config)]
+    assert all(tuple(each.read().shape) == each.shape for each in found.tensors.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": -1}, "config.json: num_hidden_layers: found -1; it is at least 1. Correct it there"),
+        ({"num_hidden_layers": "2"}, r"found '2'; it is a whole number \(without quotation marks\)"),
+        ({"num_hidden_layers": True}, "found True; it is a whole number"),
+        ({"num_hidden_layers": 10**6}, r"found 1000000; a layer has tensors, and this folder has \d+ in all"),
+        ({"num_attention_heads": 5}, "config.json: --num-query-groups: found 2; --num-attention-heads, 5, is a multiple of it"),
+        ({"num_key_value_heads": 3}, "--num-query-groups: found 3; --num-attention-heads, 4, is a multiple of it"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures: found 'LlamaForCausalLM'; it is a list"),
+        ({"model_type": ["llama"]}, r"model_type: found \['llama'\]; it is text"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": "4"}}, "rope_scaling: factor: found '4'; it is a finite number"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings: found 'false'; it is true or false"),
+        ({"transformers_weights": 3}, "transformers_weights: found 3; it is text"),
+    ],
+    ids=str,
+)
+def test_fields_of_wrong_types_are_told(changes: dict, message: str, saved: dict, tmp_path: pathlib.Path) -> None:
+    shutil.copytree(saved["llama 3.1"], tmp_path / "theirs")
+    shutil.copy(tmp_path / "theirs/original.json", tmp_path / "theirs/config.json")
+    broken(tmp_path / "theirs", **changes)
+    with pytest.raises(CheckpointError, match=message):
+        formats.read(tmp_path / "theirs")
+
+
+def test_null_is_the_default_and_a_whole_float_is_whole(saved: dict, tmp_path: pathlib.Path) -> None:
+    shutil.copytree(saved["llama 3.1"], tmp_path / "theirs")
+    shutil.copy(tmp_path / "theirs/original.json", tmp_path / "theirs/config.json")
+    broken(tmp_path / "theirs", hidden_size=48.0, rope_theta=None, rope_parameters=None, hidden_act=None, rms_norm_eps=None)
+    model = formats.read(tmp_path / "theirs").config.model
+    assert (model.hidden_size, model.rotary_base, model.activation, model.layernorm_epsilon) == (48, 10000.0, "swiglu", 1e-6)
+    assert isinstance(model.hidden_size, int)

@@ -149,17 +149,3 @@ def test_the_way_through_megatron_equals_the_direct_one(name: str, tmp_path: pat
     padded = megalith.load(tmp_path / "b", device="cpu")(ids)  # Megatron's files know the padded vocabulary alone
     assert (padded[..., :97] - logits).abs().max() < 1e-5
     assert conversion.verify(tmp_path / "b", tmp_path / "c") < 1e-5  # neither is a Hugging Face folder: one is made
-
-
-def test_a_fused_bert_is_exported_and_its_head_is_told(tmp_path: pathlib.Path) -> None:
-    """Megatron fuses the GELU of the layers and not that of the head; transformers has one name for both."""
-    from tests.checkpoint import megatron_files
-
-    config, tensors = megatron_files.model_of(model_type="bert", bias_gelu_fusion=True)
-    megatron_files.write(tmp_path / "m", config, tensors, args=dict(bias_gelu_fusion=True))
-    told = conversion.convert(tmp_path / "m", tmp_path / "hf", to="huggingface").notes
-    assert [line for line in told if "activation is gelu_tanh, that of the head" in line]
-    assert json.loads((tmp_path / "hf/config.json").read_text())["hidden_act"] == "gelu_new"
-    config, tensors = megatron_files.model_of(model_type="bert")
-    megatron_files.write(tmp_path / "n", config, tensors, args={})
-    assert not [line for line in conversion.convert(tmp_path / "n", tmp_path / "hf2", to="huggingface").notes if "of the head" in line]

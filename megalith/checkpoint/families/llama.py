@@ -9,6 +9,7 @@ from typing import Any
 from megalith.checkpoint.huggingface_families import GATED, REQUIRED, Copy, Family, Rule, Setting, activation, activation_name
 from megalith.common.errors import CheckpointError, problem
 from megalith.config.run import RunConfig
+from megalith.config.source_fields import Kind, Ours, checked
 
 SETTINGS = (
     Setting("num_hidden_layers", "num_layers"),
@@ -50,6 +51,10 @@ ROPE: dict[str, tuple[tuple[str, str, Any], ...]] = {  # rope_type -> (field of 
                ("high_freq_factor", "rope_high_freq_factor", REQUIRED)),
     "yarn": (FACTOR, LENGTH, ("beta_fast", "rope_beta_fast", 32.0), ("beta_slow", "rope_beta_slow", 1.0)),
 }  # fmt: skip
+INNER: dict[str, Kind | Ours] = {
+    **{theirs: Ours(ours) for rows in ROPE.values() for theirs, ours, _ in rows},
+    "rope_type": Kind(str), "type": Kind(str), "rope_theta": Ours("rotary_base"), "partial_rotary_factor": Ours("rotary_percent"),
+}  # fmt: skip
 UNKNOWN_ROPE = ("attention_factor", "mscale", "mscale_all_dim", "truncate")  # of yarn: not built
 
 
@@ -59,6 +64,7 @@ def rope(given: Mapping[str, Any]) -> dict[str, Any]:
     "dynamic" stretches only sequences longer than max_position_embeddings, which no config of ours allows: here it is "default".
     """
     found = {**(given.get("rope_scaling") or {}), **(given.get("rope_parameters") or {})}
+    found = checked(found, INNER, "config.json: rope_scaling")
     kind = found.get("rope_type", found.get("type", "default"))
     values = {"rotary_base": float(found.get("rope_theta", given.get("rope_theta", 10000.0)))}
     if kind in ("default", "dynamic"):
@@ -69,7 +75,7 @@ def rope(given: Mapping[str, Any]) -> dict[str, Any]:
         rule = f"rope_type is one of default, dynamic, {', '.join(ROPE)}, with all their fields and without {', '.join(UNKNOWN_ROPE)}"
         cure = "Copy config.json again; if it is as published, this model cannot be converted"
         raise CheckpointError(problem("config.json: rope_scaling", found, rule, cure))
-    return {**values, "rope_scaling_type": kind, **{ours: found.get(name) or default for name, ours, default in ROPE[kind]}}
+    return {**values, "rope_scaling_type": kind, **{ours: found.get(name, default) for name, ours, default in ROPE[kind]}}
 
 
 def rope_theirs(config: RunConfig) -> dict[str, Any]:
@@ -83,6 +89,10 @@ def windows(given: Mapping[str, Any], used: bool, first: int = 0) -> dict[str, A
     """Our fields of sliding windows. used: where config.json has no layer_types, whether layers from `first` on have one."""
     layers, width = given["num_hidden_layers"], given.get("sliding_window")
     types = given.get("layer_types") or ["sliding_attention" if used and number >= first else "full_attention" for number in range(layers)]
+    if len(types) != layers or (strange := sorted({*types} - {"sliding_attention", "full_attention"})):
+        found = f"{len(types)} of them" if len(types) != layers else strange
+        rule = f"each of {layers} layers has one, sliding_attention or full_attention"
+        raise CheckpointError(problem("config.json: layer_types", found, rule, "Correct it, or copy the original file again"))
     full = [number for number, kind in enumerate(types) if kind == "full_attention"]
     if width is None or len(full) == layers:
         return {}

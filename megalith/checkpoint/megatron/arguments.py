@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from megalith.checkpoint.lazy import Lazy
 from megalith.checkpoint.megatron.vocabulary import true_size
 from megalith.checkpoint.unpickle import Stand
 from megalith.common.errors import CheckpointError, problem
+from megalith.config.checks_model import form_problems
 from megalith.config.loading_values import convert, fields
 from megalith.config.megatron_counts import words_asked
 from megalith.config.model import GLU_ACTIVATIONS
 from megalith.config.run import RunConfig
+from megalith.config.source_fields import Kind, Ours, checked
+from megalith.config.text import fail
 
 POSITIONS = {1: "rope", 2: "learned_absolute", 3: "alibi", "rotary": "rope", "absolute": "learned_absolute"}  # of PositionEmbeddingType
 RENAMED = {  # what other versions and forks call a field of ours
@@ -55,9 +58,34 @@ OFF: dict[str, tuple[Any, ...]] = {  # what those read, besides None, False, 0 a
 }  # fmt: skip
 
 
+COUNT = Kind(int, least=0, most=2**31)
+OWN: dict[str, Kind | Ours] = {  # arguments that are read and are no field of ours, or not in the same sense
+    **dict.fromkeys(("tensor_model_parallel_size", "model_parallel_size", "pipeline_model_parallel_size"), COUNT),
+    **dict.fromkeys(("vocab_size", "orig_vocab_size", "padded_vocab_size", "vocab_extra_ids"), COUNT),
+    "num_query_groups": COUNT, "num_key_value_heads": COUNT, "rotary_seq_len_interpolation_factor": Kind(float, least=0.0),
+    "window_size": Kind(list, item=int), "untie_embeddings_and_output_weights": Kind(bool), "use_rope_scaling": Kind(bool),
+}  # fmt: skip
+CURE = "Give the right value as a flag, or copy the file again"
+
+
 def plain(value: Any) -> Any:
     """A value of the arguments without its class: an enum's member by its name or number."""
     return value.args[0] if isinstance(value, Stand) and len(value.args) == 1 else None if isinstance(value, Stand) else value
+
+
+def known(args: Mapping[str, Any], overrides: Collection[str] = ()) -> dict[str, Any]:
+    """The arguments without their classes, each that is read of its type and in its range, null ones left out.
+
+    overrides: our fields that the user gives; what they say is not judged. Raises CheckpointError with all that are wrong.
+    """
+    args = {name: plain(value) for name, value in args.items()}
+    table: dict[str, Kind | Ours] = dict(OWN)
+    for name in args:
+        field = fields().get(RENAMED.get(name, name))
+        if field and field.section == "model" and field.kind is not str and name not in OWN | UNSUPPORTED.keys():
+            table[name] = Ours(field.name)
+    table = {name: kind for name, kind in table.items() if RENAMED.get(name, name) not in overrides}
+    return checked(args, table, "arguments of the file", CURE)
 
 
 def to_config(
@@ -68,7 +96,7 @@ def to_config(
     What shapes tell is a fact; the rest is the arguments', or assumed with a note where there are none; overrides win.
     Raises CheckpointError for what our models cannot be.
     """
-    args = {name: plain(value) for name, value in args.items()}
+    args = known(args, overrides)
     plain_norms = "encoder.layers.0.input_layernorm.bias" not in parts  # RMSNorm has that form here too
     for name, reason in UNSUPPORTED.items():
         if name == "apply_layernorm_1p" and plain_norms:
@@ -88,7 +116,9 @@ def to_config(
     padded = parts["embedding.word_embeddings.weight"].shape[0] * ranks
     values["vocab_size"] = true_size(args, padded, ranks, overrides, notes)
     values.setdefault("make_vocab_size_divisible_by", 128)
-    return RunConfig().replace(**values)
+    config = RunConfig().replace(**values)
+    fail((f"arguments of the file, or flags: {each.text}" for each in form_problems(config)), CheckpointError)
+    return config
 
 
 def _of_arguments(args: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
@@ -122,6 +152,9 @@ def _of_arguments(args: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
 
 def _without_window(skip: int | Sequence[int] | None, layers: int) -> list[int]:
     """The layers that see everything: every `skip`-th, or those where the list has a 0 (megatron/core/transformer/utils.py)."""
+    if skip is not None and not isinstance(skip, int) and not (isinstance(skip, (list, tuple)) and all(each in (0, 1) for each in skip)):
+        rule = "it is a whole number, or a 0 or a 1 for each layer"
+        raise CheckpointError(problem("arguments of the file: window_attn_skip_freq", skip, rule, CURE))
     pattern = skip if isinstance(skip, Sequence) else [number % skip for number in range(1, layers + 1)] if skip else []
     return [layer for layer, window in enumerate(pattern[:layers]) if not window]
 

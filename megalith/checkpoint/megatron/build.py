@@ -10,6 +10,7 @@ from megalith.checkpoint.megatron import optimizer
 from megalith.checkpoint.megatron.assemble import Parts, Plan
 from megalith.checkpoint.unpickle import fields
 from megalith.checkpoint.weights import Weights
+from megalith.config.source_fields import Kind, checked
 
 States = Mapping[str, Sequence[Parts]]  # "exp_avg", "exp_avg_sq", "master" -> the parts of each tensor-parallel rank
 
@@ -44,6 +45,11 @@ def weights_of(
     if classes:
         notes.append(f"classes that were not loaded, nor needed: {', '.join(sorted(classes))}")
     return Weights(config=plan.config, tensors=tensors, iteration=iteration_of(content), train_state=state, notes=tuple(notes))
+
+
+def version_of(content: Mapping[str, Any], default: float) -> float:
+    """The file's checkpoint_version. Raises CheckpointError where it is no number."""
+    return float(checked(content, {"checkpoint_version": Kind(float)}, "the file").get("checkpoint_version", default))
 
 
 def iteration_of(content: Mapping[str, Any]) -> int:

@@ -18,6 +18,7 @@ from megalith.checkpoint import unpickle
 from megalith.checkpoint.formats import Format, Options
 from megalith.checkpoint.lazy import Lazy
 from megalith.checkpoint.megatron import build, zero
+from megalith.checkpoint.megatron.arguments import known
 from megalith.checkpoint.megatron.assemble import by_rank
 from megalith.checkpoint.megatron.names import normal
 from megalith.checkpoint.megatron.source import Rank, chunks_of, flatten, number_layers
@@ -69,7 +70,7 @@ def read(path: pathlib.Path, options: Options) -> Weights:
             number_layers([holder])
         tables = {holder.tensor: holder.tensors for holder in holders}
         names = {name: normal(name) for name in flatten(content.get("module"))}
-    said = unpickle.fields(content.get("args")).get("tensor_model_parallel_size") or ranks
+    said = known(unpickle.fields(content.get("args"))).get("tensor_model_parallel_size") or ranks
     if sorted(tables) != list(range(max(int(said), ranks))):
         rule = f"tensor parallel {max(int(said), ranks)} has a file for each rank"
         raise CheckpointError(problem(f"{folder}, tensor-parallel ranks", sorted(tables), rule, "Copy the missing files"))
@@ -80,7 +81,7 @@ def read(path: pathlib.Path, options: Options) -> Weights:
             return zero.universal(folder / "zero", names, classes)
         return zero.shards(folder, contents, names, len(parts), classes)
 
-    return build.weights_of(content, float(content.get("checkpoint_version", 3.0)), parts, states, classes, options)
+    return build.weights_of(content, build.version_of(content, 3.0), parts, states, classes, options)
 
 
 def pipelined(files: list[pathlib.Path], classes: set[str]) -> tuple[dict[str, str], dict[int, dict[str, Lazy]]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import operator
 import pathlib
 import re
@@ -19,6 +18,7 @@ from torch import Tensor
 from megalith.checkpoint import unpickle
 from megalith.checkpoint.chunked import INDEX, Chunked
 from megalith.checkpoint.formats import Format, Options
+from megalith.checkpoint.huggingface_files import read_json
 from megalith.checkpoint.lazy import Lazy
 from megalith.checkpoint.megatron import build
 from megalith.checkpoint.megatron.names import normal_names
@@ -87,7 +87,7 @@ def read(path: pathlib.Path, options: Options) -> Weights:
             problem(f"{path}", options.iteration, f"a folder with {INDEX} is there for each iteration", "Check --ckpt-step")
         )
     if (folder / KIND).exists():
-        backend = json.loads((folder / KIND).read_text()).get("sharded_backend")
+        backend = read_json(folder / KIND).get("sharded_backend")
         if backend != "torch_dist":
             cure = "Save it once more with --ckpt-format torch_dist"
             raise CheckpointError(problem(f"{folder / KIND}, sharded_backend", backend, "torch_dist alone can be read", cure))

@@ -42,7 +42,7 @@ def weights_of(ranks: list[Rank], classes: set[str], options: Options) -> Weight
         raise CheckpointError(
             f"{ranks[0].name}: no tensors found; a file of Megatron holds them under `model` or `module`. Check the path."
         )
-    version = 3.0 if is_core(content) else float(content.get("checkpoint_version", 0.0))
+    version = 3.0 if is_core(content) else build.version_of(content, 0.0)
     return build.weights_of(content, version, parts, lambda notes: optimizer.read(ranks, notes), classes, options)
 
 

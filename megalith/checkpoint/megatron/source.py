@@ -12,6 +12,7 @@ from typing import Any
 
 from megalith.checkpoint import unpickle
 from megalith.checkpoint.lazy import Lazy
+from megalith.checkpoint.megatron.arguments import known
 from megalith.checkpoint.megatron.names import TIED, normal_names
 from megalith.checkpoint.stored import Window, stored
 from megalith.common.errors import CheckpointError, problem
@@ -155,7 +156,7 @@ def read_ranks(files: Files, folder: str, classes: set[str]) -> list[Rank]:
             content = content if isinstance(content, dict) else {}
             ranks.append(Rank(name, int(match[1]), int(match[2] or 0), content, chunks_of(content), beside))
     tensor, pipeline = max(rank.tensor for rank in ranks) + 1, max(rank.pipeline for rank in ranks) + 1
-    args = unpickle.fields(ranks[0].content.get("args"))
+    args = known(unpickle.fields(ranks[0].content.get("args")))
     tensor = max(tensor, int(args.get("tensor_model_parallel_size") or args.get("model_parallel_size") or 1))
     pipeline = max(pipeline, int(args.get("pipeline_model_parallel_size") or 1))
     there = {(rank.tensor, rank.pipeline) for rank in ranks}

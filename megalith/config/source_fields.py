@@ -1,0 +1,92 @@
+"""Fields of other programs' configurations (config.json, Megatron's arguments): each judged once, by type and range. No torch.
+
+given = checked(given, table, "Llama/config.json")     # null ones left out, 32.0 where 32 is meant made 32; or one error with all
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from megalith.common.errors import CheckpointError, problem
+from megalith.config.checks import limit
+from megalith.config.loading_values import fields
+from megalith.config.text import fail, value_text
+
+WORDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", list: "a list", dict: "an object"}
+
+
+class Kind(NamedTuple):
+    """What a field may be. least, most: its range. item: of a list's elements. null: whether null says something of its own."""
+
+    kind: type
+    least: float | None = None
+    most: float | None = None
+    choices: tuple = ()
+    item: type | None = None
+    null: bool = False
+
+
+class Ours(NamedTuple):
+    """A field with the type and the range of a field of RunConfig."""
+
+    name: str
+    null: bool = False
+
+
+Table = Mapping[str, Kind | Ours]
+CURE = "Correct it there, or copy the original file again"
+
+
+def checked(given: Mapping[str, Any], table: Table, where: str, cure: str = CURE) -> dict[str, Any]:
+    """`given` with each field of the table of its type. Fields that are null are left out, unless null says something of its own.
+
+    Raises CheckpointError with every field that is of another type or out of its range; `where` names the file.
+    """
+    found, problems = dict(given), list[str]()
+    for name in table.keys() & given.keys():
+        kind, value = table[name], given[name]
+        if value is None:
+            if not kind.null:
+                del found[name]
+            continue
+        found[name] = value = whole(value, fields()[kind.name].kind if isinstance(kind, Ours) else kind.kind)
+        if rule := (limit(kind.name, value) or ("",))[0] if isinstance(kind, Ours) else _rule(kind, value):
+            quoted = " (without quotation marks)" if isinstance(value, str) and _number(value) else ""
+            problems.append(problem(f"{where}: {name}", value, f"{rule.partition('; the default')[0]}{quoted}", cure))
+    fail(sorted(problems), CheckpointError)
+    return found
+
+
+def whole(value: Any, kind: type) -> Any:
+    """32 for 32.0 where a whole number is meant; everything else as it is."""
+    return int(value) if kind is int and isinstance(value, float) and value.is_integer() else value
+
+
+def _rule(kind: Kind, value: Any) -> str | None:
+    """What `value` breaks."""
+    if not _is(value, kind.kind) or (kind.item and not all(_is(each, kind.item) for each in value)):
+        return f"it is {WORDS[kind.kind]}" + (f", each of its elements {WORDS[kind.item]}" if kind.item else "")
+    if kind.choices and value not in kind.choices:
+        return f"it is one of {', '.join(map(str, kind.choices))}"
+    if (kind.least is not None and value < kind.least) or (kind.most is not None and value > kind.most):
+        bounds = [f"at least {value_text(kind.least)}"] * (kind.least is not None)
+        return f"it is {' and '.join(bounds + [f'at most {value_text(kind.most)}'] * (kind.most is not None))}"
+    return None
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Whether a value is of a kind: whole numbers are numbers, true and false are not."""
+    if isinstance(value, bool) != (kind is bool):
+        return False
+    if kind is float:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, (list, tuple) if kind is list else kind)
+
+
+def _number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
