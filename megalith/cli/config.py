@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+import shlex
 
-from megalith import recipes
 from megalith.common.errors import ConfigError
 from megalith.common.files import write_text
 from megalith.common.outputs import check as check_output
 from megalith.common.outputs import writing
-from megalith.config.checks import check
-from megalith.config.loading import complete, from_yaml, to_yaml
-from megalith.config.loading_values import convert, fields
-from megalith.config.run import RunConfig
-from megalith.config.text import flag, value_text
+from megalith.config.loading import to_yaml
+from megalith.workflows import wizard
 
 EXAMPLE = """\
 examples:
   megalith config --output run.yaml
   printf 'cpu-tiny\\ncorpus_text_document\\ntokenizer.json\\n' | megalith config --output run.yaml --force
 
-An empty answer, or the end of the input, takes the default shown in brackets.
+An empty answer, or the end of the input, takes the default shown in brackets. Where more than one process is meant, layout,
+number format, recomputation and clipping are asked for too; what cannot work is asked again. Nothing is written before all fits.
 """
 
 
@@ -44,59 +42,17 @@ def ask_and_write(args: argparse.Namespace) -> int:
     if output.exists() and not args.force:
         raise ConfigError(f"--output: {output} exists already. Name another file, or add --force to replace it.")
     check_output([output], overwrite=True)
-    name = _recipe()
-    text = recipes.text(name)
-    config = from_yaml(text, f"recipe {name}")
-    config = config.replace(data_path=_answer(config, "data_path", "dataset prefix, as `megalith data preprocess` names it").split())
-    files = _ask("tokenizer.json, or vocabulary and merges: vocab.json merges.txt").split()
-    config = config.replace(**dict(zip(("tokenizer_model",) if len(files) == 1 else ("vocab_file", "merge_file"), files, strict=False)))
-    for field in ("name", "train_iters" if config.schedule.train_samples is None else "train_samples", "micro_batch_size"):
-        config = config.replace(**{field: convert(fields()[field], _answer(config, field), flag(field))[0]})
-    processes = int(_answer_number("processes", recipes.about(text).get("processes", 1)))
-    values = {field: value for field, value in config.flat().items() if value != fields()[field].default}
-    config = complete(values, [])
-    check(config, processes)
+    answers = wizard.ask()
+    about = f"about:\n  processes: {answers.processes}\n"
     with writing(output, overwrite=args.force):
-        write_text(output, to_yaml(config, changed_only=True))
-    start = "megalith" if processes == 1 else f"torchrun --nproc-per-node {processes} -m megalith"
-    print(f"\nwrote {output}; next:\n  {start} pretrain gpt --config {output}")
+        write_text(output, about + to_yaml(answers.config, changed_only=True, always=("model_type",)))
+    command = f"-m megalith pretrain {answers.config.model.model_type} --config {shlex.quote(str(output))}"
+    machines, on_this = answers.processes // answers.per_machine, command.removeprefix("-m ")
+    many = f"--nproc-per-node {answers.per_machine} {command}"
+    if machines == 1:
+        print(f"\nwrote {output}; next:\n  {on_this if answers.processes == 1 else f'torchrun {many}'}")
+        return 0
+    print(f"\nwrote {output}; to check it, on any machine:\n  {on_this} --dry-run")
+    print(f"next, on each of {machines} machines, with the name of one of them for FIRST:")
+    print(f"  torchrun --nnodes {machines} --rdzv-backend c10d --rdzv-endpoint FIRST:29500 {many}")
     return 0
-
-
-def _recipe() -> str:
-    print("recipes to start from:")
-    for name in recipes.names():
-        print(f"  {name:18} {recipes.about(recipes.text(name))['summary']}")
-    while True:
-        name = _ask("recipe", "cpu-tiny")
-        if name in recipes.names():
-            return name
-        print(f"  there is no recipe {name!r}")
-
-
-def _answer(config: RunConfig, field: str, what: str = "") -> str:
-    """An answer that has the field's type; asked again until it has."""
-    known = config.flat()[field]
-    while True:
-        text = _ask(f"{flag(field)}: {what or fields()[field].metadata['help']}", value_text(known) if known not in (None, []) else "")
-        _, trouble = convert(fields()[field], text, flag(field))
-        if trouble is None:
-            return text
-        print(f"  {trouble.text}")
-
-
-def _answer_number(what: str, known: int) -> str:
-    while True:
-        text = _ask(what, str(known))
-        if text.isdecimal() and int(text) > 0:
-            return text
-        print(f"  {what}: found {text!r}; it is a whole number, 1 or more")
-
-
-def _ask(question: str, default: str = "") -> str:
-    """One line from standard input; the default for an empty one or at the end of the input."""
-    try:
-        return input(f"{question}{f' [{default}]' if default else ''}: ").strip() or default
-    except EOFError:
-        print()
-        return default

@@ -65,7 +65,7 @@ def check_length(config: RunConfig, dp: int) -> None:
     if config.validation.skip_train or total_steps(config, dp):
         return
     name = "train_iters" if config.schedule.train_samples is None else "train_samples"
-    rule = "training takes at least one step" + (f", of {global_batch(config, dp)} samples here" if name == "train_samples" else "")
+    rule = "training takes at least one step" + (f", of {batch_size_at(config, dp, 0)} samples here" if name == "train_samples" else "")
     cure = f"Raise {flag(name)}, or give --skip-train to validate and test what --load gives"
     raise ConfigError(problem(flag(name), getattr(config.schedule, name), rule, cure))
 

@@ -32,6 +32,7 @@ def model_problems(config: RunConfig) -> Iterator[Problem]:
         yield trouble(("seq_length", "max_position_embeddings"), "--seq-length", sequence, rule, cure)
     yield from form_problems(config)
     yield from _bert(config)
+    yield from _samples(config)
     yield from t5_problems(config)
     p = config.precision
     if p.fp16 and p.bf16:
@@ -135,6 +136,19 @@ def _forms(config: RunConfig) -> Iterator[Problem]:
         yield trouble(
             both, "--use-rotary-position-embeddings", Words("also alibi"), "a model has one kind of positions", "Leave out one of the two"
         )
+
+
+def _samples(config: RunConfig) -> Iterator[Problem]:
+    """Samples and losses of other models than the one that is trained, and a vocabulary that samples cannot be made with."""
+    d = config.data
+    for name, value, usual in (("dataset", d.dataset, "gpt"), ("loss", d.loss, "lm")):
+        if config.model.model_type == "gpt" and value in ("bert", "t5", "ict"):
+            cure = "Leave it out" + f", or train {value}" * (value != "ict")
+            yield trouble((name,), flag(name), value, f"gpt learns from the {name} {usual!r}", cure)
+    if d.dataset in ("bert", "t5") and d.tokenizer_type == "GPT2BPETokenizer":
+        rule = f"samples of {d.dataset} have tokens for {'[CLS], [SEP], [MASK] and ' * (d.dataset == 'bert')}padding, which GPT-2's lacks"
+        cure = "Write --vocab-file vocab.txt (BERT's) without --merge-file, as the data was made"
+        yield trouble(("tokenizer_type",), "--tokenizer-type", d.tokenizer_type, rule, cure)
 
 
 def _bert(config: RunConfig) -> Iterator[Problem]:

@@ -29,6 +29,11 @@ def schedule_problems(config: RunConfig) -> Iterator[Problem]:
         cure = "Write --train-samples N --train-iters none, and give the schedule in samples too"
         yield trouble(("rampup_batch_size", "train_iters"), "--rampup-batch-size", Words(f"with --train-iters {s.train_iters}"),
                       "batch ramp-up is counted in samples", cure)  # fmt: skip
+    ramp = config.batch.rampup_batch_size
+    if s.train_samples is not None and len(ramp) == 3 and ramp[2] > s.train_samples:
+        yield trouble(("rampup_batch_size", "train_samples"), "--rampup-batch-size", Words(value_text(ramp)),
+                      f"the batch grows over {ramp[2]} samples, and the run has --train-samples {s.train_samples}",
+                      f"Write --rampup-batch-size {value_text([*ramp[:2], s.train_samples])} or less, or none")  # fmt: skip
     yield from _warmup(config)
     if s.override_opt_param_scheduler and s.use_checkpoint_opt_param_scheduler:
         both = ("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler")

@@ -214,14 +214,14 @@ def _tokens_to_samples(values: dict[str, Any], notices: list[str]) -> None:
             notices.append(f"{flag(tokens)} {count} is read as {flag(samples)} {values[samples]} (of --seq-length {sequence} tokens)")
 
 
-def to_yaml(config: RunConfig, *, changed_only: bool = False) -> str:
-    """YAML by section; changed_only leaves out what has its default. from_yaml reads it back to an equal config."""
+def to_yaml(config: RunConfig, *, changed_only: bool = False, always: Sequence[str] = ()) -> str:
+    """YAML by section; changed_only leaves out what has its default, but for `always`. from_yaml reads it back to an equal config."""
     import yaml
 
     tree: dict[str, dict[str, Any]] = {}
     for name, value in config.flat().items():
         field = fields()[name]
-        if not changed_only or value != field.default:
+        if not changed_only or name in always or value != field.default:
             tree.setdefault(field.section, {})[name] = value
     return yaml.safe_dump(tree, sort_keys=False, width=140) if tree else ""
 

@@ -57,17 +57,20 @@ EXAMPLES = {int: "4", float: "0.1", bool: "true", str: "text", list: "1 2 3"}
 def convert(field: Field, raw: Any, called: str) -> tuple[Any, Problem | None]:
     """The typed value of `raw`, or a problem; `called` is the name the user gave it ('--lr', 'run.yaml: lr').
 
-    Numbers may be text ('1e-4', which YAML 1.1 reads as text), whole numbers may be written 1e6, and 'none' unsets an optional field.
+    Numbers may be text ('1e-4', which YAML 1.1 reads as text), whole numbers may be written 1e6, and 'none' unsets an optional
+    field and empties a list.
     """
     if field.optional and (raw is None or (isinstance(raw, str) and raw.lower() in ("none", "null"))):
         return None, None
     try:
         if field.kind is list:
             items = raw if isinstance(raw, (list, tuple)) else str(raw).split()
+            if [str(item).lower() for item in items] == ["none"]:
+                return [], None
             return [_scalar(field.item, item) for item in items], None
         return _scalar(field.kind, raw), None
     except (ValueError, TypeError, OverflowError):
-        rule = f"{WORDS[field.kind]} of {WORDS[field.item]}s" if field.kind is list else WORDS[field.kind]
+        rule = f"{WORDS[field.kind]} of {WORDS[field.item].removeprefix('a ')}s" if field.kind is list else WORDS[field.kind]
         rule = f"it is {rule}{', or none' if field.optional else ''} ({field.metadata['help']})"
         return None, Problem((field.name,), problem(called, raw, rule, _cure(field, raw)))
 

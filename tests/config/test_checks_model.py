@@ -70,6 +70,13 @@ BERT = {"model_type": "bert", "dataset": "bert", "loss": "bert"}
 BERT_CASES = [
     ({"norm_after_residual": True}, "--norm-after-residual: found with gpt; it is a form of BERT. Leave it out, or train bert."),
     ({"bert_no_binary_head": True}, "--bert-no-binary-head: found with gpt"),
+    ({"dataset": "bert"}, "--dataset: found 'bert'; gpt learns from the dataset 'gpt'. Leave it out, or train bert."),
+    ({"loss": "t5"}, "--loss: found 't5'; gpt learns from the loss 'lm'. Leave it out, or train t5."),
+    ({"dataset": "ict"}, "gpt learns from the dataset 'gpt'. Leave it out."),
+    (
+        {**BERT, "tokenizer_type": "GPT2BPETokenizer"},
+        "samples of bert have tokens for [CLS], [SEP], [MASK] and padding, which GPT-2's lacks. Write --vocab-file vocab.txt (BERT's)",
+    ),
     ({**BERT, "position_embedding_type": "rope"}, "--position-embedding-type: found 'rope'; BERT learns its positions."),
     ({**BERT, "norm_after_residual": True, "apply_residual_connection_post_layernorm": True}, "a layer has one form"),
     ({**BERT, "dataset": "gpt"}, "--dataset: found 'gpt'; bert learns from the dataset 'bert'. Write --dataset bert, or leave it out."),

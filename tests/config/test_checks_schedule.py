@@ -19,6 +19,11 @@ CASES = [
     ({**STEPS, "lr_decay_samples": 5}, "Write --lr-decay-iters in steps, or unset it with --lr-decay-samples none."),
     ({**STEPS, "lr_warmup_samples": 5}, "Write --lr-warmup-iters in steps, or unset it with --lr-warmup-samples 0."),
     ({**STEPS, "rampup_batch_size": [1, 1, 5]}, "batch ramp-up is counted in samples"),
+    (
+        {**SAMPLES, "rampup_batch_size": [16, 16, 1001]},
+        "--rampup-batch-size: found 16 16 1001; the batch grows over 1001 samples, and the run has --train-samples 1000. "
+        "Write --rampup-batch-size 16 16 1000 or less, or none.",
+    ),
     ({**SAMPLES, "lr_decay_iters": 5}, "with --train-samples the whole schedule is in samples. Write --lr-decay-samples"),
     ({**SAMPLES, "lr_warmup_iters": 5}, "Write --lr-warmup-samples in samples"),
     ({**STEPS, "lr_warmup_fraction": 0.1, "lr_warmup_iters": 5}, "--lr-warmup-fraction: found 0.1, and --lr-warmup-iters 5"),

@@ -34,7 +34,7 @@ def test_types():
     assert value("rampup_batch_size", ["16", "16", "5859375"]) == [16, 16, 5859375]
     assert value("rampup_batch_size", "16 16 5859375") == [16, 16, 5859375]
     assert value("data_path", [0.3, "a", 0.7, "b"]) == ["0.3", "a", "0.7", "b"]
-    assert value("data_path", "one") == ["one"]
+    assert value("data_path", "one") == ["one"] and value("rampup_batch_size", ["none"]) == [] == value("data_path", "none")
     assert value("save", "none") is None and value("train_iters", None) is None and value("position_embedding_type", "none") == "none"
 
 
