@@ -31,6 +31,7 @@ from megalith.config.text import fail
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 LARGEST = 2**50  # elements of one tensor: more are of a mistyped size, and even the shape of such a tensor overflows
+IDS = ("bos_token_id", "pad_token_id")
 KEPT = "huggingface/"  # where a checkpoint of ours keeps config.json and generation_config.json of what it was made from
 
 
@@ -85,6 +86,8 @@ def read(path: pathlib.Path, options: Options) -> Weights:
     if "dynamic" in str(given.get("rope_parameters") or given.get("rope_scaling")):
         notes += ("rope_type dynamic is left out: it acts beyond max_position_embeddings alone, where no sequence here goes",)
     notes = (*beside, *ties, *told, *notes)
+    if (path / GENERATION).is_file():
+        checked(files.read_json(path / GENERATION), {name: KINDS[name] for name in IDS}, str(path / GENERATION))
     kept = {f"{KEPT}{name}": path / name for name in (CONFIG, GENERATION) if (path / name).is_file()}
     return Weights(config=config, tensors=tensors, files={**kept, **tokenizer.found_in(options.tokenizer or path)}, notes=notes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from megalith.config.checks_t5 import t5_problems
@@ -118,9 +119,13 @@ def _heads(config: RunConfig) -> Iterator[Problem]:
                       f"Write --num-query-groups {around(groups, divisors(heads))}")  # fmt: skip
     if m.positions == "rope":
         rotated = int(m.head_dim * m.rotary_percent)
-        if rotated < 2:
+        if rotated < 2 or rotated % 2:  # of an odd number others rotate one channel more, at other angles
             rule = f"channels are rotated in pairs, and a head has {m.head_dim} x --rotary-percent of them"
             cure = "Write a larger --rotary-percent, or fewer --num-attention-heads"
+            if rotated % 2 and rotated > 1:
+                rule += ", which is odd"
+                shares = [f"{math.ceil(n / m.head_dim * 1e6) / 1e6:g}" for n in (rotated - 1, rotated + 1) if n <= m.head_dim]
+                cure = f"Write --rotary-percent {' or '.join(shares)}"
             yield trouble(("num_attention_heads", "hidden_size", "rotary_percent"), "rotated channels of a head", rotated, rule, cure)
 
 

@@ -320,3 +320,14 @@ def test_null_is_the_default_and_a_whole_float_is_whole(saved: dict, tmp_path: p
     model = formats.read(tmp_path / "theirs").config.model
     assert (model.hidden_size, model.rotary_base, model.activation, model.layernorm_epsilon) == (48, 10000.0, "swiglu", 1e-6)
     assert isinstance(model.hidden_size, int)
+
+
+def test_other_files_of_the_folder_are_judged_too(folder) -> None:
+    theirs = folder("neox")
+    (theirs / "generation_config.json").write_text('{"bos_token_id": "0"}')
+    with pytest.raises(CheckpointError, match=r"generation_config.json: bos_token_id: found '0'; it is a whole number"):
+        formats.read(theirs)
+    (theirs / "generation_config.json").unlink()
+    broken(theirs, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25})  # 3 of 12 channels
+    with pytest.raises(CheckpointError, match=r"rotated channels of a head: found 3; .* which is odd. Write --rotary-percent"):
+        formats.read(theirs)

@@ -30,6 +30,8 @@ CASES = [
     ({"swiglu": True, "squared_relu": True}, "activation: found --squared-relu and --swiglu; an MLP has one."),
     ({"use_rotary_position_embeddings": True, "position_embedding_type": "alibi"}, "a model has one kind of positions"),
     ({"position_embedding_type": "rope", "rotary_percent": 0.01}, "rotated channels of a head: found 0"),
+    ({"position_embedding_type": "rope", "rotary_percent": 0.2}, "found 3; channels are rotated in pairs, and a head has 16 x "
+     "--rotary-percent of them, which is odd. Write --rotary-percent 0.125 or 0.25."),
     ({"rope_scaling_type": "yarn"},
      "--rope-scaling-type: found 'yarn'; it is for rope, not learned_absolute. Write --position-embedding-type rope, or leave out "
      "--rope-scaling-type."),
