@@ -92,6 +92,8 @@ def resolve(
 def _name_model(word: str, values: dict[str, Any], models: Mapping[str, str], problems: list[Problem]) -> None:
     """Take the model named after the verb, which recipe, file and flags may not contradict, unless it is one's own (module:name)."""
     said = values.get("model_type", word)
+    if said not in fields()["model_type"].metadata["names"] and ":" not in said and said != word:
+        return  # it is no model, which is told by itself
     if word != said and ":" not in word:
         rule = f"{models[said]} is of a {said}"
         cure = f"Write {said} after the verb, or add --model-type {word} to have a {word} of that shape"

@@ -117,6 +117,15 @@ def test_a_model_that_contradicts_the_config_is_refused(words, message, trained,
     assert message in capsys.readouterr().err
 
 
+def test_a_model_of_the_config_that_there_is_not_is_one_mistake(trained, capsys, tmp_path):
+    (tmp_path / "run.yaml").write_text("model_type: GPT\n")
+    assert main([*TINY, "--config", str(tmp_path / "run.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert error.endswith(
+        "megalith: --model-type: found 'GPT'; it is one of gpt, bert, t5, or module:name of your own. Write --model-type gpt.\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
