@@ -7,7 +7,7 @@
 #       GPUS_PER_NODE=8 TENSOR=2 PIPELINE=2 examples/pretrain_bert_distributed_with_mp.sh --sequence-parallel
 set -euo pipefail
 
-CHECKPOINT_PATH=${CHECKPOINT_PATH:?folder that checkpoints are saved in and loaded from}
+CHECKPOINT_PATH=${CHECKPOINT_PATH:?folder of checkpoints, and of the record of the run unless --run-dir is given}
 VOCAB_FILE=${VOCAB_FILE:?vocabulary of WordPiece, one token a line}
 DATA_PATH=${DATA_PATH:?indexed dataset, split into sentences, without its extension, as in my-bert_text_sentence}
 

@@ -6,7 +6,7 @@
 #       GPUS_PER_NODE=8 examples/pretrain_gpt_distributed.sh --use-distributed-optimizer
 set -euo pipefail
 
-CHECKPOINT_PATH=${CHECKPOINT_PATH:?folder that checkpoints are saved in and loaded from}
+CHECKPOINT_PATH=${CHECKPOINT_PATH:?folder of checkpoints, and of the record of the run unless --run-dir is given}
 VOCAB_FILE=${VOCAB_FILE:?vocab.json of GPT-2}
 MERGE_FILE=${MERGE_FILE:?merges.txt of GPT-2}
 DATA_PATH=${DATA_PATH:?indexed dataset without its extension, as in my-gpt2_text_document}

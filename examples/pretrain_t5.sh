@@ -8,7 +8,7 @@
 # Run the same command again to go on from the newest checkpoint.
 set -euo pipefail
 
-CHECKPOINT_PATH=${CHECKPOINT_PATH:?folder that checkpoints are saved in and loaded from}
+CHECKPOINT_PATH=${CHECKPOINT_PATH:?folder of checkpoints, and of the record of the run unless --run-dir is given}
 VOCAB_FILE=${VOCAB_FILE:?vocabulary of WordPiece, one token a line}
 DATA_PATH=${DATA_PATH:?indexed dataset, split into sentences, without its extension, as in my-t5_text_sentence}
 

@@ -9,7 +9,9 @@ from megalith.config.knobs import knob, section
 class CheckpointConfig:
     """Saving and loading. Paths are folders that hold iter_NNNNNNN/ and the `latest` pointer."""
 
-    save: str | None = knob(None, "where checkpoints go (default: checkpoints/ in the run folder)")
+    save: str | None = knob(
+        None, "where checkpoints go, and the run's record unless --run-dir is given (default: checkpoints/ in the run folder)"
+    )
     save_interval: int | None = knob(None, "steps between checkpoints (default: only at the end)", minimum=1)
     load: str | None = knob(None, "checkpoint folder to go on from (default: --save, where it holds one)")
     ckpt_step: int | None = knob(None, "iteration to load (default: the latest)", minimum=0)

@@ -35,6 +35,11 @@ class RunConfig:
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
     resilience: ResilienceConfig = dataclasses.field(default_factory=ResilienceConfig)
 
+    @property
+    def run_folder(self) -> str:
+        """Where the record of the run lies (config, metrics, pictures): --run-dir, else with the checkpoints of --save, else runs/<name>."""
+        return self.logging.run_dir or self.checkpoint.save or f"runs/{self.logging.name}"
+
     def replace(self, **values) -> RunConfig:
         """A copy with fields changed by their flat names: config.replace(num_layers=2, lr=1e-3)."""
         sections = {}

@@ -22,7 +22,7 @@ def next_start(config: RunConfig, progress: Progress) -> str:
     if progress.saved is None and c.ckpt_step is not None:
         return f"the same command starts from step {c.ckpt_step} again"
     if newest is None:
-        metrics = pathlib.Path(config.logging.folder) / "metrics.jsonl"
+        metrics = pathlib.Path(config.run_folder) / "metrics.jsonl"
         fresh = load is None and not c.fresh and metrics.exists() and metrics.stat().st_size > 0
         return "no checkpoint was written; the same command " + ("with --fresh " if fresh else "") + "begins from the start"
     without = ["--fresh"] if c.fresh else []

@@ -67,6 +67,10 @@ def _train(config: RunConfig, tokenizer: Tokenizer, ours: bool) -> Progress:
         same_config(config)
         mesh = grid(config.parallel, device)
         check_length(config, mesh.data_size)
+        if old := Ranks().first(lambda: run_folder.old_place(config)):
+            if mesh.is_main:
+                print(f"run folder {old}, where this run began its record; new runs have it in the folder of --save", flush=True)
+            config = config.replace(run_dir=old)
         with contextlib.ExitStack() as held:
             on_main(mesh, lambda: held.enter_context(run_folder.alone(config)))
             asked, config = config, origin.with_stored_gelu(config)
@@ -74,7 +78,7 @@ def _train(config: RunConfig, tokenizer: Tokenizer, ours: bool) -> Progress:
                 if config is not asked:
                     was = "activation gelu (exact) as what it starts from, which was stored before --bias-gelu-fusion had an effect"
                     print(f"{was}; --no-bias-gelu-fusion says the same without this line", flush=True)
-                write_text(pathlib.Path(config.logging.folder) / "config.yaml", to_yaml(config))
+                write_text(pathlib.Path(config.run_folder) / "config.yaml", to_yaml(config))
             return run(with_vocabulary(config, tokenizer), mesh, tokenizer)
     finally:
         if ours:
@@ -86,7 +90,7 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
     if config.precision.deterministic_mode:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses to be deterministic without it; read at first use
     torch.use_deterministic_algorithms(config.precision.deterministic_mode)
-    datasets = build_datasets(config, tokenizer, rank=mesh.data_rank, size=mesh.data_size, run_folder=config.logging.folder)
+    datasets = build_datasets(config, tokenizer, rank=mesh.data_rank, size=mesh.data_size, run_folder=config.run_folder)
     if datasets["train"] is None and not config.validation.skip_train:
         raise ConfigError(
             f"--split {config.data.split!r} leaves no document to train on; its first share must be above 0, and come to a document. "
@@ -122,7 +126,7 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
         for split, dataset in datasets.items() if dataset is not None
     }  # fmt: skip
     info = RunInfo(
-        config=config, folder=pathlib.Path(config.logging.folder), start_step=progress.iteration,
+        config=config, folder=pathlib.Path(config.run_folder), start_step=progress.iteration,
         rank=mesh.rank, world_size=mesh.world_size,
         train_iters=last_step,
         flops_per_token_full=flops_per_token(config.model, config.data.seq_length, False, config.data.decoder_seq_length),
@@ -200,7 +204,7 @@ def measured(config: RunConfig, mesh: Mesh, step: int) -> set[str]:
     if config.validation.skip_train:
         return set()
     writes = mesh.rank == mesh.world_size - 1  # it alone may see the file
-    mine = validated(pathlib.Path(config.logging.folder) / FILE, step) if writes else set()
+    mine = validated(pathlib.Path(config.run_folder) / FILE, step) if writes else set()
     return Ranks().collect(lambda: mine, lambda each: set().union(*each))
 
 
@@ -210,7 +214,7 @@ def announce(
     """Say what is about to run, in a few lines."""
     print(
         f"{config.model.model_type} with {trainer.runtime.num_parameters:,} parameters on {mesh.world_size} x {device_name(mesh.device)}, "
-        f"{config.precision.compute_dtype}; activation {config.model.activation}; run folder {config.logging.folder}",
+        f"{config.precision.compute_dtype}; activation {config.model.activation}; run folder {config.run_folder}",
         flush=True,
     )
     if mesh.size("pp") > 1:

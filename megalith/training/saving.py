@@ -25,7 +25,7 @@ from megalith.training.step import Trainer
 
 def folder_of(config: RunConfig) -> pathlib.Path:
     """Where the run's checkpoints lie."""
-    return pathlib.Path(config.checkpoint.save or f"{config.logging.folder}/checkpoints")
+    return pathlib.Path(config.checkpoint.save or f"{config.run_folder}/checkpoints")
 
 
 def load_of(config: RunConfig) -> str | None:
@@ -154,9 +154,8 @@ def check_folder(config: RunConfig) -> None:
 
     Raises ConfigError or CheckpointError that names the choices.
     """
-    run, own = pathlib.Path(config.logging.folder), folder_of(config)
+    own, load = folder_of(config), load_of(config)
     there = bool(checkpoint.iterations(own))
-    load = load_of(config)
     if load is not None and there and not config.checkpoint.finetune:
         raise ConfigError(
             f"--load {load} and the folder of this run's own checkpoints, {own}, which holds iteration "
@@ -171,9 +170,3 @@ def check_folder(config: RunConfig) -> None:
         )
     if not there and config.checkpoint.load is None and (given := needs_checkpoint(config)):
         raise ConfigError(f"{flag(given)}: {own} holds no checkpoint; it needs one to load. Name its folder with --load, or leave it out.")
-    metrics = run / "metrics.jsonl"
-    if not there and load is None and metrics.exists() and metrics.stat().st_size:
-        raise ConfigError(
-            f"{run} holds a run (metrics.jsonl) but no checkpoint to resume from; starting over would overwrite its record. "
-            f"Give --fresh to move it aside and start anew, or another --run-dir."
-        )

@@ -99,7 +99,7 @@ def _tokenizer(data: DataConfig) -> Iterator[str]:
 def _checkpoint(config: RunConfig) -> Iterator[str]:
     from megalith.checkpoint import folder
 
-    load, own = config.checkpoint.load, config.checkpoint.save or f"{config.logging.folder}/checkpoints"
+    load, own = config.checkpoint.load, config.checkpoint.save or f"{config.run_folder}/checkpoints"
     if load is None or pathlib.Path(load).resolve() == pathlib.Path(own).resolve():
         return  # a run's own folder may be empty: it begins then
     try:

@@ -52,7 +52,7 @@ def test_one_curve_of_t5(ranks, layout, sentences, tmp_path):
 
 def assert_one_curve(ranks, one, processes, changes):
     """A run on one process, and on many with `changes`."""
-    steps, tmp_path = one.schedule.train_iters, pathlib.Path(one.logging.folder).parent
+    steps, tmp_path = one.schedule.train_iters, pathlib.Path(one.run_folder).parent
     assert one.model.hidden_dropout == one.model.attention_dropout == 0.1
     train(one)
     ranks(run, processes, one.replace(run_dir=str(tmp_path / "many"), **changes), timeout=280)

@@ -2,11 +2,12 @@
 
 import json
 import pathlib
+import shutil
 
 import pytest
 
 from megalith import checkpoint
-from megalith.common.errors import CheckpointError
+from megalith.common.errors import CheckpointError, ConfigError, TrainingError
 from megalith.common.locks import LockedError, locked
 from megalith.training.pretrain import train
 from tests.tiny import losses, tiny_config
@@ -91,3 +92,86 @@ def test_what_a_killed_run_left_is_removed(tmp_path, corpus):
         path.write_text("half")
     train(tiny_config(corpus, str(tmp_path / "run"), **SHORT))
     assert not any(path.exists() for path in left)
+
+
+def named(corpus, **changes):
+    """A config whose run folder is not named."""
+    return tiny_config(corpus, "", **SHORT).replace(**{"run_dir": None} | changes)
+
+
+def test_the_record_lies_with_the_checkpoints_of_save(tmp_path, corpus, monkeypatch, capsys):
+    """Two runs with --save alone shared runs/gpt: the second, that began with the first's weights, wrote over the first's record."""
+    monkeypatch.chdir(tmp_path)
+    train(named(corpus, save="a"))
+    before = everything(tmp_path / "a")
+    train(named(corpus, save="b", load="a", finetune=True, seed=7))
+    train(named(corpus, save="c", train_iters=3))
+    assert everything(tmp_path / "a") == before and not (tmp_path / "runs").exists()
+    assert [len(losses(name)) for name in "abc"] == [2, 2, 3]
+    out = capsys.readouterr().out
+    assert "run folder b\n" in out and "checkpoint b/iter_0000002, picture b/loss.png, numbers of every step b/metrics.jsonl" in out
+    assert "numbers of every step r/metrics.jsonl" not in out
+    train(named(corpus))
+    train(named(corpus, save="a/checkpoints", run_dir="r"))
+    assert len(losses("runs/gpt")) == len(losses("r")) == 2 and everything(tmp_path / "a").items() >= before.items()
+
+
+def test_a_run_that_began_in_runs_gpt_goes_on_there(tmp_path, corpus, monkeypatch, capsys):
+    """Before, the run folder did not follow --save."""
+    monkeypatch.chdir(tmp_path)
+    constant = {"lr_decay_style": "constant", "lr_warmup_iters": 0, "override_opt_param_scheduler": True}
+    old = named(corpus, save="a", **constant)
+    train(old.replace(run_dir="runs/gpt"))
+    config = tmp_path / "runs/gpt/config.yaml"
+    config.write_text(config.read_text().replace("run_dir: runs/gpt", "run_dir: null"))
+    train(old.replace(train_iters=4))
+    assert "run folder runs/gpt, where this run began its record" in capsys.readouterr().out
+    assert len(losses("runs/gpt")) == 4 and not (tmp_path / "a" / "metrics.jsonl").exists()
+    train(named(corpus, save="b", **constant))
+    assert len(losses("b")) == 2 and len(losses("runs/gpt")) == 4
+
+
+def test_a_record_of_another_run_is_not_written_over(tmp_path, corpus, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train(named(corpus, run_dir="r", save="a"))
+    train(named(corpus, save="b", train_iters=3))
+    before = everything(tmp_path)
+    for other in ({"save": "c"}, {"save": "c", "load": "a", "finetune": True}, {"save": "b"}, {"save": "b", "skip_train": True}, {}):
+        with pytest.raises(ConfigError, match=r"r holds the record .* of a run whose checkpoints go to .*/a, and those of this one go to "):
+            train(named(corpus, run_dir="r", **other))
+    for load in ({}, {"load": "b", "finetune": True}):
+        with pytest.raises(ConfigError, match=r"b holds the record .* of a run, and b no checkpoint of it to resume from"):
+            (tmp_path / "b" / "iter_0000003").rename(tmp_path / "away")
+            try:
+                train(named(corpus, save="b", **load | {"load": "a"} if load else load))
+            finally:
+                (tmp_path / "away").rename(tmp_path / "b" / "iter_0000003")
+    assert everything(tmp_path) == before
+
+
+def test_a_moved_run_goes_on_where_it_is(tmp_path, corpus, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    longer = {"train_iters": 3, "override_opt_param_scheduler": True}
+    train(named(corpus, save="a"))
+    (tmp_path / "a").rename(tmp_path / "b")
+    train(named(corpus, save="b", **longer))
+    train(named(corpus, run_dir="c"))
+    (tmp_path / "c").rename(tmp_path / "d")
+    train(named(corpus, run_dir="d", **longer))
+    shutil.copytree(tmp_path / "d", tmp_path / "e")
+    train(named(corpus, run_dir="e", save="e/checkpoints", **longer | {"train_iters": 4}))
+    assert [len(losses(name)) for name in "bde"] == [3, 3, 4]
+
+
+def test_an_attempt_that_saved_nothing_is_kept_aside(tmp_path, corpus, monkeypatch, capsys):
+    """With --load the same command begins again; what it had written was replaced."""
+    monkeypatch.chdir(tmp_path)
+    train(named(corpus, save="a"))
+    again = named(corpus, save="b", load="a", finetune=True)
+    with pytest.raises(TrainingError, match="no checkpoint was written; the same command begins from the start"):
+        train(again.replace(lr=1e30, train_iters=9, save_interval=1, lr_warmup_iters=0))
+    written = (tmp_path / "b/metrics.jsonl").read_bytes()
+    train(again)
+    (aside,) = (tmp_path / "b").glob("metrics.before-*.jsonl")
+    assert aside.read_bytes() == written and len(losses("b")) == 2
+    assert f"what it had written in b is {aside.name} and loss.before" in capsys.readouterr().out
