@@ -37,7 +37,7 @@ class RunConfig:
 
     @property
     def run_folder(self) -> str:
-        """Where the record of the run lies (config, metrics, pictures): --run-dir, else with the checkpoints of --save, else runs/<name>."""
+        """Where the run's record lies (config, metrics, pictures): --run-dir, else the folder of --save, else runs/<name>."""
         return self.logging.run_dir or self.checkpoint.save or f"runs/{self.logging.name}"
 
     def replace(self, **values) -> RunConfig:

@@ -81,7 +81,7 @@ def _check_record(config: RunConfig) -> None:
     another = "Name another --run-dir, or leave it out: a run's record then lies in the folder of --save"
     if of != own.resolve() and not (checkpoint.iterations(own) and own.resolve().is_relative_to(run.resolve())):
         raise ConfigError(f"{whose}a run whose checkpoints go to {of}, and those of this one go to {own}. {another}.")
-    if checkpoint.iterations(own) or config.validation.skip_train and load is not None:  # which measures, and adds to it
+    if checkpoint.iterations(own) or (config.validation.skip_train and load is not None):  # which measures, and adds to it
         return
     if load is None or then is None or _resolved(then.checkpoint.load) != _resolved(load):
         begins = "starting over" if load is None else f"beginning with --load {load}"
