@@ -37,6 +37,7 @@ class Options:
     tokenizer: folder of tokenizer files that are written along, instead of those of the source.
     with_optimizer: read or write the optimizer's state too. iteration: which checkpoint of several (the latest).
     overrides: fields of the config, by flat name, that override what the source says.
+    replicas: of copies that Megatron's ranks keep of one parameter: equal, where others are an error, or average.
     """
 
     qkv_layout: str = "auto"
@@ -55,6 +56,7 @@ class Options:
     with_optimizer: bool = False
     iteration: int | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    replicas: str = "equal"
 
 
 class Format(NamedTuple):

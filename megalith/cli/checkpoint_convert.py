@@ -61,6 +61,8 @@ COMMON = (
     Flag("--ckpt-step", {"iteration": VALUE}, help="iteration to take of several (default: the latest)"),
     Flag("--dtype", {"dtype": VALUE}, choices=tuple(DTYPES), help="number format of the weights written (default: the source's)"),
     *ORDERS,
+    Flag("--replicas", {"replicas": VALUE}, choices=("equal", "average"),
+         help="copies of one parameter that Megatron's ranks keep must be equal, or are averaged (default: equal)"),
     Flag("--tokenizer", {"tokenizer": VALUE}, help="folder with tokenizer files that go along (default: the source's)"),
     Flag("--with-optimizer", {"with_optimizer": True}, 0, help="the optimizer's state too, where both formats can hold it"),
     Flag("--overwrite", {"overwrite": True}, 0, help="replace what an earlier conversion wrote into FOLDER"),
@@ -107,7 +109,7 @@ OWN = {
     ),
 }
 NUMBERS = ("data_parallel_size", "iteration")
-TOLD = ("qkv_layout", "swiglu_order", "safetensors", "architecture", "with_optimizer")  # of Options, as they were typed
+TOLD = ("qkv_layout", "swiglu_order", "replicas", "safetensors", "architecture", "with_optimizer")  # of Options, as they were typed
 LAYOUT = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage", "use_distributed_optimizer",
     "make_vocab_size_divisible_by",

@@ -86,13 +86,11 @@ def test_module_states_and_zero_shards(tmp_path, changes, args, ranks, parts, el
     check(tmp_path / "ds/global_step7", tensors, optimizer=False)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("first", [1, 2], ids=["one module before", "two modules before"])
-@pytest.mark.parametrize("changes, args", [({}, {}), (LLAMA, SAID)], ids=["gpt", "llama"])
-def test_layer_files_of_a_pipeline(tmp_path: pathlib.Path, changes: dict, args: dict, ranks: int, first: int) -> None:
+def pipelined(tmp_path: pathlib.Path, changes: dict, args: dict, ranks: int, first: int) -> Tensors:
+    """A tree of layer files at `tmp_path`, with its optimizer; the model's tensors."""
     config, tensors = model_of(**changes)
     place = tmp_path / "global_step7"
-    place.mkdir()
+    place.mkdir(parents=True)
     flat: list[Tensors] = []
     for rank in range(ranks):
         words = torch.cat([tensors["embedding.weight"], torch.zeros(32, 32)]).chunk(ranks)[rank]
@@ -126,7 +124,14 @@ def test_layer_files_of_a_pipeline(tmp_path: pathlib.Path, changes: dict, args: 
         torch.save(content, place / f"mp_rank_{rank:02d}_model_states.pt")
     zero(place, flat, 2, False, "bf16_")
     (tmp_path / "latest").write_text("global_step7")
-    check(tmp_path, tensors, optimizer=True)
+    return tensors
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("first", [1, 2], ids=["one module before", "two modules before"])
+@pytest.mark.parametrize("changes, args", [({}, {}), (LLAMA, SAID)], ids=["gpt", "llama"])
+def test_layer_files_of_a_pipeline(tmp_path: pathlib.Path, changes: dict, args: dict, ranks: int, first: int) -> None:
+    check(tmp_path, pipelined(tmp_path, changes, args, ranks, first), optimizer=True)
 
 
 def test_universal(tmp_path: pathlib.Path) -> None:

@@ -23,6 +23,7 @@ PATHS = {  # name: (source, target, format, options)
     "from Megatron": ("megatron", "d", "megalith", {}),
     "from Megatron, tp2 pp2": ("tp2pp2", "e", "megalith", {}),
     "from Megatron, tp2 pp2 to bfloat16": ("tp2pp2", "f", "megalith", {"dtype": "bfloat16"}),
+    "from Megatron, tp2 pp2, copies averaged": ("tp2pp2", "i", "megalith", {"replicas": "average"}),
     "from torch_dist": ("torch_dist", "g", "megalith", {}),
     "from DeepSpeed": ("deepspeed", "h", "megalith", {}),
 }

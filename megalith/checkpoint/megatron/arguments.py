@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from megalith.checkpoint.lazy import Lazy
+from megalith.checkpoint.megatron.agreement import HEADS, Told, compare
 from megalith.checkpoint.megatron.vocabulary import true_size
 from megalith.checkpoint.unpickle import Stand
 from megalith.common.errors import CheckpointError, problem
@@ -106,14 +107,20 @@ def to_config(
                 problem(f"--{name.replace('_', '-')}", args[name], reason, "Train without it, or convert with its own tools")
             )
     values = _of_arguments(args, notes) | {"model_type": kind} | ({} if kind == "gpt" else {"dataset": kind, "loss": kind})
-    values |= _of_shapes(parts, ranks, values)
+    facts = _of_shapes(parts, ranks, {**values, **overrides})
+    told, said = Told(), args.get("position_embedding_type")
+    compare(told, facts, args, overrides, POSITIONS.get(said, said))
+    values |= facts
     if values.get("sliding_window"):
         values["full_attention_layers"] = _without_window(args.get("window_attn_skip_freq"), values["num_layers"])
     if not args:
         values |= _assumed(kind, values, overrides, notes)
     values |= overrides
-    _heads(values, args, parts, ranks, overrides)
+    _heads(values, args, parts, ranks, overrides, told)
     padded = parts["embedding.word_embeddings.weight"].shape[0] * ranks
+    if "vocab_size" not in overrides:
+        told.compare("padded_vocab_size", padded, args.get("padded_vocab_size"))
+    told.check()
     values["vocab_size"] = true_size(args, padded, ranks, overrides, notes)
     values.setdefault("make_vocab_size_divisible_by", 128)
     config = RunConfig().replace(**values)
@@ -163,8 +170,10 @@ def _of_shapes(parts: Mapping[str, Lazy], ranks: int, values: Mapping[str, Any])
     """What the shapes of the first stack's tensors say, whatever the arguments say."""
     layer = {name.removeprefix("encoder.layers.0."): part for name, part in parts.items() if name.startswith("encoder.layers.0.")}
     words = parts.get("embedding.word_embeddings.weight")
-    if words is None or "mlp.dense_h_to_4h.weight" not in layer or "mlp.dense_4h_to_h.weight" not in layer:
-        lacking = "embedding.word_embeddings.weight" if words is None else "encoder.layers.0.mlp.dense_*.weight"
+    if words is None or not {"mlp.dense_h_to_4h.weight", "mlp.dense_4h_to_h.weight", "self_attention.dense.weight"} <= layer.keys():
+        lacking = (
+            "embedding.word_embeddings.weight" if words is None else "encoder.layers.0.mlp.dense_*.weight and self_attention.dense.weight"
+        )
         raise CheckpointError(
             problem("model", sorted(parts)[:3], f"every model of Megatron has {lacking}", "Check that the path is of a whole checkpoint")
         )
@@ -207,7 +216,9 @@ def _assumed(kind: str, values: Mapping[str, Any], overrides: Mapping[str, Any],
     return assumed
 
 
-def _heads(values: dict[str, Any], args: Mapping[str, Any], parts: Mapping[str, Lazy], ranks: int, overrides: Mapping[str, Any]) -> None:
+def _heads(
+    values: dict[str, Any], args: Mapping[str, Any], parts: Mapping[str, Lazy], ranks: int, overrides: Mapping[str, Any], told: Told
+) -> None:
     """Check the number of heads, and find the number of key/value heads from the rows of the fused weight."""
     heads = values.get("num_attention_heads")
     if not heads:
@@ -216,13 +227,17 @@ def _heads(values: dict[str, Any], args: Mapping[str, Any], parts: Mapping[str, 
                 "number of attention heads", None, "the file holds no arguments, and shapes do not tell it", "Give --num-attention-heads"
             )
         )
+    channels = parts["encoder.layers.0.self_attention.dense.weight"].shape[1] * ranks  # those of all heads
+    width = values.get("kv_channels") or max(1, channels // heads)
     fused = parts.get("encoder.layers.0.self_attention.query_key_value.weight")
     if fused is None:
-        values["kv_channels"] = parts["encoder.layers.0.self_attention.query.weight"].shape[0] * ranks // heads
+        told.compare(HEADS, channels, heads * width)
+        values["kv_channels"] = width
         return
     rows = fused.shape[0] * ranks
-    width = values.get("kv_channels") or values["hidden_size"] // heads
-    asked = overrides.get("num_query_groups") or args.get("num_query_groups") or args.get("num_key_value_heads")
+    asked = overrides.get("num_query_groups") or args.get("num_key_value_heads")
+    if not asked and args.get("group_query_attention") is not None:  # without it num_query_groups means nothing there
+        asked = args.get("num_query_groups") if args["group_query_attention"] else heads
     groups = (rows // width - heads) // 2
     if rows % width or groups < 1 or heads % groups or (rows // width - heads) % 2:
         raise CheckpointError(
@@ -232,6 +247,10 @@ def _heads(values: dict[str, Any], args: Mapping[str, Any], parts: Mapping[str, 
                 f"Give the right --num-attention-heads, --kv-channels{f' (the arguments say {asked} groups)' if asked else ''}",
             )
         )  # fmt: skip
+    told.compare(HEADS, channels, heads * width)
+    told.compare("num_query_groups", groups, asked)
+    if width != values["hidden_size"] // heads:
+        values["kv_channels"] = width
     if groups != heads:
         values |= {"num_query_groups": groups, "group_query_attention": True}
 

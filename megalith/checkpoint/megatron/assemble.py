@@ -10,15 +10,18 @@ from typing import Any
 
 from megalith.checkpoint.formats import Options
 from megalith.checkpoint.lazy import Lazy
+from megalith.checkpoint.megatron.agreement import same_names
 from megalith.checkpoint.megatron.arguments import plain, to_config
 from megalith.checkpoint.megatron.layout import Layout, merge, part_shape
-from megalith.checkpoint.megatron.names import TIED, model_type, rows_of_theirs, table
+from megalith.checkpoint.megatron.names import SUMMED, TIED, model_type, rows_of_theirs, table
+from megalith.checkpoint.megatron.replicas import Replicas, total
 from megalith.checkpoint.unpickle import fields
 from megalith.common.errors import CheckpointError, problem
 from megalith.config.parameters import parameter_shapes
 
 Parts = Mapping[str, Lazy]  # of one tensor-parallel rank, {Megatron's name: tensor}
 SPARE = 20  # lines of an error
+WORDS = "embedding.word_embeddings.weight"
 
 
 class Plan:
@@ -29,6 +32,7 @@ class Plan:
         said = {name: plain(value) for name, value in fields(args).items()}
         tied = said.get("untie_embeddings_and_output_weights") is False
         self.left = {TIED} | ({"output_layer.weight"} if tied else set())
+        self.summed = len(parts) > 1 and bool(said.get(SUMMED))
         first: Parts = {name: tensor for name, tensor in parts[0].items() if name not in self.left}
         kind = model_type(first)
         self.encoder_layers = count_layers(first, "encoder") if kind == "t5" else 0
@@ -42,14 +46,17 @@ class Plan:
         self.rows = rows_of_theirs(rows, first)
         self.layout = Layout(
             heads=model.num_attention_heads or 1, groups=model.num_kv_heads, head_dim=model.head_dim, vocabulary=model.vocab_size or 0,
-            padded=first["embedding.word_embeddings.weight"].shape[0] * len(parts), ranks=len(parts),
+            padded=first[WORDS].shape[0] * len(parts), ranks=len(parts),
             qkv=qkv_layout(options, version, notes), gate_first=gate_first(options, said, model.gated, notes),
         )  # fmt: skip
         self.shapes = parameter_shapes(model)
+        same_names(parts)
         self._check_names(kind)
 
-    def apply(self, parts: Sequence[Parts], prefix: str) -> dict[str, Lazy]:
+    def apply(self, parts: Sequence[Parts], prefix: str, replicas: Replicas) -> dict[str, Lazy]:
         """Our tensors under `prefix` of these parts, which may be the weights or one of the optimizer's states of them.
+
+        replicas: gets the copies that several ranks have of one tensor, to be compared.
 
         Raises CheckpointError with every part that is missing or has another shape than the model gives it.
         """
@@ -57,7 +64,8 @@ class Plan:
         if len(parts) != self.layout.ranks and layout.qkv != "grouped":
             rule = f"rows of query_key_value in the order {layout.qkv} can only be told apart on each of {self.layout.ranks} ranks"
             raise CheckpointError(problem(f"{prefix.rstrip('/')}, tensor-parallel parts", len(parts), rule, "Import without the optimizer"))
-        parts = [self._number(rank) for rank in parts]
+        theirs = "" if prefix == "model/" else prefix  # whose copies they are, in what is said of them
+        parts = [self._tied(self._number(rank), number, theirs, replicas) for number, rank in enumerate(parts)]
         wrong, found = list[str](), dict[str, Lazy]()
         for row in self.rows:
             expected = part_shape(row.split, [self.shapes[name] for name in row.ours], layout)
@@ -69,13 +77,31 @@ class Plan:
                     where = f"{row.theirs} of tensor-parallel rank {number}"
                     wrong.append(f"{where}: found {list(part.shape) if part else 'nothing'}, the model has {list(expected)} there")
             if not wrong:
-                pieces = merge(row.split, [part for part in there if part is not None], layout, len(row.ours))
+                whole = [part for part in there if part is not None]
+                if row.split == "whole" or (row.split == "pair" and layout.groups == 1):
+                    if self.summed and prefix == "model/" and re.search(r"\.dense(_4h_to_h)?\.bias$", row.theirs):
+                        if len(whole) != self.layout.ranks:
+                            rule = f"its addends lie on {self.layout.ranks} tensor-parallel ranks"
+                            raise CheckpointError(problem(row.theirs, len(whole), rule, "Import without the optimizer"))
+                        whole = [total(whole)]
+                    else:
+                        copies = {f"tensor-parallel rank {number}": part for number, part in enumerate(whole)}
+                        whole = [replicas.one(f"{theirs}{row.theirs}", copies)]
+                pieces = merge(row.split, whole, layout, len(row.ours))
                 found |= {prefix + name: piece for name, piece in zip(row.ours, pieces, strict=True)}
         if wrong:
             more = [f"... and {len(wrong) - SPARE} more"] if len(wrong) > SPARE else []
             cure = "The flags of the model override what the file says: --num-attention-heads, --hidden-size, --num-query-groups, ..."
             raise CheckpointError("\n".join([f"{prefix.rstrip('/')} does not fit the model's shape:", *wrong[:SPARE], *more, cure]))
         return found
+
+    def _tied(self, parts: Parts, number: int, prefix: str, replicas: Replicas) -> Parts:
+        """With the word embedding in the place of its copies under other names, such as that of the last stage."""
+        copies = {name: parts[name] for name in (WORDS, *sorted(self.left)) if name in parts}
+        if len(copies) < 2 or WORDS not in copies:
+            return parts
+        rows = self.layout.vocabulary - number * copies[WORDS].shape[0]  # padding may differ
+        return {**parts, WORDS: replicas.one(f"{prefix}{WORDS} of tensor-parallel rank {number}", copies, rows)}
 
     def _number(self, parts: Parts) -> Parts:
         """The decoder's layers numbered after the encoder's."""
@@ -134,10 +160,14 @@ def gate_first(options: Options, args: Mapping[str, Any], gated: bool, notes: li
     return not fork
 
 
-def by_rank(tables: Sequence[tuple[int, Parts]]) -> list[dict[str, Lazy]]:
-    """(tensor-parallel rank, tensors) of all stages, as one table for each tensor-parallel rank; the first stage's copy counts."""
-    found: dict[int, dict[str, Lazy]] = {}
-    for rank, tensors in tables:
+def by_rank(tables: Iterable[tuple[int, str, Parts]], replicas: Replicas, prefix: str = "") -> list[dict[str, Lazy]]:
+    """(tensor-parallel rank, where, tensors) of all stages and chunks, as one table for each tensor-parallel rank.
+
+    replicas: gets the copies of what several stages have. prefix: of their names there.
+    """
+    found: dict[int, dict[str, dict[str, Lazy]]] = {}
+    for rank, where, tensors in tables:
+        mine = found.setdefault(rank, {})
         for name, tensor in tensors.items():
-            found.setdefault(rank, {}).setdefault(name, tensor)
-    return [found[rank] for rank in sorted(found)]
+            mine.setdefault(name, {})[where] = tensor
+    return [{name: replicas.one(f"{prefix}{name}", copies) for name, copies in found[rank].items()} for rank in sorted(found)]

@@ -8,6 +8,7 @@ from typing import Any
 from megalith.checkpoint.formats import Options
 from megalith.checkpoint.megatron import optimizer
 from megalith.checkpoint.megatron.assemble import Parts, Plan
+from megalith.checkpoint.megatron.replicas import Replicas
 from megalith.checkpoint.unpickle import fields
 from megalith.checkpoint.weights import Weights
 from megalith.config.source_fields import Kind, checked
@@ -22,24 +23,29 @@ def weights_of(
     states: Callable[[list[str]], States],
     classes: set[str],
     options: Options,
+    replicas: Replicas,
+    notes: Sequence[str] = (),
 ) -> Weights:
     """Weights of the model's `parts`, and if asked for with the optimizer's `states` (which may add notes).
 
+    replicas: the copies met so far; with those met here they are compared before anything is converted.
+    notes: those that reading the parts gave.
     content: what the file holds beside tensors: args, iteration, optimizer, opt_param_scheduler, rng_state.
     """
-    notes: list[str] = []
+    notes = list(notes)
     plan = Plan(content.get("args"), version, parts, options, notes)
-    tensors = plan.apply(parts, "model/")
+    tensors = plan.apply(parts, "model/", replicas)
     state = counts(content)
     if options.with_optimizer:
         found = dict(states(notes))
         names = [name.removeprefix("model/") for name in tensors]
         if "master" in found:
-            tensors |= plan.apply(found.pop("master"), "model/")
+            tensors |= plan.apply(found.pop("master"), "model/", replicas)
         for key, moments in found.items():
-            tensors |= plan.apply(moments, f"optimizer/{key}/")
+            tensors |= plan.apply(moments, f"optimizer/{key}/", replicas)
         tensors |= optimizer.steps(content, names)
         state |= optimizer.train_state(content)
+    notes += replicas.check()
     if "rng_state" in content or "random_rng_state" in content:
         notes.append("random states were left out: everything random here is a function of seed and step")
     if classes:

@@ -12,15 +12,17 @@ from __future__ import annotations
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from megalith.checkpoint import unpickle
 from megalith.checkpoint.formats import Format, Options
 from megalith.checkpoint.lazy import Lazy
-from megalith.checkpoint.megatron import build, zero
+from megalith.checkpoint.megatron import build, neox, zero
+from megalith.checkpoint.megatron.agreement import without_gap
 from megalith.checkpoint.megatron.arguments import known
 from megalith.checkpoint.megatron.assemble import by_rank
 from megalith.checkpoint.megatron.names import normal
+from megalith.checkpoint.megatron.replicas import Replicas
 from megalith.checkpoint.megatron.source import Rank, chunks_of, flatten, number_layers
 from megalith.checkpoint.stored import Window
 from megalith.checkpoint.weights import Weights
@@ -29,6 +31,8 @@ from megalith.common.errors import CheckpointError, problem
 LATEST = "latest"
 STATES = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
+SEQUENTIAL = re.compile(r"(?:module\.)*sequential\.(\d+)\.")
+ATTENTION = re.compile(r"(^|\.)(self_)?attention\.")
 
 
 def find(path: pathlib.Path, tag: int | None) -> pathlib.Path | None:
@@ -60,54 +64,100 @@ def read(path: pathlib.Path, options: Options) -> Weights:
     contents = {number: _load(file, classes) for number, file in files.items()}
     content = contents[min(contents)]
     layers = sorted(each for each in folder.iterdir() if LAYER.fullmatch(each.name))
-    if layers:
-        names, tables = pipelined(layers, classes)
-        ranks = max(tables) + 1
+    notes: list[str] = []
+    modules = _modules(layers, contents, classes)
+    if neox.recognises(content, modules):
+        content = {**content, "args": neox.arguments(folder, content, modules, options, notes)}
+        modules = [each._replace(tensors=neox.parameters(each.tensors)) for each in modules]
+    if modules:
+        names, tables = pipelined(modules, counted=bool(unpickle.fields(content.get("args")).get("num_layers")))
+        ranks = max(each.rank for each in modules) + 1
     else:
         ranks = len(files)
-        holders = [Rank(str(files[number]), number, 0, each, chunks_of(each)) for number, each in contents.items()]
+        holders = [Rank(files[number].name, number, 0, each, chunks_of(each)) for number, each in contents.items()]
         for holder in holders:
             number_layers([holder])
-        tables = {holder.tensor: holder.tensors for holder in holders}
+        tables = [(holder.tensor, holder.name, holder.tensors) for holder in holders]
         names = {name: normal(name) for name in flatten(content.get("module"))}
     said = known(unpickle.fields(content.get("args"))).get("tensor_model_parallel_size") or ranks
-    if sorted(tables) != list(range(max(int(said), ranks))):
+    present = sorted({rank for rank, _, _ in tables})
+    if present != list(range(max(int(said), ranks))):
         rule = f"tensor parallel {max(int(said), ranks)} has a file for each rank"
-        raise CheckpointError(problem(f"{folder}, tensor-parallel ranks", sorted(tables), rule, "Copy the missing files"))
-    parts = by_rank(sorted(tables.items()))
+        raise CheckpointError(problem(f"{folder}, tensor-parallel ranks", present, rule, "Copy the missing files"))
+    replicas = Replicas(options.replicas, {files[number].name: each for number, each in contents.items()})
+    parts = by_rank(tables, replicas)
 
-    def states(notes: list[str]) -> build.States:
+    def states(more: list[str]) -> build.States:
         if (folder / "zero").is_dir():
             return zero.universal(folder / "zero", names, classes)
-        return zero.shards(folder, contents, names, len(parts), classes)
+        return zero.shards(folder, contents, names, len(parts), classes, replicas)
 
-    return build.weights_of(content, build.version_of(content, 3.0), parts, states, classes, options)
+    version = build.version_of(content, 3.0)
+    return build.weights_of(content, version, parts, states, classes, options, replicas, notes)
 
 
-def pipelined(files: list[pathlib.Path], classes: set[str]) -> tuple[dict[str, str], dict[int, dict[str, Lazy]]]:
-    """({pipeline's name of a parameter: Megatron's}, {tensor-parallel rank: tensors}) of layer files.
+class Module(NamedTuple):
+    """What a tensor-parallel rank has of one module of the pipeline. prefix: of its names in the optimizer, before the number."""
 
-    A module's number depends on the version (some count a module without parameters), so a file is known by what it holds.
+    where: str
+    number: int
+    rank: int
+    tensors: dict[str, Lazy]
+    prefix: str = ""
+
+
+def _modules(layers: list[pathlib.Path], contents: Mapping[int, Mapping[str, Any]], classes: set[str]) -> list[Module]:
+    """The modules of a pipeline: in a file each, or all in the model states of a NeoX that was not pipelined; [] of other models."""
+    places = {file: match for file in layers if (match := LAYER.fullmatch(file.name))}
+    found = [Module(file.name, int(match[1]), int(match[2]), flatten(_load(file, classes))) for file, match in places.items()]
+    found = [each for each in found if each.tensors]
+    for rank, content in contents.items() if not layers else ():
+        several: dict[int, dict[str, Lazy]] = {}
+        for name, tensor in flatten(content.get("module")).items():
+            if match := SEQUENTIAL.match(name):
+                several.setdefault(int(match[1]), {})[name[match.end() :]] = tensor
+        states = f"mp_rank_{rank:02d}_model_states.pt"
+        found += [Module(f"{states}, {number}", number, rank, tensors, "sequential.") for number, tensors in several.items()]
+    return found
+
+
+def pipelined(modules: list[Module], counted: bool) -> tuple[dict[str, str], list[tuple[int, str, dict[str, Lazy]]]]:
+    """({pipeline's name of a parameter: Megatron's}, [(tensor-parallel rank, where, tensors)]) of the modules of a pipeline.
+
+    A module's number depends on the version (some count a module without parameters), so it is known by what it holds.
+    counted: whether arguments say how many layers there are, so that it need not be told from numbers.
     """
-    tables: dict[int, dict[str, Lazy]] = {}
     names: dict[str, str] = {}
-    numbers: dict[int, int] = {}  # of a module -> of its layer
-    loaded = []
-    for file in files:
-        match = LAYER.fullmatch(file.name)
-        tensors = flatten(_load(file, classes))
-        if match and tensors:
-            loaded.append((int(match[1]), int(match[2]), tensors))
-            if any("self_attention" in name or ".attention." in f".{name}" for name in tensors):
-                numbers.setdefault(int(match[1]), len(numbers))
-    for module, rank, tensors in loaded:
-        table = tables.setdefault(rank, {})
+    numbers = sorted({each.number for each in modules if any(ATTENTION.search(name) for name in each.tensors)})
+    without_gap("modules of the pipeline with layers, layer_NN-model_*", numbers, first=-1)
+    places = {number: place for place, number in enumerate(numbers)}
+    if numbers and not any(each.number < numbers[0] for each in modules):
+        rule = f"the embedding comes before the layers, which begin with {numbers[0]}"
+        raise CheckpointError(problem("first module, layer_NN-model_*", numbers[0], rule, "Copy the checkpoint again, whole"))
+    if numbers and not counted:
+        _beside({each.number for each in modules}, numbers)
+    tables = []
+    for where, number, rank, tensors, prefix in sorted(modules, key=lambda each: (each.rank, each.number)):
+        table = {}
         for name, tensor in tensors.items():
-            theirs = _place(name, numbers.get(module))
-            names[f"{module}.{name}"] = names[name if name.startswith("tied_modules.") else f"{module}.{name}"] = theirs
-            names.setdefault(f"tied_modules.embed.{name}", theirs) if theirs.startswith("embedding.") else None
-            table.setdefault(theirs, tensor)
+            theirs = _place(name, places.get(number))
+            table[theirs] = tensor
+            names[name if name.startswith("tied_modules.") else f"{prefix}{number}.{name}"] = theirs
+            if theirs.startswith("embedding."):
+                names.setdefault(f"tied_modules.embed.{name}", theirs)
+        tables.append((rank, where, table))
     return names, tables
+
+
+def _beside(modules: set[int], layers: list[int]) -> None:
+    """Raise CheckpointError where more than one module without parameters lies between the layers and what is around them."""
+    before, after = [n for n in modules if n < layers[0]], [n for n in modules if n > layers[-1]]
+    ends = [(max(before), layers[0])] if before else []
+    for low, high in [*ends, *([(layers[-1], min(after))] if after else [])]:
+        if high - low > 2:
+            found = f"none from {low + 1} to {high - 1}"
+            rule = "between the layers and the modules around them is one without parameters at most"
+            raise CheckpointError(problem("modules of the pipeline, layer_NN-model_*", found, rule, "Copy the checkpoint again, whole"))
 
 
 def _place(name: str, layer: int | None) -> str:

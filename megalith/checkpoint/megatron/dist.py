@@ -23,6 +23,7 @@ from megalith.checkpoint.lazy import Lazy
 from megalith.checkpoint.megatron import build
 from megalith.checkpoint.megatron.names import normal_names
 from megalith.checkpoint.megatron.optimizer import CURE, MOMENTS
+from megalith.checkpoint.megatron.replicas import Replicas
 from megalith.checkpoint.megatron.source import TRACKER
 from megalith.checkpoint.stored import Window
 from megalith.checkpoint.weights import Weights
@@ -98,7 +99,7 @@ def read(path: pathlib.Path, options: Options) -> Weights:
     model = [pair for key in keys for pair in named(chunked, key, key.removeprefix("model."))]
     content = common(folder, chunked, classes)
     parts = {normal: tensor for normal, (_, tensor) in zip(normal_names(name for name, _ in model).values(), model, strict=True)}
-    return build.weights_of(content, 3.0, [parts], lambda notes: states(folder, chunked), classes, options)
+    return build.weights_of(content, 3.0, [parts], lambda notes: states(folder, chunked), classes, options, Replicas(options.replicas))
 
 
 def common(folder: pathlib.Path, chunked: Chunked, classes: set[str]) -> dict[str, Any]:

@@ -7,7 +7,8 @@ import pathlib
 from megalith.checkpoint.formats import Format, Options
 from megalith.checkpoint.megatron import build, optimizer
 from megalith.checkpoint.megatron.assemble import by_rank
-from megalith.checkpoint.megatron.source import EXPERT, RANK, Files, Rank, chunks_of, find, is_core, is_release, read_ranks
+from megalith.checkpoint.megatron.replicas import Replicas
+from megalith.checkpoint.megatron.source import EXPERT, RANK, Files, Rank, chunks_of, find, is_core, is_release, number_layers, read_ranks
 from megalith.checkpoint.megatron.write import write
 from megalith.checkpoint.unpickle import load_file
 from megalith.checkpoint.weights import Weights
@@ -29,6 +30,7 @@ def read(path: pathlib.Path, options: Options) -> Weights:
         content = content if isinstance(content, dict) else {}
         classes.update(found)
         ranks = [Rank(str(path), 0, 0, content, chunks_of(content))]
+        number_layers(ranks)
     else:
         files = Files.of(path)
         ranks = read_ranks(files, find(files, options.iteration), classes)
@@ -37,13 +39,17 @@ def read(path: pathlib.Path, options: Options) -> Weights:
 
 def weights_of(ranks: list[Rank], classes: set[str], options: Options) -> Weights:
     """The weights of these ranks, with the optimizer's state if asked for."""
-    content, parts = ranks[0].content, by_rank([(rank.tensor, rank.tensors) for rank in ranks])
+    content, replicas = ranks[0].content, Replicas(options.replicas, {rank.name: rank.content for rank in ranks})
+    holders = [
+        (rank, f"{rank.name}" + f", model{n}" * (len(rank.chunks) > 1), chunk) for rank in ranks for n, chunk in enumerate(rank.chunks)
+    ]
+    parts = by_rank(((rank.tensor, where, chunk) for rank, where, chunk in holders), replicas)
     if not parts or not parts[0]:
         raise CheckpointError(
             f"{ranks[0].name}: no tensors found; a file of Megatron holds them under `model` or `module`. Check the path."
         )
     version = 3.0 if is_core(content) else build.version_of(content, 0.0)
-    return build.weights_of(content, version, parts, lambda notes: optimizer.read(ranks, notes), classes, options)
+    return build.weights_of(content, version, parts, lambda notes: optimizer.read(ranks, notes, replicas), classes, options, replicas)
 
 
 FORMAT = Format(

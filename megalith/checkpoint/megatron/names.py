@@ -95,6 +95,7 @@ T5 = (  # layers of the decoder have the numbers after the encoder's, on both si
 )
 TABLES: dict[str, tuple[Row, ...]] = {"gpt": GPT, "bert": BERT, "t5": T5}
 TIED = "word_embeddings_for_head.weight"  # the last stage's copy of the word embedding
+SUMMED = "sums_row_parallel_biases"  # an argument of ours: tensor-parallel ranks hold addends of those biases, not copies
 
 _SPELLINGS = [  # (pattern, what the spelling of 2022 says), one after another
     (r"^(module\.)+", ""),

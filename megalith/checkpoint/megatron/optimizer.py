@@ -17,6 +17,8 @@ from torch import Tensor
 
 from megalith.checkpoint import unpickle
 from megalith.checkpoint.lazy import Lazy, join
+from megalith.checkpoint.megatron.assemble import by_rank
+from megalith.checkpoint.megatron.replicas import Replicas
 from megalith.checkpoint.megatron.source import Rank
 from megalith.checkpoint.stored import Window
 from megalith.common.errors import CheckpointError, problem
@@ -39,19 +41,17 @@ def order(chunks: Sequence[Mapping[str, Lazy]]) -> list[list[str]]:
     return [group for group in groups if group]
 
 
-def read(ranks: Sequence[Rank], notes: list[str]) -> dict[str, list[Table]]:
+def read(ranks: Sequence[Rank], notes: list[str], replicas: Replicas) -> dict[str, list[Table]]:
     """{"exp_avg", "exp_avg_sq", and where they are kept apart from the weights "master": [the table of each tensor-parallel rank]}.
 
     Raises CheckpointError where a rank has no state, or one whose order cannot be known.
     """
-    tables: dict[str, dict[int, Table]] = {}
+    tables: dict[str, list[tuple[int, str, Table]]] = {}
     for rank in ranks:
         for key, table in _of_rank(rank).items():
-            mine = tables.setdefault(key, {}).setdefault(rank.tensor, {})
-            for name, tensor in table.items():
-                mine.setdefault(name, tensor)
+            tables.setdefault(key, []).append((rank.tensor, rank.name, table))
     notes.append("optimizer: " + (", ".join(sorted(tables)) + " of every parameter"))
-    return {key: [by_rank[number] for number in sorted(by_rank)] for key, by_rank in tables.items()}
+    return {key: by_rank(table, replicas, f"optimizer/{key}/") for key, table in tables.items()}
 
 
 def _of_rank(rank: Rank) -> dict[str, Table]:

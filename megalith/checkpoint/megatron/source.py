@@ -12,6 +12,7 @@ from typing import Any
 
 from megalith.checkpoint import unpickle
 from megalith.checkpoint.lazy import Lazy
+from megalith.checkpoint.megatron.agreement import without_gap
 from megalith.checkpoint.megatron.arguments import known
 from megalith.checkpoint.megatron.names import TIED, normal_names
 from megalith.checkpoint.stored import Window, stored
@@ -172,13 +173,19 @@ def read_ranks(files: Files, folder: str, classes: set[str]) -> list[Rank]:
         )  # fmt: skip
     ranks.sort(key=lambda rank: (rank.pipeline, rank.tensor))
     for one in range(tensor):
-        number_layers([rank for rank in ranks if rank.tensor == one])
+        stages = [rank for rank in ranks if rank.tensor == one]
+        number_layers(stages)
+        empty = [rank.name for rank in stages if not any(".layers." in name for name in rank.tensors)]
+        if empty and not args.get("num_layers"):  # a stage may be meant to have none, where the arguments' number of layers is there
+            rule = "each of several pipeline stages has some, where no arguments say otherwise"
+            raise CheckpointError(problem(f"layers in {empty[0]}", "none", rule, "Copy the checkpoint again, whole"))
     return ranks
 
 
 def chunks_of(content: dict[str, Any]) -> list[dict[str, Lazy]]:
     """The model of each virtual pipeline chunk in a rank's file, in the spelling of 2022."""
     keys = sorted((key for key in content if re.fullmatch(r"model\d+", str(key))), key=lambda key: int(key[5:])) or ["model"]
+    without_gap("virtual pipeline chunks, model0, model1, ...", (int(key[5:]) for key in keys if key != "model"))
     trees = [content.get(key, content.get("module")) for key in keys]
     if trees == [None]:  # a bare state dict
         trees = [content]
@@ -221,13 +228,14 @@ def number_layers(stages: list[Rank]) -> None:
                 raise CheckpointError(
                     problem(rank.name, f"{len(rank.chunks)} virtual chunks", "another stage has more; each has as many", "Copy it again")
                 )
-            chunk, counts = {}, dict[str, int]()
+            chunk, numbers = {}, dict[str, set[int]]()
             for name, tensor in rank.chunks[index].items():
                 match = re.match(r"(encoder|decoder)\.layers\.(\d+)\.", name)
                 if match:
-                    counts[match[1]] = max(counts.get(match[1], 0), int(match[2]) + 1)
+                    numbers.setdefault(match[1], set()).add(int(match[2]))
                     name = f"{match[1]}.layers.{first.get(match[1], 0) + int(match[2])}.{name[match.end() :]}"
                 chunk[name] = tensor
             rank.chunks[index] = chunk
-            for stack, count in counts.items():
-                first[stack] = first.get(stack, 0) + count
+            for stack, found in numbers.items():
+                without_gap(f"{rank.name}, layers of the {stack}", found)
+                first[stack] = first.get(stack, 0) + len(found)

@@ -25,6 +25,9 @@ def true_size(args: Mapping[str, Any], padded: int, ranks: int, overrides: Mappi
     if size := overrides.get("vocab_size"):
         return _within(int(size), padded, "--vocab-size", size)
     if size := args.get("orig_vocab_size"):
+        if padded != (expected := padded_vocabulary(int(size), divisor, ranks)) and args.get("make_vocab_size_divisible_by"):
+            text = f"as the arguments say (orig_vocab_size), though Megatron pads that to {expected}"
+            notes.append(f"vocabulary: {size} of {padded} rows, {text}; --vocab-size says otherwise")
         return _within(int(size), padded, "orig_vocab_size of the arguments", size)
     if size := args.get("vocab_size"):
         rows = _within(rows_asked(int(size), kind), padded, f"vocab_size of the arguments, with the tokenizer {kind}", size)

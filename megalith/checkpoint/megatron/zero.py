@@ -18,7 +18,9 @@ from torch import Tensor
 
 from megalith.checkpoint import unpickle
 from megalith.checkpoint.lazy import Lazy, join
+from megalith.checkpoint.megatron.assemble import by_rank
 from megalith.checkpoint.megatron.optimizer import CURE, MOMENTS
+from megalith.checkpoint.megatron.replicas import Replicas
 from megalith.checkpoint.stored import Window
 from megalith.common.errors import CheckpointError, problem
 
@@ -29,10 +31,16 @@ Tables = dict[str, list[dict[str, Lazy]]]
 
 
 def shards(
-    folder: pathlib.Path, contents: Mapping[int, Mapping[str, Any]], names: Mapping[str, str], ranks: int, classes: set[str]
+    folder: pathlib.Path,
+    contents: Mapping[int, Mapping[str, Any]],
+    names: Mapping[str, str],
+    ranks: int,
+    classes: set[str],
+    replicas: Replicas,
 ) -> Tables:
     """{"exp_avg", "exp_avg_sq", "master": [the tensors of each tensor-parallel rank]}.
 
+    replicas: gets the copies of what several pipeline stages have.
     contents: the model states of each model-parallel rank, for their param_shapes. names: DeepSpeed's name -> Megatron's.
     """
     files: dict[int, dict[int, pathlib.Path]] = {}
@@ -41,7 +49,9 @@ def shards(
             files.setdefault(int(match[2]), {})[int(match[1])] = each
     if not files:
         raise CheckpointError(problem(f"{folder}, optimizer", None, "there are no zero_pp_rank_*_optim_states.pt", CURE))
-    tables: Tables = {key: [{} for _ in range(ranks)] for key in ("master", *MOMENTS)}
+    tables: dict[str, list[tuple[int, str, dict[str, Lazy]]]] = {
+        key: [(rank, "", {}) for rank in range(ranks)] for key in ("master", *MOMENTS)
+    }
     for number, mine in files.items():
         if sorted(mine) != list(range(len(mine))):
             rule = "data-parallel ranks are counted from 0 without a gap"
@@ -61,9 +71,9 @@ def shards(
                 key: [_moment(state, index, key) for state in states] for key in MOMENTS
             }
             for key, parts in flat.items():
-                for name, tensor in _cut(folder, parts, group).items():
-                    tables[key][number % ranks].setdefault(_known(name, names), tensor)
-    return tables
+                table = {_known(name, names): tensor for name, tensor in _cut(folder, parts, group).items()}
+                tables[key].append((number % ranks, f"mp_rank_{number:02d}", table))
+    return {key: by_rank(table, replicas, f"optimizer/{key}/") for key, table in tables.items()}
 
 
 def _partition(state: Mapping[str, Any], index: int) -> Lazy:
