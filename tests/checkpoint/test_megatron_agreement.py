@@ -210,7 +210,5 @@ def test_files_of_ranks_that_are_of_two_runs(tmp_path: pathlib.Path, what: str) 
 def test_a_vocabulary_that_does_not_pad_to_what_is_there_is_told(tmp_path: pathlib.Path) -> None:
     config, tensors = model_of()
     folder = megatron_files.write(tmp_path / "m", config, tensors, args=dict(orig_vocab_size=50))
-    notes = formats.read(folder).notes
-    assert any(
-        "vocabulary: 50 of 128 rows, as the arguments say (orig_vocab_size), though Megatron pads that to 64" in note for note in notes
-    )
+    told = "vocabulary: 50 of 128 rows, as the arguments say (orig_vocab_size), though Megatron pads that to 64"
+    assert any(told in note for note in formats.read(folder).notes)
