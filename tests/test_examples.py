@@ -18,7 +18,7 @@ TOY = {
 }
 FLAGS = ["--train-iters", "6", "--eval-iters", "1", "--log-interval", "1"]
 BERT = {"VOCAB_FILE": "vocab.txt", "DATA_PATH": "my-bert_text_sentence"}
-T5 = {"VOCAB_FILE": "vocab.txt", "DATA_PATH": "my-bert_text_sentence", "DECODER_SEQ_LENGTH": "16"}  # as BERT's data
+T5 = BERT  # the same vocabulary and sentences
 GPT = {"VOCAB_FILE": "vocab.json", "MERGE_FILE": "merges.txt", "DATA_PATH": "my-gpt2_text_document"}
 SCRIPTS = {  # with the variables that make them small
     "pretrain_gpt.sh": GPT | {"GLOBAL_BATCH": "4"},
@@ -61,7 +61,7 @@ def steps(folder: pathlib.Path, name: str) -> list[int]:
 @pytest.mark.parametrize("script", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in SCRIPTS])
 def test_script_trains_and_goes_on(script: str, folder: pathlib.Path) -> None:
     name = pathlib.Path(script).stem
-    variables = TOY | SCRIPTS[script] | {"CHECKPOINT_PATH": f"{name}/checkpoints"}
+    variables = TOY | SCRIPTS[script] | {"DECODER_SEQ_LENGTH": "16", "CHECKPOINT_PATH": f"{name}/checkpoints"}
     command = [str(ROOT / "examples" / script), *FLAGS, "--run-dir", name]
     run([*command, "--exit-interval", "4"], folder, **variables)
     assert (folder / variables["CHECKPOINT_PATH"] / "latest").read_text().strip() == "iter_0000004"

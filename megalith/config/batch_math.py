@@ -14,7 +14,7 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
     """Copies of the model that `world_size` processes hold. Raises ConfigError where they do not come out even."""
     copy = config.parallel.model_parallel_size
     if world_size < 1 or world_size % copy:
-        rule = f"it is a multiple of tensor x pipeline x context parallel size, {copy}"
+        rule = f"it must be a multiple of tensor x pipeline x context parallel size, {copy}"
         raise ConfigError(problem("number of processes", world_size, rule, f"Start {max(1, world_size // copy) * copy} processes"))
     return world_size // copy
 

@@ -128,7 +128,7 @@ def needs_checkpoint(config: RunConfig) -> str | None:
 def _files(config: RunConfig) -> Iterator[Problem]:
     c = config.checkpoint
     if c.keep_every and c.save_interval and c.keep_every % c.save_interval:
-        rule = f"it is a multiple of --save-interval, {c.save_interval}, or no checkpoint is kept by it"
+        rule = f"it must be a multiple of --save-interval, {c.save_interval}, or no checkpoint is kept by it"
         cure = f"Write --keep-every {around(c.keep_every, multiples(c.keep_every, c.save_interval))}"
         yield trouble(("keep_every", "save_interval"), "--keep-every", c.keep_every, rule, cure)
     given = needs_checkpoint(config)

@@ -96,7 +96,7 @@ def _heads(config: RunConfig) -> Iterator[Problem]:
     if not hidden or not heads:
         return
     if m.kv_channels is None and hidden % heads:
-        rule = f"--hidden-size, {hidden}, is a multiple of it"
+        rule = f"--hidden-size, {hidden}, must be a multiple of it"
         cure = (
             f"Write --num-attention-heads {around(heads, divisors(hidden))}, or --hidden-size {around(hidden, multiples(hidden, heads))}, "
             "or the width of a head with --kv-channels"
@@ -114,7 +114,7 @@ def _heads(config: RunConfig) -> Iterator[Problem]:
             ("num_query_groups",), "--group-query-attention", Words("no --num-query-groups"), "it needs to know how many groups", cure
         )
     elif groups and heads % groups:
-        rule = f"--num-attention-heads, {heads}, is a multiple of it"
+        rule = f"--num-attention-heads, {heads}, must be a multiple of it"
         yield trouble(("num_query_groups", "num_attention_heads"), "--num-query-groups", groups, rule,
                       f"Write --num-query-groups {around(groups, divisors(heads))}")  # fmt: skip
     if m.positions == "rope":

@@ -26,14 +26,14 @@ def parallel_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
     copy = p.model_parallel_size
     if world_size < copy or world_size % copy:
         yield trouble((TP, PP, CP), "number of processes", world_size,
-                      f"it is a multiple of tensor {p.tensor_model_parallel_size} x pipeline {p.pipeline_model_parallel_size} "
+                      f"it must be a multiple of tensor {p.tensor_model_parallel_size} x pipeline {p.pipeline_model_parallel_size} "
                       f"x context {p.context_parallel_size} = {copy}", _way_out(config, world_size))  # fmt: skip
         return
     dp = data_parallel_size(config, world_size)
     if dp % p.data_parallel_replicas:
         cure = f"Write --data-parallel-replicas {around(p.data_parallel_replicas, divisors(dp))}"
         yield trouble(("data_parallel_replicas",), "--data-parallel-replicas", p.data_parallel_replicas,
-                      f"the data-parallel size, {dp}, is a multiple of it", cure)  # fmt: skip
+                      f"the data-parallel size, {dp}, must be a multiple of it", cure)  # fmt: skip
     elif p.data_parallel_replicas > 1 and p.sharding == "none":
         yield trouble(("data_parallel_replicas",), "--data-parallel-replicas", p.data_parallel_replicas,
                       "without sharding every process is a replica already",
@@ -53,7 +53,7 @@ def _batches(config: RunConfig, dp: int) -> Iterator[Problem]:
     about = ("global_batch_size", "micro_batch_size")
     if full % unit:
         fitting = sorted({max(1, full // unit) * unit, -(-full // unit) * unit})
-        yield trouble(about, "--global-batch-size", full, f"it is a multiple of {each}",
+        yield trouble(about, "--global-batch-size", full, f"it must be a multiple of {each}",
                       f"Write --global-batch-size {' or '.join(map(str, fitting))}")  # fmt: skip
         return
     problems = list(_rampup(b.rampup_batch_size, full, unit, each))
@@ -86,7 +86,7 @@ def _rampup(rampup: list[int], full: int, unit: int, each: str) -> Iterator[Prob
                       f"Write --rampup-batch-size {cure}")  # fmt: skip
     elif start % unit or increment % unit:
         cure = f"Write multiples of {unit}, or a smaller micro-batch"
-        yield trouble(about, what, found, f"first size and increment are multiples of {each}", cure)
+        yield trouble(about, what, found, f"first size and increment must be multiples of {each}", cure)
 
 
 def _micro_batches(config: RunConfig, count: int, unit: int) -> Iterator[Problem]:
@@ -140,7 +140,7 @@ def _pipeline(config: RunConfig) -> Iterator[Problem]:
         fitting = [n for n in range(1, layers // stages + 1) if layers % (n * stages) == 0]
         cure = f"Write {' or '.join(map(str, fitting))}" if fitting else f"Choose {called} as a multiple of {stages}, the pipeline stages"
         yield trouble(("num_layers_per_virtual_pipeline_stage", "num_layers"), "--num-layers-per-virtual-pipeline-stage", per_chunk,
-                      f"{called}, {layers}, is a multiple of it times the {stages} pipeline stages", cure)  # fmt: skip
+                      f"{called}, {layers}, must be a multiple of it times the {stages} pipeline stages", cure)  # fmt: skip
 
 
 def _split_backward(config: RunConfig, schedule: str) -> Iterator[Problem]:
@@ -172,9 +172,11 @@ def _splits(config: RunConfig, world_size: int) -> Iterator[Problem]:
         cure += f", or with another number of processes {' or '.join(others)}" * bool(here and others)
         for name, value in whole.items():
             if value % tp:
-                yield trouble((TP, name), flag(TP), tp, f"{flag(name)}, {value}, is a multiple of it", cure)
+                yield trouble((TP, name), flag(TP), tp, f"{flag(name)}, {value}, must be a multiple of it", cure)
         if kv != m.num_attention_heads and kv % tp and tp % kv:
-            yield trouble((TP, "num_query_groups"), flag(TP), tp, f"it divides the {kv} key/value heads, or is a multiple of them", cure)
+            yield trouble(
+                (TP, "num_query_groups"), flag(TP), tp, f"it must divide the {kv} key/value heads, or be a multiple of them", cure
+            )
     yield from _sequence(config, "seq_length", "--seq-length, the encoder's --encoder-seq-length" if m.decoder_layers else "--seq-length")
     if m.decoder_layers:
         yield from _sequence(config, "decoder_seq_length", "--decoder-seq-length")

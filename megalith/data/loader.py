@@ -69,7 +69,7 @@ class Loader:
         if global_batch_size % across or global_batch_size < across:
             low = global_batch_size // across * across
             near = " or ".join(str(number) for number in (low, low + across) if number)
-            rule = f"it is a multiple of micro batch {self.micro_batch_size} x {self.size} data-parallel ranks = {across}"
+            rule = f"it must be a multiple of micro batch {self.micro_batch_size} x {self.size} data-parallel ranks = {across}"
             raise ConfigError(problem("--global-batch-size", global_batch_size, rule, f"The nearest are {near}"))
         if not self._readable(consumed + global_batch_size):
             raise IndexError(f"samples {consumed} to {consumed + global_batch_size} of a dataset of {len(self.dataset)}")

@@ -31,7 +31,7 @@ MODEL = [
 ]
 TRAINING = (
     "--micro-batch-size 8 --global-batch-size 16 --train-iters {steps} --lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine "
-    "--lr-warmup-fraction 0.05 --weight-decay 0.1 --adam-beta2 0.95 --hidden-dropout 0 --attention-dropout 0 --split 95,5,0 "
+    "--lr-warmup-fraction 0.2 --weight-decay 0.1 --adam-beta2 0.95 --hidden-dropout 0 --attention-dropout 0 --split 95,5,0 "
     "--eval-interval {interval} --eval-iters 8 --save-interval {interval} --log-interval 20"
 )
 PROMPT = "def "

@@ -98,7 +98,7 @@ def test_hugging_face_by_way_of_megatron_equals_the_direct_export(tmp_path: path
 @pytest.mark.parametrize("chunk", [0, 3, 8])
 def test_a_virtual_stage_that_does_not_divide_is_refused(tmp_path: pathlib.Path, chunk: int) -> None:
     with pytest.raises(
-        CheckpointError, match=f"virtual-pipeline-stage: found {chunk}; it divides the 4 layers of a stage: 1, 2, 4. Take one"
+        CheckpointError, match=f"virtual-pipeline-stage: found {chunk}; it must divide the 4 layers of a stage: 1, 2, 4. Take one"
     ):
         FORMATS.find("megatron").write(weights_of(), tmp_path / "m", Options(num_layers_per_virtual_pipeline_stage=chunk))
 

@@ -108,7 +108,7 @@ def test_what_cannot_work_is_asked_again(answer, tmp_path, capsys, monkeypatch):
     answer("cpu-tiny\n\nt.json\n\n\n\n6\n\n4\n" + 10 * "\n" + "the_corpus\n" + 20 * "\n")
     assert main(["config"]) == 0
     out = capsys.readouterr().out
-    assert "this cannot work yet:\n" in out and "number of processes: found 6; it is a multiple of tensor 4" in out
+    assert "this cannot work yet:\n" in out and "number of processes: found 6; it must be a multiple of tensor 4" in out
     assert "--data-path: found nothing" in out
     config = from_yaml((tmp_path / "run.yaml").read_text())
     assert config.data.data_path == ["the_corpus"] and 6 % config.parallel.model_parallel_size == 0

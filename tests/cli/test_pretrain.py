@@ -85,7 +85,7 @@ def test_the_model_is_checked_all_the_same(trained, capsys):
     error = capsys.readouterr().err
     assert "--num-attention-heads: found 96" in error and "--split: found 'a'" in error and "--data-path" not in error
     assert main([*LARGE, "--world-size", "200"]) == 2
-    assert "number of processes: found 200; it is a multiple of tensor 8 x pipeline 16" in capsys.readouterr().err
+    assert "number of processes: found 200; it must be a multiple of tensor 8 x pipeline 16" in capsys.readouterr().err
 
 
 def test_world_size_is_for_dry_runs(trained, capsys, monkeypatch):

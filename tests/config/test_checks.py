@@ -62,7 +62,7 @@ COMBINED = [
     ({"recompute_granularity": "full"}, "Write --recompute-method uniform (or block)."),
     ({"recompute_method": "block"}, "Write --recompute-granularity full --recompute-method block"),
     ({"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 5}, "it is at most --num-layers, 4"),
-    ({"save_interval": 100, "keep_every": 250}, "--keep-every: found 250; it is a multiple of --save-interval, 100"),
+    ({"save_interval": 100, "keep_every": 250}, "--keep-every: found 250; it must be a multiple of --save-interval, 100"),
     ({"finetune": True}, "--finetune: found no checkpoint folder; it needs a checkpoint to load. Name its folder with --load."),
     ({"use_checkpoint_args": True}, "--use-checkpoint-args: found no --load"),
     ({"data_path": []}, "--data-path: found nothing; the dataset needs a corpus."),

@@ -14,10 +14,10 @@ def texts(**values):
 
 CASES = [
     ({"num_attention_heads": 5},
-     "--num-attention-heads: found 5; --hidden-size, 64, is a multiple of it. Write --num-attention-heads 4 or 8, "
+     "--num-attention-heads: found 5; --hidden-size, 64, must be a multiple of it. Write --num-attention-heads 4 or 8, "
      "or --hidden-size 60 or 65, or the width of a head with --kv-channels."),
     ({"num_query_groups": 3},
-     "--num-query-groups: found 3; --num-attention-heads, 4, is a multiple of it. Write --num-query-groups 2 or 4."),
+     "--num-query-groups: found 3; --num-attention-heads, 4, must be a multiple of it. Write --num-query-groups 2 or 4."),
     ({"group_query_attention": True}, "Write --num-query-groups with the number of key/value heads"),
     ({"attention_head_type": "multiquery", "num_query_groups": 2}, "--attention-head-type multiquery is one group"),
     ({"seq_length": 64},

@@ -20,15 +20,15 @@ def texts(world_size=1, **values):
 
 
 CASES = [
-    (6, {TP: 4}, "number of processes: found 6; it is a multiple of tensor 4 x pipeline 1 x context 1 = 4. "
+    (6, {TP: 4}, "number of processes: found 6; it must be a multiple of tensor 4 x pipeline 1 x context 1 = 4. "
      "Start 4 or 8 processes, or with 6 use --tensor-model-parallel-size 2; or no model parallelism"),
     (1, {TP: 2, PP: 2}, "Start 4 processes, or with 1 use no model parallelism."),
     (2, {"data_parallel_replicas": 3, "data_parallel_sharding": "full"},
-     "the data-parallel size, 2, is a multiple of it. Write --data-parallel-replicas 2."),
+     "the data-parallel size, 2, must be a multiple of it. Write --data-parallel-replicas 2."),
     (2, {"data_parallel_replicas": 2}, "without sharding every process is a replica already"),
     (1, {"micro_batch_size": None}, "--micro-batch-size: found nothing"),
     (3, {"global_batch_size": 16},
-     "found 16; it is a multiple of --micro-batch-size 2 x data-parallel size 3 = 6. Write --global-batch-size 12 or 18."),
+     "found 16; it must be a multiple of --micro-batch-size 2 x data-parallel size 3 = 6. Write --global-batch-size 12 or 18."),
     (1, {"global_batch_size": 1}, "Write --global-batch-size 2."),
     (1, {**RAMP, "rampup_batch_size": [2, 2]}, "it is three numbers"),
     (1, {**RAMP, "rampup_batch_size": [2, 0, 9]}, "its numbers are 1 or more"),
@@ -36,16 +36,16 @@ CASES = [
     (1, {**RAMP, "rampup_batch_size": [2, 4, 9]},
      "increments lead from 2 to --global-batch-size, 16, exactly. Write --rampup-batch-size 2 2 9 or 2 14 9."),
     (1, {**RAMP, "rampup_batch_size": [3, 13, 9]},
-     "first size and increment are multiples of --micro-batch-size 2 x data-parallel size 1 = 2"),
+     "first size and increment must be multiples of --micro-batch-size 2 x data-parallel size 1 = 2"),
     (1, {"device": "cpu", "distributed_backend": "nccl"}, "--distributed-backend: found 'nccl'; it serves cuda, and --device is cpu."),
     (1, {"sequence_parallel": True}, "found --tensor-model-parallel-size 1; it splits among tensor-parallel processes."),
-    (16, {TP: 16}, "--num-attention-heads, 8, is a multiple of it. Write --tensor-model-parallel-size 8."),
-    (4, {TP: 4, "ffn_hidden_size": 90}, "--ffn-hidden-size, 90, is a multiple of it. Write --tensor-model-parallel-size 2."),
+    (16, {TP: 16}, "--num-attention-heads, 8, must be a multiple of it. Write --tensor-model-parallel-size 8."),
+    (4, {TP: 4, "ffn_hidden_size": 90}, "--ffn-hidden-size, 90, must be a multiple of it. Write --tensor-model-parallel-size 2."),
     (6, {TP: 6, "num_attention_heads": 12, "hidden_size": 96, "num_query_groups": 4},
-     "it divides the 4 key/value heads, or is a multiple of them. "
+     "it must divide the 4 key/value heads, or be a multiple of them. "
      "Write --tensor-model-parallel-size 2, or with another number of processes 4 or 12."),
     (2, {TP: 2, "num_attention_heads": 9, "hidden_size": 72},
-     "--num-attention-heads, 9, is a multiple of it. Write --tensor-model-parallel-size 1, or with another number of processes 3."),
+     "--num-attention-heads, 9, must be a multiple of it. Write --tensor-model-parallel-size 1, or with another number of processes 3."),
     (6, {TP: 2, "num_attention_heads": 9, "hidden_size": 72}, "Write --tensor-model-parallel-size 1 or 3."),
     (2, {TP: 2, "sequence_parallel": True, "seq_length": 31}, "Write --seq-length 30 or 32."),
     (2, {CP: 2, "seq_length": 30}, "each of 2 context-parallel processes takes two chunks of it. Write --seq-length 28 or 32."),
@@ -65,7 +65,7 @@ CASES = [
      "weight gradients that are put off keep the inputs of layers, which full recompute is to free"),
     (1, {"profile_pipeline": True}, "--profile-pipeline: found no pipeline; it draws one. Write --pipeline-model-parallel-size 2 or more"),
     (2, {PP: 2, "num_layers_per_virtual_pipeline_stage": 3},
-     "--num-layers, 8, is a multiple of it times the 2 pipeline stages. Write 1 or 2 or 4."),
+     "--num-layers, 8, must be a multiple of it times the 2 pipeline stages. Write 1 or 2 or 4."),
     (3, {PP: 3, "num_layers_per_virtual_pipeline_stage": 1}, "Choose --num-layers as a multiple of 3"),
     (2, {PP: 2, "num_layers_per_virtual_pipeline_stage": 2, "global_batch_size": 10}, "Write --global-batch-size 8 or 12."),
     (4, {PP: 4, "pipeline_schedule": "1f1b"}, "micro-batches of a step: found 1; the pipeline needs at least 4, to fill its stages. "

@@ -62,7 +62,7 @@ LAYOUTS = [
     (4, {"tensor_model_parallel_size": 4, "sequence_parallel": True, "decoder_seq_length": 18}, "Write --decoder-seq-length 16 or 20."),
     (16, {"pipeline_model_parallel_size": 16, "global_batch_size": 32},
      "found 16; each stage has a layer, and encoder and decoder layers is 8. Write 8 or less."),
-    (4, {"pipeline_model_parallel_size": 4, "num_layers_per_virtual_pipeline_stage": 3}, "decoder layers, 8, is a multiple of it"),
+    (4, {"pipeline_model_parallel_size": 4, "num_layers_per_virtual_pipeline_stage": 3}, "decoder layers, 8, must be a multiple of it"),
 ]  # fmt: skip
 
 

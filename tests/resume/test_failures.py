@@ -156,7 +156,7 @@ def test_a_world_that_no_layout_fits_is_told_the_nearest(start, corpus, tmp_path
     output, _ = launcher.communicate(timeout=60)
     assert launcher.returncode != 0 and re.search(r"exitcode\s*: 2 ", output)
     assert (
-        "found 3; it is a multiple of tensor 2 x pipeline 2 x context 1 = 4. Start 4 processes, or with 3 use no model parallelism"
+        "found 3; it must be a multiple of tensor 2 x pipeline 2 x context 1 = 4. Start 4 processes, or with 3 use no model parallelism"
         in output
     )
     assert not (tmp_path / "run").exists()

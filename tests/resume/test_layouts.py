@@ -62,5 +62,5 @@ def test_without_the_optimizer_the_curve_is_another(runs, corpus, tmp_path):
 
 def test_a_batch_that_does_not_divide_is_an_error(ranks, runs, corpus, tmp_path):
     shutil.copytree(runs / "stopped", tmp_path / "moved")
-    with pytest.raises(ConfigError, match="found 8; it is a multiple of --micro-batch-size 2 x data-parallel size 3 = 6"):
+    with pytest.raises(ConfigError, match="found 8; it must be a multiple of --micro-batch-size 2 x data-parallel size 3 = 6"):
         ranks(run, 3, config_of(corpus, tmp_path / "moved", micro_batch_size=2))

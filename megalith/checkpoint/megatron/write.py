@@ -111,7 +111,7 @@ class _Export:
                 raise CheckpointError(problem("--pipeline-model-parallel-size", self.pipeline, rule, cure))
         each, chunk = (model.num_layers or 0) // self.pipeline, self.options.num_layers_per_virtual_pipeline_stage
         if chunk is not None and chunk not in (fit := [size for size in range(1, each + 1) if each % size == 0]):
-            rule = f"it divides the {each} layers of a stage: {', '.join(map(str, fit))}"
+            rule = f"it must divide the {each} layers of a stage: {', '.join(map(str, fit))}"
             raise CheckpointError(problem("--num-layers-per-virtual-pipeline-stage", chunk, rule, "Take one of these"))
         check_divisible(self.layout, [(row.theirs, row.split, self.shapes[row.ours[0]]) for row in self.rows])
         lacking = [key for key in MOMENTS if f"optimizer/{key}/{self.rows[0].ours[0]}" not in self.weights.tensors]
