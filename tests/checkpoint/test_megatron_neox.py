@@ -106,8 +106,7 @@ def write(folder: pathlib.Path, model: GPTNeoXForCausalLM, ranks: int, pipelined
     return folder
 
 
-@pytest.mark.parametrize("pipelined", [True, False], ids=["layer files", "sequential"])
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks, pipelined", [(1, True), (2, True), (2, False)])
 @pytest.mark.parametrize("form", FORMS)
 def test_logits_are_those_of_transformers(tmp_path: pathlib.Path, form: str, ranks: int, pipelined: bool) -> None:
     model = original(**FORMS[form])

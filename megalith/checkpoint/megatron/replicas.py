@@ -6,7 +6,6 @@ pipeline stage. Nothing in a file keeps them equal, and a reader that takes rank
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -44,37 +43,38 @@ class Replicas:
 
     how: str = "equal"
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    met: list[tuple[str, dict[str, Lazy], int | None]] = field(default_factory=list)
+    shapes: list[str] = field(default_factory=list)  # lines on copies of several shapes,
+    wrong: list[str] = field(default_factory=list)  # on those that differ,
+    slight: list[str] = field(default_factory=list)  # and on those that differ by rounding
 
     def one(self, name: str, copies: Mapping[str, Lazy], rows: int | None = None) -> Lazy:
-        """The parameter `name` of its `copies`, {where: tensor}; `check` compares them later, the first `rows` of them."""
-        several = dict(copies)
-        if len(several) > 1:
-            self.met.append((name, several, rows))
-        same = {copy.shape for copy in several.values()}
-        return mean(list(several.values())) if self.how == "average" and len(same) == 1 else next(iter(several.values()))
+        """The parameter `name` of its `copies`, {where: tensor}, whose first `rows` are compared block by block."""
+        (first, one), *others = copies.items()
+        before = len(self.wrong) + len(self.slight)
+        for where, other in others:
+            if one.shape != other.shape:
+                self.shapes.append(f"{name}: {first} has {list(one.shape)}, {where} {list(other.shape)}")
+                return one
+            found = difference(one, other, rows)
+            if found.largest != 0:
+                text = f"differ by up to {found.largest:.3g}, the largest value is {found.scale:.3g}"
+                (self.slight if found.rounding else self.wrong).append(f"{name}: {first} and {where} {text}")
+        differ = len(self.wrong) + len(self.slight) > before
+        return mean(list(copies.values())) if differ and self.how == "average" else one
 
     def check(self) -> list[str]:
-        """Compare all copies, block by block; notes on those that differ. Raises CheckpointError where they differ above rounding."""
+        """Notes on copies that differ. Raises CheckpointError for those that must not, and for files of different steps."""
         same_files(self.files)
-        wrong, slight = list[str](), list[str]()
-        for name, copies, rows in self.met:
-            (first, one), *others = copies.items()
-            for where, other in others:
-                if one.shape != other.shape:
-                    wrong.append(f"{name}: {first} has {list(one.shape)}, {where} {list(other.shape)}")
-                elif (found := difference(one, other, rows)).largest != 0:
-                    text = f"{name}: {first} and {where} differ by up to {found.largest:.3g}, the largest value is {found.scale:.3g}"
-                    (slight if found.rounding else wrong).append(text)
-        if wrong and (self.how != "average" or any(" has [" in line for line in wrong)):
-            more = [f"... and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
-            raise CheckpointError("\n".join(["copies of one parameter differ:", *wrong[:SHOWN], *more, f"{CURE}."]))
-        differ = wrong + slight
+        bad = self.shapes + (self.wrong if self.how != "average" else [])
+        if bad:
+            more = [f"... and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
+            raise CheckpointError("\n".join(["copies of one parameter differ:", *bad[:SHOWN], *more, f"{CURE}."]))
+        differ = self.wrong + self.slight
         if not differ:
             return []
         taken = "their mean is taken" if self.how == "average" else "the first is taken"
-        kind = "" if wrong else " by rounding"
-        return [f"copies of {len(differ)} parameters differ{kind}, {taken}: {'; '.join(differ[:3])}{' ...' * (len(differ) > 3)}"]
+        told = "; ".join(differ[:3]) + " ..." * (len(differ) > 3)
+        return [f"copies of {len(differ)} parameters differ{'' if self.wrong else ' by rounding'}, {taken}: {told}"]
 
 
 def difference(one: Lazy, other: Lazy, rows: int | None = None) -> Difference:
@@ -107,20 +107,15 @@ def _combined(copies: list[Lazy], factor: float) -> Lazy:
     first = copies[0]
 
     def part(index: Index = ()) -> Tensor:
-        made = torch.zeros([len(each) for each in ranges(first.shape, index)])
-        for copy in copies:
-            made += copy.part(index)
-        return (made * factor).to(first.dtype)
+        taken = ranges(first.shape, index)
+        made = torch.empty([len(each) for each in taken], dtype=first.dtype)
+        others = [slice(each.start, each.stop) for each in taken[1:]]
+        for (rows,) in _indices(tuple(made.shape), None):  # so that sums in float32 are never whole in memory
+            where = (slice(taken[0].start + rows.start, taken[0].start + rows.stop), *others)
+            made[rows] = sum(copy.part(where).float() for copy in copies) * factor
+        return made
 
-    return Lazy(shape=first.shape, dtype=first.dtype, read=functools.partial(_by_rows, first, part), box=part)
-
-
-def _by_rows(like: Lazy, part) -> Tensor:
-    """All of it, made block by block, so that the sums in float32 are never whole in memory."""
-    made = torch.empty(like.shape, dtype=like.dtype)
-    for index in _indices(like.shape, None):
-        made[index] = part(index)
-    return made
+    return Lazy(shape=first.shape, dtype=first.dtype, read=part, box=part)
 
 
 def _blocks(lazy: Lazy, rows: int | None) -> Iterator[Tensor]:
