@@ -20,6 +20,7 @@ from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError, problem
 from megalith.common.pointers import pointers_below
 from megalith.common.registry import Registry
+from megalith.config.data import DataConfig
 
 QKV_LAYOUTS, SWIGLU_ORDERS = ("auto", "grouped", "thirds", "interleaved"), ("auto", "gate-first", "gate-second")
 
@@ -35,6 +36,7 @@ class Options:
     max_shard_size: bytes of one file at most (a single tensor may be larger). safetensors: or pytorch_model.bin.
     architecture: Hugging Face family written; None is that of the source, or the first that has this form.
     tokenizer: folder of tokenizer files that are written along, instead of those of the source.
+    words: the size of that tokenizer's vocabulary, for weights with this section `data`; None where none goes along.
     with_optimizer: read or write the optimizer's state too. iteration: which checkpoint of several (the latest).
     overrides: fields of the config, by flat name, that override what the source says.
     replicas: of copies that Megatron's ranks keep of one parameter: equal, where others are an error, or average.
@@ -53,6 +55,7 @@ class Options:
     safetensors: bool = True
     architecture: str | None = None
     tokenizer: pathlib.Path | None = None
+    words: Callable[[DataConfig], int | None] = lambda data: None
     with_optimizer: bool = False
     iteration: int | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)

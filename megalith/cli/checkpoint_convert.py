@@ -21,10 +21,12 @@ IMPORT = """\
 examples:
   megalith checkpoint import Llama-3-8B runs/llama                    # a Hugging Face folder
   megalith checkpoint import megatron/iter_0005000 runs/gpt --tokenizer gpt2-files --verify
-  megalith checkpoint import model.zip runs/gpt --num-layers 24 --hidden-size 1024 --num-attention-heads 16
+  megalith checkpoint import megatron_lm_345m_v0.0.zip runs/345m --num-attention-heads 16 --vocab-file gpt2-vocab.json \\
+      --merge-file gpt2-merges.txt                                    # the release of NVIDIA, which says neither heads nor words
 
 SOURCE is a folder, a zip archive, or the URL of one. The format is recognised by itself. Flags of the model (--num-layers, ...) say
-what the source does not say, or say it better. Nothing in the source is run: pickles are read without the classes they name.
+what the source does not say, or say it better; so do those of the tokenizer (--vocab-file, --merge-file, --tokenizer-model). Nothing
+in the source is run: pickles are read without the classes they name.
 """
 EXPORT = """\
 examples:

@@ -19,8 +19,10 @@ from megalith.common.pointers import refuse_pointer
 from megalith.config.loading_values import fields
 from megalith.config.text import flag
 
+TOKENIZER = {"tokenizer_type": "TYPE", "vocab_file": "FILE", "merge_file": "FILE", "tokenizer_model": "PATH"}  # instead of a folder
 SHOWN = ("num_attention_heads", "vocab_size", "position_embedding_type")  # what files lack most often
 
+GIVE = "Name its folder with --tokenizer, or its files: --vocab-file FILE --merge-file FILE of GPT-2, --tokenizer-model FILE"
 EXAMPLE = """\
 examples:
   megalith generate --load runs/demo/run --prompt 'def ' --max-new-tokens 100 --temperature 0.8 --top-k 40
@@ -79,6 +81,9 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the file of --out-file if it exists")
     lacking = parser.add_argument_group("what files of another format do not say (every flag of the model that `pretrain` has is known)")
     lacking.add_argument("--tokenizer", metavar="FOLDER", help="folder of tokenizer files (default: those that the checkpoint has)")
+    for name, metavar in TOKENIZER.items():
+        help = str(fields()[name].metadata["help"])
+        lacking.add_argument(flag(name), *fields()[name].metadata["flags"], metavar=metavar, help=f"as in `megalith pretrain`: {help}")
     for each in ORDERS:
         lacking.add_argument(each.name, default="auto", choices=each.choices, help=each.help)
     for name in _model_fields():
@@ -112,10 +117,11 @@ def _generate(args: argparse.Namespace) -> int:
     from megalith.generation.load import load  # here, because it imports torch
 
     said = {name: getattr(args, name) for name in _model_fields() if hasattr(args, name)}
+    said |= {name: getattr(args, name) for name in TOKENIZER}
     orders = {"qkv_layout": args.qkv_layout, "swiglu_order": args.swiglu_order}
     model = load(args.load, device=args.device, dtype=args.dtype, iteration=args.ckpt_step, tokenizer=args.tokenizer, **orders, **said)
     if model.tokenizer is None:
-        raise ConfigError(f"--load {args.load}: the checkpoint has no tokenizer; text needs one. Name its folder with --tokenizer.")
+        raise ConfigError(f"--load {args.load}: the checkpoint has no tokenizer; text needs one. {GIVE}")
     made = _beams(model, prompts, args) if args.beam_width is not None else _samples(model, prompts, args)
     if args.out_file is not None:
         write_text(pathlib.Path(args.out_file), "".join(json.dumps(record(one), ensure_ascii=False) + "\n" for one in made))

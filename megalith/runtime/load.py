@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -47,10 +47,7 @@ def load_plain(
     if format != "megalith":
         options = dataclasses.replace(options, iteration=iteration if iteration is not None else options.iteration)
         return _foreign(formats.read(source, format, options), place, dtype)
-    if options.overrides:
-        given = ", ".join(map(flag, options.overrides))
-        rule = "a checkpoint of megalith says all of its model itself"
-        raise ConfigError(problem(f"{source}", given, rule, "Leave it out; it is for other formats, whose files may lack it"))
+    check_whole(source, options.overrides)
     found = checkpoint.find(source, iteration)
     config = stored_config(checkpoint.read_config(found), str(found / "config.yaml"))
     model = plain(config.model, place, dtype)
@@ -58,6 +55,14 @@ def load_plain(
     checkpoint.load(found, weights(model))
     model.notes = ()
     return model, config, found / "tokenizer" if (found / "tokenizer").is_dir() else None
+
+
+def check_whole(source: pathlib.Path, given: Collection[str]) -> None:
+    """Raise ConfigError where fields of the config are given for a checkpoint of megalith."""
+    if given:
+        shown = ", ".join(map(flag, sorted(given)))
+        rule = "a checkpoint of megalith says all of its model itself"
+        raise ConfigError(problem(f"{source}", shown, rule, "Leave it out; it is for other formats, whose files may lack it"))
 
 
 @torch.no_grad()

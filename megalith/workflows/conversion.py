@@ -19,7 +19,9 @@ from megalith.checkpoint.lazy import check_range
 from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError, ConfigError, problem
 from megalith.common.extras import require
-from megalith.workflows.tokenizer_files import prepared
+from megalith.data.tokenizers_given import FIELDS, GivenTokenizer
+from megalith.runtime.load import check_whole
+from megalith.workflows.tokenizer_files import prepared, with_tokenizer
 
 TOLERANCE = 1e-4  # of the largest logit: sums in another order differ by less, a wrong name or layout by 1
 
@@ -44,16 +46,25 @@ def convert(
     found = FORMATS.find(to)
     if found.write is None:
         raise ConfigError(problem("--to", to, "this format is only read", f"Write --to {', '.join(n for n in FORMATS if n != to)}"))
+    given = GivenTokenizer(options.tokenizer, options.overrides)
     inputs = [source, *([options.tokenizer] if options.tokenizer else [])]
     with new_folder(folder, inputs=inputs, overwrite=overwrite, notice=notice) as place, tempfile.TemporaryDirectory() as aside:
-        weights = formats.read(source, format, options)
+        format = format or formats.recognise(source)
+        keeps = to in ("megalith", "huggingface")  # Megatron's directories hold no tokenizer
+        weights = formats.read(source, format, dataclasses.replace(options, words=given.words) if keeps else options)
+        if format == "megalith":
+            said = weights.config.flat()
+            check_whole(source, [name for name, value in options.overrides.items() if name not in FIELDS and said[name] != value])
+        if keeps:
+            weights, options = with_tokenizer(weights, options, given, pathlib.Path(aside) / "given")
         if options.dtype and to == "megalith":
             weights = cast(weights, getattr(torch, options.dtype))
         notes: tuple[str, ...] = ()
         if to == "huggingface":
-            options, notes = prepared(weights, options, pathlib.Path(aside))
+            (made := pathlib.Path(aside) / "made").mkdir()
+            options, notes = prepared(weights, options, made)
         found.write(weights, place, options)
-    return dataclasses.replace(weights, notes=(*weights.notes, *notes))
+    return dataclasses.replace(weights, notes=tuple(dict.fromkeys((*weights.notes, *notes))))
 
 
 def check_reshape(source: pathlib.Path, format: str | None) -> None:

@@ -7,11 +7,38 @@ import pathlib
 
 from megalith.checkpoint import huggingface
 from megalith.checkpoint.formats import Options
-from megalith.checkpoint.huggingface_tokenizer import HERE, SPARE, written
+from megalith.checkpoint.huggingface_tokenizer import HERE, SPARE, found_in, written
 from megalith.checkpoint.weights import Weights
 from megalith.common.errors import DataError
 from megalith.data.tokenizers import RECORD, load_tokenizer
 from megalith.data.tokenizers_export import transformers_files
+from megalith.data.tokenizers_given import GivenTokenizer, misfit
+
+
+def with_tokenizer(weights: Weights, options: Options, given: GivenTokenizer, folder: pathlib.Path) -> tuple[Weights, Options]:
+    """The weights with the tokenizer that goes along with them: the one given, saved in `folder`, or their own; and what is to be told.
+
+    A Hugging Face folder is copied as it is. Raises DataError or ConfigError where what is given makes no tokenizer.
+    """
+    own = [name for name in weights.files if name.startswith(HERE)]
+    if not given:
+        if own or weights.config.data.tokenizer_type == "NullTokenizer":
+            return weights, options
+        note = "no tokenizer goes along, and text needs one: add --tokenizer FOLDER, or --vocab-file FILE --merge-file FILE"
+        return dataclasses.replace(weights, notes=(*weights.notes, note)), options
+    tokenizer, rows = given.make(weights.config.data), weights.config.model.vocab_size or 0
+    notes = [*weights.notes, *given.notes]
+    notes += misfit(tokenizer.vocab_size, rows)
+    plain = given.folder is not None and not (given.folder / RECORD).exists() and found_in(given.folder)
+    if plain:
+        files = plain
+    else:
+        tokenizer.save(folder)
+        files = {f"{HERE}{file.name}": file for file in sorted(folder.iterdir())}
+        options = dataclasses.replace(options, tokenizer=folder)
+    others = {name: file for name, file in weights.files.items() if not name.startswith(HERE)}
+    config = weights.config.replace(tokenizer_type=tokenizer.options.tokenizer_type)
+    return dataclasses.replace(weights, config=config, files=others | files, notes=tuple(notes)), options
 
 
 def prepared(weights: Weights, options: Options, folder: pathlib.Path) -> tuple[Options, tuple[str, ...]]:
@@ -35,11 +62,13 @@ def prepared(weights: Weights, options: Options, folder: pathlib.Path) -> tuple[
     try:
         tokenizer = load_tokenizer(source, weights.config.data)
         if tokenizer.vocab_size > (model.vocab_size or 0):
-            notes.append(
-                f"the tokenizer has {tokenizer.vocab_size} tokens and the embedding {model.vocab_size} rows: give the model its own "
-                f"tokenizer with --tokenizer, or more rows with `megalith checkpoint edit`"
-            )
+            notes += misfit(tokenizer.vocab_size, model.vocab_size or 0)
         files |= transformers_files(tokenizer, model.model_type)
+        if model.model_type == "bert" and tokenizer.literal:
+            notes.append(
+                "[MASK] in a text is plain characters to AutoTokenizer, as it was in preprocessing; for a fill-mask pipeline give it "
+                "tokenizer=AutoTokenizer.from_pretrained(FOLDER, split_special_tokens=False)"
+            )
         if huggingface.choose(weights, options)[0] in FIXED:
             notes.append(
                 "AutoTokenizer takes Qwen2Tokenizer for every qwen2, whatever the files say: PreTrainedTokenizerFast gives our ids"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from megalith.checkpoint.lazy import Lazy
@@ -12,6 +12,7 @@ from megalith.checkpoint.megatron.vocabulary import true_size
 from megalith.checkpoint.unpickle import Stand
 from megalith.common.errors import CheckpointError, problem
 from megalith.config.checks_model import form_problems
+from megalith.config.data import DataConfig
 from megalith.config.loading_values import convert, fields
 from megalith.config.megatron_counts import words_asked
 from megalith.config.model import GLU_ACTIVATIONS
@@ -90,12 +91,13 @@ def known(args: Mapping[str, Any], overrides: Collection[str] = ()) -> dict[str,
 
 
 def to_config(
-    args: Mapping[str, Any], parts: Mapping[str, Lazy], ranks: int, kind: str, overrides: Mapping[str, Any], notes: list[str]
-) -> RunConfig:
+    args: Mapping[str, Any], parts: Mapping[str, Lazy], ranks: int, kind: str, overrides: Mapping[str, Any], notes: list[str],
+    words: Callable[[DataConfig], int | None] = lambda data: None,
+) -> RunConfig:  # fmt: skip
     """The config of a model with these arguments and these tensors (those of one tensor-parallel rank of `ranks`).
 
     What shapes tell is a fact; the rest is the arguments', or assumed with a note where there are none; overrides win.
-    Raises CheckpointError for what our models cannot be.
+    words: see Options. Raises CheckpointError for what our models cannot be.
     """
     args = known(args, overrides)
     plain_norms = "encoder.layers.0.input_layernorm.bias" not in parts  # RMSNorm has that form here too
@@ -121,7 +123,7 @@ def to_config(
     if "vocab_size" not in overrides:
         told.compare("padded_vocab_size", padded, args.get("padded_vocab_size"))
     told.check()
-    values["vocab_size"] = true_size(args, padded, ranks, overrides, notes)
+    values["vocab_size"] = true_size(args, padded, ranks, overrides, notes, words(RunConfig().replace(**values).data))
     values.setdefault("make_vocab_size_divisible_by", 128)
     config = RunConfig().replace(**values)
     fail((f"arguments of the file, or flags: {each.text}" for each in form_problems(config)), CheckpointError)

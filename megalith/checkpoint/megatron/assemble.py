@@ -37,7 +37,7 @@ class Plan:
         kind = model_type(first)
         self.encoder_layers = count_layers(first, "encoder") if kind == "t5" else 0
         first = self._number(first)
-        self.config = to_config(fields(args), first, len(parts), kind, options.overrides, notes)
+        self.config = to_config(fields(args), first, len(parts), kind, options.overrides, notes, options.words)
         if "output_layer.weight" in first:
             self.config = self.config.replace(untie_embeddings_and_output_weights=True)
         model = self.config.model

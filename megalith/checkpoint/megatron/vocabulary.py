@@ -16,10 +16,13 @@ SIZES = {  # tokenizers of one size only, with what they add
 }  # fmt: skip
 
 
-def true_size(args: Mapping[str, Any], padded: int, ranks: int, overrides: Mapping[str, Any], notes: list[str]) -> int:
+def true_size(
+    args: Mapping[str, Any], padded: int, ranks: int, overrides: Mapping[str, Any], notes: list[str], given: int | None = None
+) -> int:
     """The true size of the vocabulary: what is said, or what the tokenizer has, or the padded size with a note.
 
-    args: Megatron's. padded: rows of the embedding, of all `ranks` together. Raises CheckpointError where more is said than there is.
+    args: Megatron's. padded: rows of the embedding, of all `ranks` together. given: tokens of the tokenizer that goes along.
+    Raises CheckpointError where more is said than there is.
     """
     kind, divisor = args.get("tokenizer_type"), args.get("make_vocab_size_divisible_by") or 128
     if size := overrides.get("vocab_size"):
@@ -37,9 +40,13 @@ def true_size(args: Mapping[str, Any], padded: int, ranks: int, overrides: Mappi
                 f"{expected}; --vocab-size says otherwise"
             )
         return rows
-    for file in (overrides.get("vocab_file"), args.get("vocab_file")):
-        if words := _words(file, args, padded, notes):
-            return _within(words, padded, "--vocab-file", words)
+    if words := _words(overrides.get("vocab_file"), args, padded, notes):
+        return _within(words, padded, "--vocab-file", words)
+    if given is not None and given <= padded:
+        notes.append(f"vocabulary: {given} of {padded} rows, the size of the tokenizer that goes along; --vocab-size says otherwise")
+        return given
+    if words := _words(args.get("vocab_file"), args, padded, notes):
+        return _within(words, padded, "vocab_file of the arguments", words)
     candidates = {kind: SIZES[kind]} if kind in SIZES else SIZES if not args else {}
     for name, size in candidates.items():
         size += args.get("vocab_extra_ids") or 0
