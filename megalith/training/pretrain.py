@@ -220,6 +220,8 @@ def announce(
     if mesh.size("pp") > 1:
         stages = ", ".join(f"{layers.start}-{layers.stop - 1}" for layers in layers_of(config))
         print(f"pipeline: {schedule_of(config.parallel)}, layers by stage {stages}", flush=True)
+    if line := saving.loaded(trainer):
+        print(line, flush=True)
     if progress.iteration:
         left = f"what is left is the loss of its {' and '.join(owed)} data" if owed else "nothing is left to do"
         more = "raise --train-iters, with --override-opt-param-scheduler, to go on"

@@ -78,6 +78,31 @@ def weights_only(config: RunConfig) -> bool:
     return config.checkpoint.finetune and source_of(config) != folder_of(config)
 
 
+def loaded(trainer: Trainer) -> str:
+    """A line on what `resume` took from where, and what it left and why; "" where the run begins from random weights."""
+    config, source = trainer.runtime.config, source_of(trainer.runtime.config)
+    if source is None:
+        return ""
+    counts = "the counts of steps and samples"
+    if weights_only(config):
+        taken, left = ["the weights"], ["the optimizer's state", "the schedule", counts]
+        why = "--finetune begins at step 0 with a new optimizer"
+    elif config.validation.skip_train:
+        taken, left, why = ["the weights", counts], ["the optimizer's state", "the schedule"], "--skip-train needs neither"
+    elif config.checkpoint.no_load_optim:
+        taken, left, why = ["the weights", counts], ["the optimizer's state", "the schedule"], "--no-load-optim begins with new ones"
+    else:
+        taken, left, why = ["the weights", *["the optimizer's state"] * bool(trainer.optimizer.state), "the schedule", counts], [], ""
+    rest = f"; not {_listed(left)}: {why}" if left else ""
+    return (
+        f"loaded from {checkpoint.find(source, config.checkpoint.ckpt_step)}: {_listed(taken)}{rest} (there are no random states to load)"
+    )
+
+
+def _listed(words: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
 def resume(trainer: Trainer) -> Progress:
     """Load what the config says a run starts from: its own newest checkpoint, --load's, or nothing."""
     config, source = trainer.runtime.config.checkpoint, source_of(trainer.runtime.config)
