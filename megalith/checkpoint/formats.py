@@ -22,6 +22,7 @@ from megalith.common.pointers import pointers_below
 from megalith.common.registry import Registry
 from megalith.config.data import DataConfig
 
+REPLICAS = ("equal", "average")
 QKV_LAYOUTS, SWIGLU_ORDERS = ("auto", "grouped", "thirds", "interleaved"), ("auto", "gate-first", "gate-second")
 
 

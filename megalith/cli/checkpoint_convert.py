@@ -52,19 +52,19 @@ def _renamed(old: str, new: str, sets: Mapping[str, Any], nargs: int | str = 1) 
     return Flag(old, dict(sets), nargs, notice=f"{old} is read as {new}")
 
 
-ORDERS = (  # of rows in Megatron's files; `generate` asks for them too
+ORDERS = (  # how Megatron's files are read; `generate` asks for them too
     Flag("--qkv-layout", {"qkv_layout": VALUE}, choices=("auto", "grouped", "thirds", "interleaved"),
          help="order of rows of fused q, k, v in Megatron's files (default: auto, by the file's version)"),
     Flag("--swiglu-order", {"swiglu_order": VALUE}, choices=("auto", "gate-first", "gate-second"),
          help="which half of a fused gated MLP is the gate (default: auto)"),
+    Flag("--replicas", {"replicas": VALUE}, choices=("equal", "average"),
+         help="copies of one parameter that Megatron's ranks keep must be equal, or are averaged (default: equal)"),
 )  # fmt: skip
 COMMON = (
     Flag("--from", {"from": VALUE}, help="format of the source: huggingface, megatron, ... (default: the one recognised)"),
     Flag("--ckpt-step", {"iteration": VALUE}, help="iteration to take of several (default: the latest)"),
     Flag("--dtype", {"dtype": VALUE}, choices=tuple(DTYPES), help="number format of the weights written (default: the source's)"),
     *ORDERS,
-    Flag("--replicas", {"replicas": VALUE}, choices=("equal", "average"),
-         help="copies of one parameter that Megatron's ranks keep must be equal, or are averaged (default: equal)"),
     Flag("--tokenizer", {"tokenizer": VALUE}, help="folder with tokenizer files that go along (default: the source's)"),
     Flag("--with-optimizer", {"with_optimizer": True}, 0, help="the optimizer's state too, where both formats can hold it"),
     Flag("--overwrite", {"overwrite": True}, 0, help="replace what an earlier conversion wrote into FOLDER"),

@@ -85,7 +85,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         help = str(fields()[name].metadata["help"])
         lacking.add_argument(flag(name), *fields()[name].metadata["flags"], metavar=metavar, help=f"as in `megalith pretrain`: {help}")
     for each in ORDERS:
-        lacking.add_argument(each.name, default="auto", choices=each.choices, help=each.help)
+        lacking.add_argument(each.name, default=each.choices[0], choices=each.choices, help=each.help)
     for name in _model_fields():
         text = f"as in `megalith pretrain`: {fields()[name].metadata['help']}" if name in SHOWN else argparse.SUPPRESS
         few: dict[str, Any] = {list: {"nargs": "*"}, bool: {"nargs": "?", "const": "true"}}.get(fields()[name].kind, {})
@@ -118,7 +118,7 @@ def _generate(args: argparse.Namespace) -> int:
 
     said = {name: getattr(args, name) for name in _model_fields() if hasattr(args, name)}
     said |= {name: getattr(args, name) for name in TOKENIZER}
-    orders = {"qkv_layout": args.qkv_layout, "swiglu_order": args.swiglu_order}
+    orders = {"qkv_layout": args.qkv_layout, "swiglu_order": args.swiglu_order, "replicas": args.replicas}
     model = load(args.load, device=args.device, dtype=args.dtype, iteration=args.ckpt_step, tokenizer=args.tokenizer, **orders, **said)
     if model.tokenizer is None:
         raise ConfigError(f"--load {args.load}: the checkpoint has no tokenizer; text needs one. {GIVE}")

@@ -29,6 +29,7 @@ def load(
     iteration: int | None = None,
     qkv_layout: str = "auto",
     swiglu_order: str = "auto",
+    replicas: str = "equal",
     tokenizer: str | os.PathLike | None = None,
     tokenizer_type: str | None = None,
     vocab_file: str | os.PathLike | None = None,
@@ -41,7 +42,7 @@ def load(
     path: a run's folder, a folder of checkpoints, one checkpoint, a Hugging Face folder, a Megatron directory or a zip archive of one,
     or its URL. device: auto, cpu, cuda or xpu. dtype: of the weights and of
     the computation, float32 unless another is named (bfloat16 halves the memory). iteration: which checkpoint (the latest).
-    qkv_layout, swiglu_order, model_fields (num_attention_heads=16, ...): what files of another format lack, or say wrongly, by the
+    qkv_layout, swiglu_order, replicas, model_fields (num_attention_heads=16, ...): what other formats lack, or say wrongly, by the
     names that `megalith checkpoint import` has for it. tokenizer: folder of tokenizer files that go before the checkpoint's own;
     or the files themselves, as `pretrain` has them (vocab_file and merge_file of GPT-2, vocab_file of BERT, tokenizer_model).
 
@@ -56,7 +57,7 @@ def load(
         dtype = DTYPES[SHORT.get(dtype, dtype)]
     named = {"tokenizer_type": tokenizer_type, "vocab_file": vocab_file, "merge_file": merge_file, "tokenizer_model": tokenizer_model}
     given = GivenTokenizer(tokenizer, {name: str(value) for name, value in named.items() if value is not None})
-    options = dataclasses.replace(reading(qkv_layout, swiglu_order, model_fields), words=given.words)
+    options = dataclasses.replace(reading(qkv_layout, swiglu_order, replicas, model_fields), words=given.words)
     model, run_config, own = load_plain(path, device=device, dtype=dtype or torch.float32, iteration=iteration, options=options)
     model.run_config = run_config
     model.tokenizer = load_tokenizer(own, run_config.data) if own is not None and not given else None

@@ -76,13 +76,14 @@ def _foreign(source: formats.Weights, place: torch.device, dtype: torch.dtype) -
     return model, source.config, tokenizer
 
 
-def reading(qkv_layout: str, swiglu_order: str, given: Mapping[str, Any]) -> formats.Options:
+def reading(qkv_layout: str, swiglu_order: str, replicas: str, given: Mapping[str, Any]) -> formats.Options:
     """How another format is read. given: fields of the model that its files lack. Raises ConfigError with all that cannot be."""
     problems = [
         problem(name, value, f"it is one of {', '.join(known)}", f"Write {name} {known[0]}")
         for name, value, known in (
             ("--qkv-layout", qkv_layout, formats.QKV_LAYOUTS),
             ("--swiglu-order", swiglu_order, formats.SWIGLU_ORDERS),
+            ("--replicas", replicas, formats.REPLICAS),
         )
         if value not in known
     ]
@@ -96,4 +97,4 @@ def reading(qkv_layout: str, swiglu_order: str, given: Mapping[str, Any]) -> for
             trouble = Problem((name,), problem(flag(name), raw, *wrong))
         problems += [trouble.text] if trouble else []
     fail(problems)
-    return formats.Options(qkv_layout=qkv_layout, swiglu_order=swiglu_order, overrides=values)
+    return formats.Options(qkv_layout=qkv_layout, swiglu_order=swiglu_order, replicas=replicas, overrides=values)

@@ -173,6 +173,13 @@ def test_arguments_that_shapes_contradict(tmp_path: pathlib.Path, case: str) -> 
         formats.read(folder)
 
 
+def test_advised_flags_are_as_they_are_typed(tmp_path: pathlib.Path) -> None:
+    config, tensors = model_of()
+    folder = megatron_files.write(tmp_path / "m", config, tensors, args=dict(qk_layernorm=True, add_bias_linear=False))
+    with pytest.raises(CheckpointError, match=r"flags of the model say so: --add-bias-linear, --no-qk-layernorm\."):
+        formats.read(folder)
+
+
 def test_a_flag_settles_what_arguments_say_wrongly(tmp_path: pathlib.Path) -> None:
     config, tensors = model_of(glu_activation="geglu", ffn_hidden_size=64)
     wrong = dict(ffn_hidden_size=96, swiglu=False, padded_vocab_size=1, num_layers=7)

@@ -11,7 +11,8 @@ from megalith.checkpoint.formats import Options
 from megalith.checkpoint.lazy import Lazy
 from megalith.checkpoint.megatron.replicas import BLOCK, Replicas, difference, mean
 from megalith.cli.main import main
-from megalith.common.errors import CheckpointError
+from megalith.common.errors import CheckpointError, ConfigError
+from megalith.generation.load import load
 from tests.checkpoint import megatron_files
 from tests.checkpoint.megatron_files import Tensors, model_of
 from tests.checkpoint.test_megatron_agreement import change
@@ -77,6 +78,11 @@ def test_all_are_told_at_once_and_on_the_command_line(tmp_path: pathlib.Path, ca
     assert main(["checkpoint", "reshape", str(folder), str(tmp_path / "new"), "--replicas", "average"]) == 0
     assert "their mean is taken" in capsys.readouterr().out
     assert main(["checkpoint", "import", str(folder), str(tmp_path / "other"), "--replicas", "first"]) != 0
+    with pytest.raises(CheckpointError, match="--replicas average takes the mean"):
+        load(folder)
+    assert any("their mean is taken" in note for note in load(folder, replicas="average").notes)
+    with pytest.raises(ConfigError, match="--replicas: found 'first'; it is one of equal, average"):
+        load(folder, replicas="first")
 
 
 def test_rounding_is_no_difference_but_is_told(tmp_path: pathlib.Path) -> None:

@@ -28,7 +28,8 @@ ARGUMENTS = {  # our field: what versions and forks call the argument
 HEADS = "num_attention_heads x kv_channels"
 FLAGS = {  # that settle what is no number of one flag
     HEADS: "--num-attention-heads N --kv-channels M", "padded_vocab_size": "--vocab-size N", "swiglu": "--swiglu, or --glu-activation NAME",
-    "position_embedding_type": "--position-embedding-type TYPE", "add_bias_linear": "--add-bias-linear or --disable-bias-linear",
+    "position_embedding_type": "--position-embedding-type TYPE",
+    "bert_binary_head": "--bert-no-binary-head, or --no-bert-no-binary-head",
 }  # fmt: skip
 PER_RANK = ("num_layers", "hidden_size", "num_attention_heads", "padded_vocab_size")
 CURE = "Part of the checkpoint may be missing: copy it again. If it is whole and its arguments are wrong, flags of the model say so: "
@@ -46,7 +47,7 @@ class Told(dict[str, tuple[Any, Any]]):
         """Raise CheckpointError with all of them, both values of each."""
         if self:
             lines = [f"{field}: the tensors have {found}, the arguments say {said}" for field, (found, said) in self.items()]
-            flags = [FLAGS.get(field, f"--{field.replace('_', '-')} {found}") for field, (found, _) in self.items()]
+            flags = [FLAGS.get(field) or _flag(field, found) for field, (found, _) in self.items()]
             raise CheckpointError("\n".join(["tensors and arguments do not describe one model:", *lines, f"{CURE}{', '.join(flags)}."]))
 
 
@@ -109,6 +110,13 @@ def without_gap(where: str, numbers: Iterable[int], first: int = 0) -> None:
     if missing:
         rule = f"they are counted without a gap, and {', '.join(map(str, missing[:8]))} {'is' if len(missing) == 1 else 'are'} missing"
         raise CheckpointError(problem(where, found, rule, "Copy the checkpoint again, whole"))
+
+
+def _flag(field: str, value: Any) -> str:
+    """A field with a value as it is typed."""
+    if isinstance(value, bool):
+        return f"--{'' if value else 'no-'}{field.replace('_', '-')}"
+    return f"--{field.replace('_', '-')} {value}"
 
 
 def _word(value: Any) -> Any:

@@ -81,7 +81,7 @@ def arguments(
     lacking = [f"--{name.replace('_', '-')}" for name in NEEDED if name not in given]
     if not files and lacking:
         rule = "configs/*.yml beside the files say them, and no tensor does"
-        cure = f"Copy configs/ along, or give {', '.join(lacking)} (--parallel-attn true where NeoX had gpt-j-residual, else false)"
+        cure = f"Copy configs/ along, or give {', '.join(lacking)} (where NeoX had gpt-j-residual, else --no-parallel-attn)"
         raise CheckpointError(problem(f"{folder}, a tree of GPT-NeoX: what it computes", None, rule, cure))
     positions = POSITIONS[args.get("pos_emb") or "learned"]
     parallel = given.get("parallel_attn", bool(args.get("gpt_j_residual")))
@@ -95,7 +95,10 @@ def arguments(
         "relu": args.get("activation") == "relu",
         SUMMED: parallel,
     }
-    if files:
+    if not files:
+        text = "GELU, layernorm_epsilon 1e-05 and plain attention are assumed. Give what differs as flags"
+        notes.append(f"GPT-NeoX without its configs/: {text} (--openai-gelu where it had bias_gelu_fusion)")
+    else:
         found["untie_embeddings_and_output_weights"] = bool(args.get("no_weight_tying"))
     if args.get("tokenizer_type") == "GPT2BPETokenizer":
         found |= {name: args[name] for name in ("tokenizer_type", "vocab_file", "merge_file") if args.get(name)}
