@@ -140,15 +140,19 @@ def _ours(
         rule_text = f"the table of {family.architecture} names every parameter of the model that it describes"
         raise CheckpointError(problem(f"{path}: parameters without a rule", unnamed[:6], rule_text, "Add them to the family's table"))
     spare = sorted(name for name in found.keys() - used if not any(re.fullmatch(each, name) for each in family.surplus))
-    if beyond := [
-        each for each in spare if any(f"{each[: at.start()]}.0.{each[at.end() :]}" in used for at in re.finditer(r"\.\d+\.", each))
-    ]:
-        rule_text = f"{path / CONFIG}, or a flag, says that there are {model.num_layers} layers, and these tensors are of more"
+    if beyond := [name for name in spare if _further(name, used)]:
+        layers = f"{model.num_layers}" + f" and {model.decoder_layers} in the decoder" * bool(model.decoder_layers)
+        rule_text = f"{path / CONFIG}, or a flag, says that there are {layers}"
         cure = "Take both files from one and the same model, or mend the number of layers"
         raise CheckpointError(problem(f"{path}: tensors of further layers", beyond[:6], rule_text, cure))
     notes = [f"not in this folder, so new and untrained: {', '.join(new)}"] * bool(new)
     notes += [f"left out, as this model has no use for them: {', '.join(spare[:8])}{' ...' * (len(spare) > 8)}"] * bool(spare)
     return made, tuple(notes)
+
+
+def _further(name: str, used: set[str]) -> bool:
+    """Whether a tensor that was not used is of one more layer: the first layer has one of this name, that was."""
+    return any(f"{name[: at.start()]}.0.{name[at.end() :]}" in used for at in re.finditer(r"\.\d+\.", name))
 
 
 def _begun(name: str, shape: tuple[int, ...], model: ModelConfig, dtype: torch.dtype) -> Lazy:

@@ -331,3 +331,19 @@ def test_other_files_of_the_folder_are_judged_too(folder) -> None:
     broken(theirs, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25})  # 3 of 12 channels
     with pytest.raises(CheckpointError, match=r"rotated channels of a head: found 3; .* which is odd. Write --rotary-percent"):
         formats.read(theirs)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bloom", "neox", "bert", "t5"])
+def test_layers_that_config_json_does_not_count_are_no_smaller_model(name: str, folder, tmp_path: pathlib.Path) -> None:
+    """They were left out with a note, as transformers leaves them out: two sources that disagree."""
+    if name in MODELS:
+        theirs = folder(name)
+    else:
+        theirs = tmp_path / "theirs"
+        (BERTS["bert"]() if name == "bert" else original("t5")).save_pretrained(theirs)
+    field = {"gpt2": "n_layer", "bloom": "n_layer", "t5": "num_decoder_layers"}.get(name, "num_hidden_layers")
+    layers = json.loads((theirs / "config.json").read_text())[field]
+    broken(theirs, **{field: layers - 1})
+    told = rf"tensors of further layers: found \['.*\.{layers - 1}\..*; .*config.json, or a flag, says that there are \d"
+    with pytest.raises(CheckpointError, match=told):
+        formats.read(theirs)
