@@ -207,3 +207,28 @@ def test_the_choices_for_two_sources_work(other, corpus, tmp_path):
     assert train(both.replace(run_dir=str(tmp_path / "second"))).iteration == 16
     assert train(both.replace(run_dir=str(tmp_path / "third"), save=str(tmp_path / "apart"))).iteration == 16
     assert train(both.replace(fresh=True)).iteration == 16 and len(list(tmp_path.glob("run.before-*"))) == 1
+
+
+LOADED = [  # flags, what the line says was loaded, and what was not
+    ({"finetune": True}, "the weights; not the optimizer's state, the schedule and the counts of steps and samples: --finetune begins at"),
+    (
+        {"no_load_optim": True},
+        "the weights and the counts of steps and samples; not the optimizer's state and the schedule: --no-load-optim",
+    ),
+    ({"skip_train": True}, "the weights and the counts of steps and samples; not the optimizer's state and the schedule: --skip-train"),
+    ({}, "the weights, the optimizer's state, the schedule and the counts of steps and samples (there are no random states to load)\n"),
+]
+
+
+@pytest.mark.parametrize(("flags", "said"), LOADED)
+def test_a_start_says_what_it_loaded_and_what_not(flags, said, other, corpus, tmp_path, capsys):
+    changes = {"load": str(other), "train_iters": 13, "override_opt_param_scheduler": True, "exit_interval": 1}
+    config = tiny_config(corpus, str(tmp_path / "run"), **BASE | changes | flags)
+    train(config.replace(eval_iters=1) if flags.get("skip_train") else config)
+    out = capsys.readouterr().out
+    assert f"loaded from {other}/iter_0000012: {said}" in out and out.count("loaded from") == 1
+
+
+def test_a_start_from_random_weights_loads_nothing(corpus, tmp_path, capsys):
+    train(tiny_config(corpus, str(tmp_path / "random"), exit_interval=1, **BASE))
+    assert "loaded from" not in capsys.readouterr().out
