@@ -213,7 +213,7 @@ LOADED = [  # flags, what the line says was loaded, and what was not
     ({"finetune": True}, "the weights; not the optimizer's state, the schedule and the counts of steps and samples: --finetune begins at"),
     (
         {"no_load_optim": True},
-        "the weights and the counts of steps and samples; not the optimizer's state and the schedule: --no-load-optim",
+        "the weights and the counts of steps and samples; not the optimizer's state and the schedule: --no-load-",
     ),
     ({"skip_train": True}, "the weights and the counts of steps and samples; not the optimizer's state and the schedule: --skip-train"),
     ({}, "the weights, the optimizer's state, the schedule and the counts of steps and samples (there are no random states to load)\n"),
