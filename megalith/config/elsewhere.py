@@ -105,6 +105,26 @@ _ANSWERS = (
         "text is written by one process yet; a checkpoint of any layout is read",
         "--tensor-model-parallel-size --pipeline-model-parallel-size",
     ),
+    ("it is --lr here", "--learning-rate"),
+    ("it is --seq-length here", "--block-size"),
+    ("it is --micro-batch-size here", "--per-device-train-batch-size --per-device-eval-batch-size"),
+    (
+        "--global-batch-size says it: what is more than --micro-batch-size times the data-parallel processes is accumulated",
+        "--gradient-accumulation-steps --num-microbatches-in-minibatch --num-micro-batches",
+    ),
+    (
+        "it is --train-iters or --train-samples here: a run is so many steps or samples long",
+        "--num-train-epochs --max-train-steps --max-steps",
+    ),
+    ("it is --save here", "--output-dir"),
+    ("it is --load here", "--resume-from-checkpoint"),
+    ("it is --config here (a YAML file of megalith config)", "--config-file"),
+    ("it is --recipe here (gpt2-small-124m, ...)", "--config-name"),
+    (
+        "a corpus is files here: megalith data preprocess makes tokens of JSON lines, parquet or text",
+        "--dataset-name --dataset-config-name",
+    ),
+    ("it is --tensorboard-dir here", "--report-to --with-tracking"),
     (
         _EVALUATION,
         "evaluate eval main lambada wikitext103 --task --valid-data --overlapping-eval --strict-lambada ppl lm_eval lm-eval",
