@@ -109,7 +109,8 @@ def to_config(
                 problem(f"--{name.replace('_', '-')}", args[name], reason, "Train without it, or convert with its own tools")
             )
     values = _of_arguments(args, notes) | {"model_type": kind} | ({} if kind == "gpt" else {"dataset": kind, "loss": kind})
-    facts = _of_shapes(parts, ranks, {**values, **overrides})
+    gates = {name: value for name, value in overrides.items() if name in ("swiglu", "glu_activation")}
+    facts = _of_shapes(parts, ranks, values | gates)
     told, said = Told(), args.get("position_embedding_type")
     compare(told, facts, args, overrides, POSITIONS.get(said, said))
     values |= facts
