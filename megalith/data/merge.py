@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import re
@@ -14,6 +15,7 @@ import numpy as np
 from megalith.common.errors import DataError, problem
 from megalith.common.files import aside, atomic_path
 from megalith.common.locks import locked
+from megalith.common.outputs import check
 from megalith.data.indexed import IndexedDataset
 from megalith.data.indexed_format import CODES, HEADER, MAGIC
 
@@ -159,27 +161,32 @@ def split_datasets(
     try:
         count = _write_pieces(prefixes, str(folder / "piece"), limits[0], documents=bool(documents), size=bool(size))
         made = [f"{output_prefix}-{number:04d}" for number in range(count)]
-        for number, prefix in enumerate(made):
-            with locked(prefix):
+        files = [prefix + suffix for prefix in made for suffix in (".bin", ".idx")]
+        with contextlib.ExitStack() as locks:  # all, before the first of them is replaced
+            for prefix in made:
+                locks.enter_context(locked(prefix))
+            read = [prefix + suffix for prefix in prefixes for suffix in (".bin", ".idx")]
+            others = sorted(set(files) - set(earlier))  # made since, or no part of a split
+            check(others, inputs=read, overwrite=overwrite, flag="--output-prefix")
+            for number, prefix in enumerate(made):
                 pathlib.Path(prefix + ".idx").unlink(missing_ok=True)
                 for suffix in (".bin", ".idx"):
                     os.replace(folder / f"piece-{number:04d}{suffix}", prefix + suffix)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    for file in set(earlier) - {prefix + suffix for prefix in made for suffix in (".bin", ".idx")}:
+    for file in sorted(set(earlier) - set(files), reverse=True):
         os.unlink(file)
     return made
 
 
 def pieces(output_prefix: str) -> list[str]:
-    """The files that a split to `output_prefix` made, sorted."""
-    folder, name = os.path.split(output_prefix)
-    made = re.compile(re.escape(name) + r"-\d{4,}\.(bin|idx)")
-    return (
-        sorted(os.path.join(folder, each) for each in os.listdir(folder or ".") if made.fullmatch(each))
-        if os.path.isdir(folder or ".")
-        else []
-    )
+    """The files that a split to `output_prefix` made, sorted: numbered without a gap, so that a corpus-2024 is none of corpus."""
+    files = {f"{output_prefix}-0000{suffix}" for suffix in (".bin", ".idx")}
+    made: list[str] = []
+    while found := sorted(file for file in files if os.path.lexists(file)):
+        made += found
+        files = {f"{output_prefix}-{int(found[0][len(output_prefix) + 1 : -4]) + 1:04d}{suffix}" for suffix in (".bin", ".idx")}
+    return made
 
 
 def _write_pieces(prefixes: Sequence[str], output_prefix: str, limit: int, *, documents: bool, size: bool) -> int:

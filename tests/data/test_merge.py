@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalith.common.errors import DataError
+from megalith.common.locks import LockedError, locked
 from megalith.data.indexed import IndexedDataset, IndexedWriter
 from megalith.data.merge import directory_prefixes, merge_datasets, split_datasets
 
@@ -117,6 +118,24 @@ def test_what_an_earlier_call_wrote_is_not_taken_again(tmp_path):
     assert len(split_datasets([str(tmp_path / "a")], out, documents=1)) == 3
     with pytest.raises(DataError, match=r"piece-0000.*earlier split"):
         split_datasets([str(tmp_path / "a")], out, documents=2)
+
+
+def test_split_that_meets_another_writer_touches_nothing(tmp_path):
+    source = write(tmp_path / "a", [[[1]], [[2]], [[3]]])
+    with locked(tmp_path / "piece-0001"), pytest.raises(LockedError, match="piece-0001"):
+        split_datasets([source], str(tmp_path / "piece"), documents=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx"]
+
+
+def test_split_replaces_and_removes_only_what_a_split_made(tmp_path):
+    source, other = write(tmp_path / "a", [[[1]], [[2]], [[3]]]), write(tmp_path / "piece-2024", [[[9]]])
+    for count in (1, 3):  # three files, then one
+        made = split_datasets([source], str(tmp_path / "piece"), documents=count, overwrite=True)
+    assert len(made) == 1 and not (tmp_path / "piece-0001.bin").exists() and read(other) == [[[9]]]
+    write(tmp_path / "late-0001", [[[9]]])  # there when the split writes, though it did not begin with 0
+    with pytest.raises(DataError, match=r"late-0001.bin exists"):
+        split_datasets([source], str(tmp_path / "late"), documents=1)
+    assert not (tmp_path / "late-0000.bin").exists() and read(tmp_path / "late-0001") == [[[9]]]
 
 
 @pytest.mark.parametrize("limits", [{}, {"tokens": 1, "documents": 1}, {"tokens": -1}])
