@@ -127,7 +127,7 @@ def _encode(
         return PreprocessResult(**done, report=output.report, elapsed=time.monotonic() - started)
 
     inputs.tell(notice)
-    for line in _idle(options):
+    for line in (*_idle(options), *_twice(options, tokenizer)):
         notice(line)
     fast, encoder = False, "encoder: plain, as asked"
     if options.fast:
@@ -237,6 +237,16 @@ def _idle(options: PreprocessOptions) -> list[str]:
         lines += [f"{flag} has no effect without --split-sentences: documents are not cut" for flag in used]
     elif len(code := language_code(options.lang)) == 3:
         lines.append(f"--lang {code}: sentences are cut by its rules or its nearest language's; where none are known, by those of English")
+    return lines
+
+
+def _twice(options: PreprocessOptions, tokenizer: Tokenizer) -> list[str]:
+    """Lines on tokens that the tokenizer puts round every text, and an option once more, as it does in Megatron."""
+    lines = []
+    for flag, name, at, where in (("--append-eod", "eod", -1, "after"), ("--prepend-bos", "bos", 0, "before")):
+        token, given = getattr(tokenizer, name), getattr(options, flag[2:].replace("-", "_"))
+        if given and all(ids and ids[at] == token for ids in map(tokenizer.encode, ("", "a"))):
+            lines.append(f"{flag}: the tokenizer itself puts id {token} {where} every text, and documents get it twice; leave out {flag}")
     return lines
 
 

@@ -12,6 +12,7 @@ import sys
 import time
 
 import pytest
+import tokenizers
 
 from megalith.common.errors import ConfigError, DataError
 from megalith.data import preprocess as module
@@ -124,6 +125,22 @@ def test_bos_and_eod(tmp_path):
         sys.path.remove(str(tmp_path))
     with pytest.raises(DataError, match="no bos token"):
         run(tmp_path, tmp_path / "a.jsonl", "other", prepend_bos=True)
+
+
+def test_tokens_that_the_tokenizer_puts_round_every_text_and_the_options_again_are_told(tmp_path):
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "</s>": 1, "a": 2}, "a"))
+    model.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    model.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    tokenizer = TokenizerOptions(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tmp_path / "tokenizer.json"))
+    lines = []
+    options = PreprocessOptions(
+        input=[str(tmp_path / "a.jsonl")], output_prefix=str(tmp_path / "out"), tokenizer=tokenizer, prepend_bos=True, append_eod=True
+    )
+    assert rows(preprocess(options, notice=lines.append).prefixes["text"]) == [[0, 0, 2, 1]]
+    assert [line.partition(";")[0] for line in lines if "twice" in line] == [
+        "--prepend-bos: the tokenizer itself puts id 0 before every text, and documents get it twice"
+    ]
 
 
 BAD = [
