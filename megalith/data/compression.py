@@ -7,6 +7,7 @@ import gzip
 import io
 import lzma
 import re
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 from megalith.common.errors import DataError, problem
@@ -77,11 +78,11 @@ def open_plain(path: str, raw: BinaryIO | None = None) -> Any:
     raw = raw or open(path, "rb")  # noqa: SIM115 - closed with the wrapper
     if kind == ".gz":
         return gzip.GzipFile(fileobj=raw)
-    if kind == ".bz2":
-        return bz2.BZ2File(raw)
-    if kind == ".xz":
-        return lzma.LZMAFile(raw)
-    return io.BufferedReader(_ZstdFile(raw, library)) if kind else raw
+    new = {".bz2": bz2.BZ2Decompressor, ".xz": lzma.LZMADecompressor}.get(kind)
+    if library is not None:
+        # The window is as large as the file asks for (zstd --long=31); the library's default refuses more than 128 MiB.
+        new = lambda: library.ZstdDecompressor(max_window_size=1 << 31).decompressobj()  # noqa: E731
+    return io.BufferedReader(_Streams(raw, new)) if new else raw
 
 
 def read_checked(stream: Any, count: int, path: str, whole_lines: bool = False) -> bytes:
@@ -94,14 +95,18 @@ def read_checked(stream: Any, count: int, path: str, whole_lines: bool = False) 
         raise DataError(problem(path, str(error), rule, "Fetch it again; it is damaged or cut off")) from error
 
 
-class _ZstdFile(io.RawIOBase):
-    """A zstd file as plain bytes. The library's own reader takes a file that is cut off for one that ends there."""
+class _Streams(io.RawIOBase):
+    """Compressed streams one after another, with zeros between them at most, as plain bytes.
 
-    def __init__(self, raw: BinaryIO, library: Any):
-        # The window is as large as the file asks for (zstd --long=31); the library's default refuses more than 128 MiB.
-        self._raw, self._new = raw, lambda: library.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-        self._ready = b""
-        self._frame: Any = None  # before the first
+    The libraries' own readers take a zstd file that is cut off, and a bzip2 or xz file with damage between two streams, for one that
+    ends there.
+    """
+
+    def __init__(self, raw: BinaryIO, new: Callable[[], Any]):
+        """Read `raw`; new: makes what decompresses one stream."""
+        self._raw, self._new = raw, new
+        self._ready = self._left = b""
+        self._stream: Any = None  # before the first
 
     def readable(self) -> bool:
         """Whether it can be read."""
@@ -110,15 +115,19 @@ class _ZstdFile(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Fill the buffer, or some of it; 0 at the end."""
         while not self._ready:
-            left = self._frame.unused_data if self._frame is not None and self._frame.eof else b""
-            block = left or self._raw.read(1 << 16)
+            block, self._left = self._left or self._raw.read(1 << 16), b""
+            within = self._stream is not None and not self._stream.eof
             if not block:
-                if self._frame is not None and not self._frame.eof:
-                    raise EOFError("the zstd stream ends inside a frame")
+                if within:
+                    raise EOFError("the file ends inside a compressed stream")
                 return 0
-            if self._frame is None or self._frame.eof:
-                self._frame = self._new()
-            self._ready = self._frame.decompress(block)
+            if not within:
+                block = block.lstrip(b"\0")
+                if not block:
+                    continue
+                self._stream = self._new()
+            self._ready = self._stream.decompress(block)
+            self._left = self._stream.unused_data if self._stream.eof else b""
         count = min(len(buffer), len(self._ready))
         buffer[:count], self._ready = self._ready[:count], self._ready[count:]
         return count

@@ -55,6 +55,17 @@ def test_compression_is_known_by_its_first_bytes(tmp_path, packer, name):
     assert name == "corpus" or texts(tmp_path) == ["1", "2", "3"]
 
 
+@pytest.mark.parametrize("packer", ["gz", "bz2", "xz", "zst"])
+def test_padding_between_streams_is_read_over_and_damage_there_is_an_error(tmp_path, packer):
+    """A damaged second stream (of a dump in many) must not look like the end of the file."""
+    pack, path = PACKERS.get(packer, pzstd), tmp_path / "a.jsonl"
+    path.write_bytes(pack(lines(1)) + bytes(8) + pack(lines(2)) + bytes(512))
+    assert texts(path) == ["1", "2"]
+    path.write_bytes(pack(lines(1)) + b"\1" + pack(lines(2))[1:])
+    with pytest.raises(DataError, match="damaged"):
+        texts(path)
+
+
 def test_plain_under_a_compressed_name_and_parquet_under_any(tmp_path):
     import pyarrow
     from pyarrow import parquet
