@@ -157,6 +157,6 @@ def run(args: argparse.Namespace) -> int:
 def skipped(result, limit: float) -> str:
     """The line about documents that were left out: how many of how many, and what was allowed."""
     unusable, total = result.num_problems - result.num_empty, result.documents + result.num_problems
-    kinds = [f"{unusable} unusable documents ({unusable / total:.2%}; --max-unusable {limit:g})"] * (unusable > 0)
+    kinds = [f"{unusable} unusable documents ({unusable / total:.2%}; --max-unusable {limit})"] * (unusable > 0)
     kinds += [f"{result.num_empty} without text (--on-empty keep keeps them)"] * (result.num_empty > 0)
     return f"skipped {' and '.join(kinds)} of {total} documents; {result.report} lists {len(result.problems)} of them"

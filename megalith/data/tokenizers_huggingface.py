@@ -83,7 +83,7 @@ class LibraryTokenizer(Tokenizer):
             encoder = require("gigatoken", "the fast encoder").Tokenizer.from_json(self.fast_json()).backend.encode
             same = all(self.backend.encode(text, add_special_tokens=False).ids == encoder(text).tolist() for text in sample)
         except (DataError, MissingPackage, ValueError, TypeError, RuntimeError, NotImplementedError) as error:
-            return False, f"encoder: tokenizers (gigatoken not usable: {error})"
+            return False, f"encoder: tokenizers (gigatoken not usable: {str(error).partition(chr(10))[0]})"
         if not same:
             return False, "encoder: tokenizers (gigatoken gave other ids for a sample of this input)"
         self._encoder = encoder

@@ -145,6 +145,7 @@ def test_the_command_line(tmp_path, capsys):
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("skipped 2 unusable documents (18.18%; --max-unusable 0.2) and 1 without text (--on-empty keep keeps them)")
     assert pathlib.Path(f"{tmp_path}/out_text_document.idx").exists()
+    assert command(tmp_path, "--max-unusable", "1.0") == 0 and "--max-unusable 1.0)" in capsys.readouterr().err  # not 1, which is a count
     assert command(tmp_path, "--max-unusable", "much") == 2
     assert command(tmp_path, "--on-empty", "drop") == 2
 
