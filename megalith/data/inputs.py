@@ -207,19 +207,27 @@ def spooled(inputs: Inputs, folder: Callable[[], pathlib.Path], notice: Notice =
         place.mkdir(parents=True)
         cleared.callback(place.rmdir)
         files = []
-        for path in inputs.files:
-            if path in streams:
-                shown = "standard input" if path in (STANDARD_INPUT, "/dev/stdin") else path
-                target = place / f"{len(names)}"
-                cleared.callback(target.unlink, missing_ok=True)
-                end = ", to its end (Ctrl-D)" if _is_terminal(path) else ""
-                notice(f"{shown} is copied to {target}, because parts of it are read at one time{end}")
-                mark = _copy(path, target)
-                path = str(target)
-                names[path], marks[path] = shown, mark
-                _check(path)
-            files.append(path)
-        yield dataclasses.replace(inputs, files=files, names=names, marks=marks)
+        try:
+            for path in inputs.files:
+                if path in streams:
+                    shown = "standard input" if path in (STANDARD_INPUT, "/dev/stdin") else path
+                    target = place / f"{len(names)}"
+                    cleared.callback(target.unlink, missing_ok=True)
+                    end = ", to its end (Ctrl-D)" if _is_terminal(path) else ""
+                    notice(f"{shown} is copied to {target}, because parts of it are read at one time{end}")
+                    mark = _copy(path, target)
+                    path = str(target)
+                    names[path], marks[path] = shown, mark
+                    _check(path)
+                files.append(path)
+            yield dataclasses.replace(inputs, files=files, names=names, marks=marks)
+        except DataError as error:  # the copy is gone by the time that somebody reads of it
+            told = str(error)
+            for path in reversed(names):
+                told = told.replace(path, names[path])
+            if told == str(error):
+                raise
+            raise DataError(told) from error
 
 
 def _is_terminal(path: str) -> bool:

@@ -260,8 +260,12 @@ def test_parquet_and_pointers_come_through_streams_too(tmp_path):
     parquet.write_table(pyarrow.table({"text": ["2"]}), tmp_path / "b.parquet")
     with fifo(tmp_path / "pipe", (tmp_path / "b.parquet").read_bytes()) as pipe:
         assert texts(pipe) == ["2"]
-    with fifo(tmp_path / "pipe", LFS) as pipe, pytest.raises(DataError, match="git LFS pointer"):
-        preprocess(options(tmp_path, pipe))
+    for content, words in (
+        (LFS, "this is a git LFS pointer"), (b"PK\3\4", "it is a zip archive"), (gzip.compress(lines(1))[:-9], "damaged"),
+    ):  # fmt: skip
+        with fifo(tmp_path / "pipe", content) as pipe, pytest.raises(DataError, match=f"{pipe}.*{words}") as caught:
+            preprocess(options(tmp_path, pipe))
+        assert ".tmp" not in str(caught.value)  # the stream is named, not its copy
 
 
 def test_the_same_stream_goes_on_and_is_known_again(tmp_path):
