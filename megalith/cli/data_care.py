@@ -100,7 +100,7 @@ def split(args: argparse.Namespace) -> int:
     from megalith.data.merge import pieces, split_datasets
 
     prefixes, limits = _prefixes(args.input, args.output_prefix), {"tokens": args.tokens, "documents": args.documents, "size": args.bytes}
-    with writing(args.output_prefix, [], notice=_notice):
+    with writing(_bare(args.output_prefix), [], notice=_notice):
         check(pieces(args.output_prefix), inputs=_files(prefixes), overwrite=args.overwrite, flag="--output-prefix")
         made = split_datasets(prefixes, args.output_prefix, **limits, overwrite=args.overwrite)
     print("\n".join(made))

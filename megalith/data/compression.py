@@ -78,11 +78,11 @@ def open_plain(path: str, raw: BinaryIO | None = None) -> Any:
     raw = raw or open(path, "rb")  # noqa: SIM115 - closed with the wrapper
     if kind == ".gz":
         return gzip.GzipFile(fileobj=raw)
-    new = {".bz2": bz2.BZ2Decompressor, ".xz": lzma.LZMADecompressor}.get(kind)
+    decompressors: dict[str, Callable[[], Any]] = {".bz2": bz2.BZ2Decompressor, ".xz": lzma.LZMADecompressor}
     if library is not None:
         # The window is as large as the file asks for (zstd --long=31); the library's default refuses more than 128 MiB.
-        new = lambda: library.ZstdDecompressor(max_window_size=1 << 31).decompressobj()  # noqa: E731
-    return io.BufferedReader(_Streams(raw, new)) if new else raw
+        decompressors[kind] = lambda: library.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+    return io.BufferedReader(_Streams(raw, decompressors[kind])) if kind else raw
 
 
 def read_checked(stream: Any, count: int, path: str, whole_lines: bool = False) -> bytes:

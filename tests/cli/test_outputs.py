@@ -264,3 +264,12 @@ def test_a_folder_does_not_hide_the_dataset_of_its_name(here, capsys, verb):
     for name, count in (("sm.bin", 2), ("sm/", 3)):
         assert run("data " + command.format(name)) == 0
         assert verb == "weights" or f"{count} documents" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["merge", "split", "convert"])
+@pytest.mark.parametrize(("prefix", "cure"), [("made.bin", "Write made."), ("made.idx", "Write made."), ("made/", "Write made/NAME.")])
+def test_an_output_prefix_is_neither_file_nor_folder(here, capsys, verb, prefix, cure):
+    command = f"data {verb} --input oth --output-prefix {prefix}" + " --documents 1" * (verb == "split")
+    before = everything()
+    assert run(command) == 1 and everything() == before
+    assert cure in capsys.readouterr().err
