@@ -15,8 +15,12 @@ CONFIG, TRAIN_STATE = "config.yaml", "train_state.json"
 
 
 def read_config(path: str | os.PathLike) -> str:
-    """The text of the config that the checkpoint at `path` was written with (YAML)."""
-    return _text(pathlib.Path(path) / CONFIG)
+    """The text of the config that the checkpoint at `path` was written with (YAML). Raises CheckpointError where it was changed since."""
+    place = pathlib.Path(path)
+    text = _text(place / CONFIG)
+    if faults := manifest.compare(place, {CONFIG: manifest.read(place)["files"][CONFIG]}):
+        raise CheckpointError(f"{faults[0]}. Copy the checkpoint again; what a run does otherwise is said with flags")
+    return text
 
 
 def read_train_state(path: str | os.PathLike) -> dict[str, Any]:

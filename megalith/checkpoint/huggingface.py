@@ -18,6 +18,7 @@ from megalith.checkpoint import huggingface_tokenizer as tokenizer
 from megalith.checkpoint.formats import Format, Options
 from megalith.checkpoint.huggingface_families import ACTIVATIONS, FAMILIES, KINDS, TAKE, Family, form
 from megalith.checkpoint.huggingface_tied import settle
+from megalith.checkpoint.huggingface_twice import differing, rope_of
 from megalith.checkpoint.lazy import Lazy, check_range, join
 from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError, ConfigError, problem
@@ -67,6 +68,7 @@ def read(path: pathlib.Path, options: Options) -> Weights:
         rule = "a norm's parameters are called weight and bias, or gamma and beta in files that came from TensorFlow"
         both = [name for name in stored if re.search(r"\.(gamma|beta)$", name)]
         raise CheckpointError(problem(f"{path}: weights", both[:6], f"{rule}, and here both are there", "Copy all files of one version"))
+    twice = differing(given, family.aliases)
     given = family.checked(given, str(path / CONFIG))
     for each in family.settings:
         if each.ours in ("num_layers", "decoder_num_layers") and (given.get(each.theirs) or 0) > len(found):
@@ -83,9 +85,9 @@ def read(path: pathlib.Path, options: Options) -> Weights:
     fail((f"{path / CONFIG}: {each.text}" for each in form_problems(config)), CheckpointError)
     found, told = family.adapt(found, config.model)
     tensors, notes = _ours(found, family, config.model, path, family.heads(given))
-    if "dynamic" in str(given.get("rope_parameters") or given.get("rope_scaling")):
+    if "dynamic" in str(rope_of(given)):
         notes += ("rope_type dynamic is left out: it acts beyond max_position_embeddings alone, where no sequence here goes",)
-    notes = (*beside, *ties, *told, *notes)
+    notes = (*beside, *twice, *ties, *told, *notes)
     if (path / GENERATION).is_file():
         checked(files.read_json(path / GENERATION), {name: KINDS[name] for name in IDS}, str(path / GENERATION))
     kept = {f"{KEPT}{name}": path / name for name in (CONFIG, GENERATION) if (path / name).is_file()}

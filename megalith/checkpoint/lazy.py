@@ -72,8 +72,9 @@ def check_range(tensors: Mapping[str, Lazy], dtype: torch.dtype | None) -> None:
     told = [f"{count} in {name}" for name, count in sorted(beyond.items(), key=lambda each: -each[1])]
     more = f" and in {len(told) - 8} more tensors" * (len(told) > 8)
     rule = f"{word} holds numbers up to {largest:.6g}, and {sum(beyond.values())} weights would become infinite"
-    wider = "bfloat16, which has the range of float32, or float32" if dtype == torch.float16 else "float32"
-    raise CheckpointError(problem("--dtype", word, rule + f": {', '.join(told[:8])}{more}", f"Write --dtype {wider}"))
+    wider = "Write --dtype bfloat16, which has the range of float32, or float32" if dtype == torch.float16 else "Write --dtype float32"
+    cure = "Leave it out, which keeps the source's float64" if dtype == torch.float32 else wider
+    raise CheckpointError(problem("--dtype", word, rule + f": {', '.join(told[:8])}{more}", cure))
 
 
 def _beyond(lazy: Lazy, dtype: torch.dtype) -> int:

@@ -45,7 +45,8 @@ def convert(
     options = options or Options()
     found = FORMATS.find(to)
     if found.write is None:
-        raise ConfigError(problem("--to", to, "this format is only read", f"Write --to {', '.join(n for n in FORMATS if n != to)}"))
+        cure = f"Write --to {', '.join(name for name in FORMATS if FORMATS.find(name).write)}"
+        raise ConfigError(problem("--to", to, "this format is only read", cure))
     given = GivenTokenizer(options.tokenizer, options.overrides)
     inputs = [source, *([options.tokenizer] if options.tokenizer else [])]
     with new_folder(folder, inputs=inputs, overwrite=overwrite, notice=notice) as place, tempfile.TemporaryDirectory() as aside:

@@ -170,6 +170,7 @@ def namespace(config: ModelConfig, tensor: int, pipeline: int, padded: int, more
         padded_vocab_size=padded, make_vocab_size_divisible_by=64, orig_vocab_size=config.vocab_size, layernorm_epsilon=1e-5,
         tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, bias_gelu_fusion=False, openai_gelu=False,
         consumed_train_samples=56, consumed_valid_samples=8, params_dtype=torch.float32, lr=1e-3, seq_length=16,
+        decoder_num_layers=config.decoder_num_layers,
     )  # fmt: skip
     return argparse.Namespace(**(values | more))
 

@@ -37,6 +37,13 @@ def test_unreadable(path):
         checkpoint.read_config(path)
 
 
+def test_a_config_that_was_changed_since(path):
+    """Its size stays, so a glance at the files does not see it; what it says is no longer what the tensors are."""
+    (path / "config.yaml").write_text("model: {num_layers: 2}\n")
+    with pytest.raises(CheckpointError, match=r"config.yaml is damaged: its SHA-256 is .*Copy the checkpoint again"):
+        checkpoint.read_config(path)
+
+
 def test_looking_needs_no_torch(path):
     code = (
         "import sys; from megalith import checkpoint as c; p = c.find(sys.argv[1]); assert not c.verify(p) and c.latest(p.parent) == 7;"

@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import shutil
 from collections.abc import Callable
 
 import pytest
@@ -54,6 +55,7 @@ MISSING = {  # layers that are gone: (the layout, of which ranks, pattern, with 
     "of one rank": (LAYOUT, "01_001", r"layers\.1\.", True, ALONE.format(1, 0)),
     "of rank 0": (LAYOUT, "00_001", r"layers\.1\.", True, SAYS.format(3)),
     "of rank 0, no arguments": (LAYOUT, "00_001", r"layers\.1\.", False, ALONE.format(0, 1)),
+    "of a stage, no arguments": (LAYOUT, "*_000", r"layers\.1\.", False, "layers of the encoder: found '1 in stage 0, 2 in stage 1'"),
     "of a virtual stage": (LAYOUT | dict(virtual=2), "*_001", r"layers\.", True, SAYS.format(2)),
 }
 
@@ -145,11 +147,13 @@ TOLD = {  # arguments that a shape or a name also tells: (form of the model, arg
     "hidden": ({}, dict(hidden_size=64), "hidden_size: {32}, {64}"),
     "heads x channels": ({}, dict(num_attention_heads=8), "num_attention_heads x kv_channels: {32}, {64}"),
     "ffn": ({}, dict(ffn_hidden_size=96), "ffn_hidden_size: {128}, {96}"),
+    "ffn, NeoX's name": ({}, dict(intermediate_size=96), "ffn_hidden_size: {128}, {96}"),
     "vocabulary": ({}, dict(padded_vocab_size=256), "padded_vocab_size: {128}, {256}"),
     "positions": ({}, dict(max_position_embeddings=32), "max_position_embeddings: {16}, {32}"),
     "groups": (GROUPED, dict(num_query_groups=4, group_query_attention=True), "num_query_groups: {2}, {4}"),
     "groups, other name": (GROUPED, dict(num_key_value_heads=4), "num_query_groups: {2}, {4}"),
     "groups, none": (GROUPED, dict(group_query_attention=False), "num_query_groups: {2}, {4}"),
+    "a table, none": ({}, dict(add_position_embedding=False), "position_embedding_type: {learned_absolute}, {none .add_position}"),
     "a table": ({}, ROTARY, "position_embedding_type: {learned_absolute}, {rope}"),
     "no table": (ROTARY, dict(position_embedding_type="learned_absolute"),
                  "position_embedding_type: {no position_embeddings}, {learned_absolute}"),
@@ -200,7 +204,20 @@ def test_one_file_of_several_ranks(tmp_path: pathlib.Path) -> None:
         formats.read(folder / "iter_0000007/mp_rank_00/model_optim_rng.pt")
 
 
-@pytest.mark.parametrize("what", ["iteration", "checkpoint_version", "num_attention_heads"])
+def test_a_rank_that_is_missing_without_arguments(tmp_path: pathlib.Path) -> None:
+    """What is left looks like a model of narrow heads and half the vocabulary."""
+    config, tensors = model_of()
+    folder = megatron_files.write(tmp_path / "m", config, tensors, tensor=2, args=None)
+    formats.read(folder, options=Options(overrides=dict(num_attention_heads=4)))
+    shutil.rmtree(folder / "iter_0000007/mp_rank_01")
+    message = r"in the files of 1 tensor-parallel ranks: found 16; .* those of the model, 32. .*give --kv-channels 4"
+    with pytest.raises(CheckpointError, match=message):
+        formats.read(folder, options=Options(overrides=dict(num_attention_heads=4)))
+    left = formats.read(folder, options=Options(overrides=dict(num_attention_heads=4, kv_channels=4))).config.model  # said by the user
+    assert left.head_dim == 4
+
+
+@pytest.mark.parametrize("what", ["iteration", "checkpoint_version", "num_attention_heads", "layernorm_epsilon"])
 def test_files_of_ranks_that_are_of_two_runs(tmp_path: pathlib.Path, what: str) -> None:
     def edit(content: dict) -> None:
         content.update({what: 2}) if what in content else setattr(content["args"], what, 2)

@@ -68,6 +68,19 @@ def test_import(tmp_path: pathlib.Path, ranks: int, version: float, year: int) -
     assert weights.config.model.decoder_layers == 4 and weights.config.data.dataset == "t5"
 
 
+def test_layers_missing_of_a_decoder_that_arguments_do_not_count(tmp_path: pathlib.Path) -> None:
+    """Before decoder_num_layers there was num_layers, of both stacks."""
+    write(tmp_path, 1, 3.0, 2022)
+    (file,) = tmp_path.rglob("model_optim_rng.pt")
+    content = torch.load(file, weights_only=False)
+    content["args"].decoder_num_layers = None
+    torch.save(content, file)
+    with pytest.raises(CheckpointError, match="decoder_num_layers: the tensors have 4, the arguments say 2"):
+        formats.read(tmp_path)
+    given = Options(overrides=dict(decoder_num_layers=4))
+    assert formats.read(tmp_path, options=given).config.model.decoder_layers == 4
+
+
 @pytest.mark.parametrize("pipeline", [1, 3])
 def test_round_trip(tmp_path: pathlib.Path, pipeline: int) -> None:
     """Three stages: one of the encoder, two of the decoder, the first of which has its own embedding."""

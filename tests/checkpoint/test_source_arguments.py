@@ -65,6 +65,18 @@ def test_what_the_user_says_is_not_judged_in_the_file(content: dict, tmp_path: p
         formats.read(file)
 
 
+OTHERS = [("tokenizer_type", "PretrainedFromHF"), ("seq_length", 0), ("lr_decay_iters", 0), ("adam_beta1", 1.5), ("seed", -1)]
+
+
+@pytest.mark.parametrize(("name", "value"), OTHERS)
+def test_what_our_own_checkpoints_refuse_is_left_out(name: str, value: Any, content: dict, tmp_path: pathlib.Path) -> None:
+    """It was written, and the checkpoint could not be opened."""
+    found = formats.read(stored(tmp_path, content, **{name: value}))
+    assert f"{name}: {value!r} has no counterpart here and was left out" in found.notes
+    write(found, tmp_path / "ours")
+    assert own(tmp_path / "ours").config.flat()[name] != value
+
+
 VALUES = st.one_of(
     st.none(), st.booleans(), st.integers(-3, 70), st.floats(),
     st.sampled_from([2**40, "2", "x", [], {}, [3], ["a"], (1, 2), "LayerNorm", 10**9]),

@@ -56,6 +56,11 @@ def test_dtype_and_targets(theirs: pathlib.Path, tmp_path: pathlib.Path) -> None
         conversion.convert(theirs, tmp_path / "ours", to="megalith")
 
 
+def test_a_format_that_is_only_read_names_those_that_are_written(theirs: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(ConfigError, match=r"only read. Write --to megalith, huggingface, megatron\b(?!,)"):
+        conversion.convert(theirs, tmp_path / "ours", to="torch_dist")
+
+
 SHAPE = {  # 1.3e9 parameters in bfloat16, 2.6 GB
     "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 25, "num_attention_heads": 32, "num_key_value_heads": 16,
     "vocab_size": 32000, "max_position_embeddings": 2048,

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from megalith.checkpoint.huggingface_families import GATED, REQUIRED, Copy, Family, Rule, Setting, activation, activation_name
+from megalith.checkpoint.huggingface_twice import gemma_activation, rope_of
 from megalith.common.errors import CheckpointError, problem
 from megalith.config.run import RunConfig
 from megalith.config.source_fields import Kind, Ours, checked
@@ -63,8 +64,7 @@ def rope(given: Mapping[str, Any]) -> dict[str, Any]:
 
     "dynamic" stretches only sequences longer than max_position_embeddings, which no config of ours allows: here it is "default".
     """
-    found = {**(given.get("rope_scaling") or {}), **(given.get("rope_parameters") or {})}
-    found = checked(found, INNER, "config.json: rope_scaling")
+    found = checked(rope_of(given), INNER, "config.json: rope_scaling")
     kind = found.get("rope_type", found.get("type", "default"))
     values = {"rotary_base": float(found.get("rope_theta", given.get("rope_theta", 10000.0)))}
     if kind in ("default", "dynamic"):
@@ -132,9 +132,7 @@ def _mistral(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _gemma(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Its first files had the activation in a field of its own."""
-    act = given.get("hidden_activation") or given.get("hidden_act", "gelu_pytorch_tanh")
-    return common({**given, "hidden_act": act})
+    return common({**given, "hidden_act": gemma_activation(given)})
 
 
 def _qwen(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,14 +8,15 @@ from typing import Any
 from megalith.checkpoint.families.bloom import QKV
 from megalith.checkpoint.families.llama import INNER, rope, rope_theirs
 from megalith.checkpoint.huggingface_families import GROUPS, PLAIN, Copy, Family, Rule, Setting, activation, activation_name
+from megalith.checkpoint.huggingface_twice import rope_of
 from megalith.config.run import RunConfig
 from megalith.config.source_fields import checked
 
 
 def _more_ours(given: Mapping[str, Any]) -> dict[str, Any]:
-    found = checked(given.get("rope_parameters") or {}, INNER, "config.json: rope_parameters")
+    found = checked(rope_of(given), INNER, "config.json: rope_parameters")
     parallel = given.get("use_parallel_residual", True)
-    values = rope({"rope_theta": given.get("rotary_emb_base", 10000), **given})
+    values = rope({**given, "rope_theta": given.get("rotary_emb_base", 10000)})
     return {
         **values,
         **activation(PLAIN, given.get("hidden_act", "gelu")),

@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from megalith.checkpoint.unpickle import fields
+from megalith.checkpoint import unpickle
 from megalith.common.errors import CheckpointError, problem
+from megalith.config.loading_values import fields
 
 ARGUMENTS = {  # our field: what versions and forks call the argument
     "num_layers": ("num_layers", "encoder_num_layers"),
     "decoder_num_layers": ("decoder_num_layers",),
     "hidden_size": ("hidden_size",),
-    "ffn_hidden_size": ("ffn_hidden_size",),
+    "ffn_hidden_size": ("ffn_hidden_size", "intermediate_size"),
     "kv_channels": ("kv_channels",),
     "max_position_embeddings": ("max_position_embeddings",),
     "normalization": ("normalization",),
@@ -31,7 +32,6 @@ FLAGS = {  # that settle what is no number of one flag
     "position_embedding_type": "--position-embedding-type TYPE",
     "bert_binary_head": "--bert-no-binary-head, or --no-bert-no-binary-head",
 }  # fmt: skip
-PER_RANK = ("num_layers", "hidden_size", "num_attention_heads", "padded_vocab_size")
 CURE = "Part of the checkpoint may be missing: copy it again. If it is whole and its arguments are wrong, flags of the model say so: "
 
 
@@ -60,6 +60,8 @@ def compare(told: Told, facts: Mapping[str, Any], args: Mapping[str, Any], overr
         if field in facts and field not in overrides:
             for name in names:
                 told.compare(field, facts[field], args.get(name))
+    if args.get("decoder_num_layers") is None and "decoder_num_layers" in facts.keys() - overrides.keys():
+        told.compare("decoder_num_layers", facts["decoder_num_layers"], args.get("num_layers"))  # that of both stacks, once
     if "bert_no_binary_head" in facts and "bert_no_binary_head" not in overrides:
         told.compare("bert_binary_head", not facts["bert_no_binary_head"], args.get("bert_binary_head"))
     gated = args.get("swiglu") or args.get("glu_activation")
@@ -68,7 +70,8 @@ def compare(told: Told, facts: Mapping[str, Any], args: Mapping[str, Any], overr
     if "position_embedding_type" not in overrides and not overrides.get("use_rotary_position_embeddings"):
         without = args.get("use_rotary_position_embeddings") or args.get("add_position_embedding") is False
         if "max_position_embeddings" in facts:
-            told.compare("position_embedding_type", "learned_absolute", positions)
+            none = "none (add_position_embedding is False)" if args.get("add_position_embedding") is False else None
+            told.compare("position_embedding_type", "learned_absolute", none or positions)
         elif args and positions in (None, "learned_absolute") and not without:  # the oldest versions knew no other
             told["position_embedding_type"] = ("no position_embeddings", positions or "nothing of others")
 
@@ -87,10 +90,10 @@ def same_files(contents: Mapping[str, Mapping[str, Any]]) -> None:
     """Raise CheckpointError where the files of several ranks, {name: content}, are of different steps, versions or models."""
     said: dict[str, dict[str, Any]] = {}
     for file, content in contents.items():
-        args = fields(content.get("args"))
-        values = {name: args.get(name) for name in PER_RANK} | {name: content.get(name) for name in ("iteration", "checkpoint_version")}
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
+        args = unpickle.fields(content.get("args"))
+        values = {name: value for name, value in args.items() if name == "padded_vocab_size" or _of_model(name)}
+        for name, value in (values | {name: content.get(name) for name in ("iteration", "checkpoint_version")}).items():
+            if isinstance(value, (int, float, str)):
                 said.setdefault(name, {})[file] = value
     for name, values in said.items():
         first, *others = values
@@ -110,6 +113,11 @@ def without_gap(where: str, numbers: Iterable[int], first: int = 0) -> None:
     if missing:
         rule = f"they are counted without a gap, and {', '.join(map(str, missing[:8]))} {'is' if len(missing) == 1 else 'are'} missing"
         raise CheckpointError(problem(where, found, rule, "Copy the checkpoint again, whole"))
+
+
+def _of_model(argument: str) -> bool:
+    """Whether an argument is one of the model's form."""
+    return argument in fields() and fields()[argument].section == "model"
 
 
 def _flag(field: str, value: Any) -> str:

@@ -11,6 +11,7 @@ from megalith.checkpoint.megatron.agreement import HEADS, Told, compare
 from megalith.checkpoint.megatron.vocabulary import true_size
 from megalith.checkpoint.unpickle import Stand
 from megalith.common.errors import CheckpointError, problem
+from megalith.config.checks import limit
 from megalith.config.checks_model import form_problems
 from megalith.config.data import DataConfig
 from megalith.config.loading_values import convert, fields
@@ -142,8 +143,7 @@ def _of_arguments(args: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
         if field.name == "position_embedding_type":
             value = POSITIONS.get(value, value)
         typed, trouble = convert(field, value, name)
-        choices = field.metadata.get("choices")
-        if trouble or (choices and typed not in choices):
+        if trouble or limit(field.name, typed):  # our checkpoints are read back by the same limits
             notes.append(f"{name}: {value!r} has no counterpart here and was left out")
         else:
             values[field.name] = typed
@@ -231,6 +231,10 @@ def _heads(
             )
         )
     channels = parts["encoder.layers.0.self_attention.dense.weight"].shape[1] * ranks  # those of all heads
+    if not args and "kv_channels" not in overrides and channels != values["hidden_size"]:
+        rule = f"without arguments they are as many as those of the model, {values['hidden_size']}"
+        cure = f"Copy the files of all tensor-parallel ranks; if none is missing, give --kv-channels {max(1, channels // heads)}"
+        raise CheckpointError(problem(f"channels of attention in the files of {ranks} tensor-parallel ranks", channels, rule, cure))
     width = values.get("kv_channels") or max(1, channels // heads)
     fused = parts.get("encoder.layers.0.self_attention.query_key_value.weight")
     if fused is None:

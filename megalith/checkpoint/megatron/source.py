@@ -179,7 +179,23 @@ def read_ranks(files: Files, folder: str, classes: set[str]) -> list[Rank]:
         if empty and not args.get("num_layers"):  # a stage may be meant to have none, where the arguments' number of layers is there
             rule = "each of several pipeline stages has some, where no arguments say otherwise"
             raise CheckpointError(problem(f"layers in {empty[0]}", "none", rule, "Copy the checkpoint again, whole"))
+    if not args.get("num_layers"):
+        _same_counts(ranks)
     return ranks
+
+
+def _same_counts(ranks: list[Rank]) -> None:
+    """Raise CheckpointError where stages have unlike numbers of layers of a stack, as no version without arguments cut a model."""
+    for stack in ("encoder", "decoder"):
+        layers: dict[int, set[str]] = {}
+        for rank in ranks:
+            numbers = {name.split(".")[2] for name in rank.tensors if name.startswith(f"{stack}.layers.")}
+            layers.setdefault(rank.pipeline, set()).update(numbers)
+        counts = {stage: len(numbers) for stage, numbers in layers.items() if numbers}
+        if len({*counts.values()}) > 1:
+            found = ", ".join(f"{count} in stage {stage}" for stage, count in counts.items())
+            rule = "pipeline stages have as many each, where no arguments say otherwise"
+            raise CheckpointError(problem(f"layers of the {stack}", found, rule, "Copy the checkpoint again, whole"))
 
 
 def chunks_of(content: dict[str, Any]) -> list[dict[str, Lazy]]:
