@@ -42,7 +42,9 @@ ABANDONED = 24 * 3600.0  # seconds after which a writer is taken for dead on a f
 
 def check_new(folder: pathlib.Path) -> None:
     """Raise CheckpointError where a conversion's folder is there already and holds something, or is none."""
-    if os.path.lexists(folder) and (not folder.is_dir() or _content(folder)):
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder, and a converted checkpoint goes into one. Name a new folder.")
+    if os.path.lexists(folder) and _content(folder):
         raise CheckpointError(
             f"{folder} exists and is not empty; a converted checkpoint goes into a new folder. Name another one, or add --overwrite."
         )

@@ -58,6 +58,8 @@ class Output:
         stored = self._stored()
         if stored.get("key") != key:
             rule = "it was made from other input or with other settings, and is not replaced unasked"
+            if "key" not in stored:
+                rule = f"no {self.report} tells what it was made from, and it is not replaced unasked"
             raise DataError(problem("--output-prefix", f"{existing[0]} exists", rule, "Add --overwrite, or choose another prefix"))
         if existing == [self.report]:
             return None

@@ -116,7 +116,9 @@ def test_no_folder_is_replaced_unasked(here, models, capsys, verb):
         for more in ("", " --overwrite"):  # what no conversion wrote is not replaced at all
             assert run(command + more) == 1
             told = capsys.readouterr().err
-            assert "exists and is not empty" in told or (more and "replaces an earlier conversion alone" in told and "notes.txt" in told)
+            assert ("is no folder" if place == name else "exists and is not empty") in told or (
+                more and "replaces an earlier conversion alone" in told and "notes.txt" in told
+            )
         assert everything() == before
         os.unlink(place) if place == name else shutil.rmtree(place)
     pathlib.Path("real/.new.4194305.0123abcd.tmp/iter_0000000").mkdir(parents=True)

@@ -174,8 +174,9 @@ def test_what_is_not_this_jobs_is_kept(asked, tmp_path, name):
     else:
         (tmp_path / name).write_text("mine")
     before = everything(tmp_path)
-    with pytest.raises(DataError, match=r"exists'; .*choose another prefix"):
+    with pytest.raises(DataError, match=r"exists'; .*choose another prefix") as caught:
         preprocess(asked)
+    assert name == "out.parts" or "tells what it was made from" in str(caught.value)  # not: from other input
     assert everything(tmp_path) == before
     if name != "out.parts":
         assert preprocess(dataclasses.replace(asked, overwrite=True)).documents == 40
