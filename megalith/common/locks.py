@@ -130,6 +130,8 @@ def _describe() -> dict:
 
 
 def _name(holder: dict) -> str:
+    if "pid" not in holder:
+        return "a process that its lock does not name"
     return f"process {holder.get('pid')} on {holder.get('host')} since {holder.get('since')} ({holder.get('command')})"
 
 
