@@ -91,6 +91,9 @@ def save_as(kind: str, folder: pathlib.Path) -> transformers.PreTrainedModel:
     return model
 
 
+NO_TOKENIZER = "no tokenizer goes along, and text needs one: add --tokenizer FOLDER, or --vocab-file FILE --merge-file FILE"
+
+
 @pytest.mark.parametrize("kind", ["BertForMaskedLM", "MegatronBertForMaskedLM"])
 def test_a_masked_lm_is_a_model_without_binary_head(kind: str, tmp_path: pathlib.Path) -> None:
     original = save_as(kind, tmp_path / "theirs")
@@ -98,6 +101,7 @@ def test_a_masked_lm_is_a_model_without_binary_head(kind: str, tmp_path: pathlib
     assert weights.config.model.bert_no_binary_head
     assert weights.notes == (
         "no binary head in it: imported without, for one segment, whose embedding was added to those of the positions",
+        NO_TOKENIZER,
     )
     ids = torch.randint(90, (2, 20))
     found = load_plain(tmp_path / "ours", device="cpu")[0](ids)
@@ -140,7 +144,7 @@ def test_heads_that_are_not_there_are_new(kind: str, tmp_path: pathlib.Path) -> 
     weights = conversion.convert(tmp_path / "theirs", tmp_path / "ours", to="megalith")
     assert weights.notes[0].startswith("not in this folder, so new and untrained: head_dense.weight, head_dense.bias, head_norm.weight")
     left = ["left out, as this model has no use for them: classifier.bias, classifier.weight"]
-    assert list(weights.notes[1:]) == left * ("Classification" in kind)
+    assert list(weights.notes[1:]) == [*left * ("Classification" in kind), NO_TOKENIZER]
     model = load_plain(tmp_path / "ours", device="cpu")[0]
     pooled = []
     model.order_head.register_forward_pre_hook(lambda module, inputs: pooled.append(inputs[0]))

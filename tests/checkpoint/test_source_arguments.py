@@ -100,7 +100,7 @@ def test_any_value_of_any_argument_is_read_or_told(data, content: dict, tmp_path
     ("line", "message"),
     [
         ("num_layers: -1", "num_layers: found -1; it is at least 1"), ("num_layers: [2]", r"found \[2\]; it is a whole number"),
-        ("hidden_dropout: 1.5", "it is a share, below 1"), ("full_attention_layers: [a]", "a list of a whole numbers"),
+        ("hidden_dropout: 1.5", "it is a share, below 1"), ("full_attention_layers: [a]", "it is a list of whole numbers"),
         ("num_layers: true", "found True; it is a whole number"), ("layernorm_epsilon: .nan", "it is a finite number"),
     ],
 )  # fmt: skip
