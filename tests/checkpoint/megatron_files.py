@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import functools
 import pathlib
+import shutil
 import sys
 import types
+import zipfile
 
 import torch
 from torch import Tensor
@@ -160,6 +162,18 @@ def write(
             save(content | (extra or {}), path / "model_optim_rng.pt")
     (folder / "latest_checkpointed_iteration.txt").write_text(str(iteration or "release"))
     return folder
+
+
+def release(archive: pathlib.Path, words: int, padded: int, compression: int = zipfile.ZIP_STORED) -> tuple[ModelConfig, Tensors]:
+    """A zip like those of 2019 and 2020: no arguments, no version, no tokenizer; and what is in it. The file is made beside it."""
+    config, tensors = model_of(hidden_size=512, num_layers=1, num_attention_heads=8, vocab_size=words, openai_gelu=True)
+    folder = archive.with_suffix(".files")
+    write(folder, config, tensors, version=0.0, year=2019, iteration=None, padded=padded)
+    with zipfile.ZipFile(archive, "w", compression) as file:
+        for each in sorted(path for path in folder.rglob("*") if path.is_file()):
+            file.write(each, each.relative_to(folder))
+    shutil.rmtree(folder)
+    return config, tensors
 
 
 def namespace(config: ModelConfig, tensor: int, pipeline: int, padded: int, more: dict) -> argparse.Namespace:

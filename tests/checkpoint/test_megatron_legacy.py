@@ -145,11 +145,7 @@ def test_without_arguments_what_is_assumed_is_said(tmp_path: pathlib.Path) -> No
 def test_the_zip_of_a_release(tmp_path: pathlib.Path, compression: int, new: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     save = torch.save
     monkeypatch.setattr(torch, "save", lambda *args: save(*args, _use_new_zipfile_serialization=new))
-    config, tensors = model_of(hidden_size=512, num_layers=1, num_attention_heads=8, vocab_size=50257, openai_gelu=True)
-    folder = megatron_files.write(tmp_path / "m", config, tensors, version=0.0, year=2019, iteration=None, padded=50304)
-    with zipfile.ZipFile(tmp_path / "megatron_lm_345m_v0.0.zip", "w", compression) as archive:
-        for file in sorted(each for each in folder.rglob("*") if each.is_file()):
-            archive.write(file, file.relative_to(folder))
+    config, tensors = megatron_files.release(tmp_path / "megatron_lm_345m_v0.0.zip", 50257, 50304, compression)
     weights = check(tmp_path / "megatron_lm_345m_v0.0.zip", config, tensors)
     assert "vocabulary: 50257 of 50304 rows, the size of a GPT2BPETokenizer; --vocab-size says otherwise" in weights.notes
     assert weights.config.model.openai_gelu and weights.config.model.num_attention_heads == 8
