@@ -166,7 +166,8 @@ def write(
 
 def release(archive: pathlib.Path, words: int, padded: int, compression: int = zipfile.ZIP_STORED) -> tuple[ModelConfig, Tensors]:
     """A zip like those of 2019 and 2020: no arguments, no version, no tokenizer; and what is in it. The file is made beside it."""
-    config, tensors = model_of(hidden_size=512, num_layers=1, num_attention_heads=8, vocab_size=words, openai_gelu=True)
+    form = dict(hidden_size=512, num_layers=1, num_attention_heads=8, max_position_embeddings=64)
+    config, tensors = model_of(vocab_size=words, openai_gelu=True, **form)
     folder = archive.with_suffix(".files")
     write(folder, config, tensors, version=0.0, year=2019, iteration=None, padded=padded)
     with zipfile.ZipFile(archive, "w", compression) as file:
