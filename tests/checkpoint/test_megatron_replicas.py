@@ -120,8 +120,14 @@ def test_an_output_layer_that_arguments_call_tied(tmp_path: pathlib.Path) -> Non
     config, tensors = model_of(untie_embeddings_and_output_weights=True)
     said = dict(untie_embeddings_and_output_weights=False)
     folder = megatron_files.write(tmp_path / "m", config, tensors, args=said)
-    with pytest.raises(CheckpointError, match=r"embedding.word_embeddings.weight and output_layer.weight differ by up to"):
+    message = r"(?s)embedding.word_embeddings.weight and output_layer.weight differ by up to.*; --untie-embeddings-and-output-weights reads"
+    with pytest.raises(CheckpointError, match=message):
         formats.read(folder)
+    kept = formats.read(folder, options=Options(overrides=dict(untie_embeddings_and_output_weights=True)))
+    assert torch.equal(kept["model/head.weight"], tensors["head.weight"])
+    untied = megatron_files.write(tmp_path / "u", config, tensors, args=dict(untie_embeddings_and_output_weights=True))
+    with pytest.raises(CheckpointError, match=message):  # a flag that would drop the head
+        formats.read(untied, options=Options(overrides=dict(untie_embeddings_and_output_weights=False)))
 
 
 def test_copies_in_virtual_stages(tmp_path: pathlib.Path) -> None:

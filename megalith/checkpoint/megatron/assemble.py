@@ -30,7 +30,7 @@ class Plan:
     def __init__(self, args: Any, version: float, parts: Sequence[Parts], options: Options, notes: list[str]):
         """parts: the model's tensors of each tensor-parallel rank. Raises CheckpointError where they make no model that is known."""
         said = {name: plain(value) for name, value in fields(args).items()}
-        tied = said.get("untie_embeddings_and_output_weights") is False
+        tied = (said | dict(options.overrides)).get("untie_embeddings_and_output_weights") is False
         self.left = {TIED} | ({"output_layer.weight"} if tied else set())
         self.summed = len(parts) > 1 and bool(said.get(SUMMED))
         first: Parts = {name: tensor for name, tensor in parts[0].items() if name not in self.left}

@@ -20,6 +20,7 @@ from megalith.common.errors import CheckpointError
 BLOCK = 1 << 18  # elements compared at a time
 NOISE = 1e-5  # of the largest value: what sums in another order differ by, in float32
 SHOWN = 20  # lines of an error
+HEAD = "output_layer.weight"
 CURE = (
     "Ranks keep equal copies of these, so the files are of different steps, or a rank went astray. Copy them again or take an earlier "
     "checkpoint; --replicas average takes the mean of the copies"
@@ -68,7 +69,8 @@ class Replicas:
         bad = self.shapes + (self.wrong if self.how != "average" else [])
         if bad:
             more = [f"... and {len(bad) - SHOWN} more"] if len(bad) > SHOWN else []
-            raise CheckpointError("\n".join(["copies of one parameter differ:", *bad[:SHOWN], *more, f"{CURE}."]))
+            head = "; --untie-embeddings-and-output-weights reads a head of its own" if any(HEAD in each for each in bad) else ""
+            raise CheckpointError("\n".join(["copies of one parameter differ:", *bad[:SHOWN], *more, f"{CURE}{head}."]))
         differ = self.wrong + self.slight
         if not differ:
             return []
