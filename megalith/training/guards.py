@@ -9,7 +9,7 @@ from collections.abc import Callable
 from megalith.common.errors import TrainingError
 from megalith.config.run import RunConfig
 from megalith.training.callbacks import Callback, RunInfo, StepRecord, ValidationRecord
-from megalith.training.state import FAILED, Progress
+from megalith.training.state import Progress
 
 EMPTY_STEPS = 10  # steps in a row without anything to learn that end a run
 
@@ -73,13 +73,14 @@ class StopUnlearned(Callback):
 class Retain(Callback):
     """Deletes old checkpoints once the newest is known to be good: when a step or a validation from its weights is finite.
 
-    Until then one more is kept: of --keep-last 1 the last good one would go for one that is the first of a divergence.
+    Until then one more is kept: of --keep-last 1 the last good one would go for one that is the first of a divergence. A run that
+    stops early, right after its save, leaves that to the next start, whose first step judges what it went on from.
     """
 
     def __init__(self, retain: Callable[[], None], progress: Progress):
         """retain: delete what is kept no longer."""
         self.retain, self.progress = retain, progress
-        self.retained, self.bad = progress.saved, False
+        self.start, self.retained, self.bad = progress.iteration, 0, False
 
     def on_step(self, run: RunInfo, record: StepRecord) -> None:
         """A step that changed weights says that those before it were good."""
@@ -88,18 +89,19 @@ class Retain(Callback):
             self.prune()
 
     def on_validation(self, run: RunInfo, record: ValidationRecord) -> None:
-        """So does a loss that is a number; one that is not says that these are bad."""
+        """So does a loss that is a number; one that is not says that these are bad. Who only measures deletes nothing."""
         self.bad = not math.isfinite(record.total_loss)
-        if not self.bad:
+        if not self.bad and self.progress.saved is not None:
             self.prune()
 
     def on_end(self, run: RunInfo) -> None:
-        """The last one is taken for good where nothing spoke against it."""
-        if not self.bad and self.progress.stop != FAILED:
+        """The last one of all is taken for good where nothing spoke against it: no step will judge it."""
+        if not self.bad and self.progress.stop is None and self.progress.saved is not None:
             self.prune()
 
     def prune(self) -> None:
         """Delete, once for each checkpoint."""
-        if self.progress.saved != self.retained:
-            self.retained = self.progress.saved
+        newest = self.start if self.progress.saved is None else self.progress.saved
+        if newest != self.retained:
+            self.retained = newest
             self.retain()

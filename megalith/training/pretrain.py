@@ -155,7 +155,7 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
         files = {f"tokenizer/{path.name}": str(path) for path in pathlib.Path(scratch).iterdir()}
         save = functools.partial(saving.save, trainer, progress, to_yaml(config), files, data, again)
         saver = SaveCheckpoints(save, progress)
-        retain = Retain(functools.partial(saving.retain, config, progress) if mesh.is_main else lambda: None, progress)
+        retain = Retain(functools.partial(saving.retain, config, progress, progress.iteration) if mesh.is_main else lambda: None, progress)
         callbacks = [
             *tell, StopDiverged(again), StopUnlearned(), retain, *([CountValidation(progress, samples)] if splits else []), saver,
             Validate(measure, progress, [*tell, retain], splits, known), ExitInterval(progress), SaveFirst(saver),

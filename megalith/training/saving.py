@@ -59,12 +59,15 @@ def save(
     )  # fmt: skip
 
 
-def retain(config: RunConfig, progress: Progress) -> None:
-    """Delete the checkpoints that the config does not keep now that the last one saved is good. One process alone calls this."""
+def retain(config: RunConfig, progress: Progress, start: int) -> None:
+    """Delete the checkpoints that the config does not keep now that the last one saved is good. One process alone calls this.
+
+    start: the step that this process went on from; its checkpoint is the last one until another is saved.
+    """
     c, own = config.checkpoint, folder_of(config)
-    if progress.saved is not None:
-        with contextlib.suppress(OSError):  # what could not be deleted is tried again next time
-            folder.retain(own, progress.saved, c.keep_last, c.keep_every, ours=lambda path: not written_by_another(path, progress.run))
+    newest = start if progress.saved is None else progress.saved
+    with contextlib.suppress(OSError):  # what could not be deleted is tried again next time
+        folder.retain(own, newest, c.keep_last, c.keep_every, ours=lambda path: not written_by_another(path, progress.run))
 
 
 def source_of(config: RunConfig) -> str | pathlib.Path | None:

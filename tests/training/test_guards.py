@@ -77,6 +77,23 @@ def test_float16_stops_ten_steps_after_no_scale_can_help(corpus, tmp_path):
     assert train(config.replace(train_iters=9, ckpt_step=7)).iteration == 9, "the cure works"
 
 
+def test_a_run_that_stops_right_after_a_save_deletes_nothing_that_may_be_the_last_good(corpus, tmp_path):
+    """The next start's first step judges it, so that short jobs, which save at their end alone, do not fill the disk."""
+    run = str(tmp_path / "run")
+    config = tiny_config(corpus, run, eval_iters=0, train_iters=20, keep_last=1, **AGAIN)
+    for last, kept in ((3, [3]), (5, [3, 5]), (7, [5, 7])):
+        train(config.replace(exit_interval=last))
+        assert checkpoints(run) == kept
+    train(config.replace(exit_interval=8, lr=1e10))
+    assert checkpoints(run) == [7, 8]
+    with pytest.raises(TrainingError, match=r"step 9: found loss nan.*--ckpt-step goes further back"):
+        train(config)
+    train(config.replace(skip_train=True, eval_iters=1, ckpt_step=7))
+    assert checkpoints(run) == [7, 8], "measuring deletes nothing"
+    assert train(config.replace(train_iters=9, ckpt_step=7)).iteration == 9, "the cure works"
+    assert checkpoints(run) == [9]
+
+
 def diverge(config):
     """On each rank of a pool."""
     train(config)
