@@ -17,4 +17,4 @@ class ResilienceConfig:
     max_nonfinite_steps: int | None = knob(
         None, "such steps in a row that stop a run (default: 1; 10 with --fp16, whose smaller loss scale must have failed)", minimum=1
     )
-    exit_signal_handler: bool = knob(True, "on SIGTERM, finish the step (or leave the validation), save, exit with status 0")
+    exit_signal_handler: bool = knob(True, "on SIGTERM or SIGHUP, finish the step (or leave the validation), save, exit with status 0")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import math
+import os
 import pathlib
+import sys
 
 from megalith.config.run import RunConfig
 
@@ -90,6 +94,18 @@ class Callback:
 
     def on_end(self, run: RunInfo) -> None:
         """When the run ends or is interrupted; called also where a step raised, so that a display gives the terminal back."""
+
+
+def print_lines(*lines: str) -> None:
+    """Print lines on standard output. Where nobody reads it any more (`| head`, a terminal that was closed) the run goes on in silence."""
+    try:
+        print(*lines, sep="\n", flush=True)
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with contextlib.suppress(OSError):
+            print(f"megalith: nobody reads standard output any more ({error.strerror}); the run goes on", file=sys.stderr, flush=True)
 
 
 def total_loss(losses: dict[str, float]) -> float:

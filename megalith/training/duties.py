@@ -157,6 +157,7 @@ class ExitInterval(Callback):
 class StopSignal:
     """Says why the run should end when SIGTERM or Ctrl-C arrives, or --exit-duration-in-mins is over; a second Ctrl-C ends at once.
 
+    So does SIGHUP, which a terminal sends that is closed, unless it is ignored (nohup).
     Every process is asked before each step and each batch of a validation, and the answer shared before it is acted on
     (train_step and evaluate do that), because a signal reaches processes at different steps.
     """
@@ -164,7 +165,10 @@ class StopSignal:
     def __init__(self, handle: bool, minutes: float | None):
         """handle: whether to take over the signals; only the main thread can."""
         self.arrived, self.deadline = False, None if minutes is None else time.monotonic() + 60.0 * minutes
-        handled = (signal.SIGTERM, signal.SIGINT) if handle and threading.current_thread() is threading.main_thread() else ()
+        taken = [signal.SIGTERM, signal.SIGINT]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            taken.append(signal.SIGHUP)
+        handled = taken if handle and threading.current_thread() is threading.main_thread() else []
         self.previous = {number: signal.signal(number, self.note) for number in handled}
 
     def note(self, number: int, frame: FrameType | None) -> None:

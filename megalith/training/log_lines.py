@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megalith.training.callbacks import Callback, RunInfo, StepRecord, ValidationRecord, perplexity
+from megalith.training.callbacks import Callback, RunInfo, StepRecord, ValidationRecord, perplexity, print_lines
 from megalith.training.speed import Speed
 
 
@@ -22,7 +22,7 @@ class LogLines(Callback):
             return
         self.records.append(record)
         if record.step % run.config.logging.log_interval == 0:
-            print(step_line(run, self.records) + speed_fields(run, self.records), flush=True)
+            print_lines(step_line(run, self.records) + speed_fields(run, self.records))
             self.records = []
 
     def on_validation(self, run: RunInfo, record: ValidationRecord) -> None:
@@ -30,7 +30,7 @@ class LogLines(Callback):
         if run.writes:
             line = validation_line(record)
             rule = "-" * (len(line) + 1)
-            print(rule, line, rule, sep="\n", flush=True)
+            print_lines(rule, line, rule)
 
 
 def step_line(run: RunInfo, records: list[StepRecord]) -> str:

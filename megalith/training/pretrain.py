@@ -31,7 +31,7 @@ from megalith.optim.loss_scale import build_loss_scale
 from megalith.optim.schedule import Schedule
 from megalith.runtime.build import Mesh, grid, join, place
 from megalith.training import origin, run_folder, saving
-from megalith.training.callbacks import RunInfo
+from megalith.training.callbacks import RunInfo, print_lines
 from megalith.training.duties import CountValidation, ExitInterval, SaveCheckpoints, SaveFirst, StopSignal, Validate
 from megalith.training.failures import same_config
 from megalith.training.guards import Retain, StopDiverged, StopUnlearned
@@ -167,9 +167,9 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
             if mesh.world_size == 1 or progress.stop != FAILED:  # a launcher's SIGTERM to the others must not silence what they have to say
                 signals.restore()
     if mesh.is_main:
-        done = f"all {progress.iteration} steps are done"
-        print(done if progress.stop is None else f"stopped after step {progress.iteration} ({progress.stop}); {again()}")
-        print(run_folder.written(config, progress), flush=True)
+        done = f"step {progress.iteration} is measured" if measures else f"all {progress.iteration} steps are done"
+        stopped = f"stopped after step {progress.iteration} ({progress.stop}); {again()}"
+        print_lines(done if progress.stop is None else stopped, run_folder.written(config, progress))
     return progress
 
 

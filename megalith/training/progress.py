@@ -12,7 +12,7 @@ from rich.table import Column
 from rich.text import Text
 
 from megalith.common import units
-from megalith.training.callbacks import Callback, RunInfo, StepRecord, ValidationRecord
+from megalith.training.callbacks import Callback, RunInfo, StepRecord, ValidationRecord, print_lines
 from megalith.training.speed import Speed
 
 
@@ -51,7 +51,7 @@ class ProgressDisplay(Callback):
             self.bar.show(record.step, self.text(record))
         elif record.step % run.config.logging.log_interval and time.monotonic() - self.spoken >= self.pause:
             self.spoken = time.monotonic()
-            print(f" step {record.step} of {run.train_iters}: {self.text(record)}", flush=True)
+            print_lines(f" step {record.step} of {run.train_iters}: {self.text(record)}")
 
     def on_validation(self, run: RunInfo, record: ValidationRecord) -> None:
         """Show the loss beside the training loss from now on."""

@@ -91,15 +91,29 @@ def test_exit_interval():
     assert "--exit-interval 4" in progress.stop
 
 
-def test_sigterm_asks_and_is_given_back():
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_asks_and_is_given_back(number):
+    before = signal.getsignal(number)
     asked = StopSignal(True, None)
     assert not asked()
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), number)
     time.sleep(0.01)
     assert asked() == SIGNAL
     asked.restore()
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(number) == before
+
+
+def test_nohup_holds():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        asked = StopSignal(True, None)
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(0.01)
+        assert not asked()
+        asked.restore()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_interrupt_ends_at_once():

@@ -1,7 +1,9 @@
 """The lines, character for character."""
 
 import math
+import os
 import re
+import sys
 
 import pytest
 
@@ -19,6 +21,19 @@ def test_megatrons_line():
         " learning rate: 1.500E-04 | global batch size:     8 | lm loss: 9.000000E+00 | loss scale: 4096.0 | grad norm: 1.250 |"
         " number of skipped iterations:   0 | number of nan iterations:   0 |"
     )
+
+
+def test_nobody_reads_on(monkeypatch, capsys):
+    """As `| head` leaves it: the run goes on, and says so once."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        lines, run = LogLines(), run_info(config={"log_interval": 1})
+        for number in (1, 2):
+            lines.on_step(run, step(number))
+        lines.on_validation(run, ValidationRecord(step=2, consumed_samples=16, loss={"lm loss": 1.0}))
+    assert capsys.readouterr().err.count("nobody reads standard output any more (Broken pipe); the run goes on") == 1
 
 
 def test_optional_parts_stand_where_megatron_has_them():
