@@ -85,14 +85,14 @@ def test_long_zstd_windows_are_read(tmp_path):
     assert texts(tmp_path) == ["1"]
 
 
-@pytest.mark.parametrize(
+@pytest.mark.parametrize(  # mtime: ids are made of contents, and both processes of `make test` must make the same
     ("content", "words"),
     [
         (LFS, r"git LFS pointer to a file of 12,345 bytes, not the file\. Fetch it: git lfs pull"),
         (b"/annex/objects/SHA256E-s10--abc.jsonl\n", "git annex get"),
         (b"PK\x03\x04rest", "zip archive by its first bytes.*unzip"),
-        (gzip.compress(b"PK\x03\x04rest"), "zip archive inside gz"),
-        (bz2.compress(gzip.compress(lines(1))), "a gz file inside bz2.*Decompress it once"),
+        (gzip.compress(b"PK\x03\x04rest", mtime=0), "zip archive inside gz"),
+        (bz2.compress(gzip.compress(lines(1), mtime=0)), "a gz file inside bz2.*Decompress it once"),
         (b"\x04\x22\x4d\x18rest", "lz4 -d"),
         (b"SQLite format 3\0", "SQLite"),
     ],
@@ -261,7 +261,7 @@ def test_parquet_and_pointers_come_through_streams_too(tmp_path):
     with fifo(tmp_path / "pipe", (tmp_path / "b.parquet").read_bytes()) as pipe:
         assert texts(pipe) == ["2"]
     for content, words in (
-        (LFS, "this is a git LFS pointer"), (b"PK\3\4", "it is a zip archive"), (gzip.compress(lines(1))[:-9], "damaged"),
+        (LFS, "this is a git LFS pointer"), (b"PK\3\4", "it is a zip archive"), (gzip.compress(lines(1), mtime=0)[:-9], "damaged"),
     ):  # fmt: skip
         with fifo(tmp_path / "pipe", content) as pipe, pytest.raises(DataError, match=f"{pipe}.*{words}") as caught:
             preprocess(options(tmp_path, pipe))
