@@ -45,6 +45,7 @@ WRONG = [
     ({"layernorm_epsilon": float("nan")}, "layernorm_epsilon: found nan; it is a finite number"),
     ({"swiglu": "no"}, "swiglu: found 'no'; it is true or false"),
     ({"vocab_size": [3]}, r"vocab_size: found \[3\]; it is a whole number"),
+    ({"position_embedding_type": []}, r"position_embedding_type: found \[\]; it is a name, or the number of one"),
     ({"window_size": "7"}, "window_size: found '7'; it is a list"),
     ({"window_size": (7, 0), "window_attn_skip_freq": "x"}, "window_attn_skip_freq: found 'x'; it is a whole number, or a 0 or a 1"),
 ]
@@ -57,8 +58,9 @@ def test_arguments_of_wrong_types_are_told(changes: dict, message: str, content:
 
 
 def test_what_the_user_says_is_not_judged_in_the_file(content: dict, tmp_path: pathlib.Path) -> None:
-    file = stored(tmp_path, content, num_attention_heads="4", hidden_dropout=None, layernorm_epsilon=None)
-    model = formats.read(file, options=Options(overrides={"num_attention_heads": 4})).config.model
+    file = stored(tmp_path, content, num_attention_heads="4", hidden_dropout=None, layernorm_epsilon=None, position_embedding_type=[])
+    given = {"num_attention_heads": 4, "position_embedding_type": "learned_absolute"}
+    model = formats.read(file, options=Options(overrides=given)).config.model
     assert (model.num_attention_heads, model.hidden_dropout, model.layernorm_epsilon) == (4, 0.1, 1e-5)
     torch.save({**content, "checkpoint_version": "three"}, file)
     with pytest.raises(CheckpointError, match="checkpoint_version: found 'three'; it is a finite number"):

@@ -82,6 +82,11 @@ def known(args: Mapping[str, Any], overrides: Collection[str] = ()) -> dict[str,
     overrides: our fields that the user gives; what they say is not judged. Raises CheckpointError with all that are wrong.
     """
     args = {name: plain(value) for name, value in args.items()}
+    positions = "position_embedding_type"
+    if not isinstance(said := args.get(positions), (str, int, type(None))):
+        if positions not in overrides:
+            raise CheckpointError(problem(f"arguments of the file: {positions}", said, "it is a name, or the number of one", CURE))
+        del args[positions]
     table: dict[str, Kind | Ours] = dict(OWN)
     for name in args:
         field = fields().get(RENAMED.get(name, name))
