@@ -86,8 +86,9 @@ def _one(
         notices += [f"{source}: {told}" for told in old.notices]
     else:
         otherwise = "megalith pretrain --help lists the fields as flags"
-        near = unknown("key", name, fields(), otherwise)
-        meant = tuple(key for key in fields() if near.endswith(f"did you mean {key}?"))
+        sections = dict.fromkeys(field.section for field in fields().values()) if section is None else ()
+        near = unknown("key", name, [*sections, *fields()], otherwise)
+        meant = tuple(key for key, field in fields().items() if near.endswith((f"did you mean {key}?", f"did you mean {field.section}?")))
         problems.append(Problem(meant, f"{source}: {near}"))
 
 

@@ -226,7 +226,8 @@ def announce(
         left = f"what is left is the loss of its {' and '.join(owed)} data" if owed else "nothing is left to do"
         more = "raise --train-iters, with --override-opt-param-scheduler, to go on"
         done = f"; that is all of them, {left} ({more})" if progress.iteration >= last_step > 0 else ""
-        print(f"resuming after step {progress.iteration} of {last_step}{done}", flush=True)
+        doing = f"resuming after step {progress.iteration} of {last_step}{done}" if last_step else f"measuring step {progress.iteration}"
+        print(doing, flush=True)
     for line in changed:
         print(f"  changed since that checkpoint: {line}", flush=True)
 

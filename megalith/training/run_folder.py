@@ -135,6 +135,6 @@ def written(config: RunConfig, progress: Progress) -> str:
     """What a run leaves behind, and where."""
     folder = pathlib.Path(config.run_folder)
     newest = [f"checkpoint {folder_of(config) / folder_name(progress.saved)}"] if progress.saved is not None else []
-    drawn = not config.validation.skip_train or (folder / "loss.png").exists()  # of steps alone
+    drawn = (progress.iteration and not config.validation.skip_train) or (folder / "loss.png").exists()  # of steps alone
     picture = [f"picture {folder / 'loss.png'}"] if drawn and (folder / FILE).exists() else []
     return ", ".join([*newest, *picture, f"numbers of every step {folder / FILE}"])

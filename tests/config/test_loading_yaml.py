@@ -28,6 +28,7 @@ def test_old_spellings():
     [
         ("model: [", "is not valid YAML"), ("- a\n- b\n", "it maps names to values"), ("lr: 1\nlr: 2\n", "lr is given twice"),
         ("lr: 1\noptimizer: {lr: 2}\n", "it is given twice"), ("model: {a: {b: c}}", "unknown key a"),
+        ("modell: {num_layers: 2}", "unknown key modell: did you mean model?"),
         ("1: 2", "unknown key 1"), ("num_experts: 8", "--num-experts 8 cannot be used"),
     ],
 )  # fmt: skip

@@ -39,6 +39,14 @@ def test_the_last_line_names_what_was_written(corpus, tmp_path, capsys):
     assert all(pathlib.Path(name).exists() for name in names)
 
 
+def test_a_run_that_only_measures_says_so(run, corpus, tmp_path, capsys):
+    train(tiny_config(corpus, str(tmp_path / "other"), load=str(run), skip_train=True))
+    said = capsys.readouterr().out
+    assert "measuring step 12\n" in said and "step 12 is measured\n" in said and "loss.png" not in said
+    train(tiny_config(corpus, str(tmp_path / "none"), exit_duration_in_mins=0.0))
+    assert "loss.png" not in capsys.readouterr().out
+
+
 def test_longer(run, corpus):
     assert train(tiny_config(corpus, str(run), train_iters=14, override_opt_param_scheduler=True)).iteration == 14
     assert len(losses(str(run))) == 14
