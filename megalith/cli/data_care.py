@@ -56,7 +56,9 @@ def _prefixes(paths: list[str], output_prefix: str) -> list[str]:
 
 
 def _files(prefixes: Iterable[str]) -> list[str]:
-    return [prefix + suffix for prefix in prefixes for suffix in (".bin", ".idx")]
+    from megalith.data.indexed_format import dataset_files
+
+    return dataset_files(prefixes)
 
 
 def _bare(prefix: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -43,13 +44,18 @@ def dtype_of_code(code: int, float_codes: str | None, where: str) -> np.dtype:
     return np.dtype(np.float64 if code == 7 and float_codes == "legacy" else DTYPES[code])
 
 
+def dataset_files(prefixes: Iterable[str]) -> list[str]:
+    """The two files of each dataset, by their prefixes."""
+    return [prefix + suffix for prefix in prefixes for suffix in (".bin", ".idx")]
+
+
 def is_folder(path: str | os.PathLike) -> bool:
     """Whether `path` means a folder of datasets: always with a slash at its end, else where no dataset has this prefix.
 
     Raises DataError where it may mean either, because the folder has datasets too.
     """
     path = os.fspath(path)
-    if not os.path.isdir(path) or path.endswith(os.sep) or not any(os.path.isfile(path + suffix) for suffix in (".bin", ".idx")):
+    if not os.path.isdir(path) or path.endswith(os.sep) or not any(map(os.path.isfile, dataset_files([path]))):
         return os.path.isdir(path)
     if any(name.endswith(".idx") for _, _, names in os.walk(path) for name in names):
         raise DataError(

@@ -17,7 +17,7 @@ from megalith.common.files import aside, atomic_path
 from megalith.common.locks import locked
 from megalith.common.outputs import check
 from megalith.data.indexed import IndexedDataset
-from megalith.data.indexed_format import CODES, HEADER, MAGIC
+from megalith.data.indexed_format import CODES, HEADER, MAGIC, dataset_files
 
 BLOCK = 1 << 20  # entries of an index held in memory at once
 
@@ -161,13 +161,12 @@ def split_datasets(
     try:
         count = _write_pieces(prefixes, str(folder / "piece"), limits[0], documents=bool(documents), size=bool(size))
         made = [f"{output_prefix}-{number:04d}" for number in range(count)]
-        files = [prefix + suffix for prefix in made for suffix in (".bin", ".idx")]
+        files = dataset_files(made)
         with contextlib.ExitStack() as locks:  # all, before the first of them is replaced
             for prefix in made:
                 locks.enter_context(locked(prefix))
-            read = [prefix + suffix for prefix in prefixes for suffix in (".bin", ".idx")]
             others = sorted(set(files) - set(earlier))  # made since, or no part of a split
-            check(others, inputs=read, overwrite=overwrite, flag="--output-prefix")
+            check(others, inputs=dataset_files(prefixes), overwrite=overwrite, flag="--output-prefix")
             for number, prefix in enumerate(made):
                 pathlib.Path(prefix + ".idx").unlink(missing_ok=True)
                 for suffix in (".bin", ".idx"):
@@ -181,11 +180,9 @@ def split_datasets(
 
 def pieces(output_prefix: str) -> list[str]:
     """The files that a split to `output_prefix` made, sorted: numbered without a gap, so that a corpus-2024 is none of corpus."""
-    files = {f"{output_prefix}-0000{suffix}" for suffix in (".bin", ".idx")}
-    made: list[str] = []
-    while found := sorted(file for file in files if os.path.lexists(file)):
-        made += found
-        files = {f"{output_prefix}-{int(found[0][len(output_prefix) + 1 : -4]) + 1:04d}{suffix}" for suffix in (".bin", ".idx")}
+    made, number = list[str](), 0
+    while found := [file for file in dataset_files([f"{output_prefix}-{number:04d}"]) if os.path.lexists(file)]:
+        made, number = made + found, number + 1
     return made
 
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from megalith.common.errors import DataError, problem
-from megalith.common.files import aside, sweep, write_text
+from megalith.common.files import aside, sampled_digest, sweep, write_text
 from megalith.common.locks import locked
 from megalith.common.outputs import check
 from megalith.data.indexed import IndexedDataset
+from megalith.data.indexed_format import dataset_files
 
-SUFFIXES = (".bin", ".idx")
 SAMPLES = 64  # blocks of 4 KiB of each file that tell whether it is still the one that was made
 Notice = Callable[[str], None]
 
@@ -30,7 +29,7 @@ class Output:
         self.prefix, self.prefixes = prefix, dict(prefixes)
         self.report = f"{prefix}_preprocess.json"
         self.parts = pathlib.Path(f"{prefix}.parts")
-        self.datasets = [f"{each}{suffix}" for each in self.prefixes.values() for suffix in SUFFIXES]
+        self.datasets = dataset_files(self.prefixes.values())
 
     @contextlib.contextmanager
     def held(self, notice: Notice) -> Iterator[None]:
@@ -97,7 +96,7 @@ class Output:
 
     def finish(self, key: str, content: dict[str, Any]) -> None:
         """Write the report, last of all: it vouches for the datasets."""
-        samples = {os.path.basename(file): _sample(file) for file in self.datasets}
+        samples = _samples(self.prefixes.values())
         write_text(self.report, json.dumps({"key": key, "samples": samples, **content}, indent=1) + "\n")
 
     @property
@@ -121,13 +120,13 @@ class Output:
         """What of the datasets is not as the report says: missing, damaged, or of another job."""
         faults: list[str] = []
         for prefix in self.prefixes.values():
-            missing = [file for file in (prefix + suffix for suffix in SUFFIXES) if not os.path.isfile(file)]
+            missing = [file for file in dataset_files([prefix]) if not os.path.isfile(file)]
             try:
                 if missing:
                     raise DataError(f"{self.report} says that {' and '.join(missing)} was made, and it is missing")
                 made, said = IndexedDataset(prefix), stored["result"]["documents"]
                 made.verify()
-                samples = {os.path.basename(prefix + suffix): _sample(prefix + suffix) for suffix in SUFFIXES}
+                samples = _samples([prefix])
                 recorded = stored.get("samples", samples)
                 changed = [name for name, sample in samples.items() if recorded.get(name) != sample]
                 if made.num_documents != said or changed:
@@ -138,14 +137,6 @@ class Output:
         return faults
 
 
-def _sample(path: str) -> str:
-    """Digest of a file's size and of SAMPLES blocks of it: reading all would take minutes."""
-    size = os.path.getsize(path)
-    digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
-        for place in range(0, size, max(4096, size // SAMPLES)):
-            file.seek(place)
-            digest.update(file.read(4096))
-        file.seek(max(0, size - 4096))
-        digest.update(file.read(4096))
-    return digest.hexdigest()
+def _samples(prefixes: Iterable[str]) -> dict[str, str]:
+    """{name: digest} of the files of datasets; reading all of them would take minutes."""
+    return {os.path.basename(file): sampled_digest(file, SAMPLES) for file in dataset_files(prefixes)}

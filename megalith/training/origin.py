@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,13 +12,14 @@ from megalith import checkpoint
 from megalith.checkpoint.fit import as_flag
 from megalith.checkpoint.ranks import Ranks
 from megalith.common.errors import CheckpointError, ConfigError, DataError
+from megalith.common.files import sampled_digest
 from megalith.config.data import DataConfig
 from megalith.config.identity import changes, differences, sentence
 from megalith.config.loading import from_yaml
 from megalith.config.loading_values import fields
 from megalith.config.run import RunConfig
 from megalith.data.build import report
-from megalith.data.indexed_format import resolve_prefix
+from megalith.data.indexed_format import dataset_files, resolve_prefix
 from megalith.data.tokenizers import Tokenizer, load_tokenizer
 from megalith.training import saving
 
@@ -29,7 +29,7 @@ INDIFFERENT = (  # of which these do not, but for rounding; what a tokenizer is 
     "tokenizer_type", "vocab_file", "merge_file", "tokenizer_model",
 )  # fmt: skip
 CORPORA = ("data_path", "train_data_path", "valid_data_path", "test_data_path", "data_file_list", "titles_data_path")
-BLOCK, BLOCKS = 4096, 8  # bytes of a file that are looked at in a place, and places
+BLOCKS = 8  # of 4 KiB, that are looked at in a file
 
 
 def with_stored_gelu(config: RunConfig) -> RunConfig:
@@ -134,19 +134,10 @@ def fingerprints(datasets: Iterable[Any], config: DataConfig) -> dict[str, str]:
 
 
 def _fingerprint(prefix: str) -> str:
-    digest = hashlib.sha256()
     with contextlib.suppress(DataError):
         prefix = resolve_prefix(prefix)
-    for name in (f"{prefix}.idx", f"{prefix}.bin"):
-        try:
-            descriptor = os.open(name, os.O_RDONLY)
-        except OSError:  # a user's own dataset may call by a prefix what is no file
-            continue
-        try:
-            size = os.fstat(descriptor).st_size
-            digest.update(f"{size} ".encode())
-            for number in range(BLOCKS):
-                digest.update(os.pread(descriptor, BLOCK, max(0, size - BLOCK) * number // (BLOCKS - 1)))
-        finally:
-            os.close(descriptor)
-    return digest.hexdigest()
+    found = []
+    for file in dataset_files([prefix]):
+        with contextlib.suppress(OSError):  # a user's own dataset may call by a prefix what is no file
+            found.append(sampled_digest(file, BLOCKS))
+    return " ".join(found)
