@@ -23,6 +23,7 @@ from megalith.checkpoint import manifest
 from megalith.common import files
 from megalith.common.errors import CheckpointError, problem
 from megalith.common.locks import locked
+from megalith.config.run import RunConfig
 
 POINTER = "latest"
 FINISHED = re.compile(r"iter_(\d{7,})")
@@ -207,6 +208,17 @@ def root(folder: str | os.PathLike) -> pathlib.Path:
     folder = pathlib.Path(folder)
     inner = folder / "checkpoints"
     return inner if inner.is_dir() and not (folder / POINTER).exists() else folder
+
+
+def folder_of(config: RunConfig) -> pathlib.Path:
+    """Where the run's checkpoints lie."""
+    return pathlib.Path(config.checkpoint.save or f"{config.run_folder}/checkpoints")
+
+
+def load_of(config: RunConfig) -> str | None:
+    """--load, unless it is the run's own folder: scripts name one folder for both, and mean "go on, if there is something"."""
+    load = config.checkpoint.load
+    return None if load is not None and root(load).resolve() == folder_of(config).resolve() else load
 
 
 def claim(folder: pathlib.Path, iteration: int) -> tuple[pathlib.Path, int]:

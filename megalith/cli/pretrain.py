@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
-import pathlib
 import sys
 from typing import Any
 
 from megalith import recipes
 from megalith.config import flags, launched, megatron_counts
 from megalith.config.batch_math import check_length, data_parallel_size, told
-from megalith.config.loading import from_yaml, resolve, to_yaml
+from megalith.config.loading import from_yaml, resolve, source_texts, to_yaml
 from megalith.config.loading_values import fields
 from megalith.config.parameters import parameter_count
 from megalith.config.run import RunConfig
@@ -55,7 +53,8 @@ def pretrain(args: argparse.Namespace) -> int:
     """Resolve and check the config, show it, and train unless --dry-run is given; the exit status."""
     reading, tell = args.reading, _tell if launched.rank() == 0 else lambda line: None
     dry = bool(reading.values.get("dry_run"))
-    meant = dry_run.number_of_processes(reading, _texts(reading))
+    texts = source_texts(reading.values.get("recipe"), reading.values.get("config"), recipes.text, [])  # resolve tells what is wrong
+    meant = dry_run.number_of_processes(reading, texts)
     for name in reading.words[:1]:
         if name not in MODELS and ":" not in name:
             otherwise = f"there are {', '.join(MODELS)}, and your own goes by module:name"
@@ -90,18 +89,6 @@ def pretrain(args: argparse.Namespace) -> int:
 
 def _tell(line: str) -> None:
     print(f"megalith: {line}", file=sys.stderr)
-
-
-def _texts(reading: flags.Reading) -> list[tuple[str, str]]:
-    """(name, YAML text) of recipe and config, as far as they can be read: what is wrong with them is told elsewhere."""
-    found = []
-    recipe, file = reading.values.get("recipe"), reading.values.get("config")
-    if recipe in recipes.names():
-        found.append((f"recipe {recipe}", recipes.text(recipe)))
-    if file is not None:
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            found.append((file, pathlib.Path(file).read_text(encoding="utf-8")))
-    return found
 
 
 def checkpoint_config(folder: str, iteration: int | None) -> str:

@@ -10,6 +10,7 @@ from megalith.common.errors import ConfigError, MegalithError, problem
 from megalith.config import flags, legacy
 from megalith.config.checks import find_problems, limit
 from megalith.config.checks_masking import masking_notices
+from megalith.config.data import TOKENIZER_FILES
 from megalith.config.loading_values import convert, fields
 from megalith.config.loading_yaml import parse_yaml
 from megalith.config.megatron_counts import words_asked
@@ -28,7 +29,7 @@ OF_DATASETS = {  # fields that only these of our datasets read
 ReadRecipe = Callable[[str], str]  # name -> YAML text
 ReadCheckpoint = Callable[[str, int | None], str]  # folder, iteration (None: the latest) -> YAML text of the config in it
 ReadTokenizer = Callable[[str, int | None], dict[str, Any]]  # the same -> fields of its tokenizer; {} where there is none
-TOKENIZER = ("tokenizer_type", "vocab_file", "merge_file", "tokenizer_model")  # what tells a tokenizer from others
+TOKENIZER = ("tokenizer_type", *TOKENIZER_FILES)  # what tells a tokenizer from others
 
 
 def load_config(argv: Sequence[str] = (), **options: Any) -> tuple[RunConfig, list[str]]:
@@ -57,7 +58,7 @@ def resolve(
     problems, notices = list(reading.problems), list(reading.notices)
     values: dict[str, Any] = {}
     chosen, models = reading.values, dict[str, str]()  # model_type -> who said it last
-    for source, text in _files(chosen.get("recipe"), chosen.get("config"), read_recipe, problems):
+    for source, text in source_texts(chosen.get("recipe"), chosen.get("config"), read_recipe, problems):
         raw = parse_yaml(text, source, problems, notices)
         models |= {str(raw["model_type"]): source} if "model_type" in raw else {}
         values |= _typed({key: (value, f"{source}: {key}") for key, value in raw.items()}, problems)
@@ -102,7 +103,7 @@ def _name_model(word: str, values: dict[str, Any], models: Mapping[str, str], pr
     values["model_type"] = word
 
 
-def _files(recipe: str | None, file: str | None, read_recipe: ReadRecipe | None, problems: list[Problem]) -> list[tuple[str, str]]:
+def source_texts(recipe: str | None, file: str | None, read_recipe: ReadRecipe | None, problems: list[Problem]) -> list[tuple[str, str]]:
     """(what to call it, its text) of the recipe and of the YAML file, as far as they are named and readable."""
     found = []
     try:

@@ -20,6 +20,7 @@ from megalith.common.errors import ConfigError, DataError, problem
 from megalith.common.files import write_text
 from megalith.common.pointers import refuse_pointer
 from megalith.common.registry import Registry
+from megalith.config.data import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     import tokenizers
@@ -164,7 +165,7 @@ class Tokenizer:
 
     def files(self) -> dict[str, pathlib.Path]:
         """The files it was made from, by option name."""
-        named = {name: getattr(self.options, name) for name in ("vocab_file", "merge_file", "tokenizer_model")}
+        named = {name: getattr(self.options, name) for name in TOKENIZER_FILES}
         return {name: pathlib.Path(path) for name, path in named.items() if path is not None and pathlib.Path(path).is_file()}
 
     def fingerprint(self) -> str:
@@ -244,7 +245,7 @@ def saved_options(folder: str | pathlib.Path, data: Any = None) -> dict[str, Any
         options = json.loads(record.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(problem(str(record), str(error), "it must be the JSON that `save` wrote", "Save the tokenizer again")) from error
-    for name in ("vocab_file", "merge_file", "tokenizer_model"):
+    for name in TOKENIZER_FILES:
         if options.get(name):
             options[name] = str(folder / options[name])
     if options.get("tiktoken_special_tokens"):

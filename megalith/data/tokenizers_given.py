@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from megalith.common.errors import ConfigError, DataError, problem
-from megalith.config.data import MADE_FROM, TOKENIZERS, DataConfig
+from megalith.config.data import MADE_FROM, TOKENIZER_FILES, TOKENIZERS, DataConfig
 from megalith.config.text import Words, choose, flag
 from megalith.data.tokenizers import RECORD, WORD_PIECES, Tokenizer, load_tokenizer, saved_options, tokenizer_from_config
 
-FILES = ("vocab_file", "merge_file", "tokenizer_model")
-FIELDS = ("tokenizer_type", *FILES)
+FIELDS = ("tokenizer_type", *TOKENIZER_FILES)
 
 
 class GivenTokenizer:
@@ -29,7 +28,7 @@ class GivenTokenizer:
         self.named = {name: value for name, value in (named or {}).items() if name in FIELDS and value is not None}
         self.notes: list[str] = []
         self._made: dict[tuple, Tokenizer] = {}
-        files = [f"{flag(name)} {self.named[name]}" for name in FILES if name in self.named]
+        files = [f"{flag(name)} {self.named[name]}" for name in TOKENIZER_FILES if name in self.named]
         if self.folder is not None and files:
             raise ConfigError(problem("--tokenizer", f"{folder}, and {', '.join(files)}", "a model has one tokenizer", "Leave out the one"))
         if self.folder is not None and not self.folder.is_dir():
@@ -40,7 +39,7 @@ class GivenTokenizer:
             choose("tokenizer", kind, TOKENIZERS)
 
     def __bool__(self) -> bool:
-        return self.folder is not None or any(name in self.named for name in FILES)
+        return self.folder is not None or any(name in self.named for name in TOKENIZER_FILES)
 
     def make(self, data: DataConfig) -> Tokenizer:
         """The tokenizer, made once. data: of the weights' config, whose type and sentinels count where the flags say nothing.
@@ -54,7 +53,7 @@ class GivenTokenizer:
 
     def _make(self, data: DataConfig) -> Tokenizer:
         if self.folder is None:
-            files = {name: self.named.get(name) for name in FILES}
+            files = {name: self.named.get(name) for name in TOKENIZER_FILES}
             kind = self.named.get("tokenizer_type") or self._kind(data.tokenizer_type, files)
             return tokenizer_from_config(_with(data, tokenizer_type=kind, **files))
         if not (self.folder / RECORD).exists() and (plain := _plain_files(self.folder)):
@@ -74,10 +73,10 @@ class GivenTokenizer:
 
     def _kind(self, said: str | None, files: Mapping[str, Any]) -> str:
         """The type of tokenizer that these files are of; said: that of the weights."""
-        there = {name for name in FILES if files[name]}
+        there = {name for name in TOKENIZER_FILES if files[name]}
         if said is not None and set(MADE_FROM.get(said, ("tokenizer_model",))) == there:
             return said
-        shown = Words(", ".join(f"{flag(name)} {files[name]}" for name in FILES if files[name]))
+        shown = Words(", ".join(f"{flag(name)} {files[name]}" for name in TOKENIZER_FILES if files[name]))
         if there == {"vocab_file", "merge_file"}:
             kind, why = "GPT2BPETokenizer", ""
         elif there == {"tokenizer_model"} and not str(files["tokenizer_model"]).endswith(".model"):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pathlib
 
 from megalith import checkpoint
+from megalith.checkpoint.folder import folder_of, load_of
 from megalith.config.run import RunConfig
-from megalith.training.saving import folder_of, load_of
 from megalith.training.state import Progress
 
 

@@ -13,7 +13,7 @@ from megalith.checkpoint.fit import as_flag
 from megalith.checkpoint.ranks import Ranks
 from megalith.common.errors import CheckpointError, ConfigError, DataError
 from megalith.common.files import sampled_digest
-from megalith.config.data import DataConfig
+from megalith.config.data import TOKENIZER_FILES, DataConfig
 from megalith.config.identity import changes, differences, sentence
 from megalith.config.loading import from_yaml
 from megalith.config.loading_values import fields
@@ -26,7 +26,7 @@ from megalith.training import saving
 COMPUTING = ("data", "batch", "optimizer", "precision")  # sections that decide, with the model, what a step reads and computes
 INDIFFERENT = (  # of which these do not, but for rounding; what a tokenizer is made from, its vocabulary tells better
     "data_cache_path", "num_workers", "mmap_bin_files", "micro_batch_size", "compile", "deterministic_mode",
-    "tokenizer_type", "vocab_file", "merge_file", "tokenizer_model",
+    "tokenizer_type", *TOKENIZER_FILES,
 )  # fmt: skip
 CORPORA = ("data_path", "train_data_path", "valid_data_path", "test_data_path", "data_file_list", "titles_data_path")
 BLOCKS = 8  # of 4 KiB, that are looked at in a file

@@ -8,14 +8,14 @@ import time
 from collections.abc import Iterator
 
 from megalith import checkpoint
-from megalith.checkpoint.folder import folder_name
+from megalith.checkpoint.folder import folder_name, folder_of, load_of
 from megalith.common.errors import ConfigError
 from megalith.common.files import sweep_folder
 from megalith.common.locks import locked
 from megalith.config.loading import from_yaml
 from megalith.config.run import RunConfig
 from megalith.training.metrics import FILE
-from megalith.training.saving import check_folder, folder_of, load_of
+from megalith.training.saving import check_folder
 from megalith.training.state import Progress
 
 CURE = "Let it end, or name another --run-dir or --save"

@@ -11,7 +11,7 @@ from torch import Tensor
 from megalith import checkpoint
 from megalith.checkpoint import folder, manifest
 from megalith.checkpoint.facts import part_of, written_by_another
-from megalith.checkpoint.folder import iteration_of, paths, root, strange
+from megalith.checkpoint.folder import folder_of, iteration_of, load_of, paths, strange
 from megalith.checkpoint.ranks import Ranks
 from megalith.common.errors import CheckpointError, ConfigError, problem
 from megalith.config.checks import needs_checkpoint
@@ -21,17 +21,6 @@ from megalith.runtime import state
 from megalith.training.finite import check_before_saving, check_loaded
 from megalith.training.state import Progress
 from megalith.training.step import Trainer
-
-
-def folder_of(config: RunConfig) -> pathlib.Path:
-    """Where the run's checkpoints lie."""
-    return pathlib.Path(config.checkpoint.save or f"{config.run_folder}/checkpoints")
-
-
-def load_of(config: RunConfig) -> str | None:
-    """--load, unless it is the run's own folder: scripts name one folder for both, and mean "go on, if there is something"."""
-    load = config.checkpoint.load
-    return None if load is not None and root(load).resolve() == folder_of(config).resolve() else load
 
 
 def save(

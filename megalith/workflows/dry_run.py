@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from megalith.common.errors import MegalithError, problem
 from megalith.config import flags, launched
-from megalith.config.data import DataConfig, unnamed_files
+from megalith.config.data import TOKENIZER_FILES, DataConfig, unnamed_files
 from megalith.config.loading_yaml import about
 from megalith.config.run import RunConfig
 from megalith.config.text import Problem, flag
@@ -86,7 +86,7 @@ def _corpora(data: DataConfig) -> Iterator[str]:
 def _tokenizer(data: DataConfig) -> Iterator[str]:
     if data.tokenizer_type is None:
         yield "--tokenizer-type is not given, nor a tokenizer's files: the data was made with one, and it has the vocabulary"
-    for name in ("vocab_file", "merge_file", "tokenizer_model"):
+    for name in TOKENIZER_FILES:
         value = getattr(data, name)
         if value is None or pathlib.Path(value).exists():
             continue
@@ -99,9 +99,9 @@ def _tokenizer(data: DataConfig) -> Iterator[str]:
 def _checkpoint(config: RunConfig) -> Iterator[str]:
     from megalith.checkpoint import folder
 
-    load, own = config.checkpoint.load, config.checkpoint.save or f"{config.run_folder}/checkpoints"
-    if load is None or pathlib.Path(load).resolve() == pathlib.Path(own).resolve():
-        return  # a run's own folder may be empty: it begins then
+    load = folder.load_of(config)
+    if load is None:  # a run's own folder may be empty: it begins then
+        return
     try:
         folder.find(load, config.checkpoint.ckpt_step)
     except MegalithError as error:

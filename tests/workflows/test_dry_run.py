@@ -76,3 +76,10 @@ def test_the_number_of_processes(argv, texts, layout, number, line):
     config = RunConfig().replace(tensor_model_parallel_size=layout)
     found, told = number_of_processes(flags.read(argv, own), named)(config)
     assert found == number and (line in told if line else told == "")
+
+
+def test_a_run_loaded_by_the_name_of_its_own_folder_may_be_empty(tmp_path):
+    """As training has it: --load RUN means RUN/checkpoints, which is the run's own."""
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    config = RunConfig().replace(load=str(tmp_path / "run"), run_dir=str(tmp_path / "run"))
+    assert not [line for line in missing(config) if line.startswith("--load")]
