@@ -27,6 +27,6 @@ def __getattr__(name: str):
     if name not in _WORDS:
         from megalith.config.elsewhere import answer
 
-        told = answer(name)
-        raise AttributeError(f"module 'megalith' has no attribute {name!r}; {told or 'it has ' + ', '.join(__all__)}")
+        instead = answer(name)
+        raise AttributeError(f"module 'megalith' has no attribute {name!r}; {instead or 'it has ' + ', '.join(__all__)}")
     return getattr(importlib.import_module(_WORDS[name]), name)

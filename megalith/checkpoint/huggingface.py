@@ -17,7 +17,7 @@ from megalith.checkpoint import huggingface_files as files
 from megalith.checkpoint import huggingface_tokenizer as tokenizer
 from megalith.checkpoint.formats import Format, Options
 from megalith.checkpoint.huggingface_families import ACTIVATIONS, FAMILIES, KINDS, TAKE, Family, form
-from megalith.checkpoint.huggingface_tied import settle
+from megalith.checkpoint.huggingface_tied import resolve_ties
 from megalith.checkpoint.huggingface_twice import differing, rope_of
 from megalith.checkpoint.lazy import Lazy, check_range, join
 from megalith.checkpoint.weights import Weights
@@ -77,7 +77,7 @@ def read(path: pathlib.Path, options: Options) -> Weights:
             raise CheckpointError(problem(f"{path / CONFIG}: {each.theirs}", given[each.theirs], rule, cure))
     values = family.to_ours(given, str(path / CONFIG))
     values |= family.of_tensors(found)
-    found, untied, ties = settle(found, family, {**values, **options.overrides})
+    found, untied, ties = resolve_ties(found, family, {**values, **options.overrides})
     values |= untied
     dtypes = {lazy.dtype for lazy in found.values()}
     values |= {"seq_length": values.get("max_position_embeddings"), "bf16": torch.bfloat16 in dtypes}

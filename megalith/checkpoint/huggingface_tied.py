@@ -17,7 +17,7 @@ from megalith.common.errors import CheckpointError, problem
 UNTIED = "untie_embeddings_and_output_weights"
 
 
-def settle(found: Mapping[str, Lazy], family: Family, values: Mapping[str, Any]) -> tuple[dict[str, Lazy], dict[str, Any], list[str]]:
+def resolve_ties(found: Mapping[str, Lazy], family: Family, values: Mapping[str, Any]) -> tuple[dict[str, Lazy], dict[str, Any], list[str]]:
     """(tensors, fields of our config that they change, what to tell) of a folder's tensors under their names.
 
     values: fields of our config, as config.json and the user say. Raises CheckpointError where a copy of the embedding has been

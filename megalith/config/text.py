@@ -65,8 +65,8 @@ def multiples(value: int, unit: int) -> list[int]:
 
 def unknown(kind: str, name: str, known: Iterable[str], otherwise: str) -> str:
     """Text for a name that is not known: what it is called here, the nearest known name, or `otherwise`."""
-    if told := answer(name):
-        return f"unknown {kind} {name}: {told}"
+    if instead := answer(name):
+        return f"unknown {kind} {name}: {instead}"
     near = nearest(name, known)
     return f"unknown {kind} {name}: did you mean {near}?" if near else f"unknown {kind} {name}: {otherwise}"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from megalith import checkpoint
-from megalith.checkpoint.folder import paths
+from megalith.checkpoint.folder import iteration_of, paths
 from megalith.checkpoint.ranks import Ranks
 from megalith.common.errors import CheckpointError, TrainingError, problem
 from megalith.config.text import Words
@@ -54,7 +54,7 @@ def newest_finite(folder: str | os.PathLike) -> int | None:
     """The newest undamaged iteration in `folder` that is finite; reads it, a tensor at a time."""
     for path in reversed(paths(folder)):
         if not checkpoint.verify(path) and not any(not_finite({name: tensor}) for name, tensor in checkpoint.read_tensors(path)):
-            return int(path.name.rpartition("_")[2])
+            return iteration_of(path)
     return None
 
 

@@ -32,13 +32,12 @@ CORPORA = ("data_path", "train_data_path", "valid_data_path", "test_data_path", 
 BLOCKS = 8  # of 4 KiB, that are looked at in a file
 
 
-def with_stored_gelu(config: RunConfig) -> RunConfig:
-    """The config with the exact GELU where what it starts from was stored before --no-bias-gelu-fusion had an effect: then that was it."""
+def has_exact_gelu(config: RunConfig) -> bool:
+    """Whether GELU is the exact one, whatever the config says: what it starts from was stored before --bias-gelu-fusion had an effect."""
     source, model = saving.source_of(config), config.model
     if source is None or model.openai_gelu or model.activation != "gelu_tanh":
-        return config
-    stored = checkpoint.read_config(checkpoint.find(source, config.checkpoint.ckpt_step))
-    return config if "bias_gelu_fusion" in stored else config.replace(bias_gelu_fusion=False)
+        return False
+    return "bias_gelu_fusion" not in checkpoint.read_config(checkpoint.find(source, config.checkpoint.ckpt_step))
 
 
 def compare(config: RunConfig, tokenizer: Tokenizer, data: Mapping[str, str]) -> list[str]:

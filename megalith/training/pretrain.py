@@ -73,11 +73,12 @@ def _train(config: RunConfig, tokenizer: Tokenizer, ours: bool) -> Progress:
             config = config.replace(run_dir=old)
         with contextlib.ExitStack() as held:
             on_main(mesh, lambda: held.enter_context(run_folder.alone(config)))
-            asked, config = config, origin.with_stored_gelu(config)
-            if mesh.is_main:
-                if config is not asked:
+            if Ranks().first(lambda: origin.has_exact_gelu(config)):
+                if mesh.is_main:
                     was = "activation gelu (exact) as what it starts from, which was stored before --bias-gelu-fusion had an effect"
                     print(f"{was}; --no-bias-gelu-fusion says the same without this line", flush=True)
+                config = config.replace(bias_gelu_fusion=False)
+            if mesh.is_main:
                 write_text(pathlib.Path(config.run_folder) / "config.yaml", to_yaml(config))
             return run(with_vocabulary(config, tokenizer), mesh, tokenizer)
     finally:

@@ -53,8 +53,10 @@ def test_number_of_a_dead_process_given_to_another(tmp_path):
     with locked(tmp_path / "out"):
         content = json.loads((tmp_path / ".out.lock").read_text())
     (tmp_path / ".out.lock").write_text(json.dumps(content | {"started": "1"}))
-    with locked(tmp_path / "out"):
-        pass
+    told = []
+    with locked(tmp_path / "out", notice=told.append):
+        assert json.loads((tmp_path / ".out.lock").read_text())["nonce"] != content["nonce"]
+    assert len(told) == 1 and f"process {os.getpid()} " in told[0] and "is taken over" in told[0]
 
 
 @pytest.mark.parametrize("content", ['{"host": "elsewhere", "pid": 1, "pids": "x", "nonce": "y"}', "", "[1]", "\0\0"])

@@ -1,7 +1,6 @@
 """BERT in both forms against transformers' own: logits of both heads, both losses, every gradient, with padding."""
 
 import pathlib
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,24 +15,21 @@ from tests.originals.families import BERTS, bert
 VOCAB, LENGTH = 97, 33
 
 
-@pytest.mark.parametrize("name", BERTS)
+def fused() -> transformers.PreTrainedModel:
+    """Megatron's kernel that adds the bias computes the MLP's GELU by tanh; the head over the vocabulary calls the exact one."""
+    original = bert("MegatronBert", hidden_act="gelu_new")()
+    original.cls.predictions.transform.transform_act_fn = torch.nn.GELU()
+    return original
+
+
+CASES = {name: (make, {}) for name, make in BERTS.items()}  # and what config.json cannot say
+CASES["megatron-bert, fused GELU"] = (fused, {"openai_gelu": False, "bias_gelu_fusion": True})
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_logits_losses_and_gradients_equal_the_original(name: str, tmp_path: pathlib.Path) -> None:
-    compare(BERTS[name], tmp_path)
-
-
-def test_megatrons_fused_gelu_is_not_in_the_head(tmp_path: pathlib.Path) -> None:
-    """The kernel that adds the bias computes the MLP's GELU by tanh; the head over the vocabulary calls the exact one."""
-
-    def fused() -> transformers.PreTrainedModel:
-        original = bert("MegatronBert", hidden_act="gelu_new")()
-        original.cls.predictions.transform.transform_act_fn = torch.nn.GELU()
-        return original
-
-    compare(fused, tmp_path, openai_gelu=False, bias_gelu_fusion=True)
-
-
-def compare(make: Callable[[], transformers.PreTrainedModel], tmp_path: pathlib.Path, **form: bool) -> None:
-    """Random weights, norms and biases too, and a batch with padding; `form`: what config.json cannot say."""
+    """Random weights, norms and biases too, and a batch with padding."""
+    make, form = CASES[name]
     torch.manual_seed(0)
     original = make().eval()
     with torch.no_grad():
