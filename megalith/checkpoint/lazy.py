@@ -61,27 +61,38 @@ def join(parts: list[Lazy], change: Callable[[list[Tensor]], Tensor]) -> Lazy:
 
 
 def check_range(tensors: Mapping[str, Lazy], dtype: torch.dtype | None) -> None:
-    """Raise CheckpointError with every tensor that has finite elements beyond the range of `dtype`, where a cast makes them infinite.
+    """Raise CheckpointError with every tensor that has finite elements beyond the range of `dtype`, where a cast makes
+    them infinite, and with every weight of which it makes all elements zero (a bias so small is none before, either).
 
     Those of a format with a wider range are read, once; None: nothing is cast.
     """
-    beyond = {name: count for name, lazy in tensors.items() if dtype and (count := _beyond(lazy, dtype))}
-    if not beyond:
+    lost = {name: _lost(lazy, dtype) for name, lazy in tensors.items()} if dtype else {}
+    beyond = {name: count for name, (count, _) in lost.items() if count}
+    vanished = sorted(name for name, (_, whole) in lost.items() if whole and not name.endswith("bias"))
+    if dtype is None or not (beyond or vanished):
         return
-    word, largest = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
-    told = [f"{count} in {name}" for name, count in sorted(beyond.items(), key=lambda each: -each[1])]
+    word, limits = str(dtype).removeprefix("torch."), torch.finfo(dtype)
+    told = [f"{count} in {name}" for name, count in sorted(beyond.items(), key=lambda each: -each[1])] or vanished
+    rule = f"{word} holds numbers up to {limits.max:.6g}, and {sum(beyond.values())} weights would become infinite"
+    if not beyond:
+        rule = f"{word} holds numbers from {limits.smallest_normal * limits.eps:.2g}, and all elements would become 0"
+        rule += f" in {len(vanished)} weights"
     more = f" and in {len(told) - 8} more tensors" * (len(told) > 8)
-    rule = f"{word} holds numbers up to {largest:.6g}, and {sum(beyond.values())} weights would become infinite"
     wider = "Write --dtype bfloat16, which has the range of float32, or float32" if dtype == torch.float16 else "Write --dtype float32"
     cure = "Leave it out, which keeps the source's float64" if dtype == torch.float32 else wider
     raise CheckpointError(problem("--dtype", word, rule + f": {', '.join(told[:8])}{more}", cure))
 
 
-def _beyond(lazy: Lazy, dtype: torch.dtype) -> int:
-    """Finite elements of a tensor that are infinite in `dtype`."""
+def _lost(lazy: Lazy, dtype: torch.dtype) -> tuple[int, bool]:
+    """Finite elements of a tensor that are infinite in `dtype`; whether it has elements that are not 0, and all are 0 there."""
     if not (lazy.dtype.is_floating_point and torch.finfo(lazy.dtype).max > torch.finfo(dtype).max):
-        return 0
-    return sum(int((part.to(dtype).isinf() & part.isfinite()).sum()) for part in _blocks(lazy))
+        return 0, False
+    count, something, left = 0, False, False
+    for part in _blocks(lazy):
+        narrow = part.to(dtype)
+        count += int((narrow.isinf() & part.isfinite()).sum())
+        something, left = something or bool(part.any()), left or bool(narrow.any())
+    return count, something and not left
 
 
 def _blocks(lazy: Lazy) -> Iterator[Tensor]:

@@ -40,6 +40,21 @@ def test_elements_beyond_the_range_are_counted(box: bool) -> None:
         check_range({"a": lazy(torch.tensor([1e5]).bfloat16())}, torch.float16)
 
 
+@pytest.mark.parametrize("box", [False, True])
+def test_a_weight_of_which_nothing_is_left_is_named(box: bool) -> None:
+    small = torch.full((3, BLOCK), 1e-9)
+    tensors = {"up.weight": lazy(small, box), "up.bias": lazy(small[0]), "down.weight": lazy(torch.zeros(2, 2))}
+    message = (
+        r"--dtype: found 'float16'; float16 holds numbers from 6e-08, and all elements would become 0 in 1 weights: up.weight. "
+        "Write --dtype bfloat16"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        check_range(tensors, torch.float16)
+    check_range(tensors, torch.bfloat16)
+    small[2, -1] = 6e-8  # one element that is left
+    check_range(tensors, torch.float16)
+
+
 @pytest.fixture
 def sources(tmp_path: pathlib.Path) -> dict[str, pathlib.Path]:
     """One model with weights beyond float16, in three formats."""
