@@ -13,7 +13,7 @@ from types import FrameType
 from megalith.common.errors import TrainingError
 from megalith.training.callbacks import Callback, RunInfo, StepRecord, ValidationRecord
 from megalith.training.state import FAILED, OVER, SIGNAL, Progress
-from megalith.training.validation import Unmeasured
+from megalith.training.validation import Cursor, Unmeasured
 
 
 class CountValidation(Callback):
@@ -22,14 +22,13 @@ class CountValidation(Callback):
     A checkpoint so says where the next validation reads, whether or not this one comes to its end.
     """
 
-    def __init__(self, progress: Progress, samples: int):
-        """samples: of one validation, over all processes."""
-        self.progress, self.samples = progress, samples
+    def __init__(self, cursor: Cursor):
+        self.cursor = cursor
 
     def on_step(self, run: RunInfo, record: StepRecord) -> None:
         """Count."""
-        if record.step % run.config.validation.eval_interval == 0:
-            self.progress.consumed_valid_samples += self.samples
+        if self.cursor.due():
+            self.cursor.advance()
 
 
 class Validate(Callback):

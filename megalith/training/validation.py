@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
+from megalith.config.batch_math import global_batch
+from megalith.config.run import RunConfig
 from megalith.data.loader import Loader
+from megalith.training.state import Progress
 from megalith.training.step import Trainer, asked, asking, global_counts, run
+
+Asked = Callable[[], str | None]  # why this process asks that the run end, if it does
+SPLITS = {"validation": "valid", "test": "test"}  # what is measured -> the dataset's name
 
 
 class Unmeasured(Exception):
@@ -19,9 +26,59 @@ class Unmeasured(Exception):
         self.reason = reason
 
 
+@dataclasses.dataclass
+class Cursor:
+    """Where validations read: each takes the next samples, as Megatron's does; after the last whole set it starts over.
+
+    The place is kept in `progress`, and so in checkpoints. The point before the first step is one more than Megatron's.
+    """
+
+    progress: Progress
+    samples: int  # of one validation, over all processes
+    interval: int  # steps from one validation to the next
+    length: int  # samples that there are
+
+    def due(self) -> bool:
+        """Whether a validation is due after the present step; its samples are counted by then (`advance`)."""
+        return self.progress.iteration > 0 and self.progress.iteration % self.interval == 0
+
+    def advance(self) -> None:
+        """Count the samples of a validation that is due, before the step is saved and before they are read."""
+        self.progress.consumed_valid_samples += self.samples
+
+    @property
+    def first(self) -> int:
+        """The first sample of the validation that is measured now."""
+        number = self.progress.consumed_valid_samples // self.samples - self.due()
+        return number % max(1, self.length // self.samples) * self.samples
+
+
+def measured_splits(config: RunConfig, loaders: Mapping[str, Loader]) -> list[str]:
+    """What is measured, "validation" and "test": where there is such data, and --eval-iters asks for it."""
+    return [split for split, name in SPLITS.items() if config.validation.eval_iters and name in loaders]
+
+
+class Validation:
+    """Measures a model on validation data, each time on other samples of it, and on test data, always the same."""
+
+    def __init__(self, trainer: Trainer, progress: Progress, loaders: Mapping[str, Loader], stop: Asked):
+        """loaders: "valid" and "test", where there is such data."""
+        config = trainer.runtime.config
+        self.trainer, self.loaders, self.stop = trainer, loaders, stop
+        self.splits = measured_splits(config, loaders)
+        self.batches, self.batch = config.validation.eval_iters, global_batch(config, trainer.runtime.mesh.data_size)
+        length = len(loaders["valid"].dataset) if "validation" in self.splits else 0
+        self.cursor = Cursor(progress, self.batches * self.batch, config.validation.eval_interval, length)
+
+    def measure(self, split: str) -> dict[str, float]:
+        """Mean losses of "validation" or "test"; see evaluate."""
+        first = self.cursor.first if split == "validation" else 0
+        return evaluate(self.trainer, self.loaders[SPLITS[split]], first, self.batches, self.batch, self.stop)
+
+
 @torch.no_grad()
 def evaluate(
-    trainer: Trainer, loader: Loader, start: int, batches: int, global_batch_size: int, stop: Callable[[], str | None] = lambda: None
+    trainer: Trainer, loader: Loader, start: int, batches: int, global_batch_size: int, stop: Asked = lambda: None
 ) -> dict[str, float]:
     """Mean losses over `batches` global batches from sample `start` on, weighted as in training: by unmasked token.
 

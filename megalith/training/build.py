@@ -1,0 +1,117 @@
+"""The parts of a run, each made from its config: what steps, what reads, what listens."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from megalith.common.errors import ConfigError
+from megalith.config.batch_math import global_batch
+from megalith.config.flops import flops_per_token
+from megalith.config.run import RunConfig
+from megalith.data.build import build_datasets
+from megalith.data.loader import Loader
+from megalith.data.tokenizers import Tokenizer
+from megalith.optim.build import build_optimizer
+from megalith.optim.loss_scale import build_loss_scale
+from megalith.optim.schedule import Schedule
+from megalith.runtime.build import Mesh, place
+from megalith.training import saving
+from megalith.training.callbacks import Callback, RunInfo
+from megalith.training.duties import CountValidation, ExitInterval, SaveCheckpoints, SaveFirst, Validate
+from megalith.training.guards import Retain, StopDiverged, StopUnlearned
+from megalith.training.peaks import peak_flops
+from megalith.training.profile import ProfilePipeline
+from megalith.training.reporters import reporters
+from megalith.training.state import Progress
+from megalith.training.step import Trainer
+from megalith.training.tasks import TASKS
+from megalith.training.validation import Validation
+
+
+def set_determinism(config: RunConfig) -> None:
+    """Ask torch for deterministic algorithms, or not, as the config says."""
+    if config.precision.deterministic_mode:
+        # torch refuses to be deterministic without it; it is read at first use
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(config.precision.deterministic_mode)
+
+
+def build_trainer(config: RunConfig, mesh: Mesh) -> Trainer:
+    """A placed model with its task, optimizer, schedule and loss scale, none of them resumed.
+
+    config.model.vocab_size must be known; see pretrain.with_vocabulary.
+    """
+    batch = global_batch(config, mesh.data_size)
+    runtime = place(config, mesh)
+    measures = config.validation.skip_train  # with neither rate nor length
+    rates = RunConfig().replace(lr=0.0, train_iters=1) if measures else config
+    optimizer = build_optimizer(rates.optimizer, runtime.named_parameters())
+    schedule = Schedule(rates.optimizer, rates.schedule, batch)
+    return Trainer(runtime, TASKS.find(config.data.loss)(), optimizer, schedule, build_loss_scale(config.precision))
+
+
+def open_datasets(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> dict[str, Any]:
+    """{"train": dataset or None, "valid": ..., "test": ...}. Raises ConfigError where there is nothing to train on."""
+    place = {"rank": mesh.data_rank, "size": mesh.data_size}
+    datasets = build_datasets(config, tokenizer, **place, run_folder=config.run_folder)
+    if datasets["train"] is None and not config.validation.skip_train:
+        raise ConfigError(
+            f"--split {config.data.split!r} leaves no document to train on; its first share must be above 0, and come "
+            f"to a document. Change it, or give --train-data-path."
+        )
+    return datasets
+
+
+def build_loaders(config: RunConfig, mesh: Mesh, datasets: Mapping[str, Any]) -> dict[str, Loader]:
+    """A loader of this data-parallel rank's micro-batches for every dataset that there is, by the same name."""
+    return {
+        split: Loader(
+            dataset, micro_batch_size=config.batch.micro_batch_size, rank=mesh.data_rank, size=mesh.data_size,
+            order=config.data.dataloader_type if split == "train" else "single", seed=config.batch.seed,
+            num_workers=config.data.num_workers,
+        )
+        for split, dataset in datasets.items() if dataset is not None
+    }  # fmt: skip
+
+
+def run_info(config: RunConfig, mesh: Mesh, start_step: int, train_iters: int) -> RunInfo:
+    """The run, as callbacks see it. start_step: steps done before this process. train_iters: the step at which it ends."""
+    lengths = config.data.seq_length, config.data.decoder_seq_length
+    full, half = (flops_per_token(config.model, lengths[0], causal, lengths[1]) for causal in (False, True))
+    peak = peak_flops(device_name(mesh.device), config.precision.compute_dtype, config.logging.peak_tflops)
+    return RunInfo(
+        config=config, folder=pathlib.Path(config.run_folder), start_step=start_step, train_iters=train_iters,
+        rank=mesh.rank, world_size=mesh.world_size, flops_per_token_full=full, flops_per_token_half=half, peak_flops=peak,
+    )  # fmt: skip
+
+
+def build_callbacks(
+    trainer: Trainer, progress: Progress, validation: Validation, known: Collection[str], save: Callable[[], None],
+    again: Callable[[], str],
+) -> list[Callback]:  # fmt: skip
+    """What a run tells and does every so often, in the order in which it must: judge, save, measure.
+
+    known: the splits that were measured at the present step before. save: write a checkpoint.
+    again: what the next start does, in words.
+    """
+    config, mesh = trainer.runtime.config, trainer.runtime.mesh
+    tell = reporters(config)
+    if config.logging.profile_pipeline:
+        tell.append(ProfilePipeline(trainer.runtime))
+    start = progress.iteration
+    retain = Retain((lambda: saving.retain(config, progress, start)) if mesh.is_main else lambda: None, progress)
+    saver = SaveCheckpoints(save, progress)
+    count: Sequence[Callback] = [CountValidation(validation.cursor)] if validation.splits else []
+    measure = Validate(validation.measure, progress, [*tell, retain], validation.splits, known)
+    guards: list[Callback] = [StopDiverged(again), StopUnlearned(), retain]
+    return [*tell, *guards, *count, saver, measure, ExitInterval(progress), SaveFirst(saver)]
+
+
+def device_name(device: torch.device) -> str:
+    """The device's name as its maker gives it; "cpu" for the CPU."""
+    return "cpu" if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
