@@ -11,7 +11,7 @@ from megalith.checkpoint.facts import part_of
 from megalith.common.errors import ConfigError
 from megalith.config.loading import from_yaml
 from megalith.config.loading_values import fields
-from megalith.config.megatron_counts import rows_asked, words_asked
+from megalith.config.megatron_counts import NUMBERS, rows_asked, words_asked
 from megalith.config.text import flag, value_text
 
 FIELDS = {name: field for name, field in fields().items() if field.section == "model"}
@@ -130,7 +130,7 @@ def cure(field: str, model: Mapping[str, Any], asked: Sequence[int] = ()) -> str
         return as_flag(field, model[field])
     rows = model[field]
     typed = as_flag(field, words_asked(rows, model.get("tokenizer_type")))
-    unsure = rows + 1 in asked and model.get("tokenizer_type") != "NullTokenizer"  # it is what was typed, if the run has that tokenizer
+    unsure = rows + 1 in asked and model.get("tokenizer_type") not in NUMBERS  # it is what was typed, if the run has that tokenizer
     return typed + f" (--vocab-size {words_asked(rows, 'NullTokenizer')} with NullTokenizer, which has a row more)" * unsure
 
 

@@ -11,6 +11,8 @@ from megalith.config.parameters import sizes
 from megalith.config.run import RunConfig
 from megalith.config.stages import layers_of, num_stages, stages_of
 
+NUMBERS = ("NullTokenizer", "NullMultimodalTokenizer")  # tokenizers of texts that are numbers
+
 
 def padded_vocabulary(size: int, divisible_by: int, tensor: int) -> int:
     """The size that Megatron pads a vocabulary to: the next multiple of divisible_by x tensor-parallel ranks."""
@@ -19,13 +21,13 @@ def padded_vocabulary(size: int, divisible_by: int, tensor: int) -> int:
 
 
 def rows_asked(vocab_size: int, tokenizer_type: str | None) -> int:
-    """Rows of the embedding that --vocab-size means: NullTokenizer's counts the ids of texts, and one more ends documents."""
-    return vocab_size + (tokenizer_type == "NullTokenizer")
+    """Rows of the embedding that --vocab-size means: that of NUMBERS counts the ids of texts, and one more ends documents."""
+    return vocab_size + (tokenizer_type in NUMBERS)
 
 
 def words_asked(rows: int, tokenizer_type: str | None) -> int:
     """The --vocab-size that means so many rows: the reverse of `rows_asked`."""
-    return rows - (tokenizer_type == "NullTokenizer")
+    return rows - (tokenizer_type in NUMBERS)
 
 
 def layer_parameters(model: ModelConfig, tensor: int) -> int:

@@ -231,6 +231,60 @@ def test_files_of_ranks_that_are_of_two_runs(tmp_path: pathlib.Path, what: str) 
         formats.read(folder)
 
 
+@pytest.mark.parametrize("said", [True, False], ids=["arguments", "no arguments"])
+def test_biases_of_which_no_argument_speaks(tmp_path: pathlib.Path, said: bool) -> None:
+    """Without its biases a LayerNorm's file looks like an RMSNorm's; versions before RMSNorm had no argument that tells them apart."""
+
+    def without(content: dict) -> None:
+        stack = content["model"]["language_model"]["encoder"]
+        for name in [name for name in stack if name.endswith(".bias")]:
+            del stack[name]
+
+    config, tensors = model_of()
+    folder = megatron_files.write(tmp_path / "m", config, tensors, args={} if said else None)
+    given = {} if said else dict(num_attention_heads=4)
+    assert not any("has a bias" in note for note in formats.read(folder, options=Options(overrides=given)).notes)
+    change(folder, without)
+    found = formats.read(folder, options=Options(overrides=given))
+    assert "no norm and no linear layer has a bias, and no argument says so; read as RMSNorm and linear layers without" in "".join(
+        found.notes
+    )
+    told = formats.read(folder, options=Options(overrides=given | dict(normalization="RMSNorm", add_bias_linear=False))).notes
+    assert not any("has a bias" in note for note in told)
+    change(folder, lambda content: setattr(content.get("args"), "add_bias_linear", True) if said else None)
+    if said:
+        with pytest.raises(CheckpointError, match="add_bias_linear: the tensors have False, the arguments say True"):
+            formats.read(folder)
+
+
+def test_a_folder_that_is_not_of_its_files_iteration(tmp_path: pathlib.Path) -> None:
+    config, tensors = model_of()
+    folder = megatron_files.write(tmp_path / "m", config, tensors, args={})
+    (folder / "iter_0000007").rename(folder / "iter_0000100")
+    (folder / "latest_checkpointed_iteration.txt").write_text("100")
+    pipelined(tmp_path / "d", {}, {}, 1, 1)
+    (tmp_path / "d/global_step7").rename(tmp_path / "d/global_step100")
+    save(tmp_path / "c", core_state(config, tensors), {"args": namespace(config, 1, 1, 128, {}), "iteration": 7})
+    (tmp_path / "c/iter_0000007").rename(tmp_path / "iter_0000100")
+    places = {
+        "iter_0000100": (folder, folder / "iter_0000100", tmp_path / "iter_0000100"),
+        "global_step100": (tmp_path / "d/global_step100",),
+    }
+    for name, several in places.items():
+        for place in several:
+            found = formats.read(place)
+            assert found.iteration == 7
+            assert f"iteration: {name} holds files of iteration 7, which is taken" in "".join(found.notes), place
+
+
+def test_a_bert_without_its_head(tmp_path: pathlib.Path) -> None:
+    config, tensors = model_of(model_type="bert")
+    folder = megatron_files.write(tmp_path / "b", config, tensors, args={})
+    change(folder, lambda content: content["model"].pop("lm_head"))
+    with pytest.raises(CheckpointError, match=r"parameters of the bert: .*not in the file: \['head.bias', 'head_dense.bias'"):
+        formats.read(folder)
+
+
 def test_a_vocabulary_that_does_not_pad_to_what_is_there_is_told(tmp_path: pathlib.Path) -> None:
     config, tensors = model_of()
     folder = megatron_files.write(tmp_path / "m", config, tensors, args=dict(orig_vocab_size=50))

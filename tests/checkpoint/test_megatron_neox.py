@@ -163,6 +163,19 @@ def test_sources_of_arguments_that_disagree(tmp_path: pathlib.Path) -> None:
         formats.read(write(tmp_path / "c", model, 1, True, no_weight_tying=False))
 
 
+def test_arguments_that_tensors_or_others_contradict(tmp_path: pathlib.Path) -> None:
+    model = original(**FORMS["pythia"])
+    for name in ("use_bias_in_attn_linear", "use_bias_in_norms", "use_bias_in_mlp"):
+        with pytest.raises(CheckpointError, match=rf"GPT-NeoX, {name}: found 'False, and the tensors have \w+.*bias'"):
+            formats.read(write(tmp_path / name, model, 1, True, **{name: False}))
+        formats.read(write(tmp_path / f"{name} true", model, 1, True, **{name: True}))
+    with pytest.raises(CheckpointError, match=r"GPT-NeoX, activation: found 'relu, and openai_gelu is True'; a model has one"):
+        formats.read(write(tmp_path / "relu", original(**FORMS["tied"]), 1, True, openai_gelu=True))
+    other = original(**FORMS["20b"])
+    weights = formats.read(write(tmp_path / "tanh", other, 1, True, openai_gelu=True, bias_gelu_fusion=None))
+    assert weights.config.model.activation == "gelu_tanh"
+
+
 def test_without_its_configs_flags_say_what_no_tensor_does(tmp_path: pathlib.Path) -> None:
     model = original(**FORMS["pythia"])
     folder = write(tmp_path / "neox", model, 2, True)

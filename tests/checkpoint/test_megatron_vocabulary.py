@@ -17,6 +17,7 @@ from tests.tiny import VOCABULARY, tiny_config, write_corpus
 
 CASES = [  # arguments, rows in the file, tensor-parallel ranks, overrides -> words, and a word of the note
     ({"tokenizer_type": "NullTokenizer", "vocab_size": 99}, 128, 1, {}, 100, ""),
+    ({"tokenizer_type": "NullMultimodalTokenizer", "vocab_size": 99}, 128, 1, {}, 100, ""),
     ({"tokenizer_type": "NullTokenizer", "vocab_size": 127}, 128, 1, {}, 128, ""),
     ({"tokenizer_type": "NullTokenizer", "vocab_size": 128}, 256, 2, {}, 129, ""),
     ({"tokenizer_type": "NullTokenizer", "vocab_size": 99, "orig_vocab_size": 100}, 128, 1, {}, 100, ""),

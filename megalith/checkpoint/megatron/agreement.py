@@ -6,6 +6,7 @@ another model's. Neither is guessed here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -74,6 +75,28 @@ def compare(told: Told, facts: Mapping[str, Any], args: Mapping[str, Any], overr
             told.compare("position_embedding_type", "learned_absolute", none or positions)
         elif args and positions in (None, "learned_absolute") and not without:  # the oldest versions knew no other
             told["position_embedding_type"] = ("no position_embeddings", positions or "nothing of others")
+
+
+def unsaid(facts: Mapping[str, Any], args: Mapping[str, Any], overrides: Mapping[str, Any]) -> list[str]:
+    """A note where biases are in no tensor and no argument, nor flag, says that the model has none: they may be missing."""
+    lacking = {
+        "normalization": ("norm", facts["normalization"] == "RMSNorm"),
+        "add_bias_linear": ("linear layer", not facts["add_bias_linear"]),
+    }
+    found = [what for name, (what, without) in lacking.items() if without and name not in args.keys() | overrides.keys()]
+    if not found:
+        return []
+    read = " and ".join({"norm": "RMSNorm", "linear layer": "linear layers without biases"}[what] for what in found)
+    text = f"no {' and no '.join(found)} has a bias, and no argument says so; read as {read}"
+    return [f"{text}. Had the model biases, they are missing in the file: copy it again"]
+
+
+def same_iteration(folder: str, content: Mapping[str, Any]) -> list[str]:
+    """A note where the number in the name of a folder is not the iteration that its files hold."""
+    number, found = re.fullmatch(r"(?:iter_|global_step)(\d+)", folder), content.get("iteration", content.get("total_iters"))
+    if number is None or not isinstance(found, int) or found == int(number[1]):
+        return []
+    return [f"iteration: {folder} holds files of iteration {found}, which is taken; the folder was renamed, or they are another's"]
 
 
 def same_names(parts: Sequence[Mapping[str, Any]]) -> None:

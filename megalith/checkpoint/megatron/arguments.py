@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from megalith.checkpoint.lazy import Lazy
-from megalith.checkpoint.megatron.agreement import HEADS, Told, compare
+from megalith.checkpoint.megatron.agreement import HEADS, Told, compare, unsaid
 from megalith.checkpoint.megatron.vocabulary import true_size
 from megalith.checkpoint.unpickle import Stand
 from megalith.common.errors import CheckpointError, problem
@@ -119,6 +119,7 @@ def to_config(
     facts = _of_shapes(parts, ranks, values | gates)
     told, said = Told(), args.get("position_embedding_type")
     compare(told, facts, args, overrides, POSITIONS.get(said, said))
+    notes += unsaid(facts, args, overrides)
     values |= facts
     if values.get("sliding_window"):
         values["full_attention_layers"] = _without_window(args.get("window_attn_skip_freq"), values["num_layers"])

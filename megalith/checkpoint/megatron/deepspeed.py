@@ -18,7 +18,7 @@ from megalith.checkpoint import unpickle
 from megalith.checkpoint.formats import Format, Options
 from megalith.checkpoint.lazy import Lazy
 from megalith.checkpoint.megatron import build, neox, zero
-from megalith.checkpoint.megatron.agreement import without_gap
+from megalith.checkpoint.megatron.agreement import same_iteration, without_gap
 from megalith.checkpoint.megatron.arguments import known
 from megalith.checkpoint.megatron.assemble import by_rank
 from megalith.checkpoint.megatron.names import normal
@@ -64,7 +64,7 @@ def read(path: pathlib.Path, options: Options) -> Weights:
     contents = {number: _load(file, classes) for number, file in files.items()}
     content = contents[min(contents)]
     layers = sorted(each for each in folder.iterdir() if LAYER.fullmatch(each.name))
-    notes: list[str] = []
+    notes = same_iteration(folder.name, content)
     modules = _modules(layers, contents, classes)
     if neox.recognises(content, modules):
         content = {**content, "args": neox.arguments(folder, content, modules, options, notes)}

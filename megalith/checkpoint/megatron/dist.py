@@ -21,6 +21,7 @@ from megalith.checkpoint.formats import Format, Options
 from megalith.checkpoint.huggingface_files import read_json
 from megalith.checkpoint.lazy import Lazy
 from megalith.checkpoint.megatron import build
+from megalith.checkpoint.megatron.agreement import same_iteration
 from megalith.checkpoint.megatron.names import normal_names
 from megalith.checkpoint.megatron.optimizer import CURE, MOMENTS
 from megalith.checkpoint.megatron.replicas import Replicas
@@ -99,7 +100,10 @@ def read(path: pathlib.Path, options: Options) -> Weights:
     model = [pair for key in keys for pair in named(chunked, key, key.removeprefix("model."))]
     content = common(folder, chunked, classes)
     parts = {normal: tensor for normal, (_, tensor) in zip(normal_names(name for name, _ in model).values(), model, strict=True)}
-    return build.weights_of(content, 3.0, [parts], lambda notes: states(folder, chunked), classes, options, Replicas(options.replicas))
+    notes = same_iteration(folder.name, content)
+    return build.weights_of(
+        content, 3.0, [parts], lambda notes: states(folder, chunked), classes, options, Replicas(options.replicas), notes
+    )
 
 
 def common(folder: pathlib.Path, chunked: Chunked, classes: set[str]) -> dict[str, Any]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Sequence
 
 from megalith.checkpoint.formats import Format, Options
 from megalith.checkpoint.megatron import build, optimizer
+from megalith.checkpoint.megatron.agreement import same_iteration
 from megalith.checkpoint.megatron.assemble import by_rank
 from megalith.checkpoint.megatron.replicas import Replicas
 from megalith.checkpoint.megatron.source import EXPERT, RANK, Files, Rank, chunks_of, find, is_core, is_release, number_layers, read_ranks
@@ -25,6 +27,7 @@ def recognises(path: pathlib.Path) -> bool:
 def read(path: pathlib.Path, options: Options) -> Weights:
     """The weights at `path`. Raises CheckpointError for what is missing, damaged, unknown or does not fit."""
     classes: set[str] = set()
+    notes: list[str] = []
     if path.is_file() and not is_release(path):
         content, found = load_file(path)
         content = content if isinstance(content, dict) else {}
@@ -33,12 +36,14 @@ def read(path: pathlib.Path, options: Options) -> Weights:
         number_layers(ranks)
     else:
         files = Files.of(path)
-        ranks = read_ranks(files, find(files, options.iteration), classes)
-    return weights_of(ranks, classes, options)
+        folder = find(files, options.iteration)
+        ranks = read_ranks(files, folder, classes)
+        notes += same_iteration((files.path / folder).name, ranks[0].content)
+    return weights_of(ranks, classes, options, notes)
 
 
-def weights_of(ranks: list[Rank], classes: set[str], options: Options) -> Weights:
-    """The weights of these ranks, with the optimizer's state if asked for."""
+def weights_of(ranks: list[Rank], classes: set[str], options: Options, notes: Sequence[str] = ()) -> Weights:
+    """The weights of these ranks, with the optimizer's state if asked for. notes: those that reading the ranks gave."""
     content, replicas = ranks[0].content, Replicas(options.replicas, {rank.name: rank.content for rank in ranks})
     holders = [
         (rank, f"{rank.name}" + f", model{n}" * (len(rank.chunks) > 1), chunk) for rank in ranks for n, chunk in enumerate(rank.chunks)
@@ -49,7 +54,7 @@ def weights_of(ranks: list[Rank], classes: set[str], options: Options) -> Weight
             f"{ranks[0].name}: no tensors found; a file of Megatron holds them under `model` or `module`. Check the path."
         )
     version = 3.0 if is_core(content) else build.version_of(content, 0.0)
-    return build.weights_of(content, version, parts, lambda notes: optimizer.read(ranks, notes, replicas), classes, options, replicas)
+    return build.weights_of(content, version, parts, lambda more: optimizer.read(ranks, more, replicas), classes, options, replicas, notes)
 
 
 FORMAT = Format(

@@ -94,6 +94,7 @@ T5 = (  # layers of the decoder have the numbers after the encoder's, on both si
     Row("lm_head.bias", ("head.bias",), "vocabulary"),
 )
 TABLES: dict[str, tuple[Row, ...]] = {"gpt": GPT, "bert": BERT, "t5": T5}
+BERTS = {row.theirs for row in BERT} - {row.theirs for row in GPT} - {"lm_head.bias"}  # a GPT's output layer may have that
 TIED = "word_embeddings_for_head.weight"  # the last stage's copy of the word embedding
 SUMMED = "sums_row_parallel_biases"  # an argument of ours: tensor-parallel ranks hold addends of those biases, not copies
 
@@ -148,7 +149,7 @@ def model_type(names: Iterable[str]) -> str:
     known = set(names)
     if any(name.startswith("decoder.") for name in known):
         return "t5"
-    return "bert" if "lm_head.dense.weight" in known else "gpt"
+    return "bert" if known & BERTS else "gpt"
 
 
 def table(kind: str, *, gated: bool, multiquery: bool) -> tuple[Row, ...]:

@@ -38,6 +38,10 @@ SAME = (  # arguments that have our names
     "layernorm_epsilon", "hidden_dropout", "attention_dropout", "init_method_std", "seq_length", "bias_gelu_fusion",
     "apply_residual_connection_post_layernorm",
 )  # fmt: skip
+BIASES = {  # argument: what there is of it in a layer
+    "use_bias_in_attn_linear": "attention.query_key_value.bias", "use_bias_in_norms": "input_layernorm.bias",
+    "use_bias_in_mlp": "mlp.dense_h_to_4h.bias",
+}  # fmt: skip
 NEEDED = ("position_embedding_type", "rotary_percent", "parallel_attn")  # what no tensor tells
 CURE = "Train without it, or convert with GPT-NeoX's own tools"
 
@@ -104,6 +108,9 @@ def arguments(
         found |= {name: args[name] for name in ("tokenizer_type", "vocab_file", "merge_file") if args.get(name)}
     if args.get("bias_gelu_fusion"):
         notes.append("bias_gelu_fusion: GELU by its tanh approximation, as NeoX trained; its own converter writes hidden_act gelu")
+    if args.get("openai_gelu"):
+        found |= {"openai_gelu": True, "bias_gelu_fusion": False}
+        notes.append("openai_gelu: GELU by its tanh approximation")
     if parallel and len(_ranks(modules)) > 1:
         notes.append("gpt_j_residual: biases of attention.dense and mlp.dense_4h_to_h are summed over tensor-parallel ranks, as NeoX does")
     _check_frequencies({**found, **given}, modules)
@@ -124,6 +131,14 @@ def _check(args: Mapping[str, Any], modules: Sequence[HasTensors]) -> None:
             rule = f"of GPT-NeoX only {' and '.join(map(str, values)) or 'models without it'} can be read here"
             raise CheckpointError(problem(f"GPT-NeoX, {name}", args[name], rule, CURE))
     kinds = set(_words(args.get("attention_config"))) - {"global", "flash"}
+    for name, suffix in BIASES.items():
+        has = any(each.endswith(suffix) for module in modules for each in module.tensors)
+        if args.get(name) is not None and bool(args[name]) is not has:
+            text = f"{args[name]}, and the tensors have {'' if has else 'no '}{suffix}"
+            raise CheckpointError(problem(f"GPT-NeoX, {name}", text, "both are of one model", "Mend configs/, or copy the tree again"))
+    if args.get("openai_gelu") and args.get("activation") not in (None, "gelu"):
+        text = f"{args['activation']}, and openai_gelu is {args['openai_gelu']}"
+        raise CheckpointError(problem("GPT-NeoX, activation", text, "a model has one activation", "Mend the one that is wrong"))
     whole = {"num_kv_heads": args.get("num_attention_heads"), "num_unique_layers": args.get("num_layers")}
     others = {name: args[name] for name, usual in whole.items() if args.get(name) not in (None, usual)}
     others |= {"attention_config": sorted(kinds)} if kinds else {}
