@@ -53,16 +53,13 @@ def transfer_seconds(config: RunConfig, times: int = 50) -> float:
 
 def steps(config: RunConfig, number: int) -> tuple[list[timeline.Timeline], float]:
     """Timelines of steps, after two that warm up."""
-    mesh = meshes.start(config.parallel)
-    runtime = place(config, mesh)
-    runtime.train()
+    runtime = place(config, meshes.start(config.parallel))
     optimizer = build_optimizer(config.optimizer, runtime.named_parameters())
     found = []
     for step in range(number + 2):
-        data = parity.batch(config, step)
         if step >= 2:
             timeline.record(runtime)
-        parity.backward(runtime, parity.micro_batches(data, 1, mesh), data["loss_mask"].sum(), torch.tensor(step))
+        parity.one_pass(runtime, step)
         if step >= 2:
             found.append(timeline.collect(runtime))
         optimizer.step()

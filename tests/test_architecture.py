@@ -26,12 +26,12 @@ ALLOWED: dict[str, set[str]] = {  # folder -> folders it may import; the table o
     "generation": {"runtime", "data", "layers"} | BASE,
     "serving": {"generation", "runtime", "data"} | BASE,
     "evaluation": {"training", "generation", "runtime", "data", "checkpoint"} | BASE,
-    "retrieval": {"runtime", "data"} | BASE,
+    "retrieval": {"training", "runtime", "data"} | BASE,
     "planner": BASE,
     "launcher": BASE,
     "recipes": {"config"},
-    "integrations": {"training", "generation", "runtime", "optim", "data", "checkpoint"} | BASE,
-    "testing": {"runtime", "parallel", "models"} | BASE,
+    "integrations": {"training", "generation", "runtime", "models", "parallel", "optim", "data", "checkpoint"} | BASE,
+    "testing": {"training", "runtime", "parallel", "models"} | BASE,
 }
 ALLOWED["workflows"] = set(ALLOWED)
 ALLOWED["cli"] = set(ALLOWED) - {"testing"}

@@ -19,9 +19,7 @@ from torch import Tensor, nn
 from megalith.common.errors import ConfigError, problem
 from megalith.parallel.collectives import Axis, Enter
 
-# Attention asks them of keys too, and every process sees all keys.
-WHOLE = ("documents", "padding_mask", "decoder_padding_mask")
-SEQUENCES = {"input_ids": "coordinates", "decoder_input_ids": "decoder_coordinates"}  # ids -> what their places are called
+WHOLE = ("documents", "padding_mask")  # endings of names: attention asks them of keys too, and every process sees all keys
 BIASES = ("encoder_bias", "decoder_bias")  # a model's tables of biases by distance
 
 
@@ -36,19 +34,21 @@ def places(length: int, axis: Axis, device: torch.device | None = None) -> Tenso
     return torch.cat((chunks[axis.rank], chunks[-1 - axis.rank]))
 
 
-def part(batch: Mapping[str, Tensor], axis: Axis) -> dict[str, Tensor]:
-    """This process's tokens of a batch: its tensors [b, s, ...], s as of `input_ids` or `decoder_input_ids`, become [b, s/c, ...].
+def part(batch: Mapping[str, Tensor], axis: Axis, sequences: Mapping[str, str]) -> dict[str, Tensor]:
+    """This process's tokens of a batch: its tensors [b, s, ...], s as of one of the sequences' ids, become [b, s/c, ...].
 
-    Adds `coordinates` [s/c], the tokens' places, and for a decoder's sequence `decoder_coordinates`. Tensors of other shapes, documents
-    and padding masks stay whole.
+    sequences: names of ids [b, s] -> what the places of their tokens are called, which are added: [s/c].
+    Tensors of other shapes, documents and padding masks stay whole.
     """
-    lengths = {where: batch[ids].shape[1] for ids, where in SEQUENCES.items() if ids in batch}
-    here = {length: places(length, axis, batch["input_ids"].device) for length in lengths.values()}
-    taken = {
-        name: value.index_select(1, here[value.shape[1]]) if name not in WHOLE and value.dim() > 1 and value.shape[1] in here else value
-        for name, value in batch.items()
-    }
-    return taken | {where: here[length] for where, length in lengths.items()}
+    ids = {where: batch[name] for name, where in sequences.items() if name in batch}
+    here = {each.shape[1]: places(each.shape[1], axis, each.device) for each in ids.values()}
+
+    def own(name: str, value: Tensor) -> Tensor:
+        whole = name.endswith(WHOLE) or value.dim() < 2 or value.shape[1] not in here
+        return value if whole else value.index_select(1, here[value.shape[1]])
+
+    taken = {name: own(name, value) for name, value in batch.items()}
+    return taken | {where: here[each.shape[1]] for where, each in ids.items()}
 
 
 def apply(model: nn.Module, axis: Axis) -> None:

@@ -79,6 +79,16 @@ class Mesh:
             dist.all_reduce(values, group=self.flat("dp_replicate", "dp_shard", "cp").get_group())
         return values
 
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` [...] of the processes that read different tokens, [data-parallel x context-parallel, ...], cp fastest."""
+        size = self.data_size * self.size("cp")
+        gathered = values.new_empty((size, *values.shape))
+        if size == 1:
+            return gathered.copy_(values[None])
+        group = self.flat("dp_replicate", "dp_shard", "cp").get_group()
+        dist.all_gather_into_tensor(gathered.flatten(0, 1), values.contiguous(), group=group)
+        return gathered
+
 
 def start(config: ParallelConfig) -> Mesh:
     """Join the process group, and make the mesh over it."""

@@ -81,10 +81,13 @@ class Runtime:
         if self.mesh.device.type != "cpu":
             torch.manual_seed(key(self.config.batch.seed, "step", iteration))
 
-    def take(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A micro-batch on the device, without waiting where its memory is pinned; of its tokens those that this process works on."""
+    def take(self, batch: Mapping[str, Tensor], sequences: Mapping[str, str]) -> dict[str, Tensor]:
+        """A micro-batch on the device, without waiting where its memory is pinned; of its tokens those that are worked on here.
+
+        sequences: as parallel/context.py, part.
+        """
         here = {name: tensor.to(self.mesh.device, non_blocking=True) for name, tensor in batch.items()}
-        return here if self.mesh.size("cp") == 1 else context.part(here, Axis(self.mesh.devices["cp"]))
+        return here if self.mesh.size("cp") == 1 else context.part(here, Axis(self.mesh.devices["cp"]), sequences)
 
     def run(self, inputs: Sequence[Mapping[str, Tensor]], loss: Callable[[Tensor, int], Tensor], train: bool) -> None:
         """Run this process's micro-batches forward, and in training mode backward. Every process calls it.

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -22,6 +21,8 @@ from megalith.config.run import RunConfig
 from megalith.parallel import mesh as meshes
 from megalith.parallel.mesh import Mesh
 from megalith.runtime.build import Runtime, place
+from megalith.training.forward_backward import forward_backward
+from megalith.training.tasks import build_task
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 Batch = dict[str, Tensor]
@@ -60,7 +61,7 @@ class Difference:
 
 
 def batch(config: RunConfig, step: int = 0) -> Batch:
-    """A made-up global batch, under the names of the model's arguments (but input_ids and loss_mask, of which `backward` makes them)."""
+    """A made-up global batch, as the model's dataset gives it."""
     return {"bert": _bert, "t5": _t5}.get(config.model.model_type, _gpt)(config, step)
 
 
@@ -111,39 +112,28 @@ def micro_batches(whole: Batch, size: int, mesh: Mesh) -> list[Batch]:
     return [{name: value[first : first + size] for name, value in whole.items()} for first in firsts]
 
 
-def backward(runtime: Runtime, batches: list[Batch], tokens: Tensor, step: Tensor) -> float:
-    """Forward and backward pass of all micro-batches; returns the loss of the global batch."""
-    total = torch.zeros((), dtype=torch.float64, device=runtime.mesh.device)
-
-    def loss(output: Tensor, number: int) -> Tensor:
-        value = sum(part.sum() for part in (output if isinstance(output, tuple) else (output,)))
-        total.add_(value.detach())
-        return value
-
-    def arguments(data: Batch) -> Batch:
-        weights = data.pop("loss_mask") / tokens
-        return {"inputs": data.pop("input_ids"), **data, "loss_weights": weights, "step": step}
-
-    inputs = [arguments(runtime.take(data)) for data in batches]
-    runtime.run(inputs, loss, train=True)
-    runtime.finish_gradients()
-    dist.all_reduce(total)  # only the last stage has a loss, all tensor-parallel ranks of it the same
-    return float(total) / runtime.mesh.size("tp")
+def one_pass(runtime: Runtime, number: int = 0) -> float:
+    """Loss and gradients of made-up batch `number`, by the pass that training runs; returns the sum of the losses."""
+    config, mesh = runtime.config, runtime.mesh
+    task = build_task(config, mesh)
+    made = micro_batches(batch(config, number), config.batch.micro_batch_size, mesh)
+    batches = [runtime.take(data, task.sequences) for data in made]
+    counts, sums = forward_backward(runtime, task, batches, number)
+    return float(sums[: len(counts)].sum())
 
 
-def measure(config: RunConfig, dtype: torch.dtype = torch.float32, extra: Callable[[Runtime], Any] | None = None) -> Measured:
+def measure(
+    config: RunConfig, dtype: torch.dtype = torch.float32, extra: Callable[[Runtime], Any] | None = None
+) -> Measured:  # fmt: skip
     """One step of `config` on the ranks of the current process group; every rank must call. extra: asked after the step."""
     # Reading a tensor that two axes split warns of two collectives, which a check can afford.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     torch.manual_seed(0)
-    mesh = meshes.start(config.parallel)
-    runtime = place(config, mesh, dtype)
-    runtime.train()
+    runtime = place(config, meshes.start(config.parallel), dtype)
     weights = {name: whole(parameter) for name, parameter in runtime.named_parameters()}
-    data = batch(config)
-    step = torch.zeros((), dtype=torch.int64, device=mesh.device)
-    loss = backward(runtime, micro_batches(data, config.batch.micro_batch_size, mesh), data["loss_mask"].sum(), step)
-    gradients = {name: whole(parameter.grad) for name, parameter in runtime.named_parameters() if parameter.grad is not None}
+    loss = one_pass(runtime)
+    named = [(name, parameter.grad) for name, parameter in runtime.named_parameters() if parameter.grad is not None]
+    gradients = {name: whole(gradient) for name, gradient in named}
     return Measured(loss, weights, gradients, extra(runtime) if extra else None)
 
 

@@ -29,7 +29,7 @@ from megalith.training.profile import ProfilePipeline
 from megalith.training.reporters import reporters
 from megalith.training.state import Progress
 from megalith.training.step import Trainer
-from megalith.training.tasks import TASKS
+from megalith.training.tasks import build_task
 from megalith.training.validation import Validation
 
 
@@ -41,7 +41,7 @@ def set_determinism(config: RunConfig) -> None:
     torch.use_deterministic_algorithms(config.precision.deterministic_mode)
 
 
-def build_trainer(config: RunConfig, mesh: Mesh) -> Trainer:
+def build_trainer(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Trainer:
     """A placed model with its task, optimizer, schedule and loss scale, none of them resumed.
 
     config.model.vocab_size must be known; see pretrain.with_vocabulary.
@@ -52,7 +52,7 @@ def build_trainer(config: RunConfig, mesh: Mesh) -> Trainer:
     rates = RunConfig().replace(lr=0.0, train_iters=1) if measures else config
     optimizer = build_optimizer(rates.optimizer, runtime.named_parameters())
     schedule = Schedule(rates.optimizer, rates.schedule, batch)
-    return Trainer(runtime, TASKS.find(config.data.loss)(), optimizer, schedule, build_loss_scale(config.precision))
+    return Trainer(runtime, build_task(config, mesh, tokenizer), optimizer, schedule, build_loss_scale(config.precision))
 
 
 def open_datasets(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> dict[str, Any]:

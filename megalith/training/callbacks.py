@@ -11,6 +11,7 @@ import pathlib
 import sys
 
 from megalith.config.run import RunConfig
+from megalith.training.step import StepResult, Trainer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,30 +35,14 @@ class RunInfo:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StepRecord:
-    """One step, in Python numbers: reading them costs a callback no wait for the device."""
+class StepRecord(StepResult):
+    """A step, and where in the run it stands. Reading it costs a callback no wait for the device."""
 
     step: int  # counted from 1
     consumed_samples: int  # after the step
-    loss: dict[str, float]  # mean per name, over the global batch; "lm loss" is Megatron's name of a language model's
-    learning_rate: float
-    weight_decay: float
     global_batch_size: int
-    tokens: int  # of the global batch
     seconds: float  # wall time since the last step's end, validation and saving left out
-    grad_norm: float | None = None  # before clipping
-    loss_scale: float = 1.0
-    skipped: bool = False  # loss or gradients were infinite or not a number, the weights did not change
-    nan: bool = False  # the loss was infinite or not a number
-    lasting: bool = False  # skipped, and no smaller loss scale can help
-    uncounted: tuple[str, ...] = ()  # names of losses that no token of the batch counts for (all masked); their value is nan
     params_norm: float | None = None
-    zeros: float | None = None  # gradient elements that are exactly zero
-
-    @property
-    def total_loss(self) -> float:
-        """The sum of all entries whose name ends in "loss" (others are accuracies and the like)."""
-        return total_loss(self.loss)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,15 +51,16 @@ class ValidationRecord:
 
     step: int
     consumed_samples: int
-    loss: dict[str, float]
+    losses: dict[str, float]
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     split: str = "validation"  # or "test"
     at_end: bool = False  # after the last step, not between two
     seconds: float = 0.0
 
     @property
     def total_loss(self) -> float:
-        """As StepRecord.total_loss."""
-        return total_loss(self.loss)
+        """As StepResult.total_loss."""
+        return sum(self.losses.values())
 
 
 class Callback:
@@ -86,11 +72,20 @@ class Callback:
     def on_start(self, run: RunInfo) -> None:
         """Before the first step of this process."""
 
+    def on_before_optimizer_step(self, run: RunInfo, trainer: Trainer) -> None:
+        """When a step's gradients (`trainer.runtime.gradients()`) are whole and clipped, before the weights change.
+
+        Not in a step that is skipped. What is done to the gradients counts, and must be the same on every rank.
+        """
+
     def on_step(self, run: RunInfo, record: StepRecord) -> None:
         """After every step."""
 
     def on_validation(self, run: RunInfo, record: ValidationRecord) -> None:
         """After every pass over validation or test data."""
+
+    def on_error(self, run: RunInfo, error: BaseException) -> None:
+        """Where a step or a callback raised on this rank, or it was interrupted; on_end follows."""
 
     def on_end(self, run: RunInfo) -> None:
         """When the run ends or is interrupted; called also where a step raised, so that a display gives the terminal back."""
@@ -106,11 +101,6 @@ def print_lines(*lines: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         with contextlib.suppress(OSError):
             print(f"megalith: nobody reads standard output any more ({error.strerror}); the run goes on", file=sys.stderr, flush=True)
-
-
-def total_loss(losses: dict[str, float]) -> float:
-    """The sum of all entries whose name ends in "loss"."""
-    return sum(value for name, value in losses.items() if name.endswith("loss"))
 
 
 def perplexity(loss: float) -> float:

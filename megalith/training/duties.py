@@ -13,7 +13,7 @@ from types import FrameType
 from megalith.common.errors import TrainingError
 from megalith.training.callbacks import Callback, RunInfo, StepRecord, ValidationRecord
 from megalith.training.state import FAILED, OVER, SIGNAL, Progress
-from megalith.training.validation import Cursor, Unmeasured
+from megalith.training.validation import Cursor, Evaluation, Unmeasured
 
 
 class CountValidation(Callback):
@@ -39,10 +39,10 @@ class Validate(Callback):
     """
 
     def __init__(
-        self, measure: Callable[[str], dict[str, float]], progress: Progress, listeners: Sequence[Callback], splits: Sequence[str],
+        self, measure: Callable[[str], Evaluation], progress: Progress, listeners: Sequence[Callback], splits: Sequence[str],
         known: Collection[str] = (),
     ):  # fmt: skip
-        """measure: losses of a split by name ("validation", "test"); may raise Unmeasured. splits: the ones that have data.
+        """measure: losses and metrics of a split by name ("validation", "test"); may raise Unmeasured. splits: the ones that have data.
 
         known: those that were measured at the present step before this process started.
         """
@@ -84,7 +84,7 @@ class Validate(Callback):
             return None
         started = time.perf_counter()
         try:
-            loss = self.measure(split)
+            losses, metrics = self.measure(split)
         except Unmeasured as error:
             self.progress.stop = self.progress.stop or error.reason
             return None if error.reason else error
@@ -95,8 +95,8 @@ class Validate(Callback):
             return error
         self.done.add((split, step))
         record = ValidationRecord(
-            step=step, consumed_samples=self.progress.consumed_train_samples, loss=loss, split=split, at_end=at_end,
-            seconds=time.perf_counter() - started,
+            step=step, consumed_samples=self.progress.consumed_train_samples, losses=losses, metrics=metrics, split=split,
+            at_end=at_end, seconds=time.perf_counter() - started,
         )  # fmt: skip
         for listener in self.listeners:
             listener.on_validation(run, record)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from megalith.training.callbacks import Callback, RunInfo, StepRecord, ValidationRecord, perplexity, print_lines
 from megalith.training.speed import Speed
 
@@ -34,7 +36,7 @@ class LogLines(Callback):
 
 
 def step_line(run: RunInfo, records: list[StepRecord]) -> str:
-    """Megatron's line on some steps: losses averaged over those that were not skipped, the rest as of the last step."""
+    """Megatron's line on some steps: losses averaged over those that were not skipped, metrics over all, the rest as of the last step."""
     last = records[-1]
     advanced = [record for record in records if not record.skipped]
     seconds = sum(record.seconds for record in records) / len(records)
@@ -43,9 +45,12 @@ def step_line(run: RunInfo, records: list[StepRecord]) -> str:
     line += f" elapsed time per iteration (ms): {seconds * 1000.0:.1f} |"
     line += f" learning rate: {last.learning_rate:.3E} |"
     line += f" global batch size: {last.global_batch_size:5d} |"
-    for name in last.loss:
-        average = sum(record.loss[name] for record in advanced) / max(len(advanced), 1)
+    for name in last.losses:
+        average = sum(record.losses[name] for record in advanced) / max(len(advanced), 1)
         line += f" {name}: {average:.6E} |" if average != 0.0 else ""
+    for name in last.metrics:
+        known = [record.metrics[name] for record in records if not math.isnan(record.metrics[name])]
+        line += f" {name}: {sum(known) / len(known) if known else math.nan:.6E} |"
     line += f" loss scale: {last.loss_scale:.1f} |"
     line += f" grad norm: {last.grad_norm:.3f} |" if last.grad_norm is not None else ""
     line += f" num zeros: {last.zeros:.1f} |" if last.zeros is not None else ""
@@ -77,6 +82,8 @@ def validation_line(record: ValidationRecord) -> str:
         else f"iteration {record.step}"
     )
     line = f" validation loss at {where} | "
-    for name, value in record.loss.items():
+    for name, value in record.losses.items():
         line += f"{name} value: {value:.6E} | {name} PPL: {perplexity(value):.6E} | "
+    for name, value in record.metrics.items():
+        line += f"{name} value: {value:.6E} | "
     return line

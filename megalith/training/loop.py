@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -26,31 +25,44 @@ def train_loop(
     again: what the next start does, in words, for errors that end this one.
     """
     with failures.named(progress, again), contextlib.ExitStack() as ends:  # every on_end is called, in reverse, also where another raises
+        started = list[Callback]()
         try:
             for callback in callbacks:
                 callback.on_start(run)
                 ends.callback(callback.on_end, run)
+                started.append(callback)
             while progress.iteration < run.train_iters and progress.stop is None:
-                record = step_and_record(trainer, loader, progress, batch_size, asked_to_stop())
+                record = step_and_record(trainer, loader, progress, batch_size, asked_to_stop(), run, callbacks)
                 for callback in callbacks:
                     callback.on_step(run, record)
-        except BaseException:
+        except BaseException as error:
             progress.stop = FAILED
+            for callback in started:
+                try:
+                    callback.on_error(run, error)
+                except Exception as other:  # what went wrong first is what is told
+                    error.add_note(f"and {type(callback).__name__}.on_error: {type(other).__name__}: {other}")
             raise
 
 
-def step_and_record(trainer: Trainer, loader: Loader, progress: Progress, batch_size: Callable[[int], int], stop: str | None) -> StepRecord:
+def step_and_record(
+    trainer: Trainer, loader: Loader, progress: Progress, batch_size: Callable[[int], int], stop: str | None,
+    run: RunInfo, callbacks: Sequence[Callback],
+) -> StepRecord:  # fmt: skip
     """One step, counted in `progress` and told in numbers."""
     started = time.perf_counter()
     samples = batch_size(progress.consumed_train_samples)
-    result = train_step(trainer, loader.step(progress.consumed_train_samples, samples), progress, stop)
+    batches = loader.step(progress.consumed_train_samples, samples)
+
+    def before_optimizer_step() -> None:
+        for callback in callbacks:
+            callback.on_before_optimizer_step(run, trainer)
+
+    result = train_step(trainer, batches, progress, stop, before_optimizer_step)
     advance(progress, result, samples, fp16=trainer.runtime.config.precision.fp16)
     return StepRecord(
-        step=progress.iteration, consumed_samples=progress.consumed_train_samples, loss=result.losses, grad_norm=result.grad_norm,
-        learning_rate=result.learning_rate, weight_decay=result.weight_decay, loss_scale=result.loss_scale, global_batch_size=samples,
-        tokens=result.tokens, seconds=time.perf_counter() - started, skipped=not result.updated,
-        nan=not all(map(math.isfinite, result.losses.values())), lasting=result.lasting, uncounted=result.uncounted,
-        params_norm=parameters_norm(trainer), zeros=result.zeros,
+        **vars(result), step=progress.iteration, consumed_samples=progress.consumed_train_samples,
+        global_batch_size=samples, seconds=time.perf_counter() - started, params_norm=parameters_norm(trainer),
     )  # fmt: skip
 
 
@@ -58,7 +70,7 @@ def advance(progress: Progress, result: StepResult, samples: int, fp16: bool) ->
     """Count a step. Samples that changed no weights are consumed, but the schedule does not move."""
     progress.iteration += 1
     progress.consumed_train_samples += samples
-    if result.updated:
+    if not result.skipped:
         progress.scheduled_samples += samples
     elif fp16:
         progress.skipped_iterations += 1

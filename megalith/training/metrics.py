@@ -35,7 +35,7 @@ class Metrics(Callback):
             self.file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed in on_end
 
     def on_step(self, run: RunInfo, record: StepRecord) -> None:
-        """Append the step. `loss` is the total; `losses` has the parts where there are several."""
+        """Append the step. `loss` is the total; `losses` has the parts where there are several, `metrics` what is not minimised."""
         if self.file:
             line: dict[str, Any] = {
                 "step": record.step,
@@ -50,7 +50,8 @@ class Metrics(Callback):
                 "loss_scale": record.loss_scale,
                 "skipped": record.skipped,
             }
-            line |= {"losses": record.loss} if len(record.loss) > 1 else {}
+            line |= {"losses": record.losses} if len(record.losses) > 1 else {}
+            line |= {"metrics": record.metrics} if record.metrics else {}
             line |= {"params_norm": record.params_norm} if record.params_norm is not None else {}
             line |= {"zeros": record.zeros} if record.zeros is not None else {}
             self.file.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
@@ -59,7 +60,8 @@ class Metrics(Callback):
         """Append the validation; its keys start with the name of the split, so that they cannot be taken for a step's."""
         if self.file:
             line: dict[str, Any] = {"step": record.step, f"{record.split}_loss": record.total_loss}
-            line |= {f"{record.split}_losses": record.loss} if len(record.loss) > 1 else {}
+            line |= {f"{record.split}_losses": record.losses} if len(record.losses) > 1 else {}
+            line |= {f"{record.split}_metrics": record.metrics} if record.metrics else {}
             line |= {"seconds": record.seconds, "consumed_samples": record.consumed_samples}
             self.file.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
 

@@ -79,7 +79,7 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
     datasets = open_datasets(config, mesh, tokenizer)
     data = origin.fingerprints(filter(None, datasets.values()), config.data)
     changed = origin.compare(config, tokenizer, data)
-    trainer = build_trainer(config, mesh)
+    trainer = build_trainer(config, mesh, tokenizer)
     progress = saving.resume(trainer)
     train_iters = 0 if config.validation.skip_train else total_steps(config, mesh.data_size)
     loaders = build_loaders(config, mesh, datasets)

@@ -29,7 +29,8 @@ class TensorBoard(Callback):
         scalars: dict[str, float | None] = {
             "learning-rate": record.learning_rate,
             "batch-size": record.global_batch_size,
-            **record.loss,
+            **record.losses,
+            **record.metrics,
             "loss-scale": record.loss_scale,
             "world-size": run.world_size,
             "grad-norm": record.grad_norm,
@@ -40,11 +41,11 @@ class TensorBoard(Callback):
         self.writer.add_scalar("iteration-time", record.seconds, record.step)
 
     def on_validation(self, run: RunInfo, record: ValidationRecord) -> None:
-        """Queue losses and perplexities."""
+        """Queue losses and perplexities, and metrics."""
         if self.writer:
-            for name, value in record.loss.items():
-                scalars = {f"{name} {record.split}": value, f"{name} {record.split} ppl": perplexity(value)}
-                self._add(scalars, record.step, record.consumed_samples)
+            values = {f"{name} {record.split}": value for name, value in (record.losses | record.metrics).items()}
+            values |= {f"{name} {record.split} ppl": perplexity(value) for name, value in record.losses.items()}
+            self._add(values, record.step, record.consumed_samples)
             self.writer.flush()
 
     def on_end(self, run: RunInfo) -> None:

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 
 from megalith.config.batch_math import global_batch
 from megalith.config.run import RunConfig
 from megalith.data.loader import Loader
+from megalith.training.forward_backward import global_counts, ratios, run
 from megalith.training.state import Progress
-from megalith.training.step import Trainer, asked, asking, global_counts, run
+from megalith.training.step import Trainer, asked, asking
 
 Asked = Callable[[], str | None]  # why this process asks that the run end, if it does
 SPLITS = {"validation": "valid", "test": "test"}  # what is measured -> the dataset's name
+
+
+class Evaluation(NamedTuple):
+    """What was measured, by name, equal on every process: mean losses, and metrics."""
+
+    losses: dict[str, float]
+    metrics: dict[str, float]
 
 
 class Unmeasured(Exception):
@@ -70,8 +80,8 @@ class Validation:
         length = len(loaders["valid"].dataset) if "validation" in self.splits else 0
         self.cursor = Cursor(progress, self.batches * self.batch, config.validation.eval_interval, length)
 
-    def measure(self, split: str) -> dict[str, float]:
-        """Mean losses of "validation" or "test"; see evaluate."""
+    def measure(self, split: str) -> Evaluation:
+        """Losses and metrics of "validation" or "test"; see evaluate."""
         first = self.cursor.first if split == "validation" else 0
         return evaluate(self.trainer, self.loaders[SPLITS[split]], first, self.batches, self.batch, self.stop)
 
@@ -79,29 +89,33 @@ class Validation:
 @torch.no_grad()
 def evaluate(
     trainer: Trainer, loader: Loader, start: int, batches: int, global_batch_size: int, stop: Asked = lambda: None
-) -> dict[str, float]:
-    """Mean losses over `batches` global batches from sample `start` on, weighted as in training: by unmasked token.
+) -> Evaluation:  # fmt: skip
+    """Losses and metrics over `batches` global batches from sample `start` on, weighted as in training: by unmasked token.
 
-    Equal on every process, and however many there are. A loss that no token counts for is not a number.
-    stop: why this process asks that the run end, if it does; asked before every batch. Raises Unmeasured on all processes where
-    any gives a reason, or cannot read its part of a batch.
+    However many processes there are. What nothing counts for is not a number.
+    stop: asked before every batch. Raises Unmeasured on all processes where any gives a reason, or cannot read its part of a
+    batch.
     """
-    trainer.runtime.train(False)
-    step = torch.zeros((), dtype=torch.int64, device=trainer.device)
+    runtime, task = trainer.runtime, trainer.task
+    runtime.train(False)
     sums, totals = torch.zeros((), dtype=torch.float64, device=trainer.device), dict[str, torch.Tensor]()
     for number in range(batches):
         micro_batches = read(trainer, loader, start + number * global_batch_size, global_batch_size, stop())
-        parts = [trainer.runtime.take(batch) for batch in micro_batches]
-        counts = global_counts(trainer, parts)
-        sums = sums + run(trainer, parts, counts, step, train=False) * torch.stack(list(counts.values())).double()
+        parts = [runtime.take(batch, task.sequences) for batch in micro_batches]
+        counts = global_counts(runtime, task, parts)
+        counted = torch.stack(list(counts.values())).double()
+        weights = torch.cat((counted, counted.new_ones(2 * len(task.metric_names))))
+        sums = sums + run(runtime, task, parts, counts, 0, train=False) * weights
         for name, count in counts.items():
             totals[name] = totals.get(name, 0.0) + count.double()
-    shared = trainer.runtime.mesh.share(sums)
-    trainer.runtime.train()
-    for name in [name for name, total in totals.items() if float(total) == 0.0 and trainer.runtime.mesh.is_main]:
-        print(f"megalith: no token of {batches * global_batch_size} samples counts for the {name} (all are masked): it is not a number",
+    numbers = runtime.mesh.share(sums).tolist()
+    runtime.train()
+    for name in [name for name, total in totals.items() if float(total) == 0.0 and runtime.mesh.is_main]:
+        samples = batches * global_batch_size
+        print(f"megalith: no token of {samples} samples counts for the {name} (all are masked): it is not a number",
               file=sys.stderr, flush=True)  # fmt: skip
-    return {name: float(value / totals[name]) for name, value in zip(totals, shared, strict=True)}
+    means = {name: value / float(total) if total else math.nan for (name, total), value in zip(totals.items(), numbers)}
+    return Evaluation(means, ratios(task.metric_names, numbers[len(totals) :]))
 
 
 def read(trainer: Trainer, loader: Loader, start: int, size: int, reason: str | None) -> list[dict[str, torch.Tensor]]:

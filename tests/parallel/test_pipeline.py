@@ -67,12 +67,12 @@ def trained(config, sizes=(8, 8, 8), folder=None):
     """Losses and gradient norms of a few steps, validation before and after, and the weights by name."""
     made, batches = trainer(config)
     losses, norms = [], []
-    before = evaluate(made, batches, 90, 2, sizes[0])["lm loss"]
+    before = evaluate(made, batches, 90, 2, sizes[0]).losses["lm loss"]
     for number, size in enumerate(sizes):
         result = train_step(made, batches.step(number, size), Progress(iteration=number, scheduled_samples=8 * number))
         losses.append(result.losses["lm loss"])
         norms.append(result.grad_norm)
-    after = evaluate(made, batches, 90, 2, sizes[-1])["lm loss"]
+    after = evaluate(made, batches, 90, 2, sizes[-1]).losses["lm loss"]
     if folder is not None:
         tensors = [state.weights(part) | state.optimizer_state(part, made.optimizer) for part in made.runtime.parts]
         checkpoint.save(folder, 1, tensors, train_state={}, config_yaml=to_yaml(config))

@@ -124,6 +124,7 @@ LAYOUTS |= PIPELINES
 def config_of(form: str, layout: str | None = None, deep: bool = False) -> RunConfig:
     """The config of a form, of one process where no layout is named. deep: with two more layers, as pipelines have."""
     config = SMALL.replace(**FORMS[form])
+    config = config.replace(loss="lm" if config.model.model_type == "gpt" else config.model.model_type)
     if deep or layout in PIPELINES:
         config = config.replace(num_layers=config.model.num_layers + 2)
     return config.replace(micro_batch_size=4) if layout is None else config.replace(**LAYOUTS[layout][1])

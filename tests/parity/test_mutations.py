@@ -14,8 +14,9 @@ from megalith.parallel import collectives, context, pipeline_deferred, styles, t
 from megalith.parallel.plans.bert import PLAN as BERT
 from megalith.parallel.plans.gpt import PLAN
 from megalith.parallel.plans.t5 import PLAN as T5
-from megalith.testing import parity, run_ranks
+from megalith.testing import run_ranks
 from megalith.testing.parity import TOLERANCE, Measured, compare, measure
+from megalith.training import forward_backward
 from tests.parity.cases import LAYOUTS, PIPELINES, config_of
 
 DTYPE = torch.float64
@@ -46,9 +47,9 @@ def in_context(name: str, wrong: Callable) -> contextlib.AbstractContextManager:
     return mock.patch.object(context, name, wrong)
 
 
-def shuffled_padding(batch, axis):
+def shuffled_padding(batch, axis, sequences):
     """A padding mask in the order of the processes that it was gathered from, not that of the sequence."""
-    taken = part(batch, axis)
+    taken = part(batch, axis, sequences)
     order = [context.places(batch["input_ids"].shape[1], mock.Mock(rank=rank, size=axis.size)) for rank in range(axis.size)]
     return taken | {"padding_mask": taken["padding_mask"][:, torch.cat(order)]}
 
@@ -59,9 +60,9 @@ def shuffled_keys(k, v, axis):
     return tuple(x.index_select(2, order) for x in join(k, v, axis))
 
 
-def one_sequence(batch, axis):
+def one_sequence(batch, axis, sequences):
     """The decoder's places forgotten, so that each process takes its tokens for the first ones."""
-    return {name: value for name, value in part(batch, axis).items() if name != "decoder_coordinates"}
+    return {name: value for name, value in part(batch, axis, sequences).items() if name != "decoder_coordinates"}
 
 
 def untold(module, parent, axis):
@@ -98,12 +99,12 @@ def own_gather(started: Tensor, size: int) -> Tensor:
     return parts.view(size, -1, *parts.shape[1:]).flip(0).transpose(0, 1).flatten(1, 2)
 
 
-def local_count(runtime, batches, tokens, step):
+def local_count(runtime, task, batches):
     """Each rank divides by the tokens it has seen itself."""
-    return backward(runtime, batches, torch.stack([data["loss_mask"].sum() for data in batches]).sum() * runtime.mesh.data_size, step)
+    return {"lm loss": torch.stack([data["loss_mask"].sum() for data in batches]).sum() * runtime.mesh.data_size}
 
 
-backward, part, join = parity.backward, context.part, context.join
+part, join = context.part, context.join
 MUTATIONS: dict[str, tuple[str, str, Callable[[], contextlib.AbstractContextManager]]] = {
     "slopes of other heads": ("alibi", "tp2", lambda: entry("layers.*.attention.core", untold)),
     "score dropout of other heads": ("dropout", "tp2", lambda: entry("layers.*.attention.core", untold)),
@@ -158,7 +159,7 @@ MUTATIONS: dict[str, tuple[str, str, Callable[[], contextlib.AbstractContextMana
         lambda: mock.patch("megalith.parallel.pipeline_shared.Shared.sum_gradients", lambda self: None),
     ),
     "late weight gradients lost": ("rotary", "zbv", lambda: mock.patch.object(pipeline_deferred, "run", lambda work: None)),
-    "normalised by own tokens": ("absolute", "dp2 none", lambda: mock.patch.object(parity, "backward", local_count)),
+    "normalised by own tokens": ("absolute", "dp2 none", lambda: mock.patch.object(forward_backward, "global_counts", local_count)),
 }
 
 

@@ -6,10 +6,14 @@ import pytest
 import torch
 
 from megalith.optim.build import build_optimizer
-from megalith.optim.clip import clip
+from megalith.optim.loss_scale import StaticLossScale
+from megalith.optim.schedule import Schedule
 from megalith.parallel import mesh as meshes
 from megalith.runtime.build import place
 from megalith.testing import parity, run_ranks
+from megalith.training.state import Progress
+from megalith.training.step import Trainer, train_step
+from megalith.training.tasks import LanguageModelling
 from tests.parity.cases import LAYOUTS, config_of
 
 STEPS = 3
@@ -17,20 +21,16 @@ STEPS = 3
 
 def weights(form: str, layout: str | None) -> tuple[dict[str, torch.Tensor], list[float]]:
     """Weights after some steps, and each step's gradient norm before clipping."""
-    config = config_of(form, layout).replace(lr=1e-2, clip_grad=0.5)
+    config = config_of(form, layout).replace(lr=1e-2, clip_grad=0.5, lr_warmup_iters=0, train_iters=10)
     mesh = meshes.start(config.parallel)
     runtime = place(config, mesh, torch.float64)
-    runtime.train()
     optimizer = build_optimizer(config.optimizer, runtime.named_parameters())
+    schedule = Schedule(config.optimizer, config.schedule, config.batch.global_batch_size)
+    trainer = Trainer(runtime, LanguageModelling(), optimizer, schedule, StaticLossScale())
     norms = []
     for number in range(STEPS):
-        data = parity.batch(config, number)
-        batches = parity.micro_batches(data, config.batch.micro_batch_size, mesh)
-        parity.backward(runtime, batches, data["loss_mask"].sum(), torch.tensor(number))
-        gradients, copies = runtime.gradients()
-        norms.append(float(clip(gradients, config.optimizer.clip_grad, skip=copies, stages=mesh.size("pp"))))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        batches = parity.micro_batches(parity.batch(config, number), config.batch.micro_batch_size, mesh)
+        norms.append(train_step(trainer, batches, Progress(iteration=number)).grad_norm)
     return {name: parity.whole(parameter) for name, parameter in runtime.named_parameters()}, norms
 
 

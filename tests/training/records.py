@@ -15,11 +15,11 @@ def run_info(folder=pathlib.Path("unused"), *, config=None, **fields):
     return RunInfo(**(defaults | fields))
 
 
-def step(number, loss=None, **fields):
+def step(number, losses=None, **fields):
     defaults = {
         "step": number,
         "consumed_samples": number * 8,
-        "loss": {"lm loss": 3.0} if loss is None else loss,
+        "losses": {"lm loss": 3.0} if losses is None else losses,
         "learning_rate": 1.5e-4,
         "weight_decay": 0.01,
         "global_batch_size": 8,

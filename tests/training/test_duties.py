@@ -19,7 +19,9 @@ def run_info(**changes) -> RunInfo:
 
 def step(number: int) -> StepRecord:
     rates = {"learning_rate": 1.0, "weight_decay": 0.0}
-    return StepRecord(step=number, consumed_samples=8 * number, loss={"lm loss": 1.0}, global_batch_size=8, tokens=1, seconds=1.0, **rates)
+    return StepRecord(
+        step=number, consumed_samples=8 * number, losses={"lm loss": 1.0}, global_batch_size=8, tokens=1, seconds=1.0, **rates
+    )
 
 
 class Ear(Callback):
@@ -27,7 +29,7 @@ class Ear(Callback):
         self.heard = []
 
     def on_validation(self, run, record):
-        self.heard.append((record.step, record.split, record.loss))
+        self.heard.append((record.step, record.split, record.losses))
 
 
 def drive(callback: Callback, progress: Progress, run: RunInfo, steps: int, end: bool = True) -> None:
@@ -41,7 +43,7 @@ def drive(callback: Callback, progress: Progress, run: RunInfo, steps: int, end:
 
 def test_validation_before_between_and_after():
     ear, progress = Ear(), Progress()
-    duty = Validate(lambda split: {"lm loss": 2.0}, progress, [ear], ["validation", "test"])
+    duty = Validate(lambda split: ({"lm loss": 2.0}, {}), progress, [ear], ["validation", "test"])
     drive(duty, progress, run_info(eval_interval=5), 12)
     assert [(number, split) for number, split, _ in ear.heard] == [
         (0, "validation"),
@@ -54,10 +56,10 @@ def test_validation_before_between_and_after():
 
 def test_no_validation_twice_at_the_end_and_none_when_stopped():
     ear, progress = Ear(), Progress()
-    drive(Validate(lambda split: {}, progress, [ear], ["validation"]), progress, run_info(eval_interval=6), 12)
+    drive(Validate(lambda split: ({}, {}), progress, [ear], ["validation"]), progress, run_info(eval_interval=6), 12)
     assert [number for number, *_ in ear.heard] == [0, 6, 12]
     ear, progress = Ear(), Progress(iteration=3)
-    duty = Validate(lambda split: {}, progress, [ear], ["validation"])
+    duty = Validate(lambda split: ({}, {}), progress, [ear], ["validation"])
     drive(duty, progress, run_info(eval_interval=6), 4, end=False)
     progress.stop = "asked"
     duty.on_end(run_info())

@@ -174,10 +174,10 @@ def test_old_checkpoints_go_when_the_new_one_is_known_to_be_good():
             callback.on_step(run, step(number, skipped=number == 3))
         assert done == {4: [2], 5: [2, 4]}.get(number, [])
     progress.saved = 6
-    keep.on_validation(run, ValidationRecord(step=6, consumed_samples=1, loss={"lm loss": math.nan}))
+    keep.on_validation(run, ValidationRecord(step=6, consumed_samples=1, losses={"lm loss": math.nan}))
     keep.on_end(run)
     assert done == [2, 4]
-    keep.on_validation(run, ValidationRecord(step=6, consumed_samples=1, loss={"lm loss": 1.0}))
+    keep.on_validation(run, ValidationRecord(step=6, consumed_samples=1, losses={"lm loss": 1.0}))
     assert done == [2, 4, 6]
 
 

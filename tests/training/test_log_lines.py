@@ -32,7 +32,7 @@ def test_nobody_reads_on(monkeypatch, capsys):
         lines, run = LogLines(), run_info(config={"log_interval": 1})
         for number in (1, 2):
             lines.on_step(run, step(number))
-        lines.on_validation(run, ValidationRecord(step=2, consumed_samples=16, loss={"lm loss": 1.0}))
+        lines.on_validation(run, ValidationRecord(step=2, consumed_samples=16, losses={"lm loss": 1.0}))
     assert capsys.readouterr().err.count("nobody reads standard output any more (Broken pipe); the run goes on") == 1
 
 
@@ -43,7 +43,7 @@ def test_optional_parts_stand_where_megatron_has_them():
 
 
 def test_skipped_steps_count_and_do_not_enter_the_average():
-    records = [step(1, {"lm loss": 4.0}), step(2, {"lm loss": math.inf}, skipped=True, nan=True), step(3, {"lm loss": 2.0})]
+    records = [step(1, {"lm loss": 4.0}), step(2, {"lm loss": math.inf}, skipped=True), step(3, {"lm loss": 2.0})]
     line = step_line(run_info(), records)
     assert "lm loss: 3.000000E+00 |" in line
     assert line.endswith(" number of skipped iterations:   1 | number of nan iterations:   1 |")
@@ -77,18 +77,18 @@ def test_speed_in_both_conventions():
     ],
 )
 def test_validation(fields, where):
-    record = ValidationRecord(step=20, consumed_samples=160, loss={"lm loss": math.log(8.0)}, **fields)
+    record = ValidationRecord(step=20, consumed_samples=160, losses={"lm loss": math.log(8.0)}, **fields)
     assert validation_line(record) == f" validation loss at {where} | lm loss value: 2.079442E+00 | lm loss PPL: 8.000000E+00 | "
 
 
 def test_perplexity_stops_at_a_loss_of_20():
-    record = ValidationRecord(step=1, consumed_samples=8, loss={"lm loss": 1000.0})
+    record = ValidationRecord(step=1, consumed_samples=8, losses={"lm loss": 1000.0})
     assert f"PPL: {math.exp(20.0):.6E} |" in validation_line(record)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_no_number_has_no_perplexity(value):
-    record = ValidationRecord(step=1, consumed_samples=8, loss={"lm loss": value})
+    record = ValidationRecord(step=1, consumed_samples=8, losses={"lm loss": value})
     assert f"lm loss value: {value:E} | lm loss PPL: {value:E} |" in validation_line(record)
 
 
@@ -104,7 +104,7 @@ def test_a_line_per_interval_averages_it_alone(capsys):
 
 
 def test_validation_is_printed_between_rules(capsys):
-    record = ValidationRecord(step=20, consumed_samples=160, loss={"lm loss": 2.0})
+    record = ValidationRecord(step=20, consumed_samples=160, losses={"lm loss": 2.0})
     LogLines().on_validation(run_info(), record)
     rule, line, again = capsys.readouterr().out.splitlines()
     assert rule == again == "-" * (len(line) + 1) and line == validation_line(record)
@@ -113,5 +113,5 @@ def test_validation_is_printed_between_rules(capsys):
 def test_other_ranks_are_silent(capsys):
     lines, run = LogLines(), run_info(rank=0, world_size=2)
     lines.on_step(run, step(2))
-    lines.on_validation(run, ValidationRecord(step=2, consumed_samples=16, loss={"lm loss": 2.0}))
+    lines.on_validation(run, ValidationRecord(step=2, consumed_samples=16, losses={"lm loss": 2.0}))
     assert capsys.readouterr().out == "" and lines.records == []

@@ -17,7 +17,7 @@ def write(folder, steps, start_step=0, validate=()):
     for number in steps:
         metrics.on_step(run, step(number, {"lm loss": 10.0 / number}))
         if number in validate:
-            metrics.on_validation(run, ValidationRecord(step=number, consumed_samples=number * 8, loss={"lm loss": 5.0}, seconds=2.0))
+            metrics.on_validation(run, ValidationRecord(step=number, consumed_samples=number * 8, losses={"lm loss": 5.0}, seconds=2.0))
     metrics.on_end(run)
 
 
@@ -40,7 +40,7 @@ def test_parts_and_extras_where_there_are_some(tmp_path):
     metrics, run = Metrics(), run_info(tmp_path)
     metrics.on_start(run)
     metrics.on_step(run, step(1, {"lm loss": 2.0, "sop loss": 0.5}, params_norm=3.0, zeros=4.0))
-    metrics.on_validation(run, ValidationRecord(step=1, consumed_samples=8, loss={"lm loss": 1.0, "sop loss": 0.5}, split="test"))
+    metrics.on_validation(run, ValidationRecord(step=1, consumed_samples=8, losses={"lm loss": 1.0, "sop loss": 0.5}, split="test"))
     metrics.on_end(run)
     first, test = read_metrics(tmp_path / FILE)
     assert first["loss"] == 2.5 and first["losses"] == {"lm loss": 2.0, "sop loss": 0.5}
@@ -85,7 +85,7 @@ def test_validating_an_older_checkpoint_drops_nothing(tmp_path):
     write(tmp_path, [1, 2, 3])
     metrics, run = Metrics(), run_info(tmp_path, start_step=1, config={"skip_train": True})
     metrics.on_start(run)
-    metrics.on_validation(run, ValidationRecord(step=1, consumed_samples=8, loss={"lm loss": 5.0}))
+    metrics.on_validation(run, ValidationRecord(step=1, consumed_samples=8, losses={"lm loss": 5.0}))
     metrics.on_end(run)
     assert numbers(tmp_path) == [(1, True), (2, True), (3, True), (1, False)]
 

@@ -16,8 +16,8 @@ def write(folder, losses, validate=()):
     for number, loss in enumerate(losses, 1):
         metrics.on_step(run, step(number, {"lm loss": loss}))
         if number in validate:
-            metrics.on_validation(run, ValidationRecord(step=number, consumed_samples=0, loss={"lm loss": loss + 0.1}))
-    metrics.on_validation(run, ValidationRecord(step=len(losses), consumed_samples=0, loss={"lm loss": 2.0}, split="test", at_end=True))
+            metrics.on_validation(run, ValidationRecord(step=number, consumed_samples=0, losses={"lm loss": loss + 0.1}))
+    metrics.on_validation(run, ValidationRecord(step=len(losses), consumed_samples=0, losses={"lm loss": 2.0}, split="test", at_end=True))
     metrics.on_end(run)
     return run
 

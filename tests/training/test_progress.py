@@ -35,7 +35,7 @@ def test_lines_pause_and_leave_out_steps_that_have_a_log_line(capsys):
 def test_the_last_validation_is_shown_from_then_on(capsys):
     display, run = ProgressDisplay(), run_info()
     display.on_start(run)
-    display.on_validation(run, ValidationRecord(step=0, consumed_samples=0, loss={"lm loss": 9.5}))
+    display.on_validation(run, ValidationRecord(step=0, consumed_samples=0, losses={"lm loss": 9.5}))
     display.on_step(run, step(1))
     assert "loss 3.0000, validation 9.5000, " in capsys.readouterr().out
 
@@ -45,8 +45,8 @@ def test_the_bar_ends_with_the_last_validation_and_not_with_the_test(capsys, mon
     display, run = ProgressDisplay(), run_info(config={"progress": "auto"})
     display.on_start(run)
     display.on_step(run, step(1))
-    display.on_validation(run, ValidationRecord(step=1, consumed_samples=8, loss={"lm loss": 2.5}))
-    display.on_validation(run, ValidationRecord(step=1, consumed_samples=8, loss={"lm loss": 7.5}, split="test"))
+    display.on_validation(run, ValidationRecord(step=1, consumed_samples=8, losses={"lm loss": 2.5}))
+    display.on_validation(run, ValidationRecord(step=1, consumed_samples=8, losses={"lm loss": 7.5}, split="test"))
     assert "validation 2.5000" in display.bar.text
     display.on_end(run)
 

@@ -20,7 +20,7 @@ def test_together_they_leave_a_file_and_a_picture(tmp_path, capsys):
         for callback in callbacks:
             callback.on_step(run, step(number))
     for callback in callbacks:
-        callback.on_validation(run, ValidationRecord(step=10, consumed_samples=80, loss={"lm loss": 2.0}))
+        callback.on_validation(run, ValidationRecord(step=10, consumed_samples=80, losses={"lm loss": 2.0}))
         callback.on_end(run)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
     out = capsys.readouterr().out

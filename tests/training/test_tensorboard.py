@@ -18,8 +18,8 @@ def test_scalars_under_megatrons_names(tmp_path):
     board.on_start(run)
     board.on_step(run, step(1))
     board.on_step(run, step(2, zeros=3.0, params_norm=4.0))
-    board.on_validation(run, ValidationRecord(step=2, consumed_samples=16, loss={"lm loss": 2.0}))
-    board.on_validation(run, ValidationRecord(step=3, consumed_samples=24, loss={"lm loss": math.nan}))
+    board.on_validation(run, ValidationRecord(step=2, consumed_samples=16, losses={"lm loss": 2.0}))
+    board.on_validation(run, ValidationRecord(step=3, consumed_samples=24, losses={"lm loss": math.nan}))
     board.on_end(run)
     events = EventAccumulator(str(tmp_path))
     events.Reload()
@@ -43,6 +43,6 @@ def test_other_ranks_need_no_package(tmp_path, monkeypatch):
     board, run = TensorBoard(str(tmp_path)), run_info(tmp_path, rank=0, world_size=2)
     board.on_start(run)
     board.on_step(run, step(1))
-    board.on_validation(run, ValidationRecord(step=1, consumed_samples=8, loss={}))
+    board.on_validation(run, ValidationRecord(step=1, consumed_samples=8, losses={}))
     board.on_end(run)
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,83 @@
+"""The step of a PooledTask, in two passes: outputs of the whole global batch, then their gradients through the model.
+
+The losses' gradient by each output is computed once, with all outputs at hand, on every process that has the end of the
+model. The second pass makes each output again and multiplies it with its gradient, so that what is differentiated is
+linear in it: its gradient is the exact one of the losses (GradCache: Gao et al., 2021, arXiv 2101.06983, section 3).
+Dropout masks are those of the first pass, because they are a function of step and sample; attention dropout inside fused
+kernels draws from a generator, which begins anew with each pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megalith.runtime.build import Mesh, Runtime
+from megalith.training.tasks import Batch, PooledTask
+
+Pool = dict[str, Tensor]  # what PooledTask.pooled gives
+
+
+def run(
+    runtime: Runtime, task: PooledTask, batches: Sequence[Batch], inputs: Sequence[Batch],
+    loss: Callable[[Any, Batch], Tensor], iteration: int, train: bool,
+) -> None:  # fmt: skip
+    """Run micro-batches forward, and where `train` again with gradients. Every process calls it.
+
+    inputs: the model's arguments for each micro-batch.
+    loss: (pool of the global batch, empty batch) -> what is differentiated.
+    """
+    pool = collect(runtime, task, batches, inputs)
+    if not train:
+        if pool:
+            loss(pool, {})
+        return
+    gradients = differentiate(pool, loss) if pool else {}
+    ranks, rank = runtime.mesh.data_size, runtime.mesh.data_rank
+
+    def linear(output: Any, number: int) -> Tensor:
+        own = task.pooled(output, batches[number])
+        first = number * ranks + rank  # in micro-batches; the m-th of every data-parallel rank stand side by side
+        rows = {name: gradient[first * len(own[name]) :][: len(own[name])] for name, gradient in gradients.items()}
+        return torch.stack([(own[name].to(each.dtype) * each).sum() for name, each in rows.items()]).sum()
+
+    runtime.begin_step(iteration)
+    runtime.run(inputs, linear, train=True)
+
+
+@torch.no_grad()
+def collect(runtime: Runtime, task: PooledTask, batches: Sequence[Batch], inputs: Sequence[Batch]) -> Pool:
+    """What `task.pooled` gives of all samples of the global batch, in order; {} where the end of the model is not."""
+    parts: list[Pool] = []
+
+    def keep(output: Any, number: int) -> Tensor:
+        own = {name: tensor.detach() for name, tensor in task.pooled(output, batches[number]).items()}
+        parts.append({name: wide(tensor) if tensor.is_floating_point() else tensor for name, tensor in own.items()})
+        return next(tensor for tensor in parts[-1].values() if tensor.is_floating_point()).new_zeros(())
+
+    runtime.run(inputs, keep, train=False)
+    names = parts[0] if parts else ()
+    return {name: gather(runtime.mesh, torch.stack([part[name] for part in parts])) for name in names}
+
+
+def gather(mesh: Mesh, own: Tensor) -> Tensor:
+    """[m, b, ...] of this process's micro-batches -> [m * data-parallel ranks * b, ...] of all, in the order of the samples."""
+    everyone = mesh.gather(own).unflatten(0, (mesh.data_size, mesh.size("cp")))
+    ranks = everyone.sum(dim=1) if own.is_floating_point() else everyone[:, 0]
+    return ranks.transpose(0, 1).flatten(0, 2)
+
+
+@torch.enable_grad()
+def differentiate(pool: Pool, loss: Callable[[Any, Batch], Tensor]) -> Pool:
+    """The gradient of the loss by every floating-point tensor of the pool."""
+    leaves = {name: tensor.requires_grad_() for name, tensor in pool.items() if tensor.is_floating_point()}
+    gradients = torch.autograd.grad(loss(pool, {}), list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(leaves, gradients, strict=True))
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in float32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
