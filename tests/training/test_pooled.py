@@ -50,7 +50,10 @@ def expected():
     return run_ranks(at_once, 1, CONFIG)[0]
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = ("recomputed", "dp2 optimizer", "pp2 dp2", "cp2 dp2")
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in CASES])
 def test_the_gradient_is_that_of_the_batch_in_one_piece(case):
     ranks, changes = CASES[case]
     parts = run_ranks(measure, ranks, CONFIG.replace(**changes), torch.float64)

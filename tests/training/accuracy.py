@@ -1,0 +1,25 @@
+"""Tasks that report something beside their loss."""
+
+from megalith.training.tasks import LanguageModelling
+
+
+class Reporting(LanguageModelling):
+    """Language modelling; of every token its weighted loss, tenfold, and whether it counts. What it returns carries gradients."""
+
+    metric_names = ("tenfold", "counted share")
+
+    def metrics(self, output, batch):
+        return {
+            "tenfold": (10.0 * output.sum(), 0.5 * len(output)),
+            "counted share": (batch["loss_mask"].sum(), batch["loss_mask"].numel()),
+        }
+
+
+class Undeclared(LanguageModelling):
+    def metrics(self, output, batch):
+        return {"surprise": (output.sum(), 1)}
+
+
+class Minimised(LanguageModelling):
+    def losses(self, output, batch, counts):
+        return super().losses(output, batch, counts) | {"accuracy": output.sum()}
