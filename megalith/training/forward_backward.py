@@ -57,8 +57,8 @@ def forward_backward(
 
     batches: this process's micro-batches, as `runtime.take` gives them. iteration: keys the dropout masks.
     loss_scale: factor on the gradients. also: numbers to be summed over all processes.
-    Returns (counts, sums): what the losses were divided by, and float64 numbers that are equal on every process: a loss
-    for each of `counts`, a sum and a count for each of `task.metric_names`, then those of `also`.
+    Returns (counts, sums): what the losses were divided by, and float64 numbers that are equal on every process: a
+    loss for each of `counts`, a sum and a count for each of `task.metric_names`, then those of `also`.
     """
     counts = global_counts(runtime, task, batches)
     runtime.begin_step(iteration)
@@ -74,10 +74,13 @@ def run(
 ) -> Tensor:  # fmt: skip
     """Run micro-batches forward, and backward where `train`. Every process calls it.
 
-    Returns this process's part of the sums that `forward_backward` describes; the sum over all processes is whole. It is
-    zero where the end of the model is not, and where another tensor-parallel process has the same.
+    Returns this process's part of the sums that `forward_backward` describes; the sum over all processes is whole. It
+    is zero where the end of the model is not, and where another tensor-parallel process has the same.
     """
     device = runtime.mesh.device
+    if both := [name for name in task.metric_names if name in counts]:
+        rule = "a metric and a loss of one name could not be told apart"
+        raise TrainingError(problem(f"{type(task).__name__}.metric_names", Words(", ".join(both)), rule, "Rename the metric"))
     sums = Sums(
         {name: torch.zeros((), dtype=torch.float64, device=device) for name in counts},
         {name: torch.zeros(2, dtype=torch.float64, device=device) for name in task.metric_names},

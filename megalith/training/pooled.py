@@ -1,10 +1,10 @@
 """The step of a PooledTask, in two passes: outputs of the whole global batch, then their gradients through the model.
 
-The losses' gradient by each output is computed once, with all outputs at hand, on every process that has the end of the
-model. The second pass makes each output again and multiplies it with its gradient, so that what is differentiated is
-linear in it: its gradient is the exact one of the losses (GradCache: Gao et al., 2021, arXiv 2101.06983, section 3).
-Dropout masks are those of the first pass, because they are a function of step and sample; attention dropout inside fused
-kernels draws from a generator, which begins anew with each pass.
+The losses' gradient by each output is computed once, with all outputs at hand, on every process that has the end of
+the model. The second pass makes each output again and multiplies it with its gradient, so that what is differentiated
+is linear in it: its gradient is the exact one of the losses (GradCache: Gao et al., 2021, arXiv 2101.06983, section 3).
+Dropout masks are those of the first pass, because they are a function of step and sample; attention dropout inside
+fused kernels draws from a generator, which begins anew with each pass.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def collect(runtime: Runtime, task: PooledTask, batches: Sequence[Batch], inputs
 
 
 def gather(mesh: Mesh, own: Tensor) -> Tensor:
-    """[m, b, ...] of this process's micro-batches -> [m * data-parallel ranks * b, ...] of all, in the order of the samples."""
+    """[m, b, ...] of this process's micro-batches -> [m * data-parallel ranks * b, ...] of all, in order of samples."""
     everyone = mesh.gather(own).unflatten(0, (mesh.data_size, mesh.size("cp")))
     ranks = everyone.sum(dim=1) if own.is_floating_point() else everyone[:, 0]
     return ranks.transpose(0, 1).flatten(0, 2)

@@ -38,9 +38,9 @@ class Unmeasured(Exception):
 
 @dataclasses.dataclass
 class Cursor:
-    """Where validations read: each takes the next samples, as Megatron's does; after the last whole set it starts over.
+    """Where validations read: each takes the next samples, as Megatron's does, and starts over after the last whole set.
 
-    The place is kept in `progress`, and so in checkpoints. The point before the first step is one more than Megatron's.
+    The place is kept in `progress`, and so in checkpoints. Megatron has none before the first step; it counts for none.
     """
 
     progress: Progress
@@ -92,9 +92,8 @@ def evaluate(
 ) -> Evaluation:  # fmt: skip
     """Losses and metrics over `batches` global batches from sample `start` on, weighted as in training: by unmasked token.
 
-    However many processes there are. What nothing counts for is not a number.
-    stop: asked before every batch. Raises Unmeasured on all processes where any gives a reason, or cannot read its part of a
-    batch.
+    They do not depend on the number of processes. What nothing counts for is not a number.
+    stop: asked before every batch. Raises Unmeasured on all processes where any gives a reason, or cannot read its part.
     """
     runtime, task = trainer.runtime, trainer.task
     runtime.train(False)
@@ -114,7 +113,8 @@ def evaluate(
         samples = batches * global_batch_size
         print(f"megalith: no token of {samples} samples counts for the {name} (all are masked): it is not a number",
               file=sys.stderr, flush=True)  # fmt: skip
-    means = {name: value / float(total) if total else math.nan for (name, total), value in zip(totals.items(), numbers)}
+    counted = [float(total) for total in totals.values()]
+    means = {name: value / total if total else math.nan for name, value, total in zip(totals, numbers, counted)}
     return Evaluation(means, ratios(task.metric_names, numbers[len(totals) :]))
 
 

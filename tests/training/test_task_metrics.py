@@ -71,6 +71,7 @@ def test_a_run_reports_them_by_name(corpus, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("name", "told"), [
+    ("Confused", "Confused.metric_names: found lm loss; a metric and a loss of one name could not be told apart"),
     ("Undeclared", "Undeclared.metrics: found surprise; its names are those of `metric_names`. Known are none"),
     ("Minimised", "Minimised.losses: found accuracy; its names are those of `counts`; what is not to be minimised is for `metrics`"),
 ])  # fmt: skip
