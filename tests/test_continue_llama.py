@@ -49,4 +49,9 @@ def test_the_documents_commands(tmp_path: pathlib.Path) -> None:
     assert "loaded from runs/continued/iter_0000003: the weights, the optimizer's state, the schedule and the counts" in said[4]
     steps = [json.loads(line) for line in (tmp_path / "runs/continued/metrics.jsonl").read_text().splitlines()]
     assert [each["step"] for each in steps if "loss" in each] == [1, 2, 3, 4, 5, 6]
+    assert (
+        "loaded from llama: the weights; not the optimizer's state" in said[6] and "--load llama holds weights that belong to no" in said[6]
+    )
+    short = [json.loads(line) for line in (tmp_path / "runs/short/metrics.jsonl").read_text().splitlines()]
+    assert next(each["loss"] for each in short if "loss" in each) == next(each["loss"] for each in steps if "loss" in each)
     assert (tmp_path / "llama-continued/tokenizer.json").is_file() and "Once upon a time" in said[5]

@@ -12,6 +12,7 @@ _WORDS = {
     "save": "saving",
     "Saver": "saver",
     "load": "loading",
+    "fill": "loading",
     "read_full": "loading",
     "read_tensors": "loading",
     "iterations": "folder",

@@ -64,6 +64,10 @@ class Chunked:
                 )
             self.tensors[name] = Stored(tuple(about["size"]), _dtype(about["properties"]), [(*chunk, files[chunk[0]]) for chunk in chunks])
 
+    def lazies(self) -> dict[str, Lazy]:
+        """All tensors."""
+        return {name: self.lazy(name) for name in self.tensors}
+
     def lazy(self, name: str, first: Box | None = None, sizes: Box | None = None) -> Lazy:
         """A tensor, or the box of it that begins at `first` and has these sizes."""
         shape, dtype, chunks = self.tensors[name]

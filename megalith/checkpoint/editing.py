@@ -6,17 +6,16 @@ Tensors pass one by one, so the memory needed is that of the largest few, whatev
 from __future__ import annotations
 
 import fnmatch
-import functools
 import os
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from megalith.checkpoint.folder import new_folder
+from megalith.checkpoint.lazy import Lazy, cat
 from megalith.checkpoint.weights import own, write
 from megalith.common.errors import CheckpointError
 from megalith.config.text import nearest
@@ -59,21 +58,25 @@ def edit(
     asked = {"vocab_size": vocab_size, "max_position_embeddings": max_position_embeddings}
     sizes = {field: size for field, size in asked.items() if size is not None}
     rows = _rows(names, facts, sizes)
-    tensors = {new: source.tensors[old].then(functools.partial(resize, rows=rows.get(new))) for new, old in names.items()}
+    tensors = {new: resize(source.tensors[old], rows.get(new)) for new, old in names.items()}
     number = source.iteration if iteration is None else iteration
     with new_folder(folder, inputs=[path], overwrite=overwrite, notice=notice) as place:
         made = write(replace(source, tensors=tensors, iteration=number, config=source.config.replace(**sizes)), place)
     return pathlib.Path(folder) / made.name
 
 
-def resize(tensor: Tensor, rows: int | None) -> Tensor:
+def resize(tensor: Lazy, rows: int | None) -> Lazy:
     """`tensor` with `rows` rows: the last ones cut off, or the mean of all added (taken in float64). None: as it is."""
     if rows is None:
         return tensor
-    if rows <= len(tensor):
-        return tensor[:rows]
-    mean = tensor.double().mean(dim=0, keepdim=True).to(tensor.dtype)
-    return torch.cat([tensor, mean.expand(rows - len(tensor), *tensor.shape[1:])])
+    if rows <= tensor.shape[0]:
+        return tensor.narrow(0, 0, rows)
+    shape = (rows - tensor.shape[0], *tensor.shape[1:])
+
+    def mean() -> Tensor:
+        return tensor.read().double().mean(dim=0, keepdim=True).to(tensor.dtype).expand(shape)
+
+    return cat([tensor, Lazy(shape=shape, dtype=tensor.dtype, read=mean)])
 
 
 def _keep(known: dict[str, dict], drop: Sequence[str]) -> list[str]:

@@ -9,9 +9,12 @@ from typing import Any
 
 from megalith.checkpoint.facts import part_of
 from megalith.common.errors import ConfigError
+from megalith.config.identity import differences as differences_of
+from megalith.config.identity import sentence
 from megalith.config.loading import from_yaml
 from megalith.config.loading_values import fields
 from megalith.config.megatron_counts import NUMBERS, rows_asked, words_asked
+from megalith.config.model import ModelConfig
 from megalith.config.text import flag, value_text
 
 FIELDS = {name: field for name, field in fields().items() if field.section == "model"}
@@ -107,7 +110,20 @@ def differences(
     return lines
 
 
-def report(path: pathlib.Path, lines: list[str]) -> str:
+def another_model(source: object, now: ModelConfig, then: ModelConfig) -> str | None:
+    """What makes a run's model another one than that of a checkpoint, in words; None where nothing does."""
+    another = differences_of(now, then).another
+    if not another:
+        return None
+    return (
+        f"{source} holds another model: {'; '.join(sentence(*each) for each in another)}. Its weights mean nothing in "
+        f"this one, even where their shapes fit. Give {', '.join(as_flag(name, old) for name, _, old in another)}, or "
+        f"--use-checkpoint-args with --load, which takes the model from there, or train another model in a folder of "
+        f"its own (--run-dir)."
+    )
+
+
+def report(path: str | pathlib.Path, lines: list[str]) -> str:
     """The message of a CheckpointError: what does not fit, line by line, the first SHOWN of them."""
     rest = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
     return "\n".join([f"{path} does not fit:", *(f"  {line}" for line in lines[:SHOWN] + rest)])

@@ -126,6 +126,11 @@ def iterations(folder: str | os.PathLike) -> list[int]:
     return sorted(number for number, path in _checkpoints(root(folder)).items() if (path / manifest.NAME).exists())
 
 
+def is_ours(folder: str | os.PathLike) -> bool:
+    """Whether `folder` is a checkpoint of megalith, or holds one."""
+    return (pathlib.Path(folder) / manifest.NAME).exists() or bool(iterations(folder))
+
+
 def paths(folder: str | os.PathLike) -> list[pathlib.Path]:
     """The folders of all checkpoints in `folder`, by iteration, damaged ones among them."""
     return [path for _, path in sorted(_checkpoints(root(folder)).items())]

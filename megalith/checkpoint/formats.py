@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from megalith.checkpoint import huggingface_tokenizer as tokenizer
 from megalith.checkpoint import weights as own_format
-from megalith.checkpoint.folder import iterations
+from megalith.checkpoint.folder import is_ours
 from megalith.checkpoint.manifest import NAME as MANIFEST
 from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError, problem
@@ -40,7 +40,9 @@ class Options:
     words: the size of that tokenizer's vocabulary, for weights with this section `data`; None where none goes along.
     with_optimizer: read or write the optimizer's state too. iteration: which checkpoint of several (the latest).
     overrides: fields of the config, by flat name, that override what the source says.
-    replicas: of copies that Megatron's ranks keep of one parameter: equal, where others are an error, or average.
+    assumed: fields of the model, by flat name, that count where Megatron's files hold no arguments and no shape tells.
+    replicas: of copies that Megatron's ranks keep of one parameter: equal, where others are an error, or average; first
+        compares none, which another process does.
     """
 
     qkv_layout: str = "auto"
@@ -60,6 +62,7 @@ class Options:
     with_optimizer: bool = False
     iteration: int | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    assumed: Mapping[str, Any] = field(default_factory=dict)
     replicas: str = "equal"
 
 
@@ -72,17 +75,13 @@ class Format(NamedTuple):
     write: Callable[[Weights, pathlib.Path, Options], None] | None = None
 
 
-def _is_own(path: pathlib.Path) -> bool:
-    return (path / MANIFEST).exists() or bool(iterations(path))
-
-
 def _write_own(weights: Weights, folder: pathlib.Path, options: Options) -> None:
     own_format.write(weights, folder)
 
 
 OWN = Format(
     f"megalith: a folder with {MANIFEST}, or one of iter_NNNNNNN folders that have it",
-    _is_own,
+    is_ours,
     lambda path, options: own_format.own(path, options.iteration),
     _write_own,
 )
@@ -128,6 +127,7 @@ def read(path: str | os.PathLike, format: str | None = None, options: Options | 
     except Exception:
         refuse_pointers(pathlib.Path(path))
         raise
+    weights = replace(weights, source=os.fspath(path)) if weights.source == Weights.source else weights
     if options.tokenizer is None:
         return weights
     others = {name: file for name, file in weights.files.items() if not name.startswith(tokenizer.HERE)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import json
 import math
 import pathlib
@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from megalith.checkpoint import huggingface_files as files
 from megalith.checkpoint import huggingface_tokenizer as tokenizer
@@ -19,7 +20,7 @@ from megalith.checkpoint.formats import Format, Options
 from megalith.checkpoint.huggingface_families import ACTIVATIONS, FAMILIES, KINDS, TAKE, Family, form
 from megalith.checkpoint.huggingface_tied import resolve_ties
 from megalith.checkpoint.huggingface_twice import differing, rope_of
-from megalith.checkpoint.lazy import Lazy, check_range, join
+from megalith.checkpoint.lazy import Lazy, check_range
 from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError, ConfigError, problem
 from megalith.common.files import write_text
@@ -58,10 +59,29 @@ def read(path: pathlib.Path, options: Options) -> Weights:
     if not (path / CONFIG).is_file():  # an adapter alone
         files.weight_files(path)
     given = checked(files.read_json(path / CONFIG), KINDS, str(path / CONFIG))
-    _, family = family_of(given, path / CONFIG)
+    family_of(given, path / CONFIG)
     if quantization := given.get("quantization_config"):
         raise _quantized(path, quantization.get("quant_method", quantization))
     stored, beside = files.read_tensors(path, given.get("transformers_weights"))
+    weights = _weights(given, stored, path, options)
+    if (path / GENERATION).is_file():
+        checked(files.read_json(path / GENERATION), {name: KINDS[name] for name in IDS}, str(path / GENERATION))
+    kept = {f"{KEPT}{name}": path / name for name in (CONFIG, GENERATION) if (path / name).is_file()}
+    found = {**kept, **tokenizer.found_in(options.tokenizer or path)}
+    return dataclasses.replace(weights, files=found, notes=(*beside, *weights.notes))
+
+
+def of_model(model: nn.Module) -> Weights:
+    """The weights of a model of transformers, whose memory they share. Raises CheckpointError as `read` does."""
+    where, config = pathlib.Path(type(model).__name__), json.loads(model.config.to_json_string(use_diff=False))
+    given = checked(config | {"architectures": [type(model).__name__]}, KINDS, str(where / CONFIG))
+    tensors = {name: Lazy.of(tensor.detach()) for name, tensor in model.state_dict().items()}
+    return dataclasses.replace(_weights(given, tensors, where, Options()), source=str(where))
+
+
+def _weights(given: Mapping[str, Any], stored: Mapping[str, Lazy], path: pathlib.Path, options: Options) -> Weights:
+    """Those of tensors under their names. given: config.json. path: what messages call it."""
+    _, family = family_of(given, path / CONFIG)
     # Models that came from TensorFlow call a norm's parameters gamma and beta; transformers renames them too.
     found = {re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name)): tensor for name, tensor in stored.items()}
     if len(found) < len(stored):
@@ -87,11 +107,7 @@ def read(path: pathlib.Path, options: Options) -> Weights:
     tensors, notes = _ours(found, family, config.model, path, family.heads(given))
     if "dynamic" in str(rope_of(given)):
         notes += ("rope_type dynamic is left out: it acts beyond max_position_embeddings alone, where no sequence here goes",)
-    notes = (*beside, *twice, *ties, *told, *notes)
-    if (path / GENERATION).is_file():
-        checked(files.read_json(path / GENERATION), {name: KINDS[name] for name in IDS}, str(path / GENERATION))
-    kept = {f"{KEPT}{name}": path / name for name in (CONFIG, GENERATION) if (path / name).is_file()}
-    return Weights(config=config, tensors=tensors, files={**kept, **tokenizer.found_in(options.tokenizer or path)}, notes=notes)
+    return Weights(config=config, tensors=tensors, notes=(*twice, *ties, *told, *notes))
 
 
 def _quantized(path: pathlib.Path, method: Any) -> CheckpointError:
@@ -115,7 +131,7 @@ def _ours(
         if any(math.prod(shapes[each]) > LARGEST for each in ours):
             wrong.append(f"{theirs}: found {list(found[name].shape) if name else None}, expected {[list(shapes[each]) for each in ours]}")
             continue
-        expected = tuple(_together(rule.form, model, [_empty(shapes[each]) for each in ours]).shape)
+        expected = rule.form.together([Lazy.empty(shapes[each]) for each in ours], model).shape
         if name is None and theirs.startswith(absent):
             made |= {f"model/{each}": _begun(each, shapes[each], model, next(iter(found.values())).dtype) for each in ours}
             new += ours
@@ -127,8 +143,8 @@ def _ours(
             wrong.append(f"{name}: found {list(found[name].shape)}, expected {list(expected)}")
         else:
             used.add(name)
-            for number, each in enumerate(ours):
-                made[f"model/{each}"] = found[name].then(functools.partial(_part, rule.form, model, number))
+            parts = rule.form.apart(found[name], model)
+            made |= {f"model/{each}": part for each, part in zip(ours, parts, strict=True)}
     if wrong:
         rule_text = f"{path / CONFIG} says which shapes they have"
         raise CheckpointError(
@@ -176,18 +192,6 @@ def rules(family: Family, model: ModelConfig) -> Iterator[tuple[Any, str, tuple[
             yield rule, theirs, ours
 
 
-def _part(way, model: ModelConfig, number: int, theirs: torch.Tensor) -> torch.Tensor:
-    return way.apart(theirs, model)[number]
-
-
-def _together(way, model: ModelConfig, ours: list[torch.Tensor]) -> torch.Tensor:
-    return way.together(ours, model)
-
-
-def _empty(shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.empty(shape, device="meta")
-
-
 def write(weights: Weights, folder: pathlib.Path, options: Options) -> None:
     """Write a folder that `from_pretrained` reads: tensors in shards, config.json, generation_config.json, tokenizer files."""
     model = weights.config.model
@@ -198,7 +202,7 @@ def write(weights: Weights, folder: pathlib.Path, options: Options) -> None:
     for rule, theirs, ours in rules(family, model):
         parts = [weights.tensors[f"model/{each}"] for each in ours]
         parts = [each.to(getattr(torch, options.dtype)) for each in parts] if options.dtype else parts
-        made[theirs] = join(parts, functools.partial(_together, rule.form, model))
+        made[theirs] = rule.form.together(parts, model)
     if model.untie_embeddings_and_output_weights:  # transformers then unties all
         made |= {copy: made[each.original] for copy, each in family.copies.items() if each.differing == TAKE and each.original in made}
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from megalith.checkpoint.lazy import Lazy
+from megalith.checkpoint.lazy import Lazy, cat
 from megalith.common.errors import CheckpointError, problem
 from megalith.common.registry import Registry
 from megalith.config.model import ModelConfig
@@ -65,27 +64,30 @@ REQUIRED = object()  # a field of config.json without a default
 class Form(NamedTuple):
     """A reversible change between one tensor of theirs and one or several of ours. It takes weights and biases alike.
 
-    apart(theirs, model) -> ours; together(ours, model) -> theirs.
+    apart(theirs, model) -> ours; together(ours, model) -> theirs. Both are made of what lazy.py has, so that a box of
+    the result is read from a box of the source.
     """
 
-    apart: Callable[[Tensor, ModelConfig], Sequence[Tensor]]
-    together: Callable[[Sequence[Tensor], ModelConfig], Tensor]
+    apart: Callable[[Lazy, ModelConfig], Sequence[Lazy]]
+    together: Callable[[Sequence[Lazy], ModelConfig], Lazy]
 
 
 SAME = Form(lambda theirs, model: [theirs], lambda ours, model: ours[0])
 TRANSPOSED = Form(lambda theirs, model: [theirs.t()], lambda ours, model: ours[0].t())  # GPT-2's Conv1D keeps [in, out]
-THIRDS_TRANSPOSED = Form(lambda theirs, model: theirs.t().chunk(3), lambda ours, model: torch.cat(list(ours)).t())
+THIRDS_TRANSPOSED = Form(lambda theirs, model: theirs.t().chunk(3), lambda ours, model: cat(ours).t())
 
 
-def _groups_apart(theirs: Tensor, model: ModelConfig) -> list[Tensor]:
+def _groups_apart(theirs: Lazy, model: ModelConfig) -> list[Lazy]:
     queries = model.num_attention_heads // model.num_kv_heads
-    rows = theirs.unflatten(0, (model.num_kv_heads, queries + 2, model.head_dim))
-    return [part.flatten(0, 2) for part in (rows[:, :queries], rows[:, queries:-1], rows[:, -1:])]
+    rows = torch.arange(theirs.shape[0]).unflatten(0, (model.num_kv_heads, queries + 2, model.head_dim))
+    return [theirs.index_select(part.flatten()) for part in (rows[:, :queries], rows[:, queries:-1], rows[:, -1:])]
 
 
-def _groups_together(ours: Sequence[Tensor], model: ModelConfig) -> Tensor:
-    rows = [part.unflatten(0, (model.num_kv_heads, -1, model.head_dim)) for part in ours]
-    return torch.cat(rows, dim=1).flatten(0, 2)
+def _groups_together(ours: Sequence[Lazy], model: ModelConfig) -> Lazy:
+    whole = cat(ours)
+    rows = torch.arange(whole.shape[0]).split([part.shape[0] for part in ours])
+    groups = [part.unflatten(0, (model.num_kv_heads, -1, model.head_dim)) for part in rows]
+    return whole.index_select(torch.cat(groups, dim=1).flatten())
 
 
 GROUPS = Form(_groups_apart, _groups_together)  # rows of each key head's queries, then its key, then its value

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megalith.checkpoint import torch_file
-from megalith.checkpoint.lazy import Lazy
+from megalith.checkpoint.lazy import Index, Lazy, blocks
 from megalith.checkpoint.torch_file import Room
 from megalith.checkpoint.unpickle import load_file
 from megalith.common.errors import CheckpointError, problem
@@ -111,8 +111,9 @@ def read_tensors(folder: pathlib.Path, named: str | None = None) -> tuple[dict[s
 
 
 def same(one: Lazy, other: Lazy) -> bool:
-    """Whether two tensors have the same elements."""
-    return (one.shape, one.dtype) == (other.shape, other.dtype) and torch.equal(one.read(), other.read())
+    """Whether two tensors have the same elements, compared a block at a time."""
+    alike = (one.shape, one.dtype) == (other.shape, other.dtype)
+    return alike and all(map(torch.equal, blocks(one), blocks(other)))
 
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:
@@ -135,17 +136,18 @@ def tensors(files: list[pathlib.Path]) -> dict[str, Lazy]:
 
 
 def _safetensors(file: pathlib.Path) -> Iterator[tuple[str, Lazy]]:
-    def read(name: str) -> Tensor:
+    def read(name: str, index: Index = ()) -> Tensor:
         # Opened anew for each tensor: pages of a map that stays open count as memory of the process until it is closed.
         with safe_open(file, framework="pt") as opened:
-            return opened.get_tensor(name)
+            return opened.get_slice(name)[index] if index else opened.get_tensor(name)
 
     try:
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (no mapping)
                 part = opened.get_slice(name)
                 dtype = getattr(torch, DTYPES[part.get_dtype()])
-                yield name, Lazy(shape=tuple(part.get_shape()), dtype=dtype, read=functools.partial(read, name))
+                one = functools.partial(read, name)
+                yield name, Lazy(shape=tuple(part.get_shape()), dtype=dtype, read=one, box=one)
     except (SafetensorError, OSError, KeyError) as error:
         cure = "Copy or download it again; compare its size and checksum with the original's"
         raise CheckpointError(problem(str(file), str(error), "it must be a safetensors file", cure)) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,9 +15,12 @@ from megalith.checkpoint import fit, manifest, store
 from megalith.checkpoint.chunked import Chunked
 from megalith.checkpoint.facts import read_config, read_train_state
 from megalith.checkpoint.folder import damage, find
+from megalith.checkpoint.lazy import Lazy
 from megalith.checkpoint.ranks import Ranks
 from megalith.checkpoint.saving import State
+from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError
+from megalith.config.loading import to_yaml
 
 
 def load(
@@ -41,21 +44,21 @@ def load(
     that does not fit (each parameter, both shapes, the flag that would make it fit).
     """
     ranks = Ranks(group)
-    stages = [state] if isinstance(state, Mapping) else list(state)
     path: pathlib.Path = ranks.first(lambda: find(folder, iteration))
     content = ranks.every(lambda: manifest.read(path))
     if checksums:
         verify_together(path, ranks)
-    asked = {name: list(tensor.shape) for stage in stages for name, tensor in stage.items()}
-    ranks.collect(lambda: asked, lambda tables: _check(path, _union(tables), content["tensors"], strict))
-
-    def read() -> None:
-        chunked = Chunked(path)
-        for stage in stages:
-            store.read(chunked, {name: tensor for name, tensor in stage.items() if name in content["tensors"]})
-
-    ranks.every(read)
+    shapes = {name: facts["shape"] for name, facts in content["tensors"].items()}
+    _check(str(path), state, shapes, lambda: fit.model_section(read_config(path)), strict, ranks)
+    ranks.every(lambda: _fill(Chunked(path).lazies(), state))
     return read_train_state(path)
+
+
+def fill(weights: Weights, state: State, *, strict: bool = True, group: dist.ProcessGroup | None = None) -> None:
+    """As `load`, from weights of any format, which every rank has opened. All ranks of `group` call it together."""
+    ranks, shapes = Ranks(group), {name: list(lazy.shape) for name, lazy in weights.tensors.items()}
+    _check(weights.source, state, shapes, lambda: fit.model_section(to_yaml(weights.config)), strict, ranks)
+    ranks.every(lambda: _fill(weights.tensors, state))
 
 
 def read_tensors(path: str | os.PathLike, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -73,7 +76,7 @@ def read_tensors(path: str | os.PathLike, names: Iterable[str] | None = None) ->
     chunked = Chunked(path)
     for name in wanted:
         tensor = torch.empty(known[name]["shape"], dtype=getattr(torch, known[name]["dtype"]))
-        store.read(chunked, {name: tensor})
+        store.fill({name: chunked.lazy(name)}, {name: tensor})
         yield name, tensor
 
 
@@ -93,12 +96,29 @@ def verify_together(path: pathlib.Path, ranks: Ranks) -> None:
     ranks.collect(lambda: manifest.verify(path, part=(ranks.rank, ranks.size)), judge)
 
 
-def _check(path: pathlib.Path, asked: dict[str, list[int]], found: dict[str, dict], strict: bool) -> None:
-    shapes = {name: facts["shape"] for name, facts in found.items()}
-    lines = fit.differences(asked, shapes, fit.model_section(read_config(path)), strict=strict)
-    if lines:
-        raise CheckpointError(fit.report(path, lines))
+def _stages(state: State) -> list[Mapping[str, Tensor]]:
+    return [state] if isinstance(state, Mapping) else list(state)
 
 
-def _union(tables: list[dict[str, list[int]]]) -> dict[str, list[int]]:
-    return {name: shape for table in tables for name, shape in table.items()}
+def _fill(tensors: Mapping[str, Lazy], state: State) -> None:
+    for stage in _stages(state):
+        store.fill(tensors, {name: tensor for name, tensor in stage.items() if name in tensors})
+
+
+def _check(
+    source: str,
+    state: State,
+    found: Mapping[str, list[int]],
+    model: Callable[[], Mapping[str, Any]],
+    strict: bool,
+    ranks: Ranks,
+) -> None:
+    """Raise CheckpointError on all ranks where what they ask for is not `found` in a checkpoint of `model`."""
+    mine = {name: list(tensor.shape) for stage in _stages(state) for name, tensor in stage.items()}
+
+    def judge(tables: list[dict[str, list[int]]]) -> None:
+        asked = {name: shape for table in tables for name, shape in table.items()}
+        if lines := fit.differences(asked, found, model(), strict=strict):
+            raise CheckpointError(fit.report(source, lines))
+
+    ranks.collect(lambda: mine, judge)

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
-from megalith.checkpoint.chunked import Chunked
+from megalith.checkpoint.lazy import Index, Lazy
 from megalith.checkpoint.ranks import Ranks
 from megalith.common.errors import CheckpointError
 
@@ -73,15 +73,22 @@ def write(state: dict[str, Tensor], parts: Mapping[str, Tensor], folder: pathlib
     return tensors, writer.sums
 
 
-def read(chunked: Chunked, state: dict[str, Tensor]) -> None:
-    """Fill the tensors of `state` in place from a folder's files: this rank's parts, no communication.
+def fill(tensors: Mapping[str, Lazy], state: Mapping[str, Tensor]) -> None:
+    """Fill the tensors of `state` in place, plain ones and DTensors of any layout: this rank's parts, no communication.
 
-    Names and shapes must fit (see fit.py); dtypes are converted. Of the files no more is read than these parts.
+    Names and shapes must fit (see fit.py); dtypes are converted. Of the source no more is read than these parts.
     """
     with torch.no_grad():
         for name, tensor in state.items():
-            (mine,) = _create_chunk_list(tensor)  # where this rank's part lies in the whole
-            local(tensor).copy_(chunked.lazy(name, tuple(mine.offsets), tuple(mine.sizes)).read())
+            mine = local(tensor)
+            if mine.numel():  # of few rows some ranks have none
+                mine.copy_(tensors[name].part(box(tensor)))
+
+
+def box(tensor: Tensor) -> Index:
+    """Where this rank's part lies in the whole."""
+    (mine,) = _create_chunk_list(tensor)
+    return tuple(slice(first, first + size) for first, size in zip(mine.offsets, mine.sizes, strict=True))
 
 
 def fingerprint(tensor: Tensor) -> int:

@@ -38,6 +38,7 @@ class Weights(Mapping[str, Tensor]):
     train_state: what `checkpoint.save` takes under that name; {} where the source has none.
     files: {name in a checkpoint: file}, such as tokenizer/tokenizer.json.
     notes: what a reader should know: what was assumed, dropped or refused, a line each.
+    source: what messages call it.
     """
 
     config: RunConfig
@@ -46,6 +47,12 @@ class Weights(Mapping[str, Tensor]):
     train_state: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, pathlib.Path] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    source: str = "the weights"
+
+    @property
+    def tokenizer(self) -> pathlib.Path | None:
+        """The folder of the tokenizer's files; None where it has none."""
+        return next((file.parent for name, file in self.files.items() if name.startswith("tokenizer/")), None)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name].read()
@@ -69,6 +76,7 @@ def own(path: str | os.PathLike, iteration: int | None = None) -> Weights:
         iteration=content["iteration"],
         train_state=read_train_state(place),
         files={name: place / name for name in content["files"] if not name.endswith(store.DATA) and name not in others},
+        source=str(place),
     )
 
 

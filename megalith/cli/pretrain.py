@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from megalith import recipes
 from megalith.config import flags, launched, megatron_counts
 from megalith.config.batch_math import check_length, data_parallel_size, told
-from megalith.config.loading import from_yaml, resolve, source_texts, to_yaml
+from megalith.config.loading import TOKENIZER, from_yaml, resolve, source_texts, to_yaml
 from megalith.config.loading_values import fields
 from megalith.config.parameters import parameter_count
 from megalith.config.run import RunConfig
@@ -22,6 +23,7 @@ EXAMPLE = """\
 examples:
   megalith pretrain gpt --recipe cpu-tiny --data-path corpus_text_document --tokenizer-model tokenizer.json --dry-run
   torchrun --nproc-per-node 2 -m megalith pretrain gpt --config run.yaml --train-iters 1000
+  torchrun --nproc-per-node 2 -m megalith pretrain gpt --load Llama-3-8B --use-checkpoint-args --config run.yaml
 
 Precedence: recipe, then --config, then flags; `none` unsets an optional value. Flags of Megatron's commands work as typed: the
 old spellings and those not needed here are accepted with a line that says so.
@@ -91,24 +93,46 @@ def _tell(line: str) -> None:
     print(f"megalith: {line}", file=sys.stderr)
 
 
-def checkpoint_config(folder: str, iteration: int | None) -> str:
-    """The YAML text of the config in a checkpoint (the latest one where no iteration is given)."""
+def checkpoint_config(values: Mapping[str, Any]) -> str:
+    """The YAML text of the config of what --load names, in whatever format."""
     from megalith.checkpoint import facts  # here, because few runs need them
     from megalith.checkpoint import folder as folders
 
-    return facts.read_config(folders.find(folder, iteration))
+    if folders.is_ours(values["load"]):
+        return facts.read_config(folders.find(values["load"], values.get("ckpt_step")))
+    return to_yaml(_foreign(values).config)
 
 
-def checkpoint_tokenizer(folder: str, iteration: int | None) -> dict[str, Any]:
-    """What the tokenizer in a checkpoint is made from: the files in it, or at least its type; {} where it says nothing."""
+def checkpoint_tokenizer(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What the tokenizer of --load is made from: its files, or at least its type; {} where nothing says it."""
     from megalith.checkpoint import folder as folders  # here, because few runs need them
     from megalith.data.tokenizers import saved_options
 
-    place = folders.find(folder, iteration)
-    data = from_yaml(checkpoint_config(folder, iteration)).data
-    if (place / "tokenizer").is_dir():
-        return saved_options(place / "tokenizer", data)
+    if folders.is_ours(values["load"]):
+        place = folders.find(values["load"], values.get("ckpt_step")) / "tokenizer"
+        data, folder = from_yaml(checkpoint_config(values)).data, place if place.is_dir() else None
+    else:
+        weights = _foreign(values)
+        data, folder = weights.config.data, weights.tokenizer
+    if folder is not None:
+        return saved_options(folder, data)
     return {"tokenizer_type": data.tokenizer_type} if data.tokenizer_type else {}
+
+
+def _foreign(values: Mapping[str, Any]) -> Any:
+    """The Weights of another program's checkpoint; what the command says counts where its files say nothing."""
+    from megalith.checkpoint import foreign  # here, because it imports torch
+    from megalith.data.tokenizers_given import GivenTokenizer
+
+    said = {name: value for name, value in values.items() if name in fields()}
+    given = GivenTokenizer(None, {name: said[name] for name in TOKENIZER if said.get(name) is not None})
+    asked, kind = said.get("vocab_size"), said.get("tokenizer_type")
+    rows = megatron_counts.rows_asked(asked, kind) if asked else None
+    model = {name: value for name, value in said.items() if fields()[name].section == "model"}
+    config = RunConfig().replace(**said)
+    return foreign.read(
+        values["load"], foreign.options_of(config, words=lambda data: rows or given.words(data), assumed=model, replicas="first")
+    )
 
 
 def shown(config: RunConfig, world_size: int, how_much: str) -> str:

@@ -25,8 +25,7 @@ _CORPUS = "cleaning and deduplicating a corpus is not there yet; megalith data p
 _LAUNCH = "a launcher is not there yet; torchrun --nproc-per-node N -m megalith pretrain ... starts N processes"
 _PLAN = "planning is not there yet; --dry-run with --world-size N checks a layout and prints its numbers"
 _ACCELERATE = (
-    "the door for Accelerate is not there yet; megalith pretrain gpt|bert|t5 trains, and megalith checkpoint import "
-    "takes Hugging Face weights"
+    "the door for Accelerate is not there yet; megalith pretrain gpt|bert|t5 trains, and its --load takes a Hugging Face folder as it is"
 )
 _DETOXIFY = "detoxification is not there yet; megalith generate --out-file writes the texts that it begins with"
 _REPORT = (
@@ -55,7 +54,7 @@ _ANSWERS = (
         "reshape checkpoint_util merge_mp_partitions checkpoint_reshaping_and_interoperability",
     ),
     (
-        "it is `megalith checkpoint import` here",
+        "it is `megalith checkpoint import` here; pretrain --load and generate --load take such files as they are",
         "import convert_megatron_gpt2_checkpoint convert_megatron_bert_checkpoint convert_checkpoint "
         "hf2megads_weight_converter loader_llama_mistral loader_megatron loader_mcore convert_hf_checkpoint",
     ),

@@ -27,8 +27,9 @@ OF_DATASETS = {  # fields that only these of our datasets read
     "use_one_sent_docs": ("ict",), "query_in_block_prob": ("ict",),
 }  # fmt: skip
 ReadRecipe = Callable[[str], str]  # name -> YAML text
-ReadCheckpoint = Callable[[str, int | None], str]  # folder, iteration (None: the latest) -> YAML text of the config in it
-ReadTokenizer = Callable[[str, int | None], dict[str, Any]]  # the same -> fields of its tokenizer; {} where there is none
+Values = Mapping[str, Any]  # of fields that recipe, file and flags set: --load, what a source may leave unsaid
+ReadCheckpoint = Callable[[Values], str]  # -> YAML text of the config of what --load names
+ReadTokenizer = Callable[[Values], dict[str, Any]]  # -> fields of its tokenizer; {} where there is none
 TOKENIZER = ("tokenizer_type", *TOKENIZER_FILES)  # what tells a tokenizer from others
 
 
@@ -130,7 +131,7 @@ def _model_of_checkpoint(
     try:
         if read is None:
             raise ConfigError("--use-checkpoint-args has no effect here: this command reads no checkpoint. Leave it out.")
-        model = from_yaml(read(folder, values.get("ckpt_step")), f"config of {folder}").model
+        model = from_yaml(read(values), f"config of {folder}").model
     except MegalithError as error:
         problems.append(Problem(tuple(fields()), str(error)))  # what the checkpoint would have set is not missing as well
         return {}
@@ -150,7 +151,7 @@ def _tokenizer_of_checkpoint(
     if read is None or problems:
         return {}
     try:
-        found = {name: value for name, value in read(folder, values.get("ckpt_step")).items() if name in fields() and value is not None}
+        found = {name: value for name, value in read(values).items() if name in fields() and value is not None}
     except MegalithError as error:
         problems.append(Problem(TOKENIZER, str(error)))
         return {}

@@ -1,4 +1,4 @@
-"""A model from its config, placed on a mesh; and the plain model for using it on one device."""
+"""A model from its config, or one that exists, placed on a mesh; and the plain model for using it on one device."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from megalith.checkpoint import fit
+from megalith.checkpoint.store import fill
+from megalith.checkpoint.weights import Weights
+from megalith.common.errors import CheckpointError
+from megalith.config.loading import to_yaml
 from megalith.config.model import ModelConfig
 from megalith.config.run import RunConfig
 from megalith.config.stages import SPLIT_BACKWARD, layers_of, schedule_of, stages_of
@@ -124,15 +129,19 @@ def meta_model(config: ModelConfig, seed: int = 0) -> nn.Module:
         return MODELS.find(config.model_type)(config, seed)
 
 
-def place(config: RunConfig, mesh: Mesh, dtype: torch.dtype = torch.float32) -> Runtime:
-    """Build the model on meta, split it, give it memory, draw its weights. No process ever holds a whole copy it need not hold.
+def place(config: RunConfig, mesh: Mesh, dtype: torch.dtype = torch.float32, weights: Weights | None = None) -> Runtime:
+    """Build the model on meta, split it, give it memory and weights. No process holds a whole copy it need not hold.
 
-    dtype: of the weights; float64 is for checks of layouts against one another.
+    dtype: of the weights; float64 is for checks of layouts against one another. weights: what they are, of which each
+    process reads the part that it holds: a checkpoint of any format, or a model that exists (runtime/load.py,
+    `weights_of`); None draws them. Raises CheckpointError where they are another model's than `config` describes.
     """
     whole = meta_model(config.model, config.batch.seed)
+    if weights is not None:
+        check_weights(weights, whole)
     names, number = canonical_names(whole), sum(parameter.numel() for parameter in whole.parameters())
     if mesh.size("pp") == 1:
-        return Runtime(config, mesh, (settle(config, mesh, whole.to(dtype), 0, names),), number)
+        return Runtime(config, mesh, (settle(config, mesh, whole.to(dtype), 0, names, weights=weights),), number)
     cut = Cut(ENDS.find(config.model.model_type), layers_of(config), config.model.num_layers if config.model.decoder_layers else None)
     stages, schedule = stages_of(config, mesh.place("pp")), schedule_of(config.parallel)
     queues = [Queue() if schedule in SPLIT_BACKWARD else None for _ in stages]
@@ -140,7 +149,7 @@ def place(config: RunConfig, mesh: Mesh, dtype: torch.dtype = torch.float32) -> 
     for stage, queue in zip(stages, queues, strict=True):
         model = meta_model(config.model, config.batch.seed).to(dtype)
         cut.apply(model, stage)
-        parts.append(settle(config, mesh, model, stage, names, queue))
+        parts.append(settle(config, mesh, model, stage, names, queue, weights))
     processes = {stage: process for process in range(mesh.size("pp")) for stage in stages_of(config, process)}
     shared = Shared(cut.holders(names), parts, processes, mesh)
     compute = dtype if dtype == torch.float64 else getattr(torch, config.precision.compute_dtype)
@@ -149,8 +158,24 @@ def place(config: RunConfig, mesh: Mesh, dtype: torch.dtype = torch.float32) -> 
     return Runtime(config, mesh, tuple(parts), number, pipeline, shared)
 
 
-def settle(config: RunConfig, mesh: Mesh, model: nn.Module, stage: int, names: Mapping[str, str], queue: Queue | None = None) -> Part:
-    """A model on meta, or a stage of one, split over the other axes, with memory and weights. queue: where weight gradients are put off."""
+def check_weights(weights: Weights, model: nn.Module) -> None:
+    """Raise CheckpointError where weights are another model's, with both values of what differs. model: may be on meta."""
+    if another := fit.another_model(weights.source, model.config, weights.config.model):
+        raise CheckpointError(another)
+    found = {name: list(lazy.shape) for name, lazy in weights.tensors.items() if name.startswith("model/")}
+    asked = {f"model/{name}": list(parameter.shape) for name, parameter in model.named_parameters()}
+    if lines := fit.differences(asked, found, fit.model_section(to_yaml(weights.config))):
+        raise CheckpointError(fit.report(weights.source, lines))
+
+
+def settle(
+    config: RunConfig, mesh: Mesh, model: nn.Module, stage: int, names: Mapping[str, str], queue: Queue | None = None,
+    weights: Weights | None = None,
+) -> Part:  # fmt: skip
+    """A model on meta, or a stage of one, split over the other axes, with memory and weights.
+
+    queue: where weight gradients are put off. weights: see `place`.
+    """
     if mesh.size("tp") > 1:
         table = plan.PLANS.find(config.parallel.tensor_parallel_plan or config.model.model_type)
         plan.apply(model, table, Axis(mesh.devices["tp"], config.parallel.sequence_parallel))
@@ -165,7 +190,10 @@ def settle(config: RunConfig, mesh: Mesh, model: nn.Module, stage: int, names: M
             block.forward = torch.compile(block.forward, fullgraph=True)
     wrapped = data_parallel.wrap(model, blocks, mesh, config.parallel, config.precision)
     materialize(model, mesh.device)
-    initialize(model, config.batch.seed, names)
+    if weights is None:
+        initialize(model, config.batch.seed, names)
+    else:
+        fill(weights.tensors, {f"model/{names.get(name, name)}": each for name, each in model.named_parameters()})
     replicas = None
     if not wrapped and mesh.data_size * mesh.size("cp") > 1:
         replicas = data_parallel.Replicas(model, mesh.flat("dp_replicate", "dp_shard", "cp"))

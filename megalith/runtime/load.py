@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from megalith import checkpoint
-from megalith.checkpoint import formats, sources
-from megalith.checkpoint.lazy import check_range
-from megalith.checkpoint.weights import own
-from megalith.common.errors import ConfigError, problem
+from megalith.checkpoint import formats, huggingface, sources
+from megalith.checkpoint.lazy import Lazy, check_range
+from megalith.checkpoint.weights import Weights, own
+from megalith.common.errors import CheckpointError, ConfigError, problem
 from megalith.config.checks import limit
 from megalith.config.loading import stored_config
 from megalith.config.loading_values import convert, fields
+from megalith.config.model import ModelConfig
 from megalith.config.run import RunConfig
 from megalith.config.text import Problem, fail, flag, unknown
 from megalith.parallel.devices import pick
@@ -27,7 +28,7 @@ from megalith.runtime.state import weights
 
 
 def load_plain(
-    path: str | os.PathLike,
+    path: str | os.PathLike | nn.Module | Weights,
     *,
     device: str | torch.device = "auto",
     dtype: torch.dtype = torch.float32,
@@ -36,17 +37,20 @@ def load_plain(
 ) -> tuple[nn.Module, RunConfig, pathlib.Path | None]:
     """The model of a checkpoint in evaluation mode, the config of its run, and the folder of its tokenizer (None where it has none).
 
-    path: a run's folder, a folder of checkpoints, one checkpoint, or weights in another format (checkpoint/formats.py), also in a
-    zip archive or at a URL. device: auto, cpu, cuda, xpu or a torch.device. options: how another format is read.
+    path: a run's folder, a folder of checkpoints, one checkpoint, or weights in another format (checkpoint/formats.py),
+    also in a zip archive or at a URL; a model in memory, of transformers or of ours; or Weights.
+    device: auto, cpu, cuda, xpu or a torch.device. options: how another format is read.
     What is to be told of another format is in the model's `.notes`.
     Raises CheckpointError where there is none, it is damaged, or `dtype` cannot hold its weights.
     """
     place = device if isinstance(device, torch.device) else pick(device)
+    if isinstance(path, (nn.Module, Weights)):
+        return _made(path if isinstance(path, Weights) else weights_of(path), place, dtype)
     source = sources.local(path)
     format, options = formats.recognise(source), options or formats.Options()
     if format != "megalith":
         options = dataclasses.replace(options, iteration=iteration if iteration is not None else options.iteration)
-        return _foreign(formats.read(source, format, options), place, dtype)
+        return _made(formats.read(source, format, options), place, dtype)
     check_whole(source, options.overrides)
     found = checkpoint.find(source, iteration)
     config = stored_config(checkpoint.read_config(found), str(found / "config.yaml"))
@@ -65,15 +69,23 @@ def check_whole(source: pathlib.Path, given: Collection[str]) -> None:
         raise ConfigError(problem(f"{source}", shown, rule, "Leave it out; it is for other formats, whose files may lack it"))
 
 
-@torch.no_grad()
-def _foreign(source: formats.Weights, place: torch.device, dtype: torch.dtype) -> tuple[nn.Module, RunConfig, pathlib.Path | None]:
+def _made(source: Weights, place: torch.device, dtype: torch.dtype) -> tuple[nn.Module, RunConfig, pathlib.Path | None]:
     model = plain(source.config.model, place, dtype)
     check_range({name: source.tensors[name] for name in weights(model)}, dtype)
+    checkpoint.fill(source, weights(model))
     model.notes = source.notes
-    for name, parameter in weights(model).items():
-        parameter.copy_(source[name])
-    tokenizer = next((file.parent for name, file in source.files.items() if name.startswith("tokenizer/")), None)
-    return model, source.config, tokenizer
+    return model, source.config, source.tokenizer
+
+
+def weights_of(model: nn.Module) -> Weights:
+    """The weights of a model of ours or of transformers, whose memory they share; CheckpointError for others."""
+    if isinstance(config := getattr(model, "config", None), ModelConfig):
+        tensors = {name: Lazy.of(tensor) for name, tensor in weights(model).items()}
+        return Weights(config=RunConfig(model=config), tensors=tensors, source=type(model).__name__)
+    if hasattr(config, "to_json_string"):
+        return huggingface.of_model(model)
+    rule = "its attribute `config` is a ModelConfig, or a configuration of transformers"
+    raise CheckpointError(problem("model", type(model).__name__, rule, "Read it from the folder that it was saved in"))
 
 
 def reading(qkv_layout: str, swiglu_order: str, replicas: str, given: Mapping[str, Any]) -> formats.Options:

@@ -9,19 +9,18 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from megalith import checkpoint
-from megalith.checkpoint.fit import as_flag
+from megalith.checkpoint.fit import another_model
 from megalith.checkpoint.ranks import Ranks
 from megalith.common.errors import CheckpointError, ConfigError, DataError
 from megalith.common.files import sampled_digest
 from megalith.config.data import TOKENIZER_FILES, DataConfig
-from megalith.config.identity import changes, differences, sentence
-from megalith.config.loading import from_yaml
+from megalith.config.identity import changes, differences
 from megalith.config.loading_values import fields
 from megalith.config.run import RunConfig
 from megalith.data.build import report
 from megalith.data.indexed_format import dataset_files, resolve_prefix
 from megalith.data.tokenizers import Tokenizer, load_tokenizer
-from megalith.training import saving
+from megalith.training.source import Source, is_foreign, look, source_of, weights_only
 
 COMPUTING = ("data", "batch", "optimizer", "precision")  # sections that decide, with the model, what a step reads and computes
 INDIFFERENT = (  # of which these do not, but for rounding; what a tokenizer is made from, its vocabulary tells better
@@ -34,8 +33,8 @@ BLOCKS = 8  # of 4 KiB, that are looked at in a file
 
 def has_exact_gelu(config: RunConfig) -> bool:
     """Whether GELU is the exact one, whatever the config says: what it starts from was stored before --bias-gelu-fusion had an effect."""
-    source, model = saving.source_of(config), config.model
-    if source is None or model.openai_gelu or model.activation != "gelu_tanh":
+    source, model = source_of(config), config.model
+    if source is None or is_foreign(source) or model.openai_gelu or model.activation != "gelu_tanh":
         return False
     return "bias_gelu_fusion" not in checkpoint.read_config(checkpoint.find(source, config.checkpoint.ckpt_step))
 
@@ -46,37 +45,31 @@ def compare(config: RunConfig, tokenizer: Tokenizer, data: Mapping[str, str]) ->
     data: fingerprints of the corpora (see `fingerprints`).
     Raises CheckpointError on all processes where the weights would be those of another model.
     """
-    source = saving.source_of(config)
+    source = source_of(config)
     if source is None:
         return []
 
     def judge() -> list[str]:
-        path = checkpoint.find(source, config.checkpoint.ckpt_step)
-        return _compare(path, config, tokenizer, data, weights_only=saving.weights_only(config))
+        try:
+            return _compare(look(config, source), config, tokenizer, data)
+        except ConfigError as error:  # a config of another release
+            return [f"what it was trained with is not compared, because its config cannot be read here: {error}"]
 
     return Ranks().first(judge)
 
 
-def _compare(path: pathlib.Path, config: RunConfig, tokenizer: Tokenizer, data: Mapping[str, str], weights_only: bool) -> list[str]:
-    """weights_only: a new run begins with the weights, so its data and rates are its own."""
-    try:
-        then = from_yaml(checkpoint.read_config(path))
-    except ConfigError as error:  # a config of another release
-        return [f"what it was trained with is not compared, because its config cannot be read here: {error}"]
-    model = differences(config.model, then.model)
-    if model.another:
-        raise CheckpointError(
-            f"{path} holds another model: {'; '.join(sentence(*each) for each in model.another)}. Its weights mean nothing in this one, "
-            f"even where their shapes fit. Give {', '.join(as_flag(name, then) for name, _, then in model.another)}, or train another "
-            f"model in a folder of its own (--run-dir)."
-        )
-    lines = model.noted + _words(path, tokenizer, weights_only)
-    if weights_only:
+def _compare(source: Source, config: RunConfig, tokenizer: Tokenizer, data: Mapping[str, str]) -> list[str]:
+    then = source.config
+    alone = weights_only(config)  # a new run begins with the weights, so its data and rates are its own
+    if another := another_model(source.path, config.model, then.model):
+        raise CheckpointError(another)
+    lines = differences(config.model, then.model).noted + _words(source, tokenizer, alone)
+    if alone:
         return lines
     for section in COMPUTING:
         names = tuple(field.name for field in fields().values() if field.section == section and field.name not in INDIFFERENT)
         lines += changes(getattr(config, section), getattr(then, section), names)
-    before = checkpoint.read_train_state(path).get("data", data)  # converted checkpoints do not say
+    before = source.train_state.get("data", data)  # converted checkpoints do not say
     return lines + _replaced(data, before, all(getattr(config.data, name) == getattr(then.data, name) for name in CORPORA))
 
 
@@ -91,13 +84,15 @@ def _replaced(now: Mapping[str, str], then: Mapping[str, str], named_alike: bool
     return lines
 
 
-def _words(path: pathlib.Path, tokenizer: Tokenizer, weights_only: bool) -> list[str]:
+def _words(source: Source, tokenizer: Tokenizer, weights_only: bool) -> list[str]:
     """What to tell of a tokenizer that is not the one in the checkpoint; CheckpointError where it gives ids to other words."""
-    folder = path / "tokenizer"
-    if not folder.is_dir():
-        return []
+    folder, kind = source.tokenizer, source.config.data.tokenizer_type
+    if folder is None:
+        mine = tokenizer.options.tokenizer_type
+        line = f"the tokenizer is a {mine}, and {source.path} was trained with a {kind}"
+        return [] if kind in (None, mine) else [line]
     try:
-        then = load_tokenizer(folder)
+        then = load_tokenizer(folder, source.config.data)
         if then.fingerprint() == tokenizer.fingerprint():
             return []
         kinds = [each.options.tokenizer_type for each in (tokenizer, then)]
@@ -115,7 +110,7 @@ def _words(path: pathlib.Path, tokenizer: Tokenizer, weights_only: bool) -> list
         return [named]
     raise CheckpointError(
         f"{named}. The model would read other words than it has learned. Give the tokenizer that it was trained with, or begin a new "
-        f"run with its weights: --load {path} --finetune --run-dir NEW."
+        f"run with its weights: --load {source.path} --finetune --run-dir NEW."
     )
 
 

@@ -21,7 +21,7 @@ from megalith.config.megatron_counts import rows_asked
 from megalith.config.run import RunConfig
 from megalith.data.tokenizers import Tokenizer, tokenizer_from_config
 from megalith.runtime.build import Mesh, grid, join
-from megalith.training import origin, run_folder, saving
+from megalith.training import origin, run_folder, saving, source
 from megalith.training.announce import announce
 from megalith.training.build import build_callbacks, build_loaders, build_trainer, open_datasets, run_info, set_determinism
 from megalith.training.callbacks import print_lines
@@ -58,6 +58,9 @@ def _train(config: RunConfig, tokenizer: Tokenizer, ours: bool) -> Progress:
             if mesh.is_main:
                 print(f"run folder {old}, where this run began its record; new runs have it in the folder of --save", flush=True)
             config = config.replace(run_dir=old)
+        config, line = Ranks().first(lambda: source.settled(config))
+        if line and mesh.is_main:
+            print(line, flush=True)
         with contextlib.ExitStack() as held:
             on_main(mesh, lambda: held.enter_context(run_folder.alone(config)))
             if Ranks().first(lambda: origin.has_exact_gelu(config)):

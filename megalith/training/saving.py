@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pathlib
 from collections.abc import Callable
 
 from torch import Tensor
 
 from megalith import checkpoint
-from megalith.checkpoint import folder, manifest
+from megalith.checkpoint import folder, foreign
 from megalith.checkpoint.facts import part_of, written_by_another
-from megalith.checkpoint.folder import folder_of, iteration_of, load_of, paths, strange
+from megalith.checkpoint.folder import folder_of, iteration_of, load_of, paths
 from megalith.checkpoint.ranks import Ranks
+from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError, ConfigError, problem
 from megalith.config.checks import needs_checkpoint
 from megalith.config.run import RunConfig
 from megalith.config.text import Words, flag
 from megalith.runtime import state
 from megalith.training.finite import check_before_saving, check_loaded
+from megalith.training.source import check_own, is_foreign, read_foreign, source_of, weights_only
 from megalith.training.state import Progress
 from megalith.training.step import Trainer
 
@@ -59,17 +62,6 @@ def retain(config: RunConfig, progress: Progress, start: int) -> None:
         folder.retain(own, newest, c.keep_last, c.keep_every, ours=lambda path: not written_by_another(path, progress.run))
 
 
-def source_of(config: RunConfig) -> str | pathlib.Path | None:
-    """What the config says a run starts from: its own newest checkpoint, --load's, or nothing."""
-    load, own = load_of(config), folder_of(config)
-    return own if checkpoint.iterations(own) and (load is None or config.checkpoint.finetune) else load
-
-
-def weights_only(config: RunConfig) -> bool:
-    """Whether what a run starts from gives it its weights alone: --finetune, until the run has a checkpoint of its own."""
-    return config.checkpoint.finetune and source_of(config) != folder_of(config)
-
-
 def loaded(trainer: Trainer) -> str:
     """A line on what `resume` took from where, and what it left and why; "" where the run begins from random weights."""
     config, source = trainer.runtime.config, source_of(trainer.runtime.config)
@@ -86,9 +78,8 @@ def loaded(trainer: Trainer) -> str:
     else:
         taken, left, why = ["the weights", *["the optimizer's state"] * bool(trainer.optimizer.state), "the schedule", counts], [], ""
     rest = f"; not {_listed(left)}: {why}" if left else ""
-    return (
-        f"loaded from {checkpoint.find(source, config.checkpoint.ckpt_step)}: {_listed(taken)}{rest} (there are no random states to load)"
-    )
+    where = config.checkpoint.load if is_foreign(source) else checkpoint.find(source, config.checkpoint.ckpt_step)
+    return f"loaded from {where}: {_listed(taken)}{rest} (there are no random states to load)"
 
 
 def _listed(words: list[str]) -> str:
@@ -100,28 +91,39 @@ def resume(trainer: Trainer) -> Progress:
     config, source = trainer.runtime.config.checkpoint, source_of(trainer.runtime.config)
     if source is None:
         return Progress()
-    only_weights = weights_only(trainer.runtime.config)
-    measures = trainer.runtime.config.validation.skip_train  # which needs neither optimizer nor schedule
+    whole = trainer.runtime.config
+    only_weights = weights_only(whole)
+    measures = whole.validation.skip_train  # which needs neither optimizer nor schedule
     with_optimizer = not (only_weights or config.no_load_optim or measures)
+    ranks, weights = Ranks(), None
+    if is_foreign(source):
+        weights = ranks.every(lambda: read_foreign(whole, with_optimizer=with_optimizer, judges=ranks.rank == 0))
+        if ranks.rank == 0:
+            print("".join(f"{config.load}: {note}\n" for note in weights.notes), end="", flush=True)
     tensors = [state.weights(part) for part in trainer.runtime.parts]
     if with_optimizer:
         state.touch(trainer.optimizer)
         complete = with_optimizer_state(trainer, tensors)
-        if has_moments(source, config.ckpt_step, {part_of(name) for tensors in complete for name in tensors}):
+        asked = {part_of(name) for tensors in complete for name in tensors}
+        if ranks.first(lambda: has_moments(source, weights, config.ckpt_step, asked)):
             tensors = complete
         else:
             trainer.optimizer.state.clear()
-    stored = checkpoint.load(source, tensors, iteration=config.ckpt_step)
+    if weights is not None:
+        checkpoint.fill(weights, tensors)
+        stored = {"iteration": weights.iteration, **weights.train_state}
+    else:
+        stored = checkpoint.load(source, tensors, iteration=config.ckpt_step)
     check_loaded(tensors, source, stored["iteration"])
     if only_weights:
         return Progress()
     if with_optimizer:
         trainer.loss_scale.load_state_dict(stored["loss_scale"])
         trainer.schedule = trainer.schedule.resumed(stored["schedule"])
-    if source != folder_of(trainer.runtime.config):
+    if source != folder_of(whole):
         return Progress.resumed(stored, same_run=False)
     progress = Progress.resumed(stored)
-    Ranks().first(lambda: check_ahead(folder_of(trainer.runtime.config), progress))
+    ranks.first(lambda: check_ahead(folder_of(whole), progress))
     return progress
 
 
@@ -135,30 +137,27 @@ def check_ahead(own: pathlib.Path, progress: Progress) -> None:
         )
 
 
-def has_moments(source: str | pathlib.Path, iteration: int | None, asked: set[str]) -> bool:
-    """Whether a checkpoint has the optimizer's state. All processes call; raises CheckpointError on all where it lacks what is needed.
+def has_moments(source: str | os.PathLike, weights: Weights | None, iteration: int | None, asked: set[str]) -> bool:
+    """Whether a checkpoint has the optimizer's state; raises CheckpointError where it lacks what is needed.
 
-    asked: the parts of this run's state, such as optimizer/exp_avg. Before the first step that changed weights there is none
-    to have: float16 begins with steps that are skipped.
+    weights: those of a foreign source. asked: the parts of this run's state, such as optimizer/exp_avg. Before the first
+    step that changed weights there is none to have: float16 begins with steps that are skipped.
     """
-
-    def judge() -> bool:
+    path, parts = source, {part_of(name) for name in weights or ()}
+    if weights is None:
         path = checkpoint.find(source, iteration)
-        wanted, found = (
-            {part for part in parts if part.startswith("optimizer/")} for parts in (asked, checkpoint.describe(path)["parameters"])
-        )
-        if wanted == found:
-            return bool(found)
-        if not found and checkpoint.read_train_state(path).get("scheduled_samples") == 0:
-            return False
-        rule = f"this run's optimizer goes on from {', '.join(sorted(wanted)) or 'none'}"
-        if not found:
-            rule = "it holds weights alone, and going on needs the optimizer's state too"
-        again = "the optimizer that it was saved with (--optimizer, --sgd-momentum), or " if found else ""
-        cure = f"Give {again}--no-load-optim to go on with a new one, or begin at step 0 with --load {path} --finetune --run-dir NEW"
-        raise CheckpointError(problem(f"{path}: state of the optimizer", Words(", ".join(sorted(found)) or "none"), rule, cure))
-
-    return Ranks().first(judge)
+        parts = set(checkpoint.describe(path)["parameters"])
+    wanted, found = ({part for part in each if part.startswith("optimizer/")} for each in (asked, parts))
+    if wanted == found:
+        return bool(found)
+    if weights is None and not found and checkpoint.read_train_state(path).get("scheduled_samples") == 0:
+        return False
+    rule = f"this run's optimizer goes on from {', '.join(sorted(wanted)) or 'none'}"
+    if not found:
+        rule = "it holds weights alone, and going on needs the optimizer's state too"
+    again = "the optimizer that it was saved with (--optimizer, --sgd-momentum), or " if found else ""
+    cure = f"Give {again}--no-load-optim to go on with a new one, or begin at step 0 with --load {path} --finetune --run-dir NEW"
+    raise CheckpointError(problem(f"{path}: state of the optimizer", Words(", ".join(sorted(found)) or "none"), rule, cure))
 
 
 def with_optimizer_state(trainer: Trainer, weights: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
@@ -179,11 +178,8 @@ def check_folder(config: RunConfig) -> None:
             f"{checkpoint.latest(own)}: only one can be gone on from. Drop --load to resume this run, "
             f"name another --run-dir or --save, or give --fresh to move this run aside."
         )
-    if load is not None and not there and not checkpoint.iterations(load) and not (pathlib.Path(load) / manifest.NAME).exists():
-        raise CheckpointError(
-            strange(load)
-            or f"--load {load} holds no complete checkpoint (iter_NNNNNNN/); starting from random weights instead would be silent loss. "
-            f"Name a folder that `megalith checkpoint inspect` can read, or drop --load."
-        )
+    if load is not None and not there:
+        foreign.format_of(load)
+    check_own(config)
     if not there and config.checkpoint.load is None and (given := needs_checkpoint(config)):
         raise ConfigError(f"{flag(given)}: {own} holds no checkpoint; it needs one to load. Name its folder with --load, or leave it out.")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Iterator
 
 from megalith.common.errors import MegalithError, problem
 from megalith.config import flags, launched
 from megalith.config.data import TOKENIZER_FILES, DataConfig, unnamed_files
+from megalith.config.loading import from_yaml
 from megalith.config.loading_yaml import about
 from megalith.config.run import RunConfig
 from megalith.config.text import Problem, flag
@@ -97,12 +99,23 @@ def _tokenizer(data: DataConfig) -> Iterator[str]:
 
 
 def _checkpoint(config: RunConfig) -> Iterator[str]:
-    from megalith.checkpoint import folder
+    """What is wrong with --load: it is not there, or of another model. No torch, unless it is another program's."""
+    from megalith.checkpoint import facts, fit, folder
 
     load = folder.load_of(config)
     if load is None:  # a run's own folder may be empty: it begins then
         return
+    if re.match(r"https?://", load):
+        yield f"--load: {load} is not judged before the run fetches it"
+        return
     try:
-        folder.find(load, config.checkpoint.ckpt_step)
+        if folder.is_ours(load) or not pathlib.Path(load).exists():
+            then = from_yaml(facts.read_config(folder.find(load, config.checkpoint.ckpt_step)))
+        else:
+            from megalith.checkpoint import foreign
+
+            then = foreign.read(load, foreign.options_of(config)).config
+        if another := fit.another_model(load, config.model, then.model):
+            yield f"--load: {another}"
     except MegalithError as error:
         yield f"--load: {error}"

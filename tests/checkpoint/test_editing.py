@@ -5,6 +5,7 @@ import torch
 
 from megalith import checkpoint
 from megalith.checkpoint.editing import resize
+from megalith.checkpoint.lazy import Lazy
 from megalith.common.errors import CheckpointError
 from megalith.config.loading import from_yaml, to_yaml
 from megalith.config.parameters import parameter_shapes
@@ -87,7 +88,8 @@ def test_sizes(source, tmp_path, size):
 
 def test_resize_keeps_the_mean():
     tensor = torch.randn(10, 4, dtype=torch.float64)
-    assert torch.allclose(resize(tensor, 30).mean(dim=0), tensor.mean(dim=0), atol=1e-15) and resize(tensor, None) is not None
+    lazy = Lazy.of(tensor)
+    assert torch.allclose(resize(lazy, 30).read().mean(dim=0), tensor.mean(dim=0), atol=1e-15) and resize(lazy, None) is lazy
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""Conversions need the memory of a layer and an embedding, not of the model: measured in a process of its own, path by path."""
+"""Conversions need the memory of a layer and an embedding, not of the model, and a rank that begins with another program's weights
+that of its own part and a layer: measured in a process of its own, path by path; and the bytes that such a rank reads are counted.
+"""
 
 import json
 import os
@@ -63,7 +65,66 @@ def child(folder: pathlib.Path) -> None:
         with Peak() as peak:
             convert(folder / source, folder / target, to=to, options=Options(**options))
         found[name] = peak.bytes
+    found |= {"ranks": ranks(folder, config)}
     print(json.dumps(found))
+
+
+RANKS = (0, 3)  # a tensor-parallel rank of the first stage and the other one of the last
+PARTS = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+SOURCES = {
+    "Hugging Face": "hf", "pytorch_model.bin": "bin", "Megatron": "megatron", "Megatron, tp2 pp2": "tp2pp2",
+    "torch_dist": "torch_dist", "DeepSpeed": "deepspeed", "a run": "ours",
+}  # fmt: skip
+
+
+def ranks(folder: pathlib.Path, config) -> dict[str, dict]:
+    """{source and rank of tp2 pp2: bytes: {"memory": that loading takes, "share": of the rank's weights, "read": of files}}."""
+    import torch
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    from megalith.checkpoint.formats import Options, read
+    from megalith.parallel.mesh import grid
+    from megalith.runtime.build import place
+
+    taken, found = [0], {}
+    count(taken)
+    for rank in RANKS:
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=4)
+        parts = config.replace(**PARTS, device="cpu", micro_batch_size=1, global_batch_size=1, seq_length=64)
+        mesh = grid(parts.parallel, torch.device("cpu"))
+        share = sum(parameter.to_local().nbytes for _, parameter in place(parts, mesh).named_parameters())
+        for name, source in SOURCES.items():
+            weights = read(folder / source, options=Options(replicas="first"))
+            taken[0] = 0
+            with Peak() as peak:
+                placed = place(parts, mesh, weights=weights)
+            found[f"{name}, rank {rank}"] = {"memory": peak.bytes, "share": share, "read": taken[0]}
+            del placed
+        dist.destroy_process_group()
+    return found
+
+
+def count(taken: list[int]) -> None:
+    """Add to `taken` the bytes of every part of a file that is read from now on."""
+    import dataclasses
+
+    from megalith.checkpoint import huggingface_files, stored
+    from megalith.checkpoint.lazy import Lazy
+
+    def counted(**fields) -> Lazy:
+        lazy = Lazy(**fields)
+
+        def read(index=()):
+            part = lazy.part(index) if index else lazy.read()
+            taken[0] += part.nbytes
+            return part
+
+        return dataclasses.replace(lazy, read=read, box=read)
+
+    original = huggingface_files._safetensors
+    stored.Lazy = counted
+    huggingface_files._safetensors = lambda file: ((name, counted(**vars(lazy))) for name, lazy in original(file))
 
 
 class Peak:
@@ -155,3 +216,13 @@ def test_the_model_is_many_times_what_is_allowed(peaks) -> None:
 @pytest.mark.parametrize("name", PATHS)
 def test_a_layer_and_the_embedding_at_most(peaks, name: str) -> None:
     assert peaks[name] < peaks["bound"] + ALLOWED, f"{peaks[name] / 1e6:.1f} MB; a layer and the embedding are {peaks['bound'] / 1e6:.1f}"
+
+
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_rank_reads_its_part(peaks, source: str, rank: int) -> None:
+    """In tp2 pp2: the memory of the rank's share and a layer; of the files its share alone."""
+    found = peaks["ranks"][f"{source}, rank {rank}"]
+    assert found["memory"] < found["share"] + peaks["bound"] / 2 + ALLOWED, f"{found['memory'] / 1e6:.1f} of {found['share'] / 1e6:.1f} MB"
+    assert found["read"] <= found["share"], f"{found['read'] / 1e6:.1f} of {found['share'] / 1e6:.1f} MB"
+    assert found["share"] < 0.3 * peaks["total"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megalith import checkpoint
-from megalith.checkpoint.lazy import Lazy, join
+from megalith.checkpoint.lazy import Lazy, cat
 from megalith.checkpoint.weights import own, write
 from megalith.common.errors import CheckpointError
 from megalith.config.loading import to_yaml
@@ -41,7 +41,6 @@ def test_lazy():
         return torch.arange(6.0).view(2, 3)
 
     lazy = Lazy(shape=(2, 3), dtype=torch.float32, read=read)
-    turned = lazy.then(lambda t: t.t().to(torch.bfloat16))
-    both = join([lazy, lazy], lambda parts: torch.cat(parts, dim=1))
+    turned, both = lazy.t().to(torch.bfloat16), cat([lazy, lazy], 1)
     assert turned.shape == (3, 2) and turned.dtype == torch.bfloat16 and both.shape == (2, 6) and reads == []
     assert torch.equal(turned.read().float(), read().t()) and torch.equal(both.read(), torch.cat([read()] * 2, dim=1))

@@ -93,8 +93,8 @@ def test_the_model_of_a_checkpoint():
     stored = load(*SHAPE, "--hidden-size", "96", "--swiglu", "--vocab-size", "77")[0]
     asked = []
 
-    def read(folder, iteration):
-        asked.append((folder, iteration))
+    def read(values):
+        asked.append((values["load"], values.get("ckpt_step")))
         return to_yaml(stored)
 
     config, notices = load(

@@ -11,7 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megalith.config.model import ModelConfig
 from megalith.data.tokenizers import Tokenizer, build_tokenizer
-from megalith.generation.model import TextModel
+from megalith.models.gpt import GPT
 from megalith.runtime.build import plain
 
 CORPUS = ["Once upon a time there was a small model, and the model wrote.", "Zürich, 東京, Ελλάδα, 😀 naïve café; once more upon a time."]
@@ -35,10 +35,10 @@ def tokenizer(tokenizer_file: pathlib.Path) -> Tokenizer:
 
 
 @pytest.fixture
-def make(tokenizer: Tokenizer) -> Callable[..., TextModel]:
-    """`make(dtype=..., **config)`: a model in evaluation mode with its tokenizer."""
+def make(tokenizer: Tokenizer) -> Callable[..., GPT]:
+    """`make(dtype=..., **config)`: a model in evaluation mode with the tokenizer attached."""
 
-    def made(dtype: torch.dtype = torch.float32, **form: Any) -> TextModel:
+    def made(dtype: torch.dtype = torch.float32, **form: Any) -> GPT:
         base = {
             "num_layers": 2,
             "hidden_size": 32,
@@ -47,6 +47,8 @@ def make(tokenizer: Tokenizer) -> Callable[..., TextModel]:
             "max_position_embeddings": 200,
             "init_method_std": 0.3,
         }
-        return TextModel(plain(ModelConfig(**{**base, **form}), torch.device("cpu"), dtype, seed=5), tokenizer)
+        model = plain(ModelConfig(**{**base, **form}), torch.device("cpu"), dtype, seed=5)
+        model.tokenizer = tokenizer
+        return model
 
     return made

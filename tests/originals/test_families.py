@@ -6,6 +6,7 @@ from torch import Tensor
 
 from megalith.checkpoint import formats, huggingface
 from megalith.checkpoint.huggingface_families import FAMILIES
+from megalith.checkpoint.lazy import Lazy
 from megalith.generation.generate import complete
 from megalith.models.gpt import GPT
 from tests.originals.families import MODELS
@@ -42,9 +43,9 @@ def ours(original, model) -> dict[str, Tensor]:
     theirs = {each: parameter.grad for each, parameter in original.named_parameters()}
     theirs["embed_out.weight"] = theirs.get("lm_head.weight")  # NeoX's files have another name than its module
     return {
-        each: part
+        each: part.read()
         for rule, name, names in huggingface.rules(family, model.config)
-        for each, part in zip(names, rule.form.apart(theirs[name], model.config))
+        for each, part in zip(names, rule.form.apart(Lazy.of(theirs[name]), model.config))
     }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megalith.checkpoint.huggingface_families import PLAIN, TAKE, Copy, Family, Rule, Setting, activation, activation_name
-from megalith.checkpoint.lazy import Lazy, join
+from megalith.checkpoint.lazy import Index, Lazy, slices
 from megalith.config.model import ModelConfig
 from megalith.config.run import RunConfig
 
@@ -58,10 +58,16 @@ def _one_segment(found: dict[str, Lazy], model: ModelConfig) -> tuple[dict[str, 
     prefix = "" if TYPES in found else "bert."
     if not model.bert_no_binary_head or not {prefix + POSITIONS, prefix + TYPES} <= found.keys():
         return found, ()
-    positions = join([found[prefix + POSITIONS], found[prefix + TYPES]], lambda parts: parts[0] + parts[1][0])
+    positions, types = found[prefix + POSITIONS], found[prefix + TYPES]
+
+    def part(index: Index = ()) -> torch.Tensor:
+        rows, columns = slices(positions.shape, index)
+        return positions.part((rows, columns)) + types.part((slice(0, 1), columns))
+
     others = {name: lazy for name, lazy in found.items() if name != prefix + TYPES}
     note = "no binary head in it: imported without, for one segment, whose embedding was added to those of the positions"
-    return {**others, prefix + POSITIONS: positions}, (note,)
+    made = Lazy(shape=positions.shape, dtype=positions.dtype, read=part, box=part)
+    return {**others, prefix + POSITIONS: made}, (note,)
 
 
 def _no_segments(model: ModelConfig) -> dict[str, Lazy]:

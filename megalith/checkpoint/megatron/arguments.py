@@ -40,7 +40,6 @@ LEFT = {
 }  # read by rules of their own
 UNSUPPORTED = {  # argument -> why a model trained with it cannot be one of ours; it may be off, see OFF
     "num_experts": "there are no mixture-of-experts layers here",
-    "apply_layernorm_1p": "weights of LayerNorm are stored as they multiply here, and minus one there",
     "multi_latent_attention": "there is no multi-latent attention here",
     "qk_l2_norm": "there is no such norm of queries and keys here",
     "rope_type": "of Megatron's rotary positions only plain ones are read",
@@ -98,23 +97,22 @@ def known(args: Mapping[str, Any], overrides: Collection[str] = ()) -> dict[str,
 
 def to_config(
     args: Mapping[str, Any], parts: Mapping[str, Lazy], ranks: int, kind: str, overrides: Mapping[str, Any], notes: list[str],
-    words: Callable[[DataConfig], int | None] = lambda data: None,
+    words: Callable[[DataConfig], int | None] = lambda data: None, assumed: Mapping[str, Any] | None = None,
 ) -> RunConfig:  # fmt: skip
     """The config of a model with these arguments and these tensors (those of one tensor-parallel rank of `ranks`).
 
     What shapes tell is a fact; the rest is the arguments', or assumed with a note where there are none; overrides win.
-    words: see Options. Raises CheckpointError for what our models cannot be.
+    words, assumed: see Options. Raises CheckpointError for what our models cannot be.
     """
     args = known(args, overrides)
-    plain_norms = "encoder.layers.0.input_layernorm.bias" not in parts  # RMSNorm has that form here too
     for name, reason in UNSUPPORTED.items():
-        if name == "apply_layernorm_1p" and plain_norms:
-            continue
         if args.get(name) and args[name] not in OFF.get(name, ()):
             raise CheckpointError(
                 problem(f"--{name.replace('_', '-')}", args[name], reason, "Train without it, or convert with its own tools")
             )
-    values = _of_arguments(args, notes) | {"model_type": kind} | ({} if kind == "gpt" else {"dataset": kind, "loss": kind})
+    given = {name: each for name, each in (assumed or {}).items() if not args and each is not None and name != "vocab_size"}
+    values = _of_arguments(args, notes) | given | {"model_type": kind}
+    values |= {} if kind == "gpt" else {"dataset": kind, "loss": kind}
     gates = {name: value for name, value in overrides.items() if name in ("swiglu", "glu_activation")}
     facts = _of_shapes(parts, ranks, values | gates)
     told, said = Told(), args.get("position_embedding_type")
@@ -124,13 +122,15 @@ def to_config(
     if values.get("sliding_window"):
         values["full_attention_layers"] = _without_window(args.get("window_attn_skip_freq"), values["num_layers"])
     if not args:
-        values |= _assumed(kind, values, overrides, notes)
+        values |= _assumed(kind, values, given, overrides, notes)
     values |= overrides
     _heads(values, args, parts, ranks, overrides, told)
     padded = parts["embedding.word_embeddings.weight"].shape[0] * ranks
     if "vocab_size" not in overrides:
         told.compare("padded_vocab_size", padded, args.get("padded_vocab_size"))
     told.check()
+    if values.get("normalization") == "LayerNorm":  # whose weights are stored as they multiply here, see Plan
+        values.pop("apply_layernorm_1p", None)
     values["vocab_size"] = true_size(args, padded, ranks, overrides, notes, words(RunConfig().replace(**values).data))
     values.setdefault("make_vocab_size_divisible_by", 128)
     config = RunConfig().replace(**values)
@@ -213,15 +213,19 @@ def _of_shapes(parts: Mapping[str, Lazy], ranks: int, values: Mapping[str, Any])
     return found
 
 
-def _assumed(kind: str, values: Mapping[str, Any], overrides: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
-    """What is assumed of a file without arguments."""
+def _assumed(
+    kind: str, values: Mapping[str, Any], given: Mapping[str, Any], overrides: Mapping[str, Any], notes: list[str]
+) -> dict[str, Any]:
+    """What is assumed of a file without arguments, beside what is given."""
     assumed: dict[str, Any] = {"openai_gelu": kind == "gpt", "bias_gelu_fusion": False} if not values.get("swiglu") else {}
     if values["position_embedding_type"] == "none":
         assumed["position_embedding_type"] = "rope"
     if values["hidden_size"] % 64 == 0 and values["hidden_size"] >= 512:  # the releases have heads of 64
         assumed["num_attention_heads"] = values["hidden_size"] // 64
-    said = ", ".join(f"{name} {value}" for name, value in assumed.items() if name not in overrides)
-    notes.append(f"the file holds no arguments; assumed: {said}, layernorm_epsilon 1e-05. Give what differs as flags")
+    assumed = {"layernorm_epsilon": 1e-5, **assumed}
+    assumed = {name: value for name, value in assumed.items() if name not in given}
+    if said := ", ".join(f"{name} {value}" for name, value in assumed.items() if name not in overrides):
+        notes.append(f"the file holds no arguments; assumed: {said}. Give what differs as flags")
     return assumed
 
 

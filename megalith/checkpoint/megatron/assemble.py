@@ -21,6 +21,8 @@ from megalith.config.parameters import parameter_shapes
 
 Parts = Mapping[str, Lazy]  # of one tensor-parallel rank, {Megatron's name: tensor}
 SPARE = 20  # lines of an error
+# The cure where the optimizer's state cannot be read.
+WEIGHTS_ALONE = "Take the weights alone: import without --with-optimizer; pretrain with --no-load-optim, or at step 0 with --finetune"
 WORDS = "embedding.word_embeddings.weight"
 
 
@@ -37,10 +39,12 @@ class Plan:
         kind = model_type(first)
         self.encoder_layers = count_layers(first, "encoder") if kind == "t5" else 0
         first = self._number(first)
-        self.config = to_config(fields(args), first, len(parts), kind, options.overrides, notes, options.words)
+        given = options.overrides, notes, options.words, options.assumed
+        self.config = to_config(fields(args), first, len(parts), kind, *given)
         if "output_layer.weight" in first:
             self.config = self.config.replace(untie_embeddings_and_output_weights=True)
         model = self.config.model
+        self.minus_one = bool(said.get("apply_layernorm_1p")) and model.norm == "layernorm"
         multiquery = model.attention_head_type == "multiquery"
         rows = table(kind, gated=model.gated, multiquery=multiquery)
         self.rows = rows_of_theirs(rows, first)
@@ -63,7 +67,7 @@ class Plan:
         layout = dataclasses.replace(self.layout, ranks=len(parts))
         if len(parts) != self.layout.ranks and layout.qkv != "grouped":
             rule = f"rows of query_key_value in the order {layout.qkv} can only be told apart on each of {self.layout.ranks} ranks"
-            raise CheckpointError(problem(f"{prefix.rstrip('/')}, tensor-parallel parts", len(parts), rule, "Import without the optimizer"))
+            raise CheckpointError(problem(f"{prefix.rstrip('/')}, tensor-parallel parts", len(parts), rule, WEIGHTS_ALONE))
         theirs = "" if prefix == "model/" else prefix  # whose copies they are, in what is said of them
         parts = [self._tied(self._number(rank), number, theirs, replicas) for number, rank in enumerate(parts)]
         wrong, found = list[str](), dict[str, Lazy]()
@@ -82,12 +86,14 @@ class Plan:
                     if self.summed and prefix == "model/" and re.search(r"\.dense(_4h_to_h)?\.bias$", row.theirs):
                         if len(whole) != self.layout.ranks:
                             rule = f"its addends lie on {self.layout.ranks} tensor-parallel ranks"
-                            raise CheckpointError(problem(row.theirs, len(whole), rule, "Import without the optimizer"))
+                            raise CheckpointError(problem(row.theirs, len(whole), rule, WEIGHTS_ALONE))
                         whole = [total(whole)]
                     else:
                         copies = {f"tensor-parallel rank {number}": part for number, part in enumerate(whole)}
                         whole = [replicas.one(f"{theirs}{row.theirs}", copies)]
                 pieces = merge(row.split, whole, layout, len(row.ours))
+                if self.minus_one and prefix == "model/" and row.ours[0].endswith("norm.weight"):
+                    pieces = [piece.elementwise(lambda stored: stored + 1) for piece in pieces]
                 found |= {prefix + name: piece for name, piece in zip(row.ours, pieces, strict=True)}
         if wrong:
             more = [f"... and {len(wrong) - SPARE} more"] if len(wrong) > SPARE else []

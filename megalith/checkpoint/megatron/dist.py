@@ -5,25 +5,21 @@ Layers are stacked in one tensor; a layer is read alone.
 
 from __future__ import annotations
 
-import functools
-import itertools
-import operator
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from megalith.checkpoint import unpickle
 from megalith.checkpoint.chunked import INDEX, Chunked
 from megalith.checkpoint.formats import Format, Options
 from megalith.checkpoint.huggingface_files import read_json
-from megalith.checkpoint.lazy import Lazy
+from megalith.checkpoint.lazy import Lazy, cat
 from megalith.checkpoint.megatron import build
 from megalith.checkpoint.megatron.agreement import same_iteration
+from megalith.checkpoint.megatron.assemble import WEIGHTS_ALONE
 from megalith.checkpoint.megatron.names import normal_names
-from megalith.checkpoint.megatron.optimizer import CURE, MOMENTS
+from megalith.checkpoint.megatron.optimizer import MOMENTS
 from megalith.checkpoint.megatron.replicas import Replicas
 from megalith.checkpoint.megatron.source import TRACKER
 from megalith.checkpoint.stored import Window
@@ -40,7 +36,7 @@ def named(chunked: Chunked, key: str, name: str) -> Iterator[tuple[str, Lazy]]:
     original = unpickle.fields((chunked.facts.get("mcore_data") or {}).get(key)).get("nd_reformulated_orig_global_shape")
     if not re.search(r"\.layers\.(?!\d)", name):
         whole = chunked.lazy(key)
-        yield name, whole if original is None else whole.then(functools.partial(_restore, shape=tuple(original)))
+        yield name, whole if original is None else _restore(whole, original)
         return
     for number in range((original or chunked.tensors[key].shape)[0]):
         yield name.replace(".layers.", f".layers.{number}.", 1), _layer(chunked, key, number, original)
@@ -50,19 +46,25 @@ def _layer(chunked: Chunked, key: str, number: int, original: Sequence[int] | No
     """One of stacked layers, and no more of the file. original: the shape of the stack, where it was stored flat."""
     shape = chunked.tensors[key].shape
     if original is None:
-        return chunked.lazy(key, (number, *[0] * (len(shape) - 1)), (1, *shape[1:])).then(operator.itemgetter(0))
+        return chunked.lazy(key, (number, *[0] * (len(shape) - 1)), (1, *shape[1:])).reshape(shape[1:])
     each = original[0] // shape[0]  # layers of a fragment, one after another
     size = shape[-1] // each
     first = (number // each, *[0] * (len(shape) - 2), number % each * size)
-    return chunked.lazy(key, first, (1, *shape[1:-1], size)).then(lambda flat: _restore(flat, (1, *original[1:]))[0])
+    return _restore(chunked.lazy(key, first, (1, *shape[1:-1], size)), (1, *original[1:])).reshape(original[1:])
 
 
-def _restore(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _restore(flat: Lazy, shape: Sequence[int]) -> Lazy:
     """A tensor whose fragments the distributed optimizer stored flat: [fragments of each axis ..., elements] -> `shape`."""
     fragments = flat.shape[:-1]
     local = [size // count for size, count in zip(shape, fragments, strict=True)]
-    axes = list(itertools.chain.from_iterable((axis, axis + len(shape)) for axis in range(len(shape))))
-    return flat.reshape(*fragments, *local).permute(axes).reshape(shape)
+
+    def joined(*at: int) -> Lazy:
+        """All fragments whose numbers begin with these."""
+        if len(at) == len(fragments):
+            return flat.at(tuple(slice(number, number + 1) for number in at)).reshape(local)
+        return cat([joined(*at, number) for number in range(fragments[len(at)])], len(at))
+
+    return joined()
 
 
 def find(path: pathlib.Path, iteration: int | None) -> pathlib.Path | None:
@@ -132,7 +134,7 @@ def states(folder: pathlib.Path, chunked: Chunked) -> build.States:
             "its flat buffers depend on settings that are not stored (save with --dist-ckpt-optim-fully-reshardable)"
             if flat else "it was saved without"
         )  # fmt: skip
-        raise CheckpointError(problem(f"{folder}, optimizer", "flat buffers" if flat else None, rule, CURE))
+        raise CheckpointError(problem(f"{folder}, optimizer", "flat buffers" if flat else None, rule, WEIGHTS_ALONE))
     normal = {key: dict(zip(normal_names(table).values(), table.values(), strict=True)) for key, table in found.items()}
     return {key: [table] for key, table in normal.items()}
 

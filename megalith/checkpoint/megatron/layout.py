@@ -14,14 +14,13 @@ Shapes: n query heads, g key/value heads, d channels of a head, t ranks.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megalith.checkpoint.lazy import Index, Lazy, join, ranges
+from megalith.checkpoint.lazy import Lazy, cat
 from megalith.common.errors import CheckpointError, problem
 
 CUT = {"rows": 0, "vocabulary": 0, "columns": 1}  # what is cut along an axis and nothing else
@@ -58,38 +57,15 @@ def part_shape(split: str, ours: Sequence[Shape], layout: Layout) -> Shape:
 
 def merge(split: str, parts: Sequence[Lazy], layout: Layout, count: int) -> list[Lazy]:
     """Our tensors, read when asked for, of all ranks' parts."""
-    if split in CUT:
-        axis, first = CUT[split], parts[0]
-        size = layout.vocabulary if split == "vocabulary" else sum(part.shape[axis] for part in parts)
-        shape = (*first.shape[:axis], size, *first.shape[axis + 1 :])
-        read = functools.partial(_glued, list(parts), axis, shape)
-        return [Lazy(shape=shape, dtype=first.dtype, read=read, box=read)]
-    return [join(list(parts), functools.partial(_merged, split, layout, index)) for index in range(count)]
-
-
-def _glued(parts: list[Lazy], axis: int, shape: Shape, index: Index = ()) -> Tensor:
-    """Parts one after another along an axis, cut to `shape`, at an index; one part is in memory at a time beside the result."""
-    taken = ranges(shape, index)
-    others = [slice(each.start, each.stop) for each in taken]
-    whole, first = torch.empty([len(each) for each in taken], dtype=parts[0].dtype), 0
-    for part in parts:
-        last = first + part.shape[axis]
-        low, high = max(first, taken[axis].start), min(last, taken[axis].stop)
-        if low < high:
-            piece = part.part((*others[:axis], slice(low - first, high - first), *others[axis + 1 :]))
-            if piece.shape == whole.shape:
-                return piece
-            whole.narrow(axis, low - taken[axis].start, high - low).copy_(piece)
-        first = last
-    return whole
-
-
-def _merged(split: str, layout: Layout, index: int, parts: list[Tensor]) -> Tensor:
     if split == "whole":
-        return parts[0]
+        return [parts[0]]
+    if split in CUT:
+        whole = cat(parts, CUT[split])
+        return [whole.narrow(0, 0, layout.vocabulary) if split == "vocabulary" else whole]
     if split == "pair" and layout.groups == 1:
-        return _unpack(split, parts[0], layout)[index]
-    return torch.cat([_unpack(split, part, layout)[index] for part in parts])
+        parts = parts[:1]
+    pairs = [(part, _unpack(split, torch.arange(part.shape[0]), layout)) for part in parts]
+    return [cat([part.index_select(rows[number]) for part, rows in pairs]) for number in range(count)]
 
 
 def split_part(split: str, ours: Sequence[Lazy], layout: Layout, rank: int, *, padding: bool = True) -> Tensor:
@@ -119,7 +95,7 @@ def _words(words: Lazy, rows: int, rank: int, copies: bool) -> Tensor:
 
 
 def _unpack(split: str, part: Tensor, layout: Layout) -> Sequence[Tensor]:
-    """The tensors in one rank's part."""
+    """The tensors in one rank's part, or of its rows' numbers those of each tensor."""
     if split == "rows":
         return [part]
     if split == "halves":

@@ -6,20 +6,16 @@ gives each data-parallel rank an equal range. So a parameter is the pieces of so
 
 from __future__ import annotations
 
-import functools
 import math
 import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from megalith.checkpoint import unpickle
-from megalith.checkpoint.lazy import Lazy, join
-from megalith.checkpoint.megatron.assemble import by_rank
-from megalith.checkpoint.megatron.optimizer import CURE, MOMENTS
+from megalith.checkpoint.lazy import Lazy, cat
+from megalith.checkpoint.megatron.assemble import WEIGHTS_ALONE, by_rank
+from megalith.checkpoint.megatron.optimizer import MOMENTS
 from megalith.checkpoint.megatron.replicas import Replicas
 from megalith.checkpoint.stored import Window
 from megalith.common.errors import CheckpointError, problem
@@ -48,7 +44,7 @@ def shards(
         if match := SHARD.fullmatch(each.name):
             files.setdefault(int(match[2]), {})[int(match[1])] = each
     if not files:
-        raise CheckpointError(problem(f"{folder}, optimizer", None, "there are no zero_pp_rank_*_optim_states.pt", CURE))
+        raise CheckpointError(problem(f"{folder}, optimizer", None, "there are no zero_pp_rank_*_optim_states.pt", WEIGHTS_ALONE))
     tables: dict[str, list[tuple[int, str, dict[str, Lazy]]]] = {
         key: [(rank, "", {}) for rank in range(ranks)] for key in ("master", *MOMENTS)
     }
@@ -65,7 +61,7 @@ def shards(
         shapes = contents.get(number, {}).get("param_shapes")
         if not shapes:
             rule = "model states list the parameters of each group under it"
-            raise CheckpointError(problem(f"{folder}, param_shapes of mp_rank_{number:02d}", None, rule, CURE))
+            raise CheckpointError(problem(f"{folder}, param_shapes of mp_rank_{number:02d}", None, rule, WEIGHTS_ALONE))
         for index, group in enumerate(shapes):
             flat = {"master": [_partition(state, index) for state in states]} | {
                 key: [_moment(state, index, key) for state in states] for key in MOMENTS
@@ -91,7 +87,7 @@ def _moment(state: Mapping[str, Any], index: int, key: str) -> Lazy:
     found = held.get(key, held.get(0, {}).get(key) if isinstance(held.get(0), dict) else None)
     if not isinstance(found, Lazy):
         raise CheckpointError(
-            problem("DeepSpeed's optimizer", None, f"{key} of group {index} is not there (only Adam's state is read)", CURE)
+            problem("DeepSpeed's optimizer", None, f"{key} of group {index} is not there (only Adam's state is read)", WEIGHTS_ALONE)
         )
     return found
 
@@ -109,28 +105,20 @@ def _cut(folder: pathlib.Path, parts: list[Lazy], shapes: Mapping[str, Any]) -> 
         for part, begin, end in zip(parts, bounds, bounds[1:], strict=False):
             low, high = max(first, begin), min(last, end)
             if low < high:
-                pieces.append(part.then(functools.partial(_piece, low - begin, high - begin)))
+                pieces.append(part.reshape((end - begin,)).narrow(0, low - begin, high - low))
         if last > bounds[-1]:
             rule = f"{name} ends at {last}"
             raise CheckpointError(problem(f"{folder}, elements of the optimizer's shards", bounds[-1], rule, "Copy the missing files"))
-        found[name] = join(pieces, functools.partial(_glued, shape))
+        found[name] = cat(pieces).reshape(shape)
         first = last
     return found
-
-
-def _piece(first: int, last: int, flat: Tensor) -> Tensor:
-    return flat.reshape(-1)[first:last]
-
-
-def _glued(shape: tuple[int, ...], parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts).view(shape)
 
 
 def _known(name: str, names: Mapping[str, str]) -> str:
     plain = re.sub(r"^(module\.)+", "", name)
     if plain not in names:
         rule = "param_shapes and the model's files name the same parameters"
-        raise CheckpointError(problem("parameter of DeepSpeed's optimizer", name, rule, CURE))
+        raise CheckpointError(problem("parameter of DeepSpeed's optimizer", name, rule, WEIGHTS_ALONE))
     return names[plain]
 
 
