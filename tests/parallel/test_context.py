@@ -19,6 +19,7 @@ from megalith.parallel.collectives import Axis
 from megalith.parallel.context import ContextAttention, part, places
 from megalith.testing import run_ranks
 from megalith.training.pretrain import train
+from megalith.training.tasks import Task
 from tests.tiny import losses, records, tiny_config, write_corpus
 
 BATCH, HEADS, LENGTH, QUERIES, WIDTH = 2, 4, 24, 12, 8  # QUERIES: of the other sequence, in cross attention
@@ -52,7 +53,7 @@ def test_part_takes_tokens_and_leaves_the_rest() -> None:
         "samples": torch.arange(2),
         "wide": torch.arange(48).view(2, 8, 3),
     }
-    mine = part(batch, axis(1, 2))
+    mine = part(batch, axis(1, 2), Task.sequences)
     assert mine["coordinates"].tolist() == [2, 3, 4, 5] and mine["input_ids"].tolist() == [[2, 3, 4, 5], [10, 11, 12, 13]]
     assert torch.equal(mine["wide"], batch["wide"][:, 2:6])
     assert mine["samples"] is batch["samples"] and mine["documents"] is batch["documents"]
@@ -63,7 +64,7 @@ def test_part_of_two_sequences() -> None:
         "input_ids": torch.arange(32).view(2, 16), "decoder_input_ids": torch.arange(16).view(2, 8), "labels": torch.arange(16).view(2, 8),
         "padding_mask": torch.ones(2, 16), "decoder_padding_mask": torch.ones(2, 8), "samples": torch.arange(2),
     }  # fmt: skip
-    mine = part(batch, axis(0, 2))
+    mine = part(batch, axis(0, 2), Task.sequences)
     assert mine["coordinates"].tolist() == [0, 1, 2, 3, 12, 13, 14, 15] and mine["decoder_coordinates"].tolist() == [0, 1, 6, 7]
     assert mine["labels"].tolist() == mine["decoder_input_ids"].tolist() == [[0, 1, 6, 7], [8, 9, 14, 15]]
     assert mine["input_ids"][0].tolist() == mine["coordinates"].tolist()
