@@ -45,12 +45,10 @@ def test_each_recipe(name):
 def test_each_recipe_builds_on_the_meta_device(name):
     import torch
 
-    from megalith.models import MODELS
-
     about = recipes.about(recipes.text(name))
     config = load(name, world_size=about["processes"]).replace(vocab_size=about["vocab_size"])
     with torch.device("meta"):
-        model = MODELS.find(config.model.model_type)(config.model)
+        model = config.model.architecture.find("model")(config.model)
     assert sum(parameter.numel() for parameter in model.parameters()) == about["parameters"]
 
 

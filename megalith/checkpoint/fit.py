@@ -9,58 +9,25 @@ from typing import Any
 
 from megalith.checkpoint.facts import part_of
 from megalith.common.errors import ConfigError
+from megalith.config.architectures import architecture
 from megalith.config.identity import differences as differences_of
 from megalith.config.identity import sentence
 from megalith.config.loading import from_yaml
 from megalith.config.loading_values import fields
 from megalith.config.megatron_counts import NUMBERS, rows_asked, words_asked
 from megalith.config.model import ModelConfig
+from megalith.config.parameter_kinds import EVERY_SIZE, ParameterKind, pattern_of
 from megalith.config.text import flag, value_text
 
 FIELDS = {name: field for name, field in fields().items() if field.section == "model"}
 SHOWN = 20  # lines of a difference; a wrong model differs everywhere, and says the same everywhere
 
-# Words in a parameter's name -> the fields that its sizes come from, the likeliest first.
-SIZES = (
-    ("coder_bias", ("relative_attention_num_buckets", "num_attention_heads")),
-    ("position", ("max_position_embeddings", "hidden_size")),
-    ("token_type", ("hidden_size",)),
-    ("embedding", ("vocab_size", "hidden_size")),
-    ("head.", ("vocab_size", "hidden_size")),
-    ("attention.k", ("hidden_size", "num_query_groups", "kv_channels")),
-    ("attention.v", ("hidden_size", "num_query_groups", "kv_channels")),
-    ("attention.q", ("hidden_size", "num_attention_heads", "kv_channels")),
-    ("attention.out", ("hidden_size", "num_attention_heads", "kv_channels")),
-    ("mlp.", ("hidden_size", "ffn_hidden_size")),
-    ("", ("hidden_size", "ffn_hidden_size", "vocab_size", "max_position_embeddings", "kv_channels")),
-)
-# Words in the name of a parameter that one side lacks -> the fields that decide whether it exists.
-PRESENCE = (
-    ("cross_", ("model_type", "decoder_num_layers", "num_layers")),
-    ("encoder_norm", ("model_type",)),
-    ("coder_bias", ("position_embedding_type",)),
-    ("position_embedding", ("position_embedding_type",)),
-    ("token_type_embedding", ("bert_no_binary_head",)),
-    ("pooler", ("bert_no_binary_head",)),
-    ("order_head", ("bert_no_binary_head",)),
-    ("embedding_norm", ("norm_after_residual",)),
-    ("final_norm.weight", ("norm_after_residual",)),
-    ("head_", ("model_type",)),
-    ("head.bias", ("model_type",)),
-    ("head.", ("untie_embeddings_and_output_weights",)),
-    ("attention.q_norm", ("qk_layernorm",)),
-    ("attention.k_norm", ("qk_layernorm",)),
-    ("embedding_norm", ("embed_layernorm",)),
-    ("norm.bias", ("normalization",)),
-    ("mlp_norm", ("parallel_attn", "parallel_layernorm")),
-    ("mlp.gate", ("swiglu", "glu_activation")),
-    (".bias", ("add_bias_linear",)),
-)
 SHAPING = (
     "model_type", "num_layers", "decoder_num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "kv_channels",
     "attention_head_type", "num_query_groups", "max_position_embeddings", "position_embedding_type", "relative_attention_num_buckets",
     "normalization", "swiglu", "glu_activation", "embed_layernorm", "parallel_attn", "parallel_layernorm", "add_bias_linear",
-    "add_qkv_bias", "qk_layernorm", "norm_after_residual", "bert_no_binary_head", "untie_embeddings_and_output_weights", "vocab_size",
+    "add_qkv_bias", "qk_layernorm", "norm_after_residual", "bert_no_binary_head", "num_classes",
+    "untie_embeddings_and_output_weights", "vocab_size",
 )  # fmt: skip
 
 
@@ -135,9 +102,19 @@ def cure_of_shape(name: str, found: list[int], asked: list[int], model: Mapping[
         return []
     sizes = _sizes(model)
     changed = [size for size, other in zip(found, asked) if size != other]
-    likely = next(names for word, names in SIZES if word in name)
+    kind = kind_of(name, model)
+    likely = kind.sizes if kind else EVERY_SIZE
     cures = [next((field for field in likely if size in sizes.get(field, ())), None) for size in changed]
     return list(dict.fromkeys(cure(field, model, asked) for field in cures if field))
+
+
+def kind_of(name: str, model: Mapping[str, Any]) -> ParameterKind | None:
+    """What a parameter of the checkpoint's `model` is; None where such a model has none of the name, or is unknown."""
+    try:
+        kinds = architecture(model["model_type"]).find("kinds")
+    except (KeyError, ConfigError):  # a config that cannot be read; a model of one's own that is not here
+        return None
+    return kinds.get(pattern_of(name.rpartition("/")[2]))
 
 
 def cure(field: str, model: Mapping[str, Any], asked: Sequence[int] = ()) -> str:
@@ -156,7 +133,8 @@ def cure_of_presence(name: str, others: Iterable[str], model: Mapping[str, Any])
     if layer and not any(layer[0] in other for other in others):
         deciding: tuple[str, ...] = ("num_layers", "decoder_num_layers")
     else:
-        deciding = next((names for word, names in PRESENCE if word in name), ())
+        kind = kind_of(name, model)
+        deciding = kind.presence if kind else ("model_type",)  # no form of the checkpoint's model has it, another has
     return [cure(field, model) for field in deciding if model.get(field) is not None]
 
 
@@ -181,7 +159,10 @@ def as_flag(field: str, value: Any) -> str:
 
 def _sizes(model: Mapping[str, Any]) -> dict[str, set[int]]:
     """{field: sizes of dimensions that come from it}."""
-    single = ("hidden_size", "vocab_size", "max_position_embeddings", "ffn_hidden_size", "relative_attention_num_buckets")
+    single = (
+        "hidden_size", "vocab_size", "max_position_embeddings", "ffn_hidden_size", "relative_attention_num_buckets",
+        "num_classes",
+    )  # fmt: skip
     sizes = {name: {model[name]} for name in single if model.get(name)}
     heads, groups, width = (model.get(name) for name in ("num_attention_heads", "num_query_groups", "kv_channels"))
     if heads and width:

@@ -20,6 +20,7 @@ from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError, problem
 from megalith.common.pointers import pointers_below
 from megalith.common.registry import Registry
+from megalith.config.architectures import architecture
 from megalith.config.data import DataConfig
 
 REPLICAS = ("equal", "average")
@@ -64,6 +65,14 @@ class Options:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     assumed: Mapping[str, Any] = field(default_factory=dict)
     replicas: str = "equal"
+
+    def own_model(self, format: str) -> str | None:
+        """The model of one's own (module:name) as which a source in `format` is to be read: asked for, or the run's.
+
+        None where there is none, or where its record has no names in that format.
+        """
+        said = [str(each.get("model_type") or "") for each in (self.overrides, self.assumed)]
+        return next((name for name in said if ":" in name and format in architecture(name).names), None)
 
 
 class Format(NamedTuple):

@@ -24,9 +24,11 @@ from megalith.checkpoint.lazy import Lazy, check_range
 from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError, ConfigError, problem
 from megalith.common.files import write_text
+from megalith.common.registry import load
+from megalith.config.architectures import architecture
 from megalith.config.checks_model import form_problems
 from megalith.config.model import ModelConfig
-from megalith.config.parameters import parameter_shapes
+from megalith.config.parameters import initial, parameter_shapes
 from megalith.config.run import RunConfig
 from megalith.config.source_fields import checked
 from megalith.config.text import fail
@@ -54,12 +56,19 @@ def family_of(given: Mapping[str, Any], where: pathlib.Path) -> tuple[str, Famil
     return name, FAMILIES.find(name)
 
 
+def own_family(options: Options) -> Family | None:
+    """That of a model of one's own, as which a folder is to be read; None where config.json says what it is."""
+    name = options.own_model("huggingface")
+    return None if name is None else load("Hugging Face family", architecture(name).names["huggingface"])
+
+
 def read(path: pathlib.Path, options: Options) -> Weights:
     """The weights of a folder, tensors unread, in the dtype they are stored in."""
     if not (path / CONFIG).is_file():  # an adapter alone
         files.weight_files(path)
     given = checked(files.read_json(path / CONFIG), KINDS, str(path / CONFIG))
-    family_of(given, path / CONFIG)
+    if own_family(options) is None:
+        family_of(given, path / CONFIG)
     if quantization := given.get("quantization_config"):
         raise _quantized(path, quantization.get("quant_method", quantization))
     stored, beside = files.read_tensors(path, given.get("transformers_weights"))
@@ -81,7 +90,7 @@ def of_model(model: nn.Module) -> Weights:
 
 def _weights(given: Mapping[str, Any], stored: Mapping[str, Lazy], path: pathlib.Path, options: Options) -> Weights:
     """Those of tensors under their names. given: config.json. path: what messages call it."""
-    _, family = family_of(given, path / CONFIG)
+    family = own_family(options) or family_of(given, path / CONFIG)[1]
     # Models that came from TensorFlow call a norm's parameters gamma and beta; transformers renames them too.
     found = {re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name)): tensor for name, tensor in stored.items()}
     if len(found) < len(stored):
@@ -101,7 +110,8 @@ def _weights(given: Mapping[str, Any], stored: Mapping[str, Lazy], path: pathlib
     values |= untied
     dtypes = {lazy.dtype for lazy in found.values()}
     values |= {"seq_length": values.get("max_position_embeddings"), "bf16": torch.bfloat16 in dtypes}
-    config = RunConfig().replace(**{**values, **options.overrides})
+    values |= options.overrides
+    config = RunConfig().replace(**{**architecture(values["model_type"]).defaults, **values})
     fail((f"{path / CONFIG}: {each.text}" for each in form_problems(config)), CheckpointError)
     found, told = family.adapt(found, config.model)
     tensors, notes = _ours(found, family, config.model, path, family.heads(given))
@@ -174,12 +184,14 @@ def _further(name: str, used: set[str]) -> bool:
 
 
 def _begun(name: str, shape: tuple[int, ...], model: ModelConfig, dtype: torch.dtype) -> Lazy:
-    """A parameter of a new head: matrices are drawn, norms are one, biases zero."""
+    """A parameter of a new head, as it starts in a new model, but for the numbers that are drawn."""
+    kind, value = initial(model, name)
 
     def read() -> torch.Tensor:
-        if len(shape) > 1:
-            return torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))) * model.init_method_std
-        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+        if kind == "constant":
+            return torch.full(shape, value)
+        drawn = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        return torch.randn(shape, generator=drawn) * model.init_method_std
 
     return Lazy(shape=shape, dtype=torch.float32, read=read).to(dtype)
 
@@ -225,19 +237,21 @@ def write(weights: Weights, folder: pathlib.Path, options: Options) -> None:
 
 def choose(weights: Weights, options: Options) -> tuple[str, Family]:
     """The family to write: the one asked for, that of the source, or the first whose config.json can say all of this model."""
+    model = weights.config.model
+    own = None if options.architecture else own_family(Options(assumed={"model_type": model.model_type}))
     kept = weights.files.get(f"{KEPT}{CONFIG}")
     first = options.architecture or (files.read_json(kept).get("model_type") if kept else None)
     names = [options.architecture] if options.architecture else list(dict.fromkeys([*([first] if first else []), *FAMILIES]))
     losses: dict[str, list[str]] = {}
-    for name in names:
-        family = FAMILIES.find(name)
+    families = {model.architecture.name: own} if own else {}  # found as they are needed
+    for name in families or names:
+        family = families.setdefault(name, own or FAMILIES.find(name))
         losses[name] = _losses(family, weights.config)
         if not losses[name]:
             return name, family
-    kinds = {name: FAMILIES.find(name).always.get("model_type", "gpt") for name in losses}
-    nearest = min(losses, key=lambda each: (kinds[each] != weights.config.model.model_type, len(losses[each])))
+    nearest = min(losses, key=lambda each: (model.model_type not in families[each].models, len(losses[each])))
     raise CheckpointError(
-        problem("architecture", " and ".join(losses[nearest]), f"{FAMILIES.find(nearest).architecture} has no such form" +
+        problem("architecture", " and ".join(losses[nearest]), f"{families[nearest].architecture} has no such form" +
                 ("" if options.architecture else ", nor has another of the architectures known here"),
                 "Export to megatron, which can hold it, or train a model of a form that Hugging Face has")
     )  # fmt: skip

@@ -8,7 +8,6 @@ llama.names, see Rule
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,8 +15,10 @@ from typing import Any, NamedTuple
 import torch
 
 from megalith.checkpoint.lazy import Lazy, cat
+from megalith.checkpoint.patterns import numbers
 from megalith.common.errors import CheckpointError, problem
 from megalith.common.registry import Registry
+from megalith.config.identity import sized_by
 from megalith.config.model import ModelConfig
 from megalith.config.parameters import Shapes
 from megalith.config.run import RunConfig
@@ -54,6 +55,7 @@ KINDS: dict[str, Kind | Ours] = {  # fields of any family's config.json that are
     "add_cross_attention": FLAG, "is_decoder": FLAG, "position_embedding_type": WORD, "type_vocab_size": SIZE,
     "num_kv_heads": SIZE, "num_ln_in_parallel_attn": Kind(int, choices=(1, 2)), "n_positions": SIZE,
     "max_window_layers": Kind(int, least=0),
+    "id2label": Kind(dict), "classifier_dropout": Ours("classifier_dropout", null=True),
     "sliding_window": Ours("sliding_window", null=True),
     "layer_types": Kind(list, item=str), "rope_theta": Ours("rotary_base"), "rotary_emb_base": Ours("rotary_base"),
     "rotary_pct": Ours("rotary_percent"), "dropout_rate": Ours("hidden_dropout"), "rope_scaling": Kind(dict), "rope_parameters": Kind(dict),
@@ -94,7 +96,8 @@ GROUPS = Form(_groups_apart, _groups_together)  # rows of each key head's querie
 
 
 class Rule(NamedTuple):
-    """Modules of theirs and of ours with the same weight and bias; `*` is the number of a layer.
+    """Modules of theirs and of ours with the same weight and bias; `{layer}` is a layer's number, `{expert}` an
+    expert's.
 
     ours: several, where one tensor of theirs is several of ours. when: which models have it under this name.
     stack: encoder or decoder, whose layers theirs counts from 0 each. kinds: which of weight and bias it is about.
@@ -111,18 +114,13 @@ class Rule(NamedTuple):
         """(their tensor, our tensors) for each that the model, with these shapes, has."""
         layers = {"encoder": range(model.num_layers or 0), "decoder": range(model.num_layers or 0, model.all_layers)}.get(self.stack or "")
         ours = (self.ours,) if isinstance(self.ours, str) else self.ours
-        pattern = re.compile(re.escape(ours[0]).replace(r"\*", r"(\d+)") + rf"\.({self.kinds})")
         for name in shapes:
-            if match := pattern.fullmatch(name):
-                *number, kind = match.groups()
-                if layers is not None and int(number[0]) not in layers:
-                    continue
-                theirs = _numbered(self.theirs, [str(int(number[0]) - layers.start)] if layers is not None else number, kind)
-                yield theirs, tuple(_numbered(each, number, kind) for each in ours)
-
-
-def _numbered(pattern: str, number: Sequence[str], kind: str) -> str:
-    return f"{pattern.replace('*', number[0]) if number else pattern}.{kind}"
+            module, _, kind = name.rpartition(".")
+            found = numbers(ours[0], module) if kind in self.kinds.split("|") else None
+            if found is None or (layers is not None and found["layer"] not in layers):
+                continue
+            there = found | {"layer": found["layer"] - layers.start} if layers is not None else found
+            yield f"{self.theirs.format(**there)}.{kind}", tuple(f"{each.format(**found)}.{kind}" for each in ours)
 
 
 class Setting(NamedTuple):
@@ -154,7 +152,8 @@ def _nothing(given: Mapping[str, Any]) -> dict[str, Any]:
 class Family:
     """An architecture of Hugging Face's.
 
-    architecture: class in transformers. prefix: of their names, which files of the bare model leave out.
+    architecture: class in transformers. models: those of ours that it is.
+    prefix: of their names, which files of the bare model leave out.
     settings: fields that both sides have. always: ours that config.json does not have. only: values that theirs must have where
         they are given, because nothing else is built.
     aliases: {another name of a field of theirs: its name}; where both are given the other one counts (transformers' attribute_map).
@@ -168,6 +167,7 @@ class Family:
     """
 
     architecture: str
+    models: tuple[str, ...] = ("gpt",)
     prefix: str = ""
     settings: tuple[Setting, ...]
     aliases: Mapping[str, str] = field(default_factory=dict)
@@ -209,7 +209,7 @@ class Family:
             each.ours: each.default if given.get(each.theirs) is None and each.default is not REQUIRED else given[each.theirs]
             for each in self.settings
         }
-        return {**self.always, **values, **self.more_ours(given)}
+        return {"model_type": self.models[0], **self.always, **values, **self.more_ours(given)}
 
     def to_theirs(self, config: RunConfig) -> dict[str, Any]:
         """config.json's fields, without those of transformers itself (model_type, dtype, architectures unless it is another class)."""
@@ -273,5 +273,6 @@ def form(model: ModelConfig) -> dict[str, Any]:
         *OF_STRETCH.get(model.rope_scaling_type, ()),
     ]  # fmt: skip
     found = {name: getattr(model, name) for name in names}
+    found["num_classes"] = model.num_classes if sized_by(model, "num_classes") else None
     windows = [model.window(layer) for layer in range(model.num_layers)]
     return {**found, "qkv bias": model.add_bias_linear or model.add_qkv_bias, "windows": windows}

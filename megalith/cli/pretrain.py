@@ -10,13 +10,13 @@ from typing import Any
 
 from megalith import recipes
 from megalith.config import flags, launched, megatron_counts
+from megalith.config.architectures import ARCHITECTURES
 from megalith.config.batch_math import check_length, data_parallel_size, told
 from megalith.config.loading import TOKENIZER, from_yaml, resolve, source_texts, to_yaml
 from megalith.config.loading_values import fields
 from megalith.config.parameters import parameter_count
 from megalith.config.run import RunConfig
 from megalith.config.text import Problem, unknown
-from megalith.models import MODELS
 from megalith.workflows import dry_run
 
 EXAMPLE = """\
@@ -46,7 +46,8 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         description="Train a model from the start, or go on with one.",
         epilog=EXAMPLE + "\nrecipes: " + ", ".join(recipes.names()),
     )
-    parser.add_argument("model", nargs="?", metavar="MODEL", help=f"{', '.join(MODELS)} (default gpt), or module:name of your own")
+    models = f"{', '.join(ARCHITECTURES)} (default gpt), or module:name of your own"
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=models)
     flags.add_help(parser, OWN)
     parser.set_defaults(handler=pretrain, reads=functools.partial(flags.read, own=OWN))
 
@@ -58,10 +59,10 @@ def pretrain(args: argparse.Namespace) -> int:
     texts = source_texts(reading.values.get("recipe"), reading.values.get("config"), recipes.text, [])  # resolve tells what is wrong
     meant = dry_run.number_of_processes(reading, texts)
     for name in reading.words[:1]:
-        if name not in MODELS and ":" not in name:
-            otherwise = f"there are {', '.join(MODELS)}, and your own goes by module:name"
+        if name not in ARCHITECTURES and ":" not in name:
+            otherwise = f"there are {', '.join(ARCHITECTURES)}, and your own goes by module:name"
             every = tuple(fields())  # what the model would have brought along is not missing as well
-            reading.problems.append(Problem(every, unknown("model", name, MODELS, otherwise)))
+            reading.problems.append(Problem(every, unknown("model", name, ARCHITECTURES, otherwise)))
 
     def world_size(config: RunConfig) -> int:
         number, whence = meant(config)
@@ -140,7 +141,7 @@ def shown(config: RunConfig, world_size: int, how_much: str) -> str:
     if how_much == "none":
         return ""
     lines = [told(config, world_size)]
-    if config.model.vocab_size and config.model.model_type in ("gpt", "bert", "t5"):
+    if config.model.vocab_size:
         whole = config.replace(vocab_size=megatron_counts.rows_asked(config.model.vocab_size, config.data.tokenizer_type))
         lines += [f"{parameter_count(whole.model):,} parameters, activation {config.model.activation}", *megatron_counts.report(whole)]
     return "".join(f"# {line}\n" for line in lines) + to_yaml(config, changed_only=how_much == "changed")

@@ -28,18 +28,23 @@ class Registry:
         Raises ConfigError when there is none, naming the nearest.
         """
         address = self.addresses.get(name, name)
-        module, colon, attribute = address.partition(":")
-        if not colon:
+        if ":" not in address:
             near = difflib.get_close_matches(name, self.addresses, 1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ConfigError(
                 f"unknown {self.kind} {name!r}; {hint}the known ones are {', '.join(sorted(self.addresses))}, "
                 f"and your own goes by 'module:name'"
             )
-        try:
-            return getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ConfigError(
-                f"{self.kind} {name!r} cannot be imported ({error}); {module!r} must be on the Python path "
-                f"(PYTHONPATH, or an installed package) and define {attribute!r}"
-            ) from error
+        return load(f"{self.kind} {name!r}", address)
+
+
+def load(what: str, address: str) -> Any:
+    """The object at `address`, `module:attribute`. what: the words for it in the ConfigError where it is not there."""
+    module, _, attribute = address.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:  # ValueError: of an empty name
+        raise ConfigError(
+            f"{what} cannot be imported ({error}); {module!r} must be on the Python path "
+            f"(PYTHONPATH, or an installed package) and define {attribute!r}"
+        ) from error

@@ -19,7 +19,7 @@ def activation_bytes(config: RunConfig, layers: int | None = None, ends: bool = 
 
     A pipeline holds as many times this as there are micro-batches under way.
     """
-    if config.model.model_type != "gpt":
+    if config.model.architecture.activations is None:
         rule = "the activations of GPT alone are priced"
         raise ConfigError(problem("model", config.model.model_type, rule, "Measure a step; the layers cost what a GPT's of their size do"))
     count = config.model.num_layers if layers is None else layers
@@ -31,7 +31,7 @@ def activation_bytes(config: RunConfig, layers: int | None = None, ends: bool = 
         kept = min(group, count) * entry + max(0, count - group) * one
     else:
         kept = -(-count // group) * entry
-    return kept + (sum(end_terms(config).values()) if ends else 0)
+    return kept + (sum(config.model.architecture.find("activations")(config).values()) if ends else 0)
 
 
 def layer_terms(config: RunConfig) -> dict[str, int]:

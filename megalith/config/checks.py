@@ -8,6 +8,7 @@ from typing import Any
 
 from megalith.common.errors import ConfigError
 from megalith.common.extras import lacking
+from megalith.config.architectures import architecture
 from megalith.config.checks_masking import masking_problems
 from megalith.config.checks_model import model_problems
 from megalith.config.checks_parallel import parallel_problems
@@ -21,7 +22,10 @@ OF_TOKENIZERS = {  # tokenizer -> the package that it is made with
     **dict.fromkeys(("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer"), "sentencepiece"),
     "TikTokenizer": "tiktoken",
 }
-BELOW_ONE = ("hidden_dropout", "attention_dropout", "lr_warmup_fraction", "adam_beta1", "adam_beta2", "mask_prob")
+BELOW_ONE = (
+    "hidden_dropout", "attention_dropout", "classifier_dropout", "lr_warmup_fraction", "adam_beta1", "adam_beta2",
+    "mask_prob",
+)  # fmt: skip
 
 
 def check(config: RunConfig, world_size: int = 1, *, data: bool = True) -> None:
@@ -40,7 +44,7 @@ def find_problems(
     data: whether the section data is judged. corpus: whether a corpus and a tokenizer have to be named. one_step: one step of the
     full batch is all that is meant, so that a run's length, schedule and files are not judged.
     """
-    found = list(_limits(config))
+    found = [*_limits(config), *_architecture(config)]
     wrong = {field for each in found for field in each.fields}
     config = config.replace(**{name: fields()[name].default for name in wrong})  # the rules below may divide
     if one_step:
@@ -58,6 +62,15 @@ def _limits(config: RunConfig) -> Iterator[Problem]:
     for name, value in config.flat().items():
         if wrong := limit(name, value):
             yield trouble((name,), flag(name), value, *wrong)
+
+
+def _architecture(config: RunConfig) -> Iterator[Problem]:
+    """A model of one's own (module:name) that is not there."""
+    try:
+        if ":" in config.model.model_type:
+            architecture(config.model.model_type)
+    except ConfigError as error:
+        yield Problem(("model_type",), str(error))
 
 
 def limit(name: str, value: Any) -> tuple[str, str] | None:

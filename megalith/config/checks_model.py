@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from megalith.config.checks_t5 import t5_problems
 from megalith.config.run import RunConfig
 from megalith.config.text import Problem, Words, around, divisors, flag, multiples, trouble
 
@@ -32,9 +31,9 @@ def model_problems(config: RunConfig) -> Iterator[Problem]:
         cure = f"Write --max-position-embeddings {sequence}, or --seq-length {m.max_position_embeddings}"
         yield trouble(("seq_length", "max_position_embeddings"), "--seq-length", sequence, rule, cure)
     yield from form_problems(config)
-    yield from _bert(config)
     yield from _samples(config)
-    yield from t5_problems(config)
+    if m.architecture.checks:
+        yield from m.architecture.find("checks")(config)
     p = config.precision
     if p.fp16 and p.bf16:
         yield trouble(("fp16", "bf16"), "--fp16", Words("also --bf16"), "there is one compute format", "Leave out one of the two")
@@ -144,42 +143,9 @@ def _forms(config: RunConfig) -> Iterator[Problem]:
 
 
 def _samples(config: RunConfig) -> Iterator[Problem]:
-    """Samples and losses of other models than the one that is trained, and a vocabulary that samples cannot be made with."""
+    """A vocabulary that samples cannot be made with, and a model that has no samples of its own."""
     d = config.data
-    for name, value, usual in (("dataset", d.dataset, "gpt"), ("loss", d.loss, "lm")):
-        if config.model.model_type == "gpt" and value in ("bert", "t5", "ict"):
-            cure = "Leave it out" + f", or train {value}" * (value != "ict")
-            yield trouble((name,), flag(name), value, f"gpt learns from the {name} {usual!r}", cure)
     if d.dataset in ("bert", "t5") and d.tokenizer_type == "GPT2BPETokenizer":
         rule = f"samples of {d.dataset} have tokens for {'[CLS], [SEP], [MASK] and ' * (d.dataset == 'bert')}padding, which GPT-2's lacks"
         cure = "Write --vocab-file vocab.txt (BERT's) without --merge-file, as the data was made"
         yield trouble(("tokenizer_type",), "--tokenizer-type", d.tokenizer_type, rule, cure)
-
-
-def _bert(config: RunConfig) -> Iterator[Problem]:
-    m, d = config.model, config.data
-    if m.model_type != "bert":
-        for name in ("norm_after_residual", "bert_no_binary_head"):
-            if getattr(m, name) and m.model_type in ("gpt", "t5"):
-                yield trouble((name,), flag(name), Words(f"with {m.model_type}"), "it is a form of BERT", "Leave it out, or train bert")
-        return
-    if m.positions != "learned_absolute":
-        cure = "Leave it out; the default is learned_absolute"
-        yield trouble(("position_embedding_type",), "--position-embedding-type", m.positions, "BERT learns its positions", cure)
-    for name in ("embed_layernorm", "parallel_attn", "sliding_window", "scale_embeddings"):
-        if getattr(m, name):
-            yield trouble((name,), flag(name), getattr(m, name), "it is a form of GPT", "Leave it out, or train gpt")
-    if m.norm_after_residual and m.apply_residual_connection_post_layernorm:
-        both = ("norm_after_residual", "apply_residual_connection_post_layernorm")
-        cure = "Leave out --apply-residual-connection-post-layernorm"
-        yield trouble(both, "--norm-after-residual", Words("also --apply-residual-connection-post-layernorm"), "a layer has one form", cure)
-    for name, needed in (("dataset", "bert"), ("loss", "bert")):
-        if getattr(d, name) in {"dataset": ("gpt", "t5", "ict"), "loss": ("lm",)}[name]:
-            cure = f"Write --{name} bert, or leave it out"
-            yield trouble((name,), f"--{name}", getattr(d, name), f"bert learns from the {name} {needed!r}", cure)
-    for name in ("reset_position_ids", "reset_attention_mask", "eod_mask_loss"):
-        if getattr(d, name):
-            yield trouble((name,), flag(name), True, "samples of BERT are of one document each", "Leave it out")
-    if d.seq_length is not None and d.seq_length < 8:
-        rule = "a sample has [CLS], two segments and a [SEP] after each: it is at least 8"
-        yield trouble(("seq_length",), "--seq-length", d.seq_length, rule, "Write --seq-length 512")

@@ -41,7 +41,11 @@ class DataConfig:
     )
     seq_length: int | None = knob(None, "tokens of a sample", minimum=1)
     dataset: str = knob("gpt", "dataset by registry name, or module:name of your own", names=("gpt", "bert", "t5", "ict"))
-    loss: str = knob("lm", "loss by registry name, or module:name of your own", names=("lm", "bert", "t5"))
+    loss: str = knob(
+        "lm",
+        "loss by registry name, or module:name of your own",
+        names=("lm", "bert", "t5", "classification"),
+    )
     tokenizer_type: str | None = knob(
         None, "GPT2BPETokenizer, HuggingFaceTokenizer (a tokenizer.json), NullTokenizer, ... or module:name", names=TOKENIZERS
     )

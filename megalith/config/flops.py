@@ -33,12 +33,20 @@ def flops_per_token(model: ModelConfig, seq_length: int, causal_half: bool = Fal
 
     decoder_seq_length: of the decoder's sequence, where there is a decoder (default: as long).
     """
-    if model.decoder_layers:
-        return 6 * sum(layer_costs(model, seq_length, decoder_seq_length or seq_length, causal_half, look_up=0.0)) / seq_length
+    return model.architecture.find("flops")(model, seq_length, causal_half, decoder_seq_length or seq_length)
+
+
+def one_stack(model: ModelConfig, seq_length: int, causal_half: bool, decoder_seq_length: int) -> float:
+    """As flops_per_token, of a model of one stack."""
     layers, _, heads, _ = sizes(model)
     keys = sum(keys_seen(seq_length, model.window(layer), causal_half and model.causal) for layer in range(layers))
     attention = 4 * heads * model.head_dim * keys
     return 3 * (2 * matrix_parameters(model) + attention)
+
+
+def two_stacks(model: ModelConfig, seq_length: int, causal_half: bool, decoder_seq_length: int) -> float:
+    """As flops_per_token, of an encoder and a decoder with cross attention."""
+    return 6 * sum(layer_costs(model, seq_length, decoder_seq_length, causal_half, look_up=0.0)) / seq_length
 
 
 def keys_seen(seq_length: int, window: int | None, causal_half: bool) -> float:

@@ -12,6 +12,12 @@ from typing import Any, NamedTuple
 from megalith.config.model import ModelConfig
 from megalith.config.text import flag, value_text
 
+
+def sized_by(model: ModelConfig, field: str) -> bool:
+    """Whether a parameter of the model has a size that comes from this field."""
+    return any(field in kind.sizes for kind in model.architecture.find("kinds").values())
+
+
 # What a model is, whichever of several fields says it: the fields, and what they come to. None: it has no effect in this model.
 IDENTITY: tuple[tuple[tuple[str, ...], Callable[[ModelConfig], Any]], ...] = (
     (("model_type",), lambda m: m.model_type),
@@ -36,9 +42,10 @@ IDENTITY: tuple[tuple[tuple[str, ...], Callable[[ModelConfig], Any]], ...] = (
     (("apply_residual_connection_post_layernorm",), lambda m: m.apply_residual_connection_post_layernorm),
     (("norm_after_residual",), lambda m: m.norm_after_residual),
     (("bert_no_binary_head",), lambda m: m.bert_no_binary_head),
+    (("num_classes",), lambda m: m.num_classes if sized_by(m, "num_classes") else None),
     (
         ("openai_gelu", "bias_gelu_fusion", "relu", "squared_relu", "swiglu", "glu_activation"),
-        lambda m: (m.activation, m.head_activation if m.model_type == "bert" else None),
+        lambda m: (m.activation, m.head_activation if m.architecture.head_transform else None),
     ),
     (("add_bias_linear",), lambda m: m.add_bias_linear),
     (("add_qkv_bias",), lambda m: m.add_qkv_bias or m.add_bias_linear),
@@ -51,7 +58,7 @@ BY_SHAPE = ("vocab_size", "max_position_embeddings")  # rows of a table: its sha
 NOTED = (  # changed on purpose while a model is trained on: longer texts, another regularisation
     "sliding_window", "full_attention_layers", "rotary_base", "rope_scaling_type", "rope_scaling_factor",
     "rope_original_max_position_embeddings", "rope_low_freq_factor", "rope_high_freq_factor", "rope_beta_fast", "rope_beta_slow",
-    "hidden_dropout", "attention_dropout", "z_loss_coeff",
+    "hidden_dropout", "attention_dropout", "classifier_dropout", "z_loss_coeff",
 )  # fmt: skip
 INDIFFERENT = (  # changes nothing of a model that has its weights, but for rounding
     "make_vocab_size_divisible_by", "init_method_std", "initializer_factor", "init_method_xavier_uniform",

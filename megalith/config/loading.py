@@ -8,6 +8,7 @@ from typing import Any
 
 from megalith.common.errors import ConfigError, MegalithError, problem
 from megalith.config import flags, legacy
+from megalith.config.architectures import architecture
 from megalith.config.checks import find_problems, limit
 from megalith.config.checks_masking import masking_notices
 from megalith.config.data import TOKENIZER_FILES
@@ -17,11 +18,6 @@ from megalith.config.megatron_counts import words_asked
 from megalith.config.run import RunConfig
 from megalith.config.text import Problem, fail, flag
 
-# What a model brings along where nothing is said; `vocab_file` stands for the tokenizer that a vocabulary file alone means.
-BRINGS: dict[str | None, dict[str, str]] = {
-    "bert": {"dataset": "bert", "loss": "bert", "name": "bert", "vocab_file": "BertWordPieceLowerCase"},
-    "t5": {"dataset": "t5", "loss": "t5", "name": "t5", "vocab_file": "BertWordPieceLowerCase"},
-}
 OF_DATASETS = {  # fields that only these of our datasets read
     "mask_prob": ("bert", "t5"), "short_seq_prob": ("bert", "t5"), "decoder_seq_length": ("t5",), "titles_data_path": ("ict",),
     "use_one_sent_docs": ("ict",), "query_in_block_prob": ("ict",),
@@ -183,9 +179,8 @@ def _typed(raw: Mapping[str, tuple[Any, str]], problems: list[Problem]) -> dict[
 
 def complete(values: Mapping[str, Any], notices: list[str]) -> RunConfig:
     """A RunConfig of these values, with what follows from them filled in; each conclusion is added to the notices."""
-    brings = dict(BRINGS.get(values.get("model_type"), {}))
-    of_vocabulary = brings.pop("vocab_file", "GPT2BPETokenizer")
-    values = brings | dict(values)
+    brought, of_vocabulary = brings(values.get("model_type", fields()["model_type"].default))
+    values = brought | dict(values)
     sequence, positions = values.get("seq_length"), values.get("max_position_embeddings")
     if sequence and positions is None:
         values["max_position_embeddings"] = sequence
@@ -207,6 +202,15 @@ def complete(values: Mapping[str, Any], notices: list[str]) -> RunConfig:
             "GELU is the exact one (erf): Megatron's fused one needs biases, and Megatron stops here without --no-bias-gelu-fusion"
         )
     return config
+
+
+def brings(model_type: str) -> tuple[dict[str, Any], str]:
+    """What a model brings along where nothing is said, and the tokenizer that a vocabulary file alone means."""
+    try:
+        record = architecture(model_type)
+    except ConfigError:  # a name that is none, which is told by itself
+        return {}, RunConfig().model.architecture.tokenizer_type
+    return record.defaults | {"name": record.name}, record.tokenizer_type
 
 
 def _tokens_to_samples(values: dict[str, Any], notices: list[str]) -> None:

@@ -44,7 +44,10 @@ def layer_parameters(model: ModelConfig, tensor: int) -> int:
 
 
 def rank_parameters(config: RunConfig, process: int) -> int:
-    """Parameters of a tensor-parallel rank of pipeline process `process`. A tied head is a copy where it is not beside the embedding."""
+    """Parameters of a tensor-parallel rank of pipeline process `process` of a GPT.
+
+    A tied head is a copy where it is not beside the embedding.
+    """
     model, tensor = config.model, config.parallel.tensor_model_parallel_size
     _, h, _, vocabulary = sizes(model)
     words = padded_vocabulary(vocabulary, model.make_vocab_size_divisible_by, tensor) // tensor * h
@@ -65,8 +68,8 @@ def report(config: RunConfig) -> list[str]:
     vocabulary = sizes(model)[3]
     padded = padded_vocabulary(vocabulary, model.make_vocab_size_divisible_by, p.tensor_model_parallel_size)
     lines = [f" > padded vocab (size: {vocabulary}) with {padded - vocabulary} dummy tokens (new size: {padded})"]
-    for process in range(p.pipeline_model_parallel_size if model.model_type == "gpt" else 0):
-        number = rank_parameters(config, process)
+    for process in range(p.pipeline_model_parallel_size if model.architecture.rank_parameters else 0):
+        number = model.architecture.find("rank_parameters")(config, process)
         lines += [
             f" > number of parameters on (tensor, pipeline) model parallel rank ({tensor}, {process}): {number}"
             for tensor in range(p.tensor_model_parallel_size)

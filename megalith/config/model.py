@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megalith.config.architectures import ARCHITECTURES, Architecture, architecture
 from megalith.config.knobs import knob, section
 
 GLU_ACTIVATIONS = ("swiglu", "geglu", "geglu_tanh", "reglu", "liglu")
@@ -12,7 +13,7 @@ POSITIONS = {"absolute": "learned_absolute", "rotary": "rope"}  # older spelling
 class ModelConfig:
     """Shape and numerics of the model. Sizes are counts; names are Megatron's."""
 
-    model_type: str = knob("gpt", "model by registry name, or module:name of your own", names=("gpt", "bert", "t5"))
+    model_type: str = knob("gpt", "model by registry name, or module:name of your own", names=tuple(ARCHITECTURES))
     num_layers: int | None = knob(None, "number of transformer layers", minimum=1)
     decoder_num_layers: int | None = knob(None, "t5: layers of the decoder; --num-layers are the encoder's (default: as many)", minimum=1)
     hidden_size: int | None = knob(None, "width of the residual stream", minimum=1)
@@ -62,6 +63,12 @@ class ModelConfig:
     apply_residual_connection_post_layernorm: bool = knob(False, "take the residual after the norm instead of before it (post-LN residual)")
     norm_after_residual: bool = knob(False, "bert: norm after each residual and after the embeddings, no final norm, as Google's BERT")
     bert_no_binary_head: bool = knob(False, "bert: one segment, without the prediction of the order of two")
+    num_classes: int = knob(2, "bert_classification: classes that sequences are told apart into", minimum=2)
+    classifier_dropout: float | None = knob(
+        None,
+        "dropout before the head of bert_classification and bert_multiple_choice (default: --hidden-dropout)",
+        minimum=0.0,
+    )
     openai_gelu: bool = knob(False, "GELU by its tanh approximation everywhere, as GPT-2 has it")
     bias_gelu_fusion: bool = knob(
         True, "GELU of an MLP with biases by its tanh approximation, as Megatron's fused kernel computes it; --no-...: exact (erf)"
@@ -101,9 +108,14 @@ class ModelConfig:
     loss_chunk_tokens: int = knob(1024, "tokens whose float32 logits exist at one time", minimum=1)
 
     @property
+    def architecture(self) -> Architecture:
+        """All that depends on which model it is. Raises ConfigError where `model_type` names none."""
+        return architecture(self.model_type)
+
+    @property
     def decoder_layers(self) -> int:
         """Layers of the decoder beside an encoder; 0 for models of one stack."""
-        return (self.decoder_num_layers or self.num_layers or 0) if self.model_type == "t5" else 0
+        return (self.decoder_num_layers or self.num_layers or 0) if self.architecture.decoder else 0
 
     @property
     def all_layers(self) -> int:
@@ -134,6 +146,11 @@ class ModelConfig:
         return "gelu_tanh" if self.openai_gelu or (self.bias_gelu_fusion and self.add_bias_linear) else "gelu"
 
     @property
+    def head_dropout(self) -> float:
+        """Dropout before a head that classifies."""
+        return self.hidden_dropout if self.classifier_dropout is None else self.classifier_dropout
+
+    @property
     def head_activation(self) -> str:
         """That of BERT's head over the vocabulary, which Megatron does not fuse: gelu or gelu_tanh."""
         return "gelu_tanh" if self.openai_gelu else "gelu"
@@ -160,7 +177,7 @@ class ModelConfig:
     @property
     def causal(self) -> bool:
         """Whether a token sees those before it alone, as in a model that writes text."""
-        return self.model_type != "bert"
+        return self.architecture.causal
 
     @property
     def two_norms(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megalith.config.architectures import ARCHITECTURES
 from megalith.config.knobs import knob, section
 
 
@@ -11,7 +12,9 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = knob(1, "processes among which each layer is split", flags=("--model-parallel-size",), minimum=1)
     tensor_parallel_plan: str | None = knob(
-        None, "how layers are split, by registry name or module:name (default: the model's)", names=("gpt", "bert", "t5")
+        None,
+        "the plan by which layers are split, another model's or module:name (default: its own)",
+        names=tuple(ARCHITECTURES),
     )
     sequence_parallel: bool = knob(False, "split norms and dropout along the sequence among the tensor-parallel processes")
     pipeline_model_parallel_size: int = knob(1, "pipeline stages", minimum=1)

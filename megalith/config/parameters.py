@@ -1,16 +1,16 @@
-"""A model's parameters, from its config alone: their names, their shapes, how many there are."""
+"""A model's parameters, from its config alone: their names, shapes and kinds, how many there are."""
 
 from __future__ import annotations
 
 import math
-import re
 
-from megalith.common.registry import Registry
+from megalith.common.errors import ConfigError, problem
 from megalith.config.model import ModelConfig
+from megalith.config.parameter_kinds import OUTPUT_LAYER, ParameterKind, pattern_of
 from megalith.config.text import fail, flag, trouble
 
 Shapes = dict[str, tuple[int, ...]]
-SHAPES = Registry("model", {name: f"megalith.config.parameters:{name}_shapes" for name in ("gpt", "bert", "t5")})
+CONSTANT = {"zeros": 0.0, "ones": 1.0}
 
 
 def sizes(model: ModelConfig) -> tuple[int, int, int, int]:
@@ -24,9 +24,15 @@ def sizes(model: ModelConfig) -> tuple[int, int, int, int]:
 
 def matrix_parameters(model: ModelConfig) -> int:
     """Elements of the weight matrices that each token is multiplied with: all layers and the output layer, no biases."""
-    layers, h, _, vocabulary = sizes(model)
-    matrices = layers * (attention_parameters(model) + mlp_parameters(model)) + vocabulary * h
-    return matrices + (h * h if model.model_type == "bert" else 0)  # of its head, a layer before
+    shapes = parameter_shapes(model)
+    matrices = sum(math.prod(shape) for name, shape in shapes.items() if parameter_kind(model, name).multiplies)
+    return matrices + (math.prod(shapes["embedding.weight"]) if tied_output(model) else 0)
+
+
+def tied_output(model: ModelConfig) -> bool:
+    """Whether there is an output layer over the vocabulary that has the embedding's weight."""
+    outputs = any(kind.name == OUTPUT_LAYER.name for kind in model.architecture.find("kinds").values())
+    return outputs and not model.untie_embeddings_and_output_weights
 
 
 def attention_parameters(model: ModelConfig) -> int:
@@ -47,7 +53,37 @@ def parameter_count(model: ModelConfig) -> int:
 
 def parameter_shapes(model: ModelConfig) -> Shapes:
     """{parameter: shape}, in the names of a checkpoint (`model/` before them there); a shared one once. Needs vocab_size."""
-    return SHAPES.find(model.model_type)(model)
+    return model.architecture.find("shapes")(model)
+
+
+def parameter_kind(model: ModelConfig, name: str) -> ParameterKind:
+    """What the parameter of this name is. Raises ConfigError where the model's record does not say it."""
+    kinds = model.architecture.find("kinds")
+    if (pattern := pattern_of(name)) not in kinds:
+        rule = f"the kinds of {model.model_type} ({model.architecture.kinds}) say of every parameter what it is"
+        raise ConfigError(problem("parameter", name, rule, f"Add {pattern!r} to them"))
+    return kinds[pattern]
+
+
+def weight_decays(model: ModelConfig, name: str, parameter: object = None) -> bool:
+    """Whether weight decay applies to the parameter of this name; `parameter` is not looked at."""
+    return parameter_kind(model, name).decays
+
+
+def initial(model: ModelConfig, name: str) -> tuple[str, float]:
+    """How a parameter starts: ("normal", standard deviation), ("xavier", 1.0) or ("constant", value).
+
+    Megatron's rules, by what the parameter is (parameter_kinds.py): matrices from N(0, std), those that write to the
+    residual stream from N(0, std / sqrt(2 layers)).
+    """
+    start, std = parameter_kind(model, name).initial, model.init_method_std
+    if start in CONSTANT:
+        return "constant", CONSTANT[start]
+    if start == "norm":
+        return "constant", 0.0 if model.apply_layernorm_1p else 1.0
+    if model.init_method_xavier_uniform and start != "embedding":
+        return "xavier", 1.0
+    return "normal", std / (2.0 * model.num_layers) ** 0.5 if start == "residual" else std
 
 
 def gpt_shapes(model: ModelConfig) -> Shapes:
@@ -66,17 +102,37 @@ def gpt_shapes(model: ModelConfig) -> Shapes:
     return found
 
 
+def bert_encoder_shapes(model: ModelConfig) -> Shapes:
+    """Those of a BERT without heads, but for the pooler (models/bert.py: Encoder)."""
+    layers, h, heads, vocabulary = sizes(model)
+    positions = model.max_position_embeddings or 0
+    found: Shapes = {"embedding.weight": (vocabulary, h), "position_embedding.weight": (positions, h)}
+    if not model.bert_no_binary_head:
+        found |= {"token_type_embedding.weight": (2, h), "pooler.weight": (h, h), "pooler.bias": (h,)}
+    for number in range(layers):
+        found |= {f"layers.{number}.{name}": shape for name, shape in layer_shapes(model, heads).items()}
+    return found | norm_shapes("embedding_norm" if model.norm_after_residual else "final_norm", model)
+
+
 def bert_shapes(model: ModelConfig) -> Shapes:
     """Those of a BERT (models/bert.py)."""
     _, h, _, vocabulary = sizes(model)
-    found = gpt_shapes(model)
-    if model.norm_after_residual:
-        found = {name: shape for name, shape in found.items() if "final_norm" not in name} | norm_shapes("embedding_norm", model)
-    found |= {"head_dense.weight": (h, h), "head_dense.bias": (h,), "head.bias": (vocabulary,)} | norm_shapes("head_norm", model)
-    if not model.bert_no_binary_head:
-        found |= {"token_type_embedding.weight": (2, h), "pooler.weight": (h, h), "pooler.bias": (h,)}
-        found |= {"order_head.weight": (2, h), "order_head.bias": (2,)}
-    return found
+    found = bert_encoder_shapes(model) | norm_shapes("head_norm", model)
+    found |= {"head_dense.weight": (h, h), "head_dense.bias": (h,), "head.bias": (vocabulary,)}
+    if model.untie_embeddings_and_output_weights:
+        found["head.weight"] = (vocabulary, h)
+    return found if model.bert_no_binary_head else found | {"order_head.weight": (2, h), "order_head.bias": (2,)}
+
+
+def bert_classification_shapes(model: ModelConfig) -> Shapes:
+    """Those of a BERT with a classification head (models/bert_classification.py)."""
+    classifier = {"classifier": (model.num_classes, sizes(model)[1], True)}
+    return bert_encoder_shapes(model) | linear_shapes(classifier)
+
+
+def bert_multiple_choice_shapes(model: ModelConfig) -> Shapes:
+    """Those of a BERT with a multiple-choice head (models/bert_multiple_choice.py)."""
+    return bert_encoder_shapes(model) | linear_shapes({"classifier": (1, sizes(model)[1], True)})
 
 
 def t5_shapes(model: ModelConfig) -> Shapes:
@@ -85,26 +141,42 @@ def t5_shapes(model: ModelConfig) -> Shapes:
     found = gpt_shapes(model) | norm_shapes("encoder_norm", model)
     for number in range(layers, model.all_layers):
         own = layer_shapes(model, heads) | norm_shapes("cross_norm", model)
-        own |= {name.replace("attention", "cross_attention"): shape for name, shape in own.items() if re.match(r"attention\.\w+\.", name)}
-        found |= {f"layers.{number}.{name}": shape for name, shape in own.items() if not re.match(r"cross_attention\.\w_norm", name)}
+        own |= linear_shapes({f"cross_{name}": each for name, each in attention_linears(model, heads).items()})
+        found |= {f"layers.{number}.{name}": shape for name, shape in own.items()}
     if model.positions == "relative":
         found |= {f"{stack}_bias.weight": (model.relative_attention_num_buckets, heads) for stack in ("encoder", "decoder")}
     return found | ({"head.bias": (vocabulary,)} if model.add_bias_linear else {})
 
 
-def layer_shapes(model: ModelConfig, heads: int) -> Shapes:
-    """Those of one layer (layers/block.py)."""
-    h, inner, queries, keys = model.hidden_size, model.ffn_size, heads * model.head_dim, model.num_kv_heads * model.head_dim
+Linears = dict[str, tuple[int, int, bool]]  # module -> outputs, inputs, whether it has a bias
+
+
+def attention_linears(model: ModelConfig, heads: int) -> Linears:
+    """Linear layers of an attention (layers/attention.py)."""
+    h, queries, keys = model.hidden_size, heads * model.head_dim, model.num_kv_heads * model.head_dim
     bias, qkv_bias = model.add_bias_linear, model.add_bias_linear or model.add_qkv_bias
-    linears = {
+    return {
         "attention.q": (queries, h, qkv_bias), "attention.k": (keys, h, qkv_bias), "attention.v": (keys, h, qkv_bias),
-        "attention.out": (h, queries, bias), "mlp.up": (inner, h, bias), "mlp.down": (h, inner, bias),
+        "attention.out": (h, queries, bias),
     }  # fmt: skip
-    if model.gated:
-        linears["mlp.gate"] = (inner, h, bias)
-    found: Shapes = norm_shapes("attention_norm", model) | (norm_shapes("mlp_norm", model) if model.two_norms else {})
+
+
+def linear_shapes(linears: Linears) -> Shapes:
+    """Those of linear layers."""
+    found: Shapes = {}
     for name, (outputs, inputs, biased) in linears.items():
         found |= {f"{name}.weight": (outputs, inputs)} | ({f"{name}.bias": (outputs,)} if biased else {})
+    return found
+
+
+def layer_shapes(model: ModelConfig, heads: int) -> Shapes:
+    """Those of one layer (layers/block.py)."""
+    h, inner, bias = model.hidden_size, model.ffn_size, model.add_bias_linear
+    linears = attention_linears(model, heads) | {"mlp.up": (inner, h, bias), "mlp.down": (h, inner, bias)}
+    if model.gated:
+        linears["mlp.gate"] = (inner, h, bias)
+    found = norm_shapes("attention_norm", model) | linear_shapes(linears)
+    found |= norm_shapes("mlp_norm", model) if model.two_norms else {}
     if model.qk_layernorm:
         found |= {f"attention.{name}_norm.weight": (model.head_dim,) for name in "qk"}
     return found

@@ -17,15 +17,16 @@ SAMPLES = (
 )  # fmt: skip
 
 
-def transformers_files(tokenizer: Tokenizer, model_type: str = "gpt") -> dict[str, bytes]:
+def transformers_files(tokenizer: Tokenizer, *, causal: bool = True, decoder: bool = False) -> dict[str, bytes]:
     """{name: content} of tokenizer.json and tokenizer_config.json.
 
-    What ends a text is there the end of document, or in a T5 (model_type) its eos; a BERT's texts get [CLS] and [SEP], as in training.
+    What ends a text is there the end of document, or where a decoder answers an encoder (T5) its eos; texts of
+    models that are not causal (BERT) get [CLS] and [SEP], as in training.
     Raises DataError where no such files give the ids that `tokenizer` gives.
     """
     backend = tokenizer.library()
     names = {part: getattr(tokenizer, part) for part in PARTS}
-    if model_type != "t5" and tokenizer.eod is not None:
+    if not decoder and tokenizer.eod is not None:
         names["eos"] = tokenizer.eod
     listed = tokenizer.tokens()
     special = {part: listed[i] for part, i in names.items() if i is not None}
@@ -37,7 +38,7 @@ def transformers_files(tokenizer: Tokenizer, model_type: str = "gpt") -> dict[st
     if wrong or backend.get_vocab_size() > tokenizer.vocab_size:
         rule = "a token of the vocabulary has one name and one id"
         raise DataError(problem("tokens of tokenizer.json", wrong or "more of them", rule, "Use the tokenizer through megalith"))
-    if model_type == "bert" and tokenizer.cls is not None and tokenizer.sep is not None and backend.post_processor is None:
+    if not causal and tokenizer.cls is not None and tokenizer.sep is not None and backend.post_processor is None:
         backend.post_processor = template(backend, tokenizer.cls, tokenizer.sep, again=False)
     settings = tokenizer.settings if isinstance(tokenizer, HuggingFaceTokenizer) else {}
     config = {

@@ -11,37 +11,73 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalith.config.model import ModelConfig
+from megalith.config.parameters import initial
 from megalith.layers.block import run_in_order
 from megalith.layers.dropout import Dropout
 from megalith.layers.loss import TokenLoss
 from megalith.layers.mask import AttentionMask
 from megalith.layers.mlp import ACTIVATIONS
 from megalith.layers.norm import NORMS
-from megalith.models.parts import dropout_rows, initial, make_layer
+from megalith.models.parts import dropout_rows, make_layer
 
 
-class BERT(nn.Module):
-    """Embeddings, layers, norm; a head over the vocabulary, and one over the first token. A pipeline stage has some of them as None."""
+class Encoder(nn.Module):
+    """What is the same in every BERT: embeddings, layers, norm. A pipeline stage has some of them as None."""
 
     def __init__(self, config: ModelConfig, seed: int = 0):
         """config.vocab_size must be known. `seed` keys the dropout masks. Parameters are left as torch draws them."""
         super().__init__()
         self.config, self.seed = config, seed
-        h, vocab, binary = config.hidden_size, config.vocab_size, not config.bert_no_binary_head
-
-        def norm() -> nn.Module:
-            return NORMS[config.norm](h, config.layernorm_epsilon)
-
+        h, vocab = config.hidden_size, config.vocab_size
         self.embedding = nn.Embedding(vocab, h)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, h)
-        self.token_type_embedding = nn.Embedding(2, h) if binary else None
-        self.embedding_norm = norm() if config.norm_after_residual else None
+        self.token_type_embedding = None if config.bert_no_binary_head else nn.Embedding(2, h)
+        self.embedding_norm = self.make_norm() if config.norm_after_residual else None
         self.embedding_dropout = Dropout(config.hidden_dropout, "embedding")
         self.layers = nn.ModuleDict({str(i): make_layer(config, i) for i in range(config.num_layers)})
         self.run_layers = run_in_order
-        self.final_norm = None if config.norm_after_residual else norm()
-        self.head_dense, self.head_norm = nn.Linear(h, h), norm()
-        self.head = nn.Linear(h, vocab)
+        self.final_norm = None if config.norm_after_residual else self.make_norm()
+
+    def make_norm(self) -> nn.Module:
+        """A norm of the residual stream."""
+        return NORMS[self.config.norm](self.config.hidden_size, self.config.layernorm_epsilon)
+
+    def restore(self) -> None:
+        """Nothing is tied, and there are no buffers."""
+
+    def initial(self, name: str) -> tuple[str, float]:
+        """How a parameter starts; see config/parameters.py: initial."""
+        return initial(self.config, name)
+
+    def encode(
+        self, inputs: Tensor, positions: Tensor | None, token_types: Tensor | None, padding_mask: Tensor | None,
+        rows: Tensor | None, coordinates: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """Hidden states [b, s, h]. rows: dropout keys [b, s]. For the others see BERT.forward."""
+        if positions is None:
+            positions = coordinates.expand(inputs.shape[0], -1)
+        x = inputs if self.embedding is None else self.embed(inputs, positions, token_types, rows)
+        mask = AttentionMask(causal=False, padding=None if padding_mask is None else padding_mask.bool(), rows=rows)
+        x = self.run_layers(list(self.layers.values()), x, mask, None, rows)
+        return x if self.final_norm is None else self.final_norm(x)
+
+    def embed(self, ids: Tensor, positions: Tensor, token_types: Tensor | None, rows: Tensor | None) -> Tensor:
+        """Word, position and type embeddings with norm and dropout: [b, s] -> [b, s, h]."""
+        x = self.embedding(ids) + self.position_embedding(positions)
+        if self.token_type_embedding is not None:
+            x = x + self.token_type_embedding(torch.zeros_like(ids) if token_types is None else token_types)
+        return self.embedding_dropout(x if self.embedding_norm is None else self.embedding_norm(x), rows)
+
+
+class BERT(Encoder):
+    """The encoder with a head over the vocabulary, and one over the first token."""
+
+    def __init__(self, config: ModelConfig, seed: int = 0):
+        """As Encoder."""
+        super().__init__(config, seed)
+        h, binary = config.hidden_size, not config.bert_no_binary_head
+        self.head_dense, self.head_norm = nn.Linear(h, h), self.make_norm()
+        self.head = nn.Linear(h, config.vocab_size)
         self.token_loss = TokenLoss(config.loss_chunk_tokens, config.z_loss_coeff, few_labels=True)
         self.first_token = FirstToken()
         self.pooler = nn.Linear(h, h) if binary else None
@@ -52,10 +88,6 @@ class BERT(nn.Module):
         """Tie head and embedding where the config says so, which to_empty undoes."""
         if not self.config.untie_embeddings_and_output_weights and self.embedding is not None and self.head is not None:
             self.head.weight = self.embedding.weight
-
-    def initial(self, name: str) -> tuple[str, float]:
-        """How a parameter starts; see parts.initial."""
-        return initial(self.config, name)
 
     def forward(
         self, inputs: Tensor, positions: Tensor | None = None, token_types: Tensor | None = None, padding_mask: Tensor | None = None,
@@ -76,28 +108,17 @@ class BERT(nn.Module):
         """
         if coordinates is None:
             coordinates = torch.arange(inputs.shape[1], device=inputs.device)
-        if positions is None:
-            positions = coordinates.expand(inputs.shape[0], -1)
         rows = dropout_rows(self, samples, step, coordinates)
-        x = inputs if self.embedding is None else self.embed(inputs, positions, token_types, rows)
-        mask = AttentionMask(causal=False, padding=None if padding_mask is None else padding_mask.bool(), rows=rows)
-        x = self.run_layers(list(self.layers.values()), x, mask, None, rows)
-        if self.final_norm is not None:
-            x = self.final_norm(x)
+        x = self.encode(inputs, positions, token_types, padding_mask, rows, coordinates)
         if self.head is None:
             return x
         tokens = self.tokens(x, labels, loss_weights)
         if self.order_head is None:
             return tokens
         order = self.order_head(torch.tanh(self.pooler(self.first_token(x))))
-        return tokens, order if sentence_order is None else order_loss(order, sentence_order, order_weights, coordinates)
-
-    def embed(self, ids: Tensor, positions: Tensor, token_types: Tensor | None, rows: Tensor | None) -> Tensor:
-        """Word, position and type embeddings with norm and dropout: [b, s] -> [b, s, h]."""
-        x = self.embedding(ids) + self.position_embedding(positions)
-        if self.token_type_embedding is not None:
-            x = x + self.token_type_embedding(torch.zeros_like(ids) if token_types is None else token_types)
-        return self.embedding_dropout(x if self.embedding_norm is None else self.embedding_norm(x), rows)
+        if sentence_order is None:
+            return tokens, order
+        return tokens, sequence_loss(order, sentence_order, order_weights, coordinates)
 
     def tokens(self, x: Tensor, labels: Tensor | None, loss_weights: Tensor | None) -> Tensor:
         """The head over the vocabulary: [b, s, h] -> logits [b, s, V], or losses [b, s]."""
@@ -113,7 +134,10 @@ class FirstToken(nn.Module):
         return x[:, 0]
 
 
-def order_loss(logits: Tensor, order: Tensor, weights: Tensor | None, coordinates: Tensor) -> Tensor:
-    """Cross entropy [b] of logits [b, 2], times `weights` [b]; those count where `coordinates` [s] begin with the first place."""
-    losses = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), order, reduction="none")
+def sequence_loss(logits: Tensor, labels: Tensor, weights: Tensor | None, coordinates: Tensor) -> Tensor:
+    """Cross entropy [b] of logits [b, classes] of the first tokens, times `weights` [b].
+
+    Those count where `coordinates` [s] begin with the first place: only there the first token is that of the sequence.
+    """
+    losses = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="none")
     return losses if weights is None else losses * (weights * (coordinates[0] == 0))

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from megalith.config.model import ModelConfig
+from megalith.config.parameters import initial
 from megalith.layers.block import run_in_order
 from megalith.layers.dropout import Dropout
 from megalith.layers.loss import TokenLoss
 from megalith.layers.mask import AttentionMask
 from megalith.layers.norm import NORMS
 from megalith.layers.positions import Stretch, alibi_slopes, rotary_table
-from megalith.models.parts import dropout_rows, initial, make_layer
+from megalith.models.parts import dropout_rows, make_layer
 
 
 class GPT(nn.Module):
@@ -54,7 +55,7 @@ class GPT(nn.Module):
             self.slopes.copy_(self.make_slopes())
 
     def initial(self, name: str) -> tuple[str, float]:
-        """How a parameter starts; see parts.initial."""
+        """How a parameter starts; see config/parameters.py: initial."""
         return initial(self.config, name)
 
     def forward(

@@ -1,4 +1,4 @@
-"""What several models are made of, from a config: layers, dropout keys, initial values."""
+"""What several models are made of, from a config: layers, dropout keys."""
 
 from __future__ import annotations
 
@@ -53,20 +53,3 @@ def dropout_rows(model: nn.Module, samples: Tensor | None, step: Tensor | None, 
     if samples is None or step is None:
         raise ValueError("dropout needs `samples` and `step` in training mode: pass them, or call model.eval(), or set the dropouts to 0")
     return row_keys(model.seed, step, samples, coordinates)
-
-
-def initial(c: ModelConfig, name: str) -> tuple[str, float]:
-    """How a parameter starts: ("normal", standard deviation), ("xavier", 1.0) or ("constant", value).
-
-    Megatron's rules: matrices from N(0, std), those that write to the residual from N(0, std / sqrt(2 layers)).
-    """
-    if name.endswith("bias"):
-        return "constant", 0.0
-    if "norm" in name:
-        return "constant", 0.0 if c.apply_layernorm_1p and ".attention." not in name else 1.0  # norms of heads are plain ones
-    std = c.init_method_std
-    if c.init_method_xavier_uniform and "embedding" not in name:
-        return "xavier", 1.0
-    if name.endswith(("attention.out.weight", "mlp.down.weight")):
-        std /= (2.0 * c.num_layers) ** 0.5
-    return "normal", std

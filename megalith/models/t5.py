@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from megalith.config.model import ModelConfig
+from megalith.config.parameters import initial, parameter_kind
 from megalith.layers.block import run_in_order
 from megalith.layers.dropout import Dropout
 from megalith.layers.loss import TokenLoss
 from megalith.layers.mask import AttentionMask
 from megalith.layers.norm import NORMS
 from megalith.layers.positions import RelativeBias
-from megalith.models.parts import dropout_rows, initial, make_layer
+from megalith.models.parts import dropout_rows, make_layer
 
 
 class T5(nn.Module):
@@ -62,20 +63,21 @@ class T5(nn.Module):
             self.head.weight = self.embedding.weight
 
     def initial(self, name: str) -> tuple[str, float]:
-        """How a parameter starts: Megatron's rules (parts.initial), or T5's own where the config has an initializer_factor.
+        """How a parameter starts: Megatron's rules (config/parameters.py: initial), or with an initializer_factor
+        T5's own.
 
         Those are N(0, factor^2 / width of the layer's input), for queries over the square root of a head's width too, as scores are
         not divided by it; embeddings and output layer N(0, factor^2).
         """
         c, factor = self.config, self.config.initializer_factor
-        if factor is None or name.endswith(".bias") or "norm" in name:
+        kind = parameter_kind(c, name)
+        if factor is None or kind.initial in ("zeros", "ones", "norm"):
             return initial(c, name)
         widths = {
-            "embedding.weight": 1, "head.weight": 1, "attention.q.weight": c.hidden_size * c.head_dim,
-            "attention.out.weight": c.num_attention_heads * c.head_dim, "mlp.down.weight": c.ffn_size,
+            "embedding": 1, "output layer": 1, "query": c.hidden_size * c.head_dim,
+            "attention output": c.num_attention_heads * c.head_dim, "mlp output": c.ffn_size,
         }  # fmt: skip
-        width = next((width for ending, width in widths.items() if name.endswith(ending)), c.hidden_size)
-        return "normal", factor * width**-0.5
+        return "normal", factor * widths.get(kind.name, c.hidden_size) ** -0.5
 
     def forward(
         self, inputs: Tensor, hidden: Tensor | None = None, *, decoder_input_ids: Tensor, padding_mask: Tensor | None = None,

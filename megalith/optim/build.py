@@ -9,7 +9,7 @@ import torch
 
 from megalith.common.registry import Registry
 from megalith.config.optimizer import OptimizerConfig
-from megalith.optim.groups import parameter_groups
+from megalith.optim.groups import Decays, matrices_decay, parameter_groups
 
 OPTIMIZERS = Registry(
     "optimizer",
@@ -19,12 +19,16 @@ OPTIMIZERS = Registry(
 _FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 
-def build_optimizer(config: OptimizerConfig, named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> torch.optim.Optimizer:
-    """The optimizer that `config.optimizer` names, over the groups of these parameters.
+def build_optimizer(
+    config: OptimizerConfig,
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+    decays: Decays = matrices_decay,
+) -> torch.optim.Optimizer:
+    """The optimizer that `config.optimizer` names, over the groups of these parameters. decays: see groups.py.
 
     Its rates are those of the peak until `set_rates` gives it a step's. Raises ConfigError for an unknown name.
     """
-    return OPTIMIZERS.find(config.optimizer)(parameter_groups(named_parameters), config)
+    return OPTIMIZERS.find(config.optimizer)(parameter_groups(named_parameters, decays), config)
 
 
 def adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:

@@ -1,19 +1,24 @@
-"""Which parameters decay: matrices do, biases and everything one-dimensional (norms) do not."""
+"""Which parameters decay: matrices do, biases and norms do not. A model's record says which is which."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
-
-def decays(name: str, parameter: torch.Tensor) -> bool:
-    """Whether weight decay applies, by the name and the original global shape (a DTensor's `ndim` is global already)."""
-    return not name.endswith(".bias") and name != "bias" and parameter.ndim != 1
+Decays = Callable[[str, torch.Tensor], bool]  # whether weight decay applies to the parameter of this name
 
 
-def parameter_groups(named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> list[dict[str, Any]]:
+def matrices_decay(name: str, parameter: torch.Tensor) -> bool:
+    """The rule where nothing says what the parameters are: a DTensor's `ndim` is that of the whole."""
+    return parameter.ndim != 1
+
+
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+    decays: Decays = matrices_decay,
+) -> list[dict[str, Any]]:
     """Groups for a torch optimizer, from `model.named_parameters()`: at most two, empty ones left out.
 
     Each holds `params` as (name, parameter) pairs, so that the optimizer keeps the names (`param_names`), and the factors

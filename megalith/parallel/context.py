@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from megalith.common.errors import ConfigError, problem
 from megalith.parallel.collectives import Axis, Enter
+from megalith.parallel.plan import attentions
 
 WHOLE = ("documents", "padding_mask")  # endings of names: attention asks them of keys too, and every process sees all keys
 BIASES = ("encoder_bias", "decoder_bias")  # a model's tables of biases by distance
@@ -37,26 +38,28 @@ def places(length: int, axis: Axis, device: torch.device | None = None) -> Tenso
 def part(batch: Mapping[str, Tensor], axis: Axis, sequences: Mapping[str, str]) -> dict[str, Tensor]:
     """This process's tokens of a batch: its tensors [b, s, ...], s as of one of the sequences' ids, become [b, s/c, ...].
 
-    sequences: names of ids [b, s] -> what the places of their tokens are called, which are added: [s/c].
+    sequences: names of ids [b, s], or [b, choices, s], -> what the places of their tokens are called, which are
+        added: [s/c].
     Tensors of other shapes, documents and padding masks stay whole.
     """
     ids = {where: batch[name] for name, where in sequences.items() if name in batch}
-    here = {each.shape[1]: places(each.shape[1], axis, each.device) for each in ids.values()}
+    here = {(each.dim() - 1, each.shape[-1]): places(each.shape[-1], axis, each.device) for each in ids.values()}
 
     def own(name: str, value: Tensor) -> Tensor:
-        whole = name.endswith(WHOLE) or value.dim() < 2 or value.shape[1] not in here
-        return value if whole else value.index_select(1, here[value.shape[1]])
+        for (dim, length), chosen in here.items():
+            if value.dim() > dim and value.shape[dim] == length and not name.endswith(WHOLE):
+                return value.index_select(dim, chosen)
+        return value
 
     taken = {name: own(name, value) for name, value in batch.items()}
-    return taken | {where: here[each.shape[1]] for where, each in ids.items()}
+    return taken | {where: here[each.dim() - 1, each.shape[-1]] for where, each in ids.items()}
 
 
 def apply(model: nn.Module, axis: Axis) -> None:
-    """Make the core attention, and cross attention, of every one of `model.layers` one of part sequences; `BIASES` cover the whole."""
+    """Make the core attention of all attentions in `model.layers` one of part sequences; `BIASES` cover the whole."""
     for layer in model.layers.values():
-        for attention in (layer.attention, getattr(layer, "cross_attention", None)):
-            if attention is not None:
-                attention.core = ContextAttention(attention.core, axis)
+        for attention in attentions(layer):
+            attention.core = ContextAttention(attention.core, axis)
     for table in (getattr(model, name, None) for name in BIASES):
         if table is not None:
             table.parts = axis.size

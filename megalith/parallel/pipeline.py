@@ -1,8 +1,9 @@
 """The pipeline of one process: its stages, run by torch's schedules.
 
-Between stages flow activations alone, [b, s, h] in the compute format; inside a decoder two of them, as the encoder's output rides
-along and gathers its gradient on the way back. Everything else that a stage needs (positions, labels,
-sample numbers) it gets as keyword arguments, because every process reads its own samples.
+Between stages flow activations alone, [..., s, h] for ids [..., s], in the compute format; inside a decoder two of
+them, as the
+encoder's output rides along and gathers its gradient on the way back. Everything else that a stage needs
+(positions, labels, sample numbers) it gets as keyword arguments, because every process reads its own samples.
 """
 
 from __future__ import annotations
@@ -180,10 +181,10 @@ class Pipeline:
     def run(self, inputs: Sequence[Mapping[str, Any]], loss: Loss, train: bool) -> None:
         """Run micro-batches through all stages. Every process of the pipeline must call.
 
-        inputs: the model's keyword arguments for each micro-batch; "inputs" are ids [b, s], and all are of one shape.
+        inputs: the model's keyword arguments for each micro-batch; "inputs" are ids [..., s], all of one shape.
         loss: called where the last stage is, with what it returned; in training the sum of what it returns is differentiated.
         """
-        shapes = tuple((name, tuple(inputs[0][name].shape)) for name in ("inputs", "decoder_input_ids") if name in inputs[0])
+        shapes = tuple((name, tuple(inputs[0][name].shape)) for name in dict.fromkeys(["inputs", *self.cut.streams()]))
         key = (len(inputs), shapes, train)
         if key not in self.made:
             self.made[key] = self._make(*key)
@@ -192,7 +193,7 @@ class Pipeline:
             dist.barrier(self.mesh.devices["pp"].get_group())  # one zero for the clocks of all
             self.zero = time.perf_counter()
         # A later stage could not tell them from its part of the sequence.
-        coordinates = torch.arange(inputs[0]["inputs"].shape[1], device=self.mesh.device)
+        coordinates = torch.arange(inputs[0]["inputs"].shape[-1], device=self.mesh.device)
         for stage in stages:
             stage.inputs = [{"coordinates": coordinates, **arguments} for arguments in inputs]
             stage.submod.loss = loss if stage.is_last else None
@@ -220,7 +221,8 @@ class Pipeline:
             return (torch.empty(shapes[0][1], dtype=torch.int64, device="meta"),)
         if stage == self.stages:
             return (torch.empty((), dtype=torch.promote_types(self.dtype, torch.float32), device="meta", requires_grad=True),)
-        sizes = [(b, s // self.sequence, self.hidden) for b, s in (dict(shapes)[name] for name in self.cut.received(stage))]
+        ids = [dict(shapes)[name] for name in self.cut.received(stage)]
+        sizes = [(*samples, length // self.sequence, self.hidden) for *samples, length in ids]
         return tuple(torch.empty(size, dtype=self.dtype, device="meta", requires_grad=True) for size in sizes)
 
 

@@ -7,63 +7,60 @@ from collections.abc import Callable, Collection, Mapping
 
 from torch import nn
 
-from megalith.common.registry import Registry
+from megalith.common.errors import ConfigError, problem
+from megalith.config.model import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Ends:
-    """Names of a model's modules that its first stage alone has, and its last; all that is no layer and not named is everywhere.
+class Stages:
+    """What of a model a pipeline stage has besides its layers, and what flows into it. Other modules are everywhere.
 
-    beside: modules that every stage has which has one of certain layers; a function gives their numbers, of the number of the
-    decoder's first layer and the number of layers.
+    first, last: names of modules that the first stage alone has, and the last.
+    beside: modules that every stage has which has one of certain layers; a function gives their numbers.
+    received: the inputs whose hidden states flow into a stage, in order, given the number of its first layer (not
+        0). They are
+        named as forward's arguments; where nothing flowed in they are ids [..., s], whose shape says that of hidden
+        states.
     """
 
     first: tuple[str, ...]
     last: tuple[str, ...]
-    beside: Mapping[str, Callable[[int, int], Collection[int]]] = dataclasses.field(default_factory=dict)
-
-
-GPT = Ends(("embedding", "position_embedding", "embedding_norm"), ("final_norm", "head"))
-BERT = Ends(
-    ("embedding", "position_embedding", "token_type_embedding", "embedding_norm"),
-    ("final_norm", "head_dense", "head_norm", "head", "pooler", "order_head"),
-)
-T5 = Ends((), ("final_norm", "head"), {
-    "embedding": lambda decoder, end: (0, decoder),
-    "position_embedding": lambda decoder, end: (0, decoder),
-    "encoder_bias": lambda decoder, end: range(decoder),
-    "encoder_norm": lambda decoder, end: (decoder - 1,),
-    "decoder_bias": lambda decoder, end: range(decoder, end),
-})  # fmt: skip
-ENDS = Registry("pipeline ends", {name.lower(): f"megalith.parallel.pipeline_cut:{name}" for name in ("GPT", "BERT", "T5")})
+    beside: Mapping[str, Callable[[ModelConfig], Collection[int]]] = dataclasses.field(default_factory=dict)
+    received: Callable[[int, ModelConfig], tuple[str, ...]] = lambda layer, model: ("inputs",)
 
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """Which stage has what. layers: global numbers of the layers of each stage. decoder: that of a decoder's first, behind an encoder's."""
+    """Which stage has what. layers: global numbers of the layers of each stage."""
 
-    ends: Ends
+    stages: Stages
     layers: list[range]
-    decoder: int | None = None
+    model: ModelConfig
 
     def received(self, stage: int) -> tuple[str, ...]:
-        """What flows into a stage, in order: the inputs whose hidden states they are. Inside a decoder the encoder's output rides along."""
-        inside = self.decoder is not None and self.layers[stage].start > self.decoder
-        return ("inputs", "decoder_input_ids") if inside else ("inputs",)
+        """What flows into a stage behind the first: the inputs whose hidden states they are, in order."""
+        return self.stages.received(self.layers[stage].start, self.model)
+
+    def streams(self) -> list[str]:
+        """The inputs whose hidden states flow between any two stages."""
+        return list(dict.fromkeys(name for stage in range(1, len(self.layers)) for name in self.received(stage)))
 
     def has(self, stage: int, name: str) -> bool:
         """Whether a stage has the module or parameter of this name."""
         top, _, rest = name.partition(".")
         if top == "layers" and rest:
             return int(rest.partition(".")[0]) in self.layers[stage]
-        if top in self.ends.beside:
-            needed = self.ends.beside[top](self.decoder or 0, self.layers[-1].stop)
-            return any(number in self.layers[stage] for number in needed)
-        return (top not in self.ends.first or stage == 0) and (top not in self.ends.last or stage == len(self.layers) - 1)
+        if top in self.stages.beside:
+            return any(number in self.layers[stage] for number in self.stages.beside[top](self.model))
+        last = len(self.layers) - 1
+        return (top not in self.stages.first or stage == 0) and (top not in self.stages.last or stage == last)
 
     def apply(self, model: nn.Module, stage: int) -> None:
-        """Take from a whole model what the stage lacks."""
-        for name in (*self.ends.first, *self.ends.last, *self.ends.beside):
+        """Take from a whole model what the stage lacks. Raises ConfigError for a module that it never had."""
+        for name in (*self.stages.first, *self.stages.last, *self.stages.beside):
+            if not hasattr(model, name):
+                rule = f"the stages of {self.model.model_type} name modules of {type(model).__name__}"
+                raise ConfigError(problem("pipeline stages", name, rule, "Correct the name, or take it out"))
             if not self.has(stage, name):
                 setattr(model, name, None)
         for number in list(model.layers):

@@ -8,13 +8,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from megalith.common.errors import ConfigError
-from megalith.common.registry import Registry
 from megalith.parallel.collectives import Axis
 
 Style = Callable[[nn.Module, nn.Module, Axis], nn.Module]  # (module, its parent, axis) -> what takes its place
 Plan = Mapping[str, Style]
-
-PLANS = Registry("tensor-parallel plan", {name: f"megalith.parallel.plans.{name}:PLAN" for name in ("gpt", "bert", "t5")})
 
 
 def apply(model: nn.Module, plan: Plan, axis: Axis) -> None:
@@ -39,6 +36,11 @@ def apply(model: nn.Module, plan: Plan, axis: Axis) -> None:
             f"tensor-parallel plan of {type(model).__name__}: no pattern names {', '.join(missed)}; every parameter must be split or "
             f"named as a copy. Add its module to the plan."
         )
+
+
+def attentions(layer: nn.Module) -> list[nn.Module]:
+    """The attentions in a layer, at any depth: what has queries `q` and a `core`, which may be replaced."""
+    return [module for module in layer.modules() if hasattr(module, "q") and hasattr(module, "core")]
 
 
 def matches(model: nn.Module, pattern: str) -> Iterator[tuple[nn.Module, str]]:

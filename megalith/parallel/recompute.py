@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megalith.config.recompute import RecomputeConfig
+from megalith.parallel.plan import attentions
 
 
 def apply(model: nn.Module, config: RecomputeConfig) -> None:
     """Make `model` (or a stage of one) recompute what `config` says; needs `model.layers` and `model.run_layers`."""
     if config.granularity == "selective":
         for layer in model.layers.values():
-            for attention in (layer.attention, getattr(layer, "cross_attention", None)):
-                if attention is not None:
-                    attention.core = Recomputed(attention.core)
+            for attention in attentions(layer):
+                attention.core = Recomputed(attention.core)
     elif config.granularity == "full":
         run = in_groups if (config.recompute_method or "uniform") == "uniform" else first_ones
         model.run_layers = functools.partial(run, config.recompute_num_layers, model.run_layers)

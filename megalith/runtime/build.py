@@ -12,18 +12,20 @@ from megalith.checkpoint import fit
 from megalith.checkpoint.store import fill
 from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError
+from megalith.common.registry import load
+from megalith.config.architectures import ARCHITECTURES, architecture
 from megalith.config.loading import to_yaml
 from megalith.config.model import ModelConfig
 from megalith.config.run import RunConfig
 from megalith.config.stages import SPLIT_BACKWARD, layers_of, schedule_of, stages_of
 from megalith.layers.random import key
-from megalith.models import MODELS
+from megalith.models import protocol
 from megalith.parallel import context, data_parallel, plan, recompute
 from megalith.parallel.collectives import Axis
 from megalith.parallel.mesh import Mesh, grid, join, start
 from megalith.parallel.part import Part
 from megalith.parallel.pipeline import Pipeline
-from megalith.parallel.pipeline_cut import ENDS, Cut, canonical_names
+from megalith.parallel.pipeline_cut import Cut, canonical_names
 from megalith.parallel.pipeline_deferred import Queue, defer
 from megalith.parallel.pipeline_shared import Shared
 from megalith.runtime.initialize import initialize
@@ -124,9 +126,13 @@ class Runtime:
 
 
 def meta_model(config: ModelConfig, seed: int = 0) -> nn.Module:
-    """The model without memory: shapes alone."""
+    """The model without memory: shapes alone. Raises ConfigError where it is not what its record and
+    models/protocol.py say.
+    """
     with torch.device("meta"):
-        return MODELS.find(config.model_type)(config, seed)
+        model = config.architecture.find("model")(config, seed)
+    protocol.check(model, config)
+    return model
 
 
 def place(config: RunConfig, mesh: Mesh, dtype: torch.dtype = torch.float32, weights: Weights | None = None) -> Runtime:
@@ -142,7 +148,7 @@ def place(config: RunConfig, mesh: Mesh, dtype: torch.dtype = torch.float32, wei
     names, number = canonical_names(whole), sum(parameter.numel() for parameter in whole.parameters())
     if mesh.size("pp") == 1:
         return Runtime(config, mesh, (settle(config, mesh, whole.to(dtype), 0, names, weights=weights),), number)
-    cut = Cut(ENDS.find(config.model.model_type), layers_of(config), config.model.num_layers if config.model.decoder_layers else None)
+    cut = Cut(config.model.architecture.find("stages"), layers_of(config), config.model)
     stages, schedule = stages_of(config, mesh.place("pp")), schedule_of(config.parallel)
     queues = [Queue() if schedule in SPLIT_BACKWARD else None for _ in stages]
     parts = []
@@ -177,8 +183,7 @@ def settle(
     queue: where weight gradients are put off. weights: see `place`.
     """
     if mesh.size("tp") > 1:
-        table = plan.PLANS.find(config.parallel.tensor_parallel_plan or config.model.model_type)
-        plan.apply(model, table, Axis(mesh.devices["tp"], config.parallel.sequence_parallel))
+        plan.apply(model, plan_of(config), Axis(mesh.devices["tp"], config.parallel.sequence_parallel))
     if queue is not None:
         defer(model, queue)
     if mesh.size("cp") > 1:
@@ -198,6 +203,14 @@ def settle(
     if not wrapped and mesh.data_size * mesh.size("cp") > 1:
         replicas = data_parallel.Replicas(model, mesh.flat("dp_replicate", "dp_shard", "cp"))
     return Part(model, stage, names, wrapped, replicas, config.parallel, config.precision)
+
+
+def plan_of(config: RunConfig) -> plan.Plan:
+    """The tensor-parallel plan: that of the model, or the one named, which may be another model's."""
+    named = config.parallel.tensor_parallel_plan
+    if named is None or named in ARCHITECTURES:
+        return (config.model.architecture if named is None else architecture(named)).find("plan")
+    return load("tensor-parallel plan", named)
 
 
 def plain(config: ModelConfig, device: torch.device, dtype: torch.dtype = torch.float32, seed: int | None = None) -> nn.Module:

@@ -62,47 +62,7 @@ class Difference:
 
 def batch(config: RunConfig, step: int = 0) -> Batch:
     """A made-up global batch, as the model's dataset gives it."""
-    return {"bert": _bert, "t5": _t5}.get(config.model.model_type, _gpt)(config, step)
-
-
-def _gpt(config: RunConfig, step: int) -> Batch:
-    """Random ids and labels, a tenth of the tokens masked, unevenly over the samples."""
-    drawn = torch.Generator().manual_seed(config.batch.seed + step)
-    shape = config.batch.global_batch_size, config.data.seq_length
-    ids = torch.randint(config.model.vocab_size, (shape[0], shape[1] + 1), generator=drawn)
-    seen = torch.rand(shape, generator=drawn) > torch.linspace(0.0, 0.2, shape[0])[:, None]
-    samples = torch.arange(shape[0]) + step * shape[0]
-    made = {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous(), "loss_mask": seen.float(), "samples": samples}
-    if config.data.reset_attention_mask:
-        made["documents"] = (ids[:, :-1] % 7 == 0).cumsum(dim=1)
-    return made
-
-
-def _t5(config: RunConfig, step: int) -> Batch:
-    """What GPT has for the decoder; for the encoder random ids and lengths."""
-    target = config.data.decoder_seq_length or config.data.seq_length
-    made = _gpt(config.replace(seq_length=target), step)
-    drawn = torch.Generator().manual_seed(config.batch.seed - 1 - step)
-    b, s = shape = config.batch.global_batch_size, config.data.seq_length
-    length = (s * (0.5 + 0.5 * torch.rand(b, 1, generator=drawn))).long()
-    ids = torch.randint(config.model.vocab_size, shape, generator=drawn)
-    return made | {"decoder_input_ids": made["input_ids"], "input_ids": ids, "padding_mask": (torch.arange(s) < length).long()}
-
-
-def _bert(config: RunConfig, step: int) -> Batch:
-    """Random ids, lengths, second segments and masked tokens, and with the binary head orders."""
-    drawn = torch.Generator().manual_seed(config.batch.seed + step)
-    b, s = shape = config.batch.global_batch_size, config.data.seq_length
-    place, draw = torch.arange(s), torch.rand(b, 2, 1, generator=drawn)
-    length = (s * (0.5 + 0.5 * draw[:, 0])).long()
-    tokens, masked = place < length, torch.rand(shape, generator=drawn) < 0.3
-    ids = torch.randint(config.model.vocab_size, (2, *shape), generator=drawn)
-    made = {"input_ids": ids[0], "padding_mask": tokens.long(), "samples": torch.arange(b) + step * b}
-    made |= {"labels": torch.where(masked & tokens, ids[1], -1), "loss_mask": (masked & tokens).float()}
-    if not config.model.bert_no_binary_head:
-        made |= {"token_types": (tokens & (place >= length * draw[:, 1])).long(), "sentence_order": torch.arange(b) % 3 % 2}
-        made |= {"order_weights": torch.full((b,), 1.0 / b)}
-    return made
+    return config.model.architecture.find("batch")(config, step)
 
 
 def micro_batches(whole: Batch, size: int, mesh: Mesh) -> list[Batch]:

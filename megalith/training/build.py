@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -12,6 +13,7 @@ import torch
 from megalith.common.errors import ConfigError
 from megalith.config.batch_math import global_batch
 from megalith.config.flops import flops_per_token
+from megalith.config.parameters import weight_decays
 from megalith.config.run import RunConfig
 from megalith.data.build import build_datasets
 from megalith.data.loader import Loader
@@ -50,7 +52,8 @@ def build_trainer(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Traine
     runtime = place(config, mesh)
     measures = config.validation.skip_train  # with neither rate nor length
     rates = RunConfig().replace(lr=0.0, train_iters=1) if measures else config
-    optimizer = build_optimizer(rates.optimizer, runtime.named_parameters())
+    decays = functools.partial(weight_decays, config.model)
+    optimizer = build_optimizer(rates.optimizer, runtime.named_parameters(), decays)
     schedule = Schedule(rates.optimizer, rates.schedule, batch)
     return Trainer(runtime, build_task(config, mesh, tokenizer), optimizer, schedule, build_loss_scale(config.precision))
 

@@ -158,6 +158,7 @@ TASKS = Registry(
         "lm": "megalith.training.tasks:LanguageModelling",
         "bert": "megalith.training.tasks:MaskedLanguageModelling",
         "t5": "megalith.training.tasks:SpanCorruption",
+        "classification": "megalith.training.tasks_classification:Classification",
     },
 )
 

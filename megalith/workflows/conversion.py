@@ -156,13 +156,16 @@ def compare(original: pathlib.Path, ours: pathlib.Path, tokens: int = 32, option
         raise ConfigError(problem("--verify", f"{type(error).__name__}: {error}", rule, cure)) from None
     model, run_config, _ = load_plain(ours, device="cpu", options=options)
     length = min(tokens, run_config.model.max_position_embeddings or tokens)
-    ids = torch.randint(run_config.model.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    small = run_config.replace(seq_length=length, global_batch_size=2)
+    shape = small.model.architecture.find("batch")(small, 0)["input_ids"].shape
+    ids = torch.randint(run_config.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     second = {"decoder_input_ids": ids.flip(1)} if run_config.model.decoder_layers else {}
     with torch.no_grad():
-        wanted: Tensor = theirs(ids, **second)[0]  # logits over the vocabulary; BERT has a second head
-        if wanted.shape[-1] != run_config.model.vocab_size:
-            rule = "it compares logits over the vocabulary, and this class gives none"
-            raise ConfigError(problem("--verify", name, rule, "Leave --verify out"))
+        wanted: Tensor = theirs(ids, **second)[0]  # logits, over the vocabulary or of classes; BERT has a second head
         found = model(ids, **second)
-        worst = float(((found[0] if isinstance(found, tuple) else found) - wanted).abs().max() / wanted.abs().max())
+        found = found[0] if isinstance(found, tuple) else found
+        if wanted.shape != found.shape:
+            rule = f"it compares the logits of {run_config.model.model_type}, and this class gives none"
+            raise ConfigError(problem("--verify", name, rule, "Leave --verify out"))
+        worst = float((found - wanted).abs().max() / wanted.abs().max())
     return worst

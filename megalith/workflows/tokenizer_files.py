@@ -63,8 +63,8 @@ def prepared(weights: Weights, options: Options, folder: pathlib.Path) -> tuple[
         tokenizer = load_tokenizer(source, weights.config.data)
         if tokenizer.vocab_size > (model.vocab_size or 0):
             notes += misfit(tokenizer.vocab_size, model.vocab_size or 0)
-        files |= transformers_files(tokenizer, model.model_type)
-        if model.model_type == "bert" and tokenizer.literal:
+        files |= transformers_files(tokenizer, causal=model.causal, decoder=model.architecture.decoder)
+        if not model.causal and tokenizer.literal:
             notes.append(
                 "[MASK] in a text is plain characters to AutoTokenizer, as it was in preprocessing; for a fill-mask pipeline give it "
                 "tokenizer=AutoTokenizer.from_pretrained(FOLDER, split_special_tokens=False)"

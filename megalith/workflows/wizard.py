@@ -21,7 +21,7 @@ ALONE: dict[str, Any] = {
     TP: 1, PP: 1, CP: 1, "sequence_parallel": False, "pipeline_schedule": "auto", "num_layers_per_virtual_pipeline_stage": None,
     "data_parallel_replicas": 1, "data_parallel_sharding": "none", "use_distributed_optimizer": False,
 }  # fmt: skip
-FILES = {  # what a model's tokenizer is made from
+FILES = {  # dataset -> what its tokenizer is made from
     "gpt": "tokenizer.json, or vocabulary and merges: vocab.json merges.txt",
     "bert": "vocab.txt of BERT, or a tokenizer.json that has [CLS], [SEP], [PAD] and [MASK]",
     "t5": "vocab.txt of BERT, a sentencepiece .model, or a tokenizer.json",
@@ -87,7 +87,7 @@ def ask() -> Answers:
     name = _recipe(questions)
     text = recipes.text(name)
     config = from_yaml(text, f"recipe {name}")
-    kind = config.model.model_type
+    kind = config.model.architecture.dataset
     prefix = "dataset prefix, as `megalith data preprocess` names it"
     config = questions.field(config, "data_path", prefix if kind == "gpt" else f"{prefix} with --split-sentences (..._text_sentence)")
     config = config.replace(**_tokenizer(questions, kind))

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from megalith.config.model import ModelConfig
-from megalith.models import MODELS
 
 Tensors = dict[str, Tensor]
 SMALL = dict(
@@ -33,7 +32,7 @@ def model_of(**changes) -> tuple[ModelConfig, Tensors]:
     """A config, and random weights under our names, biases and norms among them."""
     config = ModelConfig(**(SMALL | changes))
     torch.manual_seed(1)
-    model = MODELS.find(config.model_type)(config)
+    model = config.architecture.find("model")(config)
     return config, {name: torch.randn_like(parameter) for name, parameter in model.named_parameters()}
 
 

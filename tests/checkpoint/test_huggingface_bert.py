@@ -16,7 +16,7 @@ from megalith.checkpoint.weights import own, write
 from megalith.common.errors import CheckpointError, ConfigError
 from megalith.runtime.load import load_plain
 from megalith.workflows import conversion
-from tests.originals.families import BERTS
+from tests.originals.families import BERTS, HEADED
 
 
 @pytest.fixture(params=BERTS)
@@ -141,7 +141,8 @@ def test_a_masked_lm_can_keep_its_segments(tmp_path: pathlib.Path) -> None:
 def test_heads_that_are_not_there_are_new(kind: str, tmp_path: pathlib.Path) -> None:
     """The encoder and the pooler are the original's; the classifier is left out."""
     original = save_as(kind, tmp_path / "theirs")
-    weights = conversion.convert(tmp_path / "theirs", tmp_path / "ours", to="megalith")
+    options = Options(overrides={"model_type": "bert"} if "Classification" in kind else {})
+    weights = conversion.convert(tmp_path / "theirs", tmp_path / "ours", to="megalith", options=options)
     assert weights.notes[0].startswith("not in this folder, so new and untrained: head_dense.weight, head_dense.bias, head_norm.weight")
     left = ["left out, as this model has no use for them: classifier.bias, classifier.weight"]
     assert list(weights.notes[1:]) == [*left * ("Classification" in kind), NO_TOKENIZER]
@@ -151,8 +152,40 @@ def test_heads_that_are_not_there_are_new(kind: str, tmp_path: pathlib.Path) -> 
     ids = torch.randint(90, (2, 20))
     model(ids)
     assert (pooled[0] - getattr(original, "bert", original)(ids).pooler_output).abs().max() < 1e-5
-    with pytest.raises(ConfigError, match=f"--verify: found '{kind}'; it compares logits over the vocabulary, and this class gives none"):
+    message = f"--verify: found '{kind}'; it compares the logits of bert, and this class gives none"
+    with pytest.raises(ConfigError, match=message):
         conversion.verify(tmp_path / "theirs", tmp_path / "ours")
+
+
+@pytest.mark.parametrize("name", HEADED)
+def test_heads_that_classify_there_and_back(name: str, tmp_path: pathlib.Path) -> None:
+    torch.manual_seed(0)
+    original = HEADED[name]().eval()
+    original.save_pretrained(tmp_path / "theirs")
+    weights = conversion.convert(tmp_path / "theirs", tmp_path / "ours", to="megalith")
+    kind = "bert_multiple_choice" if "choices" in name else "bert_classification"
+    assert weights.config.model.model_type == kind and weights.config.data.loss == "classification"
+    assert weights.config.model.num_classes == (3 if name == "bert classes" else 2)
+    assert weights.notes == (NO_TOKENIZER,)
+    assert conversion.verify(tmp_path / "theirs", tmp_path / "ours") < 1e-5
+    for folder, files in (("kept", weights.files), ("made", {})):
+        huggingface.write(replace(own(tmp_path / "ours"), files=files), tmp_path / folder, Options())
+        back, told = type(original).from_pretrained(tmp_path / folder, output_loading_info=True)
+        assert not any(told.values())
+        assert all(torch.equal(one, back.get_parameter(each)) for each, one in original.named_parameters())
+        config = json.loads((tmp_path / folder / "config.json").read_text())
+        assert config["architectures"] == [type(original).__name__]
+
+
+def test_a_pretrained_bert_begins_a_classifier(tmp_path: pathlib.Path) -> None:
+    original = save_as("BertForPreTraining", tmp_path)
+    options = Options(overrides={"model_type": "bert_classification", "num_classes": 5})
+    weights = formats.read(tmp_path, options=options)
+    new, left = weights.notes
+    assert new == "not in this folder, so new and untrained: classifier.weight, classifier.bias"
+    assert "cls.predictions" in left
+    assert weights["model/classifier.weight"].shape == (5, 48) and not weights["model/classifier.bias"].any()
+    assert torch.equal(weights["model/pooler.weight"], original.bert.pooler.dense.weight)
 
 
 def test_a_tensor_that_is_missing_is_an_error(tmp_path: pathlib.Path) -> None:

@@ -58,8 +58,10 @@ def same(one: Weights, other: Weights) -> None:
              position_embedding_type="rope",             untie_embeddings_and_output_weights=True),
         dict(attention_head_type="multiquery", openai_gelu=True),
         dict(model_type="bert"),
+        dict(model_type="bert_classification", num_classes=3),
+        dict(model_type="bert_multiple_choice"),
     ],
-    ids=["gpt", "llama", "multi-query", "bert"],
+    ids=["gpt", "llama", "multi-query", "bert", "bert classes", "bert choices"],
 )  # fmt: skip
 def test_round_trip(tmp_path: pathlib.Path, layout: str, changes: dict) -> None:
     weights = weights_of(**changes)
@@ -68,7 +70,26 @@ def test_round_trip(tmp_path: pathlib.Path, layout: str, changes: dict) -> None:
     same(weights, back)
     assert back.iteration == 5 and back.train_state == weights.train_state
     assert dataclasses.replace(back.config.model, ffn_hidden_size=None, kv_channels=None).activation == weights.config.model.activation
+    assert back.config.model.model_type == weights.config.model.model_type
+    assert back.config.model.num_classes == changes.get("num_classes", 2)
     assert back.config.model.vocab_size == 96 and (tmp_path / "m/latest_checkpointed_iteration.txt").read_text() == "5"
+
+
+HEADS = {"classification": "classification_head", "multiple_choice": "multichoice_head"}
+
+
+@pytest.mark.parametrize(("kind", "head"), HEADS.items())
+def test_heads_that_classify_are_beside_the_language_model(kind: str, head: str, tmp_path: pathlib.Path) -> None:
+    """On the last stage, which has no copy of the word embeddings, as it has no output layer
+    (megatron/model/classification.py).
+    """
+    weights = weights_of(model_type=f"bert_{kind}")
+    FORMATS.find("megatron").write(weights, tmp_path / "m", Options(pipeline_model_parallel_size=2))
+    files = sorted((tmp_path / "m").rglob("model_optim_rng.pt"))
+    first, last = (torch.load(file, weights_only=False)["model"] for file in files)
+    assert set(first) == {"language_model"} and set(last) == {"language_model", head}
+    assert torch.equal(last[head]["weight"], weights["model/classifier.weight"])
+    assert set(last["language_model"]["pooler"]) == {"dense.weight", "dense.bias"}
 
 
 def test_through_ours_and_another_layout_equals_the_direct_way(tmp_path: pathlib.Path) -> None:

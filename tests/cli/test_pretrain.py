@@ -12,6 +12,7 @@ from megalith.cli.main import main
 from megalith.common.errors import CheckpointError
 from megalith.config.loading import from_yaml
 
+OWN = "megalith.config.architectures:GPT"  # as one's own goes by module:name
 TINY = shlex.split("pretrain gpt --recipe cpu-tiny --data-path a --tokenizer-model t.json")
 
 
@@ -122,7 +123,8 @@ def test_a_model_of_the_config_that_there_is_not_is_one_mistake(trained, capsys,
     assert main([*TINY, "--config", str(tmp_path / "run.yaml")]) == 2
     error = capsys.readouterr().err
     assert error.endswith(
-        "megalith: --model-type: found 'GPT'; it is one of gpt, bert, t5, or module:name of your own. Write --model-type gpt.\n"
+        "megalith: --model-type: found 'GPT'; it is one of gpt, bert, t5, bert_classification, bert_multiple_choice, or "
+        "module:name of your own. Write --model-type gpt.\n"
     )
 
 
@@ -130,7 +132,7 @@ def test_a_model_of_the_config_that_there_is_not_is_one_mistake(trained, capsys,
     ("words", "line"),
     [
         ("bert --recipe cpu-tiny --model-type bert", "the model is bert, where recipe cpu-tiny says gpt"),
-        ("mine:Model --recipe cpu-tiny", "the model is mine:Model, where recipe cpu-tiny says gpt"),
+        (f"{OWN} --recipe cpu-tiny", f"the model is {OWN}, where recipe cpu-tiny says gpt"),
         ("--recipe bert-tiny --config gpt.yaml", "the model is gpt, where recipe bert-tiny says bert"),
     ],
 )

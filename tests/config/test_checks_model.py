@@ -40,7 +40,10 @@ CASES = [
     ({"sliding_window": 8, "full_attention_layers": [1, 4]}, "--full-attention-layers: found [4]; layers are counted from 0 to 3."),
     ({"full_attention_layers": [1]}, "Add --sliding-window N, or leave it out"),
     ({"apply_layernorm_1p": True}, "--apply-layernorm-1p: found with LayerNorm; it is for RMSNorm. Add --normalization RMSNorm"),
-    ({"model_type": "bert", "scale_embeddings": True, "dataset": "bert", "loss": "bert"}, "--scale-embeddings: found True"),
+    (
+        {"model_type": "bert", "scale_embeddings": True, "dataset": "bert", "loss": "bert"},
+        "--scale-embeddings: found with bert; it is a form of GPT",
+    ),
     ({"parallel_layernorm": True}, "--parallel-layernorm: found True; it goes with --parallel-attn. Add --parallel-attn, or leave out"),
     ({"parallel_attn": True, "apply_residual_connection_post_layernorm": True}, "it goes without --apply-residual-connection-post-"),
 ]  # fmt: skip

@@ -3,19 +3,18 @@
 import pytest
 
 from megalith.config import flags, legacy_megatron
+from megalith.config.architectures import ARCHITECTURES
 from megalith.config.checks import find_problems
 from megalith.config.loading_values import fields
 from megalith.config.run import RunConfig
 from megalith.data.build import DATASETS
 from megalith.data.tokenizers import TOKENIZERS
-from megalith.models import MODELS
 from megalith.optim.build import OPTIMIZERS
-from megalith.parallel.plan import PLANS
 from megalith.training.tasks import TASKS
 
 REGISTRIES = {
-    "model_type": MODELS, "tensor_parallel_plan": PLANS, "dataset": DATASETS, "loss": TASKS, "tokenizer_type": TOKENIZERS,
-    "optimizer": OPTIMIZERS,
+    "model_type": ARCHITECTURES, "tensor_parallel_plan": ARCHITECTURES, "dataset": DATASETS, "loss": TASKS,
+    "tokenizer_type": TOKENIZERS, "optimizer": OPTIMIZERS,
 }  # fmt: skip
 
 
@@ -31,7 +30,19 @@ def test_another_name_is_refused_at_the_start_and_ones_own_is_not(name):
 
     (text,) = told("foo")
     assert text.startswith(f"--{name.replace('_', '-')}: found 'foo'; it is one of ") and "or module:name of your own" in text
-    assert told("mine:Thing") == []
+    assert told("megalith.config.architectures:GPT" if name == "model_type" else "mine:Thing") == []
+
+
+def test_a_model_that_is_not_there_is_told_with_the_rest():
+    def told(**values):
+        return [each for each in find_problems(RunConfig().replace(**values), data=False) if each.fields]
+
+    problems = told(model_type="mine:Thing", tensor_model_parallel_size=0)
+    (text,) = [each.text for each in problems if "model_type" in each.fields]
+    assert text.startswith("model 'mine:Thing' cannot be imported") and "Python path" in text
+    assert any("tensor_model_parallel_size" in each.fields for each in problems)
+    (text,) = [each.text for each in told(model_type="megalith.models.gpt:GPT") if "model_type" in each.fields]
+    assert "or a class that carries one as `architecture`" in text
 
 
 VALUED = [name for name, (nargs, _) in legacy_megatron.not_needed().items() if nargs]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import models
 
 from megalith.common.errors import DataError
+from megalith.config.architectures import architecture
 from megalith.data.tokenizers import Tokenizer, build_tokenizer
 from megalith.data.tokenizers_export import transformers_files
 from tests.data.test_tokenizers import SHARED, TEXTS, bert, gpt2, needs_shared, own_json, sentencepiece
@@ -73,7 +74,8 @@ def pair(request, tmp_path_factory):
 
 
 def read(ours: Tokenizer, folder: pathlib.Path, family: str = "gpt2", model_type: str = "gpt"):
-    for name, content in transformers_files(ours, model_type).items():
+    model = architecture(model_type)
+    for name, content in transformers_files(ours, causal=model.causal, decoder=model.decoder).items():
         (folder / name).write_bytes(content)
     (folder / "config.json").write_text(json.dumps({"model_type": family}))
     return transformers.AutoTokenizer.from_pretrained(folder)

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from megalith.config.model import ModelConfig
-from megalith.models import MODELS
 from megalith.models.gpt import GPT
 from megalith.runtime.initialize import initialize
 
@@ -90,7 +89,7 @@ def test_parameter_count(form: str) -> None:
 def test_gpt2_small_has_its_published_size() -> None:
     config = ModelConfig(num_layers=12, hidden_size=768, num_attention_heads=12, vocab_size=50257, max_position_embeddings=1024)
     with torch.device("meta"):
-        made = MODELS.find("gpt")(config)
+        made = config.architecture.find("model")(config)
     assert sum(p.numel() for p in made.parameters()) == 124_439_808
 
 

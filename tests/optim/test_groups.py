@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from megalith.config.parameter_kinds import BIAS
 from megalith.optim.groups import parameter_groups, set_rates
 
 
@@ -23,14 +24,17 @@ def names(group):
 
 def test_biases_and_one_dimensional_parameters_do_not_decay():
     matrices, vectors = parameter_groups(Tiny().named_parameters())
-    assert names(matrices) == ["table_bias", "q.weight", "embedding.weight"]  # a tied weight once; only the suffix .bias counts
+    assert names(matrices) == ["table_bias", "q.weight", "embedding.weight"]  # a tied weight once
     assert names(vectors) == ["q.bias", "norm.weight", "norm.bias"]
     assert (matrices["wd_mult"], vectors["wd_mult"]) == (1.0, 0.0)
 
 
 def test_a_two_dimensional_bias_does_not_decay():
-    (group,) = parameter_groups([("experts.bias", nn.Parameter(torch.zeros(2, 2)))])
+    """Its kind says what it is; without kinds its dimensions are all that is known."""
+    biases = [("experts.bias", nn.Parameter(torch.zeros(2, 2)))]
+    (group,) = parameter_groups(biases, lambda name, parameter: BIAS.decays)
     assert group["wd_mult"] == 0.0
+    assert parameter_groups(biases)[0]["wd_mult"] == 1.0
 
 
 def test_frozen_parameters_are_in_no_group_and_empty_groups_are_left_out():

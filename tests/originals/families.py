@@ -65,6 +65,21 @@ MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     "neox, one after the other": make("GPTNeoX", use_parallel_residual=False, num_attention_heads=2, intermediate_size=70),
 }
 
+
+def headed(kind: str, **more: Any) -> Callable[[], transformers.PreTrainedModel]:
+    """As `bert`, of the class whose name is `kind`."""
+    config = getattr(transformers, f"{kind.partition('For')[0]}Config")
+    fixed = {**SHAPE, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "pad_token_id": 0}
+    return lambda: getattr(transformers, kind)(config(**fixed, **more))
+
+
+HEADED: dict[str, Callable[[], transformers.PreTrainedModel]] = {  # with heads that classify
+    "bert classes": headed("BertForSequenceClassification", num_labels=3),
+    "bert choices": headed("BertForMultipleChoice", hidden_act="gelu_new"),
+    "megatron-bert classes": headed("MegatronBertForSequenceClassification"),
+    "megatron-bert choices": headed("MegatronBertForMultipleChoice"),
+}
+
 BERTS: dict[str, Callable[[], transformers.PreTrainedModel]] = {  # with their own heads
     "bert": bert("Bert"),
     "bert, tanh": bert("Bert", hidden_act="gelu_new"),

@@ -59,6 +59,14 @@ def test_part_takes_tokens_and_leaves_the_rest() -> None:
     assert mine["samples"] is batch["samples"] and mine["documents"] is batch["documents"]
 
 
+def test_part_of_several_choices() -> None:
+    ids = torch.arange(48).view(2, 3, 8)
+    batch = {"input_ids": ids, "labels": torch.zeros(2), "padding_mask": ids, "wide": ids[:, 0]}
+    mine = part(batch, axis(1, 2), Task.sequences)
+    assert torch.equal(mine["input_ids"], ids[..., 2:6]) and mine["coordinates"].tolist() == [2, 3, 4, 5]
+    assert mine["padding_mask"] is ids and mine["wide"].shape == (2, 8)
+
+
 def test_part_of_two_sequences() -> None:
     batch = {
         "input_ids": torch.arange(32).view(2, 16), "decoder_input_ids": torch.arange(16).view(2, 8), "labels": torch.arange(16).view(2, 8),

@@ -5,15 +5,19 @@ import copy
 import pytest
 import torch
 
-from megalith.parallel.pipeline_cut import GPT, T5, Cut, canonical_names
+from megalith.parallel.pipeline_cut import Cut, canonical_names
 from megalith.runtime.build import meta_model, plain
 from tests.parity.cases import SMALL
 
 LAYERS = [range(2), range(2, 3), range(3, 4)]
 
 
+def cut_of(layers, config=SMALL):
+    return Cut(config.model.architecture.find("stages"), layers, config.model)
+
+
 def stages(config):
-    cut, models = Cut(GPT, LAYERS), []
+    cut, models = cut_of(LAYERS), []
     for stage in range(3):
         model = plain(config.model, torch.device("cpu"), torch.float64, seed=1)
         cut.apply(model, stage)
@@ -34,19 +38,19 @@ def test_has_agrees_with_what_is_left():
     names = canonical_names(meta_model(config.model))
     for stage, model in enumerate(stages(config)):
         left = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        assert left == {name for name in names if Cut(GPT, LAYERS).has(stage, name)}
+        assert left == {name for name in names if cut_of(LAYERS).has(stage, name)}
 
 
 def test_holders_of_a_tied_embedding():
     tied, untied = (
         canonical_names(meta_model(SMALL.replace(num_layers=4, untie_embeddings_and_output_weights=untie).model)) for untie in (False, True)
     )
-    holders = Cut(GPT, LAYERS).holders(tied)
+    holders = cut_of(LAYERS).holders(tied)
     assert holders.pop("embedding.weight") == [(0, "embedding.weight"), (2, "head.weight")]
     assert holders["layers.2.mlp.up.weight"] == [(1, "layers.2.mlp.up.weight")]
     assert all(len(copies) == 1 for copies in holders.values())
-    assert all(len(copies) == 1 for copies in Cut(GPT, LAYERS).holders(untied).values())
-    assert Cut(GPT, [range(4)]).holders(tied)["embedding.weight"] == [(0, "embedding.weight")]
+    assert all(len(copies) == 1 for copies in cut_of(LAYERS).holders(untied).values())
+    assert cut_of([range(4)]).holders(tied)["embedding.weight"] == [(0, "embedding.weight")]
 
 
 def test_one_stage_after_the_other_is_the_model():
@@ -66,7 +70,7 @@ def test_one_stage_of_t5_after_the_other_is_the_model(layers):
     """Cut in the encoder, between the stacks, in the decoder; shared parameters are where they are needed."""
     config = SMALL.replace(model_type="t5", num_layers=2, decoder_num_layers=3, position_embedding_type="relative")
     whole = plain(config.model, torch.device("cpu"), torch.float64, seed=1)
-    cut, (source, target) = Cut(T5, layers, 2), torch.arange(40).view(2, 20)[:, :16].unsqueeze(0).repeat(2, 1, 1)
+    cut, (source, target) = cut_of(layers, config), torch.arange(40).view(2, 20)[:, :16].unsqueeze(0).repeat(2, 1, 1)
     flow = (source,)
     names = canonical_names(meta_model(config.model))
     for stage in range(len(layers)):

@@ -9,10 +9,11 @@ from megalith.common.errors import ConfigError
 from megalith.config.run import RunConfig
 from megalith.parallel import plan, styles
 from megalith.parallel.collectives import Axis
+from megalith.parallel.plans import bert, t5
 from megalith.parallel.plans.gpt import PLAN
-from megalith.runtime.build import meta_model
+from megalith.runtime.build import meta_model, plan_of
 from megalith.testing import run_ranks
-from tests.parity.cases import config_of
+from tests.parity.cases import SMALL, config_of
 
 
 def split(config: RunConfig, table: plan.Plan, sequence: bool = False):
@@ -101,5 +102,6 @@ def test_names_true_shapes_and_ties_are_kept(form: str) -> None:
         assert ranks[3][0]["layers.0.attention.k.weight"] == ((8, 32), None, (8, 32))
 
 
-def test_a_model_of_ones_own_brings_its_plan() -> None:
-    assert plan.PLANS.find("megalith.parallel.plans.gpt:PLAN") is PLAN
+def test_another_plan_can_be_named() -> None:
+    for named, found in ((None, PLAN), ("bert", bert.PLAN), ("megalith.parallel.plans.t5:PLAN", t5.PLAN)):
+        assert plan_of(SMALL.replace(tensor_parallel_plan=named)) is found

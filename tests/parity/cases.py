@@ -41,6 +41,10 @@ FORMS: dict[str, dict] = {
     "bert google": {"model_type": "bert", "norm_after_residual": True, "untie_embeddings_and_output_weights": True},
     "bert dropout": {"model_type": "bert", "hidden_dropout": 0.1, "attention_dropout": 0.1},
     "bert no order": {"model_type": "bert", "bert_no_binary_head": True, "normalization": "RMSNorm", "swiglu": True},
+    "bert classes": {
+        "model_type": "bert_classification", "num_classes": 3, "hidden_dropout": 0.1, "classifier_dropout": 0.3,
+    },
+    "bert choices": {"model_type": "bert_multiple_choice", "norm_after_residual": True, "hidden_dropout": 0.1},
     "t5": {"model_type": "t5", "decoder_num_layers": 3, "decoder_seq_length": 8},
     "t5 relative": {**T5_RELATIVE, "num_query_groups": 2, "glu_activation": "geglu_tanh", "untie_embeddings_and_output_weights": True},
     "t5 dropout": {**T5_RELATIVE, "relu": True, "scale_output": True, "hidden_dropout": 0.1, "attention_dropout": 0.1, "vocab_size": 67},
@@ -124,7 +128,7 @@ LAYOUTS |= PIPELINES
 def config_of(form: str, layout: str | None = None, deep: bool = False) -> RunConfig:
     """The config of a form, of one process where no layout is named. deep: with two more layers, as pipelines have."""
     config = SMALL.replace(**FORMS[form])
-    config = config.replace(loss="lm" if config.model.model_type == "gpt" else config.model.model_type)
+    config = config.replace(**config.model.architecture.defaults)
     if deep or layout in PIPELINES:
         config = config.replace(num_layers=config.model.num_layers + 2)
     return config.replace(micro_batch_size=4) if layout is None else config.replace(**LAYOUTS[layout][1])

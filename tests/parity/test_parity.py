@@ -31,6 +31,8 @@ COVERING = {
     ("bert", "tp2 sp"), ("bert", "dp2 none"), ("bert", "tp2 sp dp2 full"), ("bert", "pp2"), ("bert", "zbv"), ("bert", "cp2 tp2 sp"),
     ("bert dropout", "tp2 sp"), ("bert dropout", "pp2 interleaved"), ("bert dropout", "cp2"), ("bert google", "tp2 pp2"),
     ("bert google", "dp2 optimizer"), ("bert google", "tp2 sp zbv"), ("bert no order", "tp4 sp"), ("bert no order", "cp2 pp2"),
+    ("bert classes", "tp2 sp"), ("bert classes", "pp2"), ("bert classes", "dp2 full"), ("bert classes", "cp2"),
+    ("bert choices", "tp2 sp"), ("bert choices", "pp2"), ("bert choices", "dp2 full"), ("bert choices", "cp2 pp2"),
     ("t5", "tp2 sp"), ("t5", "dp2 none"), ("t5", "pp2"), ("t5", "tp2 sp zbv"), ("t5 relative", "tp4 sp"), ("t5 relative", "tp2 pp2"),
     ("t5 relative", "dp2 full"), ("t5 relative", "pp2 zero-bubble"), ("t5 relative", "pp2 full uniform"), ("t5 dropout", "tp2 sp"),
     ("t5", "cp2"), ("t5", "cp2 pp2 interleaved"), ("t5 relative", "cp4"), ("t5 relative", "cp2 tp2 sp"), ("t5 relative", "cp2 dp2"),

@@ -11,7 +11,7 @@ from megalith.config.stages import layers_of
 from megalith.parallel import plan
 from megalith.parallel.collectives import Axis
 from megalith.parallel.mesh import grid
-from megalith.parallel.pipeline_cut import ENDS, Cut
+from megalith.parallel.pipeline_cut import Cut
 from megalith.runtime.build import meta_model
 
 GPT2_LARGE = RunConfig().replace(
@@ -29,8 +29,8 @@ def test_gpt2_large_on_two_by_two(rank: int, parameters: int):
     try:
         mesh = grid(config.parallel, torch.device("cpu"))
         model = meta_model(config.model)
-        Cut(ENDS.find("gpt"), layers_of(config)).apply(model, mesh.place("pp"))
-        plan.apply(model, plan.PLANS.find("gpt"), Axis(mesh.devices["tp"]))
+        Cut(config.model.architecture.find("stages"), layers_of(config), config.model).apply(model, mesh.place("pp"))
+        plan.apply(model, config.model.architecture.find("plan"), Axis(mesh.devices["tp"]))
         found = sum(parameter.to_local().numel() for parameter in model.parameters())
         assert all(parameter.to_local().is_meta for parameter in model.parameters())
     finally:

@@ -1,6 +1,7 @@
 """BERT (Devlin et al., 2019) and Megatron's form of it: transformers' BertForPreTraining and MegatronBertForPreTraining.
 
-Without binary head they are called ForMaskedLM there.
+Without binary head they are called ForMaskedLM there; with a head that classifies, ForSequenceClassification and
+ForMultipleChoice.
 """
 
 from __future__ import annotations
@@ -24,22 +25,43 @@ def _class(given: Mapping[str, Any]) -> str:
     return (given.get("architectures") or ["BertForPreTraining"])[0]
 
 
+# Ends of names of classes -> models of ours.
+HEADED = {"ForSequenceClassification": "bert_classification", "ForMultipleChoice": "bert_multiple_choice"}
+
+
 def _more_ours(given: Mapping[str, Any]) -> dict[str, Any]:
+    kind = next((ours for end, ours in HEADED.items() if _class(given).endswith(end)), "bert")
+    classes = {"num_classes": len(given.get("id2label") or "01")} if kind == "bert_classification" else {}
     return {
         **activation(GELUS, given.get("hidden_act", "gelu")),
+        "model_type": kind,
         "bert_no_binary_head": _class(given).endswith("MaskedLM"),
         "untie_embeddings_and_output_weights": not given.get("tie_word_embeddings", True),
+        **classes,
+        **({"classifier_dropout": given.get("classifier_dropout")} if kind != "bert" else {}),
     }
 
 
-def _more_theirs(without_order: str, config: RunConfig) -> dict[str, Any]:
-    """without_order: the class that has no binary head."""
-    named = {"architectures": [without_order]} if config.model.bert_no_binary_head else {}
-    return {**named, "hidden_act": activation_name(GELUS, config.model), "type_vocab_size": 2, "pad_token_id": 0,
-            "tie_word_embeddings": not config.model.untie_embeddings_and_output_weights}  # fmt: skip
+def _more_theirs(prefix: str, config: RunConfig) -> dict[str, Any]:
+    """prefix: of the names of classes."""
+    model, kind = config.model, config.model.model_type
+    pretraining = "ForMaskedLM" if model.bert_no_binary_head else "ForPreTraining"
+    end = next((end for end, ours in HEADED.items() if ours == kind), pretraining)
+    classes = model.num_classes if kind == "bert_classification" else 0
+    labels = {number: f"LABEL_{number}" for number in range(classes)}
+    return {
+        "architectures": [prefix + end], "hidden_act": activation_name(GELUS, model),
+        "type_vocab_size": 2, "pad_token_id": 0, "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
+        **({"id2label": labels, "label2id": {label: number for number, label in labels.items()}} if labels else {}),
+        **({"classifier_dropout": model.classifier_dropout} if kind != "bert" else {}),
+    }  # fmt: skip
 
 
-HEADS = {"bert.pooler.": ("PreTraining",), "cls.predictions.": ("PreTraining", "MaskedLM"), "cls.seq_relationship.": ("PreTraining",)}
+CLASSIFIERS = tuple(HEADED)
+HEADS = {
+    "bert.pooler.": ("PreTraining", *CLASSIFIERS), "cls.predictions.": ("PreTraining", "MaskedLM"),
+    "cls.seq_relationship.": ("PreTraining",), "classifier.": CLASSIFIERS,
+}  # fmt: skip
 POSITIONS, TYPES = "embeddings.position_embeddings.weight", "embeddings.token_type_embeddings.weight"
 
 
@@ -78,6 +100,7 @@ def _no_segments(model: ModelConfig) -> dict[str, Lazy]:
 
 _make = functools.partial(
     Family,
+    models=("bert", *HEADED.values()),
     prefix="bert.",
     settings=(
         Setting("num_hidden_layers", "num_layers"),
@@ -106,43 +129,42 @@ _make = functools.partial(
     },
     surplus=(r"(bert\.)?embeddings\.position_ids",),
 )  # fmt: skip
-ALWAYS = {"model_type": "bert", "dataset": "bert", "loss": "bert"}
 NAMES = (
     Rule("bert.embeddings.word_embeddings", "embedding"),
     Rule("bert.embeddings.position_embeddings", "position_embedding"),
     Rule("bert.embeddings.token_type_embeddings", "token_type_embedding"),
-    Rule("bert.encoder.layer.*.attention.self.query", "layers.*.attention.q"),
-    Rule("bert.encoder.layer.*.attention.self.key", "layers.*.attention.k"),
-    Rule("bert.encoder.layer.*.attention.self.value", "layers.*.attention.v"),
-    Rule("bert.encoder.layer.*.attention.output.dense", "layers.*.attention.out"),
-    Rule("bert.encoder.layer.*.intermediate.dense", "layers.*.mlp.up"),
-    Rule("bert.encoder.layer.*.output.dense", "layers.*.mlp.down"),
+    Rule("bert.encoder.layer.{layer}.attention.self.query", "layers.{layer}.attention.q"),
+    Rule("bert.encoder.layer.{layer}.attention.self.key", "layers.{layer}.attention.k"),
+    Rule("bert.encoder.layer.{layer}.attention.self.value", "layers.{layer}.attention.v"),
+    Rule("bert.encoder.layer.{layer}.attention.output.dense", "layers.{layer}.attention.out"),
+    Rule("bert.encoder.layer.{layer}.intermediate.dense", "layers.{layer}.mlp.up"),
+    Rule("bert.encoder.layer.{layer}.output.dense", "layers.{layer}.mlp.down"),
     Rule("bert.pooler.dense", "pooler"),
     Rule("cls.predictions.transform.dense", "head_dense"),
     Rule("cls.predictions.transform.LayerNorm", "head_norm"),
     Rule("cls.predictions", "head", kinds="bias"),
     Rule("cls.predictions.decoder", "head", kinds="weight"),  # where it is not the embedding
     Rule("cls.seq_relationship", "order_head"),
+    Rule("classifier", "classifier"),
 )
 BERT = _make(
     architecture="BertForPreTraining",
-    more_theirs=functools.partial(_more_theirs, "BertForMaskedLM"),
-    always={**ALWAYS, "norm_after_residual": True},
+    more_theirs=functools.partial(_more_theirs, "Bert"),
+    always={"norm_after_residual": True},
     names=(
         *NAMES,
         Rule("bert.embeddings.LayerNorm", "embedding_norm"),
-        Rule("bert.encoder.layer.*.attention.output.LayerNorm", "layers.*.attention_norm"),
-        Rule("bert.encoder.layer.*.output.LayerNorm", "layers.*.mlp_norm"),
+        Rule("bert.encoder.layer.{layer}.attention.output.LayerNorm", "layers.{layer}.attention_norm"),
+        Rule("bert.encoder.layer.{layer}.output.LayerNorm", "layers.{layer}.mlp_norm"),
     ),
 )
 MEGATRON_BERT = _make(
     architecture="MegatronBertForPreTraining",
-    more_theirs=functools.partial(_more_theirs, "MegatronBertForMaskedLM"),
-    always=ALWAYS,
+    more_theirs=functools.partial(_more_theirs, "MegatronBert"),
     names=(
         *NAMES,
-        Rule("bert.encoder.layer.*.attention.ln", "layers.*.attention_norm"),
-        Rule("bert.encoder.layer.*.ln", "layers.*.mlp_norm"),
+        Rule("bert.encoder.layer.{layer}.attention.ln", "layers.{layer}.attention_norm"),
+        Rule("bert.encoder.layer.{layer}.ln", "layers.{layer}.mlp_norm"),
         Rule("bert.encoder.ln", "final_norm"),
     ),
 )

@@ -7,15 +7,15 @@ from typing import Any
 
 from megalith.checkpoint.huggingface_families import GROUPS, Copy, Family, Rule, Setting
 
-QKV = ("layers.*.attention.q", "layers.*.attention.k", "layers.*.attention.v")
+QKV = ("layers.{layer}.attention.q", "layers.{layer}.attention.k", "layers.{layer}.attention.v")
 LAYER = (  # also Falcon's
     Rule("transformer.word_embeddings", "embedding"),
-    Rule("transformer.h.*.input_layernorm", "layers.*.attention_norm"),
-    Rule("transformer.h.*.self_attention.query_key_value", QKV, GROUPS),
-    Rule("transformer.h.*.self_attention.dense", "layers.*.attention.out"),
-    Rule("transformer.h.*.post_attention_layernorm", "layers.*.mlp_norm"),
-    Rule("transformer.h.*.mlp.dense_h_to_4h", "layers.*.mlp.up"),
-    Rule("transformer.h.*.mlp.dense_4h_to_h", "layers.*.mlp.down"),
+    Rule("transformer.h.{layer}.input_layernorm", "layers.{layer}.attention_norm"),
+    Rule("transformer.h.{layer}.self_attention.query_key_value", QKV, GROUPS),
+    Rule("transformer.h.{layer}.self_attention.dense", "layers.{layer}.attention.out"),
+    Rule("transformer.h.{layer}.post_attention_layernorm", "layers.{layer}.mlp_norm"),
+    Rule("transformer.h.{layer}.mlp.dense_h_to_4h", "layers.{layer}.mlp.up"),
+    Rule("transformer.h.{layer}.mlp.dense_4h_to_h", "layers.{layer}.mlp.down"),
     Rule("transformer.ln_f", "final_norm"),
     Rule("lm_head", "head"),
 )

@@ -11,6 +11,7 @@ from typing import Any
 from megalith.checkpoint.families.bloom import COPIES, LAYER
 from megalith.checkpoint.families.llama import rope, rope_theirs
 from megalith.checkpoint.huggingface_families import PLAIN, Family, Rule, Setting, activation, activation_name
+from megalith.config.model import ModelConfig
 from megalith.config.run import RunConfig
 
 
@@ -47,6 +48,14 @@ def _more_theirs(config: RunConfig) -> dict[str, Any]:
     }
 
 
+def _two_norms(model: ModelConfig) -> bool:
+    return model.parallel_layernorm
+
+
+def _one_norm(model: ModelConfig) -> bool:
+    return not model.parallel_layernorm
+
+
 FALCON = Family(
     architecture="FalconForCausalLM",
     prefix="transformer.",
@@ -68,9 +77,9 @@ FALCON = Family(
     copies=COPIES,
     names=(
         *(rule for rule in LAYER if "layernorm" not in rule.theirs),
-        Rule("transformer.h.*.input_layernorm", "layers.*.attention_norm", when=lambda model: not model.parallel_layernorm),
-        Rule("transformer.h.*.post_attention_layernorm", "layers.*.mlp_norm", when=lambda model: not model.parallel_layernorm),
-        Rule("transformer.h.*.ln_attn", "layers.*.attention_norm", when=lambda model: model.parallel_layernorm),
-        Rule("transformer.h.*.ln_mlp", "layers.*.mlp_norm", when=lambda model: model.parallel_layernorm),
+        Rule("transformer.h.{layer}.input_layernorm", "layers.{layer}.attention_norm", when=_one_norm),
+        Rule("transformer.h.{layer}.post_attention_layernorm", "layers.{layer}.mlp_norm", when=_one_norm),
+        Rule("transformer.h.{layer}.ln_attn", "layers.{layer}.attention_norm", when=_two_norms),
+        Rule("transformer.h.{layer}.ln_mlp", "layers.{layer}.mlp_norm", when=_two_norms),
     ),
 )

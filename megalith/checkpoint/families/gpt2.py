@@ -33,6 +33,7 @@ def _more_theirs(config: RunConfig) -> dict[str, Any]:
     }
 
 
+QKV = ("layers.{layer}.attention.q", "layers.{layer}.attention.k", "layers.{layer}.attention.v")
 GPT2 = Family(
     architecture="GPT2LMHeadModel",
     prefix="transformer.",
@@ -57,12 +58,12 @@ GPT2 = Family(
     names=(
         Rule("transformer.wte", "embedding"),
         Rule("transformer.wpe", "position_embedding"),
-        Rule("transformer.h.*.ln_1", "layers.*.attention_norm"),
-        Rule("transformer.h.*.attn.c_attn", ("layers.*.attention.q", "layers.*.attention.k", "layers.*.attention.v"), THIRDS_TRANSPOSED),
-        Rule("transformer.h.*.attn.c_proj", "layers.*.attention.out", TRANSPOSED),
-        Rule("transformer.h.*.ln_2", "layers.*.mlp_norm"),
-        Rule("transformer.h.*.mlp.c_fc", "layers.*.mlp.up", TRANSPOSED),
-        Rule("transformer.h.*.mlp.c_proj", "layers.*.mlp.down", TRANSPOSED),
+        Rule("transformer.h.{layer}.ln_1", "layers.{layer}.attention_norm"),
+        Rule("transformer.h.{layer}.attn.c_attn", QKV, THIRDS_TRANSPOSED),
+        Rule("transformer.h.{layer}.attn.c_proj", "layers.{layer}.attention.out", TRANSPOSED),
+        Rule("transformer.h.{layer}.ln_2", "layers.{layer}.mlp_norm"),
+        Rule("transformer.h.{layer}.mlp.c_fc", "layers.{layer}.mlp.up", TRANSPOSED),
+        Rule("transformer.h.{layer}.mlp.c_proj", "layers.{layer}.mlp.down", TRANSPOSED),
         Rule("transformer.ln_f", "final_norm"),
         Rule("lm_head", "head"),
     ),

@@ -46,15 +46,16 @@ def _whole(found: Mapping[str, Lazy]) -> dict[str, Any]:
 
 def _layer(stack: str, mlp: int) -> list[Rule]:
     """Rules of a layer of a stack; mlp: the number of its MLP among the parts of a layer."""
-    block = f"{stack}.block.*.layer"
+    block = f"{stack}.block.{{layer}}.layer"
     attentions = {"attention": f"{block}.0.SelfAttention", "cross_attention": f"{block}.1.EncDecAttention"}
     norms = {"attention_norm": f"{block}.0", "cross_norm": f"{block}.1", "mlp_norm": f"{block}.{mlp}"}
     mlps = {"gate": "wi_0", "up": "wi_1", "down": "wo"}
     names = {f"{ours}.{end}": f"{theirs}.{end[0]}" for ours, theirs in attentions.items() for end in ("q", "k", "v", "out")}
     names |= {ours: f"{theirs}.layer_norm" for ours, theirs in norms.items()}
-    rules = [Rule(theirs, f"layers.*.{ours}", stack=stack) for ours, theirs in names.items()]
+    rules = [Rule(theirs, f"layers.{{layer}}.{ours}", stack=stack) for ours, theirs in names.items()]
     for ours, theirs in mlps.items():
-        gated = Rule(f"{block}.{mlp}.DenseReluDense.{theirs}", f"layers.*.mlp.{ours}", when=lambda model: model.gated, stack=stack)
+        dense = f"{block}.{mlp}.DenseReluDense.{theirs}"
+        gated = Rule(dense, f"layers.{{layer}}.mlp.{ours}", when=lambda model: model.gated, stack=stack)
         plain = gated._replace(theirs=gated.theirs.replace("wi_1", "wi"), when=lambda model: not model.gated)
         rules += [gated, plain]
     return rules
@@ -62,6 +63,7 @@ def _layer(stack: str, mlp: int) -> list[Rule]:
 
 _make = functools.partial(
     Family,
+    models=("t5",),
     settings=(
         Setting("num_layers", "num_layers"),
         Setting("num_decoder_layers", "decoder_num_layers", None),
@@ -77,7 +79,7 @@ _make = functools.partial(
     ),
     aliases={"hidden_size": "d_model", "num_attention_heads": "num_heads", "num_hidden_layers": "num_layers", "head_dim": "d_kv"},
     always={
-        "model_type": "t5", "dataset": "t5", "loss": "t5", "position_embedding_type": "relative", "normalization": "RMSNorm",
+        "position_embedding_type": "relative", "normalization": "RMSNorm",
         "add_bias_linear": False, "softmax_scale": 1.0,
     },
     of_tensors=_whole,

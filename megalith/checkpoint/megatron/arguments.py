@@ -8,9 +8,11 @@ from typing import Any
 
 from megalith.checkpoint.lazy import Lazy
 from megalith.checkpoint.megatron.agreement import HEADS, Told, compare, unsaid
+from megalith.checkpoint.megatron.names import table_of
 from megalith.checkpoint.megatron.vocabulary import true_size
 from megalith.checkpoint.unpickle import Stand
 from megalith.common.errors import CheckpointError, problem
+from megalith.config.architectures import architecture
 from megalith.config.checks import limit
 from megalith.config.checks_model import form_problems
 from megalith.config.data import DataConfig
@@ -32,6 +34,7 @@ PRECISION = {"bf16", "fp16", "loss_scale", "initial_loss_scale", "min_loss_scale
 SECTIONS = {"model", "optimizer", "schedule", "batch"}
 LEFT = {
     "model_type",
+    "num_classes",
     "vocab_size",
     "group_query_attention",
     "attention_backend",
@@ -111,8 +114,7 @@ def to_config(
                 problem(f"--{name.replace('_', '-')}", args[name], reason, "Train without it, or convert with its own tools")
             )
     given = {name: each for name, each in (assumed or {}).items() if not args and each is not None and name != "vocab_size"}
-    values = _of_arguments(args, notes) | given | {"model_type": kind}
-    values |= {} if kind == "gpt" else {"dataset": kind, "loss": kind}
+    values = _of_arguments(args, notes) | given | {"model_type": kind} | architecture(kind).defaults
     gates = {name: value for name, value in overrides.items() if name in ("swiglu", "glu_activation")}
     facts = _of_shapes(parts, ranks, values | gates)
     told, said = Told(), args.get("position_embedding_type")
@@ -199,10 +201,12 @@ def _of_shapes(parts: Mapping[str, Lazy], ranks: int, values: Mapping[str, Any])
         "normalization": "LayerNorm" if "input_layernorm.bias" in layer else "RMSNorm",
         "attention_head_type": "multiquery" if "self_attention.query.weight" in layer else "multihead",
     }
-    if values["model_type"] == "t5":
+    if architecture(values["model_type"]).decoder:
         found["decoder_num_layers"] = len({name.split(".")[2] for name in parts if name.startswith("decoder.layers.")})
-    if values["model_type"] == "bert":
+    if any(row.theirs == "binary_head.weight" for row in table_of(values["model_type"]).rows):
         found["bert_no_binary_head"] = "binary_head.weight" not in parts
+    if "classification_head.weight" in parts:
+        found["num_classes"] = parts["classification_head.weight"].shape[0]
     if outer == 2 * inner and not gated:
         found["swiglu"] = True
     positions = parts.get("embedding.position_embeddings.weight")
@@ -217,7 +221,8 @@ def _assumed(
     kind: str, values: Mapping[str, Any], given: Mapping[str, Any], overrides: Mapping[str, Any], notes: list[str]
 ) -> dict[str, Any]:
     """What is assumed of a file without arguments, beside what is given."""
-    assumed: dict[str, Any] = {"openai_gelu": kind == "gpt", "bias_gelu_fusion": False} if not values.get("swiglu") else {}
+    gelu = {"openai_gelu": False, "bias_gelu_fusion": False, **table_of(kind).assumed}
+    assumed: dict[str, Any] = {} if values.get("swiglu") else gelu
     if values["position_embedding_type"] == "none":
         assumed["position_embedding_type"] = "rope"
     if values["hidden_size"] % 64 == 0 and values["hidden_size"] >= 512:  # the releases have heads of 64

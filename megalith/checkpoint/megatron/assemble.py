@@ -13,10 +13,11 @@ from megalith.checkpoint.lazy import Lazy
 from megalith.checkpoint.megatron.agreement import same_names
 from megalith.checkpoint.megatron.arguments import plain, to_config
 from megalith.checkpoint.megatron.layout import Layout, merge, part_shape
-from megalith.checkpoint.megatron.names import SUMMED, TIED, model_type, rows_of_theirs, table
+from megalith.checkpoint.megatron.names import SUMMED, TIED, model_type, rows_of, rows_of_theirs
 from megalith.checkpoint.megatron.replicas import Replicas, total
 from megalith.checkpoint.unpickle import fields
 from megalith.common.errors import CheckpointError, problem
+from megalith.config.architectures import architecture
 from megalith.config.parameters import parameter_shapes
 
 Parts = Mapping[str, Lazy]  # of one tensor-parallel rank, {Megatron's name: tensor}
@@ -36,8 +37,8 @@ class Plan:
         self.left = {TIED} | ({"output_layer.weight"} if tied else set())
         self.summed = len(parts) > 1 and bool(said.get(SUMMED))
         first: Parts = {name: tensor for name, tensor in parts[0].items() if name not in self.left}
-        kind = model_type(first)
-        self.encoder_layers = count_layers(first, "encoder") if kind == "t5" else 0
+        kind = options.own_model("megatron") or options.overrides.get("model_type") or model_type(first)
+        self.encoder_layers = count_layers(first, "encoder") if architecture(kind).decoder else 0
         first = self._number(first)
         given = options.overrides, notes, options.words, options.assumed
         self.config = to_config(fields(args), first, len(parts), kind, *given)
@@ -46,7 +47,7 @@ class Plan:
         model = self.config.model
         self.minus_one = bool(said.get("apply_layernorm_1p")) and model.norm == "layernorm"
         multiquery = model.attention_head_type == "multiquery"
-        rows = table(kind, gated=model.gated, multiquery=multiquery)
+        rows = rows_of(kind, gated=model.gated, multiquery=multiquery)
         self.rows = rows_of_theirs(rows, first)
         self.layout = Layout(
             heads=model.num_attention_heads or 1, groups=model.num_kv_heads, head_dim=model.head_dim, vocabulary=model.vocab_size or 0,
@@ -83,7 +84,7 @@ class Plan:
             if not wrong:
                 whole = [part for part in there if part is not None]
                 if row.split == "whole" or (row.split == "pair" and layout.groups == 1):
-                    if self.summed and prefix == "model/" and re.search(r"\.dense(_4h_to_h)?\.bias$", row.theirs):
+                    if self.summed and prefix == "model/" and row.summed:
                         if len(whole) != self.layout.ranks:
                             rule = f"its addends lie on {self.layout.ranks} tensor-parallel ranks"
                             raise CheckpointError(problem(row.theirs, len(whole), rule, WEIGHTS_ALONE))

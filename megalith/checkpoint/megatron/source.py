@@ -14,7 +14,7 @@ from megalith.checkpoint import unpickle
 from megalith.checkpoint.lazy import Lazy
 from megalith.checkpoint.megatron.agreement import without_gap
 from megalith.checkpoint.megatron.arguments import known
-from megalith.checkpoint.megatron.names import TIED, normal_names
+from megalith.checkpoint.megatron.names import HEADS, TIED, normal_names
 from megalith.checkpoint.stored import Window, stored
 from megalith.common.errors import CheckpointError, problem
 
@@ -221,7 +221,7 @@ def is_core(content: dict[str, Any]) -> bool:
 
 def _module(name: str) -> int:
     """Megatron makes the last stage's copy of the word embedding after the language model and before the heads."""
-    return 2 if name.startswith(("lm_head.", "binary_head.")) else 1 if name == TIED else 0
+    return 2 if name.startswith(tuple(f"{head}." for head in HEADS)) else 1 if name == TIED else 0
 
 
 def flatten(tree: Any, prefix: str = "", depth: int = 12) -> dict[str, Lazy]:

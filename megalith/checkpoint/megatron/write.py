@@ -20,7 +20,7 @@ from megalith.checkpoint.formats import Options
 from megalith.checkpoint.lazy import Lazy, check_range
 from megalith.checkpoint.megatron.arguments import to_arguments
 from megalith.checkpoint.megatron.layout import Layout, check_divisible, part_shape, split_part
-from megalith.checkpoint.megatron.names import TIED, Row, rows_of_ours, table
+from megalith.checkpoint.megatron.names import HEADS, TIED, Row, rows_of, rows_of_ours
 from megalith.checkpoint.megatron.optimizer import MOMENTS, SCHEDULE, buffer, order
 from megalith.checkpoint.megatron.source import TRACKER
 from megalith.checkpoint.torch_file import Room, save
@@ -28,9 +28,11 @@ from megalith.checkpoint.weights import Weights
 from megalith.common import files
 from megalith.common.errors import CheckpointError, problem
 from megalith.config.megatron_counts import padded_vocabulary
+from megalith.config.parameters import tied_output
 
-NESTED = ("embedding", "output_layer", "word_embeddings_for_head", "binary_head")  # dicts all the way; the rest has dotted names
-OF_THE_MODEL = ("word_embeddings_for_head", "lm_head", "binary_head")  # beside language_model, not in it
+# Dicts all the way; the rest has dotted names.
+NESTED = ("embedding", "output_layer", "word_embeddings_for_head", *HEADS[1:])
+OF_THE_MODEL = ("word_embeddings_for_head", *HEADS)
 FIRST = "embedding."
 UNWRITTEN: dict[str, Any] = {  # fields of the model that must have this value, because Megatron's legacy models know no other
     "sliding_window": None, "rope_scaling_type": None, "scaled_alibi": False, "embed_layernorm": False, "parallel_attn": False,
@@ -72,7 +74,7 @@ class _Export:
             gate_first=options.swiglu_order != "gate-second",
         )  # fmt: skip
         names = [name.removeprefix("model/") for name in weights.tensors if name.startswith("model/")]
-        rows = table(model.model_type, gated=model.gated, multiquery=model.attention_head_type == "multiquery")
+        rows = rows_of(model.model_type, gated=model.gated, multiquery=model.attention_head_type == "multiquery")
         self.rows = rows_of_ours(rows, names, model.num_layers or 0)
         self.shapes = {name: weights.tensors[f"model/{name}"].shape for name in names}
         self.dtype = getattr(torch, options.dtype) if options.dtype else weights.tensors[f"model/{names[0]}"].dtype
@@ -165,7 +167,7 @@ class _Export:
                     found[f"{layer[1]}.layers.{int(layer[2]) - mine.start}.{row.theirs[layer.end() :]}"] = row
             elif stage in self._places(row, last):
                 found[row.theirs] = row
-        if stage == last and self.pipeline > 1 and not self.weights.config.model.untie_embeddings_and_output_weights:
+        if stage == last and self.pipeline > 1 and tied_output(self.weights.config.model):
             heads = {name: found.pop(name) for name in list(found) if name.startswith(OF_THE_MODEL)}
             found |= {TIED: next(row for row in self.rows if row.theirs.startswith(FIRST))} | heads
         return found

@@ -1,7 +1,11 @@
-"""The plan of GPT, for all its forms: what a form lacks is passed over. LAYERS is that of every model of such layers."""
+"""The plan and the stages of GPT, for all its forms: what a form lacks is passed over.
+
+LAYERS is the plan of every model of such layers.
+"""
 
 from __future__ import annotations
 
+from megalith.parallel.pipeline_cut import Stages
 from megalith.parallel.plan import Plan
 from megalith.parallel.styles import (
     column,
@@ -46,3 +50,4 @@ PLAN: Plan = {
     "head": head,
     "token_loss": vocabulary_loss,
 }
+STAGES = Stages(("embedding", "position_embedding", "embedding_norm"), ("final_norm", "head"))

@@ -1,7 +1,9 @@
-"""The plan of T5, for all its forms: what a form lacks is passed over."""
+"""The plan and the stages of T5, for all its forms: what a form lacks is passed over."""
 
 from __future__ import annotations
 
+from megalith.config.model import ModelConfig
+from megalith.parallel.pipeline_cut import Stages
 from megalith.parallel.plan import Plan
 from megalith.parallel.plans.gpt import LAYERS
 from megalith.parallel.styles import (
@@ -43,3 +45,22 @@ PLAN: Plan = {
     "head": head,
     "token_loss": vocabulary_loss,
 }
+
+
+def received(layer: int, model: ModelConfig) -> tuple[str, ...]:
+    """Inside the decoder the encoder's output rides along."""
+    return ("inputs", "decoder_input_ids") if layer > model.num_layers else ("inputs",)
+
+
+STAGES = Stages(
+    (),
+    ("final_norm", "head"),
+    {
+        "embedding": lambda model: (0, model.num_layers),
+        "position_embedding": lambda model: (0, model.num_layers),
+        "encoder_bias": lambda model: range(model.num_layers),
+        "encoder_norm": lambda model: (model.num_layers - 1,),
+        "decoder_bias": lambda model: range(model.num_layers, model.all_layers),
+    },
+    received,
+)

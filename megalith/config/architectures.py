@@ -1,0 +1,161 @@
+"""What a model is, in one record: everything that differs between models is asked of it, and nothing else knows
+them apart.
+
+    architecture("gpt"), architecture("my_models:Twist")     # a record, or a class that carries one as `architecture`
+    config.model.architecture.find("plan")                   # what an address of the record names
+
+A record holds addresses ("module:name"), so that it needs no torch; they are imported when asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from megalith.common.errors import ConfigError, problem
+from megalith.common.registry import Registry, load
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """A model and all that belongs to it. Fields are addresses, but for names of registries (dataset, loss,
+    tokenizer_type) and switches.
+
+    name: what a run is called where nothing names it.
+    model: an nn.Module made by Model(config.model, seed) that offers what models/protocol.py says.
+    plan: its tensor-parallel plan (parallel/plan.py).
+    stages: what its pipeline stages have (parallel/pipeline_cut.py: Stages).
+    shapes: ModelConfig -> {parameter: shape}, a shared one once, without torch.
+    kinds: {parameter: ParameterKind} for every parameter that a form of it may have, numbers as {layer} and {expert}.
+    dataset, loss: what it learns from and by, where the run names none; None: there is none here, a run names its own.
+    tokenizer_type: what a vocabulary file alone means.
+    batch: (RunConfig, step) -> a made-up global batch, for checks of layouts (testing/batches.py).
+    flops: as config/flops.py: one_stack.
+    causal: whether a token sees those before it alone.
+    decoder: whether a second stack of layers, which looks at the first one's output, stands behind it.
+    head_transform: whether a dense layer with an activation of its own stands before the output layer.
+    names: format -> its table of names there: huggingface (checkpoint/huggingface_families.py: Family; none: one of
+        FAMILIES), megatron (checkpoint/megatron/names.py: Table).
+    checks: RunConfig -> problems that this model alone can have.
+    activations: RunConfig -> {tensor: bytes} that its ends keep (config/activations.py); None: not priced.
+    rank_parameters: (RunConfig, process) -> parameters as Megatron counts them; None: not counted.
+    """
+
+    name: str
+    model: str
+    plan: str
+    stages: str
+    shapes: str
+    kinds: str
+    dataset: str | None = "gpt"
+    loss: str | None = "lm"
+    tokenizer_type: str = "GPT2BPETokenizer"
+    batch: str = "megalith.testing.batches:gpt"
+    flops: str = "megalith.config.flops:one_stack"
+    causal: bool = True
+    decoder: bool = False
+    head_transform: bool = False
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    checks: str | None = None
+    activations: str | None = None
+    rank_parameters: str | None = None
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Fields of the section `data` that follow from the model where nothing says them."""
+        return {name: value for name, value in (("dataset", self.dataset), ("loss", self.loss)) if value is not None}
+
+    def find(self, part: str) -> Any:
+        """What the address in field `part` names. Raises ConfigError where it cannot be imported."""
+        return load(f"{part} of the model {self.name}", getattr(self, part))
+
+
+GPT = Architecture(
+    name="gpt",
+    model="megalith.models.gpt:GPT",
+    plan="megalith.parallel.plans.gpt:PLAN",
+    stages="megalith.parallel.plans.gpt:STAGES",
+    shapes="megalith.config.parameters:gpt_shapes",
+    kinds="megalith.config.parameter_kinds:GPT",
+    names={"megatron": "megalith.checkpoint.megatron.names:GPT"},
+    checks="megalith.config.checks_architectures:gpt_problems",
+    activations="megalith.config.activations:end_terms",
+    rank_parameters="megalith.config.megatron_counts:rank_parameters",
+)
+BERT = Architecture(
+    name="bert",
+    model="megalith.models.bert:BERT",
+    plan="megalith.parallel.plans.bert:PLAN",
+    stages="megalith.parallel.plans.bert:STAGES",
+    shapes="megalith.config.parameters:bert_shapes",
+    kinds="megalith.config.parameter_kinds:BERT",
+    dataset="bert",
+    loss="bert",
+    tokenizer_type="BertWordPieceLowerCase",
+    batch="megalith.testing.batches:bert",
+    causal=False,
+    head_transform=True,
+    names={"megatron": "megalith.checkpoint.megatron.names:BERT"},
+    checks="megalith.config.checks_architectures:bert_problems",
+)
+T5 = Architecture(
+    name="t5",
+    model="megalith.models.t5:T5",
+    plan="megalith.parallel.plans.t5:PLAN",
+    stages="megalith.parallel.plans.t5:STAGES",
+    shapes="megalith.config.parameters:t5_shapes",
+    kinds="megalith.config.parameter_kinds:T5",
+    dataset="t5",
+    loss="t5",
+    tokenizer_type="BertWordPieceLowerCase",
+    batch="megalith.testing.batches:t5",
+    flops="megalith.config.flops:two_stacks",
+    decoder=True,
+    names={"megatron": "megalith.checkpoint.megatron.names:T5"},
+    checks="megalith.config.checks_architectures:t5_problems",
+)
+BERT_CLASSIFICATION = dataclasses.replace(
+    BERT,
+    name="bert_classification",
+    model="megalith.models.bert_classification:BertClassification",
+    plan="megalith.parallel.plans.bert_classification:PLAN",
+    stages="megalith.parallel.plans.bert_classification:STAGES",
+    shapes="megalith.config.parameters:bert_classification_shapes",
+    kinds="megalith.config.parameter_kinds:BERT_CLASSIFIER",
+    dataset=None,
+    loss="classification",
+    batch="megalith.testing.batches:classification",
+    head_transform=False,
+    names={"megatron": "megalith.checkpoint.megatron.names:BERT_CLASSIFICATION"},
+    checks="megalith.config.checks_architectures:classification_problems",
+)
+BERT_MULTIPLE_CHOICE = dataclasses.replace(
+    BERT_CLASSIFICATION,
+    name="bert_multiple_choice",
+    model="megalith.models.bert_multiple_choice:BertMultipleChoice",
+    shapes="megalith.config.parameters:bert_multiple_choice_shapes",
+    batch="megalith.testing.batches:multiple_choice",
+    names={"megatron": "megalith.checkpoint.megatron.names:BERT_MULTIPLE_CHOICE"},
+    checks="megalith.config.checks_architectures:multiple_choice_problems",
+)
+ARCHITECTURES = Registry("model", {name.lower(): f"{__name__}:{name}" for name in (
+    "GPT", "BERT", "T5", "BERT_CLASSIFICATION", "BERT_MULTIPLE_CHOICE",
+)})  # fmt: skip
+
+
+def architecture(name: str) -> Architecture:
+    """The record called `name`: a short name, or the module:name of a record, or of a class that carries one.
+
+    Such a class is the model, whatever its record says, so that a class can carry another model's record with few
+    changes. Raises ConfigError where there is none.
+    """
+    found = ARCHITECTURES.find(name)
+    if isinstance(found, Architecture):
+        return found
+    record = getattr(found, "architecture", None)
+    if not isinstance(record, Architecture):
+        rule = "it is an Architecture (config/architectures.py), or a class that carries one as `architecture`"
+        cure = "Give the class such an attribute; CONTRIBUTING.md shows a whole one"
+        raise ConfigError(problem("model", name, rule, cure))
+    return dataclasses.replace(record, model=name)

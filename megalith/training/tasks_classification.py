@@ -1,0 +1,42 @@
+"""Losses of models that classify sequences, for finetuning."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megalith.training.tasks import Batch, Ratio, Task
+
+
+class Classification(Task):
+    """Cross entropy of the class of each sequence, or of the right one among several choices, averaged over the
+    global batch.
+
+    Batches have `input_ids` and `labels` [b], and may have `token_types` and `padding_mask`. Reports the accuracy too.
+    """
+
+    metric_names = ("accuracy",)
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Samples, each counted where its first token is."""
+        return {"classification loss": torch.ones_like(batch["labels"], dtype=torch.float32).sum() * begins(batch)}
+
+    def inputs(self, batch: Batch, counts: dict[str, Tensor]) -> Batch:
+        """Weights are ones over the global count, so the model's losses need only be added up."""
+        passed: Batch = {name: batch[name] for name in ("token_types", "padding_mask", "labels") if name in batch}
+        weights = (1.0 / counts["classification loss"]).expand(len(batch["labels"]))
+        return {"inputs": batch["input_ids"], **passed, "loss_weights": weights}
+
+    def losses(self, output: tuple[Tensor, Tensor], batch: Batch, counts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """output: weighted losses [b], and logits [b, classes]."""
+        return {"classification loss": output[0].sum()}
+
+    def metrics(self, output: tuple[Tensor, Tensor], batch: Batch) -> dict[str, Ratio]:
+        """The share of samples whose largest logit is that of their label."""
+        right = (output[1].argmax(dim=-1) == batch["labels"]).sum()
+        return {"accuracy": (right * begins(batch), len(batch["labels"]) * begins(batch))}
+
+
+def begins(batch: Batch) -> Tensor | float:
+    """1 where the first tokens of the sequences are on this process, else 0."""
+    return (batch["coordinates"][0] == 0).float() if "coordinates" in batch else 1.0
