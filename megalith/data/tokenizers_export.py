@@ -28,6 +28,10 @@ def transformers_files(tokenizer: Tokenizer, *, causal: bool = True, decoder: bo
     names = {part: getattr(tokenizer, part) for part in PARTS}
     if not decoder and tokenizer.eod is not None:
         names["eos"] = tokenizer.eod
+    for part, around in (("bos", "prefix"), ("eos", "suffix")):  # what is put round a text is that, named or not
+        added = set(getattr(tokenizer, around, ())) - set(names.values())
+        if names[part] is None and len(added) == 1:
+            names[part] = added.pop()
     listed = tokenizer.tokens()
     special = {part: listed[i] for part, i in names.items() if i is not None}
     known = {token.content for token in backend.get_added_tokens_decoder().values()}

@@ -27,6 +27,12 @@ USUAL_NAMES = {
     "mask": ("[MASK]", "<mask>"),
 }
 TEXT = 2**32 - 1  # an id that stands for a text: the largest that the library holds
+PLAIN = "PreTrainedTokenizerFast"  # the class of transformers that reads tokenizer.json as it is
+# Classes of transformers 5 that put nothing round a text where tokenizer.json does not; BERT's, RoBERTa's, ... do.
+NOTHING_ROUND = (
+    PLAIN, "TokenizersBackend", "GPT2Tokenizer", "LlamaTokenizer", "GemmaTokenizer", "BloomTokenizer",
+    "GPTNeoXTokenizer",
+)  # fmt: skip
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -187,6 +193,14 @@ class HuggingFaceTokenizer(LibraryTokenizer):
                     f"{name} is {str(bool(said)).lower()} in tokenizer_config.json, and the post_processor of tokenizer.json "
                     f"{'adds' if does else 'does not add'} it: tokenizer.json is followed, as transformers 5 does",
                 )
+        kind = str(self.settings.get("tokenizer_class", PLAIN))
+        puts = not {kind, kind.removesuffix("Fast")} & {*NOTHING_ROUND}
+        if self.source is not None and self.backend.post_processor is None and puts:
+            self.notes += (
+                f"tokenizer_config.json names {kind}, and tokenizer.json has no post_processor: nothing is put round "
+                f"a text here, where AutoTokenizer lets such classes put their own (RobertaTokenizer <s> and </s>). Save "
+                f"it with transformers (save_pretrained), which writes them into tokenizer.json, or make tokenizer_class {PLAIN}",
+            )
 
     def complete(self) -> None:
         """Add special tokens that the file lacks; here none."""

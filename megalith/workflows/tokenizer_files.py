@@ -44,17 +44,14 @@ def with_tokenizer(weights: Weights, options: Options, given: GivenTokenizer, fo
 def prepared(weights: Weights, options: Options, folder: pathlib.Path) -> tuple[Options, tuple[str, ...]]:
     """Options with tokenizer files of `weights` (or of options.tokenizer) made in `folder`, and notes.
 
-    A Hugging Face folder's own files go along as they are: options then stay as they are, too.
+    Those that came with a Hugging Face folder's weights go along as they are: options then stay as they are, too.
     """
     named = {name: file for name, file in weights.files.items() if name.startswith(HERE)}
     source = options.tokenizer or next((file.parent for file in named.values()), None)
     if source is None:
         return options, ()
-    if not (source / RECORD).is_file() and (
-        (source / "tokenizer_config.json").is_file()
-        or (source / huggingface.CONFIG).is_file()
-        or f"{huggingface.KEPT}{huggingface.CONFIG}" in weights.files
-    ):
+    published = options.tokenizer is None and f"{huggingface.KEPT}{huggingface.CONFIG}" in weights.files
+    if published and not (source / RECORD).is_file():
         return options, ()
     own = {f"{HERE}{file.name}": file for file in source.iterdir() if file.is_file()}
     model, notes = weights.config.model, list[str]()

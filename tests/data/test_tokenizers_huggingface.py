@@ -67,6 +67,21 @@ def test_ids_are_those_of_auto_tokenizer(tmp_path: pathlib.Path, base: str, kind
         assert any("add_bos_token" in note for note in ours.notes) == (said is not None and said != does)
 
 
+def test_a_class_that_may_put_tokens_round_a_text_is_told(tmp_path: pathlib.Path) -> None:
+    """Classes of transformers build a post-processor of their own where tokenizer.json has none; saved by transformers it has it."""
+    backend = tokenizers.Tokenizer(models.BPE({"<s>": 0, "</s>": 1, "<unk>": 2, "<pad>": 3, "<mask>": 4, "A": 5, "C": 6}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "RobertaTokenizerFast"}))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = build_tokenizer("HuggingFaceTokenizer", tokenizer_model=str(tmp_path))
+    assert theirs("AC").input_ids == [0, *ours.encode("AC"), 1] == [0, 5, 6, 1]
+    assert any("names RobertaTokenizerFast, and tokenizer.json has no post_processor" in note for note in ours.notes)
+    theirs.save_pretrained(tmp_path / "saved")
+    saved = build_tokenizer("HuggingFaceTokenizer", tokenizer_model=str(tmp_path / "saved"))
+    assert saved.encode("AC") == theirs("AC").input_ids and not saved.notes
+
+
 def test_the_end_of_document_comes_after_the_text(tmp_path: pathlib.Path) -> None:
     backend = bases()["letters"]
     backend.post_processor = PROCESSORS["bos"]

@@ -110,6 +110,33 @@ def test_a_tokenizer_that_does_not_fit_is_told(tmp_path: pathlib.Path) -> None:
     assert config["bos_token_id"] == 1
 
 
+GIVEN = {  # tokenizer_config.json -> ids of bos and eos
+    "no bos": ({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}, 1, 2),
+    "no class": ({"bos_token": "<s>", "eos_token": "</s>"}, 1, 2),
+    "another class": ({"tokenizer_class": "GPT2Tokenizer", "bos_token": "<s>", "eos_token": "</s>"}, 1, 2),
+    "a class that builds its own": ({"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}, 1, 2),
+    "a new eos": ({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<eos>"}, 1, 17),
+    "nothing": ({}, 1, 2),
+}
+
+
+@pytest.mark.parametrize("case", GIVEN)
+def test_a_folder_given_to_an_export_has_the_ids_of_preprocessing(tmp_path: pathlib.Path, case: str) -> None:
+    """Whatever its tokenizer_config.json says or leaves out: classes of transformers build parts of tokenizer.json anew."""
+    settings, bos, eos = GIVEN[case]
+    (tmp_path / "words").mkdir()
+    letters(tmp_path / "words")
+    (tmp_path / "words/tokenizer_config.json").write_text(json.dumps(settings))
+    ours = build_tokenizer("HuggingFaceTokenizer", tokenizer_model=str(tmp_path / "words"))
+    run(tmp_path, ours)
+    for config in exported(tmp_path, tokenizer=tmp_path / "words")[:2]:
+        assert (config["bos_token_id"], config["eos_token_id"]) == (bos, eos)
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    texts = ["the 12", "", "<|endoftext|>", "</s>TH"]
+    assert words(texts).input_ids == [ours.encode(text) for text in texts]
+    assert (words.bos_token_id, words.eos_token_id, len(words)) == (bos, eos, ours.vocab_size)
+
+
 def test_files_of_a_hugging_face_folder_go_through_as_they_are(tmp_path: pathlib.Path) -> None:
     run(tmp_path, letters(tmp_path))
     exported(tmp_path)
