@@ -31,7 +31,7 @@ from megalith.config.model import ModelConfig
 from megalith.config.parameters import initial, parameter_shapes
 from megalith.config.run import RunConfig
 from megalith.config.source_fields import checked
-from megalith.config.text import fail
+from megalith.config.text import fail, flag
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 LARGEST = 2**50  # elements of one tensor: more are of a mistyped size, and even the shape of such a tensor overflows
@@ -73,11 +73,13 @@ def read(path: pathlib.Path, options: Options) -> Weights:
         raise _quantized(path, quantization.get("quant_method", quantization))
     stored, beside = files.read_tensors(path, given.get("transformers_weights"))
     weights = _weights(given, stored, path, options)
+    notes = (*beside, *weights.notes)
     if (path / GENERATION).is_file():
-        checked(files.read_json(path / GENERATION), {name: KINDS[name] for name in IDS}, str(path / GENERATION))
+        found = checked(files.read_json(path / GENERATION), {name: KINDS[name] for name in IDS}, str(path / GENERATION))
+        notes += tuple(_beyond(found, GENERATION, weights.config.model.vocab_size or 0))
     kept = {f"{KEPT}{name}": path / name for name in (CONFIG, GENERATION) if (path / name).is_file()}
-    found = {**kept, **tokenizer.found_in(options.tokenizer or path)}
-    return dataclasses.replace(weights, files=found, notes=(*beside, *weights.notes))
+    along = {**kept, **tokenizer.found_in(options.tokenizer or path)}
+    return dataclasses.replace(weights, files=along, notes=notes)
 
 
 def of_model(model: nn.Module) -> Weights:
@@ -112,12 +114,24 @@ def _weights(given: Mapping[str, Any], stored: Mapping[str, Lazy], path: pathlib
     values |= {"seq_length": values.get("max_position_embeddings"), "bf16": torch.bfloat16 in dtypes}
     values |= options.overrides
     config = RunConfig().replace(**{**architecture(values["model_type"]).defaults, **values})
-    fail((f"{path / CONFIG}: {each.text}" for each in form_problems(config)), CheckpointError)
+    called = {flag(each.ours): each.theirs for each in family.settings if each.ours not in options.overrides}
+    texts = [f"{path / CONFIG}: {each.text}" for each in form_problems(config)]
+    fail((re.sub(r"--[\w-]+", lambda word: called.get(word[0], word[0]), text) for text in texts), CheckpointError)
     found, told = family.adapt(found, config.model)
     tensors, notes = _ours(found, family, config.model, path, family.heads(given))
     if "dynamic" in str(rope_of(given)):
         notes += ("rope_type dynamic is left out: it acts beyond max_position_embeddings alone, where no sequence here goes",)
+    notes += tuple(_beyond(given, CONFIG, config.model.vocab_size))
     return Weights(config=config, tensors=tensors, notes=(*twice, *ties, *told, *notes))
+
+
+def _beyond(given: Mapping[str, Any], file: str, words: int) -> Iterator[str]:
+    """A line for each id of a part (bos, eos, ...) that is of no word of the vocabulary."""
+    for name in tokenizer.IDS:
+        ids = given[name] if isinstance(given.get(name), list) else [given.get(name)]
+        if beyond := [each for each in ids if isinstance(each, int) and each >= words]:
+            said = f"{file}: {name} {', '.join(map(str, beyond))}"
+            yield f"{said} is beyond the vocabulary of {words}: nothing ever has that id"
 
 
 def _quantized(path: pathlib.Path, method: Any) -> CheckpointError:

@@ -13,6 +13,11 @@ def rope_of(given: Mapping[str, Any]) -> Mapping[str, Any]:
     return given.get("rope_scaling") or given.get("rope_parameters") or {}
 
 
+def rope_name(given: Mapping[str, Any]) -> str:
+    """What that object is called."""
+    return "rope_scaling" if given.get("rope_scaling") else "rope_parameters"
+
+
 def gemma_activation(given: Mapping[str, Any]) -> str:
     """Gemma's releases say gelu and mean its approximation; transformers 5 leaves hidden_activation, which 4 had read, unread."""
     name = given.get("hidden_act", TANH)
@@ -29,7 +34,7 @@ def differing(given: Mapping[str, Any], aliases: Mapping[str, str]) -> list[str]
         pairs += [("rope_scaling", older, "rope_parameters", given["rope_parameters"])] * any(read.get(k) != v for k, v in unread.items())
     for name, outer in (("rope_theta", "rope_theta"), ("rope_theta", "rotary_emb_base"), ("partial_rotary_factor", "rotary_pct")):
         if name in rope and outer in given:
-            pairs.append((f"{'rope_scaling' if older else 'rope_parameters'}: {name}", rope[name], outer, given[outer]))
+            pairs.append((f"{rope_name(given)}: {name}", rope[name], outer, given[outer]))
     if given.get("model_type") == "gemma":
         if "hidden_activation" in given:
             pairs.append(("hidden_act", gemma_activation(given), "hidden_activation", given["hidden_activation"]))

@@ -295,11 +295,13 @@ def test_any_value_of_any_field_is_read_or_told(data, name: str, saved: dict) ->
         ({"num_hidden_layers": "2"}, r"found '2'; it is a whole number \(without quotation marks\)"),
         ({"num_hidden_layers": True}, "found True; it is a whole number"),
         ({"num_hidden_layers": 10**6}, r"found 1000000; a layer has tensors, and this folder has \d+ in all"),
-        ({"num_attention_heads": 5}, "config.json: --num-query-groups: found 2; --num-attention-heads, 5, must be a multiple of it"),
-        ({"num_key_value_heads": 3}, "--num-query-groups: found 3; --num-attention-heads, 4, must be a multiple of it"),
+        ({"num_attention_heads": 5}, "config.json: num_key_value_heads: found 2; num_attention_heads, 5, must be a multiple of it"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads: found 3; num_attention_heads, 4, must be a multiple of it"),
         ({"architectures": "LlamaForCausalLM"}, "architectures: found 'LlamaForCausalLM'; it is a list"),
         ({"model_type": ["llama"]}, r"model_type: found \['llama'\]; it is text"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": "4"}}, "rope_scaling: factor: found '4'; it is a finite number"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": "4"}}, "rope_parameters: factor: found '4'; it is a finite number"),
+        ({"rope_parameters": None, "rope_scaling": {"rope_type": "linear", "factor": "4"}}, "rope_scaling: factor: found '4'"),
+        ({"rope_parameters": {"rope_type": "other"}}, "config.json: rope_parameters: found {'rope_type': 'other'}"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings: found 'false'; it is true or false"),
         ({"transformers_weights": 3}, "transformers_weights: found 3; it is text"),
     ],
@@ -311,6 +313,18 @@ def test_fields_of_wrong_types_are_told(changes: dict, message: str, saved: dict
     broken(tmp_path / "theirs", **changes)
     with pytest.raises(CheckpointError, match=message):
         formats.read(tmp_path / "theirs")
+
+
+def test_ids_beyond_the_vocabulary_are_told(saved: dict, tmp_path: pathlib.Path) -> None:
+    shutil.copytree(saved["llama 3.1"], tmp_path / "theirs")
+    shutil.copy(tmp_path / "theirs/original.json", tmp_path / "theirs/config.json")
+    words = formats.read(tmp_path / "theirs").config.model.vocab_size
+    broken(tmp_path / "theirs", bos_token_id=words - 1, eos_token_id=[2, words + 7], pad_token_id=words)
+    told = [note for note in formats.read(tmp_path / "theirs").notes if note.startswith("config.json")]
+    assert told == [
+        f"config.json: {name} {number} is beyond the vocabulary of {words}: nothing ever has that id"
+        for name, number in (("eos_token_id", words + 7), ("pad_token_id", words))
+    ]
 
 
 def test_null_is_the_default_and_a_whole_float_is_whole(saved: dict, tmp_path: pathlib.Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from megalith.checkpoint.huggingface_families import GATED, REQUIRED, Copy, Family, Rule, Setting, activation, activation_name
-from megalith.checkpoint.huggingface_twice import gemma_activation, rope_of
+from megalith.checkpoint.huggingface_twice import gemma_activation, rope_name, rope_of
 from megalith.common.errors import CheckpointError, problem
 from megalith.config.run import RunConfig
 from megalith.config.source_fields import Kind, Ours, checked
@@ -64,7 +64,8 @@ def rope(given: Mapping[str, Any]) -> dict[str, Any]:
 
     "dynamic" stretches only sequences longer than max_position_embeddings, which no config of ours allows: here it is "default".
     """
-    found = checked(rope_of(given), INNER, "config.json: rope_scaling")
+    where = f"config.json: {rope_name(given)}"
+    found = checked(rope_of(given), INNER, where)
     kind = found.get("rope_type", found.get("type", "default"))
     values = {"rotary_base": float(found.get("rope_theta", given.get("rope_theta", 10000.0)))}
     if kind in ("default", "dynamic"):
@@ -74,7 +75,7 @@ def rope(given: Mapping[str, Any]) -> dict[str, Any]:
     if kind not in ROPE or strange or missing:
         rule = f"rope_type is one of default, dynamic, {', '.join(ROPE)}, with all their fields and without {', '.join(UNKNOWN_ROPE)}"
         cure = "Copy config.json again; if it is as published, this model cannot be converted"
-        raise CheckpointError(problem("config.json: rope_scaling", found, rule, cure))
+        raise CheckpointError(problem(where, found, rule, cure))
     return {**values, "rope_scaling_type": kind, **{ours: found.get(name, default) for name, ours, default in ROPE[kind]}}
 
 

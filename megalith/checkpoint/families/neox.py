@@ -8,13 +8,13 @@ from typing import Any
 from megalith.checkpoint.families.bloom import QKV
 from megalith.checkpoint.families.llama import INNER, rope, rope_theirs
 from megalith.checkpoint.huggingface_families import GROUPS, PLAIN, Copy, Family, Rule, Setting, activation, activation_name
-from megalith.checkpoint.huggingface_twice import rope_of
+from megalith.checkpoint.huggingface_twice import rope_name, rope_of
 from megalith.config.run import RunConfig
 from megalith.config.source_fields import checked
 
 
 def _more_ours(given: Mapping[str, Any]) -> dict[str, Any]:
-    found = checked(rope_of(given), INNER, "config.json: rope_parameters")
+    found = checked(rope_of(given), INNER, f"config.json: {rope_name(given)}")
     parallel = given.get("use_parallel_residual", True)
     values = rope({**given, "rope_theta": given.get("rotary_emb_base", 10000)})
     return {
