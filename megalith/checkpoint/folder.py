@@ -67,7 +67,7 @@ def new_folder(
     folder = pathlib.Path(os.path.realpath(folder))
     if not folder.is_dir():
         check_new(folder)
-    with locked(folder, inside=True, notice=notice):  # the lock that a run takes of its folders
+    with locked(folder, inside=True, notice=notice) as still_held:  # the lock that a run takes of its folders
         new, old = folder / "new", folder / "old"
         for each in (new, old):
             files.sweep(each, notice)
@@ -77,6 +77,7 @@ def new_folder(
             for each in (new, old):
                 each.mkdir()
             yield new
+            still_held()
             _move(folder, _content(folder), old)
             _move(new, sorted(os.listdir(new), key=lambda name: name in LAST), folder)
             files.fsync_directory(folder)

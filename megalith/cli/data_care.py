@@ -40,8 +40,8 @@ def merge(args: argparse.Namespace) -> int:
 
     prefixes, files = _prefixes(args.input, args.output_prefix), _files([_bare(args.output_prefix)])
     options = {"inputs": _files(prefixes), "overwrite": args.overwrite, "flag": "--output-prefix", "notice": _notice}
-    with writing(args.output_prefix, files, **options):
-        merge_datasets(prefixes, args.output_prefix)
+    with writing(args.output_prefix, files, **options) as still_held:
+        merge_datasets(prefixes, args.output_prefix, still_held)
     made = describe(args.output_prefix)
     print(f"{args.output_prefix}: {len(prefixes)} datasets, {made['num_documents']} documents, {made['total_num_tokens']} tokens")
     return 0
@@ -128,8 +128,8 @@ def convert(args: argparse.Namespace) -> int:
 
     source, dtype = resolve_prefix(args.input), best_dtype(args.vocab_size) if args.vocab_size else None
     options = {"inputs": _files([source]), "overwrite": args.overwrite, "flag": "--output-prefix", "notice": _notice}
-    with writing(args.output_prefix, _files([_bare(args.output_prefix)]), **options):
-        convert_dataset(source, args.output_prefix, dtype)
+    with writing(args.output_prefix, _files([_bare(args.output_prefix)]), **options) as still_held:
+        convert_dataset(source, args.output_prefix, dtype, still_held)
     print(args.output_prefix)
     return 0
 

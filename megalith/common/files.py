@@ -52,8 +52,10 @@ def _remove(folder: pathlib.Path, names: str, notice: Callable[[str], None], age
 
 
 @contextlib.contextmanager
-def atomic_path(target: str | os.PathLike) -> Iterator[pathlib.Path]:
+def atomic_path(target: str | os.PathLike, ready: Callable[[], None] = lambda: None) -> Iterator[pathlib.Path]:
     """Give a temporary path beside `target`; on success it is synced and renamed over `target`, else removed.
+
+    ready: called before that; where it raises, `target` stays as it is.
 
     Two writers of one target have two temporary names. What a killed writer left is removed by `sweep`.
     """
@@ -64,6 +66,7 @@ def atomic_path(target: str | os.PathLike) -> Iterator[pathlib.Path]:
         yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
+        ready()
         os.replace(temporary, target)
         fsync_directory(target.parent)
     finally:

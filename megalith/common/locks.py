@@ -38,13 +38,15 @@ def locked(
     patient: bool = False,
     cure: str = "Wait for it, or choose another output",
     notice: Callable[[str], None] = lambda line: None,
-) -> Iterator[None]:
+) -> Iterator[Callable[[], None]]:
     """Hold the lock of `output` (a file, folder or prefix, which need not exist) within the block.
 
     inside: the lock lies in the folder `output`, which is made, and removed if it is left empty: for folders that machines
         mount at different places, or that several names lead to.
     patient: a holder on another machine, or in another container, is given up to STALE seconds to show that it lives, before
         it counts as one: for jobs that are started again elsewhere when they have died.
+    The block gets a check, to be called before what it made is put in place: LockedError where the lock was lost
+    meanwhile, to one that took this process for dead while it was suspended.
     The lock of a dead process is taken over, told by `notice`. Raises LockedError that names a live holder (command, host,
     process, since when) and leaves everything as it is. A second lock of one output is refused within a process too.
     """
@@ -57,7 +59,7 @@ def locked(
     done = threading.Event()
     threading.Thread(target=_touch_until, args=(done, path, owner), daemon=True).start()
     try:
-        yield
+        yield lambda: _check(path, owner, output)
     finally:
         done.set()
         if _read(path) == owner:  # it may have been taken over while this process was suspended
@@ -65,6 +67,15 @@ def locked(
         with contextlib.suppress(OSError):
             for folder in made:
                 folder.rmdir()
+
+
+def _check(path: pathlib.Path, owner: dict, output: pathlib.Path) -> None:
+    holder = _read(path)
+    if holder != owner:
+        taken = f"{_name(holder)} has it" if holder is not None else "who took it has ended"
+        raise LockedError(
+            f"{output}: this process was suspended, was taken for dead and lost its lock; {taken}. What it made is not put in place."
+        )
 
 
 def _acquire(path: pathlib.Path, owner: dict, output: pathlib.Path, cure: str, notice: Callable[[str], None], patient: bool) -> None:

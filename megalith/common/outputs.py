@@ -22,17 +22,18 @@ def writing(
     overwrite: bool = False,
     flag: str = "--output",
     notice: Callable[[str], None] = lambda line: None,
-) -> Iterator[None]:
+) -> Iterator[Callable[[], None]]:
     """Hold the lock of `output` (a file, or what the names of `files` begin with) in the block that writes it.
 
+    The block gets a check of it, see `locked`.
     Raises LockedError while another process writes it, and what `check` raises. What killed writers of it left is removed.
     """
-    with locked(output, notice=notice):
+    with locked(output, notice=notice) as still_held:
         files = [output] if files is None else files
         check(files, inputs=inputs, overwrite=overwrite, flag=flag)
         for each in {os.fspath(output), *map(str, files)}:
             sweep(each, notice)
-        yield
+        yield still_held
 
 
 def check(files: Sequence[Path], *, inputs: Sequence[Path] = (), overwrite: bool = False, flag: str = "--output") -> None:

@@ -7,7 +7,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,17 +22,22 @@ from megalith.data.indexed_format import CODES, HEADER, MAGIC, dataset_files
 BLOCK = 1 << 20  # entries of an index held in memory at once
 
 
-def merge_datasets(prefixes: Sequence[str], output_prefix: str) -> None:
+def merge_datasets(prefixes: Sequence[str], output_prefix: str, ready: Callable[[], None] = lambda: None) -> None:
     """Write the datasets of `prefixes`, in this order, as one dataset `output_prefix`; byte for byte what Megatron's merge writes.
 
+    ready: called before files are put in place; where it raises, none is.
     Raises DataError when their dtypes differ. Both files appear complete or not at all.
     """
     if not prefixes:
         raise DataError(problem("datasets to merge", 0, "a merge needs one or more", "Name prefixes, or a directory of .bin/.idx pairs"))
-    write_spans([(prefix, 0, IndexedDataset(prefix).num_documents) for prefix in prefixes], output_prefix)
+    write_spans([(prefix, 0, IndexedDataset(prefix).num_documents) for prefix in prefixes], output_prefix, ready)
 
 
-def write_spans(spans: Sequence[tuple[str, int, int]], output_prefix: str) -> None:
+def write_spans(
+    spans: Sequence[tuple[str, int, int]],
+    output_prefix: str,
+    ready: Callable[[], None] = lambda: None,
+) -> None:
     """Write runs of documents (prefix, first document, document after the last) one after another as the dataset `output_prefix`.
 
     Every pass opens the datasets one by one: a run may join more parts than a process may hold open.
@@ -41,7 +46,8 @@ def write_spans(spans: Sequence[tuple[str, int, int]], output_prefix: str) -> No
     itemsize = first.dtype.itemsize
     runs = [_measure(IndexedDataset(prefix), a, b, first) for prefix, a, b in spans]
     sequences, documents = sum(run.sequence_end - run.sequence for run in runs), sum(run.end - run.begin for run in runs)
-    with atomic_path(output_prefix + ".idx") as index_path, atomic_path(output_prefix + ".bin") as bin_path:
+    names = (output_prefix + ".idx", output_prefix + ".bin")
+    with atomic_path(names[0], ready) as index_path, atomic_path(names[1], ready) as bin_path:
         with open(index_path, "wb") as index:
             index.write(HEADER.pack(MAGIC, 1, CODES[first.dtype], sequences, documents + 1))
             for run, data in _opened(runs):
@@ -163,10 +169,11 @@ def split_datasets(
         made = [f"{output_prefix}-{number:04d}" for number in range(count)]
         files = dataset_files(made)
         with contextlib.ExitStack() as locks:  # all, before the first of them is replaced
-            for prefix in made:
-                locks.enter_context(locked(prefix))
+            held = [locks.enter_context(locked(prefix)) for prefix in made]
             others = sorted(set(files) - set(earlier))  # made since, or no part of a split
             check(others, inputs=dataset_files(prefixes), overwrite=overwrite, flag="--output-prefix")
+            for still_held in held:
+                still_held()
             for number, prefix in enumerate(made):
                 pathlib.Path(prefix + ".idx").unlink(missing_ok=True)
                 for suffix in (".bin", ".idx"):

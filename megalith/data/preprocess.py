@@ -329,7 +329,8 @@ def _finish(
     _require_usable(options, totals)
     output.joining()
     for i, prefix in enumerate(output.prefixes.values()):
-        merge_datasets([part_prefix(job.folder, record["part"], i, job.key) for record in records], prefix)
+        parts = [part_prefix(job.folder, record["part"], i, job.key) for record in records]
+        merge_datasets(parts, prefix, output.still_held)
     seconds = {stage: sum(record["seconds"][stage] for record in records) for stage in STAGES}
     seconds["joining"] = time.monotonic() - begun
     stored = {"prefixes": output.prefixes, **totals, "seconds": seconds, "resumed_parts": resumed, "encoder": encoder}

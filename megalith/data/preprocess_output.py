@@ -30,13 +30,14 @@ class Output:
         self.report = f"{prefix}_preprocess.json"
         self.parts = pathlib.Path(f"{prefix}.parts")
         self.datasets = dataset_files(self.prefixes.values())
+        self._held: list[Callable[[], None]] = []
 
     @contextlib.contextmanager
     def held(self, notice: Notice) -> Iterator[None]:
         """The locks of the prefix and of every dataset (`merge` and others lock those too), without what killed writers left."""
         with contextlib.ExitStack() as locks:
-            for output in (self.prefix, *self.prefixes.values()):
-                locks.enter_context(locked(output, notice=notice))
+            outputs = (self.prefix, *self.prefixes.values())
+            self._held = [locks.enter_context(locked(output, notice=notice)) for output in outputs]
             for file in (*self.prefixes.values(), *self.datasets, self.report):
                 sweep(file, notice)
             yield
@@ -90,8 +91,14 @@ class Output:
         if (self.parts / "key").exists():
             shutil.rmtree(self.parts)
 
+    def still_held(self) -> None:
+        """LockedError where one of the locks was lost while this process was suspended."""
+        for check_lock in self._held:
+            check_lock()
+
     def joining(self) -> None:
         """Note that datasets are being put in place: after a kill those that are there are this job's."""
+        self.still_held()
         self._joining.touch()
 
     def finish(self, key: str, content: dict[str, Any]) -> None:

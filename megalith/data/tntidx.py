@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Callable
 
 import numpy as np
 
@@ -128,8 +129,17 @@ def open_indexed(prefix: str | os.PathLike, reader: str = "mmap") -> IndexedData
     return TntidxDataset(prefix) if sniff(prefix) == "cached" else IndexedDataset(prefix, reader=reader)
 
 
-def convert(prefix: str | os.PathLike, output: str | os.PathLike, dtype=None) -> None:
-    """Write an mmap dataset `output` with the items and documents of a lazy/cached one; tokens as `dtype` (default: the same)."""
+def convert(
+    prefix: str | os.PathLike,
+    output: str | os.PathLike,
+    dtype=None,
+    ready: Callable[[], None] = lambda: None,
+) -> None:
+    """Write an mmap dataset `output` with the items and documents of a lazy/cached one.
+
+    dtype: of the tokens (default: the same).
+    ready: called before files are put in place; where it raises, none is.
+    """
     source = TntidxDataset(prefix)
     per_document = np.diff(source.document_indices)
     with IndexedWriter(output, dtype or source.dtype) as writer:
@@ -143,3 +153,4 @@ def convert(prefix: str | os.PathLike, output: str | os.PathLike, dtype=None) ->
             begin, stop = (int(source._offsets[at]) * source._element for at in (item, end))
             writer.add_many(source._data[begin:stop].view(source.dtype), source.lengths[item:end], per_document[document:last])
             item, document = end, last
+        ready()

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import pathlib
 import tempfile
+from collections.abc import Callable
 
 import torch.distributed as dist
 
@@ -62,7 +63,8 @@ def _train(config: RunConfig, tokenizer: Tokenizer, ours: bool) -> Progress:
         if line and mesh.is_main:
             print(line, flush=True)
         with contextlib.ExitStack() as held:
-            on_main(mesh, lambda: held.enter_context(run_folder.alone(config)))
+            checks: list[Callable[[], None]] = []
+            on_main(mesh, lambda: checks.append(held.enter_context(run_folder.alone(config))))
             if Ranks().first(lambda: origin.has_exact_gelu(config)):
                 if mesh.is_main:
                     was = "activation gelu (exact) as what it starts from, which was stored before --bias-gelu-fusion had an effect"
@@ -70,14 +72,14 @@ def _train(config: RunConfig, tokenizer: Tokenizer, ours: bool) -> Progress:
                 config = config.replace(bias_gelu_fusion=False)
             if mesh.is_main:
                 write_text(pathlib.Path(config.run_folder) / "config.yaml", to_yaml(config))
-            return run(with_vocabulary(config, tokenizer), mesh, tokenizer)
+            return run(with_vocabulary(config, tokenizer), mesh, tokenizer, *checks)
     finally:
         if ours:
             dist.destroy_process_group()
 
 
-def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
-    """The run itself, on a mesh."""
+def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer, alone: Callable[[], None] = lambda: None) -> Progress:
+    """The run itself, on a mesh. alone: raises LockedError where the run's folders are another's by now."""
     set_determinism(config)
     datasets = open_datasets(config, mesh, tokenizer)
     data = origin.fingerprints(filter(None, datasets.values()), config.data)
@@ -98,7 +100,7 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Progress:
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save(scratch)
         files = {f"tokenizer/{path.name}": str(path) for path in pathlib.Path(scratch).iterdir()}
-        save = functools.partial(saving.save, trainer, progress, to_yaml(config), files, data, again)
+        save = functools.partial(saving.save, trainer, progress, to_yaml(config), files, data, again, alone)
         callbacks = build_callbacks(trainer, progress, validation, known, save, again)
         try:
             batches = functools.partial(batch_size_at, config, mesh.data_size)

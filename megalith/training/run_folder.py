@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from megalith import checkpoint
 from megalith.checkpoint.folder import folder_name, folder_of, load_of
@@ -22,8 +23,10 @@ CURE = "Let it end, or name another --run-dir or --save"
 
 
 @contextlib.contextmanager
-def alone(config: RunConfig) -> Iterator[None]:
+def alone(config: RunConfig) -> Iterator[Callable[[], None]]:
     """Hold the run's folders against other runs within the block, after looking at what is in them; see check_folder.
+
+    The block gets a check: LockedError where they were lost while this process was suspended.
 
     One process alone calls this. Raises LockedError that names the run that writes one of them, with --fresh before anything is moved.
     """
@@ -32,21 +35,27 @@ def alone(config: RunConfig) -> Iterator[None]:
         with _locks(*_folders(config), *inner):
             _check_fresh(config)
         move_aside(config)  # after the locks are given back: they would go along
-    with _locks(*_folders(config)):
+    with _locks(*_folders(config)) as still_held:
         if not config.checkpoint.fresh:
             check_folder(config)
             _check_record(config)
         for folder in _folders(config):
             sweep_folder(folder)
-        yield
+        yield still_held
 
 
 @contextlib.contextmanager
-def _locks(*folders: pathlib.Path) -> Iterator[None]:
+def _locks(*folders: pathlib.Path) -> Iterator[Callable[[], None]]:
+    places = dict.fromkeys(path.resolve() for path in folders)
     with contextlib.ExitStack() as held:
-        for folder in dict.fromkeys(path.resolve() for path in folders):
-            held.enter_context(locked(folder, inside=True, patient=True, cure=CURE, notice=_notice))
-        yield
+        options: dict[str, Any] = {"inside": True, "patient": True, "cure": CURE, "notice": _notice}
+        checks = [held.enter_context(locked(folder, **options)) for folder in places]
+
+        def still_held() -> None:
+            for check in checks:
+                check()
+
+        yield still_held
 
 
 def _notice(line: str) -> None:

@@ -27,13 +27,16 @@ from megalith.training.step import Trainer
 
 
 def save(
-    trainer: Trainer, progress: Progress, config_yaml: str, files: dict[str, str], data: dict[str, str], again: Callable[[], str]
-) -> None:
+    trainer: Trainer, progress: Progress, config_yaml: str, files: dict[str, str], data: dict[str, str],
+    again: Callable[[], str], alone: Callable[[], None] = lambda: None,
+) -> None:  # fmt: skip
     """Write a checkpoint of the present step, and delete none. Every process takes part.
 
     files: {name inside: path} carried along. data: {prefix: fingerprint} of the corpora. again: what the next start does, in words.
+    alone: raises where the run's folders are another's by now; that of process 0 is asked.
     Raises TrainingError, and writes nothing, where the state is not finite.
     """
+    Ranks().first(alone)
     config = trainer.runtime.config
     tensors = [state.weights(part) for part in trainer.runtime.parts]
     if not config.checkpoint.no_save_optim:

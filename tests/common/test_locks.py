@@ -8,10 +8,17 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 
+from megalith.checkpoint.folder import new_folder
 from megalith.common import locks
+from megalith.common.files import atomic_path
 from megalith.common.locks import LockedError, locked
+from megalith.common.outputs import writing
+from megalith.data.indexed import IndexedWriter
+from megalith.data.merge import merge_datasets
+from megalith.data.preprocess_output import Output
 
 HOLD = "import sys, time\nfrom megalith.common.locks import locked\nwith locked(sys.argv[1]):\n print('held', flush=True)\n time.sleep(60)"
 
@@ -105,6 +112,48 @@ def test_heartbeat_touches_and_gives_up_a_lock_that_was_taken(tmp_path, monkeypa
         assert path.stat().st_mtime > 2
         path.write_text('{"nonce": "of another"}')
     assert path.read_text() == '{"nonce": "of another"}'
+
+
+def lose(path):
+    """What is seen of a lock that another machine took while this process was suspended."""
+    path.write_text('{"host": "elsewhere", "pid": 1, "pids": "x", "nonce": "y", "since": "now", "command": "c"}')
+
+
+def test_a_lock_that_was_taken_is_noticed_before_anything_is_put_in_place(tmp_path):
+    with locked(tmp_path / "out") as still_held:
+        still_held()
+        lose(tmp_path / ".out.lock")
+        with pytest.raises(LockedError, match=r"was suspended, .* lost its lock; process 1 on elsewhere .* has it. What it made"):
+            still_held()
+        (tmp_path / ".out.lock").unlink()
+        with pytest.raises(LockedError, match="who took it has ended"):
+            still_held()
+    (tmp_path / "file").write_text("theirs")
+    with pytest.raises(LockedError), writing(tmp_path / "file", overwrite=True) as still_held:
+        lose(tmp_path / ".file.lock")
+        with atomic_path(tmp_path / "file", still_held) as aside:
+            aside.write_text("mine")
+    assert (tmp_path / "file").read_text() == "theirs" and len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(LockedError), new_folder(tmp_path / "folder") as new:
+        (new / "config.json").write_text("mine")
+        lose(tmp_path / "folder/.lock")
+    assert [each.name for each in (tmp_path / "folder").iterdir()] == [".lock"]
+
+
+def test_a_dataset_is_not_put_in_place_of_anothers(tmp_path, monkeypatch):
+    with IndexedWriter(tmp_path / "part", np.uint16) as writer:
+        writer.add_sequence([1, 2])
+    with pytest.raises(LockedError), locked(tmp_path / "all") as still_held:
+        lose(tmp_path / ".all.lock")
+        merge_datasets([str(tmp_path / "part")], str(tmp_path / "all"), still_held)
+    assert not list(tmp_path.glob("*all.*[!k]"))
+    output = Output(str(tmp_path / "made"), {"text": str(tmp_path / "made_text")})
+    with output.held(print):
+        output.parts.mkdir()
+        output.joining()
+        lose(tmp_path / ".made_text.lock")
+        with pytest.raises(LockedError):
+            output.joining()
 
 
 def test_without_hard_links(tmp_path, monkeypatch):

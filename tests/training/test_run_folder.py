@@ -1,5 +1,6 @@
 """One run at a time writes a folder, and replaces nothing that another one wrote."""
 
+import contextlib
 import json
 import pathlib
 import shutil
@@ -9,6 +10,7 @@ import pytest
 from megalith import checkpoint
 from megalith.common.errors import CheckpointError, ConfigError, TrainingError
 from megalith.common.locks import LockedError, locked
+from megalith.training import run_folder
 from megalith.training.pretrain import train
 from tests.tiny import losses, tiny_config
 
@@ -37,6 +39,22 @@ def test_second_run_names_the_first_and_touches_nothing(done, corpus, place, fre
     ):
         train(tiny_config(corpus, str(done), fresh=fresh, **SHORT | {"train_iters": 4}))
     assert everything(done.parent) == before and not list(done.parent.rglob(".lock"))
+
+
+def test_a_run_that_lost_its_folder_saves_nothing_there(tmp_path, corpus, monkeypatch):
+    """To another machine's, while it was suspended."""
+
+    @contextlib.contextmanager
+    def lost(config):
+        def still_held():
+            raise LockedError("lost")
+
+        yield still_held
+
+    monkeypatch.setattr(run_folder, "alone", lost)
+    with pytest.raises(LockedError, match="lost"):
+        train(tiny_config(corpus, str(tmp_path / "run"), **SHORT))
+    assert not checkpoint.iterations(tmp_path / "run")
 
 
 def test_fresh_moves_no_run_that_lies_within(done, corpus):
