@@ -35,6 +35,8 @@ class StopDiverged(Callback):
             self.count = 0
         self.count += record.lasting
         most = most_nonfinite(run.config)
+        if record.step == run.train_iters:  # a run that has no more steps is not all done where none of them was finite
+            most = min(most, record.step - run.start_step)
         if not run.config.resilience.check_for_nan_in_loss_and_grad or self.count < most:
             return
         scaled = f", at loss scale {record.loss_scale:g}" if run.config.precision.fp16 else ""
@@ -74,29 +76,23 @@ class Retain(Callback):
     """Deletes old checkpoints once the newest is known to be good: when a step or a validation from its weights is finite.
 
     Until then one more is kept: of --keep-last 1 the last good one would go for one that is the first of a divergence. A run that
-    stops early, right after its save, leaves that to the next start, whose first step judges what it went on from.
+    ends right after its save, and measures nothing then, leaves that to the next start, whose first step judges what it
+    went on from.
     """
 
     def __init__(self, retain: Callable[[], None], progress: Progress):
         """retain: delete what is kept no longer."""
         self.retain, self.progress = retain, progress
-        self.start, self.retained, self.bad = progress.iteration, 0, False
+        self.start, self.retained = progress.iteration, 0
 
     def on_step(self, run: RunInfo, record: StepRecord) -> None:
         """A step that changed weights says that those before it were good."""
-        self.bad = record.skipped
         if not record.skipped:
             self.prune()
 
     def on_validation(self, run: RunInfo, record: ValidationRecord) -> None:
-        """So does a loss that is a number; one that is not says that these are bad. Who only measures deletes nothing."""
-        self.bad = not math.isfinite(record.total_loss)
-        if not self.bad and self.progress.saved is not None:
-            self.prune()
-
-    def on_end(self, run: RunInfo) -> None:
-        """The last one of all is taken for good where nothing spoke against it: no step will judge it."""
-        if not self.bad and self.progress.stop is None and self.progress.saved is not None:
+        """So does a loss that is a number. Who only measures deletes nothing."""
+        if math.isfinite(record.total_loss) and self.progress.saved is not None:
             self.prune()
 
     def prune(self) -> None:

@@ -37,6 +37,13 @@ class BadAWhile(Bad):
     last = 40
 
 
+class Worse(LanguageModelling):
+    """A loss that is never a number."""
+
+    def losses(self, output, batch, counts):
+        return {"lm loss": output.sum() * math.nan}
+
+
 class Masked(LanguageModelling):
     """Nothing to learn anywhere."""
 
@@ -91,7 +98,11 @@ def test_a_run_that_stops_right_after_a_save_deletes_nothing_that_may_be_the_las
     train(config.replace(skip_train=True, eval_iters=1, ckpt_step=7))
     assert checkpoints(run) == [7, 8], "measuring deletes nothing"
     assert train(config.replace(train_iters=9, ckpt_step=7)).iteration == 9, "the cure works"
-    assert checkpoints(run) == [9]
+    assert checkpoints(run) == [7, 8, 9], "nothing has measured the last one"
+    train(config.replace(train_iters=9, eval_iters=1))
+    assert checkpoints(run) == [7, 8, 9], "nor does measuring alone delete"
+    train(config.replace(train_iters=10, eval_iters=1))
+    assert checkpoints(run) == [10]
 
 
 def diverge(config):
@@ -163,6 +174,17 @@ def test_a_loss_scale_that_is_too_high_is_named(corpus, tmp_path):
             train(config.replace(run_dir=str(tmp_path / cure), **scale))
 
 
+def test_a_run_shorter_than_the_steps_that_end_one(corpus, tmp_path):
+    """Float16 is given ten steps; a run of three, none of them finite, is not all done."""
+    config = tiny_config(corpus, str(tmp_path / "run"), eval_iters=0, train_iters=3, fp16=True, loss=task("Worse"))
+    with pytest.raises(TrainingError, match=r"step 3: found loss nan, .*3 steps in a row have"):
+        train(config)
+    assert checkpoints(tmp_path / "run") == []
+    guard, run = StopDiverged(lambda: ""), run_info(config={"fp16": True}, train_iters=12)
+    for number in range(1, 13):  # the last nine of twelve
+        guard.on_step(run, step(number, skipped=number > 3, lasting=number > 3))
+
+
 def test_old_checkpoints_go_when_the_new_one_is_known_to_be_good():
     done, progress, run = [], Progress(), run_info(config={"save_interval": 2})
     keep = Retain(lambda: done.append(progress.saved), progress)
@@ -176,7 +198,7 @@ def test_old_checkpoints_go_when_the_new_one_is_known_to_be_good():
     progress.saved = 6
     keep.on_validation(run, ValidationRecord(step=6, consumed_samples=1, losses={"lm loss": math.nan}))
     keep.on_end(run)
-    assert done == [2, 4]
+    assert done == [2, 4], "where nothing measured it, the last one is not taken for good, and one more stays"
     keep.on_validation(run, ValidationRecord(step=6, consumed_samples=1, losses={"lm loss": 1.0}))
     assert done == [2, 4, 6]
 
