@@ -18,10 +18,13 @@ import pathlib
 import re
 import signal
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 
+import megalith
 from megalith import __version__
 from megalith.common.errors import ConfigError, MegalithError, problem
+from megalith.config import launched
 from megalith.config.text import nearest, unknown, value_text
 
 ELSEWHERE = "Free space or correct the path, and give the same command again; what was finished is kept"
@@ -164,6 +167,23 @@ def _first_to_say(text: str) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def warnings_as_notices() -> Iterator[None]:
+    """Within the block megalith's own warnings are printed as its other lines are, by the first process."""
+    package = os.path.dirname(megalith.__file__) + os.sep
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message, category, filename, *more):
+            if not filename.startswith(package):
+                others(message, category, filename, *more)
+            elif launched.rank() == 0:
+                print(f"megalith: {message}", file=sys.stderr, flush=True)
+
+        warnings.showwarning = show
+        yield
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; `argv` defaults to the process's own. Returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -172,7 +192,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if verb is not None and verb not in VERBS:
             raise ConfigError(unknown("verb", verb, VERBS, f"there are {', '.join(VERBS)}"))
         args = parser_for(verb).parse_args(argv or ["--help"])
-        return args.handler(args) or 0
+        with warnings_as_notices():
+            return args.handler(args) or 0
     except MegalithError as error:
         say(f"megalith: {error}")
         return 2 if isinstance(error, ConfigError) else 1

@@ -8,10 +8,12 @@ import dataclasses
 import os
 import pathlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megalith.common import units
 from megalith.common.errors import ConfigError, DataError, problem
+from megalith.common.memory import available_memory
 from megalith.common.registry import Registry
 from megalith.config.batch_math import global_batch
 from megalith.config.run import RunConfig
@@ -35,6 +37,7 @@ DATASETS = Registry(
     },
 )
 THREADS = 16
+INDEX_BYTES = 24  # of a sample: its place in the corpus, in the shuffled order, in a blend; and what building these takes
 
 
 def build_datasets(
@@ -48,6 +51,7 @@ def build_datasets(
     """
     maker, data = _Maker(config, tokenizer, run_folder), config.data
     sizes = dict(zip(NAMES, sample_counts(config, size)))
+    check_memory(config, sizes)
     own = {name: list(getattr(data, f"{name}_data_path")) for name in NAMES}
     if not any(own.values()):
         keep_unused = data.data_weights_schedule is not None  # a weight of 0 may be raised during the run
@@ -71,6 +75,17 @@ def sample_counts(config: RunConfig, size: int = 1) -> tuple[int, int, int]:
     train = schedule.train_samples if schedule.train_samples is not None else (schedule.train_iters or 0) * batch
     rounds = train // batch // validation.eval_interval + 1
     return train, rounds * validation.eval_iters * batch, validation.eval_iters * batch
+
+
+def check_memory(config: RunConfig, sizes: Mapping[str, int]) -> None:
+    """Raise ConfigError where indices of so many samples of a split are larger than the memory that is free."""
+    free = available_memory()
+    for name, count in sizes.items():
+        if count * INDEX_BYTES > free:
+            rule = f"their index takes about {units.size(count * INDEX_BYTES)}, and {units.size(free)} of memory are free"
+            flag = "the length of the run" if name == "train" else f"--eval-iters, {config.validation.eval_iters}"
+            more = ", or raise --eval-interval" * (name == "valid")
+            raise ConfigError(problem(f"samples for {name}", count, rule, f"Lower {flag}{more}"))
 
 
 def report(dataset: Any) -> list[dict[str, Any]]:
@@ -164,7 +179,7 @@ class _Maker:
         if not sources:
             return self.make(None, None, size)
         parts = []
-        without: list[str] = []  # of those that have a weight
+        without: list[str] = []
         for source, indexed in zip(sources, opened):
             count = indexed.num_documents if self.by_document else len(indexed)
             bounds = (0, count) if number is None else split_bounds(self.config.data.split, count, self.config.data.split_rounding)[number]
@@ -172,13 +187,16 @@ class _Maker:
             tokens = indexed.tokens_between(*edges)
             if tokens and (training or source.weight != 0):
                 parts.append((source, indexed, bounds, tokens))
-            elif source.weight:
-                without.append(f"{source.prefix} ({count} documents, weight {source.weight:g})")
+            elif source.weight != 0:
+                weight = "" if source.weight is None else f", weight {source.weight:g}"
+                without.append(f"{source.prefix} ({count} documents{weight})")
         if not parts:
             return None
         if without and number is not None:
             lost = f"leaves no document of {', '.join(without)} for {NAMES[number]}"
-            warnings.warn(f"--split {self.config.data.split!r} {lost}; there their weight goes to the others", stacklevel=2)
+            weighted = parts[0][0].weight is not None
+            rest = "there their weight goes to the others" if weighted else "it reads the others alone"
+            warnings.warn(f"--split {self.config.data.split!r} {lost}; {rest}", stacklevel=2)
         rows = [Row(source, tokens, self.seq_length) for source, _, _, tokens in parts]
         dataset = (
             self._single(parts, size)

@@ -22,6 +22,7 @@ FORMATS = {
 NEEDED: dict[str | None, str] = {"parquet": "pyarrow.parquet", ".zst": "zstandard"}  # packages that a format or a compression is read with
 NUMBERED = re.compile(r"[.-]\d+(-of-\d+)?$")  # a.jsonl.1, a.jsonl-00000-of-00010
 OWN = re.compile(rb'\{\s*("key": "[0-9a-f]{64}",\s*"samples"|"version": "1\.0",\s*"truncation")')  # a report; a tokenizer.json
+ABOUT = re.compile(r"(readme|licen[cs]e|changelog|citation|contributing|notice)\b", re.IGNORECASE)
 STANDARD_INPUT = "-"
 TOLD = 20  # names in one line
 Notice = Callable[[str], None]
@@ -171,6 +172,10 @@ def _below(folder: str, left: list[tuple[str, str]]) -> list[str]:
             else:
                 seen.add(os.path.realpath(path))
                 waiting.append(path)
+    about = [path for path in chosen if ABOUT.match(os.path.basename(path)) and name_format(path)[0] == "text"]
+    if any(name_format(path)[0] != "text" for path in chosen):  # else they may be all the text that there is
+        left += [(path, "texts about a corpus, beside its files (name them to read them)") for path in about]
+        chosen = [path for path in chosen if path not in about]
     return sorted(chosen)
 
 

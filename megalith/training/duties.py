@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -167,6 +168,7 @@ class StopSignal:
         taken = [signal.SIGTERM, signal.SIGINT]
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             taken.append(signal.SIGHUP)
+        self.terminals = [number for number in (1, 2) if os.isatty(number)]
         handled = taken if handle and threading.current_thread() is threading.main_thread() else []
         self.previous = {number: signal.signal(number, self.note) for number in handled}
 
@@ -175,6 +177,8 @@ class StopSignal:
         if self.arrived and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.arrived = True
+        for terminal in [each for each in self.terminals if not os.isatty(each)]:  # gone; a progress bar would fail
+            os.dup2(os.open(os.devnull, os.O_WRONLY), terminal)
 
     def __call__(self) -> str | None:
         """Why this process was asked to stop, if it was."""

@@ -52,13 +52,13 @@ def number_of_processes(reading: flags.Reading, texts: Iterable[tuple[str, str]]
 
 
 def missing(config: RunConfig) -> list[str]:
-    """A line for each corpus, tokenizer file or checkpoint that the config names and that is not there, or that it does not name."""
+    """A line for each corpus, tokenizer file or checkpoint that is not there, is damaged, or is not named by the config."""
     return [*_corpora(config.data), *_tokenizer(config.data), *_checkpoint(config)]
 
 
 def _corpora(data: DataConfig) -> Iterator[str]:
-    from megalith.data.indexed_format import resolve_prefix  # here, because numpy takes a moment
-    from megalith.data.sources import Source, read_list, sources_of
+    from megalith.data.sources import Source, read_list, sources_of  # here, because numpy takes a moment
+    from megalith.data.tntidx import open_indexed
 
     paths = {name: getattr(data, name) for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path")}
     ways: list[tuple[str, Callable[[], list[Source]]]] = [
@@ -78,7 +78,8 @@ def _corpora(data: DataConfig) -> Iterator[str]:
             continue
         for source in found:
             try:
-                resolve_prefix(source.prefix)
+                if not open_indexed(source.prefix).num_documents:  # its header and the sizes of both files are judged
+                    yield f"{name}: {source.prefix} has no documents"
             except MegalithError as error:
                 yield f"{name}: {error}"
     if data.data_weights_schedule and not pathlib.Path(data.data_weights_schedule).is_file():

@@ -3,13 +3,16 @@
 import errno
 import importlib
 import os
+import pathlib
 import re
 import subprocess
 import sys
 import types
+import warnings
 
 import pytest
 
+import megalith
 from megalith.cli import main as command
 from megalith.common.errors import ConfigError, DataError
 
@@ -243,3 +246,14 @@ def test_a_wrong_model_is_one_problem(capsys):
 def test_a_length_in_thousands(capsys, typed, cure):
     assert run("pretrain", "gpt", "--recipe", "cpu-tiny", "--seq-length", typed, "--dry-run") == 2
     assert f"Write --seq-length {cure}." in capsys.readouterr().err
+
+
+def test_own_warnings_are_printed_as_other_lines_are(capsys):
+    source = str(pathlib.Path(megalith.__file__).parent / "data/build.py")
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        with command.warnings_as_notices():
+            warnings.warn_explicit("nothing there", UserWarning, source, 7)
+            warnings.warn_explicit("of another", UserWarning, "/elsewhere/torch.py", 7)
+    assert capsys.readouterr().err == "megalith: nothing there\n"
+    assert [str(each.message) for each in heard] == ["of another"]

@@ -7,6 +7,7 @@ import pytest
 
 from megalith.common.errors import ConfigError, DataError
 from megalith.config.run import RunConfig
+from megalith.data import build
 from megalith.data.build import build_datasets, report, sample_counts, told
 from megalith.data.indexed import IndexedWriter
 from megalith.data.tntidx import open_indexed
@@ -244,3 +245,18 @@ def test_an_empty_dataset_is_named_and_its_weight_given_to_nobody(corpus, tmp_pa
     with pytest.raises(UserWarning, match=f"--split '80,10,10' leaves no document of {few} .2 documents, weight 0.25. for valid"):
         build_datasets(config(data_path=["0.75", full, "0.25", few]), Words())
     assert build_datasets(config(data_path=["0.75", full, "0.25", few], split="100,0,0"), Words())["valid"] is None
+    with pytest.raises(UserWarning, match=f"leaves no document of {few} .2 documents. for valid; it reads the others alone"):
+        build_datasets(config(data_path=[full, few]), Words())
+
+
+def test_more_samples_than_memory_has_room_for(corpus, monkeypatch):
+    monkeypatch.setattr(build, "available_memory", lambda: 24 * 1000)
+    few = config(data_path=[corpus("a", 3)], eval_iters=1, eval_interval=10)
+    train, valid, _ = sample_counts(few)
+    assert max(train, valid) <= 1000
+    build_datasets(few, Words())
+    with pytest.raises(ConfigError, match=r"samples for valid: found \d+; their index takes about .*, and 23.44 KiB of memory are free. "
+                                          "Lower --eval-iters, 1000000, or raise --eval-interval"):  # fmt: skip
+        build_datasets(few.replace(eval_iters=10**6), Words())
+    with pytest.raises(ConfigError, match=r"samples for train: found .*Lower the length of the run"):
+        build_datasets(few.replace(train_iters=10**6), Words())

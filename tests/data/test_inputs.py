@@ -162,6 +162,20 @@ def test_everything_in_a_folder_is_read_or_told(tmp_path):
     assert any("hidden" in line for line in told) and any("links to nothing" in line for line in told)
 
 
+def test_texts_about_a_corpus_are_not_of_it(tmp_path):
+    """A folder as hubs have them: README.md and LICENSE.txt beside the data. Of texts alone nobody can tell them apart."""
+    for name in ("README.md", "LICENSE.txt", "more.txt", "readmes.txt"):
+        (tmp_path / name).write_text("words")
+    found = look_for([str(tmp_path)])
+    assert len(found.files) == 4 and not found.left
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep/a.jsonl").write_text('{"text": "a"}\n')
+    found = look_for([str(tmp_path)])
+    assert [pathlib.Path(path).name for path in found.files] == ["a.jsonl", "more.txt", "readmes.txt"]
+    assert {pathlib.Path(path).name for path, _ in found.left} == {"README.md", "LICENSE.txt"}
+    assert len(look_for([str(tmp_path / "README.md")]).files) == 1, "named, it is read"
+
+
 def test_a_long_list_is_counted(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(lines(1))
     for i in range(30):

@@ -13,6 +13,21 @@ from megalith.training.state import FAILED, OVER, SIGNAL, Progress
 from tests.tiny import tiny_config
 
 
+def test_a_terminal_that_was_closed_is_not_written_to():
+    """Its progress bar would fail, and the run with it, though all is saved."""
+    signals, (master, slave) = StopSignal(True, None), os.openpty()
+    try:
+        signals.terminals = [slave]
+        os.close(master)
+        with pytest.raises(OSError):
+            os.write(slave, b"bar")
+        signals.note(signal.SIGHUP, None)
+        assert os.write(slave, b"bar") == 3 and signals() == SIGNAL
+    finally:
+        signals.restore()
+        os.close(slave)
+
+
 def run_info(**changes) -> RunInfo:
     return RunInfo(config=tiny_config("unused", "unused", **changes), folder=pathlib.Path("unused"), train_iters=12)
 

@@ -1,9 +1,11 @@
 """What --dry-run looks at beside the config."""
 
+import numpy as np
 import pytest
 
 from megalith.config import flags
 from megalith.config.run import RunConfig
+from megalith.data.indexed import IndexedWriter
 from megalith.workflows.dry_run import missing, number_of_processes
 
 TYPED = {"tokenizer_type": "NullTokenizer"}
@@ -11,9 +13,16 @@ TYPED = {"tokenizer_type": "NullTokenizer"}
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder with a dataset, half a dataset and a vocabulary."""
+    """A folder with a dataset, one without documents, two that were cut off, half of one, and a vocabulary."""
     monkeypatch.chdir(tmp_path)
-    for name in ("there.bin", "there.idx", "half.bin", "vocab.txt"):
+    for name, documents in (("there", 2), ("bare", 0), ("cut", 2), ("torn", 2)):
+        with IndexedWriter(tmp_path / name, np.uint16) as writer:
+            for _ in range(documents):
+                writer.add_sequence([1, 2, 3])
+                writer.end_document()
+    (tmp_path / "cut.bin").write_bytes(b"12")
+    (tmp_path / "torn.idx").write_bytes((tmp_path / "torn.idx").read_bytes()[:-7])
+    for name in ("half.bin", "vocab.txt"):
         (tmp_path / name).touch()
     return tmp_path
 
@@ -26,7 +35,10 @@ def here(tmp_path, monkeypatch):
         ({"dataset": "mine:Data", "tokenizer_type": "mine:Tokenizer"}, []),
         ({"data_path": ["0.3", "there", "0.7", "nowhere"], **TYPED}, ["--data-path: no indexed dataset at nowhere"]),
         ({"data_path": ["half"], **TYPED}, ["--data-path: half.bin has no partner half.idx"]),
-        ({"data_path": ["."], **TYPED}, []),
+        ({"data_path": ["bare"], **TYPED}, ["--data-path: bare has no documents"]),
+        ({"data_path": ["cut"], **TYPED}, ["--data-path: cut.idx"]),
+        ({"data_path": ["torn"], **TYPED}, ["--data-path: torn.idx"]),
+        ({"data_path": ["."], **TYPED}, ["--data-path: bare has", "--data-path: cut.idx", "--data-path: torn.idx"]),
         ({"data_path": ["1", "there", "two", "there"], **TYPED}, ["--data-path: found 'two'; a weight stands before each"]),
         ({"train_data_path": ["there"], "valid_data_path": ["v"], **TYPED}, ["--valid-data-path: no indexed dataset at v"]),
         ({"data_file_list": "list", **TYPED}, ["--data-file-list list cannot be read"]),
