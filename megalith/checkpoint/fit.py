@@ -44,6 +44,7 @@ def model_section(text: str, *, typed: bool = False) -> dict[str, Any]:
     except ConfigError:  # a config of another release: what it cannot tell, the shapes tell
         return {}
     model = {name: getattr(config, name) for name in SHAPING} | {"tokenizer_type": tokenizer}
+    model["vocab_extra_ids"] = whole.data.vocab_extra_ids
     if typed and config.vocab_size:
         model["vocab_size"] = rows_asked(config.vocab_size, tokenizer)
     if config.hidden_size and config.num_attention_heads:
@@ -123,6 +124,8 @@ def cure(field: str, model: Mapping[str, Any], asked: Sequence[int] = ()) -> str
         return as_flag(field, model[field])
     rows = model[field]
     typed = as_flag(field, words_asked(rows, model.get("tokenizer_type")))
+    if extra := model.get("vocab_extra_ids"):  # with more of them the tokenizer needs more rows than that
+        typed = f"{as_flag('vocab_extra_ids', extra)} {typed}"
     unsure = rows + 1 in asked and model.get("tokenizer_type") not in NUMBERS  # it is what was typed, if the run has that tokenizer
     return typed + f" (--vocab-size {words_asked(rows, 'NullTokenizer')} with NullTokenizer, which has a row more)" * unsure
 

@@ -56,6 +56,8 @@ def pretrain(args: argparse.Namespace) -> int:
     """Resolve and check the config, show it, and train unless --dry-run is given; the exit status."""
     reading, tell = args.reading, _tell if launched.rank() == 0 else lambda line: None
     dry = bool(reading.values.get("dry_run"))
+    for line in launched.notices() if not dry else ():
+        tell(line)
     texts = source_texts(reading.values.get("recipe"), reading.values.get("config"), recipes.text, [])  # resolve tells what is wrong
     meant = dry_run.number_of_processes(reading, texts)
     for name in reading.words[:1]:

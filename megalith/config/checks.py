@@ -94,6 +94,8 @@ def limit(name: str, value: Any) -> tuple[str, str] | None:
     if field.kind is int and field.section == "model" and value >= 2**31:
         return "it is below 2 to the 31st", f"Write a smaller number after {flag(name)}"
     if smallest is not None and value < smallest:
+        if name in ("train_iters", "train_samples"):
+            return "it is at least 1, or 0 with --skip-train", f"Write {flag(name)} 1 or more{default}"
         return f"it is at least {value_text(smallest)}", f"Write {flag(name)} {value_text(smallest)} or more{default}"
     if name == "seed" and value >= 2**32:
         return "sample orders are Megatron's, whose seeds are below 2 to the 32nd", "Write a smaller one"

@@ -12,6 +12,7 @@ from megalith.config.text import Words, fail
 
 CURE = "Start with torchrun, which sets it, or set it for each process"
 OTHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}  # launchers with variables of their own
+ALLOCATED = ("SLURM_NTASKS", "SLURM_NPROCS")  # that a job may start; it may start one torchrun, too
 CONNECTING = {
     "RANK": "the number of this process among those of WORLD_SIZE, counted from 0",
     "MASTER_ADDR": "the address of rank 0, where all meet",
@@ -24,6 +25,16 @@ def world_size() -> int:
     if any(_wrong_numbers()):
         check_connection()  # which tells the rest with them
     return _number("WORLD_SIZE") or 1
+
+
+def notices() -> list[str]:
+    """A line where this is one process alone, and a job was given several."""
+    counts = {name: count for name in ALLOCATED if (count := _number(name) or 1) > 1}
+    if "WORLD_SIZE" in os.environ or not counts:
+        return []
+    name, count = next(iter(counts.items()))
+    starts = f"torchrun --nproc-per-node {count} -m megalith ... starts {count} that train together"
+    return [f"environment variable {name} is {count}, and this is one process, which trains alone: {starts}"]
 
 
 def rank() -> int:

@@ -16,7 +16,7 @@ from megalith.config.loading_values import convert, fields
 from megalith.config.loading_yaml import parse_yaml
 from megalith.config.megatron_counts import words_asked
 from megalith.config.run import RunConfig
-from megalith.config.text import Problem, fail, flag
+from megalith.config.text import Problem, fail, flag, value_text
 
 OF_DATASETS = {  # fields that only these of our datasets read
     "mask_prob": ("bert", "t5"), "short_seq_prob": ("bert", "t5"), "decoder_seq_length": ("t5",), "titles_data_path": ("ict",),
@@ -136,7 +136,11 @@ def _model_of_checkpoint(
         problems.append(Problem(("model_type",), problem("model", asked, rule, f"Write megalith pretrain {model.model_type}")))
         return {}
     notices.append(f"--use-checkpoint-args: the model is that of {folder}, whatever recipe, YAML and flags say")
-    return dict(vars(model))
+    there = dict(vars(model))
+    for name, value in there.items():
+        if values.get(name, value) != value and name != "vocab_size":
+            notices.append(f"{flag(name)} is {value_text(value)} there, and not {value_text(values[name])}")
+    return there
 
 
 def _tokenizer_of_checkpoint(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -66,19 +67,35 @@ def _compare(source: Source, config: RunConfig, tokenizer: Tokenizer, data: Mapp
     lines = differences(config.model, then.model).noted + _words(source, tokenizer, alone)
     if alone:
         return lines
+    alike = [name for name in CORPORA if _places(getattr(config.data, name)) == _places(getattr(then.data, name))]
     for section in COMPUTING:
-        names = tuple(field.name for field in fields().values() if field.section == section and field.name not in INDIFFERENT)
+        left = (*INDIFFERENT, *alike)
+        names = tuple(field.name for field in fields().values() if field.section == section and field.name not in left)
         lines += changes(getattr(config, section), getattr(then, section), names)
     before = source.train_state.get("data", data)  # converted checkpoints do not say
-    return lines + _replaced(data, before, all(getattr(config.data, name) == getattr(then.data, name) for name in CORPORA))
+    return lines + _replaced(data, before, alike == [*CORPORA])
+
+
+def _place(path: str) -> str:
+    """Where a dataset or a file is, whatever it is called by."""
+    with contextlib.suppress(DataError):
+        path = resolve_prefix(path)
+    return os.path.realpath(path)
+
+
+def _places(value: Any) -> list[str]:
+    """Those that a field names; a weight between them is kept apart from all others too."""
+    return [_place(word) for word in (value if isinstance(value, list) else [value]) if word is not None]
 
 
 def _replaced(now: Mapping[str, str], then: Mapping[str, str], named_alike: bool) -> list[str]:
     """What of the data is other than it was under the same name. named_alike: the flags name the same data as then."""
-    lines = [f"{name} is not what it was then" for name in now if then.get(name, now[name]) != now[name]]
+    here, before = {_place(name): name for name in now}, {_place(name): each for name, each in then.items()}
+    changed = [name for place, name in here.items() if before.get(place, now[name]) != now[name]]
+    lines = [f"{name} is not what it was then" for name in changed]
     if named_alike:  # what a list or a folder of corpora names
-        lines += [f"{name} is read, was not" for name in now if name not in then]
-        lines += [f"{name} is not read, was" for name in then if name not in now]
+        lines += [f"{name} is read, was not" for place, name in here.items() if place not in before]
+        lines += [f"{name} is not read, was" for name in then if _place(name) not in here]
     if lines:
         lines.append("as the data is another, samples that were read may come again and others never")
     return lines

@@ -26,6 +26,13 @@ def model(**values):
     return fit.model_section("\n".join(["model:", *lines]))
 
 
+def test_more_sentinels_than_the_checkpoint_has():
+    """--vocab-size alone would be refused: the tokenizer has more tokens than that."""
+    stored = to_yaml(RunConfig(model=ModelConfig(**BASE)).replace(vocab_extra_ids=20))
+    lines = fit.differences(shapes(vocab_size=51), shapes(), fit.model_section(stored))
+    assert lines and all("--vocab-extra-ids 20 --vocab-size 50" in line for line in lines)
+
+
 CASES = [
     ({}, {"hidden_size": 48}, {"--hidden-size 24"}),
     ({}, {"vocab_size": 60}, {"--vocab-size 50"}),

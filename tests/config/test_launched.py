@@ -65,6 +65,19 @@ def test_other_launchers_do_not_start_the_same_run_several_times(variables, name
     assert launched.world_size() == 2
 
 
+def test_a_job_of_several_that_runs_as_one_is_told(variables, monkeypatch):
+    variables()
+    for name in launched.ALLOCATED:
+        monkeypatch.delenv(name, raising=False)
+    assert launched.notices() == []
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert launched.notices() == []
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    assert launched.world_size() == 1 and "SLURM_NTASKS is 4, and this is one process, which trains alone" in launched.notices()[0]
+    variables(**GOOD)
+    assert launched.notices() == []
+
+
 def test_a_port_that_is_taken(variables):
     """Rank 0 listens there itself, unless torchrun does."""
     with socket.socket() as other:

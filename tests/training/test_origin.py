@@ -51,6 +51,16 @@ def test_the_runs_own_folder_is_not_another_source(half, corpus, tmp_path):
     assert train(config).iteration == 4
 
 
+def test_the_same_data_by_another_name_is_the_same(half, corpus, tmp_path, capsys, monkeypatch):
+    shutil.copytree(half, tmp_path / "run")
+    monkeypatch.chdir(pathlib.Path(corpus).parent)
+    name = pathlib.Path(corpus).name
+    config = tiny_config(corpus, str(tmp_path / "run"), position_embedding_type="rope", **SHORT)
+    for number, spelled in enumerate((f"./{name}", f"../{pathlib.Path(corpus).parent.name}/{name}.bin"), 3):
+        train(config.replace(data_path=[spelled], exit_interval=number))
+    assert "changed since" not in capsys.readouterr().out
+
+
 def test_what_may_change_is_told_of_a_loaded_checkpoint_too(half, corpus, tmp_path, capsys):
     changes = SHORT | {"position_embedding_type": "rope", "rotary_base": 5000.0, "sliding_window": 8, "hidden_dropout": 0.0, "lr": 1e-3}
     train(tiny_config(corpus, str(tmp_path / "tuned"), load=str(half), finetune=True, **changes))
