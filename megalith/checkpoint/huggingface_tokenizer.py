@@ -72,8 +72,9 @@ def ids(made: Mapping[str, bytes], content: Mapping[str, Any]) -> dict[str, int 
     named = json.loads(made.get("tokenizer_config.json", b"{}"))
     parts: dict[str, int | None] = {}
     for part in ("bos", "eos", "pad"):
-        word = named.get(f"{part}_token")
-        parts[part] = vocabulary.get(word.get("content") if isinstance(word, dict) else word) if word else None
+        parts[part] = vocabulary.get(_content(named.get(f"{part}_token")) or "")
+    if parts["bos"] is None:
+        parts["bos"] = _begins(made, _content(named.get("cls_token")))
     if parts["eos"] is None:  # nothing names it
         parts["eos"] = next((vocabulary[word] for word in ENDS if word in vocabulary), None)
     if "decoder_start_token_id" in content:
@@ -82,3 +83,17 @@ def ids(made: Mapping[str, bytes], content: Mapping[str, Any]) -> dict[str, int 
     return {
         key: content.get(key) if number is None and (not vocabulary or key != "pad_token_id") else number for key, number in found.items()
     }
+
+
+def _content(token: Any) -> str | None:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _begins(made: Mapping[str, bytes], other_than: str | None) -> int | None:
+    """The token that the template of tokenizer.json puts before every text, if it is another than that."""
+    processor = json.loads(made.get("tokenizer.json", b"{}")).get("post_processor") or {}
+    for each in processor.get("processors", [processor]):
+        first = (each.get("single") or [{}])[0].get("SpecialToken")
+        if first and first["id"] != other_than:
+            return int(each["special_tokens"][first["id"]]["ids"][0])
+    return None

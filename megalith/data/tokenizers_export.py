@@ -28,13 +28,13 @@ def transformers_files(tokenizer: Tokenizer, *, causal: bool = True, decoder: bo
     names = {part: getattr(tokenizer, part) for part in PARTS}
     if not decoder and tokenizer.eod is not None:
         names["eos"] = tokenizer.eod
+    listed = tokenizer.tokens()
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
     for part, around in (("bos", "prefix"), ("eos", "suffix")):  # what is put round a text is that, named or not
         added = set(getattr(tokenizer, around, ())) - set(names.values())
-        if names[part] is None and len(added) == 1:
-            names[part] = added.pop()
-    listed = tokenizer.tokens()
+        if names[part] is None and len(added) == 1 and (tokenizer.literal or listed[min(added)] in known):
+            names[part] = added.pop()  # else its name in a text would become it, as in preprocessing it does not
     special = {part: listed[i] for part, i in names.items() if i is not None}
-    known = {token.content for token in backend.get_added_tokens_decoder().values()}
     backend.add_special_tokens([token for token in dict.fromkeys(special.values()) if token not in known])
     backend.encode_special_tokens = tokenizer.literal
     _compare(tokenizer, {text: backend.encode(text).ids for text in _samples(tokenizer)})
