@@ -115,7 +115,7 @@ ERRORS = [
     ({"hidden_act": "gelu_10"}, r"activation: found 'gelu_10'; the activations known here are silu"),
     (
         {"rope_parameters": {"rope_type": "longrope"}},
-        r"rope_scaling: found \{'rope_type': 'longrope'\}; rope_type is one of default, dynamic",
+        r"rope_parameters: found \{'rope_type': 'longrope'\}; rope_type is one of default, dynamic",
     ),
     ({"rope_scaling": {"type": "linear"}, "rope_parameters": None}, r"rope_scaling: found \{'type': 'linear'\}; .* with all their fields"),
     ({"intermediate_size": 64}, r"another shape: found \['model.layers.0.mlp.gate_proj.weight: found \[80, 48\], expected \[64, 48\]'"),
