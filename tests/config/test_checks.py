@@ -38,6 +38,7 @@ def test_every_problem_is_in_one_error():
 LIMITS = [
     ({"num_layers": 0}, "--num-layers: found 0; it is at least 1. Write --num-layers 1 or more."),
     ({"hidden_size": -64}, "--hidden-size: found -64; it is at least 1. Write --hidden-size 1 or more."),
+    ({"train_iters": -3}, "--train-iters: found -3; it is at least 1, or 0 with --skip-train. Write --train-iters 1 or more."),
     ({"seed": -1}, "--seed: found -1; it is at least 0. Write --seed 0 or more; the default is 1234."),
     ({"seed": 2**32}, "--seed: found 4294967296; sample orders are Megatron's, whose seeds are below 2 to the 32nd. Write a smaller one."),
     ({"lr": float("nan")}, "--lr: found nan; it is a finite number. Write one after --lr."),

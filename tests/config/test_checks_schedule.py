@@ -15,7 +15,6 @@ def texts(**values):
 
 CASES = [
     ({"lr": 1e-3}, "length of the run: found nothing"),
-    ({**STEPS, "train_iters": -3}, "--train-iters: found -3; it is at least 1, or 0 with --skip-train. Write --train-iters 1 or more"),
     ({**STEPS, "train_samples": 5}, "--train-iters: found 100, and --train-samples 5; a run is measured in steps or in samples"),
     ({**STEPS, "lr_decay_samples": 5}, "Write --lr-decay-iters in steps, or unset it with --lr-decay-samples none."),
     ({**STEPS, "lr_warmup_samples": 5}, "Write --lr-warmup-iters in steps, or unset it with --lr-warmup-samples 0."),

@@ -103,7 +103,8 @@ def test_the_model_of_a_checkpoint():
     assert config.model == stored.model and config.checkpoint.load == "there" and asked == [("there", 5)]
     assert "--use-checkpoint-args: the model is that of there, whatever recipe, YAML and flags say" in notices
     assert f"--num-layers is {stored.model.num_layers} there, and not 9" in notices
-    assert not any(line.startswith("--hidden-size") for line in notices), "of which both say the same"
+    assert "--hidden-size is 96 there, and not 64" in notices
+    assert not any("--num-attention-heads" in line for line in notices), "of which both say the same"
     words = shlex.split("--use-checkpoint-args --load there --micro-batch-size 2 --lr 1e-3 --train-iters 5")
     assert load(*words, read_checkpoint=read)[0].data.seq_length == 32, "the length follows from the model"
     assert "reads no checkpoint" in errors(*words)
