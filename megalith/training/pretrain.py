@@ -79,7 +79,7 @@ def _train(config: RunConfig, tokenizer: Tokenizer, ours: bool) -> Progress:
 
 
 def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer, alone: Callable[[], None] = lambda: None) -> Progress:
-    """The run itself, on a mesh. alone: raises LockedError where the run's folders are another's by now."""
+    """The run itself, on a mesh. alone: raises CheckpointError where the run's folders are another's by now."""
     set_determinism(config)
     datasets = open_datasets(config, mesh, tokenizer)
     data = origin.fingerprints(filter(None, datasets.values()), config.data)

@@ -10,9 +10,9 @@ from typing import Any
 
 from megalith import checkpoint
 from megalith.checkpoint.folder import folder_name, folder_of, load_of
-from megalith.common.errors import ConfigError
+from megalith.common.errors import CheckpointError, ConfigError
 from megalith.common.files import sweep_folder
-from megalith.common.locks import locked
+from megalith.common.locks import LockedError, locked
 from megalith.config.loading import from_yaml
 from megalith.config.run import RunConfig
 from megalith.training.metrics import FILE
@@ -26,7 +26,7 @@ CURE = "Let it end, or name another --run-dir or --save"
 def alone(config: RunConfig) -> Iterator[Callable[[], None]]:
     """Hold the run's folders against other runs within the block, after looking at what is in them; see check_folder.
 
-    The block gets a check: LockedError where they were lost while this process was suspended.
+    The block gets a check: CheckpointError where they were lost while this process was suspended.
 
     One process alone calls this. Raises LockedError that names the run that writes one of them, with --fresh before anything is moved.
     """
@@ -52,8 +52,11 @@ def _locks(*folders: pathlib.Path) -> Iterator[Callable[[], None]]:
         checks = [held.enter_context(locked(folder, **options)) for folder in places]
 
         def still_held() -> None:
-            for check in checks:
-                check()
+            try:
+                for check in checks:
+                    check()
+            except LockedError as error:
+                raise CheckpointError(str(error)) from error  # which Ranks hands to all processes as it is
 
         yield still_held
 
