@@ -102,6 +102,10 @@ def test_it_goes_to_another_format_and_back(corpus: str, tmp_path: pathlib.Path)
     names = [name for name in ours if name.startswith("model/")]
     assert "model/down.weight" in names and names == [name for name in back if name.startswith("model/")]
     assert all(torch.equal(ours[name], back[name]) for name in names)
+    rates = {"train_iters": 1, "lr": 0.0, "lr_warmup_iters": 0}
+    begun = config.replace(load=str(tmp_path / "theirs"), run_dir=str(tmp_path / "begun"), **rates)
+    train(begun)  # which the run says of what the folder is
+    assert all(torch.equal(ours[name], own(tmp_path / "begun")[name]) for name in names)
 
 
 @pytest.mark.slow

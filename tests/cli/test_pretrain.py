@@ -123,8 +123,8 @@ def test_a_model_of_the_config_that_there_is_not_is_one_mistake(trained, capsys,
     assert main([*TINY, "--config", str(tmp_path / "run.yaml")]) == 2
     error = capsys.readouterr().err
     assert error.endswith(
-        "megalith: --model-type: found 'GPT'; it is one of gpt, bert, t5, bert_classification, bert_multiple_choice, or "
-        "module:name of your own. Write --model-type gpt.\n"
+        "megalith: --model-type: found 'GPT'; it is one of gpt, bert, t5, bert_classification, bert_multiple_choice, "
+        "or module:name of your own. Write --model-type gpt.\n"
     )
 
 
