@@ -86,7 +86,9 @@ def of_model(model: nn.Module) -> Weights:
     """The weights of a model of transformers, whose memory they share. Raises CheckpointError as `read` does."""
     where, config = pathlib.Path(type(model).__name__), json.loads(model.config.to_json_string(use_diff=False))
     given = checked(config | {"architectures": [type(model).__name__]}, KINDS, str(where / CONFIG))
-    tensors = {name: Lazy.of(tensor.detach()) for name, tensor in model.state_dict().items()}
+    _, family = family_of(given, where / CONFIG)
+    named = {family.in_memory.get(name, name): tensor for name, tensor in model.state_dict().items()}
+    tensors = {name: Lazy.of(tensor.detach()) for name, tensor in named.items()}
     return dataclasses.replace(_weights(given, tensors, where, Options()), source=str(where))
 
 

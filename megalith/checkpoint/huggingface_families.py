@@ -163,6 +163,7 @@ class Family:
     adapt(tensors, model): their tensors changed for a model that lacks some of them, and what to tell of it.
     added(model): tensors of theirs that a model without them does not need.
     copies: {their tensor: what it is a copy of}, as transformers' _tied_weights_keys; see huggingface_tied.py.
+    in_memory: {name of a tensor of transformers' module: its name in files}, where they differ.
     names: see Rule. surplus: patterns of their tensors that are no weights (masks, inverse frequencies).
     """
 
@@ -181,6 +182,7 @@ class Family:
     adapt: Callable[[dict[str, Lazy], ModelConfig], tuple[dict[str, Lazy], tuple[str, ...]]] = lambda tensors, model: (tensors, ())
     added: Callable[[ModelConfig], dict[str, Lazy]] = lambda model: {}
     copies: Mapping[str, Copy] = field(default_factory=dict)
+    in_memory: Mapping[str, str] = field(default_factory=dict)
     names: tuple[Rule, ...]
     surplus: tuple[str, ...] = ()
 

@@ -19,7 +19,7 @@ from megalith.runtime.load import weights_of
 from megalith.training.pretrain import train
 from megalith.workflows.conversion import convert
 from tests.checkpoint import megatron_files
-from tests.originals.families import bert, make
+from tests.originals.families import MODELS, bert, make
 from tests.originals.test_t5 import original
 from tests.tiny import losses, tiny_bert, tiny_config, tiny_t5, write_sentences
 from tests.training.placing import placed
@@ -217,6 +217,16 @@ def test_a_model_in_memory(name, sources) -> None:
     assert all(map(torch.equal, again.parameters(), megalith.load(sources[name], device="cpu").parameters()))
     with pytest.raises(CheckpointError, match="model: found 'Linear'; its attribute `config` is"):
         megalith.load(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_family_in_memory_is_what_it_is_saved_as(name, tmp_path) -> None:
+    torch.manual_seed(0)
+    theirs = MODELS[name]()
+    theirs.save_pretrained(tmp_path)
+    weights, folder = weights_of(theirs), formats.read(tmp_path)
+    assert weights.config == folder.config and weights.tensors.keys() == folder.tensors.keys()
+    assert all(torch.equal(weights[each], folder[each]) for each in weights)
 
 
 @pytest.mark.parametrize(("layout", "kind"), [("tp2", "transformers"), ("pp2", "folder"), ("dp2, full", "ours")])

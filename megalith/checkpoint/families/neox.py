@@ -69,6 +69,7 @@ NEOX = Family(
         Rule("gpt_neox.final_layer_norm", "final_norm"),
         Rule("embed_out", "head"),
     ),
+    in_memory={"lm_head.weight": "embed_out.weight"},
     copies={"embed_out.weight": Copy("gpt_neox.embed_in.weight")},
     surplus=(r".*\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
 )
