@@ -76,7 +76,7 @@ _NOT_NEEDED: dict[str, dict[int | str, str]] = {  # reason -> how many values ("
     SPLIT: {
         1: "--pipeline-model-parallel-split-rank --encoder-tensor-model-parallel-size --encoder-pipeline-model-parallel-size",
     },
-    "only vision models read it; it has no effect on gpt": {1: "--sample-rate --num-classes --img-h --img-w --num-channels --patch-dim"},
+    "only vision models read it; it has no effect on gpt": {1: "--sample-rate --img-h --img-w --num-channels --patch-dim"},
     RETRIEVAL: {
         0: "--biencoder-shared-query-context-model --retriever-score-scaling",
         1: "--ict-head-size --biencoder-projection-dim --ict-load --bert-load "

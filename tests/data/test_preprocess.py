@@ -258,11 +258,11 @@ def test_killed_between_the_datasets_of_two_keys(tmp_path, monkeypatch):
     expected = run(tmp_path, tmp_path / "a.jsonl", "expected", json_keys=("title", "body"))
     real, calls = module.merge_datasets, []
 
-    def die_at_second(parts, prefix):
+    def die_at_second(parts, prefix, ready):
         calls.append(prefix)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        real(parts, prefix)
+        real(parts, prefix, ready)
 
     monkeypatch.setattr(module, "merge_datasets", die_at_second)
     with pytest.raises(KeyboardInterrupt):

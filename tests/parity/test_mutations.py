@@ -122,7 +122,7 @@ MUTATIONS: dict[str, tuple[str, str, Callable[[], contextlib.AbstractContextMana
     "encoder's norm not summed": ("t5 relative", "tp2 sp", lambda: t5_entry("encoder_norm", unsummed(styles.copy))),
     "cross scores dropped as other heads'": ("t5 dropout", "tp2", lambda: t5_entry("layers.*.cross_attention.core", untold)),
     "cross dropout of other rows": ("t5 dropout", "tp2 sp", lambda: t5_entry("layers.*.cross_dropout", first_part)),
-    "order counted by each part": ("bert", "cp2", lambda: mock.patch("megalith.models.bert.order_loss", order_everywhere)),
+    "order counted by each part": ("bert", "cp2", lambda: mock.patch("megalith.models.bert.sequence_loss", order_everywhere)),
     "padding in the order of processes": ("t5", "cp2", lambda: in_context("part", shuffled_padding)),
     "padding not gathered": ("t5", "cp2", lambda: in_context("WHOLE", ())),
     "decoder's places in a part": ("t5", "cp2", lambda: in_context("part", one_sequence)),
