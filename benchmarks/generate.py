@@ -24,7 +24,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from megalith.config.model import ModelConfig
-from megalith.generation.cache import Decoder
+from megalith.generation.engine import Engine
 from megalith.generation.generate import complete
 from megalith.models.gpt import GPT
 from megalith.parallel.devices import synchronize
@@ -46,14 +46,13 @@ def main() -> None:
         "vocab_size": args.vocab_size,
     }
     model = plain(ModelConfig(**sizes, **form), device, dtype, seed=1)
-    model.tokenizer = None
     original = hugging_face(model, args).to(device, dtype)
     print(f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}, {args.device}, {args.dtype}")
     print(f"{args.num_layers} layers, hidden {args.hidden_size}, vocabulary {args.vocab_size}; {args.new} new tokens after {args.prompt}\n")
     print(f"{'case':36}{'transformers':>14}{'megalith':>12}{'ratio':>8}{'limit':>12}{'of limit':>10}   tokens/s; same tokens")
     for rows, ragged, sampled in ((1, False, False), (1, False, True), (8, False, False), (8, True, False), (8, False, True)):
         prompts = [[(7 * i + 13 * row) % args.vocab_size for i in range(args.prompt - (3 * row if ragged else 0))] for row in range(rows)]
-        target = Decoder(model, args.prompt + args.new, compile=True) if args.compile else model
+        target = Engine(model, max_batch_size=rows, max_length=args.prompt + args.new, compile=True) if args.compile else model
         candidates: dict[str, Callable[[], list[list[int]]]] = {
             "theirs": lambda p=prompts, s=sampled: theirs(original, p, args.new, s),
             "ours": lambda p=prompts, s=sampled, t=target: ours(t, p, args.new, s),
@@ -77,7 +76,7 @@ def main() -> None:
         )
 
 
-def ours(model: nn.Module | Decoder, prompts: list[list[int]], new: int, sampled: bool) -> list[list[int]]:
+def ours(model: nn.Module | Engine, prompts: list[list[int]], new: int, sampled: bool) -> list[list[int]]:
     """New tokens of each row."""
     return [made.ids for made in complete(model, prompts, max_new_tokens=new, top_k=50 if sampled else 1, seed=1)]
 

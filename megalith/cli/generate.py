@@ -202,7 +202,7 @@ def _samples(model: Any, prompts: list[str] | None, args: argparse.Namespace) ->
 
 def _beams(model: Any, prompts: list[str] | None, args: argparse.Namespace) -> list[Any]:
     from megalith.generation.beam import beam_search
-    from megalith.generation.generate import tokenized
+    from megalith.generation.prompts import tokenized
 
     options = {"beam_width": args.beam_width, "max_new_tokens": args.max_new_tokens, "length_penalty": args.length_penalty}
     found = [beam_search(model, one.prompt_ids, prompt=one.prompt, **options) for one in tokenized(model, prompts)]

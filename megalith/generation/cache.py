@@ -1,153 +1,278 @@
-"""A model that remembers the keys and values of what it has read, so that each new token costs one token's work.
+"""The keys and values of what sequences have read, and how one call of a model adds to them and looks at them.
 
-Shapes: b rows, s tokens of this call, n query heads, m key/value heads, d channels of a head, L places kept.
+The cache is an argument of the model's `forward` (layers/cache.py); the model keeps nothing of it. One block of memory
+for each layer holds a row for every sequence, `length` places long, at one address for all time, so that a compiled
+step and a CUDA graph find it. The rows in use are the first ones: where one leaves, the last takes its place.
+
+Shapes: b rows, s tokens of this call, n query heads, m key/value heads, d channels of a head, L places of a row.
 """
 
 from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from megalith.layers.attention import CoreAttention
+from megalith.layers.attention import CoreAttention, CrossAttention, SelfAttention
 from megalith.layers.mask import AttentionMask
 
-STEP = 64  # lengths of masks grow by this many places: accelerators' kernels want aligned masks
+BLOCK = 64  # rows are read in blocks of so many places: accelerators' kernels want aligned masks
 
 
-class Reading:
-    """What the layers of one decoder share: where the tokens of the present call stand.
+def blocks(places: int) -> int:
+    """`places`, rounded up to whole blocks."""
+    return -(-places // BLOCK) * BLOCK
 
-    places [b, s]: place of each token in its row, None while prompts are read. length: keys to look at; no row has more.
-    even: all rows are equally long, so that the last query sees all `length` keys and needs no mask.
+
+class KVCache:
+    """Memory for the keys and values of at most `rows` sequences, all reserved at once, and who uses how much of it.
+
+    Layers are known by the `site` of their core attention, which says the layer's number in the whole model: a
+    pipeline stage has a cache of its layers, a tensor-parallel rank one of its key/value heads.
     """
 
-    def __init__(self, capacity: int):
-        self.capacity = capacity
-        self.set(None, capacity, False)
+    def __init__(self, model: nn.Module, rows: int, length: int, source_length: int = 0, kv_heads: int | None = None):
+        """length: most places of a sequence. source_length: most that an encoder reads. kv_heads: of this process."""
+        c, self.rows = model.config, rows
+        self.length, self.source_length = blocks(length), blocks(source_length)
+        self.keys: dict[str, Tensor] = {}
+        self.values: dict[str, Tensor] = {}
+        self.requests: list[int] = []  # whose the rows in use are, in their order
+        self.reserved: dict[int, tuple[int, int]] = {}  # request -> places of its own, and of what its encoder reads
+        self.cross: set[str] = set()  # the layers that hold what an encoder has read
+        parameter = next(model.parameters())
+        self.device, heads = parameter.device, kv_heads or c.num_kv_heads
+        self.bytes_per_place = 2 * heads * c.head_dim * parameter.element_size()  # of one layer
+        for attention in cached_attentions(model):
+            name, cross = site(attention), isinstance(attention, CrossAttention)
+            if cross:
+                self.cross.add(name)
+            shape = (rows, heads, self.source_length if cross else self.length, c.head_dim)
+            for kept in (self.keys, self.values):
+                # Zeros: 0 x NaN is NaN, also where it is masked.
+                kept[name] = torch.zeros(shape, dtype=parameter.dtype, device=self.device)
+                torch._dynamo.mark_static_address(kept[name])  # or CUDA graphs would copy it at each step
 
-    def set(self, places: Tensor | None, length: int, even: bool) -> None:
-        """Begin a call."""
-        self.places, self.length, self.even = places, length, even
-        self.biases: dict[int | None, Tensor] = {}
+    @property
+    def bytes_per_row(self) -> int:
+        """Memory of one row."""
+        return self._bytes(self.length, self.source_length)
 
-    def bias(self, mask: AttentionMask, dtype: torch.dtype) -> Tensor:
-        """What is added to scores: [b, 1 or n, s, length], made once for all layers of one kind."""
-        if mask.window not in self.biases:
-            key = torch.arange(self.length, device=self.places.device)
-            distance = key - self.places[:, None, :, None]  # [b, 1, s, length], 0 for the token itself
+    @property
+    def bytes_allocated(self) -> int:
+        """Memory of all rows."""
+        return sum(each.nbytes for kept in (self.keys, self.values) for each in kept.values())
+
+    @property
+    def bytes_in_use(self) -> int:
+        """Memory of the places that requests have reserved."""
+        return sum(map(self.bytes_of, self.requests))
+
+    def bytes_of(self, request: int) -> int:
+        """Memory of the places that one request has reserved."""
+        return self._bytes(*self.reserved[request])
+
+    def _bytes(self, own: int, source: int) -> int:
+        return self.bytes_per_place * ((len(self.keys) - len(self.cross)) * own + len(self.cross) * source)
+
+    def add(self, request: int, places: int, source: int = 0) -> int:
+        """Reserve a row for so many places; its number. There must be a free one, as long as that.
+
+        It is empty: what an earlier request left would not be seen, but a NaN among it would.
+        """
+        assert len(self.requests) < self.rows and places <= self.length and source <= self.source_length
+        self.reserved[request] = blocks(places), blocks(source)
+        self.requests.append(request)
+        row = len(self.requests) - 1
+        for kept in (self.keys, self.values):
+            for name, each in kept.items():
+                each[row, :, : self.reserved[request][name in self.cross]] = 0
+        return row
+
+    def remove(self, request: int) -> int:
+        """Give a row back; its number, which is now that of the last row, moved there."""
+        del self.reserved[request]
+        row, last = self.requests.index(request), self.requests.pop()
+        if last != request:
+            self.requests[row] = last
+            self._move(torch.tensor([len(self.requests)]), row, *self.reserved[last])
+        return row
+
+    def select(self, rows: Tensor, places: int) -> None:
+        """Make the first rows these ones, int64 [any], as far as they are filled; one may come twice (beams)."""
+        self._move(rows, 0, blocks(places), self.source_length)
+
+    def _move(self, rows: Tensor, to: int, own: int, source: int) -> None:
+        for kept in (self.keys, self.values):
+            for name, each in kept.items():
+                used = (own, source)[name in self.cross]
+                each[to : to + len(rows), :, :used] = each[rows, :, :used]
+
+
+def cached_attentions(model: nn.Module) -> list[SelfAttention]:
+    """Those that look at what came before: all of a decoder's, none of an encoder's."""
+    c, found = model.config, list[SelfAttention]()
+    for number, layer in model.layers.items():
+        if not c.decoder_layers or int(number) >= c.num_layers:
+            found += [each for each in layer.modules() if isinstance(each, SelfAttention)]
+    return found
+
+
+def site(attention: SelfAttention) -> str:
+    """By what name a cache knows this attention."""
+    return next(each.site for each in attention.core.modules() if isinstance(each, CoreAttention))
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Tokens to be read, from place `start` of a row on. source: what an encoder reads, with the first."""
+
+    row: int
+    ids: Sequence[int]
+    start: int = 0
+    source: Sequence[int] = ()
+
+
+class Prefill:
+    """A call that reads pieces of several sequences, side by side: matrix products have all tokens and no padding.
+
+    Attention is a call for each piece, of that piece's own shape, to all of its sequence so far: the same as in
+    training. pad, source_pad: tokens after the pieces that are nobody's, whose attention is 0.
+    """
+
+    def __init__(self, cache: KVCache, pieces: Sequence[Piece], pad: int = 0, source_pad: int = 0):
+        self.cache, self.pieces, self.length = cache, pieces, cache.length
+        self.lengths = [*(len(piece.ids) for piece in pieces), pad]
+        self.source_lengths = [*(len(piece.source) for piece in pieces), source_pad]
+        starts, counts = [*(piece.start for piece in pieces), 0], zip(self.lengths, self.source_lengths)
+        where, source = list[int](), list[int]()
+        for start, (count, source_count) in zip(starts, counts):
+            where += range(start, start + count)
+            source += range(source_count)
+        self.positions = torch.tensor([where], device=cache.device)
+        self.source_positions = torch.tensor([source], device=cache.device) if source else None
+
+    def attend(self, core: CoreAttention, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+        """q [1, n, s, d]; k, v [1, m, s, d], or of an encoder's tokens -> [1, n, s, d]."""
+        keys, values = self.cache.keys.get(core.site), self.cache.values.get(core.site)
+        own = self.source_lengths if keys is None else self.lengths
+        seen = own if mask.causal else self.source_lengths
+        made = []
+        parts = q.split(own, 2), k.split(seen, 2), v.split(seen, 2)
+        for piece, queries, more_keys, more_values in zip(self.pieces, *parts):
+            if keys is not None:
+                start = 0 if not mask.causal else piece.start
+                end = start + more_keys.shape[2]
+                keys[piece.row, :, start:end], values[piece.row, :, start:end] = more_keys[0], more_values[0]
+                if start:
+                    here = slice(piece.row, piece.row + 1)
+                    more_keys, more_values = keys[here, :, :end], values[here, :, :end]
+            made.append(core(queries, more_keys, more_values, mask))
+        return torch.cat([*made, q.new_zeros(1, q.shape[1], own[-1], q.shape[3])], dim=2)
+
+
+class Decode:
+    """A call that appends a token to each of the first rows. One object for all steps, as a compiled step knows it.
+
+    Neighbouring rows whose filled places make the same number of blocks are one call of attention, to these blocks
+    alone: what a row reads, and the order in which it is added up, depend on its own length only.
+    """
+
+    source_positions = None
+
+    def __init__(self, cache: KVCache):
+        self.cache, self.length, self.biases = cache, cache.length, dict[tuple, Tensor]()
+        self.positions = self.sources = torch.zeros(0, dtype=torch.int64, device=cache.device)
+
+    def begin(
+        self, positions: Sequence[int], sources: Sequence[int], pad: int = 0, whole: bool = False, exact: bool = True
+    ) -> None:  # fmt: skip
+        """Make ready for a step.
+
+        positions: where each row's new token will stand. sources: how many tokens each row's encoder has read. pad:
+        tokens after the rows that are nobody's, whose attention is 0. whole: look at whole rows, so that shapes are
+        the same at every step. exact: see above; else rows that are equally long need no mask, as they look at the
+        places alone that they have filled.
+        """
+        self.rows = len(positions)
+        self.positions = at_same_address(self.positions, [[place] for place in (*positions, *[0] * pad)])
+        self.sources = at_same_address(self.sources, list(sources))
+        self.filled = not (whole or exact) and len(set(positions)) == 1 and len(set(sources)) <= 1
+        up = (lambda places: places) if self.filled else blocks
+        self.spans = spans([self.length if whole else up(place + 1) for place in positions])
+        limit = self.cache.source_length
+        self.source_spans = spans([limit if whole else up(number) for number in sources])
+        self.biases.clear()
+
+    def attend(
+        self, core: CoreAttention, q: Tensor, k: Tensor | None, v: Tensor | None, mask: AttentionMask
+    ) -> Tensor:  # fmt: skip
+        """q [b, n, s, d]; k, v [b, m, s, d] or None -> [b, n, s, d]."""
+        keys, values, made = self.cache.keys[core.site], self.cache.values[core.site], []
+        if k is not None:
+            if len(q) > self.rows:
+                k, v = k[: self.rows], v[: self.rows]
+            at = self.positions[: self.rows, None, :, None].expand_as(k)
+            keys.scatter_(2, at, k)  # into the first rows
+            values.scatter_(2, at, v)
+        for first, last, length in self.spans if mask.causal else self.source_spans:
+            rows = q[first:last]
+            bias = None if self.filled and mask.plain else self.bias(core, mask, first, last, length, q)
+            count, heads, tokens, width = rows.shape
+            # The query heads of a group become queries of its one key head: keys are read once and never repeated.
+            kv_heads, group = keys.shape[1], heads // keys.shape[1]
+            if bias is not None and (tokens > 1 or bias.shape[1] > 1):
+                bias = bias.expand(-1, heads, -1, -1).reshape(count, kv_heads, group * tokens, -1)
+            grouped = rows.reshape(count, kv_heads, group * tokens, width)
+            look = keys[first:last, :, :length], values[first:last, :, :length]
+            out = scaled_dot_product_attention(grouped, *look, attn_mask=bias, scale=core.scale)
+            made.append(out.view(rows.shape))
+        if len(q) > self.rows:
+            made.append(q.new_zeros(len(q) - self.rows, *q.shape[1:]))
+        return made[0] if len(made) == 1 else torch.cat(made)
+
+    def bias(self, core: CoreAttention, mask: AttentionMask, first: int, last: int, length: int, q: Tensor) -> Tensor:
+        """What is added to the scores of these rows: [b, 1 or n, s, length], made once for all layers of one kind."""
+        kind = (mask.causal, mask.window, first)
+        made = self.biases.get(kind)
+        if made is None:
+            made = self._bias(core, mask, first, last, length, q)
+            if not torch.compiler.is_compiling():  # a compiler finds by itself what is the same
+                self.biases[kind] = made
+        return made
+
+    def _bias(self, core: CoreAttention, mask: AttentionMask, first: int, last: int, length: int, q: Tensor) -> Tensor:
+        key, added = torch.arange(length, device=q.device), torch.zeros((), device=q.device)
+        if mask.causal:
+            distance = key - self.positions[first:last, None, :, None]  # [b, 1, s, length], 0 for the token itself
             hidden = distance > 0
             if mask.window is not None:
                 hidden = hidden | (distance <= -mask.window)
-            values = torch.zeros((), device=key.device) if mask.slopes is None else mask.slopes.view(1, -1, 1, 1).float() * distance
+            if mask.slopes is not None:
+                added = core.slopes_here(mask.slopes, q.shape[1]).view(1, -1, 1, 1).float() * distance
             if mask.relative is not None:
-                values = mask.relative[:, distance[:, 0] + mask.relative.shape[1] // 2].transpose(0, 1)
-            wide = torch.promote_types(dtype, torch.float32) if key.device.type == "cpu" else dtype
-            self.biases[mask.window] = values.masked_fill(hidden, float("-inf")).to(wide)
-        return self.biases[mask.window]
+                added = mask.relative[:, distance[:, 0] + mask.relative.shape[1] // 2].transpose(0, 1)
+        else:
+            hidden = key >= self.sources[first:last, None, None, None]
+        wide = torch.promote_types(q.dtype, torch.float32) if q.device.type == "cpu" else q.dtype
+        return added.masked_fill(hidden, float("-inf")).to(wide)
 
 
-class CachedAttention(CoreAttention):
-    """Takes the place of a layer's core attention and keeps its keys and values, in one block of memory for all steps."""
-
-    def __init__(self, reading: Reading, scale: float | None):
-        super().__init__(0.0, "cache", "sdpa", scale)
-        self.reading = reading
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
-        """q [b, n, s, d]; k, v [b, m, s, d] -> [b, n, s, d]."""
-        if self.reading.places is None:
-            self.reserve(k)
-            self.keys[:, :, : k.shape[2]], self.values[:, :, : k.shape[2]] = k, v
-            return super().forward(q, k, v, mask)
-        reading, (rows, kv_heads, tokens, width) = self.reading, k.shape
-        at = reading.places[:, None, :, None].expand_as(k)
-        self.keys.scatter_(2, at, k)
-        self.values.scatter_(2, at, v)
-        bias = None if reading.even and mask.plain else reading.bias(mask, q.dtype)
-        # The query heads of a group become queries of its one key head: keys are read once and never repeated.
-        group = q.shape[1] // kv_heads
-        if bias is not None and (tokens > 1 or bias.shape[1] > 1):
-            bias = bias.expand(-1, q.shape[1], -1, -1).reshape(rows, kv_heads, group * tokens, -1)
-        grouped = q.reshape(rows, kv_heads, group * tokens, width)
-        keys, values = self.keys[:, :, : reading.length], self.values[:, :, : reading.length]
-        return scaled_dot_product_attention(grouped, keys, values, attn_mask=bias, scale=self.scale).view(q.shape)
-
-    def reserve(self, k: Tensor) -> None:
-        """Memory for the rows of k [b, m, s, d], the same as before where it fits. Zeros: 0 x NaN is NaN, also where masked."""
-        shape = (k.shape[0], k.shape[1], self.reading.capacity, k.shape[3])
-        if self.keys is None or self.keys.shape != shape or self.keys.dtype != k.dtype or self.keys.device != k.device:
-            self.keys, self.values = k.new_zeros(shape), k.new_zeros(shape)
-            for kept in (self.keys, self.values):
-                torch._dynamo.mark_static_address(kept)  # or CUDA graphs would copy it at each step
+def at_same_address(old: Tensor, values: list) -> Tensor:
+    """A tensor int64 of these values: the old one where it has their shape, as a compiled step knows it."""
+    new = torch.tensor(values, dtype=torch.int64, device=old.device)
+    return old.copy_(new) if new.shape == old.shape else new
 
 
-class Decoder:
-    """`with Decoder(model, capacity) as decoder:` read prompts, then step by step.
-
-    Within the block the layers of `model` have cached attention and its head answers for one place of a row alone; at its
-    end they are as before. capacity: the most tokens a row may have, prompt and new ones.
-    compile: steps run as one compiled graph of fixed shapes (a CUDA graph on accelerators). Compiling takes a minute, once for
-    each number of rows: keep the decoder, and it is not repeated.
-    """
-
-    def __init__(self, model: nn.Module, capacity: int, *, compile: bool = False):
-        self.model, self.fixed = model, compile
-        self.reading = Reading(-(-capacity // STEP) * STEP)
-        self.cores = {name: CachedAttention(self.reading, layer.attention.core.scale) for name, layer in model.layers.items()}
-        self.call = torch.compile(model, dynamic=False, mode="reduce-overhead") if compile else model
-        self.device = next(model.parameters()).device
-        self.last: Tensor | None = None
-
-    def __enter__(self) -> Decoder:
-        layers = self.model.layers
-        self.originals = {name: layer.attention.core for name, layer in layers.items()}
-        for name, layer in layers.items():
-            layer.attention.core = self.cores[name]
-        self.hook = self.model.head.register_forward_pre_hook(self._one_place)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.hook.remove()
-        for name, layer in self.model.layers.items():
-            layer.attention.core = self.originals[name]
-
-    def _one_place(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-        """Of hidden states [b, s, h] those that the next token follows from, [b, h]: logits of a whole prompt would be large."""
-        x = inputs[0]
-        return (x[:, -1] if self.last is None else x[torch.arange(len(x), device=x.device), self.last],)
-
-    @torch.no_grad()
-    def read(self, prompts: list[list[int]]) -> Tensor:
-        """Read prompts (token ids, at least one each) from the start; returns the logits [b, V] after each one's last token."""
-        lengths = [len(prompt) for prompt in prompts]
-        self.longest, self.even = max(lengths), len(set(lengths)) == 1
-        # Padding stands on the right, where no real token sees it, and is overwritten as the row grows.
-        ids = torch.tensor([prompt + [0] * (self.longest - len(prompt)) for prompt in prompts], device=self.device)
-        self.places = torch.tensor(lengths, device=self.device)
-        self.reading.set(None, self.longest, False)
-        self.last = self.places - 1
-        try:
-            return self.model(ids)
-        finally:
-            self.last = None
-
-    @torch.no_grad()
-    def step(self, tokens: Tensor) -> Tensor:
-        """Append one token to each row, int64 [b]; returns the logits [b, V] after it."""
-        self.longest += 1
-        plain = self.even and not self.fixed
-        whole = self.longest if plain else min(self.reading.capacity, -(-self.longest // STEP) * STEP)
-        places = self.places[:, None]
-        self.reading.set(places, self.reading.capacity if self.fixed else whole, plain)
-        logits = self.call(tokens[:, None], places)
-        self.places = self.places + 1
-        return logits
-
-    def select(self, rows: Tensor) -> None:
-        """Go on with these rows, int64 [any]; a row may come more than once (beams) or not at all (finished)."""
-        self.places = self.places[rows]
-        for core in self.cores.values():
-            core.keys, core.values = core.keys[rows], core.values[rows]
+def spans(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(first, last + 1, length) of neighbours that are equally long."""
+    made: list[tuple[int, int, int]] = []
+    for at, length in enumerate(lengths):
+        if made and made[-1][2] == length:
+            made[-1] = (made[-1][0], at + 1, length)
+        else:
+            made.append((at, at + 1, length))
+    return made

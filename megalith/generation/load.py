@@ -9,12 +9,12 @@ import sys
 from typing import Any
 
 import torch
-from torch import nn
 
 from megalith.common.errors import ConfigError, DataError, problem
 from megalith.config.data import DataConfig
 from megalith.data.tokenizers import Tokenizer, load_tokenizer
 from megalith.data.tokenizers_given import GivenTokenizer, misfit
+from megalith.generation.model import TextModel
 from megalith.runtime.load import load_plain, reading
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -36,43 +36,55 @@ def load(
     merge_file: str | os.PathLike | None = None,
     tokenizer_model: str | os.PathLike | None = None,
     **model_fields: Any,
-) -> nn.Module:
-    """A trained model on one device, in evaluation mode: `model(input_ids)` gives logits [batch, sequence, vocabulary].
+) -> TextModel:
+    """A trained model on one device, in evaluation mode; called with ids it gives logits [batch, sequence, vocabulary].
 
-    path: a run's folder, a folder of checkpoints, one checkpoint, a Hugging Face folder, a Megatron directory or a zip archive of one,
-    or its URL; or a model of transformers that is in memory. device: auto, cpu, cuda or xpu. dtype: of the weights and of
-    the computation, float32 unless another is named (bfloat16 halves the memory). iteration: which checkpoint (the latest).
-    qkv_layout, swiglu_order, replicas, model_fields (num_attention_heads=16, ...): what other formats lack, or say wrongly, by the
-    names that `megalith checkpoint import` has for it. tokenizer: folder of tokenizer files that go before the checkpoint's own;
-    or the files themselves, as `pretrain` has them (vocab_file and merge_file of GPT-2, vocab_file of BERT, tokenizer_model).
+    path: a run's folder, a folder of checkpoints, one checkpoint, a Hugging Face folder, a Megatron directory or a zip
+    archive of one, or its URL; or a model of transformers that is in memory. device: auto, cpu, cuda or xpu. dtype: of
+    the weights and of the computation, float32 unless another is named (bfloat16 halves the memory). iteration: which
+    checkpoint (the latest). qkv_layout, swiglu_order, replicas, model_fields (num_attention_heads=16, ...): what other
+    formats lack, or say wrongly, by the names that `megalith checkpoint import` has for it. tokenizer: folder of
+    tokenizer files that go before the checkpoint's own; or the files themselves, as `pretrain` has them (vocab_file and
+    merge_file of GPT-2, vocab_file of BERT, tokenizer_model).
 
-    The result has `.config` (its ModelConfig), `.run_config` (the whole RunConfig), `.tokenizer` (None where the checkpoint
-    carries none) and `.notes`, what is to be told of files of another format; they are also shown on stderr.
-    Raises CheckpointError where there is no good checkpoint or `dtype` cannot hold its weights, ConfigError for a device, dtype or
-    field there is not.
+    The result is a TextModel; it has `.config` (its ModelConfig), `.run_config` (the whole RunConfig), `.tokenizer`
+    (None where the checkpoint carries none) and `.notes`, what is to be told of files of another format; they are also
+    shown on stderr. Raises CheckpointError where there is no good checkpoint or `dtype` cannot hold its weights,
+    ConfigError for a device, dtype or field there is not.
     """
     if isinstance(dtype, str):
         if SHORT.get(dtype, dtype) not in DTYPES:
             raise ConfigError(problem("--dtype", dtype, f"the known ones are {', '.join(DTYPES)}", "Use one of them"))
         dtype = DTYPES[SHORT.get(dtype, dtype)]
-    named = {"tokenizer_type": tokenizer_type, "vocab_file": vocab_file, "merge_file": merge_file, "tokenizer_model": tokenizer_model}
+    named = {
+        "tokenizer_type": tokenizer_type,
+        "vocab_file": vocab_file,
+        "merge_file": merge_file,
+        "tokenizer_model": tokenizer_model,
+    }
     given = GivenTokenizer(tokenizer, {name: str(value) for name, value in named.items() if value is not None})
     options = dataclasses.replace(reading(qkv_layout, swiglu_order, replicas, model_fields), words=given.words)
     model, run_config, own = load_plain(path, device=device, dtype=dtype or torch.float32, iteration=iteration, options=options)
-    model.run_config = run_config
-    model.tokenizer = load_tokenizer(own, run_config.data) if own is not None and not given else None
+    notes = vars(model).pop("notes", ())  # nothing is hung on the module
+    words = load_tokenizer(own, run_config.data) if own is not None and not given else None
     if given:
-        model.tokenizer = given.make(run_config.data)
-        told = [*given.notes, *misfit(model.tokenizer.vocab_size, model.config.vocab_size)]
-        model.notes = (*model.notes, *told, *_other_words(model.tokenizer, own, run_config.data))
+        words = given.make(run_config.data)
+        notes = (
+            *notes,
+            *given.notes,
+            *misfit(words.vocab_size, model.config.vocab_size),
+            *_other_words(words, own, run_config.data),
+        )
     called = path if isinstance(path, (str, os.PathLike)) else type(path).__name__
-    for note in model.notes:
+    for note in notes:
         print(f"{called}: {note}", file=sys.stderr)
-    return model
+    return TextModel(model, words, run_config, notes)
 
 
 def _other_words(given: Tokenizer, own: pathlib.Path | None, data: DataConfig) -> list[str]:
-    """What to tell of a tokenizer that is not the one that the checkpoint has; nothing where it has none or its words are the same."""
+    """What to tell of a tokenizer that is not the one that the checkpoint has; nothing where it has none or its words
+    are the same.
+    """
     try:
         theirs = given if own is None else load_tokenizer(own, data)
         same = theirs.fingerprint() == given.fingerprint() or theirs.tokens() == given.tokens()

@@ -16,13 +16,15 @@ from megalith.layers import random
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is chosen.
+class SamplingParams:
+    """How a request's tokens are chosen, and when they end.
 
     temperature: logits are divided by it; 0 means greedy. top_k: only the k likeliest tokens (and those tied with the
     k-th), 0 for all; 1 means greedy. top_p: only the likeliest tokens whose probabilities before them sum to at most p,
     0 for all (Holtzman et al., 2020). Both: k first, then p of what is left.
     top_p_decay, top_p_bound: after each new token p becomes max(p x decay, bound), as in Megatron; 0 for off.
+    max_new_tokens: most tokens written. stop_token_ids: tokens that end a text; they are its last. seed: the same seed
+    gives the same tokens, None draws one. logprobs: tell the logarithm of each token's probability.
     """
 
     temperature: float = 1.0
@@ -30,6 +32,10 @@ class Sampling:
     top_p: float = 0.0
     top_p_decay: float = 0.0
     top_p_bound: float = 0.0
+    max_new_tokens: int = 64
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int | None = None
+    logprobs: bool = False
 
     def __post_init__(self):
         rules = [
@@ -38,6 +44,7 @@ class Sampling:
             (0.0 <= self.top_p <= 1.0, "top_p", "it must lie between 0 (off) and 1", "Try 0.9"),
             (0.0 <= self.top_p_decay <= 1.0, "top_p_decay", "it must lie between 0 (off) and 1", "Try 0.99"),
             (0.0 <= self.top_p_bound <= self.top_p, "top_p_bound", "it must lie between 0 and top_p", "Lower it, or raise --top-p"),
+            (self.max_new_tokens >= 1, "max_new_tokens", "it must be at least 1", "Give 1 or more"),
         ]
         for holds, name, rule, cure in rules:
             if not holds:
@@ -54,45 +61,55 @@ class Sampling:
             return self.top_p
         return max(self.top_p * self.top_p_decay**nth, self.top_p_bound)
 
+    def way(self, nth: int) -> tuple[float, ...]:
+        """What the nth new token is chosen by; rows that are alike in this choose together."""
+        return (0.0,) if self.greedy else (self.temperature, self.top_k, self.p_at(nth))
+
 
 def row_keys(seed: int, rows: list[int], device: torch.device) -> Tensor:
     """The key of each row's random numbers, int64 [b]."""
     return torch.tensor([random.key(seed, "sample", row) for row in rows], device=device)
 
 
-def choose(logits: Tensor, sampling: Sampling, keys: Tensor, places: Tensor, nth: int = 0) -> Tensor:
+def choose(logits: Tensor, params: SamplingParams, keys: Tensor, places: Tensor, nth: int = 0) -> Tensor:
     """The next token of each row, int64 [b].
 
     logits [b, V]; keys int64 [b] from `row_keys`; places int64 [b], where in its sequence each row's new token will stand;
     nth: how many new tokens came before it. Of equal logits the lower token number wins, on every device.
     """
-    if sampling.greedy:
+    if params.greedy:
         return logits.argmax(dim=-1)
-    chances, order = filtered(logits, sampling, nth)
-    total = chances.cumsum(dim=-1, dtype=torch.float64)
+    weights, order = filtered(logits, params, nth)
+    total = weights.cumsum(dim=-1, dtype=torch.float64)
     drawn = random.uniform(keys, places)[:, None] * total[:, -1:]
     at = torch.searchsorted(total, drawn, right=True).clamp(max=logits.shape[-1] - 1)
     return (at if order is None else order.gather(-1, at))[:, 0]
 
 
-def filtered(logits: Tensor, sampling: Sampling, nth: int = 0) -> tuple[Tensor, Tensor | None]:
+def filtered(logits: Tensor, params: SamplingParams, nth: int = 0) -> tuple[Tensor, Tensor | None]:
     """Probabilities, not normalised, float32 [b, any], and the tokens they are of; None where column i is of token i."""
     scores = logits.float()
     scores = (scores - scores.amax(dim=-1, keepdim=True)).div_(
-        sampling.temperature
+        params.temperature
     )  # subtracted first: a small temperature must not overflow
-    if 0 < sampling.top_k < scores.shape[-1]:
-        worst = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
+    if 0 < params.top_k < scores.shape[-1]:
+        worst = scores.topk(params.top_k, dim=-1).values[:, -1:]
         scores = scores.masked_fill(scores < worst, float("-inf"))
-    chances, p = scores.softmax(dim=-1), sampling.p_at(nth)
+    weights, p = scores.softmax(dim=-1), params.p_at(nth)
     if not 0.0 < p < 1.0:
-        return chances, None
-    # All tokens below this chance together have less than 1 - p, so none of them is kept: mostly a few are left to be sorted.
-    count = int((chances >= 0.5 * (1.0 - p) / chances.shape[-1]).sum(dim=-1).max())
+        return weights, None
+    # All tokens below this probability together have less than 1 - p, so none of them is kept: mostly few are left to
+    # be sorted.
+    count = int((weights >= 0.5 * (1.0 - p) / weights.shape[-1]).sum(dim=-1).max())
     tokens = None
-    if count < chances.shape[-1] // 3:
-        tokens = chances.topk(count, dim=-1).indices.sort(dim=-1).values
-        chances = chances.gather(-1, tokens)
-    chances, order = chances.sort(dim=-1, descending=True, stable=True)  # stable: equal chances by token number
-    before = chances.cumsum(dim=-1, dtype=torch.float64) - chances
-    return chances.masked_fill(before > p, 0.0), order if tokens is None else tokens.gather(-1, order)
+    if count < weights.shape[-1] // 3:
+        tokens = weights.topk(count, dim=-1).indices.sort(dim=-1).values
+        weights = weights.gather(-1, tokens)
+    weights, order = weights.sort(dim=-1, descending=True, stable=True)  # stable: equal ones by token number
+    before = weights.cumsum(dim=-1, dtype=torch.float64) - weights
+    return weights.masked_fill(before > p, 0.0), order if tokens is None else tokens.gather(-1, order)
+
+
+def logprobs_of(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Natural logarithms of the probabilities of `tokens` [b] under logits [b, V], float32 [b]."""
+    return logits.float().log_softmax(dim=-1).gather(-1, tokens[:, None])[:, 0]

@@ -13,6 +13,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
+from megalith.layers.cache import Cache
 from megalith.layers.dropout import Dropout
 from megalith.layers.linear import SharedInput
 from megalith.layers.mask import AttentionMask
@@ -31,21 +32,24 @@ class CoreAttention(nn.Module):
     """
 
     def __init__(self, dropout: float, site: str, backend: str = "auto", scale: float | None = None):
-        """backend: auto, sdpa, flex or explicit. site: see Dropout. scale: of the scores, 1 / sqrt(d) where None."""
+        """backend: auto, sdpa, flex or explicit. site: see Dropout; a cache knows the layer by it too. scale: 1 / sqrt(d) where None."""
         super().__init__()
-        self.backend, self.first_head, self.scale = backend, 0, scale
+        self.site, self.backend, self.first_head, self.scale = site, backend, 0, scale
         self.dropout = Dropout(dropout, site)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, cache: Cache | None = None) -> Tensor:
         """q [b, n, s, d], k and v [b, m, t, d] with n a multiple of m; returns [b, n, s, d]. The queries are the last s of t places.
 
+        cache: holds the keys and values of earlier calls and takes these (layers/cache.py); it alone says which queries see which.
         `first_head` is the global number of head 0, for a rank that holds a part of the heads; mask.slopes are those of all heads,
         mask.relative those of the heads here.
         """
+        if cache is not None:
+            return cache.attend(self, q, k, v, mask)
         if mask.window is not None and mask.window >= k.shape[2]:
             mask = mask._replace(window=None)  # hides nothing
         if mask.slopes is not None:
-            mask = mask._replace(slopes=mask.slopes[self.first_head : self.first_head + q.shape[1]])
+            mask = mask._replace(slopes=self.slopes_here(mask.slopes, q.shape[1]))
         p = self.dropout.p if self.training and mask.rows is not None else 0.0
         on_cpu = q.device.type == "cpu"
         if self.backend == "explicit" or (p and on_cpu):
@@ -62,6 +66,10 @@ class CoreAttention(nn.Module):
         if self.backend == "flex" or (not on_cpu and self.backend == "auto" and not p):
             return flex(q, k, v, mask, self.scale)
         return self.blocks(q, k, v, mask, p)
+
+    def slopes_here(self, slopes: Tensor, heads: int) -> Tensor:
+        """Of the slopes of all heads those of the `heads` query heads that are here."""
+        return slopes[self.first_head : self.first_head + heads]
 
     def explicit(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
         """The reference: scores, softmax in float32 at least, dropout by hash, product."""
@@ -160,8 +168,10 @@ class SelfAttention(nn.Module):
         self.k_norm = nn.RMSNorm(head_dim, head_norm) if head_norm is not None else None
         self.core = core
 
-    def forward(self, x: Tensor, mask: AttentionMask, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        """x [b, s, hidden] -> [b, s, hidden]."""
+    def forward(
+        self, x: Tensor, mask: AttentionMask, rotary: tuple[Tensor, Tensor] | None, cache: Cache | None = None
+    ) -> Tensor:  # fmt: skip
+        """x [b, s, hidden] -> [b, s, hidden]. cache: of keys and values of earlier calls, see layers/cache.py."""
         q, k, v = (self.heads(y) for y in self.shared_input(x, self.q, self.k, self.v))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -169,7 +179,7 @@ class SelfAttention(nn.Module):
             q, k = rotate(q, rotary, self.interleaved), rotate(k, rotary, self.interleaved)
         if self.window is not None:
             mask = mask._replace(window=self.window)
-        return self.out(self.core(q, k, v, mask).transpose(1, 2).flatten(2))
+        return self.out(self.core(q, k, v, mask, cache).transpose(1, 2).flatten(2))
 
     def heads(self, x: Tensor) -> Tensor:
         """[b, s, heads x d] -> [b, heads, s, d], however many heads this process holds."""
@@ -183,12 +193,13 @@ class CrossAttention(SelfAttention):
         super().__init__(hidden, heads, kv_heads, head_dim, bias=bias, qkv_bias=qkv_bias, core=core)
         self.shared_memory = SharedInput()
 
-    def forward(self, x: Tensor, memory: Tensor, mask: AttentionMask) -> Tensor:  # type: ignore[override]
-        """x [b, s, hidden], memory [b, t, hidden] -> [b, s, hidden]. mask: which places of the memory are seen."""
-        (q,) = self.shared_input(x, self.q)
-        return self.out(self.core(self.heads(q), *self.look(memory), mask).transpose(1, 2).flatten(2))
+    def forward(  # type: ignore[override]
+        self, x: Tensor, memory: Tensor | None, mask: AttentionMask, cache: Cache | None = None
+    ) -> Tensor:  # fmt: skip
+        """x [b, s, hidden], memory [b, t, hidden] -> [b, s, hidden]. mask: which places of the memory are seen.
 
-    def look(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [b, heads, t, d] of the memory; where text is written, they are kept."""
-        k, v = self.shared_memory(memory, self.k, self.v)
-        return self.heads(k), self.heads(v)
+        cache: keeps keys and values of the memory, so that in later calls the memory is None.
+        """
+        (q,) = self.shared_input(x, self.q)
+        k, v = (None, None) if memory is None else map(self.heads, self.shared_memory(memory, self.k, self.v))
+        return self.out(self.core(self.heads(q), k, v, mask, cache).transpose(1, 2).flatten(2))

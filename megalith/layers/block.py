@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from megalith.layers.attention import CrossAttention, SelfAttention
+from megalith.layers.cache import Cache
 from megalith.layers.dropout import Dropout
 from megalith.layers.mask import AttentionMask
 from megalith.layers.mlp import MLP
@@ -41,22 +42,23 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, mask: AttentionMask, rotary: tuple[Tensor, Tensor] | None, rows: Tensor | None,
-        memory: Tensor | None = None, memory_mask: AttentionMask | None = None,
+        memory: Tensor | None = None, memory_mask: AttentionMask | None = None, cache: Cache | None = None,
     ) -> Tensor:  # fmt: skip
         """x [b, s, hidden]; rows: int32 [b, s] of dropout keys for these rows, None where nothing is dropped.
 
-        memory [b, t, hidden] is what a decoder's cross attention looks at, as far as memory_mask lets it.
+        memory [b, t, hidden] is what a decoder's cross attention looks at, as far as memory_mask lets it; None where the cache has it.
+        cache: of keys and values of earlier calls (layers/cache.py), handed down to core attention.
         """
         if self.norm_after:
-            x = self.attention_norm(x + self.attention_dropout(self.attention(x, mask, rotary), rows))
+            x = self.attention_norm(x + self.attention_dropout(self.attention(x, mask, rotary, cache), rows))
             return self.mlp_norm(x + self.mlp_dropout(self.mlp(x), rows))
         normed = self.attention_norm(x)
         residual, before = normed if self.normed_residual else x, x
-        x = residual + self.attention_dropout(self.attention(normed, mask, rotary), rows)
+        x = residual + self.attention_dropout(self.attention(normed, mask, rotary, cache), rows)
         if self.cross_attention is not None:
             normed = self.cross_norm(x)
             residual = normed if self.normed_residual else x
-            x = residual + self.cross_dropout(self.cross_attention(normed, memory, memory_mask), rows)
+            x = residual + self.cross_dropout(self.cross_attention(normed, memory, memory_mask, cache), rows)
         if self.mlp_norm is not None:
             normed = self.mlp_norm(before if self.parallel else x)
         residual = normed if self.normed_residual else x

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from megalith.config.model import ModelConfig
 from megalith.config.parameters import initial
 from megalith.layers.block import run_in_order
+from megalith.layers.cache import Cache
 from megalith.layers.dropout import Dropout
 from megalith.layers.loss import TokenLoss
 from megalith.layers.mask import AttentionMask
@@ -61,7 +62,7 @@ class GPT(nn.Module):
     def forward(
         self, inputs: Tensor, positions: Tensor | None = None, documents: Tensor | None = None, labels: Tensor | None = None,
         loss_weights: Tensor | None = None, samples: Tensor | None = None, step: Tensor | None = None,
-        coordinates: Tensor | None = None,
+        coordinates: Tensor | None = None, cache: Cache | None = None, logits_to_keep: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """One pass.
 
@@ -71,26 +72,28 @@ class GPT(nn.Module):
         labels, loss_weights: [b, s], see TokenLoss; with labels the result is float32 losses [b, s].
         samples [b] (global sample numbers) and step []: key the dropout masks; needed in training mode with dropout.
         coordinates: [s], places of these tokens in the whole sequence (default: 0 .. s-1).
+        cache: keys and values of earlier calls (layers/cache.py); it knows the positions, and takes the keys and values of these tokens.
+        logits_to_keep: int64 [n], places of the s whose logits are made, [b, n, V] (default: all; those of a long prompt are large).
         Returns losses, or logits [b, s, V], or hidden states where this part has no head.
         """
         c = self.config
         if coordinates is None:
             coordinates = torch.arange(inputs.shape[1], device=inputs.device)
         if positions is None:
-            positions = coordinates.expand(inputs.shape[0], -1)
+            positions = coordinates.expand(inputs.shape[0], -1) if cache is None else cache.positions
         rows = dropout_rows(self, samples, step, coordinates)
         x = inputs if self.embedding is None else self.embed(inputs, positions, rows)
         mask = AttentionMask(documents=documents, slopes=self.slopes, rows=rows)
         rotary = None
         if c.positions == "rope":
             rotary = rotary_table(positions, c.head_dim, base=c.rotary_base, percent=c.rotary_percent, stretch=self.stretch)
-        x = self.run_layers(list(self.layers.values()), x, mask, rotary, rows)
+        x = self.run_layers(list(self.layers.values()), x, mask, rotary, rows, None, None, cache)
         if self.final_norm is not None:
             x = self.final_norm(x)
         if self.head is None:
             return x
         if labels is None:
-            return self.head(x)
+            return self.head(x if logits_to_keep is None else x[:, logits_to_keep])
         return self.token_loss(x, self.head.weight, labels, loss_weights)
 
     def embed(self, ids: Tensor, positions: Tensor, rows: Tensor | None) -> Tensor:

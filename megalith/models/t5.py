@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from megalith.config.model import ModelConfig
 from megalith.config.parameters import initial, parameter_kind
 from megalith.layers.block import run_in_order
+from megalith.layers.cache import Cache
 from megalith.layers.dropout import Dropout
 from megalith.layers.loss import TokenLoss
 from megalith.layers.mask import AttentionMask
@@ -80,10 +81,10 @@ class T5(nn.Module):
         return "normal", factor * widths.get(kind.name, c.hidden_size) ** -0.5
 
     def forward(
-        self, inputs: Tensor, hidden: Tensor | None = None, *, decoder_input_ids: Tensor, padding_mask: Tensor | None = None,
+        self, inputs: Tensor | None, hidden: Tensor | None = None, *, decoder_input_ids: Tensor, padding_mask: Tensor | None = None,
         decoder_padding_mask: Tensor | None = None, labels: Tensor | None = None, loss_weights: Tensor | None = None,
         samples: Tensor | None = None, step: Tensor | None = None, coordinates: Tensor | None = None,
-        decoder_coordinates: Tensor | None = None,
+        decoder_coordinates: Tensor | None = None, cache: Cache | None = None, logits_to_keep: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         """One pass.
 
@@ -95,34 +96,44 @@ class T5(nn.Module):
         samples [b] (global sample numbers) and step []: key the dropout masks; needed in training mode with dropout.
         coordinates: [s], places of the encoder's tokens in the whole sequence (default: 0 .. s-1, s as of `inputs`); decoder_coordinates:
             [t], of the decoder's.
+        cache: keys and values of earlier calls (layers/cache.py), those of the encoder's output too: once it has these, inputs is None.
+            It knows all places, and takes the keys and values of these tokens.
+        logits_to_keep: int64 [n], places of the t whose logits are made, [b, n, V] (default: all).
         Returns losses, or logits [b, t, V]; where this part has no head the encoder's hidden states, with the decoder's if it has begun.
         """
-        c, device = self.config, inputs.device
+        c, device = self.config, decoder_input_ids.device
         encoder, decoder = ([layer for n, layer in self.layers.items() if (int(n) < c.num_layers) is first] for first in (True, False))
-        places = torch.arange(inputs.shape[1], device=device) if coordinates is None else coordinates
         padding = None if padding_mask is None else padding_mask.bool()
         x = inputs
-        if encoder:
+        if encoder and inputs is not None:
+            places = coordinates if cache is None else cache.source_positions
+            if places is None:
+                places = torch.arange(inputs.shape[1], device=device)
             rows = dropout_rows(self, samples, step, places)
-            relative = None if self.encoder_bias is None else self.encoder_bias(len(places))
+            relative = None if self.encoder_bias is None else self.encoder_bias(places.shape[-1])
             if not inputs.is_floating_point():
                 x = self.encoder_dropout(self.embed(inputs, places), rows)
             mask = AttentionMask(causal=False, padding=padding, relative=relative, rows=rows)
-            x = self.run_layers(encoder, x, mask, None, rows)
+            x = self.run_layers(encoder, x, mask, None, rows, None, None, cache)
             if self.encoder_norm is not None:
                 x = self.encoder_norm(x)
         if not decoder:
             return x
-        places = torch.arange(decoder_input_ids.shape[1], device=device) if decoder_coordinates is None else decoder_coordinates
+        places = decoder_coordinates if cache is None else cache.positions
+        if places is None:
+            places = torch.arange(decoder_input_ids.shape[1], device=device)
         rows = dropout_rows(self, samples, step, places)
         y = self.decoder_dropout(self.embed(decoder_input_ids, places), rows) if hidden is None else hidden
+        length = places.shape[-1] if cache is None else cache.length
         mask = AttentionMask(
             padding=None if decoder_padding_mask is None else decoder_padding_mask.bool(),
-            relative=None if self.decoder_bias is None else self.decoder_bias(len(places)), rows=rows,
+            relative=None if self.decoder_bias is None else self.decoder_bias(length), rows=rows,
         )  # fmt: skip
-        y = self.run_layers(decoder, y, mask, None, rows, self.memory(x), AttentionMask(causal=False, padding=padding, rows=rows))
-        # A clone, because fully_shard hooks outputs, which must not be views of inputs.
-        return (x.clone(), y) if self.head is None else self.finish(y, labels, loss_weights)
+        memory = None if x is None else self.memory(x)
+        y = self.run_layers(decoder, y, mask, None, rows, memory, AttentionMask(causal=False, padding=padding, rows=rows), cache)
+        if self.head is None:  # a clone, because fully_shard hooks outputs, which must not be views of inputs
+            return y if x is None else (x.clone(), y)
+        return self.finish(y if logits_to_keep is None else y[:, logits_to_keep], labels, loss_weights)
 
     def embed(self, ids: Tensor, places: Tensor) -> Tensor:
         """Word embeddings, and those of positions where the form has them: [b, s] -> [b, s, h]."""

@@ -76,8 +76,13 @@ class ContextAttention(nn.Module):
         super().__init__()
         self.core, self.axis = core, axis
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
-        """q [b, n, s/c, d], k and v [b, m, t/c, d] -> [b, n, s/c, d]. mask: of layers/mask.py; its `rows` are those of the queries."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, cache: Any = None) -> Tensor:
+        """q [b, n, s/c, d], k and v [b, m, t/c, d] -> [b, n, s/c, d]. mask: of layers/mask.py; its `rows` are those of the queries.
+
+        cache: text is written by each process with whole sequences, so this is the core inside.
+        """
+        if cache is not None:
+            return self.core(q, k, v, mask, cache)
         chunk, (k, v) = q.shape[2] // 2, join(k, v, self.axis)
         if not mask.causal:
             if mask.documents is not None or mask.slopes is not None or mask.window is not None:  # they ask where a query stands

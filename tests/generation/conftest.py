@@ -11,7 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megalith.config.model import ModelConfig
 from megalith.data.tokenizers import Tokenizer, build_tokenizer
-from megalith.models.gpt import GPT
+from megalith.generation.model import TextModel
 from megalith.runtime.build import plain
 
 CORPUS = ["Once upon a time there was a small model, and the model wrote.", "Zürich, 東京, Ελλάδα, 😀 naïve café; once more upon a time."]
@@ -35,10 +35,10 @@ def tokenizer(tokenizer_file: pathlib.Path) -> Tokenizer:
 
 
 @pytest.fixture
-def make(tokenizer: Tokenizer) -> Callable[..., GPT]:
-    """`make(dtype=..., **config)`: a model in evaluation mode with the tokenizer attached."""
+def make(tokenizer: Tokenizer) -> Callable[..., TextModel]:
+    """`make(dtype=..., **config)`: a model in evaluation mode with its tokenizer."""
 
-    def made(dtype: torch.dtype = torch.float32, **form: Any) -> GPT:
+    def made(dtype: torch.dtype = torch.float32, **form: Any) -> TextModel:
         base = {
             "num_layers": 2,
             "hidden_size": 32,
@@ -47,8 +47,6 @@ def make(tokenizer: Tokenizer) -> Callable[..., GPT]:
             "max_position_embeddings": 200,
             "init_method_std": 0.3,
         }
-        model = plain(ModelConfig(**{**base, **form}), torch.device("cpu"), dtype, seed=5)
-        model.tokenizer = tokenizer
-        return model
+        return TextModel(plain(ModelConfig(**{**base, **form}), torch.device("cpu"), dtype, seed=5), tokenizer)
 
     return made

@@ -1,19 +1,24 @@
-"""Cached decoding gives the logits of reading everything again, in every form of the model and for rows of any length."""
+"""Reading with a cache gives the logits of reading everything again, in every form of the model and for rows of any
+length.
+"""
 
 from typing import Any
 
 import pytest
 import torch
 
-from megalith.generation.cache import STEP, CachedAttention, Decoder, Reading
-from megalith.layers.attention import CoreAttention
-from megalith.layers.mask import AttentionMask
-from megalith.layers.positions import alibi_slopes
+from megalith.generation.cache import BLOCK, KVCache, Piece, Prefill, spans
+from megalith.generation.model import TextModel
+from megalith.generation.runner import PREFILL_TOKENS, Runner, batched
 
 FORMS: dict[str, dict[str, Any]] = {
     "absolute": {},
     "rope": {"position_embedding_type": "rope"},
-    "rope, interleaved, a half": {"position_embedding_type": "rope", "rotary_interleaved": True, "rotary_percent": 0.5},
+    "rope, interleaved, a half": {
+        "position_embedding_type": "rope",
+        "rotary_interleaved": True,
+        "rotary_percent": 0.5,
+    },
     "alibi": {"position_embedding_type": "alibi"},
     "alibi, three heads": {"position_embedding_type": "alibi", "num_attention_heads": 3, "kv_channels": 10},
     "none": {"position_embedding_type": "none"},
@@ -34,108 +39,122 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 RAGGED = [[5, 9, 200, 17, 3], [250], list(range(40, 110)), [7, 7, 7]]
 EVEN = [[5, 9, 200], [1, 2, 3], [4, 5, 299]]
+LENGTH = 70 + BLOCK + 10
 
 
-def again(model: torch.nn.Module, rows: list[list[int]]) -> torch.Tensor:
+def again(model: TextModel, rows: list[list[int]]) -> torch.Tensor:
     """The logits after each row, each read alone and from its start."""
     with torch.no_grad():
         return torch.stack([model(torch.tensor([row]))[0, -1] for row in rows])
 
 
-@pytest.mark.parametrize("compile", [False, True], ids=["", "fixed shapes"])
+def runner_of(model: TextModel, rows: int, length: int = LENGTH, **how: Any) -> Runner:
+    return Runner(model.model, KVCache(model.model, rows, length), **how)
+
+
+def read(runner: Runner, rows: list[list[int]]) -> torch.Tensor:
+    return runner.read([Piece(number, row) for number, row in enumerate(rows)])
+
+
+def step(runner: Runner, rows: list[list[int]], tokens: list[int]) -> torch.Tensor:
+    """Append tokens to rows, which have them afterwards."""
+    places = [len(row) for row in rows]
+    for row, token in zip(rows, tokens):
+        row.append(token)
+    return runner.step(tokens, places)
+
+
+@pytest.mark.parametrize(("whole", "exact"), [(False, True), (True, True), (False, False)], ids=["", "fixed shapes", "loose"])
 @pytest.mark.parametrize("prompts", [RAGGED, EVEN], ids=["ragged", "even"])
 @pytest.mark.parametrize("form", FORMS)
-def test_equals_reading_everything_again(form: str, prompts: list[list[int]], compile: bool, make) -> None:
+def test_equals_reading_everything_again(form: str, prompts: list[list[int]], whole: bool, exact: bool, make) -> None:
     model, rows = make(torch.float64, **FORMS[form]), [list(prompt) for prompt in prompts]
-    cores = [layer.attention.core for layer in model.layers.values()]
-    decoder = Decoder(model, 70 + STEP + 10)
-    decoder.fixed = compile  # the shapes of a compiled step, without waiting for a compiler
-    with decoder:
-        logits = decoder.read(rows)
-        for step in range(STEP + 5):  # past the place where masks grow
-            if step % 16 < 3:
-                torch.testing.assert_close(logits, again(model_of(decoder, cores), rows), rtol=0, atol=1e-6)  # float32 angles: 1e-6
-                reinstall(decoder)
-            tokens = logits.argmax(dim=-1)
-            rows = [row + [token] for row, token in zip(rows, tokens.tolist())]
-            logits = decoder.step(tokens)
-    assert [layer.attention.core for layer in model.layers.values()] == cores and not model.head._forward_pre_hooks
-
-
-def model_of(decoder: Decoder, cores: list[CoreAttention]) -> torch.nn.Module:
-    """The decoder's model as it is outside of its block."""
-    decoder.__exit__()
-    assert [layer.attention.core for layer in decoder.model.layers.values()] == cores
-    return decoder.model
-
-
-def reinstall(decoder: Decoder) -> None:
-    decoder.__enter__()
+    runner = runner_of(model, len(rows) + whole)
+    runner.exact = exact
+    runner.whole = whole  # the shapes of a compiled step, without waiting for a compiler
+    logits = read(runner, rows)
+    for nth in range(BLOCK + 5):  # past the place where a row has one more block
+        if nth % 16 < 3:
+            torch.testing.assert_close(logits, again(model, rows), rtol=0, atol=1e-6)  # float32 angles: 1e-6
+        logits = step(runner, rows, logits.argmax(dim=-1).tolist())
 
 
 def test_float32_is_close_and_bfloat16_near(make) -> None:
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.5)):
         model, rows = make(dtype), [list(row) for row in RAGGED]
-        with Decoder(model, 100) as decoder:
-            decoder.read(rows)
-            logits = decoder.step(torch.tensor([1, 2, 3, 4]))
-        expected = again(model, [row + [token] for row, token in zip(rows, (1, 2, 3, 4))])
-        assert logits.dtype == dtype and (logits - expected).abs().max() < tolerance
+        runner = runner_of(model, 4)
+        read(runner, rows)
+        logits = step(runner, rows, [1, 2, 3, 4])
+        assert logits.dtype == dtype and (logits - again(model, rows)).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("form", ["absolute", "llama", "alibi", "window"])
+def test_a_prompt_can_be_read_in_pieces(form: str, make) -> None:
+    model = make(torch.float64, **FORMS[form])
+    runner, rows = runner_of(model, 3), [RAGGED[2], RAGGED[0]]
+    runner.read([Piece(1, rows[0][:30]), Piece(0, rows[1][:2])])
+    runner.read([Piece(1, rows[0][30:33], 30)])
+    logits = runner.read([Piece(0, rows[1][2:], 2), Piece(1, rows[0][33:], 33)])
+    torch.testing.assert_close(logits, again(model, rows[::-1]), rtol=0, atol=1e-6)
+    everything = runner.read([Piece(2, rows[0])], all_logits=True)
+    with torch.no_grad():
+        torch.testing.assert_close(everything, model(torch.tensor([rows[0]]))[0], rtol=0, atol=1e-6)
+
+
+def test_calls_are_of_bounded_size() -> None:
+    pieces = [Piece(row, [0] * size) for row, size in enumerate((500, 12, 1, 600, 300, 212, 1))]
+    sizes = [[len(piece.ids) for piece in batch] for batch in batched(pieces)]
+    assert sizes == [[500, 12], [1], [600], [300, 212], [1]] and PREFILL_TOKENS == 512
+    assert spans([64, 64, 128, 64]) == [(0, 2, 64), (2, 3, 128), (3, 4, 64)]
 
 
 def test_select_moves_copies_and_drops_rows(make) -> None:
     model = make(torch.float64)
-    with Decoder(model, 100) as decoder:
-        decoder.read(RAGGED)
-        decoder.step(torch.tensor([1, 2, 3, 4]))
-        decoder.select(torch.tensor([3, 0, 0]))
-        logits = decoder.step(torch.tensor([8, 9, 10]))
-    rows = [[*RAGGED[3], 4, 8], [*RAGGED[0], 1, 9], [*RAGGED[0], 1, 10]]
-    torch.testing.assert_close(logits, again(model, rows), rtol=0, atol=1e-10)
+    runner, rows = runner_of(model, 4), [list(row) for row in (*RAGGED[:2], *RAGGED[3:], [1, 2])]
+    read(runner, rows)
+    step(runner, rows, [1, 2, 3, 4])
+    chosen = [3, 0, 0]
+    runner.cache.select(torch.tensor(chosen), max(map(len, rows)))
+    rows = [list(rows[row]) for row in chosen]
+    torch.testing.assert_close(step(runner, rows, [8, 9, 10]), again(model, rows), rtol=0, atol=1e-10)
 
 
-def test_memory_is_kept_from_one_use_to_the_next(make) -> None:
+def test_memory_is_kept_and_what_others_left_is_not_seen(make) -> None:
     model = make(torch.float64)
-    decoder = Decoder(model, 100)
-    with decoder:
-        decoder.read(RAGGED)
-        decoder.step(torch.tensor([1, 2, 3, 4]))
-    where = [core.keys.data_ptr() for core in decoder.cores.values()]
-    with decoder:
-        decoder.read([[3], [4, 5], [6], [7]])  # shorter: what the longer ones left must not be seen
-        logits = decoder.step(torch.tensor([1, 2, 3, 4]))
-    assert where == [core.keys.data_ptr() for core in decoder.cores.values()]
-    torch.testing.assert_close(logits, again(model, [[3, 1], [4, 5, 2], [6, 3], [7, 4]]), rtol=0, atol=1e-10)
+    runner = runner_of(model, 4)
+    where = [each.data_ptr() for each in runner.cache.keys.values()]
+    for kept in (runner.cache.keys, runner.cache.values):
+        for each in kept.values():
+            each.fill_(1e6)
+    for rows in ([list(row) for row in RAGGED], [[3], [4, 5], [6], [7]]):
+        read(runner, rows)
+        torch.testing.assert_close(step(runner, rows, [1, 2, 3, 4]), again(model, rows), rtol=0, atol=1e-10)
+    assert where == [each.data_ptr() for each in runner.cache.keys.values()]
 
 
-def test_an_error_gives_the_model_back(make) -> None:
-    model = make()
-    cores = [layer.attention.core for layer in model.layers.values()]
-    with pytest.raises(RuntimeError, match="mine"), Decoder(model, 10) as decoder:
-        decoder.read([[1]])
-        raise RuntimeError("mine")
-    assert [layer.attention.core for layer in model.layers.values()] == cores
-    assert model(torch.tensor([[1, 2, 3]])).shape == (1, 3, 300)
+def test_bytes_are_told(make) -> None:
+    model = make(num_query_groups=2)
+    cache = KVCache(model.model, 3, 100)
+    rows, layers, kinds, place, places = 3, 2, 2, 2 * 8 * 4, 128
+    assert cache.bytes_allocated == rows * cache.bytes_per_row == rows * layers * kinds * place * places
+    assert [cache.add(id, places) for id, places in ((7, 100), (8, 1), (9, 65))] == [0, 1, 2]
+    assert cache.bytes_of(8) == cache.bytes_per_row // 2 and cache.bytes_in_use == cache.bytes_per_row * 5 // 2
+    for kept in (cache.keys, cache.values):
+        for each in kept.values():
+            each.copy_(torch.arange(3).view(3, 1, 1, 1).expand_as(each))
+    assert cache.remove(7) == 0 and cache.requests == [9, 8]  # the last row came into the first one's place
+    assert all(bool((each[0] == 2).all()) for each in cache.keys.values())
+    assert cache.remove(8) == 1 and cache.remove(9) == 0 and cache.bytes_in_use == 0
 
 
-@pytest.mark.parametrize("tokens", [1, 4])
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("form", [{}, {"window": 5}, {"slopes": alibi_slopes(4)}, {"window": 7, "slopes": alibi_slopes(4)}], ids=str)
-def test_core_reads_in_pieces_what_it_reads_at_once(form: dict[str, Any], kv_heads: int, tokens: int) -> None:
-    """Windows too, which no config has yet; and several tokens a step, at another place in each row."""
-    mask, length, first = AttentionMask(**form), 21, (9, 13)
-    q, k, v = (torch.randn(2, heads, length, 8, dtype=torch.float64) for heads in (4, kv_heads, kv_heads))
-    expected = CoreAttention(0.0, "s", "explicit")(q, k, v, mask)
-    reading = Reading(32)
-    core = CachedAttention(reading, None).double()
-    reading.set(None, max(first), False)
-    torch.testing.assert_close(core(q[:, :, :13], k[:, :, :13], v[:, :, :13], mask), expected[:, :, :13])
-    for step in range(2):
-        places = torch.tensor([[start + step * tokens + i for i in range(tokens)] for start in first])
-        reading.set(places, 32, False)
-        pick = places[:, None, :, None]
-        got = core(*(x.gather(2, pick.expand(-1, x.shape[1], -1, 8)) for x in (q, k, v)), mask)
-        torch.testing.assert_close(got, expected.gather(2, pick.expand(-1, 4, -1, 8)))
+def test_a_row_of_its_own_reads_what_training_reads(make) -> None:
+    """Prefill is the training forward's own attention: bit for bit."""
+    model, ids = make(), torch.tensor([RAGGED[2]])
+    with torch.no_grad():
+        view = Prefill(KVCache(model.model, 1, 100), [Piece(0, RAGGED[2])])
+        assert torch.equal(model(ids, cache=view), model(ids))
+        keep = torch.tensor([3, 69, 0, 5])  # four, as MKL multiplies fewer rows by another kernel
+        assert torch.equal(model(ids, logits_to_keep=keep), model(ids)[:, keep])
 
 
 @pytest.mark.slow
@@ -143,15 +162,12 @@ def test_compiled_step_is_one_graph_and_never_compiled_again(make) -> None:
     from torch._dynamo.testing import CompileCounter
 
     model, counter = make(position_embedding_type="alibi", num_query_groups=2), CompileCounter()
-    decoder = Decoder(model, 100)
-    decoder.call, decoder.fixed = torch.compile(model, backend=counter, dynamic=False, fullgraph=True), True
-    for prompts in (RAGGED, [row[::-1] for row in RAGGED]):
+    runner = runner_of(model, 5, 100)
+    runner.run, runner.whole = torch.compile(runner._decode, backend=counter, dynamic=False, fullgraph=True), True
+    for prompts in (RAGGED, [row[::-1] for row in RAGGED], RAGGED[:2]):
         rows = [list(row) for row in prompts]
-        with decoder:
-            logits = decoder.read(rows)
-            for _ in range(20):
-                tokens = logits.argmax(dim=-1)
-                rows = [row + [token] for row, token in zip(rows, tokens.tolist())]
-                logits = decoder.step(tokens)
+        logits = read(runner, rows)
+        for _ in range(20):
+            logits = step(runner, rows, logits.argmax(dim=-1).tolist())
         torch.testing.assert_close(logits, again(model, rows), rtol=0, atol=1e-4)
     assert counter.frame_count == 1

@@ -8,8 +8,8 @@ import torch
 import megalith
 from megalith.common.errors import CheckpointError, ConfigError, DataError
 from megalith.config.model import ModelConfig
-from megalith.generation.cache import Decoder
-from megalith.generation.generate import complete, generate, score
+from megalith.generation.engine import Engine, Request
+from megalith.generation.generate import complete, generate, score, stream
 from megalith.models.bert import BERT
 
 PROMPTS = ["Once upon a time", "Z", "", "東京 and the model wrote a small naïve café"]
@@ -121,7 +121,7 @@ def test_lists_of_tokens_and_models_without_tokenizer(make, tokenizer) -> None:
         generate(model, [[1, 2]])
 
 
-def test_chances_are_those_of_the_model(make) -> None:
+def test_logprobs_are_those_of_the_model(make) -> None:
     model = make(torch.float64, z_loss_coeff=0.1)
     texts = [*PROMPTS, "the model wrote", "small"]
     scores = score(model, texts, batch_size=4)
@@ -141,13 +141,32 @@ def test_nothing_new_is_nothing_new(make) -> None:
     assert complete(make(), []) == []
 
 
-def test_a_decoder_can_be_kept(make) -> None:
+def test_an_engine_can_be_kept(make) -> None:
     model = make(torch.float64)
-    decoder = Decoder(model, 128)
+    engine = Engine(model, max_length=128)
     for _ in range(2):
-        assert generate(decoder, PROMPTS, seed=1, max_new_tokens=7) == generate(model, PROMPTS, seed=1, max_new_tokens=7)
+        assert generate(engine, PROMPTS, seed=1, max_new_tokens=7) == generate(model, PROMPTS, seed=1, max_new_tokens=7)
+        assert engine.cache.bytes_in_use == 0
     with pytest.raises(ConfigError, match=r"found 13\d.*128"):
-        generate(decoder, "Once", max_new_tokens=128)
+        generate(engine, "Once", max_new_tokens=128)
+    engine.add(Request(prompt_ids=[1]))
+    with pytest.raises(ConfigError, match="requests that others added"):
+        generate(engine, "Once")
+
+
+def test_a_stream_can_be_left(make) -> None:
+    model = make()
+    whole = list(stream(model, PROMPTS, seed=2, max_new_tokens=9, num_samples=2))
+    made = complete(model, PROMPTS, seed=2, max_new_tokens=9, num_samples=2)
+    for number, one in enumerate(made):
+        assert [token for row, token, _ in whole if row == number] == one.ids
+        assert "".join(piece for row, _, piece in whole if row == number) == one.continuation
+    engine = Engine(model, max_batch_size=3)
+    pieces = stream(engine, PROMPTS, seed=2)
+    next(pieces)
+    assert engine.busy and engine.cache.bytes_in_use
+    pieces.close()
+    assert not engine.busy and engine.cache.bytes_in_use == 0
 
 
 def test_too_long_names_the_limit(make) -> None:

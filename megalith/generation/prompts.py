@@ -1,0 +1,75 @@
+"""From prompts, texts or tokens, to what a model reads; and what comes of one: a Completion."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from megalith.common.errors import ConfigError, DataError, problem
+from megalith.data.tokenizers import Tokenizer
+from megalith.generation.model import TextModel
+from megalith.generation.stream import TextStream
+
+Prompts = str | Sequence[str] | Sequence[Sequence[int]] | None
+
+
+@dataclasses.dataclass(kw_only=True)
+class Completion:
+    """A prompt and what the model wrote after it.
+
+    prompt_ids, ids: tokens read (with the end-of-document token that stands before an empty prompt) and tokens written
+    (with the one that ended it). prompt, continuation: their texts, without such tokens; None without a tokenizer.
+    answer: whether the continuation stands alone, as what an encoder-decoder writes does.
+    logprobs: natural logarithms of the probabilities that the model gave the tokens of `ids`, before temperature and
+    filters, where asked for. score: of beam search. finish: why it ended, "stop" or "length".
+    """
+
+    prompt_ids: list[int]
+    ids: list[int] = dataclasses.field(default_factory=list)
+    prompt: str | None = None
+    continuation: str | None = None
+    logprobs: list[float] | None = None
+    score: float | None = None
+    finish: str = "length"
+    answer: bool = False
+
+    @property
+    def text(self) -> str:
+        """Prompt and continuation, or the answer alone; needs a tokenizer."""
+        if self.prompt is None or self.continuation is None:
+            raise ConfigError("this model has no tokenizer, so there is no text: use the token numbers in `ids`.")
+        return self.continuation if self.answer else self.prompt + self.continuation
+
+    def stream(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> TextStream:
+        """What turns the tokens written into text."""
+        return TextStream(tokenizer, [] if self.answer else self.prompt_ids, stops)
+
+
+def tokenized(model: TextModel, prompts: Prompts, add_bos: bool = False) -> list[Completion]:
+    """A Completion without continuation for each prompt."""
+    config = model.config
+    if not config.decoder_layers and not config.causal:
+        rule = "text is written, and scored, by models that read from left to right"
+        raise ConfigError(problem("model", config.model_type, rule, "Load a GPT or a T5"))
+    tokenizer, vocabulary, made = model.tokenizer, config.vocab_size, []
+    given: Sequence[str | Sequence[int]] = [""] if prompts is None else [prompts] if isinstance(prompts, str) else prompts
+    for number, prompt in enumerate(given):
+        if isinstance(prompt, str):
+            if tokenizer is None:
+                raise ConfigError("this model has no tokenizer: give prompts as lists of token numbers, or set model.tokenizer.")
+            ids, text = list(map(int, tokenizer.encode(prompt))) if prompt else [], prompt
+        else:
+            ids, text = [int(i) for i in prompt], None if tokenizer is None else tokenizer.decode(prompt)
+        if add_bos or not ids:
+            if tokenizer is None:
+                raise ConfigError(
+                    "an empty prompt starts from the end-of-document token, which only a tokenizer knows: give at least one token."
+                )
+            ids = [tokenizer.require("eod"), *ids]
+        wrong = [i for i in ids if not 0 <= i < vocabulary]
+        if wrong:
+            rule = f"the model's vocabulary has {vocabulary} tokens, numbered from 0"
+            raise DataError(problem(f"prompt {number}, token", wrong[0], rule, "Use the tokenizer that it was trained with"))
+        begun = None if text is None else ""
+        made.append(Completion(prompt_ids=ids, prompt=text, continuation=begun, answer=bool(config.decoder_layers)))
+    return made

@@ -1,0 +1,172 @@
+"""Requests that come and go on one model, each with what it gives alone; and a model that keeps nothing of them."""
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from megalith.common.errors import CheckpointError, ConfigError, DataError
+from megalith.generation.engine import Engine, Event, Request
+from megalith.generation.generate import complete, generate, score
+from megalith.generation.model import TextModel
+from megalith.generation.sampling import SamplingParams
+
+FORMS: dict[str, dict[str, Any]] = {
+    "absolute": {},
+    "rotary, groups": {"position_embedding_type": "rope", "num_query_groups": 2, "normalization": "RMSNorm"},
+    "alibi": {"position_embedding_type": "alibi"},
+    "window": {"position_embedding_type": "rope", "sliding_window": 7, "full_attention_layers": [1]},
+    "t5": {"model_type": "t5", "decoder_num_layers": 2},
+    "t5, relative": {"model_type": "t5", "position_embedding_type": "relative", "normalization": "RMSNorm",
+                     "add_bias_linear": False, "relative_attention_num_buckets": 8,
+                     "relative_attention_max_distance": 12},
+}  # fmt: skip
+
+
+def requests(rng: random.Random, count: int) -> list[Request]:
+    """Of all lengths, ways to choose and ends."""
+    ways = (
+        {"temperature": 0.0},
+        {"temperature": 1.2},
+        {"top_k": 20},
+        {"top_p": 0.9, "top_p_decay": 0.9, "top_p_bound": 0.2},
+        {"temperature": 0.7, "top_k": 50, "top_p": 0.8},
+    )
+    made = []
+    for _ in range(count):
+        params = SamplingParams(
+            max_new_tokens=rng.randint(1, 12), seed=rng.randrange(3), logprobs=True,
+            stop_token_ids=tuple(range(0, 300, 37)), **rng.choice(ways),
+        )  # fmt: skip
+        ids = [rng.randrange(300) for _ in range(rng.choice((1, 2, 3, 5, 17, 62, 63, 64, 70, 120)))]
+        made.append(Request(prompt_ids=ids, params=params, index=rng.randrange(4)))
+    return made
+
+
+def alone(engine: Engine, request: Request) -> list[tuple]:
+    """What a request gives where there is no other."""
+    engine.add(request)
+    events: list[Event] = []
+    while engine.busy:
+        events += engine.step()
+    return [(event.token, event.logprob, event.finish) for event in events]
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """Everything that hangs on a model: attributes, hooks, parameters, buffers, by name and identity."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            inside = {each: id(held) for each, held in value.items()} if isinstance(value, dict) else None
+            found[f"{name}.{attribute}"] = (id(value), inside)
+    return found
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_gives_what_it_gives_alone(form: str, make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """200 requests over all forms that come, wait and are cancelled at random: equal tokens, and log-probabilities to
+    the last bit.
+    """
+    model = make(**FORMS[form])
+    monkeypatch.setattr(TextModel, "decoder_start", 0)
+    rng, engine, given = random.Random(form), Engine(model, max_batch_size=5), dict[int, Request]()
+    before, arriving = state(model.model), requests(rng, 34)
+    made: dict[int, list[tuple]] = {}
+    cancelled: set[int] = set()
+    most = 0
+    while arriving or engine.busy:
+        for _ in range(min(len(arriving), rng.choice((0, 0, 1, 3)))):
+            request = arriving.pop()
+            id = engine.add(request)
+            given[id], made[id] = request, []
+        for event in engine.step():
+            made[event.id].append((event.token, event.logprob, event.finish))
+        most = max(most, engine.cache.bytes_in_use)
+        living = [each.id for each in (*engine.running, *engine.waiting)]
+        if living and rng.random() < 0.1:
+            cancelled.add(chosen := rng.choice(living))
+            assert engine.cancel(chosen) and not engine.cancel(chosen)
+    assert 0 < most <= engine.cache.bytes_allocated and engine.cache.bytes_in_use == 0
+    assert len(cancelled) > 1
+    other = Engine(model, max_batch_size=5)
+    for id, request in given.items():
+        expected = alone(other, request)
+        assert made[id] == (expected[: len(made[id])] if id in cancelled else expected), id
+    assert state(model.model) == before
+
+
+def test_two_engines_on_one_model(make) -> None:
+    model, rng = make(), random.Random(1)
+    pairs = [(Engine(model, max_batch_size=2), request) for request in requests(rng, 2)]
+    for engine, request in pairs:
+        engine.add(request)
+    made: list[list[Event]] = [[], []]
+    while any(engine.busy for engine, _ in pairs):
+        for (engine, _), events in zip(pairs, made):
+            events += engine.step()
+    for (engine, request), events in zip(pairs, made):
+        assert [(event.token, event.logprob, event.finish) for event in events] == alone(engine, request)
+
+
+def test_generation_and_scores_leave_nothing_behind(make) -> None:
+    model = make(z_loss_coeff=0.1)
+    before, tensors = state(model.model), {name: each.clone() for name, each in model.state_dict().items()}
+    complete(model, ["Once", "upon a time"], max_new_tokens=5, seed=1)
+    score(model, ["Once upon a time"])
+    generate(model, "Once", beam_width=3, max_new_tokens=4)
+    assert state(model.model) == before
+    assert all(torch.equal(tensors[name], each) for name, each in model.state_dict().items())
+
+
+def test_memory_bounds_who_works_at_one_time(make) -> None:
+    model = make()
+    row = 2 * 2 * 32 * 4 * 64  # layers, k and v, hidden, bytes, places
+    with pytest.raises(
+        ConfigError,
+        match=rf"max_cache_bytes: found {row - 1}; the cache of one request of 64 tokens takes {row} bytes",
+    ):
+        Engine(model, max_length=64, max_cache_bytes=row - 1)
+    engine = Engine(model, max_length=64, max_cache_bytes=2 * row + 5)
+    assert engine.max_batch_size == 2 and engine.cache.bytes_allocated == 2 * row
+    asked = [SamplingParams(max_new_tokens=2 + number, seed=1) for number in range(4)]
+    ids = [engine.add(Request(prompt_ids=[3], params=params)) for params in asked]
+    assert {event.id for event in engine.step()} == set(ids[:2])  # the others wait
+    assert engine.cache.bytes_of(ids[0]) == row and engine.cache.bytes_in_use == 2 * row
+    assert [(event.id, event.finish) for event in engine.step()] == [(0, "length"), (1, None), (2, None)]
+    while engine.busy:
+        engine.step()
+    assert engine.cache.bytes_in_use == 0
+    with pytest.raises(ConfigError, match=r"found 65 \(60 and 5\); this engine was made for 64"):
+        engine.add(Request(prompt_ids=[1] * 60, params=SamplingParams(max_new_tokens=5)))
+    with pytest.raises(ConfigError, match=r"prompt has 201 tokens.* limit .* 200"):
+        engine.add(Request(prompt_ids=[1] * 201, params=SamplingParams(max_new_tokens=5)))
+    with pytest.raises(DataError, match="found 300"):
+        engine.add(Request(prompt_ids=[1, 300]))
+    with pytest.raises(ConfigError, match="at least one token"):
+        engine.add(Request(prompt_ids=[]))
+    assert not engine.busy and not engine.cancel(99)
+
+
+def test_an_engine_goes_on_after_damaged_weights(make) -> None:
+    """NaN that a request left in the cache is nobody else's."""
+    model, request = make(), Request(prompt_ids=[1, 2], params=SamplingParams(seed=1))
+    engine, weight = Engine(model, max_batch_size=2), model.layers["0"].attention.v.weight
+    kept = weight.detach().clone()
+    weight.data.fill_(float("nan"))
+    engine.add(Request(prompt_ids=[3] * 20))
+    with pytest.raises(CheckpointError, match="NaN"):
+        engine.step()
+    assert not engine.busy and engine.cache.bytes_in_use == 0
+    weight.data.copy_(kept)
+    assert alone(engine, request) == alone(Engine(model, max_batch_size=2), request)
+
+
+def test_one_request_at_a_time_is_equal_to_rounding(make) -> None:
+    """An engine of one row takes other matrix products than one of several."""
+    model = make()
+    for request in requests(random.Random(2), 5):
+        one, many = (alone(Engine(model, max_batch_size=size), request) for size in (1, 4))
+        assert [each[0] for each in one] == [each[0] for each in many]
+        assert [each[1] for each in one] == pytest.approx([each[1] for each in many], abs=1e-4)
