@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 import torch
+from torch import nn
 
 from megalith.common.errors import ConfigError, DataError, problem
 from megalith.config.data import DataConfig
