@@ -23,7 +23,7 @@ SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def load(
-    path: str | os.PathLike | nn.Module,
+    path: str | os.PathLike | nn.Module | TextModel,
     *,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype | None = None,
@@ -41,7 +41,7 @@ def load(
     """A trained model on one device, in evaluation mode; called with ids it gives logits [batch, sequence, vocabulary].
 
     path: a run's folder, a folder of checkpoints, one checkpoint, a Hugging Face folder, a Megatron directory or a zip
-    archive of one, or its URL; or a model of transformers that is in memory. device: auto, cpu, cuda or xpu. dtype: of
+    archive of one, or its URL; or a model in memory, ours or of transformers. device: auto, cpu, cuda or xpu. dtype: of
     the weights and of the computation, float32 unless another is named (bfloat16 halves the memory). iteration: which
     checkpoint (the latest). qkv_layout, swiglu_order, replicas, model_fields (num_attention_heads=16, ...): what other
     formats lack, or say wrongly, by the names that `megalith checkpoint import` has for it. tokenizer: folder of
@@ -65,6 +65,7 @@ def load(
     }
     given = GivenTokenizer(tokenizer, {name: str(value) for name, value in named.items() if value is not None})
     options = dataclasses.replace(reading(qkv_layout, swiglu_order, replicas, model_fields), words=given.words)
+    path = path.model if isinstance(path, TextModel) else path
     model, run_config, own = load_plain(path, device=device, dtype=dtype or torch.float32, iteration=iteration, options=options)
     notes = vars(model).pop("notes", ())  # nothing is hung on the module
     words = load_tokenizer(own, run_config.data) if own is not None and not given else None
