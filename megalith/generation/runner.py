@@ -10,11 +10,13 @@ and data-parallel processes would each have requests of their own.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from megalith.common.errors import ConfigError, problem
 from megalith.generation.cache import Decode, KVCache, Piece, Prefill
 
 PREFILL_TOKENS = 512  # that are read in one call; a longer piece goes alone
@@ -29,6 +31,10 @@ class Runner:
     """
 
     def __init__(self, model: nn.Module, cache: KVCache, *, exact: bool = True, compile: bool = False):
+        if not {"cache", "logits_to_keep"} <= inspect.signature(model.forward).parameters.keys():
+            rule = "text is written by models whose forward takes cache and logits_to_keep"
+            cure = "Add them as megalith/models/gpt.py does"
+            raise ConfigError(problem("model", type(model).__name__, rule, cure))
         self.model, self.cache, self.exact, self.whole = model, cache, exact and cache.rows > 1, compile
         self.decoding = Decode(cache)
         self.run = torch.compile(self._decode, dynamic=False, mode="reduce-overhead") if compile else self._decode

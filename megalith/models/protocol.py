@@ -48,6 +48,9 @@ class LanguageModel(Model, Protocol):
 
     head: hidden states to logits; None in a stage that lacks it.
     token_loss: losses of hidden states (layers/loss.py: TokenLoss).
+
+    Text is written by those whose `forward` takes two more arguments: `cache` (layers/cache.py), which they hand to
+    their blocks and ask for positions, and `logits_to_keep`, the places whose logits are made.
     """
 
     head: nn.Module | None

@@ -211,6 +211,15 @@ def test_the_words_of_the_package(make) -> None:
     assert json.dumps(megalith.generate(make(), ["Once"], max_new_tokens=3))
 
 
+def test_a_model_that_takes_no_cache_is_named(make) -> None:
+    class Bare(type(make().model)):
+        def forward(self, inputs):  # type: ignore[override]
+            return super().forward(inputs)
+
+    with pytest.raises(ConfigError, match=r"found 'Bare'; .*forward takes cache.* Add them"):
+        complete(Bare(make().config).eval(), [[1, 2]])
+
+
 @pytest.mark.parametrize("call", [complete, score])
 def test_only_models_that_read_from_left_to_right_write(call) -> None:
     model = BERT(
