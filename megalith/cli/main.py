@@ -13,6 +13,7 @@ import errno
 import functools
 import hashlib
 import importlib
+import itertools
 import os
 import pathlib
 import re
@@ -25,7 +26,7 @@ import megalith
 from megalith import __version__
 from megalith.common.errors import ConfigError, MegalithError, problem
 from megalith.config import launched
-from megalith.config.text import nearest, unknown, value_text
+from megalith.config.text import fail, nearest, unknown, value_text
 
 ELSEWHERE = "Free space or correct the path, and give the same command again; what was finished is kept"
 WRONG_PATH = "Correct the path, or make what it leads through"
@@ -99,12 +100,19 @@ class Parser(argparse.ArgumentParser):
                 self.print_help()
                 self.exit()
             return argparse.Namespace(handler=self.get_default("handler"), reading=reads(args)), []
-        found, extra = super().parse_known_args(args, namespace)
-        known = re.findall(r"--[a-zA-Z][\w-]*", self.format_help())
-        problems = [unknown("flag", word.partition("=")[0], known, "no option is near") for word in extra if word[:2] == "--"]
+        try:
+            found, extra = super().parse_known_args(args, namespace)
+        except ConfigError as error:  # argparse stops at the first mistake; what it calls missing may be there, mistyped
+            fail([*self._unknown_flags(args), str(error)] if self._subparsers is None else [str(error)])
         if extra:
-            self.error("; ".join(problems) or f"unexpected {' '.join(extra)}")
+            self.error("; ".join(self._unknown_flags(extra)) or f"unexpected {' '.join(extra)}")
         return found, extra
+
+    def _unknown_flags(self, words: Sequence[str]) -> list[str]:
+        """A line for each flag among the words, up to a `--`, that this parser does not have."""
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        flags = [word.partition("=")[0] for word in itertools.takewhile(lambda word: word != "--", words)]
+        return [unknown("flag", flag, known, "no option is near") for flag in flags if flag.startswith("--") and flag not in known]
 
     def _check_value(self, action: argparse.Action, value: object) -> None:
         """A verb of a verb, or a choice, that is not there: the nearest is named, or what it is called here."""

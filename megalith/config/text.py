@@ -40,9 +40,11 @@ def value_text(value: object) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that `name` was probably meant to be, or None where nothing is near."""
-    known = list(known)
-    found = difflib.get_close_matches(name, known, 1) or [each for each in known if len(name) > 3 and name in each]
-    return found[0] if found else None
+    known = {each.removeprefix("--"): each for each in known}  # dashes alone make no two flags alike
+    name = name.removeprefix("--")
+    found = [each for each in known if sorted(each) == sorted(name)]  # letters that changed places, of however short a name
+    found = found or difflib.get_close_matches(name, known, 1) or [each for each in known if len(name) > 3 and name in each]
+    return known[found[0]] if found else None
 
 
 def around(value: int, fitting: Iterable[int]) -> str:

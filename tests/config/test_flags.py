@@ -62,6 +62,8 @@ def test_all_mistakes_at_once():
 
 def test_abbreviations_are_unknown():
     assert texts(flags.read(["--num-lay", "2"])) == ["unknown flag --num-lay: did you mean --num-layers?"]
+    assert texts(flags.read(["--rl", "2"])) == ["unknown flag --rl: did you mean --lr?"]
+    assert texts(flags.read(["--bogus", "2"])) == ["unknown flag --bogus: megalith pretrain --help lists them"]  # and not --loss
 
 
 @given(
