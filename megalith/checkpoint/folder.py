@@ -170,7 +170,7 @@ def find(folder: str | os.PathLike, iteration: int | None = None) -> pathlib.Pat
     else:
         wanted = latest(folder) if iteration is None else iteration
         if wanted is None:
-            if hint := strange(folder):
+            if hint := strange(folder) or runs_in(folder):
                 raise CheckpointError(hint)
             raise CheckpointError(f"{place}: no checkpoint found; it would be a folder such as {folder_name(100)} in it. Check the path.")
         found = _checkpoints(root(folder)).get(wanted)
@@ -193,6 +193,18 @@ def strange(folder: str | os.PathLike) -> str:
         f"{place}: found {found[0].name}, as checkpoints of other programs have it; checkpoints of megalith are folders such as "
         f"{folder_name(100)}. Write megalith checkpoint import {place} FOLDER, and name that folder instead."
     )
+
+
+def runs_in(folder: str | os.PathLike) -> str:
+    """A sentence that names the folders in `folder` that have checkpoints themselves, newest first; '' where there are none."""
+    place, most = pathlib.Path(folder), 8
+    found = [each for each in place.iterdir() if each.is_dir() and iterations(each)] if place.is_dir() else []
+    if not found:
+        return ""
+    found.sort(key=lambda each: root(each).stat().st_mtime, reverse=True)
+    named = ", ".join(f"{each} (step {max(iterations(each))})" for each in found[:most])
+    more = f" and {len(found) - most} more" * (len(found) > most)
+    return f"{place} is a folder of runs; name one of them: {named}{more}."
 
 
 def damage(path: pathlib.Path, problems: list[str]) -> str:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from megalith.checkpoint import huggingface_tokenizer as tokenizer
 from megalith.checkpoint import weights as own_format
-from megalith.checkpoint.folder import is_ours
+from megalith.checkpoint.folder import is_ours, runs_in
 from megalith.checkpoint.manifest import NAME as MANIFEST
 from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError, problem
@@ -115,6 +115,8 @@ def recognise(path: str | os.PathLike) -> str:
         if FORMATS.find(name).recognises(place):
             return name
     refuse_pointers(place)
+    if runs := runs_in(place):
+        raise CheckpointError(runs)
     inside = sorted(each.name for each in place.iterdir())[:8] if place.is_dir() else "a file"
     looks = "; ".join(FORMATS.find(name).looks for name in FORMATS)
     raise CheckpointError(

@@ -6,6 +6,8 @@ import argparse
 import dataclasses
 import sys
 
+from megalith.common.encodings import conversion
+
 EXAMPLE = """example:
   megalith data preprocess --input corpus.jsonl --output-prefix my-gpt2 --tokenizer-type GPT2BPETokenizer \\
       --vocab-file vocab.json --merge-file merges.txt --append-eod --workers 8
@@ -159,4 +161,5 @@ def skipped(result, limit: float) -> str:
     unusable, total = result.num_problems - result.num_empty, result.documents + result.num_problems
     kinds = [f"{unusable} unusable documents ({unusable / total:.2%}; --max-unusable {limit})"] * (unusable > 0)
     kinds += [f"{result.num_empty} without text (--on-empty keep keeps them)"] * (result.num_empty > 0)
-    return f"skipped {' and '.join(kinds)} of {total} documents; {result.report} lists {len(result.problems)} of them"
+    lists = f"{result.report} lists {len(result.problems)} of them"
+    return f"skipped {' and '.join(kinds)} of {total} documents; {lists}. {conversion(result.problems)}".rstrip(". ")

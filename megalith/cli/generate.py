@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megalith.cli.checkpoint_convert import ORDERS
+from megalith.common.encodings import conversion, reason
 from megalith.common.errors import ConfigError, DataError, problem
 from megalith.common.files import write_text
 from megalith.common.outputs import writing
@@ -146,7 +147,8 @@ def read_prompts(args: argparse.Namespace) -> list[str] | None:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: a form feed may be part of a prompt
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(problem("--prompt-file", str(path), f"it must be a readable UTF-8 file ({error})", "Check the path")) from None
+        cure = conversion([reason(error)]).rstrip(". ") if isinstance(error, UnicodeDecodeError) else "Check the path"
+        raise DataError(problem("--prompt-file", str(path), f"it must be a readable UTF-8 file ({error})", cure)) from None
     parse: Callable[[str, str], str] = _json_prompt if path.suffix.lower() == ".jsonl" else lambda line, _: line
     prompts = [parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:

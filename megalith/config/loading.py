@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from megalith.common.encodings import conversion, reason
 from megalith.common.errors import ConfigError, MegalithError, problem
 from megalith.config import flags, legacy
 from megalith.config.architectures import architecture
@@ -114,7 +115,10 @@ def source_texts(recipe: str | None, file: str | None, read_recipe: ReadRecipe |
         if file is not None:
             found.append((file, pathlib.Path(file).read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError) as error:
-        text = problem("--config", file, f"it names a readable YAML file ({error})", "Correct the path; megalith config writes such a file")
+        cure = "Correct the path; megalith config writes such a file"
+        if isinstance(error, UnicodeDecodeError):
+            cure = conversion([reason(error)]).rstrip(". ")
+        text = problem("--config", file, f"it names a readable YAML file ({error})", cure)
         problems.append(Problem(tuple(fields()), text))
     return found
 

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from megalith.common.errors import ConfigError, problem
 from megalith.config import flags
 from megalith.config.loading_values import fields
-from megalith.config.text import Problem, flag, unknown
+from megalith.config.text import Problem, Words, flag, unknown
+
+GLUED = re.compile(r"\s*(?:- )?(\w+):([^\s/\\:]\S*)")  # `name:value`, which YAML takes for one word
+
+
+def _glued(found: str) -> tuple[str, str] | None:
+    """(rule, cure) where what stands there begins with a name, a colon and no blank, and the name is one that we know."""
+    match = GLUED.match(found)
+    names = {*fields(), *(field.section for field in fields().values())}
+    if match is None or match[1] not in names:
+        return None
+    return f"{match[1]}:{match[2]} has no space after the colon, so that YAML reads one word", f"Write {match[1]}: {match[2]}"
 
 
 def load_yaml(text: str, source: str) -> Any:
@@ -31,8 +43,8 @@ def parse_yaml(text: str, source: str, problems: list[Problem], notices: list[st
     if tree is None:
         return {}
     if not isinstance(tree, Mapping):
-        rule = "it maps names to values, as in 'model:' and below it '  num_layers: 4'"
-        problems.append(Problem(tuple(fields()), problem(source, tree, rule, "Correct the file; megalith config writes one")))
+        plain = "it maps names to values, as in 'model:' and below it '  num_layers: 4'", "Correct the file; megalith config writes one"
+        problems.append(Problem(tuple(fields()), problem(source, tree, *(_glued(str(tree)) or plain))))
         return {}
     sections = {field.section for field in fields().values()}
     values: dict[str, Any] = {}
@@ -45,8 +57,9 @@ def parse_yaml(text: str, source: str, problems: list[Problem], notices: list[st
             for name, inner in value.items():
                 _one(str(name), inner, key, source, values, problems, notices)
         elif value is not None:
-            rule = f"{key} is a section: its fields stand below it, indented"
-            problems.append(Problem((), problem(f"{source}: {key}", value, rule, "Indent them, or write fields without a section")))
+            plain = f"{key} is a section: its fields stand below it, indented", "Indent them, or write fields without a section"
+            about_it = tuple(name for name, field in fields().items() if field.section == key)  # what it should set is not missing as well
+            problems.append(Problem(about_it, problem(f"{source}: {key}", value, *(_glued(str(value)) or plain))))
     if values.get("openai_gelu") is False and "bias_gelu_fusion" not in values:  # a whole config from before the latter was a field
         values["bias_gelu_fusion"] = False
         notices.append(f"{source} has openai_gelu: false and no bias_gelu_fusion: GELU is the exact one (erf)")
@@ -84,6 +97,8 @@ def _one(
         values |= old.values
         problems += old.problems
         notices += [f"{source}: {told}" for told in old.notices]
+    elif glued := _glued(name):
+        problems.append(Problem((name.partition(":")[0],), problem(f"{source}: key", Words(name), *glued)))
     else:
         otherwise = "megalith pretrain --help lists the fields as flags"
         sections = dict.fromkeys(field.section for field in fields().values()) if section is None else ()
@@ -123,7 +138,11 @@ def _invalid(source: str, text: str, error: Any) -> str:
         number -= 1
     line = lines[number]
     rule, cure = next(((rule, cure) for words, rule, cure in RULES if words in said), (said, "Correct the line"))
-    if said.endswith("is given twice"):
+    earlier = [(at, found) for at in range(number + 1) if (found := _glued(lines[at]))]  # the parser complains of a line after it
+    if earlier:
+        number, (rule, cure) = earlier[-1]
+        line = lines[number]
+    elif said.endswith("is given twice"):
         rule, cure = f"{said}, and {rule}", cure
     tabs = [at for at, each in enumerate(lines[: number + 1]) if "\t" in each[: len(each) - len(each.lstrip())]]
     if tabs or "'\\t'" in said:

@@ -16,6 +16,7 @@ from megalith.common.errors import ConfigError, DataError, problem
 from megalith.common.memory import available_memory
 from megalith.common.registry import Registry
 from megalith.config.batch_math import global_batch
+from megalith.config.data import DataConfig, shares
 from megalith.config.run import RunConfig
 from megalith.data.blend import normalised, request
 from megalith.data.blended import Blended, Corpus, Endless, prepare
@@ -107,6 +108,25 @@ def told(dataset: Any, most: int = 20) -> list[str]:
     return [] if len(lines) < 2 else lines[:most] + [f"and {len(lines) - most} more"] * (len(lines) > most)
 
 
+def without_validation(data: DataConfig, train: Any) -> str:
+    """Why there is no validation data beside these training data, and the cure."""
+    none = "no validation data, so nothing is validated"
+    if data.train_data_path:
+        return f"{none}: --valid-data-path names some"
+    apart = "name other data by --train-data-path and --valid-data-path instead of --data-path"
+    if not shares(data.split)[1]:
+        return f"{none}: --split {data.split!r} has no share for it. Give it a second number, or {apart}."
+    counts = [row.documents for row in getattr(train, "rows", ())]
+    if not counts:
+        return f"{none}: --split or --valid-data-path gives some"
+    there = f"{sum(counts)} document{'s' * (sum(counts) > 1)}" + f" in {len(counts)} datasets" * (len(counts) > 1)
+    cure = f"Raise its second number, or {apart}"
+    if max(counts) == 1:
+        why = "a plain-text file is one document, whatever its size. "
+        cure = f"{why}Give `megalith data preprocess` JSON lines, a document a line, or {apart}"
+    return f"{none}: of {there} --split {data.split!r} leaves none for it. {cure[0].upper()}{cure[1:]}."
+
+
 @dataclasses.dataclass
 class Row:
     """One source as one split uses it."""
@@ -114,6 +134,7 @@ class Row:
     source: Source
     tokens: int  # of the split's documents
     seq_length: int
+    documents: int  # of the source, whatever the split takes of them
     samples: int = 0
 
     def described(self) -> dict[str, Any]:
@@ -197,7 +218,7 @@ class _Maker:
             weighted = parts[0][0].weight is not None
             rest = "there their weight goes to the others" if weighted else "it reads the others alone"
             warnings.warn(f"--split {self.config.data.split!r} {lost}; {rest}", stacklevel=2)
-        rows = [Row(source, tokens, self.seq_length) for source, _, _, tokens in parts]
+        rows = [Row(source, tokens, self.seq_length, indexed.num_documents) for source, indexed, _, tokens in parts]
         dataset = (
             self._single(parts, size)
             if len(parts) == 1 and sources[0].weight is None

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from megalith.common import units
+from megalith.common.encodings import conversion
 from megalith.common.errors import ConfigError, DataError, problem
 from megalith.common.extras import lacking
 from megalith.data.indexed import best_dtype
@@ -127,7 +128,7 @@ def _encode(
         return PreprocessResult(**done, report=output.report, elapsed=time.monotonic() - started)
 
     inputs.tell(notice)
-    for line in (*_idle(options), *_twice(options, tokenizer)):
+    for line in (*_idle(options), *_twice(options, tokenizer), *_plain(inputs)):
         notice(line)
     fast, encoder = False, "encoder: plain, as asked"
     if options.fast:
@@ -164,7 +165,8 @@ def _encode(
             progress(record, total)
     except BadDocument as error:
         where = _place(error, inputs, options.json_keys, part_bytes)
-        cure = "Correct it, or use --on-error skip" + (" or --on-empty keep" if error.reason.startswith("empty") else "")
+        otherwise = "Correct it, or use --on-error skip" + (" or --on-empty keep" if error.reason.startswith("empty") else "")
+        cure = conversion([error.reason]) + otherwise
         raise DataError(f"{where}: {error.reason}; --on-error fail stops at the first such document. {cure}.") from error
     if _fingerprint(options, inputs, part_bytes, tokenizer.fingerprint()) != key:
         rule = "a file of it, or of the tokenizer, changed while it was read, and the parts are of before and after"
@@ -179,6 +181,16 @@ def _sizes(options: PreprocessOptions, inputs: list[str]) -> tuple[int, int]:
     """Bytes of all inputs, and of a part."""
     total = sum(os.path.getsize(path) for path in inputs)
     return total, max(1, min(max(SMALLEST_PART, min(total // 4096, LARGEST_PART)), -(-total // options.partitions)))
+
+
+def _plain(inputs: Inputs) -> list[str]:
+    """A line about plain text: it has no marks of where a document ends."""
+    texts = [path for path in inputs.files if file_format(path)[0] == "text"]
+    if not texts:
+        return []
+    one = f"{inputs.shown(texts[0], 1)} is plain text and becomes one document"
+    what = one if len(texts) == 1 else f"{len(texts)} files are plain text and become one document each"
+    return [f"{what}, which --split cannot divide; JSON lines hold a document a line"]
 
 
 def _check_keys(options: PreprocessOptions, inputs: Inputs) -> None:
@@ -325,7 +337,8 @@ def _finish(
     if not totals["documents"]:
         found = f"{totals['num_problems']} unusable ones" if totals["num_problems"] else "nothing"
         listed = "".join(f"\n  {line}" for line in problems[:5])
-        raise DataError(problem("--input", found, "the input holds no usable document", "Check --json-keys and the files") + listed)
+        cure = f"{conversion(problems)}Check --json-keys and the files"
+        raise DataError(problem("--input", found, "the input holds no usable document", cure) + listed)
     _require_usable(options, totals)
     output.joining()
     for i, prefix in enumerate(output.prefixes.values()):

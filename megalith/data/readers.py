@@ -17,6 +17,7 @@ from typing import Any
 
 import orjson
 
+from megalith.common import encodings
 from megalith.common.errors import DataError, problem
 from megalith.common.extras import require
 from megalith.common.json_lines import HALF, parse
@@ -155,7 +156,7 @@ def document_of(line: bytes, keys: Sequence[str]) -> list[str]:
     try:
         line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 (byte {error.start} is 0x{line[error.start]:02x})") from error
+        raise ValueError(encodings.reason(error)) from error
     if line.lstrip().startswith(b"["):
         raise ValueError("a JSON list; one object a line is needed (jq -c '.[]' makes lines of a list)")
     try:
@@ -214,7 +215,7 @@ def _read_text(piece: Slice, keys: Sequence[str]) -> Iterator[Batch]:
         batch.texts[keys[0]].append(content.removeprefix(BOM).decode("utf-8"))
         batch.lines.append(1)
     except UnicodeDecodeError as error:
-        batch.problems.append((1, f"not UTF-8 (byte {error.start} is 0x{content[error.start]:02x})"))
+        batch.problems.append((1, encodings.reason(error)))
     yield batch
 
 
@@ -291,8 +292,8 @@ def corpus_texts(
                     yield from batch.texts[key]
             for piece, count in zip(part.slices, lines):
                 before[piece.path] = before.get(piece.path, 0) + count
+    require_usable(unusable, total, max_unusable, problems)  # which lists some where it raises
     for listed in problems:
         notice(f"skipped {listed}")
-    require_usable(unusable, total, max_unusable, problems)
     if unusable:
-        notice(f"skipped {unusable} unusable documents of {total}")
+        notice(f"skipped {unusable} unusable documents of {total}. {encodings.conversion(problems)}".rstrip(". "))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megalith.common.encodings import conversion
 from megalith.common.errors import ConfigError, DataError, problem
 
 # Crawls and dumps of 10^6 documents lose some in a thousand; a wrong key, a foreign file or a damaged one loses a file's worth.
@@ -37,6 +38,6 @@ def require_usable(unusable: int, total: int, limit: float, listed: Sequence[str
         return
     allowed = f"{limit} documents" if isinstance(limit, int) else f"{limit:.4g} of all"
     found = f"{unusable} unusable documents of {total} ({unusable / total:.2%})"
-    cure = f"Correct the input or --json-keys, or allow them: --max-unusable {unusable}"
+    cure = f"{conversion(listed)}Correct the input or --json-keys, or allow them: --max-unusable {unusable}"
     lines = "".join(f"{line}\n" for line in ["documents that cannot be used:", *listed[:5]])
     raise DataError(lines + problem("--input", found, f"--max-unusable is {allowed}", cure))

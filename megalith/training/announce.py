@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megalith.config.stages import layers_of, schedule_of
-from megalith.data.build import told
+from megalith.data.build import told, without_validation
 from megalith.training import saving
 from megalith.training.build import device_name
 from megalith.training.state import Progress
@@ -49,4 +49,4 @@ def announce(
         print(f"  changed since that checkpoint: {line}", flush=True)
     print("".join(f"  {line}\n" for line in told(datasets["train"])), end="", flush=True)
     if datasets["valid"] is None and config.validation.eval_iters:
-        print("no validation data, so nothing is validated: --split or --valid-data-path gives some", flush=True)
+        print(without_validation(config.data, datasets["train"]), flush=True)

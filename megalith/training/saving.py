@@ -82,7 +82,7 @@ def loaded(trainer: Trainer) -> str:
         taken, left, why = ["the weights", *["the optimizer's state"] * bool(trainer.optimizer.state), "the schedule", counts], [], ""
     rest = f"; not {_listed(left)}: {why}" if left else ""
     where = config.checkpoint.load if is_foreign(source) else checkpoint.find(source, config.checkpoint.ckpt_step)
-    return f"loaded from {where}: {_listed(taken)}{rest} (there are no random states to load)"
+    return f"loaded from {where}: {_listed(taken)}{rest}"
 
 
 def _listed(words: list[str]) -> str:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megalith.checkpoint import folder as folders
-from megalith.checkpoint import manifest
+from megalith.checkpoint import formats, manifest
 from megalith.common import files
 from megalith.common.errors import CheckpointError
 
@@ -28,6 +28,17 @@ def test_nothing_there(tmp_path):
         assert folders.iterations(place) == [] and folders.latest(place) is None
         with pytest.raises(CheckpointError, match="no checkpoint found"):
             folders.find(place)
+
+
+def test_a_folder_of_runs_names_them(tmp_path):
+    make(tmp_path / "first/checkpoints", 10, 20)
+    make(tmp_path / "second", 30)
+    (tmp_path / "notes").mkdir()
+    for read in (folders.find, formats.recognise):
+        with pytest.raises(CheckpointError, match="is a folder of runs; name one of them: ") as caught:
+            read(tmp_path)
+        assert f"{tmp_path}/first (step 20)" in str(caught.value) and f"{tmp_path}/second (step 30)" in str(caught.value)
+        assert "notes" not in str(caught.value)
 
 
 def test_found_by_pointer_number_or_path(tmp_path):

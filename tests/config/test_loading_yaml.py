@@ -29,6 +29,9 @@ def test_old_spellings():
         ("model: [", "is not valid YAML"), ("- a\n- b\n", "it maps names to values"), ("lr: 1\nlr: 2\n", "lr is given twice"),
         ("lr: 1\noptimizer: {lr: 2}\n", "it is given twice"), ("model: {a: {b: c}}", "unknown key a"),
         ("modell: {num_layers: 2}", "unknown key modell: did you mean model?"),
+        ("model:\n  hidden_size:32\n", "model: found 'hidden_size:32'; hidden_size:32 has no space after the colon"),
+        ("num_layers:2\nhidden_size:32\n", "num_layers:2 has no space after the colon"),
+        ("model: {num_layers:2}", "key: found num_layers:2; num_layers:2 has no space after the colon"),
         ("1: 2", "unknown key 1"), ("num_experts: 8", "--num-experts 8 cannot be used"),
     ],
 )  # fmt: skip
@@ -51,6 +54,12 @@ def test_every_mistake_is_named(content, message):
         ("lr: !!python/object:os.x 2\n", "without tags (!). Leave the tag out."),
         ("lr: 1\nname: a\x07b\n", "line 2: found '\\x07'; special characters are not allowed. Remove the character."),
         ("name: %x\n", "line 1: found 'name: %x'"),
+        (
+            "model:\n  num_layers: 2\n  hidden_size:32\n  num_attention_heads: 2\nseed: 1\n",
+            "line 3: found '  hidden_size:32'; hidden_size:32 has no space after the colon, so that YAML reads one word. "
+            "Write hidden_size: 32.",
+        ),
+        ("num_layers:2\nhidden_size: 32\n", "line 1: found 'num_layers:2'; num_layers:2 has no space after the colon"),
     ],
 )
 def test_what_is_no_yaml_is_said_in_plain_words(content, told):

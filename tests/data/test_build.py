@@ -8,7 +8,7 @@ import pytest
 from megalith.common.errors import ConfigError, DataError
 from megalith.config.run import RunConfig
 from megalith.data import build
-from megalith.data.build import build_datasets, report, sample_counts, told
+from megalith.data.build import build_datasets, report, sample_counts, told, without_validation
 from megalith.data.indexed import IndexedWriter
 from megalith.data.tntidx import open_indexed
 
@@ -260,3 +260,33 @@ def test_more_samples_than_memory_has_room_for(corpus, monkeypatch):
         build_datasets(few.replace(eval_iters=10**6), Words())
     with pytest.raises(ConfigError, match=r"samples for train: found .*Lower the length of the run"):
         build_datasets(few.replace(train_iters=10**6), Words())
+
+
+@pytest.mark.parametrize(
+    ("documents", "changes", "said"),
+    [
+        (
+            [1],
+            {"split": "90,10,0"},
+            "of 1 document --split '90,10,0' leaves none for it. A plain-text file is one document, what",
+        ),
+        (
+            [1, 1],
+            {"split": "90,10,0"},
+            "of 2 documents in 2 datasets --split '90,10,0' leaves none for it. A plain-text file is one",
+        ),
+        (
+            [3],
+            {"split": "90,10,0"},
+            "of 3 documents --split '90,10,0' leaves none for it. Raise its second number, or name other",
+        ),
+        ([3], {"split": "1"}, "--split '1' has no share for it. Give it a second number, or name other data by --train-data-path"),
+        ([3], {"train_data_path": True}, "no validation data, so nothing is validated: --valid-data-path names some"),
+    ],
+)
+def test_why_there_is_no_validation_data(corpus, documents, changes, said):
+    paths = [corpus(f"d{number}", 1, documents=count) for number, count in enumerate(documents)]
+    given = {"train_data_path": paths} if "train_data_path" in changes else {"data_path": paths, **changes}
+    made = config(**given)
+    built = build_datasets(made, Words())
+    assert built["valid"] is None and said in without_validation(made.data, built["train"])

@@ -341,3 +341,14 @@ def test_plan(tmp_path):
     assert "1 files" in text and "x_a_document.bin and .idx as uint16" in text and "x_b_document" in text
     with pytest.raises(DataError, match="no bos token"):
         plan(dataclasses.replace(options, prepend_bos=True))
+
+
+def test_plain_text_is_said_to_be_one_document(tmp_path):
+    (tmp_path / "in").mkdir()
+    said = []
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "in" / name).write_text("1 2")
+        options = PreprocessOptions(input=[str(tmp_path / "in")], output_prefix=str(tmp_path / name[0]), tokenizer=NULL, workers=1)
+        preprocess(options, notice=said.append)
+    one = f"{tmp_path}/in/a.txt is plain text and becomes one document, which --split cannot divide; JSON lines hold a document a line"
+    assert one in said and any(each.startswith("2 files are plain text and become one document each") for each in said)

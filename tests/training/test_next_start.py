@@ -216,7 +216,7 @@ LOADED = [  # flags, what the line says was loaded, and what was not
         "the weights and the counts of steps and samples; not the optimizer's state and the schedule: --no-load-",
     ),
     ({"skip_train": True}, "the weights and the counts of steps and samples; not the optimizer's state and the schedule: --skip-train"),
-    ({}, "the weights, the optimizer's state, the schedule and the counts of steps and samples (there are no random states to load)\n"),
+    ({}, "the weights, the optimizer's state, the schedule and the counts of steps and samples\n"),
 ]
 
 
