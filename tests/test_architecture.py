@@ -132,6 +132,13 @@ def test_devices_go_through_torch_accelerator(path: pathlib.Path) -> None:
     assert not uses, f"{path.relative_to(ROOT)}: torch.cuda at lines {uses}; use torch.accelerator, so that other devices work too"
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_objects_travel_between_ranks_in_one_place(path: pathlib.Path) -> None:
+    """A simulated world can stand in there."""
+    uses = re.findall(r"\b(?:broadcast|all_gather|gather|scatter|send|recv)_object(?:_list)?\b", path.read_text())
+    assert not uses or path == ROOT / "checkpoint" / "ranks.py", f"{path.relative_to(ROOT)}: {uses}; use Ranks"
+
+
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "tests").rglob("*.py")), ids=lambda path: path.name)
 def test_test_files_are_short_too(path: pathlib.Path) -> None:
     assert path.read_text().count("\n") <= MAX_LINES, f"{path.relative_to(REPOSITORY)}: split it, over {MAX_LINES} lines"

@@ -1,4 +1,8 @@
-"""Several ranks doing one job: what fails on one fails on all, with the same words, and nobody is left waiting."""
+"""Several ranks doing one job: what fails on one fails on all, with the same words, and nobody is left waiting.
+
+The one place where objects travel between ranks, so that a simulated world (torch's `fake` backend: one process as one
+rank of many, whose collectives do nothing) can stand in: there all ranks do what this one does.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +32,11 @@ class Ranks:
         Where the group has no CPU backend (NCCL) one is made beside it, once. Both are collective calls.
         """
         self.group: dist.ProcessGroup | None = None
-        self.rank, self.size = 0, 1
+        self.rank, self.size, self.simulated = 0, 1, False
         if dist.is_available() and dist.is_initialized():
             members: Any = group or dist.group.WORLD
-            self.group = _gloo(members) if own else _cpu(members)
+            self.simulated = dist.get_backend(members) == "fake"
+            self.group = members if self.simulated else _gloo(members) if own else _cpu(members)
             self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
 
     def collect(self, work: Callable[[], Any], conclude: Callable[[list], Any] = list) -> Any:
@@ -59,13 +64,13 @@ class Ranks:
         mine, error = _attempt(work)
         answer: Any = None
         results = self._gather(mine)
-        if self.rank == 0:
+        if concludes := self.rank == 0 or self.simulated:
             failures = {number: result.text for number, result in enumerate(results) if isinstance(result, _Failure)}
             if failures:
                 answer = _Failure(_tell(failures, self.size))
             else:
                 answer, error = _attempt(lambda: conclude(results))
-        if scatter and not isinstance(answer, _Failure) and self.rank == 0:
+        if scatter and not isinstance(answer, _Failure) and concludes:
             answer = [(entry,) for entry in answer]  # a tuple: a failure is told from a result by its type
         answer = self._spread(answer, scatter)
         if isinstance(answer, _Failure):
@@ -73,16 +78,16 @@ class Ranks:
         return answer[0] if scatter else answer
 
     def _gather(self, value: Any) -> list:
-        if self.size == 1:
-            return [value]
+        if self.size == 1 or self.simulated:
+            return [value] * self.size
         results: list | None = [None] * self.size if self.rank == 0 else None
         dist.gather_object(value, results, dst=dist.get_global_rank(self.group, 0), group=self.group)  # type: ignore[arg-type]
         return results or []
 
     def _spread(self, answer: Any, scatter: bool) -> Any:
         """Rank 0's answer to all, or entry by entry; a failure goes to all either way."""
-        if self.size == 1:
-            return answer[0] if scatter and not isinstance(answer, _Failure) else answer
+        if self.size == 1 or self.simulated:
+            return answer[self.rank] if scatter and not isinstance(answer, _Failure) else answer
         source = dist.get_global_rank(self.group, 0)  # type: ignore[arg-type]
         if scatter:
             entries = [answer] * self.size if isinstance(answer, _Failure) else answer

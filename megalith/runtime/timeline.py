@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import torch.distributed as dist
-
+from megalith.checkpoint.ranks import Ranks
 from megalith.parallel.schedules import Span, Work, bubble, order, play
 from megalith.runtime.build import Runtime
 
@@ -49,8 +48,7 @@ def collect(runtime: Runtime) -> Timeline:
     pipeline = runtime.pipeline
     assert pipeline is not None and pipeline.spans is not None, "nothing was timed"
     mine, pipeline.spans = pipeline.spans, None
-    parts: list[list[Span]] = [[] for _ in range(runtime.mesh.size("pp"))]
-    dist.all_gather_object(parts, mine, group=runtime.mesh.devices["pp"].get_group())
+    parts: list[list[Span]] = Ranks(runtime.mesh.devices["pp"].get_group()).collect(lambda: mine)
     measured = [span for part in parts for span in part]
     micro_batches = 1 + max(span.work.micro_batch for span in measured)
     works = [[span.work for span in part] for part in parts]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 import torch.distributed as dist
 
+from megalith.checkpoint.ranks import Ranks
 from megalith.common.errors import ConfigError, MegalithError, RankError, TrainingError
 from megalith.config.run import RunConfig
 from megalith.config.text import flag
@@ -67,20 +68,19 @@ def same_config(config: RunConfig) -> None:
 
     Without this they would wait for one another in different collectives, or train different models in silence.
     """
-    mine = config.flat()
-    first = [mine]
-    dist.broadcast_object_list(first, src=0)
-    other = {name: (first[0][name], value) for name, value in mine.items() if value != first[0][name]}
-    found: list[dict] = [{}] * dist.get_world_size()
-    dist.all_gather_object(found, other)
-    differing = [
-        f"{flag(name)} is {values[0]!r} on rank 0 and {values[1]!r} on rank {rank}"
-        for rank, each in enumerate(found)
-        for name, values in each.items()
-    ]
-    if differing:
+    if differing := Ranks().collect(config.flat, _differing):
         more = f" (and {len(differing) - 8} more)" if len(differing) > 8 else ""
         raise ConfigError(
             f"the ranks were started with different configs: {'; '.join(differing[:8])}{more}; all ranks train one model in one way. "
             f"Start every rank with the same flags and files."
         )
+
+
+def _differing(flats: list[dict]) -> list[str]:
+    """In words, where the configs of ranks differ from that of rank 0."""
+    return [
+        f"{flag(name)} is {flats[0][name]!r} on rank 0 and {value!r} on rank {rank}"
+        for rank, flat in enumerate(flats)
+        for name, value in flat.items()
+        if value != flats[0][name]
+    ]

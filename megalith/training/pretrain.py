@@ -64,7 +64,7 @@ def _train(config: RunConfig, tokenizer: Tokenizer, ours: bool) -> Progress:
             print(line, flush=True)
         with contextlib.ExitStack() as held:
             checks: list[Callable[[], None]] = []
-            on_main(mesh, lambda: checks.append(held.enter_context(run_folder.alone(config))))
+            on_main(lambda: checks.append(held.enter_context(run_folder.alone(config))))
             if Ranks().first(lambda: origin.has_exact_gelu(config)):
                 if mesh.is_main:
                     was = "activation gelu (exact) as what it starts from, which was stored before --bias-gelu-fusion had an effect"
@@ -129,17 +129,18 @@ def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
     return config.replace(vocab_size=size)
 
 
-def on_main(mesh: Mesh, job) -> None:
+def on_main(job: Callable[[], object]) -> None:
     """Run `job` on the first process; an error of it is raised on all, so that none waits for the others."""
-    outcome: list = [None]
-    if mesh.is_main:
+
+    def attempt() -> Exception | None:
         try:
             job()
         except (MegalithError, OSError) as error:
-            outcome = [error]
-    dist.broadcast_object_list(outcome, src=0, device=mesh.device if mesh.device.type != "cpu" else None)
-    if outcome[0] is not None:
-        raise outcome[0]
+            return error
+        return None
+
+    if (error := Ranks().first(attempt)) is not None:
+        raise error
 
 
 def measured(config: RunConfig, mesh: Mesh, step: int) -> set[str]:

@@ -1,10 +1,16 @@
 """Errors of one rank reach all; results arrive where they should; one process needs no group."""
 
+import functools
+
 import pytest
 import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megalith.checkpoint.ranks import Ranks
 from megalith.common.errors import CheckpointError
+from megalith.config.run import RunConfig
+from megalith.training.failures import same_config
+from megalith.training.pretrain import on_main
 
 
 def work(group_size):
@@ -61,3 +67,30 @@ def test_one_process():
     with pytest.raises(CheckpointError, match="ZeroDivisionError") as caught:
         alone.every(lambda: 1 // 0)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+@pytest.fixture
+def simulated():
+    """This process as rank 3 of 8, of which there is only this one."""
+    dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=8)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_simulated_world(simulated):
+    alike = Ranks()
+    assert (alike.rank, alike.size) == (3, 8)
+    assert alike.collect(lambda: 5, sum) == 40
+    assert alike.distribute(lambda: 5, lambda results: [number for number, _ in enumerate(results)]) == 3
+    assert alike.every(lambda: 4) == 4 and alike.first(lambda: "said here") == "said here"
+    with pytest.raises(CheckpointError) as caught:
+        alike.every(lambda: fail("once"))
+    assert str(caught.value) == "once"
+    same_config(RunConfig())
+    on_main(lambda: None)
+    with pytest.raises(OSError, match="no disk"):
+        on_main(functools.partial(refuse, OSError("no disk")))
+
+
+def refuse(error):
+    raise error
