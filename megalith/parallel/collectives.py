@@ -1,4 +1,4 @@
-"""Collectives along the tensor-parallel axis, with gradients, started and finished apart.
+"""Collectives along the tensor-parallel axis, started and finished apart (mappings.py has those with gradients).
 
 They are torch's functional collectives, which compile with fullgraph. Of a started one the result is not there before
 `wait`. torch.distributed.nn.functional.all_gather is not used: its gradients were wrong under gloo.
@@ -35,7 +35,7 @@ class Axis:
         if self.sequence and length % self.size:
             raise ValueError(
                 f"sequence length: found {length}; --sequence-parallel splits it among {self.size} ranks, which must divide it. "
-                f"Pad the sequences, or evaluate inside `parallel.tensor.whole_sequences(model)`."
+                f"Pad the sequences, or evaluate inside `parallel.sequence.whole_sequences(model)`."
             )
 
     def part(self, x: Tensor) -> Tensor:
@@ -78,67 +78,3 @@ def gather_columns(x: Tensor, size: int, group: str) -> Tensor:
     """Join the last dimension of all ranks, [..., n] -> [..., n x t]."""
     parts = wait(ops.all_gather_into_tensor(x.contiguous()[None], size, group))
     return parts.movedim(0, -2).flatten(-2)
-
-
-class Enter(torch.autograd.Function):
-    """Into a split layer: the whole input forward, the sum of its gradients backward."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, size: int, group: str, sequence: bool) -> Tensor:
-        ctx.size, ctx.group, ctx.sequence = size, group, sequence
-        return finish_gather(start_gather(x, size, group), size) if sequence else x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):  # type: ignore[override]
-        if ctx.sequence:
-            return wait(start_scatter(gradient, ctx.size, ctx.group)), None, None, None
-        return wait(start_sum(gradient, ctx.group)), None, None, None
-
-
-class Leave(torch.autograd.Function):
-    """Out of a split layer: the sum of the ranks' shares forward, the whole gradient backward."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, size: int, group: str, sequence: bool) -> Tensor:
-        ctx.size, ctx.group, ctx.sequence = size, group, sequence
-        return wait(start_scatter(x, size, group) if sequence else start_sum(x, group))
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):  # type: ignore[override]
-        if ctx.sequence:
-            gradient = finish_gather(start_gather(gradient, ctx.size, ctx.group), ctx.size)
-        return gradient, None, None, None
-
-
-class Columns(torch.autograd.Function):
-    """Several linear layers, split by rows of their weights, of one input.
-
-    The input is gathered once. Backward, its gradient is on its way while those of the weights are computed; only the
-    local part of the input is kept, and gathered again meanwhile, so that sequence parallelism divides this memory too.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, size: int, group: str, sequence: bool, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        """tensors: the weights [out/t, h], then as many biases [out/t] or None."""
-        weights, biases = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
-        ctx.size, ctx.group, ctx.sequence = size, group, sequence
-        ctx.save_for_backward(x, *weights)
-        whole = finish_gather(start_gather(x, size, group), size) if sequence else x
-        return tuple(torch.nn.functional.linear(whole, weight, bias) for weight, bias in zip(weights, biases))
-
-    @staticmethod
-    def backward(ctx, *gradients: Tensor):  # type: ignore[override]
-        x, *weights = ctx.saved_tensors
-        trained = ctx.needs_input_grad[4:]
-        gather = ctx.sequence and any(trained)
-        whole = start_gather(x, ctx.size, ctx.group) if gather else x
-        rows = [gradient.flatten(0, 1) for gradient in gradients]
-        by_input = rows[0] @ weights[0]
-        for row, weight in zip(rows[1:], weights[1:]):
-            by_input = torch.addmm(by_input, row, weight)
-        by_input = by_input.view(*gradients[0].shape[:2], -1)
-        started = start_scatter(by_input, ctx.size, ctx.group) if ctx.sequence else start_sum(by_input, ctx.group)
-        flat = (finish_gather(whole, ctx.size) if gather else whole).flatten(0, 1)
-        by_weight = [row.t() @ flat if needed else None for row, needed in zip(rows, trained)]
-        by_bias = [row.sum(dim=0) if needed else None for row, needed in zip(rows, trained[len(rows) :])]
-        return wait(started), None, None, None, *by_weight, *by_bias

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from megalith.common.errors import ConfigError, problem
-from megalith.parallel.collectives import Axis, Enter
+from megalith.parallel.collectives import Axis
+from megalith.parallel.mappings import gather_from_sequence_parallel_region
 from megalith.parallel.plan import attentions
 
 WHOLE = ("documents", "padding_mask")  # endings of names: attention asks them of keys too, and every process sees all keys
@@ -113,6 +114,7 @@ def seen_from(relative: Tensor, end: int, length: int) -> Tensor:
 def join(k: Tensor, v: Tensor, axis: Axis) -> tuple[Tensor, ...]:
     """Keys and values [b, m, s/c, d] of all processes, in one collective: [b, m, s, d], in the order of the sequence."""
     held = torch.cat((k.transpose(1, 2), v.transpose(1, 2)), dim=-1)
-    early, late = Enter.apply(held, axis.size, axis.group, True).unflatten(1, (axis.size, 2, -1)).unbind(2)
+    chunks = gather_from_sequence_parallel_region(held, axis).unflatten(1, (axis.size, 2, -1))
+    early, late = chunks.unbind(2)
     whole = torch.cat((early, late.flip(1)), dim=1).flatten(1, 2).transpose(1, 2)
     return whole.split((k.shape[-1], v.shape[-1]), dim=-1)

@@ -19,7 +19,7 @@ from megalith.common.errors import ConfigError
 from megalith.config.parallel import ParallelConfig
 from megalith.config.precision import PrecisionConfig
 from megalith.parallel.mesh import Mesh
-from megalith.parallel.tensor import buckets, local
+from megalith.parallel.sharding import buckets, to_local
 
 BUCKET = 1 << 23  # elements of gradients that replicas sum in one call: 32 MiB of float32
 IN_FLIGHT = 4  # such sums at one time, each with a copy of its gradients
@@ -138,7 +138,7 @@ class Replicas:
         for parameter in self.buckets[self.started]:
             if parameter.grad is None:  # unused on this rank; another may have used it
                 parameter.grad = torch.zeros_like(parameter)
-            gradients.append(local(parameter.grad))
+            gradients.append(to_local(parameter.grad))
         if len(self.in_flight) == IN_FLIGHT:
             self._end()
         flat = torch.cat([gradient.flatten() for gradient in gradients])

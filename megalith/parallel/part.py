@@ -10,7 +10,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from megalith.config.parallel import ParallelConfig
 from megalith.config.precision import PrecisionConfig
-from megalith.parallel import data_parallel, tensor
+from megalith.parallel import data_parallel
+from megalith.parallel.sharding import sum_gradients
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,4 +59,4 @@ class Part:
         """After the last backward pass: the gradients of this part are those of the global batch."""
         if self.replicas is not None:
             self.replicas.finish()
-        tensor.sum_gradients(self.model)
+        sum_gradients(self.model)

@@ -14,7 +14,7 @@ from torch import nn
 
 from megalith.parallel.mesh import Mesh
 from megalith.parallel.part import Part
-from megalith.parallel.tensor import local
+from megalith.parallel.sharding import to_local
 
 Copies = list[tuple[int, str]]  # (stage, name of the parameter there)
 
@@ -46,7 +46,7 @@ class Shared:
             for parameter in parameters:
                 if parameter.grad is None:  # not used in this step; elsewhere it may have been
                     parameter.grad = torch.zeros_like(parameter)
-            gradients = [local(parameter.grad) for parameter in parameters]
+            gradients = [to_local(parameter.grad) for parameter in parameters]
             for other in gradients[1:]:
                 gradients[0].add_(other)
             if group is not None:

@@ -20,13 +20,13 @@ from megalith.config.run import RunConfig
 from megalith.config.stages import SPLIT_BACKWARD, layers_of, schedule_of, stages_of
 from megalith.layers.random import key
 from megalith.models import protocol
-from megalith.parallel import context, data_parallel, plan, recompute
+from megalith.parallel import context, data_parallel, matmul, plan, recompute
 from megalith.parallel.collectives import Axis
 from megalith.parallel.mesh import Mesh, grid, join, start
 from megalith.parallel.part import Part
 from megalith.parallel.pipeline import Pipeline
 from megalith.parallel.pipeline_cut import Cut, canonical_names
-from megalith.parallel.pipeline_deferred import Queue, defer
+from megalith.parallel.pipeline_deferred import Queue
 from megalith.parallel.pipeline_shared import Shared
 from megalith.runtime.initialize import initialize
 
@@ -185,7 +185,7 @@ def settle(
     if mesh.size("tp") > 1:
         plan.apply(model, plan_of(config), Axis(mesh.devices["tp"], config.parallel.sequence_parallel))
     if queue is not None:
-        defer(model, queue)
+        matmul.use(matmul.Matmul(queue), model)
     if mesh.size("cp") > 1:
         context.apply(model, Axis(mesh.devices["cp"]))
     recompute.apply(model, config.recompute)

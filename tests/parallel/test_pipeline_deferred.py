@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megalith.parallel.pipeline_deferred import Linear, Queue, defer
+from megalith.parallel.matmul import Linear, Matmul, use
+from megalith.parallel.pipeline_deferred import Queue
 from megalith.testing import parity, run_ranks
 from tests.parity.cases import SMALL
 
@@ -19,7 +20,7 @@ def test_gradients_come_when_taken_and_are_the_same_to_the_bit():
     model(x).square().sum().backward()
     expected = [parameter.grad for parameter in model.parameters()]
     model.zero_grad()
-    defer(model, queue)
+    use(Matmul(queue), model)
     assert [type(module) for module in model] == [Linear, nn.Tanh, Linear] and list(model.state_dict()) == [
         "0.weight",
         "0.bias",
@@ -38,7 +39,7 @@ def test_gradients_come_when_taken_and_are_the_same_to_the_bit():
 
 def test_each_micro_batch_has_its_own_work():
     model, queue = nn.Sequential(nn.Linear(2, 2)), Queue()
-    defer(model, queue)
+    use(Matmul(queue), model)
     runs = []
     for value in (1.0, 10.0):
         model(torch.full((1, 2), value, requires_grad=True)).sum().backward()
@@ -53,7 +54,7 @@ def test_each_micro_batch_has_its_own_work():
 
 def test_frozen_weights_and_evaluation_leave_nothing_in_the_queue():
     model, queue = nn.Sequential(nn.Linear(2, 2)).requires_grad_(False), Queue()
-    defer(model, queue)
+    use(Matmul(queue), model)
     model(torch.ones(1, 2, requires_grad=True)).sum().backward()
     with torch.no_grad():
         model.requires_grad_(True)(torch.ones(1, 2))

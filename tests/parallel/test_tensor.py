@@ -9,7 +9,8 @@ from torch import Tensor
 from megalith.layers.random import key, normal
 from megalith.parallel import mesh as meshes
 from megalith.parallel.collectives import Axis
-from megalith.parallel.tensor import share, whole_sequences
+from megalith.parallel.sequence import whole_sequences
+from megalith.parallel.sharding import shard_range
 from megalith.runtime.build import Runtime, place
 from megalith.testing import run_ranks
 from megalith.testing.parity import whole
@@ -89,7 +90,7 @@ def test_shares_are_those_of_a_dtensor(size: int, ranks: int) -> None:
     for rank in range(ranks):
         axis = Axis.__new__(Axis)
         axis.size, axis.rank = ranks, rank
-        found.append(share(size, axis))
+        found.append(shard_range(size, axis))
     chunks = [chunk.tolist() for chunk in torch.arange(size).chunk(ranks)]
     chunks += [[]] * (ranks - len(chunks))
     assert [list(range(first, first + number)) for first, number in found] == chunks

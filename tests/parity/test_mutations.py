@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megalith.parallel import collectives, context, pipeline_deferred, styles, tensor
+from megalith.parallel import collectives, context, mappings, matmul, pipeline_deferred, styles, vocabulary
 from megalith.parallel.plans.bert import PLAN as BERT
 from megalith.parallel.plans.gpt import PLAN
 from megalith.parallel.plans.t5 import PLAN as T5
@@ -75,7 +75,7 @@ def unsummed(style: Callable) -> Callable:
 
     def build(module, parent, axis):
         twin = style(module, parent, axis)
-        twin.summed = ()
+        twin.partial_gradients = ()
         return twin
 
     return build
@@ -138,10 +138,20 @@ MUTATIONS: dict[str, tuple[str, str, Callable[[], contextlib.AbstractContextMana
     "attention dropout of all rows": ("dropout", "tp2 sp", lambda: entry("layers.*.attention_dropout", untold)),
     "loss of a part of the vocabulary": ("absolute", "tp2", lambda: entry("token_loss", untold)),
     "up as a copy": ("absolute", "tp2", lambda: entry("layers.*.mlp.up", styles.row)),
-    "forward and backward sums": ("absolute", "tp2", lambda: mock.patch.object(collectives, "start_sum", identity_sum)),
-    "sum of the softmax": ("absolute", "tp2", lambda: mock.patch.object(tensor, "start_sum", identity_sum)),
-    "gathered in another order": ("absolute", "tp2 sp", lambda: mock.patch.object(collectives, "finish_gather", own_gather)),
-    "no sum over copies": ("rotary", "tp2 sp", lambda: mock.patch.object(tensor, "sum_gradients", lambda model: None)),
+    "sums out of regions": ("absolute", "tp2", lambda: mock.patch.object(mappings, "start_sum", identity_sum)),
+    "inputs' gradients not summed": ("absolute", "tp2", lambda: mock.patch.object(matmul, "start_sum", identity_sum)),
+    "sum of the softmax": ("absolute", "tp2", lambda: mock.patch.object(vocabulary, "start_sum", identity_sum)),
+    "gathered in another order": ("absolute", "tp2 sp", lambda: mock.patch.object(matmul, "finish_gather", own_gather)),
+    "gradients gathered in another order": (
+        "absolute",
+        "tp2 sp",
+        lambda: mock.patch.object(mappings, "finish_gather", own_gather),
+    ),
+    "no sum over copies": (
+        "rotary",
+        "tp2 sp",
+        lambda: mock.patch("megalith.parallel.part.sum_gradients", lambda model: None),
+    ),
     "replicas not summed": (
         "absolute",
         "dp2 none",

@@ -29,7 +29,7 @@ def _wrong() -> dict:
 
     def forgets(module, parent, axis):
         twin = styles.copy(module, parent, axis)
-        twin.summed = ()
+        twin.partial_gradients = ()
         return twin
 
     return {**PLAN, "final_norm": forgets}

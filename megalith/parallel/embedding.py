@@ -1,0 +1,66 @@
+"""Embeddings on the tensor-parallel axis. num_embeddings is that of the whole table."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megalith.parallel.collectives import Axis
+from megalith.parallel.mappings import reduce_from_tensor_model_parallel_region
+from megalith.parallel.sharding import shard_range, to_local
+
+
+class ParallelEmbedding(nn.Embedding):
+    """What the embeddings on the axis share."""
+
+    partial_gradients: tuple[str, ...] = ()
+
+    def __init__(self, old: nn.Embedding, axis: Axis):
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim, self.weight, self.axis = (
+            old.num_embeddings,
+            old.embedding_dim,
+            old.weight,
+            axis,
+        )
+
+
+class VocabParallelEmbedding(ParallelEmbedding):
+    """Split by vocabulary: each rank looks up the ids it holds, and the sum over the ranks has them all."""
+
+    def __init__(self, old: nn.Embedding, axis: Axis):
+        super().__init__(old, axis)
+        self.first, self.number = shard_range(old.num_embeddings, axis)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [b, s] -> [b, s, h], under sequence parallelism [b, s/t, h]."""
+        self.axis.check(ids.shape[1])
+        row = ids - self.first
+        here = (row >= 0) & (row < self.number)
+        x = F.embedding(torch.where(here, row, 0), to_local(self.weight))
+        return reduce_from_tensor_model_parallel_region(torch.where(here[..., None], x, 0.0), self.axis)
+
+
+class SequenceParallelEmbedding(ParallelEmbedding):
+    """An embedding that every rank holds whole; under sequence parallelism it looks up its part of the sequence."""
+
+    def __init__(self, old: nn.Embedding, axis: Axis):
+        super().__init__(old, axis)
+        self.partial_gradients = ("weight",) if axis.sequence else ()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [b, s] -> [b, s, h] or [b, s/t, h]."""
+        return F.embedding(self.axis.part(ids), to_local(self.weight))
+
+
+class ParallelRelativeBias(nn.Module):
+    """A relative bias, of which each rank holds its heads (layers/positions.py, RelativeBias)."""
+
+    def __init__(self, old: nn.Module, axis: Axis):
+        super().__init__()
+        self.weight, self.buckets, self.parts, self.axis = old.weight, old.buckets, old.parts, axis
+
+    def forward(self, length: int) -> Tensor:
+        """As RelativeBias, for the heads here."""
+        return F.embedding(self.buckets(length * self.parts, self.weight.device), to_local(self.weight)).t()
