@@ -22,8 +22,9 @@ MODELS: dict[str, dict] = {
     "gpt": {"openai_gelu": True},
     "llama": {"position_embedding_type": "rope", "swiglu": True, "normalization": "RMSNorm", "num_query_groups": 2,
               "add_bias_linear": False, "untie_embeddings_and_output_weights": True, "hidden_dropout": 0.0, "attention_dropout": 0.0},
-    "t5": {"position_embedding_type": "relative", "normalization": "RMSNorm", "add_bias_linear": False, "relu": True,
-           "softmax_scale": 1.0, "initializer_factor": 1.0, "scale_output": True},
+    # T5 v1.1's activation: with ReLU one unit at its kink, where rounding decides, is enough to part two layouts' curves
+    "t5": {"position_embedding_type": "relative", "normalization": "RMSNorm", "add_bias_linear": False,
+           "glu_activation": "geglu_tanh", "softmax_scale": 1.0, "initializer_factor": 1.0, "scale_output": True},
 }  # fmt: skip
 LAYOUTS: dict[str, dict] = {  # of two processes
     "tp2 sp": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
