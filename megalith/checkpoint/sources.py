@@ -36,11 +36,15 @@ def local(source: str | os.PathLike, *, sha256: str | None = None, tell: Tell = 
     Raises CheckpointError where the file cannot be had or has another checksum.
     """
     text = os.fspath(source)
-    is_url = re.match(r"https?://", text) is not None
-    path = download(text, cache() / hashlib.sha256(text.encode()).hexdigest()[:16], tell) if is_url else pathlib.Path(source)
-    if path.is_file() and (is_url or sha256):
+    path = download(text, cache() / hashlib.sha256(text.encode()).hexdigest()[:16], tell) if is_url(text) else pathlib.Path(source)
+    if path.is_file() and (is_url(text) or sha256):
         check(path, sha256, tell)
     return unpack(path, tell) if is_archive(path) else path
+
+
+def is_url(source: str | os.PathLike) -> bool:
+    """Whether a source is an address and no path."""
+    return re.match(r"https?://", os.fspath(source)) is not None
 
 
 def cache() -> pathlib.Path:

@@ -11,14 +11,15 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from megalith.checkpoint.sources import is_url
 from megalith.cli.checkpoint_convert import ORDERS
 from megalith.common.encodings import conversion, reason
-from megalith.common.errors import ConfigError, DataError, problem
+from megalith.common.errors import CheckpointError, ConfigError, DataError, problem
 from megalith.common.files import write_text
 from megalith.common.outputs import writing
 from megalith.common.pointers import refuse_pointer
 from megalith.config.loading_values import fields
-from megalith.config.text import flag
+from megalith.config.text import fail, flag
 
 TOKENIZER = {"tokenizer_type": "TYPE", "vocab_file": "FILE", "merge_file": "FILE", "tokenizer_model": "PATH"}  # instead of a folder
 SHOWN = ("num_attention_heads", "vocab_size", "position_embedding_type")  # what files lack most often
@@ -103,6 +104,10 @@ def generate(args: argparse.Namespace) -> int:
     """Load, write, show; the exit status."""
     out, notice = args.out_file, functools.partial(print, file=sys.stderr, flush=True)
     inputs = [args.prompt_file] if args.prompt_file else []
+    named = {name: getattr(args, name) for name in ("load", "tokenizer", "vocab_file", "merge_file")}
+    absent = [name for name, path in named.items() if path and not is_url(path) and not pathlib.Path(path).exists()]
+    texts = [problem(flag(name), named[name], "there is no such file or folder", "Correct the path") for name in absent]
+    fail(texts, CheckpointError)
     with writing(out, inputs=inputs, overwrite=args.overwrite, flag="--out-file", notice=notice) if out else contextlib.nullcontext():
         return _generate(args)
 

@@ -29,7 +29,8 @@ Precedence: recipe, then --config, then flags; `none` unsets an optional value. 
 old spellings and those not needed here are accepted with a line that says so.
 
 --dry-run needs no corpus, no accelerator and no launcher: it checks for --world-size N processes, else for the number that the
-config or recipe is for (its about: processes), else for the fewest that the layout allows. It lists the files that are missing.
+config or recipe is for (its about: processes), else for the fewest that the layout allows. It lists the files that are missing,
+and ends with status 1 where one that is named is not there or cannot be used.
 """
 OWN = (
     *flags.RUN_FLAGS,
@@ -74,7 +75,7 @@ def pretrain(args: argparse.Namespace) -> int:
 
     config, notices = resolve(
         reading, read_recipe=recipes.text, read_checkpoint=checkpoint_config, read_tokenizer=checkpoint_tokenizer,
-        world_size=world_size, corpus=not dry,
+        world_size=world_size, corpus=not dry, paths=lambda config: () if dry else dry_run.wrong_paths(config),
     )  # fmt: skip
     for notice in notices:
         tell(notice)
@@ -82,10 +83,10 @@ def pretrain(args: argparse.Namespace) -> int:
     if launched.rank() == 0:
         print(shown(config, meant(config)[0], reading.values.get("print_config", "changed")), end="", flush=True)
     if dry:
-        absent = dry_run.missing(config)
-        if absent:
-            tell("the config can work; what a run of it would not find here:" + "".join(f"\n  {line}" for line in absent))
-        return 0
+        faults, unnamed = dry_run.faults(config), list(dry_run.unnamed(config.data))
+        if faults or unnamed:
+            tell("the config can work; what a run of it would not find here:" + "".join(f"\n  {line}" for line in [*faults, *unnamed]))
+        return 1 if faults else 0
     from megalith.training.pretrain import train  # here, because it imports torch
 
     train(config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from megalith.common.encodings import conversion, reason
@@ -45,12 +45,14 @@ def resolve(
     data: bool = True,
     corpus: bool = True,
     one_step: bool = False,
+    paths: Callable[[RunConfig], Iterable[Problem]] = lambda config: (),
 ) -> tuple[RunConfig, list[str]]:
     """A checked config and the notices to show, from what flags.read found.
 
     read_recipe, read_checkpoint: for --recipe and --use-checkpoint-args; without them these flags are errors.
     read_tokenizer: for --use-checkpoint-args, where the command names no tokenizer of its own.
     world_size: number of processes, or what gives it for the config. data, corpus, one_step: as checks.find_problems.
+    paths: what is wrong with the files that a config names.
     Raises ConfigError with every problem of flags, files and their combination.
     """
     problems, notices = list(reading.problems), list(reading.notices)
@@ -84,6 +86,8 @@ def resolve(
     size = world_size if isinstance(world_size, int) else world_size(config)
     found = find_problems(config, size, data=data, corpus=corpus, one_step=one_step)
     problems += [each for each in found if not wrong.intersection(each.fields)]
+    wrong = {field for each in problems if len(each.fields) < len(fields()) for field in each.fields}  # all: a file was not read
+    problems += [each for each in paths(config) if not wrong.intersection(each.fields)]
     fail(each.text for each in problems)
     return config, notices
 

@@ -1,4 +1,4 @@
-"""What `--dry-run` looks at beside the config: the number of processes that it is meant for, and the files that it names. No torch."""
+"""What is looked at beside the config: the files that it names, and the number of processes of a `--dry-run`. No torch."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from megalith.common.errors import MegalithError, problem
 from megalith.config import flags, launched
-from megalith.config.data import TOKENIZER_FILES, DataConfig, unnamed_files
+from megalith.config.data import MADE_FROM, TOKENIZER_FILES, DataConfig, unnamed_files
 from megalith.config.loading import from_yaml
 from megalith.config.loading_yaml import about
 from megalith.config.run import RunConfig
-from megalith.config.text import Problem, flag
+from megalith.config.text import Problem, flag, trouble
 
 ON_THE_HUB = ("HuggingFaceTokenizer", "HFTokenizer")
+CORPORA = ("data_path", "train_data_path", "valid_data_path", "test_data_path", "data_file_list", "titles_data_path")
 OURS = ("gpt", "bert", "t5", "ict")  # datasets made from a corpus; one's own may need none
 
 
@@ -53,24 +55,80 @@ def number_of_processes(reading: flags.Reading, texts: Iterable[tuple[str, str]]
 
 def missing(config: RunConfig) -> list[str]:
     """A line for each corpus, tokenizer file or checkpoint that is not there, is damaged, or is not named by the config."""
+    return [*faults(config), *unnamed(config.data)]
+
+
+def faults(config: RunConfig) -> list[str]:
+    """The lines of `missing` about what the config names."""
     return [*_corpora(config.data), *_tokenizer(config.data), *_checkpoint(config)]
 
 
-def _corpora(data: DataConfig) -> Iterator[str]:
-    from megalith.data.sources import Source, read_list, sources_of  # here, because numpy takes a moment
-    from megalith.data.tntidx import open_indexed
+def wrong_paths(config: RunConfig) -> Iterator[Problem]:
+    """What a run names and is not there, told with the other mistakes of a command. Nothing is opened."""
+    for name, sources in _ways(config.data):
+        from megalith.data.indexed_format import resolve_prefix  # here, because numpy takes a moment
 
-    paths = {name: getattr(data, name) for name in ("data_path", "train_data_path", "valid_data_path", "test_data_path")}
-    ways: list[tuple[str, Callable[[], list[Source]]]] = [
-        (flag(name), functools.partial(sources_of, given, flag(name))) for name, given in paths.items() if given
-    ]
-    if data.data_file_list:
-        ways.append(("--data-file-list", functools.partial(read_list, data.data_file_list)))
-    if not ways and data.dataset in OURS:
+        try:
+            for source in sources():
+                resolve_prefix(source.prefix)
+        except MegalithError as error:
+            yield Problem((name,), f"{flag(name)}: {str(error).removeprefix(f'{flag(name)}: ')}")
+    data, c = config.data, config.checkpoint
+    for name in MADE_FROM.get(data.tokenizer_type or "", TOKENIZER_FILES if data.tokenizer_type in ON_THE_HUB else ()):
+        value = getattr(data, name)
+        if value is not None and not pathlib.Path(value).exists() and not _bare(name, data):
+            yield trouble((name,), flag(name), value, "there is no such file", f"Correct the path after {flag(name)}")
+    yield from _wrong_load(config) if c.load and not c.use_checkpoint_args else ()  # which has read it
+
+
+def _wrong_load(config: RunConfig) -> Iterator[Problem]:
+    from megalith.checkpoint import folder  # here, because few runs need it
+
+    load = folder.load_of(config)
+    if load is None or re.match(r"https?://", load) or (config.checkpoint.finetune and folder.iterations(folder.folder_of(config))):
+        return  # it is not needed, or not here yet
+    if not pathlib.Path(load).exists():
+        yield trouble(("load",), "--load", load, "there is no such file or folder", "Correct the path")
+    elif not folder.is_ours(load) and not folder.strange(load) and (runs := folder.runs_in(load)):
+        yield Problem(("load",), f"--load: {runs}")
+
+
+def _ways(data: DataConfig) -> list[tuple[str, Callable[[], list[Any]]]]:
+    """(field, what gives the Sources that it names) of each field that names corpora."""
+
+    def sources(name: str) -> list[Any]:
+        from megalith.data.sources import Source, read_list, sources_of  # here, because numpy takes a moment
+
+        if name == "data_file_list":
+            return read_list(data.data_file_list or "")
+        given = getattr(data, name)
+        return [Source(given)] if name == "titles_data_path" else sources_of(given, flag(name))
+
+    return [(name, functools.partial(sources, name)) for name in CORPORA if getattr(data, name)]
+
+
+def unnamed(data: DataConfig) -> Iterator[str]:
+    """A line for each thing that a run needs and the config does not name, or names by what is not on this machine."""
+    if not any(getattr(data, name) for name in CORPORA if name != "titles_data_path") and data.dataset in OURS:
         yield "--data-path is not given: the name of a corpus, as `megalith data preprocess` gave it"
-    if data.titles_data_path:
-        ways.append(("--titles-data-path", lambda: [Source(data.titles_data_path)]))
-    for name, sources in ways:
+    if data.tokenizer_type is None:
+        yield "--tokenizer-type is not given, nor a tokenizer's files: the data was made with one, and it has the vocabulary"
+    name, value = "tokenizer_model", data.tokenizer_model
+    if value is not None and _bare(name, data) and not pathlib.Path(value).exists():
+        yield f"{flag(name)}: there is no {value} here, and the Hugging Face Hub would be asked for it"
+    yield from (f"{flag(name)} is not given: {data.tokenizer_type} is made from it" for name in unnamed_files(data))
+
+
+def _bare(name: str, data: DataConfig) -> bool:
+    """Whether a field names a tokenizer of the Hub rather than a file."""
+    return name == "tokenizer_model" and data.tokenizer_type in ON_THE_HUB and not pathlib.Path(getattr(data, name)).suffix
+
+
+def _corpora(data: DataConfig) -> Iterator[str]:
+    from megalith.data.tntidx import open_indexed  # here, because numpy takes a moment
+
+    for field, sources in _ways(data):
+        name = flag(field)
         try:
             found = sources()
         except MegalithError as error:
@@ -87,16 +145,10 @@ def _corpora(data: DataConfig) -> Iterator[str]:
 
 
 def _tokenizer(data: DataConfig) -> Iterator[str]:
-    if data.tokenizer_type is None:
-        yield "--tokenizer-type is not given, nor a tokenizer's files: the data was made with one, and it has the vocabulary"
     for name in TOKENIZER_FILES:
         value = getattr(data, name)
-        if value is None or pathlib.Path(value).exists():
-            continue
-        bare = name == "tokenizer_model" and data.tokenizer_type in ON_THE_HUB and not pathlib.Path(value).suffix
-        hub = ", and the Hugging Face Hub would be asked for it" if bare else ""
-        yield f"{flag(name)}: there is no {value} here{hub}"
-    yield from (f"{flag(name)} is not given: {data.tokenizer_type} is made from it" for name in unnamed_files(data))
+        if value is not None and not pathlib.Path(value).exists() and not _bare(name, data):
+            yield f"{flag(name)}: there is no {value} here"
 
 
 def _checkpoint(config: RunConfig) -> Iterator[str]:

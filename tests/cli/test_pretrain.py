@@ -1,9 +1,11 @@
 """megalith pretrain: what is shown, what is passed on, which statuses."""
 
+import os
 import shlex
 import sys
 import types
 
+import numpy as np
 import pytest
 import yaml
 
@@ -11,15 +13,22 @@ from megalith.cli import pretrain
 from megalith.cli.main import main
 from megalith.common.errors import CheckpointError
 from megalith.config.loading import from_yaml
+from megalith.data.indexed import IndexedWriter
 
 OWN = "megalith.config.architectures:GPT"  # as one's own goes by module:name
 TINY = shlex.split("pretrain gpt --recipe cpu-tiny --data-path a --tokenizer-model t.json")
 
 
 @pytest.fixture
-def trained(monkeypatch):
-    """Configs handed to the training loop, which is replaced."""
+def trained(monkeypatch, tmp_path):
+    """Configs handed to the training loop, which is replaced, in a folder with the files that they name."""
     configs = []
+    monkeypatch.chdir(tmp_path)
+    with IndexedWriter("a", np.uint16) as writer:
+        writer.add_sequence([1, 2, 3])
+        writer.end_document()
+    for name in ("t.json", "v", "m"):
+        (tmp_path / name).touch()
     module = types.ModuleType("megalith.training.pretrain")
     module.train = configs.append
     monkeypatch.setitem(sys.modules, "megalith.training.pretrain", module)
@@ -143,6 +152,26 @@ def test_a_model_that_is_chosen_over_another_is_told(words, line, trained, capsy
     assert f"megalith: {line}\n" in capsys.readouterr().err
 
 
+def test_wrong_paths_are_told_at_once_with_the_other_mistakes(trained, capsys, tmp_path):
+    (tmp_path / "runs/first/checkpoints/iter_0000007").mkdir(parents=True)
+    (tmp_path / "runs/first/checkpoints/iter_0000007/manifest.json").write_text("{}")
+    wrong = shlex.split("pretrain gpt --recipe cpu-tiny --data-path nope --tokenizer-model no.json --load")
+    assert main([*wrong, "nowhere", "--split", "x"]) == 2 and trained == []
+    shown = capsys.readouterr()
+    assert shown.out == "" and "megalith: 4 problems\n  1. --split: found 'x'" in shown.err
+    assert "2. --data-path: no indexed dataset at nope: neither nope.bin nor nope.idx exists." in shown.err
+    assert "3. --tokenizer-model: found 'no.json'; there is no such file. Correct the path after --tokenizer-model." in shown.err
+    assert "4. --load: found 'nowhere'; there is no such file or folder. Correct the path." in shown.err
+    assert main([*TINY, "--load", "runs"]) == 2 and trained == []
+    assert "--load: runs is a folder of runs; name one of them: runs/first (step 7)." in capsys.readouterr().err
+    assert main([*wrong, "nowhere", "--use-checkpoint-args"]) == 2
+    shown = capsys.readouterr().err
+    assert "3 problems" in shown and shown.count("--load: found 'nowhere'; there is no") == 1 and "source:" not in shown
+    assert main([*wrong, "nowhere", "--dry-run"]) == 1
+    shown = capsys.readouterr()
+    assert shown.out.startswith("# 1 process") and shown.err.count("\n  --") == 3
+
+
 def test_every_mistake_at_once_and_nothing_starts(trained, capsys):
     assert main(["pretrain", "gtp", "--recipe", "cpu-tinny", "--num-layers", "x", "--hiden-size", "3"]) == 2
     text = capsys.readouterr().err
@@ -150,7 +179,7 @@ def test_every_mistake_at_once_and_nothing_starts(trained, capsys):
     assert "--num-layers: found 'x'" in text and "did you mean --hidden-size?" in text and trained == []
 
 
-def test_errors_of_the_run_have_another_status(monkeypatch, capsys):
+def test_errors_of_the_run_have_another_status(trained, monkeypatch, capsys):
     module = types.ModuleType("megalith.training.pretrain")
 
     def train(config):
@@ -163,6 +192,8 @@ def test_errors_of_the_run_have_another_status(monkeypatch, capsys):
 
 def test_the_example_of_the_help_runs(trained, capsys):
     lines = [line.split() for line in pretrain.EXAMPLE.splitlines() if line.startswith("  megalith ")]
+    for given, named in (("a.bin", "corpus_text_document.bin"), ("a.idx", "corpus_text_document.idx"), ("t.json", "tokenizer.json")):
+        os.rename(given, named)
     assert lines and all(main(line[1:]) == 0 for line in lines)
 
 

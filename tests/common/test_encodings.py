@@ -25,7 +25,7 @@ def test_every_command_that_reads_text_says_it_and_lists_a_file_once(tmp_path, c
     commands = [
         (1, ["data", "bpe", "--input", str(text), "--vocab-size", "300", "--output", str(tmp_path / "t.json")]),
         (1, ["data", "preprocess", "--input", str(text), *output]),
-        (1, ["generate", "--load", "x", "--prompt-file", str(text)]),
+        (1, ["generate", "--load", str(tmp_path), "--prompt-file", str(text)]),
         (2, ["pretrain", "gpt", "--config", str(yaml)]),
     ]
     for status, command in commands:

@@ -151,6 +151,7 @@ def test_command_names_what_is_wrong(run, tmp_path: pathlib.Path, capsys: pytest
     broken = tmp_path / "p.jsonl"
     broken.write_text('{"prompt": "a"}\n{"promt": "b"}\n')
     cases = [
+        (("--load", tmp_path / "none", "--vocab-file", "no.txt"), 1, "2 problems\n  1. --load: found"),
         (("--load", tmp_path / "none", "--prompt", "a"), 1, "none"),
         (("--load", folder, "--prompt-file", tmp_path / "none.txt"), 1, "none.txt"),
         (("--load", folder, "--prompt-file", broken), 1, "line 2"),

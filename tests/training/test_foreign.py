@@ -190,13 +190,13 @@ def test_the_command_line(sources, corpus, tmp_path, capsys) -> None:
     assert main([*command.split(), "--use-checkpoint-args"]) == 0
     shape = "--num-layers 2 --hidden-size 48 --num-attention-heads 4 --vocab-size 48"
     capsys.readouterr()
-    assert main([*command.split(), *shape.split(), "--dry-run"]) == 0
+    assert main([*command.split(), *shape.split(), "--dry-run"]) == 1
     said = capsys.readouterr().err
     assert "--load: " in said and "holds another model: --ffn-hidden-size is None, was 80" in said
     assert main([*command.split(), "--use-checkpoint-args", "--dry-run"]) == 0
     assert "--load: " not in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
-    assert main([*COMMAND.format(load=tmp_path / "empty", save=tmp_path / "new", corpus=corpus).split(), *shape.split(), "--dry-run"]) == 0
+    assert main([*COMMAND.format(load=tmp_path / "empty", save=tmp_path / "new", corpus=corpus).split(), *shape.split(), "--dry-run"]) == 1
     assert "holds no complete checkpoint (iter_NNNNNNN/), nor weights in another known format" in capsys.readouterr().err
 
 
