@@ -17,6 +17,8 @@ def model_problems(config: RunConfig) -> Iterator[Problem]:
     for name, example in REQUIRED.items():
         if getattr(m, name) is None and not config.checkpoint.use_checkpoint_args:
             cure = f"Write {flag(name)} {example}, or start from a recipe with --recipe"
+            if config.checkpoint.load:
+                cure = f"Write --use-checkpoint-args: the model is that of {config.checkpoint.load}"
             yield trouble((name,), flag(name), None, "a model needs it", cure)
     if sequence is None:
         yield trouble(("seq_length",), "--seq-length", None, "samples need a length", "Write --seq-length 1024")

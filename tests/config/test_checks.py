@@ -66,6 +66,10 @@ COMBINED = [
     ({"save_interval": 100, "keep_every": 250}, "--keep-every: found 250; it must be a multiple of --save-interval, 100"),
     ({"finetune": True}, "--finetune: found no checkpoint folder; it needs a checkpoint to load. Name its folder with --load."),
     ({"use_checkpoint_args": True}, "--use-checkpoint-args: found no --load"),
+    (
+        {"num_layers": None, "load": "llama"},
+        "--num-layers: found nothing; a model needs it. Write --use-checkpoint-args: the model is that of llama.",
+    ),
     ({"data_path": []}, "--data-path: found nothing; the dataset needs a corpus."),
     ({"train_data_path": ["b"]}, "corpus: found --data-path and --train-data-path; it is named in one way."),
     ({"data_path": [], "valid_data_path": ["b"]}, "--valid-data-path: found no --train-data-path"),
