@@ -22,6 +22,7 @@ from megalith.training.state import Progress
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk is full, or what one may use of it
 # gloo raises plain RuntimeErrors: they have its file names, what its sockets say, or that it gave up waiting.
 BROKEN = re.compile(r"gloo/|Connection (closed|reset) by peer|pair closure|Broken pipe|NCCL (error|communicator)", re.IGNORECASE)
+TRUNCATED = re.compile(r"(\S+\.so): (?:file too short|invalid ELF header)")  # what torch.compile stored while it was killed
 
 
 @contextlib.contextmanager
@@ -35,6 +36,11 @@ def named(progress: Progress, again: Callable[[], str] | None = None) -> Iterato
     except Exception as error:
         if isinstance(error, OSError) and error.errno in FULL and again:
             raise TrainingError(f"after step {progress.iteration}: {error}. Free space; {again()}.") from error
+        if broken := TRUNCATED.search(str(error)):
+            raise TrainingError(
+                f"after step {progress.iteration}: {error}; torch.compile keeps what it compiled, and a process that was killed "
+                f"left this file in part. Delete {broken[1]}{f'; {again()}' if again else ''}."
+            ) from error
         if not dist.is_initialized() or dist.get_world_size() == 1:
             raise
         if isinstance(error, TrainingError):  # of the run, not of a rank

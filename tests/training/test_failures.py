@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megalith.common.errors import DataError, RankError
+from megalith.common.errors import DataError, RankError, TrainingError
 from megalith.training.failures import broken_collective, named
 from megalith.training.state import Progress
 
@@ -39,3 +39,10 @@ def test_one_process_needs_no_names():
     with pytest.raises(RuntimeError, match="shapes") as caught, named(Progress()):
         raise torch.OutOfMemoryError("shapes")
     assert not getattr(caught.value, "__notes__", [])
+
+
+def test_a_compiled_file_of_a_killed_process_is_named():
+    """So ended a compiled run beside one that had been killed."""
+    with pytest.raises(TrainingError, match=r"^after step 0: .*file too short; .* Delete /tmp/inductor/tb/c7.main.so; go on.$"):
+        with named(Progress(), lambda: "go on"):
+            raise ImportError("/tmp/inductor/tb/c7.main.so: file too short")
