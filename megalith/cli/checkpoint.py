@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import pathlib
 import re
 from typing import Any
@@ -34,7 +35,7 @@ def register(subparsers: Any) -> None:
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
 
     one = verbs.add_parser("inspect", help="what is in a checkpoint, and what it fits", epilog=EXAMPLES)
-    one.add_argument("path", metavar="PATH", help=PATH)
+    one.add_argument("path", metavar="PATH", help=f"{PATH}; or weights of Megatron or Hugging Face")
     one.add_argument("--ckpt-step", type=int, metavar="N", help="iteration (default: the one that `latest` names)")
     one.add_argument("--with", dest="other", metavar="OTHER", help="compare with another checkpoint, or with a config file (YAML)")
     one.add_argument("--json", action="store_true", help="everything as one JSON object")
@@ -63,12 +64,38 @@ def register(subparsers: Any) -> None:
 
 def inspect(args: argparse.Namespace) -> int:
     """Print what a checkpoint holds; 1 where it is compared with something that does not fit."""
+    if not folder.is_ours(args.path) and folder.strange(args.path) and not args.other:
+        facts = _of_another_program(args.path, args.ckpt_step)
+        print(json.dumps(facts, indent=1) if args.json else "\n".join(_page(facts)))
+        return 0
     path = folder.find(args.path, args.ckpt_step)
     facts = describe(path) | {"config": read_config(path), "train_state": read_train_state(path)}
     if args.other:
         facts["differences"] = _compare(path, pathlib.Path(args.other))
     print(json.dumps(facts, indent=1) if args.json else "\n".join(_page(facts)))
     return 1 if facts.get("differences") else 0
+
+
+def _of_another_program(path: str, iteration: int | None) -> dict[str, Any]:
+    """The facts of weights in another format, as they are read here: the model's tensors by our names, whole, and a config."""
+    from megalith.checkpoint import formats, sources  # here, because these import torch
+    from megalith.checkpoint.megatron.source import layout
+    from megalith.config.loading import to_yaml
+
+    source = sources.local(path)
+    format = formats.recognise(source)
+    weights = formats.read(source, format, formats.Options(iteration=iteration, replicas="first"))
+    tensors: dict[str, dict[str, Any]] = {
+        name: {"shape": list(each.shape), "dtype": str(each.dtype).removeprefix("torch.")} for name, each in weights.tensors.items()
+    }
+    parameters: dict[str, int] = {}
+    for name, each in tensors.items():
+        parameters[part_of(name)] = parameters.get(part_of(name), 0) + math.prod(each["shape"])
+    return {
+        "path": str(path), "iteration": weights.iteration, "format": format, "layout": layout(source) if format == "megatron" else "",
+        "parameters": parameters, "tensors": tensors, "train_state": dict(weights.train_state),
+        "config": to_yaml(weights.config, changed_only=True), "notes": list(weights.notes),
+    }  # fmt: skip
 
 
 def verify(args: argparse.Namespace) -> int:
@@ -130,16 +157,22 @@ def _compare(path: pathlib.Path, other: pathlib.Path) -> list[str]:
 
 def _page(facts: dict[str, Any]) -> list[str]:
     """The facts as lines of text."""
-    by = facts["written_by"]
-    size = f"{units.size(facts['bytes'])} in {len(facts['files'])} files"
+    if "format" in facts:
+        kind = [f"format      {facts['format']}" + f", {facts['layout']}" * bool(facts["layout"])]
+        kind += [f"note        {note}" for note in facts["notes"]]
+    else:
+        by = facts["written_by"]
+        kind = [
+            f"written by  megalith {by['megalith']}, torch {by['torch']}, ranks: {by['ranks']}; schema {facts['schema']}",
+            f"size        {units.size(facts['bytes'])} in {len(facts['files'])} files",
+        ]
     lines = [
         f"checkpoint  {facts['path']}",
         f"iteration   {facts['iteration']}",
-        f"written by  megalith {by['megalith']}, torch {by['torch']}, ranks: {by['ranks']}; schema {facts['schema']}",
-        f"size        {size}",
+        *kind,
         "parameters",
         *(f"  {part:<28} {number:>16,}  ({units.count(number)})" for part, number in facts["parameters"].items()),
-        "tensors",
+        f"tensors     {len(facts['tensors'])}",
         *_tree(facts["tensors"]),
         "train state",
         *(f"  {line}" for line in json.dumps(facts["train_state"], indent=1).splitlines()[1:-1]),

@@ -78,6 +78,14 @@ def unnamed_files(data: DataConfig) -> list[str]:
     return [name for name in MADE_FROM.get(data.tokenizer_type or "", ()) if getattr(data, name) is None]
 
 
+def too_many_words(tokens: int, rows: int) -> str:
+    """What every command tells of a tokenizer with more tokens than its model's embedding has rows, and the cure."""
+    return (
+        f"the tokenizer has {tokens} tokens and the embedding {rows} rows: name the tokenizer that the weights were trained with, by "
+        f"--tokenizer FOLDER, --vocab-file FILE --merge-file FILE, or --tokenizer-model FILE"
+    )
+
+
 def shares(split: str) -> list[float]:
     """The three shares of a split such as "969, 30, 1", summing to 1; what is not given is 0. Raises ConfigError."""
     try:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megalith.common.errors import ConfigError, DataError, problem
-from megalith.config.data import MADE_FROM, TOKENIZER_FILES, TOKENIZERS, DataConfig
+from megalith.config.data import MADE_FROM, TOKENIZER_FILES, TOKENIZERS, DataConfig, too_many_words
 from megalith.config.text import Words, choose, flag
 from megalith.data.tokenizers import RECORD, WORD_PIECES, Tokenizer, load_tokenizer, saved_options, tokenizer_from_config
 
@@ -99,10 +99,7 @@ def _with(data: DataConfig, **values: Any) -> types.SimpleNamespace:
 def misfit(tokens: int, rows: int) -> list[str]:
     """What to tell of a tokenizer with so many tokens for an embedding of so many rows."""
     if tokens > rows:
-        return [
-            f"the tokenizer has {tokens} tokens and the embedding {rows} rows: give the model its own tokenizer with --tokenizer, or more "
-            f"rows with `megalith checkpoint edit`"
-        ]
+        return [f"{too_many_words(tokens, rows)}; `megalith checkpoint edit SOURCE FOLDER --vocab-size {tokens}` gives it more rows"]
     if tokens < rows:
         return [f"the tokenizer has {tokens} tokens and the embedding {rows} rows: the last {rows - tokens} stand for no text"]
     return []

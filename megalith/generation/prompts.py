@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from megalith.common.errors import ConfigError, DataError, problem
+from megalith.config.data import too_many_words
 from megalith.data.tokenizers import Tokenizer
 from megalith.generation.model import TextModel
 from megalith.generation.stream import TextStream
@@ -68,6 +69,9 @@ def tokenized(model: TextModel, prompts: Prompts, add_bos: bool = False) -> list
             ids = [tokenizer.require("eod"), *ids]
         wrong = [i for i in ids if not 0 <= i < vocabulary]
         if wrong:
+            if tokenizer is not None and tokenizer.vocab_size > vocabulary and isinstance(prompt, str):
+                what = f"the prompt {prompt[:40]!r}" if prompt else "the end of document, from which a text without a prompt starts,"
+                raise DataError(f"{too_many_words(tokenizer.vocab_size, vocabulary)}; {what} has token {wrong[0]}.")
             rule = f"the model's vocabulary has {vocabulary} tokens, numbered from 0"
             raise DataError(problem(f"prompt {number}, token", wrong[0], rule, "Use the tokenizer that it was trained with"))
         begun = None if text is None else ""

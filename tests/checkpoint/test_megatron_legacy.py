@@ -123,7 +123,8 @@ def test_what_only_arguments_say(tmp_path: pathlib.Path) -> None:
         skipped = formats.read(megatron_files.write(tmp_path / f"{skip}", config, tensors, args=args | {"window_attn_skip_freq": skip}))
         assert skipped.config.model.full_attention_layers == full
     assert weights.config.schedule.train_samples == 640 and weights.config.schedule.train_iters is None and weights.config.precision.bf16
-    assert "loss_scale: 'many' has no counterpart here and was left out" in weights.notes
+    left = "loss_scale: 'many' has no counterpart here and was left out; nothing is to be done if that is right, else give --loss-scale"
+    assert left in weights.notes
     less = {name: tensor - 1 if name.endswith("norm.weight") else tensor for name, tensor in tensors.items()}
     shifted = formats.read(megatron_files.write(tmp_path / "b", config, less, args=args | {"apply_layernorm_1p": True}))
     assert shifted.config.model.norm == "layernorm"
@@ -148,7 +149,10 @@ def test_the_zip_of_a_release(tmp_path: pathlib.Path, compression: int, new: boo
     monkeypatch.setattr(torch, "save", lambda *args: save(*args, _use_new_zipfile_serialization=new))
     config, tensors = megatron_files.release(tmp_path / "megatron_lm_345m_v0.0.zip", 50257, 50304, compression)
     weights = check(tmp_path / "megatron_lm_345m_v0.0.zip", config, tensors)
-    assert "vocabulary: 50257 of 50304 rows, the size of a GPT2BPETokenizer; --vocab-size says otherwise" in weights.notes
+    assert (
+        "vocabulary: 50257 of 50304 rows, the size of a GPT2BPETokenizer; nothing is to be done if that is right, else give --vocab-size"
+        in weights.notes
+    )
     assert weights.config.model.openai_gelu and weights.config.model.num_attention_heads == 8
 
 

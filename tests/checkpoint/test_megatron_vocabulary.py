@@ -66,6 +66,14 @@ def test_more_words_than_rows_is_an_error(args, overrides, text: str) -> None:
         true_size(args, 128, 1, overrides, [])
 
 
+def test_a_vocabulary_of_another_model_is_told_as_generate_tells_it(tmp_path) -> None:
+    (tmp_path / "vocab.json").write_text(json.dumps({str(number): number for number in range(200)}))
+    with pytest.raises(
+        CheckpointError, match="the tokenizer has 200 tokens and the embedding 128 rows: name the tokenizer that the weights"
+    ):
+        true_size({"tokenizer_type": "GPT2BPETokenizer"}, 128, 1, {"vocab_file": str(tmp_path / "vocab.json")}, [])
+
+
 def test_a_run_with_null_tokenizer_goes_through_megatron_and_on(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
     """As Megatron stores it: vocab_size without the end of document, no orig_vocab_size."""
     config = tiny_config(write_corpus(str(tmp_path / "corpus")), str(tmp_path / "run"), train_iters=2, lr_warmup_iters=0)

@@ -74,7 +74,9 @@ OTHERS = [("tokenizer_type", "PretrainedFromHF"), ("seq_length", 0), ("lr_decay_
 def test_what_our_own_checkpoints_refuse_is_left_out(name: str, value: Any, content: dict, tmp_path: pathlib.Path) -> None:
     """It was written, and the checkpoint could not be opened."""
     found = formats.read(stored(tmp_path, content, **{name: value}))
-    assert f"{name}: {value!r} has no counterpart here and was left out" in found.notes
+    assert any(
+        note.startswith(f"{name}: {value!r} has no counterpart here and was left out; nothing is to be done if") for note in found.notes
+    )
     write(found, tmp_path / "ours")
     assert own(tmp_path / "ours").config.flat()[name] != value
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from megalith import checkpoint
 from megalith.cli.checkpoint import _span
 from megalith.cli.main import main
+from tests.checkpoint import megatron_files
 
 CONFIG = "model:\n  num_layers: 3\n  hidden_size: 4\n  num_attention_heads: 2\n  vocab_size: 6\n"
 
@@ -117,6 +119,26 @@ def test_help_shows_an_example(words, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["checkpoint", *words])
     assert stopped.value.code == 0 and "megalith checkpoint inspect runs/gpt" in capsys.readouterr().out
+
+
+def test_inspect_of_megatrons_files(tmp_path, capsys):
+    """Iteration, layout, what the arguments say as a config, tensors; each note says whether something is to be done."""
+    megatron_files.release(tmp_path / "r.zip", words=60, padded=64)
+    with zipfile.ZipFile(tmp_path / "r.zip") as archive:
+        archive.extractall(tmp_path / "theirs")
+    assert main(["checkpoint", "inspect", str(tmp_path / "theirs")]) == 0
+    page = capsys.readouterr().out
+    for text in (
+        "iteration   0\n",
+        "format      megatron, tensor-parallel 1, pipeline-parallel 1\n",
+        "tensors     20\n",
+        "  hidden_size: 512",
+    ):
+        assert text in page
+    notes = [line for line in page.splitlines() if line.startswith("note ")]
+    assert len(notes) == 3 and all("o be done" in note for note in notes)
+    assert main(["checkpoint", "inspect", str(tmp_path / "theirs"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"]["model"] > 0
 
 
 def test_inspect_and_verify_need_no_torch(tmp_path):

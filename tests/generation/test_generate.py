@@ -10,6 +10,7 @@ from megalith.common.errors import CheckpointError, ConfigError, DataError
 from megalith.config.model import ModelConfig
 from megalith.generation.engine import Engine, Request
 from megalith.generation.generate import complete, generate, score, stream
+from megalith.generation.prompts import tokenized
 from megalith.models.bert import BERT
 
 PROMPTS = ["Once upon a time", "Z", "", "東京 and the model wrote a small naïve café"]
@@ -227,3 +228,21 @@ def test_only_models_that_read_from_left_to_right_write(call) -> None:
     )
     with pytest.raises(ConfigError, match=r"model: found 'bert'; text is written"):
         call(model.eval(), [[1, 2]])
+
+
+@pytest.mark.parametrize(("prompt", "named"), [("Once upon", "the prompt 'Once upon' has token"), (None, "the end of document, from")])
+def test_a_tokenizer_of_another_model_is_the_cause_and_not_the_prompt(make, tokenizer, prompt, named) -> None:
+    model = make(vocab_size=tokenizer.vocab_size - 100)
+    model.tokenizer = _Far(tokenizer)
+    with pytest.raises(DataError, match=f"the tokenizer has 300 tokens and the embedding 200 rows: name the tokenizer that .*{named}"):
+        tokenized(model, prompt)
+
+
+class _Far:
+    """The tokenizer, whose first ids are its last ones."""
+
+    def __init__(self, tokenizer) -> None:
+        self.vocab_size, self.encode = tokenizer.vocab_size, lambda text: [tokenizer.vocab_size - 1]
+
+    def require(self, name: str) -> int:
+        return self.vocab_size - 1

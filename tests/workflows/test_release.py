@@ -123,7 +123,7 @@ def test_the_tokenizer_is_that_of_the_flags_everywhere(run, tmp_path) -> None:
 REFUSED = [
     (f"checkpoint import {GPT} {{new}}/x --num-attention-heads 4 --vocab-file gpt2-vocab.json", "Add --merge-file FILE"),
     (f"checkpoint import {GPT} {{new}}/x --num-attention-heads 4 --tokenizer . --vocab-file bert-vocab.txt", "a model has one tokenizer"),
-    (f"checkpoint import {GPT} {{new}}/x --num-attention-heads 4 --vocab-file bert-vocab.txt", "the embedding has 512 rows"),
+    (f"checkpoint import {GPT} {{new}}/x --num-attention-heads 4 --vocab-file bert-vocab.txt", "and the embedding 512 rows"),
     (f"checkpoint import {GPT} {{new}}/x --num-attention-heads 4 --vocab-file no.json --merge-file no.txt", "there is no such file"),
     (f"generate --load {GPT} --num-attention-heads 4", "has no tokenizer; text needs one. Name its folder with --tokenizer, or its files"),
     (f"generate --load {GPT} --num-attention-heads 4 --tokenizer nowhere", "--tokenizer: found 'nowhere'"),
@@ -145,7 +145,7 @@ def test_two_tokenizers_that_differ_are_named(run, tmp_path) -> None:
     said = run("generate --load {new}/ours --vocab-file {new}/v.json --merge-file gpt2-merges.txt --max-new-tokens 2 --device cpu")
     assert "the tokenizer is the one given, whose words are not those of" in said
     said = run(f"checkpoint import {GPT} {{new}}/more {WORDS} --vocab-size 510")
-    assert "the tokenizer has 512 tokens and the embedding 510 rows: give the model its own tokenizer" in said
+    assert "the tokenizer has 512 tokens and the embedding 510 rows: name the tokenizer that the weights were trained with" in said
     with pytest.raises(ConfigError, match="a checkpoint of megalith says all of its model itself"):
         convert(tmp_path / "ours", tmp_path / "x", to="huggingface", options=Options(overrides={"num_layers": 3}))
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from megalith.checkpoint import unpickle
+from megalith.checkpoint.megatron.vocabulary import IF_RIGHT
 from megalith.common.errors import CheckpointError, problem
 from megalith.config.loading_values import fields
 
@@ -96,7 +97,10 @@ def same_iteration(folder: str, content: Mapping[str, Any]) -> list[str]:
     number, found = re.fullmatch(r"(?:iter_|global_step)(\d+)", folder), content.get("iteration", content.get("total_iters"))
     if number is None or not isinstance(found, int) or found == int(number[1]):
         return []
-    return [f"iteration: {folder} holds files of iteration {found}, which is taken; the folder was renamed, or they are another's"]
+    return [
+        f"iteration: {folder} holds files of iteration {found}, which is taken; the folder was renamed, or they are "
+        f"another's{IF_RIGHT}--ckpt-step"
+    ]
 
 
 def same_names(parts: Sequence[Mapping[str, Any]]) -> None:

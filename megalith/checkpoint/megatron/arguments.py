@@ -9,7 +9,7 @@ from typing import Any
 from megalith.checkpoint.lazy import Lazy
 from megalith.checkpoint.megatron.agreement import HEADS, Told, compare, unsaid
 from megalith.checkpoint.megatron.names import table_of
-from megalith.checkpoint.megatron.vocabulary import true_size
+from megalith.checkpoint.megatron.vocabulary import IF_RIGHT, true_size
 from megalith.checkpoint.unpickle import Stand
 from megalith.common.errors import CheckpointError, problem
 from megalith.config.architectures import architecture
@@ -21,7 +21,7 @@ from megalith.config.megatron_counts import words_asked
 from megalith.config.model import GLU_ACTIVATIONS
 from megalith.config.run import RunConfig
 from megalith.config.source_fields import Kind, Ours, checked
-from megalith.config.text import fail
+from megalith.config.text import fail, flag
 
 POSITIONS = {1: "rope", 2: "learned_absolute", 3: "alibi", "rotary": "rope", "absolute": "learned_absolute"}  # of PositionEmbeddingType
 RENAMED = {  # what other versions and forks call a field of ours
@@ -152,7 +152,7 @@ def _of_arguments(args: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
             value = POSITIONS.get(value, value)
         typed, trouble = convert(field, value, name)
         if trouble or limit(field.name, typed):  # our checkpoints are read back by the same limits
-            notes.append(f"{name}: {value!r} has no counterpart here and was left out")
+            notes.append(f"{name}: {value!r} has no counterpart here and was left out{IF_RIGHT}{flag(field.name)}")
         else:
             values[field.name] = typed
     if args.get("train_samples"):  # Megatron works out both; here a run has one
@@ -230,7 +230,7 @@ def _assumed(
     assumed = {"layernorm_epsilon": 1e-5, **assumed}
     assumed = {name: value for name, value in assumed.items() if name not in given}
     if said := ", ".join(f"{name} {value}" for name, value in assumed.items() if name not in overrides):
-        notes.append(f"the file holds no arguments; assumed: {said}. Give what differs as flags")
+        notes.append(f"the file holds no arguments; assumed: {said}. To be done: give what is otherwise as flags")
     return assumed
 
 

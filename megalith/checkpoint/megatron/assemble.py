@@ -15,6 +15,7 @@ from megalith.checkpoint.megatron.arguments import plain, to_config
 from megalith.checkpoint.megatron.layout import Layout, merge, part_shape
 from megalith.checkpoint.megatron.names import SUMMED, TIED, model_type, rows_of, rows_of_theirs
 from megalith.checkpoint.megatron.replicas import Replicas, total
+from megalith.checkpoint.megatron.vocabulary import IF_RIGHT
 from megalith.checkpoint.unpickle import fields
 from megalith.common.errors import CheckpointError, problem
 from megalith.config.architectures import architecture
@@ -152,7 +153,7 @@ def qkv_layout(options: Options, version: float, notes: list[str]) -> str:
         raise CheckpointError(
             problem("checkpoint_version", version, f"those known are {', '.join(map(str, known))}", "Name the order of rows: --qkv-layout")
         )
-    notes.append(f"checkpoint_version {version}: rows of query_key_value are read as {known[version]}; --qkv-layout says otherwise")
+    notes.append(f"checkpoint_version {version}: rows of query_key_value are read as {known[version]}{IF_RIGHT}--qkv-layout")
     return known[version]
 
 
@@ -163,7 +164,7 @@ def gate_first(options: Options, args: Mapping[str, Any], gated: bool, notes: li
     fork = bool(args.get("glu_activation"))
     if gated:
         order = "the gate second, as Hugging Face's fork has it" if fork else "the gate first"
-        notes.append(f"the halves of dense_h_to_4h are read with {order}; --swiglu-order says otherwise")
+        notes.append(f"the halves of dense_h_to_4h are read with {order}{IF_RIGHT}--swiglu-order")
     return not fork
 
 

@@ -9,6 +9,7 @@ from megalith.checkpoint.formats import Options
 from megalith.checkpoint.megatron import optimizer
 from megalith.checkpoint.megatron.assemble import Parts, Plan
 from megalith.checkpoint.megatron.replicas import Replicas
+from megalith.checkpoint.megatron.vocabulary import NOTHING
 from megalith.checkpoint.unpickle import fields
 from megalith.checkpoint.weights import Weights
 from megalith.config.source_fields import Kind, checked
@@ -47,9 +48,9 @@ def weights_of(
         state |= optimizer.train_state(content)
     notes += replicas.check()
     if "rng_state" in content or "random_rng_state" in content:
-        notes.append("random states were left out: everything random here is a function of seed and step")
+        notes.append("random states were left out: everything random here is a function of seed and step" + NOTHING)
     if classes:
-        notes.append(f"classes that were not loaded, nor needed: {', '.join(sorted(classes))}")
+        notes.append(f"classes that were not loaded, nor needed: {', '.join(sorted(classes))}{NOTHING}")
     return Weights(config=plan.config, tensors=tensors, iteration=iteration_of(content), train_state=state, notes=tuple(notes))
 
 

@@ -21,6 +21,7 @@ import yaml
 from megalith.checkpoint.formats import Options
 from megalith.checkpoint.lazy import Lazy
 from megalith.checkpoint.megatron.names import SUMMED
+from megalith.checkpoint.megatron.vocabulary import NOTHING
 from megalith.checkpoint.unpickle import fields
 from megalith.common.errors import CheckpointError, problem
 
@@ -100,19 +101,23 @@ def arguments(
         SUMMED: parallel,
     }
     if not files:
-        text = "GELU, layernorm_epsilon 1e-05 and plain attention are assumed. Give what differs as flags"
+        text = "GELU, layernorm_epsilon 1e-05 and plain attention are assumed. To be done: give what is otherwise as flags"
         notes.append(f"GPT-NeoX without its configs/: {text} (--openai-gelu where it had bias_gelu_fusion)")
     else:
         found["untie_embeddings_and_output_weights"] = bool(args.get("no_weight_tying"))
     if args.get("tokenizer_type") == "GPT2BPETokenizer":
         found |= {name: args[name] for name in ("tokenizer_type", "vocab_file", "merge_file") if args.get(name)}
     if args.get("bias_gelu_fusion"):
-        notes.append("bias_gelu_fusion: GELU by its tanh approximation, as NeoX trained; its own converter writes hidden_act gelu")
+        notes.append(
+            "bias_gelu_fusion: GELU by its tanh approximation, as NeoX trained; its own converter writes hidden_act gelu" + NOTHING
+        )
     if args.get("openai_gelu"):
         found |= {"openai_gelu": True, "bias_gelu_fusion": False}
-        notes.append("openai_gelu: GELU by its tanh approximation")
+        notes.append("openai_gelu: GELU by its tanh approximation" + NOTHING)
     if parallel and len(_ranks(modules)) > 1:
-        notes.append("gpt_j_residual: biases of attention.dense and mlp.dense_4h_to_h are summed over tensor-parallel ranks, as NeoX does")
+        notes.append(
+            "gpt_j_residual: biases of attention.dense and mlp.dense_4h_to_h are summed over tensor-parallel ranks, as NeoX does" + NOTHING
+        )
     _check_frequencies({**found, **given}, modules)
     return found
 

@@ -19,6 +19,7 @@ from megalith.checkpoint.lazy import Lazy, cat
 from megalith.checkpoint.megatron.assemble import WEIGHTS_ALONE, by_rank
 from megalith.checkpoint.megatron.replicas import Replicas
 from megalith.checkpoint.megatron.source import Rank
+from megalith.checkpoint.megatron.vocabulary import NOTHING
 from megalith.checkpoint.stored import Window
 from megalith.common.errors import CheckpointError, problem
 
@@ -49,7 +50,7 @@ def read(ranks: Sequence[Rank], notes: list[str], replicas: Replicas) -> dict[st
     for rank in ranks:
         for key, table in _of_rank(rank).items():
             tables.setdefault(key, []).append((rank.tensor, rank.name, table))
-    notes.append("optimizer: " + (", ".join(sorted(tables)) + " of every parameter"))
+    notes.append("optimizer: " + (", ".join(sorted(tables)) + " of every parameter" + NOTHING))
     return {key: by_rank(table, replicas, f"optimizer/{key}/") for key, table in tables.items()}
 
 

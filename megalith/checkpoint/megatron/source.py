@@ -78,6 +78,13 @@ def is_release(path: pathlib.Path) -> bool:
         return False
 
 
+def layout(path: pathlib.Path) -> str:
+    """How many ranks the files at `path` are of, tensor- and pipeline-parallel; '' for one file."""
+    found = [match for name in Files.of(path).names if (match := RANK.search(name))]
+    tensor, pipeline = len({match[1] for match in found}), len({match[2] for match in found})
+    return f"tensor-parallel {tensor}, pipeline-parallel {pipeline}" if found else ""
+
+
 def find(files: Files, iteration: int | None) -> str:
     """The folder of the checkpoint to read, "" or ending in "/". Raises CheckpointError where there is none of this iteration."""
     folders = sorted({name[: match.start()] for name in files.names if (match := RANK.search(name) or EXPERT.search(name))})

@@ -8,8 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from megalith.common.errors import CheckpointError, problem
+from megalith.config.data import too_many_words
 from megalith.config.megatron_counts import padded_vocabulary, rows_asked
 
+IF_RIGHT = "; nothing is to be done if that is right, else give "  # how notes end
+NOTHING = "; nothing is to be done"
 ADDED = ("[BOS]", "[EOS]")  # what Megatron's WordPiece tokenizers put behind a vocabulary that lacks them
 SIZES = {  # tokenizers of one size only, with what they add
     "GPT2BPETokenizer": 50257, "BertWordPieceLowerCase": 30522 + len(ADDED), "BertWordPieceCase": 28996 + len(ADDED),
@@ -30,20 +33,22 @@ def true_size(
     if size := args.get("orig_vocab_size"):
         if padded != (expected := padded_vocabulary(int(size), divisor, ranks)) and args.get("make_vocab_size_divisible_by"):
             text = f"as the arguments say (orig_vocab_size), though Megatron pads that to {expected}"
-            notes.append(f"vocabulary: {size} of {padded} rows, {text}; --vocab-size says otherwise")
+            notes.append(f"vocabulary: {size} of {padded} rows, {text}{IF_RIGHT}--vocab-size")
         return _within(int(size), padded, "orig_vocab_size of the arguments", size)
     if size := args.get("vocab_size"):
         rows = _within(rows_asked(int(size), kind), padded, f"vocab_size of the arguments, with the tokenizer {kind}", size)
         if padded != (expected := padded_vocabulary(rows, divisor, ranks)):
             notes.append(
                 f"vocabulary: {rows} of {padded} rows, as the arguments say (vocab_size {size}, {kind}), though Megatron pads that to "
-                f"{expected}; --vocab-size says otherwise"
+                f"{expected}{IF_RIGHT}--vocab-size"
             )
         return rows
     if words := _words(overrides.get("vocab_file"), args, padded, notes):
-        return _within(words, padded, "--vocab-file", words)
+        if words > padded:
+            raise CheckpointError(f"--vocab-file {overrides['vocab_file']}: {too_many_words(words, padded)}.")
+        return words
     if given is not None and given <= padded:
-        notes.append(f"vocabulary: {given} of {padded} rows, the size of the tokenizer that goes along; --vocab-size says otherwise")
+        notes.append(f"vocabulary: {given} of {padded} rows, the size of the tokenizer that goes along{IF_RIGHT}--vocab-size")
         return given
     if words := _words(args.get("vocab_file"), args, padded, notes):
         return _within(words, padded, "vocab_file of the arguments", words)
@@ -51,9 +56,11 @@ def true_size(
     for name, size in candidates.items():
         size += args.get("vocab_extra_ids") or 0
         if padded == padded_vocabulary(size, divisor, ranks):
-            notes.append(f"vocabulary: {size} of {padded} rows, the size of a {name}; --vocab-size says otherwise")
+            notes.append(f"vocabulary: {size} of {padded} rows, the size of a {name}{IF_RIGHT}--vocab-size")
             return size
-    notes.append(f"vocabulary: the true size is not in the file; all {padded} rows are kept (padding among them). --vocab-size cuts it")
+    notes.append(
+        f"vocabulary: the true size is not in the file; all {padded} rows are kept (padding among them){NOTHING}, but --vocab-size cuts it"
+    )
     return padded
 
 
@@ -79,5 +86,7 @@ def _words(file: Any, args: Mapping[str, Any], padded: int, notes: list[str]) ->
     if count + len(added) + extra > padded:  # Megatron's first releases did not add them
         added = []
     size = count + len(added) + extra
-    notes.append(f"vocabulary: {size} words, as {path} has" + f" with {' and '.join(added)}, which the tokenizer adds" * bool(added))
+    notes.append(
+        f"vocabulary: {size} words, as {path} has" + f" with {' and '.join(added)}, which the tokenizer adds" * bool(added) + NOTHING
+    )
     return size
