@@ -14,11 +14,13 @@ import functools
 import hashlib
 import importlib
 import itertools
+import json
 import os
 import pathlib
 import re
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -157,6 +159,9 @@ def say(text: str) -> None:
     try:
         if _first_to_say(PLACE.sub("", text)):
             print(text, file=sys.stderr, flush=True)
+        if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun shows last, below its own traceback
+            with contextlib.suppress(OSError):
+                pathlib.Path(file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}), encoding="utf-8")
     finally:
         if previous is not None:
             signal.signal(signal.SIGTERM, previous)
@@ -207,6 +212,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, ConfigError) else 1
     except OSError as error:
         if isinstance(error, BrokenPipeError):  # `megalith ... | head`
+            if verb == "pretrain" and "--dry-run" not in argv:
+                print("megalith: standard output was closed by what read it, so the run has ended too", file=sys.stderr, flush=True)
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         if error.errno not in CURES or isinstance(error, ConnectionError):

@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import json
 import os
 import pathlib
 import re
@@ -133,7 +134,9 @@ def test_ranks_of_a_torchrun_say_the_same_once(verb, capsys, monkeypatch, tmp_pa
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "attempt_0" / rank / "error.json"))
         monkeypatch.setenv("RANK", rank)
         assert run("try", "--steps", words) == 1
-        assert capsys.readouterr().err == (f"megalith: {words} (on rank {rank} of 2, after step 7)\n" if said else "")
+        text = f"megalith: {words} (on rank {rank} of 2, after step 7)"
+        assert capsys.readouterr().err == (f"{text}\n" if said else "")
+        assert json.loads((tmp_path / "attempt_0" / rank / "error.json").read_text())["message"] == text  # for torchrun's own report
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "gone" / "0" / "error.json"))
     assert run("try", "--steps", "4") == 1 and "megalith: 4" in capsys.readouterr().err
 
@@ -259,3 +262,16 @@ def test_own_warnings_are_printed_as_other_lines_are(capsys):
             warnings.warn_explicit("of another", UserWarning, "/elsewhere/torch.py", 7)
     assert capsys.readouterr().err == "megalith: nothing there\n"
     assert [str(each.message) for each in heard] == ["of another"]
+
+
+@pytest.mark.parametrize(("words", "told"), [(["pretrain"], True), (["pretrain", "--dry-run"], False), (["demo"], False)])
+def test_a_run_whose_output_is_closed_says_so(words, told, monkeypatch, capfd):
+    def handler(args):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    module = types.ModuleType(f"megalith.cli.{words[0]}")
+    module.register = lambda subparsers: subparsers.add_parser(words[0]).set_defaults(handler=handler, reads=list)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(os, "dup2", lambda one, other: None)  # pytest's own output stays open
+    assert run(*words) == 141
+    assert ("standard output was closed by what read it, so the run has ended too" in capfd.readouterr().err) == told
