@@ -104,7 +104,7 @@ def verify(args: argparse.Namespace) -> int:
     paths = [place] if (place / manifest.NAME).exists() else folder.paths(place)
     if not paths:
         none = f"{place}: no checkpoint found; it would be a folder such as {folder.folder_name(100)} in it. Check the path."
-        raise CheckpointError(folder.strange(place) or none)
+        raise CheckpointError(folder.strange(place) or folder.runs_in(place) or none)
     found = {str(path): manifest.verify(path) for path in paths}
     if args.json:
         print(json.dumps(found, indent=1))

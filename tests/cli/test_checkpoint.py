@@ -89,6 +89,13 @@ def test_verify(tmp_path, capsys):
     assert "found config.json, as checkpoints of other programs have it" in capsys.readouterr().err
 
 
+def test_a_folder_of_runs_is_answered_by_their_names(tmp_path, capsys):
+    make(tmp_path / "first/checkpoints", 5)
+    for verb in ("inspect", "verify"):
+        assert main(["checkpoint", verb, str(tmp_path)]) == 1
+        assert f"is a folder of runs; name one of them: {tmp_path}/first (step 5)." in capsys.readouterr().err
+
+
 def test_edit(tmp_path, capsys):
     make(tmp_path / "a")
     command = [
