@@ -22,7 +22,9 @@ def located(load: str | os.PathLike, tell: sources.Tell = lambda line: None) -> 
 def format_of(load: str | os.PathLike) -> str:
     """The name of the format of what --load names. Raises CheckpointError where there is nothing to begin with."""
     if not sources.is_url(load) and not pathlib.Path(load).exists():
-        raise CheckpointError(problem("--load", str(load), "there is no such file or folder", "Correct the path"))
+        raise CheckpointError(
+            problem("--load", str(load), "there is no such file or folder, and so no complete checkpoint", "Correct the path")
+        )
     try:
         return formats.recognise(located(load))
     except CheckpointError as error:
