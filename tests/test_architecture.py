@@ -74,6 +74,17 @@ def test_the_document_has_the_same_table() -> None:
             assert {word.strip() for word in cell.split(",")} - {"nothing"} == ALLOWED[name], name
 
 
+def test_where_would_i_add_names_files_that_exist() -> None:
+    section = (REPOSITORY / "docs/architecture.md").read_text().split("## 10.")[1]
+    rows = {line.split("|")[1].split("(9)")[0].strip(): line for line in section.splitlines() if line.startswith("| ")}
+    asked = ("model", "head", "loss", "optimizer", "file format", "learning-rate schedule", "server field", "evaluation task")
+    assert not [kind for kind in asked if not any(name.startswith(kind) for name in rows)]
+    named = re.findall(r"(?<![\w/])[a-z_0-9/]+/[a-z_0-9]+\.py\b", "".join(rows.values()))
+    assert len(named) > 20 and not [path for path in named if not (ROOT / path).is_file()]
+    for path, table in re.findall(r"(?<![\w/])([a-z_0-9/]+\.py): `(\w+)`", "".join(rows.values())):
+        assert re.search(rf"\b{table}\b", (ROOT / path).read_text()), (path, table)
+
+
 def test_table_has_no_cycle() -> None:
     done: set[str] = set()
     while len(done) < len(ALLOWED):

@@ -45,9 +45,9 @@ def test_every_command_runs(folder: pathlib.Path) -> None:
             (folder / body.split()[1]).write_text(body)
     assert transformers_text(folder / "gpt-hf")
     losses = [losses_of(folder / "runs" / name) for name in ("first", "two", "sharded", "tensor", "pipeline")]
-    assert len(losses[0]) == 40
+    assert [len(each) for each in losses] == [40, 40, 40, 40, 45]  # the last is gone on with, in one process
     for other in losses[1:]:
-        assert other == pytest.approx(losses[0], rel=1e-5)
+        assert other[:40] == pytest.approx(losses[0], rel=1e-5)
     assert losses[0][-1] < losses[0][0] - 1
     assert {"config.yaml", "metrics.jsonl", "loss.png", "checkpoints"} <= {path.name for path in (folder / "runs/first").iterdir()}
 
