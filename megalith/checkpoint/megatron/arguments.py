@@ -284,7 +284,9 @@ def to_arguments(
     model = config.model
     kept = {name: value for name, value in config.flat().items() if fields()[name].section in SECTIONS or name in DATA | PRECISION}
     chunk = None if virtual is None else (model.num_layers or 0) // pipeline // virtual
-    del kept["model_type"]  # an enum there
+    del kept["model_type"], kept["num_classes"]  # an enum there, and the classes of its vision models: ours are the head's rows
+    if model.classifier_dropout is None:
+        del kept["classifier_dropout"]
     return kept | {
         "encoder_num_layers": model.num_layers,
         "decoder_num_layers": model.decoder_layers or None,
