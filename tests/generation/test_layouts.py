@@ -6,7 +6,7 @@ import torch
 from megalith.config.run import RunConfig
 from megalith.generation.cache import KVCache, Piece
 from megalith.generation.runner import Runner
-from megalith.parallel.tensor import whole_sequences
+from megalith.parallel.sequence import whole_sequences
 from megalith.runtime.build import grid, place
 from megalith.testing.ranks import run_ranks
 
