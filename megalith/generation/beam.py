@@ -41,7 +41,8 @@ def beam_search(
     A hypothesis ends at stop_token (default: the tokenizer's end of document), which its ids leave out; its score is
     the sum of its log-probabilities over length ** length_penalty, the length counted with the stop token. Of the 2 x
     beam_width likeliest continuations of a step those that stop are finished if they are among the first beam_width,
-    the others go on. The search ends when the worst finished hypothesis is no worse than the best one that goes on.
+    the others go on. The search ends when the worst finished hypothesis is no worse than the step's likeliest continuation, which may be
+    one that stops.
     """
     if beam_width < 1:
         raise ConfigError(problem("--beam-width", beam_width, "it must be at least 1", "Try 4"))

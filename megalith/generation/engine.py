@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from megalith.common.errors import CheckpointError, ConfigError, DataError, problem
+from megalith.common.errors import ConfigError, DataError, problem
 from megalith.generation.cache import KVCache, Piece
 from megalith.generation.model import TextModel, check_length
 from megalith.generation.runner import Runner
@@ -91,13 +91,16 @@ class Engine:
         see above; without it one request alone is a third faster. Raises ConfigError where no request fits.
         """
         self.text = TextModel.of(model)
-        c, length = self.text.config, max_length or self.text.config.max_position_embeddings
+        c, length = self.text.config, max_length
+        if length is None:
+            length = c.max_position_embeddings
         if length is None:
             rule = "positions of this model have no end, so the length of the cache must be said"
             cure = "Give the most tokens that prompt and text may have together"
             raise ConfigError(problem("max_length", max_length, rule, cure))
-        if max_batch_size < 1:
-            raise ConfigError(problem("max_batch_size", max_batch_size, "it must be at least 1", "Give 1 or more"))
+        for name, value in (("max_batch_size", max_batch_size), ("max_length", length)):
+            if value < 1:
+                raise ConfigError(problem(name, value, "it must be at least 1", "Give 1 or more"))
         self.pair, self.max_length = bool(c.decoder_layers), length
         one = KVCache(self.text.model, 0, length, length if self.pair else 0).bytes_per_row
         if max_cache_bytes is not None:
@@ -110,12 +113,13 @@ class Engine:
         self.runner = Runner(self.text.model, self.cache, exact=batch_invariant, compile=compile)
         self.waiting: collections.deque[_Running] = collections.deque()
         self.running: list[_Running] = []  # in the order of the cache's rows
+        self.events: list[Event] = []  # that no step has given back yet, because an error ended it
         self.added = 0
 
     @property
     def busy(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self.waiting or self.running)
+        return bool(self.waiting or self.running or self.events)
 
     def add(self, request: Request) -> int:
         """Queue a request; its id. It waits while no row is free, and is refused where it could never fit.
@@ -146,6 +150,7 @@ class Engine:
 
     def cancel(self, id: int) -> bool:
         """Forget a request, whether it waits or is at work; whether there was one."""
+        self.events = [event for event in self.events if event.id != id]
         for each in self.waiting:
             if each.id == id:
                 self.waiting.remove(each)
@@ -159,23 +164,25 @@ class Engine:
     def step(self) -> list[Event]:
         """One more token for every request at work, and the first one for those of the waiting for whom there is room,
         in turn.
+
+        An error while these are read dismisses them; the tokens of the others come with the next step.
         """
-        events = []
         if self.running:
             logits = self.runner.step(
                 [each.token for each in self.running],
                 [each.place(self.pair) - 1 for each in self.running],
                 [len(each.request.prompt_ids) for each in self.running] if self.pair else (),
             )
-            events += self._sample(self.running, logits)
+            self.events += self._sample(self.running, logits)
         if joining := self._admit():
-            logits = self.runner.read([self._piece(each) for each in joining])
-            if logits.isnan().any():
+            try:
+                logits = self.runner.read([self._piece(each) for each in joining])
+            except BaseException:  # their rows hold nothing that a next step could go on from
                 for each in joining:
                     self._leave(each)
-                told = "its weights are damaged, or its training had diverged"
-                raise CheckpointError(f"the model's logits are not numbers (NaN): {told}.")
-            events += self._sample(joining, logits)
+                raise
+            self.events += self._sample(joining, logits)
+        events, self.events = self.events, []
         return events
 
     def _admit(self) -> list[_Running]:

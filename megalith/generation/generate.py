@@ -176,9 +176,6 @@ def _prepared(
     if not rows or not max_new_tokens:
         return rows, None, params
     if isinstance(model, Engine):
-        if model.busy:
-            rule = "it works on requests that others added, and their tokens would be lost"
-            raise ConfigError(problem("engine", f"{len(model.running)} at work", rule, "Add requests to it by `add`"))
         engine = model
     else:
         length = max(longest, max_new_tokens + 1) if text.config.decoder_layers else longest + max_new_tokens
@@ -191,11 +188,16 @@ def _prepared(
 def _written(engine: Engine, rows: Sequence[Row], params: SamplingParams) -> Iterator[tuple[int, int, str]]:
     """Work on all of `rows` to their ends: (number of the row, new token, text that became certain by it)."""
     ids = dict[int, Row]()
+    shared = "engine: found requests that others added; their tokens would be lost here. Add these to it by `add` too."
+    if engine.busy:
+        raise ConfigError(shared)
     try:
         for row in rows:
             ids[engine.add(Request(prompt_ids=row.made.prompt_ids, params=params, index=row.number))] = row
         while engine.busy:
             for event in engine.step():
+                if event.id not in ids:
+                    raise ConfigError(shared)
                 row = ids[event.id]
                 piece = row.push(event)
                 if row.done and event.finish is None:  # by a text, which the engine does not know
@@ -213,6 +215,8 @@ def score(model: Model, texts: Prompts, *, add_bos: bool = False, batch_size: in
     counts the first token too.
     """
     text = text_model(model)
+    if batch_size < 1:
+        raise ConfigError(problem("batch_size", batch_size, "it must be at least 1", "Give 1 or more"))
     if text.config.decoder_layers:
         raise ConfigError(problem("model", "t5", "the texts scored are those of models of one stack", "Load a GPT"))
     made = [one.prompt_ids for one in tokenized(text, texts, add_bos)]

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from megalith.common.errors import ConfigError, problem
+from megalith.common.errors import CheckpointError, ConfigError, problem
 from megalith.generation.cache import Decode, KVCache, Piece, Prefill
 
 PREFILL_TOKENS = 512  # that are read in one call; a longer piece goes alone
@@ -54,7 +54,7 @@ class Runner:
         """Read pieces of sequences of different rows; the logits [n, V] after each one's last token, or after every
         token.
         """
-        return torch.cat([self._read(batch, all_logits) for batch in batched(pieces)])
+        return checked(torch.cat([self._read(batch, all_logits) for batch in batched(pieces)]))
 
     def _read(self, pieces: Sequence[Piece], all_logits: bool) -> Tensor:
         ids, source = [i for piece in pieces for i in piece.ids], [i for piece in pieces for i in piece.source]
@@ -83,12 +83,21 @@ class Runner:
             sources = [*sources, *[1] * fill] if sources else ()
         pad = self.pad(len(tokens))
         self.decoding.begin(positions, sources, pad, self.whole, self.exact)
-        return self.run(torch.tensor([[token] for token in (*tokens, *[0] * pad)], device=self.cache.device))[:count]
+        ids = torch.tensor([[token] for token in (*tokens, *[0] * pad)], device=self.cache.device)
+        return checked(self.run(ids)[:count])
 
     def _decode(self, tokens: Tensor) -> Tensor:
         if self.cache.cross:
             return self.model(None, decoder_input_ids=tokens, cache=self.decoding)[:, -1]
         return self.model(tokens, cache=self.decoding)[:, -1]
+
+
+def checked(logits: Tensor) -> Tensor:
+    """The logits; CheckpointError where one is NaN, of which no token and no score could be told."""
+    if logits.isnan().any():
+        told = "its weights are damaged, or its training had diverged"
+        raise CheckpointError(f"the model's logits are not numbers (NaN): {told}.")
+    return logits
 
 
 def batched(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:

@@ -53,7 +53,7 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is taken and nothing is drawn."""
-        return self.top_k == 1 or self.temperature == 0.0
+        return self.top_k == 1 or self.temperature < torch.finfo(torch.float32).tiny
 
     def p_at(self, nth: int) -> float:
         """top_p for the nth new token, counted from 0."""
@@ -96,7 +96,7 @@ def filtered(logits: Tensor, params: SamplingParams, nth: int = 0) -> tuple[Tens
         worst = scores.topk(params.top_k, dim=-1).values[:, -1:]
         scores = scores.masked_fill(scores < worst, float("-inf"))
     weights, p = scores.softmax(dim=-1), params.p_at(nth)
-    if not 0.0 < p < 1.0:
+    if not params.top_p or p == 1.0:  # a p that has decayed to 0 keeps the likeliest token, and is not off
         return weights, None
     # All tokens below this probability together have less than 1 - p, so none of them is kept: mostly few are left to
     # be sorted.

@@ -24,14 +24,21 @@ class Sink(Protocol):
     """Takes the gradients of weights and biases in autograd's stead."""
 
     def put(self, parameter: Tensor, compute: Callable[[], Tensor]) -> None:
-        """compute: makes the gradient of `parameter`; to be called once, in the same order on all ranks."""
+        """compute: makes the gradient of `parameter`; to be called once, in the same order on all ranks.
+
+        Of a layer that is split, `parameter` is the local tensor behind the model's DTensor: what gives the gradient
+        back to autograd there (pipeline_deferred.py) works in every layout. What keeps it elsewhere sees one such tensor
+        for each micro-batch, and gradients that are partial sums over the ranks (sharding.sum_gradients) without it.
+        """
 
 
 class Matmul:
     """The three products (fprop, dgrad, wgrad), on plain tensors of what this rank holds."""
 
     def __init__(self, sink: Sink | None = None):
-        """sink: what gets the gradients of weights and biases, uncomputed; None: autograd, in the backward pass."""
+        """sink: what gets the gradients of weights and biases, uncomputed (a bias that is added to the sum of several
+        ranks' products stays autograd's); None: autograd, in the backward pass.
+        """
         self.sink = sink
 
     def output(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -63,6 +70,8 @@ def linears(
     parameters = (*weights, *biases)
     if matmul.sink is None:
         return _Linears.apply(x, matmul, axis, None, *parameters)
+    if not x.requires_grad and any(each is not None and each.requires_grad for each in parameters):
+        x = x.detach().requires_grad_()  # without any input that needs a gradient there would be no backward pass
     # Detached, so that autograd's own backward pass stops at the activations.
     detached = (None if each is None else each.detach() for each in parameters)
     return _Linears.apply(x, matmul, axis, parameters, *detached)
@@ -93,7 +102,7 @@ class _Linears(torch.autograd.Function):
     def backward(ctx, *gradients: Tensor):  # type: ignore[override]
         x, *weights = ctx.saved_tensors
         matmul, axis, trained = ctx.matmul, ctx.axis, ctx.needs_input_grad[4:]
-        rows = [gradient.flatten(0, -2) for gradient in gradients]
+        rows = [_rows(gradient) for gradient in gradients]
         if ctx.targets is not None:
             _put(matmul, axis if ctx.sequence else None, x, rows, ctx.targets)
         gather = ctx.sequence and any(trained)
@@ -106,7 +115,7 @@ class _Linears(torch.autograd.Function):
             if axis is not None:
                 start = functools.partial(start_scatter, size=axis.size) if ctx.sequence else start_sum
                 by_input = start(by_input, group=axis.group)
-        flat = (finish_gather(whole, axis.size) if gather else whole).flatten(0, -2)
+        flat = _rows(finish_gather(whole, axis.size) if gather else whole)
         by_weight = [matmul.weight_gradient(row, flat) if needed else None for row, needed in zip(rows, trained)]
         by_bias = [row.sum(dim=0) if needed else None for row, needed in zip(rows, trained[len(rows) :])]
         if by_input is not None and axis is not None:
@@ -119,13 +128,18 @@ def _put(matmul: Matmul, axis: Axis | None, x: Tensor, rows: Sequence[Tensor], t
 
     @functools.cache
     def whole() -> Tensor:
-        return (x if axis is None else finish_gather(start_gather(x, axis.size, axis.group), axis.size)).flatten(0, -2)
+        return _rows(x if axis is None else finish_gather(start_gather(x, axis.size, axis.group), axis.size))
 
     for row, weight, bias in zip(rows, *_halves(targets)):
         if weight.requires_grad:
             matmul.sink.put(weight, functools.partial(lambda row: matmul.weight_gradient(row, whole()), row))
         if bias is not None and bias.requires_grad:
             matmul.sink.put(bias, functools.partial(row.sum, dim=0))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., m] -> [n, m]."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _halves(parameters: Sequence) -> tuple[Sequence, Sequence]:
@@ -140,12 +154,7 @@ class Linear(nn.Linear):
 
     def __init__(self, old: nn.Linear):
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.weight, self.bias = (
-            old.in_features,
-            old.out_features,
-            old.weight,
-            old.bias,
-        )
+        self.__dict__.update(old.__dict__)  # parameters, hooks, training
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
@@ -153,11 +162,12 @@ class Linear(nn.Linear):
 
 
 def use(matmul: Matmul, model: nn.Module) -> None:
-    """Make all linear layers of `model` compute with `matmul`; it may be a stage, and split by a plan."""
+    """Make all linear layers in `model` compute with `matmul`; it may be a stage, and split by a plan."""
+    made: dict[nn.Module, Linear] = {}  # a layer may have several names
     for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if type(child) is nn.Linear:
+                module._modules[name] = made.setdefault(child, Linear(child))
+    for module in model.modules():
         if isinstance(module, Linear):
             module.matmul = matmul
-        for name, child in module.named_children():
-            if type(child) is nn.Linear:
-                setattr(module, name, Linear(child))
-                getattr(module, name).matmul = matmul

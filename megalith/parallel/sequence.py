@@ -39,7 +39,7 @@ class SequenceParallelDropout(nn.Module):
 def whole_sequences(model: nn.Module) -> Iterator[None]:
     """Evaluate with sequences whole on every rank, so that any length works (generation). Not for training."""
     found = (getattr(module, "axis", None) for module in model.modules())
-    axes = {id(axis): axis for axis in found if axis is not None and axis.sequence}
+    axes = {id(axis): axis for axis in found if isinstance(axis, Axis) and axis.sequence}
     for axis in axes.values():
         axis.sequence = False
     try:

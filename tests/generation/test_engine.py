@@ -9,7 +9,7 @@ from torch import nn
 
 from megalith.common.errors import CheckpointError, ConfigError, DataError
 from megalith.generation.engine import Engine, Event, Request
-from megalith.generation.generate import complete, generate, score
+from megalith.generation.generate import complete, generate, score, stream
 from megalith.generation.model import TextModel
 from megalith.generation.sampling import SamplingParams
 
@@ -147,6 +147,9 @@ def test_memory_bounds_who_works_at_one_time(make) -> None:
     with pytest.raises(ConfigError, match="at least one token"):
         engine.add(Request(prompt_ids=[]))
     assert not engine.busy and not engine.cancel(99)
+    for wrong in ({"max_length": 0}, {"max_length": -100}, {"max_batch_size": 0}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            Engine(engine.text, **wrong)
 
 
 def test_an_engine_goes_on_after_damaged_weights(make) -> None:
@@ -161,6 +164,34 @@ def test_an_engine_goes_on_after_damaged_weights(make) -> None:
     assert not engine.busy and engine.cache.bytes_in_use == 0
     weight.data.copy_(kept)
     assert alone(engine, request) == alone(Engine(model, max_batch_size=2), request)
+
+
+def test_an_error_while_a_prompt_is_read_costs_nobody_else_a_token(make) -> None:
+    """The newcomer is dismissed, and the other's token of that step comes with the next."""
+    model, request = make(), Request(prompt_ids=[7, 8, 9], params=SamplingParams(seed=1, max_new_tokens=5))
+    expected = [token for token, *_ in alone(Engine(model, max_batch_size=2), request)]
+    engine = Engine(model, max_batch_size=2)
+    first, found = engine.add(request), [engine.step()[0].token]
+    read, engine.runner.read = engine.runner.read, lambda pieces: (_ for _ in ()).throw(MemoryError("none left"))
+    engine.add(Request(prompt_ids=[5] * 4))
+    with pytest.raises(MemoryError):
+        engine.step()
+    engine.runner.read = read
+    while engine.busy:
+        events = engine.step()
+        assert {event.id for event in events} == {first}
+        found += [event.token for event in events]
+    assert found == expected and engine.cache.bytes_in_use == 0
+
+
+def test_two_texts_are_not_streamed_from_one_engine_at_once(make) -> None:
+    engine = Engine(make(), max_batch_size=2)
+    one, two = (stream(engine, "Once", max_new_tokens=4, stop_at_eod=False) for _ in range(2))
+    next(one)
+    with pytest.raises(ConfigError, match="requests that others added"):
+        next(two)
+    list(one)
+    assert not engine.busy and list(stream(engine, "Once", max_new_tokens=4))
 
 
 def test_one_request_at_a_time_is_equal_to_rounding(make) -> None:

@@ -1,5 +1,6 @@
 """Whole generations: rows that do not notice each other, seeds, ends, scores, streams, errors."""
 
+import functools
 import json
 
 import pytest
@@ -202,9 +203,12 @@ def test_wrong_values(make) -> None:
     for wrong in ({"num_samples": 0}, {"max_new_tokens": -1}, {"batch_size": 0}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             generate(model, "Once", **wrong)
+    with pytest.raises(ConfigError, match="batch_size: found 0"):
+        score(model, "Once", batch_size=0)
     model.final_norm.weight.data.fill_(float("nan"))
-    with pytest.raises(CheckpointError, match="NaN"):
-        generate(model, "Once")
+    for write in (generate, score, functools.partial(generate, beam_width=2)):
+        with pytest.raises(CheckpointError, match="NaN"):
+            write(model, "Once")
 
 
 def test_the_words_of_the_package(make) -> None:

@@ -76,6 +76,12 @@ def test_top_p_decays_to_its_bound() -> None:
     assert (draw(sampling, 0, chances) > 0).sum() == 4 and (draw(sampling, 2, chances) > 0).sum() == 1
 
 
+def test_top_p_that_has_decayed_to_nothing_is_not_off() -> None:
+    params = SamplingParams(top_p=0.9, top_p_decay=0.1)
+    for nth in (100, 400):  # a number, then 0.0
+        assert draw(params, nth)[3] == 1.0
+
+
 def test_a_draw_belongs_to_seed_row_and_place() -> None:
     logits, places = torch.zeros(50, 1000), torch.arange(50)
     plain, rows = SamplingParams(), list(range(50))

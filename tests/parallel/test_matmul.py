@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from megalith.layers.mask import AttentionMask
 from megalith.parallel import mesh as meshes
 from megalith.parallel.matmul import Linear, Matmul, linear, linears, use
+from megalith.parallel.pipeline_deferred import Queue
 from megalith.runtime.build import place
 from megalith.testing import run_ranks
 from tests.parity.cases import config_of
@@ -14,7 +15,7 @@ from tests.parity.cases import config_of
 
 def test_the_default_is_torchs_to_the_bit():
     torch.manual_seed(0)
-    for shape, bias in [((2, 4, 5), True), ((2, 4, 5), False), ((3, 5), True)]:
+    for shape, bias in [((2, 4, 5), True), ((2, 4, 5), False), ((3, 5), True), ((5,), True)]:
         layer, x = nn.Linear(5, 7, bias=bias), torch.randn(shape)
         found = []
         for compute in (layer, lambda x, layer=layer: linear(x, layer.weight, layer.bias, Matmul())):
@@ -112,6 +113,30 @@ def test_gradients_that_are_added_up_elsewhere():
         (y.sum() + z.square().sum()).backward()
         for parameter, gradient in zip(parameters, expected, strict=True):
             assert parameter.grad is None and torch.allclose(kept.sums[parameter], times * gradient)
+
+
+def test_gradients_put_off_of_a_layer_whose_input_needs_none():
+    """A head on a frozen model."""
+    layer, x, queue = nn.Linear(4, 3), torch.randn(2, 4), Queue()
+    layer(x).square().sum().backward()
+    expected, model = [layer.weight.grad, layer.bias.grad], nn.Sequential(layer)
+    layer.zero_grad()
+    use(Matmul(queue), model)
+    model(x).square().sum().backward()
+    assert layer.weight.grad is None
+    queue.take()()
+    assert torch.equal(layer.weight.grad, expected[0]) and torch.equal(layer.bias.grad, expected[1])
+
+
+def test_a_layer_keeps_what_it_has_and_all_its_names():
+    model = nn.Module()
+    model.one = model.two = nn.Linear(4, 3)
+    called = []
+    model.one.register_forward_hook(lambda *arguments: called.append(1))
+    use(Matmul(), model.eval())
+    assert model.one is model.two and type(model.two) is Linear and not model.one.training
+    model.two(torch.ones(4))
+    assert called == [1]
 
 
 def products(config) -> tuple[int, dict[str, int]]:
