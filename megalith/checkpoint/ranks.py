@@ -6,6 +6,7 @@ rank of many, whose collectives do nothing) can stand in: there all ranks do wha
 
 from __future__ import annotations
 
+import pickle
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -61,21 +62,34 @@ class Ranks:
         return self.collect(lambda: None, lambda results: work())
 
     def _exchange(self, work: Callable[[], Any], conclude: Callable[[list], Any], *, scatter: bool) -> Any:
-        mine, error = _attempt(work)
+        mine, error = _attempt(lambda: self._packed(work()))  # here, so that what cannot be sent fails like anything else
         answer: Any = None
         results = self._gather(mine)
-        if concludes := self.rank == 0 or self.simulated:
+        if self.rank == 0 or self.simulated:
             failures = {number: result.text for number, result in enumerate(results) if isinstance(result, _Failure)}
             if failures:
                 answer = _Failure(_tell(failures, self.size))
             else:
-                answer, error = _attempt(lambda: conclude(results))
-        if scatter and not isinstance(answer, _Failure) and concludes:
-            answer = [(entry,) for entry in answer]  # a tuple: a failure is told from a result by its type
+                answer, error = _attempt(lambda: self._concluded(conclude, results, scatter))
         answer = self._spread(answer, scatter)
         if isinstance(answer, _Failure):
             raise CheckpointError(answer.text) from error
-        return answer[0] if scatter else answer
+        return self._unpacked(answer)
+
+    def _concluded(self, conclude: Callable[[list], Any], results: list, scatter: bool) -> Any:
+        answer = conclude([self._unpacked(result) for result in results])
+        if not scatter:
+            return self._packed(answer)
+        if len(answer) != self.size:
+            raise ValueError(f"{len(answer)} entries for {self.size} ranks")
+        return [self._packed(entry) for entry in answer]
+
+    def _packed(self, value: Any) -> Any:
+        """As bytes, where it is to travel."""
+        return value if self.size == 1 or self.simulated else pickle.dumps(value)
+
+    def _unpacked(self, value: Any) -> Any:
+        return value if self.size == 1 or self.simulated else pickle.loads(value)
 
     def _gather(self, value: Any) -> list:
         if self.size == 1 or self.simulated:

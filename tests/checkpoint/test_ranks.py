@@ -29,6 +29,9 @@ def work(group_size):
         "rank 1: ZeroDivisionError": lambda: ranks.every(lambda: 1 // (1 - ranks.rank)),
         "KeyError: 'k'": lambda: ranks.first(lambda: {}["k"]),
         "in the end": lambda: ranks.distribute(lambda: None, lambda _: fail("in the end")),
+        "pickle": lambda: ranks.collect(lambda: (lambda: 1) if ranks.rank else 1),
+        "1 entries for 2 ranks": lambda: ranks.distribute(lambda: None, lambda _: [1]),
+        "has no len": lambda: ranks.distribute(lambda: None, lambda _: None),
         "alike": lambda: ranks.every(lambda: fail("alike")),
     }.items():
         with pytest.raises(CheckpointError) as caught:
