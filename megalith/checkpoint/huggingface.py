@@ -207,7 +207,7 @@ def _begun(name: str, shape: tuple[int, ...], model: ModelConfig, dtype: torch.d
         if kind == "constant":
             return torch.full(shape, value)
         drawn = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        return torch.randn(shape, generator=drawn) * model.init_method_std
+        return torch.randn(shape, generator=drawn) * (value if kind == "normal" else model.init_method_std)
 
     return Lazy(shape=shape, dtype=torch.float32, read=read).to(dtype)
 

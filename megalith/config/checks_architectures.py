@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from megalith.config.architectures import ARCHITECTURES
 from megalith.config.loading_values import fields
 from megalith.config.run import RunConfig
 from megalith.config.text import Problem, Words, flag, trouble
@@ -31,8 +32,8 @@ def gpt_problems(config: RunConfig) -> Iterator[Problem]:
         what = "--position-embedding-type relative"
         yield trouble(("position_embedding_type",), what, Words(f"with {m.model_type}"), rule, cure)
     for name, value, usual in (("dataset", d.dataset, "gpt"), ("loss", d.loss, "lm")):
-        if value in ("bert", "t5", "ict"):
-            cure = "Leave it out" + f", or train {value}" * (value != "ict")
+        if value != usual and value in fields()[name].metadata["names"]:
+            cure = "Leave it out" + f", or train {value}" * (value in ARCHITECTURES)
             yield trouble((name,), flag(name), value, f"{m.model_type} learns from the {name} {usual!r}", cure)
 
 
@@ -51,7 +52,7 @@ def bert_problems(config: RunConfig, kind: str = "bert") -> Iterator[Problem]:
         yield trouble(both, "--norm-after-residual", also, "a layer has one form", cure)
     yield from learns_from(config)
     yield from one_document(config, "BERT")
-    if d.seq_length is not None and d.seq_length < 8:
+    if d.dataset == "bert" and d.seq_length is not None and d.seq_length < 8:
         rule = "a sample has [CLS], two segments and a [SEP] after each: it is at least 8"
         yield trouble(("seq_length",), "--seq-length", d.seq_length, rule, "Write --seq-length 512")
 

@@ -145,7 +145,7 @@ def _forms(config: RunConfig) -> Iterator[Problem]:
 
 
 def _samples(config: RunConfig) -> Iterator[Problem]:
-    """A vocabulary that samples cannot be made with, and a model that has no samples of its own."""
+    """A vocabulary that samples cannot be made with."""
     d = config.data
     if d.dataset in ("bert", "t5") and d.tokenizer_type == "GPT2BPETokenizer":
         rule = f"samples of {d.dataset} have tokens for {'[CLS], [SEP], [MASK] and ' * (d.dataset == 'bert')}padding, which GPT-2's lacks"

@@ -57,7 +57,7 @@ class LanguageModel(Model, Protocol):
     token_loss: nn.Module
 
 
-MEMBERS = ("config", "seed", "layers", "run_layers", "restore", "initial", "forward")
+MEMBERS = ("config", "seed", "layers", "run_layers", "restore", "initial")
 
 
 def check(model: nn.Module, config: ModelConfig) -> None:
@@ -65,7 +65,12 @@ def check(model: nn.Module, config: ModelConfig) -> None:
     it has.
     """
     record, address = config.architecture, config.architecture.model
-    if lacking := [name for name in MEMBERS if not hasattr(model, name)]:
+    lacking = [name for name in MEMBERS if not hasattr(model, name)]
+    if type(model).forward is nn.Module.forward:
+        lacking.append("forward")
+    if hasattr(model, "token_loss") and not hasattr(model, "head"):  # see LanguageModel
+        lacking.append("head")
+    if lacking:
         rule = "a model offers what megalith/models/protocol.py says of each"
         raise ConfigError(problem(f"model {address}", f"no {', '.join(lacking)}", rule, "Add them to the class"))
     there, told = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}, parameter_shapes(config)

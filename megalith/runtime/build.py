@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megalith.checkpoint import fit
+from megalith.checkpoint.ranks import Ranks
 from megalith.checkpoint.store import fill
 from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError
@@ -198,7 +199,8 @@ def settle(
     if weights is None:
         initialize(model, config.batch.seed, names)
     else:
-        fill(weights.tensors, {f"model/{names.get(name, name)}": each for name, each in model.named_parameters()})
+        own = {f"model/{names.get(name, name)}": each for name, each in model.named_parameters()}
+        Ranks().every(lambda: fill(weights.tensors, own))
     replicas = None
     if not wrapped and mesh.data_size * mesh.size("cp") > 1:
         replicas = data_parallel.Replicas(model, mesh.flat("dp_replicate", "dp_shard", "cp"))

@@ -85,7 +85,7 @@ class Callback:
         """After every pass over validation or test data."""
 
     def on_error(self, run: RunInfo, error: BaseException) -> None:
-        """Where a step or a callback raised on this rank, or it was interrupted; on_end follows."""
+        """Where a step or a callback raised on this rank, or it was interrupted; on_end follows, unless one raised."""
 
     def on_end(self, run: RunInfo) -> None:
         """When the run ends or is interrupted; called also where a step raised, so that a display gives the terminal back."""

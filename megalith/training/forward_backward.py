@@ -28,9 +28,9 @@ class Sums:
     metrics: dict[str, Tensor]
 
     def add(self, task: Task, losses: Mapping[str, Tensor], metrics: Mapping[str, Ratio]) -> None:
-        """Add those of a micro-batch. Raises TrainingError where a name is not declared."""
+        """Add those of a micro-batch. Raises TrainingError where a name is not declared, or a loss is missing."""
         rule = "those of `counts`; what is not to be minimised is for `metrics`"
-        _check_names(task, "losses", losses, self.losses, rule)
+        _check_names(task, "losses", losses, self.losses, rule, self.losses)
         _check_names(task, "metrics", metrics, self.metrics, "those of `metric_names`")
         for name, share in losses.items():
             self.losses[name] += share.detach().double()
@@ -43,10 +43,13 @@ class Sums:
         return torch.cat((torch.stack(list(self.losses.values())), *self.metrics.values()))
 
 
-def _check_names(task: Task, what: str, found: Iterable[str], known: Iterable[str], rule: str) -> None:
-    if strange := [name for name in found if name not in known]:
+def _check_names(
+    task: Task, what: str, found: Iterable[str], known: Iterable[str], rule: str, needed: Iterable[str] = ()
+) -> None:  # fmt: skip
+    wrong = [name for name in found if name not in known] + [f"no {name}" for name in needed if name not in found]
+    if wrong:
         where, cure = f"{type(task).__name__}.{what}", f"Known are {', '.join(known) or 'none'}"
-        raise TrainingError(problem(where, Words(", ".join(strange)), f"its names are {rule}", cure))
+        raise TrainingError(problem(where, Words(", ".join(wrong)), f"its names are {rule}", cure))
 
 
 def forward_backward(
@@ -114,7 +117,10 @@ def arguments(task: Task, batch: Batch, counts: dict[str, Tensor]) -> Batch:
 def global_counts(runtime: Runtime, task: Task, batches: Sequence[Batch]) -> dict[str, Tensor]:
     """What each loss is divided by: the sum over the micro-batches of all processes."""
     each = [task.counts(batch) for batch in batches]
-    total = torch.stack([torch.stack([counts[name] for counts in each]).sum().double() for name in each[0]])
+    for counts in each[1:]:
+        _check_names(task, "counts", counts, each[0], "the same for every micro-batch", each[0])
+    sums = [torch.stack([counts[name] for counts in each]).sum().double() for name in each[0]]
+    total = torch.stack(sums).to(runtime.mesh.device)
     return dict(zip(each[0], runtime.mesh.sum(total).float(), strict=True))
 
 

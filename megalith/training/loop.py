@@ -25,7 +25,20 @@ def train_loop(
     again: what the next start does, in words, for errors that end this one.
     """
     with failures.named(progress, again), contextlib.ExitStack() as ends:  # every on_end is called, in reverse, also where another raises
-        started = list[Callback]()
+        started, told = list[Callback](), list[BaseException]()
+
+        def tell(kind: object, error: BaseException | None, trace: object) -> None:
+            if error is None or told:
+                return
+            told.append(error)
+            progress.stop = FAILED
+            for callback in started:
+                try:
+                    callback.on_error(run, error)
+                except Exception as other:  # what went wrong first is what is told
+                    error.add_note(f"and {type(callback).__name__}.on_error: {type(other).__name__}: {other}")
+
+        ends.push(tell)  # after every on_end, one of which may raise
         try:
             for callback in callbacks:
                 callback.on_start(run)
@@ -36,12 +49,7 @@ def train_loop(
                 for callback in callbacks:
                     callback.on_step(run, record)
         except BaseException as error:
-            progress.stop = FAILED
-            for callback in started:
-                try:
-                    callback.on_error(run, error)
-                except Exception as other:  # what went wrong first is what is told
-                    error.add_note(f"and {type(callback).__name__}.on_error: {type(other).__name__}: {other}")
+            tell(type(error), error, None)
             raise
 
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megalith.common.errors import TrainingError, problem
+from megalith.config.text import Words
 from megalith.runtime.build import Mesh, Runtime
 from megalith.training.tasks import Batch, PooledTask
 
@@ -56,7 +58,7 @@ def collect(runtime: Runtime, task: PooledTask, batches: Sequence[Batch], inputs
     def keep(output: Any, number: int) -> Tensor:
         own = {name: tensor.detach() for name, tensor in task.pooled(output, batches[number]).items()}
         parts.append({name: wide(tensor) if tensor.is_floating_point() else tensor for name, tensor in own.items()})
-        return next(tensor for tensor in parts[-1].values() if tensor.is_floating_point()).new_zeros(())
+        return torch.zeros((), dtype=torch.float64, device=runtime.mesh.device)
 
     runtime.run(inputs, keep, train=False)
     names = parts[0] if parts else ()
@@ -74,6 +76,9 @@ def gather(mesh: Mesh, own: Tensor) -> Tensor:
 def differentiate(pool: Pool, loss: Callable[[Any, Batch], Tensor]) -> Pool:
     """The gradient of the loss by every floating-point tensor of the pool."""
     leaves = {name: tensor.requires_grad_() for name, tensor in pool.items() if tensor.is_floating_point()}
+    if not leaves:
+        rule = "its losses are of outputs, which are floating-point tensors"
+        raise TrainingError(problem("tensors of `pooled`", Words(", ".join(pool)), rule, "Return the embeddings of the samples"))
     gradients = torch.autograd.grad(loss(pool, {}), list(leaves.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(leaves, gradients, strict=True))
 

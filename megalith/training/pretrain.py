@@ -107,6 +107,8 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer, alone: Callable[[],
             info = run_info(config, mesh, progress.iteration, train_iters)
             train_loop(trainer, loaders.get("train"), progress, batches, info, callbacks, signals, again)
         finally:
+            for loader in loaders.values():
+                loader.close()
             if mesh.world_size == 1 or progress.stop != FAILED:  # a launcher's SIGTERM to the others must not silence what they have to say
                 signals.restore()
     if mesh.is_main:

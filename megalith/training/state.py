@@ -17,6 +17,7 @@ class Progress:
     iteration: int = 0
     consumed_train_samples: int = 0
     consumed_valid_samples: int = 0
+    counted_validation: int | None = None  # the step whose validation is the last in consumed_valid_samples; None: not told
     scheduled_samples: int = 0  # samples of steps that changed the weights: what the schedule goes by
     skipped_iterations: int = 0
     nan_iterations: int = 0

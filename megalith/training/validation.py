@@ -55,11 +55,14 @@ class Cursor:
     def advance(self) -> None:
         """Count the samples of a validation that is due, before the step is saved and before they are read."""
         self.progress.consumed_valid_samples += self.samples
+        self.progress.counted_validation = self.progress.iteration
 
     @property
     def first(self) -> int:
         """The first sample of the validation that is measured now."""
-        number = self.progress.consumed_valid_samples // self.samples - self.due()
+        counted, last = self.progress.consumed_valid_samples, self.progress.counted_validation
+        present = last == self.progress.iteration if last is not None or not counted else self.due()
+        number = counted // self.samples - present
         return number % max(1, self.length // self.samples) * self.samples
 
 

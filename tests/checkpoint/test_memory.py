@@ -224,5 +224,5 @@ def test_a_rank_reads_its_part(peaks, source: str, rank: int) -> None:
     """In tp2 pp2: the memory of the rank's share and a layer; of the files its share alone."""
     found = peaks["ranks"][f"{source}, rank {rank}"]
     assert found["memory"] < found["share"] + peaks["bound"] / 2 + ALLOWED, f"{found['memory'] / 1e6:.1f} of {found['share'] / 1e6:.1f} MB"
-    assert found["read"] <= found["share"], f"{found['read'] / 1e6:.1f} of {found['share'] / 1e6:.1f} MB"
+    assert 0.9 * found["share"] < found["read"] <= found["share"], f"{found['read'] / 1e6:.1f} of {found['share'] / 1e6:.1f} MB"
     assert found["share"] < 0.3 * peaks["total"]

@@ -77,6 +77,7 @@ BERT_CASES = [
     ({"bert_no_binary_head": True}, "--bert-no-binary-head: found with gpt"),
     ({"dataset": "bert"}, "--dataset: found 'bert'; gpt learns from the dataset 'gpt'. Leave it out, or train bert."),
     ({"loss": "t5"}, "--loss: found 't5'; gpt learns from the loss 'lm'. Leave it out, or train t5."),
+    ({"loss": "classification"}, "gpt learns from the loss 'lm'. Leave it out."),
     ({"dataset": "ict"}, "gpt learns from the dataset 'gpt'. Leave it out."),
     (
         {**BERT, "tokenizer_type": "GPT2BPETokenizer"},

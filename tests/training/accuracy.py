@@ -27,3 +27,18 @@ class Minimised(LanguageModelling):
 
 class Confused(LanguageModelling):
     metric_names = ("lm loss",)
+
+
+class Silent(LanguageModelling):
+    def losses(self, output, batch, counts):
+        return {}
+
+
+class Changing(LanguageModelling):
+    """Micro-batches after the first are counted under another name."""
+
+    calls = 0
+
+    def counts(self, batch):
+        self.calls += 1
+        return super().counts(batch) if self.calls == 1 else {"other loss": batch["loss_mask"].sum()}

@@ -85,6 +85,18 @@ def test_an_error_is_told_to_all_that_have_started_and_is_the_one_that_leaves():
     assert never.calls == []
 
 
+def test_an_error_at_the_end_is_told_too():
+    """As where the last save finds the disk full."""
+
+    def fail(*_):
+        raise OSError("of the last save")
+
+    first, second = Spy(), Spy(on_end=fail)
+    with pytest.raises(OSError, match="of the last save"):
+        loop(trainer(), [first, second])
+    assert first.calls[-2:] == second.calls[-2:] == ["end", "error"]
+
+
 def test_after_an_error_nothing_may_be_saved():
     def fail(*_):
         raise KeyboardInterrupt

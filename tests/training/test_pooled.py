@@ -57,7 +57,9 @@ SLOW = ("recomputed", "dp2 optimizer", "pp2 dp2", "cp2 dp2")
 def test_the_gradient_is_that_of_the_batch_in_one_piece(case):
     ranks, changes = CASES[case]
     parts = run_ranks(measure, ranks, CONFIG.replace(**changes), torch.float64)
-    for found in [*parts, merge(parts)]:
+    whole = merge(parts)
+    assert whole.gradients.keys() == expected().gradients.keys()
+    for found in [*parts, whole]:  # what a part has not, another has
         here = parity.Measured(found.loss, {}, expected().gradients | found.gradients)
         loss, worst, *_ = compare(expected(), here, torch.float64)
         assert loss.error <= TOLERANCE[torch.float64] and worst.error <= TOLERANCE[torch.float64], (loss, worst)

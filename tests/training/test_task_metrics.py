@@ -73,6 +73,8 @@ def test_a_run_reports_them_by_name(corpus, tmp_path, capsys):
 @pytest.mark.parametrize(("name", "told"), [
     ("Confused", "Confused.metric_names: found lm loss; a metric and a loss of one name could not be told apart"),
     ("Undeclared", "Undeclared.metrics: found surprise; its names are those of `metric_names`. Known are none"),
+    ("Silent", "Silent.losses: found no lm loss; its names are those of `counts`; what is not to be minimised is for `metrics`"),
+    ("Changing", "Changing.counts: found other loss, no lm loss; its names are the same for every micro-batch. Known are lm loss"),
     ("Minimised", "Minimised.losses: found accuracy; its names are those of `counts`; what is not to be minimised is for `metrics`"),
 ])  # fmt: skip
 def test_a_name_that_is_not_declared_is_told(corpus, tmp_path, name, told):

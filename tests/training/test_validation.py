@@ -14,7 +14,9 @@ from megalith import checkpoint
 from megalith.common.errors import TrainingError
 from megalith.data import gpt_dataset
 from megalith.training.pretrain import train
+from megalith.training.state import Progress
 from megalith.training.tasks import LanguageModelling
+from megalith.training.validation import Cursor
 from tests.tiny import losses, records, tiny_config
 
 BROKEN = "MEGALITH_TEST_BROKEN"  # number of the first validation sample that cannot be read, and the rank that cannot
@@ -150,3 +152,17 @@ def test_an_error_within_the_model_changes_no_step(corpus, tmp_path, capsys, pre
     assert losses(str(tmp_path / "run")) == losses(str(tmp_path / "whole")) and saved(tmp_path / "run") == [6, 12]
     one, two = (checkpoint.read_full(tmp_path / name / "checkpoints/iter_0000012") for name in ("run", "whole"))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_validation_that_was_not_counted_reads_the_next_samples():
+    """Saved under one --eval-interval, resumed under another: nothing is read again, and not the last set first."""
+    progress = Progress(iteration=50)
+    cursor = Cursor(progress, samples=8, interval=50, length=80)
+    assert cursor.due() and cursor.first == 0
+    progress = Progress(iteration=50, consumed_valid_samples=16, counted_validation=40)
+    assert Cursor(progress, samples=8, interval=50, length=80).first == 16
+    cursor = Cursor(progress, samples=8, interval=50, length=80)
+    cursor.advance()
+    assert cursor.first == 16 and progress.consumed_valid_samples == 24 and progress.counted_validation == 50
+    of_megatron = Progress(iteration=50, consumed_valid_samples=16)  # which counts it and does not say when
+    assert Cursor(of_megatron, samples=8, interval=50, length=80).first == 8
