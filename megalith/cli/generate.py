@@ -104,15 +104,15 @@ def generate(args: argparse.Namespace) -> int:
     """Load, write, show; the exit status."""
     out, notice = args.out_file, functools.partial(print, file=sys.stderr, flush=True)
     inputs = [args.prompt_file] if args.prompt_file else []
-    named = {name: getattr(args, name) for name in ("load", "tokenizer", "vocab_file", "merge_file")}
-    absent = [name for name, path in named.items() if path and not is_url(path) and not pathlib.Path(path).exists()]
-    texts = [problem(flag(name), named[name], "there is no such file or folder", "Correct the path") for name in absent]
-    fail(texts, CheckpointError)
     with writing(out, inputs=inputs, overwrite=args.overwrite, flag="--out-file", notice=notice) if out else contextlib.nullcontext():
         return _generate(args)
 
 
 def _generate(args: argparse.Namespace) -> int:
+    named = {name: getattr(args, name) for name in ("load", "tokenizer", "vocab_file", "merge_file")}
+    absent = [name for name, path in named.items() if path and not is_url(path) and not pathlib.Path(path).exists()]
+    texts = [problem(flag(name), named[name], "there is no such file or folder", "Correct the path") for name in absent]
+    fail(texts, CheckpointError)
     prompts = read_prompts(args)
     drawn = args.greedy or args.top_k or args.top_p or args.top_p_decay or args.stop or args.ignore_eod or args.temperature != 1.0
     if args.beam_width is not None and drawn:
