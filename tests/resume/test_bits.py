@@ -34,6 +34,7 @@ def test_bert_twice_and_resumed(google, sentences, tmp_path):
     check_bits(functools.partial(tiny_bert, sentences, norm_after_residual=google, bert_no_binary_head=google), tmp_path)
 
 
+@pytest.mark.slow
 def test_bert_goes_on_in_another_layout(ranks, sentences, tmp_path):
     """Tensor 2 x pipeline 2, then one process, then two with everything sharded."""
     train(tiny_bert(sentences, str(tmp_path / "one")))
@@ -45,7 +46,10 @@ def test_bert_goes_on_in_another_layout(ranks, sentences, tmp_path):
     assert losses(str(tmp_path / "moved")) == pytest.approx(losses(str(tmp_path / "one")), rel=1e-4)
 
 
-@pytest.mark.parametrize("form", [{}, {"position_embedding_type": "relative", "softmax_scale": 1.0, "bf16": True}])
+RELATIVE = {"position_embedding_type": "relative", "softmax_scale": 1.0, "bf16": True}
+
+
+@pytest.mark.parametrize("form", [{}, pytest.param(RELATIVE, marks=pytest.mark.slow)])
 def test_t5_twice_and_resumed(form, sentences, tmp_path):
     check_bits(functools.partial(tiny_t5, sentences, **form), tmp_path)
 
@@ -74,7 +78,7 @@ def data_parallel(config):
     train(config)
 
 
-@pytest.mark.parametrize("sharding", ["none", "optimizer", "full"])
+@pytest.mark.parametrize("sharding", ["none", pytest.param("optimizer", marks=pytest.mark.slow), "full"])
 def test_one_process_and_two_agree(ranks, sharding, corpus, tmp_path):
     """50 steps with dropout; the order of additions differs, nothing else."""
     long = tiny_config(corpus, str(tmp_path / "one"), train_iters=50, lr=2e-3)

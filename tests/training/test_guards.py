@@ -60,7 +60,10 @@ def checkpoints(folder) -> list[int]:
     return checkpoint.iterations(pathlib.Path(folder) / "checkpoints")
 
 
-@pytest.mark.parametrize("precision", [{}, {"bf16": True}, {"fp16": True, "initial_loss_scale": 4.0, "hysteresis": 1}])
+FP16 = {"fp16": True, "initial_loss_scale": 4.0, "hysteresis": 1}
+
+
+@pytest.mark.parametrize("precision", [{}, pytest.param({"bf16": True}, marks=pytest.mark.slow), FP16])
 def test_a_diverged_run_stops_and_the_good_checkpoints_stay(corpus, tmp_path, precision):
     """The case of the issue: a good iteration 7, then a learning rate of 1e20; weights that are still finite are caught too."""
     run = str(tmp_path / "run")
