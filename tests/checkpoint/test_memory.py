@@ -11,6 +11,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
+pytestmark = pytest.mark.slow  # half a minute of one process
 ALLOWED = 8e6  # bytes beside tensors: objects, buffers of files, what malloc keeps
 PATHS = {  # name: (source, target, format, options)
     "Hugging Face": ("ours", "hf", "huggingface", {}),
