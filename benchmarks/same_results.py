@@ -302,7 +302,7 @@ def compare(case: Callable[[Side, Side], Found], sides: list[Side], sources: lis
 
 
 def described(tree: pathlib.Path) -> str:
-    """Where the tree is, its commit, and that its commands run its own code; exits where they do not."""
+    """The tree's commit, and that its commands run its own code; exits where they do not."""
     python = tree / ".venv/bin/python"
     if not python.exists():
         sys.exit(f"{tree}: no .venv/bin/python; it must be a source tree with its own environment")
@@ -311,7 +311,7 @@ def described(tree: pathlib.Path) -> str:
         sys.exit(f"{tree}: its .venv runs {file}; it must run the tree's own code. Install it: make -C {tree} install")
     commit = said("git", "-C", tree, "log", "-1", "--format=%h %s")
     changed = said("git", "-C", tree, "status", "--short", "megalith")
-    return f"{tree} at {commit[:80]}{', with changes' if changed else ''}"
+    return f"{commit[:80]}{', with changes' if changed else ''}"
 
 
 def said(*command: Any) -> str:

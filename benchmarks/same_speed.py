@@ -29,6 +29,10 @@ from collections.abc import Callable
 Figures = dict[str, float]  # name -> value; what begins as SMALL is better when small
 SMALL = ("seconds", "cpu", "peak", "with")  # "with 1000 samples read" are seconds too
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.same_results import described  # noqa: E402
+
 LAYOUTS = ("two alone", "tensor", "data, replicated", "data, sharded optimizer", "pipeline")
 WORKERS = (("index, ours", 5), ("samples, ours", 5), ("blend of 200 sources, ours", 1), ("many files", 3))
 
@@ -87,7 +91,6 @@ def figures(args: argparse.Namespace, scratch: pathlib.Path) -> dict[str, tuple[
 
 def corpora(names: list[str], scratch: pathlib.Path) -> None:
     """What index.py and preprocess.py read, of their full size."""
-    sys.path.insert(0, str(ROOT))
     if any(name.startswith("index") for name in names):
         from benchmarks.index import write_corpus, write_many
 
@@ -131,14 +134,11 @@ def main() -> None:
     parser.add_argument("--output", type=pathlib.Path, help="also write the table here")
     args = parser.parse_args()
     old, new = args.old.resolve(), args.new.resolve()
-    heads = [
-        subprocess.run(["git", "-C", str(tree), "log", "-1", "--format=%h %s"], capture_output=True, text=True).stdout.strip()[:90]
-        for tree in (old, new)
-    ]
     lines = [
         f"command: python benchmarks/same_speed.py OLD NEW {' '.join(sys.argv[3:])}",
         f"machine: {time.strftime('%Y-%m-%d')}, {platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
-        *(f"{name}: {head}" for name, head in zip(("old", "new"), heads)),
+        f"old: {described(old)}",
+        f"new: {described(new)}",
         f"{'':76} {'old':>12} {'new':>12} {'ratio':>8}  quartiles of the ratio (above 1: new is better)",
     ]
     print("\n".join(lines), flush=True)

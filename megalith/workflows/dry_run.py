@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
-import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from megalith.checkpoint.sources import is_url
 from megalith.common.errors import MegalithError, problem
 from megalith.config import flags, launched
 from megalith.config.data import MADE_FROM, TOKENIZER_FILES, DataConfig, unnamed_files
@@ -53,13 +53,8 @@ def number_of_processes(reading: flags.Reading, texts: Iterable[tuple[str, str]]
     return meant
 
 
-def missing(config: RunConfig) -> list[str]:
-    """A line for each corpus, tokenizer file or checkpoint that is not there, is damaged, or is not named by the config."""
-    return [*faults(config), *unnamed(config.data)]
-
-
 def faults(config: RunConfig) -> list[str]:
-    """The lines of `missing` about what the config names."""
+    """A line for each corpus, tokenizer file or checkpoint that the config names and that is not there, or damaged."""
     return [*_corpora(config.data), *_tokenizer(config.data), *_checkpoint(config)]
 
 
@@ -75,9 +70,8 @@ def wrong_paths(config: RunConfig) -> Iterator[Problem]:
             yield Problem((name,), f"{flag(name)}: {str(error).removeprefix(f'{flag(name)}: ')}")
     data, c = config.data, config.checkpoint
     for name in MADE_FROM.get(data.tokenizer_type or "", TOKENIZER_FILES if data.tokenizer_type in ON_THE_HUB else ()):
-        value = getattr(data, name)
-        if value is not None and not pathlib.Path(value).exists() and not _bare(name, data):
-            yield trouble((name,), flag(name), value, "there is no such file", f"Correct the path after {flag(name)}")
+        if _absent(name, data):
+            yield trouble((name,), flag(name), getattr(data, name), "there is no such file", f"Correct the path after {flag(name)}")
     yield from _wrong_load(config) if c.load and not c.use_checkpoint_args else ()  # which has read it
 
 
@@ -85,7 +79,7 @@ def _wrong_load(config: RunConfig) -> Iterator[Problem]:
     from megalith.checkpoint import folder  # here, because few runs need it
 
     load = folder.load_of(config)
-    if load is None or re.match(r"https?://", load) or (config.checkpoint.finetune and folder.iterations(folder.folder_of(config))):
+    if load is None or is_url(load) or (config.checkpoint.finetune and folder.iterations(folder.folder_of(config))):
         return  # it is not needed, or not here yet
     if not pathlib.Path(load).exists():
         yield trouble(("load",), "--load", load, "there is no such file or folder", "Correct the path")
@@ -124,6 +118,12 @@ def _bare(name: str, data: DataConfig) -> bool:
     return name == "tokenizer_model" and data.tokenizer_type in ON_THE_HUB and not pathlib.Path(getattr(data, name)).suffix
 
 
+def _absent(name: str, data: DataConfig) -> bool:
+    """Whether a field names a file that is not there; a tokenizer of the Hub is none."""
+    value = getattr(data, name)
+    return value is not None and not pathlib.Path(value).exists() and not _bare(name, data)
+
+
 def _corpora(data: DataConfig) -> Iterator[str]:
     from megalith.data.tntidx import open_indexed  # here, because numpy takes a moment
 
@@ -146,9 +146,8 @@ def _corpora(data: DataConfig) -> Iterator[str]:
 
 def _tokenizer(data: DataConfig) -> Iterator[str]:
     for name in TOKENIZER_FILES:
-        value = getattr(data, name)
-        if value is not None and not pathlib.Path(value).exists() and not _bare(name, data):
-            yield f"{flag(name)}: there is no {value} here"
+        if _absent(name, data):
+            yield f"{flag(name)}: there is no {getattr(data, name)} here"
 
 
 def _checkpoint(config: RunConfig) -> Iterator[str]:
@@ -158,7 +157,7 @@ def _checkpoint(config: RunConfig) -> Iterator[str]:
     load = folder.load_of(config)
     if load is None:  # a run's own folder may be empty: it begins then
         return
-    if re.match(r"https?://", load):
+    if is_url(load):
         yield f"--load: {load} is not judged before the run fetches it"
         return
     try:

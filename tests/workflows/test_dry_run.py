@@ -6,9 +6,14 @@ import pytest
 from megalith.config import flags
 from megalith.config.run import RunConfig
 from megalith.data.indexed import IndexedWriter
-from megalith.workflows.dry_run import missing, number_of_processes
+from megalith.workflows.dry_run import faults, number_of_processes, unnamed
 
 TYPED = {"tokenizer_type": "NullTokenizer"}
+
+
+def missing(config: RunConfig) -> list[str]:
+    """All lines of a dry run."""
+    return [*faults(config), *unnamed(config.data)]
 
 
 @pytest.fixture
