@@ -44,6 +44,8 @@ CASES = [
     for form in FORMS
     for layout in LAYOUTS
 ]
+# A compiled T5 takes 80 s alone, and took over 300 s, in either format, on cores that others used too.
+pytestmark = pytest.mark.timeout(900)
 
 
 def norm(runtime: Runtime) -> float:
@@ -75,7 +77,6 @@ def check(form: str, layout: str, dtype: torch.dtype) -> None:
     assert [part.extra for part in parts] == pytest.approx([expected.norm] * len(parts), rel=TOLERANCE[dtype])
 
 
-@pytest.mark.timeout(900)  # a compiled T5 takes 80 s alone, and took over 280 s on cores that others used too
 @pytest.mark.parametrize(("form", "layout"), CASES)
 def test_gradients_in_float64(form: str, layout: str) -> None:
     check(form, layout, torch.float64)
