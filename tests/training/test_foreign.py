@@ -25,6 +25,7 @@ from tests.tiny import losses, tiny_bert, tiny_config, tiny_t5, write_sentences
 from tests.training.placing import placed
 
 MEGATRON = pathlib.Path(__file__).parents[3] / "shared/data/megatron/models/tp2pp1"
+needs_shared = pytest.mark.skipif(not MEGATRON.exists(), reason="needs the Megatron files of ../shared/data")
 ONE = {"train_iters": 1, "lr_warmup_iters": 0, "eval_iters": 0}
 LAYOUTS = {  # name: (processes, what differs from one)
     "tp2": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
@@ -89,7 +90,7 @@ def of_transformers(model: torch.nn.Module, config: RunConfig) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["llama", "megatron", "t5", "bert"])
+@pytest.mark.parametrize("source", ["llama", pytest.param("megatron", marks=needs_shared), "t5", "bert"])
 def test_the_first_loss_in_every_layout(source, sources, ranks, corpus, sentences, tmp_path) -> None:
     def config(name: str, **changes) -> RunConfig:
         return config_of(source, sources[source], corpus, sentences, tmp_path / name, **changes)
@@ -154,6 +155,7 @@ def test_megatron_goes_on_where_it_has_a_state(corpus, tmp_path, ranks) -> None:
         train(on.replace(load=str(tmp_path / "both"), save=str(tmp_path / "both"), run_dir=str(tmp_path / "new")))
 
 
+@needs_shared
 def test_megatron_without_the_optimizer_is_told(corpus, sentences, tmp_path, capsys) -> None:
     config = config_of("megatron", str(MEGATRON), corpus, sentences, tmp_path / "run", finetune=False)
     with pytest.raises(CheckpointError, match=r"optimizer: .*--no-load-optim.*--finetune"):
