@@ -50,7 +50,7 @@ def run(tree: pathlib.Path, *words: str) -> str:
 def train(tree: pathlib.Path, candidate: str) -> Figures:
     """A worker of train.py."""
     found = json.loads(run(tree, "benchmarks/train.py", "--worker", candidate, "--steps", "4").split("RESULT ")[1])
-    return {"tokens/s": found["tokens_per_second"], "peak MiB": found["memory"]}
+    return {"tokens/s": found["tokens_per_second"], "peak MiB": found["memory"] / 2**20}
 
 
 def parallel(tree: pathlib.Path) -> Figures:
