@@ -111,6 +111,8 @@ def compare(name: str, rounds: int, measure: Callable, old: pathlib.Path, new: p
             found[tree].append(measure(tree))
     lines = []
     for figure in found[new][0]:
+        if not all(each[figure] for tree in found for each in found[tree]):
+            continue  # a peak that does not rise above the start's says nothing
         before, after = ([each[figure] for each in found[tree]] for tree in (old, new))
         small = figure.startswith(SMALL)
         ratios = [a / b if small else b / a for a, b in zip(before, after)]
