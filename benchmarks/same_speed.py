@@ -1,7 +1,7 @@
 """Two source trees are equally fast: the figures of train.py, parallel.py, index.py and preprocess.py, old beside new.
 
     git worktree add ../old 756ff61                          # and a .venv in it: make -C ../old install
-    python benchmarks/same_speed.py ../old . --gpt2 FOLDER --output benchmarks/results/same_speed.txt    # 25 quiet minutes
+    python benchmarks/same_speed.py ../old . --gpt2 FOLDER --output benchmarks/results/same_speed.txt    # 40 quiet minutes
     python benchmarks/same_speed.py ../old . --only train    # figures whose name has this in it
 
 Each tree runs the workers of its own scripts with its own Python, in turn, several rounds; which tree goes first changes

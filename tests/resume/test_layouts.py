@@ -11,8 +11,8 @@ from tests.tiny import losses, records, tiny_config
 
 SAVED, STEPS = 5, 15
 SAVED_IN = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "micro_batch_size": 1}
-# name -> (processes, what differs from one process)
 pytestmark = pytest.mark.slow  # eight processes; test_bits.py resumes in other layouts in `make test`
+# name -> (processes, what differs from one process)
 LAYOUTS: dict[str, tuple[int, dict]] = {
     "one process": (1, {}),
     "tp4": (4, {"tensor_model_parallel_size": 4}),
