@@ -33,7 +33,10 @@ class Dropout(nn.Module):
 
     def __init__(self, p: float, site: str):
         super().__init__()
-        self.p, self.site, self.first_column = p, zlib.crc32(site.encode()) - (1 << 31), 0
+        self.p, self.first_column = p, 0
+        # A tensor, because of an integer torch.compile makes a constant: each layer would be compiled anew, and the ninth refused.
+        # On the CPU wherever the model is (a scalar goes to a kernel as its argument), and no buffer, which memory on meta would lose.
+        self.site = torch.tensor(zlib.crc32(site.encode()) - (1 << 31), dtype=torch.int32, device="cpu")
 
     def forward(self, x: Tensor, rows: Tensor | None) -> Tensor:
         """x [..., n], rows int32 [...] from `row_keys`, or None where nothing is dropped."""

@@ -238,3 +238,15 @@ def test_no_recompile_from_step_to_step() -> None:
     for step in range(4):
         compiled(tokens(seed=step), samples=torch.tensor([2 * step, 2 * step + 1]), step=torch.tensor(step)).sum().backward()
     assert len(counts) == 1
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_layers_share_one_compilation(form: str) -> None:
+    """As `--compile` compiles them; what differs from layer to layer must be no constant, or the ninth layer is refused."""
+    torch._dynamo.reset()
+    made, counts = model(**{**FORMS[form], "num_layers": 10, "hidden_dropout": 0.1, "attention_dropout": 0.1}), []
+    backend = lambda graph, inputs: counts.append(1) or graph.forward  # noqa: E731
+    for block in made.layers.values():
+        block.forward = torch.compile(block.forward, backend=backend, fullgraph=True)
+    made(tokens(seed=0), samples=torch.tensor([0, 1]), step=torch.tensor(0)).sum().backward()
+    assert len(counts) == 1
