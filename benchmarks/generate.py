@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from megalith.config.model import ModelConfig
+from megalith.config.sections.model import ModelConfig
 from megalith.generation.engine import Engine
 from megalith.generation.generate import complete
 from megalith.models.gpt import GPT
@@ -38,7 +38,13 @@ def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    form = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "openai_gelu": True, "max_position_embeddings": LIMIT, "init_method_std": 0.1}
+    form = {
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "openai_gelu": True,
+        "max_position_embeddings": LIMIT,
+        "init_method_std": 0.1,
+    }
     sizes = {
         "num_layers": args.num_layers,
         "hidden_size": args.hidden_size,
@@ -48,11 +54,28 @@ def main() -> None:
     model = plain(ModelConfig(**sizes, **form), device, dtype, seed=1)
     original = hugging_face(model, args).to(device, dtype)
     print(f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}, {args.device}, {args.dtype}")
-    print(f"{args.num_layers} layers, hidden {args.hidden_size}, vocabulary {args.vocab_size}; {args.new} new tokens after {args.prompt}\n")
-    print(f"{'case':36}{'transformers':>14}{'megalith':>12}{'ratio':>8}{'limit':>12}{'of limit':>10}   tokens/s; same tokens")
-    for rows, ragged, sampled in ((1, False, False), (1, False, True), (8, False, False), (8, True, False), (8, False, True)):
-        prompts = [[(7 * i + 13 * row) % args.vocab_size for i in range(args.prompt - (3 * row if ragged else 0))] for row in range(rows)]
-        target = Engine(model, max_batch_size=rows, max_length=args.prompt + args.new, compile=True) if args.compile else model
+    print(
+        f"{args.num_layers} layers, hidden {args.hidden_size}, vocabulary {args.vocab_size}; {args.new} new tokens after {args.prompt}\n"
+    )
+    print(
+        f"{'case':36}{'transformers':>14}{'megalith':>12}{'ratio':>8}{'limit':>12}{'of limit':>10}   tokens/s; same tokens"
+    )
+    for rows, ragged, sampled in (
+        (1, False, False),
+        (1, False, True),
+        (8, False, False),
+        (8, True, False),
+        (8, False, True),
+    ):
+        prompts = [
+            [(7 * i + 13 * row) % args.vocab_size for i in range(args.prompt - (3 * row if ragged else 0))]
+            for row in range(rows)
+        ]
+        target = (
+            Engine(model, max_batch_size=rows, max_length=args.prompt + args.new, compile=True)
+            if args.compile
+            else model
+        )
         candidates: dict[str, Callable[[], list[list[int]]]] = {
             "theirs": lambda p=prompts, s=sampled: theirs(original, p, args.new, s),
             "ours": lambda p=prompts, s=sampled, t=target: ours(t, p, args.new, s),
@@ -67,7 +90,9 @@ def main() -> None:
                 synchronize(device)
                 seconds[name].append(time.perf_counter() - started)
         speed = {name: rows * args.new / statistics.median(times) for name, times in seconds.items()}
-        case = f"{rows} row{'s' if rows > 1 else ''}{', ragged' if ragged else ''}, {'top-k 50' if sampled else 'greedy'}"
+        case = (
+            f"{rows} row{'s' if rows > 1 else ''}{', ragged' if ragged else ''}, {'top-k 50' if sampled else 'greedy'}"
+        )
         same = "-" if sampled else "yes" if made["ours"] == made["theirs"] else "no"
         print(
             f"{case:36}{speed['theirs']:14.1f}{speed['ours']:12.1f}{speed['ours'] / speed['theirs']:8.2f}{speed['limit']:12.1f}"
@@ -87,7 +112,9 @@ def theirs(original: GPT2LMHeadModel, prompts: list[list[int]], new: int, sample
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     choice = {"do_sample": True, "top_k": 50} if sampled else {"do_sample": False}
-    out = original.generate(ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, pad_token_id=0, eos_token_id=None, **choice)
+    out = original.generate(
+        ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, pad_token_id=0, eos_token_id=None, **choice
+    )
     return out[:, longest:].tolist()
 
 

@@ -33,7 +33,7 @@ SEQUENCE, SEED = 2048, 1234
 
 def write_corpus(folder: pathlib.Path, documents: int) -> None:
     """An index of `documents` documents of about 600 tokens; the .bin is sparse, since indices do not read it."""
-    from megalith.data.indexed_format import CODES, HEADER, MAGIC
+    from megalith.data.indexed.format import CODES, HEADER, MAGIC
 
     lengths = np.random.default_rng(0).integers(100, 1100, documents).astype(np.int32)
     ends = np.cumsum(lengths, dtype=np.int64) * 2
@@ -72,11 +72,13 @@ def core_dataset(folder: pathlib.Path, num_samples: int, cache: pathlib.Path, ma
 
 def our_dataset(folder: pathlib.Path, num_samples: int, cache: pathlib.Path):
     """Our GPTDataset over the same corpus."""
-    from megalith.data.gpt_dataset import GPTDataset
     from megalith.data.indexed import IndexedDataset
+    from megalith.data.samples.gpt_dataset import GPTDataset
 
     data = IndexedDataset(folder / "big")
-    return lambda: GPTDataset(data, None, num_samples, seq_length=SEQUENCE, seed=SEED, vocab_size=50257, cache_folders=[cache]).prepare()
+    return lambda: GPTDataset(
+        data, None, num_samples, seq_length=SEQUENCE, seed=SEED, vocab_size=50257, cache_folders=[cache]
+    ).prepare()
 
 
 def two_epochs(folder: pathlib.Path) -> int:
@@ -88,17 +90,26 @@ def measure(what: str, folder: pathlib.Path) -> dict[str, float]:
     """One measurement, in the process that calls this."""
     cache = pathlib.Path(tempfile.mkdtemp(dir=folder))
     if what.startswith("index"):
-        build = (our_dataset if "ours" in what else lambda *a: core_dataset(*a, mask=False))(folder, two_epochs(folder), cache)
+        build = (our_dataset if "ours" in what else lambda *a: core_dataset(*a, mask=False))(
+            folder, two_epochs(folder), cache
+        )
         before, begin, used = peak(), time.perf_counter(), time.process_time()
         dataset = build()
         seconds, cpu = time.perf_counter() - begin, time.process_time() - used
         return {"seconds": seconds, "cpu seconds": cpu, "peak MB above start": peak() - before, "samples": len(dataset)}
     if what.startswith("samples"):
         few = 20_000
-        build = our_dataset(folder, few, cache) if "ours" in what else core_dataset(folder, few, cache, mask="with mask" in what)
+        build = (
+            our_dataset(folder, few, cache)
+            if "ours" in what
+            else core_dataset(folder, few, cache, mask="with mask" in what)
+        )
         dataset, order = build(), np.random.default_rng(1).integers(0, few, 2000).tolist()
         rates = {}
-        for name in ("pages untouched", "again"):  # the first time the kernel maps the pages, which costs either side the same
+        for name in (
+            "pages untouched",
+            "again",
+        ):  # the first time the kernel maps the pages, which costs either side the same
             begin = time.process_time()
             for index in order:
                 dataset[index]
@@ -111,7 +122,7 @@ def measure(what: str, folder: pathlib.Path) -> dict[str, float]:
 
 def blend(what: str, size: int) -> dict[str, float]:
     """A blend of 200 sources."""
-    from megalith.data.blend import blend_index, normalised
+    from megalith.data.samples.blend import blend_index, normalised
 
     shares = normalised(np.random.default_rng(2).random(200))
     if "ours" not in what:
@@ -133,7 +144,9 @@ def many_files(folder: pathlib.Path) -> dict[str, float]:
     from megalith.config.run import RunConfig
     from megalith.data.build import build_datasets
 
-    config = RunConfig().replace(data_path=[str(folder / "many")], split="98,1,1", seq_length=256, global_batch_size=64, train_iters=10_000)
+    config = RunConfig().replace(
+        data_path=[str(folder / "many")], split="98,1,1", seq_length=256, global_batch_size=64, train_iters=10_000
+    )
     begin = time.perf_counter()
     built = build_datasets(config.replace(data_cache_path=str(folder / "cache"), eval_iters=1), None)
     opened = time.perf_counter() - begin
@@ -198,7 +211,14 @@ def main() -> None:
             (folder / "full").touch()
         for kinds, times in (
             (("index, ours", "index, megatron-core"), 5),
-            (("samples, ours", "samples, megatron-core with mask (its default)", "samples, megatron-core without mask"), 5),
+            (
+                (
+                    "samples, ours",
+                    "samples, megatron-core with mask (its default)",
+                    "samples, megatron-core without mask",
+                ),
+                5,
+            ),
             (("blend of 200 sources, ours", "blend of 200 sources, megatron-core"), 1),
             (("many files",), 3),
         ):
@@ -219,8 +239,12 @@ def medians(kinds: tuple[str, ...], times: int, folder: pathlib.Path) -> dict[st
     for _ in range(times):
         for kind in kinds:
             command = [sys.executable, "-W", "ignore", __file__, "--measure", kind, str(folder)]
-            found[kind].append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]))
-    return {kind: {name: statistics.median(row[name] for row in rows) for name in rows[0]} for kind, rows in found.items()}
+            found[kind].append(
+                json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+            )
+    return {
+        kind: {name: statistics.median(row[name] for row in rows) for name in rows[0]} for kind, rows in found.items()
+    }
 
 
 if __name__ == "__main__":

@@ -22,16 +22,29 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 RESULT = pathlib.Path(__file__).parent / "results" / "parallel.txt"
-SEQUENCE, HERE, MICRO_BATCHES = 512, 4, 8  # tokens of a sample, samples of a step for each process, micro-batches of the pipeline
+SEQUENCE, HERE, MICRO_BATCHES = (
+    512,
+    4,
+    8,
+)  # tokens of a sample, samples of a step for each process, micro-batches of the pipeline
 LAYOUTS: dict[str, dict] = {  # name -> what differs from one process; `alone`: that many processes that do not speak
     "one process": {"alone": 1},
     "two alone": {"alone": 2},
     "tensor": {"tensor_model_parallel_size": 2, "micro_batch_size": 2 * HERE},
     "data, replicated": {},
     "data, sharded optimizer": {"use_distributed_optimizer": True},
-    "pipeline": {"pipeline_model_parallel_size": 2, "micro_batch_size": 2 * HERE // MICRO_BATCHES, "pipeline_split": "even"},
+    "pipeline": {
+        "pipeline_model_parallel_size": 2,
+        "micro_batch_size": 2 * HERE // MICRO_BATCHES,
+        "pipeline_split": "even",
+    },
 }
-ASKED = {"tensor": 0.80, "data, replicated": 0.92, "data, sharded optimizer": 0.92, "pipeline": 0.90}  # shares of the limit
+ASKED = {
+    "tensor": 0.80,
+    "data, replicated": 0.92,
+    "data, sharded optimizer": 0.92,
+    "pipeline": 0.90,
+}  # shares of the limit
 
 
 def work(name: str, steps: int) -> None:
@@ -46,7 +59,7 @@ def work(name: str, steps: int) -> None:
     from megalith.parallel import mesh as meshes
     from megalith.runtime.build import place
     from megalith.testing import parity
-    from megalith.training.state import Progress
+    from megalith.training.resume.state import Progress
     from megalith.training.step import Trainer, train_step
     from megalith.training.tasks import LanguageModelling
 
@@ -90,7 +103,9 @@ def measure(name: str, steps: int) -> list[dict]:
         }
         environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({} if "alone" in LAYOUTS[name] else place)
         command = [sys.executable, __file__, "--worker", name, "--steps", str(steps)]
-        processes.append(subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        processes.append(
+            subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        )
     for process in processes:
         _line(process, "READY")
     for process in processes:  # all at once
@@ -154,7 +169,9 @@ def main() -> None:
             for seconds in zip(*(each["seconds"] for each in found)):
                 rates[name].append(tokens / statistics.mean(seconds))
             losses[name] = found[0]["losses"]
-            print(f"round {number + 1} {name}: {statistics.median(rates[name][-args.steps :]):.0f} tokens/s", flush=True)
+            print(
+                f"round {number + 1} {name}: {statistics.median(rates[name][-args.steps :]):.0f} tokens/s", flush=True
+            )
     text = report(rates, losses, f"medians of {args.rounds} x {args.steps} steps")
     print(text)
     if args.rounds * args.steps >= 9:

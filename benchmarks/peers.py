@@ -24,7 +24,10 @@ def ours(args: argparse.Namespace, device: torch.device, ids: Tensor, labels: Te
     runtime = place(config, start(config.parallel))
     optimizer = build_optimizer(config.optimizer, runtime.model.named_parameters())
     weights = torch.full(labels.shape, 1.0 / labels.numel(), device=device)
-    samples, number = torch.arange(len(ids), device=device), torch.zeros((), dtype=torch.int64, device=device)  # what masks are drawn from
+    samples, number = (
+        torch.arange(len(ids), device=device),
+        torch.zeros((), dtype=torch.int64, device=device),
+    )  # what masks are drawn from
 
     def step() -> float:
         loss = runtime.model(ids, labels=labels, loss_weights=weights, samples=samples, step=number.add_(1)).sum()
@@ -53,7 +56,10 @@ def our_weights(args: argparse.Namespace) -> dict[str, Tensor]:
     from megalith.runtime.build import plain
 
     config = our_config(args)
-    return {name: value.detach() for name, value in plain(config.model, torch.device("cpu"), seed=config.batch.seed).named_parameters()}
+    return {
+        name: value.detach()
+        for name, value in plain(config.model, torch.device("cpu"), seed=config.batch.seed).named_parameters()
+    }
 
 
 def train(args: argparse.Namespace, model: nn.Module, loss_of: Callable[[], Tensor]) -> Step:
@@ -72,7 +78,9 @@ def train(args: argparse.Namespace, model: nn.Module, loss_of: Callable[[], Tens
     return step
 
 
-def hugging_face(args: argparse.Namespace, device: torch.device, ids: Tensor, labels: Tensor, *, compile: bool = False) -> Step:
+def hugging_face(
+    args: argparse.Namespace, device: torch.device, ids: Tensor, labels: Tensor, *, compile: bool = False
+) -> Step:
     """transformers' GPT2LMHeadModel."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -135,7 +143,9 @@ def megatron_core(args: argparse.Namespace, device: torch.device, ids: Tensor, l
         model.embedding.position_embeddings.weight.copy_(w["position_embedding.weight"])
         for i, layer in enumerate(model.decoder.layers):
             p = f"layers.{i}."
-            qkv = torch.stack([w[f"{p}attention.{x}.weight"].view(heads, width, -1) for x in "qkv"], dim=1)  # per head: q, k, v
+            qkv = torch.stack(
+                [w[f"{p}attention.{x}.weight"].view(heads, width, -1) for x in "qkv"], dim=1
+            )  # per head: q, k, v
             layer.self_attention.linear_qkv.weight.copy_(qkv.flatten(0, 2))
             layer.self_attention.linear_proj.weight.copy_(w[f"{p}attention.out.weight"])
             layer.mlp.linear_fc1.weight.copy_(w[f"{p}mlp.up.weight"])
@@ -154,10 +164,16 @@ def limit(args: argparse.Namespace, device: torch.device, ids: Tensor, labels: T
     products = []
     for inner, outer in shapes * args.num_layers:
         products += [(tokens, inner, outer), (tokens, outer, inner), (inner, tokens, outer)]
-    rows, chunks = 1024, max(1, tokens // 1024)  # the head in chunks, as a chunked loss does it: a whole one would not fit in every memory
+    rows, chunks = (
+        1024,
+        max(1, tokens // 1024),
+    )  # the head in chunks, as a chunked loss does it: a whole one would not fit in every memory
     products += [(rows, h, args.vocab_size), (rows, args.vocab_size, h), (args.vocab_size, rows, h)] * chunks
     made = {
-        shape: (torch.randn(shape[0], shape[1], device=device, dtype=dtype), torch.randn(shape[1], shape[2], device=device, dtype=dtype))
+        shape: (
+            torch.randn(shape[0], shape[1], device=device, dtype=dtype),
+            torch.randn(shape[1], shape[2], device=device, dtype=dtype),
+        )
         for shape in set(products)
     }
     outputs = {shape: torch.empty(shape[0], shape[2], device=device, dtype=dtype) for shape in made}

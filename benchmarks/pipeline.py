@@ -27,11 +27,11 @@ from megalith.config import stages
 from megalith.config.run import RunConfig
 from megalith.optim.build import build_optimizer
 from megalith.parallel import mesh as meshes
-from megalith.parallel.schedules import bubble, order, play
+from megalith.parallel.pipeline.schedules import bubble, order, play
 from megalith.runtime import timeline
 from megalith.runtime.build import place
 from megalith.testing import parity, run_ranks
-from megalith.training.profile import draw
+from megalith.training.reporting.profile import draw
 
 SCHEDULES = {"gpipe": 1, "1f1b": 1, "interleaved_1f1b": 2, "zero_bubble": 2, "zbv": 2, "dualpipev": 2}
 CONFIG = RunConfig().replace(  # pieces of half a second, so that the milliseconds of a transfer do not count
@@ -102,12 +102,16 @@ def main() -> None:
     print(
         f"torch {torch.__version__}, {m.num_layers} layers, hidden {m.hidden_size}, {CONFIG.data.seq_length} tokens, {count} micro-batches"
     )
-    print("idle over computing time. 2 processes: median (quartiles) | at best | theory || 4: played | theory || 8: played | theory")
+    print(
+        "idle over computing time. 2 processes: median (quartiles) | at best | theory || 4: played | theory || 8: played | theory"
+    )
     costs = {}
     for name in args.schedules:
         v = SCHEDULES[name]
         config = CONFIG.replace(
-            pipeline_schedule=name, num_layers_per_virtual_pipeline_stage=2 if name in stages.LOOPING else None, global_batch_size=count
+            pipeline_schedule=name,
+            num_layers_per_virtual_pipeline_stage=2 if name in stages.LOOPING else None,
+            global_batch_size=count,
         )
         found, transfer = run_ranks(steps, 2, config, args.steps, timeout=900)[0]
         found.sort(key=lambda each: bubble(each.measured))

@@ -39,7 +39,21 @@ PLACES = (
     "/usr/local/lib",
     "/usr/lib",
 )
-SUFFIXES = {".py", ".pyi", ".h", ".hpp", ".c", ".txt", ".md", ".rst", ".pm", ".pl", ".tex", ".html", *(f".{i}" for i in range(1, 9))}
+SUFFIXES = {
+    ".py",
+    ".pyi",
+    ".h",
+    ".hpp",
+    ".c",
+    ".txt",
+    ".md",
+    ".rst",
+    ".pm",
+    ".pl",
+    ".tex",
+    ".html",
+    *(f".{i}" for i in range(1, 9)),
+}
 
 
 def corpus_files() -> Iterator[pathlib.Path]:
@@ -88,7 +102,7 @@ def assemble(target: pathlib.Path, megabytes: int) -> dict:
 def plain_tokenizer(kind: str, files: list[str]):
     """The `tokenizers` object that classic and bare use."""
     sys.path.insert(0, str(ROOT))
-    from megalith.data.tokenizers import build_tokenizer
+    from megalith.data.tokenizers.tokenizer import build_tokenizer
 
     names = ("vocab_file", "merge_file")
     return build_tokenizer(kind, **dict(zip(names, files)))
@@ -104,7 +118,7 @@ class Classic:
         cls.tokenizer = plain_tokenizer(kind, files)
         cls.split = None
         if split:
-            from megalith.data.sentences import sentence_splitter
+            from megalith.data.corpus.sentences import sentence_splitter
 
             cls.split = sentence_splitter("english")
 
@@ -225,14 +239,30 @@ def same_tokens(corpus: str, level: str) -> bool:
 def compare(corpus: str, kind: str, files: list[str], split: bool, workers: int) -> None:
     """One table: classic, bare, ours."""
     size = os.path.getsize(corpus) / 1e6
-    self_command = [sys.executable, __file__, "--corpus", corpus, "--kind", kind, "--files", *files, "--workers", str(workers)]
+    self_command = [
+        sys.executable,
+        __file__,
+        "--corpus",
+        corpus,
+        "--kind",
+        kind,
+        "--files",
+        *files,
+        "--workers",
+        str(workers),
+    ]
     self_command += ["--split"] if split else []
-    print(f"\n{kind}, {workers} workers{', sentences split' if split else ', --append-eod'}; {size:.0f} MB of JSON lines")
+    print(
+        f"\n{kind}, {workers} workers{', sentences split' if split else ', --append-eod'}; {size:.0f} MB of JSON lines"
+    )
     print(f"{'':22} {'wall s':>8} {'MB/s':>8} {'CPU s':>8} {'MB/CPU s':>9} {'peak MB':>8}")
 
     def row(name: str, result: dict, seconds: float) -> float:
         memory = f"{result['peak MB']:8.0f}"
-        print(f"{name:22} {seconds:8.1f} {size / seconds:8.1f} {result['cpu']:8.1f} {size / result['cpu']:9.2f} {memory}", flush=True)
+        print(
+            f"{name:22} {seconds:8.1f} {size / seconds:8.1f} {result['cpu']:8.1f} {size / result['cpu']:9.2f} {memory}",
+            flush=True,
+        )
         return seconds
 
     mine_first = ours(corpus, kind, files, split, workers)
@@ -258,9 +288,14 @@ def shares(result: dict) -> None:
     """Where the workers' seconds went."""
     working = {stage: value for stage, value in result["seconds"].items() if stage != "joining"}
     total = sum(working.values())
-    print("workers' time: " + ", ".join(f"{stage} {value / total:.0%}" for stage, value in working.items() if value), end="; ")
+    print(
+        "workers' time: " + ", ".join(f"{stage} {value / total:.0%}" for stage, value in working.items() if value),
+        end="; ",
+    )
     print(f"joining the parts {result['seconds']['joining']:.2f} s")
-    print(f"{result['documents']} documents, {result['sequences']} sequences, {result['tokens']} tokens; {result['encoder']}")
+    print(
+        f"{result['documents']} documents, {result['sequences']} sequences, {result['tokens']} tokens; {result['encoder']}"
+    )
 
 
 def machine() -> str:
@@ -308,7 +343,9 @@ def main() -> None:
         for kind, files, split in (("GPT2BPETokenizer", gpt2, False), ("BertWordPieceLowerCase", [args.bert], True)):
             result = ours(str(large), kind, files, split, args.workers)
             rate = large.stat().st_size / 1e6 / result["wall"]
-            print(f"{kind}: {result['wall']:.1f} s, {rate:.1f} MB/s, all processes together {result['peak MB']:.0f} MB at most")
+            print(
+                f"{kind}: {result['wall']:.1f} s, {rate:.1f} MB/s, all processes together {result['peak MB']:.0f} MB at most"
+            )
 
 
 if __name__ == "__main__":

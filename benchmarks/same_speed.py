@@ -74,7 +74,9 @@ def preprocess(tree: pathlib.Path, corpus: pathlib.Path, flags: list[str]) -> Fi
     return {"seconds": seconds, "cpu": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime}
 
 
-def figures(args: argparse.Namespace, scratch: pathlib.Path) -> dict[str, tuple[int, Callable[[pathlib.Path], Figures]]]:
+def figures(
+    args: argparse.Namespace, scratch: pathlib.Path
+) -> dict[str, tuple[int, Callable[[pathlib.Path], Figures]]]:
     """Name -> rounds, and what measures a tree. Corpora are written once, by NEW, for both."""
     made: dict[str, tuple[int, Callable[[pathlib.Path], Figures]]] = {}
     for candidate in ("megalith", "megalith-compile"):
@@ -84,7 +86,15 @@ def figures(args: argparse.Namespace, scratch: pathlib.Path) -> dict[str, tuple[
         made[f"index: {kind}"] = (rounds, functools.partial(index, kind=kind, folder=scratch))
     if args.gpt2:
         corpus, files = scratch / "corpus.jsonl", [f"{args.gpt2}/{name}" for name in ("vocab.json", "merges.txt")]
-        flags = ["--tokenizer-type", "GPT2BPETokenizer", "--vocab-file", files[0], "--merge-file", files[1], "--append-eod"]
+        flags = [
+            "--tokenizer-type",
+            "GPT2BPETokenizer",
+            "--vocab-file",
+            files[0],
+            "--merge-file",
+            files[1],
+            "--append-eod",
+        ]
         made["preprocess GPT-2"] = (5, functools.partial(preprocess, corpus=corpus, flags=flags))
     return {name: entry for name, entry in made.items() if args.only in name}
 

@@ -89,8 +89,16 @@ def work(args: argparse.Namespace) -> dict:
 
     first = [timed()[1] for _ in range(3)]  # warm-up, compilation, and the losses to compare
     seconds = [timed()[0] for _ in range(args.steps)]
-    memory = torch.accelerator.max_memory_allocated() if device.type != "cpu" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"losses": first, "tokens_per_second": args.batch * args.sequence / statistics.median(seconds), "memory": memory}
+    memory = (
+        torch.accelerator.max_memory_allocated()
+        if device.type != "cpu"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
+    return {
+        "losses": first,
+        "tokens_per_second": args.batch * args.sequence / statistics.median(seconds),
+        "memory": memory,
+    }
 
 
 def report(args: argparse.Namespace, results: dict[str, list[dict]]) -> None:
@@ -114,14 +122,18 @@ def report(args: argparse.Namespace, results: dict[str, list[dict]]) -> None:
         speed[name] = statistics.median(rates)
         memory[name] = statistics.median(each["memory"] for each in rounds)
         losses = " ".join(f"{loss:.5f}" for loss in rounds[0]["losses"] if loss is not None)
-        lines.append(f"{name:18} {speed[name]:10.0f} {min(rates):8.0f} {max(rates):8.0f} {memory[name] / 2**20:11.0f}  {losses}")
+        lines.append(
+            f"{name:18} {speed[name]:10.0f} {min(rates):8.0f} {max(rates):8.0f} {memory[name] / 2**20:11.0f}  {losses}"
+        )
     ours = [name for name in speed if name.startswith("megalith")]
     peers = [name for name in speed if name not in ours and name != "limit"]
     if ours and peers:
         best, rival = max(ours, key=speed.get), max(peers, key=speed.get)
         lines.append(f"best of ours ({best}) / fastest peer ({rival}): {speed[best] / speed[rival]:.3f}")
         lines.append(f"its memory / smallest peer's: {memory[best] / min(memory[name] for name in peers):.3f}")
-        lines.append(f"smallest memory of ours / smallest peer's: {min(memory[n] for n in ours) / min(memory[n] for n in peers):.3f}")
+        lines.append(
+            f"smallest memory of ours / smallest peer's: {min(memory[n] for n in ours) / min(memory[n] for n in peers):.3f}"
+        )
     for name, rate in speed.items():
         lines += [mfu(args, name, rate)] if args.device != "cpu" and name != "limit" else []
     if ours and "limit" in speed:
@@ -136,12 +148,19 @@ def mfu(args: argparse.Namespace, name: str, tokens_per_second: float) -> str:
     import torch
     from peers import our_config
 
-    from megalith.config.flops import flops_per_token
-    from megalith.training.peaks import peak_flops
+    from megalith.planner.flops import flops_per_token
+    from megalith.training.reporting.peaks import peak_flops
 
     peak = peak_flops(torch.get_device_module().get_device_name(), args.dtype, args.peak_tflops)
-    rates = [tokens_per_second * flops_per_token(our_config(args).model, args.sequence, causal_half=half) for half in (False, True)]
-    shares = "unknown peak" if peak is None else f"MFU {rates[0] / peak:.1%} full attention, {rates[1] / peak:.1%} causal half"
+    rates = [
+        tokens_per_second * flops_per_token(our_config(args).model, args.sequence, causal_half=half)
+        for half in (False, True)
+    ]
+    shares = (
+        "unknown peak"
+        if peak is None
+        else f"MFU {rates[0] / peak:.1%} full attention, {rates[1] / peak:.1%} causal half"
+    )
     return f"{name}: {rates[0] / 1e12:.1f} TFLOP/s full attention, {rates[1] / 1e12:.1f} causal half; {shares}"
 
 

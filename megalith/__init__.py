@@ -14,7 +14,11 @@ import importlib
 __version__ = "0.1.0"
 __all__ = ["generate", "load", "train"]
 
-_WORDS = {"load": "megalith.generation.load", "generate": "megalith.generation.generate", "train": "megalith.training.pretrain"}
+_WORDS = {
+    "load": "megalith.generation.load",
+    "generate": "megalith.generation.generate",
+    "train": "megalith.training.pretrain",
+}
 
 
 def __dir__() -> list[str]:
@@ -25,8 +29,10 @@ def __dir__() -> list[str]:
 def __getattr__(name: str):
     """Import one of the words above on first use (PEP 562)."""
     if name not in _WORDS:
-        from megalith.config.elsewhere import answer
+        from megalith.config.flags.elsewhere import answer
 
         instead = answer(name)
-        raise AttributeError(f"module 'megalith' has no attribute {name!r}; {instead or 'it has ' + ', '.join(__all__)}")
+        raise AttributeError(
+            f"module 'megalith' has no attribute {name!r}; {instead or 'it has ' + ', '.join(__all__)}"
+        )
     return getattr(importlib.import_module(_WORDS[name]), name)

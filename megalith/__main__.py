@@ -8,7 +8,9 @@ import sys
 # editable installation was made from, is then taken for the package, although this very file is found in the right one.
 if getattr(sys.modules["megalith"], "__file__", None) is None:
     home = pathlib.Path(__file__).parent
-    spec = importlib.util.spec_from_file_location("megalith", home / "__init__.py", submodule_search_locations=[str(home)])
+    spec = importlib.util.spec_from_file_location(
+        "megalith", home / "__init__.py", submodule_search_locations=[str(home)]
+    )
     sys.modules["megalith"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["megalith"])
 

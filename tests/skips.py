@@ -18,9 +18,13 @@ def _no_accelerator() -> bool:
 # What a skip's reason says, and whether it is so on this machine.
 EXPECTED = {
     r"needs an accelerator": _no_accelerator,
-    r"needs .*\.\./shared": lambda: not (pathlib.Path(__file__).parents[2] / "shared").exists(),  # real data, not part of the project
+    r"needs .*\.\./shared": lambda: (
+        not (pathlib.Path(__file__).parents[2] / "shared").exists()
+    ),  # real data, not part of the project
     r"reads /proc, which only Linux has": lambda: sys.platform != "linux",
-    r"transformers refuses null here": lambda: True,  # the original cannot be asked: num_key_value_heads of two families
+    r"transformers refuses null here": lambda: (
+        True
+    ),  # the original cannot be asked: num_key_value_heads of two families
 }
 
 
@@ -31,4 +35,6 @@ def judged(report: pytest.TestReport | pytest.CollectReport) -> None:
     reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
     if not any(re.search(words, reason) and is_so() for words, is_so in EXPECTED.items()):
         report.outcome = "failed"
-        report.longrepr = f"{report.nodeid}: an unexpected skip ({reason}); run it, or list the reason in tests/skips.py"
+        report.longrepr = (
+            f"{report.nodeid}: an unexpected skip ({reason}); run it, or list the reason in tests/skips.py"
+        )

@@ -59,7 +59,11 @@ def imports(path: pathlib.Path) -> Iterator[str]:
 
 def documented_table() -> dict[str, str]:
     """Folder -> the "may import" cell of the table in docs/architecture.md."""
-    rows = [line.split("|")[1:-1] for line in (REPOSITORY / "docs/architecture.md").read_text().splitlines() if line.startswith("|")]
+    rows = [
+        line.split("|")[1:-1]
+        for line in (REPOSITORY / "docs/architecture.md").read_text().splitlines()
+        if line.startswith("|")
+    ]
     return {cells[0].strip(): cells[2].strip() for cells in rows if len(cells) == 3 and cells[0].strip() in ALLOWED}
 
 
@@ -77,7 +81,16 @@ def test_the_document_has_the_same_table() -> None:
 def test_where_would_i_add_names_files_that_exist() -> None:
     section = (REPOSITORY / "docs/architecture.md").read_text().split("## 10.")[1]
     rows = {line.split("|")[1].split("(9)")[0].strip(): line for line in section.splitlines() if line.startswith("| ")}
-    asked = ("model", "head", "loss", "optimizer", "file format", "learning-rate schedule", "server field", "evaluation task")
+    asked = (
+        "model",
+        "head",
+        "loss",
+        "optimizer",
+        "file format",
+        "learning-rate schedule",
+        "server field",
+        "evaluation task",
+    )
     assert not [kind for kind in asked if not any(name.startswith(kind) for name in rows)]
     named = re.findall(r"(?<![\w/])[a-z_0-9/]+/[a-z_0-9]+\.py\b", "".join(rows.values()))
     assert len(named) > 20 and not [path for path in named if not (ROOT / path).is_file()]
@@ -110,7 +123,9 @@ def test_file_keeps_the_rules(path: pathlib.Path) -> None:
         parts = module.split(".")
         if parts[0] == "torch":
             assert home not in TORCH_FREE, f"{name}: {home}/ must import without torch"
-            assert not (home in NO_DISTRIBUTED and parts[1:2] == ["distributed"]), f"{name}: {home}/ knows nothing of parallelism"
+            assert not (home in NO_DISTRIBUTED and parts[1:2] == ["distributed"]), (
+                f"{name}: {home}/ knows nothing of parallelism"
+            )
         if parts[0] == "megalith" and len(parts) > 1 and parts[1] in ALLOWED and parts[1] != home:
             assert parts[1] in ALLOWED[home], f"{name}: {home}/ may not import {parts[1]}/"
 
@@ -118,7 +133,11 @@ def test_file_keeps_the_rules(path: pathlib.Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_address_in_a_registry_exists(path: pathlib.Path) -> None:
     """Registries import what they name only when asked, so a name that leads nowhere would wait for a user."""
-    texts = (node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant) and isinstance(node.value, str))
+    texts = (
+        node.value
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
     for address in filter(re.compile(r"megalith(\.\w+)+:\w+").fullmatch, texts):
         module, _, attribute = address.partition(":")
         base = REPOSITORY.joinpath(*module.split("."))
@@ -127,20 +146,35 @@ def test_every_address_in_a_registry_exists(path: pathlib.Path) -> None:
         tree = ast.parse(file.read_text())
         names = {getattr(node, "name", None) for node in tree.body}
         names |= {
-            target.id for node in tree.body if isinstance(node, ast.Assign) for target in node.targets if isinstance(target, ast.Name)
+            target.id
+            for node in tree.body
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+            if isinstance(target, ast.Name)
         }
-        names |= {node.target.id for node in tree.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
+        names |= {
+            node.target.id
+            for node in tree.body
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+        }
         assert attribute in names, f"{path.relative_to(ROOT)}: {address} names nothing that {module} defines"
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if folder(p) != "kernels"], ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if folder(p) != "kernels"], ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_devices_go_through_torch_accelerator(path: pathlib.Path) -> None:
     uses = [
         node.lineno
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Attribute) and node.attr == "cuda" and isinstance(node.value, ast.Name) and node.value.id == "torch"
+        if isinstance(node, ast.Attribute)
+        and node.attr == "cuda"
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "torch"
     ]
-    assert not uses, f"{path.relative_to(ROOT)}: torch.cuda at lines {uses}; use torch.accelerator, so that other devices work too"
+    assert not uses, (
+        f"{path.relative_to(ROOT)}: torch.cuda at lines {uses}; use torch.accelerator, so that other devices work too"
+    )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -152,4 +186,6 @@ def test_objects_travel_between_ranks_in_one_place(path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "tests").rglob("*.py")), ids=lambda path: path.name)
 def test_test_files_are_short_too(path: pathlib.Path) -> None:
-    assert path.read_text().count("\n") <= MAX_LINES, f"{path.relative_to(REPOSITORY)}: split it, over {MAX_LINES} lines"
+    assert path.read_text().count("\n") <= MAX_LINES, (
+        f"{path.relative_to(REPOSITORY)}: split it, over {MAX_LINES} lines"
+    )

@@ -22,7 +22,9 @@ def make_llama(folder: pathlib.Path) -> None:
         max_position_embeddings=64, bos_token_id=None, eos_token_id=511,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder / "llama")
-    PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), eos_token="<|endoftext|>").save_pretrained(folder / "llama")
+    PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), eos_token="<|endoftext|>").save_pretrained(
+        folder / "llama"
+    )
     text = [json.loads(line)["text"] for line in (folder / "corpus.jsonl").read_text().splitlines()]
     pieces = ["".join(text)[start : start + 1000] for start in range(0, 200_000, 1000)]
     for number, name in enumerate(("web/a", "web/b", "web/c", "books/x", "books/y")):
@@ -45,13 +47,22 @@ def test_the_documents_commands(tmp_path: pathlib.Path) -> None:
     document = (ROOT / "docs/continue_llama.md").read_text()
     (line,) = (line for line in said[3].splitlines() if line.startswith("loaded from"))
     assert line in document.splitlines()
-    assert "the same command without --load and --no-load-optim goes on from step 3" in said[3] or "without --no-load-optim" in said[3]
-    assert "loaded from runs/continued/iter_0000003: the weights, the optimizer's state, the schedule and the counts" in said[4]
+    assert (
+        "the same command without --load and --no-load-optim goes on from step 3" in said[3]
+        or "without --no-load-optim" in said[3]
+    )
+    assert (
+        "loaded from runs/continued/iter_0000003: the weights, the optimizer's state, the schedule and the counts"
+        in said[4]
+    )
     steps = [json.loads(line) for line in (tmp_path / "runs/continued/metrics.jsonl").read_text().splitlines()]
     assert [each["step"] for each in steps if "loss" in each] == [1, 2, 3, 4, 5, 6]
     assert (
-        "loaded from llama: the weights; not the optimizer's state" in said[6] and "--load llama holds weights that belong to no" in said[6]
+        "loaded from llama: the weights; not the optimizer's state" in said[6]
+        and "--load llama holds weights that belong to no" in said[6]
     )
     short = [json.loads(line) for line in (tmp_path / "runs/short/metrics.jsonl").read_text().splitlines()]
-    assert next(each["loss"] for each in short if "loss" in each) == next(each["loss"] for each in steps if "loss" in each)
+    assert next(each["loss"] for each in short if "loss" in each) == next(
+        each["loss"] for each in steps if "loss" in each
+    )
     assert (tmp_path / "llama-continued/tokenizer.json").is_file() and "Once upon a time" in said[5]

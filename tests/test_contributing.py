@@ -13,7 +13,7 @@ import torch
 from megalith.checkpoint.weights import own
 from megalith.cli.main import main
 from megalith.common.errors import ConfigError
-from megalith.config.loading import load_config
+from megalith.config.flags.loading import load_config
 from megalith.runtime.build import meta_model
 from megalith.testing import run_ranks
 from megalith.testing.parity import TOLERANCE, compare, measure, merge
@@ -134,7 +134,9 @@ def test_what_is_wrong_with_it_is_told_at_the_start(tmp_path: pathlib.Path) -> N
     bare = "class Twist(nn.Module):\n    architecture = Whole.architecture\n"
     bare += "\n    def __init__(self, config, seed):\n        super().__init__()\n"
     said = told("class Twist(GPT)", "class Whole(GPT)", bare)
-    assert "found 'no config, seed, layers, run_layers, restore, initial, forward'; a model offers what megalith" in said
+    assert (
+        "found 'no config, seed, layers, run_layers, restore, initial, forward'; a model offers what megalith" in said
+    )
 
 
 def test_its_flags_are_judged_like_any(corpus: str) -> None:

@@ -23,13 +23,16 @@ GPT = {"VOCAB_FILE": "vocab.json", "MERGE_FILE": "merges.txt", "DATA_PATH": "my-
 SCRIPTS = {  # with the variables that make them small
     "pretrain_gpt.sh": GPT | {"GLOBAL_BATCH": "4"},
     "pretrain_gpt_distributed.sh": GPT | {"GPUS_PER_NODE": "2", "MASTER_PORT": "29531"},
-    "pretrain_gpt_distributed_with_mp.sh": GPT | {"GPUS_PER_NODE": "2", "PIPELINE": "1", "GLOBAL_BATCH": "4", "MASTER_PORT": "29532"},
+    "pretrain_gpt_distributed_with_mp.sh": GPT
+    | {"GPUS_PER_NODE": "2", "PIPELINE": "1", "GLOBAL_BATCH": "4", "MASTER_PORT": "29532"},
     "pretrain_bert.sh": BERT | {"GLOBAL_BATCH": "4"},
     "pretrain_bert_distributed.sh": BERT | {"GPUS_PER_NODE": "2", "MASTER_PORT": "29533"},
-    "pretrain_bert_distributed_with_mp.sh": BERT | {"GPUS_PER_NODE": "2", "TENSOR": "1", "GLOBAL_BATCH": "8", "MASTER_PORT": "29534"},
+    "pretrain_bert_distributed_with_mp.sh": BERT
+    | {"GPUS_PER_NODE": "2", "TENSOR": "1", "GLOBAL_BATCH": "8", "MASTER_PORT": "29534"},
     "pretrain_t5.sh": T5 | {"GLOBAL_BATCH": "4"},
     "pretrain_t5_distributed.sh": T5 | {"GPUS_PER_NODE": "2", "MASTER_PORT": "29535"},
-    "pretrain_t5_distributed_with_mp.sh": T5 | {"GPUS_PER_NODE": "2", "TENSOR": "1", "GLOBAL_BATCH": "8", "MASTER_PORT": "29536"},
+    "pretrain_t5_distributed_with_mp.sh": T5
+    | {"GPUS_PER_NODE": "2", "TENSOR": "1", "GLOBAL_BATCH": "8", "MASTER_PORT": "29536"},
 }
 SLOW = [name for name in SCRIPTS if "gpt" not in name]
 SIZES = {  # of the defaults: words of the vocabulary that --vocab-size counts, parameters

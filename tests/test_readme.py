@@ -49,7 +49,9 @@ def test_every_command_runs(folder: pathlib.Path) -> None:
     for other in losses[1:]:
         assert other[:40] == pytest.approx(losses[0], rel=1e-5)
     assert losses[0][-1] < losses[0][0] - 1
-    assert {"config.yaml", "metrics.jsonl", "loss.png", "checkpoints"} <= {path.name for path in (folder / "runs/first").iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "loss.png", "checkpoints"} <= {
+        path.name for path in (folder / "runs/first").iterdir()
+    }
 
 
 def transformers_text(exported: pathlib.Path) -> str:

@@ -5,13 +5,15 @@ import pytest
 from megalith import recipes
 from megalith.common.errors import ConfigError
 from megalith.config.batch_math import data_parallel_size, total_steps
-from megalith.config.flops import flops_per_token
-from megalith.config.loading import load_config
+from megalith.config.flags.loading import load_config
 from megalith.config.parameters import parameter_count
+from megalith.planner.flops import flops_per_token
 
 
 def load(name, **options):
-    return load_config(["--recipe", name, "--data-path", "a", "--tokenizer-model", "t"], read_recipe=recipes.text, **options)[0]
+    return load_config(
+        ["--recipe", name, "--data-path", "a", "--tokenizer-model", "t"], read_recipe=recipes.text, **options
+    )[0]
 
 
 def test_the_list():
@@ -37,7 +39,9 @@ def test_each_recipe(name):
     assert config.logging.name == name and "\n  model_type: " in recipes.text(name)
     model = config.replace(vocab_size=about["vocab_size"]).model
     assert parameter_count(model) == about["parameters"]
-    assert flops_per_token(model, config.data.seq_length) > 6 * (about["parameters"] - model.vocab_size * model.hidden_size)
+    assert flops_per_token(model, config.data.seq_length) > 6 * (
+        about["parameters"] - model.vocab_size * model.hidden_size
+    )
     assert total_steps(config, data_parallel_size(config, about["processes"])) > 100
 
 
@@ -59,5 +63,7 @@ def test_gpt3_175b_counts_steps_as_megatron():
 def test_unknown_recipe():
     with pytest.raises(ConfigError, match="unknown recipe gpt2-smal: did you mean gpt2-small-124m"):
         recipes.text("gpt2-smal")
-    with pytest.raises(ConfigError, match=r"^unknown recipe ../config: the known ones are bert-345m, bert-tiny, cpu-tiny, "):
+    with pytest.raises(
+        ConfigError, match=r"^unknown recipe ../config: the known ones are bert-345m, bert-tiny, cpu-tiny, "
+    ):
         load("../config")

@@ -115,7 +115,11 @@ def test_samples_instead_of_iterations_and_the_lengths_of_a_t5(folder, monkeypat
     monkeypatch.chdir(folder)
     samples = GPT.replace("--train-iters 10 --lr-decay-iters 10", "--train-samples 160 --lr-decay-samples 160")
     ramp = f"{samples} --global-batch-size 1536 --rampup-batch-size 16 16 5859375".replace("160", "6000000")
-    for line in (samples, ramp, f"{T5} --kv-channels 4 --ffn-hidden-size 48 --encoder-seq-length 16 --decoder-seq-length 8"):
+    for line in (
+        samples,
+        ramp,
+        f"{T5} --kv-channels 4 --ffn-hidden-size 48 --encoder-seq-length 16 --decoder-seq-length 8",
+    ):
         status, said = run(f"{line} --dry-run", capsys)
         assert status == 0 and "would not find" not in said, said
 
@@ -136,7 +140,11 @@ def test_megatron_generate(tmp_path) -> None:
     """The calls of megatron_generate with its options; prompts are ids, as they are there."""
     from megalith.training.pretrain import train
 
-    train(tiny_config(write_corpus(str(tmp_path / "tiny")), str(tmp_path / "run"), train_iters=2, lr_warmup_iters=1, eval_iters=0))
+    train(
+        tiny_config(
+            write_corpus(str(tmp_path / "tiny")), str(tmp_path / "run"), train_iters=2, lr_warmup_iters=1, eval_iters=0
+        )
+    )
     model, prompts = megalith.load(tmp_path / "run", device="cpu"), [[1, 2], [3, 4, 5]]
     for options in (
         {"top_p": 0.8, "top_p_decay": 0.5, "temperature": 0.9},

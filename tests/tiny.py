@@ -50,8 +50,16 @@ def write_sentences(prefix: str, documents: int = 60, seed: int = 0) -> str:
 
 def tiny_bert(prefix: str, folder: str, **changes) -> RunConfig:
     """The run of `tiny_config` with a BERT, on what `write_sentences` wrote."""
-    values = dict(model_type="bert", dataset="bert", loss="bert", tokenizer_type="BertWordPieceLowerCase", vocab_file=f"{prefix}.vocab")
-    return tiny_config(prefix, folder, vocab_size=None, seq_length=24, max_position_embeddings=24).replace(**(values | changes))
+    values = dict(
+        model_type="bert",
+        dataset="bert",
+        loss="bert",
+        tokenizer_type="BertWordPieceLowerCase",
+        vocab_file=f"{prefix}.vocab",
+    )
+    return tiny_config(prefix, folder, vocab_size=None, seq_length=24, max_position_embeddings=24).replace(
+        **(values | changes)
+    )
 
 
 def tiny_t5(prefix: str, folder: str, **changes) -> RunConfig:

@@ -9,20 +9,20 @@ The words are imported when first used: those that only look at folders do not w
 import importlib
 
 _WORDS = {
-    "save": "saving",
-    "Saver": "saver",
-    "load": "loading",
-    "fill": "loading",
-    "read_full": "loading",
-    "read_tensors": "loading",
-    "iterations": "folder",
-    "latest": "folder",
-    "find": "folder",
-    "verify": "manifest",
-    "describe": "facts",
-    "read_config": "facts",
-    "read_train_state": "facts",
-    "edit": "editing",
+    "save": "store.saving",
+    "Saver": "store.saver",
+    "load": "store.loading",
+    "fill": "store.loading",
+    "read_full": "store.loading",
+    "read_tensors": "store.loading",
+    "iterations": "store.folder",
+    "latest": "store.folder",
+    "find": "store.folder",
+    "verify": "store.manifest",
+    "describe": "store.facts",
+    "read_config": "store.facts",
+    "read_train_state": "store.facts",
+    "edit": "store.editing",
 }
 __all__ = sorted(_WORDS)
 

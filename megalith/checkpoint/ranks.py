@@ -62,7 +62,9 @@ class Ranks:
         return self.collect(lambda: None, lambda results: work())
 
     def _exchange(self, work: Callable[[], Any], conclude: Callable[[list], Any], *, scatter: bool) -> Any:
-        mine, error = _attempt(lambda: self._packed(work()))  # here, so that what cannot be sent fails like anything else
+        mine, error = _attempt(
+            lambda: self._packed(work())
+        )  # here, so that what cannot be sent fails like anything else
         answer: Any = None
         results = self._gather(mine)
         if self.rank == 0 or self.simulated:

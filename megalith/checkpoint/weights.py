@@ -17,15 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalith.checkpoint import folder as folders
-from megalith.checkpoint import manifest, store
-from megalith.checkpoint.chunked import INDEX, Chunked
-from megalith.checkpoint.facts import CONFIG, TRAIN_STATE, read_config, read_train_state
-from megalith.checkpoint.lazy import Lazy
 from megalith.checkpoint.ranks import Ranks
-from megalith.checkpoint.saving import Order
-from megalith.checkpoint.saving import write as write_checkpoint
-from megalith.config.loading import stored_config, to_yaml
+from megalith.checkpoint.store import dcp as store
+from megalith.checkpoint.store import folder as folders
+from megalith.checkpoint.store import manifest
+from megalith.checkpoint.store.facts import CONFIG, TRAIN_STATE, read_config, read_train_state
+from megalith.checkpoint.store.saving import Order
+from megalith.checkpoint.store.saving import write as write_checkpoint
+from megalith.checkpoint.tensors.chunked import INDEX, Chunked
+from megalith.checkpoint.tensors.lazy import Lazy
+from megalith.config.flags.loading import stored_config, to_yaml
 from megalith.config.run import RunConfig
 
 

@@ -9,8 +9,8 @@ import pathlib
 import re
 from typing import Any
 
-from megalith.checkpoint import fit, folder, manifest
-from megalith.checkpoint.facts import describe, part_of, read_config, read_train_state
+from megalith.checkpoint.store import fit, folder, manifest
+from megalith.checkpoint.store.facts import describe, part_of, read_config, read_train_state
 from megalith.cli import checkpoint_convert
 from megalith.common import units
 from megalith.common.errors import CheckpointError, ConfigError
@@ -37,7 +37,9 @@ def register(subparsers: Any) -> None:
     one = verbs.add_parser("inspect", help="what is in a checkpoint, and what it fits", epilog=EXAMPLES)
     one.add_argument("path", metavar="PATH", help=f"{PATH}; or weights of Megatron or Hugging Face")
     one.add_argument("--ckpt-step", type=int, metavar="N", help="iteration (default: the one that `latest` names)")
-    one.add_argument("--with", dest="other", metavar="OTHER", help="compare with another checkpoint, or with a config file (YAML)")
+    one.add_argument(
+        "--with", dest="other", metavar="OTHER", help="compare with another checkpoint, or with a config file (YAML)"
+    )
     one.add_argument("--json", action="store_true", help="everything as one JSON object")
     one.set_defaults(handler=inspect)
 
@@ -49,14 +51,30 @@ def register(subparsers: Any) -> None:
     one = verbs.add_parser("edit", help="write a changed copy into a new folder", epilog=EXAMPLES)
     one.add_argument("path", metavar="PATH", help=PATH)
     one.add_argument("target", metavar="FOLDER", help="new folder of checkpoints for the copy")
-    one.add_argument("--ckpt-step", type=int, metavar="N", help="iteration to copy (default: the one that `latest` names)")
     one.add_argument(
-        "--drop", action="append", default=[], metavar="PART", help="leave out a part (optimizer) or names by pattern ('*/head.*')"
+        "--ckpt-step", type=int, metavar="N", help="iteration to copy (default: the one that `latest` names)"
     )
-    one.add_argument("--rename", action="append", default=[], metavar="OLD=NEW", help="parameter, or the beginning of its name up to a dot")
+    one.add_argument(
+        "--drop",
+        action="append",
+        default=[],
+        metavar="PART",
+        help="leave out a part (optimizer) or names by pattern ('*/head.*')",
+    )
+    one.add_argument(
+        "--rename",
+        action="append",
+        default=[],
+        metavar="OLD=NEW",
+        help="parameter, or the beginning of its name up to a dot",
+    )
     one.add_argument("--iteration", type=int, metavar="N", help="iteration of the copy")
-    one.add_argument("--vocab-size", type=int, metavar="N", help="rows of embedding and head; new rows are the mean of the old ones")
-    one.add_argument("--max-position-embeddings", type=int, metavar="N", help="rows of the position embedding; new rows as above")
+    one.add_argument(
+        "--vocab-size", type=int, metavar="N", help="rows of embedding and head; new rows are the mean of the old ones"
+    )
+    one.add_argument(
+        "--max-position-embeddings", type=int, metavar="N", help="rows of the position embedding; new rows as above"
+    )
     one.add_argument("--overwrite", action="store_true", help="replace what an earlier conversion wrote into FOLDER")
     one.set_defaults(handler=edit)
     checkpoint_convert.register(verbs)
@@ -78,15 +96,17 @@ def inspect(args: argparse.Namespace) -> int:
 
 def _of_another_program(path: str, iteration: int | None) -> dict[str, Any]:
     """The facts of weights in another format, as they are read here: the model's tensors by our names, whole, and a config."""
-    from megalith.checkpoint import formats, sources  # here, because these import torch
-    from megalith.checkpoint.megatron.source import layout
-    from megalith.config.loading import to_yaml
+    from megalith.checkpoint import formats  # here, because these import torch
+    from megalith.checkpoint.formats import sources
+    from megalith.checkpoint.formats.megatron.source import layout
+    from megalith.config.flags.loading import to_yaml
 
     source = sources.local(path)
     format = formats.recognise(source)
     weights = formats.read(source, format, formats.Options(iteration=iteration, replicas="first"))
     tensors: dict[str, dict[str, Any]] = {
-        name: {"shape": list(each.shape), "dtype": str(each.dtype).removeprefix("torch.")} for name, each in weights.tensors.items()
+        name: {"shape": list(each.shape), "dtype": str(each.dtype).removeprefix("torch.")}
+        for name, each in weights.tensors.items()
     }
     parameters: dict[str, int] = {}
     for name, each in tensors.items():
@@ -120,15 +140,17 @@ def verify(args: argparse.Namespace) -> int:
 
 def edit(args: argparse.Namespace) -> int:
     """Write the changed copy and say where it is."""
-    from megalith.checkpoint.editing import RNG
-    from megalith.checkpoint.editing import edit as write_edited
+    from megalith.checkpoint.store.editing import RNG
+    from megalith.checkpoint.store.editing import edit as write_edited
 
     pairs = [text.partition("=") for text in args.rename]
     wrong = [old for old, equals, new in pairs if not (old and equals and new)]
     if wrong:
         raise ConfigError(f"--rename: found {wrong[0]!r}; it takes OLD=NEW, such as head=output")
     if RNG in args.drop:
-        print(f"--drop {RNG} changes nothing: no random state is kept, everything random is a function of seed and step")
+        print(
+            f"--drop {RNG} changes nothing: no random state is kept, everything random is a function of seed and step"
+        )
     path = folder.find(args.path, args.ckpt_step)
     copy = write_edited(
         path, args.target, rename={old: new for old, _, new in pairs}, drop=args.drop, iteration=args.iteration,
@@ -149,9 +171,14 @@ def _compare(path: pathlib.Path, other: pathlib.Path) -> list[str]:
     else:
         second = folder.find(other)
         theirs = fit.model_section(read_config(second))
-        shapes, others = ({name: facts["shape"] for name, facts in manifest.read(each)["tensors"].items()} for each in (path, second))
+        shapes, others = (
+            {name: facts["shape"] for name, facts in manifest.read(each)["tensors"].items()} for each in (path, second)
+        )
         lines = fit.differences(others, shapes, mine)
-    settings = [f"{field}: {one} here, {two} there -> {fit.cure(field, mine)}" for field, one, two in fit.config_differences(mine, theirs)]
+    settings = [
+        f"{field}: {one} here, {two} there -> {fit.cure(field, mine)}"
+        for field, one, two in fit.config_differences(mine, theirs)
+    ]
     return settings + lines
 
 
@@ -180,7 +207,10 @@ def _page(facts: dict[str, Any]) -> list[str]:
         *(f"  {line}" for line in facts["config"].splitlines()),
     ]
     if "differences" in facts:
-        lines += ["differences" if facts["differences"] else "differences: none", *(f"  {line}" for line in facts["differences"])]
+        lines += [
+            "differences" if facts["differences"] else "differences: none",
+            *(f"  {line}" for line in facts["differences"]),
+        ]
     return lines
 
 
@@ -190,7 +220,9 @@ def _tree(tensors: dict[str, dict]) -> list[str]:
     for name, facts in tensors.items():
         layer = re.search(r"layers\.(\d+)\.", name)
         pattern = name.replace(layer[0], "layers.*.", 1) if layer else name
-        lines.setdefault((part_of(name), pattern, f"{facts['shape']} {facts['dtype']}"), []).append(int(layer[1]) if layer else -1)
+        lines.setdefault((part_of(name), pattern, f"{facts['shape']} {facts['dtype']}"), []).append(
+            int(layer[1]) if layer else -1
+        )
     text, shown = [], None
     for (part, pattern, kind), numbers in lines.items():
         text += [f"  {part}"] if part != shown else []

@@ -11,11 +11,11 @@ from typing import Any
 
 from megalith.common.errors import problem
 from megalith.common.extras import lacking
-from megalith.config import flags
-from megalith.config.flags import VALUE, Flag
-from megalith.config.loading_values import convert as typed
-from megalith.config.loading_values import fields
-from megalith.config.text import fail, flag
+from megalith.config.flags import flags
+from megalith.config.flags.flags import VALUE, Flag
+from megalith.config.flags.text import fail, flag
+from megalith.config.flags.values import convert as typed
+from megalith.config.flags.values import fields
 
 IMPORT = """\
 examples:
@@ -44,7 +44,9 @@ examples:
 From one layout of Megatron to another in one step, tensor by tensor. Checkpoints of megalith need none: any layout loads them.
 """
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"} | {name: name for name in ("float32", "bfloat16", "float16")}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"} | {
+    name: name for name in ("float32", "bfloat16", "float16")
+}
 
 
 def _renamed(old: str, new: str, sets: Mapping[str, Any], nargs: int | str = 1) -> Flag:
@@ -81,11 +83,23 @@ COMMON = (
     Flag("--megatron-path", {}, notice="--megatron-path is not needed: Megatron's files are read without its code"),
 )  # fmt: skip
 TARGET = (
-    Flag("--data-parallel-size", {"data_parallel_size": VALUE}, help="parts of Megatron's distributed optimizer (default: 1)"),
-    _renamed("--target-tensor-model-parallel-size", "--tensor-model-parallel-size", {"tensor_model_parallel_size": VALUE}),
+    Flag(
+        "--data-parallel-size",
+        {"data_parallel_size": VALUE},
+        help="parts of Megatron's distributed optimizer (default: 1)",
+    ),
+    _renamed(
+        "--target-tensor-model-parallel-size", "--tensor-model-parallel-size", {"tensor_model_parallel_size": VALUE}
+    ),
     _renamed("--target-tensor-parallel-size", "--tensor-model-parallel-size", {"tensor_model_parallel_size": VALUE}),
-    _renamed("--target-pipeline-model-parallel-size", "--pipeline-model-parallel-size", {"pipeline_model_parallel_size": VALUE}),
-    _renamed("--target-pipeline-parallel-size", "--pipeline-model-parallel-size", {"pipeline_model_parallel_size": VALUE}),
+    _renamed(
+        "--target-pipeline-model-parallel-size",
+        "--pipeline-model-parallel-size",
+        {"pipeline_model_parallel_size": VALUE},
+    ),
+    _renamed(
+        "--target-pipeline-parallel-size", "--pipeline-model-parallel-size", {"pipeline_model_parallel_size": VALUE}
+    ),
     _renamed("--target-data-parallel-size", "--data-parallel-size", {"data_parallel_size": VALUE}),
     _renamed("--true-vocab-size", "--vocab-size", {"vocab_size": VALUE}),
 )
@@ -97,21 +111,38 @@ OWN = {
         Flag("--model-type", {}, notice="--model-type is not needed: the parameters tell it"),
         Flag("--loader", {}, notice="--loader is not needed: the format is recognised by itself (--from names one)"),
         Flag("--saver", {}, notice="--saver is not needed: what is written are Megatron's directories"),
-        Flag("--max-queue-size", {}, notice="--max-queue-size is not needed: one process reads and writes, tensor by tensor"),
+        Flag(
+            "--max-queue-size",
+            {},
+            notice="--max-queue-size is not needed: one process reads and writes, tensor by tensor",
+        ),
         Flag("--no-checking", {}, 0, notice="--no-checking is not needed: names and shapes are always checked"),
     ),
     "export": (
         Flag("--to", {"to": VALUE}, help="format to write: huggingface, megatron, ..."),
-        Flag("--max-shard-size", {"max_shard_size": VALUE}, help="bytes of one file at most: 200MB, 5GB (default: 5GB)"),
+        Flag(
+            "--max-shard-size", {"max_shard_size": VALUE}, help="bytes of one file at most: 200MB, 5GB (default: 5GB)"
+        ),
         Flag("--bin", {"safetensors": False}, 0, help="pytorch_model.bin instead of safetensors"),
-        Flag("--architecture", {"architecture": VALUE}, help="Hugging Face family: gpt2, llama, ... (default: one that has this form)"),
+        Flag(
+            "--architecture",
+            {"architecture": VALUE},
+            help="Hugging Face family: gpt2, llama, ... (default: one that has this form)",
+        ),
         *COMMON,
         *TARGET,
         _renamed("--convert-checkpoint-from-megatron-to-transformers", "--to huggingface", {"to": "huggingface"}, 0),
     ),
 }
 NUMBERS = ("data_parallel_size", "iteration")
-TOLD = ("qkv_layout", "swiglu_order", "replicas", "safetensors", "architecture", "with_optimizer")  # of Options, as they were typed
+TOLD = (
+    "qkv_layout",
+    "swiglu_order",
+    "replicas",
+    "safetensors",
+    "architecture",
+    "with_optimizer",
+)  # of Options, as they were typed
 LAYOUT = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "num_layers_per_virtual_pipeline_stage", "use_distributed_optimizer",
     "make_vocab_size_divisible_by",
@@ -125,7 +156,11 @@ def register(verbs: Any) -> None:
         "export": "a checkpoint in another format",
         "reshape": "a Megatron checkpoint in another layout",
     }
-    folders = {"import": "a folder of checkpoints, as --load takes it", "export": "in the format of --to", "reshape": "Megatron's"}
+    folders = {
+        "import": "a folder of checkpoints, as --load takes it",
+        "export": "in the format of --to",
+        "reshape": "Megatron's",
+    }
     for verb, epilog in (("import", IMPORT), ("export", EXPORT), ("reshape", RESHAPE)):
         usage = f"megalith checkpoint {verb} SOURCE FOLDER [--FLAG VALUE ...]"
         parser = verbs.add_parser(verb, help=about[verb], usage=usage, epilog=epilog)
@@ -147,7 +182,11 @@ def run(verb: str, args: argparse.Namespace) -> int:
         to = "megatron"  # transformers' converter goes there unless told otherwise
     if to is None:
         problems.append(problem("--to", None, "an export has a format", "Write --to huggingface, or --to megatron"))
-    told = {name: values.pop(name) for name in ("from", "overwrite", "sha256", "verify", "print_structure") if name in values}
+    told = {
+        name: values.pop(name)
+        for name in ("from", "overwrite", "sha256", "verify", "print_structure")
+        if name in values
+    }
     options = _options(values, verb, problems)
     if told.get("verify") and (fault := lacking("transformers", "--verify")):
         problems.append(fault)
@@ -158,15 +197,20 @@ def run(verb: str, args: argparse.Namespace) -> int:
     for name, plain in (("use_distributed_optimizer", False), ("data_parallel_size", 1)):
         if not all_written and options.get(name, plain) != plain:
             print(f"{flag(name)} has no effect without --with-optimizer" + " --to megatron" * (to != "megatron"))
-    from megalith.checkpoint import sources
-    from megalith.checkpoint.formats import Options
+    from megalith.checkpoint.formats import Options, sources
     from megalith.workflows import conversion  # here, because it imports torch
 
     source, folder = sources.local(words[0], sha256=told.get("sha256")), pathlib.Path(words[1])
     if verb == "reshape":
         conversion.check_reshape(source, told.get("from"))
     weights = conversion.convert(
-        source, folder, to=to, format=told.get("from"), options=Options(**options), overwrite="overwrite" in told, notice=print
+        source,
+        folder,
+        to=to,
+        format=told.get("from"),
+        options=Options(**options),
+        overwrite="overwrite" in told,
+        notice=print,
     )
     written = {name: lazy for name, lazy in weights.tensors.items() if all_written or name.startswith("model/")}
     if told.get("print_structure"):
@@ -197,7 +241,9 @@ def _options(values: dict[str, Any], verb: str, problems: list[str]) -> dict[str
     if name is not None and pathlib.Path(name).is_dir():
         values["tokenizer"] = name
     elif name is not None:
-        print(f"--tokenizer-name {name} is no folder, and nothing is downloaded by name: add tokenizer files with --tokenizer FOLDER")
+        print(
+            f"--tokenizer-name {name} is no folder, and nothing is downloaded by name: add tokenizer files with --tokenizer FOLDER"
+        )
     if "tokenizer" in values:
         found["tokenizer"] = pathlib.Path(values.pop("tokenizer"))
         if not found["tokenizer"].is_dir():
@@ -226,5 +272,7 @@ def _bytes(text: str, problems: list[str]) -> int | None:
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]I?B)?", text.upper())
     if match and float(match[1]) > 0:
         return int(float(match[1]) * UNITS[match[2] or ""])
-    problems.append(problem("--max-shard-size", text, "it is a size such as 200MB, 5GB or 2GiB", "Write --max-shard-size 5GB"))
+    problems.append(
+        problem("--max-shard-size", text, "it is a size such as 200MB, 5GB or 2GiB", "Write --max-shard-size 5GB")
+    )
     return None

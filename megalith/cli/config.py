@@ -10,7 +10,7 @@ from megalith.common.errors import ConfigError
 from megalith.common.files import write_text
 from megalith.common.outputs import check as check_output
 from megalith.common.outputs import writing
-from megalith.config.loading import to_yaml
+from megalith.config.flags.loading import to_yaml
 from megalith.workflows import wizard
 
 EXAMPLE = """\

@@ -22,10 +22,16 @@ def register(verbs) -> None:
 
 def _add_merge(verbs) -> None:
     parser = verbs.add_parser(
-        "merge", help="many datasets into one", epilog="example: megalith data merge --input data/ --output-prefix all_text_document"
+        "merge",
+        help="many datasets into one",
+        epilog="example: megalith data merge --input data/ --output-prefix all_text_document",
     )
     parser.add_argument(
-        "--input", nargs="+", required=True, metavar="PATH", help="prefixes, or directories of .bin/.idx pairs (sorted by name)"
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help="prefixes, or directories of .bin/.idx pairs (sorted by name)",
     )
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX")
     _add_overwrite(parser)
@@ -35,28 +41,30 @@ def _add_merge(verbs) -> None:
 def merge(args: argparse.Namespace) -> int:
     """Merge; prints what was written."""
     from megalith.common.outputs import writing
-    from megalith.data.inspecting import describe
-    from megalith.data.merge import merge_datasets
+    from megalith.data.indexed.inspecting import describe
+    from megalith.data.indexed.merge import merge_datasets
 
     prefixes, files = _prefixes(args.input, args.output_prefix), _files([_bare(args.output_prefix)])
     options = {"inputs": _files(prefixes), "overwrite": args.overwrite, "flag": "--output-prefix", "notice": _notice}
     with writing(args.output_prefix, files, **options) as still_held:
         merge_datasets(prefixes, args.output_prefix, still_held)
     made = describe(args.output_prefix)
-    print(f"{args.output_prefix}: {len(prefixes)} datasets, {made['num_documents']} documents, {made['total_num_tokens']} tokens")
+    print(
+        f"{args.output_prefix}: {len(prefixes)} datasets, {made['num_documents']} documents, {made['total_num_tokens']} tokens"
+    )
     return 0
 
 
 def _prefixes(paths: list[str], output_prefix: str) -> list[str]:
     from megalith.data.indexed import is_folder, resolve_prefix
-    from megalith.data.merge import directory_prefixes
+    from megalith.data.indexed.merge import directory_prefixes
 
     found = [directory_prefixes(path, output_prefix) if is_folder(path) else [resolve_prefix(path)] for path in paths]
     return [prefix for prefixes in found for prefix in prefixes]
 
 
 def _files(prefixes: Iterable[str]) -> list[str]:
-    from megalith.data.indexed_format import dataset_files
+    from megalith.data.indexed.format import dataset_files
 
     return dataset_files(prefixes)
 
@@ -70,7 +78,14 @@ def _bare(prefix: str) -> str:
     stem = prefix.removesuffix(".bin").removesuffix(".idx")
     if stem != prefix or not os.path.basename(prefix):
         rule = "it is what the names of the files begin with; .bin and .idx are added to it"
-        raise DataError(problem("--output-prefix", prefix, rule, f"Write {stem if os.path.basename(stem) else os.path.join(stem, 'NAME')}"))
+        raise DataError(
+            problem(
+                "--output-prefix",
+                prefix,
+                rule,
+                f"Write {stem if os.path.basename(stem) else os.path.join(stem, 'NAME')}",
+            )
+        )
     return prefix
 
 
@@ -88,8 +103,12 @@ def _add_split(verbs) -> None:
         help="datasets into files of N tokens, documents or bytes",
         epilog="example: megalith data split --input all_text_document --output-prefix piece --tokens 100000000",
     )
-    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="prefixes or directories; several are taken as one")
-    parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="files are PREFIX-0000, PREFIX-0001, ...")
+    parser.add_argument(
+        "--input", nargs="+", required=True, metavar="PATH", help="prefixes or directories; several are taken as one"
+    )
+    parser.add_argument(
+        "--output-prefix", required=True, metavar="PREFIX", help="files are PREFIX-0000, PREFIX-0001, ..."
+    )
     for unit in ("tokens", "documents", "bytes"):
         parser.add_argument(f"--{unit}", type=int, default=0, metavar="N", help=f"{unit} a file holds at most")
     _add_overwrite(parser)
@@ -99,9 +118,12 @@ def _add_split(verbs) -> None:
 def split(args: argparse.Namespace) -> int:
     """Split; prints the prefixes."""
     from megalith.common.outputs import check, writing
-    from megalith.data.merge import pieces, split_datasets
+    from megalith.data.indexed.merge import pieces, split_datasets
 
-    prefixes, limits = _prefixes(args.input, args.output_prefix), {"tokens": args.tokens, "documents": args.documents, "size": args.bytes}
+    prefixes, limits = (
+        _prefixes(args.input, args.output_prefix),
+        {"tokens": args.tokens, "documents": args.documents, "size": args.bytes},
+    )
     with writing(_bare(args.output_prefix), [], notice=_notice):
         check(pieces(args.output_prefix), inputs=_files(prefixes), overwrite=args.overwrite, flag="--output-prefix")
         made = split_datasets(prefixes, args.output_prefix, **limits, overwrite=args.overwrite)
@@ -111,7 +133,9 @@ def split(args: argparse.Namespace) -> int:
 
 def _add_convert(verbs) -> None:
     parser = verbs.add_parser(
-        "convert", help="a lazy or cached dataset into mmap", epilog="example: megalith data convert --input old --output-prefix new"
+        "convert",
+        help="a lazy or cached dataset into mmap",
+        epilog="example: megalith data convert --input old --output-prefix new",
     )
     parser.add_argument("--input", required=True, metavar="PREFIX")
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX")
@@ -124,7 +148,7 @@ def convert(args: argparse.Namespace) -> int:
     """Convert; prints the prefix."""
     from megalith.common.outputs import writing
     from megalith.data.indexed import best_dtype, resolve_prefix
-    from megalith.data.tntidx import convert as convert_dataset
+    from megalith.data.indexed.tntidx import convert as convert_dataset
 
     source, dtype = resolve_prefix(args.input), best_dtype(args.vocab_size) if args.vocab_size else None
     options = {"inputs": _files([source]), "overwrite": args.overwrite, "flag": "--output-prefix", "notice": _notice}
@@ -142,8 +166,12 @@ def _add_inspect(verbs) -> None:
     )
     parser.add_argument("path", nargs="+", help="prefixes, or directories")
     parser.add_argument("--json", action="store_true", help="print a JSON list of the metadata of all of them")
-    parser.add_argument("--verify", action="store_true", help="check every entry of the index and every token; print checksums")
-    parser.add_argument("--show", type=int, nargs="+", default=[], metavar="N", help="print these documents (-1: the last)")
+    parser.add_argument(
+        "--verify", action="store_true", help="check every entry of the index and every token; print checksums"
+    )
+    parser.add_argument(
+        "--show", type=int, nargs="+", default=[], metavar="N", help="print these documents (-1: the last)"
+    )
     add_tokenizer_arguments(parser, required=False)
     parser.set_defaults(handler=inspect)
 
@@ -154,8 +182,8 @@ def inspect(args: argparse.Namespace) -> int:
 
     from megalith.common import units
     from megalith.common.errors import DataError
-    from megalith.data.inspecting import describe, document_text, prefixes_below, verify
-    from megalith.data.tokenizers import build_tokenizer
+    from megalith.data.indexed.inspecting import describe, document_text, prefixes_below, verify
+    from megalith.data.tokenizers.tokenizer import build_tokenizer
 
     if args.tokenizer_type is None and args.tokenizer_model:
         args.tokenizer_type = "HuggingFaceTokenizer"
@@ -173,8 +201,12 @@ def inspect(args: argparse.Namespace) -> int:
         found.append(facts)
         if args.json:
             continue
-        print(f"{facts['data_prefix']}: {facts['format']}, {facts['dtype']}, {units.size(facts['size'])}{', sound' if args.verify else ''}")
-        print(f"  {facts['num_documents']} documents, {facts['num_sequences']} sequences, {facts['total_num_tokens']} tokens")
+        print(
+            f"{facts['data_prefix']}: {facts['format']}, {facts['dtype']}, {units.size(facts['size'])}{', sound' if args.verify else ''}"
+        )
+        print(
+            f"  {facts['num_documents']} documents, {facts['num_sequences']} sequences, {facts['total_num_tokens']} tokens"
+        )
         print(f"  sequences of {facts['shortest_sequence']} to {facts['longest_sequence']} tokens")
         for name in ("largest_token", "sha256.bin", "sha256.idx"):
             if name in facts:
@@ -195,13 +227,22 @@ def _add_weights(verbs) -> None:
         epilog="example: megalith data weights --input data/ --epochs epochs.yaml --output list.txt",
     )
     parser.add_argument(
-        "--input", required=True, metavar="DIR", help="directory of datasets; corpus-0000_text_document belongs to `corpus`"
+        "--input",
+        required=True,
+        metavar="DIR",
+        help="directory of datasets; corpus-0000_text_document belongs to `corpus`",
     )
-    parser.add_argument("--output", required=True, metavar="FILE", help="the list, for --data-file-list; its paths are relative to it")
     parser.add_argument(
-        "--epochs", metavar="YAML", help="`corpus: epochs`, a line each, and `default: epochs` (default: proportional to size)"
+        "--output", required=True, metavar="FILE", help="the list, for --data-file-list; its paths are relative to it"
     )
-    parser.add_argument("--by-directory", action="store_true", help="a corpus is a subdirectory, not the beginning of a name")
+    parser.add_argument(
+        "--epochs",
+        metavar="YAML",
+        help="`corpus: epochs`, a line each, and `default: epochs` (default: proportional to size)",
+    )
+    parser.add_argument(
+        "--by-directory", action="store_true", help="a corpus is a subdirectory, not the beginning of a name"
+    )
     _add_overwrite(parser)
     parser.set_defaults(handler=weights)
 
@@ -211,8 +252,8 @@ def weights(args: argparse.Namespace) -> int:
     from megalith.common import units
     from megalith.common.errors import ConfigError, DataError, problem
     from megalith.common.outputs import writing
-    from megalith.config.loading_yaml import load_yaml
-    from megalith.data.inspecting import prefixes_below
+    from megalith.config.flags.yaml_text import load_yaml
+    from megalith.data.indexed.inspecting import prefixes_below
     from megalith.data.weights import write_weights
 
     epochs = None
@@ -220,7 +261,9 @@ def weights(args: argparse.Namespace) -> int:
         try:
             epochs = load_yaml(pathlib.Path(args.epochs).read_text(encoding="utf-8"), f"--epochs {args.epochs}")
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(problem("--epochs", args.epochs, f"it must be a readable file ({error})", "Correct the path")) from error
+            raise DataError(
+                problem("--epochs", args.epochs, f"it must be a readable file ({error})", "Correct the path")
+            ) from error
         except ConfigError as error:  # of what is in it
             raise DataError(str(error)) from error
         if not isinstance(epochs, dict):
@@ -231,7 +274,9 @@ def weights(args: argparse.Namespace) -> int:
     width = max(6, *(len(share.corpus) for share in shares))
     print(f"{'corpus':{width}} {'files':>6} {'tokens':>12} {'epochs':>7} {'share':>8}")
     for share in shares:
-        print(f"{share.corpus:{width}} {share.files:6} {units.count(share.tokens):>12} {share.epochs:7.3g} {share.share:8.2%}")
+        print(
+            f"{share.corpus:{width}} {share.files:6} {units.count(share.tokens):>12} {share.epochs:7.3g} {share.share:8.2%}"
+        )
     print(f"{args.output}: {sum(share.files for share in shares)} datasets")
     return 0
 
@@ -242,11 +287,21 @@ def _add_bpe(verbs) -> None:
         help="train a byte-level BPE vocabulary",
         epilog="example: megalith data bpe --input corpus.jsonl --vocab-size 32000 --output tokenizer.json",
     )
-    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="files, globs, directories, as preprocess reads them")
-    parser.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys (columns) whose texts are read")
-    parser.add_argument("--vocab-size", type=int, required=True, help="tokens, the 256 bytes and special tokens among them")
-    parser.add_argument("--output", required=True, metavar="FILE", help="a tokenizer.json, for --tokenizer-type HuggingFaceTokenizer")
-    parser.add_argument("--special-tokens", nargs="+", default=["<|endoftext|>"], metavar="TOKEN", help="tokens of no text")
+    parser.add_argument(
+        "--input", nargs="+", required=True, metavar="PATH", help="files, globs, directories, as preprocess reads them"
+    )
+    parser.add_argument(
+        "--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys (columns) whose texts are read"
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, required=True, help="tokens, the 256 bytes and special tokens among them"
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="FILE", help="a tokenizer.json, for --tokenizer-type HuggingFaceTokenizer"
+    )
+    parser.add_argument(
+        "--special-tokens", nargs="+", default=["<|endoftext|>"], metavar="TOKEN", help="tokens of no text"
+    )
     _add_overwrite(parser)
     add_limit(parser)
     parser.set_defaults(handler=bpe)
@@ -255,10 +310,10 @@ def _add_bpe(verbs) -> None:
 def bpe(args: argparse.Namespace) -> int:
     """Train; prints the size of the vocabulary."""
     from megalith.common.outputs import writing
-    from megalith.data.bpe import train_bpe
-    from megalith.data.inputs import find_inputs
-    from megalith.data.readers import corpus_texts
-    from megalith.data.unusable import limit_of
+    from megalith.data.corpus.bpe import train_bpe
+    from megalith.data.corpus.inputs import find_inputs
+    from megalith.data.corpus.readers import corpus_texts
+    from megalith.data.corpus.unusable import limit_of
 
     texts = corpus_texts(args.input, args.json_keys, _notice, limit_of(args.max_unusable))
     with writing(args.output, inputs=find_inputs(args.input), overwrite=args.overwrite, notice=_notice):

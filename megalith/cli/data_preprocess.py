@@ -41,19 +41,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="files, globs, directories, - (standard input), FIFOs: JSON lines, parquet, text; also in gzip, zstd, bzip2, xz",
     )
     inputs.add_argument(
-        "--output-prefix", required=True, metavar="PREFIX", help="datasets are PREFIX_{key}_{document|sentence}.bin and .idx"
+        "--output-prefix",
+        required=True,
+        metavar="PREFIX",
+        help="datasets are PREFIX_{key}_{document|sentence}.bin and .idx",
     )
-    inputs.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys (columns) to encode, a dataset each")
+    inputs.add_argument(
+        "--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys (columns) to encode, a dataset each"
+    )
     inputs.add_argument("--json-key", nargs="+", help=argparse.SUPPRESS)
     inputs.add_argument("--overwrite", action="store_true", help="replace datasets that exist")
     text = parser.add_argument_group("documents")
     text.add_argument("--split-sentences", action="store_true", help="a sequence for each sentence (BERT, T5, ICT)")
-    text.add_argument("--lang", default="english", help="language of the sentences, by name or ISO code (default: english)")
-    text.add_argument("--keep-newlines", action="store_true", help="white space between sentences stays with the sentence before it")
+    text.add_argument(
+        "--lang", default="english", help="language of the sentences, by name or ISO code (default: english)"
+    )
+    text.add_argument(
+        "--keep-newlines", action="store_true", help="white space between sentences stays with the sentence before it"
+    )
     text.add_argument("--append-eod", action="store_true", help="end every document with the end-of-document token")
     text.add_argument("--prepend-bos", action="store_true", help="begin every document with the BOS token")
     text.add_argument(
-        "--on-error", choices=("skip", "fail"), default="skip", help="what to do with unusable documents (default: skip and list them)"
+        "--on-error",
+        choices=("skip", "fail"),
+        default="skip",
+        help="what to do with unusable documents (default: skip and list them)",
     )
     text.add_argument(
         "--on-empty",
@@ -65,9 +77,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     work = parser.add_argument_group("work")
     work.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, and exit")
     work.add_argument("--workers", type=int, default=0, help="processes, or Ray actors (default: one a core)")
-    work.add_argument("--partitions", type=int, default=1, help="cut the input into this many parts at least; the result is the same")
-    work.add_argument("--engine", default="processes", help="processes (this machine), ray (a cluster, by RAY_ADDRESS), or module:name")
-    work.add_argument("--plain-encoder", action="store_true", help="do not use a faster encoder, even one that agrees with `tokenizers`")
+    work.add_argument(
+        "--partitions", type=int, default=1, help="cut the input into this many parts at least; the result is the same"
+    )
+    work.add_argument(
+        "--engine",
+        default="processes",
+        help="processes (this machine), ray (a cluster, by RAY_ADDRESS), or module:name",
+    )
+    work.add_argument(
+        "--plain-encoder",
+        action="store_true",
+        help="do not use a faster encoder, even one that agrees with `tokenizers`",
+    )
     for spelling, values, _ in NOT_NEEDED:
         kind = {"action": "store_const", "const": True} if values == 0 else {"nargs": values, "type": int}
         if spelling == "--dataset-impl":
@@ -83,10 +105,15 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser, required: bool = Tr
     group.add_argument("--vocab-file", metavar="FILE", help="vocab.json of GPT-2, vocab.txt of BERT")
     group.add_argument("--merge-file", metavar="FILE", help="merges.txt of GPT-2")
     group.add_argument(
-        "--tokenizer-model", "--tokenizer-name-or-path", metavar="PATH", help="tokenizer.json, its folder, or a sentencepiece .model"
+        "--tokenizer-model",
+        "--tokenizer-name-or-path",
+        metavar="PATH",
+        help="tokenizer.json, its folder, or a sentencepiece .model",
     )
     group.add_argument("--vocab-size", type=int, help="for NullTokenizer and TikTokenizer")
-    group.add_argument("--vocab-extra-ids", type=int, default=0, help="sentinel tokens <extra_id_i> appended to the vocabulary")
+    group.add_argument(
+        "--vocab-extra-ids", type=int, default=0, help="sentinel tokens <extra_id_i> appended to the vocabulary"
+    )
     group.add_argument("--tiktoken-pattern", default="v2", help="v1 or v2")
     group.add_argument("--tiktoken-num-special-tokens", type=int, default=1000)
     group.add_argument("--tiktoken-special-tokens", nargs="+")
@@ -94,7 +121,7 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser, required: bool = Tr
 
 def add_limit(parser) -> None:
     """Declare --max-unusable; `limit_of` reads what is given."""
-    from megalith.data.unusable import MAX_UNUSABLE, RULE
+    from megalith.data.corpus.unusable import MAX_UNUSABLE, RULE
 
     rule = f"{RULE} (default: {MAX_UNUSABLE})".replace("%", "%%")
     parser.add_argument(
@@ -107,7 +134,7 @@ def add_limit(parser) -> None:
 
 def tokenizer_options(args: argparse.Namespace):
     """The TokenizerOptions that the flags describe."""
-    from megalith.data.tokenizers import TokenizerOptions
+    from megalith.data.tokenizers.tokenizer import TokenizerOptions
 
     names = [field.name for field in dataclasses.fields(TokenizerOptions)]
     given = {name: getattr(args, name) for name in names}
@@ -117,9 +144,9 @@ def tokenizer_options(args: argparse.Namespace):
 def run(args: argparse.Namespace) -> int:
     """Preprocess; a summary on stdout, progress and notices on stderr."""
     from megalith.common import units
-    from megalith.data.preprocess import PreprocessOptions, plan, preprocess
-    from megalith.data.preprocess_progress import Progress
-    from megalith.data.unusable import limit_of
+    from megalith.data.corpus.preprocess import PreprocessOptions, plan, preprocess
+    from megalith.data.corpus.preprocess_progress import Progress
+    from megalith.data.corpus.unusable import limit_of
 
     def notice(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -131,8 +158,16 @@ def run(args: argparse.Namespace) -> int:
         notice("--json-key is now --json-keys")
     args.max_unusable = limit_of(args.max_unusable)
     # Every field of the options is a flag of the same name, but for these.
-    other = {"tokenizer": tokenizer_options(args), "fast": not args.plain_encoder, "json_keys": args.json_key or args.json_keys}
-    same = {field.name: getattr(args, field.name) for field in dataclasses.fields(PreprocessOptions) if field.name not in other}
+    other = {
+        "tokenizer": tokenizer_options(args),
+        "fast": not args.plain_encoder,
+        "json_keys": args.json_key or args.json_keys,
+    }
+    same = {
+        field.name: getattr(args, field.name)
+        for field in dataclasses.fields(PreprocessOptions)
+        if field.name not in other
+    }
     options = PreprocessOptions(**same, **other)
     if args.dry_run:
         print(plan(options))

@@ -25,7 +25,9 @@ def register(subparsers) -> None:
 def demo(args: argparse.Namespace) -> int:
     """Run the demo; the exit status."""
     if args.dry_run:
-        print(f"would train {args.steps} steps on {args.megabytes:g} MB with {args.vocab_size} tokens, in {args.folder}")
+        print(
+            f"would train {args.steps} steps on {args.megabytes:g} MB with {args.vocab_size} tokens, in {args.folder}"
+        )
         return 0
     from megalith.workflows.demo import run_demo
 

@@ -11,17 +11,22 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from megalith.checkpoint.sources import is_url
+from megalith.checkpoint.formats.sources import is_url
 from megalith.cli.checkpoint_convert import ORDERS
 from megalith.common.encodings import conversion, reason
 from megalith.common.errors import CheckpointError, ConfigError, DataError, problem
 from megalith.common.files import write_text
 from megalith.common.outputs import writing
 from megalith.common.pointers import refuse_pointer
-from megalith.config.loading_values import fields
-from megalith.config.text import fail, flag
+from megalith.config.flags.text import fail, flag
+from megalith.config.flags.values import fields
 
-TOKENIZER = {"tokenizer_type": "TYPE", "vocab_file": "FILE", "merge_file": "FILE", "tokenizer_model": "PATH"}  # instead of a folder
+TOKENIZER = {
+    "tokenizer_type": "TYPE",
+    "vocab_file": "FILE",
+    "merge_file": "FILE",
+    "tokenizer_model": "PATH",
+}  # instead of a folder
 SHOWN = ("num_attention_heads", "vocab_size", "position_embedding_type")  # what files lack most often
 
 GIVE = "Name its folder with --tokenizer, or its files: --vocab-file FILE --merge-file FILE of GPT-2, --tokenizer-model FILE"
@@ -42,14 +47,21 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         "generate", help="text out of a trained model", description="Text out of a trained model.", epilog=EXAMPLE
     )
     parser.add_argument(
-        "--load", required=True, metavar="PATH", help="a run's folder, a checkpoint, or weights of Hugging Face or Megatron"
+        "--load",
+        required=True,
+        metavar="PATH",
+        help="a run's folder, a checkpoint, or weights of Hugging Face or Megatron",
     )
     parser.add_argument("--ckpt-step", type=int, metavar="N", help="the checkpoint of this step (default: the latest)")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompt", action="append", metavar="TEXT", help="what the text begins with; may be given several times")
+    source.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="what the text begins with; may be given several times"
+    )
     source.add_argument("--prompt-file", metavar="FILE", help="a file of prompts (- for standard input)")
     parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts for each prompt (default: 1)")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="tokens to write at most (default: 64)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=64, metavar="N", help="tokens to write at most (default: 64)"
+    )
     parser.add_argument(
         "--temperature",
         type=float,
@@ -57,42 +69,78 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         metavar="T",
         help="below 1 likely tokens are likelier, above 1 less likely ones; 0: greedy (default: 1)",
     )
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="choose among the K likeliest tokens (default: 0, all)")
     parser.add_argument(
-        "--top-p", type=float, default=0.0, metavar="P", help="choose among the likeliest tokens of total probability P (default: 0, all)"
+        "--top-k", type=int, default=0, metavar="K", help="choose among the K likeliest tokens (default: 0, all)"
     )
     parser.add_argument(
-        "--top-p-decay", type=float, default=0.0, metavar="D", help="P is multiplied by this after each token (default: 0, it stays)"
+        "--top-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="choose among the likeliest tokens of total probability P (default: 0, all)",
     )
-    parser.add_argument("--top-p-bound", type=float, default=0.0, metavar="P", help="where --top-p-decay ends (default: 0)")
+    parser.add_argument(
+        "--top-p-decay",
+        type=float,
+        default=0.0,
+        metavar="D",
+        help="P is multiplied by this after each token (default: 0, it stays)",
+    )
+    parser.add_argument(
+        "--top-p-bound", type=float, default=0.0, metavar="P", help="where --top-p-decay ends (default: 0)"
+    )
     parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
     parser.add_argument("--beam-width", type=int, metavar="N", help="beam search with N beams instead of sampling")
     parser.add_argument(
-        "--length-penalty", type=float, default=1.0, metavar="X", help="beams are ranked by log-probability / length^X (default: 1)"
+        "--length-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="beams are ranked by log-probability / length^X (default: 1)",
     )
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
+    )
     parser.add_argument("--ignore-eod", action="store_true", help="write on after an end-of-document token")
-    parser.add_argument("--seed", type=int, metavar="S", help="the same seed gives the same texts (default: another each time)")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="texts worked on at one time (default: 32)")
-    parser.add_argument("--dtype", default="float32", metavar="TYPE", help="float32, bfloat16 or float16 (default: float32)")
+    parser.add_argument(
+        "--seed", type=int, metavar="S", help="the same seed gives the same texts (default: another each time)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=32, metavar="N", help="texts worked on at one time (default: 32)"
+    )
+    parser.add_argument(
+        "--dtype", default="float32", metavar="TYPE", help="float32, bfloat16 or float16 (default: float32)"
+    )
     parser.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or xpu (default: auto)")
     parser.add_argument(
-        "--stream", action=argparse.BooleanOptionalAction, help="show text as it is written (default: where there is one text)"
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="show text as it is written (default: where there is one text)",
     )
-    parser.add_argument("--out-file", metavar="FILE", help="write the results there, a JSON object a line, instead of showing them")
+    parser.add_argument(
+        "--out-file", metavar="FILE", help="write the results there, a JSON object a line, instead of showing them"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the file of --out-file if it exists")
-    lacking = parser.add_argument_group("what files of another format do not say (every flag of the model that `pretrain` has is known)")
-    lacking.add_argument("--tokenizer", metavar="FOLDER", help="folder of tokenizer files (default: those that the checkpoint has)")
+    lacking = parser.add_argument_group(
+        "what files of another format do not say (every flag of the model that `pretrain` has is known)"
+    )
+    lacking.add_argument(
+        "--tokenizer", metavar="FOLDER", help="folder of tokenizer files (default: those that the checkpoint has)"
+    )
     for name, metavar in TOKENIZER.items():
         help = str(fields()[name].metadata["help"])
-        lacking.add_argument(flag(name), *fields()[name].metadata["flags"], metavar=metavar, help=f"as in `megalith pretrain`: {help}")
+        lacking.add_argument(
+            flag(name), *fields()[name].metadata["flags"], metavar=metavar, help=f"as in `megalith pretrain`: {help}"
+        )
     for each in ORDERS:
         lacking.add_argument(each.name, default=each.choices[0], choices=each.choices, help=each.help)
     for name in _model_fields():
         text = f"as in `megalith pretrain`: {fields()[name].metadata['help']}" if name in SHOWN else argparse.SUPPRESS
         few: dict[str, Any] = {list: {"nargs": "*"}, bool: {"nargs": "?", "const": "true"}}.get(fields()[name].kind, {})
         metavar = "N" if fields()[name].kind is int else "TEXT"
-        lacking.add_argument(flag(name), default=argparse.SUPPRESS, metavar=metavar, help=text.replace("%", "%%"), **few)
+        lacking.add_argument(
+            flag(name), default=argparse.SUPPRESS, metavar=metavar, help=text.replace("%", "%%"), **few
+        )
     parser.set_defaults(handler=generate)
 
 
@@ -104,7 +152,11 @@ def generate(args: argparse.Namespace) -> int:
     """Load, write, show; the exit status."""
     out, notice = args.out_file, functools.partial(print, file=sys.stderr, flush=True)
     inputs = [args.prompt_file] if args.prompt_file else []
-    with writing(out, inputs=inputs, overwrite=args.overwrite, flag="--out-file", notice=notice) if out else contextlib.nullcontext():
+    with (
+        writing(out, inputs=inputs, overwrite=args.overwrite, flag="--out-file", notice=notice)
+        if out
+        else contextlib.nullcontext()
+    ):
         return _generate(args)
 
 
@@ -114,7 +166,15 @@ def _generate(args: argparse.Namespace) -> int:
     texts = [problem(flag(name), named[name], "there is no such file or folder", "Correct the path") for name in absent]
     fail(texts, CheckpointError)
     prompts = read_prompts(args)
-    drawn = args.greedy or args.top_k or args.top_p or args.top_p_decay or args.stop or args.ignore_eod or args.temperature != 1.0
+    drawn = (
+        args.greedy
+        or args.top_k
+        or args.top_p
+        or args.top_p_decay
+        or args.stop
+        or args.ignore_eod
+        or args.temperature != 1.0
+    )
     if args.beam_width is not None and drawn:
         raise ConfigError(
             f"--beam-width {args.beam_width} with --greedy, --temperature, --top-k, --top-p, --top-p-decay, --stop or --ignore-eod: beam "
@@ -125,12 +185,22 @@ def _generate(args: argparse.Namespace) -> int:
     said = {name: getattr(args, name) for name in _model_fields() if hasattr(args, name)}
     said |= {name: getattr(args, name) for name in TOKENIZER}
     orders = {"qkv_layout": args.qkv_layout, "swiglu_order": args.swiglu_order, "replicas": args.replicas}
-    model = load(args.load, device=args.device, dtype=args.dtype, iteration=args.ckpt_step, tokenizer=args.tokenizer, **orders, **said)
+    model = load(
+        args.load,
+        device=args.device,
+        dtype=args.dtype,
+        iteration=args.ckpt_step,
+        tokenizer=args.tokenizer,
+        **orders,
+        **said,
+    )
     if model.tokenizer is None:
         raise ConfigError(f"--load {args.load}: the checkpoint has no tokenizer; text needs one. {GIVE}")
     made = _beams(model, prompts, args) if args.beam_width is not None else _samples(model, prompts, args)
     if args.out_file is not None:
-        write_text(pathlib.Path(args.out_file), "".join(json.dumps(record(one), ensure_ascii=False) + "\n" for one in made))
+        write_text(
+            pathlib.Path(args.out_file), "".join(json.dumps(record(one), ensure_ascii=False) + "\n" for one in made)
+        )
         print(f"{len(made)} texts -> {args.out_file}")
     return 0
 
@@ -153,7 +223,9 @@ def read_prompts(args: argparse.Namespace) -> list[str] | None:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: a form feed may be part of a prompt
     except (OSError, UnicodeDecodeError) as error:
         cure = conversion([reason(error)]).rstrip(". ") if isinstance(error, UnicodeDecodeError) else "Check the path"
-        raise DataError(problem("--prompt-file", str(path), f"it must be a readable UTF-8 file ({error})", cure)) from None
+        raise DataError(
+            problem("--prompt-file", str(path), f"it must be a readable UTF-8 file ({error})", cure)
+        ) from None
     parse: Callable[[str, str], str] = _json_prompt if path.suffix.lower() == ".jsonl" else lambda line, _: line
     prompts = [parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
@@ -174,7 +246,9 @@ def _json_prompt(line: str, where: str) -> str:
         raise DataError(problem(where, line[:60], f"it must be JSON ({error})", "Correct the line")) from None
     found = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(found, str):
-        raise DataError(problem(where, line[:60], 'it must be a string or an object with a string "prompt"', "Correct the line"))
+        raise DataError(
+            problem(where, line[:60], 'it must be a string or an object with a string "prompt"', "Correct the line")
+        )
     if half := HALF.search(found):
         raise DataError(problem(where, line[:60], f"{half[0]!a} is half of a character", "Correct the line"))
     return found
@@ -183,7 +257,13 @@ def _json_prompt(line: str, where: str) -> str:
 def record(made: Any) -> dict[str, Any]:
     """A Completion as it stands in --out-file."""
     extra = {} if made.score is None else {"score": made.score}
-    return {"prompt": made.prompt, "continuation": made.continuation, "tokens": len(made.ids), "finish": made.finish, **extra}
+    return {
+        "prompt": made.prompt,
+        "continuation": made.continuation,
+        "tokens": len(made.ids),
+        "finish": made.finish,
+        **extra,
+    }
 
 
 def _samples(model: Any, prompts: list[str] | None, args: argparse.Namespace) -> list[Any]:
@@ -211,7 +291,11 @@ def _beams(model: Any, prompts: list[str] | None, args: argparse.Namespace) -> l
     from megalith.generation.beam import beam_search
     from megalith.generation.prompts import tokenized
 
-    options = {"beam_width": args.beam_width, "max_new_tokens": args.max_new_tokens, "length_penalty": args.length_penalty}
+    options = {
+        "beam_width": args.beam_width,
+        "max_new_tokens": args.max_new_tokens,
+        "length_penalty": args.length_penalty,
+    }
     found = [beam_search(model, one.prompt_ids, prompt=one.prompt, **options) for one in tokenized(model, prompts)]
     made = [one for beams in found for one in beams[: args.num_samples]]
     if args.out_file is None:

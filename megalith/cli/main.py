@@ -28,7 +28,7 @@ import megalith
 from megalith import __version__
 from megalith.common.errors import ConfigError, MegalithError, problem
 from megalith.config import launched
-from megalith.config.text import fail, nearest, unknown, value_text
+from megalith.config.flags.text import fail, nearest, unknown, value_text
 
 ELSEWHERE = "Free space or correct the path, and give the same command again; what was finished is kept"
 WRONG_PATH = "Correct the path, or make what it leads through"
@@ -104,7 +104,9 @@ class Parser(argparse.ArgumentParser):
             return argparse.Namespace(handler=self.get_default("handler"), reading=reads(args)), []
         try:
             found, extra = super().parse_known_args(args, namespace)
-        except ConfigError as error:  # argparse stops at the first mistake; what it calls missing may be there, mistyped
+        except (
+            ConfigError
+        ) as error:  # argparse stops at the first mistake; what it calls missing may be there, mistyped
             fail([*self._unknown_flags(args), str(error)] if self._subparsers is None else [str(error)])
         if extra:
             self.error("; ".join(self._unknown_flags(extra)) or f"unexpected {' '.join(extra)}")
@@ -114,7 +116,11 @@ class Parser(argparse.ArgumentParser):
         """A line for each flag among the words, up to a `--`, that this parser does not have."""
         known = [name for name in self._option_string_actions if name.startswith("--")]
         flags = [word.partition("=")[0] for word in itertools.takewhile(lambda word: word != "--", words)]
-        return [unknown("flag", flag, known, "no option is near") for flag in flags if flag.startswith("--") and flag not in known]
+        return [
+            unknown("flag", flag, known, "no option is near")
+            for flag in flags
+            if flag.startswith("--") and flag not in known
+        ]
 
     def _check_value(self, action: argparse.Action, value: object) -> None:
         """A verb of a verb, or a choice, that is not there: the nearest is named, or what it is called here."""
@@ -161,7 +167,9 @@ def say(text: str) -> None:
             print(text, file=sys.stderr, flush=True)
         if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun shows last, below its own traceback
             with contextlib.suppress(OSError):
-                pathlib.Path(file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}), encoding="utf-8")
+                pathlib.Path(file).write_text(
+                    json.dumps({"message": text, "timestamp": int(time.time())}), encoding="utf-8"
+                )
     finally:
         if previous is not None:
             signal.signal(signal.SIGTERM, previous)
@@ -213,7 +221,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if isinstance(error, BrokenPipeError):  # `megalith ... | head`
             if verb == "pretrain" and "--dry-run" not in argv:
-                print("megalith: standard output was closed by what read it, so the run has ended too", file=sys.stderr, flush=True)
+                print(
+                    "megalith: standard output was closed by what read it, so the run has ended too",
+                    file=sys.stderr,
+                    flush=True,
+                )
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         if error.errno not in CURES or isinstance(error, ConnectionError):

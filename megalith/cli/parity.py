@@ -7,8 +7,8 @@ import functools
 import sys
 
 from megalith import recipes
-from megalith.config import flags
-from megalith.config.loading import resolve
+from megalith.config.flags import flags
+from megalith.config.flags.loading import resolve
 from megalith.config.run import RunConfig
 
 EXAMPLE = """\
@@ -23,8 +23,17 @@ Exit status: 0 equal, 1 not.
 """
 OWN = (
     *flags.RUN_FLAGS,
-    flags.Flag("--processes", {"processes": flags.VALUE}, help="ranks to run (default: one copy of the model; two where that is one)"),
-    flags.Flag("--check-in", {"check_in": flags.VALUE}, choices=("float64", "float32"), help="format of the check (default float64)"),
+    flags.Flag(
+        "--processes",
+        {"processes": flags.VALUE},
+        help="ranks to run (default: one copy of the model; two where that is one)",
+    ),
+    flags.Flag(
+        "--check-in",
+        {"check_in": flags.VALUE},
+        choices=("float64", "float32"),
+        help="format of the check (default float64)",
+    ),
     flags.Flag("--show", {"show": flags.VALUE}, help="gradients to list, the worst first (default: 5)"),
 )
 

@@ -9,14 +9,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from megalith import recipes
-from megalith.config import flags, launched, megatron_counts
+from megalith.config import launched
 from megalith.config.architectures import ARCHITECTURES
 from megalith.config.batch_math import check_length, data_parallel_size, told
-from megalith.config.loading import TOKENIZER, from_yaml, resolve, source_texts, to_yaml
-from megalith.config.loading_values import fields
+from megalith.config.flags import flags
+from megalith.config.flags.loading import TOKENIZER, from_yaml, resolve, source_texts, to_yaml
+from megalith.config.flags.text import Problem, unknown
+from megalith.config.flags.values import fields
+from megalith.config.megatron import counts as megatron_counts
 from megalith.config.parameters import parameter_count
 from megalith.config.run import RunConfig
-from megalith.config.text import Problem, unknown
 from megalith.workflows import dry_run
 
 EXAMPLE = """\
@@ -34,7 +36,9 @@ and ends with status 1 where one that is named is not there or cannot be used.
 """
 OWN = (
     *flags.RUN_FLAGS,
-    flags.Flag("--world-size", {"world_size": flags.VALUE}, help="with --dry-run: number of processes to check the config for"),
+    flags.Flag(
+        "--world-size", {"world_size": flags.VALUE}, help="with --dry-run: number of processes to check the config for"
+    ),
 )
 
 
@@ -59,7 +63,9 @@ def pretrain(args: argparse.Namespace) -> int:
     dry = bool(reading.values.get("dry_run"))
     for line in launched.notices() if not dry else ():
         tell(line)
-    texts = source_texts(reading.values.get("recipe"), reading.values.get("config"), recipes.text, [])  # resolve tells what is wrong
+    texts = source_texts(
+        reading.values.get("recipe"), reading.values.get("config"), recipes.text, []
+    )  # resolve tells what is wrong
     meant = dry_run.number_of_processes(reading, texts)
     for name in reading.words[:1]:
         if name not in ARCHITECTURES and ":" not in name:
@@ -85,7 +91,10 @@ def pretrain(args: argparse.Namespace) -> int:
     if dry:
         faults, unnamed = dry_run.faults(config), list(dry_run.unnamed(config.data))
         if faults or unnamed:
-            tell("the config can work; what a run of it would not find here:" + "".join(f"\n  {line}" for line in [*faults, *unnamed]))
+            tell(
+                "the config can work; what a run of it would not find here:"
+                + "".join(f"\n  {line}" for line in [*faults, *unnamed])
+            )
         return 1 if faults else 0
     from megalith.training.pretrain import train  # here, because it imports torch
 
@@ -99,8 +108,8 @@ def _tell(line: str) -> None:
 
 def checkpoint_config(values: Mapping[str, Any]) -> str:
     """The YAML text of the config of what --load names, in whatever format."""
-    from megalith.checkpoint import facts  # here, because few runs need them
-    from megalith.checkpoint import folder as folders
+    from megalith.checkpoint.store import facts  # here, because few runs need them
+    from megalith.checkpoint.store import folder as folders
 
     if folders.is_ours(values["load"]):
         return facts.read_config(folders.find(values["load"], values.get("ckpt_step")))
@@ -109,8 +118,8 @@ def checkpoint_config(values: Mapping[str, Any]) -> str:
 
 def checkpoint_tokenizer(values: Mapping[str, Any]) -> dict[str, Any]:
     """What the tokenizer of --load is made from: its files, or at least its type; {} where nothing says it."""
-    from megalith.checkpoint import folder as folders  # here, because few runs need them
-    from megalith.data.tokenizers import saved_options
+    from megalith.checkpoint.store import folder as folders  # here, because few runs need them
+    from megalith.data.tokenizers.tokenizer import saved_options
 
     if folders.is_ours(values["load"]):
         place = folders.find(values["load"], values.get("ckpt_step")) / "tokenizer"
@@ -125,8 +134,8 @@ def checkpoint_tokenizer(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _foreign(values: Mapping[str, Any]) -> Any:
     """The Weights of another program's checkpoint; what the command says counts where its files say nothing."""
-    from megalith.checkpoint import foreign  # here, because it imports torch
-    from megalith.data.tokenizers_given import GivenTokenizer
+    from megalith.checkpoint.formats import foreign  # here, because it imports torch
+    from megalith.data.tokenizers.given import GivenTokenizer
 
     said = {name: value for name, value in values.items() if name in fields()}
     given = GivenTokenizer(None, {name: said[name] for name in TOKENIZER if said.get(name) is not None})
@@ -135,7 +144,8 @@ def _foreign(values: Mapping[str, Any]) -> Any:
     model = {name: value for name, value in said.items() if fields()[name].section == "model"}
     config = RunConfig().replace(**said)
     return foreign.read(
-        values["load"], foreign.options_of(config, words=lambda data: rows or given.words(data), assumed=model, replicas="first")
+        values["load"],
+        foreign.options_of(config, words=lambda data: rows or given.words(data), assumed=model, replicas="first"),
     )
 
 
@@ -145,6 +155,11 @@ def shown(config: RunConfig, world_size: int, how_much: str) -> str:
         return ""
     lines = [told(config, world_size)]
     if config.model.vocab_size:
-        whole = config.replace(vocab_size=megatron_counts.rows_asked(config.model.vocab_size, config.data.tokenizer_type))
-        lines += [f"{parameter_count(whole.model):,} parameters, activation {config.model.activation}", *megatron_counts.report(whole)]
+        whole = config.replace(
+            vocab_size=megatron_counts.rows_asked(config.model.vocab_size, config.data.tokenizer_type)
+        )
+        lines += [
+            f"{parameter_count(whole.model):,} parameters, activation {config.model.activation}",
+            *megatron_counts.report(whole),
+        ]
     return "".join(f"# {line}\n" for line in lines) + to_yaml(config, changed_only=how_much == "changed")

@@ -21,4 +21,6 @@ def conversion(reasons: Iterable[str]) -> str:
         return ""
     if found[1] == "0" and found[2] in ("ff", "fe"):  # the mark that UTF-16 begins with
         return "It looks like UTF-16: `iconv -f UTF-16 -t UTF-8 FILE > NEW` converts it. "
-    return "Convert it, as with `iconv -f LATIN1 -t UTF-8 FILE > NEW` where it is Latin-1 (CP1252 for that of Windows). "
+    return (
+        "Convert it, as with `iconv -f LATIN1 -t UTF-8 FILE > NEW` where it is Latin-1 (CP1252 for that of Windows). "
+    )

@@ -36,7 +36,9 @@ def sweep(target: str | os.PathLike, notice: Callable[[str], None] = lambda line
     _remove(target.parent, re.escape(target.name), notice)
 
 
-def sweep_folder(folder: str | os.PathLike, notice: Callable[[str], None] = lambda line: None, *, age: float = 0.0) -> None:
+def sweep_folder(
+    folder: str | os.PathLike, notice: Callable[[str], None] = lambda line: None, *, age: float = 0.0
+) -> None:
     """As `sweep`, of all that is written into `folder`. age: only what was not written to for so many seconds (there is no lock)."""
     _remove(pathlib.Path(folder), ".+", notice, age)
 

@@ -78,7 +78,9 @@ def _check(path: pathlib.Path, owner: dict, output: pathlib.Path) -> None:
         )
 
 
-def _acquire(path: pathlib.Path, owner: dict, output: pathlib.Path, cure: str, notice: Callable[[str], None], patient: bool) -> None:
+def _acquire(
+    path: pathlib.Path, owner: dict, output: pathlib.Path, cure: str, notice: Callable[[str], None], patient: bool
+) -> None:
     """Make the file `path` with the content `owner`, or raise LockedError."""
     draft = path.with_name(f"{path.name}.{owner['nonce']}")
     draft.write_text(json.dumps(owner), encoding="utf-8")
@@ -183,7 +185,9 @@ def _touched(path: pathlib.Path) -> float | None:
 def _pid_space() -> str:
     """Tells boots and containers apart, in which equal process numbers are different processes."""
     try:
-        return f"{pathlib.Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+        return (
+            f"{pathlib.Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+        )
     except OSError:
         return ""
 

@@ -38,7 +38,9 @@ def _watch(launcher: int, done: threading.Event, grace: float) -> None:
         return
     place = f"megalith: rank {os.environ.get('RANK')}: the launcher, process {launcher}, has died"
     _say(f"{place}; this process saves, if it can, and ends")
-    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)  # not to this thread, which would leave that one asleep
+    signal.pthread_kill(
+        threading.main_thread().ident or 0, signal.SIGTERM
+    )  # not to this thread, which would leave that one asleep
     if not done.wait(grace):
         _say(f"{place} {grace:g} s ago; this process ends now")
         os._exit(1)
@@ -71,7 +73,9 @@ def _launcher() -> int | None:
         return None
     process = os.getppid()
     with contextlib.suppress(OSError, ValueError, IndexError):  # a shell script may stand between
-        while process > 1 and b"\0TORCHELASTIC_RUN_ID=" in b"\0" + pathlib.Path(f"/proc/{process}/environ").read_bytes():
+        while (
+            process > 1 and b"\0TORCHELASTIC_RUN_ID=" in b"\0" + pathlib.Path(f"/proc/{process}/environ").read_bytes()
+        ):
             process = int(pathlib.Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
     return process if process > 1 else None  # with process 1 its whole container ends
 

@@ -36,7 +36,9 @@ def writing(
         yield still_held
 
 
-def check(files: Sequence[Path], *, inputs: Sequence[Path] = (), overwrite: bool = False, flag: str = "--output") -> None:
+def check(
+    files: Sequence[Path], *, inputs: Sequence[Path] = (), overwrite: bool = False, flag: str = "--output"
+) -> None:
     """Raise DataError where one of `files` is among `inputs` too (by any name or link), or exists and `overwrite` is False."""
     paths = {os.path.realpath(each): each for each in inputs}
     numbers = {(found.st_dev, found.st_ino): each for each in inputs if (found := _stat(each))}
@@ -48,7 +50,11 @@ def check(files: Sequence[Path], *, inputs: Sequence[Path] = (), overwrite: bool
             raise DataError(problem(flag, file, rule, "Choose another output"))
         if os.path.lexists(file) and not os.path.isfile(file) and not os.path.islink(file):
             kind = "a folder" if os.path.isdir(file) else "no ordinary file"
-            raise DataError(problem(flag, file, f"this is {kind}, and a file of that name is to be written", "Choose another output"))
+            raise DataError(
+                problem(
+                    flag, file, f"this is {kind}, and a file of that name is to be written", "Choose another output"
+                )
+            )
         if os.path.lexists(file) and not overwrite:
             rule = "nothing that exists is replaced unasked"
             raise DataError(problem(flag, f"{file} exists", rule, "Add --overwrite, or choose another output"))

@@ -37,5 +37,7 @@ def refuse_pointer(path: str | os.PathLike) -> None:
 
 def pointers_below(folder: str | os.PathLike[str]) -> list[str]:
     """The pointers at `folder` (a file or a folder), sorted: `path: what it is`."""
-    paths = [os.path.join(base, name) for base, _, names in os.walk(os.fspath(folder)) for name in names] or [os.fspath(folder)]
+    paths = [os.path.join(base, name) for base, _, names in os.walk(os.fspath(folder)) for name in names] or [
+        os.fspath(folder)
+    ]
     return [f"{path}: {text}" for path in sorted(paths) if (text := pointer(path))]

@@ -25,20 +25,20 @@ class Architecture:
     name: what a run is called where nothing names it.
     model: an nn.Module made by Model(config.model, seed) that offers what models/protocol.py says.
     plan: its tensor-parallel plan (parallel/plan.py).
-    stages: what its pipeline stages have (parallel/pipeline_cut.py: Stages).
+    stages: what its pipeline stages have (parallel/pipeline/cut.py: Stages).
     shapes: ModelConfig -> {parameter: shape}, a shared one once, without torch.
     kinds: {parameter: ParameterKind} for every parameter that a form of it may have, numbers as {layer} and {expert}.
     dataset, loss: what it learns from and by, where the run names none; None: there is none here, a run names its own.
     tokenizer_type: what a vocabulary file alone means.
     batch: (RunConfig, step) -> a made-up global batch, for checks of layouts (testing/batches.py).
-    flops: as config/flops.py: one_stack.
+    flops: as planner/flops.py: one_stack.
     causal: whether a token sees those before it alone.
     decoder: whether a second stack of layers, which looks at the first one's output, stands behind it.
     head_transform: whether a dense layer with an activation of its own stands before the output layer.
-    names: format -> its table of names there: huggingface (checkpoint/huggingface_families.py: Family; none: one of
-        FAMILIES), megatron (checkpoint/megatron/names.py: Table).
+    names: format -> its table of names there: huggingface (checkpoint/formats/huggingface/family.py: Family; none: one of
+        FAMILIES), megatron (checkpoint/formats/megatron/names.py: Table).
     checks: RunConfig -> problems that this model alone can have.
-    activations: RunConfig -> {tensor: bytes} that its ends keep (config/activations.py); None: not priced.
+    activations: RunConfig -> {tensor: bytes} that its ends keep (planner/activations.py); None: not priced.
     rank_parameters: (RunConfig, process) -> parameters as Megatron counts them; None: not counted.
     """
 
@@ -52,7 +52,7 @@ class Architecture:
     loss: str | None = "lm"
     tokenizer_type: str = "GPT2BPETokenizer"
     batch: str = "megalith.testing.batches:gpt"
-    flops: str = "megalith.config.flops:one_stack"
+    flops: str = "megalith.planner.flops:one_stack"
     causal: bool = True
     decoder: bool = False
     head_transform: bool = False
@@ -78,10 +78,10 @@ GPT = Architecture(
     stages="megalith.parallel.plans.gpt:STAGES",
     shapes="megalith.config.parameters:gpt_shapes",
     kinds="megalith.config.parameter_kinds:GPT",
-    names={"megatron": "megalith.checkpoint.megatron.names:GPT"},
-    checks="megalith.config.checks_architectures:gpt_problems",
-    activations="megalith.config.activations:end_terms",
-    rank_parameters="megalith.config.megatron_counts:rank_parameters",
+    names={"megatron": "megalith.checkpoint.formats.megatron.names:GPT"},
+    checks="megalith.config.checks.architectures:gpt_problems",
+    activations="megalith.planner.activations:end_terms",
+    rank_parameters="megalith.config.megatron.counts:rank_parameters",
 )
 BERT = Architecture(
     name="bert",
@@ -96,8 +96,8 @@ BERT = Architecture(
     batch="megalith.testing.batches:bert",
     causal=False,
     head_transform=True,
-    names={"megatron": "megalith.checkpoint.megatron.names:BERT"},
-    checks="megalith.config.checks_architectures:bert_problems",
+    names={"megatron": "megalith.checkpoint.formats.megatron.names:BERT"},
+    checks="megalith.config.checks.architectures:bert_problems",
 )
 T5 = Architecture(
     name="t5",
@@ -110,10 +110,10 @@ T5 = Architecture(
     loss="t5",
     tokenizer_type="BertWordPieceLowerCase",
     batch="megalith.testing.batches:t5",
-    flops="megalith.config.flops:two_stacks",
+    flops="megalith.planner.flops:two_stacks",
     decoder=True,
-    names={"megatron": "megalith.checkpoint.megatron.names:T5"},
-    checks="megalith.config.checks_architectures:t5_problems",
+    names={"megatron": "megalith.checkpoint.formats.megatron.names:T5"},
+    checks="megalith.config.checks.architectures:t5_problems",
 )
 BERT_CLASSIFICATION = dataclasses.replace(
     BERT,
@@ -127,8 +127,8 @@ BERT_CLASSIFICATION = dataclasses.replace(
     loss="classification",
     batch="megalith.testing.batches:classification",
     head_transform=False,
-    names={"megatron": "megalith.checkpoint.megatron.names:BERT_CLASSIFICATION"},
-    checks="megalith.config.checks_architectures:classification_problems",
+    names={"megatron": "megalith.checkpoint.formats.megatron.names:BERT_CLASSIFICATION"},
+    checks="megalith.config.checks.architectures:classification_problems",
 )
 BERT_MULTIPLE_CHOICE = dataclasses.replace(
     BERT_CLASSIFICATION,
@@ -136,8 +136,8 @@ BERT_MULTIPLE_CHOICE = dataclasses.replace(
     model="megalith.models.bert_multiple_choice:BertMultipleChoice",
     shapes="megalith.config.parameters:bert_multiple_choice_shapes",
     batch="megalith.testing.batches:multiple_choice",
-    names={"megatron": "megalith.checkpoint.megatron.names:BERT_MULTIPLE_CHOICE"},
-    checks="megalith.config.checks_architectures:multiple_choice_problems",
+    names={"megatron": "megalith.checkpoint.formats.megatron.names:BERT_MULTIPLE_CHOICE"},
+    checks="megalith.config.checks.architectures:multiple_choice_problems",
 )
 ARCHITECTURES = Registry("model", {name.lower(): f"{__name__}:{name}" for name in (
     "GPT", "BERT", "T5", "BERT_CLASSIFICATION", "BERT_MULTIPLE_CHOICE",

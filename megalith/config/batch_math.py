@@ -6,8 +6,8 @@ Rules as Megatron's (megatron/microbatches.py, megatron/training.py), which a re
 from __future__ import annotations
 
 from megalith.common.errors import ConfigError, problem
+from megalith.config.flags.text import flag
 from megalith.config.run import RunConfig
-from megalith.config.text import flag
 
 
 def data_parallel_size(config: RunConfig, world_size: int) -> int:
@@ -15,7 +15,9 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
     copy = config.parallel.model_parallel_size
     if world_size < 1 or world_size % copy:
         rule = f"it must be a multiple of tensor x pipeline x context parallel size, {copy}"
-        raise ConfigError(problem("number of processes", world_size, rule, f"Start {max(1, world_size // copy) * copy} processes"))
+        raise ConfigError(
+            problem("number of processes", world_size, rule, f"Start {max(1, world_size // copy) * copy} processes")
+        )
     return world_size // copy
 
 
@@ -32,7 +34,9 @@ def batch_size_at(config: RunConfig, dp: int, consumed: int) -> int:
     start, increment, samples = config.batch.rampup_batch_size
     if consumed > samples:
         return full
-    per_increment = samples / ((full - start) // increment)  # a float on purpose: so the boundaries fall where Megatron's do
+    per_increment = samples / (
+        (full - start) // increment
+    )  # a float on purpose: so the boundaries fall where Megatron's do
     return min(full, start + int(consumed / per_increment) * increment)
 
 
@@ -65,7 +69,9 @@ def check_length(config: RunConfig, dp: int) -> None:
     if config.validation.skip_train or total_steps(config, dp):
         return
     name = "train_iters" if config.schedule.train_samples is None else "train_samples"
-    rule = "training takes at least one step" + (f", of {batch_size_at(config, dp, 0)} samples here" if name == "train_samples" else "")
+    rule = "training takes at least one step" + (
+        f", of {batch_size_at(config, dp, 0)} samples here" if name == "train_samples" else ""
+    )
     cure = f"Raise {flag(name)}, or give --skip-train to validate and test what --load gives"
     raise ConfigError(problem(flag(name), getattr(config.schedule, name), rule, cure))
 

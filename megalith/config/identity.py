@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from megalith.config.model import ModelConfig
-from megalith.config.text import flag, value_text
+from megalith.config.flags.text import flag, value_text
+from megalith.config.sections.model import ModelConfig
 
 
 def sized_by(model: ModelConfig, field: str) -> bool:
@@ -28,8 +28,14 @@ IDENTITY: tuple[tuple[tuple[str, ...], Callable[[ModelConfig], Any]], ...] = (
     (("kv_channels",), lambda m: m.head_dim),
     (("attention_head_type", "group_query_attention", "num_query_groups"), lambda m: m.num_kv_heads),
     (("position_embedding_type", "use_rotary_position_embeddings"), lambda m: m.positions),
-    (("relative_attention_num_buckets",), lambda m: m.relative_attention_num_buckets if m.positions == "relative" else None),
-    (("relative_attention_max_distance",), lambda m: m.relative_attention_max_distance if m.positions == "relative" else None),
+    (
+        ("relative_attention_num_buckets",),
+        lambda m: m.relative_attention_num_buckets if m.positions == "relative" else None,
+    ),
+    (
+        ("relative_attention_max_distance",),
+        lambda m: m.relative_attention_max_distance if m.positions == "relative" else None,
+    ),
     (("rotary_percent",), lambda m: m.rotary_percent if m.positions == "rope" else None),
     (("rotary_interleaved",), lambda m: m.rotary_interleaved if m.positions == "rope" else None),
     (("scaled_alibi",), lambda m: m.scaled_alibi if m.positions == "alibi" else None),

@@ -7,7 +7,13 @@ from typing import Any
 
 
 def knob(
-    default: Any, help: str, *, choices: tuple = (), names: tuple = (), flags: tuple[str, ...] = (), minimum: float | None = None
+    default: Any,
+    help: str,
+    *,
+    choices: tuple = (),
+    names: tuple = (),
+    flags: tuple[str, ...] = (),
+    minimum: float | None = None,
 ) -> Any:
     """A field of a section.
 

@@ -8,10 +8,14 @@ import socket
 from collections.abc import Iterator
 
 from megalith.common.errors import problem
-from megalith.config.text import Words, fail
+from megalith.config.flags.text import Words, fail
 
 CURE = "Start with torchrun, which sets it, or set it for each process"
-OTHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}  # launchers with variables of their own
+OTHERS = {
+    "SLURM_STEP_NUM_TASKS": "srun",
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "PMI_SIZE": "mpiexec",
+}  # launchers with variables of their own
 ALLOCATED = ("SLURM_NTASKS", "SLURM_NPROCS")  # that a job may start; it may start one torchrun, too
 CONNECTING = {
     "RANK": "the number of this process among those of WORLD_SIZE, counted from 0",
@@ -55,17 +59,19 @@ def _wrong_numbers() -> Iterator[str]:
         value = _number(name)
         if name in os.environ and (value is None or value < least):
             rule = f"it is a whole number, at least {least}"
-            yield problem(f"environment variable {name}", os.environ[name], rule, CURE if value is None else f"{CURE} anew")
+            yield problem(
+                f"environment variable {name}", os.environ[name], rule, CURE if value is None else f"{CURE} anew"
+            )
     if "WORLD_SIZE" not in os.environ:
         if "RANK" in os.environ:
             rule = f"RANK, which is {os.environ['RANK']}, says that this is one process of several"
-            yield problem("environment variable WORLD_SIZE", Words("nothing"), rule, f"{CURE}; for one process alone, unset RANK")
+            yield problem(
+                "environment variable WORLD_SIZE", Words("nothing"), rule, f"{CURE}; for one process alone, unset RANK"
+            )
         for name, launcher in OTHERS.items():
             if (count := _number(name) or 1) > 1:
                 rule = f"{launcher} started {count} processes ({name}), which would all train the same"
-                cure = (
-                    f"Let {launcher} start one torchrun on each machine, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
-                )
+                cure = f"Let {launcher} start one torchrun on each machine, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
                 yield problem("environment variable WORLD_SIZE", Words("nothing"), rule, cure)
     for name, value in (("RANK", mine), ("LOCAL_RANK", local)):
         if size is not None and value is not None and value >= size >= 1:
@@ -82,18 +88,32 @@ def _wrong_meeting_point() -> Iterator[str]:
             socket.getaddrinfo(address, None)
         except (OSError, UnicodeError) as error:
             rule = f"it is the name or number of a machine, and this one does not know it ({error})"
-            yield problem("environment variable MASTER_ADDR", address, rule, "Correct it, or give rank 0's number, such as 10.0.0.1")
+            yield problem(
+                "environment variable MASTER_ADDR",
+                address,
+                rule,
+                "Correct it, or give rank 0's number, such as 10.0.0.1",
+            )
     text = os.environ.get("MASTER_PORT")
     port = _number("MASTER_PORT")
     if text and (port is None or not 0 < port < 65536):
-        yield problem("environment variable MASTER_PORT", text, "a port is a whole number from 1 to 65535", "Write for example 29500")
-    elif port and rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # else the launcher listens there
+        yield problem(
+            "environment variable MASTER_PORT",
+            text,
+            "a port is a whole number from 1 to 65535",
+            "Write for example 29500",
+        )
+    elif (
+        port and rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    ):  # else the launcher listens there
         with socket.socket() as mine:
             mine.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 mine.bind(("", port))
             except OSError as error:
-                taken = "another process of this machine listens there" if error.errno == errno.EADDRINUSE else str(error)
+                taken = (
+                    "another process of this machine listens there" if error.errno == errno.EADDRINUSE else str(error)
+                )
                 rule = f"rank 0 listens at it for the others, and {taken}"
                 yield problem("environment variable MASTER_PORT", port, rule, "Give another one to all processes")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 from megalith.common.errors import ConfigError, problem
-from megalith.config.model import ModelConfig
+from megalith.config.flags.text import fail, flag, trouble
 from megalith.config.parameter_kinds import OUTPUT_LAYER, ParameterKind, pattern_of
-from megalith.config.text import fail, flag, trouble
+from megalith.config.sections.model import ModelConfig
 
 Shapes = dict[str, tuple[int, ...]]
 CONSTANT = {"zeros": 0.0, "ones": 1.0}
@@ -144,7 +144,9 @@ def t5_shapes(model: ModelConfig) -> Shapes:
         own |= linear_shapes({f"cross_{name}": each for name, each in attention_linears(model, heads).items()})
         found |= {f"layers.{number}.{name}": shape for name, shape in own.items()}
     if model.positions == "relative":
-        found |= {f"{stack}_bias.weight": (model.relative_attention_num_buckets, heads) for stack in ("encoder", "decoder")}
+        found |= {
+            f"{stack}_bias.weight": (model.relative_attention_num_buckets, heads) for stack in ("encoder", "decoder")
+        }
     return found | ({"head.bias": (vocabulary,)} if model.add_bias_linear else {})
 
 

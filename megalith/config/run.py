@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 
-from megalith.config.batch import BatchConfig
-from megalith.config.checkpoint import CheckpointConfig
-from megalith.config.data import DataConfig
-from megalith.config.logging import LoggingConfig
-from megalith.config.model import ModelConfig
-from megalith.config.optimizer import OptimizerConfig
-from megalith.config.parallel import ParallelConfig
-from megalith.config.precision import PrecisionConfig
-from megalith.config.recompute import RecomputeConfig
-from megalith.config.resilience import ResilienceConfig
-from megalith.config.schedule import ScheduleConfig
-from megalith.config.validation import ValidationConfig
+from megalith.config.sections.batch import BatchConfig
+from megalith.config.sections.checkpoint import CheckpointConfig
+from megalith.config.sections.data import DataConfig
+from megalith.config.sections.logging import LoggingConfig
+from megalith.config.sections.model import ModelConfig
+from megalith.config.sections.optimizer import OptimizerConfig
+from megalith.config.sections.parallel import ParallelConfig
+from megalith.config.sections.precision import PrecisionConfig
+from megalith.config.sections.recompute import RecomputeConfig
+from megalith.config.sections.resilience import ResilienceConfig
+from megalith.config.sections.schedule import ScheduleConfig
+from megalith.config.sections.validation import ValidationConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

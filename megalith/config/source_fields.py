@@ -10,11 +10,18 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from megalith.common.errors import CheckpointError, problem
-from megalith.config.checks import limit
-from megalith.config.loading_values import fields
-from megalith.config.text import fail, value_text
+from megalith.config.checks.checks import limit
+from megalith.config.flags.text import fail, value_text
+from megalith.config.flags.values import fields
 
-WORDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", list: "a list", dict: "an object"}
+WORDS = {
+    int: "a whole number",
+    float: "a finite number",
+    bool: "true or false",
+    str: "text",
+    list: "a list",
+    dict: "an object",
+}
 
 
 class Kind(NamedTuple):

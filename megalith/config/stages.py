@@ -10,11 +10,11 @@ import functools
 import itertools
 from collections.abc import Sequence
 
-from megalith.config.flops import layer_costs
-from megalith.config.model import ModelConfig
-from megalith.config.parallel import ParallelConfig
 from megalith.config.parameters import sizes
 from megalith.config.run import RunConfig
+from megalith.config.sections.model import ModelConfig
+from megalith.config.sections.parallel import ParallelConfig
+from megalith.planner.flops import layer_costs
 
 V_SHAPED = ("zbv", "dualpipev")
 LOOPING = ("interleaved_1f1b", "zero_bubble")
@@ -36,7 +36,11 @@ def stages_per_process(config: RunConfig) -> int:
     if schedule not in LOOPING:
         return 1
     if p.num_layers_per_virtual_pipeline_stage:
-        return max(1, (config.model.all_layers or 1) // (p.num_layers_per_virtual_pipeline_stage * p.pipeline_model_parallel_size))
+        return max(
+            1,
+            (config.model.all_layers or 1)
+            // (p.num_layers_per_virtual_pipeline_stage * p.pipeline_model_parallel_size),
+        )
     return 2 if schedule == "interleaved_1f1b" else 1
 
 
@@ -57,7 +61,9 @@ def layers_of(config: RunConfig) -> list[range]:
     """Global numbers of the layers of each stage; a decoder's come after the encoder's."""
     even, length = config.parallel.pipeline_split == "even", config.data.seq_length or 1
     if config.model.decoder_layers and not even:
-        counts = partition(layer_costs(config.model, length, config.data.decoder_seq_length or length), num_stages(config))
+        counts = partition(
+            layer_costs(config.model, length, config.data.decoder_seq_length or length), num_stages(config)
+        )
     else:
         first, last = (0.0, 0.0) if even else end_costs(config.model, length)
         counts = split(config.model.all_layers or 1, num_stages(config), first, last)
@@ -114,7 +120,7 @@ def bubble(schedule: str, processes: int, micro_batches: int, stages_per_process
 
     GPipe and 1F1B: (p - 1) / m. Interleaved (Narayanan et al., 2021, section 2.2): (p - 1) / (v m). Zero-bubble ZB-H1 (Qi et
     al., 2024, section 2.3) with forward, input and weight parts of one cost: (p - 1) / (3 v m). V-shaped schedules have no
-    formula of this kind; parallel/schedules.py computes theirs by playing the schedule.
+    formula of this kind; parallel/pipeline/schedules.py computes theirs by playing the schedule.
     """
     shares = {"gpipe": 1, "1f1b": 1, "interleaved_1f1b": stages_per_process, "zero_bubble": 3 * stages_per_process}
     return (processes - 1) / (shares[schedule] * micro_batches)

@@ -16,29 +16,31 @@ from megalith.common.errors import ConfigError, DataError, problem
 from megalith.common.memory import available_memory
 from megalith.common.registry import Registry
 from megalith.config.batch_math import global_batch
-from megalith.config.data import DataConfig, shares
 from megalith.config.run import RunConfig
-from megalith.data.blend import normalised, request
-from megalith.data.blended import Blended, Corpus, Endless, prepare
-from megalith.data.index_cache import default_folders
+from megalith.config.sections.data import DataConfig, shares
+from megalith.data.indexed.tntidx import open_indexed
+from megalith.data.samples.blend import normalised, request
+from megalith.data.samples.blended import Blended, Corpus, Endless, prepare
+from megalith.data.samples.index_cache import default_folders
+from megalith.data.samples.splits import NAMES, split_bounds
 from megalith.data.source_checks import check_some_tokens, check_source
 from megalith.data.sources import Source, read_list, sources_of
-from megalith.data.splits import NAMES, split_bounds
-from megalith.data.tntidx import open_indexed
 
 # A dataset is made by a function or class called with (indexed, documents, num_samples) and the keywords of `_Maker.make`. Its attribute
 # `splits_documents` says that `documents` counts documents (BERT, T5) and not sequences (GPT). Without a corpus the first two are None.
 DATASETS = Registry(
     "dataset",
     {
-        "gpt": "megalith.data.gpt_dataset:from_config",
-        "bert": "megalith.data.bert_dataset:from_config",
-        "t5": "megalith.data.t5_dataset:from_config",
-        "ict": "megalith.data.ict_dataset:from_config",
+        "gpt": "megalith.data.samples.gpt_dataset:from_config",
+        "bert": "megalith.data.samples.bert_dataset:from_config",
+        "t5": "megalith.data.samples.t5_dataset:from_config",
+        "ict": "megalith.data.samples.ict_dataset:from_config",
     },
 )
 THREADS = 16
-INDEX_BYTES = 24  # of a sample: its place in the corpus, in the shuffled order, in a blend; and what building these takes
+INDEX_BYTES = (
+    24  # of a sample: its place in the corpus, in the shuffled order, in a blend; and what building these takes
+)
 
 
 def build_datasets(
@@ -46,7 +48,7 @@ def build_datasets(
 ) -> dict[str, Any]:
     """{"train": dataset or None, "valid": ..., "test": ...} of samples as `config.data.dataset` makes them.
 
-    tokenizer: as megalith.data.tokenizers makes them (vocab_size, eod, ...). rank, size: data-parallel rank, which decides what this
+    tokenizer: as megalith.data.tokenizers.tokenizer makes them (vocab_size, eod, ...). rank, size: data-parallel rank, which decides what this
     process builds first, and number of ranks. run_folder: another place for index files, where the data's own folder is read-only.
     Raises ConfigError or DataError naming the flag or file; corpora are opened, checked and indexed before this returns.
     """
@@ -59,13 +61,18 @@ def build_datasets(
         listed = data.data_file_list
         sources = read_list(listed, keep_unused) if listed else sources_of(data.data_path, keep_unused=keep_unused)
         opened = maker.open(sources)
-        built = {name: maker.split(sources, opened, sizes[name], number, name == "train") for number, name in enumerate(NAMES)}
+        built = {
+            name: maker.split(sources, opened, sizes[name], number, name == "train")
+            for number, name in enumerate(NAMES)
+        }
     else:
         built = {}
         for name in NAMES:
             keep_unused = name == "train" and data.data_weights_schedule is not None
             sources = sources_of(own[name], f"--{name}-data-path", keep_unused)
-            built[name] = maker.split(sources, maker.open(sources), sizes[name], None, name == "train") if sources else None
+            built[name] = (
+                maker.split(sources, maker.open(sources), sizes[name], None, name == "train") if sources else None
+            )
     maker.prepare_all(rank)
     return built
 
@@ -83,7 +90,9 @@ def check_memory(config: RunConfig, sizes: Mapping[str, int]) -> None:
     free = available_memory()
     for name, count in sizes.items():
         if count * INDEX_BYTES > free:
-            rule = f"their index takes about {units.size(count * INDEX_BYTES)}, and {units.size(free)} of memory are free"
+            rule = (
+                f"their index takes about {units.size(count * INDEX_BYTES)}, and {units.size(free)} of memory are free"
+            )
             flag = "the length of the run" if name == "train" else f"--eval-iters, {config.validation.eval_iters}"
             more = ", or raise --eval-interval" * (name == "valid")
             raise ConfigError(problem(f"samples for {name}", count, rule, f"Lower {flag}{more}"))
@@ -139,7 +148,12 @@ class Row:
 
     def described(self) -> dict[str, Any]:
         """The row as plain values."""
-        values = {"prefix": self.source.prefix, "corpus": self.source.corpus, "weight": self.source.weight, "samples": self.samples}
+        values = {
+            "prefix": self.source.prefix,
+            "corpus": self.source.corpus,
+            "weight": self.source.weight,
+            "samples": self.samples,
+        }
         return {**values, "tokens": self.tokens, "epochs": self.samples * self.seq_length / max(1, self.tokens)}
 
 
@@ -173,7 +187,15 @@ class _Maker:
         """One dataset; `turn` above 0 shuffles anew."""
         folders = self._folders(indexed) if indexed is not None else []
         seed = (self.config.batch.seed + turn) % 2**32
-        dataset = self.kind(indexed, documents, num_samples, config=self.config, tokenizer=self.tokenizer, seed=seed, cache_folders=folders)
+        dataset = self.kind(
+            indexed,
+            documents,
+            num_samples,
+            config=self.config,
+            tokenizer=self.tokenizer,
+            seed=seed,
+            cache_folders=folders,
+        )
         if turn == 0:
             self.made.append(dataset)
         return dataset
@@ -190,7 +212,9 @@ class _Maker:
         with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(prepare, turned))
 
-    def split(self, sources: Sequence[Source], opened: Sequence[Any], size: int, number: int | None, training: bool) -> Any:
+    def split(
+        self, sources: Sequence[Source], opened: Sequence[Any], size: int, number: int | None, training: bool
+    ) -> Any:
         """The dataset of one split: its `number` among NAMES, or None for whole files. None where it has no samples or documents.
 
         training: whether --data-weights-schedule, whose sample numbers are those of training, is for it.
@@ -203,7 +227,11 @@ class _Maker:
         without: list[str] = []
         for source, indexed in zip(sources, opened):
             count = indexed.num_documents if self.by_document else len(indexed)
-            bounds = (0, count) if number is None else split_bounds(self.config.data.split, count, self.config.data.split_rounding)[number]
+            bounds = (
+                (0, count)
+                if number is None
+                else split_bounds(self.config.data.split, count, self.config.data.split_rounding)[number]
+            )
             edges = [int(indexed.document_indices[bound]) for bound in bounds] if self.by_document else bounds
             tokens = indexed.tokens_between(*edges)
             if tokens and (training or source.weight != 0):
@@ -256,7 +284,10 @@ class _Maker:
             )
             for group in members
         ]
-        weights = [len(corpus) if any(rows[place].source.weight for place in group) else 0 for group, corpus in zip(members, corpora)]
+        weights = [
+            len(corpus) if any(rows[place].source.weight for place in group) else 0
+            for group, corpus in zip(members, corpora)
+        ]
         blended = Blended(corpora, [(0, weights), *schedule], size, folders)
         for group, corpus, taken in zip(members, corpora, blended.taken):
             for place in group:
@@ -305,6 +336,8 @@ class _Maker:
             right = len(weights) == count and min(weights) >= 0 and 0 < sum(here) < float("inf")
             if start <= (changes[-1][0] if changes else 0) or not right:
                 rule = f"a line is a sample number above the last one and {count} weights, none negative, one with documents above 0"
-                raise DataError(problem(f"--data-weights-schedule {path}, line {number}", line, rule, "Correct the line"))
+                raise DataError(
+                    problem(f"--data-weights-schedule {path}, line {number}", line, rule, "Correct the line")
+                )
             changes.append((start, here))
         return changes

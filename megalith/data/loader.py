@@ -72,7 +72,9 @@ class Loader:
             rule = f"it must be a multiple of micro batch {self.micro_batch_size} x {self.size} data-parallel ranks = {across}"
             raise ConfigError(problem("--global-batch-size", global_batch_size, rule, f"The nearest are {near}"))
         if not self._readable(consumed + global_batch_size):
-            raise IndexError(f"samples {consumed} to {consumed + global_batch_size} of a dataset of {len(self.dataset)}")
+            raise IndexError(
+                f"samples {consumed} to {consumed + global_batch_size} of a dataset of {len(self.dataset)}"
+            )
         firsts = range(consumed + self.rank * self.micro_batch_size, consumed + global_batch_size, across)
         numbers = [np.arange(first, first + self.micro_batch_size) for first in firsts]
         places = [self._places(samples) for samples in numbers]

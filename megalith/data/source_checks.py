@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from megalith.common.errors import DataError, problem
-from megalith.config.data import DataConfig
+from megalith.config.sections.data import DataConfig
 from megalith.data.sources import Source
 
 SPOT = 4096  # tokens looked at in each place
@@ -22,7 +22,11 @@ def check_some_tokens(sources: Sequence[Source], opened: Sequence[Any]) -> None:
     weighed = [f"{source.prefix} (weight {source.weight:g})" for source, _ in empty if source.weight is not None]
     cure = "Make it again from text, or leave it out"
     if weighed:
-        raise DataError(problem("datasets of a blend", weighed, "they hold no tokens, and their weight would go to the others", cure))
+        raise DataError(
+            problem(
+                "datasets of a blend", weighed, "they hold no tokens, and their weight would go to the others", cure
+            )
+        )
     if empty and len(empty) == len(sources):
         raise DataError(problem("datasets", named, "they hold no tokens", cure))
     if empty:

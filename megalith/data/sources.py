@@ -29,14 +29,25 @@ def sources_of(paths: Sequence[str], flag: str = "--data-path", keep_unused: boo
     if len(items) == 1 and is_folder(items[0]):
         found = sorted(path.with_suffix("") for path in pathlib.Path(items[0]).glob("[!.]*.idx"))
         if not found:
-            raise DataError(problem(flag, items[0], "the directory has no .idx file", "Name a directory of indexed datasets, or a prefix"))
+            raise DataError(
+                problem(
+                    flag,
+                    items[0],
+                    "the directory has no .idx file",
+                    "Name a directory of indexed datasets, or a prefix",
+                )
+            )
         return [Source(str(path)) for path in found]
     weights = [_number(item) for item in items[::2]]
     if len(items) % 2 or all(weight is None for weight in weights):
         return [Source(item) for item in items]
     if None in weights:
         wrong = items[2 * weights.index(None)]
-        raise ConfigError(problem(flag, wrong, "a weight stands before each prefix, or before none", f"Write {flag} 0.3 first 0.7 second"))
+        raise ConfigError(
+            problem(
+                flag, wrong, "a weight stands before each prefix, or before none", f"Write {flag} 0.3 first 0.7 second"
+            )
+        )
     return _used([Source(prefix, weight) for weight, prefix in zip(weights, items[1::2])], flag, keep_unused)
 
 
@@ -57,7 +68,9 @@ def read_list(path: str | os.PathLike, keep_unused: bool = False) -> list[Source
         first, *rest = line.split(maxsplit=1)
         fields, weight = "".join(rest).rsplit(maxsplit=1), _number(first)
         if len(fields) != 2 or weight is None:
-            raise DataError(problem(f"{path}, line {number}", line.strip(), "a line is `weight path corpus`", "Correct the line"))
+            raise DataError(
+                problem(f"{path}, line {number}", line.strip(), "a line is `weight path corpus`", "Correct the line")
+            )
         sources.append(Source(str(folder / fields[0].removesuffix(".bin")), weight, fields[1]))
     if not sources:
         raise DataError(f"--data-file-list {path} names no dataset; each line is `weight path corpus`")
@@ -75,12 +88,21 @@ def _used(sources: list[Source], where: str, keep_unused: bool) -> list[Source]:
     """The sources with a weight above 0; with keep_unused also corpora in which no source has one. Weights have a finite sum above 0."""
     for source in sources:
         if source.weight is not None and not 0 <= source.weight < float("inf"):
-            raise ConfigError(problem(f"{where}, weight of {source.prefix}", source.weight, "weights are 0 or more", "Correct the weight"))
+            raise ConfigError(
+                problem(
+                    f"{where}, weight of {source.prefix}", source.weight, "weights are 0 or more", "Correct the weight"
+                )
+            )
     used = [source for source in sources if source.weight != 0]
     total = sum(source.weight or 0.0 for source in used)
     if not 0 < total < float("inf"):
         raise ConfigError(
-            problem(f"{where}, sum of the weights", total, "at least one weight is above 0, and the sum is finite", "Correct them")
+            problem(
+                f"{where}, sum of the weights",
+                total,
+                "at least one weight is above 0, and the sum is finite",
+                "Correct them",
+            )
         )
     alive = {source.corpus for source in used} - {""} if keep_unused else {source.corpus for source in sources}
     return [source for source in sources if source.weight != 0 or source.corpus not in alive]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from megalith.common.errors import DataError, problem
 from megalith.common.files import write_text
-from megalith.data.inspecting import describe, prefixes_below
+from megalith.data.indexed.inspecting import describe, prefixes_below
 
 LEVEL = re.compile(r"_[^_]+_(document|sentence)$")
 
@@ -31,7 +31,9 @@ def corpus_of(prefix: str) -> str:
     return LEVEL.sub("", os.path.basename(prefix)).partition("-")[0]
 
 
-def write_weights(directory: str, output: str, epochs: Mapping[str, float] | None = None, by_directory: bool = False) -> list[CorpusShare]:
+def write_weights(
+    directory: str, output: str, epochs: Mapping[str, float] | None = None, by_directory: bool = False
+) -> list[CorpusShare]:
     """Write a line `weight path corpus` for every dataset below `directory`; returns the corpora, largest share first.
 
     Within a corpus, files weigh as their tokens; corpora weigh as their tokens times `epochs` (all 1 without it: proportional to size;
@@ -48,13 +50,20 @@ def write_weights(directory: str, output: str, epochs: Mapping[str, float] | Non
     if spaced:
         rule = "a line of the list is `weight path corpus`, and ends with a name without spaces"
         raise DataError(
-            problem(f"corpus of {groups[spaced[0]][0]}", spaced[0], rule, "Rename its files, or with --by-directory its folder")
+            problem(
+                f"corpus of {groups[spaced[0]][0]}",
+                spaced[0],
+                rule,
+                "Rename its files, or with --by-directory its folder",
+            )
         )
     factors = _epochs(epochs, list(groups))
     sizes = {corpus: sum(tokens[prefix] for prefix in listed) for corpus, listed in groups.items()}
     total = sum(sizes[corpus] * factors[corpus] for corpus in groups)
     if not total:
-        raise DataError(problem(directory, "0 tokens times epochs", "a mixture needs tokens", "Check the datasets and the epochs"))
+        raise DataError(
+            problem(directory, "0 tokens times epochs", "a mixture needs tokens", "Check the datasets and the epochs")
+        )
     base = os.path.dirname(os.path.abspath(output))
     lines = [
         f"{tokens[prefix] * factors[corpus] / total:.10g} {os.path.relpath(os.path.abspath(prefix), base)} {corpus}"
@@ -63,7 +72,10 @@ def write_weights(directory: str, output: str, epochs: Mapping[str, float] | Non
         if tokens[prefix] * factors[corpus]
     ]
     write_text(output, "\n".join(lines) + "\n")
-    shares = [CorpusShare(name, len(groups[name]), sizes[name], factors[name], sizes[name] * factors[name] / total) for name in groups]
+    shares = [
+        CorpusShare(name, len(groups[name]), sizes[name], factors[name], sizes[name] * factors[name] / total)
+        for name in groups
+    ]
     return sorted(shares, key=lambda share: (-share.share, share.corpus))
 
 
@@ -74,12 +86,18 @@ def _epochs(given: Mapping[str, float] | None, corpora: list[str]) -> dict[str, 
     faults = []
     for name, value in given.items():
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < float("inf"):
-            faults.append(problem(f"epochs of {name!r}", value, "they are a number, 0 or more", "Correct the YAML file"))
+            faults.append(
+                problem(f"epochs of {name!r}", value, "they are a number, 0 or more", "Correct the YAML file")
+            )
         if name not in corpora and name != "default":
-            faults.append(problem("epochs", name, f"the corpora here are {', '.join(sorted(corpora))}", "Correct the name"))
+            faults.append(
+                problem("epochs", name, f"the corpora here are {', '.join(sorted(corpora))}", "Correct the name")
+            )
     missing = [name for name in corpora if name not in given and "default" not in given]
     if missing:
-        faults.append(problem("epochs", None, f"nothing is said of {', '.join(sorted(missing))}", "Add them, or `default: 1`"))
+        faults.append(
+            problem("epochs", None, f"nothing is said of {', '.join(sorted(missing))}", "Add them, or `default: 1`")
+        )
     if faults:
         raise DataError("\n".join(faults))
     return {name: float(given.get(name, given.get("default", 1.0))) for name in corpora}

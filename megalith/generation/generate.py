@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from megalith.common.errors import ConfigError, problem
-from megalith.config.text import Words
+from megalith.config.flags.text import Words
 from megalith.generation.beam import beam_search
 from megalith.generation.cache import KVCache, Piece
 from megalith.generation.engine import Engine, Event, Request

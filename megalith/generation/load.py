@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from megalith.common.errors import ConfigError, DataError, problem
-from megalith.config.data import DataConfig
-from megalith.data.tokenizers import Tokenizer, load_tokenizer
-from megalith.data.tokenizers_given import GivenTokenizer, misfit
+from megalith.config.sections.data import DataConfig
+from megalith.data.tokenizers.given import GivenTokenizer, misfit
+from megalith.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megalith.generation.model import TextModel
 from megalith.runtime.load import load_plain, reading
 
@@ -66,7 +66,9 @@ def load(
     given = GivenTokenizer(tokenizer, {name: str(value) for name, value in named.items() if value is not None})
     options = dataclasses.replace(reading(qkv_layout, swiglu_order, replicas, model_fields), words=given.words)
     path = path.model if isinstance(path, TextModel) else path
-    model, run_config, own = load_plain(path, device=device, dtype=dtype or torch.float32, iteration=iteration, options=options)
+    model, run_config, own = load_plain(
+        path, device=device, dtype=dtype or torch.float32, iteration=iteration, options=options
+    )
     notes = vars(model).pop("notes", ())  # nothing is hung on the module
     words = load_tokenizer(own, run_config.data) if own is not None and not given else None
     if given:

@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from megalith.common.errors import ConfigError
-from megalith.config.model import ModelConfig
 from megalith.config.run import RunConfig
-from megalith.data.tokenizers import Tokenizer
+from megalith.config.sections.model import ModelConfig
+from megalith.data.tokenizers.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(eq=False)
@@ -96,7 +96,9 @@ def check_length(config: ModelConfig, prompt: int, new: int) -> None:
     which = f"the model's limit (max_position_embeddings) is {limit}"
     if config.decoder_layers:
         if prompt > limit:
-            raise ConfigError(f"too long: the longest prompt has {prompt} tokens; {which}. Shorten it to {limit} tokens.")
+            raise ConfigError(
+                f"too long: the longest prompt has {prompt} tokens; {which}. Shorten it to {limit} tokens."
+            )
         if new >= limit:
             told = f"an answer of {new} new tokens after its start token has {new + 1}"
             raise ConfigError(f"too long: {told}; {which}. Ask for at most {limit - 1} new tokens.")
@@ -107,5 +109,7 @@ def check_length(config: ModelConfig, prompt: int, new: int) -> None:
             cure = f"Shorten the prompt to at most {limit - new} tokens"
         else:
             cure = f"Shorten the prompt, and ask for fewer new tokens, so that they are at most {limit} together"
-        told = f"the longest prompt has {prompt} tokens" + (f" and {new} new ones are asked for, together {prompt + new}" if new else "")
+        told = f"the longest prompt has {prompt} tokens" + (
+            f" and {new} new ones are asked for, together {prompt + new}" if new else ""
+        )
         raise ConfigError(f"too long: {told}; {which}. {cure}.")

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from megalith.common.errors import ConfigError, DataError, problem
-from megalith.config.data import too_many_words
-from megalith.data.tokenizers import Tokenizer
+from megalith.config.sections.data import too_many_words
+from megalith.data.tokenizers.tokenizer import Tokenizer
 from megalith.generation.model import TextModel
 from megalith.generation.stream import TextStream
 
@@ -53,11 +53,15 @@ def tokenized(model: TextModel, prompts: Prompts, add_bos: bool = False) -> list
         rule = "text is written, and scored, by models that read from left to right"
         raise ConfigError(problem("model", config.model_type, rule, "Load a GPT or a T5"))
     tokenizer, vocabulary, made = model.tokenizer, config.vocab_size, []
-    given: Sequence[str | Sequence[int]] = [""] if prompts is None else [prompts] if isinstance(prompts, str) else prompts
+    given: Sequence[str | Sequence[int]] = (
+        [""] if prompts is None else [prompts] if isinstance(prompts, str) else prompts
+    )
     for number, prompt in enumerate(given):
         if isinstance(prompt, str):
             if tokenizer is None:
-                raise ConfigError("this model has no tokenizer: give prompts as lists of token numbers, or set model.tokenizer.")
+                raise ConfigError(
+                    "this model has no tokenizer: give prompts as lists of token numbers, or set model.tokenizer."
+                )
             ids, text = list(map(int, tokenizer.encode(prompt))) if prompt else [], prompt
         else:
             ids, text = [int(i) for i in prompt], None if tokenizer is None else tokenizer.decode(prompt)
@@ -70,10 +74,16 @@ def tokenized(model: TextModel, prompts: Prompts, add_bos: bool = False) -> list
         wrong = [i for i in ids if not 0 <= i < vocabulary]
         if wrong:
             if tokenizer is not None and tokenizer.vocab_size > vocabulary and isinstance(prompt, str):
-                what = f"the prompt {prompt[:40]!r}" if prompt else "the end of document, from which a text without a prompt starts,"
+                what = (
+                    f"the prompt {prompt[:40]!r}"
+                    if prompt
+                    else "the end of document, from which a text without a prompt starts,"
+                )
                 raise DataError(f"{too_many_words(tokenizer.vocab_size, vocabulary)}; {what} has token {wrong[0]}.")
             rule = f"the model's vocabulary has {vocabulary} tokens, numbered from 0"
-            raise DataError(problem(f"prompt {number}, token", wrong[0], rule, "Use the tokenizer that it was trained with"))
+            raise DataError(
+                problem(f"prompt {number}, token", wrong[0], rule, "Use the tokenizer that it was trained with")
+            )
         begun = None if text is None else ""
         made.append(Completion(prompt_ids=ids, prompt=text, continuation=begun, answer=bool(config.decoder_layers)))
     return made

@@ -43,7 +43,12 @@ class SamplingParams:
             (self.top_k >= 0, "top_k", "it must be 0 (all tokens) or above", "Try 40"),
             (0.0 <= self.top_p <= 1.0, "top_p", "it must lie between 0 (off) and 1", "Try 0.9"),
             (0.0 <= self.top_p_decay <= 1.0, "top_p_decay", "it must lie between 0 (off) and 1", "Try 0.99"),
-            (0.0 <= self.top_p_bound <= self.top_p, "top_p_bound", "it must lie between 0 and top_p", "Lower it, or raise --top-p"),
+            (
+                0.0 <= self.top_p_bound <= self.top_p,
+                "top_p_bound",
+                "it must lie between 0 and top_p",
+                "Lower it, or raise --top-p",
+            ),
             (self.max_new_tokens >= 1, "max_new_tokens", "it must be at least 1", "Give 1 or more"),
         ]
         for holds, name, rule, cure in rules:

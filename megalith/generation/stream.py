@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megalith.data.tokenizers import Tokenizer
+from megalith.data.tokenizers.tokenizer import Tokenizer
 
 UNFINISHED = "\ufffd"  # what decoding gives for the bytes of a character that is not complete
 

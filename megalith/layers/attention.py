@@ -58,11 +58,17 @@ class CoreAttention(nn.Module):
             if on_cpu:  # the CPU's fused kernel wants as many key heads as query heads
                 k, v = _expand(k, q.shape[1]), _expand(v, q.shape[1])
             grouped = k.shape[1] != q.shape[1]
-            return scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=mask.causal, scale=self.scale, enable_gqa=grouped)
+            return scaled_dot_product_attention(
+                q, k, v, dropout_p=p, is_causal=mask.causal, scale=self.scale, enable_gqa=grouped
+            )
         if mask.plain and mask.causal and not on_cpu and self.backend != "flex" and not torch.compiler.is_compiling():
-            bias = causal_lower_right(q.shape[2], k.shape[2])  # flash attention, but torch.compile (2.13) cannot trace it
+            bias = causal_lower_right(
+                q.shape[2], k.shape[2]
+            )  # flash attention, but torch.compile (2.13) cannot trace it
             grouped = k.shape[1] != q.shape[1]
-            return scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p, scale=self.scale, enable_gqa=grouped)
+            return scaled_dot_product_attention(
+                q, k, v, attn_mask=bias, dropout_p=p, scale=self.scale, enable_gqa=grouped
+            )
         if self.backend == "flex" or (not on_cpu and self.backend == "auto" and not p):
             return flex(q, k, v, mask, self.scale)
         return self.blocks(q, k, v, mask, p)
@@ -74,9 +80,13 @@ class CoreAttention(nn.Module):
     def explicit(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
         """The reference: scores, softmax in float32 at least, dropout by hash, product."""
         k, v = _expand(k, q.shape[1]), _expand(v, q.shape[1])
-        scores = (q * (self.scale or q.shape[-1] ** -0.5)) @ k.transpose(-1, -2)  # before the product, which would overflow float16
+        scores = (q * (self.scale or q.shape[-1] ** -0.5)) @ k.transpose(
+            -1, -2
+        )  # before the product, which would overflow float16
         wide = scores.double() if scores.dtype == torch.float64 else scores.float()
-        wide = wide + mask.bias(slice(k.shape[2] - q.shape[2], k.shape[2]), slice(0, k.shape[2]), q.device).to(wide.dtype)
+        wide = wide + mask.bias(slice(k.shape[2] - q.shape[2], k.shape[2]), slice(0, k.shape[2]), q.device).to(
+            wide.dtype
+        )
         weights = wide.softmax(dim=-1)
         if mask.rows is not None:
             heads = torch.arange(self.first_head, self.first_head + q.shape[1], device=q.device, dtype=torch.int32)
@@ -95,11 +105,15 @@ class CoreAttention(nn.Module):
             end = first + stop if mask.causal else k.shape[2]
             begin = 0 if mask.window is None else max(0, first + start - mask.window + 1)
             here = slice(begin, end)
-            parts.append(run(q[:, :, start:stop], k[:, :, here], v[:, :, here], mask, first + start, begin, p, self.scale))
+            parts.append(
+                run(q[:, :, start:stop], k[:, :, here], v[:, :, here], mask, first + start, begin, p, self.scale)
+            )
         return torch.cat(parts, dim=2)
 
 
-def _block(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, start: int, begin: int, p: float, scale: float | None) -> Tensor:
+def _block(
+    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, start: int, begin: int, p: float, scale: float | None
+) -> Tensor:
     bias = mask.bias(slice(start, start + q.shape[2]), slice(begin, begin + k.shape[2]), q.device)
     # Distances over 256 are rounded in bfloat16; the CPU's kernel takes them as float32.
     bias = bias.to(torch.promote_types(q.dtype, bias.dtype) if q.device.type == "cpu" else q.dtype)
@@ -114,7 +128,13 @@ def flex(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float | No
     """FlexAttention with the mask as code (PyTorch: torch.nn.attention.flex_attention); compiled on accelerators."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    documents, padding, slopes, relative, first = mask.documents, mask.padding, mask.slopes, mask.relative, k.shape[2] - q.shape[2]
+    documents, padding, slopes, relative, first = (
+        mask.documents,
+        mask.padding,
+        mask.slopes,
+        mask.relative,
+        k.shape[2] - q.shape[2],
+    )
 
     def sees(b, h, i, j):
         i = i + first
@@ -189,7 +209,9 @@ class SelfAttention(nn.Module):
 class CrossAttention(SelfAttention):
     """Attention whose queries come from a decoder and whose keys and values from the encoder's output, the memory."""
 
-    def __init__(self, hidden: int, heads: int, kv_heads: int, head_dim: int, *, bias: bool, qkv_bias: bool, core: CoreAttention):
+    def __init__(
+        self, hidden: int, heads: int, kv_heads: int, head_dim: int, *, bias: bool, qkv_bias: bool, core: CoreAttention
+    ):
         super().__init__(hidden, heads, kv_heads, head_dim, bias=bias, qkv_bias=qkv_bias, core=core)
         self.shared_memory = SharedInput()
 

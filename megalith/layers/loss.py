@@ -51,7 +51,9 @@ class TokenLoss(nn.Module):
         super().__init__()
         self.chunk, self.z_loss, self.few_labels, self.vocabulary = chunk, z_loss, few_labels, Vocabulary()
 
-    def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor | None, bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor | None, bias: Tensor | None = None
+    ) -> Tensor:
         """hidden [b, s, h], weight [V, h], labels [b, s] int64; returns float32 losses [b, s].
 
         With loss_weights [b, s] each loss is multiplied by its weight, and the gradient is that of their SUM: take no other
@@ -59,7 +61,11 @@ class TokenLoss(nn.Module):
         Without loss_weights any function of the losses may follow, at the price of computing the logits twice.
         """
         vocabulary = self.vocabulary
-        hidden, weight, bias = vocabulary.hidden(hidden), vocabulary.rows(weight), None if bias is None else vocabulary.rows(bias)
+        hidden, weight, bias = (
+            vocabulary.hidden(hidden),
+            vocabulary.rows(weight),
+            None if bias is None else vocabulary.rows(bias),
+        )
         if loss_weights is not None and self.few_labels and bool((seen := labels >= 0).any()):
             found = (hidden[seen][None], weight, bias, labels[seen][None], loss_weights[seen][None])
             losses = _Weighted.apply(*found, self.chunk, self.z_loss, vocabulary)
@@ -149,7 +155,9 @@ class _Gradients:
         if self.needs_weight:
             fused = narrow.is_cuda and narrow.dtype != self.wide  # narrow factors, wide sum
             if self.weight is None:
-                product = torch.mm(narrow.t(), hidden[rows], out_dtype=self.wide) if fused else narrow.t() @ hidden[rows]
+                product = (
+                    torch.mm(narrow.t(), hidden[rows], out_dtype=self.wide) if fused else narrow.t() @ hidden[rows]
+                )
                 self.weight = product.to(self.wide)
             elif fused:
                 self.weight = torch.addmm(self.weight, narrow.t(), hidden[rows], out_dtype=self.wide)
@@ -177,8 +185,14 @@ class _Weighted(torch.autograd.Function):
                     _block_gradient(powers, total, log_z, targets[few], scale[few], z_loss, vocabulary)
             if any(ctx.needs_input_grad):
                 gradients.add(rows, logits, flat, weight)
-        ctx.gradients, ctx.shape, ctx.dtypes = gradients, hidden.shape, (weight.dtype, None if bias is None else bias.dtype)
-        return losses.view(labels.shape) * scale.view(labels.shape)  # a product, no view: fully_shard cannot hold a view
+        ctx.gradients, ctx.shape, ctx.dtypes = (
+            gradients,
+            hidden.shape,
+            (weight.dtype, None if bias is None else bias.dtype),
+        )
+        return losses.view(labels.shape) * scale.view(
+            labels.shape
+        )  # a product, no view: fully_shard cannot hold a view
 
     @staticmethod
     def backward(ctx, upstream):
@@ -187,7 +201,9 @@ class _Weighted(torch.autograd.Function):
                 "the gradients of weighted token losses are kept for one backward pass; use losses without loss_weights for more"
             )
         made, ctx.gradients = ctx.gradients, None
-        factor = torch.where(upstream.min() == upstream.max(), upstream.flatten()[0], float("nan"))  # NaN: not a plain sum
+        factor = torch.where(
+            upstream.min() == upstream.max(), upstream.flatten()[0], float("nan")
+        )  # NaN: not a plain sum
         # A factor of one is the usual case; knowing it costs a synchronisation, free on the CPU alone.
         scaled = [
             g if g is None or (not factor.is_cuda and factor.item() == 1.0) else g.mul_(factor)

@@ -33,7 +33,10 @@ class Stretch(NamedTuple):
             turns = self.length * turned / (2 * math.pi)
             kept = ((turns - self.slow) / (self.fast - self.slow)).clamp(0, 1)
         else:  # by the number of the channel, as those between are found from whole numbers
-            first, last = math.floor(self.channel(self.fast, len(turned), base)), math.ceil(self.channel(self.slow, len(turned), base))
+            first, last = (
+                math.floor(self.channel(self.fast, len(turned), base)),
+                math.ceil(self.channel(self.slow, len(turned), base)),
+            )
             first, last = max(first, 0), min(last, 2 * len(turned) - 1)
             ramp = (torch.arange(len(turned), device=turned.device) - first) / max(last - first, 0.001)
             kept = 1 - ramp.clamp(0, 1)
@@ -104,7 +107,9 @@ class RelativeBias(nn.Embedding):
     def __init__(self, buckets: int, heads: int, max_distance: int, both_ways: bool):
         """both_ways: half of the buckets are for keys after the query; without, those share the bucket of distance 0."""
         super().__init__(buckets, heads)
-        self.buckets = functools.partial(distance_buckets, number=buckets, max_distance=max_distance, both_ways=both_ways)
+        self.buckets = functools.partial(
+            distance_buckets, number=buckets, max_distance=max_distance, both_ways=both_ways
+        )
         self.parts = 1  # equal ones into which a sequence is split, where a process holds one of them
 
     def forward(self, length: int) -> Tensor:  # type: ignore[override]

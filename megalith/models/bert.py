@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalith.config.model import ModelConfig
 from megalith.config.parameters import initial
+from megalith.config.sections.model import ModelConfig
 from megalith.layers.block import run_in_order
 from megalith.layers.dropout import Dropout
 from megalith.layers.loss import TokenLoss
@@ -123,7 +123,11 @@ class BERT(Encoder):
     def tokens(self, x: Tensor, labels: Tensor | None, loss_weights: Tensor | None) -> Tensor:
         """The head over the vocabulary: [b, s, h] -> logits [b, s, V], or losses [b, s]."""
         x = self.head_norm(ACTIVATIONS[self.config.head_activation](self.head_dense(x)))
-        return self.head(x) if labels is None else self.token_loss(x, self.head.weight, labels, loss_weights, self.head.bias)
+        return (
+            self.head(x)
+            if labels is None
+            else self.token_loss(x, self.head.weight, labels, loss_weights, self.head.bias)
+        )
 
 
 class FirstToken(nn.Module):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megalith.config.model import ModelConfig
+from megalith.config.sections.model import ModelConfig
 from megalith.layers.dropout import Dropout
 from megalith.models.bert import Encoder, FirstToken, sequence_loss
 from megalith.models.parts import dropout_rows

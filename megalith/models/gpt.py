@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megalith.config.model import ModelConfig
 from megalith.config.parameters import initial
+from megalith.config.sections.model import ModelConfig
 from megalith.layers.block import run_in_order
 from megalith.layers.cache import Cache
 from megalith.layers.dropout import Dropout
@@ -86,7 +86,9 @@ class GPT(nn.Module):
         mask = AttentionMask(documents=documents, slopes=self.slopes, rows=rows)
         rotary = None
         if c.positions == "rope":
-            rotary = rotary_table(positions, c.head_dim, base=c.rotary_base, percent=c.rotary_percent, stretch=self.stretch)
+            rotary = rotary_table(
+                positions, c.head_dim, base=c.rotary_base, percent=c.rotary_percent, stretch=self.stretch
+            )
         x = self.run_layers(list(self.layers.values()), x, mask, rotary, rows, None, None, cache)
         if self.final_norm is not None:
             x = self.final_norm(x)
@@ -113,5 +115,7 @@ def stretch(config: ModelConfig) -> Stretch | None:
     c, kind = config, config.rope_scaling_type
     if kind is None:
         return None
-    slow, fast = (c.rope_low_freq_factor, c.rope_high_freq_factor) if kind == "llama3" else (c.rope_beta_slow, c.rope_beta_fast)
+    slow, fast = (
+        (c.rope_low_freq_factor, c.rope_high_freq_factor) if kind == "llama3" else (c.rope_beta_slow, c.rope_beta_fast)
+    )
     return Stretch(kind, c.rope_scaling_factor, c.rope_original_max_position_embeddings, slow, fast)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from megalith.config.model import ModelConfig
+from megalith.config.sections.model import ModelConfig
 from megalith.layers.attention import CoreAttention, CrossAttention, SelfAttention
 from megalith.layers.block import Block
 from megalith.layers.dropout import row_keys
@@ -38,7 +38,9 @@ def make_cross(c: ModelConfig, site: str) -> CrossAttention:
 
 def make_core(c: ModelConfig, site: str) -> CoreAttention:
     """Core attention of the layer at `site`."""
-    return CoreAttention(c.attention_dropout, f"{site}.scores", BACKENDS.get(c.attention_backend, c.attention_backend), c.softmax_scale)
+    return CoreAttention(
+        c.attention_dropout, f"{site}.scores", BACKENDS.get(c.attention_backend, c.attention_backend), c.softmax_scale
+    )
 
 
 def make_mlp(c: ModelConfig) -> MLP:
@@ -51,5 +53,7 @@ def dropout_rows(model: nn.Module, samples: Tensor | None, step: Tensor | None, 
     if not model.training or (model.config.hidden_dropout == 0.0 and model.config.attention_dropout == 0.0):
         return None
     if samples is None or step is None:
-        raise ValueError("dropout needs `samples` and `step` in training mode: pass them, or call model.eval(), or set the dropouts to 0")
+        raise ValueError(
+            "dropout needs `samples` and `step` in training mode: pass them, or call model.eval(), or set the dropouts to 0"
+        )
     return row_keys(model.seed, step, samples, coordinates)

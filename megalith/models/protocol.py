@@ -8,8 +8,8 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from megalith.common.errors import ConfigError, problem
-from megalith.config.model import ModelConfig
 from megalith.config.parameters import parameter_kind, parameter_shapes
+from megalith.config.sections.model import ModelConfig
 
 
 class Model(Protocol):

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megalith.config.model import ModelConfig
 from megalith.config.parameters import initial, parameter_kind
+from megalith.config.sections.model import ModelConfig
 from megalith.layers.block import run_in_order
 from megalith.layers.cache import Cache
 from megalith.layers.dropout import Dropout
@@ -45,7 +45,9 @@ class T5(nn.Module):
         self.layers = nn.ModuleDict({str(i): make_layer(config, i) for i in range(config.all_layers)})
         self.run_layers = run_in_order
         self.encoder_norm = NORMS[config.norm](h, config.layernorm_epsilon)
-        self.memory = nn.Identity()  # the encoder's output on its way to all cross attentions, where a plan may gather it
+        self.memory = (
+            nn.Identity()
+        )  # the encoder's output on its way to all cross attentions, where a plan may gather it
         self.final_norm = NORMS[config.norm](h, config.layernorm_epsilon)
         self.head = nn.Linear(h, vocab, bias=config.add_bias_linear)
         self.token_loss = TokenLoss(config.loss_chunk_tokens, config.z_loss_coeff)
@@ -56,7 +58,9 @@ class T5(nn.Module):
         c = self.config
         if c.positions != "relative":
             return None
-        return RelativeBias(c.relative_attention_num_buckets, c.num_attention_heads, c.relative_attention_max_distance, both_ways)
+        return RelativeBias(
+            c.relative_attention_num_buckets, c.num_attention_heads, c.relative_attention_max_distance, both_ways
+        )
 
     def restore(self) -> None:
         """Tie head and embedding where the config says so: what to_empty undoes."""
@@ -102,7 +106,9 @@ class T5(nn.Module):
         Returns losses, or logits [b, t, V]; where this part has no head the encoder's hidden states, with the decoder's if it has begun.
         """
         c, device = self.config, decoder_input_ids.device
-        encoder, decoder = ([layer for n, layer in self.layers.items() if (int(n) < c.num_layers) is first] for first in (True, False))
+        encoder, decoder = (
+            [layer for n, layer in self.layers.items() if (int(n) < c.num_layers) is first] for first in (True, False)
+        )
         padding = None if padding_mask is None else padding_mask.bool()
         x = inputs
         if encoder and inputs is not None:
@@ -130,7 +136,9 @@ class T5(nn.Module):
             relative=None if self.decoder_bias is None else self.decoder_bias(length), rows=rows,
         )  # fmt: skip
         memory = None if x is None else self.memory(x)
-        y = self.run_layers(decoder, y, mask, None, rows, memory, AttentionMask(causal=False, padding=padding, rows=rows), cache)
+        y = self.run_layers(
+            decoder, y, mask, None, rows, memory, AttentionMask(causal=False, padding=padding, rows=rows), cache
+        )
         if self.head is None:  # a clone, because fully_shard hooks outputs, which must not be views of inputs
             return y if x is None else (x.clone(), y)
         return self.finish(y if logits_to_keep is None else y[:, logits_to_keep], labels, loss_weights)
@@ -145,4 +153,8 @@ class T5(nn.Module):
         y = self.final_norm(y)
         if self.config.scale_output:
             y = y * self.config.hidden_size**-0.5
-        return self.head(y) if labels is None else self.token_loss(y, self.head.weight, labels, loss_weights, self.head.bias)
+        return (
+            self.head(y)
+            if labels is None
+            else self.token_loss(y, self.head.weight, labels, loss_weights, self.head.bias)
+        )

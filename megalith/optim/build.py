@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from megalith.common.registry import Registry
-from megalith.config.optimizer import OptimizerConfig
+from megalith.config.sections.optimizer import OptimizerConfig
 from megalith.optim.groups import Decays, matrices_decay, parameter_groups
 
 OPTIMIZERS = Registry(

@@ -28,7 +28,9 @@ def gradients(named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> lis
 
 
 @torch.no_grad()
-def global_norm(tensors: Named, *, skip: Collection[str] = (), stages: int = 1, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+def global_norm(
+    tensors: Named, *, skip: Collection[str] = (), stages: int = 1, group: dist.ProcessGroup | None = None
+) -> torch.Tensor:
     """L2 norm over the whole model, a 0-dimensional tensor on the tensors' device, equal on all ranks; nothing waits for it.
 
     skip: names that another rank owns (a tied embedding's second copy), left out here and counted there.
@@ -59,13 +61,19 @@ def clip(
     """
     norm = global_norm(grads, skip=skip, stages=stages, group=group) * inverse_scale
     if grads and (max_norm > 0.0 or inverse_scale != 1.0):
-        factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0) * inverse_scale if max_norm > 0.0 else norm.new_tensor(inverse_scale)
+        factor = (
+            torch.clamp(max_norm / (norm + 1e-6), max=1.0) * inverse_scale
+            if max_norm > 0.0
+            else norm.new_tensor(inverse_scale)
+        )
         torch._foreach_mul_([_local(grad) for _, grad in grads], factor.to(_local(grads[0][1]).dtype))
     return norm
 
 
 @torch.no_grad()
-def count_zeros(grads: Named, *, skip: Collection[str] = (), stages: int = 1, group: dist.ProcessGroup | None = None) -> torch.Tensor:
+def count_zeros(
+    grads: Named, *, skip: Collection[str] = (), stages: int = 1, group: dist.ProcessGroup | None = None
+) -> torch.Tensor:
     """How many gradient elements of the whole model are exactly zero, counted as `global_norm` counts."""
     counted = [(name, tensor) for name, tensor in grads if name not in skip]
     zeros = [_local(tensor).numel() - torch.count_nonzero(_local(tensor)) for _, tensor in counted]
@@ -98,7 +106,9 @@ def _pieces(tensor: torch.Tensor, stages: int, ranks: int) -> int:
         for axis, placement in enumerate(tensor.placements):
             assert not placement.is_partial(), "a gradient must be reduced before its norm is taken"
             pieces *= 1 if placement.is_replicate() else tensor.device_mesh.size(axis)
-    assert ranks % pieces == 0, f"{pieces} pieces of a tensor on {ranks} ranks: `group` must be all ranks that hold the model"
+    assert ranks % pieces == 0, (
+        f"{pieces} pieces of a tensor on {ranks} ranks: `group` must be all ranks that hold the model"
+    )
     return pieces
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megalith.common.errors import ConfigError, problem
-from megalith.config.precision import PrecisionConfig
+from megalith.config.sections.precision import PrecisionConfig
 
 
 class StaticLossScale:
@@ -69,7 +69,11 @@ class DynamicLossScale(StaticLossScale):
 
     def state_dict(self) -> dict[str, float | int]:
         """What a checkpoint keeps (Megatron's names)."""
-        return {"scale": self.scale, "growth_tracker": self.growth_tracker, "hysteresis_tracker": self.hysteresis_tracker}
+        return {
+            "scale": self.scale,
+            "growth_tracker": self.growth_tracker,
+            "hysteresis_tracker": self.hysteresis_tracker,
+        }
 
     def load_state_dict(self, state: dict[str, float | int]) -> None:
         """Go on from `state_dict()` (a static scale's has no trackers: they start anew)."""
@@ -87,10 +91,14 @@ def build_loss_scale(config: PrecisionConfig) -> StaticLossScale:
         return StaticLossScale(1.0)
     if config.loss_scale is not None:
         if config.loss_scale <= 0.0:
-            raise ConfigError(problem("--loss-scale", config.loss_scale, "it must be positive", "Drop it for a dynamic scale"))
+            raise ConfigError(
+                problem("--loss-scale", config.loss_scale, "it must be positive", "Drop it for a dynamic scale")
+            )
         return StaticLossScale(config.loss_scale)
     if not 0.0 < config.min_loss_scale <= config.initial_loss_scale:
         found = (config.min_loss_scale, config.initial_loss_scale)
         rule = "the first must be positive and at most the second"
         raise ConfigError(problem("--min-loss-scale and --initial-loss-scale", found, rule, "Lower --min-loss-scale"))
-    return DynamicLossScale(config.initial_loss_scale, config.min_loss_scale, config.loss_scale_window, config.hysteresis)
+    return DynamicLossScale(
+        config.initial_loss_scale, config.min_loss_scale, config.loss_scale_window, config.hysteresis
+    )

@@ -11,8 +11,8 @@ import math
 from typing import Any
 
 from megalith.common.errors import ConfigError, problem
-from megalith.config.optimizer import OptimizerConfig
-from megalith.config.schedule import ScheduleConfig
+from megalith.config.sections.optimizer import OptimizerConfig
+from megalith.config.sections.schedule import ScheduleConfig
 
 _SHAPES = {  # x: how much of the decay is done, 0 to 1 -> how much of (peak - minimum) is left
     "linear": lambda x: 1.0 - x,
@@ -112,7 +112,9 @@ class Schedule:
         if not self.config.use_checkpoint_opt_param_scheduler:
             self.check_state(stored)
         theirs = copy.copy(self)
-        theirs.numbers = dataclasses.replace(self.numbers, **{name: stored[name] for name in self.state() if name in stored})
+        theirs.numbers = dataclasses.replace(
+            self.numbers, **{name: stored[name] for name in self.state() if name in stored}
+        )
         return theirs
 
 
@@ -126,7 +128,9 @@ def _numbers(optimizer: OptimizerConfig, schedule: ScheduleConfig, batch: int) -
         return samples if samples is not None else steps * batch if steps is not None else default
 
     run = length(schedule.train_iters, schedule.train_samples, 0)
-    decay = max(length(schedule.lr_decay_iters, schedule.lr_decay_samples, run), 1)  # 1: a run of no steps still has a schedule
+    decay = max(
+        length(schedule.lr_decay_iters, schedule.lr_decay_samples, run), 1
+    )  # 1: a run of no steps still has a schedule
     if schedule.lr_warmup_fraction is not None:
         warmup: float = schedule.lr_warmup_fraction * decay
     else:
@@ -170,7 +174,9 @@ def _conflicts(optimizer: OptimizerConfig, schedule: ScheduleConfig) -> list[str
     o, s = optimizer, schedule
     fraction, in_steps, in_samples = s.lr_warmup_fraction, s.train_iters is not None, s.train_samples is not None
     steps_given = [name for name in ("lr_decay_iters", "lr_warmup_iters", "lr_wsd_decay_iters") if getattr(s, name)]
-    samples_given = [name for name in ("lr_decay_samples", "lr_warmup_samples", "lr_wsd_decay_samples") if getattr(s, name)]
+    samples_given = [
+        name for name in ("lr_decay_samples", "lr_warmup_samples", "lr_wsd_decay_samples") if getattr(s, name)
+    ]
     growing = o.weight_decay_incr_style != "constant"
     both = s.override_opt_param_scheduler and s.use_checkpoint_opt_param_scheduler
     decay_range = start, end = o.start_weight_decay, o.end_weight_decay

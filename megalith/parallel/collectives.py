@@ -28,7 +28,11 @@ class Axis:
     sequence: bool = False
 
     def __post_init__(self):
-        self.size, self.rank, self.group = self.mesh.size(), self.mesh.get_local_rank(), self.mesh.get_group().group_name
+        self.size, self.rank, self.group = (
+            self.mesh.size(),
+            self.mesh.get_local_rank(),
+            self.mesh.get_group().group_name,
+        )
 
     def check(self, length: int) -> None:
         """Raise ValueError where a sequence of this length cannot be split."""

@@ -21,7 +21,10 @@ from megalith.parallel.collectives import Axis
 from megalith.parallel.mappings import gather_from_sequence_parallel_region
 from megalith.parallel.plan import attentions
 
-WHOLE = ("documents", "padding_mask")  # endings of names: attention asks them of keys too, and every process sees all keys
+WHOLE = (
+    "documents",
+    "padding_mask",
+)  # endings of names: attention asks them of keys too, and every process sees all keys
 BIASES = ("encoder_bias", "decoder_bias")  # a model's tables of biases by distance
 
 
@@ -86,7 +89,9 @@ class ContextAttention(nn.Module):
             return self.core(q, k, v, mask, cache)
         chunk, (k, v) = q.shape[2] // 2, join(k, v, self.axis)
         if not mask.causal:
-            if mask.documents is not None or mask.slopes is not None or mask.window is not None:  # they ask where a query stands
+            if (
+                mask.documents is not None or mask.slopes is not None or mask.window is not None
+            ):  # they ask where a query stands
                 rule = "attention that is not causal is split with a padding mask or a relative bias alone"
                 raise ConfigError(problem("--context-parallel-size", self.axis.size, rule, "Use 1"))
             if mask.relative is None:
@@ -98,7 +103,11 @@ class ContextAttention(nn.Module):
             if mask.causal:
                 parts.append(self.core(queries, k[:, :, :end], v[:, :, :end], mask._replace(rows=keys)))
             else:
-                parts.append(self.core(queries, k, v, mask._replace(rows=keys, relative=seen_from(mask.relative, end, k.shape[2]))))
+                parts.append(
+                    self.core(
+                        queries, k, v, mask._replace(rows=keys, relative=seen_from(mask.relative, end, k.shape[2]))
+                    )
+                )
         return torch.cat(parts, dim=2)
 
 

@@ -16,8 +16,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from megalith.common.errors import ConfigError
-from megalith.config.parallel import ParallelConfig
-from megalith.config.precision import PrecisionConfig
+from megalith.config.sections.parallel import ParallelConfig
+from megalith.config.sections.precision import PrecisionConfig
 from megalith.parallel.mesh import Mesh
 from megalith.parallel.sharding import buckets, to_local
 
@@ -25,7 +25,9 @@ BUCKET = 1 << 23  # elements of gradients that replicas sum in one call: 32 MiB 
 IN_FLIGHT = 4  # such sums at one time, each with a copy of its gradients
 
 
-def wrap(model: nn.Module, blocks: list[nn.Module], mesh: Mesh, parallel: ParallelConfig, precision: PrecisionConfig) -> bool:
+def wrap(
+    model: nn.Module, blocks: list[nn.Module], mesh: Mesh, parallel: ParallelConfig, precision: PrecisionConfig
+) -> bool:
     """Spread `model` over the data-parallel axes; each of `blocks` is gathered and reduced on its own. Works on meta.
 
     Parameters become DTensors in float32 and are gathered in the compute format; gradients are summed (not averaged:
@@ -42,7 +44,13 @@ def wrap(model: nn.Module, blocks: list[nn.Module], mesh: Mesh, parallel: Parall
     axes = _axes(mesh, parallel)
     shards, reshard = axes.size(axes.ndim - 1), parallel.sharding == "full"
     for module in [*blocks, model]:
-        fully_shard(module, mesh=axes, mp_policy=policy, reshard_after_forward=reshard, shard_placement_fn=lambda p: shard_dim(p, shards))
+        fully_shard(
+            module,
+            mesh=axes,
+            mp_policy=policy,
+            reshard_after_forward=reshard,
+            shard_placement_fn=lambda p: shard_dim(p, shards),
+        )
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -65,7 +73,11 @@ def shard_dim(parameter: nn.Parameter, shards: int) -> Shard:
     Shards of unequal parts are not what a DTensor of both axes takes them for: its offsets, and with them initial weights and
     checkpoints, would be wrong.
     """
-    if not isinstance(parameter, DTensor) or Shard(0) not in parameter.placements or parameter.shape[0] % parameter.device_mesh.size() == 0:
+    if (
+        not isinstance(parameter, DTensor)
+        or Shard(0) not in parameter.placements
+        or parameter.shape[0] % parameter.device_mesh.size() == 0
+    ):
         return Shard(0)
     if parameter.dim() > 1 and parameter.shape[1] % shards == 0:
         return Shard(1)
@@ -119,7 +131,9 @@ class Replicas:
         self.in_flight: collections.deque[tuple[list[Tensor], Tensor, dist.Work]] = collections.deque()
         for number, bucket in enumerate(self.buckets):
             for parameter in bucket:
-                parameter.register_post_accumulate_grad_hook(lambda parameter, number=number: self._ready(parameter, number))
+                parameter.register_post_accumulate_grad_hook(
+                    lambda parameter, number=number: self._ready(parameter, number)
+                )
 
     def arm(self, last: bool) -> None:
         """Announce whether the coming backward pass is the last of the step."""

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megalith.common.errors import ConfigError, problem
 from megalith.config import launched
-from megalith.config.text import Words
+from megalith.config.flags.text import Words
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
 
@@ -23,7 +23,9 @@ def pick(kind: str = "auto", local_rank: int | None = None) -> torch.device:
         return torch.device("cpu")
     if present is None or present.type != kind:
         found = present.type if present is not None else "no accelerator"
-        raise ConfigError(f"--device {kind}: found {found}; the device must be on this machine. Use --device auto or cpu.")
+        raise ConfigError(
+            f"--device {kind}: found {found}; the device must be on this machine. Use --device auto or cpu."
+        )
     if local_rank is None and "LOCAL_RANK" not in os.environ and launched.world_size() > 1:
         rule = "processes of one machine would share its first device"
         raise ConfigError(problem("environment variable LOCAL_RANK", Words("nothing"), rule, launched.CURE))
@@ -48,7 +50,9 @@ def backend_of(device: torch.device, asked: str | None = None) -> str:
         raise ConfigError(problem("--distributed-backend", found, rule, cure))
     if name != "gloo" and BACKENDS[device.type] != name:
         rule = f"it serves no {device.type}, the device of this run, whose library is {BACKENDS[device.type]}"
-        raise ConfigError(problem("--distributed-backend", found, rule, f"Leave it out, or write {BACKENDS[device.type]}"))
+        raise ConfigError(
+            problem("--distributed-backend", found, rule, f"Leave it out, or write {BACKENDS[device.type]}")
+        )
     return name
 
 

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from megalith.common.errors import ConfigError, RankError
 from megalith.config import launched
-from megalith.config.parallel import ParallelConfig
+from megalith.config.sections.parallel import ParallelConfig
 from megalith.parallel.devices import backend_of, pick
 
 SILENCE = 20.0  # seconds of waiting for others before that is said

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from megalith.config.parallel import ParallelConfig
-from megalith.config.precision import PrecisionConfig
+from megalith.config.sections.parallel import ParallelConfig
+from megalith.config.sections.precision import PrecisionConfig
 from megalith.parallel import data_parallel
 from megalith.parallel.sharding import sum_gradients
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megalith.config.recompute import RecomputeConfig
+from megalith.config.sections.recompute import RecomputeConfig
 from megalith.parallel.plan import attentions
 
 

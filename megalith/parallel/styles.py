@@ -40,7 +40,9 @@ def heads(module: nn.Linear, parent: nn.Module, axis: Axis) -> nn.Module:
     if number % axis.size == 0:
         return column(module, parent, axis)
     if module is parent.q or axis.size % number:
-        kind, rule = ("attention", "divisible by") if module is parent.q else ("key/value", "divisible by, or a divisor of,")
+        kind, rule = (
+            ("attention", "divisible by") if module is parent.q else ("key/value", "divisible by, or a divisor of,")
+        )
         raise ConfigError(
             f"{kind} heads: found {number}; their number must be {rule} the {axis.size} tensor-parallel ranks. "
             f"Change --tensor-model-parallel-size or the number of heads."

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pathlib
 
-from megalith.config import loading_yaml
-from megalith.config.text import choose
+from megalith.config.flags import yaml_text as loading_yaml
+from megalith.config.flags.text import choose
 
 FOLDER = pathlib.Path(__file__).parent
 

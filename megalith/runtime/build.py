@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from megalith.checkpoint import fit
 from megalith.checkpoint.ranks import Ranks
-from megalith.checkpoint.store import fill
+from megalith.checkpoint.store import fit
+from megalith.checkpoint.store.dcp import fill
 from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError
 from megalith.common.registry import load
 from megalith.config.architectures import ARCHITECTURES, architecture
-from megalith.config.loading import to_yaml
-from megalith.config.model import ModelConfig
+from megalith.config.flags.loading import to_yaml
 from megalith.config.run import RunConfig
+from megalith.config.sections.model import ModelConfig
 from megalith.config.stages import SPLIT_BACKWARD, layers_of, schedule_of, stages_of
 from megalith.layers.random import key
 from megalith.models import protocol
@@ -25,10 +25,10 @@ from megalith.parallel import context, data_parallel, matmul, plan, recompute
 from megalith.parallel.collectives import Axis
 from megalith.parallel.mesh import Mesh, grid, join, start
 from megalith.parallel.part import Part
-from megalith.parallel.pipeline import Pipeline
-from megalith.parallel.pipeline_cut import Cut, canonical_names
-from megalith.parallel.pipeline_deferred import Queue
-from megalith.parallel.pipeline_shared import Shared
+from megalith.parallel.pipeline.cut import Cut, canonical_names
+from megalith.parallel.pipeline.deferred import Queue
+from megalith.parallel.pipeline.pipeline import Pipeline
+from megalith.parallel.pipeline.shared import Shared
 from megalith.runtime.initialize import initialize
 
 __all__ = ["Mesh", "Runtime", "grid", "join", "meta_model", "place", "plain", "start"]
@@ -215,7 +215,9 @@ def plan_of(config: RunConfig) -> plan.Plan:
     return load("tensor-parallel plan", named)
 
 
-def plain(config: ModelConfig, device: torch.device, dtype: torch.dtype = torch.float32, seed: int | None = None) -> nn.Module:
+def plain(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype = torch.float32, seed: int | None = None
+) -> nn.Module:
     """The model on one device in evaluation mode; its weights are drawn where a seed is given, else to be loaded."""
     model = meta_model(config, seed or 0)
     for parameter in model.parameters():  # not model.to: buffers (ALiBi's slopes) keep their precision

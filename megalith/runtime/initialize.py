@@ -40,7 +40,9 @@ def fill(parameter: Tensor, kind: str, value: float, key: int) -> None:
     flat = local.view(-1)
     for start in range(0, flat.numel(), random.CHUNK):
         part = flat[start : start + random.CHUNK]
-        index = global_index(torch.arange(start, start + part.numel(), device=local.device), tuple(local.shape), offset, shape)
+        index = global_index(
+            torch.arange(start, start + part.numel(), device=local.device), tuple(local.shape), offset, shape
+        )
         if kind == "normal":
             part.copy_(random.normal(key, index).mul_(value))
         else:

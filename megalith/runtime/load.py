@@ -12,16 +12,18 @@ import torch
 from torch import nn
 
 from megalith import checkpoint
-from megalith.checkpoint import formats, huggingface, sources
-from megalith.checkpoint.lazy import Lazy, check_range
+from megalith.checkpoint import formats
+from megalith.checkpoint.formats import sources
+from megalith.checkpoint.formats.huggingface import conversion as huggingface
+from megalith.checkpoint.tensors.lazy import Lazy, check_range
 from megalith.checkpoint.weights import Weights, own
 from megalith.common.errors import CheckpointError, ConfigError, problem
-from megalith.config.checks import limit
-from megalith.config.loading import stored_config
-from megalith.config.loading_values import convert, fields
-from megalith.config.model import ModelConfig
+from megalith.config.checks.checks import limit
+from megalith.config.flags.loading import stored_config
+from megalith.config.flags.text import Problem, fail, flag, unknown
+from megalith.config.flags.values import convert, fields
 from megalith.config.run import RunConfig
-from megalith.config.text import Problem, fail, flag, unknown
+from megalith.config.sections.model import ModelConfig
 from megalith.parallel.devices import pick
 from megalith.runtime.build import plain
 from megalith.runtime.state import weights
@@ -37,7 +39,7 @@ def load_plain(
 ) -> tuple[nn.Module, RunConfig, pathlib.Path | None]:
     """The model of a checkpoint in evaluation mode, the config of its run, and the folder of its tokenizer (None where it has none).
 
-    path: a run's folder, a folder of checkpoints, one checkpoint, or weights in another format (checkpoint/formats.py),
+    path: a run's folder, a folder of checkpoints, one checkpoint, or weights in another format (checkpoint/formats/__init__.py),
     also in a zip archive or at a URL; a model in memory, of transformers or of ours; or Weights.
     device: auto, cpu, cuda, xpu or a torch.device. options: how another format is read.
     What is to be told of another format is in the model's `.notes`.
@@ -66,7 +68,9 @@ def check_whole(source: pathlib.Path, given: Collection[str]) -> None:
     if given:
         shown = ", ".join(map(flag, sorted(given)))
         rule = "a checkpoint of megalith says all of its model itself"
-        raise ConfigError(problem(f"{source}", shown, rule, "Leave it out; it is for other formats, whose files may lack it"))
+        raise ConfigError(
+            problem(f"{source}", shown, rule, "Leave it out; it is for other formats, whose files may lack it")
+        )
 
 
 def _made(source: Weights, place: torch.device, dtype: torch.dtype) -> tuple[nn.Module, RunConfig, pathlib.Path | None]:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from megalith.checkpoint.ranks import Ranks
-from megalith.parallel.schedules import Span, Work, bubble, order, play
+from megalith.parallel.pipeline.schedules import Span, Work, bubble, order, play
 from megalith.runtime.build import Runtime
 
 UNIT = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}  # a backward pass costs twice a forward pass

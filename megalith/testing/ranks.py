@@ -104,11 +104,15 @@ class RankPool:
     def run(self, function: Callable, world_size: int, *args: Any, timeout: float = 120.0) -> list:
         """See `run_ranks`."""
         if not 1 <= world_size <= LARGEST:
-            raise ValueError(f"world_size: found {world_size}; a pool has 1 to {LARGEST} ranks. Use fewer ranks, or torchrun.")
+            raise ValueError(
+                f"world_size: found {world_size}; a pool has 1 to {LARGEST} ranks. Use fewer ranks, or torchrun."
+            )
         try:
             call = pickle.dumps((function, args))
         except (pickle.PicklingError, AttributeError) as error:
-            raise TypeError(f"{function!r} cannot be sent to ranks ({error}); define it at the top level of a module.") from error
+            raise TypeError(
+                f"{function!r} cannot be sent to ranks ({error}); define it at the top level of a module."
+            ) from error
         self._start(world_size)
         self.calls += 1
         store = self.folder / f"store{self.calls}"
@@ -174,7 +178,10 @@ class RankPool:
         except (EOFError, ConnectionError):
             worker.process.join(10 * GRACE)  # the exit code comes by way of the fork server, late on a busy machine
             code = worker.process.exitcode
-            return None, (0.0, RuntimeError(f"rank {rank} of {world_size} died with exit code {code} (negative: a signal)"))
+            return None, (
+                0.0,
+                RuntimeError(f"rank {rank} of {world_size} died with exit code {code} (negative: a signal)"),
+            )
         if answer.worn:
             worker.stop()  # the next call starts another
         if not answer.traceback:

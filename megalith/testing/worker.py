@@ -58,7 +58,9 @@ class _Pickler(pickle.Pickler):
                 "a rank returned a DTensor, which means nothing outside its process group; return .full_tensor() or .to_local()"
             )
         if isinstance(obj, torch.Tensor):
-            return obj.detach().cpu().clone(memory_format=torch.contiguous_format).__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+            return (
+                obj.detach().cpu().clone(memory_format=torch.contiguous_format).__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+            )
         return NotImplemented
 
 
@@ -125,7 +127,12 @@ def _dumps(value: Any) -> bytes:
 @contextlib.contextmanager
 def _group(job: Job) -> Iterator[None]:
     """A default process group and torchrun's variables for the length of one call, and nothing of them afterwards."""
-    variables = {"RANK": job.rank, "WORLD_SIZE": job.world_size, "LOCAL_RANK": job.rank, "LOCAL_WORLD_SIZE": job.world_size}
+    variables = {
+        "RANK": job.rank,
+        "WORLD_SIZE": job.world_size,
+        "LOCAL_RANK": job.rank,
+        "LOCAL_WORLD_SIZE": job.world_size,
+    }
     before = dict(os.environ)
     os.environ.update({name: str(value) for name, value in variables.items()})
     torch.manual_seed(0)

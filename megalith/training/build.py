@@ -12,24 +12,24 @@ import torch
 
 from megalith.common.errors import ConfigError
 from megalith.config.batch_math import global_batch
-from megalith.config.flops import flops_per_token
 from megalith.config.parameters import weight_decays
 from megalith.config.run import RunConfig
 from megalith.data.build import build_datasets
 from megalith.data.loader import Loader
-from megalith.data.tokenizers import Tokenizer
+from megalith.data.tokenizers.tokenizer import Tokenizer
 from megalith.optim.build import build_optimizer
 from megalith.optim.loss_scale import build_loss_scale
 from megalith.optim.schedule import Schedule
+from megalith.planner.flops import flops_per_token
 from megalith.runtime.build import Mesh, place
-from megalith.training import saving
 from megalith.training.callbacks import Callback, RunInfo
 from megalith.training.duties import CountValidation, ExitInterval, SaveCheckpoints, SaveFirst, Validate
 from megalith.training.guards import Retain, StopDiverged, StopUnlearned
-from megalith.training.peaks import peak_flops
-from megalith.training.profile import ProfilePipeline
-from megalith.training.reporters import reporters
-from megalith.training.state import Progress
+from megalith.training.reporting.peaks import peak_flops
+from megalith.training.reporting.profile import ProfilePipeline
+from megalith.training.reporting.reporters import reporters
+from megalith.training.resume import saving
+from megalith.training.resume.state import Progress
 from megalith.training.step import Trainer
 from megalith.training.tasks import build_task
 from megalith.training.validation import Validation
@@ -55,7 +55,9 @@ def build_trainer(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Traine
     decays = functools.partial(weight_decays, config.model)
     optimizer = build_optimizer(rates.optimizer, runtime.named_parameters(), decays)
     schedule = Schedule(rates.optimizer, rates.schedule, batch)
-    return Trainer(runtime, build_task(config, mesh, tokenizer), optimizer, schedule, build_loss_scale(config.precision))
+    return Trainer(
+        runtime, build_task(config, mesh, tokenizer), optimizer, schedule, build_loss_scale(config.precision)
+    )
 
 
 def open_datasets(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> dict[str, Any]:

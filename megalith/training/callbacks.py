@@ -100,7 +100,11 @@ def print_lines(*lines: str) -> None:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         with contextlib.suppress(OSError):
-            print(f"megalith: nobody reads standard output any more ({error.strerror}); the run goes on", file=sys.stderr, flush=True)
+            print(
+                f"megalith: nobody reads standard output any more ({error.strerror}); the run goes on",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def perplexity(loss: float) -> float:

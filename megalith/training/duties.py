@@ -13,7 +13,7 @@ from types import FrameType
 
 from megalith.common.errors import TrainingError
 from megalith.training.callbacks import Callback, RunInfo, StepRecord, ValidationRecord
-from megalith.training.state import FAILED, OVER, SIGNAL, Progress
+from megalith.training.resume.state import FAILED, OVER, SIGNAL, Progress
 from megalith.training.validation import Cursor, Evaluation, Unmeasured
 
 
@@ -70,7 +70,9 @@ class Validate(Callback):
         if failed:
             step = self.progress.iteration
             trained = (
-                f"all {step} steps are done and saved, but not measured at their end" if run.train_iters else f"step {step} is not measured"
+                f"all {step} steps are done and saved, but not measured at their end"
+                if run.train_iters
+                else f"step {step} is not measured"
             )
             raise TrainingError(
                 f"{trained}: "
@@ -92,7 +94,11 @@ class Validate(Callback):
         except Exception as error:
             if run.world_size > 1:  # the others wait in the middle of a batch
                 raise
-            print(f"megalith: {split} loss at step {step} was not measured:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            print(
+                f"megalith: {split} loss at step {step} was not measured:\n{traceback.format_exc()}",
+                file=sys.stderr,
+                flush=True,
+            )
             return error
         self.done.add((split, step))
         record = ValidationRecord(

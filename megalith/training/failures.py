@@ -15,14 +15,18 @@ import torch.distributed as dist
 
 from megalith.checkpoint.ranks import Ranks
 from megalith.common.errors import ConfigError, MegalithError, RankError, TrainingError
+from megalith.config.flags.text import flag
 from megalith.config.run import RunConfig
-from megalith.config.text import flag
-from megalith.training.state import Progress
+from megalith.training.resume.state import Progress
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk is full, or what one may use of it
 # gloo raises plain RuntimeErrors: they have its file names, what its sockets say, or that it gave up waiting.
-BROKEN = re.compile(r"gloo/|Connection (closed|reset) by peer|pair closure|Broken pipe|NCCL (error|communicator)", re.IGNORECASE)
-TRUNCATED = re.compile(r"(\S+\.so): (?:file too short|invalid ELF header)")  # what torch.compile stored while it was killed
+BROKEN = re.compile(
+    r"gloo/|Connection (closed|reset) by peer|pair closure|Broken pipe|NCCL (error|communicator)", re.IGNORECASE
+)
+TRUNCATED = re.compile(
+    r"(\S+\.so): (?:file too short|invalid ELF header)"
+)  # what torch.compile stored while it was killed
 
 
 @contextlib.contextmanager

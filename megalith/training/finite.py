@@ -11,14 +11,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from megalith import checkpoint
-from megalith.checkpoint.folder import iteration_of, paths
 from megalith.checkpoint.ranks import Ranks
+from megalith.checkpoint.store.folder import iteration_of, paths
 from megalith.common.errors import CheckpointError, TrainingError, problem
-from megalith.config.text import Words
+from megalith.config.flags.text import Words
 
 # A weight too large to be squared in float32 has diverged as surely as an infinite one: no norm of it exists.
 LARGEST = math.sqrt(torch.finfo(torch.float32).max)
-RULE = f"weights and optimizer state are finite numbers, weights below {LARGEST:.1e}; what has them otherwise has diverged"
+RULE = (
+    f"weights and optimizer state are finite numbers, weights below {LARGEST:.1e}; what has them otherwise has diverged"
+)
 
 
 def check_before_saving(parts: Iterable[Mapping[str, Tensor]], iteration: int, again: Callable[[], str]) -> None:
@@ -32,7 +34,11 @@ def check_loaded(parts: Iterable[Mapping[str, Tensor]], source: str | os.PathLik
     """Raise CheckpointError on all ranks where what was loaded from `source` is not finite; it names the newest one that is."""
     if names := broken(parts):
         good = Ranks().first(lambda: newest_finite(source))
-        cure = f"Give --ckpt-step {good}, the newest that is finite" if good is not None else "No other there is finite; start anew"
+        cure = (
+            f"Give --ckpt-step {good}, the newest that is finite"
+            if good is not None
+            else "No other there is finite; start anew"
+        )
         raise CheckpointError(problem(f"{source}, iteration {iteration}", Words(some(names)), RULE, cure))
 
 
@@ -45,7 +51,11 @@ def broken(parts: Iterable[Mapping[str, Tensor]]) -> list[str]:
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """The names of tensors that break RULE in what this rank holds of them."""
     local = {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in tensors.items()}
-    largest = {name: float(torch.linalg.vector_norm(tensor.float(), math.inf)) for name, tensor in local.items() if tensor.numel()}
+    largest = {
+        name: float(torch.linalg.vector_norm(tensor.float(), math.inf))
+        for name, tensor in local.items()
+        if tensor.numel()
+    }
     # nan, which the norm is where any element is, is below nothing
     return [name for name, value in largest.items() if not value < (LARGEST if name.startswith("model/") else math.inf)]
 
@@ -53,7 +63,9 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 def newest_finite(folder: str | os.PathLike) -> int | None:
     """The newest undamaged iteration in `folder` that is finite; reads it, a tensor at a time."""
     for path in reversed(paths(folder)):
-        if not checkpoint.verify(path) and not any(not_finite({name: tensor}) for name, tensor in checkpoint.read_tensors(path)):
+        if not checkpoint.verify(path) and not any(
+            not_finite({name: tensor}) for name, tensor in checkpoint.read_tensors(path)
+        ):
             return iteration_of(path)
     return None
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megalith.common.errors import TrainingError, problem
-from megalith.config.text import Words
+from megalith.config.flags.text import Words
 from megalith.runtime.build import Runtime
 from megalith.training import pooled
 from megalith.training.tasks import Batch, PooledTask, Ratio, Task
@@ -83,7 +83,9 @@ def run(
     device = runtime.mesh.device
     if both := [name for name in task.metric_names if name in counts]:
         rule = "a metric and a loss of one name could not be told apart"
-        raise TrainingError(problem(f"{type(task).__name__}.metric_names", Words(", ".join(both)), rule, "Rename the metric"))
+        raise TrainingError(
+            problem(f"{type(task).__name__}.metric_names", Words(", ".join(both)), rule, "Rename the metric")
+        )
     sums = Sums(
         {name: torch.zeros((), dtype=torch.float64, device=device) for name in counts},
         {name: torch.zeros(2, dtype=torch.float64, device=device) for name in task.metric_names},

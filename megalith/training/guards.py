@@ -9,7 +9,7 @@ from collections.abc import Callable
 from megalith.common.errors import TrainingError
 from megalith.config.run import RunConfig
 from megalith.training.callbacks import Callback, RunInfo, StepRecord, ValidationRecord
-from megalith.training.state import Progress
+from megalith.training.resume.state import Progress
 
 EMPTY_STEPS = 10  # steps in a row without anything to learn that end a run
 
@@ -41,8 +41,12 @@ class StopDiverged(Callback):
             return
         scaled = f", at loss scale {record.loss_scale:g}" if run.config.precision.fp16 else ""
         found = f"loss {record.total_loss:g}, gradient norm {record.grad_norm:g}{scaled}"
-        cure = f"Give a lower --lr (it was {record.learning_rate:g}; with --override-opt-param-scheduler) or more warm-up"
-        if math.isfinite(record.total_loss) and record.loss_scale > 1.0:  # the loss is a number, so the weights may well be good
+        cure = (
+            f"Give a lower --lr (it was {record.learning_rate:g}; with --override-opt-param-scheduler) or more warm-up"
+        )
+        if (
+            math.isfinite(record.total_loss) and record.loss_scale > 1.0
+        ):  # the loss is a number, so the weights may well be good
             fixed = run.config.precision.loss_scale is not None
             cure = "Drop --loss-scale for a dynamic one, or lower it" if fixed else "Lower --min-loss-scale"
         times = f"{most} steps in a row have" if most > 1 else "a step has"
@@ -64,12 +68,19 @@ class StopUnlearned(Callback):
         self.count = self.count + 1 if record.uncounted else 0
         if not record.uncounted:
             return
-        what, found = f"step {record.step}, {' and '.join(record.uncounted)}", f"no token of {record.global_batch_size} samples counts"
+        what, found = (
+            f"step {record.step}, {' and '.join(record.uncounted)}",
+            f"no token of {record.global_batch_size} samples counts",
+        )
         cure = "Look at the loss mask: --eod-mask-loss, the end-of-document id of the data and of the tokenizer, padding, --mask-prob"
         if self.count >= EMPTY_STEPS:
             raise TrainingError(f"{what}: {found}, {EMPTY_STEPS} steps in a row; there is nothing to learn. {cure}.")
         if self.count == 1 and run.rank == 0:
-            print(f"megalith: {what}: {found} (all are masked), so it is not a number. {cure}.", file=sys.stderr, flush=True)
+            print(
+                f"megalith: {what}: {found} (all are masked), so it is not a number. {cure}.",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 class Retain(Callback):

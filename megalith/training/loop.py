@@ -10,7 +10,7 @@ from megalith.data.loader import Loader
 from megalith.optim.clip import global_norm
 from megalith.training import failures
 from megalith.training.callbacks import Callback, RunInfo, StepRecord
-from megalith.training.state import FAILED, Progress
+from megalith.training.resume.state import FAILED, Progress
 from megalith.training.step import StepResult, Trainer, train_step
 
 
@@ -24,7 +24,10 @@ def train_loop(
     batch_size: global batch size after so many consumed samples. asked_to_stop: why this process asks for an end, if it does.
     again: what the next start does, in words, for errors that end this one.
     """
-    with failures.named(progress, again), contextlib.ExitStack() as ends:  # every on_end is called, in reverse, also where another raises
+    with (
+        failures.named(progress, again),
+        contextlib.ExitStack() as ends,
+    ):  # every on_end is called, in reverse, also where another raises
         started, told = list[Callback](), list[BaseException]()
 
         def tell(kind: object, error: BaseException | None, trace: object) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megalith.common.errors import TrainingError, problem
-from megalith.config.text import Words
+from megalith.config.flags.text import Words
 from megalith.runtime.build import Mesh, Runtime
 from megalith.training.tasks import Batch, PooledTask
 
@@ -78,7 +78,9 @@ def differentiate(pool: Pool, loss: Callable[[Any, Batch], Tensor]) -> Pool:
     leaves = {name: tensor.requires_grad_() for name, tensor in pool.items() if tensor.is_floating_point()}
     if not leaves:
         rule = "its losses are of outputs, which are floating-point tensors"
-        raise TrainingError(problem("tensors of `pooled`", Words(", ".join(pool)), rule, "Return the embeddings of the samples"))
+        raise TrainingError(
+            problem("tensors of `pooled`", Words(", ".join(pool)), rule, "Return the embeddings of the samples")
+        )
     gradients = torch.autograd.grad(loss(pool, {}), list(leaves.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(leaves, gradients, strict=True))
 

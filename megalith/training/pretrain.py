@@ -16,22 +16,29 @@ from megalith.common.files import write_text
 from megalith.common.orphans import ends_with_launcher
 from megalith.config import launched
 from megalith.config.batch_math import batch_size_at, check_length, total_steps
-from megalith.config.checks import check
-from megalith.config.loading import to_yaml
-from megalith.config.megatron_counts import rows_asked
+from megalith.config.checks.checks import check
+from megalith.config.flags.loading import to_yaml
+from megalith.config.megatron.counts import rows_asked
 from megalith.config.run import RunConfig
-from megalith.data.tokenizers import Tokenizer, tokenizer_from_config
+from megalith.data.tokenizers.tokenizer import Tokenizer, tokenizer_from_config
 from megalith.runtime.build import Mesh, grid, join
-from megalith.training import origin, run_folder, saving, source
-from megalith.training.announce import announce
-from megalith.training.build import build_callbacks, build_loaders, build_trainer, open_datasets, run_info, set_determinism
+from megalith.training.build import (
+    build_callbacks,
+    build_loaders,
+    build_trainer,
+    open_datasets,
+    run_info,
+    set_determinism,
+)
 from megalith.training.callbacks import print_lines
 from megalith.training.duties import StopSignal
 from megalith.training.failures import same_config
 from megalith.training.loop import train_loop
-from megalith.training.metrics import FILE, validated
-from megalith.training.next_start import next_start
-from megalith.training.state import FAILED, Progress
+from megalith.training.reporting.announce import announce
+from megalith.training.reporting.metrics import FILE, validated
+from megalith.training.resume import origin, run_folder, saving, source
+from megalith.training.resume.next_start import next_start
+from megalith.training.resume.state import FAILED, Progress
 from megalith.training.validation import Validation, measured_splits
 
 
@@ -57,7 +64,10 @@ def _train(config: RunConfig, tokenizer: Tokenizer, ours: bool) -> Progress:
         check_length(config, mesh.data_size)
         if old := Ranks().first(lambda: run_folder.old_place(config)):
             if mesh.is_main:
-                print(f"run folder {old}, where this run began its record; new runs have it in the folder of --save", flush=True)
+                print(
+                    f"run folder {old}, where this run began its record; new runs have it in the folder of --save",
+                    flush=True,
+                )
             config = config.replace(run_dir=old)
         config, line = Ranks().first(lambda: source.settled(config))
         if line and mesh.is_main:
@@ -109,7 +119,9 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer, alone: Callable[[],
         finally:
             for loader in loaders.values():
                 loader.close()
-            if mesh.world_size == 1 or progress.stop != FAILED:  # a launcher's SIGTERM to the others must not silence what they have to say
+            if (
+                mesh.world_size == 1 or progress.stop != FAILED
+            ):  # a launcher's SIGTERM to the others must not silence what they have to say
                 signals.restore()
     if mesh.is_main:
         done = f"all {progress.iteration} steps are done" if train_iters else f"step {progress.iteration} is measured"

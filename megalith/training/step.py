@@ -14,7 +14,7 @@ from megalith.optim.loss_scale import StaticLossScale
 from megalith.optim.schedule import Schedule
 from megalith.runtime.build import Runtime
 from megalith.training.forward_backward import forward_backward, ratios
-from megalith.training.state import REASONS, Progress
+from megalith.training.resume.state import REASONS, Progress
 from megalith.training.tasks import Batch, Task
 
 

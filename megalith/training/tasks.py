@@ -16,12 +16,14 @@ from torch import Tensor
 
 from megalith.common.errors import ConfigError, TrainingError, problem
 from megalith.common.registry import Registry
+from megalith.config.flags.text import Words
 from megalith.config.run import RunConfig
-from megalith.config.text import Words
-from megalith.data.tokenizers import Tokenizer
+from megalith.data.tokenizers.tokenizer import Tokenizer
 from megalith.runtime.build import Mesh
 
-Batch = dict[str, Tensor]  # of one micro-batch; b samples of s tokens (with context parallelism, this process's part of them)
+Batch = dict[
+    str, Tensor
+]  # of one micro-batch; b samples of s tokens (with context parallelism, this process's part of them)
 Ratio = tuple[Tensor | float, Tensor | float]  # a sum and what it is divided by, both of one micro-batch
 
 
@@ -111,7 +113,11 @@ class LanguageModelling(Task):
     def inputs(self, batch: Batch, counts: dict[str, Tensor]) -> Batch:
         """Each token's weight is its mask over the global count, so the model's losses need only be added up."""
         passed: Batch = {name: batch[name] for name in ("positions", "documents", "labels") if name in batch}
-        return {"inputs": batch["input_ids"], **passed, "loss_weights": batch["loss_mask"] / counts["lm loss"].clamp(min=1.0)}
+        return {
+            "inputs": batch["input_ids"],
+            **passed,
+            "loss_weights": batch["loss_mask"] / counts["lm loss"].clamp(min=1.0),
+        }
 
     def losses(self, output: Tensor, batch: Batch, counts: dict[str, Tensor]) -> dict[str, Tensor]:
         """output: weighted losses [b, s]."""
@@ -140,13 +146,17 @@ class MaskedLanguageModelling(Task):
 
     def inputs(self, batch: Batch, counts: dict[str, Tensor]) -> Batch:
         """Weights are masks, or ones, over the global counts, so the model's losses need only be added up."""
-        passed: Batch = {name: batch[name] for name in ("token_types", "padding_mask", "labels", "sentence_order") if name in batch}
+        passed: Batch = {
+            name: batch[name] for name in ("token_types", "padding_mask", "labels", "sentence_order") if name in batch
+        }
         weights = {"loss_weights": batch["loss_mask"] / counts["lm loss"].clamp(min=1.0)}
         if "sentence_order" in batch:
             weights["order_weights"] = (1.0 / counts["sop loss"]).expand(len(batch["input_ids"]))
         return {"inputs": batch["input_ids"], **passed, **weights}
 
-    def losses(self, output: Tensor | tuple[Tensor, Tensor], batch: Batch, counts: dict[str, Tensor]) -> dict[str, Tensor]:
+    def losses(
+        self, output: Tensor | tuple[Tensor, Tensor], batch: Batch, counts: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         """output: weighted losses of tokens [b, s], and of orders [b] where there are any."""
         parts = output if isinstance(output, tuple) else (output,)
         return {name: part.sum() for name, part in zip(counts, parts, strict=True)}

@@ -14,7 +14,7 @@ from megalith.config.batch_math import global_batch
 from megalith.config.run import RunConfig
 from megalith.data.loader import Loader
 from megalith.training.forward_backward import global_counts, ratios, run
-from megalith.training.state import Progress
+from megalith.training.resume.state import Progress
 from megalith.training.step import Trainer, asked, asking
 
 Asked = Callable[[], str | None]  # why this process asks that the run end, if it does

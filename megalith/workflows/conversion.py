@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalith.checkpoint import formats, huggingface, huggingface_files
-from megalith.checkpoint.folder import new_folder
+from megalith.checkpoint import formats
 from megalith.checkpoint.formats import FORMATS, Options
-from megalith.checkpoint.huggingface_families import form
-from megalith.checkpoint.lazy import check_range
+from megalith.checkpoint.formats.huggingface import conversion as huggingface
+from megalith.checkpoint.formats.huggingface import files as huggingface_files
+from megalith.checkpoint.formats.huggingface.family import form
+from megalith.checkpoint.store.folder import new_folder
+from megalith.checkpoint.tensors.lazy import check_range
 from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError, ConfigError, problem
 from megalith.common.extras import require
-from megalith.data.tokenizers_given import FIELDS, GivenTokenizer
+from megalith.data.tokenizers.given import FIELDS, GivenTokenizer
 from megalith.runtime.load import check_whole
 from megalith.workflows.tokenizer_files import prepared, with_tokenizer
 
@@ -49,13 +51,19 @@ def convert(
         raise ConfigError(problem("--to", to, "this format is only read", cure))
     given = GivenTokenizer(options.tokenizer, options.overrides)
     inputs = [source, *([options.tokenizer] if options.tokenizer else [])]
-    with new_folder(folder, inputs=inputs, overwrite=overwrite, notice=notice) as place, tempfile.TemporaryDirectory() as aside:
+    with (
+        new_folder(folder, inputs=inputs, overwrite=overwrite, notice=notice) as place,
+        tempfile.TemporaryDirectory() as aside,
+    ):
         format = format or formats.recognise(source)
         keeps = to in ("megalith", "huggingface")  # Megatron's directories hold no tokenizer
         weights = formats.read(source, format, dataclasses.replace(options, words=given.words) if keeps else options)
         if format == "megalith":
             said = weights.config.flat()
-            check_whole(source, [name for name, value in options.overrides.items() if name not in FIELDS and said[name] != value])
+            check_whole(
+                source,
+                [name for name, value in options.overrides.items() if name not in FIELDS and said[name] != value],
+            )
         if keeps:
             weights, options = with_tokenizer(weights, options, given, pathlib.Path(aside) / "given")
         if options.dtype and to == "megalith":
@@ -76,10 +84,18 @@ def check_reshape(source: pathlib.Path, format: str | None) -> None:
             "Give --tensor-model-parallel-size and --pipeline-model-parallel-size to the command that loads it; "
             "for Megatron, write megalith checkpoint export --to megatron"
         )
-        raise ConfigError(problem("reshape", f"{source}, a checkpoint of megalith", "it holds whole tensors, which any layout loads", cure))
+        raise ConfigError(
+            problem(
+                "reshape", f"{source}, a checkpoint of megalith", "it holds whole tensors, which any layout loads", cure
+            )
+        )
     if found not in ("megatron", "deepspeed", "torch_dist"):
         rule = "reshape goes from one layout of Megatron to another"
-        raise ConfigError(problem("reshape", f"{source}, of the format {found}", rule, "Write megalith checkpoint export --to megatron"))
+        raise ConfigError(
+            problem(
+                "reshape", f"{source}, of the format {found}", rule, "Write megalith checkpoint export --to megatron"
+            )
+        )
 
 
 def cast(weights: Weights, dtype: torch.dtype) -> Weights:
@@ -117,17 +133,20 @@ def _verified(original: tuple[pathlib.Path, Options], ours: tuple[pathlib.Path, 
 
 def _cause(original: tuple[pathlib.Path, Options], ours: tuple[pathlib.Path, Options]) -> str:
     """Why logits differ, as far as the two sides tell it, and what to do."""
-    one, other = (formats.read(path, options=dataclasses.replace(options, dtype=None)) for path, options in (original, ours))
+    one, other = (
+        formats.read(path, options=dataclasses.replace(options, dtype=None)) for path, options in (original, ours)
+    )
     forms = form(one.config.model), form(other.config.model)
     if wrong := [f"{name} {value} and {forms[1][name]}" for name, value in forms[0].items() if forms[1][name] != value]:
         return f"The two are different models ({', '.join(wrong)}); convert once more, with the flags of the model that are wrong"
     names = [name for name in one if name.startswith("model/")]
     differing = [name for name in names if not _close(one[name], other[name], 0.0)]
-    narrow = min((weights.tensors[name].dtype for weights in (one, other) for name in names), key=lambda each: torch.finfo(each).eps * -1)
+    narrow = min(
+        (weights.tensors[name].dtype for weights in (one, other) for name in names),
+        key=lambda each: torch.finfo(each).eps * -1,
+    )
     if differing and all(_close(one[name], other[name], torch.finfo(narrow).eps) for name in differing):
-        return (
-            f"Weights of one side were rounded to {str(narrow).removeprefix('torch.')}: nothing else differs. Leave out --dtype to compare"
-        )
+        return f"Weights of one side were rounded to {str(narrow).removeprefix('torch.')}: nothing else differs. Leave out --dtype to compare"
     if differing:
         own = "Say how rows are ordered with --qkv-layout and --swiglu-order, if the source is of Megatron; else one of the two was changed"
         return f"These tensors differ: {', '.join(differing[:4])}{' ...' * (len(differing) > 4)}. {own} after the conversion"
@@ -147,7 +166,9 @@ def compare(original: pathlib.Path, ours: pathlib.Path, tokens: int = 32, option
 
     given = huggingface_files.read_json(original / huggingface.CONFIG)
     _, family = huggingface.family_of(given, original / huggingface.CONFIG)
-    name = given["architectures"][0] if family.heads(given) else family.architecture  # a folder without all heads: as what it is
+    name = (
+        given["architectures"][0] if family.heads(given) else family.architecture
+    )  # a folder without all heads: as what it is
     try:
         theirs: Any = getattr(transformers, name).from_pretrained(original, dtype=torch.float32).eval()
     except Exception as error:  # whatever it lacks: a library of its own, a file, a field

@@ -32,7 +32,9 @@ def _modules():
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
     for path in root.rglob("*.py"):
         inside = path.relative_to(root)
-        if {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data"} & set(inside.parts):
+        if {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data"} & set(
+            inside.parts
+        ):
             continue
         text = path.read_text(encoding="utf-8", errors="replace")
         if len(text) > 200 and "\ufffd" not in text:

@@ -44,7 +44,9 @@ MADE = (  # in the demo's folder; what is there of these names already gets anot
 def run_demo(folder: str = "runs/demo", steps: int = 200, megabytes: float = 8.0, vocabulary: int = 4096) -> int:
     """Make a corpus, train a tokenizer, preprocess, train, stop and resume, draw, generate. Returns an exit status."""
     if steps < 4:
-        raise ConfigError(f"--steps: found {steps}; the demo stops half-way and resumes, so at least 4 steps are needed. Give more.")
+        raise ConfigError(
+            f"--steps: found {steps}; the demo stops half-way and resumes, so at least 4 steps are needed. Give more."
+        )
     work = pathlib.Path(folder)
     with locked(work, inside=True):
         stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -60,7 +62,16 @@ def _run(work: pathlib.Path, steps: int, megabytes: float, vocabulary: int) -> i
     print(f"   {documents} documents, {size(text)} of text -> {work / 'corpus.jsonl'}")
 
     _say(f"2. A byte-level BPE tokenizer of {vocabulary} tokens, trained on it")
-    _megalith("data", "bpe", "--input", f"{work}/corpus.jsonl", "--vocab-size", str(vocabulary), "--output", f"{work}/tokenizer.json")
+    _megalith(
+        "data",
+        "bpe",
+        "--input",
+        f"{work}/corpus.jsonl",
+        "--vocab-size",
+        str(vocabulary),
+        "--output",
+        f"{work}/tokenizer.json",
+    )
 
     tokenizer = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", f"{work}/tokenizer.json"]
     _say("3. The corpus as token numbers, in Megatron's .bin/.idx format")
@@ -79,7 +90,19 @@ def _run(work: pathlib.Path, steps: int, megabytes: float, vocabulary: int) -> i
 
     _say(f"6. Text from it, after the prompt {PROMPT!r}")
     _megalith(
-        "generate", "--load", str(run), "--prompt", PROMPT, "--max-new-tokens", "96", "--temperature", "0.8", "--top-k", "40", "--seed", "1"
+        "generate",
+        "--load",
+        str(run),
+        "--prompt",
+        PROMPT,
+        "--max-new-tokens",
+        "96",
+        "--temperature",
+        "0.8",
+        "--top-k",
+        "40",
+        "--seed",
+        "1",
     )
     first, last = _validation(run)
     _say(f"Done in {duration(time.perf_counter() - started)}")
@@ -112,13 +135,19 @@ def _training_processes() -> int:
 
 def _megalith(*words: str, processes: int = 1) -> None:
     """Print a megalith command as a user would type it, and run it; more than one process by torchrun."""
-    start = ["torchrun", "--standalone", "--nproc-per-node", str(processes), "-m", "megalith"] if processes > 1 else ["megalith"]
+    start = (
+        ["torchrun", "--standalone", "--nproc-per-node", str(processes), "-m", "megalith"]
+        if processes > 1
+        else ["megalith"]
+    )
     print("$ " + shlex.join([*start, *words]), flush=True)
     module = ["-m", "torch.distributed.run", *start[1:]] if processes > 1 else ["-m", "megalith"]
     environment = os.environ | ({"OMP_NUM_THREADS": str(max(1, _processes() // processes))} if processes > 1 else {})
     done = subprocess.run([sys.executable, *module, *words], env=environment)
     if done.returncode:
-        raise MegalithError(f"the command above ended with status {done.returncode}; its own message says why. The demo stops here.")
+        raise MegalithError(
+            f"the command above ended with status {done.returncode}; its own message says why. The demo stops here."
+        )
 
 
 def _validation(run: pathlib.Path) -> tuple[float, float]:

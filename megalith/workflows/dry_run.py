@@ -8,21 +8,24 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from megalith.checkpoint.sources import is_url
+from megalith.checkpoint.formats.sources import is_url
 from megalith.common.errors import MegalithError, problem
-from megalith.config import flags, launched
-from megalith.config.data import MADE_FROM, TOKENIZER_FILES, DataConfig, unnamed_files
-from megalith.config.loading import from_yaml
-from megalith.config.loading_yaml import about
+from megalith.config import launched
+from megalith.config.flags import flags
+from megalith.config.flags.loading import from_yaml
+from megalith.config.flags.text import Problem, flag, trouble
+from megalith.config.flags.yaml_text import about
 from megalith.config.run import RunConfig
-from megalith.config.text import Problem, flag, trouble
+from megalith.config.sections.data import MADE_FROM, TOKENIZER_FILES, DataConfig, unnamed_files
 
 ON_THE_HUB = ("HuggingFaceTokenizer", "HFTokenizer")
 CORPORA = ("data_path", "train_data_path", "valid_data_path", "test_data_path", "data_file_list", "titles_data_path")
 OURS = ("gpt", "bert", "t5", "ict")  # datasets made from a corpus; one's own may need none
 
 
-def number_of_processes(reading: flags.Reading, texts: Iterable[tuple[str, str]]) -> Callable[[RunConfig], tuple[int, str]]:
+def number_of_processes(
+    reading: flags.Reading, texts: Iterable[tuple[str, str]]
+) -> Callable[[RunConfig], tuple[int, str]]:
     """What gives, for a config, the processes to check it for, and a line on where that number is from ('' where it needs none).
 
     A run that is not dry has as many as were started. texts: (name, YAML text) of recipe and config, the stronger one last.
@@ -46,7 +49,10 @@ def number_of_processes(reading: flags.Reading, texts: Iterable[tuple[str, str]]
     def meant(config: RunConfig) -> tuple[int, str]:
         fewest = config.parallel.least_processes
         if number % fewest == 0:
-            return number, f"--world-size is not given: checked for {number} processes, as {source} says" if number > 1 else ""
+            return (
+                number,
+                f"--world-size is not given: checked for {number} processes, as {source} says" if number > 1 else "",
+            )
         instead = f", as the {number} that {source} says is no multiple of it" if number > 1 else ""
         return fewest, f"--world-size is not given: checked for {fewest} processes, the fewest of this layout{instead}"
 
@@ -61,7 +67,7 @@ def faults(config: RunConfig) -> list[str]:
 def wrong_paths(config: RunConfig) -> Iterator[Problem]:
     """What a run names and is not there, told with the other mistakes of a command. Nothing is opened."""
     for name, sources in _ways(config.data):
-        from megalith.data.indexed_format import resolve_prefix  # here, because numpy takes a moment
+        from megalith.data.indexed.format import resolve_prefix  # here, because numpy takes a moment
 
         try:
             for source in sources():
@@ -71,12 +77,18 @@ def wrong_paths(config: RunConfig) -> Iterator[Problem]:
     data, c = config.data, config.checkpoint
     for name in MADE_FROM.get(data.tokenizer_type or "", TOKENIZER_FILES if data.tokenizer_type in ON_THE_HUB else ()):
         if _absent(name, data):
-            yield trouble((name,), flag(name), getattr(data, name), "there is no such file", f"Correct the path after {flag(name)}")
+            yield trouble(
+                (name,),
+                flag(name),
+                getattr(data, name),
+                "there is no such file",
+                f"Correct the path after {flag(name)}",
+            )
     yield from _wrong_load(config) if c.load and not c.use_checkpoint_args else ()  # which has read it
 
 
 def _wrong_load(config: RunConfig) -> Iterator[Problem]:
-    from megalith.checkpoint import folder  # here, because few runs need it
+    from megalith.checkpoint.store import folder  # here, because few runs need it
 
     load = folder.load_of(config)
     if load is None or is_url(load) or (config.checkpoint.finetune and folder.iterations(folder.folder_of(config))):
@@ -115,7 +127,9 @@ def unnamed(data: DataConfig) -> Iterator[str]:
 
 def _bare(name: str, data: DataConfig) -> bool:
     """Whether a field names a tokenizer of the Hub rather than a file."""
-    return name == "tokenizer_model" and data.tokenizer_type in ON_THE_HUB and not pathlib.Path(getattr(data, name)).suffix
+    return (
+        name == "tokenizer_model" and data.tokenizer_type in ON_THE_HUB and not pathlib.Path(getattr(data, name)).suffix
+    )
 
 
 def _absent(name: str, data: DataConfig) -> bool:
@@ -125,7 +139,7 @@ def _absent(name: str, data: DataConfig) -> bool:
 
 
 def _corpora(data: DataConfig) -> Iterator[str]:
-    from megalith.data.tntidx import open_indexed  # here, because numpy takes a moment
+    from megalith.data.indexed.tntidx import open_indexed  # here, because numpy takes a moment
 
     for field, sources in _ways(data):
         name = flag(field)
@@ -152,7 +166,7 @@ def _tokenizer(data: DataConfig) -> Iterator[str]:
 
 def _checkpoint(config: RunConfig) -> Iterator[str]:
     """What is wrong with --load: it is not there, or of another model. No torch, unless it is another program's."""
-    from megalith.checkpoint import facts, fit, folder
+    from megalith.checkpoint.store import facts, fit, folder
 
     load = folder.load_of(config)
     if load is None:  # a run's own folder may be empty: it begins then
@@ -164,7 +178,7 @@ def _checkpoint(config: RunConfig) -> Iterator[str]:
         if folder.is_ours(load) or not pathlib.Path(load).exists():
             then = from_yaml(facts.read_config(folder.find(load, config.checkpoint.ckpt_step)))
         else:
-            from megalith.checkpoint import foreign
+            from megalith.checkpoint.formats import foreign
 
             then = foreign.read(load, foreign.options_of(config)).config
         if another := fit.another_model(load, config.model, then.model):

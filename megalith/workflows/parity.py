@@ -8,8 +8,8 @@ import torch
 
 from megalith.common.errors import problem
 from megalith.config.batch_math import data_parallel_size, global_batch
+from megalith.config.flags.text import Words, fail
 from megalith.config.run import RunConfig
-from megalith.config.text import Words, fail
 from megalith.testing.parity import TOLERANCE, Difference, Measured, compare, measure, merge
 from megalith.testing.ranks import LARGEST, RankPool
 
@@ -76,5 +76,7 @@ def check(config: RunConfig, processes: int, dtype: torch.dtype = torch.float64,
                 worst[difference.name] = difference
     loss = worst.pop("loss")
     ordered = sorted(worst.values(), key=lambda difference: -difference.error)
-    same = all(torch.equal(found.weights.get(name, torch.empty(0)), weight) for name, weight in expected.weights.items())
+    same = all(
+        torch.equal(found.weights.get(name, torch.empty(0)), weight) for name, weight in expected.weights.items()
+    )
     return Result(expected, found, [loss, *ordered], TOLERANCE[dtype], same)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 
-from megalith.checkpoint import huggingface
 from megalith.checkpoint.formats import Options
-from megalith.checkpoint.huggingface_tokenizer import HERE, SPARE, found_in, written
+from megalith.checkpoint.formats.huggingface import conversion as huggingface
+from megalith.checkpoint.formats.huggingface.tokenizer import HERE, SPARE, found_in, written
 from megalith.checkpoint.weights import Weights
 from megalith.common.errors import DataError
-from megalith.data.tokenizers import RECORD, load_tokenizer
-from megalith.data.tokenizers_export import transformers_files
-from megalith.data.tokenizers_given import GivenTokenizer, misfit
+from megalith.data.tokenizers.export import transformers_files
+from megalith.data.tokenizers.given import GivenTokenizer, misfit
+from megalith.data.tokenizers.tokenizer import RECORD, load_tokenizer
 
 
-def with_tokenizer(weights: Weights, options: Options, given: GivenTokenizer, folder: pathlib.Path) -> tuple[Weights, Options]:
+def with_tokenizer(
+    weights: Weights, options: Options, given: GivenTokenizer, folder: pathlib.Path
+) -> tuple[Weights, Options]:
     """The weights with the tokenizer that goes along with them: the one given, saved in `folder`, or their own; and what is to be told.
 
     A Hugging Face folder is copied as it is. Raises DataError or ConfigError where what is given makes no tokenizer.
@@ -71,7 +73,9 @@ def prepared(weights: Weights, options: Options, folder: pathlib.Path) -> tuple[
                 "AutoTokenizer takes Qwen2Tokenizer for every qwen2, whatever the files say: PreTrainedTokenizerFast gives our ids"
             )
     except DataError as error:
-        notes.append(f"tokenizer files go along as they are, and AutoTokenizer may read them otherwise, or not at all: {error}")
+        notes.append(
+            f"tokenizer files go along as they are, and AutoTokenizer may read them otherwise, or not at all: {error}"
+        )
     for name, content in files.items():
         (folder / name).write_bytes(content)
     return dataclasses.replace(options, tokenizer=folder), tuple(notes)

@@ -10,12 +10,12 @@ from typing import Any
 from megalith import recipes
 from megalith.common.errors import ConfigError
 from megalith.config.batch_math import check_length, data_parallel_size, global_batch
-from megalith.config.checks import find_problems
-from megalith.config.checks_parallel import CP, PP, TP, layouts
-from megalith.config.loading import complete, from_yaml
-from megalith.config.loading_values import convert, fields
+from megalith.config.checks.checks import find_problems
+from megalith.config.checks.parallel import CP, PP, TP, layouts
+from megalith.config.flags.loading import complete, from_yaml
+from megalith.config.flags.text import Problem, fail, flag, value_text
+from megalith.config.flags.values import convert, fields
 from megalith.config.run import RunConfig
-from megalith.config.text import Problem, fail, flag, value_text
 
 ALONE: dict[str, Any] = {
     TP: 1, PP: 1, CP: 1, "sequence_parallel": False, "pipeline_schedule": "auto", "num_layers_per_virtual_pipeline_stage": None,
@@ -64,7 +64,10 @@ class Questions:
             text = self.text(question, str(default))
             if text.isdecimal() and int(text) > 0 and divides % int(text) == 0:
                 return int(text)
-            print(f"  {question}: found {text!r}; it is a whole number, 1 or more" + f", that divides {divides}" * (divides > 0))
+            print(
+                f"  {question}: found {text!r}; it is a whole number, 1 or more"
+                + f", that divides {divides}" * (divides > 0)
+            )
 
     def field(self, config: RunConfig, name: str, what: str = "", default: Any = None) -> RunConfig:
         """The config with an answer for this field, of the field's type."""
@@ -89,9 +92,15 @@ def ask() -> Answers:
     config = from_yaml(text, f"recipe {name}")
     kind = config.model.architecture.dataset
     prefix = "dataset prefix, as `megalith data preprocess` names it"
-    config = questions.field(config, "data_path", prefix if kind == "gpt" else f"{prefix} with --split-sentences (..._text_sentence)")
+    config = questions.field(
+        config, "data_path", prefix if kind == "gpt" else f"{prefix} with --split-sentences (..._text_sentence)"
+    )
     config = config.replace(**_tokenizer(questions, kind))
-    for field in ("name", "train_iters" if config.schedule.train_samples is None else "train_samples", "micro_batch_size"):
+    for field in (
+        "name",
+        "train_iters" if config.schedule.train_samples is None else "train_samples",
+        "micro_batch_size",
+    ):
         config = questions.field(config, field)
     processes = per_machine = questions.number("processes", recipes.about(text).get("processes", 1))
     if processes > 1:
@@ -129,12 +138,23 @@ def _tokenizer(questions: Questions, kind: str) -> dict[str, str]:
             return {"tokenizer_type": "GPT2BPETokenizer", "vocab_file": files[0], "merge_file": files[1]}
         if suffixes == [".txt"] and kind != "gpt":
             case = questions.choice("vocabulary of text whose case is", ("lowered", "kept"), "lowered")
-            return {"tokenizer_type": f"BertWordPiece{'LowerCase' if case == 'lowered' else 'Case'}", "vocab_file": files[0]}
+            return {
+                "tokenizer_type": f"BertWordPiece{'LowerCase' if case == 'lowered' else 'Case'}",
+                "vocab_file": files[0],
+            }
         if suffixes == [".model"]:
             types = ("GPTSentencePieceTokenizer", "Llama2Tokenizer") if kind == "gpt" else ("SentencePieceTokenizer",)
-            known = types[0] if len(types) == 1 else questions.choice("type (Llama2Tokenizer begins each text with BOS)", types, types[0])
+            known = (
+                types[0]
+                if len(types) == 1
+                else questions.choice("type (Llama2Tokenizer begins each text with BOS)", types, types[0])
+            )
             return {"tokenizer_type": known, "tokenizer_model": files[0]}
-        if len(files) == 1 and suffixes != [".txt"] and not (suffixes == [".json"] and "vocab" in pathlib.Path(files[0]).name):
+        if (
+            len(files) == 1
+            and suffixes != [".txt"]
+            and not (suffixes == [".json"] and "vocab" in pathlib.Path(files[0]).name)
+        ):
             return {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": files[0]}
         print(f"  found {' '.join(files)!r}; a {kind} takes {FILES[kind]}")
 
@@ -182,12 +202,20 @@ def _layout(questions: Questions, config: RunConfig, processes: int) -> tuple[in
         about = "sharded over the data-parallel processes (full: parameters too)"
         sharding = questions.choice(about, fields()["data_parallel_sharding"].metadata["choices"], p.sharding)
         config = config.replace(data_parallel_sharding=sharding, use_distributed_optimizer=False)
-    formats = {"float32": {"fp16": False, "bf16": False}, "bf16": {"fp16": False, "bf16": True}, "fp16": {"fp16": True, "bf16": False}}
+    formats = {
+        "float32": {"fp16": False, "bf16": False},
+        "bf16": {"fp16": False, "bf16": True},
+        "fp16": {"fp16": True, "bf16": False},
+    }
     known = "fp16" if config.precision.fp16 else "bf16" if config.precision.bf16 else "float32"
     config = config.replace(**formats[questions.choice("number format", tuple(formats), known)])
-    recomputed = questions.choice("recomputed in the backward pass", ("none", "selective", "full"), r.granularity or "none")
+    recomputed = questions.choice(
+        "recomputed in the backward pass", ("none", "selective", "full"), r.granularity or "none"
+    )
     method = (r.recompute_method or "uniform") if recomputed == "full" else None
     config = config.replace(
-        recompute_activations=False, recompute_granularity=None if recomputed == "none" else recomputed, recompute_method=method
+        recompute_activations=False,
+        recompute_granularity=None if recomputed == "none" else recomputed,
+        recompute_method=method,
     )
     return per_machine, questions.field(config, "clip_grad")

@@ -8,7 +8,10 @@ import torch
 from megalith.checkpoint.weights import Weights
 from tests.checkpoint.megatron_files import fused
 
-WHOLE = {"embedding.weight": "embedding.word_embeddings.weight", "position_embedding.weight": "embedding.position_embeddings.weight"}
+WHOLE = {
+    "embedding.weight": "embedding.word_embeddings.weight",
+    "position_embedding.weight": "embedding.position_embeddings.weight",
+}
 NAMES = {  # Megatron core's names of what is one tensor on both sides
     "final_norm": "decoder.final_layernorm", "attention_norm": "input_layernorm", "mlp_norm": "pre_mlp_layernorm", "attention.out":
     "self_attention.linear_proj", "mlp.up": "mlp.linear_fc1", "mlp.down": "mlp.linear_fc2", "layers.": "decoder.layers.",
@@ -33,7 +36,10 @@ def compare(weights: Weights, model_class, reference: pathlib.Path) -> None:
     for name, gradient in gradients.items():
         if ".attention.q." in name:
             others = [gradients[name.replace(".q.", f".{each}.")] for each in "qkv"]
-            gradient, theirs = fused(*others, config, 1, 0, 3.0), name.replace("attention.q", "self_attention.linear_qkv")
+            gradient, theirs = (
+                fused(*others, config, 1, 0, 3.0),
+                name.replace("attention.q", "self_attention.linear_qkv"),
+            )
         elif ".attention.k." in name or ".attention.v." in name:
             continue
         else:

@@ -13,7 +13,7 @@ import zipfile
 import torch
 from torch import Tensor
 
-from megalith.config.model import ModelConfig
+from megalith.config.sections.model import ModelConfig
 
 Tensors = dict[str, Tensor]
 SMALL = dict(
@@ -61,10 +61,21 @@ def fused(q: Tensor, k: Tensor, v: Tensor, config: ModelConfig, ranks: int, rank
 
 
 def layer(
-    tensors: Tensors, number: int, config: ModelConfig, ranks: int, rank: int, version, spelling: dict[str, str], gate_first: bool
+    tensors: Tensors,
+    number: int,
+    config: ModelConfig,
+    ranks: int,
+    rank: int,
+    version,
+    spelling: dict[str, str],
+    gate_first: bool,
 ) -> Tensors:
     """One layer of one rank, in Megatron's names."""
-    mine = {name.removeprefix(f"layers.{number}."): tensor for name, tensor in tensors.items() if name.startswith(f"layers.{number}.")}
+    mine = {
+        name.removeprefix(f"layers.{number}."): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(f"layers.{number}.")
+    }
     attention, norm = spelling["attention"], spelling["norm"]
     found: Tensors = {}
     for kind in ("weight", "bias"):
@@ -85,7 +96,10 @@ def layer(
                 put(f"{attention}.key_value", torch.cat([k, v]))
             else:
                 put(f"{attention}.query_key_value", fused(q, k, v, config, ranks, rank, version))
-        put(f"{attention}.dense", cut(mine[f"attention.out.{kind}"], 1) if kind == "weight" else mine.get("attention.out.bias"))
+        put(
+            f"{attention}.dense",
+            cut(mine[f"attention.out.{kind}"], 1) if kind == "weight" else mine.get("attention.out.bias"),
+        )
         up, gate = cut(mine.get(f"mlp.up.{kind}")), cut(mine.get(f"mlp.gate.{kind}"))
         if gate is not None and up is not None:
             up = torch.cat([gate, up] if gate_first else [up, gate])
@@ -124,14 +138,16 @@ def write(
                     number = (chunk * pipeline + stage) * size + local
                     part = layer(tensors, number, config, tensor, rank, version, spelling, gate_first)
                     stack |= {name.format(local): each for name, each in part.items()}
-                words = torch.cat([tensors["embedding.weight"], torch.full((padded - config.vocab_size, config.hidden_size), 9.0)]).chunk(
-                    tensor
-                )[rank]
+                words = torch.cat(
+                    [tensors["embedding.weight"], torch.full((padded - config.vocab_size, config.hidden_size), 9.0)]
+                ).chunk(tensor)[rank]
                 language: dict = {}
                 if stage == chunk == 0:
                     language["embedding"] = {"word_embeddings": {"weight": words}}
                     if "token_type_embedding.weight" in tensors:
-                        language["embedding"]["tokentype_embeddings"] = {"weight": tensors["token_type_embedding.weight"]}
+                        language["embedding"]["tokentype_embeddings"] = {
+                            "weight": tensors["token_type_embedding.weight"]
+                        }
                     if "position_embedding.weight" in tensors:
                         language["embedding"]["position_embeddings"] = {"weight": tensors["position_embedding.weight"]}
                 if last:
@@ -142,16 +158,22 @@ def write(
                     }
                 language[spelling["stack"]] = stack
                 if last and "head.weight" in tensors:
-                    head = torch.cat([tensors["head.weight"], torch.zeros(padded - config.vocab_size, config.hidden_size)])
+                    head = torch.cat(
+                        [tensors["head.weight"], torch.zeros(padded - config.vocab_size, config.hidden_size)]
+                    )
                     language["output_layer"] = {"weight": head.chunk(tensor)[rank]}
                 model: dict = {"language_model": language}
                 if last and config.model_type == "bert":
                     language["pooler"] = {f"dense.{kind}": tensors[f"pooler.{kind}"] for kind in ("weight", "bias")}
                     model["lm_head"] = {
-                        "bias": torch.cat([tensors["head.bias"], torch.zeros(padded - config.vocab_size)]).chunk(tensor)[rank]
+                        "bias": torch.cat([tensors["head.bias"], torch.zeros(padded - config.vocab_size)]).chunk(
+                            tensor
+                        )[rank]
                     }
                     for theirs, ours in (("dense", "head_dense"), (spelling["norm"], "head_norm")):
-                        model["lm_head"] |= {f"{theirs}.{kind}": tensors[f"{ours}.{kind}"] for kind in ("weight", "bias")}
+                        model["lm_head"] |= {
+                            f"{theirs}.{kind}": tensors[f"{ours}.{kind}"] for kind in ("weight", "bias")
+                        }
                     model["binary_head"] = {kind: tensors[f"order_head.{kind}"] for kind in ("weight", "bias")}
                 if last and pipeline > 1 and "head.weight" not in tensors:
                     model["word_embeddings_for_head"] = {"weight": words}
@@ -163,7 +185,9 @@ def write(
     return folder
 
 
-def release(archive: pathlib.Path, words: int, padded: int, compression: int = zipfile.ZIP_STORED) -> tuple[ModelConfig, Tensors]:
+def release(
+    archive: pathlib.Path, words: int, padded: int, compression: int = zipfile.ZIP_STORED
+) -> tuple[ModelConfig, Tensors]:
     """A zip like those of 2019 and 2020: no arguments, no version, no tokenizer; and what is in it. The file is made beside it."""
     form = dict(hidden_size=512, num_layers=1, num_attention_heads=8, max_position_embeddings=64)
     config, tensors = model_of(vocab_size=words, openai_gelu=True, **form)

@@ -18,7 +18,12 @@ PATHS = {  # name: (source, target, format, options)
     "Hugging Face in bfloat16": ("ours", "hf16", "huggingface", {"dtype": "bfloat16"}),
     "pytorch_model.bin": ("ours", "bin", "huggingface", {"safetensors": False}),
     "Megatron": ("ours", "megatron", "megatron", {}),
-    "Megatron, tp2 pp2": ("ours", "tp2pp2", "megatron", {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
+    "Megatron, tp2 pp2": (
+        "ours",
+        "tp2pp2",
+        "megatron",
+        {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
+    ),
     "reshape": ("tp2pp2", "tp4", "megatron", {"tensor_model_parallel_size": 4}),
     "from Hugging Face": ("hf", "a", "megalith", {}),
     "from Hugging Face to bfloat16": ("hf", "b", "megalith", {"dtype": "bfloat16"}),
@@ -37,7 +42,7 @@ def child(folder: pathlib.Path) -> None:
     import torch
 
     from megalith.checkpoint.formats import Options, read
-    from megalith.checkpoint.lazy import Lazy
+    from megalith.checkpoint.tensors.lazy import Lazy
     from megalith.checkpoint.weights import Weights, write
     from megalith.config.parameters import parameter_shapes
     from megalith.config.run import RunConfig
@@ -110,8 +115,9 @@ def count(taken: list[int]) -> None:
     """Add to `taken` the bytes of every part of a file that is read from now on."""
     import dataclasses
 
-    from megalith.checkpoint import huggingface_files, stored
-    from megalith.checkpoint.lazy import Lazy
+    from megalith.checkpoint.formats.huggingface import files as huggingface_files
+    from megalith.checkpoint.tensors import stored
+    from megalith.checkpoint.tensors.lazy import Lazy
 
     def counted(**fields) -> Lazy:
         lazy = Lazy(**fields)
@@ -216,7 +222,9 @@ def test_the_model_is_many_times_what_is_allowed(peaks) -> None:
 
 @pytest.mark.parametrize("name", PATHS)
 def test_a_layer_and_the_embedding_at_most(peaks, name: str) -> None:
-    assert peaks[name] < peaks["bound"] + ALLOWED, f"{peaks[name] / 1e6:.1f} MB; a layer and the embedding are {peaks['bound'] / 1e6:.1f}"
+    assert peaks[name] < peaks["bound"] + ALLOWED, (
+        f"{peaks[name] / 1e6:.1f} MB; a layer and the embedding are {peaks['bound'] / 1e6:.1f}"
+    )
 
 
 @pytest.mark.parametrize("rank", RANKS)
@@ -224,6 +232,10 @@ def test_a_layer_and_the_embedding_at_most(peaks, name: str) -> None:
 def test_a_rank_reads_its_part(peaks, source: str, rank: int) -> None:
     """In tp2 pp2: the memory of the rank's share and a layer; of the files its share alone."""
     found = peaks["ranks"][f"{source}, rank {rank}"]
-    assert found["memory"] < found["share"] + peaks["bound"] / 2 + ALLOWED, f"{found['memory'] / 1e6:.1f} of {found['share'] / 1e6:.1f} MB"
-    assert 0.9 * found["share"] < found["read"] <= found["share"], f"{found['read'] / 1e6:.1f} of {found['share'] / 1e6:.1f} MB"
+    assert found["memory"] < found["share"] + peaks["bound"] / 2 + ALLOWED, (
+        f"{found['memory'] / 1e6:.1f} of {found['share'] / 1e6:.1f} MB"
+    )
+    assert 0.9 * found["share"] < found["read"] <= found["share"], (
+        f"{found['read'] / 1e6:.1f} of {found['share'] / 1e6:.1f} MB"
+    )
     assert found["share"] < 0.3 * peaks["total"]

@@ -1,9 +1,9 @@
 """Names with numbers of layers and experts in them, in both kinds of tables."""
 
-from megalith.checkpoint.huggingface_families import Rule
-from megalith.checkpoint.megatron.names import Row, rows_of_ours, rows_of_theirs
+from megalith.checkpoint.formats.huggingface.family import Rule
+from megalith.checkpoint.formats.megatron.names import Row, rows_of_ours, rows_of_theirs
 from megalith.checkpoint.patterns import numbers
-from megalith.config.model import ModelConfig
+from megalith.config.sections.model import ModelConfig
 
 
 def test_numbers_of_a_name() -> None:

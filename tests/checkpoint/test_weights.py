@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from megalith import checkpoint
-from megalith.checkpoint.lazy import Lazy, cat
+from megalith.checkpoint.tensors.lazy import Lazy, cat
 from megalith.checkpoint.weights import own, write
 from megalith.common.errors import CheckpointError
-from megalith.config.loading import to_yaml
+from megalith.config.flags.loading import to_yaml
 from megalith.config.run import RunConfig
 
 CONFIG = RunConfig().replace(num_layers=3)
@@ -19,7 +19,9 @@ def saved(tmp_path):
     extra = tmp_path / "words.txt"
     extra.write_text("x")
     files = {"tokenizer/words.txt": extra}
-    return checkpoint.save(tmp_path / "c", 5, state, train_state={"n": 1}, config_yaml=to_yaml(CONFIG), files=files), state
+    return checkpoint.save(
+        tmp_path / "c", 5, state, train_state={"n": 1}, config_yaml=to_yaml(CONFIG), files=files
+    ), state
 
 
 def test_copy(saved, tmp_path):

@@ -18,7 +18,9 @@ CONFIG = "model:\n  num_layers: 3\n  hidden_size: 4\n  num_attention_heads: 2\n 
 
 def make(folder, iteration=1, hidden=4, layers=3):
     names = {f"layers.{number}.norm.weight": (hidden,) for number in range(layers)} | {"embedding.weight": (6, hidden)}
-    state = {f"{part}/{name}": torch.ones(shape) for part in ("model", "optimizer/exp_avg") for name, shape in names.items()}
+    state = {
+        f"{part}/{name}": torch.ones(shape) for part in ("model", "optimizer/exp_avg") for name, shape in names.items()
+    }
     config = CONFIG.replace("hidden_size: 4", f"hidden_size: {hidden}").replace("layers: 3", f"layers: {layers}")
     return checkpoint.save(folder, iteration, state, train_state={"consumed_train_samples": 8}, config_yaml=config)
 
@@ -150,9 +152,7 @@ def test_inspect_of_megatrons_files(tmp_path, capsys):
 
 def test_inspect_and_verify_need_no_torch(tmp_path):
     make(tmp_path)
-    code = (
-        "import sys; from megalith.cli.main import main; main(['checkpoint', sys.argv[1], sys.argv[2]]); assert 'torch' not in sys.modules"
-    )
+    code = "import sys; from megalith.cli.main import main; main(['checkpoint', sys.argv[1], sys.argv[2]]); assert 'torch' not in sys.modules"
     for verb in ("inspect", "verify"):
         subprocess.run([sys.executable, "-c", code, verb, str(tmp_path)], check=True, stdout=subprocess.DEVNULL)
 

@@ -32,7 +32,9 @@ def test_import_verify_export(theirs, capsys):
     assert "52 tensors -> ours" in out and "verified: the logits differ" in out
     assert "model/layers.0.attention.q.weight" in out and "[48, 48] float32" in out
     assert read("ours").config.model.hidden_dropout == 0.25
-    assert run("export ours back --to huggingface --bin --max-shard-size 60KB --dtype bf16 --verify") == 1  # bfloat16 is not that near
+    assert (
+        run("export ours back --to huggingface --bin --max-shard-size 60KB --dtype bf16 --verify") == 1
+    )  # bfloat16 is not that near
     assert "relative difference of logits" in capsys.readouterr().err
     assert len(list(pathlib.Path("back").glob("pytorch_model-*.bin"))) > 1
     assert run("export ours again --to huggingface --verify") == 0
@@ -45,7 +47,10 @@ def test_words_of_transformers_converter(theirs, capsys):
         "--target_data_parallel_size 1 --target_params_dtype fp32 --make_vocab_size_divisible_by 128 --print-checkpoint-structure"
     ) == 0  # fmt: skip
     out = capsys.readouterr().out
-    for line in ("--load-path is read as SOURCE", "--target-tensor-model-parallel-size is read as --tensor-model-parallel-size"):
+    for line in (
+        "--load-path is read as SOURCE",
+        "--target-tensor-model-parallel-size is read as --tensor-model-parallel-size",
+    ):
         assert line.replace("-", "_") in out.replace("-", "_")
     assert len(list(pathlib.Path("megatron").rglob("model_optim_rng.pt"))) == 6
     assert run(
@@ -72,10 +77,16 @@ def test_an_export_tells_what_it_writes(theirs, capsys):
 
 
 ERRORS = [
-    ("import theirs", "paths: found ['theirs']; it takes two, where to read and where to write. Write megalith checkpoint import SOURCE"),
+    (
+        "import theirs",
+        "paths: found ['theirs']; it takes two, where to read and where to write. Write megalith checkpoint import SOURCE",
+    ),
     ("export theirs back", "--to: found None; an export has a format. Write --to huggingface, or --to megatron."),
     ("export theirs back --to huggingfase", "unknown checkpoint format 'huggingfase'; did you mean 'huggingface'?"),
-    ("export theirs back --to huggingface --max-shard-size big", "--max-shard-size: found 'big'; it is a size such as 200MB, 5GB or 2GiB"),
+    (
+        "export theirs back --to huggingface --max-shard-size big",
+        "--max-shard-size: found 'big'; it is a size such as 200MB, 5GB or 2GiB",
+    ),
     ("export theirs back --to huggingface --dtype int8", "--dtype: found 'int8'; it is one of"),
     ("import theirs ours --ckpt-step last", "--ckpt-step: found 'last'; it is a whole number"),
     ("import theirs ours --tokenizer nowhere", "--tokenizer: found 'nowhere'; it is a folder with tokenizer.json"),
@@ -92,7 +103,13 @@ def test_errors(line, message, theirs, capsys):
 
 
 def test_sizes():
-    assert [_bytes(text, []) for text in ("200MB", "5gb", "2GiB", "1.5KB", "77")] == [200_000_000, 5_000_000_000, 2 << 30, 1500, 77]
+    assert [_bytes(text, []) for text in ("200MB", "5gb", "2GiB", "1.5KB", "77")] == [
+        200_000_000,
+        5_000_000_000,
+        2 << 30,
+        1500,
+        77,
+    ]
     assert all(_bytes(text, []) is None for text in ("", "0", "-1", "5 apples"))
 
 

@@ -46,4 +46,7 @@ def test_our_own_format_needs_none(source, tmp_path: pathlib.Path, capsys: pytes
     assert main(f"checkpoint import {folder} {tmp_path / 'ours'}".split()) == 0
     assert main(f"checkpoint reshape {tmp_path / 'ours'} {tmp_path / 'to'} --tensor-model-parallel-size 4".split()) != 0
     error = capsys.readouterr().err
-    assert "it holds whole tensors, which any layout loads. Give --tensor-model-parallel-size" in error and not (tmp_path / "to").exists()
+    assert (
+        "it holds whole tensors, which any layout loads. Give --tensor-model-parallel-size" in error
+        and not (tmp_path / "to").exists()
+    )

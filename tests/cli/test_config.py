@@ -9,7 +9,7 @@ import pytest
 from megalith import recipes
 from megalith.cli import config as verb
 from megalith.cli.main import main
-from megalith.config.loading import from_yaml, load_config
+from megalith.config.flags.loading import from_yaml, load_config
 
 
 @pytest.fixture
@@ -22,8 +22,14 @@ def test_answers_become_a_file_that_pretrain_takes(answer, tmp_path, capsys):
     file = tmp_path / "run.yaml"
     assert main(["config", "--output", str(file)]) == 0
     out = capsys.readouterr().out
-    assert "there is no recipe 'gpt2-small'" in out and "--train-iters: found 'abc'" in out and "processes: found '0'" in out
-    assert out.endswith(f"wrote {file}; next:\n  torchrun --nproc-per-node 2 -m megalith pretrain gpt --config {file}\n")
+    assert (
+        "there is no recipe 'gpt2-small'" in out
+        and "--train-iters: found 'abc'" in out
+        and "processes: found '0'" in out
+    )
+    assert out.endswith(
+        f"wrote {file}; next:\n  torchrun --nproc-per-node 2 -m megalith pretrain gpt --config {file}\n"
+    )
     config, notices = load_config(["gpt", "--config", str(file)], world_size=2)
     assert notices == [] and config == from_yaml(file.read_text())
     assert config.data.data_path == ["0.3", "a", "0.7", "b"] and config.data.tokenizer_type == "GPT2BPETokenizer"
@@ -56,7 +62,9 @@ def kind_of(recipe):
 
 @pytest.mark.parametrize(("processes", "length"), [("", ""), ("1", ""), ("2", "30"), ("6", "30"), ("1024", "")])
 @pytest.mark.parametrize("recipe", recipes.names())
-def test_every_recipe_becomes_a_file_that_pretrain_accepts(recipe, processes, length, answer, tmp_path, capsys, monkeypatch):
+def test_every_recipe_becomes_a_file_that_pretrain_accepts(
+    recipe, processes, length, answer, tmp_path, capsys, monkeypatch
+):
     """With the recipe's length or a short one, on its own number of processes or others; each further answer is the default."""
     monkeypatch.chdir(tmp_path)
     kind = kind_of(recipe)
@@ -100,7 +108,11 @@ def test_many_processes_are_asked_about_their_layout(answer, tmp_path, capsys, m
     p = config.parallel
     assert (p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.context_parallel_size) == (2, 2, 1)
     assert p.sequence_parallel and p.sharding == "full" and config.precision.bf16 and not config.precision.fp16
-    assert config.recompute.granularity == "selective" and config.recompute.recompute_method is None and config.optimizer.clip_grad == 0.5
+    assert (
+        config.recompute.granularity == "selective"
+        and config.recompute.recompute_method is None
+        and config.optimizer.clip_grad == 0.5
+    )
 
 
 def test_what_cannot_work_is_asked_again(answer, tmp_path, capsys, monkeypatch):
@@ -132,12 +144,18 @@ def test_the_files_tell_the_tokenizer(recipe, answers, fields, answer, tmp_path,
     assert main(["config"]) == 0
     out, values = capsys.readouterr().out, from_yaml((tmp_path / "run.yaml").read_text()).flat()
     assert {name: values[name] for name in fields} == fields
-    assert out.count("  found ") == answers.count("\n") - ("txt\n" in answers and "kept" in answers) - ("model\n" in answers)
+    assert out.count("  found ") == answers.count("\n") - ("txt\n" in answers and "kept" in answers) - (
+        "model\n" in answers
+    )
 
 
 def test_the_example_of_the_help_runs(tmp_path):
-    line = next(line for line in verb.EXAMPLE.splitlines() if "printf" in line).replace("| megalith", f"| {sys.executable} -m megalith")
+    line = next(line for line in verb.EXAMPLE.splitlines() if "printf" in line).replace(
+        "| megalith", f"| {sys.executable} -m megalith"
+    )
     root = verb.__file__.removesuffix("/megalith/cli/config.py")
-    found = subprocess.run(["bash", "-c", line], cwd=tmp_path, env={"PYTHONPATH": root}, capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        ["bash", "-c", line], cwd=tmp_path, env={"PYTHONPATH": root}, capture_output=True, text=True, check=False
+    )
     assert found.returncode == 0, found.stderr
     assert (tmp_path / "run.yaml").exists()

@@ -22,11 +22,35 @@ def corpus(tmp_path):
 
 
 def preprocess(corpus, tmp_path, *more):
-    return main(["data", "preprocess", "--input", corpus, "--output-prefix", str(tmp_path / "out"), "--workers", "1", *NULL, *more])
+    return main(
+        [
+            "data",
+            "preprocess",
+            "--input",
+            corpus,
+            "--output-prefix",
+            str(tmp_path / "out"),
+            "--workers",
+            "1",
+            *NULL,
+            *more,
+        ]
+    )
 
 
 def test_preprocess_with_old_flags(corpus, tmp_path, capsys):
-    old = ["--dataset-impl", "mmap", "--chunk-size", "25", "--json-key", "body", "--log-interval", "1", "--seq-length", "8"]
+    old = [
+        "--dataset-impl",
+        "mmap",
+        "--chunk-size",
+        "25",
+        "--json-key",
+        "body",
+        "--log-interval",
+        "1",
+        "--seq-length",
+        "8",
+    ]
     assert preprocess(corpus, tmp_path, *old) == 0
     out, err = capsys.readouterr()
     assert "20 documents" in out and "out_body_document.bin" in out
@@ -37,7 +61,10 @@ def test_preprocess_with_old_flags(corpus, tmp_path, capsys):
 
 
 def test_words_after_old_flags_are_looked_at(corpus, tmp_path, capsys):
-    assert preprocess(corpus, tmp_path, "--dataset-impl", "mmmap") == 2 and preprocess(corpus, tmp_path, "--chunk-size", "many") == 2
+    assert (
+        preprocess(corpus, tmp_path, "--dataset-impl", "mmmap") == 2
+        and preprocess(corpus, tmp_path, "--chunk-size", "many") == 2
+    )
     error = capsys.readouterr().err
     assert (
         "--dataset-impl: found 'mmmap'; it is one of lazy, cached, mmap. Write --dataset-impl mmap (" in error
@@ -60,7 +87,10 @@ def test_care(corpus, tmp_path, capsys):
     out = str(tmp_path / "out_text_document")
     (tmp_path / "pieces").mkdir()
     assert preprocess(corpus, tmp_path) == 0
-    assert main(["data", "split", "--input", out, "--output-prefix", str(tmp_path / "pieces/numbers"), "--documents", "8"]) == 0
+    assert (
+        main(["data", "split", "--input", out, "--output-prefix", str(tmp_path / "pieces/numbers"), "--documents", "8"])
+        == 0
+    )
     assert main(["data", "merge", "--input", str(tmp_path / "pieces"), "--output-prefix", str(tmp_path / "whole")]) == 0
     assert (tmp_path / "whole.idx").read_bytes() == pathlib.Path(out + ".idx").read_bytes()
     capsys.readouterr()
@@ -98,15 +128,34 @@ def test_bpe_then_preprocess(tmp_path, capsys):
     assert main(["data", "bpe", "--input", str(tmp_path / "a.txt"), "--vocab-size", "270", "--output", tokenizer]) == 0
     words = ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer, "--append-eod"]
     text = str(tmp_path / "a.txt")
-    assert main(["data", "preprocess", "--input", text, "--output-prefix", str(tmp_path / "o"), "--workers", "1", *words]) == 0
-    assert main(["data", "inspect", str(tmp_path / "o_text_document"), "--show", "0", "--tokenizer-model", tokenizer]) == 0
+    assert (
+        main(["data", "preprocess", "--input", text, "--output-prefix", str(tmp_path / "o"), "--workers", "1", *words])
+        == 0
+    )
+    assert (
+        main(["data", "inspect", str(tmp_path / "o_text_document"), "--show", "0", "--tokenizer-model", tokenizer]) == 0
+    )
     assert "the cat sat" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/data")
 def test_convert(tmp_path):
     source = str(SHARED / "megatron/indexed/old22-gpt2bpe")
-    assert main(["data", "convert", "--input", source + "-lazy", "--output-prefix", str(tmp_path / "o"), "--vocab-size", "50257"]) == 0
+    assert (
+        main(
+            [
+                "data",
+                "convert",
+                "--input",
+                source + "-lazy",
+                "--output-prefix",
+                str(tmp_path / "o"),
+                "--vocab-size",
+                "50257",
+            ]
+        )
+        == 0
+    )
     for suffix in (".bin", ".idx"):
         assert (tmp_path / f"o{suffix}").read_bytes() == pathlib.Path(source + suffix).read_bytes()
 

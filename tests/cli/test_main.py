@@ -136,7 +136,9 @@ def test_ranks_of_a_torchrun_say_the_same_once(verb, capsys, monkeypatch, tmp_pa
         assert run("try", "--steps", words) == 1
         text = f"megalith: {words} (on rank {rank} of 2, after step 7)"
         assert capsys.readouterr().err == (f"{text}\n" if said else "")
-        assert json.loads((tmp_path / "attempt_0" / rank / "error.json").read_text())["message"] == text  # for torchrun's own report
+        assert (
+            json.loads((tmp_path / "attempt_0" / rank / "error.json").read_text())["message"] == text
+        )  # for torchrun's own report
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "gone" / "0" / "error.json"))
     assert run("try", "--steps", "4") == 1 and "megalith: 4" in capsys.readouterr().err
 
@@ -181,7 +183,9 @@ def test_a_verb_may_read_its_words_itself(verb):
     assert run("try", "--anything", "-1", "goes") == 0 and seen == [["--anything", "-1", "goes"]]
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["pretrain", "--help"], ["pretrain", "gpt", "--hiden-size", "3", "--recipe", "cpu-tiny"]])
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["pretrain", "--help"], ["pretrain", "gpt", "--hiden-size", "3", "--recipe", "cpu-tiny"]]
+)
 def test_answers_without_torch_or_numpy(argv):
     """The reason why --help and a wrong flag answer at once."""
     code = (
@@ -247,7 +251,9 @@ def test_a_wrong_model_is_one_problem(capsys):
     assert capsys.readouterr().err == "megalith: unknown model gtp: did you mean gpt?\n"
 
 
-@pytest.mark.parametrize(("typed", "cure"), [("1k", "1000, or 1024"), ("2K", "2000, or 2048"), ("1M", "1000000, or 1048576")])
+@pytest.mark.parametrize(
+    ("typed", "cure"), [("1k", "1000, or 1024"), ("2K", "2000, or 2048"), ("1M", "1000000, or 1048576")]
+)
 def test_a_length_in_thousands(capsys, typed, cure):
     assert run("pretrain", "gpt", "--recipe", "cpu-tiny", "--seq-length", typed, "--dry-run") == 2
     assert f"Write --seq-length {cure}." in capsys.readouterr().err
@@ -264,7 +270,9 @@ def test_own_warnings_are_printed_as_other_lines_are(capsys):
     assert [str(each.message) for each in heard] == ["of another"]
 
 
-@pytest.mark.parametrize(("words", "told"), [(["pretrain"], True), (["pretrain", "--dry-run"], False), (["demo"], False)])
+@pytest.mark.parametrize(
+    ("words", "told"), [(["pretrain"], True), (["pretrain", "--dry-run"], False), (["demo"], False)]
+)
 def test_a_run_whose_output_is_closed_says_so(words, told, monkeypatch, capfd):
     def handler(args):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")

@@ -79,7 +79,8 @@ def test_no_file_is_replaced_unasked(here, capsys, monkeypatch, verb):
     if verb == "convert" and not pathlib.Path("old.idx").exists():
         pytest.skip("needs ../shared/data")
     monkeypatch.setattr(
-        "builtins.input", lambda question: {"--data-path": "a", "tokenizer.json": "t.json"}.get(re.split("[:,]", question)[0], "")
+        "builtins.input",
+        lambda question: {"--data-path": "a", "tokenizer.json": "t.json"}.get(re.split("[:,]", question)[0], ""),
     )
     command, files = FILES[verb]
     for file in files:
@@ -146,7 +147,7 @@ def test_a_conversion_that_fails_leaves_what_was_there(here, models, monkeypatch
         (pathlib.Path(given[0]) / "half.safetensors").write_text("half")
         raise stop
 
-    monkeypatch.setattr("megalith.checkpoint.huggingface_files.write_tensors", fail)
+    monkeypatch.setattr("megalith.checkpoint.formats.huggingface.files.write_tensors", fail)
     for target in ("made --overwrite", "other"):
         assert run(f"checkpoint export {models}/ours {target} --to huggingface") in (1, 130)
         assert everything() == before
@@ -201,7 +202,7 @@ def test_no_output_is_an_input(here, capsys, command):
 
 
 def test_a_split_is_there_as_a_whole(here, monkeypatch):
-    from megalith.data import merge
+    from megalith.data.indexed import merge
 
     assert run("data split --input oth --output-prefix made --documents 1") == 0
     before, real = everything(), merge.write_spans
@@ -215,9 +216,13 @@ def test_a_split_is_there_as_a_whole(here, monkeypatch):
         patch.setattr(merge, "write_spans", fail_at_second)
         assert run("data split --input sm --output-prefix made --documents 1 --overwrite") == 130
     assert everything() == before
-    assert run("data split --input sm --output-prefix made --documents 1 --overwrite") == 0  # fewer: no piece of the earlier one stays
+    assert (
+        run("data split --input sm --output-prefix made --documents 1 --overwrite") == 0
+    )  # fewer: no piece of the earlier one stays
     assert [IndexedDataset(f"made-000{number}")[0].tolist() for number in range(2)] == [[1, 2], [3]]
-    assert sorted(pathlib.Path().glob("*made*")) == [pathlib.Path(f"made-000{n}{suffix}") for n in range(2) for suffix in (".bin", ".idx")]
+    assert sorted(pathlib.Path().glob("*made*")) == [
+        pathlib.Path(f"made-000{n}{suffix}") for n in range(2) for suffix in (".bin", ".idx")
+    ]
 
 
 @pytest.mark.parametrize("prefix", ["out.bin", "out.idx", "folder/"])
@@ -257,7 +262,9 @@ def test_a_folder_does_not_hide_the_dataset_of_its_name(here, capsys, verb):
     }[verb]
     for name in ("sm", "./sm"):
         assert run("data " + command.format(name)) == 0, capsys.readouterr().err
-        assert {"inspect": "2 documents", "merge": "2 documents", "weights": "1 datasets"}[verb] in capsys.readouterr().out
+        assert {"inspect": "2 documents", "merge": "2 documents", "weights": "1 datasets"}[
+            verb
+        ] in capsys.readouterr().out
     assert run("data " + command.format("sm/")) == 1  # the folder, asked for as such
     dataset("sm/other", [7], [8], [9])
     assert run("data " + command.format("sm")) == 1
@@ -269,7 +276,9 @@ def test_a_folder_does_not_hide_the_dataset_of_its_name(here, capsys, verb):
 
 
 @pytest.mark.parametrize("verb", ["merge", "split", "convert"])
-@pytest.mark.parametrize(("prefix", "cure"), [("made.bin", "Write made."), ("made.idx", "Write made."), ("made/", "Write made/NAME.")])
+@pytest.mark.parametrize(
+    ("prefix", "cure"), [("made.bin", "Write made."), ("made.idx", "Write made."), ("made/", "Write made/NAME.")]
+)
 def test_an_output_prefix_is_neither_file_nor_folder(here, capsys, verb, prefix, cure):
     command = f"data {verb} --input oth --output-prefix {prefix}" + " --documents 1" * (verb == "split")
     before = everything()

@@ -12,7 +12,7 @@ import yaml
 from megalith.cli import pretrain
 from megalith.cli.main import main
 from megalith.common.errors import CheckpointError
-from megalith.config.loading import from_yaml
+from megalith.config.flags.loading import from_yaml
 from megalith.data.indexed import IndexedWriter
 
 OWN = "megalith.config.architectures:GPT"  # as one's own goes by module:name
@@ -41,7 +41,10 @@ def test_dry_run_shows_a_config_that_loads_again(trained, capsys):
     assert trained == [] and shown.out.startswith("# 1 process, 1 data-parallel; 200 steps, each of 16 samples\n")
     config = from_yaml(shown.out)
     assert config.model.num_layers == 3 and config.data.data_path == ["a"]
-    assert "seed" not in shown.out and "megalith: --tokenizer-type is not given: the files are of a HuggingFaceTokenizer\n" in shown.err
+    assert (
+        "seed" not in shown.out
+        and "megalith: --tokenizer-type is not given: the files are of a HuggingFaceTokenizer\n" in shown.err
+    )
 
 
 def test_how_much_is_shown(trained, capsys):
@@ -66,7 +69,9 @@ def test_only_the_first_process_speaks(trained, capsys, monkeypatch):
 
 def test_world_size_is_the_launchers(trained, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1024")
-    assert main(shlex.split("pretrain gpt --recipe gpt3-175b --data-path a --vocab-file v --merge-file m --dry-run")) == 0
+    assert (
+        main(shlex.split("pretrain gpt --recipe gpt3-175b --data-path a --vocab-file v --merge-file m --dry-run")) == 0
+    )
     assert capsys.readouterr().out.startswith(
         "# 1024 processes, 8 data-parallel; 111354 steps: 19802 while the batch grows from 16 to 1536 samples, then 91552 of 1536\n"
     )
@@ -79,7 +84,9 @@ def test_a_dry_run_needs_no_launcher_and_no_data(trained, capsys):
     assert main(LARGE) == 0
     shown = capsys.readouterr()
     assert shown.out.startswith("# 1024 processes, 8 data-parallel; ") and trained == []
-    assert shown.err.startswith("megalith: --world-size is not given: checked for 1024 processes, as recipe gpt3-175b says\n")
+    assert shown.err.startswith(
+        "megalith: --world-size is not given: checked for 1024 processes, as recipe gpt3-175b says\n"
+    )
     assert shown.err.endswith(
         "megalith: the config can work; what a run of it would not find here:\n"
         "  --data-path is not given: the name of a corpus, as `megalith data preprocess` gave it\n"
@@ -100,7 +107,10 @@ def test_the_model_is_checked_all_the_same(trained, capsys):
 
 def test_world_size_is_for_dry_runs(trained, capsys, monkeypatch):
     assert main([*TINY, "--world-size", "2"]) == 2 and trained == []
-    assert "--world-size: found 2; the number of processes that were started is 1. Start 2 with torchrun" in capsys.readouterr().err
+    assert (
+        "--world-size: found 2; the number of processes that were started is 1. Start 2 with torchrun"
+        in capsys.readouterr().err
+    )
     assert main([*TINY, "--world-size", "none", "--dry-run"]) == 2
     assert "--world-size: found 'none'; it is a whole number" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -109,7 +119,10 @@ def test_world_size_is_for_dry_runs(trained, capsys, monkeypatch):
     capsys.readouterr()
     assert main([*TINY, "--world-size", "1", "--dry-run"]) == 0
     shown = capsys.readouterr()
-    assert shown.out.startswith("# 1 process,") and "megalith: checked for --world-size 1, where 2 were started\n" in shown.err
+    assert (
+        shown.out.startswith("# 1 process,")
+        and "megalith: checked for --world-size 1, where 2 were started\n" in shown.err
+    )
 
 
 @pytest.mark.parametrize(
@@ -160,7 +173,10 @@ def test_wrong_paths_are_told_at_once_with_the_other_mistakes(trained, capsys, t
     shown = capsys.readouterr()
     assert shown.out == "" and "megalith: 4 problems\n  1. --split: found 'x'" in shown.err
     assert "2. --data-path: no indexed dataset at nope: neither nope.bin nor nope.idx exists." in shown.err
-    assert "3. --tokenizer-model: found 'no.json'; there is no such file. Correct the path after --tokenizer-model." in shown.err
+    assert (
+        "3. --tokenizer-model: found 'no.json'; there is no such file. Correct the path after --tokenizer-model."
+        in shown.err
+    )
     assert "4. --load: found 'nowhere'; there is no such file or folder. Correct the path." in shown.err
     assert main([*TINY, "--load", "runs"]) == 2 and trained == []
     assert "--load: runs is a folder of runs; name one of them: runs/first (step 7)." in capsys.readouterr().err
@@ -175,7 +191,9 @@ def test_wrong_paths_are_told_at_once_with_the_other_mistakes(trained, capsys, t
 def test_every_mistake_at_once_and_nothing_starts(trained, capsys):
     assert main(["pretrain", "gtp", "--recipe", "cpu-tinny", "--num-layers", "x", "--hiden-size", "3"]) == 2
     text = capsys.readouterr().err
-    assert text.startswith("megalith: 4 problems\n") and "did you mean cpu-tiny?" in text and "did you mean gpt?" in text
+    assert (
+        text.startswith("megalith: 4 problems\n") and "did you mean cpu-tiny?" in text and "did you mean gpt?" in text
+    )
     assert "--num-layers: found 'x'" in text and "did you mean --hidden-size?" in text and trained == []
 
 
@@ -192,7 +210,11 @@ def test_errors_of_the_run_have_another_status(trained, monkeypatch, capsys):
 
 def test_the_example_of_the_help_runs(trained, capsys):
     lines = [line.split() for line in pretrain.EXAMPLE.splitlines() if line.startswith("  megalith ")]
-    for given, named in (("a.bin", "corpus_text_document.bin"), ("a.idx", "corpus_text_document.idx"), ("t.json", "tokenizer.json")):
+    for given, named in (
+        ("a.bin", "corpus_text_document.bin"),
+        ("a.idx", "corpus_text_document.idx"),
+        ("t.json", "tokenizer.json"),
+    ):
         os.rename(given, named)
     assert lines and all(main(line[1:]) == 0 for line in lines)
 
@@ -201,4 +223,9 @@ def test_help_lists_recipes_and_sections(capsys):
     with pytest.raises(SystemExit):
         main(["pretrain", "gpt", "--help"])
     text = capsys.readouterr().out
-    assert ", cpu-tiny, " in text and "\nmodel:\n" in text and "  --num-layers N " in text and "--swiglu, --no-swiglu" in text
+    assert (
+        ", cpu-tiny, " in text
+        and "\nmodel:\n" in text
+        and "  --num-layers N " in text
+        and "--swiglu, --no-swiglu" in text
+    )

@@ -6,7 +6,9 @@ from megalith.cli.main import main
 from megalith.common.encodings import conversion, reason
 
 
-@pytest.mark.parametrize(("content", "command"), [("café".encode("latin1"), "iconv -f LATIN1"), ("a".encode("utf-16"), "iconv -f UTF-16")])
+@pytest.mark.parametrize(
+    ("content", "command"), [("café".encode("latin1"), "iconv -f LATIN1"), ("a".encode("utf-16"), "iconv -f UTF-16")]
+)
 def test_the_cure_names_the_conversion(content, command):
     with pytest.raises(UnicodeDecodeError) as caught:
         content.decode("utf-8")
@@ -21,7 +23,16 @@ def test_every_command_that_reads_text_says_it_and_lists_a_file_once(tmp_path, c
     text, yaml = tmp_path / "latin.txt", tmp_path / "latin.yaml"
     text.write_bytes("café\n".encode("latin1"))
     yaml.write_bytes("# café\n".encode("latin1"))
-    output = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "9", "--workers", "1", "--output-prefix", str(tmp_path / "out")]
+    output = [
+        "--tokenizer-type",
+        "NullTokenizer",
+        "--vocab-size",
+        "9",
+        "--workers",
+        "1",
+        "--output-prefix",
+        str(tmp_path / "out"),
+    ]
     commands = [
         (1, ["data", "bpe", "--input", str(text), "--vocab-size", "300", "--output", str(tmp_path / "t.json")]),
         (1, ["data", "preprocess", "--input", str(text), *output]),

@@ -10,7 +10,7 @@ import pytest
 from megalith.cli.generate import read_prompts
 from megalith.common.errors import DataError
 from megalith.common.json_lines import parse
-from megalith.training.metrics import read_metrics
+from megalith.training.reporting.metrics import read_metrics
 
 
 def nested(levels):
@@ -43,7 +43,9 @@ def test_what_neither_reads_is_a_value_error(line):
 @pytest.mark.parametrize("name", ["prompts.jsonl", "PROMPTS.JSONL"])
 def test_prompt_files(tmp_path, name):
     path = tmp_path / name
-    path.write_text('{"prompt": "a", "score": NaN}\n"b\u2028c"\n' + nested(3000).replace("text", "prompt"), encoding="utf-8")
+    path.write_text(
+        '{"prompt": "a", "score": NaN}\n"b\u2028c"\n' + nested(3000).replace("text", "prompt"), encoding="utf-8"
+    )
     assert read_prompts(argparse.Namespace(prompt=None, prompt_file=str(path))) == ["a", "b\u2028c", "a"]
     path.write_text('"a"\n"\\udc00"\n')
     with pytest.raises(DataError, match=r"line 2.*half of a character"):

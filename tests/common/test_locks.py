@@ -11,14 +11,14 @@ import time
 import numpy as np
 import pytest
 
-from megalith.checkpoint.folder import new_folder
+from megalith.checkpoint.store.folder import new_folder
 from megalith.common import locks
 from megalith.common.files import atomic_path
 from megalith.common.locks import LockedError, locked
 from megalith.common.outputs import writing
+from megalith.data.corpus.preprocess_output import Output
 from megalith.data.indexed import IndexedWriter
-from megalith.data.merge import merge_datasets
-from megalith.data.preprocess_output import Output
+from megalith.data.indexed.merge import merge_datasets
 
 HOLD = "import sys, time\nfrom megalith.common.locks import locked\nwith locked(sys.argv[1]):\n print('held', flush=True)\n time.sleep(60)"
 
@@ -91,7 +91,10 @@ def test_holder_elsewhere_may_show_that_it_lives(tmp_path, monkeypatch, lives):
     touch = threading.Timer(0.3, os.utime, (path,))
     if lives:
         touch.start()
-        with pytest.raises(LockedError, match="process 1 on elsewhere"), locked(tmp_path / "out", patient=True, notice=told.append):
+        with (
+            pytest.raises(LockedError, match="process 1 on elsewhere"),
+            locked(tmp_path / "out", patient=True, notice=told.append),
+        ):
             pass
         touch.join()
     else:
@@ -123,7 +126,9 @@ def test_a_lock_that_was_taken_is_noticed_before_anything_is_put_in_place(tmp_pa
     with locked(tmp_path / "out") as still_held:
         still_held()
         lose(tmp_path / ".out.lock")
-        with pytest.raises(LockedError, match=r"was suspended, .* lost its lock; process 1 on elsewhere .* has it. What it made"):
+        with pytest.raises(
+            LockedError, match=r"was suspended, .* lost its lock; process 1 on elsewhere .* has it. What it made"
+        ):
             still_held()
         (tmp_path / ".out.lock").unlink()
         with pytest.raises(LockedError, match="who took it has ended"):

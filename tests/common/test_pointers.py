@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import tokenizers
 
-from megalith.checkpoint import formats, manifest
-from megalith.checkpoint.huggingface_tokenizer import found_in
+from megalith.checkpoint import formats
+from megalith.checkpoint.formats.huggingface.tokenizer import found_in
+from megalith.checkpoint.store import manifest
 from megalith.cli.generate import read_prompts
 from megalith.common.errors import CheckpointError, DataError
 from megalith.common.pointers import pointer, pointers_below, refuse_pointer
 from megalith.data.indexed import IndexedDataset, IndexedWriter
-from megalith.data.tntidx import open_indexed
-from megalith.data.tokenizers import build_tokenizer, load_tokenizer
+from megalith.data.indexed.tntidx import open_indexed
+from megalith.data.tokenizers.tokenizer import build_tokenizer, load_tokenizer
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d" * 32 + b"\nsize 12345\n"
 NAMED = r"git LFS pointer to a file of 12,345 bytes, not the file\. Fetch it: git lfs pull"
@@ -98,8 +99,17 @@ INDEX = b'{"metadata": {}, "weight_map": {"transformer.wte.weight": "model-00001
         {"config.json": LFS, "model.safetensors": LFS},
         {"config.json": CONFIG, "model.safetensors.index.json": INDEX, "model-00001-of-00001.safetensors": LFS},
         {"latest_checkpointed_iteration.txt": b"5", "iter_0000005/mp_rank_00/model_optim_rng.pt": LFS},
-        {"latest": b"global_step5", "global_step5/mp_rank_00_model_states.pt": LFS, "global_step5/layer_01-model_00-model_states.pt": LFS},
-        {"metadata.json": b'{"sharded_backend": "torch_dist"}', ".metadata": LFS, "common.pt": LFS, "__0_0.distcp": LFS},
+        {
+            "latest": b"global_step5",
+            "global_step5/mp_rank_00_model_states.pt": LFS,
+            "global_step5/layer_01-model_00-model_states.pt": LFS,
+        },
+        {
+            "metadata.json": b'{"sharded_backend": "torch_dist"}',
+            ".metadata": LFS,
+            "common.pt": LFS,
+            "__0_0.distcp": LFS,
+        },
         {"a.bin": LFS},
     ],
 )

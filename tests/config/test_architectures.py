@@ -11,11 +11,11 @@ import pytest
 from megalith.common.errors import ConfigError
 from megalith.common.registry import load
 from megalith.config.architectures import ARCHITECTURES, GPT, architecture
-from megalith.config.checks import find_problems
-from megalith.config.model import ModelConfig
+from megalith.config.checks.checks import find_problems
 from megalith.config.parameter_kinds import pattern_of
 from megalith.config.parameters import parameter_kind, parameter_shapes
 from megalith.config.run import RunConfig
+from megalith.config.sections.model import ModelConfig
 
 ROOT = pathlib.Path(__file__).parents[2] / "megalith"
 SMALL = {"num_layers": 2, "hidden_size": 24, "num_attention_heads": 4, "max_position_embeddings": 16, "vocab_size": 31}
@@ -83,5 +83,5 @@ def test_nothing_else_asks_which_model_it_is() -> None:
         for line in path.read_text().splitlines()
         if (match := told.search(line)) and (match[2] or re.search(rf"[\"']({names})[\"']", line))
     ]
-    registries = ("data/build.py", "training/tasks.py", "checkpoint/huggingface_families.py")  # of other things
+    registries = ("data/build.py", "training/tasks.py", "checkpoint/formats/huggingface/family.py")  # of other things
     assert [line for line in found if not line.startswith(registries)] == []

@@ -20,10 +20,16 @@ from megalith.config.run import RunConfig
 
 def test_golden_numbers_of_gpt3_175b():
     """Megatron-LM's own example: 19,802 steps of ramp-up over 5,859,424 samples, 111,354 steps in all."""
-    config = RunConfig().replace(micro_batch_size=1, global_batch_size=1536, rampup_batch_size=[16, 16, 5859375], train_samples=146484375)
+    config = RunConfig().replace(
+        micro_batch_size=1, global_batch_size=1536, rampup_batch_size=[16, 16, 5859375], train_samples=146484375
+    )
     assert ramp(config, 8) == (19802, 5859424)
     assert total_steps(config, 8) == 111354
-    assert batch_size_at(config, 8, 0) == 16 and batch_size_at(config, 8, 61677) == 16 and batch_size_at(config, 8, 61678) == 32
+    assert (
+        batch_size_at(config, 8, 0) == 16
+        and batch_size_at(config, 8, 61677) == 16
+        and batch_size_at(config, 8, 61678) == 32
+    )
     assert batch_size_at(config, 8, 5859375) == 1536 and batch_size_at(config, 8, 5859376) == 1536
     assert micro_batches(config, 8, 0) == 2 and micro_batches(config, 8, 10**8) == 192
 
@@ -46,7 +52,9 @@ def test_what_the_header_says():
     assert told(config, 1) == "1 process, 1 data-parallel; 12 steps, each of 8 samples"
     grown = config.replace(rampup_batch_size=[2, 2, 30])
     steps, samples = ramp(grown, 1)
-    assert told(grown, 2) == f"2 processes, 2 data-parallel; {total_steps(grown, 2)} steps: {steps} while the batch grows from 2 to 8 " + (
+    assert told(
+        grown, 2
+    ) == f"2 processes, 2 data-parallel; {total_steps(grown, 2)} steps: {steps} while the batch grows from 2 to 8 " + (
         f"samples, then {(100 - samples) // 8} of 8"
     )
     assert told(config.replace(skip_train=True), 1) == "1 process, 1 data-parallel; no training steps (--skip-train)"
@@ -63,7 +71,10 @@ def test_lengths_without_rampup():
 def test_rampup_grows_to_the_full_size_and_the_steps_add_up(unit, start, increments, samples, more):
     full = unit * (start + increments)
     config = RunConfig().replace(
-        micro_batch_size=unit, global_batch_size=full, rampup_batch_size=[unit * start, unit, samples], train_samples=samples + more
+        micro_batch_size=unit,
+        global_batch_size=full,
+        rampup_batch_size=[unit * start, unit, samples],
+        train_samples=samples + more,
     )
     sizes, consumed = [], 0
     for _ in range(total_steps(config, 1)):

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from megalith.config import identity
-from megalith.config.model import ModelConfig
+from megalith.config.sections.model import ModelConfig
 
 BASE = ModelConfig(num_layers=2, hidden_size=32, num_attention_heads=4, vocab_size=64, max_position_embeddings=16)
 
@@ -22,7 +22,11 @@ def test_every_field_is_classified_once():
     [
         ({}, {"num_attention_heads": 8}, ["--num-attention-heads is 8, was 4"]),
         ({}, {"hidden_size": 48}, ["--hidden-size is 48, was 32"]),
-        ({"position_embedding_type": "none"}, {"position_embedding_type": "alibi"}, ["--position-embedding-type is alibi, was none"]),
+        (
+            {"position_embedding_type": "none"},
+            {"position_embedding_type": "alibi"},
+            ["--position-embedding-type is alibi, was none"],
+        ),
         ({}, {"openai_gelu": True}, []),
         ({"model_type": "bert"}, {"model_type": "bert", "openai_gelu": True}, ["--openai-gelu is True, was False"]),
         ({}, {"bias_gelu_fusion": False}, ["--bias-gelu-fusion is False, was True"]),

@@ -24,7 +24,9 @@ def variables(monkeypatch):
     return put
 
 
-@pytest.mark.parametrize(("values", "size"), [({}, 1), ({"WORLD_SIZE": "1"}, 1), (GOOD, 2), ({"MASTER_ADDR": "nowhere.invalid"}, 1)])
+@pytest.mark.parametrize(
+    ("values", "size"), [({}, 1), ({"WORLD_SIZE": "1"}, 1), (GOOD, 2), ({"MASTER_ADDR": "nowhere.invalid"}, 1)]
+)
 def test_what_works(variables, values, size):
     variables(**values)
     launched.check_connection()
@@ -42,8 +44,14 @@ def test_what_works(variables, values, size):
         ({"LOCAL_RANK": "2"}, ["LOCAL_RANK: found 2"]),
         ({"MASTER_PORT": "99999"}, ["MASTER_PORT: found '99999'"]),
         ({"MASTER_PORT": "http"}, ["MASTER_PORT: found 'http'"]),
-        ({"MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": ""}, ["MASTER_PORT: found nothing", "MASTER_ADDR: found 'nowhere.invalid'"]),
-        ({"RANK": None, "MASTER_ADDR": None, "MASTER_PORT": None}, ["RANK: found nothing", "MASTER_ADDR: found", "MASTER_PORT: found"]),
+        (
+            {"MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": ""},
+            ["MASTER_PORT: found nothing", "MASTER_ADDR: found 'nowhere.invalid'"],
+        ),
+        (
+            {"RANK": None, "MASTER_ADDR": None, "MASTER_PORT": None},
+            ["RANK: found nothing", "MASTER_ADDR: found", "MASTER_PORT: found"],
+        ),
         ({"WORLD_SIZE": None}, ["WORLD_SIZE: found nothing; RANK, which is 1"]),
         ({"WORLD_SIZE": "two", "MASTER_ADDR": None}, ["WORLD_SIZE: found 'two'", "MASTER_ADDR: found nothing"]),
     ],
@@ -53,7 +61,9 @@ def test_all_that_is_wrong_at_once(variables, changes, told):
     with pytest.raises(ConfigError) as caught:
         launched.check_connection()
     text = str(caught.value)
-    assert all(f"environment variable {each}" in text for each in told) and text.count("environment variable") == len(told)
+    assert all(f"environment variable {each}" in text for each in told) and text.count("environment variable") == len(
+        told
+    )
 
 
 @pytest.mark.parametrize("name", launched.OTHERS)
@@ -73,7 +83,10 @@ def test_a_job_of_several_that_runs_as_one_is_told(variables, monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "1")
     assert launched.notices() == []
     monkeypatch.setenv("SLURM_NTASKS", "4")
-    assert launched.world_size() == 1 and "SLURM_NTASKS is 4, and this is one process, which trains alone" in launched.notices()[0]
+    assert (
+        launched.world_size() == 1
+        and "SLURM_NTASKS is 4, and this is one process, which trains alone" in launched.notices()[0]
+    )
     variables(**GOOD)
     assert launched.notices() == []
 

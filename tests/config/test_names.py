@@ -2,13 +2,14 @@
 
 import pytest
 
-from megalith.config import flags, legacy_megatron
 from megalith.config.architectures import ARCHITECTURES
-from megalith.config.checks import find_problems
-from megalith.config.loading_values import fields
+from megalith.config.checks.checks import find_problems
+from megalith.config.flags import flags
+from megalith.config.flags.values import fields
+from megalith.config.megatron import flags as legacy_megatron
 from megalith.config.run import RunConfig
 from megalith.data.build import DATASETS
-from megalith.data.tokenizers import TOKENIZERS
+from megalith.data.tokenizers.tokenizer import TOKENIZERS
 from megalith.optim.build import OPTIMIZERS
 from megalith.training.tasks import TASKS
 
@@ -26,10 +27,15 @@ def test_names_are_those_of_the_registry(name):
 @pytest.mark.parametrize("name", REGISTRIES)
 def test_another_name_is_refused_at_the_start_and_ones_own_is_not(name):
     def told(value):
-        return [each.text for each in find_problems(RunConfig().replace(**{name: value}), data=False) if name in each.fields]
+        return [
+            each.text for each in find_problems(RunConfig().replace(**{name: value}), data=False) if name in each.fields
+        ]
 
     (text,) = told("foo")
-    assert text.startswith(f"--{name.replace('_', '-')}: found 'foo'; it is one of ") and "or module:name of your own" in text
+    assert (
+        text.startswith(f"--{name.replace('_', '-')}: found 'foo'; it is one of ")
+        and "or module:name of your own" in text
+    )
     assert told("megalith.config.architectures:GPT" if name == "model_type" else "mine:Thing") == []
 
 

@@ -3,10 +3,16 @@
 import pytest
 
 from megalith.common.errors import ConfigError
-from megalith.config.model import ModelConfig
 from megalith.config.parameters import matrix_parameters, parameter_count, parameter_shapes
+from megalith.config.sections.model import ModelConfig
 
-GPT2 = {"num_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "max_position_embeddings": 1024, "vocab_size": 50257}
+GPT2 = {
+    "num_layers": 12,
+    "hidden_size": 768,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 1024,
+    "vocab_size": 50257,
+}
 LLAMA = {
     "num_attention_heads": 32, "num_query_groups": 8, "vocab_size": 128256, "position_embedding_type": "rope", "normalization": "RMSNorm",
     "swiglu": True, "add_bias_linear": False,
@@ -84,7 +90,13 @@ def test_bert_equal_to_the_built_model(form):
 
 
 def test_bert_base_has_its_published_size():
-    shape = {"num_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "max_position_embeddings": 512, "vocab_size": 30522}
+    shape = {
+        "num_layers": 12,
+        "hidden_size": 768,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 512,
+        "vocab_size": 30522,
+    }
     assert parameter_count(ModelConfig(model_type="bert", norm_after_residual=True, **shape)) == 110_106_428
 
 

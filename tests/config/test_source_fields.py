@@ -15,7 +15,16 @@ TABLE = {
 
 
 def test_what_is_right_passes() -> None:
-    given = {"layers": 32.0, "width": None, "drop": 0, "act": None, "tied": False, "norms": 2.0, "share": 1, "other": "as it is"}
+    given = {
+        "layers": 32.0,
+        "width": None,
+        "drop": 0,
+        "act": None,
+        "tied": False,
+        "norms": 2.0,
+        "share": 1,
+        "other": "as it is",
+    }
     found = checked(given, TABLE, "config.json")
     assert found == {"layers": 32, "width": None, "drop": 0, "tied": False, "norms": 2, "share": 1, "other": "as it is"}
     assert isinstance(found["layers"], int) and isinstance(found["norms"], int)
@@ -40,5 +49,7 @@ def test_what_is_wrong_is_told(name: str, value: object, message: str) -> None:
 
 
 def test_all_are_told_at_once() -> None:
-    with pytest.raises(CheckpointError, match=r"3 problems\n  1\. config.json: act: .*\n  2\. config.json: layers: .*\n  3\. .*tied"):
+    with pytest.raises(
+        CheckpointError, match=r"3 problems\n  1\. config.json: act: .*\n  2\. config.json: layers: .*\n  3\. .*tied"
+    ):
         checked({"layers": "x", "act": 1, "tied": 0, "drop": 0.1}, TABLE, "config.json")

@@ -7,7 +7,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megalith.config.run import RunConfig
-from megalith.config.stages import bubble, end_costs, layers_of, num_stages, partition, schedule_of, split, stages_of, stages_per_process
+from megalith.config.stages import (
+    bubble,
+    end_costs,
+    layers_of,
+    num_stages,
+    partition,
+    schedule_of,
+    split,
+    stages_of,
+    stages_per_process,
+)
 
 MODEL = RunConfig().replace(num_layers=8, hidden_size=64, num_attention_heads=4, vocab_size=256, seq_length=32)
 
@@ -42,14 +52,25 @@ def test_the_dearest_stage_is_as_cheap_as_can_be(stages, more, first, last):
     st.integers(8, 4096),
 )
 def test_each_layer_on_one_stage_and_each_stage_on_one_process(processes, factor, schedule, how, vocabulary):
-    config = of(processes, num_layers=2 * processes * factor + 1, pipeline_schedule=schedule, pipeline_split=how, vocab_size=vocabulary)
+    config = of(
+        processes,
+        num_layers=2 * processes * factor + 1,
+        pipeline_schedule=schedule,
+        pipeline_split=how,
+        vocab_size=vocabulary,
+    )
     assert [layer for layers in layers_of(config) for layer in layers] == list(range(config.model.num_layers))
     assert len(layers_of(config)) == num_stages(config)
-    assert sorted(stage for process in range(processes) for stage in stages_of(config, process)) == list(range(num_stages(config)))
+    assert sorted(stage for process in range(processes) for stage in stages_of(config, process)) == list(
+        range(num_stages(config))
+    )
 
 
 def test_looping_and_v_shaped_placement():
-    assert [stages_of(of(2, num_layers_per_virtual_pipeline_stage=2), process) for process in (0, 1)] == [[0, 2], [1, 3]]
+    assert [stages_of(of(2, num_layers_per_virtual_pipeline_stage=2), process) for process in (0, 1)] == [
+        [0, 2],
+        [1, 3],
+    ]
     assert [stages_of(of(2, pipeline_schedule="zbv"), process) for process in (0, 1)] == [[0, 3], [1, 2]]
 
 
@@ -93,7 +114,9 @@ def test_layers_of_different_costs(costs, stages):
         ends = [sum(counts[:number]) for number in range(len(counts) + 1)]
         return max(sum(costs[first:last]) for first, last in itertools.pairwise(ends))
 
-    every = (counts for counts in itertools.product(range(1, len(costs) + 1), repeat=stages) if sum(counts) == len(costs))
+    every = (
+        counts for counts in itertools.product(range(1, len(costs) + 1), repeat=stages) if sum(counts) == len(costs)
+    )
     counts = partition(costs, stages)
     assert sum(counts) == len(costs) and min(counts) >= 1 and dearest(counts) == pytest.approx(min(map(dearest, every)))
 

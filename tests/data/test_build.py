@@ -10,7 +10,7 @@ from megalith.config.run import RunConfig
 from megalith.data import build
 from megalith.data.build import build_datasets, report, sample_counts, told, without_validation
 from megalith.data.indexed import IndexedWriter
-from megalith.data.tntidx import open_indexed
+from megalith.data.indexed.tntidx import open_indexed
 
 ORIGINAL = pathlib.Path(__file__).resolve().parents[3] / "shared" / "data" / "megatron"
 needs_originals = pytest.mark.skipif(not ORIGINAL.is_dir(), reason="needs the Megatron files of ../shared/data")
@@ -37,7 +37,14 @@ def corpus(tmp_path):
 
 
 def config(**values):
-    base = {"split": "80,10,10", "seq_length": 8, "global_batch_size": 4, "micro_batch_size": 2, "train_iters": 20, "eval_interval": 10}
+    base = {
+        "split": "80,10,10",
+        "seq_length": 8,
+        "global_batch_size": 4,
+        "micro_batch_size": 2,
+        "train_iters": 20,
+        "eval_interval": 10,
+    }
     return RunConfig().replace(**{**base, "eval_iters": 2, "dataset": "gpt", **values})
 
 
@@ -82,7 +89,14 @@ def test_splits_and_reports(corpus):
     built = build_datasets(config(data_path=[corpus("a", 1)], split="50,50,0"), Words())
     assert built["test"] is None and len(built["train"]) >= 80 and len(built["valid"]) >= 24
     assert report(built["train"]) == [
-        {"prefix": report(built["train"])[0]["prefix"], "corpus": "", "weight": None, "samples": 80, "tokens": 180, "epochs": 80 * 8 / 180}
+        {
+            "prefix": report(built["train"])[0]["prefix"],
+            "corpus": "",
+            "weight": None,
+            "samples": 80,
+            "tokens": 180,
+            "epochs": 80 * 8 / 180,
+        }
     ]
     assert build_datasets(config(data_path=[corpus("a", 1)], eval_iters=0), Words())["valid"] is None
     assert build_datasets(config(data_path=[corpus("a", 1)], train_iters=0), Words())["train"] is None
@@ -91,7 +105,8 @@ def test_splits_and_reports(corpus):
 def test_reads_instead_of_maps(corpus):
     prefix = corpus("a", 1)
     mapped, read = (
-        build_datasets(config(data_path=[prefix], mmap_bin_files=value), Words(), rank=0, size=1)["train"] for value in (True, False)
+        build_datasets(config(data_path=[prefix], mmap_bin_files=value), Words(), rank=0, size=1)["train"]
+        for value in (True, False)
     )
     for one, other in zip(mapped, map(read.__getitem__, range(len(mapped)))):
         assert all((one[name] == other[name]).all() for name in one)
@@ -119,8 +134,12 @@ def test_extreme_weights_never_run_out(corpus):
 def test_unweighted_gives_in_proportion(corpus):
     prefixes = [corpus("a", 1, 10), corpus("b", 2, 30)]
     few = build_datasets(config(data_path=prefixes, split="1", train_iters=5), Words())["train"]
-    assert np.bincount(kinds(few))[1:].tolist() == [5, 15] and all(source.first.plan.epochs == 1 for source in few.datasets)
-    many = build_datasets(config(data_path=[str(pathlib.Path(prefixes[0]).parent)], split="1", train_iters=40), Words())["train"]
+    assert np.bincount(kinds(few))[1:].tolist() == [5, 15] and all(
+        source.first.plan.epochs == 1 for source in few.datasets
+    )
+    many = build_datasets(
+        config(data_path=[str(pathlib.Path(prefixes[0]).parent)], split="1", train_iters=40), Words()
+    )["train"]
     assert np.bincount(kinds(many))[1:].tolist() == [40, 120]
 
 
@@ -131,8 +150,12 @@ def test_file_list_groups_by_corpus(corpus, tmp_path):
     path.write_text("0.25 a0 A\n0.5 b0 B\n0.25 a1 A\n")
     plain = build_datasets(config(data_file_list=str(path)), Words())["train"]
     order = kinds(plain)
-    assert [kind for kind in order if kind != 2] == [1] * 21 + [3] * (order.count(1) + order.count(3) - 21)  # request(80, 1/4) is 21
-    assert told(plain) == ["A: 40 samples, 0.556 epochs", "B: 40 samples, 1.11 epochs"] and told(plain, 1)[1:] == ["and 1 more"]
+    assert [kind for kind in order if kind != 2] == [1] * 21 + [3] * (
+        order.count(1) + order.count(3) - 21
+    )  # request(80, 1/4) is 21
+    assert told(plain) == ["A: 40 samples, 0.556 epochs", "B: 40 samples, 1.11 epochs"] and told(plain, 1)[1:] == [
+        "and 1 more"
+    ]
     assert order[:4] in ([1, 2, 1, 2], [2, 1, 2, 1]) and [row["corpus"] for row in report(plain)] == ["A", "B", "A"]
     mixed = kinds(build_datasets(config(data_file_list=str(path), blend_sample_in_corpus=True), Words())["train"])
     assert [kind for kind in mixed if kind != 2][:6] == [1, 3, 1, 3, 1, 3]
@@ -158,7 +181,9 @@ def test_scheduled_weights_are_of_all_sources_that_are_named(corpus, tmp_path):
     few = corpus("few", 1, documents=2)  # none of them is for validation
     options = {"data_path": ["1", few, "1", corpus("b", 2), "0", corpus("c", 3)], "data_weights_schedule": str(path)}
     built = build_datasets(config(**options), Words())
-    assert np.bincount(kinds(built["train"], 24)[:8]).tolist() == [0, 4, 4] and np.bincount(kinds(built["train"], 24)).tolist() == [
+    assert np.bincount(kinds(built["train"], 24)[:8]).tolist() == [0, 4, 4] and np.bincount(
+        kinds(built["train"], 24)
+    ).tolist() == [
         0,
         8,
         8,
@@ -168,7 +193,9 @@ def test_scheduled_weights_are_of_all_sources_that_are_named(corpus, tmp_path):
     listed = tmp_path / "list.txt"
     listed.write_text("0.5 few A\n0.5 b B\n0 c C\n")
     built = build_datasets(config(data_file_list=str(listed), data_weights_schedule=str(path)), Words())
-    assert np.bincount(kinds(built["train"], 24)[:8]).tolist() == [0, 4, 4] and np.bincount(kinds(built["train"], 24)).tolist() == [
+    assert np.bincount(kinds(built["train"], 24)[:8]).tolist() == [0, 4, 4] and np.bincount(
+        kinds(built["train"], 24)
+    ).tolist() == [
         0,
         8,
         8,
@@ -183,7 +210,7 @@ def test_another_tokenizers_data_is_refused_at_the_start(corpus):
     with pytest.raises(DataError, match=r"a, sequence 0 holds token 1000, but Words has ids 0 to 999"):
         build_datasets(config(data_path=[path]), Words())
     hidden = open_indexed(path)
-    from megalith.data.gpt_dataset import GPTDataset
+    from megalith.data.samples.gpt_dataset import GPTDataset
 
     with pytest.raises(DataError, match="tokens 0 to 1000, but the vocabulary has 1000"):
         GPTDataset(hidden, None, 1, seq_length=8, vocab_size=1000)[0]
@@ -230,22 +257,30 @@ def test_an_empty_dataset_is_named_and_its_weight_given_to_nobody(corpus, tmp_pa
     none, bare = str(tmp_path / "none"), str(tmp_path / "bare")
     for empty in (none, bare):
         for paths in (["0.5", full, "0.5", empty], ["1", empty]):
-            with pytest.raises(DataError, match=f"{empty} .weight .*they hold no tokens, and their weight would go to the others"):
+            with pytest.raises(
+                DataError, match=f"{empty} .weight .*they hold no tokens, and their weight would go to the others"
+            ):
                 build_datasets(config(data_path=paths), Words())
         with pytest.raises(DataError, match=f"{empty} .[03] documents.*they hold no tokens"):
             build_datasets(config(data_path=[empty]), Words())
         with pytest.raises(UserWarning, match=f"{empty} .*no samples come from it"):
             build_datasets(config(data_path=[full, other, empty]), Words())
         with pytest.raises(DataError, match="hold no tokens"):
-            build_datasets(config(train_data_path=[full], valid_data_path=["1", empty, "1", other], data_path=[]), Words())
+            build_datasets(
+                config(train_data_path=[full], valid_data_path=["1", empty, "1", other], data_path=[]), Words()
+            )
     (tmp_path / "list").write_text(f"0.5 {full} a\n0.5 {none} b\n")
     with pytest.raises(DataError, match=r"none \(weight 0.5\)"):
         build_datasets(config(data_file_list=str(tmp_path / "list")), Words())
     few = corpus("few", 3, documents=2)
-    with pytest.raises(UserWarning, match=f"--split '80,10,10' leaves no document of {few} .2 documents, weight 0.25. for valid"):
+    with pytest.raises(
+        UserWarning, match=f"--split '80,10,10' leaves no document of {few} .2 documents, weight 0.25. for valid"
+    ):
         build_datasets(config(data_path=["0.75", full, "0.25", few]), Words())
     assert build_datasets(config(data_path=["0.75", full, "0.25", few], split="100,0,0"), Words())["valid"] is None
-    with pytest.raises(UserWarning, match=f"leaves no document of {few} .2 documents. for valid; it reads the others alone"):
+    with pytest.raises(
+        UserWarning, match=f"leaves no document of {few} .2 documents. for valid; it reads the others alone"
+    ):
         build_datasets(config(data_path=[full, few]), Words())
 
 
@@ -280,7 +315,11 @@ def test_more_samples_than_memory_has_room_for(corpus, monkeypatch):
             {"split": "90,10,0"},
             "of 3 documents --split '90,10,0' leaves none for it. Raise its second number, or name other",
         ),
-        ([3], {"split": "1"}, "--split '1' has no share for it. Give it a second number, or name other data by --train-data-path"),
+        (
+            [3],
+            {"split": "1"},
+            "--split '1' has no share for it. Give it a second number, or name other data by --train-data-path",
+        ),
         ([3], {"train_data_path": True}, "no validation data, so nothing is validated: --valid-data-path names some"),
     ],
 )

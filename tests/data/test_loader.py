@@ -26,7 +26,8 @@ class Numbers:
 def read(size, order="single", total=96, batch=24, micro=2, consumed=0, steps=3, workers=0):
     """The samples of every step, in the order of the batch: micro-batch by micro-batch, rank by rank."""
     loaders = [
-        Loader(Numbers(total), micro_batch_size=micro, rank=rank, size=size, order=order, num_workers=workers) for rank in range(size)
+        Loader(Numbers(total), micro_batch_size=micro, rank=rank, size=size, order=order, num_workers=workers)
+        for rank in range(size)
     ]
     result = []
     for step in range(steps):
@@ -46,7 +47,10 @@ def test_one_order_whatever_the_ranks(size, micro, consumed, workers):
     expected = [list(range(consumed + 24 * step, consumed + 24 * (step + 1))) for step in range(steps)]
     assert read(size, micro=micro, consumed=consumed, steps=steps, workers=workers) == expected
     cyclic = read(1, "cyclic", total=50, micro=1, steps=6)
-    assert read(size, "cyclic", total=50, micro=micro, consumed=consumed, steps=2, workers=workers) == cyclic[consumed // 24 :][:2]
+    assert (
+        read(size, "cyclic", total=50, micro=micro, consumed=consumed, steps=2, workers=workers)
+        == cyclic[consumed // 24 :][:2]
+    )
 
 
 def test_cyclic_takes_every_sample_once_an_epoch():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megalith.common.errors import DataError
-from megalith.config.data import DataConfig
+from megalith.config.sections.data import DataConfig
 from megalith.data.indexed import IndexedDataset, IndexedWriter
 from megalith.data.source_checks import check_source
 

@@ -35,8 +35,16 @@ def test_a_folder_does_not_hide_the_dataset_of_its_name(tmp_path):
 
 @pytest.mark.parametrize(
     "paths, meaning",
-    [(["0.3", "a", "b", "c"], "a weight stands before each prefix"), (["-1", "a", "2", "b"], "0 or more"), (["nan", "a"], "0 or more")]
-    + [(["0", "a"], "at least one weight"), (["1e308", "a", "1e308", "b"], "sum is finite"), (["inf", "a"], "0 or more")],
+    [
+        (["0.3", "a", "b", "c"], "a weight stands before each prefix"),
+        (["-1", "a", "2", "b"], "0 or more"),
+        (["nan", "a"], "0 or more"),
+    ]
+    + [
+        (["0", "a"], "at least one weight"),
+        (["1e308", "a", "1e308", "b"], "sum is finite"),
+        (["inf", "a"], "0 or more"),
+    ],
 )
 def test_nonsense_is_refused(paths, meaning):
     with pytest.raises(ConfigError, match=meaning):
@@ -51,11 +59,21 @@ def test_an_empty_directory_is_named(tmp_path):
 def test_file_list(tmp_path):
     path = tmp_path / "list.txt"
     path.write_text("# comment\n0.25 wiki/w-0000_text_document wiki\n\n5e-1 /abs/b.bin books\n0 unused x\n")
-    assert read_list(path) == [Source(str(tmp_path / "wiki/w-0000_text_document"), 0.25, "wiki"), Source("/abs/b", 0.5, "books")]
+    assert read_list(path) == [
+        Source(str(tmp_path / "wiki/w-0000_text_document"), 0.25, "wiki"),
+        Source("/abs/b", 0.5, "books"),
+    ]
     path.write_text("0.5\tmy.bin.d/a b-0000 wiki\n0 c x\n0 d wiki\n")
     assert read_list(path) == [Source(str(tmp_path / "my.bin.d/a b-0000"), 0.5, "wiki")]
-    assert [source.prefix for source in read_list(path, keep_unused=True)] == [str(tmp_path / "my.bin.d/a b-0000"), str(tmp_path / "c")]
-    for text, meaning in (("0.5 a\n", "line 1.*weight path corpus"), ("0.5 a b\nx a b\n", "line 2"), ("\n", "names no dataset")):
+    assert [source.prefix for source in read_list(path, keep_unused=True)] == [
+        str(tmp_path / "my.bin.d/a b-0000"),
+        str(tmp_path / "c"),
+    ]
+    for text, meaning in (
+        ("0.5 a\n", "line 1.*weight path corpus"),
+        ("0.5 a b\nx a b\n", "line 2"),
+        ("\n", "names no dataset"),
+    ):
         path.write_text(text)
         with pytest.raises(DataError, match=meaning):
             read_list(path)

@@ -10,7 +10,12 @@ from megalith.data.weights import corpus_of, write_weights
 
 @pytest.fixture
 def folder(tmp_path):
-    sizes = {"wiki-0000_text_document": 100, "wiki-0001_text_document": 300, "books_text_document": 400, "web/page-0_text_sentence": 200}
+    sizes = {
+        "wiki-0000_text_document": 100,
+        "wiki-0001_text_document": 300,
+        "books_text_document": 400,
+        "web/page-0_text_sentence": 200,
+    }
     for name, size in sizes.items():
         with IndexedWriter(tmp_path / "data" / name, np.uint16) as writer:
             writer.add_many(np.zeros(size, np.uint16), [size])
@@ -52,9 +57,18 @@ def test_a_corpus_that_yaml_takes_for_a_number(tmp_path):
 def test_epochs(folder):
     write_weights(str(folder / "data"), str(folder / "list.txt"), {"wiki": 2, "books": 0, "default": 1})
     got = {path: weight for weight, path, _ in lines(folder / "list.txt")}
-    assert got == {"data/web/page-0_text_sentence": 0.2, "data/wiki-0000_text_document": 0.2, "data/wiki-0001_text_document": 0.6}
-    by_directory = write_weights(str(folder / "data"), str(folder / "list.txt"), {"data": 1, "web": 0.5}, by_directory=True)
-    assert [(share.corpus, share.tokens, round(share.share, 3)) for share in by_directory] == [("data", 800, 0.889), ("web", 200, 0.111)]
+    assert got == {
+        "data/web/page-0_text_sentence": 0.2,
+        "data/wiki-0000_text_document": 0.2,
+        "data/wiki-0001_text_document": 0.6,
+    }
+    by_directory = write_weights(
+        str(folder / "data"), str(folder / "list.txt"), {"data": 1, "web": 0.5}, by_directory=True
+    )
+    assert [(share.corpus, share.tokens, round(share.share, 3)) for share in by_directory] == [
+        ("data", 800, 0.889),
+        ("web", 200, 0.111),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,15 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from megalith.config.model import ModelConfig
-from megalith.data.tokenizers import Tokenizer, build_tokenizer
+from megalith.config.sections.model import ModelConfig
+from megalith.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from megalith.generation.model import TextModel
 from megalith.runtime.build import plain
 
-CORPUS = ["Once upon a time there was a small model, and the model wrote.", "Zürich, 東京, Ελλάδα, 😀 naïve café; once more upon a time."]
+CORPUS = [
+    "Once upon a time there was a small model, and the model wrote.",
+    "Zürich, 東京, Ελλάδα, 😀 naïve café; once more upon a time.",
+]
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +26,9 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     made = tokenizers.Tokenizer(models.BPE())
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet))
+    made.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    )
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     made.save(str(path))
     return path

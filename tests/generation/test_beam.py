@@ -19,7 +19,9 @@ def small(make):
     return model
 
 
-def everything(model, prompt: list[int], count: int, stop: int | None, penalty: float) -> list[tuple[float, tuple[int, ...]]]:
+def everything(
+    model, prompt: list[int], count: int, stop: int | None, penalty: float
+) -> list[tuple[float, tuple[int, ...]]]:
     """Every hypothesis with its score, best first."""
     found = {}
     for tokens in itertools.product(range(SMALL), repeat=count):
@@ -59,7 +61,10 @@ def test_several_beams_are_no_worse_than_one(make) -> None:
     model = make(torch.float64)
     prompt = model.tokenizer.encode("Once upon")
     for count in (2, 6):
-        one, many = (beam_search(model, prompt, beam_width=width, max_new_tokens=count, stop_token=-1)[0].score for width in (1, 8))
+        one, many = (
+            beam_search(model, prompt, beam_width=width, max_new_tokens=count, stop_token=-1)[0].score
+            for width in (1, 8)
+        )
         assert many >= one - 1e-9
 
 
@@ -80,7 +85,9 @@ def test_texts_and_wrong_values(make) -> None:
     assert len(texts) == 4 and all(text.startswith("Once") for text in texts[:2]) and texts[2].startswith("Z")
     assert generate(model, beam_width=2, max_new_tokens=4)
     options = {"beam_width": 2, "max_new_tokens": 4}
-    assert generate(model, "Once", seed=3, length_penalty=2.0, **options) == generate(model, "Once", length_penalty=2.0, **options)
+    assert generate(model, "Once", seed=3, length_penalty=2.0, **options) == generate(
+        model, "Once", length_penalty=2.0, **options
+    )
     for wrong in ({"temperature": 0.5}, {"top_k": 3}, {"stop": ["x"]}, {"stop_at_eod": False}):
         with pytest.raises(ConfigError, match="beam_width: found 2, and options of sampling"):
             generate(model, "Once", **options, **wrong)

@@ -64,7 +64,9 @@ def step(runner: Runner, rows: list[list[int]], tokens: list[int]) -> torch.Tens
     return runner.step(tokens, places)
 
 
-@pytest.mark.parametrize(("whole", "exact"), [(False, True), (True, True), (False, False)], ids=["", "fixed shapes", "loose"])
+@pytest.mark.parametrize(
+    ("whole", "exact"), [(False, True), (True, True), (False, False)], ids=["", "fixed shapes", "loose"]
+)
 @pytest.mark.parametrize("prompts", [RAGGED, EVEN], ids=["ragged", "even"])
 @pytest.mark.parametrize("form", FORMS)
 def test_equals_reading_everything_again(form: str, prompts: list[list[int]], whole: bool, exact: bool, make) -> None:

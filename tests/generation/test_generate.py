@@ -8,7 +8,7 @@ import torch
 
 import megalith
 from megalith.common.errors import CheckpointError, ConfigError, DataError
-from megalith.config.model import ModelConfig
+from megalith.config.sections.model import ModelConfig
 from megalith.generation.engine import Engine, Request
 from megalith.generation.generate import complete, generate, score, stream
 from megalith.generation.prompts import tokenized
@@ -28,7 +28,12 @@ def by_hand(model, ids: list[int], count: int) -> list[int]:
 
 @pytest.mark.parametrize(
     "form",
-    [{}, {"position_embedding_type": "rope", "num_query_groups": 2}, {"position_embedding_type": "alibi"}, {"softmax_scale": 0.9}],
+    [
+        {},
+        {"position_embedding_type": "rope", "num_query_groups": 2},
+        {"position_embedding_type": "alibi"},
+        {"softmax_scale": 0.9},
+    ],
     ids=str,
 )
 def test_greedy_equals_reading_everything_again(form: dict, make) -> None:
@@ -41,11 +46,24 @@ def test_greedy_equals_reading_everything_again(form: dict, make) -> None:
 def test_a_row_does_not_notice_the_others(make) -> None:
     """The same texts one by one, in batches of two, and all together: row r of a call draws as row r."""
     model = make(torch.float64)
-    options = {"max_new_tokens": 15, "temperature": 1.3, "top_p": 0.95, "seed": 11, "num_samples": 2, "stop_at_eod": False}
+    options = {
+        "max_new_tokens": 15,
+        "temperature": 1.3,
+        "top_p": 0.95,
+        "seed": 11,
+        "num_samples": 2,
+        "stop_at_eod": False,
+    }
     together = generate(model, PROMPTS, **options)
     assert len(together) == 8 and len(set(together)) == 8
-    assert together == generate(model, PROMPTS, batch_size=1, **options) == generate(model, PROMPTS, batch_size=3, **options)
-    assert together[:2] == generate(model, PROMPTS[0], **options) == generate(model, [PROMPTS[0], "other"], **options)[:2]
+    assert (
+        together
+        == generate(model, PROMPTS, batch_size=1, **options)
+        == generate(model, PROMPTS, batch_size=3, **options)
+    )
+    assert (
+        together[:2] == generate(model, PROMPTS[0], **options) == generate(model, [PROMPTS[0], "other"], **options)[:2]
+    )
     assert together[2:4] == generate(model, ["x", PROMPTS[1]], **options)[2:4]
 
 
@@ -106,7 +124,10 @@ def test_no_prompt_starts_from_the_end_of_document(make, tokenizer) -> None:
         == generate(model, [""], seed=1, max_new_tokens=5)
         == generate(model, "", seed=1, max_new_tokens=5)
     )
-    assert complete(model, "Once", add_bos=True, max_new_tokens=1)[0].prompt_ids == [tokenizer.eod, *tokenizer.encode("Once")]
+    assert complete(model, "Once", add_bos=True, max_new_tokens=1)[0].prompt_ids == [
+        tokenizer.eod,
+        *tokenizer.encode("Once"),
+    ]
 
 
 def test_lists_of_tokens_and_models_without_tokenizer(make, tokenizer) -> None:
@@ -175,8 +196,12 @@ def test_too_long_names_the_limit(make) -> None:
     with pytest.raises(ConfigError, match=r"1 tokens and 200 new.*201.*limit.*200.*at most 199"):
         generate(make(), [[5]], max_new_tokens=200)
     assert len(complete(make(), [[5]], max_new_tokens=199, stop_at_eod=False)[0].ids) == 199
-    assert len(complete(make(position_embedding_type="alibi"), [[5]], max_new_tokens=210, stop_at_eod=False)[0].ids) == 210
-    with pytest.raises(ConfigError, match=r"prompt has 201 tokens; .* is 200\. Shorten the prompt to at most 200 tokens\.$"):
+    assert (
+        len(complete(make(position_embedding_type="alibi"), [[5]], max_new_tokens=210, stop_at_eod=False)[0].ids) == 210
+    )
+    with pytest.raises(
+        ConfigError, match=r"prompt has 201 tokens; .* is 200\. Shorten the prompt to at most 200 tokens\.$"
+    ):
         score(make(), [[5] * 201])
 
 
@@ -228,17 +253,28 @@ def test_a_model_that_takes_no_cache_is_named(make) -> None:
 @pytest.mark.parametrize("call", [complete, score])
 def test_only_models_that_read_from_left_to_right_write(call) -> None:
     model = BERT(
-        ModelConfig(model_type="bert", num_layers=1, hidden_size=8, num_attention_heads=1, max_position_embeddings=8, vocab_size=9)
+        ModelConfig(
+            model_type="bert",
+            num_layers=1,
+            hidden_size=8,
+            num_attention_heads=1,
+            max_position_embeddings=8,
+            vocab_size=9,
+        )
     )
     with pytest.raises(ConfigError, match=r"model: found 'bert'; text is written"):
         call(model.eval(), [[1, 2]])
 
 
-@pytest.mark.parametrize(("prompt", "named"), [("Once upon", "the prompt 'Once upon' has token"), (None, "the end of document, from")])
+@pytest.mark.parametrize(
+    ("prompt", "named"), [("Once upon", "the prompt 'Once upon' has token"), (None, "the end of document, from")]
+)
 def test_a_tokenizer_of_another_model_is_the_cause_and_not_the_prompt(make, tokenizer, prompt, named) -> None:
     model = make(vocab_size=tokenizer.vocab_size - 100)
     model.tokenizer = _Far(tokenizer)
-    with pytest.raises(DataError, match=f"the tokenizer has 300 tokens and the embedding 200 rows: name the tokenizer that .*{named}"):
+    with pytest.raises(
+        DataError, match=f"the tokenizer has 300 tokens and the embedding 200 rows: name the tokenizer that .*{named}"
+    ):
         tokenized(model, prompt)
 
 

@@ -13,7 +13,7 @@ from megalith import checkpoint
 from megalith.checkpoint.formats import Options
 from megalith.cli.main import main
 from megalith.common.errors import CheckpointError, ConfigError
-from megalith.config.loading import to_yaml
+from megalith.config.flags.loading import to_yaml
 from megalith.config.run import RunConfig
 from megalith.models.gpt import GPT
 from megalith.runtime.state import weights
@@ -33,7 +33,9 @@ def run(make: Callable[..., GPT], tokenizer, tmp_path: pathlib.Path) -> tuple[pa
     for iteration in (10, 20):
         with torch.no_grad():
             model.embedding.weight.mul_(1.1)
-        checkpoint.save(folder / "checkpoints", iteration, weights(model), train_state={}, config_yaml=text, files=files)
+        checkpoint.save(
+            folder / "checkpoints", iteration, weights(model), train_state={}, config_yaml=text, files=files
+        )
     return folder, model
 
 
@@ -52,7 +54,12 @@ def test_every_kind_of_path_gives_the_same_model(run) -> None:
 
 def test_dtypes(run) -> None:
     folder, model = run
-    for name, dtype in (("bfloat16", torch.bfloat16), ("bf16", torch.bfloat16), (torch.float64, torch.float64), (None, torch.float32)):
+    for name, dtype in (
+        ("bfloat16", torch.bfloat16),
+        ("bf16", torch.bfloat16),
+        (torch.float64, torch.float64),
+        (None, torch.float32),
+    ):
         loaded = megalith.load(folder, device="cpu", dtype=name)
         assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
         assert torch.equal(loaded.slopes, model.slopes)  # buffers keep float32
@@ -72,7 +79,9 @@ def test_what_is_not_there_is_named(run, tmp_path: pathlib.Path) -> None:
 def test_texts_of_a_loaded_model(run) -> None:
     folder, model = run
     loaded = megalith.load(folder, device="cpu")
-    assert megalith.generate(loaded, ["Once", "Z"], seed=1, top_p=0.9) == megalith.generate(model, ["Once", "Z"], seed=1, top_p=0.9)
+    assert megalith.generate(loaded, ["Once", "Z"], seed=1, top_p=0.9) == megalith.generate(
+        model, ["Once", "Z"], seed=1, top_p=0.9
+    )
 
 
 def command(*words: object) -> int:
@@ -105,7 +114,16 @@ def test_command_with_files(run, tmp_path: pathlib.Path, capsys: pytest.CaptureF
     expected = megalith.generate(model, ["Once", "Zürich"], temperature=0, max_new_tokens=12)
     for file in (plain, lines):
         assert (
-            command("--load", folder, "--prompt-file", file, "--greedy", "--out-file", out, *(["--overwrite"] if file is lines else []))
+            command(
+                "--load",
+                folder,
+                "--prompt-file",
+                file,
+                "--greedy",
+                "--out-file",
+                out,
+                *(["--overwrite"] if file is lines else []),
+            )
             == 0
         )
         records = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
@@ -128,7 +146,9 @@ def test_blank_lines_of_a_prompt_file_are_named(tmp_path: pathlib.Path, capsys: 
     assert prompts == ["", "x"] and "1 blank (line 2)" in said
 
 
-def test_command_reads_standard_input_or_nothing(run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_command_reads_standard_input_or_nothing(
+    run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     import io
 
     folder, model = run
@@ -169,31 +189,50 @@ def bare(run, tmp_path: pathlib.Path) -> pathlib.Path:
     """A file of Megatron's that holds tensors alone, and no arguments."""
     convert(run[0], tmp_path / "megatron", to="megatron")
     (file,) = (tmp_path / "megatron").rglob("model_optim_rng.pt")
-    torch.save({"model": torch.load(file, weights_only=False)["model"], "checkpoint_version": 3.0}, tmp_path / "bare.pt")
+    torch.save(
+        {"model": torch.load(file, weights_only=False)["model"], "checkpoint_version": 3.0}, tmp_path / "bare.pt"
+    )
     return tmp_path / "bare.pt"
 
 
 def test_what_a_file_lacks_can_be_given(run, bare: pathlib.Path, capsys) -> None:
     folder, model = run
-    said = {"num_attention_heads": 3, "position_embedding_type": "alibi", "openai_gelu": True, "vocab_size": model.config.vocab_size}
+    said = {
+        "num_attention_heads": 3,
+        "position_embedding_type": "alibi",
+        "openai_gelu": True,
+        "vocab_size": model.config.vocab_size,
+    }
     with pytest.raises(CheckpointError, match="Give --num-attention-heads"):
         megalith.load(bare, device="cpu")
     loaded = megalith.load(bare, device="cpu", tokenizer=folder / "checkpoints/iter_0000020/tokenizer", **said)
     ids = torch.tensor([[1, 2, 3, 4]])
     assert torch.equal(loaded(ids), model(ids)) and loaded.tokenizer.encode("a") == model.tokenizer.encode("a")
-    assert any("holds no arguments" in note for note in loaded.notes) and f"{bare}: the file holds no arguments" in capsys.readouterr().err
+    assert (
+        any("holds no arguments" in note for note in loaded.notes)
+        and f"{bare}: the file holds no arguments" in capsys.readouterr().err
+    )
     wrong = {"num_attention_heads": "x", "vocab_size": 0, "hiden_size": 3, "lr": 1.0, "glu_activation": "relu"}
     with pytest.raises(ConfigError, match=r"5 problems\n(.|\n)*hiden_size: did you mean hidden_size"):
         megalith.load(bare, device="cpu", **wrong)
     with pytest.raises(ConfigError, match="--qkv-layout: found 'pairs'; it is one of auto, grouped"):
         megalith.load(bare, device="cpu", qkv_layout="pairs")
-    with pytest.raises(ConfigError, match="found '--num-attention-heads'; a checkpoint of megalith says all of its model itself"):
+    with pytest.raises(
+        ConfigError, match="found '--num-attention-heads'; a checkpoint of megalith says all of its model itself"
+    ):
         megalith.load(folder, device="cpu", num_attention_heads=3)
 
 
 def test_the_commands_take_it_too(run, bare: pathlib.Path, tmp_path: pathlib.Path, capsys) -> None:
     folder, model = run
-    said = ["--num-attention-heads", "3", "--position-embedding-type", "alibi", "--vocab-size", str(model.config.vocab_size)]
+    said = [
+        "--num-attention-heads",
+        "3",
+        "--position-embedding-type",
+        "alibi",
+        "--vocab-size",
+        str(model.config.vocab_size),
+    ]
     said += ["--openai-gelu", "true"]
     files = ["--tokenizer", str(folder / "checkpoints/iter_0000020/tokenizer")]
     text = ["--prompt", "Once upon", "--greedy", "--max-new-tokens", "5", "--no-stream", "--device", "cpu"]
@@ -207,4 +246,6 @@ def test_a_tokenizer_goes_along_with_every_format(run, bare: pathlib.Path, tmp_p
     """`import --tokenizer` from Megatron's files left it out."""
     options = Options(tokenizer=run[0] / "checkpoints/iter_0000020/tokenizer", overrides={"num_attention_heads": 3})
     convert(bare, tmp_path / "ours", to="megalith", options=options)
-    assert megalith.load(tmp_path / "ours", device="cpu").tokenizer.encode("Once upon") == run[1].tokenizer.encode("Once upon")
+    assert megalith.load(tmp_path / "ours", device="cpu").tokenizer.encode("Once upon") == run[1].tokenizer.encode(
+        "Once upon"
+    )

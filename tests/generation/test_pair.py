@@ -12,7 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 import megalith
 from megalith.cli.main import main
 from megalith.common.errors import ConfigError
-from megalith.data.tokenizers import build_tokenizer
+from megalith.data.tokenizers.tokenizer import build_tokenizer
 from megalith.generation.beam import beam_search
 from megalith.generation.generate import complete, generate, score
 
@@ -90,7 +90,9 @@ def test_beams(form: str, pair) -> None:
     model = pair(form)
     prompt = model.tokenizer.encode(PROMPTS[0])
     (greedy,) = complete(model, [prompt], max_new_tokens=6, top_k=1)
-    assert beam_search(model, prompt, beam_width=1, max_new_tokens=6)[0].ids == [i for i in greedy.ids if i != model.tokenizer.eos]
+    assert beam_search(model, prompt, beam_width=1, max_new_tokens=6)[0].ids == [
+        i for i in greedy.ids if i != model.tokenizer.eos
+    ]
     beams = beam_search(model, prompt, beam_width=4, max_new_tokens=6)
     for made in beams:
         written = made.ids + [model.tokenizer.eos] * (made.finish == "stop")
@@ -124,7 +126,9 @@ def test_transformers_writes_the_same(vocabulary: pathlib.Path, tmp_path: pathli
         part.save_pretrained(tmp_path / "folder")
     model = megalith.load(tmp_path / "folder")
     given = their_tokenizer(PROMPTS, return_tensors="pt", padding=True)
-    expected = theirs.generate(given.input_ids, attention_mask=given.attention_mask, max_new_tokens=25, do_sample=False, num_beams=1)
+    expected = theirs.generate(
+        given.input_ids, attention_mask=given.attention_mask, max_new_tokens=25, do_sample=False, num_beams=1
+    )
     made = complete(model, PROMPTS, max_new_tokens=25, temperature=0.0)
     rows = [row[1 : row.index(1) + 1] if 1 in row else row[1:] for row in expected.tolist()]
     assert [one.ids for one in made] == rows and len(set(map(tuple, rows))) > 2

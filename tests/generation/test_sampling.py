@@ -13,7 +13,9 @@ LOGITS = torch.tensor([2.0, 1.0, 0.0, 3.0, -1.0, 2.5, float("-inf"), 1.0])
 
 def draw(params: SamplingParams, nth: int = 0, logits: torch.Tensor = LOGITS) -> torch.Tensor:
     """Shares of each token among many rows."""
-    tokens = choose(logits.expand(DRAWS, -1), params, row_keys(3, list(range(DRAWS)), CPU), torch.full((DRAWS,), 7), nth)
+    tokens = choose(
+        logits.expand(DRAWS, -1), params, row_keys(3, list(range(DRAWS)), CPU), torch.full((DRAWS,), 7), nth
+    )
     return torch.bincount(tokens, minlength=len(logits)).double() / DRAWS
 
 
@@ -28,7 +30,9 @@ def test_temperature() -> None:
     assert draw(SamplingParams(temperature=1e-40))[3] == 1.0  # no overflow
 
 
-@pytest.mark.parametrize("greedy", [SamplingParams(temperature=0.0), SamplingParams(top_k=1), SamplingParams(top_k=1, temperature=100.0)])
+@pytest.mark.parametrize(
+    "greedy", [SamplingParams(temperature=0.0), SamplingParams(top_k=1), SamplingParams(top_k=1, temperature=100.0)]
+)
 def test_greedy_takes_the_first_of_the_largest(greedy: SamplingParams) -> None:
     assert draw(greedy)[3] == 1.0
     assert draw(greedy, logits=torch.tensor([0.0, 5.0, 1.0, 5.0, 5.0]))[1] == 1.0
@@ -48,7 +52,14 @@ def test_top_k() -> None:
 
 def test_top_p_keeps_the_token_that_crosses() -> None:
     chances = torch.tensor([0.1, 0.4, 0.25, 0.2, 0.05])
-    for p, kept in ((0.3, [1]), (0.45, [1, 2]), (0.7, [1, 2, 3]), (0.9, [0, 1, 2, 3]), (0.999, [0, 1, 2, 3, 4]), (1.0, [0, 1, 2, 3, 4])):
+    for p, kept in (
+        (0.3, [1]),
+        (0.45, [1, 2]),
+        (0.7, [1, 2, 3]),
+        (0.9, [0, 1, 2, 3]),
+        (0.999, [0, 1, 2, 3, 4]),
+        (1.0, [0, 1, 2, 3, 4]),
+    ):
         expected = torch.zeros(5).double()
         expected[kept] = (chances[kept] / chances[kept].sum()).double()
         assert near(draw(SamplingParams(top_p=p), logits=chances.log()), expected), p

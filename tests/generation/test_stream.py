@@ -44,5 +44,9 @@ def test_stop_text_across_tokens_is_cut_off(tokenizer) -> None:
     assert "".join(made) == "one two"
     assert len(made) < len(ids)
     assert "".join(pieces(tokenizer, tokenizer.encode("one two\n three"), stops=("\n\n",))) == "one two\n three"
-    assert "".join(pieces(tokenizer, tokenizer.encode("one two\n"), stops=("\n\n",))) == "one two\n"  # given out at the end
-    assert "".join(pieces(tokenizer, tokenizer.encode("abcabd"), stops=("abd", "bca"))) == "a"  # the first to be complete
+    assert (
+        "".join(pieces(tokenizer, tokenizer.encode("one two\n"), stops=("\n\n",))) == "one two\n"
+    )  # given out at the end
+    assert (
+        "".join(pieces(tokenizer, tokenizer.encode("abcabd"), stops=("abd", "bca"))) == "a"
+    )  # the first to be complete

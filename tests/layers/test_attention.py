@@ -80,7 +80,9 @@ def test_fewer_queries_are_the_last_ones(backend: str, form: str) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
     if backend != "flex":
         upstream = upstream[:, :, first:last]
-        for mine, theirs in zip(torch.autograd.grad(got, leaves, upstream), torch.autograd.grad(expected, leaves, upstream)):
+        for mine, theirs in zip(
+            torch.autograd.grad(got, leaves, upstream), torch.autograd.grad(expected, leaves, upstream)
+        ):
             torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
 
 
@@ -94,7 +96,9 @@ def test_path_equals_reference(backend: str, form: str, kv_heads: int) -> None:
     expected = reference(*leaves, mask)
     got = CoreAttention(0.0, "site", backend)(*leaves, mask)
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
-    for mine, theirs in zip(torch.autograd.grad(got, leaves, upstream), torch.autograd.grad(expected, leaves, upstream)):
+    for mine, theirs in zip(
+        torch.autograd.grad(got, leaves, upstream), torch.autograd.grad(expected, leaves, upstream)
+    ):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
 
 
@@ -143,15 +147,23 @@ def test_dropout_of_probabilities_is_a_hash(form: str) -> None:
     mask = AttentionMask(**MASKS[form], rows=rows)
     first = core(q, k, v, mask)
     assert torch.equal(first, core(q, k, v, mask))
-    alone = core(q[1:], k[1:], v[1:], mask._replace(rows=rows[1:], documents=None if mask.documents is None else mask.documents[1:]))
+    alone = core(
+        q[1:],
+        k[1:],
+        v[1:],
+        mask._replace(rows=rows[1:], documents=None if mask.documents is None else mask.documents[1:]),
+    )
     torch.testing.assert_close(first[1:], alone, rtol=1e-12, atol=1e-12)
-    assert not torch.allclose(first, core(q, k, v, mask._replace(rows=row_keys(1, step + 1, torch.tensor([10, 11]), torch.arange(LENGTH)))))
+    assert not torch.allclose(
+        first, core(q, k, v, mask._replace(rows=row_keys(1, step + 1, torch.tensor([10, 11]), torch.arange(LENGTH))))
+    )
     core.eval()
     without = core(q, k, v, mask)
     torch.testing.assert_close(without, reference(q, k, v, mask), rtol=1e-10, atol=1e-10)
     core.train()
     draws = [
-        core(q, k, v, mask._replace(rows=row_keys(1, torch.tensor(t), torch.tensor([10, 11]), torch.arange(LENGTH)))) for t in range(200)
+        core(q, k, v, mask._replace(rows=row_keys(1, torch.tensor(t), torch.tensor([10, 11]), torch.arange(LENGTH))))
+        for t in range(200)
     ]
     spread = torch.stack(draws).std(0).mean() / math.sqrt(len(draws))
     assert (torch.stack(draws).mean(0) - without).abs().mean() < 1.2 * spread
@@ -177,14 +189,21 @@ def test_self_attention_is_the_sum_of_its_parts() -> None:
     q = (x @ module.q.weight.T + module.q.bias).view(2, 5, 4, 6).permute(0, 2, 1, 3)
     k = (x @ module.k.weight.T + module.k.bias).view(2, 5, 2, 6).permute(0, 2, 1, 3)
     v = (x @ module.v.weight.T + module.v.bias).view(2, 5, 2, 6).permute(0, 2, 1, 3)
-    expected = reference(q, k, v, AttentionMask()).permute(0, 2, 1, 3).reshape(2, 5, 24) @ module.out.weight.T + module.out.bias
+    expected = (
+        reference(q, k, v, AttentionMask()).permute(0, 2, 1, 3).reshape(2, 5, 24) @ module.out.weight.T
+        + module.out.bias
+    )
     torch.testing.assert_close(module(x, AttentionMask(), None), expected)
     rotary = rotary_table(torch.arange(5).expand(2, 5), 6, base=10000.0)
     shifted = rotary_table(torch.arange(5).expand(2, 5) + 100, 6, base=10000.0)
     turned = module(x, AttentionMask(), rotary)
     assert not torch.allclose(turned, expected)
-    torch.testing.assert_close(turned, module(x, AttentionMask(), shifted), rtol=1e-4, atol=1e-5)  # only distances matter
-    assert {name for name, _ in module.named_parameters()} == {f"{p}.{w}" for p in ("q", "k", "v", "out") for w in ("weight", "bias")}
+    torch.testing.assert_close(
+        turned, module(x, AttentionMask(), shifted), rtol=1e-4, atol=1e-5
+    )  # only distances matter
+    assert {name for name, _ in module.named_parameters()} == {
+        f"{p}.{w}" for p in ("q", "k", "v", "out") for w in ("weight", "bias")
+    }
 
 
 @pytest.mark.parametrize("bias, qkv_bias", [(False, False), (False, True), (True, True)])

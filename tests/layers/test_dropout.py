@@ -57,7 +57,9 @@ def test_everything_in_the_key_matters() -> None:
             assert abs((one == other).float().mean().item() - 0.5) < 0.01  # independent masks agree half the time
     mask = masks[0].float() - 0.5
     rows = mask.view(-1, WIDTH)
-    assert (rows[:-1] * rows[1:]).mean().abs() < 0.003 and (mask[..., :-1] * mask[..., 1:]).mean().abs() < 0.003  # neighbours
+    assert (rows[:-1] * rows[1:]).mean().abs() < 0.003 and (
+        mask[..., :-1] * mask[..., 1:]
+    ).mean().abs() < 0.003  # neighbours
 
 
 def test_gradient_is_masked_and_scaled_alike() -> None:
@@ -76,7 +78,11 @@ def test_nothing_is_dropped_without_rows_in_evaluation_or_at_rate_zero() -> None
 
 def test_keys_and_input_are_left_alone() -> None:
     """The mixer works in place; nothing that a caller holds may change."""
-    samples, coordinates, step = SAMPLES.int(), torch.arange(LENGTH, dtype=torch.int32), torch.tensor(17, dtype=torch.int32)
+    samples, coordinates, step = (
+        SAMPLES.int(),
+        torch.arange(LENGTH, dtype=torch.int32),
+        torch.tensor(17, dtype=torch.int32),
+    )
     before = samples.clone(), coordinates.clone(), step.clone()
     rows = row_keys(5, step, samples, coordinates)
     copy, x = rows.clone(), torch.ones(4, LENGTH, WIDTH, dtype=torch.bfloat16)

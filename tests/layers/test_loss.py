@@ -24,7 +24,9 @@ def inputs(dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, T
 def plain(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, z_loss: float) -> Tensor:
     """The same losses with all logits at once."""
     logits = F.linear(hidden, weight, bias)
-    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-1, reduction="none").view(labels.shape)
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-1, reduction="none").view(
+        labels.shape
+    )
     return losses + torch.where(labels >= 0, z_loss * logits.logsumexp(-1).square(), 0.0)
 
 
@@ -36,8 +38,12 @@ def test_equals_plain_cross_entropy(weighted: bool, with_bias: bool, chunk: int,
     hidden, weight, bias, labels = inputs()
     weights = torch.rand(BATCH, SEQUENCE, generator=torch.Generator().manual_seed(1))  # float32, as datasets give them
     leaves = [hidden, weight, bias] if with_bias else [hidden, weight]
-    losses = TokenLoss(chunk, z_loss)(hidden, weight, labels, weights if weighted else None, bias if with_bias else None)
-    expected = plain(hidden, weight, bias if with_bias else None, labels, z_loss) * (weights.double() if weighted else 1.0)
+    losses = TokenLoss(chunk, z_loss)(
+        hidden, weight, labels, weights if weighted else None, bias if with_bias else None
+    )
+    expected = plain(hidden, weight, bias if with_bias else None, labels, z_loss) * (
+        weights.double() if weighted else 1.0
+    )
     assert losses.dtype == torch.float64
     assert (losses[labels < 0] == 0).all()
     torch.testing.assert_close(losses, expected, rtol=1e-12, atol=1e-12)
@@ -53,9 +59,13 @@ def test_few_labels_change_no_number(labelled: int) -> None:
     order = torch.randperm(BATCH * SEQUENCE, generator=torch.Generator().manual_seed(2))
     labels = labels.clamp(min=0).flatten().index_fill(0, order[labelled:], -1).view(labels.shape)
     weights = torch.rand(BATCH, SEQUENCE, dtype=torch.float64)
-    found, expected = (TokenLoss(3, 0.01, few_labels=few)(hidden, weight, labels, weights, bias) for few in (True, False))
+    found, expected = (
+        TokenLoss(3, 0.01, few_labels=few)(hidden, weight, labels, weights, bias) for few in (True, False)
+    )
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    for one, other in zip(*(torch.autograd.grad(each.sum() * 0.3, (hidden, weight, bias)) for each in (found, expected)), strict=True):
+    for one, other in zip(
+        *(torch.autograd.grad(each.sum() * 0.3, (hidden, weight, bias)) for each in (found, expected)), strict=True
+    ):
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
 
 
@@ -116,6 +126,8 @@ def test_large_logits_do_not_overflow() -> None:
 
 def test_logits_of_a_chunk_are_float32() -> None:
     logits = chunk_logits(
-        torch.ones(3, 4, dtype=torch.bfloat16), torch.ones(5, 4, dtype=torch.bfloat16), torch.ones(5, dtype=torch.bfloat16)
+        torch.ones(3, 4, dtype=torch.bfloat16),
+        torch.ones(5, 4, dtype=torch.bfloat16),
+        torch.ones(5, dtype=torch.bfloat16),
     )
     assert logits.dtype == torch.float32 and (logits == 5.0).all()

@@ -12,7 +12,15 @@ from megalith.layers.positions import alibi_slopes
 CPU = torch.device("cpu")
 
 
-@given(st.booleans(), st.booleans(), st.booleans(), st.booleans(), st.none() | st.integers(1, 12), st.integers(0, 9), st.integers(1, 9))
+@given(
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    st.none() | st.integers(1, 12),
+    st.integers(0, 9),
+    st.integers(1, 9),
+)
 @settings(max_examples=60, deadline=None)
 def test_blocks_are_parts_of_the_whole(
     causal: bool, alibi: bool, documents: bool, padding: bool, window: int | None, start: int, size: int
@@ -56,5 +64,7 @@ def test_relative_bias_is_that_of_each_distance(size: int, start: int, keys: int
     for query in range(size):
         for key in range(keys):
             distance = key - (start + query)
-            wanted = table[:, places - 1 + distance] if not causal or distance <= 0 else torch.full((2,), -math.inf).double()
+            wanted = (
+                table[:, places - 1 + distance] if not causal or distance <= 0 else torch.full((2,), -math.inf).double()
+            )
             assert torch.equal(found[0, :, query, key].double(), wanted)

@@ -30,7 +30,9 @@ def by_complex_numbers(x: Tensor, positions: Tensor, base: float, width: int, in
 def test_equals_complex_multiplication(base: float, percent: float, width: int, interleaved: bool) -> None:
     x = torch.randn(2, 3, LENGTH, WIDTH, generator=torch.Generator().manual_seed(0))
     got = rotate(x, rotary_table(POSITIONS, WIDTH, base=base, percent=percent), interleaved)
-    torch.testing.assert_close(got.double(), by_complex_numbers(x, POSITIONS, base, width, interleaved), rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(
+        got.double(), by_complex_numbers(x, POSITIONS, base, width, interleaved), rtol=1e-5, atol=2e-5
+    )
     assert torch.equal(got[..., width:], x[..., width:])
 
 

@@ -12,7 +12,10 @@ INDEX = torch.arange(COUNT)
 
 def test_keys_depend_on_every_word() -> None:
     assert random.key(1, "a") == random.key(1, "a")
-    made = {random.key(*words) for words in [(1, "a"), (2, "a"), (1, "b"), (1,), ("1a",), (1, "a", ""), (11, "a"), (1, "1a")]}
+    made = {
+        random.key(*words)
+        for words in [(1, "a"), (2, "a"), (1, "b"), (1,), ("1a",), (1, "a", ""), (11, "a"), (1, "1a")]
+    }
     assert len(made) == 8
     assert all(-(2**63) <= k < 2**63 for k in made)
 

@@ -29,6 +29,16 @@ def articles(tmp_path_factory) -> list[str]:
     prefix = tmp_path_factory.mktemp("articles") / "articles"
     vocabulary = ["--vocab-file", str(shared / "bert/bert-base-uncased-vocab.txt")]
     text = str(shared / "loose_json/wikitext2_test_articles.jsonl")
-    words = ["data", "preprocess", "--input", text, "--output-prefix", str(prefix), "--split-sentences", "--workers", "1"]
+    words = [
+        "data",
+        "preprocess",
+        "--input",
+        text,
+        "--output-prefix",
+        str(prefix),
+        "--split-sentences",
+        "--workers",
+        "1",
+    ]
     assert main([*words, "--tokenizer-type", "BertWordPieceLowerCase", *vocabulary]) == 0
     return [*vocabulary, "--data-path", f"{prefix}_text_sentence"]

@@ -14,9 +14,14 @@ RUN = "--lr-decay-style linear --lr-warmup-fraction 0.05 --split 949,50,1 --eval
 @pytest.mark.parametrize(("steps", "falls"), [(20, 0.3), pytest.param(200, 2.5, marks=pytest.mark.slow)])
 def test_pretraining_lowers_the_loss(steps: int, falls: float, articles: list[str], tmp_path: pathlib.Path) -> None:
     command = ["pretrain", "bert", *MODEL.split(), *RUN.split(), *articles]
-    assert main([*command, "--train-iters", str(steps), "--eval-interval", str(steps), "--run-dir", str(tmp_path / "run")]) == 0
+    assert (
+        main([*command, "--train-iters", str(steps), "--eval-interval", str(steps), "--run-dir", str(tmp_path / "run")])
+        == 0
+    )
     lines = records(str(tmp_path / "run"))
     first, last = (line["validation_losses"] for line in lines if "validation_losses" in line)
     assert set(first) == {"lm loss", "sop loss"}
-    assert abs(first["lm loss"] - 10.33) < 0.1 and abs(first["sop loss"] - 0.693) < 0.05  # ln 30524, ln 2: nothing is known at first
+    assert (
+        abs(first["lm loss"] - 10.33) < 0.1 and abs(first["sop loss"] - 0.693) < 0.05
+    )  # ln 30524, ln 2: nothing is known at first
     assert last["lm loss"] < first["lm loss"] - falls

@@ -10,13 +10,22 @@ from tests.tiny import records, tiny_bert, tiny_config, tiny_t5
 # name -> (processes, steps, the layout)
 CASES: dict[str, tuple[int, int, dict]] = {
     "tp2 pp2": (4, 20, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "micro_batch_size": 2}),
-    "tp2 pp2 dp2": (8, 100, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "micro_batch_size": 2}),
+    "tp2 pp2 dp2": (
+        8,
+        100,
+        {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "micro_batch_size": 2},
+    ),
 }
 SLOW = ("tp2 pp2 dp2",)
 BERT: dict[str, tuple[int, dict]] = {
     "tp2 sp pp2": (
         4,
-        {"tensor_model_parallel_size": 2, "sequence_parallel": True, "pipeline_model_parallel_size": 2, "micro_batch_size": 2},
+        {
+            "tensor_model_parallel_size": 2,
+            "sequence_parallel": True,
+            "pipeline_model_parallel_size": 2,
+            "micro_batch_size": 2,
+        },
     ),
     "cp2 dp2": (4, {"context_parallel_size": 2}),
 }
@@ -30,14 +39,18 @@ def run(config) -> None:
 @pytest.mark.parametrize("layout", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES])
 def test_one_curve(ranks, layout, corpus, tmp_path):
     processes, steps, changes = CASES[layout]
-    assert_one_curve(ranks, tiny_config(corpus, str(tmp_path / "one"), train_iters=steps, eval_interval=steps), processes, changes)
+    assert_one_curve(
+        ranks, tiny_config(corpus, str(tmp_path / "one"), train_iters=steps, eval_interval=steps), processes, changes
+    )
 
 
 @pytest.mark.parametrize("layout", BERT)
 def test_one_curve_of_bert(ranks, layout, sentences, tmp_path):
     """Both of its losses have their own normaliser, whose counts are spread over processes in their own ways."""
     processes, changes = BERT[layout]
-    assert_one_curve(ranks, tiny_bert(sentences, str(tmp_path / "one"), train_iters=20, eval_interval=20), processes, changes)
+    assert_one_curve(
+        ranks, tiny_bert(sentences, str(tmp_path / "one"), train_iters=20, eval_interval=20), processes, changes
+    )
     for lines in (records(str(tmp_path / name)) for name in ("one", "many")):
         assert all(line["loss"] == pytest.approx(sum(line["losses"].values())) for line in lines if "losses" in line)
 
@@ -46,7 +59,9 @@ def test_one_curve_of_bert(ranks, layout, sentences, tmp_path):
 @pytest.mark.parametrize("layout", BERT)
 def test_one_curve_of_t5(ranks, layout, sentences, tmp_path):
     """Three holders of the embedding, a table of biases on each stage, two sequences of different lengths, both of them padded."""
-    one = tiny_t5(sentences, str(tmp_path / "one"), train_iters=20, eval_interval=20, position_embedding_type="relative")
+    one = tiny_t5(
+        sentences, str(tmp_path / "one"), train_iters=20, eval_interval=20, position_embedding_type="relative"
+    )
     assert_one_curve(ranks, one, *BERT[layout])
 
 

@@ -68,7 +68,11 @@ def test_the_curve_is_the_kept_one(name, reads, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [pytest.param(name, layout, marks=[] if (name, layout) in QUICK else pytest.mark.slow) for name in MODELS for layout in LAYOUTS],
+    [
+        pytest.param(name, layout, marks=[] if (name, layout) in QUICK else pytest.mark.slow)
+        for name in MODELS
+        for layout in LAYOUTS
+    ],
 )
 def test_the_curve_is_the_kept_one_in_every_layout(name, layout, reads, ranks, tmp_path):
     one = config(name, reads[name], tmp_path).replace(**LAYOUTS[layout])

@@ -6,7 +6,7 @@ import pytest
 
 from megalith.cli.main import main
 from megalith.common.errors import ConfigError
-from megalith.config.loading import load_config
+from megalith.config.flags.loading import load_config
 from tests.tiny import records
 
 MODEL = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --kv-channels 16 --encoder-seq-length 64 --decoder-seq-length 24"
@@ -27,9 +27,14 @@ FORMS = {"megatron": ["--max-position-embeddings", "64"], "its own": [*OWN.split
     ("form", "steps", "falls"),
     [("megatron", 20, 0.5), *(pytest.param(form, 200, 2.5, marks=pytest.mark.slow) for form in FORMS)],
 )
-def test_pretraining_lowers_the_loss(form: str, steps: int, falls: float, articles: list[str], tmp_path: pathlib.Path) -> None:
+def test_pretraining_lowers_the_loss(
+    form: str, steps: int, falls: float, articles: list[str], tmp_path: pathlib.Path
+) -> None:
     words = command(articles, "--vocab-extra-ids", "100", *FORMS[form])
-    assert main([*words, "--train-iters", str(steps), "--eval-interval", str(steps), "--run-dir", str(tmp_path / "run")]) == 0
+    assert (
+        main([*words, "--train-iters", str(steps), "--eval-interval", str(steps), "--run-dir", str(tmp_path / "run")])
+        == 0
+    )
     lines = records(str(tmp_path / "run"))
     first, last = (line["validation_loss"] for line in lines if "validation_loss" in line)
     assert form == "its own" or abs(first - 10.33) < 0.1  # ln 30624: nothing is known at first

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from megalith.config.model import ModelConfig
+from megalith.config.sections.model import ModelConfig
 from megalith.models.gpt import GPT
 from megalith.runtime.initialize import initialize
 
@@ -22,7 +22,11 @@ BASE: dict[str, Any] = {
 FORMS: dict[str, dict[str, Any]] = {
     "gpt2": {"openai_gelu": True},
     "rope": {"position_embedding_type": "rope"},
-    "rotary, a quarter, interleaved": {"position_embedding_type": "rotary", "rotary_percent": 0.34, "rotary_interleaved": True},
+    "rotary, a quarter, interleaved": {
+        "position_embedding_type": "rotary",
+        "rotary_percent": 0.34,
+        "rotary_interleaved": True,
+    },
     "alibi": {"position_embedding_type": "alibi"},
     "no positions": {"position_embedding_type": "none"},
     "multiquery": {"attention_head_type": "multiquery"},
@@ -76,7 +80,11 @@ def expected_parameters(c: ModelConfig) -> int:
     attention = 2 * h * q + 2 * h * kv + (h if c.add_bias_linear else 0)
     attention += (q + 2 * kv) * (c.add_bias_linear or c.add_qkv_bias) + 2 * d * c.qk_layernorm
     mlp = (3 if c.gated else 2) * h * inner + ((2 if c.gated else 1) * inner + h) * c.add_bias_linear
-    total = c.vocab_size * h * (2 if c.untie_embeddings_and_output_weights else 1) + c.num_layers * (attention + mlp + 2 * norm) + norm
+    total = (
+        c.vocab_size * h * (2 if c.untie_embeddings_and_output_weights else 1)
+        + c.num_layers * (attention + mlp + 2 * norm)
+        + norm
+    )
     return total + (c.max_position_embeddings * h if c.positions == "learned_absolute" else 0)
 
 
@@ -87,7 +95,9 @@ def test_parameter_count(form: str) -> None:
 
 
 def test_gpt2_small_has_its_published_size() -> None:
-    config = ModelConfig(num_layers=12, hidden_size=768, num_attention_heads=12, vocab_size=50257, max_position_embeddings=1024)
+    config = ModelConfig(
+        num_layers=12, hidden_size=768, num_attention_heads=12, vocab_size=50257, max_position_embeddings=1024
+    )
     with torch.device("meta"):
         made = config.architecture.find("model")(config)
     assert sum(p.numel() for p in made.parameters()) == 124_439_808
@@ -136,7 +146,9 @@ def test_documents_equal_separate_runs(form: str) -> None:
 def test_loss_is_cross_entropy_of_the_logits(form: str) -> None:
     made, ids, labels = model(form, loss_chunk_tokens=5), tokens(), tokens(seed=1)
     weights = torch.rand(2, 12)
-    expected = torch.nn.functional.cross_entropy(made(ids).flatten(0, 1), labels.flatten(), reduction="none").view(2, 12)
+    expected = torch.nn.functional.cross_entropy(made(ids).flatten(0, 1), labels.flatten(), reduction="none").view(
+        2, 12
+    )
     torch.testing.assert_close(made(ids, labels=labels), expected, rtol=1e-10, atol=1e-10)
     weighted = made(ids, labels=labels, loss_weights=weights)
     torch.testing.assert_close(weighted, expected * weights.double(), rtol=1e-10, atol=1e-10)
@@ -173,7 +185,9 @@ def test_no_positions_still_know_order_by_causality_alone() -> None:
 def test_tied_and_untied_heads() -> None:
     tied, untied = model(), model(untie_embeddings_and_output_weights=True)
     assert tied.head.weight is tied.embedding.weight and "head.weight" not in dict(tied.named_parameters())
-    assert untied.head.weight is not untied.embedding.weight and not torch.equal(untied.head.weight, untied.embedding.weight)
+    assert untied.head.weight is not untied.embedding.weight and not torch.equal(
+        untied.head.weight, untied.embedding.weight
+    )
     tied(tokens(), labels=tokens(seed=1)).sum().backward()
     assert (tied.embedding.weight.grad.abs().sum(dim=1) > 0).all()  # the head's share reaches every row
 
@@ -203,14 +217,20 @@ def test_dropout_is_the_same_in_any_micro_batch(form: str) -> None:
     samples, step = torch.tensor([100, 101, 102, 103]), torch.tensor(5)
     whole = made(ids, labels=labels, samples=samples, step=step)
     for cut in (1, 2):
-        parts = [made(ids[i : i + cut], labels=labels[i : i + cut], samples=samples[i : i + cut], step=step) for i in range(0, 4, cut)]
+        parts = [
+            made(ids[i : i + cut], labels=labels[i : i + cut], samples=samples[i : i + cut], step=step)
+            for i in range(0, 4, cut)
+        ]
         torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-10, atol=1e-10)
     assert not torch.allclose(made(ids, labels=labels, samples=samples, step=step + 1), whole)
     assert not torch.allclose(GPT.forward(made, ids, labels=labels, samples=samples + 1, step=step), whole)
 
 
 def test_initial_weights_follow_megatron() -> None:
-    made = GPT(ModelConfig(**{**BASE, "hidden_size": 128, "num_layers": 8, "vocab_size": 1000, "init_method_std": 0.02}), seed=1)
+    made = GPT(
+        ModelConfig(**{**BASE, "hidden_size": 128, "num_layers": 8, "vocab_size": 1000, "init_method_std": 0.02}),
+        seed=1,
+    )
     initialize(made, 3)
     values = dict(made.named_parameters())
     assert values["layers.2.mlp.up.weight"].std().item() == pytest.approx(0.02, rel=0.02)
@@ -236,7 +256,9 @@ def test_no_recompile_from_step_to_step() -> None:
     backend = lambda graph, inputs: counts.append(1) or graph.forward  # noqa: E731
     compiled = torch.compile(made, backend=backend)
     for step in range(4):
-        compiled(tokens(seed=step), samples=torch.tensor([2 * step, 2 * step + 1]), step=torch.tensor(step)).sum().backward()
+        compiled(
+            tokens(seed=step), samples=torch.tensor([2 * step, 2 * step + 1]), step=torch.tensor(step)
+        ).sum().backward()
     assert len(counts) == 1
 
 

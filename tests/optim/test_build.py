@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from megalith.common.errors import ConfigError
-from megalith.config.optimizer import OptimizerConfig
+from megalith.config.sections.optimizer import OptimizerConfig
 from megalith.optim.build import build_optimizer
 from megalith.optim.groups import set_rates
 
@@ -60,7 +60,9 @@ def test_the_fused_step_on_sharded_parameters_equals_one_process(ranks):
 
 def test_sgd_adds_weight_decay_to_the_gradient():
     weight = one(2.0, 0.3)
-    optimizer = build_optimizer(OptimizerConfig(optimizer="sgd", lr=0.1, weight_decay=0.5, sgd_momentum=0.9), [("weight", weight)])
+    optimizer = build_optimizer(
+        OptimizerConfig(optimizer="sgd", lr=0.1, weight_decay=0.5, sgd_momentum=0.9), [("weight", weight)]
+    )
     set_rates(optimizer, 0.1, 0.5)
     optimizer.step()
     assert weight.item() == pytest.approx(2.0 - 0.1 * (0.3 + 0.5 * 2.0))

@@ -101,7 +101,9 @@ def test_pipeline_stages_and_a_shared_embedding(ranks):
         assert norm == pytest.approx(norm_of(*parts), rel=1e-6)
         assert calls == 1
         assert after == pytest.approx(0.25, rel=1e-5)
-        torch.testing.assert_close(embedding, whole()["nowhere"] * (0.25 / (norm + 1e-6)))  # the second copy is clipped too
+        torch.testing.assert_close(
+            embedding, whole()["nowhere"] * (0.25 / (norm + 1e-6))
+        )  # the second copy is clipped too
 
 
 def on_a_part_of_the_world():
@@ -204,7 +206,9 @@ def test_the_norm_of_parameters():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_accelerator_counts_as_the_cpu_does(dtype):
     device = torch.accelerator.current_accelerator()
-    tensors = [torch.randn(size, generator=torch.Generator().manual_seed(size)).to(dtype) for size in (1, 1000, 5_000_000)]
+    tensors = [
+        torch.randn(size, generator=torch.Generator().manual_seed(size)).to(dtype) for size in (1, 1000, 5_000_000)
+    ]
     tensors[1][:10] = 0.0
     grads = [(str(number), tensor.to(device)) for number, tensor in enumerate(tensors)]
     assert count_zeros(grads).item() == 10

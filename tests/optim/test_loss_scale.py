@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megalith.common.errors import ConfigError
-from megalith.config.precision import PrecisionConfig
+from megalith.config.sections.precision import PrecisionConfig
 from megalith.optim.loss_scale import DynamicLossScale, StaticLossScale, build_loss_scale
 
 
@@ -71,7 +71,9 @@ def test_by_configuration():
     assert (dynamic.scale, dynamic.minimum, dynamic.window, dynamic.hysteresis) == (2.0**32, 1.0, 1000, 2)
 
 
-@pytest.mark.parametrize("flags", [{"loss_scale": 0.0}, {"min_loss_scale": 8.0, "initial_loss_scale": 4.0}, {"min_loss_scale": 0.0}])
+@pytest.mark.parametrize(
+    "flags", [{"loss_scale": 0.0}, {"min_loss_scale": 8.0, "initial_loss_scale": 4.0}, {"min_loss_scale": 0.0}]
+)
 def test_scales_that_cannot_work(flags):
     with pytest.raises(ConfigError, match="loss-scale"):
         build_loss_scale(PrecisionConfig(fp16=True, **flags))

@@ -57,7 +57,10 @@ def test_three_ways_to_give_a_warm_up(flags, samples):
         ("constant", [1, 1, 1, 1, 1, 1]),
         ("linear", [1, 0.775, 0.55, 0.325, 0.1, 0.1]),
         ("cosine", [1, 0.1 + 0.45 * (1 + math.sqrt(0.5)), 0.55, 0.1 + 0.45 * (1 - math.sqrt(0.5)), 0.1, 0.1]),
-        ("inverse-square-root", [1, math.sqrt(80 / 260), math.sqrt(80 / 440), math.sqrt(80 / 620), math.sqrt(0.1), 0.1]),
+        (
+            "inverse-square-root",
+            [1, math.sqrt(80 / 260), math.sqrt(80 / 440), math.sqrt(80 / 620), math.sqrt(0.1), 0.1],
+        ),
     ],
 )
 def test_decay(style, values):
@@ -113,7 +116,11 @@ def test_a_run_of_no_steps_has_a_schedule():
     assert make(train_iters=0).lr(0) == 1.0
 
 
-@given(st.integers(0, 2000), st.sampled_from(["linear", "cosine", "constant", "inverse-square-root", "WSD"]), st.integers(0, 99))
+@given(
+    st.integers(0, 2000),
+    st.sampled_from(["linear", "cosine", "constant", "inverse-square-root", "WSD"]),
+    st.integers(0, 99),
+)
 def test_a_rate_stays_between_zero_and_the_peak(samples, style, warmup):
     tail = {"lr_wsd_decay_iters": 1} if style == "WSD" else {}
     assert 0.0 <= make(lr_decay_style=style, lr_warmup_iters=warmup, **tail).lr(samples) <= 1.0

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from megalith.config.model import ModelConfig
+from megalith.config.sections.model import ModelConfig
 from megalith.models.gpt import GPT
 
 GPT2 = {  # their name -> ours; those of `attn.c_attn` are three of ours, and their matrices are transposed
@@ -113,8 +113,18 @@ UNTIED = {"untie_embeddings_and_output_weights": True}
 
 
 def gpt2(**more: Any) -> transformers.PreTrainedModel:
-    config = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 64, "vocab_size": VOCAB, "initializer_range": 0.1, **more}
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **config))
+    config = {
+        "n_embd": WIDTH,
+        "n_layer": LAYERS,
+        "n_head": HEADS,
+        "n_positions": 64,
+        "vocab_size": VOCAB,
+        "initializer_range": 0.1,
+        **more,
+    }
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **config)
+    )
 
 
 def bloom() -> transformers.PreTrainedModel:
@@ -131,10 +141,16 @@ def hugging(kind: str, **more: Any) -> transformers.PreTrainedModel:
 
 CASES: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
     "gpt2": (gpt2, GPT2, {"openai_gelu": True}),
-    "gpt2, erf": (lambda: gpt2(activation_function="gelu", n_inner=70), GPT2, {"ffn_hidden_size": 70, "bias_gelu_fusion": False}),
+    "gpt2, erf": (
+        lambda: gpt2(activation_function="gelu", n_inner=70),
+        GPT2,
+        {"ffn_hidden_size": 70, "bias_gelu_fusion": False},
+    ),
     "llama": (lambda: hugging("Llama", rms_norm_eps=1e-6), LLAMA, {**LLAMA_FORM, **UNTIED}),
     "llama, groups": (
-        lambda: hugging("Llama", num_key_value_heads=2, rope_theta=5e5, rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
+        lambda: hugging(
+            "Llama", num_key_value_heads=2, rope_theta=5e5, rope_parameters={"rope_type": "default", "rope_theta": 5e5}
+        ),
         LLAMA,
         {**LLAMA_FORM, **UNTIED, "num_query_groups": 2, "rotary_base": 5e5},
     ),
@@ -162,7 +178,13 @@ CASES: dict[str, tuple[Any, dict[str, str], dict[str, Any]]] = {
             rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
         ),
         NEOX,
-        {**UNTIED, "position_embedding_type": "rotary", "rotary_percent": 0.5, "ffn_hidden_size": 80, "bias_gelu_fusion": False},
+        {
+            **UNTIED,
+            "position_embedding_type": "rotary",
+            "rotary_percent": 0.5,
+            "ffn_hidden_size": 80,
+            "bias_gelu_fusion": False,
+        },
     ),
 }
 

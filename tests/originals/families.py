@@ -13,12 +13,22 @@ SHAPE: dict[str, Any] = {
 
 def make(kind: str, **more: Any) -> Callable[[], transformers.PreTrainedModel]:
     """What makes the causal model of a kind, such as Llama."""
-    return lambda: getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**{**SHAPE, **more}))
+    return lambda: getattr(transformers, f"{kind}ForCausalLM")(
+        getattr(transformers, f"{kind}Config")(**{**SHAPE, **more})
+    )
 
 
 def gpt2(**more: Any) -> Callable[[], transformers.PreTrainedModel]:
     """As `make`."""
-    config = {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 64, "vocab_size": 97, "initializer_range": 0.1, **more}
+    config = {
+        "n_embd": 48,
+        "n_layer": 3,
+        "n_head": 4,
+        "n_positions": 64,
+        "vocab_size": 97,
+        "initializer_range": 0.1,
+        **more,
+    }
     return lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(bos_token_id=0, eos_token_id=0, **config))
 
 
@@ -46,23 +56,31 @@ MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     "gpt2, relu": gpt2(activation_function="relu"),
     "llama": make("Llama"),
     "llama, groups, tied": make("Llama", num_key_value_heads=2, head_dim=20, tie_word_embeddings=True),
-    "llama 3.1": make("Llama", num_key_value_heads=2, rope_parameters=stretched("llama3", low_freq_factor=1.0, high_freq_factor=4.0)),
+    "llama 3.1": make(
+        "Llama", num_key_value_heads=2, rope_parameters=stretched("llama3", low_freq_factor=1.0, high_freq_factor=4.0)
+    ),
     "llama, linear": make("Llama", rope_parameters=stretched("linear")),
     "llama, yarn": make("Llama", rope_parameters=stretched("yarn")),
     "llama, dynamic": make("Llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
     "mistral": make("Mistral", num_key_value_heads=1, sliding_window=7, head_dim=12),
     "mistral, whole": make("Mistral", num_key_value_heads=2, sliding_window=None, head_dim=12),
     "qwen2": make("Qwen2", num_key_value_heads=2),
-    "qwen2, half slides": make("Qwen2", num_key_value_heads=2, use_sliding_window=True, sliding_window=9, max_window_layers=2),
+    "qwen2, half slides": make(
+        "Qwen2", num_key_value_heads=2, use_sliding_window=True, sliding_window=9, max_window_layers=2
+    ),
     "qwen3": make("Qwen3", num_key_value_heads=2, head_dim=20),
     "gemma": make("Gemma", num_key_value_heads=1, head_dim=16, rms_norm_eps=1e-6),
     "bloom": bloom(),
     "falcon 7b": make("Falcon", ffn_hidden_size=80),
     "falcon 40b": make("Falcon", ffn_hidden_size=80, new_decoder_architecture=True, num_kv_heads=2),
-    "falcon, one norm": make("Falcon", ffn_hidden_size=80, new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1),
+    "falcon, one norm": make(
+        "Falcon", ffn_hidden_size=80, new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1
+    ),
     "falcon rw": make("Falcon", ffn_hidden_size=80, alibi=True, multi_query=False, parallel_attn=False, bias=True),
     "neox": make("GPTNeoX", rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
-    "neox, one after the other": make("GPTNeoX", use_parallel_residual=False, num_attention_heads=2, intermediate_size=70),
+    "neox, one after the other": make(
+        "GPTNeoX", use_parallel_residual=False, num_attention_heads=2, intermediate_size=70
+    ),
 }
 
 

@@ -7,8 +7,8 @@ import torch
 import transformers
 
 from megalith.checkpoint import formats
-from megalith.checkpoint.huggingface import rules
-from megalith.checkpoint.huggingface_families import FAMILIES
+from megalith.checkpoint.formats.huggingface.conversion import rules
+from megalith.checkpoint.formats.huggingface.family import FAMILIES
 from megalith.runtime.build import plain
 from tests.originals.families import BERTS, bert
 
@@ -68,5 +68,7 @@ def test_logits_losses_and_gradients_equal_the_original(name: str, tmp_path: pat
     assert len(pairs) == len(mine) == len(list(original.parameters()))
     for their, our in pairs:
         gradient = original.get_parameter(their).grad
-        assert gradient.norm() > 1e-4 or our.endswith("k.bias"), our  # a key bias shifts all scores alike: its gradient is zero
+        assert gradient.norm() > 1e-4 or our.endswith("k.bias"), (
+            our
+        )  # a key bias shifts all scores alike: its gradient is zero
         assert (mine[our].grad - gradient).abs().max() < 1e-5, our

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from megalith.checkpoint import formats
-from megalith.checkpoint.huggingface import family_of, rules
-from megalith.config.model import ModelConfig
+from megalith.checkpoint.formats.huggingface.conversion import family_of, rules
+from megalith.config.sections.model import ModelConfig
 from megalith.runtime.build import plain
 from megalith.training.tasks_classification import Classification
 from tests.originals.families import HEADED

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megalith.checkpoint import formats, huggingface
-from megalith.checkpoint.huggingface_families import FAMILIES
-from megalith.checkpoint.lazy import Lazy
+from megalith.checkpoint import formats
+from megalith.checkpoint.formats.huggingface import conversion as huggingface
+from megalith.checkpoint.formats.huggingface.family import FAMILIES
+from megalith.checkpoint.tensors.lazy import Lazy
 from megalith.generation.generate import complete
 from megalith.models.gpt import GPT
 from tests.originals.families import MODELS
@@ -63,7 +64,9 @@ def test_logits_losses_and_gradients_equal_the_original(name: str, pair) -> None
     (losses / losses.numel()).sum().backward()
     theirs = ours(original, model)
     for each, parameter in model.named_parameters():
-        assert theirs[each].norm() > 1e-4 or each.endswith("k.bias"), each  # a key bias shifts all scores alike: its gradient is zero
+        assert theirs[each].norm() > 1e-4 or each.endswith("k.bias"), (
+            each
+        )  # a key bias shifts all scores alike: its gradient is zero
         assert (parameter.grad - theirs[each]).abs().max() < 1e-5, each
 
 
@@ -75,6 +78,11 @@ def test_greedy_text_equals_transformers(name: str, pair) -> None:
     for prompt, made in zip(prompts, complete(model, prompts, max_new_tokens=30, top_k=1)):
         given = torch.tensor([prompt])
         theirs = original.generate(
-            given, attention_mask=torch.ones_like(given), do_sample=False, max_new_tokens=30, eos_token_id=None, pad_token_id=0
+            given,
+            attention_mask=torch.ones_like(given),
+            do_sample=False,
+            max_new_tokens=30,
+            eos_token_id=None,
+            pad_token_id=0,
         )
         assert made.prompt_ids + made.ids == theirs[0].tolist()

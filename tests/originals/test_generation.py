@@ -16,7 +16,12 @@ def test_greedy_equals_transformers(case: str, pair) -> None:
     for prompt, made in zip(PROMPTS, mine):
         ids = torch.tensor([prompt])
         theirs = both.original.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=40, eos_token_id=None, pad_token_id=0
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=40,
+            eos_token_id=None,
+            pad_token_id=0,
         )
         assert made.prompt_ids + made.ids == theirs[0].tolist()
 

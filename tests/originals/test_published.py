@@ -2,8 +2,8 @@
 
 import pytest
 
-from megalith.checkpoint.huggingface_families import FAMILIES
-from megalith.config.checks_model import model_problems
+from megalith.checkpoint.formats.huggingface.family import FAMILIES
+from megalith.config.checks.model import model_problems
 from megalith.config.parameters import parameter_count
 from megalith.config.run import RunConfig
 from megalith.runtime.build import meta_model

@@ -7,8 +7,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from megalith.config.model import ModelConfig
 from megalith.config.parameters import parameter_count, parameter_shapes
+from megalith.config.sections.model import ModelConfig
 from megalith.models.t5 import T5
 
 VOCAB, WIDTH, HEADS, LAYERS, DECODER, SOURCE, TARGET = 89, 32, 4, 2, 3, 40, 19
@@ -61,7 +61,9 @@ def original(case: str) -> transformers.PreTrainedModel:
     """Theirs, with random weights, norms too."""
     kind, theirs, form = CASES[case]
     torch.manual_seed(0)
-    made = getattr(transformers, f"{kind}ForConditionalGeneration")(getattr(transformers, f"{kind}Config")(**THEIRS, **theirs)).eval()
+    made = getattr(transformers, f"{kind}ForConditionalGeneration")(
+        getattr(transformers, f"{kind}Config")(**THEIRS, **theirs)
+    ).eval()
     if form is UNTIED:  # the files of this form have two matrices
         made.lm_head.weight = torch.nn.Parameter(0.2 * torch.randn(VOCAB, WIDTH))
     with torch.no_grad():
@@ -100,9 +102,13 @@ def test_logits_losses_and_gradients_equal_the_original(case: str, backend: str)
             module.backend = backend
     given = batch()
     source, target, padding, ends = given.values()
-    logits = theirs(input_ids=source, decoder_input_ids=target, attention_mask=padding.long(), decoder_attention_mask=ends.long()).logits
+    logits = theirs(
+        input_ids=source, decoder_input_ids=target, attention_mask=padding.long(), decoder_attention_mask=ends.long()
+    ).logits
     assert (model(**given) - logits)[ends].abs().max() < 1e-5
-    assert (model(**{**given, "decoder_padding_mask": None}) - logits)[ends].abs().max() < 1e-5  # nobody looks ahead at padding
+    assert (model(**{**given, "decoder_padding_mask": None}) - logits)[
+        ends
+    ].abs().max() < 1e-5  # nobody looks ahead at padding
     labels = torch.where(ends, target.roll(-1, dims=1), -100)
     wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / ends.sum()
     losses = model(**given, labels=labels, loss_weights=ends / ends.sum())

@@ -42,7 +42,9 @@ class Storages(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu":
-                reference = StorageWeakRef((leaf._local_tensor if isinstance(leaf, DTensor) else leaf).untyped_storage())
+                reference = StorageWeakRef(
+                    (leaf._local_tensor if isinstance(leaf, DTensor) else leaf).untyped_storage()
+                )
                 self.seen[reference.cdata] = reference
         return out
 
@@ -64,8 +66,12 @@ def measured(config: RunConfig) -> dict[str, float]:
         for _ in range(2):
             for count, micro in enumerate(batches):
                 runtime.parts[0].sync_gradients(last=count == len(batches) - 1)
-                runtime.model(micro["input_ids"], labels=micro["labels"], loss_weights=micro["loss_mask"]).sum().backward()
-                found["between micro-batches" if count < len(batches) - 1 else "after backward"] = storages.live() / number
+                runtime.model(
+                    micro["input_ids"], labels=micro["labels"], loss_weights=micro["loss_mask"]
+                ).sum().backward()
+                found["between micro-batches" if count < len(batches) - 1 else "after backward"] = (
+                    storages.live() / number
+                )
             runtime.finish_gradients()
             found["reduced"] = storages.live() / number
             optimizer.step()
@@ -81,7 +87,9 @@ def test_bytes_per_parameter(precision: str, sharding: str, d: int) -> None:
     found = run_ranks(measured, d, config)[0]
     limit = TABLE[precision, sharding](d)
     print(precision, sharding, d, limit, {moment: round(value, 2) for moment, value in found.items()})
-    transient = 0.0 if sharding != "none" or precision != "fp32" or d == 1 else 4.0  # sums on their way, gone after the wait
+    transient = (
+        0.0 if sharding != "none" or precision != "fp32" or d == 1 else 4.0
+    )  # sums on their way, gone after the wait
     for moment, value in found.items():
         extra = transient if moment == "after backward" else 0.0
         assert value <= (limit + extra) * SLACK, (moment, value, limit)

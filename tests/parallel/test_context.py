@@ -40,7 +40,9 @@ def test_every_token_is_held_once_and_the_work_is_equal(size: int, chunk: int) -
 
 
 def test_a_length_that_does_not_divide_names_those_that_do() -> None:
-    with pytest.raises(ConfigError, match=r"found 18.*--context-parallel-size 4 cuts it into 8 equal chunks\. Use 16 or 24\."):
+    with pytest.raises(
+        ConfigError, match=r"found 18.*--context-parallel-size 4 cuts it into 8 equal chunks\. Use 16 or 24\."
+    ):
         places(18, axis(0, 4))
     with pytest.raises(ConfigError, match=r"Use 8\."):
         places(3, axis(0, 4))
@@ -54,7 +56,10 @@ def test_part_takes_tokens_and_leaves_the_rest() -> None:
         "wide": torch.arange(48).view(2, 8, 3),
     }
     mine = part(batch, axis(1, 2), Task.sequences)
-    assert mine["coordinates"].tolist() == [2, 3, 4, 5] and mine["input_ids"].tolist() == [[2, 3, 4, 5], [10, 11, 12, 13]]
+    assert mine["coordinates"].tolist() == [2, 3, 4, 5] and mine["input_ids"].tolist() == [
+        [2, 3, 4, 5],
+        [10, 11, 12, 13],
+    ]
     assert torch.equal(mine["wide"], batch["wide"][:, 2:6])
     assert mine["samples"] is batch["samples"] and mine["documents"] is batch["documents"]
 
@@ -73,7 +78,12 @@ def test_part_of_two_sequences() -> None:
         "padding_mask": torch.ones(2, 16), "decoder_padding_mask": torch.ones(2, 8), "samples": torch.arange(2),
     }  # fmt: skip
     mine = part(batch, axis(0, 2), Task.sequences)
-    assert mine["coordinates"].tolist() == [0, 1, 2, 3, 12, 13, 14, 15] and mine["decoder_coordinates"].tolist() == [0, 1, 6, 7]
+    assert mine["coordinates"].tolist() == [0, 1, 2, 3, 12, 13, 14, 15] and mine["decoder_coordinates"].tolist() == [
+        0,
+        1,
+        6,
+        7,
+    ]
     assert mine["labels"].tolist() == mine["decoder_input_ids"].tolist() == [[0, 1, 6, 7], [8, 9, 14, 15]]
     assert mine["input_ids"][0].tolist() == mine["coordinates"].tolist()
     assert all(mine[name] is batch[name] for name in ("padding_mask", "decoder_padding_mask", "samples"))
@@ -101,7 +111,9 @@ def drawn(kv_heads: int, queries: int = LENGTH) -> list[torch.Tensor]:
 
 def mask_of(form: str) -> AttentionMask:
     documents = (torch.rand(BATCH, LENGTH, generator=torch.Generator().manual_seed(1)) < 0.2).cumsum(dim=1)
-    rows = row_keys(1, torch.tensor(3), torch.tensor([10, 11]), torch.arange(QUERIES if form.startswith("cross") else LENGTH))
+    rows = row_keys(
+        1, torch.tensor(3), torch.tensor([10, 11]), torch.arange(QUERIES if form.startswith("cross") else LENGTH)
+    )
     padding = torch.arange(LENGTH) < torch.tensor([[20], [9]])
     relative = torch.randn(HEADS, 2 * LENGTH - 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     return {
@@ -131,15 +143,22 @@ def attend(core, tensors, mask: AttentionMask) -> list[torch.Tensor]:
 
 def on_a_rank(form: str, kv_heads: int, backend: str):
     """This rank's attention, the same cut out of the whole, and the names of the collectives."""
-    held, queries = Axis(init_device_mesh("cpu", (dist.get_world_size(),))), QUERIES if form.startswith("cross") else LENGTH
+    held, queries = (
+        Axis(init_device_mesh("cpu", (dist.get_world_size(),))),
+        QUERIES if form.startswith("cross") else LENGTH,
+    )
     keys, here, mask = places(LENGTH, held), places(queries, held), mask_of(form)
     core = CoreAttention(0.25, "layers.0.scores", backend)
     whole = drawn(kv_heads, queries)
-    expected = [tensor[:, :, of] for tensor, of in zip(attend(core, whole, mask), (here, here, keys, keys), strict=True)]
+    expected = [
+        tensor[:, :, of] for tensor, of in zip(attend(core, whole, mask), (here, here, keys, keys), strict=True)
+    ]
     mine = mask if mask.rows is None else mask._replace(rows=mask.rows[:, here])
     with Gathers() as gathers:
         found = attend(
-            ContextAttention(core, held), [tensor[:, :, of] for tensor, of in zip(whole, (here, keys, keys, here), strict=True)], mine
+            ContextAttention(core, held),
+            [tensor[:, :, of] for tensor, of in zip(whole, (here, keys, keys, here), strict=True)],
+            mine,
         )
     return expected, found, gathers.names
 
@@ -172,7 +191,9 @@ def pretrain(config) -> None:
     train(config)
 
 
-@pytest.mark.parametrize("changes", [{}, {"reset_attention_mask": True, "reset_position_ids": True, "eod_mask_loss": True}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"reset_attention_mask": True, "reset_position_ids": True, "eod_mask_loss": True}]
+)
 def test_a_run_has_the_numbers_of_one_process(tmp_path, changes) -> None:
     """Dropout and validation on; what two processes began, with their optimizer state in shards, one goes on with."""
     alone = tiny_config(write_corpus(str(tmp_path / "corpus")), str(tmp_path / "alone"), **changes)

@@ -71,7 +71,9 @@ def placements() -> list:
         shape = (rows,) if columns is None else (rows, columns)
         part = torch.empty(shape, device="meta").tensor_split(2)[dist.get_rank()]
         return nn.Parameter(
-            DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=torch.empty(shape).stride())
+            DTensor.from_local(
+                part, mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=torch.empty(shape).stride()
+            )
         )
 
     found: list = [shard_dim(nn.Parameter(torch.empty(5, 4)), 4), shard_dim(split(6, 4), 4), shard_dim(split(7, 4), 4)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megalith.common.errors import ConfigError
-from megalith.config.parallel import ParallelConfig
+from megalith.config.sections.parallel import ParallelConfig
 from megalith.parallel.devices import backend_of
 from megalith.parallel.mesh import join
 
@@ -21,7 +21,10 @@ def test_the_library_of_a_device():
 
 def test_a_library_that_this_torch_lacks_is_refused_before_the_group_starts(monkeypatch):
     available(monkeypatch, "gloo")
-    with pytest.raises(ConfigError, match=r"^--distributed-backend: found 'nccl'; torch \S+ here is built without it, and has gloo. Leave"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^--distributed-backend: found 'nccl'; torch \S+ here is built without it, and has gloo. Leave",
+    ):
         join(ParallelConfig(distributed_backend="nccl", device="cpu"))
     with pytest.raises(ConfigError, match=r"found 'nccl, which the device cuda needs'; .* Install a torch with nccl"):
         backend_of(torch.device("cuda"))
@@ -29,6 +32,8 @@ def test_a_library_that_this_torch_lacks_is_refused_before_the_group_starts(monk
 
 def test_a_library_that_does_not_serve_the_device_is_refused(monkeypatch):
     available(monkeypatch, "gloo", "nccl", "xccl")
-    with pytest.raises(ConfigError, match=r"found 'nccl'; it serves no cpu, the device of this run, whose library is gloo"):
+    with pytest.raises(
+        ConfigError, match=r"found 'nccl'; it serves no cpu, the device of this run, whose library is gloo"
+    ):
         backend_of(CPU, "nccl")
     assert backend_of(torch.device("cuda"), "gloo") == "gloo" and backend_of(torch.device("xpu")) == "xccl"

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from megalith.layers.mask import AttentionMask
 from megalith.parallel import mesh as meshes
 from megalith.parallel.matmul import Linear, Matmul, linear, linears, use
-from megalith.parallel.pipeline_deferred import Queue
+from megalith.parallel.pipeline.deferred import Queue
 from megalith.runtime.build import place
 from megalith.testing import run_ranks
 from tests.parity.cases import config_of

@@ -49,7 +49,10 @@ def after_start(events: list[str], start: str) -> list[list[str]]:
 
 def test_tensor_parallel_backward() -> None:
     forward, backward = run_ranks(block_backward, 2, config_of("absolute", "tp2"))[0]
-    assert [name for name in forward if name not in PRODUCTS] == ["all_reduce", "wait_tensor"] * 2  # after out and after down
+    assert [name for name in forward if name not in PRODUCTS] == [
+        "all_reduce",
+        "wait_tensor",
+    ] * 2  # after out and after down
     in_flight = after_start(backward, "all_reduce")
     assert [len(products) for products in in_flight] == [1, 3]  # weight gradients of up; of q, k and v
     assert all(set(products) <= set(PRODUCTS) for products in in_flight)
@@ -94,7 +97,9 @@ def compiled_code(config: RunConfig) -> str:
 def test_compiled_backward_keeps_the_order() -> None:
     code = run_ranks(compiled_code, 2, config_of("absolute", "tp2 compile"), timeout=280)[0]
     calls = [
-        line for line in code[code.index("def call") :].splitlines() if line.lstrip().startswith(("extern_kernels", "torch.ops._c10d"))
+        line
+        for line in code[code.index("def call") :].splitlines()
+        if line.lstrip().startswith(("extern_kernels", "torch.ops._c10d"))
     ]
     first = next(number for number, line in enumerate(calls) if "all_reduce" in line)
     assert "extern_kernels.mm" in calls[first + 1] and "wait_tensor" in calls[first + 2]

@@ -34,11 +34,21 @@ def message(config: RunConfig, table: plan.Plan) -> str:
 
 
 def each_entry_left_out() -> dict[str, str]:
-    return {entry: message(config_of("rotary"), {key: style for key, style in PLAN.items() if key != entry}) for entry in PLAN}
+    return {
+        entry: message(config_of("rotary"), {key: style for key, style in PLAN.items() if key != entry})
+        for entry in PLAN
+    }
 
 
 def test_a_parameter_that_no_pattern_names_is_an_error() -> None:
-    without_parameters = {"embedding_dropout", "attention.core", "shared_input", "attention_dropout", "mlp_dropout", "token_loss"}
+    without_parameters = {
+        "embedding_dropout",
+        "attention.core",
+        "shared_input",
+        "attention_dropout",
+        "mlp_dropout",
+        "token_loss",
+    }
     absent = {"position_embedding", "embedding_norm"}  # in the rotary form
     for entry, text in run_ranks(each_entry_left_out, 2)[0].items():
         if entry.endswith(tuple(without_parameters | absent)):
@@ -62,7 +72,9 @@ def test_a_pattern_that_matches_nothing_is_an_error() -> None:
 
 def heads_that_do_not_split() -> list[str]:
     config = config_of("absolute")
-    other = config.replace(num_attention_heads=6, kv_channels=8, hidden_size=48, group_query_attention=True, num_query_groups=3)
+    other = config.replace(
+        num_attention_heads=6, kv_channels=8, hidden_size=48, group_query_attention=True, num_query_groups=3
+    )
     return [
         message(config.replace(hidden_size=30, num_attention_heads=3), PLAN),
         message(other, PLAN),
@@ -83,7 +95,11 @@ def described(form: str) -> tuple[dict, bool]:
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor) and parameter.is_meta and isinstance(parameter, torch.nn.Parameter)
         (placement,) = parameter.placements
-        facts[name] = (tuple(parameter.shape), None if placement == Replicate() else placement.dim, tuple(parameter.to_local().shape))
+        facts[name] = (
+            tuple(parameter.shape),
+            None if placement == Replicate() else placement.dim,
+            tuple(parameter.to_local().shape),
+        )
         assert placement in (Replicate(), Shard(0), Shard(1))
     return facts, model.head.weight is model.embedding.weight
 
@@ -95,7 +111,9 @@ def test_names_true_shapes_and_ties_are_kept(form: str) -> None:
     for facts, tied in ranks:
         assert tied and {name: fact[0] for name, fact in facts.items()} == whole
     if form == "odd vocabulary":  # 67 = 17 + 17 + 17 + 16
-        assert [facts["embedding.weight"] for facts, _ in ranks] == [((67, 32), 0, (rows, 32)) for rows in (17, 17, 17, 16)]
+        assert [facts["embedding.weight"] for facts, _ in ranks] == [
+            ((67, 32), 0, (rows, 32)) for rows in (17, 17, 17, 16)
+        ]
         assert ranks[0][0]["layers.1.attention.out.weight"] == ((32, 32), 1, (32, 8))
         assert ranks[0][0]["layers.1.attention.out.bias"] == ((32,), None, (32,))
     else:  # one key/value head, held by all

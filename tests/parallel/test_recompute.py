@@ -3,13 +3,18 @@
 import pytest
 import torch
 
-from megalith.config.recompute import RecomputeConfig
 from megalith.config.run import RunConfig
+from megalith.config.sections.recompute import RecomputeConfig
 from megalith.parallel import recompute
 from megalith.runtime.build import plain
 
 CONFIG = RunConfig().replace(
-    num_layers=4, hidden_size=32, num_attention_heads=4, max_position_embeddings=64, vocab_size=40, attention_backend="explicit"
+    num_layers=4,
+    hidden_size=32,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+    vocab_size=40,
+    attention_backend="explicit",
 )
 KINDS = {
     "selective": RecomputeConfig(recompute_activations=True),
@@ -35,7 +40,11 @@ def measure(config: RecomputeConfig) -> tuple[dict[str, torch.Tensor], int, list
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = model(
-            ids[:, :-1], labels=ids[:, 1:], loss_weights=torch.full((2, 64), 1 / 128), samples=torch.arange(2), step=torch.tensor(5)
+            ids[:, :-1],
+            labels=ids[:, 1:],
+            loss_weights=torch.full((2, 64), 1 / 128),
+            samples=torch.arange(2),
+            step=torch.tensor(5),
         ).sum()
     shapes = [tuple(tensor.shape) for tensor in kept.values()]
     size = sum(tensor.numel() for tensor in kept.values())

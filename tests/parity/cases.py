@@ -62,7 +62,10 @@ LAYOUTS: dict[str, tuple[int, dict]] = {
     "dp 2x2": (4, {"data_parallel_sharding": "full", "data_parallel_replicas": 2}),
     "tp2 dp2": (4, {"tensor_model_parallel_size": 2}),
     "tp2 dp2 optimizer": (4, {"tensor_model_parallel_size": 2, "use_distributed_optimizer": True}),
-    "tp2 sp dp2 full": (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "data_parallel_sharding": "full"}),
+    "tp2 sp dp2 full": (
+        4,
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True, "data_parallel_sharding": "full"},
+    ),
     "cp2": (2, {"context_parallel_size": 2}),
     "cp4": (4, {"context_parallel_size": 4}),
     "cp2 tp2": (4, {"context_parallel_size": 2, "tensor_model_parallel_size": 2}),
@@ -73,7 +76,12 @@ LAYOUTS: dict[str, tuple[int, dict]] = {
     "cp2 selective": (2, {"context_parallel_size": 2, "recompute_activations": True}),
     "cp2 full uniform": (
         2,
-        {"context_parallel_size": 2, "recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2},
+        {
+            "context_parallel_size": 2,
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 2,
+        },
     ),
     "cp2 compile": (2, {"context_parallel_size": 2, "compile": True}),
     "cp2 selective compile": (2, {"context_parallel_size": 2, "recompute_activations": True, "compile": True}),
@@ -113,14 +121,25 @@ PIPELINES: dict[str, tuple[int, dict]] = {
         },
     ),
     "pp2 dp2": (4, {"pipeline_model_parallel_size": 2}),
-    "zbv dp2 full": (4, {"pipeline_model_parallel_size": 2, "pipeline_schedule": "zbv", "data_parallel_sharding": "full"}),
+    "zbv dp2 full": (
+        4,
+        {"pipeline_model_parallel_size": 2, "pipeline_schedule": "zbv", "data_parallel_sharding": "full"},
+    ),
     "tp2 pp2 dp2": (8, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
     "pp2 compile": (2, {"pipeline_model_parallel_size": 2, "compile": True}),
     "pp2 full uniform": (
         2,
-        {"pipeline_model_parallel_size": 2, "recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2},
+        {
+            "pipeline_model_parallel_size": 2,
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 2,
+        },
     ),
-    "zbv selective": (2, {"pipeline_model_parallel_size": 2, "pipeline_schedule": "zbv", "recompute_activations": True}),
+    "zbv selective": (
+        2,
+        {"pipeline_model_parallel_size": 2, "pipeline_schedule": "zbv", "recompute_activations": True},
+    ),
 }
 LAYOUTS |= PIPELINES
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megalith.parallel import collectives, context, mappings, matmul, pipeline_deferred, styles, vocabulary
+from megalith.parallel import collectives, context, mappings, matmul, styles, vocabulary
+from megalith.parallel.pipeline import deferred as pipeline_deferred
 from megalith.parallel.plans.bert import PLAN as BERT
 from megalith.parallel.plans.gpt import PLAN
 from megalith.parallel.plans.t5 import PLAN as T5
@@ -50,13 +51,17 @@ def in_context(name: str, wrong: Callable) -> contextlib.AbstractContextManager:
 def shuffled_padding(batch, axis, sequences):
     """A padding mask in the order of the processes that it was gathered from, not that of the sequence."""
     taken = part(batch, axis, sequences)
-    order = [context.places(batch["input_ids"].shape[1], mock.Mock(rank=rank, size=axis.size)) for rank in range(axis.size)]
+    order = [
+        context.places(batch["input_ids"].shape[1], mock.Mock(rank=rank, size=axis.size)) for rank in range(axis.size)
+    ]
     return taken | {"padding_mask": taken["padding_mask"][:, torch.cat(order)]}
 
 
 def shuffled_keys(k, v, axis):
     """Keys and values in the order of the processes that they were gathered from."""
-    order = torch.cat([context.places(k.shape[2] * axis.size, mock.Mock(rank=rank, size=axis.size)) for rank in range(axis.size)])
+    order = torch.cat(
+        [context.places(k.shape[2] * axis.size, mock.Mock(rank=rank, size=axis.size)) for rank in range(axis.size)]
+    )
     return tuple(x.index_select(2, order) for x in join(k, v, axis))
 
 
@@ -117,22 +122,46 @@ MUTATIONS: dict[str, tuple[str, str, Callable[[], contextlib.AbstractContextMana
     "head's bias not summed": ("bert", "tp2", lambda: bert_entry("head", unsummed(styles.head))),
     "first token of each part": ("bert", "tp2 sp", lambda: bert_entry("first_token", untold)),
     "memory's gradient not summed": ("t5", "tp2", lambda: t5_entry("memory", untold)),
-    "memory gathered in each layer too": ("t5", "tp2 sp", lambda: t5_entry("layers.*.cross_attention.shared_memory", styles.shared_input)),
-    "norm of queries to the memory not summed": ("t5", "tp2 sp", lambda: t5_entry("layers.*.cross_norm", unsummed(styles.copy))),
+    "memory gathered in each layer too": (
+        "t5",
+        "tp2 sp",
+        lambda: t5_entry("layers.*.cross_attention.shared_memory", styles.shared_input),
+    ),
+    "norm of queries to the memory not summed": (
+        "t5",
+        "tp2 sp",
+        lambda: t5_entry("layers.*.cross_norm", unsummed(styles.copy)),
+    ),
     "encoder's norm not summed": ("t5 relative", "tp2 sp", lambda: t5_entry("encoder_norm", unsummed(styles.copy))),
-    "cross scores dropped as other heads'": ("t5 dropout", "tp2", lambda: t5_entry("layers.*.cross_attention.core", untold)),
+    "cross scores dropped as other heads'": (
+        "t5 dropout",
+        "tp2",
+        lambda: t5_entry("layers.*.cross_attention.core", untold),
+    ),
     "cross dropout of other rows": ("t5 dropout", "tp2 sp", lambda: t5_entry("layers.*.cross_dropout", first_part)),
-    "order counted by each part": ("bert", "cp2", lambda: mock.patch("megalith.models.bert.sequence_loss", order_everywhere)),
+    "order counted by each part": (
+        "bert",
+        "cp2",
+        lambda: mock.patch("megalith.models.bert.sequence_loss", order_everywhere),
+    ),
     "padding in the order of processes": ("t5", "cp2", lambda: in_context("part", shuffled_padding)),
     "padding not gathered": ("t5", "cp2", lambda: in_context("WHOLE", ())),
     "decoder's places in a part": ("t5", "cp2", lambda: in_context("part", one_sequence)),
     "decoder's dropout of other rows": ("t5 dropout", "cp2", lambda: in_context("part", one_sequence)),
     "bias of a part's distances": ("t5 relative", "cp2", lambda: in_context("BIASES", ())),
-    "bias as if the queries were the last": ("t5 relative", "cp2", lambda: in_context("seen_from", lambda table, end, length: table)),
+    "bias as if the queries were the last": (
+        "t5 relative",
+        "cp2",
+        lambda: in_context("seen_from", lambda table, end, length: table),
+    ),
     "keys in the order of processes": ("t5", "cp2", lambda: in_context("join", shuffled_keys)),
     "keys not summed": ("alibi", "tp2", lambda: entry("layers.*.attention.k", unsummed(styles.heads))),
     "row bias not summed": ("absolute", "tp2 sp", lambda: entry("layers.*.mlp.down", unsummed(styles.row))),
-    "positions not summed": ("absolute", "tp2 sp", lambda: entry("position_embedding", unsummed(styles.part_embedding))),
+    "positions not summed": (
+        "absolute",
+        "tp2 sp",
+        lambda: entry("position_embedding", unsummed(styles.part_embedding)),
+    ),
     "embedding dropout of other rows": ("dropout", "tp2 sp", lambda: entry("embedding_dropout", first_part)),
     "MLP dropout of other rows": ("dropout", "tp2 sp", lambda: entry("layers.*.mlp_dropout", first_part)),
     "attention dropout of all rows": ("dropout", "tp2 sp", lambda: entry("layers.*.attention_dropout", untold)),
@@ -157,19 +186,31 @@ MUTATIONS: dict[str, tuple[str, str, Callable[[], contextlib.AbstractContextMana
         "dp2 none",
         lambda: mock.patch("megalith.parallel.data_parallel.Replicas.finish", lambda self: None),
     ),
-    "shards averaged": ("absolute", "dp2 full", lambda: mock.patch("torch.distributed.fsdp.FSDPModule.set_gradient_divide_factor")),
+    "shards averaged": (
+        "absolute",
+        "dp2 full",
+        lambda: mock.patch("torch.distributed.fsdp.FSDPModule.set_gradient_divide_factor"),
+    ),
     "copies not summed over stages": (
         "absolute",
         "pp2",
-        lambda: mock.patch("megalith.parallel.pipeline_shared.Shared.sum_gradients", lambda self: None),
+        lambda: mock.patch("megalith.parallel.pipeline.shared.Shared.sum_gradients", lambda self: None),
     ),
     "copies not summed on one process": (
         "absolute",
         "zbv",
-        lambda: mock.patch("megalith.parallel.pipeline_shared.Shared.sum_gradients", lambda self: None),
+        lambda: mock.patch("megalith.parallel.pipeline.shared.Shared.sum_gradients", lambda self: None),
     ),
-    "late weight gradients lost": ("rotary", "zbv", lambda: mock.patch.object(pipeline_deferred, "run", lambda work: None)),
-    "normalised by own tokens": ("absolute", "dp2 none", lambda: mock.patch.object(forward_backward, "global_counts", local_count)),
+    "late weight gradients lost": (
+        "rotary",
+        "zbv",
+        lambda: mock.patch.object(pipeline_deferred, "run", lambda work: None),
+    ),
+    "normalised by own tokens": (
+        "absolute",
+        "dp2 none",
+        lambda: mock.patch.object(forward_backward, "global_counts", local_count),
+    ),
 }
 
 
@@ -194,7 +235,12 @@ def test_break_is_caught(name: str) -> None:
     except (RuntimeError, IndexError, ValueError):  # shapes that do not fit: noticed without any comparison
         return
     expected = alone(form, layout in PIPELINES)
-    elsewhere = [{name: value for name, value in expected.gradients.items() if name not in part.weights} for part in parts]
-    whole = [dataclasses.replace(part, gradients=other | part.gradients) for part, other in zip(parts, elsewhere, strict=True)]
+    elsewhere = [
+        {name: value for name, value in expected.gradients.items() if name not in part.weights} for part in parts
+    ]
+    whole = [
+        dataclasses.replace(part, gradients=other | part.gradients)
+        for part, other in zip(parts, elsewhere, strict=True)
+    ]
     worst = max(difference.error for part in whole for difference in compare(expected, part, DTYPE))
     assert worst > 100 * TOLERANCE[DTYPE], f"{name} went unnoticed: worst difference {worst}"

@@ -69,7 +69,9 @@ def check(form: str, layout: str, dtype: torch.dtype) -> None:
     for name, weight in expected.weights.items():
         assert torch.equal(found.weights[name], weight), f"{name} starts from other values"
     for part in parts:  # what several ranks hold must be right on each of them
-        own = Measured(part.loss, part.weights, {name: expected.gradients[name] for name in expected.gradients} | part.gradients)
+        own = Measured(
+            part.loss, part.weights, {name: expected.gradients[name] for name in expected.gradients} | part.gradients
+        )
         loss, worst, *_ = compare(expected, own, dtype)
         assert loss.error <= TOLERANCE[dtype] and worst.error <= TOLERANCE[dtype], (loss, worst)
     loss, worst, *_ = compare(expected, found, dtype)

@@ -11,7 +11,7 @@ from megalith.optim.schedule import Schedule
 from megalith.parallel import mesh as meshes
 from megalith.runtime.build import place
 from megalith.testing import parity, run_ranks
-from megalith.training.state import Progress
+from megalith.training.resume.state import Progress
 from megalith.training.step import Trainer, train_step
 from megalith.training.tasks import LanguageModelling
 from tests.parity.cases import LAYOUTS, config_of

@@ -31,7 +31,9 @@ def test_twice_and_resumed(form, corpus, tmp_path):
 
 @pytest.mark.parametrize("google", [False, True])
 def test_bert_twice_and_resumed(google, sentences, tmp_path):
-    check_bits(functools.partial(tiny_bert, sentences, norm_after_residual=google, bert_no_binary_head=google), tmp_path)
+    check_bits(
+        functools.partial(tiny_bert, sentences, norm_after_residual=google, bert_no_binary_head=google), tmp_path
+    )
 
 
 @pytest.mark.slow
@@ -66,7 +68,10 @@ def check_bits(make, tmp_path):
     assert len(expected) == 12
     assert losses(str(tmp_path / "again")) == expected
     assert losses(str(tmp_path / "stopped")) == expected
-    norms = [[line["grad_norm"] for line in records(str(tmp_path / name)) if "grad_norm" in line] for name in ("once", "stopped")]
+    norms = [
+        [line["grad_norm"] for line in records(str(tmp_path / name)) if "grad_norm" in line]
+        for name in ("once", "stopped")
+    ]
     assert norms[0] == norms[1]
     one, two = (checkpoint.read_full(tmp_path / name / "checkpoints" / "iter_0000012") for name in ("once", "stopped"))
     assert one.keys() == two.keys()

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megalith import checkpoint
 from megalith.common.errors import ConfigError
 from megalith.common.locks import LockedError, locked
-from megalith.config.loading import to_yaml
+from megalith.config.flags.loading import to_yaml
 from megalith.training.pretrain import train
 from tests.tiny import losses, tiny_config
 
@@ -62,7 +62,13 @@ def wait_for_steps(folder: pathlib.Path, count: int, process: subprocess.Popen) 
 
 def endless(corpus: str, tmp_path: pathlib.Path, **changes):
     """A run that does not end by itself, written to run.yaml."""
-    values = {"train_iters": 100000, "lr_decay_style": "constant", "eval_iters": 0, "save_interval": 5, "micro_batch_size": 1}
+    values = {
+        "train_iters": 100000,
+        "lr_decay_style": "constant",
+        "eval_iters": 0,
+        "save_interval": 5,
+        "micro_batch_size": 1,
+    }
     config = tiny_config(corpus, str(tmp_path / "run"), **(values | changes))
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     return config
@@ -70,7 +76,9 @@ def endless(corpus: str, tmp_path: pathlib.Path, **changes):
 
 def last_step(output: str, rank: int, world: int) -> int:
     """The step that a rank says was its last."""
-    found = re.search(rf"megalith: rank {rank} of {world}, after step (\d+): contact with another rank was lost", output)
+    found = re.search(
+        rf"megalith: rank {rank} of {world}, after step (\d+): contact with another rank was lost", output
+    )
     assert found, output
     return int(found[1])
 
@@ -133,7 +141,10 @@ def test_different_configs_are_an_error_at_the_start(ranks, corpus, tmp_path):
     config = tiny_config(corpus, str(tmp_path / "run"), global_batch_size=12)
     with pytest.raises(ConfigError) as caught:
         ranks(different, 4, config.replace(micro_batch_size=1))
-    assert "--tensor-model-parallel-size is 1 on rank 0 and 2 on rank 2; --lr is 0.005 on rank 0 and 0.002 on rank 2" in str(caught.value)
+    assert (
+        "--tensor-model-parallel-size is 1 on rank 0 and 2 on rank 2; --lr is 0.005 on rank 0 and 0.002 on rank 2"
+        in str(caught.value)
+    )
     assert not (tmp_path / "run").exists()
 
 

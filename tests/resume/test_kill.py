@@ -11,7 +11,7 @@ import time
 import pytest
 
 from megalith import checkpoint
-from megalith.config.loading import to_yaml
+from megalith.config.flags.loading import to_yaml
 from tests.tiny import losses, tiny_config
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -19,14 +19,26 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def start(folder: pathlib.Path, config) -> subprocess.Popen:
     (folder / "run.yaml").write_text(to_yaml(config))
-    command = [sys.executable, "-m", "megalith", "pretrain", "gpt", "--config", str(folder / "run.yaml"), "--print-config", "none"]
+    command = [
+        sys.executable,
+        "-m",
+        "megalith",
+        "pretrain",
+        "gpt",
+        "--config",
+        str(folder / "run.yaml"),
+        "--print-config",
+        "none",
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def wait_for_a_checkpoint(checkpoints: pathlib.Path, newer_than: int) -> None:
     deadline = time.monotonic() + 120
-    while (checkpoint.latest(checkpoints) or 0) <= newer_than:  # the pointer: a killed save may leave a newer folder without it
+    while (
+        checkpoint.latest(checkpoints) or 0
+    ) <= newer_than:  # the pointer: a killed save may leave a newer folder without it
         assert time.monotonic() < deadline, "no checkpoint came"
         time.sleep(0.005)
 
@@ -34,7 +46,13 @@ def wait_for_a_checkpoint(checkpoints: pathlib.Path, newer_than: int) -> None:
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_kill_during_saves(kills, corpus, tmp_path):
     config = tiny_config(
-        corpus, str(tmp_path / "run"), train_iters=100000, save_interval=1, eval_iters=0, lr_decay_style="constant", keep_last=2
+        corpus,
+        str(tmp_path / "run"),
+        train_iters=100000,
+        save_interval=1,
+        eval_iters=0,
+        lr_decay_style="constant",
+        keep_last=2,
     )
     chance, checkpoints = random.Random(7), tmp_path / "run" / "checkpoints"
     last = 0
@@ -52,7 +70,9 @@ def test_kill_during_saves(kills, corpus, tmp_path):
 
 
 def test_sigterm_saves_and_exits_with_zero(corpus, tmp_path):
-    config = tiny_config(corpus, str(tmp_path / "run"), train_iters=100000, save_interval=100000, eval_iters=0, lr_decay_style="constant")
+    config = tiny_config(
+        corpus, str(tmp_path / "run"), train_iters=100000, save_interval=100000, eval_iters=0, lr_decay_style="constant"
+    )
     process = start(tmp_path, config)
     deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "metrics.jsonl").exists() or len(losses(str(tmp_path / "run"))) < 3:

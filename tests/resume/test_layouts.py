@@ -16,10 +16,18 @@ pytestmark = pytest.mark.slow  # eight processes; test_bits.py resumes in other 
 LAYOUTS: dict[str, tuple[int, dict]] = {
     "one process": (1, {}),
     "tp4": (4, {"tensor_model_parallel_size": 4}),
-    "pp4 interleaved": (4, {"pipeline_model_parallel_size": 4, "num_layers_per_virtual_pipeline_stage": 1, "micro_batch_size": 1}),
+    "pp4 interleaved": (
+        4,
+        {"pipeline_model_parallel_size": 4, "num_layers_per_virtual_pipeline_stage": 1, "micro_batch_size": 1},
+    ),
     "tp2 sp dp2 full": (
         4,
-        {"tensor_model_parallel_size": 2, "sequence_parallel": True, "data_parallel_sharding": "full", "micro_batch_size": 2},
+        {
+            "tensor_model_parallel_size": 2,
+            "sequence_parallel": True,
+            "data_parallel_sharding": "full",
+            "micro_batch_size": 2,
+        },
     ),
 }
 
@@ -51,7 +59,9 @@ def test_resumes_in_another_layout(ranks, runs, layout, corpus, tmp_path):
     expected, found = (records(str(folder)) for folder in (runs / "whole", tmp_path / "moved"))
     assert [line["step"] for line in found] == list(range(1, STEPS + 1))
     for key in ("loss", "grad_norm"):
-        assert [line[key] for line in found[SAVED:]] == pytest.approx([line[key] for line in expected[SAVED:]], rel=1e-4)
+        assert [line[key] for line in found[SAVED:]] == pytest.approx(
+            [line[key] for line in expected[SAVED:]], rel=1e-4
+        )
 
 
 def test_without_the_optimizer_the_curve_is_another(runs, corpus, tmp_path):
@@ -63,5 +73,7 @@ def test_without_the_optimizer_the_curve_is_another(runs, corpus, tmp_path):
 
 def test_a_batch_that_does_not_divide_is_an_error(ranks, runs, corpus, tmp_path):
     shutil.copytree(runs / "stopped", tmp_path / "moved")
-    with pytest.raises(ConfigError, match="found 8; it must be a multiple of --micro-batch-size 2 x data-parallel size 3 = 6"):
+    with pytest.raises(
+        ConfigError, match="found 8; it must be a multiple of --micro-batch-size 2 x data-parallel size 3 = 6"
+    ):
         ranks(run, 3, config_of(corpus, tmp_path / "moved", micro_batch_size=2))

@@ -5,13 +5,13 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore  # joins as any rank of any world, alone
 
-from megalith.config.megatron_counts import padded_vocabulary, rank_parameters
+from megalith.config.megatron.counts import padded_vocabulary, rank_parameters
 from megalith.config.run import RunConfig
 from megalith.config.stages import layers_of
 from megalith.parallel import plan
 from megalith.parallel.collectives import Axis
 from megalith.parallel.mesh import grid
-from megalith.parallel.pipeline_cut import Cut
+from megalith.parallel.pipeline.cut import Cut
 from megalith.runtime.build import meta_model
 
 GPT2_LARGE = RunConfig().replace(
@@ -20,7 +20,9 @@ GPT2_LARGE = RunConfig().replace(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("rank", "parameters"), [(0, 210_753_280), (1, 210_753_280), (2, 209_445_120), (3, 209_445_120)])
+@pytest.mark.parametrize(
+    ("rank", "parameters"), [(0, 210_753_280), (1, 210_753_280), (2, 209_445_120), (3, 209_445_120)]
+)
 def test_gpt2_large_on_two_by_two(rank: int, parameters: int):
     vocabulary = padded_vocabulary(50257, GPT2_LARGE.model.make_vocab_size_divisible_by, 2)
     assert vocabulary - 50257 == 175

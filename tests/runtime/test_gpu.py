@@ -65,7 +65,9 @@ def test_flex_attention_equals_the_reference(kind, device):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"bf16": True}, {"bf16": True, "compile": True}, {"fp16": True}], ids=["float32", "bf16", "compiled", "fp16"]
+    "changes",
+    [{}, {"bf16": True}, {"bf16": True, "compile": True}, {"fp16": True}],
+    ids=["float32", "bf16", "compiled", "fp16"],
 )
 def test_a_run_trains_resumes_and_writes(changes, tmp_path, device):
     import megalith
@@ -73,7 +75,9 @@ def test_a_run_trains_resumes_and_writes(changes, tmp_path, device):
     from tests.tiny import write_corpus
 
     corpus = write_corpus(str(tmp_path / "corpus"))
-    config = tiny_config(corpus, str(tmp_path / "run"), device=device.type, train_iters=40, deterministic_mode=True, **changes)
+    config = tiny_config(
+        corpus, str(tmp_path / "run"), device=device.type, train_iters=40, deterministic_mode=True, **changes
+    )
     train(config.replace(exit_interval=20))
     train(config)
     found = losses(str(tmp_path / "run"))

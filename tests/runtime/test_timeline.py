@@ -2,7 +2,7 @@
 
 import pytest
 
-from megalith.parallel.schedules import order
+from megalith.parallel.pipeline.schedules import order
 from megalith.runtime import timeline
 from megalith.runtime.build import place, start
 from megalith.testing import parity, run_ranks

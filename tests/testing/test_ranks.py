@@ -20,7 +20,12 @@ def add_rank(value):
     tensor = torch.tensor([float(value + dist.get_rank())], requires_grad=True)
     total = tensor * 1
     dist.all_reduce(total)
-    return {"sum": total, "rank": dist.get_rank(), "world": int(os.environ["WORLD_SIZE"]), "threads": torch.get_num_threads()}
+    return {
+        "sum": total,
+        "rank": dist.get_rank(),
+        "world": int(os.environ["WORLD_SIZE"]),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def fail_on(rank):

@@ -12,7 +12,9 @@ class Contrastive(PooledTask):
     metric_names = ("accuracy",)
 
     def counts(self, batch):
-        here = "coordinates" not in batch or int(batch["coordinates"][0]) == 0  # with context parallelism, one process of a sequence
+        here = (
+            "coordinates" not in batch or int(batch["coordinates"][0]) == 0
+        )  # with context parallelism, one process of a sequence
         return {"contrastive loss": torch.tensor(len(batch["input_ids"]) * here)}
 
     def inputs(self, batch, counts):

@@ -9,7 +9,7 @@ import pytest
 
 from megalith.training.callbacks import Callback, RunInfo, StepRecord
 from megalith.training.duties import ExitInterval, SaveCheckpoints, StopSignal, Validate
-from megalith.training.state import FAILED, OVER, SIGNAL, Progress
+from megalith.training.resume.state import FAILED, OVER, SIGNAL, Progress
 from tests.tiny import tiny_config
 
 
@@ -35,7 +35,13 @@ def run_info(**changes) -> RunInfo:
 def step(number: int) -> StepRecord:
     rates = {"learning_rate": 1.0, "weight_decay": 0.0}
     return StepRecord(
-        step=number, consumed_samples=8 * number, losses={"lm loss": 1.0}, global_batch_size=8, tokens=1, seconds=1.0, **rates
+        step=number,
+        consumed_samples=8 * number,
+        losses={"lm loss": 1.0},
+        global_batch_size=8,
+        tokens=1,
+        seconds=1.0,
+        **rates,
     )
 
 

@@ -50,7 +50,9 @@ def module(tmp_path, monkeypatch):
 def test_own_dataset_and_loss(module, corpus, tmp_path):
     from megalith.training.pretrain import train
 
-    config = tiny_config(corpus, str(tmp_path / "run"), dataset=f"{module}:Squares", loss=f"{module}:Focal", train_iters=30, eval_iters=0)
+    config = tiny_config(
+        corpus, str(tmp_path / "run"), dataset=f"{module}:Squares", loss=f"{module}:Focal", train_iters=30, eval_iters=0
+    )
     train(config)
     found = losses(str(tmp_path / "run"))
     assert found[0] > 6.0, "3.9 to the power of 1.5"

@@ -6,16 +6,22 @@ import torch.distributed as dist
 
 from megalith.common.errors import DataError, RankError, TrainingError
 from megalith.training.failures import broken_collective, named
-from megalith.training.state import Progress
+from megalith.training.resume.state import Progress
 
 
 def test_a_broken_collective_is_found_behind_what_others_made_of_it():
-    broken = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1")
+    broken = RuntimeError(
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1"
+    )
     outer = RuntimeError("stage 1 failed to run its forward pass")
     outer.__cause__ = broken
     assert broken_collective(outer) is broken_collective(broken) is broken
     assert broken_collective(dist.DistBackendError("of any text")) is not None
-    for other in (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("Connection closed by peer"), None):
+    for other in (
+        RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+        ValueError("Connection closed by peer"),
+        None,
+    ):
         assert broken_collective(other) is None
 
 
@@ -28,7 +34,9 @@ def raising(error: Exception) -> None:
 def test_errors_name_rank_and_step(ranks):
     with pytest.raises(DataError, match=r"^no such document \(on rank \d of 2, after step 7\)"):
         ranks(raising, 2, DataError("no such document"))
-    with pytest.raises(RankError, match=r"^rank \d of 2, after step 7: contact with another rank was lost: .*pair closure"):
+    with pytest.raises(
+        RankError, match=r"^rank \d of 2, after step 7: contact with another rank was lost: .*pair closure"
+    ):
         ranks(raising, 2, RuntimeError("Application timeout caused pair closure"))
     with pytest.raises(RuntimeError, match="shapes") as caught:
         ranks(raising, 2, RuntimeError("shapes"))
@@ -43,6 +51,8 @@ def test_one_process_needs_no_names():
 
 def test_a_compiled_file_of_a_killed_process_is_named():
     """So ended a compiled run beside one that had been killed."""
-    with pytest.raises(TrainingError, match=r"^after step 0: .*file too short; .* Delete /tmp/inductor/tb/c7.main.so; go on.$"):
+    with pytest.raises(
+        TrainingError, match=r"^after step 0: .*file too short; .* Delete /tmp/inductor/tb/c7.main.so; go on.$"
+    ):
         with named(Progress(), lambda: "go on"):
             raise ImportError("/tmp/inductor/tb/c7.main.so: file too short")

@@ -8,13 +8,14 @@ import torch
 import transformers
 
 import megalith
-from megalith.checkpoint import formats, huggingface
+from megalith.checkpoint import formats
 from megalith.checkpoint.formats import FORMATS, Options
+from megalith.checkpoint.formats.huggingface import conversion as huggingface
 from megalith.cli.main import main
 from megalith.common.errors import CheckpointError, ConfigError
 from megalith.config.run import RunConfig
 from megalith.data.build import build_datasets
-from megalith.data.tokenizers import tokenizer_from_config
+from megalith.data.tokenizers.tokenizer import tokenizer_from_config
 from megalith.runtime.load import weights_of
 from megalith.training.pretrain import train
 from megalith.workflows.conversion import convert
@@ -66,7 +67,14 @@ def config_of(source: str, load: str, corpus: str, sentences: str, folder: pathl
     run, prefix = {"bert": (tiny_bert, sentences), "t5": (tiny_t5, sentences)}.get(source, (tiny_config, corpus))
     form = vars(formats.read(load, options=Options(replicas="first")).config.model)
     rows = {"vocab_size": form["vocab_size"] - 1 if prefix == corpus else form["vocab_size"]}  # NullTokenizer adds one
-    given = {**form, **rows, "hidden_dropout": 0.0, "attention_dropout": 0.0, "load": load, "finetune": source == "megatron"}
+    given = {
+        **form,
+        **rows,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "load": load,
+        "finetune": source == "megatron",
+    }
     return run(prefix, str(folder), **{**ONE, **given, "micro_batch_size": 4, **changes})
 
 
@@ -82,10 +90,16 @@ def of_transformers(model: torch.nn.Module, config: RunConfig) -> float:
     tokenizer = tokenizer_from_config(config.data, vocab_size=config.model.vocab_size)
     dataset = build_datasets(config, tokenizer, run_folder=config.run_folder)["train"]
     batch = {name: torch.stack([torch.tensor(dataset[i][name]).long() for i in range(8)]) for name in dataset[0]}
-    more = {"attention_mask": batch["padding_mask"], "decoder_input_ids": batch["decoder_input_ids"]} if "padding_mask" in batch else {}
+    more = (
+        {"attention_mask": batch["padding_mask"], "decoder_input_ids": batch["decoder_input_ids"]}
+        if "padding_mask" in batch
+        else {}
+    )
     with torch.no_grad():
         logits = model.eval()(batch["input_ids"], **more).logits
-    each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="none", ignore_index=-1)
+    each = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch["labels"].flatten(), reduction="none", ignore_index=-1
+    )
     return float((each * batch["loss_mask"].flatten()).sum() / batch["loss_mask"].sum())
 
 
@@ -117,8 +131,14 @@ def test_two_layouts_of_a_hugging_face_folder(sources, ranks, corpus, sentences,
     one, two = (config_of("llama", sources["llama"], corpus, sentences, tmp_path / name) for name in ("one", "two"))
     train(one)
     said = capsys.readouterr().out
-    assert f"--load {sources['llama']} holds weights that belong to no step of a run: it begins with them at step 0" in said
-    assert f"loaded from {sources['llama']}: the weights; not the optimizer's state, the schedule and the counts of steps" in said
+    assert (
+        f"--load {sources['llama']} holds weights that belong to no step of a run: it begins with them at step 0"
+        in said
+    )
+    assert (
+        f"loaded from {sources['llama']}: the weights; not the optimizer's state, the schedule and the counts of steps"
+        in said
+    )
     assert train(one).iteration == 1, "the same command goes on with the run's own checkpoint"
     ranks(run_all, 2, [two.replace(**LAYOUTS["tp2"][1])])
     assert losses(str(tmp_path / "two")) == pytest.approx(losses(str(tmp_path / "one")), rel=1e-5)
@@ -126,7 +146,9 @@ def test_two_layouts_of_a_hugging_face_folder(sources, ranks, corpus, sentences,
 
 def test_another_model_names_both_values(sources, corpus, sentences, tmp_path) -> None:
     config = config_of("llama", sources["llama"], corpus, sentences, tmp_path / "run")
-    with pytest.raises(CheckpointError, match=r"--num-query-groups is 4, was 2.* Give --num-query-groups 2, or --use-checkpoint-args"):
+    with pytest.raises(
+        CheckpointError, match=r"--num-query-groups is 4, was 2.* Give --num-query-groups 2, or --use-checkpoint-args"
+    ):
         train(config.replace(num_query_groups=4))
     with pytest.raises(CheckpointError, match="--rotary-interleaved is True, was False"):
         train(config.replace(rotary_interleaved=True))
@@ -138,7 +160,12 @@ def test_megatron_goes_on_where_it_has_a_state(corpus, tmp_path, ranks) -> None:
     """Weights, moments, schedule and counts straight from Megatron's files, bit for bit in one process, and in a layout."""
     run = tmp_path / "run"
     train(tiny_config(corpus, str(run), save_interval=6, eval_iters=0))
-    options = Options(tensor_model_parallel_size=2, pipeline_model_parallel_size=2, with_optimizer=True, use_distributed_optimizer=True)
+    options = Options(
+        tensor_model_parallel_size=2,
+        pipeline_model_parallel_size=2,
+        with_optimizer=True,
+        use_distributed_optimizer=True,
+    )
     FORMATS.find("megatron").write(formats.read(run / "checkpoints/iter_0000006"), tmp_path / "megatron", options)
     on = tiny_config(corpus, str(tmp_path / "on"), load=str(tmp_path / "megatron"), eval_iters=0)
     train(on)
@@ -149,9 +176,13 @@ def test_megatron_goes_on_where_it_has_a_state(corpus, tmp_path, ranks) -> None:
         train(on)
     for flags, iteration in (({"no_load_optim": True}, 12), ({"finetune": True}, 2)):
         other = on.replace(run_dir=str(tmp_path / "other"), fresh=True, **flags)
-        assert train(other.replace(train_iters=2, lr_warmup_iters=1) if iteration == 2 else other).iteration == iteration
+        assert (
+            train(other.replace(train_iters=2, lr_warmup_iters=1) if iteration == 2 else other).iteration == iteration
+        )
     shutil.copytree(tmp_path / "megatron", tmp_path / "both")
-    with pytest.raises(ConfigError, match=r"both .*, which holds a checkpoint in the format megatron.*Name another --save"):
+    with pytest.raises(
+        ConfigError, match=r"both .*, which holds a checkpoint in the format megatron.*Name another --save"
+    ):
         train(on.replace(load=str(tmp_path / "both"), save=str(tmp_path / "both"), run_dir=str(tmp_path / "new")))
 
 
@@ -171,7 +202,9 @@ def test_a_release_without_arguments(corpus, tmp_path, monkeypatch) -> None:
     """The zip of one, as it was downloaded: what its files do not say, the command says; it begins at step 0."""
     monkeypatch.setenv("MEGALITH_CACHE", str(tmp_path / "cache"))
     model, _ = megatron_files.release(tmp_path / "release.zip", words=49, padded=128)
-    run = tiny_config(corpus, str(tmp_path / "run"), **{**ONE, **vars(model), "vocab_size": 48, "load": str(tmp_path / "release.zip")})
+    run = tiny_config(
+        corpus, str(tmp_path / "run"), **{**ONE, **vars(model), "vocab_size": 48, "load": str(tmp_path / "release.zip")}
+    )
     train(run)
     given = {"num_attention_heads": 8, "vocab_size": 49}
     convert(tmp_path / "release.zip", tmp_path / "ours", to="megalith", options=Options(overrides=given))
@@ -198,8 +231,19 @@ def test_the_command_line(sources, corpus, tmp_path, capsys) -> None:
     assert main([*command.split(), "--use-checkpoint-args", "--dry-run"]) == 0
     assert "--load: " not in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
-    assert main([*COMMAND.format(load=tmp_path / "empty", save=tmp_path / "new", corpus=corpus).split(), *shape.split(), "--dry-run"]) == 1
-    assert "holds no complete checkpoint (iter_NNNNNNN/), nor weights in another known format" in capsys.readouterr().err
+    assert (
+        main(
+            [
+                *COMMAND.format(load=tmp_path / "empty", save=tmp_path / "new", corpus=corpus).split(),
+                *shape.split(),
+                "--dry-run",
+            ]
+        )
+        == 1
+    )
+    assert (
+        "holds no complete checkpoint (iter_NNNNNNN/), nor weights in another known format" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "t5"])

@@ -13,7 +13,7 @@ from megalith.training.callbacks import ValidationRecord
 from megalith.training.duties import SaveCheckpoints
 from megalith.training.guards import EMPTY_STEPS, Retain, StopDiverged, StopUnlearned
 from megalith.training.pretrain import train
-from megalith.training.state import Progress
+from megalith.training.resume.state import Progress
 from megalith.training.tasks import LanguageModelling
 from tests.tiny import losses, records, tiny_config
 from tests.training.records import run_info, step
@@ -79,7 +79,9 @@ def test_a_diverged_run_stops_and_the_good_checkpoints_stay(corpus, tmp_path, pr
 def test_float16_stops_ten_steps_after_no_scale_can_help(corpus, tmp_path):
     """Weights of 100 overflow float16 in the forward pass, whatever the scale; --keep-last 1 keeps what was good before them."""
     run = str(tmp_path / "run")
-    config = tiny_config(corpus, run, eval_iters=0, train_iters=7, fp16=True, initial_loss_scale=65536.0, hysteresis=1, **AGAIN)
+    config = tiny_config(
+        corpus, run, eval_iters=0, train_iters=7, fp16=True, initial_loss_scale=65536.0, hysteresis=1, **AGAIN
+    )
     train(config)
     with pytest.raises(TrainingError, match=r"step 18: .*10 steps in a row.*--ckpt-step goes further back"):
         train(config.replace(train_iters=60, lr=100.0, save_interval=1, keep_last=1))
@@ -115,7 +117,12 @@ def diverge(config):
 
 @pytest.mark.parametrize(
     ("world", "layout"),
-    [(2, {}), (2, {"tensor_model_parallel_size": 2}), (2, {"pipeline_model_parallel_size": 2}), (2, {"data_parallel_sharding": "full"})],
+    [
+        (2, {}),
+        (2, {"tensor_model_parallel_size": 2}),
+        (2, {"pipeline_model_parallel_size": 2}),
+        (2, {"data_parallel_sharding": "full"}),
+    ],
 )
 def test_all_ranks_decide_alike(ranks, corpus, tmp_path, world, layout):
     run = str(tmp_path / "run")
@@ -124,7 +131,9 @@ def test_all_ranks_decide_alike(ranks, corpus, tmp_path, world, layout):
     with pytest.raises(TrainingError, match=r"^step 5: .*diverged(?!.*on rank)"):
         ranks(diverge, world, config.replace(train_iters=9, lr=1e20, save_interval=1, keep_last=1), timeout=60)
     with pytest.raises(TrainingError, match=r"^step 4: found loss nan"):
-        ranks(diverge, world, config.replace(run_dir=str(tmp_path / "nan"), train_iters=9, loss=task("Bad")), timeout=60)
+        ranks(
+            diverge, world, config.replace(run_dir=str(tmp_path / "nan"), train_iters=9, loss=task("Bad")), timeout=60
+        )
     assert checkpoints(run) == [4] and checkpoints(tmp_path / "nan") == []
 
 
@@ -133,7 +142,10 @@ def test_the_number_of_steps_and_the_check_are_the_users(corpus, tmp_path, capsy
     with pytest.raises(TrainingError, match=r"step 6: .* 3 steps in a row"):
         train(config.replace(max_nonfinite_steps=3))
     assert checkpoints(tmp_path / "run") == [1, 2, 3] and losses(str(tmp_path / "run"))[3:] == [None, None, None]
-    assert train(config.replace(run_dir=str(tmp_path / "a"), loss=task("BadAWhile"), max_nonfinite_steps=3)).nan_iterations == 2
+    assert (
+        train(config.replace(run_dir=str(tmp_path / "a"), loss=task("BadAWhile"), max_nonfinite_steps=3)).nan_iterations
+        == 2
+    )
     unchecked = config.replace(run_dir=str(tmp_path / "b"), check_for_nan_in_loss_and_grad=False, keep_last=1)
     assert train(unchecked).nan_iterations == 9
     assert checkpoints(tmp_path / "b") == [2, 3, 12], "none is deleted while no step is finite"
@@ -172,7 +184,10 @@ def test_what_counts_as_in_a_row():
 
 def test_a_loss_scale_that_is_too_high_is_named(corpus, tmp_path):
     config = tiny_config(corpus, str(tmp_path / "run"), eval_iters=0, fp16=True, max_nonfinite_steps=2)
-    for scale, cure in (({"loss_scale": 2.0**40}, "Drop --loss-scale"), ({"min_loss_scale": 2.0**32}, "Lower --min-loss-scale")):
+    for scale, cure in (
+        ({"loss_scale": 2.0**40}, "Drop --loss-scale"),
+        ({"min_loss_scale": 2.0**32}, "Lower --min-loss-scale"),
+    ):
         with pytest.raises(TrainingError, match=rf"step 2: found loss 3\..*{cure}"):
             train(config.replace(run_dir=str(tmp_path / cure), **scale))
 
@@ -207,8 +222,12 @@ def test_old_checkpoints_go_when_the_new_one_is_known_to_be_good():
 
 
 def test_masked_data_is_told_and_then_an_error(corpus, tmp_path, capsys):
-    config = tiny_config(corpus, str(tmp_path / "run"), loss=task("Masked"), train_iters=EMPTY_STEPS + 2, eval_interval=5)
-    with pytest.raises(TrainingError, match=f"step {EMPTY_STEPS}, lm loss: no token of 8 samples counts, {EMPTY_STEPS} steps in a row"):
+    config = tiny_config(
+        corpus, str(tmp_path / "run"), loss=task("Masked"), train_iters=EMPTY_STEPS + 2, eval_interval=5
+    )
+    with pytest.raises(
+        TrainingError, match=f"step {EMPTY_STEPS}, lm loss: no token of 8 samples counts, {EMPTY_STEPS} steps in a row"
+    ):
         train(config)
     said = capsys.readouterr()
     assert said.err.count("no token of 8 samples counts (all are masked)") == 1 and "--eod-mask-loss" in said.err

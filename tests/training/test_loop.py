@@ -5,7 +5,7 @@ import torch
 
 from megalith.training.callbacks import Callback
 from megalith.training.loop import train_loop
-from megalith.training.state import FAILED, Progress
+from megalith.training.resume.state import FAILED, Progress
 from tests.training.records import run_info
 from tests.training.test_step import batches, no_group_left, trainer  # noqa: F401 - a fixture
 
@@ -46,7 +46,9 @@ def test_gradients_can_be_changed_before_the_optimizer_has_them():
             gradient.mul_(0.5)
 
     def moved(**then):
-        made = trainer(optimizer="sgd", lr=1.0, min_lr=1.0, lr_warmup_iters=0, clip_grad=0.0, weight_decay=0.0, sgd_momentum=0.0)
+        made = trainer(
+            optimizer="sgd", lr=1.0, min_lr=1.0, lr_warmup_iters=0, clip_grad=0.0, weight_decay=0.0, sgd_momentum=0.0
+        )
         before = [p.detach().clone() for p in made.runtime.model.parameters()]
         spy = Spy(**then)
         loop(made, [spy], steps=1)

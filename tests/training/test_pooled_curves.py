@@ -18,7 +18,13 @@ CURVES = {
 
 def curve(corpus, folder, **changes):
     """A few steps on a corpus, as `megalith pretrain` does them; (loss, accuracy) of each step and of each validation."""
-    values = {"add_bias_linear": False, "train_iters": 4, "eval_interval": 4, "save_interval": None, "loss": TASK} | changes
+    values = {
+        "add_bias_linear": False,
+        "train_iters": 4,
+        "eval_interval": 4,
+        "save_interval": None,
+        "loss": TASK,
+    } | changes
     return tiny_config(corpus, str(folder), **values)
 
 
@@ -45,4 +51,6 @@ def test_one_curve(corpus, tmp_path, one_process, case):
     run_ranks(train, ranks, curve(corpus, tmp_path, **changes))
     assert len(one_process) == 4 + 2 and one_process[3][0] < one_process[1][0]
     for (loss, accuracy), (other, share) in zip(one_process, told(tmp_path), strict=True):
-        assert other == pytest.approx(loss, rel=1e-4) and share == pytest.approx(accuracy, abs=0.13), "of 8 samples one may be a tie"
+        assert other == pytest.approx(loss, rel=1e-4) and share == pytest.approx(accuracy, abs=0.13), (
+            "of 8 samples one may be a tie"
+        )

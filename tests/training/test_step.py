@@ -7,7 +7,7 @@ from megalith.optim.build import build_optimizer
 from megalith.optim.loss_scale import StaticLossScale
 from megalith.optim.schedule import Schedule
 from megalith.runtime.build import place, start
-from megalith.training.state import SIGNAL, Progress
+from megalith.training.resume.state import SIGNAL, Progress
 from megalith.training.step import Trainer, train_step
 from megalith.training.tasks import LanguageModelling
 from tests.tiny import VOCABULARY, tiny_config
@@ -25,14 +25,24 @@ def trainer(loss_scale: float = 1.0, **changes) -> Trainer:
     config = tiny_config("unused", "unused", **changes).replace(vocab_size=VOCABULARY + 1)
     runtime = place(config, start(config.parallel))
     optimizer = build_optimizer(config.optimizer, runtime.model.named_parameters())
-    return Trainer(runtime, LanguageModelling(), optimizer, Schedule(config.optimizer, config.schedule, 8), StaticLossScale(loss_scale))
+    return Trainer(
+        runtime,
+        LanguageModelling(),
+        optimizer,
+        Schedule(config.optimizer, config.schedule, 8),
+        StaticLossScale(loss_scale),
+    )
 
 
 def batches(micro: int, masked: bool = True) -> list[dict]:
     """Eight samples in micro-batches; the mask differs by sample, so an average per micro-batch would show."""
     random = torch.Generator().manual_seed(1)
     ids = torch.randint(0, VOCABULARY, (8, 17), generator=random)
-    mask = (torch.rand(8, 16, generator=random) < torch.linspace(0.1, 1.0, 8)[:, None]).float() if masked else torch.ones(8, 16)
+    mask = (
+        (torch.rand(8, 16, generator=random) < torch.linspace(0.1, 1.0, 8)[:, None]).float()
+        if masked
+        else torch.ones(8, 16)
+    )
     whole = {"input_ids": ids[:, :-1], "labels": ids[:, 1:], "loss_mask": mask, "samples": torch.arange(8)}
     return [{name: tensor[i : i + micro] for name, tensor in whole.items()} for i in range(0, 8, micro)]
 
@@ -78,7 +88,11 @@ def test_gradients_that_are_not_finite_change_no_weight():
         made.runtime.model.final_norm.weight[0] = float("nan")
     result = train_step(made, batches(8), Progress(scheduled_samples=8))
     assert result.skipped
-    changed = [name for (name, p), old in zip(made.runtime.model.named_parameters(), before, strict=True) if not torch.equal(p, old)]
+    changed = [
+        name
+        for (name, p), old in zip(made.runtime.model.named_parameters(), before, strict=True)
+        if not torch.equal(p, old)
+    ]
     assert changed == ["final_norm.weight"]
 
 

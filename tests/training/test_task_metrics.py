@@ -35,11 +35,15 @@ def alone(name):
 
 def test_the_gradient_is_that_of_the_loss_alone():
     plain, with_metrics = alone("lm"), alone(REPORTING)
-    assert plain[0].keys() == with_metrics[0].keys() and all(torch.equal(plain[0][name], with_metrics[0][name]) for name in plain[0])
+    assert plain[0].keys() == with_metrics[0].keys() and all(
+        torch.equal(plain[0][name], with_metrics[0][name]) for name in plain[0]
+    )
     assert plain[1] == with_metrics[1][:1] and len(with_metrics[1]) == 5
 
 
-@pytest.mark.parametrize("layout", ["tp2 sp", "dp2 full", "cp2", "pp2", pytest.param("zbv", marks=pytest.mark.slow), "tp2 pp2 dp2"])
+@pytest.mark.parametrize(
+    "layout", ["tp2 sp", "dp2 full", "cp2", "pp2", pytest.param("zbv", marks=pytest.mark.slow), "tp2 pp2 dp2"]
+)
 def test_sums_and_counts_are_those_of_one_process(layout):
     ranks, changes = LAYOUTS[layout]
     more = {"num_layers": 4} if "pp" in layout or "zbv" in layout else {}
@@ -62,11 +66,18 @@ def test_a_run_reports_them_by_name(corpus, tmp_path, capsys):
         assert told and all(each.keys() == {"tenfold", "counted share"} for each in told)
     said = capsys.readouterr().out
     mean = sum(line["metrics"]["tenfold"] for line in steps[:2]) / 2
-    assert f" tenfold: {mean:.6E} | counted share: 1.000000E+00 |" in said and "counted share value: 1.000000E+00 |" in said
+    assert (
+        f" tenfold: {mean:.6E} | counted share: 1.000000E+00 |" in said
+        and "counted share value: 1.000000E+00 |" in said
+    )
     assert "counted share PPL" not in said
-    board = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator(str(tmp_path / "board"))
+    board = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator(
+        str(tmp_path / "board")
+    )
     board.Reload()
-    assert {"tenfold", "counted share vs samples", "tenfold validation", "counted share test"} <= set(board.Tags()["scalars"])
+    assert {"tenfold", "counted share vs samples", "tenfold validation", "counted share test"} <= set(
+        board.Tags()["scalars"]
+    )
     assert "tenfold validation ppl" not in board.Tags()["scalars"]
 
 

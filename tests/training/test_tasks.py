@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megalith.config.model import ModelConfig
+from megalith.config.sections.model import ModelConfig
 from megalith.models.bert import BERT
 from megalith.runtime.initialize import initialize
 from megalith.testing import parity
@@ -21,7 +21,9 @@ def test_losses_of_bert_are_means_over_masked_tokens_and_over_samples():
     found = task.losses(model(**task.inputs(batch, counts)), batch, counts)
     tokens, order = model(batch["input_ids"], token_types=batch["token_types"], padding_mask=batch["padding_mask"])
     lm = torch.nn.functional.cross_entropy(tokens.flatten(0, 1), batch["labels"].flatten(), ignore_index=-1)
-    torch.testing.assert_close(found, {"lm loss": lm, "sop loss": torch.nn.functional.cross_entropy(order, batch["sentence_order"])})
+    torch.testing.assert_close(
+        found, {"lm loss": lm, "sop loss": torch.nn.functional.cross_entropy(order, batch["sentence_order"])}
+    )
 
 
 @pytest.mark.parametrize("first", [0, 3])

@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from megalith import checkpoint
 from megalith.common.errors import TrainingError
-from megalith.data import gpt_dataset
+from megalith.data.samples import gpt_dataset
 from megalith.training.pretrain import train
-from megalith.training.state import Progress
+from megalith.training.resume.state import Progress
 from megalith.training.tasks import LanguageModelling
 from megalith.training.validation import Cursor
 from tests.tiny import losses, records, tiny_config
@@ -77,7 +77,10 @@ def of_us(name: str) -> str:
 
 
 def validations(folder) -> list[tuple]:
-    found = [(line["step"], *(line.get(f"{split}_loss") for split in ("validation", "test"))) for line in records(str(folder))]
+    found = [
+        (line["step"], *(line.get(f"{split}_loss") for split in ("validation", "test")))
+        for line in records(str(folder))
+    ]
     return [each for each in found if each[1:] != (None, None)]
 
 
@@ -101,19 +104,24 @@ def test_sigterm_in_a_validation_saves_and_the_same_command_measures_it(corpus, 
     assert saved(tmp_path / "parts") == ([step] if step else [])
     monkeypatch.delenv(SIGTERM)
     assert train(parts).iteration == 12
-    assert validations(tmp_path / "parts") == validations(tmp_path / "whole") and losses(str(tmp_path / "parts")) == losses(
-        str(tmp_path / "whole")
-    )
+    assert validations(tmp_path / "parts") == validations(tmp_path / "whole") and losses(
+        str(tmp_path / "parts")
+    ) == losses(str(tmp_path / "whole"))
     train(parts)
     assert "nothing is left to do" in capsys.readouterr().out
     assert validations(tmp_path / "parts") == validations(tmp_path / "whole")
 
 
 def test_data_that_cannot_be_read_costs_no_step(corpus, tmp_path, monkeypatch, capsys):
-    whole, run = (tiny_config(corpus, str(tmp_path / name), dataset=of_us("dataset"), eval_interval=3) for name in ("whole", "run"))
+    whole, run = (
+        tiny_config(corpus, str(tmp_path / name), dataset=of_us("dataset"), eval_interval=3)
+        for name in ("whole", "run")
+    )
     train(whole)
     monkeypatch.setenv(BROKEN, "16 0")  # of the first validation's 16 samples none
-    with pytest.raises(TrainingError, match=r"all 12 steps are done and saved.*validation data: .*sample 4\d lies on a broken disk"):
+    with pytest.raises(
+        TrainingError, match=r"all 12 steps are done and saved.*validation data: .*sample 4\d lies on a broken disk"
+    ):
         train(run.replace(loss="lm"))
     said = capsys.readouterr()
     assert "validation data could not be read, samples 16 to 23: OSError: sample 16 lies on a broken disk" in said.err
@@ -146,7 +154,9 @@ def test_one_rank_that_cannot_read_leaves_nobody_waiting(ranks, corpus, tmp_path
 def test_an_error_within_the_model_changes_no_step(corpus, tmp_path, capsys, precision):
     make = functools.partial(tiny_config, corpus, eval_interval=3, save_interval=6, **precision)
     train(make(str(tmp_path / "whole")))
-    with pytest.raises(TrainingError, match="all 12 steps are done and saved, but not measured at their end: validation data"):
+    with pytest.raises(
+        TrainingError, match="all 12 steps are done and saved, but not measured at their end: validation data"
+    ):
         train(make(str(tmp_path / "run"), loss=of_us("Failing")))
     assert "validation loss at step 6 was not measured" in capsys.readouterr().err
     assert losses(str(tmp_path / "run")) == losses(str(tmp_path / "whole")) and saved(tmp_path / "run") == [6, 12]

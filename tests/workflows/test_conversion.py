@@ -35,17 +35,23 @@ def test_verify_sees_what_is_wrong(theirs: pathlib.Path, tmp_path: pathlib.Path)
     state = load_file(theirs / "model.safetensors")
     name = "model.layers.1.self_attn.q_proj.weight"
     save_file({**state, name: state[name].flip(0)}, theirs / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"relative difference of logits: found 0\.\d+; both compute the same, to 0.0001"):
+    with pytest.raises(
+        CheckpointError, match=r"relative difference of logits: found 0\.\d+; both compute the same, to 0.0001"
+    ):
         conversion.verify(theirs, tmp_path / "ours")
 
 
-def test_verify_takes_the_class_of_the_family_and_tells_what_transformers_cannot(theirs: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_verify_takes_the_class_of_the_family_and_tells_what_transformers_cannot(
+    theirs: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     conversion.convert(theirs, tmp_path / "ours", to="megalith")
     config = json.loads((theirs / "config.json").read_text())
     (theirs / "config.json").write_text(json.dumps(config | {"architectures": ["MyLlama"]}))
     assert conversion.verify(theirs, tmp_path / "ours") < 1e-5
     (theirs / "config.json").write_text(json.dumps(config | {"hidden_size": "wide"}))
-    with pytest.raises(ConfigError, match=r"--verify: found .*Error: .*; transformers .* must open .* as LlamaForCausalLM. Mend what"):
+    with pytest.raises(
+        ConfigError, match=r"--verify: found .*Error: .*; transformers .* must open .* as LlamaForCausalLM. Mend what"
+    ):
         conversion.verify(theirs, tmp_path / "ours")
 
 
@@ -132,7 +138,9 @@ def test_a_large_model_needs_little_memory(tmp_path: pathlib.Path) -> None:
         assert done.returncode == 0, done.stderr
         peak = int(re.search(r"peak (\d+)", done.stdout)[1])
         plain = copy_time(tmp_path / "theirs", tmp_path / "copied")
-        print(f"{verb}: {total / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB, {took:.1f} s; copying with checksums {plain:.1f} s")
+        print(
+            f"{verb}: {total / 1e9:.2f} GB, peak {peak / 1e9:.2f} GB, {took:.1f} s; copying with checksums {plain:.1f} s"
+        )
         assert peak < 2e9
 
 
@@ -143,7 +151,12 @@ def test_the_way_through_megatron_equals_the_direct_one(name: str, tmp_path: pat
     original = MODELS[name]()
     original.save_pretrained(tmp_path / "theirs")
     layout = Options(tensor_model_parallel_size=2, pipeline_model_parallel_size=3, overrides={"vocab_size": 97})
-    for source, target, to in (("theirs", "a", "megalith"), ("a", "b", "megatron"), ("b", "c", "megalith"), ("c", "d", "huggingface")):
+    for source, target, to in (
+        ("theirs", "a", "megalith"),
+        ("a", "b", "megatron"),
+        ("b", "c", "megalith"),
+        ("c", "d", "huggingface"),
+    ):
         conversion.convert(tmp_path / source, tmp_path / target, to=to, options=layout)
     before, after = load_file(tmp_path / "theirs/model.safetensors"), load_file(tmp_path / "d/model.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)

@@ -26,7 +26,13 @@ def test_a_second_demo_replaces_nothing(tmp_path, monkeypatch):
         monkeypatch.setattr(demo.time, "strftime", lambda form, stamp=stamp: stamp)
         assert demo.run_demo(str(tmp_path), megabytes=0.01) == 0
     names = {path.name for path in tmp_path.iterdir()}
-    assert {"corpus_text_document.idx", "corpus_text_document.idx.before-2", "run.before-2", "notes", "corpus.jsonl.before-1"} <= names
+    assert {
+        "corpus_text_document.idx",
+        "corpus_text_document.idx.before-2",
+        "run.before-2",
+        "notes",
+        "corpus.jsonl.before-1",
+    } <= names
     assert (tmp_path / "corpus.jsonl.before-1").read_text() == "mine"
     with locked(tmp_path, inside=True), pytest.raises(LockedError):
         demo.run_demo(str(tmp_path), megabytes=0.01)

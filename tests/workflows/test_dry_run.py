@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megalith.config import flags
+from megalith.config.flags import flags
 from megalith.config.run import RunConfig
 from megalith.data.indexed import IndexedWriter
 from megalith.workflows.dry_run import faults, number_of_processes, unnamed
@@ -64,7 +64,9 @@ def here(tmp_path, monkeypatch):
 )  # fmt: skip
 def test_what_is_missing(values, words, here):
     lines = missing(RunConfig().replace(**values))
-    assert len(lines) == len(words) and all(line.startswith(word) for line, word in zip(lines, words, strict=True)), lines
+    assert len(lines) == len(words) and all(line.startswith(word) for line, word in zip(lines, words, strict=True)), (
+        lines
+    )
 
 
 def test_the_files_of_a_list(here):

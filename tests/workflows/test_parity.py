@@ -5,20 +5,38 @@ import pytest
 from megalith import recipes
 from megalith.cli.main import main
 
-SMALL = ["parity", "--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4", "--seq-length", "16", "--vocab-size", "67"]
+SMALL = [
+    "parity",
+    "--num-layers",
+    "2",
+    "--hidden-size",
+    "32",
+    "--num-attention-heads",
+    "4",
+    "--seq-length",
+    "16",
+    "--vocab-size",
+    "67",
+]
 SMALL += ["--micro-batch-size", "1", "--global-batch-size", "4", "--hidden-dropout", "0.1"]
 
 
 def test_a_right_layout(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, "--tensor-model-parallel-size", "2", "--sequence-parallel", "--show", "2"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("2 processes against one") and "equal, bit for bit" in out and "\nequal: 36 gradients compared" in out
+    assert (
+        out.startswith("2 processes against one")
+        and "equal, bit for bit" in out
+        and "\nequal: 36 gradients compared" in out
+    )
     assert len([line for line in out.splitlines() if "e-1" in line and "layers." in line]) == 2
 
 
 def test_a_wrong_plan(capsys: pytest.CaptureFixture[str]) -> None:
     plan = "tests.workflows.test_parity:WRONG"
-    assert main([*SMALL, "--tensor-model-parallel-size", "2", "--sequence-parallel", "--tensor-parallel-plan", plan]) == 1
+    assert (
+        main([*SMALL, "--tensor-model-parallel-size", "2", "--sequence-parallel", "--tensor-parallel-plan", plan]) == 1
+    )
     out = capsys.readouterr().out
     assert "final_norm" in out and "WRONG" in out and "NOT equal: 36 gradients" in out
 
@@ -45,7 +63,11 @@ def test_what_cannot_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert "number of processes: found 16" in capsys.readouterr().err
     assert main([*SMALL, "--processes", "two", "--show", "0", "--tensor-model-parallel-size", "-2"]) == 2
     err = capsys.readouterr().err
-    assert "--processes: found 'two'" in err and "--show: found '0'" in err and "--tensor-model-parallel-size: found -2" in err
+    assert (
+        "--processes: found 'two'" in err
+        and "--show: found '0'" in err
+        and "--tensor-model-parallel-size: found -2" in err
+    )
     assert main([*SMALL, "--tensor-model-parallel-size", "2", "--dry-run"]) == 0
     assert "2 processes would be compared with one" in capsys.readouterr().out
 
@@ -57,7 +79,10 @@ def test_a_recipe_is_checked_without_its_schedule(name: str, capsys: pytest.Capt
     assert main(["parity", "--recipe", name, "--vocab-size", "128", "--dry-run"]) == (2 if large else 0)
     shown = capsys.readouterr()
     if large:
-        assert "number of processes: found 128; one machine runs up to 8 ranks for this; the layout is tensor 8 x pipeline 16" in shown.err
+        assert (
+            "number of processes: found 128; one machine runs up to 8 ranks for this; the layout is tensor 8 x pipeline 16"
+            in shown.err
+        )
         smaller = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "1"]
         assert main(["parity", "--recipe", name, "--vocab-size", "128", "--dry-run", *smaller]) == 0
     else:

@@ -25,10 +25,17 @@ def releases(tmp_path_factory) -> pathlib.Path:
     """Both zips at toy size, and the vocabularies under the names that Megatron's README has for them."""
     folder = tmp_path_factory.mktemp("releases")
     make_corpus(folder)
-    for name, new in (("vocab.json", "gpt2-vocab.json"), ("merges.txt", "gpt2-merges.txt"), ("vocab.txt", "bert-vocab.txt")):
+    for name, new in (
+        ("vocab.json", "gpt2-vocab.json"),
+        ("merges.txt", "gpt2-merges.txt"),
+        ("vocab.txt", "bert-vocab.txt"),
+    ):
         (folder / name).rename(folder / new)
     words = len((folder / "bert-vocab.txt").read_text().split("\n"))
-    for name, form in ((GPT, {"vocab_size": 512, "openai_gelu": True}), (BERT, {"vocab_size": words, "model_type": "bert"})):
+    for name, form in (
+        (GPT, {"vocab_size": 512, "openai_gelu": True}),
+        (BERT, {"vocab_size": words, "model_type": "bert"}),
+    ):
         config, tensors = model_of(num_layers=2, max_position_embeddings=32, **form)
         made, rows = folder / f"{name}.made", -(-config.vocab_size // 128) * 128
         tensors = {name: tensor * 0.3 for name, tensor in tensors.items()}
@@ -57,8 +64,12 @@ def run(releases, monkeypatch, tmp_path, capsys):
 
 def test_the_model_cards_flow(run, tmp_path) -> None:
     run(f"checkpoint import {GPT} {{new}}/345m {WORDS}")
-    run("generate --load {new}/345m --dtype float16 --num-samples 2 --max-new-tokens 8 --device cpu --seed 1 --out-file {new}/texts.jsonl")
-    texts = [json.loads(line)["continuation"] for line in (tmp_path / "texts.jsonl").read_text(encoding="utf-8").splitlines()]
+    run(
+        "generate --load {new}/345m --dtype float16 --num-samples 2 --max-new-tokens 8 --device cpu --seed 1 --out-file {new}/texts.jsonl"
+    )
+    texts = [
+        json.loads(line)["continuation"] for line in (tmp_path / "texts.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert len(texts) == len(set(texts)) == 2 and all(texts)
     run("checkpoint export {new}/345m {new}/hf --to huggingface --verify")
     from transformers import DataCollatorForLanguageModeling, pipeline
@@ -69,10 +80,15 @@ def test_the_model_cards_flow(run, tmp_path) -> None:
         text = theirs(prompt, max_new_tokens=10, do_sample=False)[0]["generated_text"]
         assert text == megalith.generate(ours, prompt, max_new_tokens=10, temperature=0)[0]
     unprompted = theirs.model.generate(input_ids=None, max_length=12, num_return_sequences=1, do_sample=False)
-    assert theirs.tokenizer.decode(unprompted[0][1:]) == megalith.generate(ours, max_new_tokens=11, temperature=0, stop_at_eod=False)[0]
+    assert (
+        theirs.tokenizer.decode(unprompted[0][1:])
+        == megalith.generate(ours, max_new_tokens=11, temperature=0, stop_at_eod=False)[0]
+    )
     # What transformers' Trainer makes of the folder: batches by its collator, the loss that the model gives, a step of AdamW.
     theirs.tokenizer.pad_token = theirs.tokenizer.eos_token
-    batch = DataCollatorForLanguageModeling(theirs.tokenizer, mlm=False)([theirs.tokenizer(text) for text in ("import os", "def f")])
+    batch = DataCollatorForLanguageModeling(theirs.tokenizer, mlm=False)(
+        [theirs.tokenizer(text) for text in ("import os", "def f")]
+    )
     optimizer = torch.optim.AdamW(theirs.model.parameters(), lr=1e-2)
     losses = []
     for _ in range(2):
@@ -102,11 +118,19 @@ def test_the_tokenizer_is_that_of_the_flags_everywhere(run, tmp_path) -> None:
     asked = {"checkpoint import": "ours", "checkpoint export --to huggingface": "hf"}
     for verb, name in asked.items():
         said = run(f"{verb} {GPT} {{new}}/{name} {WORDS}")
-        assert "tokenizer: a GPT2BPETokenizer, as --vocab-file gpt2-vocab.json, --merge-file gpt2-merges.txt is of one" in said
+        assert (
+            "tokenizer: a GPT2BPETokenizer, as --vocab-file gpt2-vocab.json, --merge-file gpt2-merges.txt is of one"
+            in said
+        )
     said = run(f"checkpoint import {GPT} {{new}}/bare --num-attention-heads 4")
-    assert "no tokenizer goes along, and text needs one: add --tokenizer FOLDER, or --vocab-file FILE --merge-file FILE" in said
+    assert (
+        "no tokenizer goes along, and text needs one: add --tokenizer FOLDER, or --vocab-file FILE --merge-file FILE"
+        in said
+    )
     run(f"checkpoint import {GPT} {{new}}/folder --num-attention-heads 4 --tokenizer .")
-    run("checkpoint export {new}/bare {new}/hf-later --to huggingface --vocab-file gpt2-vocab.json --merge-file gpt2-merges.txt")
+    run(
+        "checkpoint export {new}/bare {new}/hf-later --to huggingface --vocab-file gpt2-vocab.json --merge-file gpt2-merges.txt"
+    )
     texts = set()
     text = "--prompt 'import os' --greedy --max-new-tokens 4 --device cpu --no-stream --out-file {new}/%s.jsonl"
     for name in ("ours", "hf", "folder", "hf-later"):
@@ -121,13 +145,31 @@ def test_the_tokenizer_is_that_of_the_flags_everywhere(run, tmp_path) -> None:
 
 
 REFUSED = [
-    (f"checkpoint import {GPT} {{new}}/x --num-attention-heads 4 --vocab-file gpt2-vocab.json", "Add --merge-file FILE"),
-    (f"checkpoint import {GPT} {{new}}/x --num-attention-heads 4 --tokenizer . --vocab-file bert-vocab.txt", "a model has one tokenizer"),
-    (f"checkpoint import {GPT} {{new}}/x --num-attention-heads 4 --vocab-file bert-vocab.txt", "and the embedding 512 rows"),
-    (f"checkpoint import {GPT} {{new}}/x --num-attention-heads 4 --vocab-file no.json --merge-file no.txt", "there is no such file"),
-    (f"generate --load {GPT} --num-attention-heads 4", "has no tokenizer; text needs one. Name its folder with --tokenizer, or its files"),
+    (
+        f"checkpoint import {GPT} {{new}}/x --num-attention-heads 4 --vocab-file gpt2-vocab.json",
+        "Add --merge-file FILE",
+    ),
+    (
+        f"checkpoint import {GPT} {{new}}/x --num-attention-heads 4 --tokenizer . --vocab-file bert-vocab.txt",
+        "a model has one tokenizer",
+    ),
+    (
+        f"checkpoint import {GPT} {{new}}/x --num-attention-heads 4 --vocab-file bert-vocab.txt",
+        "and the embedding 512 rows",
+    ),
+    (
+        f"checkpoint import {GPT} {{new}}/x --num-attention-heads 4 --vocab-file no.json --merge-file no.txt",
+        "there is no such file",
+    ),
+    (
+        f"generate --load {GPT} --num-attention-heads 4",
+        "has no tokenizer; text needs one. Name its folder with --tokenizer, or its files",
+    ),
     (f"generate --load {GPT} --num-attention-heads 4 --tokenizer nowhere", "--tokenizer: found 'nowhere'"),
-    (f"generate --load {GPT} --num-attention-heads 4 --tokenizer-type GPT2BPETokeniser --tokenizer-model x", "unknown tokenizer"),
+    (
+        f"generate --load {GPT} --num-attention-heads 4 --tokenizer-type GPT2BPETokeniser --tokenizer-model x",
+        "unknown tokenizer",
+    ),
 ]
 
 
@@ -142,10 +184,15 @@ def test_two_tokenizers_that_differ_are_named(run, tmp_path) -> None:
     words = json.loads(pathlib.Path("gpt2-vocab.json").read_text())
     first, second = (word for word, number in words.items() if number in (300, 301))
     (tmp_path / "v.json").write_text(json.dumps(words | {first: words[second], second: words[first]}))
-    said = run("generate --load {new}/ours --vocab-file {new}/v.json --merge-file gpt2-merges.txt --max-new-tokens 2 --device cpu")
+    said = run(
+        "generate --load {new}/ours --vocab-file {new}/v.json --merge-file gpt2-merges.txt --max-new-tokens 2 --device cpu"
+    )
     assert "the tokenizer is the one given, whose words are not those of" in said
     said = run(f"checkpoint import {GPT} {{new}}/more {WORDS} --vocab-size 510")
-    assert "the tokenizer has 512 tokens and the embedding 510 rows: name the tokenizer that the weights were trained with" in said
+    assert (
+        "the tokenizer has 512 tokens and the embedding 510 rows: name the tokenizer that the weights were trained with"
+        in said
+    )
     with pytest.raises(ConfigError, match="a checkpoint of megalith says all of its model itself"):
         convert(tmp_path / "ours", tmp_path / "x", to="huggingface", options=Options(overrides={"num_layers": 3}))
 

@@ -10,14 +10,14 @@ import transformers
 import megalith
 from megalith import checkpoint
 from megalith.checkpoint.formats import Options
-from megalith.config.loading import to_yaml
+from megalith.config.flags.loading import to_yaml
 from megalith.config.run import RunConfig
-from megalith.data.tokenizers import Tokenizer, build_tokenizer
+from megalith.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from megalith.runtime.build import plain
 from megalith.runtime.state import weights as weights_of
 from megalith.workflows.conversion import convert
-from tests.data.test_tokenizers import bert, gpt2, needs_shared, sentencepiece
-from tests.data.test_tokenizers_export import letters
+from tests.data.tokenizers.test_tokenizers import bert, gpt2, needs_shared, sentencepiece
+from tests.data.tokenizers.test_tokenizers_export import letters
 
 SIZES = dict(num_layers=1, hidden_size=16, num_attention_heads=2, max_position_embeddings=32, seq_length=32)
 LLAMA = dict(normalization="RMSNorm", swiglu=True, position_embedding_type="rope", add_bias_linear=False)
@@ -114,7 +114,11 @@ GIVEN = {  # tokenizer_config.json -> ids of bos and eos
     "no bos": ({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}, 1, 2),
     "no class": ({"bos_token": "<s>", "eos_token": "</s>"}, 1, 2),
     "another class": ({"tokenizer_class": "GPT2Tokenizer", "bos_token": "<s>", "eos_token": "</s>"}, 1, 2),
-    "a class that builds its own": ({"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}, 1, 2),
+    "a class that builds its own": (
+        {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"},
+        1,
+        2,
+    ),
     "a new eos": ({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<eos>"}, 1, 17),
     "nothing": ({}, 1, 2),
 }

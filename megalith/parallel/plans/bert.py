@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megalith.parallel.pipeline_cut import Stages
+from megalith.parallel.pipeline.cut import Stages
 from megalith.parallel.plan import Plan
 from megalith.parallel.plans.gpt import LAYERS
 from megalith.parallel.styles import (

@@ -5,7 +5,7 @@ LAYERS is the plan of every model of such layers.
 
 from __future__ import annotations
 
-from megalith.parallel.pipeline_cut import Stages
+from megalith.parallel.pipeline.cut import Stages
 from megalith.parallel.plan import Plan
 from megalith.parallel.styles import (
     column,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from megalith.config.model import ModelConfig
-from megalith.parallel.pipeline_cut import Stages
+from megalith.config.sections.model import ModelConfig
+from megalith.parallel.pipeline.cut import Stages
 from megalith.parallel.plan import Plan
 from megalith.parallel.plans.gpt import LAYERS
 from megalith.parallel.styles import (

@@ -23,4 +23,6 @@ if __name__ == "__main__":
         "optimizer/step/embedding.weight": torch.tensor(5.0),
     }
     folder = pathlib.Path(__file__).parent / "v1"
-    checkpoint.save(folder, 5, state, train_state={"consumed_train_samples": 160, "consumed_valid_samples": 0}, config_yaml=CONFIG)
+    checkpoint.save(
+        folder, 5, state, train_state={"consumed_train_samples": 160, "consumed_valid_samples": 0}, config_yaml=CONFIG
+    )

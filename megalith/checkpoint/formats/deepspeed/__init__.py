@@ -1,0 +1,1 @@
+"""DeepSpeed's trees of files, with ZeRO's parts, and those of GPT-NeoX."""

@@ -1,0 +1,1 @@
+"""Hugging Face folders, and a table for each family of models."""

@@ -1,0 +1,1 @@
+"""megalith's own checkpoints: folders, manifests, saving, loading and editing."""

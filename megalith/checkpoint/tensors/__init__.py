@@ -1,0 +1,1 @@
+"""Tensors in files, read lazily, a box at a time, without running a pickle."""

@@ -1,0 +1,1 @@
+"""The rules of a config, before torch is imported."""

@@ -1,0 +1,1 @@
+"""Recipe, YAML and flags to one RunConfig."""

@@ -1,0 +1,180 @@
+"""Names that people bring from elsewhere: scripts, verbs, flags and classes of Megatron-LM, DeepSpeed and Hugging Face.
+
+Each is answered by what it is called here, or by "not there yet" and what to do meanwhile. The table shrinks as things are built.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+_EVALUATION = (
+    "evaluation tasks are not there yet; until then: megalith checkpoint export RUN FOLDER --to huggingface, and "
+    "lm-evaluation-harness on that folder"
+)
+_FINETUNING = (
+    "finetuning on tasks and instructions is not there yet; megalith pretrain MODEL --load X --save Y --finetune "
+    "goes on with weights on new text"
+)
+_SERVER = (
+    "a text server is not there yet; megalith generate writes text, and a folder of `megalith checkpoint export "
+    "--to huggingface` can be served by vLLM"
+)
+_RETRIEVAL = "retrieval models (ICT, REALM, open-domain question answering) are not there yet; only the ICT dataset is"
+_RETRO = "Retro is not there yet; a GPT is trained by megalith pretrain gpt"
+_CORPUS = "cleaning and deduplicating a corpus is not there yet; megalith data preprocess takes JSON lines as they are"
+_LAUNCH = "a launcher is not there yet; torchrun --nproc-per-node N -m megalith pretrain ... starts N processes"
+_PLAN = "planning is not there yet; --dry-run with --world-size N checks a layout and prints its numbers"
+_ACCELERATE = "the door for Accelerate is not there yet; megalith pretrain gpt|bert|t5 trains, and its --load takes a Hugging Face folder as it is"
+_DETOXIFY = "detoxification is not there yet; megalith generate --out-file writes the texts that it begins with"
+_REPORT = (
+    "reports that compare runs are not there yet; each run folder has metrics.jsonl and loss.png, and "
+    "--tensorboard-dir writes for TensorBoard"
+)
+
+# (answer, names as they are typed, in small letters: scripts without folder and ending, verbs, flags, classes)
+_ANSWERS = (
+    (
+        "it is `megalith pretrain gpt` here",
+        "pretrain_gpt pretrain_gpt2 pretrain_gpt_alcf pretrain_agpt_alcf pretrain_gpt_single_node train_gpt run_clm_no_trainer run_clm",
+    ),
+    ("it is `megalith pretrain gpt --recipe gpt3-175b` here", "pretrain_gpt3_175b"),
+    ("it is `megalith pretrain bert` here", "pretrain_bert train_bert run_mlm"),
+    ("it is `megalith pretrain t5` here", "pretrain_t5 train_t5"),
+    ("it is `megalith pretrain MODEL` here", "train training pretrain_model run_pretraining"),
+    ("it is `megalith data preprocess` here", "preprocess preprocess_data tokenize preprocess_data_many_cores"),
+    ("it is `megalith data merge` here", "merge merge_datasets merge_preprocessed_data merge_dataset"),
+    ("it is `megalith data split` here (and `megalith data merge`)", "split merge_datasets_split merge_dataset_qsub"),
+    ("it is `megalith data inspect` here", "get_meta_data"),
+    ("it is `megalith data weights` here", "gen_file_list weights"),
+    ("it is `megalith data bpe` here", "bpe train_tokenizer"),
+    (
+        "it is `megalith checkpoint reshape` here",
+        "reshape checkpoint_util merge_mp_partitions checkpoint_reshaping_and_interoperability",
+    ),
+    (
+        "it is `megalith checkpoint import` here; pretrain --load and generate --load take such files as they are",
+        "import convert_megatron_gpt2_checkpoint convert_megatron_bert_checkpoint convert_checkpoint "
+        "hf2megads_weight_converter loader_llama_mistral loader_megatron loader_mcore convert_hf_checkpoint",
+    ),
+    (
+        "it is `megalith checkpoint export` here",
+        "export mds_to_hf saver_megatron saver_mcore deepspeed_to_transformers convert_lit_checkpoint",
+    ),
+    (
+        "it is `megalith checkpoint import` here (from Hugging Face, Megatron or DeepSpeed), `export` (to them), "
+        "or `data convert` (a dataset)",
+        "convert",
+    ),
+    ("it is `megalith checkpoint inspect` here", "inspect inspect_checkpoint"),
+    ("it is `megalith checkpoint edit` here", "edit adjust_checkpoint"),
+    (
+        "it is `megalith generate` here",
+        "generate_samples_gpt generate_samples_gpt2 generate_text megatron_lm_gpt_generate megatron_gpt2_generation inference "
+        "text_generation complete run_generation",
+    ),
+    ("it is megalith.generate here", "megatron_generate"),
+    ("it is `megalith config` here", "init wizard new"),
+    (
+        "it is megalith.load here",
+        "automodel automodelforcausallm automodelforpretraining gpt2lmheadmodel from_pretrained load_model",
+    ),
+    ("it is megalith.models.gpt.GPT here", "gptmodel gpt2model"),
+    ("it is megalith.models.bert.BERT here", "bertmodel"),
+    ("it is megalith.models.t5.T5 here", "t5model"),
+    ("it is megalith.data.indexed.IndexedDataset here", "indexeddataset mmapindexeddataset indexedcacheddataset"),
+    ("it is megalith.data.indexed.IndexedWriter here", "indexeddatasetbuilder mmapindexeddatasetbuilder"),
+    ("it is megalith.config.run.RunConfig here", "trainingarguments transformerconfig"),
+    (
+        "it is --max-new-tokens here (the new tokens alone are counted)",
+        "--max-length --max-tokens --out-seq-length --tokens-to-generate --max-gen-len",
+    ),
+    ("it is --num-samples here", "--num-return-sequences --num-results --n"),
+    ("it is --prompt here", "--prompts --input-text"),
+    ("it is --prompt-file here", "--sample-input-file --input-file"),
+    ("it is --out-file here", "--sample-output-file --genfile"),
+    ("it is --beam-width here", "--num-beams --beam-size"),
+    ("texts are drawn unless --greedy is given", "--do-sample"),
+    ("for generate it is --load here", "--model --model-name-or-path --checkpoint --ckpt --hf-model"),
+    ("it is --stop here", "--stop-token --stop-sequences --recompute"),
+    ("for generate it is --dtype float16 here", "--fp16 --half"),
+    ("for generate it is --dtype bfloat16 here", "--bf16"),
+    (
+        "text is written by one process yet; a checkpoint of any layout is read",
+        "--tensor-model-parallel-size --pipeline-model-parallel-size",
+    ),
+    ("it is --lr here", "--learning-rate"),
+    ("it is --seq-length here", "--block-size"),
+    ("it is --micro-batch-size here", "--per-device-train-batch-size --per-device-eval-batch-size"),
+    (
+        "--global-batch-size says it: what is more than --micro-batch-size times the data-parallel processes is accumulated",
+        "--gradient-accumulation-steps --num-microbatches-in-minibatch --num-micro-batches",
+    ),
+    (
+        "it is --train-iters or --train-samples here: a run is so many steps or samples long",
+        "--num-train-epochs --max-train-steps --max-steps",
+    ),
+    ("it is --save here", "--output-dir"),
+    ("it is --load here", "--resume-from-checkpoint"),
+    ("it is --config here (a YAML file of megalith config)", "--config-file"),
+    ("it is --recipe here (gpt2-small-124m, ...)", "--config-name"),
+    (
+        "a corpus is files here: megalith data preprocess makes tokens of JSON lines, parquet or text",
+        "--dataset-name --dataset-config-name",
+    ),
+    ("it is --tensorboard-dir here", "--report-to --with-tracking"),
+    (
+        _EVALUATION,
+        "evaluate eval main lambada wikitext103 --task --valid-data --overlapping-eval --strict-lambada ppl lm_eval lm-eval",
+    ),
+    (
+        _FINETUNING,
+        "finetune sft chat lora race mnli qqp --train-data --pretrained-checkpoint --epochs --lora-rank --lora-alpha peft",
+    ),
+    (
+        _SERVER,
+        "serve server run_text_generation_server text_generation_server text_generation_cli ask run_text_generation_server_345m --port",
+    ),
+    (
+        _RETRIEVAL,
+        "ict pretrain_ict create_doc_index blockdata faissmipsindex ictbertmodel biencodermodel realm nq "
+        "--qa-data-dev --qa-data-test --faiss-use-gpu --faiss-match --faiss-topk-retrievals indexbuilder "
+        "ictdataset",
+    ),
+    (
+        _RETRO,
+        "retro pretrain_retro retromodel get_preprocess_cmd --retro-tasks --retro-workdir --retro-add-retriever --retro-project-dir",
+    ),
+    (
+        _CORPUS,
+        "clean dedup deduplicate cleanup_dataset find_duplicates group_duplicate_url remove_group_duplicates "
+        "blacklist_urls filter_ngrams add_id openwebtext wikiextractor cleanup_fix_dataset",
+    ),
+    (
+        _LAUNCH,
+        "launch run train_llama_chia_qsub helpers slurm pbs qsub --nproc-per-node --nnodes --node-rank --hostfile "
+        "train_agpt_7b train_agpt_7b_chia",
+    ),
+    (_PLAN, "plan simulate estimate memory"),
+    (
+        _ACCELERATE,
+        "accelerate accelerator megatronlmplugin megatronlmdummyscheduler megatronlmdummydataloader megatronengine "
+        "abstracttrainstep gpttrainstep berttrainstep t5trainstep gpttrainstepwithcustomloss "
+        "megatron_lm_gpt_pretraining",
+    ),
+    (_DETOXIFY, "detoxify detxoify_lm"),
+    (_REPORT, "report compare plot tensorboard wandb"),
+)
+
+
+def answer(name: str) -> str | None:
+    """What `name` (a script with or without its path, a verb, a flag, a class) is here; None where the table has no answer."""
+    key = name.lower()
+    if key.startswith("-"):
+        key = "--" + key.lstrip("-").replace("_", "-")
+    elif key.endswith((".py", ".sh")):
+        key = pathlib.PurePath(key).stem.removesuffix("_with_mp").removesuffix("_distributed")
+    return _table().get(key)
+
+
+def _table() -> dict[str, str]:
+    return {name: text for text, names in _ANSWERS for name in names.split()}

@@ -1,0 +1,258 @@
+"""Command-line flags, made from the fields of RunConfig: their table, their help, and how they are read.
+
+argparse prints the help. It does not read, because it stops at the first mistake, takes `-1e-5` for a flag and knows
+one spelling of a dash; here every mistake of a command is found before any of it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from megalith.common.errors import problem
+from megalith.config.flags import legacy
+from megalith.config.flags.text import Problem, Words, flag, nearest, unknown, value_text
+from megalith.config.flags.values import Field, fields
+from megalith.config.megatron import flags as legacy_megatron
+
+VALUE = legacy.VALUE
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """One spelling.
+
+    sets: field -> value; VALUE stands for what follows the flag. nargs: 0, 1 or "+" values.
+    by_value: value -> the same as `sets`, where the value decides what is set.
+    notice: told when the flag is used. refused: the flag cannot work; the text says why and what to do instead.
+    harmless: values with which a refused flag changes nothing, so that it is accepted.
+    number: what follows is a number, or several.
+    """
+
+    name: str
+    sets: dict[str, Any]
+    nargs: int | str = 1
+    choices: tuple = ()
+    by_value: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    help: str = ""
+    notice: str = ""
+    refused: str = ""
+    harmless: tuple[str, ...] = ()
+    number: bool = False
+
+
+@dataclasses.dataclass
+class Reading:
+    """What a command line said: raw values by field, plain words, problems, notices."""
+
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)
+    words: list[str] = dataclasses.field(default_factory=list)
+    problems: list[Problem] = dataclasses.field(default_factory=list)
+    notices: list[str] = dataclasses.field(default_factory=list)
+
+
+RUN_FLAGS = (  # what every command that resolves a RunConfig has beside its fields
+    Flag("--recipe", {"recipe": VALUE}, help="start from this recipe (see megalith config)"),
+    Flag("--config", {"config": VALUE}, help="YAML file, over the recipe and under the flags"),
+    Flag(
+        "--print-config",
+        {"print_config": VALUE},
+        choices=("changed", "all", "none"),
+        help="how much of the resolved config to print",
+    ),
+    Flag("--dry-run", {"dry_run": True}, 0, help="resolve, check and print the config, then exit with status 0"),
+)
+
+
+def names(field: Field) -> tuple[list[str], list[str]]:
+    """Spellings of a field: those that set it (a boolean to True), and those that set a boolean to False."""
+    yes, no = [flag(field.name)], []
+    if field.kind is bool:
+        no = [flag(field.name.removeprefix("no_")) if field.name.startswith("no_") else "--no-" + flag(field.name)[2:]]
+    for name in field.metadata["flags"]:
+        (no if field.kind is bool and name.startswith(("--no-", "--disable-")) else yes).append(name)
+    return yes, no
+
+
+@functools.cache
+def config_flags() -> dict[str, Flag]:
+    """Every flag that sets a field of RunConfig, and every flag of Megatron that is renamed, not needed or refused."""
+    found = {}
+    for field in fields().values():
+        yes, no = names(field)
+        nargs = 0 if field.kind is bool else "+" if field.kind is list else 1
+        for name in yes:
+            told = "" if name == yes[0] or nargs == 0 else f"{name} is read as {yes[0]}"
+            told = f"{name} is {field.metadata['help']}" if field.metadata["help"].startswith("accepted") else told
+            found[name] = Flag(name, {field.name: True if nargs == 0 else VALUE}, nargs, notice=told)
+        for name in no:
+            found[name] = Flag(name, {field.name: False}, 0)
+    for name, sets in legacy.RENAMED.items():
+        found[name] = Flag(name, sets, 1 if VALUE in sets.values() else 0, notice=f"{name} is read as {_typed(sets)}")
+    for name, by_value in legacy.BY_VALUE.items():
+        found[name] = Flag(name, {}, choices=tuple(by_value), by_value=by_value, notice=f"{name} is read as ")
+    for name, (nargs, reason) in legacy_megatron.not_needed().items():
+        told = f"{name} is not needed: {reason}"
+        choices = legacy_megatron.CHOICES.get(name, ())
+        number = nargs != 0 and not choices and name not in legacy_megatron.PATHS
+        found[name] = Flag(name, {}, nargs, choices, notice=told, number=number)
+    for name, (nargs, harmless, reason) in legacy_megatron.REFUSED.items():
+        found[name] = Flag(
+            name, {}, nargs, refused=reason, harmless=harmless, notice=f"{name} {VALUE} changes nothing here"
+        )
+    return found
+
+
+def _typed(sets: dict[str, Any]) -> str:
+    """What is set, as one would type it: {'bf16': False, 'lr': 1} -> '--no-bf16 --lr 1'."""
+    words = []
+    for key, value in sets.items():
+        words.append(
+            f"--no-{flag(key)[2:]}"
+            if value is False
+            else flag(key)
+            if value is True
+            else f"{flag(key)} {value_text(value)}"
+        )
+    return " ".join(words)
+
+
+def read(argv: Sequence[str], own: Iterable[Flag] = RUN_FLAGS) -> Reading:
+    """Read the words after a verb against the config flags and the verb's own ones.
+
+    `--flag value`, `--flag=value`; underscores count as dashes; the last of several wins. Nothing is raised: what is
+    wrong is in the problems of the result, all of it.
+    """
+    table = {**config_flags(), **{flag.name: flag for flag in own}}
+    result, at = Reading(), 0
+    while at < len(argv):
+        word = argv[at]
+        at += 1
+        if not word.startswith("--") or word == "--":
+            result.words.append(word)
+            continue
+        name, equals, value = word.partition("=")
+        following = at
+        while following < len(argv) and not argv[following].startswith("--"):
+            following += 1
+        found = table.get(name) or table.get(name.replace("_", "-"))
+        if found is None:
+            at = following  # its values, whatever they are, are not words of ours
+            result.problems.append(_unknown(name, table))
+            continue
+        if equals:
+            values = [value]
+        else:
+            take = {0: 0, "?": 1, 1: 1}.get(found.nargs, following - at)
+            values = list(argv[at : min(at + take, following)])
+            at += len(values)
+        _use(found, name, values, result)
+    return result
+
+
+def _unknown(name: str, table: dict[str, Flag]) -> Problem:
+    text = unknown("flag", name, table, "megalith pretrain --help lists them")
+    near = re.search(r"did you mean (\S+)\?$", text)
+    return Problem(
+        tuple(table[near[1]].sets) if near else (), text
+    )  # so that what was meant is not reported as missing too
+
+
+def _use(found: Flag, name: str, values: list[str], result: Reading) -> None:
+    about = tuple(found.sets)
+    if found.nargs in (1, "+") and not values:
+        result.problems.append(
+            Problem(about, problem(name, Words("nothing"), "it needs a value", f"Write {name} followed by a value"))
+        )
+        return
+    raw: Any = values if found.nargs == "+" else values[0] if values else None
+    if found.choices and raw not in found.choices and values:
+        rule = f"it is one of {', '.join(found.choices)}"
+        near = nearest(str(raw), found.choices) or nearest(str(raw).lower(), found.choices) or found.choices[0]
+        result.problems.append(Problem(about, problem(name, raw, rule, f"Write {name} {near}")))
+        return
+    wrong = (
+        [value for value in values if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", value)]
+        if found.number
+        else []
+    )
+    if wrong:
+        result.problems.append(
+            Problem(about, problem(name, wrong[0], "it is a number", f"Write {name} 1, or leave it out"))
+        )
+        return
+    if found.refused and raw not in found.harmless:
+        result.problems.append(
+            Problem((), f"{name}{'' if raw is None else ' ' + value_text(raw)} cannot be used: {found.refused}")
+        )
+        return
+    sets = found.sets
+    if found.nargs == 0 and values:  # --swiglu=false
+        if values[0].lower() not in ("true", "false"):
+            rule = "it is on or off and takes no value"
+            result.problems.append(Problem(about, problem(name, values[0], rule, f"Write {name} or {name}=false")))
+            return
+        if values[0].lower() == "false":
+            sets = {key: not value for key, value in sets.items() if isinstance(value, bool)}
+    chosen = (
+        found.by_value[str(raw)]
+        if found.by_value
+        else {key: raw if value is VALUE else value for key, value in sets.items()}
+    )
+    result.values |= chosen
+    told = found.notice.replace(VALUE, value_text(raw)) + (_typed(chosen) if found.by_value else "")
+    if told and told not in result.notices:
+        result.notices.append(told)
+
+
+def whole_number(reading: Reading, name: str) -> int | None:
+    """A count that a flag of the verb's own gives, or None where it is not typed; a wrong one is told with all that is wrong."""
+    value = reading.values.get(name)
+    if value is None:
+        return None
+    if value.isdecimal() and int(value) > 0:
+        return int(value)
+    reading.problems.append(
+        Problem((), problem(flag(name), value, "it is a whole number above 0", f"Write {flag(name)} 4"))
+    )
+    return None
+
+
+def add_own_help(parser: argparse.ArgumentParser, own: Iterable[Flag]) -> None:
+    """Add a verb's own flags to `parser`, for its --help."""
+    group = parser.add_argument_group("this command")
+    for each in own:
+        if each.nargs == 0:
+            group.add_argument(each.name, action="store_true", help=each.help)
+        else:
+            choices = "{" + ",".join(each.choices) + "}" if each.choices else each.name.rpartition("-")[2].upper()
+            group.add_argument(each.name, metavar=choices, help=each.help)
+
+
+def add_help(parser: argparse.ArgumentParser, own: Iterable[Flag] = RUN_FLAGS) -> None:
+    """Add all flags to `parser`, grouped by section, for its --help; read() is what reads them."""
+    add_own_help(parser, own)
+    groups: dict[str, Any] = {}
+    for field in fields().values():
+        group = groups.get(field.section) or groups.setdefault(field.section, parser.add_argument_group(field.section))
+        yes, no = names(field)
+        text = field.metadata["help"].replace("%", "%%")
+        if field.default not in (None, False, []):
+            text += (
+                " (on by default)"
+                if field.default is True
+                else f" (default: {value_text(field.default)})".replace("%", "%%")
+            )
+        if field.kind is bool:
+            group.add_argument(*yes, *no, action="store_true", dest=field.name, help=text)
+        else:
+            many = {"nargs": "+"} if field.kind is list else {}
+            choices = "{" + ",".join(map(str, field.metadata["choices"])) + "}"
+            metavar = (
+                choices if field.metadata["choices"] else {int: "N", float: "X", list: "VALUE"}.get(field.kind, "TEXT")
+            )
+            group.add_argument(*yes, metavar=metavar, dest=field.name, help=text, **many)

@@ -1,0 +1,101 @@
+"""Words of configuration errors: how a field is called, what was probably meant, many problems in one message."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from megalith.common.errors import ConfigError, MegalithError, problem
+from megalith.config.flags.elsewhere import answer
+
+
+class Problem(NamedTuple):
+    """One thing that cannot work. `fields` are the ones it is about, so that one mistake is told once."""
+
+    fields: tuple[str, ...]
+    text: str
+
+
+class Words(str):
+    """Text that a message shows without quotes: a description of what was found instead of the value itself."""
+
+    __repr__ = str.__str__
+
+
+def flag(field: str) -> str:
+    """The flag of a field: num_layers -> --num-layers."""
+    return "--" + field.replace("_", "-")
+
+
+def value_text(value: object) -> str:
+    """A value as it would be typed after its flag: ['a', 'b'] -> 'a b', 1e-05 -> '1e-05'."""
+    if isinstance(value, (list, tuple)):
+        return " ".join(value_text(item) for item in value)
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return str(int(value))
+    return str(value)
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that `name` was probably meant to be, or None where nothing is near."""
+    known = {each.removeprefix("--"): each for each in known}  # dashes alone make no two flags alike
+    name = name.removeprefix("--")
+    found = [
+        each for each in known if sorted(each) == sorted(name)
+    ]  # letters that changed places, of however short a name
+    found = (
+        found or difflib.get_close_matches(name, known, 1) or [each for each in known if len(name) > 3 and name in each]
+    )
+    return known[found[0]] if found else None
+
+
+def around(value: int, fitting: Iterable[int]) -> str:
+    """The fitting numbers nearest to `value`, from below and from above, as a cure names them: '1 or 3'."""
+    fitting = list(fitting)
+    below, above = [n for n in fitting if n < value], [n for n in fitting if n > value]
+    return " or ".join(str(n) for n in (*([max(below)] if below else []), *([min(above)] if above else [])))
+
+
+def divisors(number: int) -> list[int]:
+    """Those of a number above 0, in no order; of one beyond 10^12 not all, so that a mistyped one is judged at once."""
+    small = [n for n in range(1, min(math.isqrt(number), 10**6) + 1) if number % n == 0]
+    return [*small, *(number // n for n in small)]
+
+
+def multiples(value: int, unit: int) -> list[int]:
+    """The multiples of `unit` above 0 on both sides of `value`, which is none."""
+    return [n for n in (value // unit * unit, (value // unit + 1) * unit) if n]
+
+
+def unknown(kind: str, name: str, known: Iterable[str], otherwise: str) -> str:
+    """Text for a name that is not known: what it is called here, the nearest known name, or `otherwise`."""
+    if instead := answer(name):
+        return f"unknown {kind} {name}: {instead}"
+    near = nearest(name, known)
+    return f"unknown {kind} {name}: did you mean {near}?" if near else f"unknown {kind} {name}: {otherwise}"
+
+
+def choose(kind: str, name: str, known: Iterable[str]) -> str:
+    """Return `name` if it is among the known ones, else raise a ConfigError that names the nearest, or all."""
+    known = list(known)
+    if name not in known:
+        raise ConfigError(unknown(kind, name, known, f"the known ones are {', '.join(known)}"))
+    return name
+
+
+def fail(problems: Iterable[str], error: type[MegalithError] = ConfigError) -> None:
+    """Raise one error that holds all problems, each once; nothing happens where there are none."""
+    texts = list(dict.fromkeys(problems))
+    if len(texts) == 1:
+        raise error(texts[0])
+    if texts:
+        raise error(
+            f"{len(texts)} problems\n" + "\n".join(f"  {number}. {text}" for number, text in enumerate(texts, 1))
+        )
+
+
+def trouble(fields: tuple[str, ...], what: str, found: object, rule: str, cure: str) -> Problem:
+    """A Problem in the words of every message: what, the value found, the rule, the cure."""
+    return Problem(fields, problem(what, Words("nothing") if found is None else found, rule, cure))

@@ -1,0 +1,1 @@
+"""Megatron's flags that set nothing here, and numbers as Megatron counts them."""

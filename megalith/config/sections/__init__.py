@@ -1,0 +1,1 @@
+"""The sections of RunConfig, one frozen dataclass each."""

@@ -1,0 +1,130 @@
+"""Who runs the parts: processes of this machine, or Ray workers of many. Each engine is `engine(job, parts, workers) -> records`."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from megalith.common.errors import DataError
+from megalith.common.extras import require
+from megalith.common.registry import Registry
+from megalith.data.corpus.preprocess_part import Job, PartEncoder
+from megalith.data.corpus.readers import Part
+
+ENGINES = Registry(
+    "engine",
+    {
+        "processes": "megalith.data.corpus.preprocess_pool:run_processes",
+        "ray": "megalith.data.corpus.preprocess_pool:run_ray",
+    },
+)
+LOST_WORKER = (
+    "a worker process ended without a word (killed, or out of memory); run the same command again and it goes on with the parts "
+    "that are missing, or use fewer --workers"
+)
+
+
+class Worker:
+    """The encoder of one worker process."""
+
+    encoder: PartEncoder
+    failure: Exception | None = (
+        None  # of the start: the pool would call a worker that ends there killed, and print its traceback
+    )
+
+    @classmethod
+    def start(cls, job: Job) -> None:
+        """Load the encoder, and see to it that this process ends when the parent does, even by kill -9."""
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+        try:
+            cls.encoder = PartEncoder(job)
+        except Exception as error:
+            cls.failure = error
+
+    @classmethod
+    def run(cls, part: Part) -> dict:
+        """Encode one part. Raises what the start of this process raised."""
+        if cls.failure is not None:
+            raise cls.failure
+        return cls.encoder(part)
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
+
+
+def run_processes(job: Job, parts: Iterator[Part], workers: int) -> Iterator[dict]:
+    """Records of the parts as they finish, from `workers` fresh processes (0: one a core; a fork would copy the encoder's dead threads)."""
+    workers = workers or os.cpu_count() or 1
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, context, Worker.start, (job,)) as pool:
+        waiting: set[concurrent.futures.Future] = set()
+        try:
+            for part in parts:
+                waiting.add(pool.submit(Worker.run, part))
+                if len(waiting) > workers:  # one ahead: blocks of a compressed stream are held in memory
+                    done, waiting = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
+                    yield from (future.result() for future in done)
+            for future in concurrent.futures.as_completed(waiting):
+                yield future.result()
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise DataError(LOST_WORKER) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+class RayWorker:
+    """The encoder of one actor."""
+
+    def __init__(self, job: Job):
+        """Load the encoder."""
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        self.encoder = PartEncoder(job)
+
+    def run(self, part: Part) -> dict:
+        """Encode one part."""
+        return self.encoder(part)
+
+
+def run_ray(job: Job, parts: Iterator[Part], workers: int) -> Iterator[dict]:
+    """Records of the parts as they finish, from `workers` actors (0: one a core of the cluster) on a Ray cluster.
+
+    Its nodes have megalith installed and see the same input and output folders. RAY_ADDRESS says which cluster; without it, this machine.
+    """
+    ray: Any = require("ray", "--engine ray")
+    if not ray.is_initialized():
+        ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False)
+    cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    actor = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(RayWorker)
+    free = [actor.remote(job) for _ in range(min(workers or cores, cores))]
+    busy: dict[Any, Any] = {}
+    try:
+        for part in parts:
+            if not free:
+                yield from _collect(ray, busy, free)
+            worker = free.pop()
+            busy[worker.run.remote(part)] = worker
+        while busy:
+            yield from _collect(ray, busy, free)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+    except ray.exceptions.RayActorError as error:
+        raise DataError(f"{LOST_WORKER} ({error})") from error
+    finally:
+        for worker in free + list(busy.values()):
+            ray.kill(worker)
+
+
+def _collect(ray: Any, busy: dict, free: list) -> list[dict]:
+    """Records of what is done, one at least; its actors are free again."""
+    ready, _ = ray.wait(list(busy), num_returns=1)
+    free += [busy.pop(reference) for reference in ready]
+    return ray.get(ready)

@@ -1,0 +1,1 @@
+"""Tokens to samples, in Megatron's order: datasets, their indices, blends and splits."""

@@ -1,0 +1,74 @@
+"""What the datasets over sentences (BERT, T5, ICT) share: a mapping built once, cached by content, and read by number."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from megalith.common.errors import DataError
+from megalith.data.samples.index_cache import cached, key_of
+
+
+class SentenceDataset:
+    """Samples that are runs of sentences; a subclass makes `mapping` rows into samples. `documents` counts documents, not sequences."""
+
+    def __init__(
+        self, indexed: Any, documents: tuple[int, int] | None, seed: int, cache_folders: Sequence[str | os.PathLike]
+    ):
+        """Documents documents[0] to documents[1] - 1 of `indexed` (default: all)."""
+        begin, end = documents or (0, indexed.num_documents)
+        if begin == end:
+            raise DataError(
+                f"{indexed.prefix}: documents {begin} to {end} are none, so there is nothing to sample from"
+            )
+        self.indexed, self.seed, self.cache_folders = indexed, seed, cache_folders
+        self.documents = np.array(indexed.document_indices[begin : end + 1], np.int64)
+        self.first_document = begin
+        self._lock = threading.Lock()
+        self._mapping: np.ndarray | None = None
+
+    def build(self) -> tuple[tuple, int, Callable[[], np.ndarray]]:
+        """What the mapping follows from, its number of columns, and the function that builds it; a subclass says."""
+        raise NotImplementedError
+
+    @property
+    def mapping(self) -> np.ndarray:
+        """The rows of the sample mapping; built, or mapped from the cache, on first use."""
+        if self._mapping is None:
+            self.prepare()
+        return self._mapping  # type: ignore[return-value]
+
+    def prepare(self) -> None:
+        """Build the mapping now. Safe in threads and in several processes at once."""
+        with self._lock:
+            if self._mapping is not None:
+                return
+            parts, columns, make = self.build()
+            if self.cache_folders:
+                first, last = int(self.documents[0]), int(self.documents[-1])
+                key = key_of(type(self).__name__, 1, parts, self.documents, self.indexed.lengths[first:last])
+                kind = np.uint32 if len(self.indexed) <= np.iinfo(np.uint32).max else np.uint64
+                self._mapping = cached(key, (("mapping", (-1, columns), kind),), lambda: [make()], self.cache_folders)[
+                    0
+                ]
+            else:
+                self._mapping = make()
+
+    def __len__(self) -> int:
+        """Samples of whole epochs: at least those asked for."""
+        return len(self.mapping)
+
+    def sentences(self, first: int, last: int) -> list[np.ndarray]:
+        """Tokens of the sentences first to last - 1."""
+        return [self.indexed.get(number) for number in range(first, last)]
+
+
+def padded(values: np.ndarray | list[int], size: int, fill: int) -> np.ndarray:
+    """`values` as int64 [size], filled up with `fill`."""
+    out = np.full(size, fill, np.int64)
+    out[: len(values)] = values
+    return out

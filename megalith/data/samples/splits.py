@@ -1,0 +1,25 @@
+"""How a corpus is cut into training, validation and test documents: Megatron core's rounding, and that of Megatron before 2023."""
+
+from __future__ import annotations
+
+import itertools
+
+from megalith.config.sections.data import shares
+
+NAMES = ("train", "valid", "test")
+
+
+def split_bounds(split: str, size: int, rounding: str = "core") -> list[tuple[int, int]]:
+    """(begin, end) of training, validation and test among `size` documents; begin == end where a split has none.
+
+    rounding: "core" rounds the running sum of shares; "legacy" rounds each share and takes the excess of the last off every bound.
+    The two differ by a document here and there, so a corpus keeps the one that it was begun with.
+    """
+    fractions = shares(split)
+    if rounding == "core":
+        bounds = [round(bound * float(size)) for bound in itertools.accumulate(fractions, initial=0)]
+    else:
+        bounds = list(itertools.accumulate((round(fraction * float(size)) for fraction in fractions), initial=0))
+        excess = bounds[-1] - size
+        bounds[1:] = [bound - excess for bound in bounds[1:]]
+    return list(itertools.pairwise(bounds))

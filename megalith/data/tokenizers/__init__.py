@@ -1,0 +1,1 @@
+"""Tokenizers under Megatron's names, over the libraries that do the work."""

@@ -1,0 +1,355 @@
+"""Tokenizers that the `tokenizers` library runs: any tokenizer.json, or a Hugging Face folder. transformers is not needed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from megalith.common.errors import DataError, problem
+from megalith.common.extras import MissingPackage, require
+from megalith.common.pointers import refuse_pointer
+from megalith.data.tokenizers.tokenizer import SPECIAL_NAMES, Tokenizer, TokenizerOptions, check_file
+
+# A lone tokenizer.json does not say which of its added tokens plays which part; these are the names in use.
+USUAL_NAMES = {
+    "eos": ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|eot_id|>", "<|im_end|>", "[SEP]"),
+    "bos": ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|startoftext|>"),
+    "pad": ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>"),
+    "cls": ("[CLS]", "<cls>"),
+    "sep": ("[SEP]", "<sep>"),
+    "mask": ("[MASK]", "<mask>"),
+}
+TEXT = 2**32 - 1  # an id that stands for a text: the largest that the library holds
+PLAIN = "PreTrainedTokenizerFast"  # the class of transformers that reads tokenizer.json as it is
+# Classes of transformers 5 that put nothing round a text where tokenizer.json does not; BERT's, RoBERTa's, ... do.
+NOTHING_ROUND = (
+    PLAIN, "TokenizersBackend", "GPT2Tokenizer", "LlamaTokenizer", "GemmaTokenizer", "BloomTokenizer",
+    "GPTNeoXTokenizer",
+)  # fmt: skip
+COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json")
+
+
+class LibraryTokenizer(Tokenizer):
+    """A tokenizer whose `backend` is a tokenizers.Tokenizer; the faster encoder `gigatoken` is used once `accelerate` saw it agree."""
+
+    backend: tokenizers.Tokenizer
+    prefix: list[int]  # ids that the post-processor puts before every text (a BOS), and after it
+    suffix: list[int]
+
+    def __init__(self, options: TokenizerOptions, backend: tokenizers.Tokenizer):
+        """Wrap `backend`; special ids are set by the subclass."""
+        super().__init__(options)
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.prefix, self.suffix = wrapping(backend)
+        self._encoder: Any = None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of one text, with what the post-processor adds."""
+        return self.prefix + self.backend.encode(text, add_special_tokens=False).ids + self.suffix
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids; special tokens stay visible."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def tokens(self) -> list[str]:
+        """The vocabulary in id order; an id that no token has is an empty string."""
+        listed = [""] * self.vocab_size
+        for token, i in self.backend.get_vocab(with_added_tokens=True).items():
+            listed[i] = token
+        return listed
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of many texts end to end, and how many belong to each."""
+        if self._encoder is not None:
+            rows = [self._encoder(text) for text in texts]
+        else:
+            rows = [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        if self.prefix or self.suffix:
+            rows = [np.concatenate([self.prefix, row, self.suffix]).astype(np.int64) for row in rows]
+        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+        return (np.concatenate(rows) if rows else np.empty(0, np.int32)), lengths
+
+    def library(self) -> tokenizers.Tokenizer:
+        """A copy of the backend."""
+        return tokenizers.Tokenizer.from_str(self.backend.to_str())
+
+    def accelerate(self, sample: Sequence[str]) -> tuple[bool, str]:
+        """Use gigatoken if it is installed and gives the ids of `tokenizers` for every text of `sample`."""
+        try:
+            encoder = require("gigatoken", "the fast encoder").Tokenizer.from_json(self.fast_json()).backend.encode
+            same = all(
+                self.backend.encode(text, add_special_tokens=False).ids == encoder(text).tolist() for text in sample
+            )
+        except (DataError, MissingPackage, ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+            return False, f"encoder: tokenizers (gigatoken not usable: {str(error).partition(chr(10))[0]})"
+        if not same:
+            return False, "encoder: tokenizers (gigatoken gave other ids for a sample of this input)"
+        self._encoder = encoder
+        return True, f"encoder: gigatoken (same ids as tokenizers on {len(sample)} sampled texts)"
+
+    def fast_json(self) -> str:
+        """The tokenizer.json handed to gigatoken."""
+        return self.backend.to_str()
+
+
+def wrapping(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """Ids that the post-processor puts before and after every text, of whatever kind it is (template, BERT's, RoBERTa's, a sequence).
+
+    It is run on one token whose id no vocabulary has, so that nothing it adds can be taken for the text.
+    Raises DataError where it names an id that the vocabulary gives to another token, or gives the text not once.
+    """
+    processor = backend.post_processor
+    if processor is None:
+        return [], []
+    for token, i in _tokens_of(json.loads(processor.__getstate__())):
+        if backend.token_to_id(token) != i:
+            found = f"{token} as id {i}, where the vocabulary has {token} as {backend.token_to_id(token)}"
+            rule = "the post-processor adds tokens of the vocabulary under their own ids"
+            raise DataError(
+                problem(
+                    "tokenizer.json: post_processor",
+                    found,
+                    rule,
+                    "Correct the id in post_processor, or save the file again",
+                )
+            )
+    text = tokenizers.Tokenizer(tokenizers.models.WordLevel({"text": TEXT})).encode("text")
+    full = processor.process(text).ids
+    if full.count(TEXT) != 1:
+        rule = "the post-processor keeps the text, once"
+        raise DataError(
+            problem(
+                "tokenizer.json: post_processor", f"the text {full.count(TEXT)} times", rule, "Correct its template"
+            )
+        )
+    return full[: full.index(TEXT)], full[full.index(TEXT) + 1 :]
+
+
+def template(
+    backend: tokenizers.Tokenizer, before: int | None, after: int | None, *, again: bool = True
+) -> tokenizers.processors.TemplateProcessing:
+    """The post-processor that puts these tokens (or none) before and after a text; again: before the second of a pair, too."""
+    special = [(backend.id_to_token(i), i) for i in dict.fromkeys((before, after)) if i is not None]
+    first, last = ([] if i is None else [backend.id_to_token(i)] for i in (before, after))
+    second = [f"{piece}:1" for piece in (*(first if again else ()), "$B", *last)]
+    return tokenizers.processors.TemplateProcessing(
+        single=[*first, "$A", *last], pair=[*first, "$A", *last, *second], special_tokens=special
+    )
+
+
+def _tokens_of(processor: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """(token, id) of all that a post-processor, as tokenizer.json describes it, may add."""
+    for each in processor.get("processors", ()):
+        yield from _tokens_of(each)
+    yield from (tuple(processor[part]) for part in ("cls", "sep") if part in processor)
+    if processor["type"] == "TemplateProcessing":
+        used = {part["SpecialToken"]["id"] for part in processor["single"] if "SpecialToken" in part}
+        for name in used:
+            yield from zip(
+                processor["special_tokens"][name]["tokens"], processor["special_tokens"][name]["ids"], strict=True
+            )
+
+
+class HuggingFaceTokenizer(LibraryTokenizer):
+    """--tokenizer-model is a tokenizer.json, a folder that holds one (or vocab.json and merges.txt), or a name on the Hub.
+
+    As Megatron does, a text gets what transformers' AutoTokenizer gives it: the tokens that tokenizer_config.json names are found in the
+    text, and the post-processor (of two files: add_bos_token and add_eos_token there) adds its own. eod is the eos token.
+    """
+
+    def __init__(self, options: TokenizerOptions):
+        """Load the file and find the special tokens, by the configuration beside it or by their usual names."""
+        self.source = _locate(options)
+        self.settings = _settings(self.source)
+        backend = _load(options, self.source)
+        backend.add_tokens(_missing(backend, self.settings))
+        backend.encode_special_tokens = bool(self.settings.get("split_special_tokens"))
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        named = {
+            part: _content(self.settings[key]) for part in USUAL_NAMES if self.settings.get(key := f"{part}_token")
+        }
+        for name, usual in USUAL_NAMES.items():
+            wanted = (named[name],) if name in named else usual if not named else ()
+            setattr(self, name, next((vocabulary[token] for token in wanted if token in vocabulary), None))
+        around = {part: getattr(self, part) for part in ("bos", "eos") if self.settings.get(f"add_{part}_token")}
+        if self.source is not None and self.source.is_dir():
+            backend.post_processor = template(backend, around.get("bos"), around.get("eos"))
+        super().__init__(options, backend)
+        self._compare(around)
+        self.complete()
+        self.eod = self.eos
+        sentinels = [f"<extra_id_{i}>" for i in range(options.vocab_extra_ids)]
+        self.backend.add_special_tokens(sentinels)
+        vocabulary = self.backend.get_vocab(with_added_tokens=True)
+        self.extra_ids = [vocabulary[token] for token in sentinels]
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+
+    @property
+    def literal(self) -> bool:
+        """Where its configuration says so, or where no token is marked as one to look for."""
+        return self.backend.encode_special_tokens or not self.backend.get_added_tokens_decoder()
+
+    def _compare(self, around: dict[str, int | None]) -> None:
+        """Note where tokenizer_config.json wants other tokens round a text than tokenizer.json, which wins, adds."""
+        for part, added in (("bos", self.prefix), ("eos", self.suffix)):
+            said, does = self.settings.get(name := f"add_{part}_token"), getattr(self, part) in added
+            if said is not None and bool(said) != does:
+                self.notes += (
+                    f"{name} is {str(bool(said)).lower()} in tokenizer_config.json, and the post_processor of tokenizer.json "
+                    f"{'adds' if does else 'does not add'} it: tokenizer.json is followed, as transformers 5 does",
+                )
+        kind = str(self.settings.get("tokenizer_class", PLAIN))
+        puts = not {kind, kind.removesuffix("Fast")} & {*NOTHING_ROUND}
+        if self.source is not None and self.backend.post_processor is None and puts:
+            self.notes += (
+                f"tokenizer_config.json names {kind}, and tokenizer.json has no post_processor: nothing is put round "
+                f"a text here, where AutoTokenizer lets such classes put their own (RobertaTokenizer <s> and </s>). Save "
+                f"it with transformers (save_pretrained), which writes them into tokenizer.json, or make tokenizer_class {PLAIN}",
+            )
+
+    def complete(self) -> None:
+        """Add special tokens that the file lacks; here none."""
+
+    def files(self) -> dict[str, pathlib.Path]:
+        """The tokenizer.json, where it is a file."""
+        return {"tokenizer_model": self.source} if self.source and self.source.is_file() else {}
+
+    def save(self, folder: str | pathlib.Path) -> None:
+        """Write tokenizer.json and its companions, which transformers reads as well."""
+        super().save(folder)
+        folder = pathlib.Path(folder)
+        if not self.files():
+            self.backend.save(str(folder / "tokenizer.json"))
+        for beside in _companions(self.source):
+            if beside.resolve() != (folder / beside.name).resolve():
+                shutil.copyfile(beside, folder / beside.name)
+
+    def fingerprint(self) -> str:
+        """Of the tokenizer as its files made it, whichever they are: two files become one where it is saved."""
+        special = {name: getattr(self, name) for name in SPECIAL_NAMES}
+        parts = [self.options.tokenizer_type, special, list(self.extra_ids), self.literal, self.backend.to_str()]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+class HFTokenizer(HuggingFaceTokenizer):
+    """As Megatron-DeepSpeed's: `[PAD]`, `</s>`, `<s>` and `<unk>` are added, in this order, for the parts that no token plays."""
+
+    def complete(self) -> None:
+        """Add what is missing; unlike there, bos is bos and vocab_size counts the added tokens."""
+        for name, token in (("pad", "[PAD]"), ("eos", "</s>"), ("bos", "<s>")):
+            if getattr(self, name) is None:
+                self.backend.add_special_tokens([token])
+                setattr(self, name, self.backend.token_to_id(token))
+        if not any(self.backend.token_to_id(token) is not None for token in ("<unk>", "[UNK]", "<|endoftext|>")):
+            self.backend.add_special_tokens(["<unk>"])
+
+
+def _locate(options: TokenizerOptions) -> pathlib.Path | None:
+    """The tokenizer.json meant by --tokenizer-model (or --vocab-file); None when it is a name on the Hub."""
+    name = options.tokenizer_model or options.vocab_file
+    if name is None:
+        options.file("tokenizer_model")
+    path = pathlib.Path(str(name))
+    if path.is_dir() and (path / "tokenizer.json").is_file():
+        return path / "tokenizer.json"
+    if path.is_dir() and not ((path / "vocab.json").is_file() and (path / "merges.txt").is_file()):
+        raise DataError(
+            problem(
+                "--tokenizer-model",
+                str(path),
+                "the folder holds neither tokenizer.json nor vocab.json with merges.txt",
+                "For a sentencepiece .model use --tokenizer-type Llama2Tokenizer or GPTSentencePieceTokenizer with the file itself",
+            )
+        )
+    if path.exists():
+        return path
+    if path.suffix or len(path.parts) > 2 or path.is_absolute():
+        return options.file("tokenizer_model" if options.tokenizer_model else "vocab_file")
+    return None
+
+
+def _load(options: TokenizerOptions, source: pathlib.Path | None) -> tokenizers.Tokenizer:
+    for file in (source / "vocab.json", source / "merges.txt", source) if source else ():
+        check_file(file, "--tokenizer-model")
+    try:
+        if source is None:
+            return tokenizers.Tokenizer.from_pretrained(str(options.tokenizer_model))
+        if source.is_dir():
+            return byte_level_bpe(source / "vocab.json", source / "merges.txt")
+        return tokenizers.Tokenizer.from_file(str(source))
+    except Exception as error:  # the library raises bare Exception
+        rule = "it must be a tokenizer.json, a folder with one, or a reachable name on the Hugging Face Hub"
+        cure = "Give the path of a file, for example one made by `megalith data bpe`"
+        raise DataError(problem("--tokenizer-model", options.tokenizer_model, f"{rule} ({error})", cure)) from error
+
+
+def byte_level_bpe(vocab_file: pathlib.Path, merge_file: pathlib.Path) -> tokenizers.Tokenizer:
+    """GPT-2's tokenizer from its two files, no special tokens."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(vocab_file), str(merge_file)))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    return backend
+
+
+def _companions(source: pathlib.Path | None) -> list[pathlib.Path]:
+    """The files beside a tokenizer.json (or beside vocab.json) that say more about it, the weightiest first."""
+    folder = source if source is None or source.is_dir() else source.parent
+    return [] if folder is None else [folder / name for name in COMPANIONS if (folder / name).is_file()]
+
+
+def _settings(source: pathlib.Path | None) -> dict[str, Any]:
+    """What tokenizer_config.json says, and special_tokens_map.json of the rest."""
+    settings: dict[str, Any] = {}
+    for file in _companions(source):
+        refuse_pointer(file)
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            settings = {key: value for key, value in content.items() if value is not None} | settings
+        except (OSError, ValueError, AttributeError) as error:
+            raise DataError(
+                problem(str(file), str(error), "it must be a JSON object", "Copy or download it again")
+            ) from None
+    if not settings and source is not None and source.is_dir():
+        settings = dict.fromkeys(
+            ("bos_token", "eos_token"), "<|endoftext|>"
+        )  # as GPT2Tokenizer, which reads such folders
+    return settings
+
+
+def _content(token: Any) -> str:
+    return token["content"] if isinstance(token, dict) else str(token)
+
+
+def _missing(backend: tokenizers.Tokenizer, settings: dict[str, Any]) -> list[tokenizers.AddedToken]:
+    """The tokens that transformers adds to a tokenizer.json because of its configuration, in its order; most are in the vocabulary."""
+    listed: list[Any] = [
+        token for _, token in sorted(settings.get("added_tokens_decoder", {}).items(), key=lambda each: int(each[0]))
+    ]
+    named = [
+        settings[f"{part}_token"]
+        for part in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+        if settings.get(f"{part}_token")
+    ]
+    more = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    missing: dict[str, tokenizers.AddedToken] = {}
+    for token in listed + [{"special": True, "content": _content(each)} | (each if isinstance(each, dict) else {})
+                           for each in (*named, *(more.values() if isinstance(more, dict) else more))]:  # fmt: skip
+        if token["content"] not in known:
+            flags = {
+                key: bool(token[key])
+                for key in ("single_word", "lstrip", "rstrip", "normalized", "special")
+                if key in token
+            }
+            missing.setdefault(token["content"], tokenizers.AddedToken(token["content"], **flags))
+    return list(missing.values())

@@ -1,0 +1,1 @@
+"""FLOPs, activation memory and pipeline timelines from the config alone. No torch."""

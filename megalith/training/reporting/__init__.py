@@ -1,0 +1,1 @@
+"""What a run tells: lines, progress bar, metrics, pictures, profiles."""

@@ -1,0 +1,101 @@
+"""What a run starts from: its own newest checkpoint, what --load names in whatever format, or nothing."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from megalith import checkpoint
+from megalith.checkpoint.formats import foreign
+from megalith.checkpoint.store.folder import folder_of, is_ours, load_of
+from megalith.checkpoint.weights import Weights
+from megalith.common.errors import ConfigError, MegalithError
+from megalith.config.flags.loading import from_yaml
+from megalith.config.run import RunConfig
+
+
+def source_of(config: RunConfig) -> str | os.PathLike | None:
+    """What the config says a run starts from: its own newest checkpoint, --load's, or nothing; on this machine."""
+    load, own = load_of(config), folder_of(config)
+    if checkpoint.iterations(own) and (load is None or config.checkpoint.finetune):
+        return own
+    return None if load is None else foreign.located(load)
+
+
+def weights_only(config: RunConfig) -> bool:
+    """Whether a run takes from its source the weights alone: --finetune, until it has a checkpoint of its own."""
+    return config.checkpoint.finetune and source_of(config) != folder_of(config)
+
+
+def is_foreign(source: str | os.PathLike) -> bool:
+    """Whether a source is not a checkpoint of megalith."""
+    return not is_ours(source)
+
+
+def read_foreign(config: RunConfig, *, with_optimizer: bool = False, judges: bool = True) -> Weights:
+    """The weights of a foreign source. judges: whether copies in it are compared, which one process does for all."""
+    options = foreign.options_of(config, with_optimizer=with_optimizer)
+    if not judges and options.replicas == "equal":
+        options = foreign.options_of(config, with_optimizer=with_optimizer, replicas="first")
+    return foreign.read(config.checkpoint.load or "", options)
+
+
+class Source(NamedTuple):
+    """What a run is compared with. tokenizer: the folder of its files, if it has them."""
+
+    path: str | os.PathLike
+    config: RunConfig
+    tokenizer: pathlib.Path | None
+    train_state: Mapping[str, Any]
+
+
+def look(config: RunConfig, source: str | os.PathLike) -> Source:
+    """What is compared of a source. Raises ConfigError for a config that cannot be read here, CheckpointError for damage."""
+    if is_foreign(source):
+        weights = read_foreign(config, judges=False)
+        return Source(config.checkpoint.load or source, weights.config, weights.tokenizer, weights.train_state)
+    path = checkpoint.find(source, config.checkpoint.ckpt_step)
+    tokenizer = path / "tokenizer"
+    then = from_yaml(checkpoint.read_config(path))
+    return Source(path, then, tokenizer if tokenizer.is_dir() else None, checkpoint.read_train_state(path))
+
+
+def settled(config: RunConfig) -> tuple[RunConfig, str]:
+    """The config, and a line where it changed: --load of weights that belong to no step of a run is as with --finetune.
+
+    Such are a Hugging Face folder, a release of Megatron, and what was converted from them. One process calls this.
+    """
+    load = load_of(config)
+    if load is None or config.checkpoint.finetune or config.validation.skip_train:
+        return config, ""
+    try:
+        source = foreign.located(load, tell=lambda line: print(f"megalith: {line}", flush=True))
+        if is_foreign(source):
+            begins = foreign.format_of(source) == "huggingface" or foreign.beginning(read_foreign(config, judges=False))
+        else:
+            path = checkpoint.find(source, config.checkpoint.ckpt_step)
+            facts, state = checkpoint.describe(path), checkpoint.read_train_state(path)
+            begins = facts["iteration"] == 0 and set(facts["parameters"]) == {"model"} and "schedule" not in state
+    except MegalithError:  # which is told where it is used, if it is
+        return config, ""
+    line = (
+        f"--load {load} holds weights that belong to no step of a run: it begins with them at step 0, as by --finetune"
+    )
+    return (config.replace(finetune=True), line) if begins else (config, "")
+
+
+def check_own(config: RunConfig) -> None:
+    """Raise ConfigError where the folder of the run's own checkpoints is another program's, which --load names too."""
+    own = folder_of(config)
+    if config.checkpoint.load is None or load_of(config) is not None or is_ours(own):
+        return
+    try:
+        format = foreign.format_of(own)
+    except MegalithError:
+        return  # an empty folder: the run begins there
+    raise ConfigError(
+        f"--load and the folder of this run's own checkpoints are both {own}, which holds a checkpoint in the format "
+        f"{format}; a run goes on from it in a folder of its own. Name another --save."
+    )
