@@ -1,4 +1,5 @@
-# Two commands from nothing: `make demo` and `make test`. Each creates .venv, installs what is pinned in constraints.txt, and runs.
+# Two commands from nothing: `make demo` and `make test`.
+# Each creates .venv, installs what is pinned in constraints.txt, and runs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,7 +18,8 @@ install: $(VENV)/.installed  ## .venv with everything, at the pinned versions
 
 # Redone only when what it depends on changes; the stamp is written last, so a broken installation is tried again.
 $(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"megalith needs Python 3.11 or newer, this is {sys.version.split()[0]}: make PYTHON=python3.11 ...")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+		f"megalith needs Python 3.11 or newer, this is {sys.version.split()[0]}: make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@

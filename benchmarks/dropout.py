@@ -1,9 +1,9 @@
-"""What dropout costs: a training step with hidden dropout, and with attention dropout too, against the same step without.
+"""What dropout costs: a training step with hidden dropout, and with attention dropout too, against one without.
 
     python benchmarks/dropout.py [--rounds 5] [the shapes of train.py: --num-layers 6 --device cuda ...]
 
-Ours hashes a mask for each element wherever it lies, so that every layout draws the same one; transformers' draws from a stream. Both run
-in turn, each in a process of its own, and the time of a step without dropout is 1.
+megalith hashes a mask for each element, on whichever rank it lies, so that every layout draws the same one;
+transformers draws from a stream. Both run in turn, each in a separate process. The time of a step without dropout is 1.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python benchmarks/generate.py                     # CPU: 6 layers, hidden 384, vocabulary 50304, float32
     python benchmarks/generate.py --device cuda --dtype bfloat16 --num-layers 24 --hidden-size 1024 --heads 16 --compile
 
-Tokens/s counts new tokens and includes the reading of the prompts. "limit" only streams the model's weights through matrix products
-of one token a row: what the machine would reach if all else were free. Medians of --rounds turns.
+Tokens/s counts new tokens and includes the reading of the prompts. "limit" only streams the model's weights through
+matrix products of one token per row: what the machine would reach if all else were free. Medians of --rounds rounds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megalith.generation.engine import Engine
 from megalith.generation.generate import complete
 from megalith.models.gpt import GPT
 from megalith.parallel.devices import synchronize
-from megalith.runtime.build import plain
+from megalith.runtime.build import build_model
 
 LIMIT = 1024  # positions
 
@@ -51,14 +51,16 @@ def main() -> None:
         "num_attention_heads": args.heads,
         "vocab_size": args.vocab_size,
     }
-    model = plain(ModelConfig(**sizes, **form), device, dtype, seed=1)
+    model = build_model(ModelConfig(**sizes, **form), device, dtype, seed=1)
     original = hugging_face(model, args).to(device, dtype)
     print(f"{platform.machine()}, {args.threads} threads, torch {torch.__version__}, {args.device}, {args.dtype}")
     print(
-        f"{args.num_layers} layers, hidden {args.hidden_size}, vocabulary {args.vocab_size}; {args.new} new tokens after {args.prompt}\n"
+        f"{args.num_layers} layers, hidden {args.hidden_size}, vocabulary {args.vocab_size}; {args.new} new tokens "
+        f"after {args.prompt}\n"
     )
     print(
-        f"{'case':36}{'transformers':>14}{'megalith':>12}{'ratio':>8}{'limit':>12}{'of limit':>10}   tokens/s; same tokens"
+        f"{'case':36}{'transformers':>14}{'megalith':>12}{'ratio':>8}{'limit':>12}{'of limit':>10}   tokens/s; same "
+        f"tokens"
     )
     for rows, ragged, sampled in (
         (1, False, False),
@@ -95,8 +97,8 @@ def main() -> None:
         )
         same = "-" if sampled else "yes" if made["ours"] == made["theirs"] else "no"
         print(
-            f"{case:36}{speed['theirs']:14.1f}{speed['ours']:12.1f}{speed['ours'] / speed['theirs']:8.2f}{speed['limit']:12.1f}"
-            f"{speed['ours'] / speed['limit']:10.2f}   {same}",
+            f"{case:36}{speed['theirs']:14.1f}{speed['ours']:12.1f}{speed['ours'] / speed['theirs']:8.2f}"
+            f"{speed['limit']:12.1f}{speed['ours'] / speed['limit']:10.2f}   {same}",
             flush=True,
         )
 

@@ -1,9 +1,10 @@
 """Sample indices, random access and blends, beside megatron-core's own in the same run.
 
-    python benchmarks/index.py            writes benchmarks/results/index.txt (about five minutes; nothing else should run meanwhile)
+    python benchmarks/index.py            writes benchmarks/results/index.txt (about five minutes on a quiet machine)
     python benchmarks/index.py --quick    a hundredth of the size, to see that it works; writes nothing
 
-Each measurement runs in a process of its own, so that peak memory means something; ours and theirs alternate, and medians are shown.
+Each measurement runs in a separate process, so that peak memory means something; megalith and Megatron core alternate,
+and medians are shown.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ SEQUENCE, SEED = 2048, 1234
 
 def write_corpus(folder: pathlib.Path, documents: int) -> None:
     """An index of `documents` documents of about 600 tokens; the .bin is sparse, since indices do not read it."""
-    from megalith.data.indexed.format import CODES, HEADER, MAGIC
+    from megalith.data.indexed.format import DTYPE_CODES, HEADER, MAGIC
 
     lengths = np.random.default_rng(0).integers(100, 1100, documents).astype(np.int32)
     ends = np.cumsum(lengths, dtype=np.int64) * 2
     with open(folder / "big.idx", "wb") as file:
-        file.write(HEADER.pack(MAGIC, 1, CODES[np.dtype(np.uint16)], documents, documents + 1))
+        file.write(HEADER.pack(MAGIC, 1, DTYPE_CODES[np.dtype(np.uint16)], documents, documents + 1))
         for table in (lengths, ends - 2 * lengths, np.arange(documents + 1)):
             table.tofile(file)
     with open(folder / "big.bin", "wb") as file:
@@ -106,10 +107,11 @@ def measure(what: str, folder: pathlib.Path) -> dict[str, float]:
         )
         dataset, order = build(), np.random.default_rng(1).integers(0, few, 2000).tolist()
         rates = {}
+        # The first time the kernel maps the pages, which costs either side the same
         for name in (
             "pages untouched",
             "again",
-        ):  # the first time the kernel maps the pages, which costs either side the same
+        ):
             begin = time.process_time()
             for index in order:
                 dataset[index]
@@ -122,9 +124,9 @@ def measure(what: str, folder: pathlib.Path) -> dict[str, float]:
 
 def blend(what: str, size: int) -> dict[str, float]:
     """A blend of 200 sources."""
-    from megalith.data.samples.blend import blend_index, normalised
+    from megalith.data.samples.blend import blend_index, normalize
 
-    shares = normalised(np.random.default_rng(2).random(200))
+    shares = normalize(np.random.default_rng(2).random(200))
     if "ours" not in what:
         from megatron.core.datasets import helpers_cpp
 

@@ -2,8 +2,9 @@
 
     python benchmarks/parallel.py                writes benchmarks/results/parallel.txt (ten minutes of a quiet machine)
 
-The limit is measured in the same run: two processes that train the same model side by side and never speak. Every two-process
-layout trains on as many tokens a step as those two together, optimizer included. Layouts take turns, medians are compared.
+The limit is measured in the same run: two processes that train the same model side by side and never communicate. Every
+two-process layout trains on as many tokens a step as those two together, optimizer included. Layouts take turns;
+medians are compared.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 RESULT = pathlib.Path(__file__).parent / "results" / "parallel.txt"
+# Tokens of a sample, samples of a step for each process, micro-batches of the pipeline
 SEQUENCE, HERE, MICRO_BATCHES = (
     512,
     4,
     8,
-)  # tokens of a sample, samples of a step for each process, micro-batches of the pipeline
+)
 LAYOUTS: dict[str, dict] = {  # name -> what differs from one process; `alone`: that many processes that do not speak
     "one process": {"alone": 1},
     "two alone": {"alone": 2},
@@ -39,12 +41,13 @@ LAYOUTS: dict[str, dict] = {  # name -> what differs from one process; `alone`: 
         "pipeline_split": "even",
     },
 }
+# Shares of the limit
 ASKED = {
     "tensor": 0.80,
     "data, replicated": 0.92,
     "data, sharded optimizer": 0.92,
     "pipeline": 0.90,
-}  # shares of the limit
+}
 
 
 def work(name: str, steps: int) -> None:
@@ -57,7 +60,7 @@ def work(name: str, steps: int) -> None:
     from megalith.optim.loss_scale import build_loss_scale
     from megalith.optim.schedule import Schedule
     from megalith.parallel import mesh as meshes
-    from megalith.runtime.build import place
+    from megalith.runtime.build import build_runtime
     from megalith.testing import parity
     from megalith.training.resume.state import Progress
     from megalith.training.step import Trainer, train_step
@@ -66,12 +69,22 @@ def work(name: str, steps: int) -> None:
     given = {key: value for key, value in LAYOUTS[name].items() if key != "alone"}
     samples = HERE if "alone" in LAYOUTS[name] else 2 * HERE
     config = RunConfig().replace(
-        num_layers=4, hidden_size=1024, num_attention_heads=16, seq_length=SEQUENCE, max_position_embeddings=SEQUENCE, vocab_size=1024,
-        hidden_dropout=0.0, attention_dropout=0.0, global_batch_size=samples, device="cpu", train_iters=1000, lr=1e-4,
+        num_layers=4,
+        hidden_size=1024,
+        num_attention_heads=16,
+        seq_length=SEQUENCE,
+        max_position_embeddings=SEQUENCE,
+        vocab_size=1024,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        global_batch_size=samples,
+        device="cpu",
+        train_iters=1000,
+        lr=1e-4,
         **{"micro_batch_size": HERE} | given,
-    )  # fmt: skip
-    mesh = meshes.start(config.parallel)
-    runtime = place(config, mesh)
+    )
+    mesh = meshes.init_mesh(config.parallel)
+    runtime = build_runtime(config, mesh)
     runtime.train()
     optimizer = build_optimizer(config.optimizer, runtime.named_parameters())
     schedule = Schedule(config.optimizer, config.schedule, samples)
@@ -134,7 +147,8 @@ def report(rates: dict[str, list[float]], losses: dict[str, list[float]], steps:
     lines = [
         "command: python benchmarks/parallel.py",
         f"machine: {datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
-        f"4 layers, hidden 1024, vocabulary 1024, sequence {SEQUENCE}, float32, AdamW; {HERE * SEQUENCE} tokens each step; {steps}",
+        f"4 layers, hidden 1024, vocabulary 1024, sequence {SEQUENCE}, float32, AdamW; {HERE * SEQUENCE} tokens each "
+        f"step; {steps}",
         f"{'':26}{'tokens/s':>9}  {'quartiles':>15}  share of the limit  asked  losses of the first two steps",
     ]
     for name, values in rates.items():

@@ -1,4 +1,7 @@
-"""The candidates of benchmarks/train.py: each builder returns a function that does one training step and returns its loss."""
+"""The candidates of benchmarks/train.py.
+
+Each builder returns a function that does one training step and returns its loss.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +20,18 @@ def ours(args: argparse.Namespace, device: torch.device, ids: Tensor, labels: Te
     """This project's model, loss and optimizer, through the same functions as `megalith pretrain`."""
     from megalith.optim.build import build_optimizer
     from megalith.optim.clip import clip, gradients
-    from megalith.parallel.mesh import start
-    from megalith.runtime.build import place
+    from megalith.parallel.mesh import init_mesh
+    from megalith.runtime.build import build_runtime
 
     config = our_config(args).replace(compile=compile, device=args.device, bf16=args.dtype == "bfloat16")
-    runtime = place(config, start(config.parallel))
+    runtime = build_runtime(config, init_mesh(config.parallel))
     optimizer = build_optimizer(config.optimizer, runtime.model.named_parameters())
     weights = torch.full(labels.shape, 1.0 / labels.numel(), device=device)
+    # What masks are drawn from
     samples, number = (
         torch.arange(len(ids), device=device),
         torch.zeros((), dtype=torch.int64, device=device),
-    )  # what masks are drawn from
+    )
 
     def step() -> float:
         loss = runtime.model(ids, labels=labels, loss_weights=weights, samples=samples, step=number.add_(1)).sum()
@@ -45,20 +49,29 @@ def our_config(args: argparse.Namespace):
     from megalith.config.run import RunConfig
 
     return RunConfig().replace(
-        num_layers=args.num_layers, hidden_size=args.hidden_size, num_attention_heads=args.heads, max_position_embeddings=args.sequence,
-        seq_length=args.sequence, vocab_size=args.vocab_size, openai_gelu=True, hidden_dropout=args.hidden_dropout,
-        attention_dropout=args.attention_dropout, lr=1e-3, weight_decay=0.0, adam_beta2=0.999,
-    )  # fmt: skip
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        num_attention_heads=args.heads,
+        max_position_embeddings=args.sequence,
+        seq_length=args.sequence,
+        vocab_size=args.vocab_size,
+        openai_gelu=True,
+        hidden_dropout=args.hidden_dropout,
+        attention_dropout=args.attention_dropout,
+        lr=1e-3,
+        weight_decay=0.0,
+        adam_beta2=0.999,
+    )
 
 
 def our_weights(args: argparse.Namespace) -> dict[str, Tensor]:
     """The weights that all candidates start from."""
-    from megalith.runtime.build import plain
+    from megalith.runtime.build import build_model
 
     config = our_config(args)
     return {
         name: value.detach()
-        for name, value in plain(config.model, torch.device("cpu"), seed=config.batch.seed).named_parameters()
+        for name, value in build_model(config.model, torch.device("cpu"), seed=config.batch.seed).named_parameters()
     }
 
 
@@ -85,9 +98,16 @@ def hugging_face(
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        vocab_size=args.vocab_size, n_positions=args.sequence, n_embd=args.hidden_size, n_layer=args.num_layers, n_head=args.heads,
-        resid_pdrop=args.hidden_dropout, embd_pdrop=args.hidden_dropout, attn_pdrop=args.attention_dropout, use_cache=False,
-    )  # fmt: skip
+        vocab_size=args.vocab_size,
+        n_positions=args.sequence,
+        n_embd=args.hidden_size,
+        n_layer=args.num_layers,
+        n_head=args.heads,
+        resid_pdrop=args.hidden_dropout,
+        embd_pdrop=args.hidden_dropout,
+        attn_pdrop=args.attention_dropout,
+        use_cache=False,
+    )
     model = GPT2LMHeadModel(config)
     w = our_weights(args)
     with torch.no_grad():
@@ -129,10 +149,18 @@ def megatron_core(args: argparse.Namespace, device: torch.device, ids: Tensor, l
     else:  # its dropout, off here, asks for a CUDA generator
         mock.patch.object(CudaRNGStatesTracker, "fork", lambda self, name=None: contextlib.nullcontext()).start()
     config = TransformerConfig(
-        num_layers=args.num_layers, hidden_size=args.hidden_size, num_attention_heads=args.heads, use_cpu_initialization=True,
-        hidden_dropout=0.0, attention_dropout=0.0, activation_func=lambda x: nn.functional.gelu(x, approximate="tanh"),
-        bf16=False, params_dtype=torch.float32, gradient_accumulation_fusion=False, masked_softmax_fusion=False,
-    )  # fmt: skip
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        num_attention_heads=args.heads,
+        use_cpu_initialization=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        activation_func=lambda x: nn.functional.gelu(x, approximate="tanh"),
+        bf16=False,
+        params_dtype=torch.float32,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+    )
     model = GPTModel(
         config, get_gpt_layer_local_spec(), args.vocab_size, args.sequence, position_embedding_type="learned_absolute",
         share_embeddings_and_output_weights=True,
@@ -143,9 +171,8 @@ def megatron_core(args: argparse.Namespace, device: torch.device, ids: Tensor, l
         model.embedding.position_embeddings.weight.copy_(w["position_embedding.weight"])
         for i, layer in enumerate(model.decoder.layers):
             p = f"layers.{i}."
-            qkv = torch.stack(
-                [w[f"{p}attention.{x}.weight"].view(heads, width, -1) for x in "qkv"], dim=1
-            )  # per head: q, k, v
+            # Per head: q, k, v
+            qkv = torch.stack([w[f"{p}attention.{x}.weight"].view(heads, width, -1) for x in "qkv"], dim=1)
             layer.self_attention.linear_qkv.weight.copy_(qkv.flatten(0, 2))
             layer.self_attention.linear_proj.weight.copy_(w[f"{p}attention.out.weight"])
             layer.mlp.linear_fc1.weight.copy_(w[f"{p}mlp.up.weight"])
@@ -164,10 +191,11 @@ def limit(args: argparse.Namespace, device: torch.device, ids: Tensor, labels: T
     products = []
     for inner, outer in shapes * args.num_layers:
         products += [(tokens, inner, outer), (tokens, outer, inner), (inner, tokens, outer)]
+    # The head in chunks, as a chunked loss does it: a whole one would not fit in every memory
     rows, chunks = (
         1024,
         max(1, tokens // 1024),
-    )  # the head in chunks, as a chunked loss does it: a whole one would not fit in every memory
+    )
     products += [(rows, h, args.vocab_size), (rows, args.vocab_size, h), (args.vocab_size, rows, h)] * chunks
     made = {
         shape: (

@@ -1,11 +1,12 @@
-"""`megalith data preprocess` against the classic design and against bare `tokenizers`, on real text found on this machine.
+"""`megalith data preprocess` against the classic design and against bare `tokenizers`, on real text of this machine.
 
-    python benchmarks/preprocess.py --gpt2 FOLDER --bert VOCAB [--megabytes 200] [--gigabyte] > benchmarks/results/preprocess.txt
+    python benchmarks/preprocess.py --gpt2 FOLDER --bert VOCAB [--megabytes 200] [--gigabyte] \\
+        > benchmarks/results/preprocess.txt
 
-classic: a pool of 2 processes, one document a call through `tokenizers`, ids pickled back and written by one process (Megatron's tool with
-faster libraries: its own nltk splitter and Python BPE are slower). bare: `encode_batch_fast` of `tokenizers` over the same documents, texts
-in memory, nothing written. ours: the whole command. Each is a process of its own; wall seconds, CPU seconds and peak memory are those of
-the process and its children.
+classic: a pool of 2 processes, one document a call through `tokenizers`, ids pickled back and written by one process
+(Megatron's tool with faster libraries: its own nltk splitter and Python BPE are slower). bare: `encode_batch_fast` of
+`tokenizers` over the same documents, texts in memory, nothing written. ours: the whole command. Each is a separate
+process; wall seconds, CPU seconds and peak memory are those of the process and its children.
 """
 
 from __future__ import annotations
@@ -163,7 +164,7 @@ def bare(corpus: str, kind: str, files: list[str]) -> dict:
 
 
 def measured(command: list[str]) -> dict:
-    """Run a process; wall and CPU seconds, peak memory in MB of all its processes together (sampled), and its last line of output."""
+    """Run a process; wall and CPU seconds, peak memory in MB of all its processes (sampled), last line of output."""
     started = time.perf_counter()
     before = os.times()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
@@ -294,14 +295,16 @@ def shares(result: dict) -> None:
     )
     print(f"joining the parts {result['seconds']['joining']:.2f} s")
     print(
-        f"{result['documents']} documents, {result['sequences']} sequences, {result['tokens']} tokens; {result['encoder']}"
+        f"{result['documents']} documents, {result['sequences']} sequences, {result['tokens']} tokens; "
+        f"{result['encoder']}"
     )
 
 
 def machine() -> str:
     """The machine in a line."""
     names = re.findall(r"model name\s*: (.*)", pathlib.Path("/proc/cpuinfo").read_text())
-    return f"{platform.platform()}, {os.cpu_count()} cores ({names[0] if names else 'unknown'}), load {os.getloadavg()[0]:.1f} at the start"
+    cores = f"{os.cpu_count()} cores ({names[0] if names else 'unknown'})"
+    return f"{platform.platform()}, {cores}, load {os.getloadavg()[0]:.1f} at the start"
 
 
 def main() -> None:
@@ -344,7 +347,8 @@ def main() -> None:
             result = ours(str(large), kind, files, split, args.workers)
             rate = large.stat().st_size / 1e6 / result["wall"]
             print(
-                f"{kind}: {result['wall']:.1f} s, {rate:.1f} MB/s, all processes together {result['peak MB']:.0f} MB at most"
+                f"{kind}: {result['wall']:.1f} s, {rate:.1f} MB/s, all processes together {result['peak MB']:.0f} MB "
+                f"at most"
             )
 
 

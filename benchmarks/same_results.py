@@ -179,16 +179,16 @@ def exported(side: Side, source: Side, form: str, format: str, flags: str) -> Fo
 def generated(side: Side, source: Side, form: str, flags: str, load: str = "run") -> Found:
     """Each text; those of NullTokenizer are ids."""
     path, seed = trained(source, form), "" if "--beam" in flags or "--greedy" in flags else f"--seed {side.seed}"
-    lacking = ""
+    tokenizer = ""
     if load != "run":
-        lacking = f"--tokenizer {path}/checkpoints/iter_0000020/tokenizer"
+        tokenizer = f"--tokenizer {path}/checkpoints/iter_0000020/tokenizer"
         path = source.folder / f"{form}-{load}"
         if not path.exists():
             exported(source, source, form, load, "")
     side.folder.mkdir(exist_ok=True)
     (side.folder / "prompts.txt").write_text("\n".join(PROMPTS if form != "t5" else QUESTIONS) + "\n")
     files = "--prompt-file prompts.txt --out-file texts.jsonl --overwrite"
-    side.run(f"generate --load {path} {lacking} {files} --max-new-tokens 8 --device cpu {flags} {seed}")
+    side.run(f"generate --load {path} {tokenizer} {files} --max-new-tokens 8 --device cpu {flags} {seed}")
     lines = (side.folder / "texts.jsonl").read_text().splitlines()
     return {f"text {number}": line for number, line in enumerate(lines, 1)}
 

@@ -1,12 +1,12 @@
 """Two source trees are equally fast: the figures of train.py, parallel.py, index.py and preprocess.py, old beside new.
 
     git worktree add ../old 756ff61                          # and a .venv in it: make -C ../old install
-    python benchmarks/same_speed.py ../old . --gpt2 FOLDER --output benchmarks/results/same_speed.txt    # 40 quiet minutes
+    python benchmarks/same_speed.py ../old . --gpt2 FOLDER --output benchmarks/results/same_speed.txt    # 40 minutes
     python benchmarks/same_speed.py ../old . --only train    # figures whose name has this in it
 
-Each tree runs the workers of its own scripts with its own Python, in turn, several rounds; which tree goes first changes
-from round to round. A line per figure: both medians, the ratio of the medians in the sense "above 1: NEW is better", and
-the quartiles of the ratios within a round, which say what the noise is.
+Each tree runs the workers of its own scripts with its own Python, in turn, several rounds; which tree goes first
+changes from round to round. A line per figure: both medians, the ratio of the medians in the sense "above 1: NEW is
+better", and the quartiles of the ratios within a round, which show the noise. The machine must be quiet.
 """
 
 from __future__ import annotations
@@ -148,7 +148,8 @@ def main() -> None:
     old, new = args.old.resolve(), args.new.resolve()
     lines = [
         f"command: python benchmarks/same_speed.py OLD NEW {' '.join(sys.argv[3:])}",
-        f"machine: {time.strftime('%Y-%m-%d')}, {platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
+        f"machine: {time.strftime('%Y-%m-%d')}, {platform.machine()}, {os.cpu_count()} cores, load "
+        f"{os.getloadavg()[0]:.1f}",
         f"old: {described(old)}",
         f"new: {described(new)}",
         f"{'':76} {'old':>12} {'new':>12} {'ratio':>8}  quartiles of the ratio (above 1: new is better)",

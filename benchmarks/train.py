@@ -1,9 +1,10 @@
 """Training speed and memory against peers, same shapes, same weights, same data, same run.
 
-    python benchmarks/train.py                        # CPU: 6 layers, hidden 384, sequence 512, batch 8, vocabulary 50304, float32
-    python benchmarks/train.py --device cuda --dtype bfloat16 --num-layers 24 --hidden-size 1024 --heads 16 --sequence 2048
+    python benchmarks/train.py        # CPU: 6 layers, hidden 384, sequence 512, batch 8, vocabulary 50304, float32
+    python benchmarks/train.py --device cuda --dtype bfloat16 --num-layers 24 --hidden-size 1024 --heads 16 \\
+        --sequence 2048
 
-Each candidate runs in a process of its own, in turn, several rounds; medians are compared. "limit" runs nothing but the
+Each candidate runs in a separate process, in turn, several rounds; medians are compared. "limit" runs nothing but the
 model's matrix products, forward and backward: what the machine would reach if all else were free.
 """
 
@@ -42,7 +43,7 @@ def main() -> None:
 
 
 def apart(name: str, words: list[str]) -> dict | str:
-    """What `work` tells of a candidate in a process of its own, with these words of the command line; or the end of its errors."""
+    """What `work` measures of a candidate in a separate process with these arguments, or the end of its errors."""
     done = subprocess.run([sys.executable, __file__, "--worker", name, *words], capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     return json.loads(lines[-1][7:]) if lines else done.stderr[-2000:]
@@ -106,10 +107,12 @@ def report(args: argparse.Namespace, results: dict[str, list[dict]]) -> None:
     import torch
 
     lines = [
-        f"machine: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {platform.platform()}; "
+        f"machine: {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
+        f"{platform.platform()}; "
         f"torch {torch.__version__}, Python {platform.python_version()}",
         f"command: python benchmarks/train.py {' '.join(sys.argv[1:])}",
-        f"model: {args.num_layers} layers, hidden {args.hidden_size}, {args.heads} heads, sequence {args.sequence}, batch {args.batch}, "
+        f"model: {args.num_layers} layers, hidden {args.hidden_size}, {args.heads} heads, sequence {args.sequence}, "
+        f"batch {args.batch}, "
         f"vocabulary {args.vocab_size}, {args.dtype}, AdamW; median of {args.rounds} rounds of {args.steps} steps",
         f"{'':18} {'tokens/s':>10} {'min':>8} {'max':>8} {'memory MiB':>11}  first losses",
     ]
@@ -132,7 +135,8 @@ def report(args: argparse.Namespace, results: dict[str, list[dict]]) -> None:
         lines.append(f"best of ours ({best}) / fastest peer ({rival}): {speed[best] / speed[rival]:.3f}")
         lines.append(f"its memory / smallest peer's: {memory[best] / min(memory[name] for name in peers):.3f}")
         lines.append(
-            f"smallest memory of ours / smallest peer's: {min(memory[n] for n in ours) / min(memory[n] for n in peers):.3f}"
+            f"smallest memory of ours / smallest peer's: "
+            f"{min(memory[n] for n in ours) / min(memory[n] for n in peers):.3f}"
         )
     for name, rate in speed.items():
         lines += [mfu(args, name, rate)] if args.device != "cpu" and name != "limit" else []

@@ -1,11 +1,14 @@
 #!/usr/bin/env bash
-# The 345M GPT of the GPT-2 paper, on one device. Set the four paths below (or the variables); settings may be overridden by
-# variables too, and every further argument is handed to megalith, where later flags win:
+# The 345M GPT of the GPT-2 paper, in one process, on all GPUs of a machine, or on several machines.
+# Set the four paths. Every setting below may be given as a variable too, and further arguments are passed to megalith,
+# where later flags win:
 #
 #   DATA_PATH=my-gpt2_text_document VOCAB_FILE=vocab.json MERGE_FILE=merges.txt CHECKPOINT_PATH=checkpoints/gpt \
 #       examples/pretrain_gpt.sh --train-iters 1000
 #
-# Run the same command again to go on from the newest checkpoint.
+# GPUS_PER_NODE=8 starts eight data-parallel processes. TENSOR=2 splits each layer between two of them, and PIPELINE=2
+# cuts the layers into two stages. On several machines run the script on each, with MASTER_ADDR (the first machine's
+# name), NUM_NODES and NODE_RANK (0, 1, ...) set. The same command resumes from the newest checkpoint.
 set -euo pipefail
 
 CHECKPOINT_PATH=${CHECKPOINT_PATH:?folder of checkpoints, and of the record of the run unless --run-dir is given}
@@ -13,44 +16,35 @@ VOCAB_FILE=${VOCAB_FILE:?vocab.json of GPT-2}
 MERGE_FILE=${MERGE_FILE:?merges.txt of GPT-2}
 DATA_PATH=${DATA_PATH:?indexed dataset without its extension, as in my-gpt2_text_document}
 
+GPUS_PER_NODE=${GPUS_PER_NODE:-1} # processes of a machine; on CPUs, one for every few cores
+NUM_NODES=${NUM_NODES:-1}
+NODE_RANK=${NODE_RANK:-0}
+MASTER_ADDR=${MASTER_ADDR:-localhost}
+MASTER_PORT=${MASTER_PORT:-6000}
+TENSOR=${TENSOR:-1}     # --tensor-model-parallel-size
+PIPELINE=${PIPELINE:-1} # --pipeline-model-parallel-size
+
 NUM_LAYERS=${NUM_LAYERS:-24}
 HIDDEN_SIZE=${HIDDEN_SIZE:-1024}
 NUM_HEADS=${NUM_HEADS:-16}
 SEQ_LENGTH=${SEQ_LENGTH:-1024}
 MICRO_BATCH=${MICRO_BATCH:-4}
-GLOBAL_BATCH=${GLOBAL_BATCH:-8}
+# 8 samples a process; with a pipeline, four micro-batches for each stage.
+GLOBAL_BATCH=${GLOBAL_BATCH:-$(((PIPELINE > 1 ? 4 * MICRO_BATCH : 8) * GPUS_PER_NODE * NUM_NODES / TENSOR))}
 TRAIN_ITERS=${TRAIN_ITERS:-500000}
 PRECISION=${PRECISION---bf16} # PRECISION=--fp16 on devices without bf16; PRECISION= for float32
 
-# shellcheck disable=SC2206 # an empty PRECISION is no word at all
-ARGS=(
-    --num-layers "$NUM_LAYERS"
-    --hidden-size "$HIDDEN_SIZE"
-    --num-attention-heads "$NUM_HEADS"
-    --seq-length "$SEQ_LENGTH"
-    --max-position-embeddings "$SEQ_LENGTH"
-    --micro-batch-size "$MICRO_BATCH"
-    --global-batch-size "$GLOBAL_BATCH"
-    --lr 0.00015
-    --min-lr 1.0e-5
-    --train-iters "$TRAIN_ITERS"
-    --lr-decay-iters "${DECAY_ITERS:-320000}"
-    --lr-decay-style cosine
-    --lr-warmup-fraction .01
-    --weight-decay 1e-2
-    --clip-grad 1.0
-    $PRECISION
-    --data-path "$DATA_PATH"
-    --tokenizer-type GPT2BPETokenizer
-    --vocab-file "$VOCAB_FILE"
-    --merge-file "$MERGE_FILE"
-    --split 949,50,1
-    --log-interval 100
-    --save-interval 10000
-    --eval-interval 1000
-    --eval-iters 10
-    --save "$CHECKPOINT_PATH"
-    --load "$CHECKPOINT_PATH"
-)
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-exec "${PYTHON:-python}" -m megalith pretrain gpt "${ARGS[@]}" "$@"
+launch gpt \
+    --num-layers "$NUM_LAYERS" \
+    --hidden-size "$HIDDEN_SIZE" \
+    --num-attention-heads "$NUM_HEADS" \
+    --seq-length "$SEQ_LENGTH" \
+    --max-position-embeddings "$SEQ_LENGTH" \
+    --tokenizer-type GPT2BPETokenizer \
+    --merge-file "$MERGE_FILE" \
+    --lr 0.00015 \
+    --lr-decay-style cosine \
+    --lr-decay-iters "${DECAY_ITERS:-320000}" \
+    "$@"

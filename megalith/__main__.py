@@ -4,8 +4,8 @@ import importlib.util
 import pathlib
 import sys
 
-# Python looks for `megalith` in the working directory first. A plain folder of that name there, such as the clone that an
-# editable installation was made from, is then taken for the package, although this very file is found in the right one.
+# Python looks for `megalith` in the working directory first. A folder of that name there, such as the clone that an
+# editable installation was made from, is then taken for the package, although this file is found in the right one.
 if getattr(sys.modules["megalith"], "__file__", None) is None:
     home = pathlib.Path(__file__).parent
     spec = importlib.util.spec_from_file_location(

@@ -1,4 +1,4 @@
-"""Settings that every test shares: one thread per process, one pool of ranks, and skipping what this machine cannot run."""
+"""Settings of all tests: one thread per process, one pool of ranks, and skips of what this machine cannot run."""
 
 import os
 
@@ -8,14 +8,15 @@ import pytest
 
 from tests import skips
 
-# Files of a minute or more that come late by name: begun last, they would keep one process busy while the other has nothing left.
+# Files of a minute or more that come late by name: begun last, they would keep one process busy while the other has
+# nothing left.
 FIRST = ("tests/test_readme.py", "tests/test_examples.py", "tests/resume/", "tests/parity/")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files go first (`make test` gives whole files to processes in this order); tests marked `gpu` are skipped where there is none.
+    """Long files go first (`make test` gives whole files to processes in this order).
 
-    torch is imported only if there is such a test.
+    Tests marked `gpu` are skipped where there is no GPU; torch is imported only if there is such a test.
     """
     items.sort(key=lambda item: not item.nodeid.startswith(FIRST))
     marked = [item for item in items if item.get_closest_marker("gpu")]

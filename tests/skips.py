@@ -18,13 +18,11 @@ def _no_accelerator() -> bool:
 # What a skip's reason says, and whether it is so on this machine.
 EXPECTED = {
     r"needs an accelerator": _no_accelerator,
-    r"needs .*\.\./shared": lambda: (
-        not (pathlib.Path(__file__).parents[2] / "shared").exists()
-    ),  # real data, not part of the project
+    # ../shared is real data and not part of the project.
+    r"needs .*\.\./shared": lambda: not (pathlib.Path(__file__).parents[2] / "shared").exists(),
     r"reads /proc, which only Linux has": lambda: sys.platform != "linux",
-    r"transformers refuses null here": lambda: (
-        True
-    ),  # the original cannot be asked: num_key_value_heads of two families
+    # Two families whose original refuses num_key_value_heads null, so that it cannot be compared.
+    r"transformers refuses null here": lambda: True,
 }
 
 

@@ -1,4 +1,4 @@
-"""docs/continue_llama.md runs as typed, with a toy Llama, a toy corpus and small numbers in the place of its first block."""
+"""docs/continue_llama.md runs as typed, with a toy Llama, a toy corpus and small numbers instead of its first block."""
 
 import json
 import pathlib
@@ -13,14 +13,21 @@ SIZES = "export LLAMA=llama SEQ_LENGTH=32 MICRO_BATCH=2 GLOBAL_BATCH=4 TRAIN_ITE
 
 
 def make_llama(folder: pathlib.Path) -> None:
-    """A Hugging Face folder of two layers with the tokenizer of the toy corpus, and the corpus as five files of two kinds."""
+    """A Hugging Face folder of two layers with the toy corpus's tokenizer; the corpus as five files of two kinds."""
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     make_corpus(folder)
     config = LlamaConfig(
-        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=64, bos_token_id=None, eos_token_id=511,
-    )  # fmt: skip
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=None,
+        eos_token_id=511,
+    )
     LlamaForCausalLM(config).save_pretrained(folder / "llama")
     PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), eos_token="<|endoftext|>").save_pretrained(
         folder / "llama"
@@ -39,8 +46,10 @@ def test_the_documents_commands(tmp_path: pathlib.Path) -> None:
     make_llama(tmp_path)
     said = [run(["bash", "-c", f"set -euo pipefail\n{SIZES}{block}"], tmp_path) for block in BLOCKS[1:]]
     weights = dict(line.split()[1::-1] for line in (tmp_path / "data_list.txt").read_text().splitlines())
-    tokens = {name: int(re.search(rf"merged/{name}-0000_text_document: \d datasets, \d+ documents, (\d+) tokens", said[1])[1])
-              for name in ("web", "books")}  # fmt: skip
+    tokens = {
+        name: int(re.search(rf"merged/{name}-0000_text_document: \d datasets, \d+ documents, (\d+) tokens", said[1])[1])
+        for name in ("web", "books")
+    }
     share = 3 * tokens["books"] / (3 * tokens["books"] + tokens["web"])
     assert float(weights["merged/books-0000_text_document"]) == pytest.approx(share)
     assert "verified" in said[2]
@@ -48,7 +57,7 @@ def test_the_documents_commands(tmp_path: pathlib.Path) -> None:
     (line,) = (line for line in said[3].splitlines() if line.startswith("loaded from"))
     assert line in document.splitlines()
     assert (
-        "the same command without --load and --no-load-optim goes on from step 3" in said[3]
+        "the same command without --load and --no-load-optim resumes from step 3" in said[3]
         or "without --no-load-optim" in said[3]
     )
     assert (

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from megalith.checkpoint.weights import own
+from megalith.checkpoint.weights import read_megalith
 from megalith.cli.main import main
 from megalith.common.errors import ConfigError
 from megalith.config.flags.loading import load_config
@@ -75,7 +75,7 @@ def test_gradients_are_those_of_one_process(layout: str) -> None:
 
 
 @pytest.mark.slow
-def test_it_trains_and_goes_on_in_another_layout(corpus: str, tmp_path: pathlib.Path) -> None:
+def test_it_trains_and_resumes_in_another_layout(corpus: str, tmp_path: pathlib.Path) -> None:
     config = tiny_config(corpus, str(tmp_path / "whole"), **LLAMA, num_layers=4, train_iters=9, eval_iters=0)
     train(config)
     expected = losses(str(tmp_path / "whole"))
@@ -93,11 +93,11 @@ def test_it_trains_and_goes_on_in_another_layout(corpus: str, tmp_path: pathlib.
 def test_it_goes_to_another_format_and_back(corpus: str, tmp_path: pathlib.Path) -> None:
     config = tiny_config(corpus, str(tmp_path / "run"), **LLAMA, train_iters=2, lr_warmup_iters=1, eval_iters=0)
     train(config)
-    ours = own(tmp_path / "run")
+    ours = read_megalith(tmp_path / "run")
     conversion.convert(tmp_path / "run", tmp_path / "theirs", to="huggingface")
     folders = [str(tmp_path / "theirs"), str(tmp_path / "back")]
     assert main(["checkpoint", "import", *folders, "--model-type", "my_twist:Twist"]) == 0
-    back = own(tmp_path / "back")
+    back = read_megalith(tmp_path / "back")
     assert back.config.model.model_type == "my_twist:Twist"
     names = [name for name in ours if name.startswith("model/")]
     assert "model/down.weight" in names and names == [name for name in back if name.startswith("model/")]
@@ -105,7 +105,7 @@ def test_it_goes_to_another_format_and_back(corpus: str, tmp_path: pathlib.Path)
     rates = {"train_iters": 1, "lr": 0.0, "lr_warmup_iters": 0}
     begun = config.replace(load=str(tmp_path / "theirs"), run_dir=str(tmp_path / "begun"), **rates)
     train(begun)  # which the run says of what the folder is
-    assert all(torch.equal(ours[name], own(tmp_path / "begun")[name]) for name in names)
+    assert all(torch.equal(ours[name], read_megalith(tmp_path / "begun")[name]) for name in names)
 
 
 @pytest.mark.slow
@@ -115,7 +115,7 @@ def test_megalith_parity_takes_it(capsys: pytest.CaptureFixture) -> None:
     assert "equal: " in capsys.readouterr().out
 
 
-def test_what_is_wrong_with_it_is_told_at_the_start(tmp_path: pathlib.Path) -> None:
+def test_what_is_wrong_with_it_is_reported_at_the_start(tmp_path: pathlib.Path) -> None:
     file = tmp_path / "code/my_twist.py"
     code = file.read_text()
 
@@ -128,15 +128,13 @@ def test_what_is_wrong_with_it_is_told_at_the_start(tmp_path: pathlib.Path) -> N
         return str(caught.value)
 
     said = told("(model.hidden_size, RANK)", "(model.hidden_size, 9)")
-    assert "found {'up.weight': (32, 8)}; the shapes of its record, my_twist:shapes, say {'up.weight': (32, 9)" in said
+    assert "must have the shapes of its record, my_twist:shapes: {'up.weight': (32, 9)}; found {'up.weight'" in said
     assert "Add 'up.weight' to them" in told('"up.weight": parameter_kinds', '"upp.weight": parameter_kinds')
     assert "cannot be imported" in told('shapes="my_twist:shapes"', 'shapes="my_twist:forms"')
     bare = "class Twist(nn.Module):\n    architecture = Whole.architecture\n"
     bare += "\n    def __init__(self, config, seed):\n        super().__init__()\n"
     said = told("class Twist(GPT)", "class Whole(GPT)", bare)
-    assert (
-        "found 'no config, seed, layers, run_layers, restore, initial, forward'; a model offers what megalith" in said
-    )
+    assert "protocol.py declares; found no config, seed, layers, run_layers, restore, initial, forward. Add" in said
 
 
 def test_its_flags_are_judged_like_any(corpus: str) -> None:

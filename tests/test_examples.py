@@ -1,4 +1,4 @@
-"""The scripts of examples/ run as they are, at toy size, on real pieces: preprocess, train, and go on from the checkpoint."""
+"""The scripts of examples/ run as they are, at toy size: preprocess, train, resume from the checkpoint."""
 
 import json
 import pathlib
@@ -20,21 +20,27 @@ FLAGS = ["--train-iters", "6", "--eval-iters", "1", "--log-interval", "1"]
 BERT = {"VOCAB_FILE": "vocab.txt", "DATA_PATH": "my-bert_text_sentence"}
 T5 = BERT  # the same vocabulary and sentences
 GPT = {"VOCAB_FILE": "vocab.json", "MERGE_FILE": "merges.txt", "DATA_PATH": "my-gpt2_text_document"}
-SCRIPTS = {  # with the variables that make them small
-    "pretrain_gpt.sh": GPT | {"GLOBAL_BATCH": "4"},
-    "pretrain_gpt_distributed.sh": GPT | {"GPUS_PER_NODE": "2", "MASTER_PORT": "29531"},
-    "pretrain_gpt_distributed_with_mp.sh": GPT
-    | {"GPUS_PER_NODE": "2", "PIPELINE": "1", "GLOBAL_BATCH": "4", "MASTER_PORT": "29532"},
-    "pretrain_bert.sh": BERT | {"GLOBAL_BATCH": "4"},
-    "pretrain_bert_distributed.sh": BERT | {"GPUS_PER_NODE": "2", "MASTER_PORT": "29533"},
-    "pretrain_bert_distributed_with_mp.sh": BERT
-    | {"GPUS_PER_NODE": "2", "TENSOR": "1", "GLOBAL_BATCH": "8", "MASTER_PORT": "29534"},
-    "pretrain_t5.sh": T5 | {"GLOBAL_BATCH": "4"},
-    "pretrain_t5_distributed.sh": T5 | {"GPUS_PER_NODE": "2", "MASTER_PORT": "29535"},
-    "pretrain_t5_distributed_with_mp.sh": T5
-    | {"GPUS_PER_NODE": "2", "TENSOR": "1", "GLOBAL_BATCH": "8", "MASTER_PORT": "29536"},
+RUNS = {  # name: script and the variables that make it small: one process, data parallelism, and a split model
+    "gpt": ("pretrain_gpt.sh", GPT | {"GLOBAL_BATCH": "4"}),
+    "gpt-data": ("pretrain_gpt.sh", GPT | {"GPUS_PER_NODE": "2", "GLOBAL_BATCH": "4", "MASTER_PORT": "29531"}),
+    "gpt-tensor": (
+        "pretrain_gpt.sh",
+        GPT | {"GPUS_PER_NODE": "2", "TENSOR": "2", "GLOBAL_BATCH": "4", "MASTER_PORT": "29532"},
+    ),
+    "bert": ("pretrain_bert.sh", BERT | {"GLOBAL_BATCH": "4"}),
+    "bert-data": ("pretrain_bert.sh", BERT | {"GPUS_PER_NODE": "2", "GLOBAL_BATCH": "4", "MASTER_PORT": "29533"}),
+    "bert-pipeline": (
+        "pretrain_bert.sh",
+        BERT | {"GPUS_PER_NODE": "2", "PIPELINE": "2", "GLOBAL_BATCH": "8", "MASTER_PORT": "29534"},
+    ),
+    "t5": ("pretrain_t5.sh", T5 | {"GLOBAL_BATCH": "4"}),
+    "t5-data": ("pretrain_t5.sh", T5 | {"GPUS_PER_NODE": "2", "GLOBAL_BATCH": "4", "MASTER_PORT": "29535"}),
+    "t5-pipeline": (
+        "pretrain_t5.sh",
+        T5 | {"GPUS_PER_NODE": "2", "PIPELINE": "2", "GLOBAL_BATCH": "8", "MASTER_PORT": "29536"},
+    ),
 }
-SLOW = [name for name in SCRIPTS if "gpt" not in name]
+SLOW = [name for name in RUNS if "gpt" not in name]
 SIZES = {  # of the defaults: words of the vocabulary that --vocab-size counts, parameters
     "gpt": ("50257", "354,823,168 parameters"),
     "bert": ("30524", "336,228,158 parameters"),
@@ -61,10 +67,10 @@ def steps(folder: pathlib.Path, name: str) -> list[int]:
     return [line["step"] for line in lines if "loss" in line]
 
 
-@pytest.mark.parametrize("script", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in SCRIPTS])
-def test_script_trains_and_goes_on(script: str, folder: pathlib.Path) -> None:
-    name = pathlib.Path(script).stem
-    variables = TOY | SCRIPTS[script] | {"DECODER_SEQ_LENGTH": "16", "CHECKPOINT_PATH": f"{name}/checkpoints"}
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in RUNS])
+def test_script_trains_and_resumes(name: str, folder: pathlib.Path) -> None:
+    script, settings = RUNS[name]
+    variables = TOY | settings | {"DECODER_SEQ_LENGTH": "16", "CHECKPOINT_PATH": f"{name}/checkpoints"}
     command = [str(ROOT / "examples" / script), *FLAGS, "--run-dir", name]
     run([*command, "--exit-interval", "4"], folder, **variables)
     assert (folder / variables["CHECKPOINT_PATH"] / "latest").read_text().strip() == "iter_0000004"
@@ -73,11 +79,11 @@ def test_script_trains_and_goes_on(script: str, folder: pathlib.Path) -> None:
     assert steps(folder, name) == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_the_defaults_are_megatrons_models(script: str, folder: pathlib.Path) -> None:
-    vocabulary, parameters = SIZES[script.split("_")[1].removesuffix(".sh")]
+@pytest.mark.parametrize("model", SIZES)
+def test_the_defaults_are_megatrons_models(model: str, folder: pathlib.Path) -> None:
+    vocabulary, parameters = SIZES[model]
+    script, settings = RUNS[model]
     command = [str(ROOT / "examples" / script), "--dry-run", "--vocab-size", vocabulary]
-    alone = {"GPUS_PER_NODE": "1", "TENSOR": "1", "PIPELINE": "1", "GLOBAL_BATCH": "16", "CHECKPOINT_PATH": "unused"}
-    output = run(command, folder, **SCRIPTS[script] | alone)
+    output = run(command, folder, **settings | {"GLOBAL_BATCH": "16", "CHECKPOINT_PATH": "unused"})
     assert parameters in output
     assert not (folder / "unused").exists()

@@ -1,4 +1,7 @@
-"""Every command in README.md runs as typed, block by block in one folder; what would take minutes is left to the slow tests."""
+"""Every command in README.md runs as typed, block by block in one folder.
+
+What would take minutes is left to the slow tests.
+"""
 
 import json
 import pathlib

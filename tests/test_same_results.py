@@ -40,7 +40,7 @@ DIFFERENT = {
 
 
 @pytest.mark.parametrize("name", DIFFERENT)
-def test_a_difference_is_told(script: types.ModuleType, name: str) -> None:
+def test_a_difference_is_reported(script: types.ModuleType, name: str) -> None:
     old, new, expected = DIFFERENT[name]
     assert script.difference(old, new) == expected
 

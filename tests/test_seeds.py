@@ -1,7 +1,8 @@
-"""Every command of the documents that megalith answers to (../shared/seeds/000, 001), as typed there but for its numbers.
+"""Every command of the documents that megalith answers to (../shared/seeds/000, 001), with smaller numbers.
 
-What exists runs; what does not is answered. The scripts of examples/ are in test_examples.py, transformers' converter of GPT-2 in
-cli/test_checkpoint_convert.py, NVIDIA's releases in workflows/test_release.py, continued training in test_continue_llama.py.
+What exists runs; what does not is answered. The scripts of examples/ are in test_examples.py, transformers' converter
+of GPT-2 in cli/test_checkpoint_convert.py, NVIDIA's releases in workflows/test_release.py, continued training in
+test_continue_llama.py.
 """
 
 import json
@@ -56,7 +57,8 @@ PREPROCESS = {  # name of a dataset that it makes -> the flags after tools/prepr
     "--tokenizer-type BertWordPieceLowerCase --split-sentences --workers 5",
     "my-t5_text_sentence": "--input my-corpus.json --output-prefix my-t5 --vocab-file bert-vocab.txt "
     "--tokenizer-type BertWordPieceLowerCase --split-sentences --workers 5",
-    "gpt2/my-gpt2_text_document": "--input my-corpus.json --output-prefix gpt2/my-gpt2 --vocab-file gpt2-vocab.json --dataset-impl mmap "
+    "gpt2/my-gpt2_text_document": "--input my-corpus.json --output-prefix gpt2/my-gpt2 --vocab-file gpt2-vocab.json "
+    "--dataset-impl mmap "
     "--tokenizer-type GPT2BPETokenizer --merge-file gpt2-merges.txt --append-eod --workers 5",
     "corpus_indexed_title_sentence": "--input titled.json --json-keys text title --split-sentences "
     "--tokenizer-type BertWordPieceLowerCase --vocab-file bert-vocab.txt --output-prefix corpus_indexed --workers 5",
@@ -73,9 +75,11 @@ def test_preprocessing(dataset, folder, monkeypatch, capsys) -> None:
 
 
 BASE = (
-    "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16 --micro-batch-size 4 "
+    "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16 "
+    "--micro-batch-size 4 "
     "--global-batch-size 16 --lr 0.00015 --train-iters 10 --lr-decay-iters 10 --lr-decay-style cosine --min-lr 1.0e-5 "
-    "--lr-warmup-fraction .01 --weight-decay 1e-2 --clip-grad 1.0 --split 949,50,1 --log-interval 100 --save-interval 10000 "
+    "--lr-warmup-fraction .01 --weight-decay 1e-2 --clip-grad 1.0 --split 949,50,1 --log-interval 100 "
+    "--save-interval 10000 "
     "--eval-interval 1000 --eval-iters 10 --save checkpoints/new"
 )
 GPT = f"pretrain gpt {BASE} --data-path my-gpt2_text_document --vocab-file gpt2-vocab.json --merge-file gpt2-merges.txt"

@@ -38,11 +38,12 @@ def test_that_runs(): ...
         ("could not import 'x'", "", {"failed": 1, "errors": 2, "passed": 1, "xfailed": 1}),
         ("transformers refuses null here", "", {"skipped": 3, "passed": 1, "xfailed": 1}),
         ("anything", 'pytest.importorskip("no_such_module")', {"errors": 1}),
+        # It is so listed, but not true
         (
             "reads /proc, which only Linux has",
             "",
             {"failed": 1, "errors": 2, "passed": 1, "xfailed": 1},
-        ),  # it is so listed, but not true
+        ),
     ],
 )
 def test_unexpected_skips_fail(pytester, monkeypatch, reason, whole, outcomes):

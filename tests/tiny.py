@@ -1,4 +1,4 @@
-"""Corpora of tiny documents with something to learn, a config small enough to train in a second, and what a run recorded."""
+"""Corpora of tiny documents with something to learn, configs that train in a second, and what a run recorded."""
 
 import json
 import pathlib
@@ -25,16 +25,36 @@ def write_corpus(prefix: str, documents: int = 120, seed: int = 0) -> str:
 def tiny_config(prefix: str, folder: str, **changes) -> RunConfig:
     """A two-layer GPT and a run of 12 steps of 8 samples, dropout on."""
     values = dict(
-        num_layers=2, hidden_size=32, num_attention_heads=4, seq_length=16, max_position_embeddings=16, tokenizer_type="NullTokenizer",
-        vocab_size=VOCABULARY, data_path=[prefix], split="90,5,5", micro_batch_size=4, global_batch_size=8, train_iters=12, lr=5e-3,
-        lr_warmup_iters=2, lr_decay_style="cosine", eval_interval=6, eval_iters=2, log_interval=4, run_dir=folder,
-        progress="none", device="cpu",
-    )  # fmt: skip
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        seq_length=16,
+        max_position_embeddings=16,
+        tokenizer_type="NullTokenizer",
+        vocab_size=VOCABULARY,
+        data_path=[prefix],
+        split="90,5,5",
+        micro_batch_size=4,
+        global_batch_size=8,
+        train_iters=12,
+        lr=5e-3,
+        lr_warmup_iters=2,
+        lr_decay_style="cosine",
+        eval_interval=6,
+        eval_iters=2,
+        log_interval=4,
+        run_dir=folder,
+        progress="none",
+        device="cpu",
+    )
     return RunConfig().replace(**(values | changes))
 
 
 def write_sentences(prefix: str, documents: int = 60, seed: int = 0) -> str:
-    """Documents whose sentences repeat one of eight words, each the one after the last; and a vocabulary for WordPiece, `prefix`.vocab."""
+    """Documents whose sentences repeat one of eight words, each the one after the last.
+
+    A vocabulary for WordPiece is written too: `prefix`.vocab.
+    """
     words = [f"w{number}" for number in range(VOCABULARY)]
     pathlib.Path(f"{prefix}.vocab").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
     random = np.random.RandomState(seed)

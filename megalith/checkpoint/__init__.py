@@ -3,12 +3,12 @@
     save(folder, 100, {"model/embedding.weight": tensor}, train_state={...}, config_yaml=text)
     train_state = load(folder, {"model/embedding.weight": tensor})       # fills the tensors in place
 
-The words are imported when first used: those that only look at folders do not wait for torch.
+Each function is imported when it is first used, so that those which only read folders do not wait for torch.
 """
 
 import importlib
 
-_WORDS = {
+_MODULE_OF = {
     "save": "store.saving",
     "Saver": "store.saver",
     "load": "store.loading",
@@ -24,11 +24,11 @@ _WORDS = {
     "read_train_state": "store.facts",
     "edit": "store.editing",
 }
-__all__ = sorted(_WORDS)
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str):
-    """Import one of the words above on first use (PEP 562)."""
-    if name not in _WORDS:
+    """Import one of the names above on first use (PEP 562)."""
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'megalith.checkpoint' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(importlib.import_module(f"megalith.checkpoint.{_WORDS[name]}"), name)
+    return getattr(importlib.import_module(f"megalith.checkpoint.{_MODULE_OF[name]}"), name)

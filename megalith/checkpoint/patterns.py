@@ -1,6 +1,4 @@
-"""Names with numbers in them, as tables of names write them: layers.{layer}.mlp.experts.{expert}.up.weight. No
-torch.
-"""
+"""Patterns of parameter names, with numbers in them: layers.{layer}.mlp.experts.{expert}.up.weight. No torch."""
 
 from __future__ import annotations
 
@@ -9,12 +7,12 @@ import re
 
 
 @functools.cache
-def compiled(pattern: str) -> re.Pattern[str]:
-    """What matches a name of this pattern; its groups are the numbers, `layer` and `expert`, each once in it."""
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """The regular expression of a pattern; its groups are the numbers, `layer` and `expert`, each at most once."""
     return re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>\\d+)", re.escape(pattern)))
 
 
-def numbers(pattern: str, name: str) -> dict[str, int] | None:
-    """{"layer": 3, "expert": 7}, as far as the pattern has them; None where the name is of another pattern."""
-    match = compiled(pattern).fullmatch(name)
-    return None if match is None else {word: int(number) for word, number in match.groupdict().items()}
+def match_numbers(pattern: str, name: str) -> dict[str, int] | None:
+    """{"layer": 3, "expert": 7}, as far as the pattern has them; None where the name does not match it."""
+    match = compile_pattern(pattern).fullmatch(name)
+    return None if match is None else {group: int(number) for group, number in match.groupdict().items()}

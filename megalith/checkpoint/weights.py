@@ -1,6 +1,6 @@
-"""A model's weights from anywhere, tensor by tensor: what every importer gives and every exporter takes.
+"""A model's weights of any format, tensor by tensor: what every importer returns and every exporter takes.
 
-    weights = huggingface.read(FOLDER) or megatron.read(FOLDER) or own(CHECKPOINT)
+    weights = huggingface.read(FOLDER) or megatron.read(FOLDER) or read_megalith(CHECKPOINT)
     write(weights, NEW_FOLDER) or huggingface.write(weights, NEW_FOLDER) or megatron.write(weights, NEW_FOLDER, ...)
 
 A tensor is read when it is asked for, so that the memory needed is that of the largest few.
@@ -22,9 +22,9 @@ from megalith.checkpoint.store import dcp as store
 from megalith.checkpoint.store import folder as folders
 from megalith.checkpoint.store import manifest
 from megalith.checkpoint.store.facts import CONFIG, TRAIN_STATE, read_config, read_train_state
-from megalith.checkpoint.store.saving import Order
+from megalith.checkpoint.store.saving import SaveRequest
 from megalith.checkpoint.store.saving import write as write_checkpoint
-from megalith.checkpoint.tensors.chunked import INDEX, Chunked
+from megalith.checkpoint.tensors.chunked import INDEX, DcpFolder
 from megalith.checkpoint.tensors.lazy import Lazy
 from megalith.config.flags.loading import stored_config, to_yaml
 from megalith.config.run import RunConfig
@@ -32,14 +32,14 @@ from megalith.config.run import RunConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Weights(Mapping[str, Tensor]):
-    """Tensors under our canonical names, and what else going on needs.
+    """Tensors under megalith's canonical names, and what else a run needs to resume from them.
 
-    config: a whole RunConfig; its section `model` says what the tensors make.
+    config: a whole RunConfig; its section `model` describes the model of these tensors.
     tensors: {"model/<parameter>" or "optimizer/<state>/<parameter>": Lazy}; the vocabulary at its true size.
     train_state: what `checkpoint.save` takes under that name; {} where the source has none.
     files: {name in a checkpoint: file}, such as tokenizer/tokenizer.json.
-    notes: what a reader should know: what was assumed, dropped or refused, a line each.
-    source: what messages call it.
+    notes: what the user should know: what was assumed, dropped or refused, a line each.
+    source: the name of these weights in messages.
     """
 
     config: RunConfig
@@ -65,26 +65,31 @@ class Weights(Mapping[str, Tensor]):
         return len(self.tensors)
 
 
-def own(path: str | os.PathLike, iteration: int | None = None) -> Weights:
-    """Those of a checkpoint of ours: the checkpoint itself, a folder of them, or a run's folder."""
-    place = folders.find(path, iteration)
-    content = manifest.read(place)
-    chunked = Chunked(place)
-    others = {CONFIG, TRAIN_STATE, INDEX}
+def read_megalith(path: str | os.PathLike, iteration: int | None = None) -> Weights:
+    """The weights of a checkpoint of megalith; path: the checkpoint itself, a folder of them, or a run's folder."""
+    checkpoint = folders.find(path, iteration)
+    content = manifest.read(checkpoint)
+    stored = DcpFolder(checkpoint)
+    own_files = {CONFIG, TRAIN_STATE, INDEX}
+    carried = [name for name in content["files"] if not name.endswith(store.DATA_SUFFIX) and name not in own_files]
     return Weights(
-        config=stored_config(read_config(place), str(place / CONFIG)),
-        tensors={name: chunked.lazy(name) for name in content["tensors"]},
+        config=stored_config(read_config(checkpoint), str(checkpoint / CONFIG)),
+        tensors={name: stored.lazy(name) for name in content["tensors"]},
         iteration=content["iteration"],
-        train_state=read_train_state(place),
-        files={name: place / name for name in content["files"] if not name.endswith(store.DATA) and name not in others},
-        source=str(place),
+        train_state=read_train_state(checkpoint),
+        files={name: checkpoint / name for name in carried},
+        source=str(checkpoint),
     )
 
 
 def write(weights: Weights, folder: str | os.PathLike) -> pathlib.Path:
-    """Write a checkpoint of ours into the new `folder` and return its path; one process, no group, tensor by tensor."""
-    place = pathlib.Path(folder)
-    folders.check_new(place)
+    """Write a checkpoint of megalith into the new `folder`, tensor by tensor, and return its path.
+
+    For one process without a process group.
+    """
+    folder = pathlib.Path(folder)
+    folders.check_new(folder)
     layout = {name: torch.empty(lazy.shape, dtype=lazy.dtype, device="meta") for name, lazy in weights.tensors.items()}
-    order = Order(place, weights.iteration, weights.train_state, to_yaml(weights.config), weights.files, 0, None)
-    return write_checkpoint(order, layout, weights, Ranks())
+    config_yaml = to_yaml(weights.config)
+    request = SaveRequest(folder, weights.iteration, weights.train_state, config_yaml, weights.files, 0, None)
+    return write_checkpoint(request, layout, weights, Ranks())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-import shlex
 
 from megalith.common.errors import ConfigError
 from megalith.common.files import write_text
@@ -18,8 +17,9 @@ examples:
   megalith config --output run.yaml
   printf 'cpu-tiny\\ncorpus_text_document\\ntokenizer.json\\n' | megalith config --output run.yaml --force
 
-An empty answer, or the end of the input, takes the default shown in brackets. Where more than one process is meant, layout,
-number format, recomputation and clipping are asked for too; what cannot work is asked again. Nothing is written before all fits.
+An empty answer, or the end of the input, takes the default shown in brackets. For more than one process, layout, number
+format, recomputation and clipping are asked for too; what cannot work is asked again. Nothing is written before all
+answers fit.
 """
 
 
@@ -37,7 +37,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 
 
 def ask_and_write(args: argparse.Namespace) -> int:
-    """Ask, check, write, and say what to do next; the exit status. Nothing is written where the answers cannot work."""
+    """Ask, check, write, and print what to do next; the exit status. Answers that cannot work write nothing."""
     output = pathlib.Path(args.output)
     if output.exists() and not args.force:
         raise ConfigError(f"--output: {output} exists already. Name another file, or add --force to replace it.")
@@ -46,13 +46,5 @@ def ask_and_write(args: argparse.Namespace) -> int:
     about = f"about:\n  processes: {answers.processes}\n"
     with writing(output, overwrite=args.force):
         write_text(output, about + to_yaml(answers.config, changed_only=True, always=("model_type",)))
-    command = f"-m megalith pretrain {answers.config.model.model_type} --config {shlex.quote(str(output))}"
-    machines, on_this = answers.processes // answers.per_machine, command.removeprefix("-m ")
-    many = f"--nproc-per-node {answers.per_machine} {command}"
-    if machines == 1:
-        print(f"\nwrote {output}; next:\n  {on_this if answers.processes == 1 else f'torchrun {many}'}")
-        return 0
-    print(f"\nwrote {output}; to check it, on any machine:\n  {on_this} --dry-run")
-    print(f"next, on each of {machines} machines, with the name of one of them for FIRST:")
-    print(f"  torchrun --nnodes {machines} --rdzv-backend c10d --rdzv-endpoint FIRST:29500 {many}")
+    print(f"\n{wizard.next_commands(answers, str(output))}")
     return 0

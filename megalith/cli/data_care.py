@@ -1,13 +1,13 @@
-"""`megalith data merge|split|convert|inspect|weights|bpe`: what is done with datasets, and a vocabulary of one's own."""
+"""`megalith data merge|split|convert|inspect|weights|bpe`: work on datasets, and a vocabulary made from a corpus."""
 
 from __future__ import annotations
 
 import argparse
-import pathlib
 import sys
 from collections.abc import Iterable
 
 from megalith.cli.data_preprocess import add_limit, add_tokenizer_arguments, tokenizer_options
+from megalith.workflows import datasets
 
 
 def register(verbs) -> None:
@@ -44,49 +44,21 @@ def merge(args: argparse.Namespace) -> int:
     from megalith.data.indexed.inspecting import describe
     from megalith.data.indexed.merge import merge_datasets
 
-    prefixes, files = _prefixes(args.input, args.output_prefix), _files([_bare(args.output_prefix)])
+    prefixes = datasets.expand_prefixes(args.input, args.output_prefix)
+    files = _files([datasets.check_output_prefix(args.output_prefix)])
     options = {"inputs": _files(prefixes), "overwrite": args.overwrite, "flag": "--output-prefix", "notice": _notice}
     with writing(args.output_prefix, files, **options) as still_held:
         merge_datasets(prefixes, args.output_prefix, still_held)
-    made = describe(args.output_prefix)
-    print(
-        f"{args.output_prefix}: {len(prefixes)} datasets, {made['num_documents']} documents, {made['total_num_tokens']} tokens"
-    )
+    facts = describe(args.output_prefix)
+    counts = f"{facts['num_documents']} documents, {facts['total_num_tokens']} tokens"
+    print(f"{args.output_prefix}: {len(prefixes)} datasets, {counts}")
     return 0
-
-
-def _prefixes(paths: list[str], output_prefix: str) -> list[str]:
-    from megalith.data.indexed import is_folder, resolve_prefix
-    from megalith.data.indexed.merge import directory_prefixes
-
-    found = [directory_prefixes(path, output_prefix) if is_folder(path) else [resolve_prefix(path)] for path in paths]
-    return [prefix for prefixes in found for prefix in prefixes]
 
 
 def _files(prefixes: Iterable[str]) -> list[str]:
     from megalith.data.indexed.format import dataset_files
 
     return dataset_files(prefixes)
-
-
-def _bare(prefix: str) -> str:
-    """An output prefix. Raises DataError where it ends as a file or a folder does."""
-    import os
-
-    from megalith.common.errors import DataError, problem
-
-    stem = prefix.removesuffix(".bin").removesuffix(".idx")
-    if stem != prefix or not os.path.basename(prefix):
-        rule = "it is what the names of the files begin with; .bin and .idx are added to it"
-        raise DataError(
-            problem(
-                "--output-prefix",
-                prefix,
-                rule,
-                f"Write {stem if os.path.basename(stem) else os.path.join(stem, 'NAME')}",
-            )
-        )
-    return prefix
 
 
 def _add_overwrite(parser: argparse.ArgumentParser) -> None:
@@ -118,16 +90,16 @@ def _add_split(verbs) -> None:
 def split(args: argparse.Namespace) -> int:
     """Split; prints the prefixes."""
     from megalith.common.outputs import check, writing
-    from megalith.data.indexed.merge import pieces, split_datasets
+    from megalith.data.indexed.merge import split_datasets, split_files
 
-    prefixes, limits = (
-        _prefixes(args.input, args.output_prefix),
-        {"tokens": args.tokens, "documents": args.documents, "size": args.bytes},
-    )
-    with writing(_bare(args.output_prefix), [], notice=_notice):
-        check(pieces(args.output_prefix), inputs=_files(prefixes), overwrite=args.overwrite, flag="--output-prefix")
-        made = split_datasets(prefixes, args.output_prefix, **limits, overwrite=args.overwrite)
-    print("\n".join(made))
+    prefixes = datasets.expand_prefixes(args.input, args.output_prefix)
+    limits = {"tokens": args.tokens, "documents": args.documents, "size": args.bytes}
+    with writing(datasets.check_output_prefix(args.output_prefix), [], notice=_notice):
+        check(
+            split_files(args.output_prefix), inputs=_files(prefixes), overwrite=args.overwrite, flag="--output-prefix"
+        )
+        written = split_datasets(prefixes, args.output_prefix, **limits, overwrite=args.overwrite)
+    print("\n".join(written))
     return 0
 
 
@@ -152,7 +124,9 @@ def convert(args: argparse.Namespace) -> int:
 
     source, dtype = resolve_prefix(args.input), best_dtype(args.vocab_size) if args.vocab_size else None
     options = {"inputs": _files([source]), "overwrite": args.overwrite, "flag": "--output-prefix", "notice": _notice}
-    with writing(args.output_prefix, _files([_bare(args.output_prefix)]), **options) as still_held:
+    with writing(
+        args.output_prefix, _files([datasets.check_output_prefix(args.output_prefix)]), **options
+    ) as still_held:
         convert_dataset(source, args.output_prefix, dtype, still_held)
     print(args.output_prefix)
     return 0
@@ -177,40 +151,23 @@ def _add_inspect(verbs) -> None:
 
 
 def inspect(args: argparse.Namespace) -> int:
-    """Inspect; everything on stdout. Damaged datasets are a DataError, after the others were shown."""
+    """Print what datasets hold. Damaged datasets are a DataError, after the others were printed."""
     import json
 
-    from megalith.common import units
     from megalith.common.errors import DataError
-    from megalith.data.indexed.inspecting import describe, document_text, prefixes_below, verify
+    from megalith.data.indexed.inspecting import document_text
     from megalith.data.tokenizers.tokenizer import build_tokenizer
 
     if args.tokenizer_type is None and args.tokenizer_model:
         args.tokenizer_type = "HuggingFaceTokenizer"
-    options = vars(tokenizer_options(args)) if args.tokenizer_type else None
-    tokenizer = build_tokenizer(**options) if options else None
-    found, damaged = [], []
-    for prefix in (prefix for path in args.path for prefix in prefixes_below(path)):
-        try:
-            facts = describe(prefix)
-            if args.verify:
-                facts |= verify(prefix, tokenizer.vocab_size if tokenizer else args.vocab_size)
-        except DataError as error:
-            damaged.append(str(error))
-            continue
+    tokenizer = build_tokenizer(**vars(tokenizer_options(args))) if args.tokenizer_type else None
+    vocab_size = tokenizer.vocab_size if tokenizer else args.vocab_size
+    found, damaged = [], list[str]()
+    for prefix, facts in datasets.describe_datasets(args.path, damaged, args.verify, vocab_size):
         found.append(facts)
         if args.json:
             continue
-        print(
-            f"{facts['data_prefix']}: {facts['format']}, {facts['dtype']}, {units.size(facts['size'])}{', sound' if args.verify else ''}"
-        )
-        print(
-            f"  {facts['num_documents']} documents, {facts['num_sequences']} sequences, {facts['total_num_tokens']} tokens"
-        )
-        print(f"  sequences of {facts['shortest_sequence']} to {facts['longest_sequence']} tokens")
-        for name in ("largest_token", "sha256.bin", "sha256.idx"):
-            if name in facts:
-                print(f"  {name} {facts[name]}")
+        print("\n".join(datasets.page(facts, args.verify)))
         for number in args.show:
             print(f"--- document {number}\n{document_text(prefix, number, tokenizer)}")
     if args.json:
@@ -250,34 +207,20 @@ def _add_weights(verbs) -> None:
 def weights(args: argparse.Namespace) -> int:
     """Write the list; prints the table of corpora."""
     from megalith.common import units
-    from megalith.common.errors import ConfigError, DataError, problem
     from megalith.common.outputs import writing
-    from megalith.config.flags.yaml_text import load_yaml
     from megalith.data.indexed.inspecting import prefixes_below
     from megalith.data.weights import write_weights
 
-    epochs = None
-    if args.epochs:
-        try:
-            epochs = load_yaml(pathlib.Path(args.epochs).read_text(encoding="utf-8"), f"--epochs {args.epochs}")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(
-                problem("--epochs", args.epochs, f"it must be a readable file ({error})", "Correct the path")
-            ) from error
-        except ConfigError as error:  # of what is in it
-            raise DataError(str(error)) from error
-        if not isinstance(epochs, dict):
-            raise DataError(problem("--epochs", args.epochs, "it holds lines `corpus: epochs`", "Correct the file"))
+    epochs = datasets.read_epochs(args.epochs) if args.epochs else None
     inputs = [*_files(prefixes_below(args.input)), *([args.epochs] if args.epochs else [])]
     with writing(args.output, inputs=inputs, overwrite=args.overwrite, notice=_notice):
-        shares = write_weights(args.input, args.output, epochs, args.by_directory)
-    width = max(6, *(len(share.corpus) for share in shares))
+        entries = write_weights(args.input, args.output, epochs, args.by_directory)
+    width = max(6, *(len(entry.corpus) for entry in entries))
     print(f"{'corpus':{width}} {'files':>6} {'tokens':>12} {'epochs':>7} {'share':>8}")
-    for share in shares:
-        print(
-            f"{share.corpus:{width}} {share.files:6} {units.count(share.tokens):>12} {share.epochs:7.3g} {share.share:8.2%}"
-        )
-    print(f"{args.output}: {sum(share.files for share in shares)} datasets")
+    for entry in entries:
+        size = f"{entry.files:6} {units.count(entry.tokens):>12}"
+        print(f"{entry.corpus:{width}} {size} {entry.epochs:7.3g} {entry.proportion:8.2%}")
+    print(f"{args.output}: {sum(entry.files for entry in entries)} datasets")
     return 0
 
 
@@ -313,9 +256,9 @@ def bpe(args: argparse.Namespace) -> int:
     from megalith.data.corpus.bpe import train_bpe
     from megalith.data.corpus.inputs import find_inputs
     from megalith.data.corpus.readers import corpus_texts
-    from megalith.data.corpus.unusable import limit_of
+    from megalith.data.corpus.unusable import parse_limit
 
-    texts = corpus_texts(args.input, args.json_keys, _notice, limit_of(args.max_unusable))
+    texts = corpus_texts(args.input, args.json_keys, _notice, parse_limit(args.max_unusable))
     with writing(args.output, inputs=find_inputs(args.input), overwrite=args.overwrite, notice=_notice):
         size = train_bpe(texts, args.vocab_size, args.output, special_tokens=tuple(args.special_tokens))
     print(f"{args.output}: {size} tokens")

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import sys
 
-from megalith.common.encodings import conversion
+from megalith.common.encodings import conversion_advice
 
 EXAMPLE = """example:
   megalith data preprocess --input corpus.jsonl --output-prefix my-gpt2 --tokenizer-type GPT2BPETokenizer \\
@@ -16,7 +16,7 @@ EXAMPLE = """example:
 # Flags of Megatron's tool that have nothing to do here: (spelling, values, why).
 NOT_NEEDED = (
     ("--dataset-impl", 1, "every dataset is written as mmap, which all readers open"),
-    ("--chunk-size", 1, "work is handed out in parts of equal size"),
+    ("--chunk-size", 1, "work is divided into parts of equal size"),
     ("--log-interval", 1, "progress is shown every few seconds"),
     ("--keep-sequential-samples", 0, "documents always keep the order of the input"),
     ("--find-optimal-num-workers", 0, "workers do not wait for each other; one a core is best, and the default"),
@@ -38,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="files, globs, directories, - (standard input), FIFOs: JSON lines, parquet, text; also in gzip, zstd, bzip2, xz",
+        help="files, globs, directories, - (standard input), FIFOs: JSON lines, parquet, text; "
+        "also in gzip, zstd, bzip2, xz",
     )
     inputs.add_argument(
         "--output-prefix",
@@ -71,7 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--on-empty",
         choices=("skip", "keep"),
         default="skip",
-        help="what to do with documents that have no text in one of the keys: leave them out in all, or keep them (default: skip)",
+        help="what to do with documents that have no text in one of the keys: leave them out in all, or keep them "
+        "(default: skip)",
     )
     add_limit(text)
     work = parser.add_argument_group("work")
@@ -100,7 +102,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_tokenizer_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Declare the flags that a tokenizer is made from."""
     group = parser.add_argument_group("tokenizer")
-    names = "GPT2BPETokenizer, BertWordPieceLowerCase, HuggingFaceTokenizer, SentencePieceTokenizer, Llama2Tokenizer, ... or module:name"
+    names = (
+        "GPT2BPETokenizer, BertWordPieceLowerCase, HuggingFaceTokenizer, SentencePieceTokenizer, Llama2Tokenizer, ... "
+        "or module:name"
+    )
     group.add_argument("--tokenizer-type", required=required, metavar="NAME", help=names)
     group.add_argument("--vocab-file", metavar="FILE", help="vocab.json of GPT-2, vocab.txt of BERT")
     group.add_argument("--merge-file", metavar="FILE", help="merges.txt of GPT-2")
@@ -120,10 +125,10 @@ def add_tokenizer_arguments(parser: argparse.ArgumentParser, required: bool = Tr
 
 
 def add_limit(parser) -> None:
-    """Declare --max-unusable; `limit_of` reads what is given."""
-    from megalith.data.corpus.unusable import MAX_UNUSABLE, RULE
+    """Declare --max-unusable; `parse_limit` reads what is given."""
+    from megalith.data.corpus.unusable import LIMIT_FORMS, MAX_UNUSABLE
 
-    rule = f"{RULE} (default: {MAX_UNUSABLE})".replace("%", "%%")
+    rule = f"{LIMIT_FORMS} (default: {MAX_UNUSABLE})".replace("%", "%%")
     parser.add_argument(
         "--max-unusable",
         default=str(MAX_UNUSABLE),
@@ -146,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
     from megalith.common import units
     from megalith.data.corpus.preprocess import PreprocessOptions, plan, preprocess
     from megalith.data.corpus.preprocess_progress import Progress
-    from megalith.data.corpus.unusable import limit_of
+    from megalith.data.corpus.unusable import parse_limit
 
     def notice(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
@@ -156,8 +161,8 @@ def run(args: argparse.Namespace) -> int:
             notice(f"{spelling} is not needed: {why}")
     if args.json_key:
         notice("--json-key is now --json-keys")
-    args.max_unusable = limit_of(args.max_unusable)
-    # Every field of the options is a flag of the same name, but for these.
+    args.max_unusable = parse_limit(args.max_unusable)
+    # Every field of the options is a flag of the same name, except these.
     other = {
         "tokenizer": tokenizer_options(args),
         "fast": not args.plain_encoder,
@@ -179,8 +184,8 @@ def run(args: argparse.Namespace) -> int:
         progress.close()
     rate = f"{result.bytes / max(result.elapsed, 1e-9) / 1e6:.1f} MB/s"
     print(
-        f"{result.documents} documents, {result.sequences} sequences, {result.tokens} tokens from {units.size(result.bytes)} "
-        f"in {units.duration(result.elapsed)} ({rate})"
+        f"{result.documents} documents, {result.sequences} sequences, {result.tokens} tokens "
+        f"from {units.size(result.bytes)} in {units.duration(result.elapsed)} ({rate})"
     )
     for key, prefix in result.prefixes.items():
         print(f"{key}: {prefix}.bin, {prefix}.idx", flush=True)
@@ -192,9 +197,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def skipped(result, limit: float) -> str:
-    """The line about documents that were left out: how many of how many, and what was allowed."""
+    """The line about documents that were left out: how many of how many, and the limit."""
     unusable, total = result.num_problems - result.num_empty, result.documents + result.num_problems
     kinds = [f"{unusable} unusable documents ({unusable / total:.2%}; --max-unusable {limit})"] * (unusable > 0)
     kinds += [f"{result.num_empty} without text (--on-empty keep keeps them)"] * (result.num_empty > 0)
     lists = f"{result.report} lists {len(result.problems)} of them"
-    return f"skipped {' and '.join(kinds)} of {total} documents; {lists}. {conversion(result.problems)}".rstrip(". ")
+    return f"skipped {' and '.join(kinds)} of {total} documents; {lists}. {conversion_advice(result.problems)}".rstrip(
+        ". "
+    )

@@ -10,8 +10,8 @@ def register(subparsers) -> None:
     parser = subparsers.add_parser(
         "demo",
         help="corpus to trained model to text, on what every machine has",
-        description="Makes a corpus from Python's own sources, trains a tokenizer and a small GPT, stops and resumes it, draws the loss, "
-        "generates text.",
+        description="Makes a corpus from Python's own sources, trains a tokenizer and a small GPT, stops and resumes "
+        "it, draws the loss, generates text.",
         epilog="example: megalith demo --steps 100",
     )
     parser.add_argument("--folder", default="runs/demo", help="where everything goes (default: runs/demo)")

@@ -1,8 +1,9 @@
-"""The `megalith` command: finds the verb, hands it the rest, turns errors into messages and exit statuses.
+"""The `megalith` command: finds the verb, passes it the rest, turns errors into messages and exit statuses.
 
 Only the chosen verb's module is imported, so that --help and a wrong flag answer at once.
 
-Exit status: 0 done, 1 stopped by an error in data, checkpoints or training, 2 the command cannot work as given, 130 interrupted.
+Exit status: 0 done, 1 stopped by an error in data, checkpoints or training, 2 the command cannot work as given,
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -26,17 +27,18 @@ from collections.abc import Iterator, Sequence
 
 import megalith
 from megalith import __version__
+from megalith.common.environment import error_file
 from megalith.common.errors import ConfigError, MegalithError, problem
-from megalith.config import launched
+from megalith.config import environment
 from megalith.config.flags.text import fail, nearest, unknown, value_text
 
-ELSEWHERE = "Free space or correct the path, and give the same command again; what was finished is kept"
+FREE_SPACE = "Free space or correct the path, and give the same command again; what was finished is kept"
 WRONG_PATH = "Correct the path, or make what it leads through"
 NO_FILE = "Nothing can be read or written there: name an ordinary file"
 NO_RIGHT = "Ask its owner for the right to read or write there, or name another place"
-# What a disk or a path can be the cause of, and the cure; other errors of the system are bugs, and keep their traceback.
+# Errors that a disk or a path can cause, and their cures; other system errors are bugs, and keep their traceback.
 CURES = {
-    errno.ENOSPC: ELSEWHERE, errno.EDQUOT: ELSEWHERE,
+    errno.ENOSPC: FREE_SPACE, errno.EDQUOT: FREE_SPACE,
     errno.EFBIG: "This disk or `ulimit -f` allows no file so large: raise the limit, or name a place on another disk",
     errno.EROFS: "This place can only be read: name another one",
     errno.EACCES: NO_RIGHT, errno.EPERM: NO_RIGHT,
@@ -51,7 +53,7 @@ CURES = {
     errno.ENFILE: "Too many files are open on this machine: end something, or ask for a higher limit",
     errno.EBUSY: "Something else uses it: wait for it, or name another place",
     errno.EXDEV: "It would have to move to another disk: name a place on one disk",
-    errno.EIO: "The disk or the network file system failed: look into the system's log, and name a place on another disk",
+    errno.EIO: "The disk or network file system failed: look into the system's log, and name a place on another disk",
     errno.ESTALE: "The network file system lost it: mount it anew, and give the same command again",
     errno.ENODEV: NO_FILE, errno.ENXIO: NO_FILE,
 }  # fmt: skip
@@ -61,17 +63,17 @@ VERBS = {  # verb -> one line; the module is megalith.cli.VERB, with register(su
     "data": "raw text to indexed datasets, and what is done with those",
     "pretrain": "train a model",
     "generate": "text out of a trained model",
-    "checkpoint": "look into checkpoints",
+    "checkpoint": "inspect, verify, edit and convert checkpoints",
     "parity": "does a layout give the gradients of one process",
     "config": "answer a few questions, get a YAML file for pretrain",
 }
 
 
-PLACE = re.compile(r" \(on rank \d+ of \d+, after step \d+\)$")  # what training/failures.py adds
+RANK_SUFFIX = re.compile(r" \(on rank \d+ of \d+, after step \d+\)$")  # what training/failures.py adds
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Texts as they are written; N stands for whole numbers, X for others; defaults are told where the help does not speak of them."""
+    """Texts as they are written; N for whole numbers, X for others; adds defaults that the help does not name."""
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         return "N" if action.type is int else "X" if action.type is float else action.dest.rpartition("_")[2].upper()
@@ -86,7 +88,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, whose errors are ConfigErrors that name the nearest flag.
 
-    A verb may set the default `reads`, a function that is handed the words after the verb in place of argparse's own
+    A verb may set the default `reads`, a function that is given the words after the verb and replaces argparse's own
     reading; what it returns is in the namespace as `reading`.
     """
 
@@ -104,9 +106,8 @@ class Parser(argparse.ArgumentParser):
             return argparse.Namespace(handler=self.get_default("handler"), reading=reads(args)), []
         try:
             found, extra = super().parse_known_args(args, namespace)
-        except (
-            ConfigError
-        ) as error:  # argparse stops at the first mistake; what it calls missing may be there, mistyped
+        except ConfigError as error:
+            # argparse stops at the first mistake; what it calls missing may be there, mistyped
             fail([*self._unknown_flags(args), str(error)] if self._subparsers is None else [str(error)])
         if extra:
             self.error("; ".join(self._unknown_flags(extra)) or f"unexpected {' '.join(extra)}")
@@ -123,7 +124,7 @@ class Parser(argparse.ArgumentParser):
         ]
 
     def _check_value(self, action: argparse.Action, value: object) -> None:
-        """A verb of a verb, or a choice, that is not there: the nearest is named, or what it is called here."""
+        """For an unknown verb or choice, name the nearest, or what it is called here."""
         if action.choices is None or value in action.choices:
             return
         known = list(map(str, action.choices))
@@ -131,7 +132,7 @@ class Parser(argparse.ArgumentParser):
             self.error(unknown("verb", str(value), known, f"there are {', '.join(known)}"))
         name = action.option_strings[0]
         cure = f"Write {name} {nearest(str(value), known) or known[0]}"
-        self.error(problem(name, value, f"it is one of {', '.join(known)}", cure).removesuffix("."))
+        self.error(problem(name, value, f"must be one of {', '.join(known)}", cure).removesuffix("."))
 
     def error(self, message: str):
         """Raise ConfigError instead of printing the usage and exiting."""
@@ -154,18 +155,18 @@ def parser_for(verb: str | None) -> Parser:
     return parser
 
 
-def say(text: str) -> None:
-    """Print an error; one that several ranks of a torchrun have on a machine is said by the first of them.
+def print_error(text: str) -> None:
+    """Print an error; one that several ranks of a torchrun have on a machine is printed by the first of them.
 
-    Any rank may be that: a launcher ends the others as soon as one has ended.
+    Any rank may be the first: a launcher ends the others as soon as one has ended.
     """
     previous = None
     with contextlib.suppress(ValueError):  # outside the main thread
-        previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # who is to say it is not ended before
+        previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # so that the launcher does not end it first
     try:
-        if _first_to_say(PLACE.sub("", text)):
+        if _is_first_on_machine(RANK_SUFFIX.sub("", text)):
             print(text, file=sys.stderr, flush=True)
-        if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun shows last, below its own traceback
+        if file := error_file():  # what torchrun shows last, below its own traceback
             with contextlib.suppress(OSError):
                 pathlib.Path(file).write_text(
                     json.dumps({"message": text, "timestamp": int(time.time())}), encoding="utf-8"
@@ -175,14 +176,17 @@ def say(text: str) -> None:
             signal.signal(signal.SIGTERM, previous)
 
 
-def _first_to_say(text: str) -> bool:
-    """Whether no other rank on this machine has said it; told by a file in torchrun's folder of this attempt (ATTEMPT/RANK/error.json)."""
-    if not (file := os.environ.get("TORCHELASTIC_ERROR_FILE")):
+def _is_first_on_machine(text: str) -> bool:
+    """Whether no other rank on this machine has printed this text, by a file in torchrun's folder of this attempt.
+
+    (The folder is ATTEMPT in ATTEMPT/RANK/error.json.)
+    """
+    if not (file := error_file()):
         return True
     with contextlib.suppress(OSError):
-        said = pathlib.Path(file).parents[1] / f".megalith-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        printed = pathlib.Path(file).parents[1] / f".megalith-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         try:
-            said.touch(exist_ok=False)
+            printed.touch(exist_ok=False)
         except FileExistsError:
             return False
     return True
@@ -190,7 +194,7 @@ def _first_to_say(text: str) -> bool:
 
 @contextlib.contextmanager
 def warnings_as_notices() -> Iterator[None]:
-    """Within the block megalith's own warnings are printed as its other lines are, by the first process."""
+    """Within the block megalith's own warnings are printed as its other lines are, by the main process."""
     package = os.path.dirname(megalith.__file__) + os.sep
     with warnings.catch_warnings():
         others = warnings.showwarning
@@ -198,7 +202,7 @@ def warnings_as_notices() -> Iterator[None]:
         def show(message, category, filename, *more):
             if not filename.startswith(package):
                 others(message, category, filename, *more)
-            elif launched.rank() == 0:
+            elif environment.rank() == 0:
                 print(f"megalith: {message}", file=sys.stderr, flush=True)
 
         warnings.showwarning = show
@@ -216,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings_as_notices():
             return args.handler(args) or 0
     except MegalithError as error:
-        say(f"megalith: {error}")
+        print_error(f"megalith: {error}")
         return 2 if isinstance(error, ConfigError) else 1
     except OSError as error:
         if isinstance(error, BrokenPipeError):  # `megalith ... | head`
@@ -230,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 141
         if error.errno not in CURES or isinstance(error, ConnectionError):
             raise
-        say(f"megalith: {error}. {CURES[error.errno]}.")
+        print_error(f"megalith: {error}. {CURES[error.errno]}.")
         return 1
     except KeyboardInterrupt:
         print("megalith: interrupted", file=sys.stderr)

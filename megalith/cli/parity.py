@@ -17,11 +17,12 @@ examples:
       --micro-batch-size 1 --global-batch-size 4 --tensor-model-parallel-size 2 --sequence-parallel
   megalith parity --config run.yaml --num-layers 2 --vocab-size 1000 --data-parallel-sharding full --processes 2
 
-Runs one training step of the config on ranks of this machine's CPU, with made-up data, in its layout and in one process, and
-compares the loss and every gradient by name. Make the model small by flags: what is right at two layers is right at ninety.
+Runs one training step of the config on ranks of this machine's CPU, with random data, in its layout and in one process,
+and compares the loss and every gradient by name. Make the model small by flags: what is right at two layers is right at
+ninety.
 Exit status: 0 equal, 1 not.
 """
-OWN = (
+FLAGS = (
     *flags.RUN_FLAGS,
     flags.Flag(
         "--processes",
@@ -47,17 +48,17 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         description="Does this layout give the loss and every gradient of one process?",
         epilog=EXAMPLE,
     )
-    flags.add_help(parser, OWN)
-    parser.set_defaults(handler=parity, reads=functools.partial(flags.read, own=OWN))
+    flags.add_help(parser, FLAGS)
+    parser.set_defaults(handler=parity, reads=functools.partial(flags.read, command_flags=FLAGS))
 
 
 def parity(args: argparse.Namespace) -> int:
     """Run the check, print what differs; the exit status."""
     reading = args.reading
-    asked, shown = (flags.whole_number(reading, name) for name in ("processes", "show"))
+    given, show = (flags.whole_number(reading, name) for name in ("processes", "show"))
 
     def number(config: RunConfig) -> int:
-        return asked or config.parallel.smallest_world
+        return given or config.parallel.smallest_world
 
     config, notices = resolve(reading, read_recipe=recipes.text, world_size=number, data=False, one_step=True)
     for notice in notices:
@@ -77,7 +78,7 @@ def parity(args: argparse.Namespace) -> int:
     print(f"loss            {result.found.loss:.12f}  against {result.expected.loss:.12f}  {loss.error:.1e}")
     print(f"gradient norm   {result.found.norm:.12f}  against {result.expected.norm:.12f}")
     print(f"initial weights {'equal, bit for bit' if result.same_weights else 'NOT equal'}")
-    for difference in gradients[: shown or 5]:
+    for difference in gradients[: show or 5]:
         print(f"{difference.error:9.1e}  {difference.name}{'' if difference.error <= result.tolerance else '   WRONG'}")
     print(f"{'equal' if result.equal else 'NOT equal'}: {len(gradients)} gradients compared")
     return 0 if result.equal else 1

@@ -1,1 +1,1 @@
-"""Words that every other folder shares: errors, files, units, names. No torch."""
+"""What every other folder uses: errors, files, locks, units, registries, environment variables. No torch."""

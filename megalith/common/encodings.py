@@ -1,4 +1,4 @@
-"""What is told of text that is not UTF-8: how it becomes it."""
+"""Messages on text that is not UTF-8, and how to convert it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ FOUND = re.compile(r"not UTF-8 \(byte (\d+) is 0x(\w\w)\)")
 
 
 def reason(error: UnicodeDecodeError) -> str:
-    """Why these bytes are no text, for a list of what cannot be used."""
+    """Why these bytes are not text, for a list of documents that cannot be used."""
     return REASON.format(at=error.start, byte=error.object[error.start])
 
 
-def conversion(reasons: Iterable[str]) -> str:
-    """The cure where one of these lines holds such a reason, a sentence and a blank; '' where none does."""
+def conversion_advice(reasons: Iterable[str]) -> str:
+    """How to convert the text where one of these lines has such a reason, with a space after it; '' where none has."""
     found = next(filter(None, map(FOUND.search, reasons)), None)
     if found is None:
         return ""

@@ -1,4 +1,4 @@
-"""The errors a user can meet. Each says what is wrong, the value found, the rule and the cure."""
+"""The errors a user can meet. Each says what is wrong: the rule, the value found, the cure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class CheckpointError(MegalithError):
 
 
 class TrainingError(MegalithError):
-    """A run that cannot usefully go on: it has diverged, or there is nothing in its data to learn. Every rank says the same."""
+    """A run that cannot usefully continue: it diverged, or its data holds nothing to learn. All ranks raise it."""
 
 
 class RankError(MegalithError):

@@ -1,4 +1,4 @@
-"""Packages that megalith does without until something asks for them, and the one line that says which is missing."""
+"""Packages that megalith needs only for some features, and the one message on a missing one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXTRAS = {  # package -> what pip installs, and the extra of pyproject.toml that
 
 
 class MissingPackage(ConfigError):
-    """What was asked for needs a package that is not installed, or that cannot be imported."""
+    """A feature needs a package that is not installed, or that cannot be imported."""
 
 
 def require(module: str, purpose: str, package: str | None = None) -> Any:
@@ -33,21 +33,21 @@ def require(module: str, purpose: str, package: str | None = None) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise MissingPackage(missing(package or module.partition(".")[0], purpose, error)) from error
+        raise MissingPackage(missing_message(package or module.partition(".")[0], purpose, error)) from error
 
 
-def lacking(package: str, purpose: str) -> str | None:
+def missing_package(package: str, purpose: str) -> str | None:
     """The text of require's error where `package` is not installed, else None; nothing is imported."""
-    return missing(package, purpose) if importlib.util.find_spec(package) is None else None
+    return missing_message(package, purpose) if importlib.util.find_spec(package) is None else None
 
 
-def missing(package: str, purpose: str, error: ImportError | None = None) -> str:
-    """The line on a package: what needs it, what is wrong, how to install it. error: what importing it gave."""
+def missing_message(package: str, purpose: str, error: ImportError | None = None) -> str:
+    """The message on a package: what needs it, what is wrong, how to install it. error: what importing it raised."""
     requirement, extra = EXTRAS[package]
     broken = error is not None and getattr(error, "name", None) not in (package, None)
     state = f"cannot be imported ({error})" if broken else "is not installed"
-    # Not 'megalith[extra]' alone: a registry would be asked for that name, and this project may not be the one it knows.
+    # Not 'megalith[extra]' alone: a registry would be asked for that name, and may know another project by it.
     return (
-        f"{purpose} needs the package {package}, which {state}. Install it with pip install '{requirement}'; in a clone, "
-        f"pip install '.[{extra}]' brings all that is of its kind."
+        f"{purpose} needs the package {package}, which {state}. Install it with pip install '{requirement}'; "
+        f"in a clone, pip install '.[{extra}]' brings all that is of its kind."
     )

@@ -21,25 +21,28 @@ def fsync_directory(directory: str | os.PathLike) -> None:
         os.close(descriptor)
 
 
-def aside(target: pathlib.Path) -> pathlib.Path:
-    """A name beside `target` that nobody else has, under which it is written."""
+def temporary_path(target: pathlib.Path) -> pathlib.Path:
+    """A unique path beside `target`, to write it under."""
     return target.with_name(f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
 
 
-def sweep(target: str | os.PathLike, notice: Callable[[str], None] = lambda line: None) -> None:
-    """Remove what killed writers of `target` (a file, a folder, a dataset's prefix) left beside it. Its lock must be held.
+def remove_leftovers(target: str | os.PathLike, notice: Callable[[str], None] = lambda line: None) -> None:
+    """Remove what killed writers of `target` (a file, a folder, a dataset's prefix) left beside it.
 
-    Whoever holds the lock is the only writer, so all others are dead; their process numbers would not tell: another machine
-    or container has its own.
+    The lock of `target` must be held. Whoever holds it is the only writer, so that all others are dead. Their process
+    numbers would not show it: another machine or container has its own.
     """
     target = pathlib.Path(target)
     _remove(target.parent, re.escape(target.name), notice)
 
 
-def sweep_folder(
+def remove_leftovers_in(
     folder: str | os.PathLike, notice: Callable[[str], None] = lambda line: None, *, age: float = 0.0
 ) -> None:
-    """As `sweep`, of all that is written into `folder`. age: only what was not written to for so many seconds (there is no lock)."""
+    """As `remove_leftovers`, for all that is written into `folder`, which has no lock.
+
+    age: only what was not written to for so many seconds.
+    """
     _remove(pathlib.Path(folder), ".+", notice, age)
 
 
@@ -55,15 +58,15 @@ def _remove(folder: pathlib.Path, names: str, notice: Callable[[str], None], age
 
 @contextlib.contextmanager
 def atomic_path(target: str | os.PathLike, ready: Callable[[], None] = lambda: None) -> Iterator[pathlib.Path]:
-    """Give a temporary path beside `target`; on success it is synced and renamed over `target`, else removed.
+    """Yield a temporary path beside `target`; on success it is synced and renamed over `target`, else removed.
 
-    ready: called before that; where it raises, `target` stays as it is.
+    ready: called before the rename; where it raises, `target` stays as it is.
 
-    Two writers of one target have two temporary names. What a killed writer left is removed by `sweep`.
+    Two writers of one target have two temporary names. What a killed writer left is removed by `remove_leftovers`.
     """
     target = pathlib.Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = aside(target)
+    temporary = temporary_path(target)
     try:
         yield temporary
         with open(temporary, "rb") as written:
@@ -82,9 +85,9 @@ def write_text(target: str | os.PathLike, text: str) -> None:
 
 
 def sampled_digest(path: str | os.PathLike, blocks: int) -> str:
-    """Hexadecimal SHA-256 of a file's size and of `blocks` blocks of 4 KiB, evenly spread, the first and the last among them.
+    """Hexadecimal SHA-256 of a file's size and of `blocks` blocks of 4 KiB, evenly spread from the first to the last.
 
-    It tells whether a large file is still the one it was, at the cost of a few small reads; a change between the blocks is not seen.
+    It shows whether a large file is unchanged, at the cost of a few small reads; a change between the blocks is missed.
     """
     size = os.path.getsize(path)
     digest = hashlib.sha256(str(size).encode())

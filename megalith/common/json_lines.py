@@ -9,15 +9,15 @@ from typing import Any
 
 import orjson
 
-HALF = re.compile("[\\ud800-\\udfff]")  # half of a character; json reads it from \\ud800, and no encoding can write it
+LONE_SURROGATE = re.compile("[\\ud800-\\udfff]")  # half a character: json reads \\ud800, no encoding can write it
 DEPTH = 10_000  # levels; the 8 MiB stack of a thread holds several times as many
 
 
 def parse(line: bytes | str) -> Any:
     """The value of a line. Raises ValueError that says why there is none.
 
-    Python's json, with which most corpora are written, also has NaN, Infinity, numbers beyond a double, halves of surrogate pairs
-    and more than 1024 levels. It costs time on such lines alone.
+    Python's json, with which most corpora are written, also has NaN, Infinity, numbers beyond a double, halves of
+    surrogate pairs and more than 1024 levels. It costs time on such lines alone.
     """
     try:
         return orjson.loads(line)

@@ -1,8 +1,9 @@
 """One writer of an output at a time, also between machines that share a file system.
 
-A lock is a file `.{name}.lock` beside the output that names its holder. flock is not used: many network file systems keep
-it within one machine, or refuse it. A hard link is atomic on all of them, and appears with its whole content. The holder
-touches its lock every HEARTBEAT seconds, by which others tell a live holder from one whose machine died.
+A lock is a file `.{name}.lock` beside the output that names its holder. flock is not used: many network file systems
+keep it within one machine, or refuse it. A hard link is atomic on all of them, and appears with its whole content. The
+holder touches its lock every HEARTBEAT seconds, so that others can distinguish a live holder from one whose machine
+died.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterator
 from megalith.common.errors import MegalithError
 
 HEARTBEAT = 10.0  # seconds between two touches
-LOOK = 1.0  # seconds between two looks at a lock that is waited for
+POLL_INTERVAL = 1.0  # seconds between two checks of a lock that is waited for
 STALE = 90.0  # seconds without a touch after which a holder on another machine is taken for dead
 
 
@@ -41,20 +42,21 @@ def locked(
 ) -> Iterator[Callable[[], None]]:
     """Hold the lock of `output` (a file, folder or prefix, which need not exist) within the block.
 
-    inside: the lock lies in the folder `output`, which is made, and removed if it is left empty: for folders that machines
-        mount at different places, or that several names lead to.
-    patient: a holder on another machine, or in another container, is given up to STALE seconds to show that it lives, before
-        it counts as one: for jobs that are started again elsewhere when they have died.
-    The block gets a check, to be called before what it made is put in place: LockedError where the lock was lost
-    meanwhile, to one that took this process for dead while it was suspended.
-    The lock of a dead process is taken over, told by `notice`. Raises LockedError that names a live holder (command, host,
-    process, since when) and leaves everything as it is. A second lock of one output is refused within a process too.
+    inside: the lock lies in the folder `output`, which is made, and removed if it is left empty: for folders that
+        machines mount at different paths, or that have several names.
+    patient: a holder on another machine, or in another container, has up to STALE seconds to show that it lives, before
+        it is taken for alive: for jobs that are started again on another machine when they have died.
+    The block gets a check, to be called before its result is put in place: it raises LockedError where the lock was
+    lost meanwhile, to a process that took this one for dead while it was suspended.
+    The lock of a dead process is taken over, with a line to `notice`. Raises LockedError that names a live holder
+    (command, host, process, since when) and leaves everything as it is. A second lock of one output is refused within a
+    process too.
     """
     output = pathlib.Path(os.path.realpath(output))  # one output has one lock, however it is spelled
     path = output / ".lock" if inside else output.with_name(f".{output.name}.lock")
     made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()] if inside else []
     path.parent.mkdir(parents=True, exist_ok=True)
-    owner = _describe()
+    owner = _lock_content()
     _acquire(path, owner, output, cure, notice, patient)
     done = threading.Event()
     threading.Thread(target=_touch_until, args=(done, path, owner), daemon=True).start()
@@ -72,9 +74,10 @@ def locked(
 def _check(path: pathlib.Path, owner: dict, output: pathlib.Path) -> None:
     holder = _read(path)
     if holder != owner:
-        taken = f"{_name(holder)} has it" if holder is not None else "who took it has ended"
+        taken = f"{_holder_text(holder)} has it" if holder is not None else "who took it has ended"
         raise LockedError(
-            f"{output}: this process was suspended, was taken for dead and lost its lock; {taken}. What it made is not put in place."
+            f"{output}: this process was suspended, was taken for dead and lost its lock; {taken}. "
+            f"Its result is not put in place."
         )
 
 
@@ -97,12 +100,13 @@ def _acquire(
                 touch = (holder.get("nonce"), _touched(path))
                 if patient and not _is_here(holder) and seen in (None, touch):
                     if seen is None:
-                        notice(f"{output}: looking for up to {STALE:g} s whether {_name(holder)} still runs")
+                        notice(f"{output}: looking for up to {STALE:g} s whether {_holder_text(holder)} still runs")
                     seen = touch
-                    time.sleep(LOOK)
+                    time.sleep(POLL_INTERVAL)
                     continue
-                raise LockedError(f"{output} is being written by {_name(holder)}; one process at a time may. {cure}.")
-            # Of several that find a dead holder's lock, one moves it away; who moved a live one by mistake puts it back.
+                writer = _holder_text(holder)
+                raise LockedError(f"{output} is being written by {writer}; one process at a time may. {cure}.")
+            # Of several that find a dead holder's lock, one moves it away; a live one moved by mistake is put back.
             moved = path.with_name(f"{path.name}.{owner['nonce']}.stale")
             try:
                 os.rename(path, moved)
@@ -112,7 +116,7 @@ def _acquire(
                 with contextlib.suppress(FileExistsError):
                     _create(moved, path)
             else:
-                notice(f"{output}: the lock of {_name(holder)} is taken over, because that process has ended")
+                notice(f"{output}: the lock of {_holder_text(holder)} is taken over, because that process has ended")
             moved.unlink()
     finally:
         draft.unlink()
@@ -129,8 +133,8 @@ def _create(draft: pathlib.Path, path: pathlib.Path) -> None:
             file.write(draft.read_text(encoding="utf-8"))
 
 
-def _describe() -> dict:
-    """What a lock says of this process."""
+def _lock_content() -> dict:
+    """The content of a lock: which process holds it."""
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -142,14 +146,14 @@ def _describe() -> dict:
     }
 
 
-def _name(holder: dict) -> str:
+def _holder_text(holder: dict) -> str:
     if "pid" not in holder:
         return "a process that its lock does not name"
     return f"process {holder.get('pid')} on {holder.get('host')} since {holder.get('since')} ({holder.get('command')})"
 
 
 def _read(path: pathlib.Path) -> dict | None:
-    """What the lock says; None where there is none, {} where it cannot be understood."""
+    """The content of the lock; None where there is no lock, {} where it cannot be understood."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -160,7 +164,7 @@ def _read(path: pathlib.Path) -> dict | None:
 
 
 def _is_dead(holder: dict, path: pathlib.Path, draft: pathlib.Path) -> bool:
-    """Whether the holder is gone: looked up where its process numbers are ours, else judged by the age of its last touch."""
+    """Whether the holder is gone: by its process number on this machine, else by the age of its last touch."""
     if _is_here(holder):
         return _start_of(holder.get("pid")) != holder.get("started")
     os.utime(draft)  # now, by the clock of the file system: machines' clocks may differ

@@ -11,7 +11,7 @@ LIMIT = pathlib.Path("/sys/fs/cgroup/memory.max")  # of a container
 
 
 def available_memory() -> int:
-    """Bytes that a process can still take without swapping; all that the machine has where that is not told."""
+    """Bytes that a process can still take without swapping; all that the machine has where the system does not say."""
     found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with contextlib.suppress(OSError, AttributeError):
         text = pathlib.Path("/proc/meminfo").read_text(encoding="ascii")

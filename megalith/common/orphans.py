@@ -1,4 +1,4 @@
-"""A process whose launcher is gone ends too: nobody would tell it that the others have died, and its successor would meet it."""
+"""A process whose launcher is gone ends too: it would not learn that the others have died, and block its successor."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ import sys
 import threading
 from collections.abc import Iterator
 
+from megalith.common import environment
+
+TORCHRUN_MARK = b"\0TORCHELASTIC_RUN_ID="  # in the environment of every process that torchrun started
 GRACE = 30.0  # seconds to finish a step and save, as torchrun grants after its SIGTERM
-PATIENCE = 1.0  # seconds between two looks, where the system cannot wake us
+POLL_INTERVAL = 1.0  # seconds between two checks, where the system cannot wake this process
 
 
 @contextlib.contextmanager
 def ends_with_launcher(grace: float = GRACE) -> Iterator[None]:
     """Within the block, end this process when torchrun, if it was started by one, has died without ending it (kill -9).
 
-    It gets SIGTERM, upon which a run saves and ends; if it still runs `grace` seconds later, inside a collective that never
-    ends say, it exits with status 1.
+    It gets SIGTERM, upon which a run saves and ends; if it still runs `grace` seconds later, for example inside a
+    collective that never ends, it exits with status 1.
     """
     done = threading.Event()
     launcher = _launcher()
@@ -36,13 +39,12 @@ def _watch(launcher: int, done: threading.Event, grace: float) -> None:
     _await_end(launcher, done)
     if done.is_set():
         return
-    place = f"megalith: rank {os.environ.get('RANK')}: the launcher, process {launcher}, has died"
-    _say(f"{place}; this process saves, if it can, and ends")
-    signal.pthread_kill(
-        threading.main_thread().ident or 0, signal.SIGTERM
-    )  # not to this thread, which would leave that one asleep
+    message = f"megalith: rank {environment.rank()}: the launcher, process {launcher}, has died"
+    _print_error(f"{message}; this process saves, if it can, and ends")
+    # To the main thread: a signal to this one would leave that one asleep.
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
     if not done.wait(grace):
-        _say(f"{place} {grace:g} s ago; this process ends now")
+        _print_error(f"{message} {grace:g} s ago; this process ends now")
         os._exit(1)
 
 
@@ -54,32 +56,33 @@ def _await_end(launcher: int, done: threading.Event) -> None:
     except ProcessLookupError:
         return
     except (AttributeError, OSError):  # not Linux, or an old or simulated one
-        while not done.wait(PATIENCE):
+        while not done.wait(POLL_INTERVAL):
             if os.getppid() != parent:
                 return
         return
     try:
         poll = select.poll()
         poll.register(descriptor, select.POLLIN)
-        while not done.is_set() and not poll.poll(1000 * PATIENCE):
+        while not done.is_set() and not poll.poll(1000 * POLL_INTERVAL):
             pass
     finally:
         os.close(descriptor)
 
 
 def _launcher() -> int | None:
-    """The process of torchrun: the nearest ancestor without the variables that it sets; None where it is none, or process 1."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    """The process of torchrun: the nearest ancestor without the variables that it sets.
+
+    None where torchrun started none of them, or where that is process 1.
+    """
+    if not environment.started_by_torchrun():
         return None
     process = os.getppid()
     with contextlib.suppress(OSError, ValueError, IndexError):  # a shell script may stand between
-        while (
-            process > 1 and b"\0TORCHELASTIC_RUN_ID=" in b"\0" + pathlib.Path(f"/proc/{process}/environ").read_bytes()
-        ):
+        while process > 1 and TORCHRUN_MARK in b"\0" + pathlib.Path(f"/proc/{process}/environ").read_bytes():
             process = int(pathlib.Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
     return process if process > 1 else None  # with process 1 its whole container ends
 
 
-def _say(line: str) -> None:
+def _print_error(line: str) -> None:
     with contextlib.suppress(OSError, ValueError):  # the terminal may be gone with the launcher
         print(line, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Files that only stand for files: what git LFS and git-annex check out where the content was not fetched."""
+"""Pointer files: what git LFS and git-annex check out where the content of a file was not fetched."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LONGEST = 1024  # bytes; git LFS's own limit for a pointer
 
 
 def pointer(path: str | os.PathLike) -> str:
-    """What stands at `path` in place of the file and how to fetch it, or "" where it is no pointer. Never raises."""
+    """What is at `path` instead of the file, and how to fetch it; "" where it is no pointer. Never raises."""
     try:
         if not os.path.isfile(path) or os.path.getsize(path) > LONGEST:
             return ""
@@ -22,15 +22,16 @@ def pointer(path: str | os.PathLike) -> str:
     except OSError:
         return ""
     if found := LFS.match(head):
-        size = f"{int(found[2]):,} bytes"
-        return f"this is a git LFS pointer to a file of {size}, not the file. Fetch it: git lfs pull --include '{os.path.basename(path)}'"
+        name, size = os.path.basename(path), f"{int(found[2]):,} bytes"
+        text = f"this is a git LFS pointer to a file of {size}, not the file."
+        return f"{text} Fetch it: git lfs pull --include '{name}'"
     if ANNEX.match(head):
         return f"this is a git-annex pointer, not the file. Fetch it: git annex get '{os.path.basename(path)}'"
     return ""
 
 
 def refuse_pointer(path: str | os.PathLike) -> None:
-    """Raise DataError where a pointer stands in place of the file."""
+    """Raise DataError where the file is only a pointer."""
     if found := pointer(path):
         raise DataError(f"{os.fspath(path)}: {found}")
 

@@ -1,4 +1,4 @@
-"""Things found by name: our own from a table, a user's as `module:name`, so that nobody needs a fork."""
+"""Things found by name: built-in ones from a table, a user's as `module:name`, so that nobody needs a fork."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Registry:
 
 
 def load(what: str, address: str) -> Any:
-    """The object at `address`, `module:attribute`. what: the words for it in the ConfigError where it is not there."""
+    """The object at `address`, `module:attribute`. what: its description in the ConfigError where it is not there."""
     module, _, attribute = address.partition(":")
     try:
         return getattr(importlib.import_module(module), attribute)

@@ -1,5 +1,5 @@
-"""What a model is, in one record: everything that differs between models is asked of it, and nothing else knows
-them apart.
+"""What a model is, in one record: everything that differs between models is asked of it, and no other code tells them
+apart.
 
     architecture("gpt"), architecture("my_models:Twist")     # a record, or a class that carries one as `architecture`
     config.model.architecture.find("plan")                   # what an address of the record names
@@ -19,26 +19,27 @@ from megalith.common.registry import Registry, load
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """A model and all that belongs to it. Fields are addresses, but for names of registries (dataset, loss,
-    tokenizer_type) and switches.
+    """A model and all that belongs to it.
 
-    name: what a run is called where nothing names it.
+    Fields are addresses, but for names of registries (dataset, loss, tokenizer_type) and switches.
+
+    name: the name of a run where nothing else names it.
     model: an nn.Module made by Model(config.model, seed) that offers what models/protocol.py says.
     plan: its tensor-parallel plan (parallel/plan.py).
-    stages: what its pipeline stages have (parallel/pipeline/cut.py: Stages).
-    shapes: ModelConfig -> {parameter: shape}, a shared one once, without torch.
+    stages: what its pipeline stages have (parallel/pipeline/split.py: PipelinePlan).
+    shapes: ModelConfig -> {parameter: shape}, a shared parameter once, without torch.
     kinds: {parameter: ParameterKind} for every parameter that a form of it may have, numbers as {layer} and {expert}.
-    dataset, loss: what it learns from and by, where the run names none; None: there is none here, a run names its own.
-    tokenizer_type: what a vocabulary file alone means.
+    dataset, loss: what it learns from and by, where the run names none; None: megalith has none, the run must name one.
+    tokenizer_type: the tokenizer that a vocabulary file alone means.
     batch: (RunConfig, step) -> a made-up global batch, for checks of layouts (testing/batches.py).
     flops: as planner/flops.py: one_stack.
     causal: whether a token sees those before it alone.
-    decoder: whether a second stack of layers, which looks at the first one's output, stands behind it.
-    head_transform: whether a dense layer with an activation of its own stands before the output layer.
-    names: format -> its table of names there: huggingface (checkpoint/formats/huggingface/family.py: Family; none: one of
-        FAMILIES), megatron (checkpoint/formats/megatron/names.py: Table).
+    decoder: whether a second stack of layers, with cross attention to the first one's output, follows it.
+    head_transform: whether a dense layer with its own activation stands before the output layer.
+    names: format -> its table of names there: huggingface (checkpoint/formats/huggingface/family.py: Family; absent:
+        one of FAMILIES), megatron (checkpoint/formats/megatron/names.py: Table).
     checks: RunConfig -> problems that this model alone can have.
-    activations: RunConfig -> {tensor: bytes} that its ends keep (planner/activations.py); None: not priced.
+    activations: RunConfig -> {tensor: bytes} that embedding and head keep (planner/activations.py); None: not known.
     rank_parameters: (RunConfig, process) -> parameters as Megatron counts them; None: not counted.
     """
 
@@ -63,7 +64,7 @@ class Architecture:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """Fields of the section `data` that follow from the model where nothing says them."""
+        """Fields of the section `data` that follow from the model where nothing sets them."""
         return {name: value for name, value in (("dataset", self.dataset), ("loss", self.loss)) if value is not None}
 
     def find(self, part: str) -> Any:
@@ -155,7 +156,7 @@ def architecture(name: str) -> Architecture:
         return found
     record = getattr(found, "architecture", None)
     if not isinstance(record, Architecture):
-        rule = "it is an Architecture (config/architectures.py), or a class that carries one as `architecture`"
-        cure = "Give the class such an attribute; CONTRIBUTING.md shows a whole one"
-        raise ConfigError(problem("model", name, rule, cure))
+        rule = "must be an Architecture (config/architectures.py), or a class that carries one as `architecture`"
+        cure = "Give the class such an attribute; CONTRIBUTING.md shows a complete one"
+        raise ConfigError(problem("The model", name, rule, cure))
     return dataclasses.replace(record, model=name)

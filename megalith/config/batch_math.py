@@ -14,10 +14,9 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
     """Copies of the model that `world_size` processes hold. Raises ConfigError where they do not come out even."""
     copy = config.parallel.model_parallel_size
     if world_size < 1 or world_size % copy:
-        rule = f"it must be a multiple of tensor x pipeline x context parallel size, {copy}"
-        raise ConfigError(
-            problem("number of processes", world_size, rule, f"Start {max(1, world_size // copy) * copy} processes")
-        )
+        rule = f"must be a multiple of tensor x pipeline x context parallel size, {copy}"
+        cure = f"Start {max(1, world_size // copy) * copy} processes"
+        raise ConfigError(problem("The number of processes", world_size, rule, cure))
     return world_size // copy
 
 
@@ -34,9 +33,8 @@ def batch_size_at(config: RunConfig, dp: int, consumed: int) -> int:
     start, increment, samples = config.batch.rampup_batch_size
     if consumed > samples:
         return full
-    per_increment = samples / (
-        (full - start) // increment
-    )  # a float on purpose: so the boundaries fall where Megatron's do
+    increments = (full - start) // increment
+    per_increment = samples / increments  # a float on purpose: so the boundaries fall where Megatron's do
     return min(full, start + int(consumed / per_increment) * increment)
 
 
@@ -65,18 +63,18 @@ def total_steps(config: RunConfig, dp: int) -> int:
 
 
 def check_length(config: RunConfig, dp: int) -> None:
-    """Raise ConfigError where a run that is to train has no step to make."""
+    """Raise ConfigError where a run that is to train is shorter than one step."""
     if config.validation.skip_train or total_steps(config, dp):
         return
     name = "train_iters" if config.schedule.train_samples is None else "train_samples"
-    rule = "training takes at least one step" + (
-        f", of {batch_size_at(config, dp, 0)} samples here" if name == "train_samples" else ""
-    )
+    rule = "must be at least one step, because the run is to train"
+    if name == "train_samples":
+        rule = f"must be at least one step of {batch_size_at(config, dp, 0)} samples, because the run is to train"
     cure = f"Raise {flag(name)}, or give --skip-train to validate and test what --load gives"
     raise ConfigError(problem(flag(name), getattr(config.schedule, name), rule, cure))
 
 
-def told(config: RunConfig, world_size: int) -> str:
+def run_summary(config: RunConfig, world_size: int) -> str:
     """Processes, steps and samples of a run, for its header."""
     dp = data_parallel_size(config, world_size)
     steps, full, (growing, _) = total_steps(config, dp), global_batch(config, dp), ramp(config, dp)
@@ -85,7 +83,8 @@ def told(config: RunConfig, world_size: int) -> str:
         length = "no training steps (--skip-train)"
     elif growing:
         first = batch_size_at(config, dp, 0)
-        length = f"{steps} steps: {growing} while the batch grows from {first} to {full} samples, then {steps - growing} of {full}"
+        length = f"{steps} steps: {growing} while the batch grows from {first} to {full} samples, "
+        length += f"then {steps - growing} of {full}"
     return f"{world_size} process{'es' * (world_size > 1)}, {dp} data-parallel; {length}"
 
 

@@ -1,7 +1,7 @@
-"""What makes a model another one, though all shapes are the same: every field of ModelConfig, classified once.
+"""Which fields of ModelConfig make it another model, though all shapes are the same: every field, classified once.
 
-Weights that were trained with rotated pairs mean nothing in a model that rotates halves. So a run that goes on from a
-checkpoint, or begins with its weights, has its model; what may be changed on the way is told in a line.
+Weights that were trained with rotated pairs mean nothing in a model that rotates halves. So a run that resumes from a
+checkpoint, or begins with its weights, must have its model; fields that may be changed on the way are noted in a line.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def sized_by(model: ModelConfig, field: str) -> bool:
     return any(field in kind.sizes for kind in model.architecture.find("kinds").values())
 
 
-# What a model is, whichever of several fields says it: the fields, and what they come to. None: it has no effect in this model.
+# Fields, and the property of the model that they set together. None: they have no effect in this model.
 IDENTITY: tuple[tuple[tuple[str, ...], Callable[[ModelConfig], Any]], ...] = (
     (("model_type",), lambda m: m.model_type),
     (("num_layers", "decoder_num_layers"), lambda m: (m.num_layers, m.decoder_layers)),
@@ -60,10 +60,11 @@ IDENTITY: tuple[tuple[tuple[str, ...], Callable[[ModelConfig], Any]], ...] = (
     (("softmax_scale",), lambda m: m.softmax_scale or m.head_dim**-0.5),
     (("scale_output",), lambda m: m.scale_output),
 )
-BY_SHAPE = ("vocab_size", "max_position_embeddings")  # rows of a table: its shape tells, and can be edited
-NOTED = (  # changed on purpose while a model is trained on: longer texts, another regularisation
+BY_SHAPE = ("vocab_size", "max_position_embeddings")  # rows of a table: its shape shows them, and can be edited
+NOTED = (  # changed on purpose while a model is trained further: longer texts, another regularisation
     "sliding_window", "full_attention_layers", "rotary_base", "rope_scaling_type", "rope_scaling_factor",
-    "rope_original_max_position_embeddings", "rope_low_freq_factor", "rope_high_freq_factor", "rope_beta_fast", "rope_beta_slow",
+    "rope_original_max_position_embeddings", "rope_low_freq_factor", "rope_high_freq_factor",
+    "rope_beta_fast", "rope_beta_slow",
     "hidden_dropout", "attention_dropout", "classifier_dropout", "z_loss_coeff",
 )  # fmt: skip
 INDIFFERENT = (  # changes nothing of a model that has its weights, but for rounding
@@ -73,28 +74,28 @@ INDIFFERENT = (  # changes nothing of a model that has its weights, but for roun
 
 
 class Differences(NamedTuple):
-    """What makes it another model, as (field, now, then); and sentences of what is only to be told."""
+    """The fields that make it another model, as (field, now, then); and lines on changes that are only noted."""
 
-    another: list[tuple[str, Any, Any]]
+    incompatible: list[tuple[str, Any, Any]]
     noted: list[str]
 
 
 def differences(now: ModelConfig, then: ModelConfig) -> Differences:
     """How a model differs from the one that a checkpoint was written by."""
-    another: list[tuple[str, Any, Any]] = []
+    incompatible: list[tuple[str, Any, Any]] = []
     for fields, effect in IDENTITY:
         if effect(now) != effect(then):
             pairs = [(name, getattr(now, name), getattr(then, name)) for name in fields]
-            another += [pair for pair in pairs if pair[1] != pair[2]]  # none: it follows from another field
-    return Differences(another, changes(now, then, BY_SHAPE + NOTED))
+            incompatible += [pair for pair in pairs if pair[1] != pair[2]]  # none: it follows from another field
+    return Differences(incompatible, changes(now, then, BY_SHAPE + NOTED))
 
 
 def changes(now: object, then: object, names: tuple[str, ...]) -> list[str]:
     """A sentence for each of these fields of a section that is not what it was."""
     pairs = [(name, getattr(now, name), getattr(then, name)) for name in names]
-    return [sentence(name, new, old) for name, new, old in pairs if new != old]
+    return [change_text(name, new, old) for name, new, old in pairs if new != old]
 
 
-def sentence(field: str, now: object, then: object) -> str:
+def change_text(field: str, now: object, then: object) -> str:
     """--seed is 7, was 1234."""
     return f"{flag(field)} is {value_text(now)}, was {value_text(then)}"

@@ -1,8 +1,6 @@
-"""What a parameter is, whatever it is called: how it starts, whether it decays, what decides its sizes and its
-presence.
+"""Kinds of parameters: how they start, whether they decay, what decides their sizes and their presence.
 
-A table gives the kind of every parameter that a form of a model may have: {"layers.{layer}.mlp.up.weight":
-    MLP_INPUT, ...}.
+A table gives the kind of every parameter that a form of a model may have: {"layers.{layer}.mlp.up.weight": MLP_INPUT}.
 Numbers in a parameter's name stand in its pattern as {layer} and, a second one, as {expert}. No torch.
 """
 
@@ -11,18 +9,17 @@ from __future__ import annotations
 import dataclasses
 import re
 
-# The sizes of what is of no known kind.
+# The sizes of a parameter of no known kind.
 EVERY_SIZE = ("hidden_size", "ffn_hidden_size", "vocab_size", "max_position_embeddings", "kv_channels")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParameterKind:
-    """One kind.
+    """A kind of parameter.
 
     initial: zeros, ones, norm (ones, or zeros where weights of norms are stored minus one), embedding (normal),
-        matrix (normal,
-        or Xavier's where the config asks for it), residual (a matrix that writes to the residual stream: a smaller
-        normal).
+        matrix (normal, or Xavier's where the config asks for it),
+        residual (a matrix that writes to the residual stream: a smaller normal).
     decays: whether weight decay applies. multiplies: whether each token is multiplied with it, for FLOPs.
     sizes: fields of the config that its sizes come from, the likeliest first.
     presence: fields that decide whether it is there.
@@ -40,14 +37,14 @@ Kinds = dict[str, ParameterKind]
 WIDTH = ("hidden_size",)
 KEYS = ("hidden_size", "num_query_groups", "kv_channels")
 QUERIES = ("hidden_size", "num_attention_heads", "kv_channels")
-INNER, WORDS = ("hidden_size", "ffn_hidden_size"), ("vocab_size", "hidden_size")
-FORM = ("normalization",)  # what decides whether norms have biases
+INNER, VOCABULARY = ("hidden_size", "ffn_hidden_size"), ("vocab_size", "hidden_size")
+NORM_TYPE = ("normalization",)  # what decides whether norms have biases
 DECODER = ("model_type", "decoder_num_layers", "num_layers")  # what decides whether there is cross attention
 
 NORM = ParameterKind(name="norm", initial="norm", decays=False, sizes=WIDTH)
 HEAD_NORM = ParameterKind(name="head norm", initial="ones", decays=False, sizes=QUERIES, presence=("qk_layernorm",))
 BIAS = ParameterKind(name="bias", initial="zeros", decays=False, presence=("add_bias_linear",))
-EMBEDDING = ParameterKind(name="embedding", initial="embedding", sizes=WORDS)
+EMBEDDING = ParameterKind(name="embedding", initial="embedding", sizes=VOCABULARY)
 MATRIX = ParameterKind(name="matrix", initial="matrix", multiplies=True, sizes=WIDTH)
 QUERY = dataclasses.replace(MATRIX, name="query", sizes=QUERIES)
 KEY_VALUE = dataclasses.replace(MATRIX, name="key/value", sizes=KEYS)
@@ -56,23 +53,24 @@ MLP_INPUT = dataclasses.replace(MATRIX, name="mlp input", sizes=INNER)
 MLP_GATE = dataclasses.replace(MLP_INPUT, presence=("swiglu", "glu_activation"))
 MLP_OUTPUT = dataclasses.replace(MATRIX, name="mlp output", initial="residual", sizes=INNER)
 UNTIED = ("untie_embeddings_and_output_weights",)
-OUTPUT_LAYER = dataclasses.replace(MATRIX, name="output layer", sizes=WORDS, presence=UNTIED)
+OUTPUT_LAYER = dataclasses.replace(MATRIX, name="output layer", sizes=VOCABULARY, presence=UNTIED)
 
 
-def of(kind: ParameterKind, *presence: str) -> ParameterKind:
+def present_if(kind: ParameterKind, *presence: str) -> ParameterKind:
     """The same kind of a parameter whose presence these fields decide."""
     return dataclasses.replace(kind, presence=presence)
 
 
-def norm(module: str, *presence: str, bias: tuple[str, ...] = ()) -> Kinds:
-    """Weight and bias of a norm of the residual stream. presence: see `of`. bias: what decides on the bias, if
-    another.
+def norm_kinds(module: str, *presence: str, bias: tuple[str, ...] = ()) -> Kinds:
+    """Weight and bias of a norm of the residual stream.
+
+    presence: fields that decide whether the norm is there. bias: those that decide on the bias, where they are others.
     """
     biased = dataclasses.replace(BIAS, sizes=WIDTH, presence=bias or presence)
-    return {f"{module}.weight": of(NORM, *presence), f"{module}.bias": biased}
+    return {f"{module}.weight": present_if(NORM, *presence), f"{module}.bias": biased}
 
 
-def linear(module: str, weight: ParameterKind, *presence: str) -> Kinds:
+def linear_kinds(module: str, weight: ParameterKind, *presence: str) -> Kinds:
     """Weight and bias of a linear layer. presence: what decides on the bias."""
     bias = dataclasses.replace(BIAS, sizes=weight.sizes, presence=presence or BIAS.presence)
     return {f"{module}.weight": weight, f"{module}.bias": bias}
@@ -85,17 +83,17 @@ def pattern_of(name: str) -> str:
 
 
 LAYERS: Kinds = {
-    **norm("layers.{layer}.attention_norm", bias=FORM),
-    **linear("layers.{layer}.attention.q", QUERY),
-    **linear("layers.{layer}.attention.k", KEY_VALUE),
-    **linear("layers.{layer}.attention.v", KEY_VALUE),
+    **norm_kinds("layers.{layer}.attention_norm", bias=NORM_TYPE),
+    **linear_kinds("layers.{layer}.attention.q", QUERY),
+    **linear_kinds("layers.{layer}.attention.k", KEY_VALUE),
+    **linear_kinds("layers.{layer}.attention.v", KEY_VALUE),
     "layers.{layer}.attention.q_norm.weight": HEAD_NORM,
     "layers.{layer}.attention.k_norm.weight": dataclasses.replace(HEAD_NORM, sizes=KEYS),
-    **linear("layers.{layer}.attention.out", ATTENTION_OUTPUT),
-    **norm("layers.{layer}.mlp_norm", "parallel_attn", "parallel_layernorm", bias=FORM),
-    **linear("layers.{layer}.mlp.gate", MLP_GATE, *MLP_GATE.presence),
-    **linear("layers.{layer}.mlp.up", MLP_INPUT),
-    **linear("layers.{layer}.mlp.down", MLP_OUTPUT),
+    **linear_kinds("layers.{layer}.attention.out", ATTENTION_OUTPUT),
+    **norm_kinds("layers.{layer}.mlp_norm", "parallel_attn", "parallel_layernorm", bias=NORM_TYPE),
+    **linear_kinds("layers.{layer}.mlp.gate", MLP_GATE, *MLP_GATE.presence),
+    **linear_kinds("layers.{layer}.mlp.up", MLP_INPUT),
+    **linear_kinds("layers.{layer}.mlp.down", MLP_OUTPUT),
 }
 EMBEDDINGS: Kinds = {
     "embedding.weight": EMBEDDING,
@@ -105,29 +103,31 @@ EMBEDDINGS: Kinds = {
 }
 GPT: Kinds = {
     **EMBEDDINGS,
-    **norm("embedding_norm", "embed_layernorm"),
+    **norm_kinds("embedding_norm", "embed_layernorm"),
     **LAYERS,
-    **norm("final_norm", bias=FORM),
+    **norm_kinds("final_norm", bias=NORM_TYPE),
     "head.weight": OUTPUT_LAYER,
 }
 POOLED = dataclasses.replace(MATRIX, multiplies=False)  # of what works on one token of a sequence
 BERT_ENCODER: Kinds = {
     **EMBEDDINGS,
     "token_type_embedding.weight": dataclasses.replace(EMBEDDING, sizes=WIDTH, presence=("bert_no_binary_head",)),
-    **norm("embedding_norm", "norm_after_residual"),
+    **norm_kinds("embedding_norm", "norm_after_residual"),
     **LAYERS,
-    **norm("final_norm", "norm_after_residual", bias=FORM),
-    **linear("pooler", of(POOLED, "bert_no_binary_head"), "bert_no_binary_head"),
+    **norm_kinds("final_norm", "norm_after_residual", bias=NORM_TYPE),
+    **linear_kinds("pooler", present_if(POOLED, "bert_no_binary_head"), "bert_no_binary_head"),
 }
 BERT: Kinds = {
     **BERT_ENCODER,
-    **linear("head_dense", of(MATRIX, "model_type"), "model_type"),
-    **norm("head_norm", "model_type"),
-    **linear("head", OUTPUT_LAYER, "model_type"),
-    **linear("order_head", of(POOLED, "bert_no_binary_head"), "bert_no_binary_head"),
+    **linear_kinds("head_dense", present_if(MATRIX, "model_type"), "model_type"),
+    **norm_kinds("head_norm", "model_type"),
+    **linear_kinds("head", OUTPUT_LAYER, "model_type"),
+    **linear_kinds("order_head", present_if(POOLED, "bert_no_binary_head"), "bert_no_binary_head"),
 }
-CLASSIFIER = dataclasses.replace(of(POOLED, "model_type"), name="classifier", sizes=("num_classes", "hidden_size"))
-BERT_CLASSIFIER: Kinds = {**BERT_ENCODER, **linear("classifier", CLASSIFIER, "model_type")}
+CLASSIFIER = dataclasses.replace(
+    present_if(POOLED, "model_type"), name="classifier", sizes=("num_classes", "hidden_size")
+)
+BERT_CLASSIFIER: Kinds = {**BERT_ENCODER, **linear_kinds("classifier", CLASSIFIER, "model_type")}
 RELATIVE = dataclasses.replace(
     MATRIX, name="relative bias", multiplies=False, sizes=("relative_attention_num_buckets", "num_attention_heads"),
     presence=("position_embedding_type",),
@@ -135,14 +135,14 @@ RELATIVE = dataclasses.replace(
 T5: Kinds = {
     **EMBEDDINGS,
     **LAYERS,
-    **norm("layers.{layer}.cross_norm", *DECODER),
-    **linear("layers.{layer}.cross_attention.q", of(QUERY, *DECODER), *DECODER),
-    **linear("layers.{layer}.cross_attention.k", of(KEY_VALUE, *DECODER), *DECODER),
-    **linear("layers.{layer}.cross_attention.v", of(KEY_VALUE, *DECODER), *DECODER),
-    **linear("layers.{layer}.cross_attention.out", of(ATTENTION_OUTPUT, *DECODER), *DECODER),
+    **norm_kinds("layers.{layer}.cross_norm", *DECODER),
+    **linear_kinds("layers.{layer}.cross_attention.q", present_if(QUERY, *DECODER), *DECODER),
+    **linear_kinds("layers.{layer}.cross_attention.k", present_if(KEY_VALUE, *DECODER), *DECODER),
+    **linear_kinds("layers.{layer}.cross_attention.v", present_if(KEY_VALUE, *DECODER), *DECODER),
+    **linear_kinds("layers.{layer}.cross_attention.out", present_if(ATTENTION_OUTPUT, *DECODER), *DECODER),
     "encoder_bias.weight": RELATIVE,
     "decoder_bias.weight": RELATIVE,
-    **norm("encoder_norm", "model_type"),
-    **norm("final_norm", bias=FORM),
-    **linear("head", OUTPUT_LAYER),
+    **norm_kinds("encoder_norm", "model_type"),
+    **norm_kinds("final_norm", bias=NORM_TYPE),
+    **linear_kinds("head", OUTPUT_LAYER),
 }

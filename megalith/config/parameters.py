@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from megalith.common.errors import ConfigError, problem
-from megalith.config.flags.text import fail, flag, trouble
+from megalith.config.flags.text import fail, field_problem, flag
 from megalith.config.parameter_kinds import OUTPUT_LAYER, ParameterKind, pattern_of
 from megalith.config.sections.model import ModelConfig
 
@@ -17,13 +17,14 @@ def sizes(model: ModelConfig) -> tuple[int, int, int, int]:
     """(layers, hidden size, query heads, true vocabulary size). Raises ConfigError where one is not known."""
     names = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")
     layers, hidden, heads, vocabulary = (getattr(model, name) for name in names)
-    fail(trouble((name,), flag(name), None, "the size of a model depends on it", f"Write {flag(name)} N").text
-         for name in names if getattr(model, name) is None)  # fmt: skip
+    rule = "must be given, because the size of a model depends on it"
+    unknown = [name for name in names if getattr(model, name) is None]
+    fail(field_problem((name,), flag(name), None, rule, f"Write {flag(name)} N").text for name in unknown)
     return layers, hidden, heads, vocabulary
 
 
 def matrix_parameters(model: ModelConfig) -> int:
-    """Elements of the weight matrices that each token is multiplied with: all layers and the output layer, no biases."""
+    """Elements of the weight matrices that each token is multiplied with: all layers, the output layer, no biases."""
     shapes = parameter_shapes(model)
     matrices = sum(math.prod(shape) for name, shape in shapes.items() if parameter_kind(model, name).multiplies)
     return matrices + (math.prod(shapes["embedding.weight"]) if tied_output(model) else 0)
@@ -52,7 +53,7 @@ def parameter_count(model: ModelConfig) -> int:
 
 
 def parameter_shapes(model: ModelConfig) -> Shapes:
-    """{parameter: shape}, in the names of a checkpoint (`model/` before them there); a shared one once. Needs vocab_size."""
+    """{parameter: shape}, by the names in a checkpoint (after `model/`); a shared one once. Needs vocab_size."""
     return model.architecture.find("shapes")(model)
 
 
@@ -60,13 +61,13 @@ def parameter_kind(model: ModelConfig, name: str) -> ParameterKind:
     """What the parameter of this name is. Raises ConfigError where the model's record does not say it."""
     kinds = model.architecture.find("kinds")
     if (pattern := pattern_of(name)) not in kinds:
-        rule = f"the kinds of {model.model_type} ({model.architecture.kinds}) say of every parameter what it is"
-        raise ConfigError(problem("parameter", name, rule, f"Add {pattern!r} to them"))
+        rule = f"must be among the kinds of {model.model_type} ({model.architecture.kinds})"
+        raise ConfigError(problem("A parameter", name, rule, f"Add {pattern!r} to them"))
     return kinds[pattern]
 
 
 def weight_decays(model: ModelConfig, name: str, parameter: object = None) -> bool:
-    """Whether weight decay applies to the parameter of this name; `parameter` is not looked at."""
+    """Whether weight decay applies to the parameter of this name; the value of `parameter` is not used."""
     return parameter_kind(model, name).decays
 
 
@@ -87,7 +88,7 @@ def initial(model: ModelConfig, name: str) -> tuple[str, float]:
 
 
 def gpt_shapes(model: ModelConfig) -> Shapes:
-    """Those of a GPT (models/gpt.py)."""
+    """Shapes of a GPT's parameters (models/gpt.py)."""
     layers, h, heads, vocabulary = sizes(model)
     found: Shapes = {"embedding.weight": (vocabulary, h)}
     if model.positions == "learned_absolute":
@@ -103,7 +104,7 @@ def gpt_shapes(model: ModelConfig) -> Shapes:
 
 
 def bert_encoder_shapes(model: ModelConfig) -> Shapes:
-    """Those of a BERT without heads, but for the pooler (models/bert.py: Encoder)."""
+    """Shapes of a BERT's parameters without its heads, but with the pooler (models/bert.py: Encoder)."""
     layers, h, heads, vocabulary = sizes(model)
     positions = model.max_position_embeddings or 0
     found: Shapes = {"embedding.weight": (vocabulary, h), "position_embedding.weight": (positions, h)}
@@ -115,7 +116,7 @@ def bert_encoder_shapes(model: ModelConfig) -> Shapes:
 
 
 def bert_shapes(model: ModelConfig) -> Shapes:
-    """Those of a BERT (models/bert.py)."""
+    """Shapes of a BERT's parameters (models/bert.py)."""
     _, h, _, vocabulary = sizes(model)
     found = bert_encoder_shapes(model) | norm_shapes("head_norm", model)
     found |= {"head_dense.weight": (h, h), "head_dense.bias": (h,), "head.bias": (vocabulary,)}
@@ -125,28 +126,27 @@ def bert_shapes(model: ModelConfig) -> Shapes:
 
 
 def bert_classification_shapes(model: ModelConfig) -> Shapes:
-    """Those of a BERT with a classification head (models/bert_classification.py)."""
+    """Shapes of a BERT with a classification head (models/bert_classification.py)."""
     classifier = {"classifier": (model.num_classes, sizes(model)[1], True)}
     return bert_encoder_shapes(model) | linear_shapes(classifier)
 
 
 def bert_multiple_choice_shapes(model: ModelConfig) -> Shapes:
-    """Those of a BERT with a multiple-choice head (models/bert_multiple_choice.py)."""
+    """Shapes of a BERT with a multiple-choice head (models/bert_multiple_choice.py)."""
     return bert_encoder_shapes(model) | linear_shapes({"classifier": (1, sizes(model)[1], True)})
 
 
 def t5_shapes(model: ModelConfig) -> Shapes:
-    """Those of a T5 (models/t5.py)."""
+    """Shapes of a T5's parameters (models/t5.py)."""
     layers, _, heads, vocabulary = sizes(model)
     found = gpt_shapes(model) | norm_shapes("encoder_norm", model)
     for number in range(layers, model.all_layers):
-        own = layer_shapes(model, heads) | norm_shapes("cross_norm", model)
-        own |= linear_shapes({f"cross_{name}": each for name, each in attention_linears(model, heads).items()})
-        found |= {f"layers.{number}.{name}": shape for name, shape in own.items()}
+        layer = layer_shapes(model, heads) | norm_shapes("cross_norm", model)
+        layer |= linear_shapes({f"cross_{name}": each for name, each in attention_linears(model, heads).items()})
+        found |= {f"layers.{number}.{name}": shape for name, shape in layer.items()}
     if model.positions == "relative":
-        found |= {
-            f"{stack}_bias.weight": (model.relative_attention_num_buckets, heads) for stack in ("encoder", "decoder")
-        }
+        bias = (model.relative_attention_num_buckets, heads)
+        found |= {f"{stack}_bias.weight": bias for stack in ("encoder", "decoder")}
     return found | ({"head.bias": (vocabulary,)} if model.add_bias_linear else {})
 
 
@@ -164,7 +164,7 @@ def attention_linears(model: ModelConfig, heads: int) -> Linears:
 
 
 def linear_shapes(linears: Linears) -> Shapes:
-    """Those of linear layers."""
+    """Shapes of linear layers' parameters."""
     found: Shapes = {}
     for name, (outputs, inputs, biased) in linears.items():
         found |= {f"{name}.weight": (outputs, inputs)} | ({f"{name}.bias": (outputs,)} if biased else {})
@@ -172,7 +172,7 @@ def linear_shapes(linears: Linears) -> Shapes:
 
 
 def layer_shapes(model: ModelConfig, heads: int) -> Shapes:
-    """Those of one layer (layers/block.py)."""
+    """Shapes of the parameters of one transformer layer (layers/block.py)."""
     h, inner, bias = model.hidden_size, model.ffn_size, model.add_bias_linear
     linears = attention_linears(model, heads) | {"mlp.up": (inner, h, bias), "mlp.down": (h, inner, bias)}
     if model.gated:
@@ -185,6 +185,6 @@ def layer_shapes(model: ModelConfig, heads: int) -> Shapes:
 
 
 def norm_shapes(name: str, model: ModelConfig) -> Shapes:
-    """Those of a norm of the residual stream."""
+    """Shapes of the parameters of a norm of the residual stream."""
     kinds = ("weight", "bias") if model.norm == "layernorm" else ("weight",)
     return {f"{name}.{kind}": (model.hidden_size,) for kind in kinds}

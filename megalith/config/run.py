@@ -20,7 +20,7 @@ from megalith.config.sections.validation import ValidationConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One run, whole. Field names are unique over all sections, so that flags can be flat."""
+    """A complete run. Field names are unique over all sections, so that flags can be flat."""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
@@ -37,7 +37,7 @@ class RunConfig:
 
     @property
     def run_folder(self) -> str:
-        """Where the run's record lies (config, metrics, pictures): --run-dir, else the folder of --save, else runs/<name>."""
+        """Folder of the run's record (config, metrics, pictures): --run-dir, else that of --save, else runs/<name>."""
         return self.logging.run_dir or self.checkpoint.save or f"runs/{self.logging.name}"
 
     def replace(self, **values) -> RunConfig:
@@ -45,9 +45,9 @@ class RunConfig:
         sections = {}
         for part in dataclasses.fields(self):
             current = getattr(self, part.name)
-            mine = {field.name: values.pop(field.name) for field in dataclasses.fields(current) if field.name in values}
-            if mine:
-                sections[part.name] = dataclasses.replace(current, **mine)
+            names = [field.name for field in dataclasses.fields(current) if field.name in values]
+            if names:
+                sections[part.name] = dataclasses.replace(current, **{name: values.pop(name) for name in names})
         if values:
             raise TypeError(f"RunConfig has no field {', '.join(sorted(values))}")
         return dataclasses.replace(self, **sections)

@@ -1,7 +1,8 @@
-"""Pipeline stages: how many there are, which process runs them, which layers they have. Whole numbers only, no torch.
+"""Pipeline stages: how many there are, which process runs them, which layers they have. No torch.
 
-p processes run p x v stages. Looping schedules give process r the stages r, r + p, r + 2p ...; V-shaped ones give it r and
-2p - 1 - r, so that the first process holds both ends of the model.
+p processes run p x v stages. Looping schedules give process r the stages r, r + p, r + 2p ...; V-shaped ones give it
+r and 2p - 1 - r, so that the first process holds both ends of the model. The other schedules have v = 1.
+Here a process stands for its rank on the pp axis.
 """
 
 from __future__ import annotations
@@ -10,11 +11,10 @@ import functools
 import itertools
 from collections.abc import Sequence
 
-from megalith.config.parameters import sizes
+from megalith.config.parameters import attention_parameters, mlp_parameters, sizes
 from megalith.config.run import RunConfig
 from megalith.config.sections.model import ModelConfig
 from megalith.config.sections.parallel import ParallelConfig
-from megalith.planner.flops import layer_costs
 
 V_SHAPED = ("zbv", "dualpipev")
 LOOPING = ("interleaved_1f1b", "zero_bubble")
@@ -29,18 +29,18 @@ def schedule_of(parallel: ParallelConfig) -> str:
 
 
 def stages_per_process(config: RunConfig) -> int:
-    """v. Two where an interleaved schedule is named without --num-layers-per-virtual-pipeline-stage."""
+    """The v above: two for V-shaped schedules; for looping ones as --num-layers-per-virtual-pipeline-stage says.
+
+    Without that option interleaved_1f1b has two, zero_bubble one.
+    """
     p, schedule = config.parallel, schedule_of(config.parallel)
     if schedule in V_SHAPED:
         return 2
     if schedule not in LOOPING:
         return 1
     if p.num_layers_per_virtual_pipeline_stage:
-        return max(
-            1,
-            (config.model.all_layers or 1)
-            // (p.num_layers_per_virtual_pipeline_stage * p.pipeline_model_parallel_size),
-        )
+        layers_of_a_round = p.num_layers_per_virtual_pipeline_stage * p.pipeline_model_parallel_size
+        return max(1, (config.model.all_layers or 1) // layers_of_a_round)
     return 2 if schedule == "interleaved_1f1b" else 1
 
 
@@ -58,12 +58,11 @@ def stages_of(config: RunConfig, process: int) -> list[int]:
 
 
 def layers_of(config: RunConfig) -> list[range]:
-    """Global numbers of the layers of each stage; a decoder's come after the encoder's."""
+    """Global numbers of the layers of each stage, from 0; a decoder's come after the encoder's."""
     even, length = config.parallel.pipeline_split == "even", config.data.seq_length or 1
     if config.model.decoder_layers and not even:
-        counts = partition(
-            layer_costs(config.model, length, config.data.decoder_seq_length or length), num_stages(config)
-        )
+        costs = layer_costs(config.model, length, config.data.decoder_seq_length or length)
+        counts = partition(costs, num_stages(config))
     else:
         first, last = (0.0, 0.0) if even else end_costs(config.model, length)
         counts = split(config.model.all_layers or 1, num_stages(config), first, last)
@@ -72,10 +71,11 @@ def layers_of(config: RunConfig) -> list[range]:
 
 
 def split(layers: int, stages: int, first: float, last: float) -> list[int]:
-    """Layers of each stage, one at least, such that the most expensive stage is as cheap as can be.
+    """Number of layers of each stage, one at least, such that the most expensive stage is as cheap as can be.
 
-    first, last: what the first stage has besides layers, and the last one, in costs of a layer. Each layer goes to the stage
-    that is cheapest by then, which is best for layers of one cost. Where there are no more layers than stages all get one.
+    first, last: what the first stage has besides layers, and the last one, in costs of a layer. Each layer goes to the
+    stage that is cheapest by then, which is best for layers of one cost. Fewer layers than stages are refused before
+    (config/checks/parallel.py).
     """
     costs = [1.0] * stages
     costs[0] += first
@@ -89,12 +89,12 @@ def split(layers: int, stages: int, first: float, last: float) -> list[int]:
 
 
 def partition(costs: Sequence[float], stages: int) -> list[int]:
-    """Layers of each stage, one at least, such that the most expensive stage is as cheap as can be; for layers of different costs."""
+    """Number of layers of each stage as of `split`, for layers of different costs, which include the ends'."""
     sums = [0.0, *itertools.accumulate(costs)]
 
     @functools.cache
     def best(first: int, stages: int) -> tuple[float, tuple[int, ...]]:
-        """(cost of the dearest stage, counts) for the layers from `first` on."""
+        """(cost of the most expensive stage, counts) for the layers from `first` on."""
         if stages == 1:
             return sums[-1] - sums[first], (len(costs) - first,)
         ways = ((stop, *best(stop, stages - 1)) for stop in range(first + 1, len(costs) - stages + 2))
@@ -104,10 +104,11 @@ def partition(costs: Sequence[float], stages: int) -> list[int]:
 
 
 def end_costs(model: ModelConfig, seq_length: int) -> tuple[float, float]:
-    """Cost of embedding and of head with loss, each as a multiple of a layer's.
+    """Cost of embedding and of head with loss, each as a multiple of a layer's (multiplications per token, forward).
 
-    The head's is that of its matrix product. The embedding's is an estimate, a tenth of it: a look-up computes nothing, but its
-    backward pass writes and adds a gradient as large as the head's.
+    Attention counts as causal, for BERT too. The head's cost is that of its matrix product. The embedding's is an
+    estimate, a tenth of it: a look-up computes nothing, but its backward pass writes and adds a gradient as large as
+    the head's.
     """
     _, h, heads, vocabulary = sizes(model)
     attention = 2 * h * model.head_dim * (heads + model.num_kv_heads) + 2 * heads * model.head_dim * seq_length / 2
@@ -115,12 +116,25 @@ def end_costs(model: ModelConfig, seq_length: int) -> tuple[float, float]:
     return 0.1 * vocabulary * h / layer, vocabulary * h / layer
 
 
-def bubble(schedule: str, processes: int, micro_batches: int, stages_per_process: int = 1) -> float:
-    """Ideal idle time of a step over its computing time, for stages of one cost whose transfers cost nothing.
+def layer_costs(
+    model: ModelConfig, source: int, target: int, causal_half: bool = True, look_up: float = 0.1
+) -> list[float]:
+    """Multiplications of a forward pass of one sample by layer: the encoder's, then the decoder's.
 
-    GPipe and 1F1B: (p - 1) / m. Interleaved (Narayanan et al., 2021, section 2.2): (p - 1) / (v m). Zero-bubble ZB-H1 (Qi et
-    al., 2024, section 2.3) with forward, input and weight parts of one cost: (p - 1) / (3 v m). V-shaped schedules have no
-    formula of this kind; parallel/pipeline/schedules.py computes theirs by playing the schedule.
+    source, target: tokens of the encoder's and of the decoder's sequence.
+    causal_half: whether the decoder's self-attention counts half of the keys.
+    The output layer counts with the last layer. The embeddings count with the first of each stack: a look-up computes
+    nothing, but its backward pass writes and adds a gradient as large as the output layer's, by estimate `look_up` of
+    its cost.
     """
-    shares = {"gpipe": 1, "1f1b": 1, "interleaved_1f1b": stages_per_process, "zero_bubble": 3 * stages_per_process}
-    return (processes - 1) / (shares[schedule] * micro_batches)
+    layers, h, heads, vocabulary = sizes(model)
+    attention, mlp, width = attention_parameters(model), mlp_parameters(model), 2 * heads * model.head_dim
+    cross_kv = 2 * h * model.num_kv_heads * model.head_dim  # for each token of the encoder's output
+    encoder = source * (attention + mlp + width * source)
+    keys = target / 2 if causal_half else target
+    decoder = target * (2 * attention - cross_kv + mlp + width * (keys + source)) + source * cross_kv
+    costs = [float(encoder)] * layers + [float(decoder)] * model.decoder_layers
+    costs[0] += look_up * source * vocabulary * h
+    costs[layers] += look_up * target * vocabulary * h
+    costs[-1] += target * vocabulary * h
+    return costs

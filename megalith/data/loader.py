@@ -1,4 +1,4 @@
-"""Samples to micro-batches: each rank reads its own by global sample number, and the state is that one number."""
+"""Samples to micro-batches: each rank reads its samples by global number, and that one number is the whole state."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from megalith.common.errors import ConfigError, problem
 class Loader:
     """Micro-batches of one data-parallel rank.
 
-    Nothing but the number of samples consumed decides what is read, so a run resumes anywhere, with any number of ranks. With
-    num_workers > 0 the next step is read in threads while this one computes; reading ahead changes nothing but the waiting.
+    Nothing but the number of samples consumed decides what is read, so a run resumes anywhere, with any number of
+    ranks. With num_workers > 0 the next step is read in threads while this one computes; reading ahead changes nothing
+    but the waiting.
     """
 
     def __init__(
@@ -29,13 +30,14 @@ class Loader:
         seed: int = 1234,
         num_workers: int = 2,
     ):
-        """rank of size: data-parallel. order: "single", the dataset's own; "cyclic", a new permutation of all samples each epoch.
+        """rank, size: data-parallel rank, and number of ranks.
 
-        Megatron's cyclic order depends on the number of data-parallel ranks. This one is its form for one rank
-        (torch.Generator().manual_seed(epoch), then randperm) with the seed added, dealt to the ranks as any other order is.
+        order: "single", that of the dataset; "cyclic", a new permutation of all samples each epoch. Megatron's cyclic
+        order depends on the number of data-parallel ranks. This one is its form for one rank
+        (torch.Generator().manual_seed(epoch), then randperm) with the seed added, dealt to the ranks as any order is.
         """
         if order not in ("single", "cyclic"):
-            raise ConfigError(problem("--dataloader-type", order, "it is single or cyclic", "Correct the flag"))
+            raise ConfigError(problem("--dataloader-type", order, "must be single or cyclic", "Correct the flag"))
         self.dataset, self.micro_batch_size, self.rank, self.size = dataset, micro_batch_size, rank, size
         self.order, self.seed = order, seed
         self._threads = max(1, num_workers)
@@ -44,10 +46,11 @@ class Loader:
         self._permutation: tuple[int, np.ndarray] | None = None
 
     def step(self, consumed: int, global_batch_size: int) -> list[dict[str, torch.Tensor]]:
-        """This rank's micro-batches of the step over global samples consumed to consumed + global_batch_size - 1, in order.
+        """This rank's micro-batches of the step over global samples consumed to consumed + global_batch_size - 1.
 
-        Each is a dict of the dataset's arrays stacked to [micro_batch_size, ...], and `samples` [micro_batch_size] int64, their numbers.
-        Raises ConfigError when the batch does not divide, IndexError past the end of a dataset in single order.
+        Each is a dict of the dataset's arrays stacked to [micro_batch_size, ...], and `samples` [micro_batch_size]
+        int64, their numbers; in order. Raises ConfigError when the batch does not divide, IndexError past the end of a
+        dataset in single order.
         """
         futures = (
             self._start(consumed, global_batch_size)
@@ -69,7 +72,8 @@ class Loader:
         if global_batch_size % across or global_batch_size < across:
             low = global_batch_size // across * across
             near = " or ".join(str(number) for number in (low, low + across) if number)
-            rule = f"it must be a multiple of micro batch {self.micro_batch_size} x {self.size} data-parallel ranks = {across}"
+            product = f"micro batch {self.micro_batch_size} x {self.size} data-parallel ranks"
+            rule = f"must be a multiple of {across} ({product})"
             raise ConfigError(problem("--global-batch-size", global_batch_size, rule, f"The nearest are {near}"))
         if not self._readable(consumed + global_batch_size):
             raise IndexError(
@@ -77,13 +81,13 @@ class Loader:
             )
         firsts = range(consumed + self.rank * self.micro_batch_size, consumed + global_batch_size, across)
         numbers = [np.arange(first, first + self.micro_batch_size) for first in firsts]
-        places = [self._places(samples) for samples in numbers]
+        indices = [self._dataset_indices(samples) for samples in numbers]
         if self._pool is None:
-            return [self._read(samples, place) for samples, place in zip(numbers, places)]
-        return [self._pool.submit(self._read, samples, place) for samples, place in zip(numbers, places)]
+            return [self._read(samples, batch) for samples, batch in zip(numbers, indices)]
+        return [self._pool.submit(self._read, samples, batch) for samples, batch in zip(numbers, indices)]
 
-    def _places(self, samples: np.ndarray) -> list[int]:
-        """Where in the dataset the global samples lie."""
+    def _dataset_indices(self, samples: np.ndarray) -> list[int]:
+        """The indices into the dataset of global samples."""
         if self.order == "single":
             return samples.tolist()
         total = len(self.dataset)
@@ -95,8 +99,8 @@ class Loader:
             self._permutation = epoch, torch.randperm(len(self.dataset), generator=generator).numpy()
         return self._permutation[1]
 
-    def _read(self, samples: np.ndarray, places: list[int]) -> dict[str, torch.Tensor]:
-        rows = [self.dataset[place] for place in places]
+    def _read(self, samples: np.ndarray, indices: list[int]) -> dict[str, torch.Tensor]:
+        rows = [self.dataset[index] for index in indices]
         batch = {key: torch.from_numpy(np.stack([row[key] for row in rows])) for key in rows[0]}
         batch["samples"] = torch.from_numpy(samples)
         return batch

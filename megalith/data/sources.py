@@ -1,4 +1,4 @@
-"""Which files a run reads and in what shares: the forms of --data-path, and the `weight path corpus` list."""
+"""Which files a run reads and with what weights: the forms of --data-path, and the `weight path corpus` list."""
 
 from __future__ import annotations
 
@@ -8,53 +8,45 @@ import pathlib
 from collections.abc import Sequence
 
 from megalith.common.errors import ConfigError, DataError, problem
+from megalith.config.flags.text import Words
 from megalith.data.indexed import is_folder
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One indexed dataset: its prefix, its weight (None: in proportion to its size) and the corpus it belongs to, if any."""
+    """One indexed dataset: its prefix, its weight (None: in proportion to its size) and its corpus, if any."""
 
     prefix: str
     weight: float | None = None
     corpus: str = ""
 
 
-def sources_of(paths: Sequence[str], flag: str = "--data-path", keep_unused: bool = False) -> list[Source]:
-    """Sources named by one prefix, one directory (all in it, in proportion to size), `weight prefix ...` pairs, or plain prefixes.
+def parse_data_path(paths: Sequence[str], flag: str = "--data-path", keep_unused: bool = False) -> list[Source]:
+    """Sources named by one prefix, one directory, `weight prefix ...` pairs, or prefixes alone.
 
-    keep_unused: also those of weight 0.
+    Those of a directory, and prefixes alone, have weights in proportion to size. keep_unused: also those of weight 0.
     """
     items = [str(path) for path in paths]
     if len(items) == 1 and is_folder(items[0]):
         found = sorted(path.with_suffix("") for path in pathlib.Path(items[0]).glob("[!.]*.idx"))
         if not found:
-            raise DataError(
-                problem(
-                    flag,
-                    items[0],
-                    "the directory has no .idx file",
-                    "Name a directory of indexed datasets, or a prefix",
-                )
-            )
+            rule = "must name a directory with .idx files, or a prefix"
+            raise DataError(problem(flag, items[0], rule, "Name a directory of indexed datasets, or a prefix"))
         return [Source(str(path)) for path in found]
     weights = [_number(item) for item in items[::2]]
     if len(items) % 2 or all(weight is None for weight in weights):
         return [Source(item) for item in items]
     if None in weights:
         wrong = items[2 * weights.index(None)]
-        raise ConfigError(
-            problem(
-                flag, wrong, "a weight stands before each prefix, or before none", f"Write {flag} 0.3 first 0.7 second"
-            )
-        )
+        rule = "must have a weight before each prefix, or before none"
+        raise ConfigError(problem(flag, Words(f"{wrong!r} for a weight"), rule, f"Write {flag} 0.3 first 0.7 second"))
     return _used([Source(prefix, weight) for weight, prefix in zip(weights, items[1::2])], flag, keep_unused)
 
 
-def read_list(path: str | os.PathLike, keep_unused: bool = False) -> list[Source]:
-    """The sources of a file with a line `weight path corpus` each; relative paths are relative to the file. DataError names the line.
+def read_file_list(path: str | os.PathLike, keep_unused: bool = False) -> list[Source]:
+    """The sources of a file with a line `weight path corpus` each; relative paths are relative to the file.
 
-    Paths may hold spaces, corpora may not. keep_unused: also sources of weight 0.
+    Paths may hold spaces, corpora may not. keep_unused: also sources of weight 0. DataError names the line.
     """
     folder = pathlib.Path(path).absolute().parent
     try:
@@ -68,9 +60,8 @@ def read_list(path: str | os.PathLike, keep_unused: bool = False) -> list[Source
         first, *rest = line.split(maxsplit=1)
         fields, weight = "".join(rest).rsplit(maxsplit=1), _number(first)
         if len(fields) != 2 or weight is None:
-            raise DataError(
-                problem(f"{path}, line {number}", line.strip(), "a line is `weight path corpus`", "Correct the line")
-            )
+            rule = "must be `weight path corpus`"
+            raise DataError(problem(f"{path}, line {number},", line.strip(), rule, "Correct the line"))
         sources.append(Source(str(folder / fields[0].removesuffix(".bin")), weight, fields[1]))
     if not sources:
         raise DataError(f"--data-file-list {path} names no dataset; each line is `weight path corpus`")
@@ -85,24 +76,18 @@ def _number(text: str) -> float | None:
 
 
 def _used(sources: list[Source], where: str, keep_unused: bool) -> list[Source]:
-    """The sources with a weight above 0; with keep_unused also corpora in which no source has one. Weights have a finite sum above 0."""
+    """The sources with a weight above 0; with keep_unused also corpora in which no source has one.
+
+    Weights have a finite sum above 0.
+    """
     for source in sources:
         if source.weight is not None and not 0 <= source.weight < float("inf"):
-            raise ConfigError(
-                problem(
-                    f"{where}, weight of {source.prefix}", source.weight, "weights are 0 or more", "Correct the weight"
-                )
-            )
+            what, rule = f"{where}, weight of {source.prefix},", "must be finite, 0 or more"
+            raise ConfigError(problem(what, source.weight, rule, "Correct the weight"))
     used = [source for source in sources if source.weight != 0]
     total = sum(source.weight or 0.0 for source in used)
     if not 0 < total < float("inf"):
-        raise ConfigError(
-            problem(
-                f"{where}, sum of the weights",
-                total,
-                "at least one weight is above 0, and the sum is finite",
-                "Correct them",
-            )
-        )
+        rule = "must be finite and above 0: at least one weight is above 0"
+        raise ConfigError(problem(f"{where}, sum of the weights,", total, rule, "Correct them"))
     alive = {source.corpus for source in used} - {""} if keep_unused else {source.corpus for source in sources}
     return [source for source in sources if source.weight != 0 or source.corpus not in alive]

@@ -1,4 +1,4 @@
-"""Beam search: the likeliest continuations found by keeping several at a time. Nothing is drawn."""
+"""Beam search: the likeliest continuations, found by keeping several at a time. Nothing is random."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import torch
 from torch import nn
 
 from megalith.common.errors import ConfigError, problem
-from megalith.generation.cache import KVCache, Piece
+from megalith.generation.cache import KVCache, PrefillChunk
 from megalith.generation.model import TextModel, check_length
-from megalith.generation.prompts import Completion, tokenized
-from megalith.generation.runner import Runner
+from megalith.generation.prompts import Completion, tokenize_prompts
+from megalith.generation.runner import ModelRunner
 
 
-class Finished:
-    """The best `size` hypotheses so far: (score, tokens, why it ended)."""
+class BeamHypotheses:
+    """The best `size` finished hypotheses so far: (score, tokens, why it ended); as in Megatron's beam_utils.py."""
 
     def __init__(self, size: int, length_penalty: float):
         self.size, self.penalty = size, length_penalty
         self.best: list[tuple[float, list[int], str]] = []
 
     def add(self, tokens: list[int], total: float, length: int, finish: str) -> None:
-        """Enter a hypothesis of log-probability `total` and `length` new tokens, if it is good enough."""
+        """Add a hypothesis of log-probability `total` and `length` new tokens, if it is among the best."""
         self.best.append((total / length**self.penalty, tokens, finish))
         self.best.sort(key=lambda entry: -entry[0])
         del self.best[self.size :]
 
-    def closed(self, total: float, length: int) -> bool:
-        """Whether no continuation of a beam of log-probability `total` would enter any more, judged at its present
+    def is_done(self, total: float, length: int) -> bool:
+        """Whether no continuation of a beam of log-probability `total` could still be added, judged at its present
         length.
         """
         return len(self.best) == self.size and self.best[-1][0] >= total / length**self.penalty
@@ -38,65 +38,74 @@ def beam_search(
 ) -> list[Completion]:  # fmt: skip
     """beam_width continuations of one prompt, best first, as Megatron finds them.
 
-    A hypothesis ends at stop_token (default: the tokenizer's end of document), which its ids leave out; its score is
+    A hypothesis ends at stop_token (default: the tokenizer's end of document), which is not in its ids; its score is
     the sum of its log-probabilities over length ** length_penalty, the length counted with the stop token. Of the 2 x
-    beam_width likeliest continuations of a step those that stop are finished if they are among the first beam_width,
-    the others go on. The search ends when the worst finished hypothesis is no worse than the step's likeliest continuation, which may be
-    one that stops.
+    beam_width likeliest continuations of a step those that stop are finished if they are among the first beam_width;
+    the others are continued. The search ends when the worst finished hypothesis is no worse than the step's likeliest
+    continuation, which may be one that stops.
     """
     if beam_width < 1:
-        raise ConfigError(problem("--beam-width", beam_width, "it must be at least 1", "Try 4"))
+        raise ConfigError(problem("--beam-width", beam_width, "must be at least 1", "Try 4"))
     if max_new_tokens < 1:
-        raise ConfigError(problem("--max-new-tokens", max_new_tokens, "beam search needs at least 1", "Ask for more"))
+        rule = "must be at least 1 for beam search"
+        raise ConfigError(problem("--max-new-tokens", max_new_tokens, rule, "Ask for more"))
     model = TextModel.of(model)
     if not prompt_ids:
-        prompt_ids = tokenized(model, None)[0].prompt_ids
+        prompt_ids = tokenize_prompts(model, None)[0].prompt_ids
     check_length(model.config, len(prompt_ids), max_new_tokens)
-    tokenizer, pair = model.tokenizer, bool(model.config.decoder_layers)
-    stop_token = model.end if stop_token is None else stop_token
-    finished = Finished(beam_width, length_penalty)
-    length, source = (max_new_tokens + 1, len(prompt_ids)) if pair else (len(prompt_ids) + max_new_tokens, 0)
-    runner = Runner(model.model, KVCache(model.model, beam_width, length, source), exact=False)  # there are no others
-    first = Piece(0, [model.decoder_start], source=prompt_ids) if pair else Piece(0, prompt_ids)
+    tokenizer, encoder_decoder = model.tokenizer, bool(model.config.decoder_layers)
+    stop_token = model.end_token if stop_token is None else stop_token
+    finished = BeamHypotheses(beam_width, length_penalty)
+    if encoder_decoder:
+        cache = KVCache(model.model, beam_width, max_new_tokens + 1, len(prompt_ids))
+        first = PrefillChunk(0, [model.decoder_start], source=prompt_ids)
+    else:
+        cache = KVCache(model.model, beam_width, len(prompt_ids) + max_new_tokens)
+        first = PrefillChunk(0, prompt_ids)
+    runner = ModelRunner(model.model, cache, batch_invariant=False)  # no other requests share the cache
     _search(runner, first, finished, max_new_tokens, stop_token)
-    made = []
+    completions = []
     if prompt is None and tokenizer is not None:
         prompt = tokenizer.decode(prompt_ids)
-    for value, ids, finish in finished.best:
-        one = Completion(prompt_ids=prompt_ids, ids=ids, prompt=prompt, score=value, finish=finish, answer=pair)
+    for score, ids, finish in finished.best:
+        completion = Completion(
+            prompt_ids=prompt_ids, ids=ids, prompt=prompt, score=score, finish=finish, answer=encoder_decoder
+        )
         if tokenizer is not None:
-            stream = one.stream(tokenizer)
-            one.continuation = "".join(map(stream.push, ids)) + stream.finish()
-        made.append(one)
-    return made
+            stream = completion.stream(tokenizer)
+            completion.continuation = "".join(map(stream.push, ids)) + stream.finish()
+        completions.append(completion)
+    return completions
 
 
 @torch.no_grad()
-def _search(runner: Runner, first: Piece, finished: Finished, count: int, stop_token: int | None) -> None:
+def _search(
+    runner: ModelRunner, first: PrefillChunk, finished: BeamHypotheses, count: int, stop_token: int | None
+) -> None:
     width = finished.size
     beams: list[list[int]] = [[]]
-    logits, totals = runner.read([first]), torch.zeros(1, 1)
+    logits, totals = runner.prefill([first]), torch.zeros(1, 1)
     for length in range(1, count + 1):
         logprobs = totals.to(logits.device) + logits.float().log_softmax(dim=-1)
-        found = logprobs.flatten().topk(min(2 * width, logprobs.numel()))
-        going: list[tuple[float, int, int]] = []  # log-probability, beam, token
-        for rank, (total, at) in enumerate(zip(found.values.tolist(), found.indices.tolist())):
-            beam, token = divmod(at, logits.shape[-1])
+        best = logprobs.flatten().topk(min(2 * width, logprobs.numel()))
+        continued: list[tuple[float, int, int]] = []  # log-probability, beam, token
+        for rank, (total, index) in enumerate(zip(best.values.tolist(), best.indices.tolist())):
+            beam, token = divmod(index, logits.shape[-1])
             if token != stop_token:
-                going.append((total, beam, token))
+                continued.append((total, beam, token))
             elif rank < width:
                 finished.add(beams[beam], total, length, "stop")
-            if len(going) == width:
+            if len(continued) == width:
                 break
-        beams = [beams[beam] + [token] for _, beam, token in going]
-        if finished.closed(found.values[0].item(), length):
+        beams = [beams[beam] + [token] for _, beam, token in continued]
+        if finished.is_done(best.values[0].item(), length):
             return
         if length == count:
-            for (total, _, _), tokens in zip(going, beams):
+            for (total, _, _), tokens in zip(continued, beams):
                 finished.add(tokens, total, length, "length")
             return
-        totals = torch.tensor([[total] for total, _, _ in going])
-        place = len(first.ids) + length - 1  # of the beams' newest tokens
-        runner.cache.select(torch.tensor([beam for _, beam, _ in going], device=logits.device), place)
-        sources = [len(first.source)] * len(going) if first.source else []
-        logits = runner.step([token for _, _, token in going], [place] * len(going), sources)
+        totals = torch.tensor([[total] for total, _, _ in continued])
+        position = len(first.ids) + length - 1  # of the beams' newest tokens
+        runner.cache.select(torch.tensor([beam for _, beam, _ in continued], device=logits.device), position)
+        source_lengths = [len(first.source)] * len(continued) if first.source else []
+        logits = runner.decode([token for _, _, token in continued], [position] * len(continued), source_lengths)

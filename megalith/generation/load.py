@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import pathlib
 import sys
@@ -13,13 +12,13 @@ from torch import nn
 
 from megalith.common.errors import ConfigError, DataError, problem
 from megalith.config.sections.data import DataConfig
-from megalith.data.tokenizers.given import GivenTokenizer, misfit
+from megalith.data.tokenizers.given import TokenizerOverride, vocab_size_notes
 from megalith.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megalith.generation.model import TextModel
-from megalith.runtime.load import load_plain, reading
+from megalith.runtime.load import format_options, load_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def load(
@@ -41,57 +40,58 @@ def load(
     """A trained model on one device, in evaluation mode; called with ids it gives logits [batch, sequence, vocabulary].
 
     path: a run's folder, a folder of checkpoints, one checkpoint, a Hugging Face folder, a Megatron directory or a zip
-    archive of one, or its URL; or a model in memory, ours or of transformers. device: auto, cpu, cuda or xpu. dtype: of
-    the weights and of the computation, float32 unless another is named (bfloat16 halves the memory). iteration: which
-    checkpoint (the latest). qkv_layout, swiglu_order, replicas, model_fields (num_attention_heads=16, ...): what other
-    formats lack, or say wrongly, by the names that `megalith checkpoint import` has for it. tokenizer: folder of
-    tokenizer files that go before the checkpoint's own; or the files themselves, as `pretrain` has them (vocab_file and
-    merge_file of GPT-2, vocab_file of BERT, tokenizer_model).
+    archive of one, or its URL; or a model in memory, of megalith or of transformers. device: auto, cpu, cuda or xpu.
+    dtype: of the weights and of the computation, float32 by default (bfloat16 halves the memory). iteration: which
+    checkpoint (default: the latest). qkv_layout, swiglu_order, replicas, model_fields (num_attention_heads=16, ...):
+    what other formats lack, or state wrongly, by the names of the options of `megalith checkpoint import`. tokenizer:
+    a folder of tokenizer files to use instead of the checkpoint's; or the files themselves, as for `pretrain`
+    (vocab_file and merge_file of GPT-2, vocab_file of BERT, tokenizer_model).
 
     The result is a TextModel; it has `.config` (its ModelConfig), `.run_config` (the whole RunConfig), `.tokenizer`
-    (None where the checkpoint carries none) and `.notes`, what is to be told of files of another format; they are also
-    shown on stderr. Raises CheckpointError where there is no good checkpoint or `dtype` cannot hold its weights,
-    ConfigError for a device, dtype or field there is not.
+    (None where the checkpoint has none) and `.notes`, messages about files of another format, which are also printed to
+    stderr. Raises CheckpointError where there is no valid checkpoint or `dtype` cannot hold its weights, ConfigError
+    for an unknown device, dtype or field.
     """
     if isinstance(dtype, str):
-        if SHORT.get(dtype, dtype) not in DTYPES:
-            raise ConfigError(problem("--dtype", dtype, f"the known ones are {', '.join(DTYPES)}", "Use one of them"))
-        dtype = DTYPES[SHORT.get(dtype, dtype)]
-    named = {
+        if DTYPE_ALIASES.get(dtype, dtype) not in DTYPES:
+            raise ConfigError(problem("--dtype", dtype, f"must be one of {', '.join(DTYPES)}", "Use one of these"))
+        dtype = DTYPES[DTYPE_ALIASES.get(dtype, dtype)]
+    tokenizer_flags = {
         "tokenizer_type": tokenizer_type,
         "vocab_file": vocab_file,
         "merge_file": merge_file,
         "tokenizer_model": tokenizer_model,
     }
-    given = GivenTokenizer(tokenizer, {name: str(value) for name, value in named.items() if value is not None})
-    options = dataclasses.replace(reading(qkv_layout, swiglu_order, replicas, model_fields), words=given.words)
+    flags = {name: str(value) for name, value in tokenizer_flags.items() if value is not None}
+    given = TokenizerOverride(tokenizer, flags)
+    options = format_options(qkv_layout, swiglu_order, replicas, model_fields) | {"vocabulary_size": given.vocab_size}
     path = path.model if isinstance(path, TextModel) else path
-    model, run_config, own = load_plain(
+    model, run_config, tokenizer_folder = load_model(
         path, device=device, dtype=dtype or torch.float32, iteration=iteration, options=options
     )
-    notes = vars(model).pop("notes", ())  # nothing is hung on the module
-    words = load_tokenizer(own, run_config.data) if own is not None and not given else None
+    notes = vars(model).pop("notes", ())  # the module itself keeps no extra attribute
+    text_tokenizer = None
     if given:
-        words = given.make(run_config.data)
+        text_tokenizer = given.build(run_config.data)
         notes = (
             *notes,
             *given.notes,
-            *misfit(words.vocab_size, model.config.vocab_size),
-            *_other_words(words, own, run_config.data),
+            *vocab_size_notes(text_tokenizer.vocab_size, model.config.vocab_size),
+            *_tokenizer_notes(text_tokenizer, tokenizer_folder, run_config.data),
         )
-    called = path if isinstance(path, (str, os.PathLike)) else type(path).__name__
+    elif tokenizer_folder is not None:
+        text_tokenizer = load_tokenizer(tokenizer_folder, run_config.data)
+    name = path if isinstance(path, (str, os.PathLike)) else type(path).__name__
     for note in notes:
-        print(f"{called}: {note}", file=sys.stderr)
-    return TextModel(model, words, run_config, notes)
+        print(f"{name}: {note}", file=sys.stderr)
+    return TextModel(model, text_tokenizer, run_config, notes)
 
 
-def _other_words(given: Tokenizer, own: pathlib.Path | None, data: DataConfig) -> list[str]:
-    """What to tell of a tokenizer that is not the one that the checkpoint has; nothing where it has none or its words
-    are the same.
-    """
+def _tokenizer_notes(given: Tokenizer, folder: pathlib.Path | None, data: DataConfig) -> list[str]:
+    """A note where the tokens of the given tokenizer are not those of the checkpoint's tokenizer, if it has one."""
     try:
-        theirs = given if own is None else load_tokenizer(own, data)
-        same = theirs.fingerprint() == given.fingerprint() or theirs.tokens() == given.tokens()
+        stored = given if folder is None else load_tokenizer(folder, data)
+        same = stored.fingerprint() == given.fingerprint() or stored.tokens() == given.tokens()
     except (DataError, ConfigError):  # the very reason to give another
         return []
-    return [] if same else [f"the tokenizer is the one given, whose words are not those of {own}"]
+    return [] if same else [f"the tokenizer is the one given, whose tokens are not those of {folder}"]

@@ -1,4 +1,4 @@
-"""What `megalith.load` gives: a model with its tokenizer; and what its config says of writing text."""
+"""TextModel, a model with its tokenizer, as `megalith.load` returns it; and the longest text that its config allows."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from megalith.data.tokenizers.tokenizer import Tokenizer
 
 @dataclasses.dataclass(eq=False)
 class TextModel:
-    """A trained model, its tokenizer, and what is known of where it comes from.
+    """A trained model, its tokenizer, and what is known about its origin.
 
-    Called, it is the model: `text_model(input_ids)` gives logits [batch, sequence, vocabulary]. Whatever else a torch
-    module has (`parameters()`, `state_dict()`, `head`, ...) is asked of the model.
+    A call is a call of the model: `text_model(input_ids)` gives logits [batch, sequence, vocabulary]. Other attributes
+    of a torch module (`parameters()`, `state_dict()`, `head`, ...) are those of the model.
 
-    model: the plain module, on which nothing is hung. tokenizer: None where there is none. run_config: of the run that
-    trained it. notes: what is to be told of files of another format.
+    model: the module, to which no attribute is added. tokenizer: None where there is none. run_config: of the run that
+    trained it. notes: messages to the user about files of another format.
     """
 
     model: nn.Module
@@ -31,46 +31,46 @@ class TextModel:
 
     @classmethod
     def of(cls, model: TextModel | nn.Module) -> TextModel:
-        """A TextModel as it is, a module as one without a tokenizer."""
+        """A TextModel unchanged, or a TextModel of a module, without a tokenizer."""
         return model if isinstance(model, cls) else cls(model)
 
     @property
     def config(self) -> ModelConfig:
-        """The model's."""
+        """The model's config."""
         return self.model.config
 
     def __call__(self, *inputs: Any, **arguments: Any) -> Any:
-        """As the model's."""
+        """Call the model."""
         return self.model(*inputs, **arguments)
 
     def __getattr__(self, name: str) -> Any:
-        """What only the model has."""
-        if name == "model":  # while it is being made or unpickled
+        """An attribute that only the model has."""
+        if name == "model":  # while this object is being built or unpickled
             raise AttributeError(name)
         return getattr(self.model, name)
 
     def eval(self) -> TextModel:
-        """The same, in evaluation mode."""
+        """Put the model into evaluation mode and return this object."""
         return self.train(False)
 
     def train(self, mode: bool = True) -> TextModel:
-        """The same, in training mode or not."""
+        """Put the model into training or evaluation mode and return this object."""
         self.model.train(mode)
         return self
 
-    def to(self, *place: Any, **how: Any) -> TextModel:
-        """The same, on another device or in another format."""
-        self.model.to(*place, **how)
+    def to(self, *args: Any, **kwargs: Any) -> TextModel:
+        """Move the model to a device or a dtype, as torch.nn.Module.to, and return this object."""
+        self.model.to(*args, **kwargs)
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> TextModel:
-        """The same, with or without gradients."""
+        """Switch gradients of all parameters on or off and return this object."""
         self.model.requires_grad_(requires_grad)
         return self
 
     @property
-    def end(self) -> int | None:
-        """The token that ends a text: of a document, or of what a decoder beside an encoder says. None without a
+    def end_token(self) -> int | None:
+        """The token that ends a text: end of document, or end of sequence for an encoder-decoder. None without a
         tokenizer.
         """
         if self.tokenizer is None:
@@ -79,17 +79,17 @@ class TextModel:
 
     @property
     def decoder_start(self) -> int:
-        """The token before what a decoder beside an encoder says."""
+        """The token with which the decoder of an encoder-decoder starts."""
         if self.tokenizer is None:
-            told = "this model has no tokenizer, which alone knows with what token its decoder starts"
-            raise ConfigError(f"{told}: set model.tokenizer.")
+            raise ConfigError(
+                "this model has no tokenizer, and only a tokenizer knows the token with which the decoder starts: "
+                "set model.tokenizer."
+            )
         return self.tokenizer.decoder_start
 
 
 def check_length(config: ModelConfig, prompt: int, new: int) -> None:
-    """Raise ConfigError where a sequence would be longer than the model's positions; ALiBi and relative ones have no
-    such limit.
-    """
+    """Raise ConfigError where a sequence would exceed the model's positions; ALiBi and relative ones have no limit."""
     limit = config.max_position_embeddings
     if config.positions in ("alibi", "relative") or limit is None:
         return
@@ -100,8 +100,8 @@ def check_length(config: ModelConfig, prompt: int, new: int) -> None:
                 f"too long: the longest prompt has {prompt} tokens; {which}. Shorten it to {limit} tokens."
             )
         if new >= limit:
-            told = f"an answer of {new} new tokens after its start token has {new + 1}"
-            raise ConfigError(f"too long: {told}; {which}. Ask for at most {limit - 1} new tokens.")
+            found = f"an answer of {new} new tokens after its start token has {new + 1}"
+            raise ConfigError(f"too long: {found}; {which}. Ask for at most {limit - 1} new tokens.")
     elif prompt + new > limit:
         if prompt < limit:
             cure = f"Shorten the prompt or ask for at most {limit - prompt} new tokens"
@@ -109,7 +109,7 @@ def check_length(config: ModelConfig, prompt: int, new: int) -> None:
             cure = f"Shorten the prompt to at most {limit - new} tokens"
         else:
             cure = f"Shorten the prompt, and ask for fewer new tokens, so that they are at most {limit} together"
-        told = f"the longest prompt has {prompt} tokens" + (
+        found = f"the longest prompt has {prompt} tokens" + (
             f" and {new} new ones are asked for, together {prompt + new}" if new else ""
         )
-        raise ConfigError(f"too long: {told}; {which}. {cure}.")
+        raise ConfigError(f"too long: {found}; {which}. {cure}.")

@@ -1,7 +1,7 @@
-"""From logits to the next token: greedy, temperature, top-k, top-p, with random numbers that belong to a row and a place.
+"""From logits to the next token: greedy, temperature, top-k, top-p, with random numbers by row and position.
 
-Row r of seed s at place p of its sequence draws f(s, r, p) and nothing else, so a text does not depend on what else is in
-its batch, on the size of the batch, or on the padding.
+Row r of seed s at position p of its sequence draws f(s, r, p) and nothing else, so a text does not depend on the other
+texts of its batch, on the size of the batch, or on the padding.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ class SamplingParams:
     """How a request's tokens are chosen, and when they end.
 
     temperature: logits are divided by it; 0 means greedy. top_k: only the k likeliest tokens (and those tied with the
-    k-th), 0 for all; 1 means greedy. top_p: only the likeliest tokens whose probabilities before them sum to at most p,
-    0 for all (Holtzman et al., 2020). Both: k first, then p of what is left.
+    k-th), 0 for all; 1 means greedy. top_p: only those tokens before which the likelier ones sum to a probability of at
+    most p, 0 for all (Holtzman et al., 2020). Both: k first, then p of what is left.
     top_p_decay, top_p_bound: after each new token p becomes max(p x decay, bound), as in Megatron; 0 for off.
-    max_new_tokens: most tokens written. stop_token_ids: tokens that end a text; they are its last. seed: the same seed
-    gives the same tokens, None draws one. logprobs: tell the logarithm of each token's probability.
+    max_new_tokens: most tokens generated. stop_token_ids: tokens that end a text; they are its last. seed: the same
+    seed gives the same tokens, None draws one. logprobs: return the logarithm of each token's probability.
     """
 
     temperature: float = 1.0
@@ -39,17 +39,17 @@ class SamplingParams:
 
     def __post_init__(self):
         rules = [
-            (self.temperature >= 0.0, "temperature", "it must be 0 (greedy) or above", "Try 0.8"),
-            (self.top_k >= 0, "top_k", "it must be 0 (all tokens) or above", "Try 40"),
-            (0.0 <= self.top_p <= 1.0, "top_p", "it must lie between 0 (off) and 1", "Try 0.9"),
-            (0.0 <= self.top_p_decay <= 1.0, "top_p_decay", "it must lie between 0 (off) and 1", "Try 0.99"),
+            (self.temperature >= 0.0, "temperature", "must be 0 (greedy) or above", "Try 0.8"),
+            (self.top_k >= 0, "top_k", "must be 0 (all tokens) or above", "Try 40"),
+            (0.0 <= self.top_p <= 1.0, "top_p", "must lie between 0 (off) and 1", "Try 0.9"),
+            (0.0 <= self.top_p_decay <= 1.0, "top_p_decay", "must lie between 0 (off) and 1", "Try 0.99"),
             (
                 0.0 <= self.top_p_bound <= self.top_p,
                 "top_p_bound",
-                "it must lie between 0 and top_p",
+                "must lie between 0 and top_p",
                 "Lower it, or raise --top-p",
             ),
-            (self.max_new_tokens >= 1, "max_new_tokens", "it must be at least 1", "Give 1 or more"),
+            (self.max_new_tokens >= 1, "max_new_tokens", "must be at least 1", "Give 1 or more"),
         ]
         for holds, name, rule, cure in rules:
             if not holds:
@@ -60,15 +60,15 @@ class SamplingParams:
         """Whether the likeliest token is taken and nothing is drawn."""
         return self.top_k == 1 or self.temperature < torch.finfo(torch.float32).tiny
 
-    def p_at(self, nth: int) -> float:
+    def top_p_at(self, nth: int) -> float:
         """top_p for the nth new token, counted from 0."""
         if not self.top_p or not self.top_p_decay:
             return self.top_p
         return max(self.top_p * self.top_p_decay**nth, self.top_p_bound)
 
-    def way(self, nth: int) -> tuple[float, ...]:
-        """What the nth new token is chosen by; rows that are alike in this choose together."""
-        return (0.0,) if self.greedy else (self.temperature, self.top_k, self.p_at(nth))
+    def settings_at(self, nth: int) -> tuple[float, ...]:
+        """The settings for the nth new token; rows with equal settings are sampled in one call."""
+        return (0.0,) if self.greedy else (self.temperature, self.top_k, self.top_p_at(nth))
 
 
 def row_keys(seed: int, rows: list[int], device: torch.device) -> Tensor:
@@ -76,35 +76,34 @@ def row_keys(seed: int, rows: list[int], device: torch.device) -> Tensor:
     return torch.tensor([random.key(seed, "sample", row) for row in rows], device=device)
 
 
-def choose(logits: Tensor, params: SamplingParams, keys: Tensor, places: Tensor, nth: int = 0) -> Tensor:
+def sample(logits: Tensor, params: SamplingParams, keys: Tensor, positions: Tensor, nth: int = 0) -> Tensor:
     """The next token of each row, int64 [b].
 
-    logits [b, V]; keys int64 [b] from `row_keys`; places int64 [b], where in its sequence each row's new token will stand;
-    nth: how many new tokens came before it. Of equal logits the lower token number wins, on every device.
+    logits [b, V]; keys int64 [b] from `row_keys`; positions int64 [b], of each row's new token in its sequence; nth:
+    how many new tokens came before it. Of equal logits the lower token number wins, on every device.
     """
     if params.greedy:
         return logits.argmax(dim=-1)
-    weights, order = filtered(logits, params, nth)
+    weights, order = filtered_probs(logits, params, nth)
     total = weights.cumsum(dim=-1, dtype=torch.float64)
-    drawn = random.uniform(keys, places)[:, None] * total[:, -1:]
-    at = torch.searchsorted(total, drawn, right=True).clamp(max=logits.shape[-1] - 1)
-    return (at if order is None else order.gather(-1, at))[:, 0]
+    drawn = random.uniform(keys, positions)[:, None] * total[:, -1:]
+    index = torch.searchsorted(total, drawn, right=True).clamp(max=logits.shape[-1] - 1)
+    return (index if order is None else order.gather(-1, index))[:, 0]
 
 
-def filtered(logits: Tensor, params: SamplingParams, nth: int = 0) -> tuple[Tensor, Tensor | None]:
-    """Probabilities, not normalised, float32 [b, any], and the tokens they are of; None where column i is of token i."""
+def filtered_probs(logits: Tensor, params: SamplingParams, nth: int = 0) -> tuple[Tensor, Tensor | None]:
+    """Probabilities, not normalised, float32 [b, any], and their tokens; None where column i is that of token i."""
     scores = logits.float()
-    scores = (scores - scores.amax(dim=-1, keepdim=True)).div_(
-        params.temperature
-    )  # subtracted first: a small temperature must not overflow
+    # Subtract before dividing: a small temperature must not overflow.
+    scores = (scores - scores.amax(dim=-1, keepdim=True)).div_(params.temperature)
     if 0 < params.top_k < scores.shape[-1]:
-        worst = scores.topk(params.top_k, dim=-1).values[:, -1:]
-        scores = scores.masked_fill(scores < worst, float("-inf"))
-    weights, p = scores.softmax(dim=-1), params.p_at(nth)
+        kth = scores.topk(params.top_k, dim=-1).values[:, -1:]
+        scores = scores.masked_fill(scores < kth, float("-inf"))
+    weights, p = scores.softmax(dim=-1), params.top_p_at(nth)
     if not params.top_p or p == 1.0:  # a p that has decayed to 0 keeps the likeliest token, and is not off
         return weights, None
-    # All tokens below this probability together have less than 1 - p, so none of them is kept: mostly few are left to
-    # be sorted.
+    # All tokens below this probability together have less than 1 - p, so none of them is kept, and usually only a few
+    # are left to be sorted.
     count = int((weights >= 0.5 * (1.0 - p) / weights.shape[-1]).sum(dim=-1).max())
     tokens = None
     if count < weights.shape[-1] // 3:
@@ -116,5 +115,5 @@ def filtered(logits: Tensor, params: SamplingParams, nth: int = 0) -> tuple[Tens
 
 
 def logprobs_of(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Natural logarithms of the probabilities of `tokens` [b] under logits [b, V], float32 [b]."""
+    """The natural logarithm of the probability of each of `tokens` [b] under logits [b, V], float32 [b]."""
     return logits.float().log_softmax(dim=-1).gather(-1, tokens[:, None])[:, 0]

@@ -1,4 +1,4 @@
-"""Text from tokens as they come: no half characters, and nothing that may yet turn out to be a stop text."""
+"""Incremental detokenization: no half characters, and no text that may yet turn out to be a stop text."""
 
 from __future__ import annotations
 
@@ -6,39 +6,43 @@ from collections.abc import Sequence
 
 from megalith.data.tokenizers.tokenizer import Tokenizer
 
-UNFINISHED = "\ufffd"  # what decoding gives for the bytes of a character that is not complete
+REPLACEMENT_CHARACTER = "\ufffd"  # decoding gives it for the bytes of an incomplete character
 
 
 class TextStream:
-    """One row's continuation. `push` and `finish` return pieces whose concatenation is `text`."""
+    """The continuation of one row. `push` and `finish` return pieces of text, whose concatenation is `text`."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str] = ()):
-        """prompt: the tokens before, of which the last few are the context. stops: texts that end the row and are left out."""
+        """prompt: the tokens before, of which the last few are the context. stops: texts that end the row.
+
+        A stop text is not part of the continuation.
+        """
         self.tokenizer, self.stops = tokenizer, [stop for stop in stops if stop]
         self.ids = list(prompt[-8:])  # decoders treat the start of a text in a special way: decode with some context
-        self.start, self.told = 0, len(self.ids)  # ids before `told` are decoded; decoding restarts at `start`
+        # The text of the ids before `read_offset` has been decoded; decoding starts again from `prefix_offset`.
+        self.prefix_offset, self.read_offset = 0, len(self.ids)
         self.text, self.held, self.stopped = "", "", False
 
     def push(self, token: int) -> str:
-        """The text that is certain now that `token` came; sets `stopped` where a stop text is complete."""
+        """Add `token` and return the text that is now certain; sets `stopped` where a stop text is complete."""
         self.ids.append(token)
-        return self._release(self._decoded(final=False), final=False)
+        return self._release(self._decode_new(final=False), final=False)
 
     def finish(self) -> str:
-        """What was held back, at the end of the row."""
-        return "" if self.stopped else self._release(self._decoded(final=True), final=True)
+        """The text that was held back, at the end of the row."""
+        return "" if self.stopped else self._release(self._decode_new(final=True), final=True)
 
-    def _decoded(self, final: bool) -> str:
-        known = self.tokenizer.decode(self.ids[self.start : self.told])
-        longer = self.tokenizer.decode(self.ids[self.start :])
-        if len(longer) <= len(known) or (longer.endswith(UNFINISHED) and not final):
+    def _decode_new(self, final: bool) -> str:
+        known = self.tokenizer.decode(self.ids[self.prefix_offset : self.read_offset])
+        longer = self.tokenizer.decode(self.ids[self.prefix_offset :])
+        if len(longer) <= len(known) or (longer.endswith(REPLACEMENT_CHARACTER) and not final):
             return ""
-        self.start, self.told = self.told, len(self.ids)
+        self.prefix_offset, self.read_offset = self.read_offset, len(self.ids)
         return longer[len(known) :]
 
     def _release(self, new: str, final: bool) -> str:
         self.held += new
-        ends = [at for at in (self.held.find(stop) for stop in self.stops) if at >= 0]
+        ends = [index for index in (self.held.find(stop) for stop in self.stops) if index >= 0]
         if ends:
             self.stopped, keep = True, min(ends)
         elif final:

@@ -1,1 +1,1 @@
-"""The bricks of a transformer, on plain tensors; they know of one device and one process."""
+"""The layers of a transformer, on ordinary tensors; they are written for one device and one process."""

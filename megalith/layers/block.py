@@ -15,12 +15,14 @@ from megalith.layers.norm import NORMS
 
 
 class Block(nn.Module):
-    """x + drop(attention(norm(x))), then x + drop(mlp(norm(x))); in a decoder with x + drop(cross_attention(norm(x), memory)) between.
+    """x + drop(attention(norm(x))), then x + drop(mlp(norm(x))).
+
+    In a decoder x + drop(cross_attention(norm(x), memory)) comes between the two.
 
     normed_residual takes the residual after the norm instead of before it
     (Megatron's --apply-residual-connection-post-layernorm).
-    norm_after: norm(x + drop(attention(x))), then norm(x + drop(mlp(x))), as in Vaswani et al. (2017) and Google's BERT.
-    parallel: x + drop(attention(norm(x))) + drop(mlp(norm(x))), with one norm or, with two_norms, one for each (Falcon).
+    norm_after: norm(x + drop(attention(x))), then norm(x + drop(mlp(x))), as Vaswani et al. (2017) and Google's BERT.
+    parallel: x + drop(attention(norm(x))) + drop(mlp(norm(x))), with one norm, or one for each with two_norms (Falcon).
     """
 
     def __init__(
@@ -41,32 +43,34 @@ class Block(nn.Module):
         self.mlp_dropout = Dropout(dropout, f"{site}.mlp")
 
     def forward(
-        self, x: Tensor, mask: AttentionMask, rotary: tuple[Tensor, Tensor] | None, rows: Tensor | None,
+        self, x: Tensor, mask: AttentionMask, rotary: tuple[Tensor, Tensor] | None, dropout_keys: Tensor | None,
         memory: Tensor | None = None, memory_mask: AttentionMask | None = None, cache: Cache | None = None,
     ) -> Tensor:  # fmt: skip
-        """x [b, s, hidden]; rows: int32 [b, s] of dropout keys for these rows, None where nothing is dropped.
+        """x [b, s, hidden] -> [b, s, hidden].
 
-        memory [b, t, hidden] is what a decoder's cross attention looks at, as far as memory_mask lets it; None where the cache has it.
-        cache: of keys and values of earlier calls (layers/cache.py), handed down to core attention.
+        dropout_keys: int32 [b, s] (layers/dropout.py), None where nothing is dropped.
+        memory: [b, t, hidden], the encoder's output, to which a decoder's cross attention attends where memory_mask
+            allows it; None where the cache has its keys and values.
+        cache: keys and values of earlier calls (layers/cache.py), passed on to core attention.
         """
         if self.norm_after:
-            x = self.attention_norm(x + self.attention_dropout(self.attention(x, mask, rotary, cache), rows))
-            return self.mlp_norm(x + self.mlp_dropout(self.mlp(x), rows))
+            x = self.attention_norm(x + self.attention_dropout(self.attention(x, mask, rotary, cache), dropout_keys))
+            return self.mlp_norm(x + self.mlp_dropout(self.mlp(x), dropout_keys))
         normed = self.attention_norm(x)
         residual, before = normed if self.normed_residual else x, x
-        x = residual + self.attention_dropout(self.attention(normed, mask, rotary, cache), rows)
+        x = residual + self.attention_dropout(self.attention(normed, mask, rotary, cache), dropout_keys)
         if self.cross_attention is not None:
             normed = self.cross_norm(x)
             residual = normed if self.normed_residual else x
-            x = residual + self.cross_dropout(self.cross_attention(normed, memory, memory_mask, cache), rows)
+            x = residual + self.cross_dropout(self.cross_attention(normed, memory, memory_mask, cache), dropout_keys)
         if self.mlp_norm is not None:
             normed = self.mlp_norm(before if self.parallel else x)
         residual = normed if self.normed_residual else x
-        return residual + self.mlp_dropout(self.mlp(normed), rows)
+        return residual + self.mlp_dropout(self.mlp(normed), dropout_keys)
 
 
-def run_in_order(layers: Sequence[nn.Module], x: Tensor, *given) -> Tensor:
+def run_in_order(layers: Sequence[nn.Module], x: Tensor, *arguments) -> Tensor:
     """Run `layers` one after another; a model calls this through an attribute, which recomputation replaces."""
     for layer in layers:
-        x = layer(x, *given)
+        x = layer(x, *arguments)
     return x

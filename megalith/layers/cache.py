@@ -1,6 +1,6 @@
-"""What core attention asks of a cache of keys and values; generation/cache.py has the one that text is written with.
+"""The interface of a cache of keys and values, for core attention; generation/cache.py has the one for generation.
 
-A model takes it as an argument of `forward` and hands it down, and keeps nothing of it. Shapes: b rows, s tokens of
+A model takes it as an argument of `forward` and passes it on, and keeps nothing of it. Shapes: b rows, s tokens of
 this call, n query heads, m key/value heads, d channels of a head.
 """
 
@@ -16,8 +16,8 @@ from megalith.layers.mask import AttentionMask
 class Cache(Protocol):
     """Keys and values of earlier calls, for one more call.
 
-    positions: int64 [b, s], where each token stands in its sequence. source_positions: of the tokens that an encoder
-    reads in this call, None where it reads none. length: no sequence has more places.
+    positions: int64 [b, s], the position of each token in its sequence. source_positions: those of the tokens that an
+    encoder reads in this call, None where it reads none. length: the largest length of a sequence.
     """
 
     positions: Tensor
@@ -25,9 +25,8 @@ class Cache(Protocol):
     length: int
 
     def attend(self, core: Any, q: Tensor, k: Tensor | None, v: Tensor | None, mask: AttentionMask) -> Tensor:
-        """Keep k, v [b, m, s, d] for the layer of `core`, and let q [b, n, s, d] see what it may of all that is kept:
-        [b, n, s, d].
+        """Store k, v [b, m, s, d] for the layer of `core`, and return the attention of q to all stored: [b, n, s, d].
 
-        core: the CoreAttention that asks; `core.site` names its layer. k, v are None where a decoder looks at an
-        encoder's output, whose keys and values are kept already.
+        core: the CoreAttention that calls; `core.site` names its layer. k, v are None where a decoder attends to an
+        encoder's output whose keys and values are stored already.
         """

@@ -6,8 +6,12 @@ from torch import Tensor, nn
 
 
 class SharedInput(nn.Module):
-    """Applies several linear layers to one input; parameterless, so that a plan may replace it by one that fetches the input once."""
+    """Applies several linear layers to one input; it has no parameters of its own.
 
-    def forward(self, x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
+    It is a module so that a tensor-parallel plan can replace it (parallel/linear.py) by one that gathers the input, and
+    sums its gradient, once for all of the layers.
+    """
+
+    def forward(self, x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
         """x [b, s, h] -> one [b, s, out] of each layer."""
-        return tuple(linear(x) for linear in linears)
+        return tuple(layer(x) for layer in layers)

@@ -1,4 +1,4 @@
-"""What attention may see, as a small description instead of a matrix of s x s."""
+"""Which keys attention may see, as a small description instead of a matrix of s x s."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ class AttentionMask(NamedTuple):
     causal: keys after the query are hidden.
     documents: int [b, s], document of each token; keys of other documents are hidden.
     padding: bool [b, s], True for real tokens; other keys are hidden.
-    slopes: float [heads], ALiBi: slope x (key place - query place) is added.
-    relative: float [heads, 2 n - 1], a learned bias: column n - 1 + (key place - query place) is added; n or less places.
-    window: keys more than window - 1 places before the query are hidden.
-    rows: int32 [b, queries], dropout keys of the queries (layers/dropout.py), None where nothing is dropped.
+    slopes: float [heads], ALiBi: slope x (key position - query position) is added.
+    relative: float [heads, 2 n - 1], a learned bias for at most n positions: column
+        n - 1 + (key position - query position) is added.
+    window: keys more than window - 1 positions before the query are hidden.
+    dropout_keys: int32 [b, queries] of the queries (layers/dropout.py), None where nothing is dropped.
     """
 
     causal: bool = True
@@ -26,32 +27,32 @@ class AttentionMask(NamedTuple):
     slopes: Tensor | None = None
     relative: Tensor | None = None
     window: int | None = None
-    rows: Tensor | None = None
+    dropout_keys: Tensor | None = None
 
     @property
-    def plain(self) -> bool:
-        """Whether `causal` says it all, so that a fused kernel needs no bias."""
+    def needs_no_bias(self) -> bool:
+        """Whether nothing but `causal` is set, so that a fused kernel needs no bias."""
         return all(each is None for each in (self.documents, self.padding, self.slopes, self.relative, self.window))
 
     def bias(self, queries: slice, keys: slice, device: torch.device) -> Tensor:
-        """The scores' additive term for a block of places: float32, broadcastable to [b, heads, queries, keys]."""
+        """The term added to a block of scores: float32, broadcastable to [b, heads, queries, keys]."""
         q = torch.arange(queries.start, queries.stop, device=device)[:, None]
         k = torch.arange(keys.start, keys.stop, device=device)[None, :]
-        seen = (k <= q)[None, None] if self.causal else torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+        visible = (k <= q)[None, None] if self.causal else torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
         if self.window is not None:
-            seen = seen & (q - k < self.window)
+            visible = visible & (q - k < self.window)
         if self.documents is not None:
-            seen = seen & (self.documents[:, None, queries, None] == self.documents[:, None, None, keys])
+            visible = visible & (self.documents[:, None, queries, None] == self.documents[:, None, None, keys])
         if self.padding is not None:
-            seen = seen & self.padding[:, None, None, keys]
+            visible = visible & self.padding[:, None, None, keys]
         zero = torch.zeros((), device=device)
-        added = self.slopes.view(1, -1, 1, 1).float() * (k - q) if self.slopes is not None else zero
+        bias = self.slopes.view(1, -1, 1, 1).float() * (k - q) if self.slopes is not None else zero
         if self.relative is not None:
-            added = added + self.windows(queries, keys)
-        return torch.where(seen, added, float("-inf"))
+            bias = bias + self.relative_bias(queries, keys)
+        return torch.where(visible, bias, float("-inf"))
 
-    def windows(self, queries: slice, keys: slice) -> Tensor:
-        """Of `relative` the part for a block of places, [heads, queries, keys]: each row is the next one moved by one column."""
+    def relative_bias(self, queries: slice, keys: slice) -> Tensor:
+        """`relative` for a block of scores, [heads, queries, keys]: each row is the next one moved by one column."""
         zero, count = self.relative.shape[1] // 2, keys.stop - keys.start
-        near = self.relative[:, zero + keys.start - queries.stop + 1 : zero + keys.stop - queries.start]
-        return near.unfold(1, count, 1).flip(1).to(torch.promote_types(near.dtype, torch.float32))
+        columns = self.relative[:, zero + keys.start - queries.stop + 1 : zero + keys.stop - queries.start]
+        return columns.unfold(1, count, 1).flip(1).to(torch.promote_types(columns.dtype, torch.float32))

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 
 class RMSNorm1p(nn.RMSNorm):
-    """RMSNorm whose weight is stored minus one (Gemma), so that weight decay draws it to one and not to zero."""
+    """RMSNorm whose weight is stored minus one (Gemma), so that weight decay pulls it to one and not to zero."""
 
     @staticmethod
     def compute(x: Tensor, shape: tuple[int, ...], weight: Tensor, eps: float | None) -> Tensor:
         """As F.rms_norm, of weight + 1; in float32 at least, as bfloat16 would lose the weight beside the one."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(wide), shape, 1 + weight.to(wide), eps).to(x.dtype)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(dtype), shape, 1 + weight.to(dtype), eps).to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., h] -> [..., h]."""

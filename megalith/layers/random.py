@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 
 CHUNK = 1 << 18  # elements drawn at a time: bounds the float64 temporaries to a few MiB
-_GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed 64-bit number
+_GOLDEN_RATIO = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed 64-bit number
 _MIX = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # SplitMix64's multipliers, signed
 
 
 @torch.compiler.assume_constant_result  # a compiled model meets it in its forward pass and cannot trace hashing
 def key(*words: object) -> int:
-    """A 64-bit key of any words: key(seed, "layers.0.mlp.up.weight")."""
+    """A 64-bit key from any values: key(seed, "layers.0.mlp.up.weight")."""
     digest = hashlib.blake2b("\x1f".join(map(str, words)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
 def bits(key: int | Tensor, index: Tensor) -> Tensor:
-    """64 random bits for each element of `index` (int64, any shape); a key for each where `key` is an int64 tensor."""
-    x = index * _GOLDEN + key
+    """64 random bits for each element of `index` (int64, any shape). key: an int, or int64 with one per element."""
+    x = index * _GOLDEN_RATIO + key
     x ^= (x >> 30) & 0x3FFFFFFFF
     x *= _MIX[0]
     x ^= (x >> 27) & 0x1FFFFFFFFF
@@ -35,7 +35,7 @@ def bits(key: int | Tensor, index: Tensor) -> Tensor:
 
 
 def uniform(key: int | Tensor, index: Tensor) -> Tensor:
-    """Uniform in (0, 1), float64, for each element of `index`; of 52 bits, because with 53 adding a half rounds up to 1."""
+    """Uniform in (0, 1), float64, for each element of `index`; 52 bits, because 53 and a half could round up to 1."""
     return (((bits(key, index) >> 12) & 0xFFFFFFFFFFFFF).double() + 0.5) * 2.0**-52
 
 

@@ -1,1 +1,1 @@
-"""Whole models, maths only: they know of one process, and of nothing that splits them."""
+"""Whole models, the mathematics only: they are written for one process and do not know how they are split."""

@@ -1,7 +1,8 @@
 """BERT: a bidirectional encoder that learns from masked words and from the order of two segments.
 
-Megatron's form has a norm before each branch and one at the end (Shoeybi et al., 2019, section 4.2); Google's has one after each
-residual and after the embeddings (Devlin et al., 2019). Shapes: b batch, s sequence, h hidden, V vocabulary.
+Megatron's form has a norm before each branch and one at the end (Shoeybi et al., 2019, section 4.2); Google's has one
+after each residual and after the embeddings (Devlin et al., 2019).
+Shapes: b batch, s sequence, h hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from megalith.layers.loss import TokenLoss
 from megalith.layers.mask import AttentionMask
 from megalith.layers.mlp import ACTIVATIONS
 from megalith.layers.norm import NORMS
-from megalith.models.parts import dropout_rows, make_layer
+from megalith.models.components import build_dropout_keys, make_layer
 
 
 class Encoder(nn.Module):
-    """What is the same in every BERT: embeddings, layers, norm. A pipeline stage has some of them as None."""
+    """The same in every BERT: embeddings, layers, norm. On a pipeline stage some of them are None."""
 
     def __init__(self, config: ModelConfig, seed: int = 0):
         """config.vocab_size must be known. `seed` keys the dropout masks. Parameters are left as torch draws them."""
@@ -46,27 +47,28 @@ class Encoder(nn.Module):
         """Nothing is tied, and there are no buffers."""
 
     def initial(self, name: str) -> tuple[str, float]:
-        """How a parameter starts; see config/parameters.py: initial."""
+        """A parameter's initialization; see config/parameters.py: initial."""
         return initial(self.config, name)
 
     def encode(
         self, inputs: Tensor, positions: Tensor | None, token_types: Tensor | None, padding_mask: Tensor | None,
-        rows: Tensor | None, coordinates: Tensor,
+        dropout_keys: Tensor | None, coordinates: Tensor,
     ) -> Tensor:  # fmt: skip
-        """Hidden states [b, s, h]. rows: dropout keys [b, s]. For the others see BERT.forward."""
+        """Hidden states [b, s, h]. dropout_keys: [b, s]. For the others see BERT.forward."""
         if positions is None:
             positions = coordinates.expand(inputs.shape[0], -1)
-        x = inputs if self.embedding is None else self.embed(inputs, positions, token_types, rows)
-        mask = AttentionMask(causal=False, padding=None if padding_mask is None else padding_mask.bool(), rows=rows)
-        x = self.run_layers(list(self.layers.values()), x, mask, None, rows)
+        x = inputs if self.embedding is None else self.embed(inputs, positions, token_types, dropout_keys)
+        padding = None if padding_mask is None else padding_mask.bool()
+        mask = AttentionMask(causal=False, padding=padding, dropout_keys=dropout_keys)
+        x = self.run_layers(list(self.layers.values()), x, mask, None, dropout_keys)
         return x if self.final_norm is None else self.final_norm(x)
 
-    def embed(self, ids: Tensor, positions: Tensor, token_types: Tensor | None, rows: Tensor | None) -> Tensor:
+    def embed(self, ids: Tensor, positions: Tensor, token_types: Tensor | None, dropout_keys: Tensor | None) -> Tensor:
         """Word, position and type embeddings with norm and dropout: [b, s] -> [b, s, h]."""
         x = self.embedding(ids) + self.position_embedding(positions)
         if self.token_type_embedding is not None:
             x = x + self.token_type_embedding(torch.zeros_like(ids) if token_types is None else token_types)
-        return self.embedding_dropout(x if self.embedding_norm is None else self.embedding_norm(x), rows)
+        return self.embedding_dropout(x if self.embedding_norm is None else self.embedding_norm(x), dropout_keys)
 
 
 class BERT(Encoder):
@@ -78,7 +80,7 @@ class BERT(Encoder):
         h, binary = config.hidden_size, not config.bert_no_binary_head
         self.head_dense, self.head_norm = nn.Linear(h, h), self.make_norm()
         self.head = nn.Linear(h, config.vocab_size)
-        self.token_loss = TokenLoss(config.loss_chunk_tokens, config.z_loss_coeff, few_labels=True)
+        self.token_loss = TokenLoss(config.loss_chunk_tokens, config.z_loss_coeff, sparse_labels=True)
         self.first_token = FirstToken()
         self.pooler = nn.Linear(h, h) if binary else None
         self.order_head = nn.Linear(h, 2) if binary else None
@@ -90,26 +92,31 @@ class BERT(Encoder):
             self.head.weight = self.embedding.weight
 
     def forward(
-        self, inputs: Tensor, positions: Tensor | None = None, token_types: Tensor | None = None, padding_mask: Tensor | None = None,
-        labels: Tensor | None = None, loss_weights: Tensor | None = None, sentence_order: Tensor | None = None,
-        order_weights: Tensor | None = None, samples: Tensor | None = None, step: Tensor | None = None, coordinates: Tensor | None = None,
+        self, inputs: Tensor, positions: Tensor | None = None, token_types: Tensor | None = None,
+        padding_mask: Tensor | None = None, labels: Tensor | None = None, loss_weights: Tensor | None = None,
+        sentence_order: Tensor | None = None, order_weights: Tensor | None = None, samples: Tensor | None = None,
+        step: Tensor | None = None, coordinates: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-        """One pass.
+        """The forward pass.
 
-        inputs: ids [b, s] int64, or hidden states [b, s, h] where this part has no embedding.
-        positions: [b, s], places for the position embedding (default: coordinates). token_types: [b, s], 0 or 1 (default: 0).
-        padding_mask: [b, s], not zero for tokens; the others are not attended to. That of the whole sequence, where coordinates are a part.
-        labels, loss_weights: [b, s], see TokenLoss. sentence_order: [b], 0 or 1; order_weights: [b], their losses' factors.
+        inputs: ids [b, s] int64, or hidden states [b, s, h] on a pipeline stage without the embedding.
+        positions: [b, s], for the position embedding (default: coordinates).
+        token_types: [b, s], 0 or 1 (default: 0).
+        padding_mask: [b, s], not zero for tokens; the others are not attended to. It is of the whole sequence also
+            where coordinates are a shard.
+        labels, loss_weights: [b, s], see TokenLoss.
+        sentence_order: [b], 0 or 1. order_weights: [b], factors of their losses.
         samples [b] (global sample numbers) and step []: key the dropout masks; needed in training mode with dropout.
-        coordinates: [s], places of these tokens in the whole sequence (default: 0 .. s-1).
-        Returns hidden states where this part has no head; else (tokens, order), or tokens alone without the binary head. tokens:
-        logits [b, s, V], or float32 losses [b, s] with labels. order: logits [b, 2], or float32 losses [b] with sentence_order;
-        it is of the first token, so with weights these losses are 0 where the sequence's first token is not among these.
+        coordinates: [s], positions of these tokens in the whole sequence (default: 0 .. s-1).
+        Returns hidden states on a stage without the head; else (tokens, order), or just tokens without the binary head.
+        tokens: logits [b, s, V], or with labels float32 losses [b, s].
+        order: logits [b, 2], or with sentence_order float32 losses [b]. It is of the first token, so with weights these
+            losses are 0 where the sequence's first token is not among these tokens.
         """
         if coordinates is None:
             coordinates = torch.arange(inputs.shape[1], device=inputs.device)
-        rows = dropout_rows(self, samples, step, coordinates)
-        x = self.encode(inputs, positions, token_types, padding_mask, rows, coordinates)
+        dropout_keys = build_dropout_keys(self, samples, step, coordinates)
+        x = self.encode(inputs, positions, token_types, padding_mask, dropout_keys, coordinates)
         if self.head is None:
             return x
         tokens = self.tokens(x, labels, loss_weights)
@@ -123,15 +130,13 @@ class BERT(Encoder):
     def tokens(self, x: Tensor, labels: Tensor | None, loss_weights: Tensor | None) -> Tensor:
         """The head over the vocabulary: [b, s, h] -> logits [b, s, V], or losses [b, s]."""
         x = self.head_norm(ACTIVATIONS[self.config.head_activation](self.head_dense(x)))
-        return (
-            self.head(x)
-            if labels is None
-            else self.token_loss(x, self.head.weight, labels, loss_weights, self.head.bias)
-        )
+        if labels is None:
+            return self.head(x)
+        return self.token_loss(x, self.head.weight, labels, loss_weights, self.head.bias)
 
 
 class FirstToken(nn.Module):
-    """The hidden state of the first token, parameterless, so that a plan may fetch it from who has it."""
+    """The hidden state of the first token. It is a module, so that a plan can broadcast it from the first rank."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x [b, s, h] -> [b, h]."""
@@ -141,7 +146,7 @@ class FirstToken(nn.Module):
 def sequence_loss(logits: Tensor, labels: Tensor, weights: Tensor | None, coordinates: Tensor) -> Tensor:
     """Cross entropy [b] of logits [b, classes] of the first tokens, times `weights` [b].
 
-    Those count where `coordinates` [s] begin with the first place: only there the first token is that of the sequence.
+    The weights apply where `coordinates` [s] begin with position 0: only there the first token is the sequence's.
     """
     losses = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="none")
     return losses if weights is None else losses * (weights * (coordinates[0] == 0))

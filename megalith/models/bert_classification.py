@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from megalith.config.sections.model import ModelConfig
 from megalith.layers.dropout import Dropout
 from megalith.models.bert import Encoder, FirstToken, sequence_loss
-from megalith.models.parts import dropout_rows
+from megalith.models.components import build_dropout_keys
 
 
 class BertClassification(Encoder):
-    """The encoder with a classifier over the first token. A pipeline stage has some modules as None."""
+    """The encoder with a classifier over the first token. On a pipeline stage some modules are None."""
 
-    classes: int | None = None  # that the classifier tells apart where it is not config.num_classes
+    classes: int | None = None  # number of classes where it is not config.num_classes
 
     def __init__(self, config: ModelConfig, seed: int = 0):
         """config.vocab_size must be known. `seed` keys the dropout masks. Parameters are left as torch draws them."""
@@ -33,24 +33,24 @@ class BertClassification(Encoder):
         padding_mask: Tensor | None = None, labels: Tensor | None = None, loss_weights: Tensor | None = None,
         samples: Tensor | None = None, step: Tensor | None = None, coordinates: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-        """One pass.
+        """The forward pass.
 
-        inputs: ids [b, s] int64, or hidden states [b, s, h] where this part has no embedding.
+        inputs: ids [b, s] int64, or hidden states [b, s, h] on a pipeline stage without the embedding.
         positions, token_types, padding_mask, samples, step, coordinates: as in BERT.
-        labels: [b], classes from 0 on. loss_weights: [b], their losses' factors.
-        Returns hidden states where this part has no head; logits [b, C]; or with labels (float32 losses [b],
-        logits). Losses with weights are 0 where the sequence's first token is not among these.
+        labels: [b], classes from 0 on. loss_weights: [b], factors of their losses.
+        Returns hidden states on a stage without the head; else logits [b, C], or with labels (float32 losses [b],
+        logits). Losses with weights are 0 where the sequence's first token is not among these tokens.
         """
         if coordinates is None:
             coordinates = torch.arange(inputs.shape[1], device=inputs.device)
-        rows = dropout_rows(self, samples, step, coordinates)
-        x = self.encode(inputs, positions, token_types, padding_mask, rows, coordinates)
+        dropout_keys = build_dropout_keys(self, samples, step, coordinates)
+        x = self.encode(inputs, positions, token_types, padding_mask, dropout_keys, coordinates)
         if self.classifier is None:
             return x
-        logits = self.classify(x, rows)
+        logits = self.classify(x, dropout_keys)
         return logits if labels is None else (sequence_loss(logits, labels, loss_weights, coordinates), logits)
 
-    def classify(self, x: Tensor, rows: Tensor | None) -> Tensor:
+    def classify(self, x: Tensor, dropout_keys: Tensor | None) -> Tensor:
         """[b, s, h], dropout keys [b, s] -> logits [b, C]."""
         pooled = torch.tanh(self.pooler(self.first_token(x)))
-        return self.classifier(self.classifier_dropout(pooled, None if rows is None else rows[:, 0]))
+        return self.classifier(self.classifier_dropout(pooled, None if dropout_keys is None else dropout_keys[:, 0]))

@@ -16,12 +16,12 @@ from megalith.layers.dropout import Dropout
 from megalith.layers.loss import TokenLoss
 from megalith.layers.mask import AttentionMask
 from megalith.layers.norm import NORMS
-from megalith.layers.positions import Stretch, alibi_slopes, rotary_table
-from megalith.models.parts import dropout_rows, make_layer
+from megalith.layers.positions import RopeScaling, alibi_slopes, rotary_table
+from megalith.models.components import build_dropout_keys, make_layer
 
 
 class GPT(nn.Module):
-    """Embedding, layers, final norm, head. Any of them may be None in a part of the model (a pipeline stage)."""
+    """Embedding, layers, final norm, head. On a pipeline stage any of them may be None."""
 
     def __init__(self, config: ModelConfig, seed: int = 0):
         """config.vocab_size must be known. `seed` keys the dropout masks. Parameters are left as torch draws them."""
@@ -38,7 +38,7 @@ class GPT(nn.Module):
         self.final_norm = NORMS[config.norm](h, config.layernorm_epsilon)
         self.head = nn.Linear(h, vocab, bias=False)
         self.token_loss = TokenLoss(config.loss_chunk_tokens, config.z_loss_coeff)
-        self.stretch = stretch(config)
+        self.rope_scaling = rope_scaling(config)
         self.slopes: Tensor | None
         self.register_buffer("slopes", self.make_slopes() if config.positions == "alibi" else None, persistent=False)
         self.restore()
@@ -56,40 +56,44 @@ class GPT(nn.Module):
             self.slopes.copy_(self.make_slopes())
 
     def initial(self, name: str) -> tuple[str, float]:
-        """How a parameter starts; see config/parameters.py: initial."""
+        """A parameter's initialization; see config/parameters.py: initial."""
         return initial(self.config, name)
 
     def forward(
-        self, inputs: Tensor, positions: Tensor | None = None, documents: Tensor | None = None, labels: Tensor | None = None,
-        loss_weights: Tensor | None = None, samples: Tensor | None = None, step: Tensor | None = None,
-        coordinates: Tensor | None = None, cache: Cache | None = None, logits_to_keep: Tensor | None = None,
+        self, inputs: Tensor, positions: Tensor | None = None, documents: Tensor | None = None,
+        labels: Tensor | None = None, loss_weights: Tensor | None = None, samples: Tensor | None = None,
+        step: Tensor | None = None, coordinates: Tensor | None = None, cache: Cache | None = None,
+        logits_to_keep: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """One pass.
+        """The forward pass.
 
-        inputs: ids [b, s] int64, or hidden states [b, s, h] where this part has no embedding.
-        positions: [b, s], places for the position embedding (default: coordinates).
-        documents: int [b, s]; tokens attend to their own document alone. Those of the whole sequence, where coordinates are a part.
+        inputs: ids [b, s] int64, or hidden states [b, s, h] on a pipeline stage without the embedding.
+        positions: [b, s], for the position embedding (default: coordinates).
+        documents: int [b, s]; tokens attend only to their own document. They are of the whole sequence also where
+            coordinates are a shard.
         labels, loss_weights: [b, s], see TokenLoss; with labels the result is float32 losses [b, s].
         samples [b] (global sample numbers) and step []: key the dropout masks; needed in training mode with dropout.
-        coordinates: [s], places of these tokens in the whole sequence (default: 0 .. s-1).
-        cache: keys and values of earlier calls (layers/cache.py); it knows the positions, and takes the keys and values of these tokens.
-        logits_to_keep: int64 [n], places of the s whose logits are made, [b, n, V] (default: all; those of a long prompt are large).
-        Returns losses, or logits [b, s, V], or hidden states where this part has no head.
+        coordinates: [s], positions of these tokens in the whole sequence (default: 0 .. s-1).
+        cache: keys and values of earlier calls (layers/cache.py). It has the positions, and takes the keys and values
+            of these tokens.
+        logits_to_keep: int64 [n], positions of the s whose logits are computed, [b, n, V] (default: all; those of a
+            long prompt are large).
+        Returns losses, or logits [b, s, V], or hidden states on a stage without the head.
         """
         c = self.config
         if coordinates is None:
             coordinates = torch.arange(inputs.shape[1], device=inputs.device)
         if positions is None:
             positions = coordinates.expand(inputs.shape[0], -1) if cache is None else cache.positions
-        rows = dropout_rows(self, samples, step, coordinates)
-        x = inputs if self.embedding is None else self.embed(inputs, positions, rows)
-        mask = AttentionMask(documents=documents, slopes=self.slopes, rows=rows)
+        dropout_keys = build_dropout_keys(self, samples, step, coordinates)
+        x = inputs if self.embedding is None else self.embed(inputs, positions, dropout_keys)
+        mask = AttentionMask(documents=documents, slopes=self.slopes, dropout_keys=dropout_keys)
         rotary = None
         if c.positions == "rope":
             rotary = rotary_table(
-                positions, c.head_dim, base=c.rotary_base, percent=c.rotary_percent, stretch=self.stretch
+                positions, c.head_dim, base=c.rotary_base, percent=c.rotary_percent, rope_scaling=self.rope_scaling
             )
-        x = self.run_layers(list(self.layers.values()), x, mask, rotary, rows, None, None, cache)
+        x = self.run_layers(list(self.layers.values()), x, mask, rotary, dropout_keys, None, None, cache)
         if self.final_norm is not None:
             x = self.final_norm(x)
         if self.head is None:
@@ -98,7 +102,7 @@ class GPT(nn.Module):
             return self.head(x if logits_to_keep is None else x[:, logits_to_keep])
         return self.token_loss(x, self.head.weight, labels, loss_weights)
 
-    def embed(self, ids: Tensor, positions: Tensor, rows: Tensor | None) -> Tensor:
+    def embed(self, ids: Tensor, positions: Tensor, dropout_keys: Tensor | None) -> Tensor:
         """Word and position embeddings with dropout: [b, s] -> [b, s, h]."""
         x = self.embedding(ids)
         if self.config.scale_embeddings:
@@ -107,15 +111,15 @@ class GPT(nn.Module):
             x = x + self.position_embedding(positions)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
-        return self.embedding_dropout(x, rows)
+        return self.embedding_dropout(x, dropout_keys)
 
 
-def stretch(config: ModelConfig) -> Stretch | None:
-    """How the config stretches the rotary embedding, None where it does not."""
+def rope_scaling(config: ModelConfig) -> RopeScaling | None:
+    """The config's scaling of the rotary embedding, None where it has none."""
     c, kind = config, config.rope_scaling_type
     if kind is None:
         return None
-    slow, fast = (
-        (c.rope_low_freq_factor, c.rope_high_freq_factor) if kind == "llama3" else (c.rope_beta_slow, c.rope_beta_fast)
-    )
-    return Stretch(kind, c.rope_scaling_factor, c.rope_original_max_position_embeddings, slow, fast)
+    slow, fast = c.rope_beta_slow, c.rope_beta_fast
+    if kind == "llama3":
+        slow, fast = c.rope_low_freq_factor, c.rope_high_freq_factor
+    return RopeScaling(kind, c.rope_scaling_factor, c.rope_original_max_position_embeddings, slow, fast)

@@ -1,8 +1,8 @@
-"""T5: an encoder, and a decoder that looks at its output. Two forms by config, and what lies between them:
+"""T5: an encoder, and a decoder that attends to its output. The config chooses one of two forms, or a mixture:
 
 - Megatron's: learned absolute positions, LayerNorm, biases (of the output layer too), GELU, scores over sqrt(d).
-- T5's own (Raffel et al., 2020, arXiv 1910.10683; v1.1, mT5 and Flan too): --position-embedding-type relative, RMSNorm, no
-  biases, ReLU or gated GELU, --softmax-scale 1, and --scale-output where the output layer is tied to the embedding.
+- T5's own (Raffel et al., 2020, arXiv 1910.10683; v1.1, mT5 and Flan too): --position-embedding-type relative, RMSNorm,
+  no biases, ReLU or gated GELU, --softmax-scale 1, and --scale-output where the output layer is tied to the embedding.
 
 Dropout is where Megatron has it: after embeddings, on attention weights, and of each branch before its residual.
 Shapes: b batch, s encoder's sequence, t decoder's sequence, h hidden, V vocabulary.
@@ -22,13 +22,13 @@ from megalith.layers.loss import TokenLoss
 from megalith.layers.mask import AttentionMask
 from megalith.layers.norm import NORMS
 from megalith.layers.positions import RelativeBias
-from megalith.models.parts import dropout_rows, make_layer
+from megalith.models.components import build_dropout_keys, make_layer
 
 
 class T5(nn.Module):
     """Embedding, encoder, decoder, head. `layers` are the encoder's and, numbered on, the decoder's.
 
-    Any part may be None or lack layers in a part of the model (a pipeline stage).
+    On a pipeline stage any of them may be None, and layers may be missing.
     """
 
     def __init__(self, config: ModelConfig, seed: int = 0):
@@ -41,25 +41,23 @@ class T5(nn.Module):
         self.position_embedding = nn.Embedding(config.max_position_embeddings, h) if learned else None
         self.encoder_dropout = Dropout(config.hidden_dropout, "encoder.embedding")
         self.decoder_dropout = Dropout(config.hidden_dropout, "decoder.embedding")
-        self.encoder_bias, self.decoder_bias = (self.make_bias(both_ways) for both_ways in (True, False))
+        self.encoder_bias, self.decoder_bias = (self.make_bias(bidirectional) for bidirectional in (True, False))
         self.layers = nn.ModuleDict({str(i): make_layer(config, i) for i in range(config.all_layers)})
         self.run_layers = run_in_order
         self.encoder_norm = NORMS[config.norm](h, config.layernorm_epsilon)
-        self.memory = (
-            nn.Identity()
-        )  # the encoder's output on its way to all cross attentions, where a plan may gather it
+        self.memory = nn.Identity()  # for a plan, which may gather the encoder's output here for all cross attentions
         self.final_norm = NORMS[config.norm](h, config.layernorm_epsilon)
         self.head = nn.Linear(h, vocab, bias=config.add_bias_linear)
         self.token_loss = TokenLoss(config.loss_chunk_tokens, config.z_loss_coeff)
         self.restore()
 
-    def make_bias(self, both_ways: bool) -> RelativeBias | None:
-        """The relative bias that the layers of a stack share, where the config has one."""
+    def make_bias(self, bidirectional: bool) -> RelativeBias | None:
+        """The relative bias of all layers of a stack, where the config has one."""
         c = self.config
         if c.positions != "relative":
             return None
         return RelativeBias(
-            c.relative_attention_num_buckets, c.num_attention_heads, c.relative_attention_max_distance, both_ways
+            c.relative_attention_num_buckets, c.num_attention_heads, c.relative_attention_max_distance, bidirectional
         )
 
     def restore(self) -> None:
@@ -68,11 +66,11 @@ class T5(nn.Module):
             self.head.weight = self.embedding.weight
 
     def initial(self, name: str) -> tuple[str, float]:
-        """How a parameter starts: Megatron's rules (config/parameters.py: initial), or with an initializer_factor
+        """A parameter's initialization: Megatron's rules (config/parameters.py: initial), or with an initializer_factor
         T5's own.
 
-        Those are N(0, factor^2 / width of the layer's input), for queries over the square root of a head's width too, as scores are
-        not divided by it; embeddings and output layer N(0, factor^2).
+        T5's are N(0, factor^2 / width of the layer's input), and N(0, factor^2) for embeddings and output layer. The
+        standard deviation of query weights is also divided by the square root of a head's width, as scores are not.
         """
         c, factor = self.config, self.config.initializer_factor
         kind = parameter_kind(c, name)
@@ -85,25 +83,28 @@ class T5(nn.Module):
         return "normal", factor * widths.get(kind.name, c.hidden_size) ** -0.5
 
     def forward(
-        self, inputs: Tensor | None, hidden: Tensor | None = None, *, decoder_input_ids: Tensor, padding_mask: Tensor | None = None,
-        decoder_padding_mask: Tensor | None = None, labels: Tensor | None = None, loss_weights: Tensor | None = None,
+        self, inputs: Tensor | None, hidden: Tensor | None = None, *, decoder_input_ids: Tensor,
+        padding_mask: Tensor | None = None, decoder_padding_mask: Tensor | None = None,
+        labels: Tensor | None = None, loss_weights: Tensor | None = None,
         samples: Tensor | None = None, step: Tensor | None = None, coordinates: Tensor | None = None,
         decoder_coordinates: Tensor | None = None, cache: Cache | None = None, logits_to_keep: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-        """One pass.
+        """The forward pass.
 
-        inputs: ids [b, s] int64, or where this part begins later the hidden states [b, s, h] of the encoder.
-        hidden: [b, t, h], the decoder's hidden states, where this part begins inside the decoder.
-        decoder_input_ids: [b, t] int64. padding_mask [b, s], decoder_padding_mask [b, t]: 1 or True for tokens, 0 for padding; padding
-            after the decoder's tokens needs no mask, as they do not look ahead. Those of whole sequences, where coordinates are a part.
+        inputs: ids [b, s] int64, or on a later pipeline stage the hidden states [b, s, h] of the encoder.
+        hidden: [b, t, h], the decoder's hidden states, on a stage that begins inside the decoder.
+        decoder_input_ids: [b, t] int64.
+        padding_mask [b, s], decoder_padding_mask [b, t]: 1 or True for tokens, 0 for padding, of the whole sequences
+            also where coordinates are a shard. Padding after a decoder's tokens needs no mask, as it is causal.
         labels, loss_weights: [b, t], see TokenLoss; with labels the result is float32 losses [b, t].
         samples [b] (global sample numbers) and step []: key the dropout masks; needed in training mode with dropout.
-        coordinates: [s], places of the encoder's tokens in the whole sequence (default: 0 .. s-1, s as of `inputs`); decoder_coordinates:
-            [t], of the decoder's.
-        cache: keys and values of earlier calls (layers/cache.py), those of the encoder's output too: once it has these, inputs is None.
-            It knows all places, and takes the keys and values of these tokens.
-        logits_to_keep: int64 [n], places of the t whose logits are made, [b, n, V] (default: all).
-        Returns losses, or logits [b, t, V]; where this part has no head the encoder's hidden states, with the decoder's if it has begun.
+        coordinates: [s], positions of the encoder's tokens in the whole sequence (default: 0 .. s-1, s as of `inputs`).
+        decoder_coordinates: [t], those of the decoder's tokens.
+        cache: keys and values of earlier calls (layers/cache.py), also those of the encoder's output; once it has
+            these, inputs is None. It has all positions, and takes the keys and values of these tokens.
+        logits_to_keep: int64 [n], positions of the t whose logits are computed, [b, n, V] (default: all).
+        Returns losses, or logits [b, t, V]; on a stage without the head the encoder's hidden states, with the
+        decoder's once that has begun.
         """
         c, device = self.config, decoder_input_ids.device
         encoder, decoder = (
@@ -112,49 +113,46 @@ class T5(nn.Module):
         padding = None if padding_mask is None else padding_mask.bool()
         x = inputs
         if encoder and inputs is not None:
-            places = coordinates if cache is None else cache.source_positions
-            if places is None:
-                places = torch.arange(inputs.shape[1], device=device)
-            rows = dropout_rows(self, samples, step, places)
-            relative = None if self.encoder_bias is None else self.encoder_bias(places.shape[-1])
+            positions = coordinates if cache is None else cache.source_positions
+            if positions is None:
+                positions = torch.arange(inputs.shape[1], device=device)
+            dropout_keys = build_dropout_keys(self, samples, step, positions)
+            relative = None if self.encoder_bias is None else self.encoder_bias(positions.shape[-1])
             if not inputs.is_floating_point():
-                x = self.encoder_dropout(self.embed(inputs, places), rows)
-            mask = AttentionMask(causal=False, padding=padding, relative=relative, rows=rows)
-            x = self.run_layers(encoder, x, mask, None, rows, None, None, cache)
+                x = self.encoder_dropout(self.embed(inputs, positions), dropout_keys)
+            mask = AttentionMask(causal=False, padding=padding, relative=relative, dropout_keys=dropout_keys)
+            x = self.run_layers(encoder, x, mask, None, dropout_keys, None, None, cache)
             if self.encoder_norm is not None:
                 x = self.encoder_norm(x)
         if not decoder:
             return x
-        places = decoder_coordinates if cache is None else cache.positions
-        if places is None:
-            places = torch.arange(decoder_input_ids.shape[1], device=device)
-        rows = dropout_rows(self, samples, step, places)
-        y = self.decoder_dropout(self.embed(decoder_input_ids, places), rows) if hidden is None else hidden
-        length = places.shape[-1] if cache is None else cache.length
+        positions = decoder_coordinates if cache is None else cache.positions
+        if positions is None:
+            positions = torch.arange(decoder_input_ids.shape[1], device=device)
+        dropout_keys = build_dropout_keys(self, samples, step, positions)
+        y = self.decoder_dropout(self.embed(decoder_input_ids, positions), dropout_keys) if hidden is None else hidden
+        length = positions.shape[-1] if cache is None else cache.length
         mask = AttentionMask(
             padding=None if decoder_padding_mask is None else decoder_padding_mask.bool(),
-            relative=None if self.decoder_bias is None else self.decoder_bias(length), rows=rows,
+            relative=None if self.decoder_bias is None else self.decoder_bias(length), dropout_keys=dropout_keys,
         )  # fmt: skip
         memory = None if x is None else self.memory(x)
-        y = self.run_layers(
-            decoder, y, mask, None, rows, memory, AttentionMask(causal=False, padding=padding, rows=rows), cache
-        )
+        memory_mask = AttentionMask(causal=False, padding=padding, dropout_keys=dropout_keys)
+        y = self.run_layers(decoder, y, mask, None, dropout_keys, memory, memory_mask, cache)
         if self.head is None:  # a clone, because fully_shard hooks outputs, which must not be views of inputs
             return y if x is None else (x.clone(), y)
         return self.finish(y if logits_to_keep is None else y[:, logits_to_keep], labels, loss_weights)
 
-    def embed(self, ids: Tensor, places: Tensor) -> Tensor:
-        """Word embeddings, and those of positions where the form has them: [b, s] -> [b, s, h]."""
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Word embeddings, plus position embeddings where the config has them: [b, s] -> [b, s, h]."""
         x = self.embedding(ids)
-        return x if self.position_embedding is None else x + self.position_embedding(places.expand(len(ids), -1))
+        return x if self.position_embedding is None else x + self.position_embedding(positions.expand(len(ids), -1))
 
     def finish(self, y: Tensor, labels: Tensor | None, loss_weights: Tensor | None) -> Tensor:
         """Logits, or with labels losses, of the decoder's last hidden states."""
         y = self.final_norm(y)
         if self.config.scale_output:
             y = y * self.config.hidden_size**-0.5
-        return (
-            self.head(y)
-            if labels is None
-            else self.token_loss(y, self.head.weight, labels, loss_weights, self.head.bias)
-        )
+        if labels is None:
+            return self.head(y)
+        return self.token_loss(y, self.head.weight, labels, loss_weights, self.head.bias)

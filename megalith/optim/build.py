@@ -1,4 +1,4 @@
-"""Optimizers by name. One of your own goes by `module:name`, a function of (groups, config.optimizer)."""
+"""Optimizers by name. Another one is named as `module:name`, a function of (groups, config.optimizer)."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer that `config.optimizer` names, over the groups of these parameters. decays: see groups.py.
 
-    Its rates are those of the peak until `set_rates` gives it a step's. Raises ConfigError for an unknown name.
+    It has the peak learning rate until `set_rates` sets a step's. Raises ConfigError for an unknown name.
     """
     return OPTIMIZERS.find(config.optimizer)(parameter_groups(named_parameters, decays), config)
 
 
 def adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Adam with decoupled weight decay and bias correction (Loshchilov and Hutter, 2019), in one kernel where torch has one."""
+    """Adam with decoupled weight decay and bias correction (Loshchilov and Hutter, 2019), fused where torch can."""
     return torch.optim.AdamW(
         groups,
         lr=config.lr or 0.0,
@@ -46,11 +46,11 @@ def adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.
 def sgd(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
     """Gradient descent with momentum. As in Megatron, weight decay is added to the gradient here (it is not decoupled).
 
-    Not in one kernel: torch's fused step does not know DTensors.
+    Not fused, as torch's fused step does not support DTensors.
     """
     return torch.optim.SGD(groups, lr=config.lr or 0.0, momentum=config.sgd_momentum, weight_decay=config.weight_decay)
 
 
 def _fused(groups: list[dict[str, Any]]) -> bool:
-    """Whether torch has a fused step for all of them; it refuses devices it does not know (meta among them)."""
+    """Whether torch has a fused step for all of them; it raises for other devices, such as meta."""
     return all(parameter.device.type in _FUSED_DEVICES for group in groups for _, parameter in group["params"])

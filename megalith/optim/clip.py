@@ -1,9 +1,9 @@
-"""The norm of all gradients, wherever their pieces lie, and clipping by it.
+"""The norm of all gradients, however they are sharded, and clipping by it.
 
-Tensors come as (name, tensor) pairs, DTensor or plain. Every element of the model is counted once, with one all-reduce of
-one number: over all ranks, a piece is held by (ranks / pieces) of them, so each rank adds its share of what it holds. The
-pieces of a tensor are the shards of its placements times `stages`, the parts of the model along axes that a DTensor does not
-know (pipeline stages, each of which has tensors of its own).
+Tensors come as (name, tensor) pairs; a tensor may be a DTensor. Every element of the model is counted once, with one
+all-reduce of one number: a piece is held by (ranks / pieces) ranks, so each of them adds that fraction of its sum.
+The pieces of a tensor are the shards of its placements times `stages`, because a DTensor knows nothing of pipeline
+stages, each of which has tensors of its own.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-Named = Sequence[tuple[str, torch.Tensor]]
+NamedTensors = Sequence[tuple[str, torch.Tensor]]
 
-# torch's float32 norm on a CPU adds in a few long chains: 60 million normal numbers come out 0.5 % small, and how wrong depends
-# on how they are sharded. Pieces of this size keep it to 2e-8 and cost 1.6 times the time (float64 throughout: 27 times).
+# torch's float32 norm on a CPU adds in a few long chains: the norm of 60 million normal numbers comes out 0.5 % too
+# small, and the error depends on the sharding. Pieces of this many elements keep the error to 2e-8 and cost 1.6 times
+# the time (float64 throughout: 27 times).
 _CPU_PIECE = 1 << 14
 
 
@@ -29,37 +30,40 @@ def gradients(named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> lis
 
 @torch.no_grad()
 def global_norm(
-    tensors: Named, *, skip: Collection[str] = (), stages: int = 1, group: dist.ProcessGroup | None = None
+    tensors: NamedTensors, *, not_owned: Collection[int] = (), stages: int = 1, group: dist.ProcessGroup | None = None
 ) -> torch.Tensor:
-    """L2 norm over the whole model, a 0-dimensional tensor on the tensors' device, equal on all ranks; nothing waits for it.
+    """L2 norm over the whole model: a 0-dimensional tensor on the tensors' device, equal on all ranks.
 
-    skip: names that another rank owns (a tied embedding's second copy), left out here and counted there.
-    stages: pipeline stages. group: the ranks that hold the model (default: all). Every rank of it must call.
-    Plain tensors are taken to be equal on all ranks of a stage. Infinite or not a number if any element is.
+    Nothing here waits for the device. Every rank of `group` must call.
+    not_owned: positions in `tensors` of those that another stage owns (the second copy of a tied embedding) and counts.
+    stages: number of pipeline stages. group: the ranks that hold the model (default: all).
+    Tensors that are not DTensors are taken to be equal on all ranks of a stage. The norm is infinite or NaN if any
+    element is.
     """
-    counted = [(name, tensor) for name, tensor in tensors if name not in skip]
+    counted = _owned(tensors, not_owned)
     squares = _square_sums([_local(tensor) for _, tensor in counted])
     return _sum_over_ranks(counted, squares, _device(tensors), stages, group).sqrt()
 
 
 @torch.no_grad()
 def clip(
-    grads: Named,
+    grads: NamedTensors,
     max_norm: float,
     *,
     inverse_scale: float = 1.0,
-    skip: Collection[str] = (),
+    not_owned: Collection[int] = (),
     stages: int = 1,
     group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
-    """Multiply the gradients in place so that their global norm is at most `max_norm`; return the norm before, as `global_norm`.
+    """Multiply the gradients in place so that their global norm is at most `max_norm`; return the norm before that.
 
-    The factor is max_norm / (norm + 1e-6) where that is below 1 (Megatron's). `max_norm` 0 leaves gradients alone.
-    inverse_scale: 1 / loss scale; taken out of the gradients in the same pass, and the norm is of gradients without it.
+    The factor is max_norm / (norm + 1e-6) where that is below 1, as in Megatron. `max_norm` 0 leaves gradients alone.
+    inverse_scale: 1 / loss scale. The same pass multiplies the gradients by it; the norm is that of gradients without
+        the loss scale.
     An overflow shows in the norm (not finite, on every rank), so fp16 needs no check and no all-reduce of its own. The
-    gradients are then useless: skip the step. `skip` applies to the norm; all of `grads` are multiplied.
+    gradients are then useless: skip the step. `not_owned` applies to the norm; all of `grads` are multiplied.
     """
-    norm = global_norm(grads, skip=skip, stages=stages, group=group) * inverse_scale
+    norm = global_norm(grads, not_owned=not_owned, stages=stages, group=group) * inverse_scale
     if grads and (max_norm > 0.0 or inverse_scale != 1.0):
         factor = (
             torch.clamp(max_norm / (norm + 1e-6), max=1.0) * inverse_scale
@@ -72,19 +76,23 @@ def clip(
 
 @torch.no_grad()
 def count_zeros(
-    grads: Named, *, skip: Collection[str] = (), stages: int = 1, group: dist.ProcessGroup | None = None
+    grads: NamedTensors, *, not_owned: Collection[int] = (), stages: int = 1, group: dist.ProcessGroup | None = None
 ) -> torch.Tensor:
-    """How many gradient elements of the whole model are exactly zero, counted as `global_norm` counts."""
-    counted = [(name, tensor) for name, tensor in grads if name not in skip]
+    """How many gradient elements of the whole model are exactly zero; the arguments are those of `global_norm`."""
+    counted = _owned(grads, not_owned)
     zeros = [_local(tensor).numel() - torch.count_nonzero(_local(tensor)) for _, tensor in counted]
     return _sum_over_ranks(counted, zeros, _device(grads), stages, group)
+
+
+def _owned(tensors: NamedTensors, not_owned: Collection[int]) -> NamedTensors:
+    return [pair for position, pair in enumerate(tensors) if position not in not_owned]
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _device(tensors: Named) -> torch.device:
+def _device(tensors: NamedTensors) -> torch.device:
     return tensors[0][1].device if tensors else torch.device("cpu")
 
 
@@ -100,30 +108,34 @@ def _square_sums(tensors: list[torch.Tensor]) -> Sequence[torch.Tensor]:
 
 
 def _pieces(tensor: torch.Tensor, stages: int, ranks: int) -> int:
-    """Into how many different pieces `ranks` ranks divide this tensor and its like on the other stages."""
+    """Into how many different pieces `ranks` ranks divide this tensor and the corresponding ones of other stages."""
     pieces = stages
     if isinstance(tensor, DTensor):
         for axis, placement in enumerate(tensor.placements):
             assert not placement.is_partial(), "a gradient must be reduced before its norm is taken"
             pieces *= 1 if placement.is_replicate() else tensor.device_mesh.size(axis)
     assert ranks % pieces == 0, (
-        f"{pieces} pieces of a tensor on {ranks} ranks: `group` must be all ranks that hold the model"
+        f"{ranks} ranks cannot hold {pieces} pieces of a tensor; `group` must be all ranks that hold the model"
     )
     return pieces
 
 
 def _sum_over_ranks(
-    tensors: Named, values: Sequence[torch.Tensor], device: torch.device, stages: int, group: dist.ProcessGroup | None
-) -> torch.Tensor:
-    """Sum of one number per tensor over all its pieces, each counted once, by one all-reduce (none where ranks hold the same)."""
+    tensors: NamedTensors, values: Sequence[torch.Tensor], device: torch.device, stages: int,
+    group: dist.ProcessGroup | None,
+) -> torch.Tensor:  # fmt: skip
+    """Sum of one number per tensor over all its pieces, each counted once.
+
+    That takes one all-reduce, or none where all ranks hold the same.
+    """
     dtype = torch.float64 if device.type in ("cpu", "cuda") else torch.float32  # others may lack float64
-    spread = stages > 1 or group is not None or any(isinstance(tensor, DTensor) for _, tensor in tensors)
-    ranks = dist.get_world_size(group) if spread and dist.is_initialized() else 1
+    distributed = stages > 1 or group is not None or any(isinstance(tensor, DTensor) for _, tensor in tensors)
+    ranks = dist.get_world_size(group) if distributed and dist.is_initialized() else 1
     if not values:
         total = torch.zeros((), dtype=dtype, device=device)
     else:
-        shares = [_pieces(tensor, stages, ranks) / ranks for _, tensor in tensors]
-        total = torch.dot(torch.stack(list(values)).to(dtype), torch.tensor(shares, dtype=dtype, device=device))
+        fractions = [_pieces(tensor, stages, ranks) / ranks for _, tensor in tensors]
+        total = torch.dot(torch.stack(list(values)).to(dtype), torch.tensor(fractions, dtype=dtype, device=device))
     if ranks > 1:
         dist.all_reduce(total, group=group)
     return total

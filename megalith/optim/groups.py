@@ -1,4 +1,4 @@
-"""Which parameters decay: matrices do, biases and norms do not. A model's record says which is which."""
+"""Which parameters have weight decay: matrices, not biases and norms. A model's record says which are which."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-Decays = Callable[[str, torch.Tensor], bool]  # whether weight decay applies to the parameter of this name
+Decays = Callable[[str, torch.Tensor], bool]  # (name, parameter) -> whether weight decay applies to it
 
 
 def matrices_decay(name: str, parameter: torch.Tensor) -> bool:
-    """The rule where nothing says what the parameters are: a DTensor's `ndim` is that of the whole."""
+    """The default rule, where there is no record. A DTensor's `ndim` is that of the global tensor."""
     return parameter.ndim != 1
 
 
@@ -21,8 +21,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups for a torch optimizer, from `model.named_parameters()`: at most two, empty ones left out.
 
-    Each holds `params` as (name, parameter) pairs, so that the optimizer keeps the names (`param_names`), and the factors
-    `lr_mult` and `wd_mult` that `set_rates` applies. Frozen parameters (requires_grad False) are in no group.
+    Each holds `params` as (name, parameter) pairs, so that the optimizer keeps the names (`param_names`), and the
+    factors `lr_mult` and `wd_mult` that `set_rates` applies. Frozen parameters (requires_grad False) are in no group.
     """
     trained = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
     matrices = [pair for pair in trained if decays(*pair)]

@@ -1,4 +1,4 @@
-"""The factor on a float16 loss that keeps small gradients from vanishing. Pure Python numbers: no device, no communication."""
+"""The factor of a float16 loss that keeps small gradients from vanishing. Python numbers only, no tensors."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class StaticLossScale:
 
     @property
     def inverse(self) -> float:
-        """1 / scale in float64, what gradients are multiplied by."""
+        """1 / scale in float64, the factor of the gradients."""
         return 1.0 / self.scale
 
     @property
-    def lowest(self) -> bool:
+    def at_minimum(self) -> bool:
         """Whether the scale cannot become smaller; a fixed one never does."""
         return True
 
@@ -30,14 +30,14 @@ class StaticLossScale:
         return {"scale": self.scale}
 
     def load_state_dict(self, state: dict[str, float | int]) -> None:
-        """A fixed scale is the flags' and not the checkpoint's."""
+        """Nothing to load: a fixed scale is that of the flags, not of the checkpoint."""
 
 
 class DynamicLossScale(StaticLossScale):
     """Halves when gradients overflow, doubles after `window` steps without.
 
-    `hysteresis` overflows are forgiven but for the last before the first halving. As in Megatron, that patience comes back
-    only when the scale grows: after a halving every further overflow halves again, which finds a bearable scale fast.
+    The first `hysteresis` - 1 overflows do not halve it. As in Megatron, this tolerance is restored only when the scale
+    grows: after a halving every further overflow halves again, which finds a working scale fast.
     """
 
     def __init__(self, initial: float = 2.0**32, minimum: float = 1.0, window: int = 1000, hysteresis: int = 2):
@@ -49,7 +49,7 @@ class DynamicLossScale(StaticLossScale):
         self.hysteresis_tracker = hysteresis
 
     @property
-    def lowest(self) -> bool:
+    def at_minimum(self) -> bool:
         """Whether the scale is at its minimum."""
         return self.scale <= self.minimum
 
@@ -76,7 +76,7 @@ class DynamicLossScale(StaticLossScale):
         }
 
     def load_state_dict(self, state: dict[str, float | int]) -> None:
-        """Go on from `state_dict()` (a static scale's has no trackers: they start anew)."""
+        """Restore what `state_dict()` returned. That of a static scale has no trackers, which then start anew."""
         self.scale = float(state["scale"])
         self.growth_tracker = int(state.get("growth_tracker", 0))
         self.hysteresis_tracker = int(state.get("hysteresis_tracker", self.hysteresis))
@@ -91,13 +91,12 @@ def build_loss_scale(config: PrecisionConfig) -> StaticLossScale:
         return StaticLossScale(1.0)
     if config.loss_scale is not None:
         if config.loss_scale <= 0.0:
-            raise ConfigError(
-                problem("--loss-scale", config.loss_scale, "it must be positive", "Drop it for a dynamic scale")
-            )
+            cure = "Leave it out for a dynamic scale"
+            raise ConfigError(problem("--loss-scale", config.loss_scale, "must be positive", cure))
         return StaticLossScale(config.loss_scale)
     if not 0.0 < config.min_loss_scale <= config.initial_loss_scale:
         found = (config.min_loss_scale, config.initial_loss_scale)
-        rule = "the first must be positive and at most the second"
+        rule = "must be positive, and the first at most the second"
         raise ConfigError(problem("--min-loss-scale and --initial-loss-scale", found, rule, "Lower --min-loss-scale"))
     return DynamicLossScale(
         config.initial_loss_scale, config.min_loss_scale, config.loss_scale_window, config.hysteresis

@@ -1,6 +1,7 @@
 """Learning rate and weight decay as pure functions of the samples trained on so far.
 
-Samples, not steps, because a batch may grow during a run. The numbers are Megatron's, so a run can move here half-way.
+Samples, not steps, because a batch may grow during a run. The numbers are Megatron's, so that a run of Megatron can be
+resumed here.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import math
 from typing import Any
 
 from megalith.common.errors import ConfigError, problem
+from megalith.config.flags.text import Words
 from megalith.config.sections.optimizer import OptimizerConfig
 from megalith.config.sections.schedule import ScheduleConfig
 
-_SHAPES = {  # x: how much of the decay is done, 0 to 1 -> how much of (peak - minimum) is left
+_SHAPES = {  # from the fraction of the decay that is done, 0 to 1, to the fraction of (peak - minimum) that is left
     "linear": lambda x: 1.0 - x,
     "cosine": lambda x: 0.5 * (math.cos(math.pi * x) + 1.0),
     "exponential": lambda x: 2.0 * 0.5**x - 1.0,
@@ -23,7 +25,7 @@ _SHAPES = {  # x: how much of the decay is done, 0 to 1 -> how much of (peak - m
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Numbers:
+class ScheduleParameters:
     """Everything a schedule depends on; lengths are in samples. This is what a checkpoint keeps."""
 
     lr: float
@@ -43,22 +45,22 @@ class Numbers:
 class Schedule:
     """The schedule of one run.
 
-    The argument `samples` of `lr` and `weight_decay` counts the samples of *successful* steps before the step in question:
-    the first step is 0 (so it has the warm-up's initial rate, 0 by default, as in Megatron), and a step that fp16
-    overflow skipped does not count.
+    The argument `samples` of `lr` and `weight_decay` counts the samples of *successful* steps before the step in
+    question. It is 0 in the first step, which therefore has the warm-up's initial rate (0 by default, as in Megatron),
+    and does not count a step that was skipped because of an fp16 overflow.
     """
 
     def __init__(self, optimizer: OptimizerConfig, schedule: ScheduleConfig, global_batch_size: int):
         """`global_batch_size` is the final one (after a ramp-up); lengths given in steps are multiplied by it.
 
-        Raises ConfigError that lists every value which makes no schedule.
+        Raises a ConfigError that lists all invalid values.
         """
         self.config = schedule
-        self.numbers = _numbers(optimizer, schedule, global_batch_size)
+        self.parameters = _schedule_parameters(optimizer, schedule, global_batch_size)
 
     def lr(self, samples: int) -> float:
         """Learning rate of the step that starts after `samples` samples."""
-        c = self.numbers
+        c = self.parameters
         if c.warmup_samples > 0 and samples <= c.warmup_samples:
             return c.lr_warmup_init + (c.lr - c.lr_warmup_init) * samples / c.warmup_samples
         if c.lr_decay_style == "constant":
@@ -75,7 +77,7 @@ class Schedule:
 
     def weight_decay(self, samples: int) -> float:
         """Weight decay of the step that starts after `samples` samples."""
-        c = self.numbers
+        c = self.parameters
         if c.weight_decay_incr_style == "constant" or samples > c.weight_decay_samples:
             return c.end_weight_decay
         done = samples / c.weight_decay_samples
@@ -84,26 +86,26 @@ class Schedule:
         return c.start_weight_decay + done * (c.end_weight_decay - c.start_weight_decay)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps: plain numbers and names. (The position is the run's count of samples.)"""
-        return dataclasses.asdict(self.numbers)
+        """What a checkpoint keeps: numbers and names. (The progress is the run's count of samples.)"""
+        return dataclasses.asdict(self.parameters)
 
     def check_state(self, stored: dict[str, Any]) -> None:
-        """Raise ConfigError that lists every number in which `stored`, the state in a checkpoint, differs from the flags."""
+        """Raise a ConfigError that lists the differences between `stored`, a checkpoint's state, and the flags."""
         differing = [
-            f"{name}: {stored[name]!r} in the checkpoint, {mine!r} by the flags"
-            for name, mine in self.state().items()
-            if name in stored and stored[name] != mine
+            f"{name}: {stored[name]!r} in the checkpoint, {value!r} by the flags"
+            for name, value in self.state().items()
+            if name in stored and stored[name] != value
         ]
         if differing:
             raise ConfigError(
-                "the schedule of the checkpoint is not the one that the flags describe:\n  "
+                "The schedule of the checkpoint is not the one that the flags describe:\n  "
                 + "\n  ".join(differing)
-                + "\nGive --override-opt-param-scheduler to go on with the flags' schedule, "
-                "or --use-checkpoint-opt-param-scheduler to go on with the checkpoint's."
+                + "\nGive --override-opt-param-scheduler to resume with the flags' schedule, "
+                "or --use-checkpoint-opt-param-scheduler to resume with the checkpoint's."
             )
 
     def resumed(self, stored: dict[str, Any]) -> Schedule:
-        """The schedule to go on with, given the state in a checkpoint: the flags' or the checkpoint's, as the two flags say.
+        """The schedule to resume with: that of the flags or of `stored`, a checkpoint's state, as the two flags say.
 
         Raises ConfigError where they differ and no flag decides.
         """
@@ -111,49 +113,45 @@ class Schedule:
             return self
         if not self.config.use_checkpoint_opt_param_scheduler:
             self.check_state(stored)
-        theirs = copy.copy(self)
-        theirs.numbers = dataclasses.replace(
-            self.numbers, **{name: stored[name] for name in self.state() if name in stored}
+        resumed = copy.copy(self)
+        resumed.parameters = dataclasses.replace(
+            self.parameters, **{name: stored[name] for name in self.state() if name in stored}
         )
-        return theirs
+        return resumed
 
 
-def _numbers(optimizer: OptimizerConfig, schedule: ScheduleConfig, batch: int) -> Numbers:
-    """Megatron's arithmetic from flags to samples, and every rule that it must meet."""
-    wrong = _conflicts(optimizer, schedule)
-    if wrong:
-        raise ConfigError("\n".join(wrong))
+def _schedule_parameters(optimizer: OptimizerConfig, schedule: ScheduleConfig, batch: int) -> ScheduleParameters:
+    """Megatron's arithmetic from flags to samples, and the rules for its results."""
+    problems = _conflicts(optimizer, schedule)
+    if problems:
+        raise ConfigError("\n".join(problems))
 
     def length(steps: int | None, samples: int | None, default: int) -> int:
         return samples if samples is not None else steps * batch if steps is not None else default
 
     run = length(schedule.train_iters, schedule.train_samples, 0)
-    decay = max(
-        length(schedule.lr_decay_iters, schedule.lr_decay_samples, run), 1
-    )  # 1: a run of no steps still has a schedule
+    # At least 1, so that a run of no steps has a schedule too.
+    decay = max(length(schedule.lr_decay_iters, schedule.lr_decay_samples, run), 1)
     if schedule.lr_warmup_fraction is not None:
         warmup: float = schedule.lr_warmup_fraction * decay
     else:
         warmup = schedule.lr_warmup_iters * batch or schedule.lr_warmup_samples
     tail = length(schedule.lr_wsd_decay_iters, schedule.lr_wsd_decay_samples, 0)
     if warmup >= decay:
-        wrong.append(
-            problem(
-                "warm-up of the learning rate", f"{warmup:g} samples", f"it must be shorter than the decay of {decay} samples",
-                "Lower --lr-warmup-iters, --lr-warmup-samples or --lr-warmup-fraction, or raise --lr-decay-iters or --lr-decay-samples",
-            )
-        )  # fmt: skip
+        rule = f"must be shorter than the decay of {decay} samples"
+        cure = (
+            "Lower --lr-warmup-iters, --lr-warmup-samples or --lr-warmup-fraction, "
+            "or raise --lr-decay-iters or --lr-decay-samples"
+        )
+        problems.append(problem("The warm-up of the learning rate", Words(f"{warmup:g} samples"), rule, cure))
     if schedule.lr_decay_style == "WSD" and tail > decay - warmup:
-        wrong.append(
-            problem(
-                "last phase of WSD", f"{tail} samples", f"with the warm-up it must fit into the decay of {decay} samples",
-                "Lower --lr-wsd-decay-iters or --lr-wsd-decay-samples",
-            )
-        )  # fmt: skip
-    if wrong:
-        raise ConfigError("\n".join(wrong))
+        rule = f"must fit, with the warm-up, into the decay of {decay} samples"
+        cure = "Lower --lr-wsd-decay-iters or --lr-wsd-decay-samples"
+        problems.append(problem("The last phase of WSD", Words(f"{tail} samples"), rule, cure))
+    if problems:
+        raise ConfigError("\n".join(problems))
     constant = optimizer.weight_decay_incr_style == "constant"
-    return Numbers(
+    return ScheduleParameters(
         lr=float(optimizer.lr or 0.0),
         min_lr=float(optimizer.min_lr),
         lr_warmup_init=float(schedule.lr_warmup_init),
@@ -170,7 +168,7 @@ def _numbers(optimizer: OptimizerConfig, schedule: ScheduleConfig, batch: int) -
 
 
 def _conflicts(optimizer: OptimizerConfig, schedule: ScheduleConfig) -> list[str]:
-    """Every rule that needs no batch size."""
+    """The problems that can be seen without the batch size."""
     o, s = optimizer, schedule
     fraction, in_steps, in_samples = s.lr_warmup_fraction, s.train_iters is not None, s.train_samples is not None
     steps_given = [name for name in ("lr_decay_iters", "lr_warmup_iters", "lr_wsd_decay_iters") if getattr(s, name)]
@@ -180,32 +178,38 @@ def _conflicts(optimizer: OptimizerConfig, schedule: ScheduleConfig) -> list[str
     growing = o.weight_decay_incr_style != "constant"
     both = s.override_opt_param_scheduler and s.use_checkpoint_opt_param_scheduler
     decay_range = start, end = o.start_weight_decay, o.end_weight_decay
+    nothing = Words("nothing")
     rules = [
-        (o.lr is None, "--lr", o.lr, "training needs a peak learning rate", "Give --lr, for example --lr 3e-4"),
-        (o.lr is not None and o.min_lr > o.lr, "--min-lr", o.min_lr, f"it may not exceed --lr {o.lr}", "Lower --min-lr"),
-        (o.lr is not None and s.lr_warmup_init > o.lr, "--lr-warmup-init", s.lr_warmup_init, f"it may not exceed --lr {o.lr}", "Lower it"),
-        (not in_steps and not in_samples, "length of the run", None,
-         "it is counted in steps or in samples", "Give --train-iters or --train-samples"),
+        (o.lr is None, "--lr", nothing,
+         "must be given, because training needs a peak learning rate", "Give --lr, for example --lr 3e-4"),
+        (o.lr is not None and o.min_lr > o.lr, "--min-lr", o.min_lr,
+         f"must be at most --lr {o.lr}", "Lower --min-lr"),
+        (o.lr is not None and s.lr_warmup_init > o.lr, "--lr-warmup-init", s.lr_warmup_init,
+         f"must be at most --lr {o.lr}", "Lower it"),
+        (not in_steps and not in_samples, "The length of the run", nothing,
+         "must be given in steps or in samples", "Give --train-iters or --train-samples"),
         (in_steps and in_samples, "--train-iters and --train-samples", (s.train_iters, s.train_samples),
-         "only one may be given", "Drop one"),
-        (in_samples and bool(steps_given), _flags(steps_given), "steps",
-         "a run of --train-samples counts in samples", "Use the flags that end in -samples"),
-        (in_steps and bool(samples_given), _flags(samples_given), "samples",
-         "a run of --train-iters counts in steps", "Use the flags that end in -iters"),
+         "are two lengths of the run, of which only one may be given", "Leave one out"),
+        (in_samples and bool(steps_given), _flags(steps_given), Words("steps"),
+         "must be in samples for a run of --train-samples", "Use the flags that end in -samples"),
+        (in_steps and bool(samples_given), _flags(samples_given), Words("samples"),
+         "must be in steps for a run of --train-iters", "Use the flags that end in -iters"),
         (fraction is not None and bool(s.lr_warmup_iters or s.lr_warmup_samples), "--lr-warmup-fraction", fraction,
-         "warm-up is given in one way only", "Drop it, or --lr-warmup-iters / --lr-warmup-samples"),
-        (s.lr_decay_style == "WSD" and not (s.lr_wsd_decay_iters or s.lr_wsd_decay_samples), "last phase of WSD", None,
-         "--lr-decay-style WSD needs its length", "Give --lr-wsd-decay-iters or --lr-wsd-decay-samples"),
-        (growing and None in decay_range, "--start-weight-decay, --end-weight-decay", decay_range,
-         f"--weight-decay-incr-style {o.weight_decay_incr_style} goes from one to the other", "Give both"),
+         "must be the only length of the warm-up", "Leave it out, or --lr-warmup-iters / --lr-warmup-samples"),
+        (s.lr_decay_style == "WSD" and not (s.lr_wsd_decay_iters or s.lr_wsd_decay_samples),
+         "The last phase of WSD", nothing, "must have a length, as --lr-decay-style WSD is given",
+         "Give --lr-wsd-decay-iters or --lr-wsd-decay-samples"),
+        (growing and None in decay_range, "--start-weight-decay and --end-weight-decay", decay_range,
+         f"must both be given with --weight-decay-incr-style {o.weight_decay_incr_style}", "Give both"),
         (growing and (start or 0.0) > (math.inf if end is None else end), "--start-weight-decay", start,
-         f"it may not exceed --end-weight-decay {end}", "Swap them"),
-        (not growing and decay_range != (None, None), "--start-weight-decay, --end-weight-decay", decay_range,
-         "a constant weight decay has neither", "Give --weight-decay-incr-style linear or cosine, or --weight-decay alone"),
-        (both, "--override-opt-param-scheduler and --use-checkpoint-opt-param-scheduler", "both",
-         "they contradict each other", "Drop one"),
+         f"must be at most --end-weight-decay {end}", "Swap them"),
+        (not growing and decay_range != (None, None), "--start-weight-decay and --end-weight-decay", decay_range,
+         "have no meaning for a constant weight decay",
+         "Give --weight-decay-incr-style linear or cosine, or --weight-decay alone"),
+        (both, "--override-opt-param-scheduler and --use-checkpoint-opt-param-scheduler", Words("both"),
+         "contradict each other", "Leave one out"),
     ]  # fmt: skip
-    return [problem(what, found, rule, cure) for broken, what, found, rule, cure in rules if broken]
+    return [problem(what, found, rule, cure) for violated, what, found, rule, cure in rules if violated]
 
 
 def _flags(names: list[str]) -> str:

@@ -1,1 +1,1 @@
-"""How any nn.Module is spread over a mesh of processes; module names, no model classes."""
+"""How any nn.Module is parallelized over a device mesh, by module names and without knowledge of model classes."""

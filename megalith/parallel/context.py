@@ -1,11 +1,12 @@
-"""Context parallelism: each process holds a part of every sequence, and gathers the keys and values of the others.
+"""Context parallelism: each process holds a shard of every sequence, and gathers the keys and values of the others.
 
-A sequence is cut into 2c chunks, of which process r of c holds r and 2c-1-r: the early one sees few keys, the late one many, and
-their sum is the same on every process (Dubey et al., 2024, arXiv 2407.21783, section 3.3.2). As a process has all keys up to its
-queries, attention of each chunk is one causal call, and no softmax has to be put together from parts.
-Where attention is not causal, as in encoders, every chunk sees all keys and the two are one call; but with a bias by distance,
-which differs between the chunks. A decoder's cross attention is such a call too, to the gathered keys of the encoder's output.
-Price: each layer gathers keys and values [b, s, m, 2d] of the whole sequence, which are few where many heads share them.
+A sequence is cut into 2c chunks, of which process r of c holds r and 2c-1-r: the early one sees few keys, the late one
+many, and their sum is the same on every process (Dubey et al., 2024, arXiv 2407.21783, section 3.3.2). As a process has
+all keys up to its queries, attention of each chunk is one causal call, and no softmax is combined from parts.
+Where attention is not causal, as in encoders, every chunk sees all keys and both chunks are one call, except with a
+bias by distance, which differs between the chunks. A decoder's cross attention is such a call too, to the gathered keys
+of the encoder's output.
+Cost: each layer gathers keys and values [b, s, m, 2d] of the whole sequence; grouped-query attention makes them small.
 """
 
 from __future__ import annotations
@@ -21,109 +22,111 @@ from megalith.parallel.collectives import Axis
 from megalith.parallel.mappings import gather_from_sequence_parallel_region
 from megalith.parallel.plan import attentions
 
-WHOLE = (
-    "documents",
-    "padding_mask",
-)  # endings of names: attention asks them of keys too, and every process sees all keys
+# Endings of the names of tensors that are not sharded: attention needs them for keys too, and a process sees all keys.
+UNSHARDED = ("documents", "padding_mask")
 BIASES = ("encoder_bias", "decoder_bias")  # a model's tables of biases by distance
 
 
-def places(length: int, axis: Axis, device: torch.device | None = None) -> Tensor:
-    """Where this process's tokens stand in a sequence of `length`: int64 [length / c]. Raises ConfigError where it does not divide."""
+def token_positions(length: int, axis: Axis, device: torch.device | None = None) -> Tensor:
+    """Positions of this process's tokens in a sequence of `length`: int64 [length / c].
+
+    Raises ConfigError where 2c does not divide the length.
+    """
     unit = 2 * axis.size
     if length % unit:
-        near = sorted({max(1, length // unit) * unit, -(-length // unit) * unit})
-        rule = f"--context-parallel-size {axis.size} cuts it into {unit} equal chunks"
-        raise ConfigError(problem("sequence length", length, rule, f"Use {' or '.join(map(str, near))}"))
+        nearest = sorted({max(1, length // unit) * unit, -(-length // unit) * unit})
+        rule = f"must be divisible by {unit}, the chunks into which --context-parallel-size {axis.size} cuts it"
+        raise ConfigError(problem("The sequence length", length, rule, f"Use {' or '.join(map(str, nearest))}"))
     chunks = torch.arange(length, device=device).view(unit, -1)
     return torch.cat((chunks[axis.rank], chunks[-1 - axis.rank]))
 
 
-def part(batch: Mapping[str, Tensor], axis: Axis, sequences: Mapping[str, str]) -> dict[str, Tensor]:
-    """This process's tokens of a batch: its tensors [b, s, ...], s as of one of the sequences' ids, become [b, s/c, ...].
+def shard_batch(batch: Mapping[str, Tensor], axis: Axis, sequences: Mapping[str, str]) -> dict[str, Tensor]:
+    """This process's tokens of a batch: tensors [b, s, ...], s as long as one of the `sequences`, become [b, s/c, ...].
 
-    sequences: names of ids [b, s], or [b, choices, s], -> what the places of their tokens are called, which are
-        added: [s/c].
+    sequences: the names of ids, [b, s] or [b, choices, s], to the names under which the positions of their tokens,
+        [s/c], are added to the batch.
     Tensors of other shapes, documents and padding masks stay whole.
     """
-    ids = {where: batch[name] for name, where in sequences.items() if name in batch}
-    here = {(each.dim() - 1, each.shape[-1]): places(each.shape[-1], axis, each.device) for each in ids.values()}
+    ids = {key: batch[name] for name, key in sequences.items() if name in batch}
+    positions: dict[tuple[int, int], Tensor] = {}  # by the dimension and the length of a sequence
+    for tensor in ids.values():
+        length = tensor.shape[-1]
+        positions[tensor.dim() - 1, length] = token_positions(length, axis, tensor.device)
 
-    def own(name: str, value: Tensor) -> Tensor:
-        for (dim, length), chosen in here.items():
-            if value.dim() > dim and value.shape[dim] == length and not name.endswith(WHOLE):
-                return value.index_select(dim, chosen)
+    def shard(name: str, value: Tensor) -> Tensor:
+        for (dim, length), local in positions.items():
+            if value.dim() > dim and value.shape[dim] == length and not name.endswith(UNSHARDED):
+                return value.index_select(dim, local)
         return value
 
-    taken = {name: own(name, value) for name, value in batch.items()}
-    return taken | {where: here[each.dim() - 1, each.shape[-1]] for where, each in ids.items()}
+    shards = {name: shard(name, value) for name, value in batch.items()}
+    return shards | {key: positions[tensor.dim() - 1, tensor.shape[-1]] for key, tensor in ids.items()}
 
 
 def apply(model: nn.Module, axis: Axis) -> None:
-    """Make the core attention of all attentions in `model.layers` one of part sequences; `BIASES` cover the whole."""
+    """Make all core attentions in `model.layers` work on sharded sequences; the tables `BIASES` cover all of them."""
     for layer in model.layers.values():
         for attention in attentions(layer):
             attention.core = ContextAttention(attention.core, axis)
     for table in (getattr(model, name, None) for name in BIASES):
         if table is not None:
-            table.parts = axis.size
+            table.sequence_shards = axis.size
 
 
 class ContextAttention(nn.Module):
-    """Core attention of this process's two chunks of queries to all keys, or where it is causal to all keys before them.
+    """Core attention of this process's two chunks of queries to all keys, if causal to those before them.
 
     Queries and keys may be of different sequences where it is not causal.
     """
 
     def __init__(self, core: nn.Module, axis: Axis):
-        """core: attention whose queries are the last of its keys (layers/attention.py)."""
+        """core: attention that takes its queries for the last of its keys (layers/attention.py)."""
         super().__init__()
         self.core, self.axis = core, axis
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, cache: Any = None) -> Tensor:
-        """q [b, n, s/c, d], k and v [b, m, t/c, d] -> [b, n, s/c, d]. mask: of layers/mask.py; its `rows` are those of the queries.
+        """q [b, n, s/c, d], k and v [b, m, t/c, d] -> [b, n, s/c, d].
 
-        cache: text is written by each process with whole sequences, so this is the core inside.
+        mask: see layers/mask.py; its `dropout_keys` are those of this process's queries.
+        cache: each process generates text with whole sequences, so with a cache this is just the core.
         """
         if cache is not None:
             return self.core(q, k, v, mask, cache)
-        chunk, (k, v) = q.shape[2] // 2, join(k, v, self.axis)
+        chunk, (k, v) = q.shape[2] // 2, gather_keys_values(k, v, self.axis)
         if not mask.causal:
-            if (
-                mask.documents is not None or mask.slopes is not None or mask.window is not None
-            ):  # they ask where a query stands
-                rule = "attention that is not causal is split with a padding mask or a relative bias alone"
+            # These three need the position of a query.
+            if mask.documents is not None or mask.slopes is not None or mask.window is not None:
+                rule = "must be 1 where attention is not causal and has more than a padding mask or a relative bias"
                 raise ConfigError(problem("--context-parallel-size", self.axis.size, rule, "Use 1"))
             if mask.relative is None:
                 return self.core(q, k, v, mask)
         ends = chunk * (self.axis.rank + 1), chunk * (2 * self.axis.size - self.axis.rank)
-        rows = (None, None) if mask.rows is None else mask.rows.chunk(2, dim=1)
-        parts = []
-        for queries, end, keys in zip(q.chunk(2, dim=2), ends, rows, strict=True):
+        dropout_keys = (None, None) if mask.dropout_keys is None else mask.dropout_keys.chunk(2, dim=1)
+        outputs = []
+        for queries, end, keys in zip(q.chunk(2, dim=2), ends, dropout_keys, strict=True):
+            chunk_mask = mask._replace(dropout_keys=keys)
             if mask.causal:
-                parts.append(self.core(queries, k[:, :, :end], v[:, :, :end], mask._replace(rows=keys)))
+                outputs.append(self.core(queries, k[:, :, :end], v[:, :, :end], chunk_mask))
             else:
-                parts.append(
-                    self.core(
-                        queries, k, v, mask._replace(rows=keys, relative=seen_from(mask.relative, end, k.shape[2]))
-                    )
-                )
-        return torch.cat(parts, dim=2)
+                relative = shift_relative_bias(mask.relative, end, k.shape[2])
+                outputs.append(self.core(queries, k, v, chunk_mask._replace(relative=relative)))
+        return torch.cat(outputs, dim=2)
 
 
-def seen_from(relative: Tensor, end: int, length: int) -> Tensor:
-    """The table of biases by distance (layers/mask.py) for queries that end at place `end`, where core attention takes them for the last.
+def shift_relative_bias(relative: Tensor, end: int, length: int) -> Tensor:
+    """The table of biases by distance (layers/mask.py) for queries that end at position `end` of `length` keys.
 
-    It reads the table `length - end` columns too far left, so the columns move there. What comes round the edge is of distances that
-    none of these queries has.
+    Core attention takes the queries for the last ones, and so reads the table `length - end` columns too far left;
+    the columns are moved there. Those that wrap around the edge are of distances that none of these queries has.
     """
     return relative.roll(end - length, dims=1)
 
 
-def join(k: Tensor, v: Tensor, axis: Axis) -> tuple[Tensor, ...]:
-    """Keys and values [b, m, s/c, d] of all processes, in one collective: [b, m, s, d], in the order of the sequence."""
-    held = torch.cat((k.transpose(1, 2), v.transpose(1, 2)), dim=-1)
-    chunks = gather_from_sequence_parallel_region(held, axis).unflatten(1, (axis.size, 2, -1))
+def gather_keys_values(k: Tensor, v: Tensor, axis: Axis) -> tuple[Tensor, ...]:
+    """Gather keys and values [b, m, s/c, d] of all processes, in one collective: [b, m, s, d] in sequence order."""
+    local = torch.cat((k.transpose(1, 2), v.transpose(1, 2)), dim=-1)
+    chunks = gather_from_sequence_parallel_region(local, axis).unflatten(1, (axis.size, 2, -1))
     early, late = chunks.unbind(2)
-    whole = torch.cat((early, late.flip(1)), dim=1).flatten(1, 2).transpose(1, 2)
-    return whole.split((k.shape[-1], v.shape[-1]), dim=-1)
+    keys_values = torch.cat((early, late.flip(1)), dim=1).flatten(1, 2).transpose(1, 2)
+    return keys_values.split((k.shape[-1], v.shape[-1]), dim=-1)

@@ -1,7 +1,7 @@
 """Data parallelism: fully_shard for sharded modes and 16-bit formats, a bucketed all-reduce for float32 replicas.
 
-Bytes per parameter that a rank holds between steps and during accumulation, over d ranks (docs/architecture.md, section 2):
-float32 replicas must not keep a gathered copy beside the master, as fully_shard would; everything else may.
+Float32 replicas must not keep a gathered copy beside the float32 parameters, as fully_shard would; everything else may.
+docs/architecture.md, section 2, has the bytes per parameter that a rank holds between steps and during accumulation.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ from megalith.parallel.mesh import Mesh
 from megalith.parallel.sharding import buckets, to_local
 
 BUCKET = 1 << 23  # elements of gradients that replicas sum in one call: 32 MiB of float32
-IN_FLIGHT = 4  # such sums at one time, each with a copy of its gradients
+IN_FLIGHT = 4  # such sums that run at one time, each with a copy of its gradients
 
 
 def wrap(
     model: nn.Module, blocks: list[nn.Module], mesh: Mesh, parallel: ParallelConfig, precision: PrecisionConfig
 ) -> bool:
-    """Spread `model` over the data-parallel axes; each of `blocks` is gathered and reduced on its own. Works on meta.
+    """Apply fully_shard to `model` over the data-parallel axes; each of `blocks` is gathered and reduced on its own.
 
-    Parameters become DTensors in float32 and are gathered in the compute format; gradients are summed (not averaged:
-    losses are divided by global counts) in float32. Float32 that nothing shards is left alone, as all of this would be copies
-    (`Replicas` sums its gradients). Parameters may be DTensors of the tensor-parallel axis; a float64 model stays float64.
+    Parameters become DTensors in float32 and are gathered in the compute format; gradients are summed in float32 (not
+    averaged: losses are divided by global counts). Float32 replicas are left alone, as all of this would be copies;
+    `Replicas` sums their gradients. Parameters may be DTensors of the tensor-parallel axis, and may be on meta. A
+    float64 model stays float64.
     Returns whether the model was wrapped.
     """
     if precision.compute_dtype == "float32" and (parallel.sharding == "none" or mesh.data_size * mesh.size("cp") == 1):
@@ -60,18 +61,22 @@ def wrap(
 
 
 def _axes(mesh: Mesh, parallel: ParallelConfig) -> DeviceMesh:
-    """fully_shard's mesh: shards, or replicas x shards. Ranks of one sequence (cp) shard like any others, or replicate."""
+    """fully_shard's mesh: shards, or replicas x shards. The cp axis is part of the shards, or without sharding of the
+    replicas.
+    """
     if parallel.sharding == "none":
-        return DeviceMesh._concatenate([mesh.flat("dp_replicate", "dp_shard", "cp"), mesh.devices["dp_shard"]])
+        return DeviceMesh._concatenate([mesh.flat("dp_replicate", "dp_shard", "cp"), mesh.device_mesh["dp_shard"]])
     shards = mesh.flat("dp_shard", "cp")
-    return shards if mesh.size("dp_replicate") == 1 else DeviceMesh._concatenate([mesh.devices["dp_replicate"], shards])
+    if mesh.size("dp_replicate") == 1:
+        return shards
+    return DeviceMesh._concatenate([mesh.device_mesh["dp_replicate"], shards])
 
 
 def shard_dim(parameter: nn.Parameter, shards: int) -> Shard:
-    """Which dimension fully_shard splits: the first, except where the tensor-parallel axis splits that into unequal parts.
+    """Which dimension fully_shard splits: the first, except where the tensor-parallel axis splits that unevenly.
 
-    Shards of unequal parts are not what a DTensor of both axes takes them for: its offsets, and with them initial weights and
-    checkpoints, would be wrong.
+    A DTensor of both axes has the wrong offsets for shards of uneven shards, and with them initial weights and
+    checkpoints would be wrong.
     """
     if (
         not isinstance(parameter, DTensor)
@@ -83,16 +88,17 @@ def shard_dim(parameter: nn.Parameter, shards: int) -> Shard:
         return Shard(1)
     ranks = parameter.device_mesh.size()
     raise ConfigError(
-        f"a parameter of shape {tuple(parameter.shape)}: {ranks} tensor-parallel ranks do not divide its rows, and {shards} data-parallel "
-        f"shards do not divide its columns; one of them must. Use --data-parallel-sharding none, or another --tensor-model-parallel-size."
+        f"A parameter of shape {tuple(parameter.shape)} must have rows that the {ranks} tensor-parallel ranks divide, "
+        f"or columns that the {shards} data-parallel shards divide; it has neither. "
+        f"Use --data-parallel-sharding none, or another --tensor-model-parallel-size."
     )
 
 
-def sync_gradients(model: nn.Module, last: bool, parallel: ParallelConfig, precision: PrecisionConfig) -> None:
-    """Tell a wrapped model whether the coming backward pass is the last of the step: only then are gradients reduced.
+def set_gradient_sync(model: nn.Module, last: bool, parallel: ParallelConfig, precision: PrecisionConfig) -> None:
+    """Announce to a wrapped model whether the next backward pass is the step's last: only that one reduces gradients.
 
-    Under fp16 with sharding every pass reduces, so that no rank holds whole gradients. Under ZeRO-2 gathered 16-bit parameters
-    are kept from pass to pass.
+    Under fp16 with sharding every pass reduces, so that no rank holds whole gradients. Under ZeRO-2 gathered 16-bit
+    parameters are kept from pass to pass.
     """
     if isinstance(model, FSDPModule):
         sharded = parallel.sharding != "none"
@@ -101,10 +107,11 @@ def sync_gradients(model: nn.Module, last: bool, parallel: ParallelConfig, preci
         model.set_reshard_after_backward(last or parallel.sharding == "full" or precision.compute_dtype == "float32")
 
 
-def widen_gradients(model: nn.Module) -> None:
-    """Bring gradients that came after a wrapped model's backward pass, in its compute format, into their float32 sums.
+def upcast_gradients(model: nn.Module) -> None:
+    """Add gradients that came after a wrapped model's backward pass, in its compute format, to their float32 sums.
 
-    fully_shard does so after each backward pass of its own, but late ones would be added up in 16 bits until the next.
+    fully_shard does so after each of its own backward passes; deferred gradients would accumulate in 16 bits until the
+    next one.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -116,14 +123,15 @@ def widen_gradients(model: nn.Module) -> None:
 
 
 class Replicas:
-    """Sums the float32 gradients of replicas, bucket by bucket, while the last backward pass of a step goes on.
+    """All-reduces the float32 gradients of replicas, bucket by bucket, during the last backward pass of a step.
 
-    Buckets start in one order on all ranks, whatever order gradients come in; those not started by the end start in `finish`.
+    Buckets start in one order on all ranks, whatever the order in which gradients are ready; those that have not
+    started by the end of the pass start in `finish`.
     """
 
     def __init__(self, model: nn.Module, mesh: DeviceMesh):
-        """model: with its memory, as hooks do not survive to_empty. mesh: the ranks that hold copies, one axis."""
-        self.group, self.armed = mesh.get_group(), False
+        """model: not on meta, as hooks do not survive to_empty. mesh: the ranks that hold copies, one axis."""
+        self.group, self.sync = mesh.get_group(), False
         trained = [parameter for parameter in reversed(list(model.parameters())) if parameter.requires_grad]
         self.buckets = [list(bucket) for bucket in buckets(trained, BUCKET)]
         self.waiting: list[set[int]] = []
@@ -135,13 +143,13 @@ class Replicas:
                     lambda parameter, number=number: self._ready(parameter, number)
                 )
 
-    def arm(self, last: bool) -> None:
-        """Announce whether the coming backward pass is the last of the step."""
-        self.armed = last
+    def set_gradient_sync(self, last: bool) -> None:
+        """Announce whether the next backward pass is the last of the step."""
+        self.sync = last
         self.waiting = [{id(parameter) for parameter in bucket} for bucket in self.buckets] if last else []
 
     def _ready(self, parameter: nn.Parameter, number: int) -> None:
-        if self.armed:
+        if self.sync:
             self.waiting[number].discard(id(parameter))
             while self.started < len(self.buckets) and not self.waiting[self.started]:
                 self._start()
@@ -167,9 +175,9 @@ class Replicas:
         torch._foreach_copy_(gradients, [part.view(gradient.shape) for part, gradient in zip(parts, gradients)])
 
     def finish(self) -> None:
-        """Wait for all sums; the gradients are then those of all replicas."""
+        """Wait for all sums; the gradients are then summed over all replicas."""
         while self.started < len(self.buckets):
             self._start()
         while self.in_flight:
             self._end()
-        self.started, self.armed = 0, False
+        self.started, self.sync = 0, False

@@ -1,4 +1,4 @@
-"""Embeddings on the tensor-parallel axis. num_embeddings is that of the whole table."""
+"""Embeddings on the tensor-parallel axis. num_embeddings is that of the unsharded table."""
 
 from __future__ import annotations
 
@@ -12,18 +12,14 @@ from megalith.parallel.sharding import shard_range, to_local
 
 
 class ParallelEmbedding(nn.Embedding):
-    """What the embeddings on the axis share."""
+    """Base of the embeddings on the axis."""
 
     partial_gradients: tuple[str, ...] = ()
 
     def __init__(self, old: nn.Embedding, axis: Axis):
         nn.Module.__init__(self)
-        self.num_embeddings, self.embedding_dim, self.weight, self.axis = (
-            old.num_embeddings,
-            old.embedding_dim,
-            old.weight,
-            axis,
-        )
+        self.num_embeddings, self.embedding_dim = old.num_embeddings, old.embedding_dim
+        self.weight, self.axis = old.weight, axis
 
 
 class VocabParallelEmbedding(ParallelEmbedding):
@@ -35,32 +31,32 @@ class VocabParallelEmbedding(ParallelEmbedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [b, s] -> [b, s, h], under sequence parallelism [b, s/t, h]."""
-        self.axis.check(ids.shape[1])
+        self.axis.check_length(ids.shape[1])
         row = ids - self.first
-        here = (row >= 0) & (row < self.number)
-        x = F.embedding(torch.where(here, row, 0), to_local(self.weight))
-        return reduce_from_tensor_model_parallel_region(torch.where(here[..., None], x, 0.0), self.axis)
+        local = (row >= 0) & (row < self.number)
+        x = F.embedding(torch.where(local, row, 0), to_local(self.weight))
+        return reduce_from_tensor_model_parallel_region(torch.where(local[..., None], x, 0.0), self.axis)
 
 
 class SequenceParallelEmbedding(ParallelEmbedding):
-    """An embedding that every rank holds whole; under sequence parallelism it looks up its part of the sequence."""
+    """A replicated embedding; under sequence parallelism each rank looks up its shard of the sequence."""
 
     def __init__(self, old: nn.Embedding, axis: Axis):
         super().__init__(old, axis)
-        self.partial_gradients = ("weight",) if axis.sequence else ()
+        self.partial_gradients = ("weight",) if axis.sequence_parallel else ()
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [b, s] -> [b, s, h] or [b, s/t, h]."""
-        return F.embedding(self.axis.part(ids), to_local(self.weight))
+        return F.embedding(self.axis.sequence_shard(ids), to_local(self.weight))
 
 
 class ParallelRelativeBias(nn.Module):
-    """A relative bias, of which each rank holds its heads (layers/positions.py, RelativeBias)."""
+    """A relative bias (layers/positions.py, RelativeBias), split by heads."""
 
     def __init__(self, old: nn.Module, axis: Axis):
         super().__init__()
-        self.weight, self.buckets, self.parts, self.axis = old.weight, old.buckets, old.parts, axis
+        self.weight, self.buckets, self.sequence_shards, self.axis = old.weight, old.buckets, old.sequence_shards, axis
 
     def forward(self, length: int) -> Tensor:
-        """As RelativeBias, for the heads here."""
-        return F.embedding(self.buckets(length * self.parts, self.weight.device), to_local(self.weight)).t()
+        """As RelativeBias.forward, for this rank's heads."""
+        return F.embedding(self.buckets(length * self.sequence_shards, self.weight.device), to_local(self.weight)).t()

@@ -1,7 +1,9 @@
-"""Into tensor-parallel regions and out of them: Megatron's mappings, with their gradients.
+"""Collectives into and out of tensor-parallel regions, with their gradients: Megatron's mappings.py.
 
 Shoeybi et al., 2019 (arXiv 1909.08053), figure 3: copy is f, reduce is g. Korthikanti et al., 2022 (arXiv 2205.05198),
-figure 5: gather and reduce-scatter of the sequence. Shapes: b batch, s sequence, h hidden, t ranks of the axis.
+figure 5: gather and reduce-scatter of the sequence. Unlike Megatron's, copy and reduce become those by themselves where
+the axis has sequence parallelism. All are waited for at once; column-parallel layers, whose backward collectives
+overlap products, have their own (matmul.py). Shapes: b batch, s sequence, h hidden, t ranks of the axis.
 """
 
 from __future__ import annotations
@@ -11,37 +13,52 @@ from torch import Tensor
 
 from megalith.parallel.collectives import (
     Axis,
-    finish_gather,
-    gather_columns,
-    start_gather,
-    start_scatter,
-    start_sum,
+    finish_all_gather,
+    gather_last_dim,
+    start_all_gather,
+    start_all_reduce,
+    start_reduce_scatter,
     wait,
 )
 
 
 def copy_to_tensor_model_parallel_region(x: Tensor, axis: Axis) -> Tensor:
-    """[b, s, h] as it is, its gradient summed; under sequence parallelism `gather_from_sequence_parallel_region`."""
-    return gather_from_sequence_parallel_region(x, axis) if axis.sequence else _Copy.apply(x, axis.group)
+    """[b, s, h] unchanged, its gradient all-reduced; under sequence parallelism shards [b, s/t, h] are gathered.
+
+    The latter is `gather_from_sequence_parallel_region`.
+    """
+    return gather_from_sequence_parallel_region(x, axis) if axis.sequence_parallel else _Copy.apply(x, axis.group)
 
 
 def reduce_from_tensor_model_parallel_region(x: Tensor, axis: Axis) -> Tensor:
-    """[b, s, h] summed, its gradient as it is; under sequence parallelism reduce-scattered to [b, s/t, h]."""
-    return _ReduceScatter.apply(x, axis.size, axis.group) if axis.sequence else _Reduce.apply(x, axis.group)
+    """[b, s, h] all-reduced, its gradient unchanged; under sequence parallelism reduce-scattered to [b, s/t, h].
+
+    The gradient of the latter is all-gathered to [b, s, h].
+    """
+    return _ReduceScatter.apply(x, axis.size, axis.group) if axis.sequence_parallel else _Reduce.apply(x, axis.group)
 
 
 def gather_from_tensor_model_parallel_region(x: Tensor, axis: Axis) -> Tensor:
-    """Columns [..., n] joined, [..., n t]. What follows is alike on all ranks: each has its part of the gradient."""
-    return _GatherColumns.apply(x, axis.size, axis.rank, axis.group)
+    """[..., n] of all ranks, concatenated to [..., n x t].
+
+    All ranks compute the same from it, so each takes its own n of the gradient, without a collective.
+    """
+    return _GatherLastDim.apply(x, axis.size, axis.rank, axis.group)
 
 
 def gather_from_sequence_parallel_region(x: Tensor, axis: Axis) -> Tensor:
-    """Parts [b, s/t, h] of the sequence joined, [b, s, h]; the gradient is reduce-scattered."""
+    """Shards [b, s/t, h] of the sequence, gathered to [b, s, h]; the gradient is reduce-scattered.
+
+    It gathers whether or not `axis.sequence_parallel` is set (context.py uses it too).
+    """
     return _GatherSequence.apply(x, axis.size, axis.group)
 
 
 def broadcast_from_first_rank(x: Tensor, axis: Axis) -> Tensor:
-    """Rank 0's tensor on all. What follows is the same on all ranks, so its gradient is that of rank 0."""
+    """Rank 0's x on all ranks, by an all-reduce in which the others add zeros.
+
+    All ranks compute the same from it, so rank 0 takes its own gradient, the others zeros, without a collective.
+    """
     return _Broadcast.apply(x, axis.rank == 0, axis.group)
 
 
@@ -53,13 +70,13 @@ class _Copy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor):  # type: ignore[override]
-        return wait(start_sum(gradient, ctx.group)), None
+        return wait(start_all_reduce(gradient, ctx.group)), None
 
 
 class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, group: str) -> Tensor:
-        return wait(start_sum(x, group))
+        return wait(start_all_reduce(x, group))
 
     @staticmethod
     def backward(ctx, gradient: Tensor):  # type: ignore[override]
@@ -70,29 +87,29 @@ class _GatherSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, size: int, group: str) -> Tensor:
         ctx.size, ctx.group = size, group
-        return finish_gather(start_gather(x, size, group), size)
+        return finish_all_gather(start_all_gather(x, size, group), size)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):  # type: ignore[override]
-        return wait(start_scatter(gradient, ctx.size, ctx.group)), None, None
+        return wait(start_reduce_scatter(gradient, ctx.size, ctx.group)), None, None
 
 
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, size: int, group: str) -> Tensor:
         ctx.size, ctx.group = size, group
-        return wait(start_scatter(x, size, group))
+        return wait(start_reduce_scatter(x, size, group))
 
     @staticmethod
     def backward(ctx, gradient: Tensor):  # type: ignore[override]
-        return finish_gather(start_gather(gradient, ctx.size, ctx.group), ctx.size), None, None
+        return finish_all_gather(start_all_gather(gradient, ctx.size, ctx.group), ctx.size), None, None
 
 
-class _GatherColumns(torch.autograd.Function):
+class _GatherLastDim(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, size: int, rank: int, group: str) -> Tensor:
         ctx.first, ctx.number = x.shape[-1] * rank, x.shape[-1]
-        return gather_columns(x, size, group)
+        return gather_last_dim(x, size, group)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):  # type: ignore[override]
@@ -101,10 +118,10 @@ class _GatherColumns(torch.autograd.Function):
 
 class _Broadcast(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, mine: bool, group: str) -> Tensor:
-        ctx.mine = mine
-        return wait(start_sum(x if mine else torch.zeros_like(x), group))
+    def forward(ctx, x: Tensor, is_source: bool, group: str) -> Tensor:
+        ctx.is_source = is_source
+        return wait(start_all_reduce(x if is_source else torch.zeros_like(x), group))
 
     @staticmethod
     def backward(ctx, gradient: Tensor):  # type: ignore[override]
-        return gradient if ctx.mine else torch.zeros_like(gradient), None, None
+        return gradient if ctx.is_source else torch.zeros_like(gradient), None, None

@@ -1,10 +1,13 @@
-"""The one seam for products of linear layers, y = x W^T + b: the output, its input's gradient and its weight's.
+"""The matrix products of linear layers, y = x W^T + b: the output, the input's gradient and the weight's.
 
-All linear layers of a placed model compute with one `Matmul`, and `use` gives them another. A number format of its own
-(FP8) is a Matmul with other products. Gradients of weights that come later (zero-bubble, pipeline_deferred.py) or are
-added up elsewhere than in `.grad` are a Matmul with a `sink`. Without `use`, layers that are not split stay torch's.
-Outside it: the head with its loss (layers/loss.py), whose logits are made and used up chunk by chunk; attention.
-Shapes: b batch, s sequence, t ranks of the axis, n rows: all tokens.
+All linear layers that a tensor-parallel plan has split or replicated compute with one `Matmul`; `set_matmul` gives all
+linear layers of a model another. A number format of its own (FP8) is a Matmul with other products. Weight gradients
+that are deferred (zero bubble, parallel/pipeline/deferred.py) or accumulated elsewhere than in `.grad` need a Matmul
+with a `sink`. Without `set_matmul`, layers that no plan names stay torch's.
+Not covered: the head with its loss (layers/loss.py), which uses up its logits chunk by chunk; the products of queries,
+keys and values in attention.
+Shapes: b batch, s sequence, t ranks of the axis, m = b x s tokens. in, out: features, in a split layer this rank's.
+What is split and which collective runs where: the table in linear.py.
 """
 
 from __future__ import annotations
@@ -17,27 +20,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megalith.parallel.collectives import Axis, finish_gather, start_gather, start_scatter, start_sum, wait
+from megalith.parallel.collectives import (
+    Axis,
+    finish_all_gather,
+    start_all_gather,
+    start_all_reduce,
+    start_reduce_scatter,
+    wait,
+)
 
 
 class Sink(Protocol):
-    """Takes the gradients of weights and biases in autograd's stead."""
+    """Takes the gradients of weights and biases instead of autograd."""
 
     def put(self, parameter: Tensor, compute: Callable[[], Tensor]) -> None:
-        """compute: makes the gradient of `parameter`; to be called once, in the same order on all ranks.
+        """compute: returns the gradient of `parameter`; to be called once, in the same order on all ranks.
 
-        Of a layer that is split, `parameter` is the local tensor behind the model's DTensor: what gives the gradient
-        back to autograd there (pipeline_deferred.py) works in every layout. What keeps it elsewhere sees one such tensor
-        for each micro-batch, and gradients that are partial sums over the ranks (sharding.sum_gradients) without it.
+        The order matters because under sequence parallelism it may gather the layer's input. Of a layer that a plan
+        names, `parameter` is the local tensor of the model's DTensor. A sink that gives the gradient back to autograd
+        there (pipeline/deferred.py) works in every layout. One that keeps it elsewhere gets another such tensor for
+        each micro-batch, and must sum partial gradients itself (as sharding.py, sum_partial_gradients).
         """
 
 
 class Matmul:
-    """The three products (fprop, dgrad, wgrad), on plain tensors of what this rank holds."""
+    """The three products of local tensors: `output` (fprop), `input_gradient` (dgrad), `weight_gradient` (wgrad)."""
 
     def __init__(self, sink: Sink | None = None):
-        """sink: what gets the gradients of weights and biases, uncomputed (a bias that is added to the sum of several
-        ranks' products stays autograd's); None: autograd, in the backward pass.
+        """sink: gets functions that compute the gradients of weights and biases; None: autograd computes them.
+
+        The bias of a row-parallel layer, which is added after the sum over the ranks, stays with autograd.
         """
         self.sink = sink
 
@@ -46,41 +58,48 @@ class Matmul:
         return F.linear(x, weight, bias)
 
     def input_gradient(self, gradient: Tensor, weight: Tensor, total: Tensor | None = None) -> Tensor:
-        """gradient [n, out] of the output, weight [out, in] -> [n, in]; plus `total`, that of other layers of x."""
+        """gradient [m, out] of the output, weight [out, in] -> [m, in].
+
+        total: the sum [m, in] of the input gradients of other layers of the same x, to which this one is added.
+        """
         return gradient @ weight if total is None else torch.addmm(total, gradient, weight)
 
     def weight_gradient(self, gradient: Tensor, x: Tensor) -> Tensor:
-        """gradient [n, out] of the output, x [n, in] -> [out, in]."""
+        """gradient [m, out] of the output, x [m, in] -> [out, in]."""
         return gradient.t() @ x
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, matmul: Matmul) -> Tensor:
-    """x [..., in], weight [out, in], bias [out] -> [..., out]."""
-    return linears(x, (weight,), (bias,), matmul)[0]
+    """x [..., in], weight [out, in], bias [out] -> [..., out]; no collective."""
+    return linears_of_one_input(x, (weight,), (bias,), matmul)[0]
 
 
-def linears(
+def linears_of_one_input(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], matmul: Matmul, axis: Axis | None = None
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """The outputs [b, s, out/t] of several layers of one input x [b, s, in].
+    """The outputs [b, s, out] of several layers of one input x [b, s, in]: one tensor for each layer.
 
-    axis: weights [out/t, in] and biases [out/t] are this rank's; x is gathered, under sequence parallelism from
-        [b, s/t, in], and its gradient summed. None: x is what the layers multiply, of any number of dimensions.
+    weights, biases: [out, in] and [out] (or None) of each layer; of layers split by outputs, this rank's.
+    axis: over its ranks the gradient of x is all-reduced. Under sequence parallelism x is [b, s/t, in], gathered to
+        [b, s, in], and its gradient is reduce-scattered. None: no collective, and x has any number of dimensions.
     """
     parameters = (*weights, *biases)
     if matmul.sink is None:
         return _Linears.apply(x, matmul, axis, None, *parameters)
     if not x.requires_grad and any(each is not None and each.requires_grad for each in parameters):
-        x = x.detach().requires_grad_()  # without any input that needs a gradient there would be no backward pass
+        # Without any input that needs a gradient there would be no backward pass. That of x is computed in vain.
+        x = x.detach().requires_grad_()
     # Detached, so that autograd's own backward pass stops at the activations.
     detached = (None if each is None else each.detach() for each in parameters)
     return _Linears.apply(x, matmul, axis, parameters, *detached)
 
 
 class _Linears(torch.autograd.Function):
-    """Backward, the gradient of x is on its way over the axis while those of the weights are computed.
+    """In the backward pass the collective of x's gradient overlaps the products of the weights' gradients.
 
-    Only the local part of x is kept, and gathered again meanwhile, so that sequence parallelism divides its memory.
+    Under sequence parallelism only the local shard of x is kept, so that its memory is divided by t. It is gathered
+    again for the weight gradients, and that overlaps the product of the input gradient. With a sink, which computes
+    the weight gradients itself, neither collective overlaps products.
     """
 
     @staticmethod
@@ -93,52 +112,67 @@ class _Linears(torch.autograd.Function):
         x, matmul, axis, targets, *parameters = arguments
         weights, biases = _halves(parameters)
         ctx.matmul, ctx.axis, ctx.targets = matmul, axis, targets
-        ctx.sequence = axis is not None and axis.sequence
+        ctx.sequence_parallel = axis is not None and axis.sequence_parallel
         ctx.save_for_backward(x, *weights)
-        whole = finish_gather(start_gather(x, axis.size, axis.group), axis.size) if ctx.sequence else x
-        return tuple(matmul.output(whole, weight, bias) for weight, bias in zip(weights, biases))
+        if ctx.sequence_parallel:
+            x = finish_all_gather(start_all_gather(x, axis.size, axis.group), axis.size)
+        return tuple(matmul.output(x, weight, bias) for weight, bias in zip(weights, biases))
 
     @staticmethod
     def backward(ctx, *gradients: Tensor):  # type: ignore[override]
         x, *weights = ctx.saved_tensors
         matmul, axis, trained = ctx.matmul, ctx.axis, ctx.needs_input_grad[4:]
-        rows = [_rows(gradient) for gradient in gradients]
+        # Gradients with respect to the outputs, [m, out] of each; likewise by_input, by_weight and by_bias.
+        by_output = [_by_token(gradient) for gradient in gradients]
         if ctx.targets is not None:
-            _put(matmul, axis if ctx.sequence else None, x, rows, ctx.targets)
-        gather = ctx.sequence and any(trained)
-        whole = start_gather(x, axis.size, axis.group) if gather else x
+            _give_to_sink(matmul, axis if ctx.sequence_parallel else None, x, by_output, ctx.targets)
+        gather = ctx.sequence_parallel and any(trained)
+        gathered = start_all_gather(x, axis.size, axis.group) if gather else x
         by_input = None
         if ctx.needs_input_grad[0]:
-            for row, weight in zip(rows, weights):
-                by_input = matmul.input_gradient(row, weight, by_input)
+            for gradient, weight in zip(by_output, weights):
+                by_input = matmul.input_gradient(gradient, weight, by_input)
             by_input = by_input.view(*gradients[0].shape[:-1], -1)
-            if axis is not None:
-                start = functools.partial(start_scatter, size=axis.size) if ctx.sequence else start_sum
-                by_input = start(by_input, group=axis.group)
-        flat = _rows(finish_gather(whole, axis.size) if gather else whole)
-        by_weight = [matmul.weight_gradient(row, flat) if needed else None for row, needed in zip(rows, trained)]
-        by_bias = [row.sum(dim=0) if needed else None for row, needed in zip(rows, trained[len(rows) :])]
+            if ctx.sequence_parallel:
+                by_input = start_reduce_scatter(by_input, axis.size, axis.group)
+            elif axis is not None:
+                by_input = start_all_reduce(by_input, axis.group)
+        flat = _by_token(finish_all_gather(gathered, axis.size) if gather else gathered)
+        by_weight = [
+            matmul.weight_gradient(gradient, flat) if needed else None for gradient, needed in zip(by_output, trained)
+        ]
+        by_bias = [
+            gradient.sum(dim=0) if needed else None for gradient, needed in zip(by_output, trained[len(weights) :])
+        ]
         if by_input is not None and axis is not None:
             by_input = wait(by_input)
         return by_input, None, None, None, *by_weight, *by_bias
 
 
-def _put(matmul: Matmul, axis: Axis | None, x: Tensor, rows: Sequence[Tensor], targets: tuple) -> None:
-    """Give the sink what computes the gradients of `targets`. axis: where x is a part of the sequence."""
+def _give_to_sink(
+    matmul: Matmul, axis: Axis | None, x: Tensor, by_output: Sequence[Tensor], targets: tuple
+) -> None:  # fmt: skip
+    """Give the sink functions that compute the gradients of `targets`, weights and as many biases.
+
+    axis: along which x [b, s/t, in] is to be gathered, once for all of the weights; None: x is whole.
+    by_output: the gradient [m, out] of each layer's output.
+    """
 
     @functools.cache
-    def whole() -> Tensor:
-        return _rows(x if axis is None else finish_gather(start_gather(x, axis.size, axis.group), axis.size))
+    def gathered() -> Tensor:
+        whole = x if axis is None else finish_all_gather(start_all_gather(x, axis.size, axis.group), axis.size)
+        return _by_token(whole)
 
-    for row, weight, bias in zip(rows, *_halves(targets)):
+    for gradient, weight, bias in zip(by_output, *_halves(targets)):
         if weight.requires_grad:
-            matmul.sink.put(weight, functools.partial(lambda row: matmul.weight_gradient(row, whole()), row))
+            compute = functools.partial(lambda gradient: matmul.weight_gradient(gradient, gathered()), gradient)
+            matmul.sink.put(weight, compute)
         if bias is not None and bias.requires_grad:
-            matmul.sink.put(bias, functools.partial(row.sum, dim=0))
+            matmul.sink.put(bias, functools.partial(gradient.sum, dim=0))
 
 
-def _rows(x: Tensor) -> Tensor:
-    """[..., m] -> [n, m]."""
+def _by_token(x: Tensor) -> Tensor:
+    """[..., features] -> [m, features]."""
     return x.reshape(-1, x.shape[-1])
 
 
@@ -161,13 +195,13 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias, self.matmul)
 
 
-def use(matmul: Matmul, model: nn.Module) -> None:
-    """Make all linear layers in `model` compute with `matmul`; it may be a stage, and split by a plan."""
-    made: dict[nn.Module, Linear] = {}  # a layer may have several names
+def set_matmul(matmul: Matmul, model: nn.Module) -> None:
+    """Make all linear layers in `model` compute with `matmul`; the model may be a stage, and split by a plan."""
+    replaced: dict[nn.Module, Linear] = {}  # a layer may have several names
     for module in list(model.modules()):
         for name, child in module._modules.items():
             if type(child) is nn.Linear:
-                module._modules[name] = made.setdefault(child, Linear(child))
+                module._modules[name] = replaced.setdefault(child, Linear(child))
     for module in model.modules():
         if isinstance(module, Linear):
             module.matmul = matmul

@@ -1,11 +1,10 @@
-"""The grid of processes, as one value that is passed by hand."""
+"""The device mesh of all processes, as one value that functions pass on; nothing here is global."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import datetime
-import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -14,39 +13,40 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from megalith.common import environment as variables
 from megalith.common.errors import ConfigError, RankError
-from megalith.config import launched
+from megalith.config import environment
 from megalith.config.sections.parallel import ParallelConfig
-from megalith.parallel.devices import backend_of, pick
+from megalith.parallel.devices import backend_of, pick_device
 
-SILENCE = 20.0  # seconds of waiting for others before that is said
+NOTICE_AFTER = 20.0  # seconds of waiting for other processes before a line says so
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # tp varies fastest, as in Megatron's rank order
 
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """This process's place in the grid. Axes: pp, dp_replicate, dp_shard, cp, tp."""
+    """torch's DeviceMesh as this process sees it. Axes: pp, dp_replicate, dp_shard, cp, tp."""
 
     device: torch.device
-    devices: DeviceMesh
+    device_mesh: DeviceMesh
 
     @property
-    def rank(self) -> int:
-        """Global number of this process."""
+    def global_rank(self) -> int:
+        """Rank of this process among all processes."""
         return dist.get_rank()
 
     @property
     def world_size(self) -> int:
         """Number of processes."""
-        return self.devices.size()
+        return self.device_mesh.size()
 
     def size(self, axis: str) -> int:
         """Processes along an axis."""
-        return self.devices.size(AXES.index(axis))
+        return self.device_mesh.size(AXES.index(axis))
 
-    def place(self, axis: str) -> int:
-        """Number of this process along an axis."""
-        return self.devices.get_local_rank(axis)
+    def rank(self, axis: str) -> int:
+        """Rank of this process along an axis."""
+        return self.device_mesh.get_local_rank(axis)
 
     @property
     def data_size(self) -> int:
@@ -55,32 +55,32 @@ class Mesh:
 
     @property
     def data_rank(self) -> int:
-        """Number of this process among the data-parallel ones."""
-        return self.place("dp_replicate") * self.size("dp_shard") + self.place("dp_shard")
+        """Rank of this process among the data-parallel ones."""
+        return self.rank("dp_replicate") * self.size("dp_shard") + self.rank("dp_shard")
 
     @property
-    def is_main(self) -> bool:
-        """Whether this process writes files and speaks."""
-        return self.rank == 0
+    def is_main_process(self) -> bool:
+        """Whether this is the process that writes the run's files and log lines."""
+        return self.global_rank == 0
 
     def flat(self, *axes: str) -> DeviceMesh:
-        """Several neighbouring axes as one."""
-        return self.devices[axes]._flatten("_".join(axes)) if len(axes) > 1 else self.devices[axes[0]]
+        """Several neighbouring axes, flattened to one."""
+        return self.device_mesh[axes]._flatten("_".join(axes)) if len(axes) > 1 else self.device_mesh[axes[0]]
 
-    def share(self, values: torch.Tensor) -> torch.Tensor:
+    def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of `values` over all processes, in place."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum of `values` over the processes that read different tokens (data-parallel and context-parallel), in place."""
+    def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum of `values` over the processes that read different tokens (axes dp and cp), in place."""
         if self.data_size * self.size("cp") > 1:
             dist.all_reduce(values, group=self.flat("dp_replicate", "dp_shard", "cp").get_group())
         return values
 
-    def gather(self, values: torch.Tensor) -> torch.Tensor:
-        """`values` [...] of the processes that read different tokens, [data-parallel x context-parallel, ...], cp fastest."""
+    def gather_over_data(self, values: torch.Tensor) -> torch.Tensor:
+        """`values` [...] of all processes that read different tokens: [dp x cp, ...], where cp varies fastest."""
         size = self.data_size * self.size("cp")
         gathered = values.new_empty((size, *values.shape))
         if size == 1:
@@ -90,25 +90,26 @@ class Mesh:
         return gathered
 
 
-def start(config: ParallelConfig) -> Mesh:
-    """Join the process group, and make the mesh over it."""
-    return grid(config, join(config))
+def init_mesh(config: ParallelConfig) -> Mesh:
+    """Initialize the process group, and build the mesh over it."""
+    return build_mesh(config, init_distributed(config))
 
 
-def join(config: ParallelConfig) -> torch.device:
-    """Join the process group that the launcher's variables describe (torchrun's; none of them means one process).
+def init_distributed(config: ParallelConfig) -> torch.device:
+    """Initialize the process group from the launcher's environment variables. Returns this process's device.
 
-    A group that the caller has made is used as it is. Returns this process's device.
+    The variables are those of torchrun; without them there is one process. A group that the caller has initialized is
+    used as it is.
     Raises ConfigError where the variables are wrong, RankError where the processes do not meet.
     """
     if not dist.is_initialized():
-        launched.check_connection()
-    device = pick(config.device)
+        environment.check_connection()
+    device = pick_device(config.device)
     if not dist.is_initialized():
         backend = backend_of(device, config.distributed_backend)
         timeout = datetime.timedelta(minutes=config.distributed_timeout_minutes)
-        if launched.world_size() > 1:
-            with _meeting(config):
+        if environment.world_size() > 1:
+            with _waiting_for_others(config):
                 dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
         else:
             dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
@@ -116,29 +117,29 @@ def join(config: ParallelConfig) -> torch.device:
 
 
 @contextlib.contextmanager
-def _meeting(config: ParallelConfig) -> Iterator[None]:
-    """Around the wait for the other processes: a line where it takes long, and an error where they do not come."""
-    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    who = f"rank {launched.rank()} of {launched.world_size()}"
+def _waiting_for_others(config: ParallelConfig) -> Iterator[None]:
+    """Around the wait for the other processes: print a line where it takes long, raise RankError where they fail."""
+    address = f"{variables.main_address()}:{variables.main_port()}"
+    who = f"rank {environment.rank()} of {environment.world_size()}"
     rule = "Each process is started once, with a RANK of its own and the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE"
     line = (
-        f"megalith: {who} has waited {SILENCE:g} s at {place} for the others, and goes on waiting for up to "
+        f"megalith: {who} has waited {NOTICE_AFTER:g} s at {address} for the others, and waits on for up to "
         f"--distributed-timeout-minutes {config.distributed_timeout_minutes:g}. {rule}."
     )
-    timer = threading.Timer(SILENCE, lambda: print(line, file=sys.stderr, flush=True))
+    timer = threading.Timer(NOTICE_AFTER, lambda: print(line, file=sys.stderr, flush=True))
     timer.daemon = True
     timer.start()
     try:
         yield
     except (RuntimeError, ValueError, OSError) as error:
         first_line = str(error).strip().partition("\n")[0]
-        raise RankError(f"{who} did not meet the others at {place}. {rule}. ({first_line})") from error
+        raise RankError(f"{who} did not meet the others at {address}. {rule}. ({first_line})") from error
     finally:
         timer.cancel()
 
 
-def grid(config: ParallelConfig, device: torch.device) -> Mesh:
-    """The mesh of the degrees in `config` over the whole process group."""
+def build_mesh(config: ParallelConfig, device: torch.device) -> Mesh:
+    """The mesh over the whole process group, with the parallel sizes of `config`."""
     world = dist.get_world_size()
     fixed = config.model_parallel_size * config.data_parallel_replicas
     if world % fixed:

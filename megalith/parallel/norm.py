@@ -1,7 +1,7 @@
-"""Norms that every rank of the tensor-parallel axis holds whole.
+"""Norms that are replicated on the tensor-parallel axis.
 
-Under sequence parallelism each rank sees a part of the tokens, and a norm of single heads a part of the heads: their
-gradients are partial.
+Their gradients are partial where each rank sees other tokens (sequence parallelism) or other heads (a norm of each
+query and key head).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, with weights on the axis; one with a formula of its own has it as `compute` (layers/norm.py)."""
+    """torch's, with weights on the axis. A subclass with another formula has it as `compute` (layers/norm.py)."""
 
     def __init__(self, old: nn.RMSNorm, axis: Axis, partial_gradients: tuple[str, ...]):
         nn.Module.__init__(self)

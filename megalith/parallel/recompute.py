@@ -1,6 +1,6 @@
-"""Activations that are computed again in the backward pass instead of kept (Korthikanti et al., 2022, arXiv 2205.05198).
+"""Activations that are recomputed in the backward pass instead of kept (Korthikanti et al., 2022, arXiv 2205.05198).
 
-Everything random is a function of seed, step and place (layers/dropout.py), so the second time gives the same numbers.
+Dropout masks are a function of seed, step and position (layers/dropout.py), so recomputation gives the same numbers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def apply(model: nn.Module, config: RecomputeConfig) -> None:
             for attention in attentions(layer):
                 attention.core = Recomputed(attention.core)
     elif config.granularity == "full":
-        run = in_groups if (config.recompute_method or "uniform") == "uniform" else first_ones
+        run = uniform if (config.recompute_method or "uniform") == "uniform" else block
         model.run_layers = functools.partial(run, config.recompute_num_layers, model.run_layers)
 
 
@@ -34,19 +34,19 @@ class Recomputed(nn.Module):
         self.core = core
 
     def forward(self, *inputs) -> Tensor:
-        """As the module inside."""
+        """As the forward of `core`."""
         return checkpoint(self.core, *inputs, use_reentrant=False)
 
 
-def in_groups(size: int, run, layers: Sequence[nn.Module], x: Tensor, *given) -> Tensor:
-    """Uniform: of each `size` layers, only the input is kept. run: how a model runs layers, as run(layers, x, *given)."""
+def uniform(size: int, run, layers: Sequence[nn.Module], x: Tensor, *arguments) -> Tensor:
+    """Of every `size` layers, only the input is kept. run: how the model runs layers, as run(layers, x, *arguments)."""
     for start in range(0, len(layers), size):
-        x = checkpoint(run, layers[start : start + size], x, *given, use_reentrant=False)
+        x = checkpoint(run, layers[start : start + size], x, *arguments, use_reentrant=False)
     return x
 
 
-def first_ones(count: int, run, layers: Sequence[nn.Module], x: Tensor, *given) -> Tensor:
-    """Block: of each of the first `count` layers only the input is kept, and everything of the others."""
+def block(count: int, run, layers: Sequence[nn.Module], x: Tensor, *arguments) -> Tensor:
+    """Of each of the first `count` layers only the input is kept, and everything of the others."""
     for layer in layers[:count]:
-        x = checkpoint(run, [layer], x, *given, use_reentrant=False)
-    return run(layers[count:], x, *given)
+        x = checkpoint(run, [layer], x, *arguments, use_reentrant=False)
+    return run(layers[count:], x, *arguments)

@@ -1,4 +1,4 @@
-"""Sequence parallelism: what sees a part of the sequence beside layers, norms and embeddings; how to do without."""
+"""Sequence parallelism of modules other than layers, norms and embeddings; and how to switch it off for evaluation."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from megalith.parallel.mappings import broadcast_from_first_rank
 
 
 class FirstToken(nn.Module):
-    """The first token of sequences of which each rank holds a part. What follows is the same on all ranks."""
+    """The first token of sequences of which each rank holds a shard. Every rank computes the same from it."""
 
     def __init__(self, axis: Axis):
         super().__init__()
         self.axis = axis
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [b, s/t, h] -> [b, h], that of the first rank."""
-        return broadcast_from_first_rank(x[:, 0], self.axis) if self.axis.sequence else x[:, 0]
+        """x [b, s/t, h] -> [b, h], the first rank's first token."""
+        return broadcast_from_first_rank(x[:, 0], self.axis) if self.axis.sequence_parallel else x[:, 0]
 
 
 class SequenceParallelDropout(nn.Module):
-    """Dropout of this rank's part of the sequence, keyed by that part of `rows`."""
+    """Dropout of this rank's shard of the sequence, by that shard of the dropout keys."""
 
     def __init__(self, dropout: nn.Module, axis: Axis):
         super().__init__()
         self.dropout, self.axis = dropout, axis
 
-    def forward(self, x: Tensor, rows: Tensor | None) -> Tensor:
-        """x [b, s/t, h], rows [b, s]."""
-        return self.dropout(x, None if rows is None else self.axis.part(rows))
+    def forward(self, x: Tensor, dropout_keys: Tensor | None) -> Tensor:
+        """x [b, s/t, h], dropout_keys [b, s]."""
+        return self.dropout(x, None if dropout_keys is None else self.axis.sequence_shard(dropout_keys))
 
 
 @contextlib.contextmanager
-def whole_sequences(model: nn.Module) -> Iterator[None]:
-    """Evaluate with sequences whole on every rank, so that any length works (generation). Not for training."""
+def unsharded_sequences(model: nn.Module) -> Iterator[None]:
+    """Evaluate without sequence parallelism, so that any length works (generation). Not for training."""
     found = (getattr(module, "axis", None) for module in model.modules())
-    axes = {id(axis): axis for axis in found if isinstance(axis, Axis) and axis.sequence}
+    axes = {id(axis): axis for axis in found if isinstance(axis, Axis) and axis.sequence_parallel}
     for axis in axes.values():
-        axis.sequence = False
+        axis.sequence_parallel = False
     try:
         yield
     finally:
         for axis in axes.values():
-            axis.sequence = True
+            axis.sequence_parallel = True

@@ -1,4 +1,4 @@
-"""Styles: what a plan may say of a module. Each takes (module, its parent, axis) and returns what takes its place."""
+"""Styles: what a plan may say of a module. Each takes (module, its parent, axis) and returns the replacement."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from megalith.parallel.collectives import Axis
 from megalith.parallel.embedding import ParallelRelativeBias, SequenceParallelEmbedding, VocabParallelEmbedding
 from megalith.parallel.linear import (
     ColumnParallelLinear,
-    CopyToRegion,
+    CopyToTensorParallelRegion,
     KeyValueParallelLinear,
-    RegionInput,
     ReplicatedLinear,
     RowParallelLinear,
     SharedInput,
+    SharedInputInRegion,
 )
 from megalith.parallel.norm import LayerNorm, RMSNorm
 from megalith.parallel.sequence import FirstToken, SequenceParallelDropout
@@ -35,17 +35,16 @@ def column(module: nn.Linear, parent: nn.Module, axis: Axis) -> nn.Module:
 
 
 def heads(module: nn.Linear, parent: nn.Module, axis: Axis) -> nn.Module:
-    """Split q, k or v by heads of `parent.head_dim` channels; fewer key/value heads than ranks are held by all of them."""
+    """Split q, k or v by heads of `parent.head_dim` channels; key/value heads fewer than ranks are replicated."""
     number = module.out_features // parent.head_dim
     if number % axis.size == 0:
         return column(module, parent, axis)
     if module is parent.q or axis.size % number:
-        kind, rule = (
-            ("attention", "divisible by") if module is parent.q else ("key/value", "divisible by, or a divisor of,")
-        )
+        queries = module is parent.q
+        kind, rule = ("attention", "by") if queries else ("key/value", "by, or a divisor of,")
         raise ConfigError(
-            f"{kind} heads: found {number}; their number must be {rule} the {axis.size} tensor-parallel ranks. "
-            f"Change --tensor-model-parallel-size or the number of heads."
+            f"The number of {kind} heads must be divisible {rule} the {axis.size} tensor-parallel ranks; "
+            f"found {number}. Change --tensor-model-parallel-size or the number of heads."
         )
     _distribute_linear(module, axis, None, None)
     return KeyValueParallelLinear(module, axis, parent.head_dim)
@@ -57,38 +56,41 @@ def row(module: nn.Linear, parent: nn.Module, axis: Axis) -> nn.Module:
     return RowParallelLinear(module, axis)
 
 
-def vocabulary(module: nn.Embedding, parent: nn.Module, axis: Axis) -> nn.Module:
+def vocab_parallel_embedding(module: nn.Embedding, parent: nn.Module, axis: Axis) -> nn.Module:
     """Split an embedding by ids."""
     module.weight = distribute(module.weight, axis, 0)
     return VocabParallelEmbedding(module, axis)
 
 
-def head(module: nn.Linear, parent: nn.Module, axis: Axis) -> nn.Module:
-    """Split the output layer by vocabulary, its bias apart: a row without columns could not be split once more by fully_shard."""
+def lm_head(module: nn.Linear, parent: nn.Module, axis: Axis) -> nn.Module:
+    """Split the output layer by vocabulary and replicate its bias.
+
+    A split bias has no second dimension, along which fully_shard could split it where the vocabulary does not divide.
+    """
     _distribute_linear(module, axis, 0, None)
     return ParallelLMHead(module, axis)
 
 
-def vocabulary_loss(module: nn.Module, parent: nn.Module, axis: Axis) -> nn.Module:
-    """Compute the loss from parts of the vocabulary; the same module, with another `vocabulary`."""
+def vocab_parallel_loss(module: nn.Module, parent: nn.Module, axis: Axis) -> nn.Module:
+    """Compute the loss from a split vocabulary; the same module, with another `vocabulary`."""
     if parent.head is not None:
         module.vocabulary = ParallelVocabulary(axis, parent.head.out_features)
     return module
 
 
-def part_embedding(module: nn.Embedding, parent: nn.Module, axis: Axis) -> nn.Module:
-    """A whole embedding on each rank, looked up for its part of the sequence."""
+def sequence_parallel_embedding(module: nn.Embedding, parent: nn.Module, axis: Axis) -> nn.Module:
+    """A replicated embedding, of which each rank looks up its shard of the sequence."""
     module.weight = distribute(module.weight, axis, None)
     return SequenceParallelEmbedding(module, axis)
 
 
-def part_linear(module: nn.Linear, parent: nn.Module, axis: Axis) -> nn.Module:
-    """A whole linear layer on each rank. Under sequence parallelism its gradient is summed, as each rank sees a part of the tokens."""
-    return _replicated_linear(module, axis, axis.sequence)
+def sequence_parallel_linear(module: nn.Linear, parent: nn.Module, axis: Axis) -> nn.Module:
+    """A replicated linear layer of sequence shards: under sequence parallelism its gradients are summed."""
+    return _replicated_linear(module, axis, axis.sequence_parallel)
 
 
-def whole_linear(module: nn.Linear, parent: nn.Module, axis: Axis) -> nn.Module:
-    """A whole linear layer on each rank, of an input that all ranks have whole."""
+def replicated_linear(module: nn.Linear, parent: nn.Module, axis: Axis) -> nn.Module:
+    """A replicated linear layer of an input that is the same on all ranks."""
     return _replicated_linear(module, axis, False)
 
 
@@ -98,13 +100,13 @@ def _replicated_linear(module: nn.Linear, axis: Axis, partial: bool) -> nn.Modul
 
 
 def first_token(module: nn.Module, parent: nn.Module, axis: Axis) -> nn.Module:
-    """The first token of the whole sequence on each rank."""
-    return FirstToken(axis) if axis.sequence else module
+    """The sequence's first token on every rank."""
+    return FirstToken(axis) if axis.sequence_parallel else module
 
 
-def part_dropout(module: nn.Module, parent: nn.Module, axis: Axis) -> nn.Module:
-    """Dropout of a part of the sequence."""
-    return SequenceParallelDropout(module, axis) if axis.sequence else module
+def sequence_parallel_dropout(module: nn.Module, parent: nn.Module, axis: Axis) -> nn.Module:
+    """Dropout of a shard of the sequence."""
+    return SequenceParallelDropout(module, axis) if axis.sequence_parallel else module
 
 
 def shared_input(module: nn.Module, parent: nn.Module, axis: Axis) -> nn.Module:
@@ -112,35 +114,35 @@ def shared_input(module: nn.Module, parent: nn.Module, axis: Axis) -> nn.Module:
     return SharedInput(axis)
 
 
-def whole_input(module: nn.Module, parent: nn.Module, axis: Axis) -> nn.Module:
-    """Several linear layers, split by outputs, of what `whole` has fetched."""
-    return RegionInput(axis)
+def shared_input_in_region(module: nn.Module, parent: nn.Module, axis: Axis) -> nn.Module:
+    """Several linear layers, split by outputs, of an input that `copy_to_region` has gathered."""
+    return SharedInputInRegion(axis)
 
 
-def whole(module: nn.Module, parent: nn.Module, axis: Axis) -> nn.Module:
-    """One gather, and one sum of gradients, for the inputs of many layers."""
-    return CopyToRegion(axis)
+def copy_to_region(module: nn.Module, parent: nn.Module, axis: Axis) -> nn.Module:
+    """One gather, and one sum of gradients, for the input of many layers."""
+    return CopyToTensorParallelRegion(axis)
 
 
-def head_table(module: nn.Module, parent: nn.Module, axis: Axis) -> nn.Module:
+def relative_bias(module: nn.Module, parent: nn.Module, axis: Axis) -> nn.Module:
     """Split a table with a column for each head."""
     module.weight = distribute(module.weight, axis, 1)
     return ParallelRelativeBias(module, axis)
 
 
-def core(module: nn.Module, parent: nn.Module, axis: Axis) -> nn.Module:
-    """Tell core attention which of the query heads are here; the same module."""
+def core_attention(module: nn.Module, parent: nn.Module, axis: Axis) -> nn.Module:
+    """Set which of the query heads core attention has on this rank; the same module."""
     module.first_head = axis.rank * (parent.q.out_features // parent.head_dim // axis.size)
     return module
 
 
-def copy(module: nn.Module, parent: nn.Module, axis: Axis) -> nn.Module:
-    """A whole norm on each rank. Under sequence parallelism its gradient is summed, as each rank sees a part of the tokens."""
-    return _norm(module, axis, axis.sequence)
+def replicated_norm(module: nn.Module, parent: nn.Module, axis: Axis) -> nn.Module:
+    """A replicated norm. Under sequence parallelism its gradients are summed, as the ranks see different tokens."""
+    return _norm(module, axis, axis.sequence_parallel)
 
 
-def head_norm(module: nn.Module, parent: nn.Module, axis: Axis) -> nn.Module:
-    """A norm of single heads, whole on each rank. Its gradient is summed, as each rank sees a part of the heads."""
+def per_head_norm(module: nn.Module, parent: nn.Module, axis: Axis) -> nn.Module:
+    """A replicated norm of each head. Its gradients are summed, as each rank sees some of the heads."""
     return _norm(module, axis, True)
 
 
@@ -148,5 +150,5 @@ def _norm(module: nn.Module, axis: Axis, partial: bool) -> nn.Module:
     names = tuple(name for name, _ in module.named_parameters())
     for name in names:
         setattr(module, name, distribute(getattr(module, name), axis, None))
-    twin = LayerNorm if isinstance(module, nn.LayerNorm) else RMSNorm
-    return twin(module, axis, names if partial else ())
+    replacement = LayerNorm if isinstance(module, nn.LayerNorm) else RMSNorm
+    return replacement(module, axis, names if partial else ())

@@ -1,7 +1,7 @@
-"""Bytes of activations that training keeps for the backward pass, tensor by tensor; docs/activation_memory.md derives them.
+"""Bytes of activations that training keeps for the backward pass, by tensor; docs/activation_memory.md derives them.
 
-For GPT on one rank, one micro-batch, uncompiled, on the CPU's kernels (the only ones on which they were measured), and without
-context parallelism. Parameters, gradients and what lives for a moment only are not in it.
+For GPT on one rank, one micro-batch, uncompiled, on the CPU's kernels (the only ones on which they were measured), and
+without context parallelism. Parameters, gradients and temporary tensors are not included.
 """
 
 from __future__ import annotations
@@ -9,35 +9,31 @@ from __future__ import annotations
 from megalith.common.errors import ConfigError, problem
 from megalith.config.run import RunConfig
 
-# Tensors of the MLP's inner width that are kept, besides the input of `down`: what the activation and the product with `up` need.
+# Tensors of the MLP's inner width that are kept for the activation and the product with `up` (not the input of `down`).
 INNER = {"gelu": 1, "gelu_tanh": 1, "squared_relu": 1, "swiglu": 3, "geglu": 3, "geglu_tanh": 3, "reglu": 2, "liglu": 2}
 FLOAT = 4  # statistics, softmax and RMSNorm are float32 in every format
 
 
 def activation_bytes(config: RunConfig, layers: int | None = None, ends: bool = True) -> int:
-    """Bytes that one micro-batch keeps on one rank which holds `layers` layers (default: all), and with `ends` embedding and head.
+    """Bytes that one micro-batch keeps on one rank.
 
-    A pipeline holds as many times this as there are micro-batches under way.
+    layers: how many layers the rank holds (default: all). ends: whether it holds embedding and head.
+    A pipeline holds as many times this as there are micro-batches in flight.
     """
     if config.model.architecture.activations is None:
-        rule = "the activations of GPT alone are priced"
-        raise ConfigError(
-            problem(
-                "model", config.model.model_type, rule, "Measure a step; the layers cost what a GPT's of their size do"
-            )
-        )
+        rule = "must be GPT, the only model whose activations are computed"
+        cure = "Measure a step; the layers cost what a GPT's of their size do"
+        raise ConfigError(problem("The model", config.model.model_type, rule, cure))
     count = config.model.num_layers if layers is None else layers
     recompute, group = config.recompute, config.recompute.recompute_num_layers
-    one, entry = (
-        sum(layer_terms(config).values()),
-        _tokens(config) * _element(config) * config.model.hidden_size // _sequence_ways(config),
-    )
+    layer = sum(layer_terms(config).values())
+    layer_input = _tokens(config) * _element(config) * config.model.hidden_size // _sequence_ways(config)
     if recompute.granularity != "full":
-        kept = count * one
+        kept = count * layer
     elif recompute.recompute_method == "block":
-        kept = min(group, count) * entry + max(0, count - group) * one
+        kept = min(group, count) * layer_input + max(0, count - group) * layer
     else:
-        kept = -(-count // group) * entry
+        kept = -(-count // group) * layer_input
     return kept + (sum(config.model.architecture.find("activations")(config).values()) if ends else 0)
 
 
@@ -61,7 +57,7 @@ def layer_terms(config: RunConfig) -> dict[str, int]:
 
 
 def norm_terms(config: RunConfig) -> dict[str, int]:
-    """Of one norm of the residual stream."""
+    """Bytes of each tensor that one norm of the residual stream keeps."""
     rows, element = _tokens(config) // _sequence_ways(config), _element(config)
     stream = rows * config.model.hidden_size
     if config.model.norm != "layernorm":  # made of elementary operations: the input and the normed one, both in float32
@@ -70,7 +66,7 @@ def norm_terms(config: RunConfig) -> dict[str, int]:
 
 
 def attention_terms(config: RunConfig) -> dict[str, int]:
-    """Of head norms, core attention, and the projection after it."""
+    """Bytes of each tensor that head norms, core attention, and the projection after it keep."""
     m, tokens, element, tp = config.model, _tokens(config), _element(config), config.parallel.tensor_model_parallel_size
     heads, kv_heads = m.num_attention_heads // tp, max(1, m.num_kv_heads // tp)
     queries, keys = tokens * heads * m.head_dim, tokens * kv_heads * m.head_dim
@@ -86,17 +82,18 @@ def attention_terms(config: RunConfig) -> dict[str, int]:
             terms |= score_terms(config)
         elif path == "fused":
             terms |= {"core.log_sum": FLOAT * tokens * heads}
-            # Its output has the order of q in memory; rotated queries are contiguous by head, and the projection copies.
+            # The output is laid out as q; rotated queries are contiguous by head, so that the projection copies.
             terms |= {"core.output": element * queries} if m.positions == "rope" else {}
     return terms | {"attention.out.input": element * queries}
 
 
 def score_terms(config: RunConfig) -> dict[str, int]:
-    """The s x s terms of explicit attention: softmax in float32; with dropout a mask and the dropped weights in the compute format."""
-    m = config.model
-    scores = (
-        _tokens(config) * config.data.seq_length * m.num_attention_heads // config.parallel.tensor_model_parallel_size
-    )
+    """The s x s terms of explicit attention: softmax in float32, with dropout a mask and the weights after it.
+
+    Those weights are in the format of computation.
+    """
+    m, tp = config.model, config.parallel.tensor_model_parallel_size
+    scores = _tokens(config) * config.data.seq_length * m.num_attention_heads // tp
     terms = {"core.softmax": FLOAT * scores}
     if m.attention_dropout:
         return terms | {"core.dropout_mask": scores, "core.weights": _element(config) * scores}
@@ -104,11 +101,10 @@ def score_terms(config: RunConfig) -> dict[str, int]:
 
 
 def end_terms(config: RunConfig) -> dict[str, int]:
-    """Of embedding, final norm and loss."""
+    """Bytes of each tensor that embedding, final norm and loss keep."""
     m, tokens, element, tp = config.model, _tokens(config), _element(config), config.parallel.tensor_model_parallel_size
-    terms = {
-        "embedding.ids": 8 * tokens if tp == 1 else 9 * tokens
-    }  # split by vocabulary: local ids, and which are here
+    # Split by vocabulary: local ids, and a mask of those that this rank holds.
+    terms = {"embedding.ids": 8 * tokens if tp == 1 else 9 * tokens}
     if m.hidden_dropout:
         terms["embedding_dropout.mask"] = tokens * m.hidden_size // _sequence_ways(config)
     if m.positions == "rope":
@@ -124,7 +120,7 @@ def end_terms(config: RunConfig) -> dict[str, int]:
 
 
 def attention_path(config: RunConfig) -> str:
-    """Which way core attention goes on the CPU: explicit, fused, or blocks (fused on blocks of queries, each computed again)."""
+    """Kind of core attention on the CPU: explicit, fused, or blocks (fused on blocks of queries, each recomputed)."""
     m = config.model
     if m.attention_backend in ("explicit", "unfused", "local") or m.attention_dropout:
         return "explicit"

@@ -2,30 +2,33 @@
 
 A multiplication and the addition after it count as two. Per token and forward pass that is
 
-    2 x elements of the weight matrices        (every matrix of every layer, and the output layer; not the embedding look-up)
+    2 x elements of the weight matrices        (every matrix of every layer, and the output layer; not the look-up)
     + 4 x layers x heads x head width x keys   (q k^T and weights x v, over the keys that a query is multiplied with)
 
 and the backward pass costs twice the forward pass, one product for the gradient of each factor. Recomputed activations
 are not counted: they are no part of the model (Chowdhery et al., 2022, PaLM, appendix B). Norms, biases, softmax and
-activation functions are left out, as everywhere. For the shape of GPT-2 the sum is Megatron's 72 l h^2 (1 + s/6h + V/12lh)
-per token (Narayanan et al., 2021, arXiv 2104.04473, section 5.1, without its factor 4/3 for recompute).
+activation functions are left out, as everywhere. For the shape of GPT-2 the sum is Megatron's
+72 l h^2 (1 + s/6h + V/12lh) per token (Narayanan et al., 2021, arXiv 2104.04473, section 5.1, without its factor 4/3
+for recompute).
 
 Grouped queries make the matrices of k and v smaller and change nothing else: every query head is still multiplied with
 every key. A gated MLP has three matrices instead of two.
 
-There are two conventions for causal attention, and both are printed. Full: `keys` is the sequence length (PaLM, Megatron).
-Half: it is half of that, because a fused causal kernel skips what the mask hides. Half gives the smaller, stricter number.
-BERT's attention is not causal, so that both are the same. Its pooler works on one token of a sequence, and is left out.
-With a sliding window the length of the window takes the place of the sequence's, and half leaves out what the first tokens lack.
+There are two conventions for causal attention, and both are printed. Full: `keys` is the sequence length (PaLM,
+Megatron). Half: it is half of that, because a fused causal kernel skips what the mask hides. Half gives the smaller,
+stricter number. BERT's attention is not causal, so that both are the same. Its pooler works on one token of a sequence,
+and is left out. With a sliding window the length of the window replaces the sequence's, and half leaves out what the
+first tokens lack.
 
-Of an encoder-decoder model the FLOPs of a sample (an encoder's and a decoder's sequence) are counted for each of the encoder's
-tokens, as these are what a step's tokens are. Only the decoder's self-attention is causal.
+Of an encoder-decoder model the FLOPs of a sample (an encoder's and a decoder's sequence) are counted for each of the
+encoder's tokens, because these are the tokens of a step. Only the decoder's self-attention is causal.
 """
 
 from __future__ import annotations
 
-from megalith.config.parameters import attention_parameters, matrix_parameters, mlp_parameters, sizes
+from megalith.config.parameters import matrix_parameters, sizes
 from megalith.config.sections.model import ModelConfig
+from megalith.config.stages import layer_costs
 
 
 def flops_per_token(
@@ -39,7 +42,7 @@ def flops_per_token(
 
 
 def one_stack(model: ModelConfig, seq_length: int, causal_half: bool, decoder_seq_length: int) -> float:
-    """As flops_per_token, of a model of one stack."""
+    """As flops_per_token, for a model of one stack."""
     layers, _, heads, _ = sizes(model)
     keys = sum(keys_seen(seq_length, model.window(layer), causal_half and model.causal) for layer in range(layers))
     attention = 4 * heads * model.head_dim * keys
@@ -47,32 +50,11 @@ def one_stack(model: ModelConfig, seq_length: int, causal_half: bool, decoder_se
 
 
 def two_stacks(model: ModelConfig, seq_length: int, causal_half: bool, decoder_seq_length: int) -> float:
-    """As flops_per_token, of an encoder and a decoder with cross attention."""
+    """As flops_per_token, for an encoder and a decoder with cross attention."""
     return 6 * sum(layer_costs(model, seq_length, decoder_seq_length, causal_half, look_up=0.0)) / seq_length
 
 
 def keys_seen(seq_length: int, window: int | None, causal_half: bool) -> float:
-    """Keys that a query of one layer is multiplied with, on average: all in the window, or (half) those of them that exist."""
+    """Keys that a query of one layer is multiplied with, on average: the window, or (half) what exists of it."""
     widest = min(window or seq_length, seq_length)
     return widest - widest * widest / (2 * seq_length) if causal_half else widest
-
-
-def layer_costs(
-    model: ModelConfig, source: int, target: int, causal_half: bool = True, look_up: float = 0.1
-) -> list[float]:
-    """Multiplications of a forward pass of one sample by layer, the encoder's (over `source` tokens) and then the decoder's (`target`).
-
-    The output layer counts with the last layer. The embeddings count with the first of each stack: a look-up computes nothing,
-    but its backward pass writes and adds a gradient as large as the output layer's, by estimate `look_up` of its cost.
-    """
-    layers, h, heads, vocabulary = sizes(model)
-    attention, mlp, width = attention_parameters(model), mlp_parameters(model), 2 * heads * model.head_dim
-    memory = 2 * h * model.num_kv_heads * model.head_dim  # keys and values of the encoder's output
-    encoder = source * (attention + mlp + width * source)
-    keys = target / 2 if causal_half else target
-    decoder = target * (2 * attention - memory + mlp + width * (keys + source)) + source * memory
-    costs = [float(encoder)] * layers + [float(decoder)] * model.decoder_layers
-    costs[0] += look_up * source * vocabulary * h
-    costs[layers] += look_up * target * vocabulary * h
-    costs[-1] += target * vocabulary * h
-    return costs

@@ -1,10 +1,10 @@
-"""Complete runs as YAML files, by name. Each says under `about` what it is and on how many processes it runs."""
+"""Complete runs as YAML files, by name. Under `about` each has a summary and the number of processes it runs on."""
 
 from __future__ import annotations
 
 import pathlib
 
-from megalith.config.flags import yaml_text as loading_yaml
+from megalith.config.flags import yaml_text as yaml_reader
 from megalith.config.flags.text import choose
 
 FOLDER = pathlib.Path(__file__).parent
@@ -21,5 +21,5 @@ def text(name: str) -> str:
 
 
 def about(yaml_text: str) -> dict:
-    """What a recipe says of itself: summary, processes, vocab_size and parameters."""
-    return loading_yaml.about(yaml_text)
+    """The `about` of a recipe: summary, processes, vocab_size and parameters."""
+    return yaml_reader.about(yaml_text)

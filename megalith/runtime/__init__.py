@@ -1,1 +1,1 @@
-"""Config in, a placed model out: where model, plan and weights meet."""
+"""From a config to a model on its devices: where model, plan and weights come together."""

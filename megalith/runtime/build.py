@@ -1,4 +1,4 @@
-"""A model from its config, or one that exists, placed on a mesh; and the plain model for using it on one device."""
+"""Building a model from its config, or from weights that exist: on a device mesh, or unsharded on one device."""
 
 from __future__ import annotations
 
@@ -23,112 +23,133 @@ from megalith.layers.random import key
 from megalith.models import protocol
 from megalith.parallel import context, data_parallel, matmul, plan, recompute
 from megalith.parallel.collectives import Axis
-from megalith.parallel.mesh import Mesh, grid, join, start
-from megalith.parallel.part import Part
-from megalith.parallel.pipeline.cut import Cut, canonical_names
-from megalith.parallel.pipeline.deferred import Queue
+from megalith.parallel.mesh import Mesh, build_mesh, init_distributed, init_mesh
+from megalith.parallel.pipeline.deferred import WeightGradientQueue
 from megalith.parallel.pipeline.pipeline import Pipeline
-from megalith.parallel.pipeline.shared import Shared
+from megalith.parallel.pipeline.shared import SharedParameters
+from megalith.parallel.pipeline.split import Cut, canonical_names
+from megalith.parallel.stage_module import StageModule
 from megalith.runtime.initialize import initialize
 
-__all__ = ["Mesh", "Runtime", "grid", "join", "meta_model", "place", "plain", "start"]
+__all__ = [
+    "Mesh",
+    "Runtime",
+    "build_mesh",
+    "build_model",
+    "build_runtime",
+    "init_distributed",
+    "init_mesh",
+    "meta_model",
+]
 
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """A placed model with what its training needs to know of the place.
+    """A model on a device mesh, with what its training needs to know of the mesh.
 
-    parts: the stages of the model that this process runs; one, the whole model, where there is no pipeline.
+    stages: the stages of the model that this process runs. Without a pipeline there is one, the whole model.
     """
 
     config: RunConfig
     mesh: Mesh
-    parts: tuple[Part, ...]
+    stages: tuple[StageModule, ...]
     num_parameters: int  # of the whole model, shared ones counted once
     pipeline: Pipeline | None = None
-    shared: Shared | None = None  # parameters that several stages hold
+    shared: SharedParameters | None = None  # parameters that several stages hold; None without a pipeline
 
     @property
     def model(self) -> nn.Module:
-        """The model, where this process runs one part of it."""
-        (part,) = self.parts
-        return part.model
+        """The model, or the stage of it, where this process runs only one."""
+        (stage,) = self.stages
+        return stage.model
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """This process's parameters under their names in the whole model; a name comes twice where two parts hold copies."""
-        for part in self.parts:
-            yield from part.named_parameters()
+        """This process's parameters under their names in the whole model.
 
-    def tensors(self, of: Callable[[nn.Parameter], Tensor | None]) -> tuple[list[tuple[str, Tensor]], set[str]]:
-        """(name, tensor) pairs of what `of` gives for each parameter, and the names of those that are counted elsewhere.
-
-        Those are copies of parameters that another stage owns; their names have a mark, as a process may hold both.
+        A name comes twice where two stages of this process hold copies of a shared parameter.
         """
-        named, copies = [], set()
+        for stage in self.stages:
+            yield from stage.named_parameters()
+
+    def named_tensors(self, of: Callable[[nn.Parameter], Tensor | None]) -> tuple[list[tuple[str, Tensor]], set[int]]:
+        """The (name, tensor) pairs of what `of` gives for each parameter, without those where it gives None.
+
+        The second value is the positions in this list of tensors that are not owned: they belong to copies of
+        parameters that another stage owns, and are counted there (optim/clip.py). Positions and not names, because a
+        process may hold both a parameter and its copy.
+        """
+        named: list[tuple[str, Tensor]] = []
+        not_owned: set[int] = set()
         for name, parameter in self.named_parameters():
             if (tensor := of(parameter)) is None:
                 continue
-            if self.shared is not None and id(parameter) in self.shared.copies:
-                name += " (copy)"
-                copies.add(name)
+            if self.shared is not None and id(parameter) in self.shared.not_owned:
+                not_owned.add(len(named))
             named.append((name, tensor))
-        return named, copies
+        return named, not_owned
 
-    def gradients(self) -> tuple[list[tuple[str, Tensor]], set[str]]:
-        """`tensors` of the gradients that there are."""
-        return self.tensors(lambda parameter: parameter.grad)
+    def gradients(self) -> tuple[list[tuple[str, Tensor]], set[int]]:
+        """The `named_tensors` of all gradients that exist."""
+        return self.named_tensors(lambda parameter: parameter.grad)
 
     def train(self, mode: bool = True) -> None:
         """Switch to training mode, or to evaluation mode."""
-        for part in self.parts:
-            part.model.train(mode)
+        for stage in self.stages:
+            stage.model.train(mode)
 
     def begin_step(self, iteration: int) -> None:
-        """Make ready for training step `iteration`. Dropout inside fused attention is all that draws from a generator."""
+        """Prepare training step `iteration`: training mode, and the seed of the device's generator.
+
+        Only dropout inside fused attention draws from that generator.
+        """
         self.train()
         if self.mesh.device.type != "cpu":
             torch.manual_seed(key(self.config.batch.seed, "step", iteration))
 
-    def take(self, batch: Mapping[str, Tensor], sequences: Mapping[str, str]) -> dict[str, Tensor]:
-        """A micro-batch on the device, without waiting where its memory is pinned; of its tokens those that are worked on here.
+    def prepare_batch(self, batch: Mapping[str, Tensor], sequences: Mapping[str, str]) -> dict[str, Tensor]:
+        """A micro-batch on the device, under context parallelism this rank's shard of it.
 
-        sequences: as parallel/context.py, part.
+        The copy does not wait where the batch's memory is pinned.
+        sequences: see parallel/context.py, shard_batch.
         """
-        here = {name: tensor.to(self.mesh.device, non_blocking=True) for name, tensor in batch.items()}
-        return here if self.mesh.size("cp") == 1 else context.part(here, Axis(self.mesh.devices["cp"]), sequences)
+        on_device = {name: tensor.to(self.mesh.device, non_blocking=True) for name, tensor in batch.items()}
+        if self.mesh.size("cp") == 1:
+            return on_device
+        return context.shard_batch(on_device, Axis(self.mesh.device_mesh["cp"]), sequences)
 
     def run(self, inputs: Sequence[Mapping[str, Tensor]], loss: Callable[[Tensor, int], Tensor], train: bool) -> None:
         """Run this process's micro-batches forward, and in training mode backward. Every process calls it.
 
         inputs: the model's keyword arguments for each micro-batch.
-        loss: given the model's output and the number of the micro-batch, the 0-dimensional tensor to differentiate. It is
-            called where the end of the model is, so on some processes never.
+        loss: from the model's output and the number of the micro-batch to the 0-dimensional tensor to differentiate.
+            It is called on the last stage, so on some processes never.
         """
         if self.pipeline is not None:
             self.pipeline.run(inputs, loss, train)
         else:
-            (part,) = self.parts
+            (stage,) = self.stages
             for number, arguments in enumerate(inputs):
                 if train:
-                    part.sync_gradients(last=number == len(inputs) - 1)
-                value = loss(part.model(**arguments), number)
+                    stage.set_gradient_sync(last=number == len(inputs) - 1)
+                value = loss(stage.model(**arguments), number)
                 if train:
                     value.backward()
         if not train:
-            for part in self.parts:
-                part.reshard()
+            for stage in self.stages:
+                stage.reshard()
 
     def finish_gradients(self) -> None:
         """After the last backward pass of a step: the gradients are those of the global batch, on every process."""
-        for part in self.parts:
-            part.finish_gradients()
+        for stage in self.stages:
+            stage.finish_gradients()
         if self.shared is not None:
             self.shared.sum_gradients()
 
 
 def meta_model(config: ModelConfig, seed: int = 0) -> nn.Module:
-    """The model without memory: shapes alone. Raises ConfigError where it is not what its record and
-    models/protocol.py say.
+    """The model on the meta device: shapes, no memory.
+
+    Raises ConfigError where it is not what its architecture record and models/protocol.py say.
     """
     with torch.device("meta"):
         model = config.architecture.find("model")(config, seed)
@@ -136,59 +157,66 @@ def meta_model(config: ModelConfig, seed: int = 0) -> nn.Module:
     return model
 
 
-def place(config: RunConfig, mesh: Mesh, dtype: torch.dtype = torch.float32, weights: Weights | None = None) -> Runtime:
-    """Build the model on meta, split it, give it memory and weights. No process holds a whole copy it need not hold.
+def build_runtime(
+    config: RunConfig, mesh: Mesh, dtype: torch.dtype = torch.float32, weights: Weights | None = None
+) -> Runtime:  # fmt: skip
+    """Build the model on meta, split it, give it memory and weights. No process holds more of it than it needs.
 
-    dtype: of the weights; float64 is for checks of layouts against one another. weights: what they are, of which each
-    process reads the part that it holds: a checkpoint of any format, or a model that exists (runtime/load.py,
-    `weights_of`); None draws them. Raises CheckpointError where they are another model's than `config` describes.
+    dtype: of the weights; float64 is for checks of layouts against one another.
+    weights: a checkpoint of any format, or a model that exists (runtime/load.py, `weights_of`). Each process reads only
+        the part that it holds. None draws initial weights.
+    Raises CheckpointError where the weights are of another model than `config` describes.
     """
-    whole = meta_model(config.model, config.batch.seed)
+    full_model = meta_model(config.model, config.batch.seed)
     if weights is not None:
-        check_weights(weights, whole)
-    names, number = canonical_names(whole), sum(parameter.numel() for parameter in whole.parameters())
+        check_weights(weights, full_model)
+    names, number = canonical_names(full_model), sum(parameter.numel() for parameter in full_model.parameters())
     if mesh.size("pp") == 1:
-        return Runtime(config, mesh, (settle(config, mesh, whole.to(dtype), 0, names, weights=weights),), number)
+        stage = build_stage(config, mesh, full_model.to(dtype), 0, names, weights=weights)
+        return Runtime(config, mesh, (stage,), number)
     cut = Cut(config.model.architecture.find("stages"), layers_of(config), config.model)
-    stages, schedule = stages_of(config, mesh.place("pp")), schedule_of(config.parallel)
-    queues = [Queue() if schedule in SPLIT_BACKWARD else None for _ in stages]
-    parts = []
-    for stage, queue in zip(stages, queues, strict=True):
+    indices, schedule = stages_of(config, mesh.rank("pp")), schedule_of(config.parallel)
+    queues = [WeightGradientQueue() if schedule in SPLIT_BACKWARD else None for _ in indices]
+    stages = []
+    for index, queue in zip(indices, queues, strict=True):
         model = meta_model(config.model, config.batch.seed).to(dtype)
-        cut.apply(model, stage)
-        parts.append(settle(config, mesh, model, stage, names, queue, weights))
-    processes = {stage: process for process in range(mesh.size("pp")) for stage in stages_of(config, process)}
-    shared = Shared(cut.holders(names), parts, processes, mesh)
+        cut.apply(model, index)
+        stages.append(build_stage(config, mesh, model, index, names, queue, weights))
+    ranks = {index: rank for rank in range(mesh.size("pp")) for index in stages_of(config, rank)}
+    shared = SharedParameters(cut.copies(names), stages, ranks, mesh)
     compute = dtype if dtype == torch.float64 else getattr(torch, config.precision.compute_dtype)
-    sequence = mesh.size("tp") if config.parallel.sequence_parallel else 1
-    pipeline = Pipeline(schedule, cut, parts, mesh, config.model.hidden_size, compute, sequence, queues)
-    return Runtime(config, mesh, tuple(parts), number, pipeline, shared)
+    sequence_shards = mesh.size("tp") if config.parallel.sequence_parallel else 1
+    pipeline = Pipeline(schedule, cut, stages, mesh, config.model.hidden_size, compute, sequence_shards, queues)
+    return Runtime(config, mesh, tuple(stages), number, pipeline, shared)
 
 
 def check_weights(weights: Weights, model: nn.Module) -> None:
-    """Raise CheckpointError where weights are another model's, with both values of what differs. model: may be on meta."""
-    if another := fit.another_model(weights.source, model.config, weights.config.model):
+    """Raise CheckpointError where weights are another model's, with both values of what differs.
+
+    model: may be on meta.
+    """
+    if another := fit.describe_model_difference(weights.source, model.config, weights.config.model):
         raise CheckpointError(another)
     found = {name: list(lazy.shape) for name, lazy in weights.tensors.items() if name.startswith("model/")}
-    asked = {f"model/{name}": list(parameter.shape) for name, parameter in model.named_parameters()}
-    if lines := fit.differences(asked, found, fit.model_section(to_yaml(weights.config))):
+    expected = {f"model/{name}": list(parameter.shape) for name, parameter in model.named_parameters()}
+    if lines := fit.differences(expected, found, fit.model_section(to_yaml(weights.config))):
         raise CheckpointError(fit.report(weights.source, lines))
 
 
-def settle(
-    config: RunConfig, mesh: Mesh, model: nn.Module, stage: int, names: Mapping[str, str], queue: Queue | None = None,
-    weights: Weights | None = None,
-) -> Part:  # fmt: skip
-    """A model on meta, or a stage of one, split over the other axes, with memory and weights.
+def build_stage(
+    config: RunConfig, mesh: Mesh, model: nn.Module, stage_index: int, names: Mapping[str, str],
+    queue: WeightGradientQueue | None = None, weights: Weights | None = None,
+) -> StageModule:  # fmt: skip
+    """Split a model on meta, or a stage of one, over the other axes; give it memory and weights.
 
-    queue: where weight gradients are put off. weights: see `place`.
+    queue: takes weight gradients where the schedule defers them. weights: see `build_runtime`.
     """
     if mesh.size("tp") > 1:
-        plan.apply(model, plan_of(config), Axis(mesh.devices["tp"], config.parallel.sequence_parallel))
+        plan.apply(model, plan_of(config), Axis(mesh.device_mesh["tp"], config.parallel.sequence_parallel))
     if queue is not None:
-        matmul.use(matmul.Matmul(queue), model)
+        matmul.set_matmul(matmul.Matmul(queue), model)
     if mesh.size("cp") > 1:
-        context.apply(model, Axis(mesh.devices["cp"]))
+        context.apply(model, Axis(mesh.device_mesh["cp"]))
     recompute.apply(model, config.recompute)
     blocks = list(model.layers.values())
     if config.precision.compile:
@@ -199,26 +227,26 @@ def settle(
     if weights is None:
         initialize(model, config.batch.seed, names)
     else:
-        own = {f"model/{names.get(name, name)}": each for name, each in model.named_parameters()}
-        Ranks().every(lambda: fill(weights.tensors, own))
+        local = {f"model/{names.get(name, name)}": parameter for name, parameter in model.named_parameters()}
+        Ranks().on_every_rank(lambda: fill(weights.tensors, local))
     replicas = None
     if not wrapped and mesh.data_size * mesh.size("cp") > 1:
         replicas = data_parallel.Replicas(model, mesh.flat("dp_replicate", "dp_shard", "cp"))
-    return Part(model, stage, names, wrapped, replicas, config.parallel, config.precision)
+    return StageModule(model, stage_index, names, wrapped, replicas, config.parallel, config.precision)
 
 
 def plan_of(config: RunConfig) -> plan.Plan:
-    """The tensor-parallel plan: that of the model, or the one named, which may be another model's."""
+    """The tensor-parallel plan: the model's, or the one that the config names, which may be another model's."""
     named = config.parallel.tensor_parallel_plan
     if named is None or named in ARCHITECTURES:
         return (config.model.architecture if named is None else architecture(named)).find("plan")
     return load("tensor-parallel plan", named)
 
 
-def plain(
+def build_model(
     config: ModelConfig, device: torch.device, dtype: torch.dtype = torch.float32, seed: int | None = None
 ) -> nn.Module:
-    """The model on one device in evaluation mode; its weights are drawn where a seed is given, else to be loaded."""
+    """The model on one device, in evaluation mode. Its weights are drawn from `seed`; None leaves them to be loaded."""
     model = meta_model(config, seed or 0)
     for parameter in model.parameters():  # not model.to: buffers (ALiBi's slopes) keep their precision
         parameter.data = parameter.data.to(dtype)

@@ -1,4 +1,4 @@
-"""Initial weights by counter: element i of a parameter is f(seed, name, i), whoever draws it."""
+"""Initial weights by counter: element i of a parameter is f(seed, name, i), whichever rank draws it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from megalith.layers import random
 
 @torch.no_grad()
 def initialize(model: nn.Module, seed: int, names: Mapping[str, str] | None = None) -> None:
-    """Fill every parameter as `model.initial(name)` says; each process draws its own shard alone.
+    """Fill every parameter as `model.initial(name)` says; each process draws only its own shard.
 
-    names: those of a pipeline stage's parameters in the whole model, where they differ.
+    names: from a pipeline stage's names of parameters to those in the whole model, where they differ.
     """
     for name, parameter in model.named_parameters():
         name = names.get(name, name) if names else name
@@ -50,7 +50,7 @@ def fill(parameter: Tensor, kind: str, value: float, key: int) -> None:
 
 
 def global_index(flat: Tensor, local: tuple[int, ...], offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-    """Row-major numbers in a tensor of `shape` of the elements `flat` of its part of shape `local` at `offset`."""
+    """From row-major indices `flat` in a shard of shape `local` at `offset` to those in the tensor of `shape`."""
     index, stride = torch.zeros_like(flat), 1
     for size, first, whole in zip(reversed(local), reversed(offset), reversed(shape), strict=True):
         index += (flat % size + first) * stride

@@ -6,15 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from megalith.parallel.part import Part
+from megalith.parallel.stage_module import StageModule
 
 
-def weights(model: nn.Module | Part) -> dict[str, Tensor]:
+def weights(model: nn.Module | StageModule) -> dict[str, Tensor]:
     """{model/<parameter>: tensor}; a shared parameter appears once, under its first name."""
     return {f"model/{name}": parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def optimizer_state(model: nn.Module | Part, optimizer: Optimizer) -> dict[str, Tensor]:
+def optimizer_state(model: nn.Module | StageModule, optimizer: Optimizer) -> dict[str, Tensor]:
     """{optimizer/<key>/<parameter>: tensor}. Steps are kept too: they set Adam's bias correction."""
     state = {}
     for name, parameter in model.named_parameters():
@@ -23,8 +23,8 @@ def optimizer_state(model: nn.Module | Part, optimizer: Optimizer) -> dict[str, 
     return state
 
 
-def touch(optimizer: Optimizer) -> None:
-    """Create the optimizer's state, so that there is something to load into: a step with zero gradients and rates."""
+def create_optimizer_state(optimizer: Optimizer) -> None:
+    """Create the optimizer's state, so that it can be loaded: by a step with gradients and rates of zero."""
     rates = [(group, group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
     for group, _, _ in rates:
         group["lr"] = group["weight_decay"] = 0.0

@@ -1,4 +1,4 @@
-"""Helpers for our tests and for users' tests: many ranks on one CPU, without a launcher."""
+"""Helpers for the tests of megalith and of its users: many ranks on one CPU, without a launcher."""
 
 from megalith.testing.ranks import RankPool, run_ranks
 

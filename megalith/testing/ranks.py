@@ -10,9 +10,10 @@
     def test_total():
         assert [int(t) for t in run_ranks(total, 4, 10)] == [46, 46, 46, 46]
 
-Importing torch costs seconds, a process group costs milliseconds. So one process imports torch and is forked for each rank
-(multiprocessing's forkserver); the ranks are kept, and every call makes its own gloo group over some of them. Each rank
-computes on one thread. Outside pytest, guard the calling script with `if __name__ == "__main__":`, as multiprocessing asks.
+Importing torch costs seconds, a process group costs milliseconds. So one process imports torch and is forked for each
+rank (multiprocessing's forkserver). The ranks are kept, and every call makes a new gloo group over some of them. Each
+rank computes on one thread. Outside pytest, guard the calling script with `if __name__ == "__main__":`, as
+multiprocessing needs it.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from typing import Any
 
 from megalith.testing.worker import Job, serve
 
-LARGEST = 8  # ranks beyond this only queue for the cores of one machine
-GRACE = 3.0  # seconds that ranks get to notice that another one failed, before they are stopped
+MAX_RANKS = 8  # ranks beyond this only queue for the cores of one machine
+GRACE_SECONDS = 3.0  # for ranks to notice that another one failed, before they are stopped
 PRELOAD = ["torch", "numpy", "torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.checkpoint"]
 
 
@@ -43,8 +44,9 @@ def run_ranks(function: Callable, world_size: int, *args: Any, timeout: float = 
     """Run `function(*args)` on `world_size` ranks of one gloo process group; return what each rank returned, by rank.
 
     `function` must be importable by name, `args` and results picklable (tensors are copied to the caller's CPU memory).
-    The first exception of any rank is raised here, its rank and traceback in its notes; ranks that do not answer within
-    `timeout` seconds raise TimeoutError with their stacks; a rank that dies raises RuntimeError. The pool survives all three.
+    The first exception of any rank is raised here, with its rank and traceback in its notes. Ranks that do not answer
+    within `timeout` seconds raise TimeoutError with their stacks; a rank that dies raises RuntimeError. The pool can be
+    used after all three.
     """
     return _shared_pool().run(function, world_size, *args, timeout=timeout)
 
@@ -59,10 +61,10 @@ class _Rank:
 
     def __init__(self, context: multiprocessing.context.ForkServerContext, stacks: pathlib.Path):
         self.stacks = stacks
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, str(stacks)), daemon=True)
+        self.connection, worker_end = context.Pipe()
+        self.process = context.Process(target=serve, args=(worker_end, str(stacks)), daemon=True)
         self.process.start()
-        theirs.close()
+        worker_end.close()
 
     def stop(self) -> None:
         self.process.kill()
@@ -79,7 +81,7 @@ class _Rank:
 
 
 class RankPool:
-    """Ranks that are started when first needed and reused by every later call. `run_ranks` keeps one for the process."""
+    """Ranks that are started when first needed and reused by later calls. `run_ranks` uses one pool per process."""
 
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("forkserver")
@@ -91,7 +93,7 @@ class RankPool:
 
     @property
     def pids(self) -> list[int | None]:
-        """Process numbers of the living ranks, by rank."""
+        """Process ids of the living ranks, by rank."""
         return [rank.process.pid for rank in self.ranks if rank.process.is_alive()]
 
     def close(self) -> None:
@@ -103,15 +105,16 @@ class RankPool:
 
     def run(self, function: Callable, world_size: int, *args: Any, timeout: float = 120.0) -> list:
         """See `run_ranks`."""
-        if not 1 <= world_size <= LARGEST:
+        if not 1 <= world_size <= MAX_RANKS:
             raise ValueError(
-                f"world_size: found {world_size}; a pool has 1 to {LARGEST} ranks. Use fewer ranks, or torchrun."
+                f"world_size must be within a pool's 1 to {MAX_RANKS} ranks; found {world_size}. "
+                f"Use fewer ranks, or torchrun."
             )
         try:
             call = pickle.dumps((function, args))
         except (pickle.PicklingError, AttributeError) as error:
             raise TypeError(
-                f"{function!r} cannot be sent to ranks ({error}); define it at the top level of a module."
+                f"{function!r} cannot be sent to ranks ({error}). Define it at the top level of a module."
             ) from error
         self._start(world_size)
         self.calls += 1
@@ -125,12 +128,13 @@ class RankPool:
             store.unlink(missing_ok=True)
 
     def _start(self, world_size: int) -> None:
-        """Make ranks 0 to world_size - 1 alive: new ones, and replacements of those that died since the last call."""
+        """Start those of the ranks 0 to world_size - 1 that do not exist yet, or that died since the last call."""
         self.folder.mkdir(exist_ok=True)
-        # The fork server inherits the environment of the moment: one thread, and gloo on the loopback (a host name need not resolve).
-        wanted = {"OMP_NUM_THREADS": "1"} | ({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {})
-        before = {name: os.environ.get(name) for name in wanted}
-        os.environ.update(wanted)
+        # The fork server inherits the environment as it is now: one thread, and gloo on the loopback interface (a host
+        # name need not resolve).
+        variables = {"OMP_NUM_THREADS": "1"} | ({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {})
+        before = {name: os.environ.get(name) for name in variables}
+        os.environ.update(variables)
         try:
             for rank in range(world_size):
                 if rank == len(self.ranks):
@@ -149,7 +153,7 @@ class RankPool:
         return _Rank(self.context, self.folder / f"stacks{rank}")
 
     def _collect(self, world_size: int, timeout: float) -> list:
-        """Wait for all answers; after a first failure only GRACE seconds more. Then stop who is still running, and raise."""
+        """Wait for all answers; after a first failure GRACE_SECONDS more, then stop the running ranks and raise."""
         deadline = time.monotonic() + timeout
         values: dict[int, Any] = {}
         failures: list[tuple[float, BaseException]] = []
@@ -160,7 +164,7 @@ class RankPool:
                 values[rank], failure = self._receive(rank, world_size)
                 if failure is not None:
                     failures.append(failure)
-                    deadline = min(deadline, time.monotonic() + GRACE)
+                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         stuck = [rank for rank in range(world_size) if rank not in values]
         if stuck and not failures:
             failures.append((0.0, self._timed_out(stuck, world_size, timeout)))
@@ -171,18 +175,17 @@ class RankPool:
         return [values[rank] for rank in range(world_size)]
 
     def _receive(self, rank: int, world_size: int) -> tuple[Any, tuple[float, BaseException] | None]:
-        """What a rank that has something to say returned, or when it failed and how (a death comes before every error)."""
+        """The value that a rank with an answer returned, or when it failed and how (a death precedes every error)."""
         worker = self.ranks[rank]
         try:
             answer = pickle.loads(worker.connection.recv_bytes())
         except (EOFError, ConnectionError):
-            worker.process.join(10 * GRACE)  # the exit code comes by way of the fork server, late on a busy machine
+            # The exit code comes by way of the fork server, late on a busy machine.
+            worker.process.join(10 * GRACE_SECONDS)
             code = worker.process.exitcode
-            return None, (
-                0.0,
-                RuntimeError(f"rank {rank} of {world_size} died with exit code {code} (negative: a signal)"),
-            )
-        if answer.worn:
+            death = RuntimeError(f"rank {rank} of {world_size} died with exit code {code} (negative: a signal)")
+            return None, (0.0, death)
+        if answer.retire:
             worker.stop()  # the next call starts another
         if not answer.traceback:
             return pickle.loads(answer.value), None
@@ -194,5 +197,6 @@ class RankPool:
         stacks = "\n".join(f"--- rank {rank} ---\n{self.ranks[rank].stack()}" for rank in stuck)
         answered = [rank for rank in range(world_size) if rank not in stuck]
         return TimeoutError(
-            f"ranks {stuck} of {world_size} did not answer in {timeout:g} s (answered: {answered}); their stacks:\n{stacks}"
+            f"ranks {stuck} of {world_size} did not answer in {timeout:g} s (answered: {answered}); "
+            f"their stacks:\n{stacks}"
         )

@@ -1,4 +1,4 @@
-"""One rank of the pool in ranks.py: waits for a function, runs it inside a gloo group, answers with what it returned."""
+"""One rank of the pool in ranks.py: waits for a function, runs it inside a gloo group, answers with its result."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-WORN = 60  # threads of a rank that is replaced
+MAX_THREADS = 60  # a rank with more threads is replaced
 
 
 class Job(NamedTuple):
-    """What a rank is told; `call` is a pickled (function, arguments), kept apart so that its import errors are answers too."""
+    """What a rank receives. `call` is a pickled (function, arguments), unpickled later, so that errors are answers."""
 
     rank: int
     world_size: int
@@ -36,39 +36,40 @@ class Job(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a rank tells: a pickled value, or the error (None where it cannot be pickled), its traceback as text, and its moment.
+    """What a rank answers: a pickled value, or an error with its traceback as text and its moment.
 
-    The moment (time.monotonic, one clock for all processes of a machine) finds the first of several errors: the other ranks
-    fail too, when the first one's sockets close. worn: this rank is to be replaced.
+    error: None where it cannot be pickled. moment: time.monotonic(), one clock for all processes of a machine. It finds
+    the first of several errors: the other ranks fail too, when the sockets of the first close. retire: this rank is to
+    be replaced.
     """
 
     value: bytes
     error: BaseException | None = None
     traceback: str = ""
     moment: float = 0.0
-    worn: bool = False
+    retire: bool = False
 
 
 class _Pickler(pickle.Pickler):
-    """Sends tensors as plain copies: the storage behind a view stays behind, and no shared memory has to be kept alive."""
+    """Sends tensors as copies: without the rest of a view's storage, and without shared memory to be kept alive."""
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, DTensor):
             raise TypeError(
-                "a rank returned a DTensor, which means nothing outside its process group; return .full_tensor() or .to_local()"
+                "a rank returned a DTensor, which means nothing outside its process group; "
+                "return .full_tensor() or .to_local()"
             )
         if isinstance(obj, torch.Tensor):
-            return (
-                obj.detach().cpu().clone(memory_format=torch.contiguous_format).__reduce_ex__(pickle.HIGHEST_PROTOCOL)
-            )
+            copy = obj.detach().cpu().clone(memory_format=torch.contiguous_format)
+            return copy.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
         return NotImplemented
 
 
 def serve(connection: Connection, stacks: str) -> None:
-    """Answer jobs until the pool closes its end. On SIGUSR1 the stacks of all threads are written to the file `stacks`."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C belongs to the caller, who closes us
+    """Answer jobs until the pool closes its end. SIGUSR1 writes the stacks of all threads to the file `stacks`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, who closes this process
     torch.set_num_threads(1)
-    gc.freeze()  # what the fork server imported stays; a collection after each call then looks at the call's own objects only
+    gc.freeze()  # the collection after each call then skips what the fork server has imported
     with open(stacks, "w") as file:
         faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
         while True:
@@ -77,16 +78,16 @@ def serve(connection: Connection, stacks: str) -> None:
             except (EOFError, OSError):
                 return
             answer = _answer(job)
-            connection.send_bytes(pickle.dumps(answer._replace(worn=answer.worn or _worn())))
+            connection.send_bytes(pickle.dumps(answer._replace(retire=answer.retire or _should_retire())))
 
 
-def _worn() -> bool:
-    """Whether this process has gathered so many threads that a new one is cheaper than its slow calls.
+def _should_retire() -> bool:
+    """Whether this process has so many threads that a new process is cheaper than its slow calls.
 
     Every process group has three, some of which wake all the time, and torch's hooks on parameters keep groups alive.
     """
-    tasks = "/proc/self/task"  # elsewhere than on Linux ranks serve for good
-    return os.path.isdir(tasks) and len(os.listdir(tasks)) > WORN
+    tasks = "/proc/self/task"  # Linux only; elsewhere ranks never retire
+    return os.path.isdir(tasks) and len(os.listdir(tasks)) > MAX_THREADS
 
 
 def _answer(job: Job) -> Answer:
@@ -95,8 +96,9 @@ def _answer(job: Job) -> Answer:
         with _group(job):
             return _call(job)
     except BaseException as error:
-        # A group that failed half-made stays counted in torch, which names groups by that count: the next one would wait for ever.
-        return _failure(error)._replace(worn=True)
+        # torch names process groups by a count that includes those whose initialization failed: the next group of this
+        # rank would have another name than on the others, and wait for ever.
+        return _failure(error)._replace(retire=True)
 
 
 def _call(job: Job) -> Answer:
@@ -105,7 +107,7 @@ def _call(job: Job) -> Answer:
         answer = Answer(_dumps(function(*arguments)))
         dist.barrier()  # a rank that leaves early closes sockets on which others still wait
         return answer
-    except BaseException as error:  # SystemExit of a tested command line is an answer too
+    except BaseException as error:  # the SystemExit of a command line under test is an answer too
         return _failure(error)
 
 
@@ -126,7 +128,7 @@ def _dumps(value: Any) -> bytes:
 
 @contextlib.contextmanager
 def _group(job: Job) -> Iterator[None]:
-    """A default process group and torchrun's variables for the length of one call, and nothing of them afterwards."""
+    """A default process group and torchrun's environment variables during one call."""
     variables = {
         "RANK": job.rank,
         "WORLD_SIZE": job.world_size,
@@ -137,8 +139,8 @@ def _group(job: Job) -> Iterator[None]:
     os.environ.update({name: str(value) for name, value in variables.items()})
     torch.manual_seed(0)
     store = dist.FileStore(job.store, job.world_size)
-    patience = datetime.timedelta(seconds=job.timeout + 60)  # longer than the pool's, which has the stacks to show
-    dist.init_process_group("gloo", store=store, rank=job.rank, world_size=job.world_size, timeout=patience)
+    timeout = datetime.timedelta(seconds=job.timeout + 60)  # longer than the pool's timeout, which shows the stacks
+    dist.init_process_group("gloo", store=store, rank=job.rank, world_size=job.world_size, timeout=timeout)
     try:
         dist.barrier()  # a function that fails at once closes sockets to which others still connect
         yield
@@ -153,9 +155,9 @@ def _group(job: Job) -> Iterator[None]:
 def _forget_meshes() -> None:
     """Empty torch's caches of DTensor operations, and free the groups that they kept.
 
-    Each group has threads, and hundreds of idle ones of earlier calls slow a machine to a crawl. And a mesh of the next call
-    compares equal to one of this call, so that a cached result would hand out the old mesh, whose process groups are gone.
-    Outside a pool nobody builds a mesh twice, so torch has no public word for this.
+    Each group has threads, and hundreds of idle ones of earlier calls make a machine very slow. And a mesh of the next
+    call compares equal to one of this call, so that a cached result would contain the old mesh, whose process groups no
+    longer exist. torch has no public function for this.
     """
     from torch.distributed.tensor import _collective_utils, _redistribute, debug
 

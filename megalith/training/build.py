@@ -1,4 +1,4 @@
-"""The parts of a run, each made from its config: what steps, what reads, what listens."""
+"""The parts of a run, each made from its config: the trainer, the datasets and loaders, the callbacks."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from megalith.optim.build import build_optimizer
 from megalith.optim.loss_scale import build_loss_scale
 from megalith.optim.schedule import Schedule
 from megalith.planner.flops import flops_per_token
-from megalith.runtime.build import Mesh, place
+from megalith.runtime.build import Mesh, build_runtime
 from megalith.training.callbacks import Callback, RunInfo
 from megalith.training.duties import CountValidation, ExitInterval, SaveCheckpoints, SaveFirst, Validate
-from megalith.training.guards import Retain, StopDiverged, StopUnlearned
+from megalith.training.guards import PruneCheckpoints, StopDiverged, StopEmptyBatches
 from megalith.training.reporting.peaks import peak_flops
 from megalith.training.reporting.profile import ProfilePipeline
 from megalith.training.reporting.reporters import reporters
@@ -44,14 +44,14 @@ def set_determinism(config: RunConfig) -> None:
 
 
 def build_trainer(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Trainer:
-    """A placed model with its task, optimizer, schedule and loss scale, none of them resumed.
+    """A parallelized model with its task, optimizer, schedule and loss scale, none of them resumed.
 
     config.model.vocab_size must be known; see pretrain.with_vocabulary.
     """
     batch = global_batch(config, mesh.data_size)
-    runtime = place(config, mesh)
-    measures = config.validation.skip_train  # with neither rate nor length
-    rates = RunConfig().replace(lr=0.0, train_iters=1) if measures else config
+    runtime = build_runtime(config, mesh)
+    only_measures = config.validation.skip_train  # with neither rate nor length
+    rates = RunConfig().replace(lr=0.0, train_iters=1) if only_measures else config
     decays = functools.partial(weight_decays, config.model)
     optimizer = build_optimizer(rates.optimizer, runtime.named_parameters(), decays)
     schedule = Schedule(rates.optimizer, rates.schedule, batch)
@@ -62,12 +62,12 @@ def build_trainer(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Traine
 
 def open_datasets(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> dict[str, Any]:
     """{"train": dataset or None, "valid": ..., "test": ...}. Raises ConfigError where there is nothing to train on."""
-    place = {"rank": mesh.data_rank, "size": mesh.data_size}
-    datasets = build_datasets(config, tokenizer, **place, run_folder=config.run_folder)
+    data_rank = {"rank": mesh.data_rank, "size": mesh.data_size}
+    datasets = build_datasets(config, tokenizer, **data_rank, run_folder=config.run_folder)
     if datasets["train"] is None and not config.validation.skip_train:
         raise ConfigError(
-            f"--split {config.data.split!r} leaves no document to train on; its first share must be above 0, and come "
-            f"to a document. Change it, or give --train-data-path."
+            f"--split {config.data.split!r} leaves no document to train on; its first number must be above 0, and come "
+            f"to at least a document. Change it, or give --train-data-path."
         )
     return datasets
 
@@ -85,38 +85,47 @@ def build_loaders(config: RunConfig, mesh: Mesh, datasets: Mapping[str, Any]) ->
 
 
 def run_info(config: RunConfig, mesh: Mesh, start_step: int, train_iters: int) -> RunInfo:
-    """The run, as callbacks see it. start_step: steps done before this process. train_iters: the step at which it ends."""
+    """The run, as callbacks see it.
+
+    start_step: steps done before this process started. train_iters: the step at which the run ends.
+    """
     lengths = config.data.seq_length, config.data.decoder_seq_length
     full, half = (flops_per_token(config.model, lengths[0], causal, lengths[1]) for causal in (False, True))
     peak = peak_flops(device_name(mesh.device), config.precision.compute_dtype, config.logging.peak_tflops)
     return RunInfo(
         config=config, folder=pathlib.Path(config.run_folder), start_step=start_step, train_iters=train_iters,
-        rank=mesh.rank, world_size=mesh.world_size, flops_per_token_full=full, flops_per_token_half=half, peak_flops=peak,
+        rank=mesh.global_rank, world_size=mesh.world_size, flops_per_token_full=full, flops_per_token_half=half,
+        peak_flops=peak,
     )  # fmt: skip
 
 
 def build_callbacks(
-    trainer: Trainer, progress: Progress, validation: Validation, known: Collection[str], save: Callable[[], None],
-    again: Callable[[], str],
+    trainer: Trainer, progress: Progress, validation: Validation, measured_before: Collection[str],
+    save: Callable[[], None], next_start: Callable[[], str],
 ) -> list[Callback]:  # fmt: skip
-    """What a run tells and does every so often, in the order in which it must: judge, save, measure.
+    """The callbacks of a run, in the order in which they must be called: guards, then saving, then validation.
 
-    known: the splits that were measured at the present step before. save: write a checkpoint.
-    again: what the next start does, in words.
+    measured_before: the splits that were measured at the present step before this process started.
+    save: writes a checkpoint. next_start: what the next start does, as text.
     """
     config, mesh = trainer.runtime.config, trainer.runtime.mesh
-    tell = reporters(config)
+    reporting = reporters(config)
     if config.logging.profile_pipeline:
-        tell.append(ProfilePipeline(trainer.runtime))
+        reporting.append(ProfilePipeline(trainer.runtime))
     start = progress.iteration
-    retain = Retain((lambda: saving.retain(config, progress, start)) if mesh.is_main else lambda: None, progress)
+
+    def prune() -> None:
+        if mesh.is_main_process:
+            saving.prune(config, progress, start)
+
+    pruning = PruneCheckpoints(prune, progress)
     saver = SaveCheckpoints(save, progress)
     count: Sequence[Callback] = [CountValidation(validation.cursor)] if validation.splits else []
-    measure = Validate(validation.measure, progress, [*tell, retain], validation.splits, known)
-    guards: list[Callback] = [StopDiverged(again), StopUnlearned(), retain]
-    return [*tell, *guards, *count, saver, measure, ExitInterval(progress), SaveFirst(saver)]
+    measure = Validate(validation.measure, progress, [*reporting, pruning], validation.splits, measured_before)
+    guards: list[Callback] = [StopDiverged(next_start), StopEmptyBatches(), pruning]
+    return [*reporting, *guards, *count, saver, measure, ExitInterval(progress), SaveFirst(saver)]
 
 
 def device_name(device: torch.device) -> str:
-    """The device's name as its maker gives it; "cpu" for the CPU."""
+    """The device's name as its driver gives it; "cpu" for the CPU."""
     return "cpu" if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)

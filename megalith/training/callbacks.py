@@ -1,4 +1,4 @@
-"""What a run tells to whoever listens: the loop knows nothing of logging, drawing or displays, callbacks do."""
+"""Callbacks, and what they are given: the loop knows nothing of logging, drawing or displays, callbacks do that."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class RunInfo:
 
     @property
     def writes(self) -> bool:
-        """Whether this rank writes files and lines: the last one, which holds the loss under pipelining too."""
+        """Whether this rank writes files and log lines: the last one, which holds the loss under pipelining too."""
         return self.rank == self.world_size - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepRecord(StepResult):
-    """A step, and where in the run it stands. Reading it costs a callback no wait for the device."""
+    """A step, and its position in the run. Reading it costs a callback no wait for the device."""
 
     step: int  # counted from 1
     consumed_samples: int  # after the step
@@ -64,18 +64,18 @@ class ValidationRecord:
 
 
 class Callback:
-    """Base of all callbacks; override what you need. Every rank calls every method, so ask `run.writes` before writing.
+    """Base of all callbacks; override what you need. Every rank calls every method: check `run.writes` before writing.
 
-    A callback sees numbers that the step has anyway. One that waits for the device or talks to other ranks slows every step.
+    A callback sees numbers that the step has anyway. One that waits for the device or for other ranks slows every step.
     """
 
     def on_start(self, run: RunInfo) -> None:
         """Before the first step of this process."""
 
     def on_before_optimizer_step(self, run: RunInfo, trainer: Trainer) -> None:
-        """When a step's gradients (`trainer.runtime.gradients()`) are whole and clipped, before the weights change.
+        """When a step's gradients (`trainer.runtime.gradients()`) are complete and clipped, before the weights change.
 
-        Not in a step that is skipped. What is done to the gradients counts, and must be the same on every rank.
+        Not in a step that is skipped. Changes of the gradients take effect, and must be the same on every rank.
         """
 
     def on_step(self, run: RunInfo, record: StepRecord) -> None:
@@ -88,11 +88,14 @@ class Callback:
         """Where a step or a callback raised on this rank, or it was interrupted; on_end follows, unless one raised."""
 
     def on_end(self, run: RunInfo) -> None:
-        """When the run ends or is interrupted; called also where a step raised, so that a display gives the terminal back."""
+        """When the run ends or is interrupted; also where a step raised, so that a display can restore the terminal."""
 
 
 def print_lines(*lines: str) -> None:
-    """Print lines on standard output. Where nobody reads it any more (`| head`, a terminal that was closed) the run goes on in silence."""
+    """Print lines on standard output.
+
+    Where nothing reads it any more (`| head`, a terminal that was closed) the run continues without printing.
+    """
     try:
         print(*lines, sep="\n", flush=True)
     except OSError as error:
@@ -101,12 +104,12 @@ def print_lines(*lines: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         with contextlib.suppress(OSError):
             print(
-                f"megalith: nobody reads standard output any more ({error.strerror}); the run goes on",
+                f"megalith: nothing reads standard output any more ({error.strerror}); the run continues",
                 file=sys.stderr,
                 flush=True,
             )
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), of a loss above 20 that of 20 as Megatron prints it; infinite or not a number where the loss is."""
+    """exp(loss); of a loss above 20 that of 20, as Megatron prints it; infinite or not a number where the loss is."""
     return math.exp(min(20.0, loss)) if math.isfinite(loss) else loss

@@ -1,4 +1,4 @@
-"""Callbacks that act on the run: validate, save, end it early. (Those that tell of it are in callbacks.py.)"""
+"""Callbacks that act on the run: validate, save, end it early. (Those that report on it are in reporting/.)"""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from types import FrameType
 
 from megalith.common.errors import TrainingError
 from megalith.training.callbacks import Callback, RunInfo, StepRecord, ValidationRecord
-from megalith.training.resume.state import FAILED, OVER, SIGNAL, Progress
-from megalith.training.validation import Cursor, Evaluation, Unmeasured
+from megalith.training.resume.state import FAILED, SIGNAL, TIME_LIMIT, Progress
+from megalith.training.validation import Cursor, Evaluation, ValidationIncomplete
 
 
 class CountValidation(Callback):
     """Counts the samples of a validation that is due, before the step is saved and before it is measured.
 
-    A checkpoint so says where the next validation reads, whether or not this one comes to its end.
+    So a checkpoint says where the next validation reads, whether or not this one comes to its end.
     """
 
     def __init__(self, cursor: Cursor):
@@ -33,36 +33,36 @@ class CountValidation(Callback):
 
 
 class Validate(Callback):
-    """Every eval_interval steps, and before and after the run, measure the losses and tell the other callbacks.
+    """Every eval_interval steps, and before and after the run, measure the losses and pass them to other callbacks.
 
-    Stands after SaveCheckpoints: a validation that fails or is killed loses no step. One that fails is told and the training
-    goes on; at the end of the run it is a TrainingError, when everything is saved.
+    It comes after SaveCheckpoints: a validation that fails or is killed loses no step. One that fails is reported and
+    training continues; at the end of the run it is a TrainingError, when everything is saved.
     """
 
     def __init__(
-        self, measure: Callable[[str], Evaluation], progress: Progress, listeners: Sequence[Callback], splits: Sequence[str],
-        known: Collection[str] = (),
+        self, measure: Callable[[str], Evaluation], progress: Progress, listeners: Sequence[Callback],
+        splits: Sequence[str], known: Collection[str] = (),
     ):  # fmt: skip
-        """measure: losses and metrics of a split by name ("validation", "test"); may raise Unmeasured. splits: the ones that have data.
+        """measure: losses and metrics of a split by name ("validation", "test"); may raise ValidationIncomplete.
 
-        known: those that were measured at the present step before this process started.
+        splits: those that have data. known: those that were measured at the present step before this process started.
         """
         self.measure, self.progress, self.listeners, self.splits = measure, progress, listeners, splits
         self.done = {(split, progress.iteration) for split in known}
 
     def on_start(self, run: RunInfo) -> None:
-        """A first point before the first step, so that the curve has a beginning; after a resume, one that was due and is missing."""
+        """Measure before the first step, so that the curve has a beginning; after a resume, where one is missing."""
         done = self.progress.iteration
         if done == 0 or (done < run.train_iters and done % run.config.validation.eval_interval == 0):
             self.validate(run, "validation")
 
     def on_step(self, run: RunInfo, record: StepRecord) -> None:
-        """Validate when it is time."""
+        """Validate where the interval ends."""
         if record.step % run.config.validation.eval_interval == 0 and self.progress.stop is None:
             self.validate(run, "validation")
 
     def on_end(self, run: RunInfo) -> None:
-        """A last point, where the run is over and the last step had none; then the test data."""
+        """Measure at the end, where the last step was not measured; then the test data."""
         failed = {}
         for split in ("validation", "test"):
             if self.progress.stop is None and (error := self.validate(run, split, at_end=True)):
@@ -77,18 +77,18 @@ class Validate(Callback):
             raise TrainingError(
                 f"{trained}: "
                 + "; ".join(f"{split} data: {text}" for split, text in failed.items())
-                + ". Mend the data and give the same command again, which measures what is missing."
+                + ". Repair the data and give the same command again, which measures what is missing."
             )
 
     def validate(self, run: RunInfo, split: str, at_end: bool = False) -> Exception | None:
-        """Measure and pass on, unless it is done; returns why it could not, where the run can go on all the same."""
+        """Measure and report, unless that is done; returns the error, where the run can continue in spite of it."""
         step = self.progress.iteration
         if split not in self.splits or (split, step) in self.done:
             return None
         started = time.perf_counter()
         try:
             losses, metrics = self.measure(split)
-        except Unmeasured as error:
+        except ValidationIncomplete as error:
             self.progress.stop = self.progress.stop or error.reason
             return None if error.reason else error
         except Exception as error:
@@ -102,8 +102,8 @@ class Validate(Callback):
             return error
         self.done.add((split, step))
         record = ValidationRecord(
-            step=step, consumed_samples=self.progress.consumed_train_samples, losses=losses, metrics=metrics, split=split,
-            at_end=at_end, seconds=time.perf_counter() - started,
+            step=step, consumed_samples=self.progress.consumed_train_samples, losses=losses, metrics=metrics,
+            split=split, at_end=at_end, seconds=time.perf_counter() - started,
         )  # fmt: skip
         for listener in self.listeners:
             listener.on_validation(run, record)
@@ -118,14 +118,14 @@ class SaveCheckpoints(Callback):
         self.saved_at, self.updates = progress.iteration, progress.scheduled_samples
 
     def on_step(self, run: RunInfo, record: StepRecord) -> None:
-        """Save when it is time, unless every step since the last save was skipped: doing those again loses nothing."""
+        """Save where the interval ends, unless all steps since the last save were skipped, which lose nothing."""
         interval = run.config.checkpoint.save_interval
         new = not record.skipped or self.updates != self.progress.scheduled_samples
         if interval is not None and record.step % interval == 0 and new:
             self.write()
 
     def on_end(self, run: RunInfo) -> None:
-        """Save what has not been saved, unless a step broke off half-way."""
+        """Save what has not been saved, unless a step was interrupted half-way."""
         if self.saved_at != self.progress.iteration and self.progress.stop != FAILED:
             self.write()
 
@@ -141,7 +141,7 @@ class SaveCheckpoints(Callback):
 
 
 class SaveFirst(Callback):
-    """Stands last, so that its on_end comes first: what is to be saved at the end is saved before anything is measured there."""
+    """Comes last, so that its on_end is called first: at the end, the run is saved before anything is measured."""
 
     def __init__(self, saver: SaveCheckpoints):
         self.on_end = saver.on_end  # type: ignore[method-assign]
@@ -154,31 +154,32 @@ class ExitInterval(Callback):
         self.progress = progress
 
     def on_step(self, run: RunInfo, record: StepRecord) -> None:
-        """Note why the run is to end, if it is."""
+        """Set the reason to end the run, where the interval ends."""
         interval = run.config.resilience.exit_interval
         if interval is not None and record.step % interval == 0:
             self.progress.stop = f"--exit-interval {interval}"
 
 
 class StopSignal:
-    """Says why the run should end when SIGTERM or Ctrl-C arrives, or --exit-duration-in-mins is over; a second Ctrl-C ends at once.
+    """Returns why the run should end, once SIGTERM, Ctrl-C or SIGHUP arrived or --exit-duration-in-mins is over.
 
-    So does SIGHUP, which a terminal sends that is closed, unless it is ignored (nohup).
-    Every process is asked before each step and each batch of a validation, and the answer shared before it is acted on
-    (train_step and evaluate do that), because a signal reaches processes at different steps.
+    A second Ctrl-C ends the process at once. A terminal that is closed sends SIGHUP; where it is ignored (nohup), it
+    stays ignored. Every process calls this before each step and each batch of a validation, and the answers are reduced
+    over all processes before they take effect (train_step and evaluate do that), because a signal reaches processes at
+    different steps.
     """
 
     def __init__(self, handle: bool, minutes: float | None):
-        """handle: whether to take over the signals; only the main thread can."""
+        """handle: whether to install the signal handlers; only the main thread can."""
         self.arrived, self.deadline = False, None if minutes is None else time.monotonic() + 60.0 * minutes
         taken = [signal.SIGTERM, signal.SIGINT]
         if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             taken.append(signal.SIGHUP)
         self.terminals = [number for number in (1, 2) if os.isatty(number)]
         handled = taken if handle and threading.current_thread() is threading.main_thread() else []
-        self.previous = {number: signal.signal(number, self.note) for number in handled}
+        self.previous = {number: signal.signal(number, self.handle_signal) for number in handled}
 
-    def note(self, number: int, frame: FrameType | None) -> None:
+    def handle_signal(self, number: int, frame: FrameType | None) -> None:
         """The signal handler."""
         if self.arrived and number == signal.SIGINT:
             raise KeyboardInterrupt
@@ -190,9 +191,9 @@ class StopSignal:
         """Why this process was asked to stop, if it was."""
         if self.arrived:
             return SIGNAL
-        return OVER if self.deadline is not None and time.monotonic() >= self.deadline else None
+        return TIME_LIMIT if self.deadline is not None and time.monotonic() >= self.deadline else None
 
     def restore(self) -> None:
-        """Give the signals back to whoever had them."""
+        """Install the previous signal handlers again."""
         for number, handler in self.previous.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""The micro-batches of a global batch through the model: what every step, validation and check runs.
+"""The micro-batches of a global batch through the model: what every training step, validation and parity check runs.
 
 Losses and metrics are added up over micro-batches and processes; nothing here waits for the device.
 """
@@ -22,18 +22,18 @@ from megalith.training.tasks import Batch, PooledTask, Ratio, Task
 
 @dataclasses.dataclass
 class Sums:
-    """Running sums on one process, float64: its shares of losses, and of metrics the sum and the count."""
+    """Running sums on one process, float64: its parts of the losses, and the sum and the count of each metric."""
 
     losses: dict[str, Tensor]
     metrics: dict[str, Tensor]
 
     def add(self, task: Task, losses: Mapping[str, Tensor], metrics: Mapping[str, Ratio]) -> None:
         """Add those of a micro-batch. Raises TrainingError where a name is not declared, or a loss is missing."""
-        rule = "those of `counts`; what is not to be minimised is for `metrics`"
+        rule = "must return the names of `counts` (what is not to be minimised is for `metrics`)"
         _check_names(task, "losses", losses, self.losses, rule, self.losses)
-        _check_names(task, "metrics", metrics, self.metrics, "those of `metric_names`")
-        for name, share in losses.items():
-            self.losses[name] += share.detach().double()
+        _check_names(task, "metrics", metrics, self.metrics, "must return the names of `metric_names`")
+        for name, part in losses.items():
+            self.losses[name] += part.detach().double()
         for name, (total, count) in metrics.items():
             self.metrics[name][0] += total
             self.metrics[name][1] += count
@@ -49,40 +49,40 @@ def _check_names(
     wrong = [name for name in found if name not in known] + [f"no {name}" for name in needed if name not in found]
     if wrong:
         where, cure = f"{type(task).__name__}.{what}", f"Known are {', '.join(known) or 'none'}"
-        raise TrainingError(problem(where, Words(", ".join(wrong)), f"its names are {rule}", cure))
+        raise TrainingError(problem(where, Words(", ".join(wrong)), rule, cure))
 
 
 def forward_backward(
     runtime: Runtime, task: Task, batches: Sequence[Batch], iteration: int, *, loss_scale: float = 1.0,
-    also: Sequence[float] = (),
+    extra: Sequence[float] = (),
 ) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
     """Losses, metrics and gradients of a global batch. Every process calls it.
 
-    batches: this process's micro-batches, as `runtime.take` gives them. iteration: keys the dropout masks.
-    loss_scale: factor on the gradients. also: numbers to be summed over all processes.
+    batches: this process's micro-batches, as `runtime.prepare_batch` gives them. iteration: keys the dropout masks.
+    loss_scale: factor on the gradients. extra: numbers to be summed over all processes.
     Returns (counts, sums): what the losses were divided by, and float64 numbers that are equal on every process: a
-    loss for each of `counts`, a sum and a count for each of `task.metric_names`, then those of `also`.
+    loss for each of `counts`, a sum and a count for each of `task.metric_names`, then those of `extra`.
     """
     counts = global_counts(runtime, task, batches)
     runtime.begin_step(iteration)
-    sums = run(runtime, task, batches, counts, iteration, train=True, loss_scale=loss_scale)
-    shared = runtime.mesh.share(torch.cat((sums, sums.new_tensor(also))))
+    sums = run_micro_batches(runtime, task, batches, counts, iteration, train=True, loss_scale=loss_scale)
+    reduced = runtime.mesh.all_reduce(torch.cat((sums, sums.new_tensor(extra))))
     runtime.finish_gradients()
-    return counts, shared
+    return counts, reduced
 
 
-def run(
+def run_micro_batches(
     runtime: Runtime, task: Task, batches: Sequence[Batch], counts: dict[str, Tensor], iteration: int, *, train: bool,
     loss_scale: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """Run micro-batches forward, and backward where `train`. Every process calls it.
 
-    Returns this process's part of the sums that `forward_backward` describes; the sum over all processes is whole. It
-    is zero where the end of the model is not, and where another tensor-parallel process has the same.
+    Returns this process's part of the sums that `forward_backward` describes, to be summed over all processes. It is
+    zero on processes without the end of the model, and where another tensor-parallel process has the same.
     """
     device = runtime.mesh.device
     if both := [name for name in task.metric_names if name in counts]:
-        rule = "a metric and a loss of one name could not be told apart"
+        rule = "must not name a loss, as the two could not be told apart"
         raise TrainingError(
             problem(f"{type(task).__name__}.metric_names", Words(", ".join(both)), rule, "Rename the metric")
         )
@@ -99,31 +99,32 @@ def run(
         return value * loss_scale if loss_scale != 1.0 else value
 
     step = torch.tensor(iteration, device=device)
-    inputs = [arguments(task, batch, counts) | {"step": step} for batch in batches]
-    once = runtime.mesh.place("tp") == 0
+    inputs = [model_arguments(task, batch, counts) | {"step": step} for batch in batches]
+    counted_here = runtime.mesh.rank("tp") == 0
     if isinstance(task, PooledTask):
         pooled.run(runtime, task, batches, inputs, loss, iteration, train)
-        once = once and runtime.mesh.data_rank == 0 and runtime.mesh.place("cp") == 0
+        counted_here = counted_here and runtime.mesh.data_rank == 0 and runtime.mesh.rank("cp") == 0
     else:
         runtime.run(inputs, lambda output, number: loss(output, batches[number]), train)
-    whole = sums.flat()
-    return whole if once else torch.zeros_like(whole)  # not times 0, which makes an infinite loss nan
+    flat = sums.flat()
+    return flat if counted_here else torch.zeros_like(flat)  # not times 0, which makes an infinite loss nan
 
 
-def arguments(task: Task, batch: Batch, counts: dict[str, Tensor]) -> Batch:
-    """The model's arguments for a micro-batch but the step: the task's, and the places of samples and tokens."""
-    places = {name: batch[name] for name in ("samples", *task.sequences.values()) if name in batch}
-    return task.inputs(batch, counts) | places
+def model_arguments(task: Task, batch: Batch, counts: dict[str, Tensor]) -> Batch:
+    """The model's arguments for a micro-batch, except the step: the task's, and the positions of samples and tokens."""
+    positions = {name: batch[name] for name in ("samples", *task.sequences.values()) if name in batch}
+    return task.inputs(batch, counts) | positions
 
 
 def global_counts(runtime: Runtime, task: Task, batches: Sequence[Batch]) -> dict[str, Tensor]:
     """What each loss is divided by: the sum over the micro-batches of all processes."""
-    each = [task.counts(batch) for batch in batches]
-    for counts in each[1:]:
-        _check_names(task, "counts", counts, each[0], "the same for every micro-batch", each[0])
-    sums = [torch.stack([counts[name] for counts in each]).sum().double() for name in each[0]]
+    all_counts = [task.counts(batch) for batch in batches]
+    names = all_counts[0]
+    for counts in all_counts[1:]:
+        _check_names(task, "counts", counts, names, "must return the same names for every micro-batch", names)
+    sums = [torch.stack([counts[name] for counts in all_counts]).sum().double() for name in names]
     total = torch.stack(sums).to(runtime.mesh.device)
-    return dict(zip(each[0], runtime.mesh.sum(total).float(), strict=True))
+    return dict(zip(names, runtime.mesh.sum_over_data(total).float(), strict=True))
 
 
 def ratios(names: Sequence[str], numbers: Sequence[float]) -> dict[str, float]:

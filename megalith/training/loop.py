@@ -16,43 +16,41 @@ from megalith.training.step import StepResult, Trainer, train_step
 
 def train_loop(
     trainer: Trainer, loader: Loader | None, progress: Progress, batch_size: Callable[[int], int], run: RunInfo,
-    callbacks: Sequence[Callback], asked_to_stop: Callable[[], str | None],
-    again: Callable[[], str] | None = None,
+    callbacks: Sequence[Callback], stop_reason: Callable[[], str | None],
+    next_start: Callable[[], str] | None = None,
 ) -> None:  # fmt: skip
     """Step until run.train_iters, or until `progress.stop` says why the run ends early.
 
-    batch_size: global batch size after so many consumed samples. asked_to_stop: why this process asks for an end, if it does.
-    again: what the next start does, in words, for errors that end this one.
+    batch_size: global batch size after so many consumed samples. stop_reason: why this process asks that the run end,
+        if it does. next_start: what the next start does, as text, for errors that end this one.
     """
-    with (
-        failures.named(progress, again),
-        contextlib.ExitStack() as ends,
-    ):  # every on_end is called, in reverse, also where another raises
-        started, told = list[Callback](), list[BaseException]()
+    # Every on_end is called, in reverse order, also where another one raises.
+    with failures.explain_errors(progress, next_start), contextlib.ExitStack() as ends:
+        started, reported = list[Callback](), list[BaseException]()
 
-        def tell(kind: object, error: BaseException | None, trace: object) -> None:
-            if error is None or told:
+        def report_error(kind: object, error: BaseException | None, trace: object) -> None:
+            if error is None or reported:
                 return
-            told.append(error)
+            reported.append(error)
             progress.stop = FAILED
             for callback in started:
                 try:
                     callback.on_error(run, error)
-                except Exception as other:  # what went wrong first is what is told
+                except Exception as other:  # the first error is the one that is raised
                     error.add_note(f"and {type(callback).__name__}.on_error: {type(other).__name__}: {other}")
 
-        ends.push(tell)  # after every on_end, one of which may raise
+        ends.push(report_error)  # after every on_end, one of which may raise
         try:
             for callback in callbacks:
                 callback.on_start(run)
                 ends.callback(callback.on_end, run)
                 started.append(callback)
             while progress.iteration < run.train_iters and progress.stop is None:
-                record = step_and_record(trainer, loader, progress, batch_size, asked_to_stop(), run, callbacks)
+                record = step_and_record(trainer, loader, progress, batch_size, stop_reason(), run, callbacks)
                 for callback in callbacks:
                     callback.on_step(run, record)
         except BaseException as error:
-            tell(type(error), error, None)
+            report_error(type(error), error, None)
             raise
 
 
@@ -60,7 +58,7 @@ def step_and_record(
     trainer: Trainer, loader: Loader, progress: Progress, batch_size: Callable[[int], int], stop: str | None,
     run: RunInfo, callbacks: Sequence[Callback],
 ) -> StepRecord:  # fmt: skip
-    """One step, counted in `progress` and told in numbers."""
+    """Do one step, count it in `progress` and return its numbers."""
     started = time.perf_counter()
     samples = batch_size(progress.consumed_train_samples)
     batches = loader.step(progress.consumed_train_samples, samples)
@@ -95,5 +93,5 @@ def parameters_norm(trainer: Trainer) -> float | None:
     """L2 norm of all parameters, where the config asks for it."""
     if not trainer.runtime.config.logging.log_params_norm:
         return None
-    named, copies = trainer.runtime.tensors(lambda parameter: parameter.detach())
-    return float(global_norm(named, skip=copies, stages=trainer.runtime.mesh.size("pp")))
+    parameters, not_owned = trainer.runtime.named_tensors(lambda parameter: parameter.detach())
+    return float(global_norm(parameters, not_owned=not_owned, stages=trainer.runtime.mesh.size("pp")))

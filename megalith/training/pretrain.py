@@ -14,14 +14,14 @@ from megalith.checkpoint.ranks import Ranks
 from megalith.common.errors import ConfigError, MegalithError
 from megalith.common.files import write_text
 from megalith.common.orphans import ends_with_launcher
-from megalith.config import launched
+from megalith.config import environment
 from megalith.config.batch_math import batch_size_at, check_length, total_steps
 from megalith.config.checks.checks import check
 from megalith.config.flags.loading import to_yaml
-from megalith.config.megatron.counts import rows_asked
+from megalith.config.megatron.counts import embedding_rows
 from megalith.config.run import RunConfig
 from megalith.data.tokenizers.tokenizer import Tokenizer, tokenizer_from_config
-from megalith.runtime.build import Mesh, grid, join
+from megalith.runtime.build import Mesh, build_mesh, init_distributed
 from megalith.training.build import (
     build_callbacks,
     build_loaders,
@@ -32,12 +32,12 @@ from megalith.training.build import (
 )
 from megalith.training.callbacks import print_lines
 from megalith.training.duties import StopSignal
-from megalith.training.failures import same_config
+from megalith.training.failures import check_same_config
 from megalith.training.loop import train_loop
 from megalith.training.reporting.announce import announce
-from megalith.training.reporting.metrics import FILE, validated
+from megalith.training.reporting.metrics import METRICS_FILE, splits_measured_at
 from megalith.training.resume import origin, run_folder, saving, source
-from megalith.training.resume.next_start import next_start
+from megalith.training.resume.next_start import describe_next_start
 from megalith.training.resume.state import FAILED, Progress
 from megalith.training.validation import Validation, measured_splits
 
@@ -45,51 +45,53 @@ from megalith.training.validation import Validation, measured_splits
 def train(config: RunConfig) -> Progress:
     """Train (or resume) what `config` describes; returns where the run stands at its end.
 
-    Under a launcher every process calls it with the same config. Raises ConfigError, DataError or CheckpointError before
-    the first step where something cannot work.
+    Under a launcher every process calls it with the same config. Raises ConfigError, DataError or CheckpointError
+    before the first step where something cannot work.
     """
-    ours = not dist.is_initialized()
-    check(config, launched.world_size() if ours else dist.get_world_size())
+    owns_group = not dist.is_initialized()
+    check(config, environment.world_size() if owns_group else dist.get_world_size())
     tokenizer = tokenizer_from_config(config.data, vocab_size=config.model.vocab_size)
     with ends_with_launcher():
-        return _train(config, tokenizer, ours)
+        return _train(config, tokenizer, owns_group)
 
 
-def _train(config: RunConfig, tokenizer: Tokenizer, ours: bool) -> Progress:
-    """ours: the process group is made here, and ended."""
-    device = join(config.parallel)
+def _train(config: RunConfig, tokenizer: Tokenizer, owns_group: bool) -> Progress:
+    """owns_group: the process group is made here, and destroyed at the end."""
+    device = init_distributed(config.parallel)
     try:
-        same_config(config)
-        mesh = grid(config.parallel, device)
+        check_same_config(config)
+        mesh = build_mesh(config.parallel, device)
         check_length(config, mesh.data_size)
-        if old := Ranks().first(lambda: run_folder.old_place(config)):
-            if mesh.is_main:
+        if old := Ranks().on_rank_0(lambda: run_folder.find_old_run_folder(config)):
+            if mesh.is_main_process:
                 print(
                     f"run folder {old}, where this run began its record; new runs have it in the folder of --save",
                     flush=True,
                 )
             config = config.replace(run_dir=old)
-        config, line = Ranks().first(lambda: source.settled(config))
-        if line and mesh.is_main:
+        config, line = Ranks().on_rank_0(lambda: source.infer_finetune(config))
+        if line and mesh.is_main_process:
             print(line, flush=True)
         with contextlib.ExitStack() as held:
             checks: list[Callable[[], None]] = []
-            on_main(lambda: checks.append(held.enter_context(run_folder.alone(config))))
-            if Ranks().first(lambda: origin.has_exact_gelu(config)):
-                if mesh.is_main:
-                    was = "activation gelu (exact) as what it starts from, which was stored before --bias-gelu-fusion had an effect"
-                    print(f"{was}; --no-bias-gelu-fusion says the same without this line", flush=True)
+            on_main_process(lambda: checks.append(held.enter_context(run_folder.hold_folders(config))))
+            if Ranks().on_rank_0(lambda: origin.has_exact_gelu(config)):
+                if mesh.is_main_process:
+                    kept = "activation gelu (exact), as in the checkpoint, which is older than --bias-gelu-fusion"
+                    print(f"{kept}; --no-bias-gelu-fusion says the same without this line", flush=True)
                 config = config.replace(bias_gelu_fusion=False)
-            if mesh.is_main:
+            if mesh.is_main_process:
                 write_text(pathlib.Path(config.run_folder) / "config.yaml", to_yaml(config))
             return run(with_vocabulary(config, tokenizer), mesh, tokenizer, *checks)
     finally:
-        if ours:
+        if owns_group:
             dist.destroy_process_group()
 
 
-def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer, alone: Callable[[], None] = lambda: None) -> Progress:
-    """The run itself, on a mesh. alone: raises CheckpointError where the run's folders are another's by now."""
+def run(
+    config: RunConfig, mesh: Mesh, tokenizer: Tokenizer, check_locks: Callable[[], None] = lambda: None
+) -> Progress:
+    """The run itself, on a mesh. check_locks: raises CheckpointError where another run has taken the run's folders."""
     set_determinism(config)
     datasets = open_datasets(config, mesh, tokenizer)
     data = origin.fingerprints(filter(None, datasets.values()), config.data)
@@ -98,53 +100,52 @@ def run(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer, alone: Callable[[],
     progress = saving.resume(trainer)
     train_iters = 0 if config.validation.skip_train else total_steps(config, mesh.data_size)
     loaders = build_loaders(config, mesh, datasets)
-    known = measured(config, mesh, progress.iteration)
-    owed = [split for split in measured_splits(config, loaders) if split not in known]
-    if mesh.is_main:
-        announce(trainer, progress, train_iters, datasets, changed, owed)
-    if progress.iteration >= train_iters > 0 and not owed:
+    measured_before = already_measured(config, mesh, progress.iteration)
+    unmeasured = [split for split in measured_splits(config, loaders) if split not in measured_before]
+    if mesh.is_main_process:
+        announce(trainer, progress, train_iters, datasets, changed, unmeasured)
+    if progress.iteration >= train_iters > 0 and not unmeasured:
         return progress
     signals = StopSignal(config.resilience.exit_signal_handler, config.resilience.exit_duration_in_mins)
     validation = Validation(trainer, progress, loaders, signals)
-    again = functools.partial(next_start, config, progress)
+    next_start = functools.partial(describe_next_start, config, progress)
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save(scratch)
         files = {f"tokenizer/{path.name}": str(path) for path in pathlib.Path(scratch).iterdir()}
-        save = functools.partial(saving.save, trainer, progress, to_yaml(config), files, data, again, alone)
-        callbacks = build_callbacks(trainer, progress, validation, known, save, again)
+        save = functools.partial(saving.save, trainer, progress, to_yaml(config), files, data, next_start, check_locks)
+        callbacks = build_callbacks(trainer, progress, validation, measured_before, save, next_start)
         try:
             batches = functools.partial(batch_size_at, config, mesh.data_size)
             info = run_info(config, mesh, progress.iteration, train_iters)
-            train_loop(trainer, loaders.get("train"), progress, batches, info, callbacks, signals, again)
+            train_loop(trainer, loaders.get("train"), progress, batches, info, callbacks, signals, next_start)
         finally:
             for loader in loaders.values():
                 loader.close()
-            if (
-                mesh.world_size == 1 or progress.stop != FAILED
-            ):  # a launcher's SIGTERM to the others must not silence what they have to say
+            # After a failure a launcher's SIGTERM to the other ranks must not end them before their own messages.
+            if mesh.world_size == 1 or progress.stop != FAILED:
                 signals.restore()
-    if mesh.is_main:
+    if mesh.is_main_process:
         done = f"all {progress.iteration} steps are done" if train_iters else f"step {progress.iteration} is measured"
-        stopped = f"stopped after step {progress.iteration} ({progress.stop}); {again()}"
-        print_lines(done if progress.stop is None else stopped, run_folder.written(config, progress))
+        stopped = f"stopped after step {progress.iteration} ({progress.stop}); {next_start()}"
+        print_lines(done if progress.stop is None else stopped, run_folder.describe_outputs(config, progress))
     return progress
 
 
 def with_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> RunConfig:
-    """The config with the vocabulary's true size, which is the tokenizer's unless a larger one is asked for."""
-    asked = config.model.vocab_size
-    size = rows_asked(asked, config.data.tokenizer_type) if asked else tokenizer.vocab_size
+    """The config with the vocabulary's true size, which is the tokenizer's unless --vocab-size is larger."""
+    given = config.model.vocab_size
+    size = embedding_rows(given, config.data.tokenizer_type) if given else tokenizer.vocab_size
     if size < tokenizer.vocab_size:
         raise ConfigError(
-            f"--vocab-size {size} is smaller than the tokenizer's vocabulary: found {tokenizer.vocab_size} tokens; "
+            f"--vocab-size {size} is smaller than the tokenizer's vocabulary of {tokenizer.vocab_size} tokens; "
             f"every token needs a row of the embedding. Drop --vocab-size, or name the tokenizer that made the data; "
-            f"`megalith checkpoint edit SOURCE FOLDER --vocab-size {tokenizer.vocab_size}` gives a checkpoint more rows."
+            f"`megalith checkpoint edit SOURCE FOLDER --vocab-size {tokenizer.vocab_size}` adds rows to a checkpoint."
         )
     return config.replace(vocab_size=size)
 
 
-def on_main(job: Callable[[], object]) -> None:
-    """Run `job` on the first process; an error of it is raised on all, so that none waits for the others."""
+def on_main_process(job: Callable[[], object]) -> None:
+    """Run `job` on the main process; an error of it is raised on all, so that none waits for the others."""
 
     def attempt() -> Exception | None:
         try:
@@ -153,14 +154,17 @@ def on_main(job: Callable[[], object]) -> None:
             return error
         return None
 
-    if (error := Ranks().first(attempt)) is not None:
+    if (error := Ranks().on_rank_0(attempt)) is not None:
         raise error
 
 
-def measured(config: RunConfig, mesh: Mesh, step: int) -> set[str]:
-    """The splits that this run has measured at this step; none for --skip-train, which always measures. All ranks call it."""
+def already_measured(config: RunConfig, mesh: Mesh, step: int) -> set[str]:
+    """The splits that this run has measured at this step; none for --skip-train, which always measures.
+
+    All ranks call it.
+    """
     if config.validation.skip_train:
         return set()
-    writes = mesh.rank == mesh.world_size - 1  # it alone may see the file
-    mine = validated(pathlib.Path(config.run_folder) / FILE, step) if writes else set()
-    return Ranks().collect(lambda: mine, lambda each: set().union(*each))
+    has_file = mesh.global_rank == mesh.world_size - 1  # the rank that wrote it may be the only one that sees it
+    splits = splits_measured_at(pathlib.Path(config.run_folder) / METRICS_FILE, step) if has_file else set()
+    return Ranks().collect(lambda: splits, lambda sets: set().union(*sets))

@@ -14,13 +14,13 @@ from megalith.optim.loss_scale import StaticLossScale
 from megalith.optim.schedule import Schedule
 from megalith.runtime.build import Runtime
 from megalith.training.forward_backward import forward_backward, ratios
-from megalith.training.resume.state import REASONS, Progress
+from megalith.training.resume.state import STOP_REASONS, Progress
 from megalith.training.tasks import Batch, Task
 
 
 @dataclasses.dataclass
 class Trainer:
-    """What a step works with."""
+    """What a training step needs."""
 
     runtime: Runtime
     task: Task
@@ -30,7 +30,7 @@ class Trainer:
 
     @property
     def device(self) -> torch.device:
-        """Where this process computes."""
+        """The device of this process."""
         return self.runtime.mesh.device
 
 
@@ -46,10 +46,10 @@ class StepResult:
     grad_norm: float | None = None  # before clipping
     loss_scale: float = 1.0
     skipped: bool = False  # loss or gradients were infinite or not a number, the weights did not change
-    lasting: bool = False  # skipped, and no smaller loss scale can help
-    uncounted: tuple[str, ...] = ()  # losses that no token of the batch counts for (all masked); their value is nan
+    scale_cannot_help: bool = False  # skipped, and no smaller loss scale can help
+    empty_losses: tuple[str, ...] = ()  # losses that no token of the batch counts for (all masked); their value is nan
     zeros: int | None = None  # gradient elements that are exactly zero, where asked for
-    stop: str | None = None  # why any process asks that the run end, one of REASONS
+    stop: str | None = None  # why any process asks that the run end, one of STOP_REASONS
 
     @property
     def total_loss(self) -> float:
@@ -68,29 +68,29 @@ def train_step(
 ) -> StepResult:  # fmt: skip
     """Run one step on this process's micro-batches.
 
-    stop: why this process asks that the run end; the answer is shared, so that all end at the same step.
-    before_optimizer_step: called when the gradients are whole and clipped, in a step that changes weights.
-    A step whose loss or gradients are not finite changes no weights. All ranks judge by the same sums, and so alike.
+    stop: why this process asks that the run end; reduced over all processes, so that all end at the same step.
+    before_optimizer_step: called when the gradients are complete and clipped, in a step that changes weights.
+    A step whose loss or gradients are not finite changes no weights. All ranks decide by the same sums, and so alike.
     """
     runtime, mesh, task = trainer.runtime, trainer.runtime.mesh, trainer.task
-    batches = [runtime.take(batch, task.sequences) for batch in batches]
+    batches = [runtime.prepare_batch(batch, task.sequences) for batch in batches]
     scale = trainer.loss_scale.scale
-    also = asking(stop)
-    counts, sums = forward_backward(runtime, task, batches, progress.iteration, loss_scale=scale, also=also)
-    named, copies = runtime.gradients()
-    over = {"skip": copies, "stages": mesh.size("pp")}
-    norm = clip(named, runtime.config.optimizer.clip_grad, inverse_scale=trainer.loss_scale.inverse, **over)
-    zeros = int(count_zeros(named, **over)) if runtime.config.logging.log_num_zeros_in_grad else None
+    extra = encode_stop(stop)
+    counts, sums = forward_backward(runtime, task, batches, progress.iteration, loss_scale=scale, extra=extra)
+    gradients, not_owned = runtime.gradients()
+    counting = {"not_owned": not_owned, "stages": mesh.size("pp")}
+    norm = clip(gradients, runtime.config.optimizer.clip_grad, inverse_scale=trainer.loss_scale.inverse, **counting)
+    zeros = int(count_zeros(gradients, **counting)) if runtime.config.logging.log_num_zeros_in_grad else None
     numbers = torch.cat((torch.stack(list(counts.values())).double(), sums, norm.double().view(1)))
     *numbers, grad_norm = numbers.tolist()  # the step's one wait for the device
-    last, stop_at = 2 * len(counts), -len(REASONS)
+    last, stop_at = 2 * len(counts), -len(STOP_REASONS)
     counted, losses, stops = numbers[: len(counts)], numbers[len(counts) : last], numbers[stop_at:]
     metrics = ratios(task.metric_names, numbers[last:stop_at])
     finite = all(map(math.isfinite, losses))
     updated = finite and math.isfinite(grad_norm)
-    # A smaller scale mends gradients of float16 that overflow, never a loss, which is not scaled.
-    lasting = not updated and (trainer.loss_scale.lowest or not finite)
-    uncounted = tuple(name for name, count in zip(counts, counted) if count == 0.0)
+    # A smaller scale helps where gradients of float16 overflow, but never where the loss does, which is not scaled.
+    scale_cannot_help = not updated and (trainer.loss_scale.at_minimum or not finite)
+    empty_losses = tuple(name for name, count in zip(counts, counted) if count == 0.0)
     done, schedule = progress.scheduled_samples, trainer.schedule
     lr, decay = schedule.lr(done), schedule.weight_decay(done)
     if updated:
@@ -100,18 +100,18 @@ def train_step(
     trainer.loss_scale.update(not updated)
     trainer.optimizer.zero_grad(set_to_none=True)
     return StepResult(
-        losses=dict(zip(counts, losses, strict=True)) | dict.fromkeys(uncounted, math.nan), metrics=metrics,
+        losses=dict(zip(counts, losses, strict=True)) | dict.fromkeys(empty_losses, math.nan), metrics=metrics,
         learning_rate=lr, weight_decay=decay, loss_scale=scale, grad_norm=grad_norm, zeros=zeros,
         tokens=sum(map(task.tokens, batches)) * mesh.data_size * mesh.size("cp"),
-        skipped=not updated, lasting=lasting, uncounted=uncounted, stop=asked(stops),
+        skipped=not updated, scale_cannot_help=scale_cannot_help, empty_losses=empty_losses, stop=decode_stop(stops),
     )  # fmt: skip
 
 
-def asking(reason: str | None) -> list[float]:
+def encode_stop(reason: str | None) -> list[float]:
     """One number per reason to end the run, to be summed over all processes."""
-    return [float(reason == each) for each in REASONS]
+    return [float(reason == each) for each in STOP_REASONS]
 
 
-def asked(sums: Iterable[float]) -> str | None:
-    """The first reason that any process gave, of sums of `asking`."""
-    return next((reason for reason, count in zip(REASONS, sums) if count), None)
+def decode_stop(sums: Iterable[float]) -> str | None:
+    """The first reason that any process gave, from sums of `encode_stop`."""
+    return next((reason for reason, count in zip(STOP_REASONS, sums) if count), None)

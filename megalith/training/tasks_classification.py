@@ -18,11 +18,12 @@ class Classification(Task):
     metric_names = ("accuracy",)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """Samples, each counted where its first token is."""
-        return {"classification loss": torch.ones_like(batch["labels"], dtype=torch.float32).sum() * begins(batch)}
+        """Samples, each counted on the process that has its first token."""
+        samples = torch.ones_like(batch["labels"], dtype=torch.float32).sum()
+        return {"classification loss": samples * first_token_is_here(batch)}
 
     def inputs(self, batch: Batch, counts: dict[str, Tensor]) -> Batch:
-        """Weights are ones over the global count, so the model's losses need only be added up."""
+        """Weights are 1 / global count, so that the model's losses need only be added up."""
         passed: Batch = {name: batch[name] for name in ("token_types", "padding_mask", "labels") if name in batch}
         weights = (1.0 / counts["classification loss"]).expand(len(batch["labels"]))
         return {"inputs": batch["input_ids"], **passed, "loss_weights": weights}
@@ -32,11 +33,11 @@ class Classification(Task):
         return {"classification loss": output[0].sum()}
 
     def metrics(self, output: tuple[Tensor, Tensor], batch: Batch) -> dict[str, Ratio]:
-        """The share of samples whose largest logit is that of their label."""
+        """The fraction of samples whose largest logit is that of their label."""
         right = (output[1].argmax(dim=-1) == batch["labels"]).sum()
-        return {"accuracy": (right * begins(batch), len(batch["labels"]) * begins(batch))}
+        return {"accuracy": (right * first_token_is_here(batch), len(batch["labels"]) * first_token_is_here(batch))}
 
 
-def begins(batch: Batch) -> Tensor | float:
+def first_token_is_here(batch: Batch) -> Tensor | float:
     """1 where the first tokens of the sequences are on this process, else 0."""
     return (batch["coordinates"][0] == 0).float() if "coordinates" in batch else 1.0

@@ -13,11 +13,11 @@ import torch
 from megalith.config.batch_math import global_batch
 from megalith.config.run import RunConfig
 from megalith.data.loader import Loader
-from megalith.training.forward_backward import global_counts, ratios, run
+from megalith.training.forward_backward import global_counts, ratios, run_micro_batches
 from megalith.training.resume.state import Progress
-from megalith.training.step import Trainer, asked, asking
+from megalith.training.step import Trainer, decode_stop, encode_stop
 
-Asked = Callable[[], str | None]  # why this process asks that the run end, if it does
+StopReason = Callable[[], str | None]  # why this process asks that the run end, if it does
 SPLITS = {"validation": "valid", "test": "test"}  # what is measured -> the dataset's name
 
 
@@ -28,8 +28,8 @@ class Evaluation(NamedTuple):
     metrics: dict[str, float]
 
 
-class Unmeasured(Exception):
-    """A validation that ended before its end, on every process: asked to, for a `reason`, or because data could not be read."""
+class ValidationIncomplete(Exception):
+    """A validation that stopped before its end, on every process: for a stop `reason`, or as data could not be read."""
 
     def __init__(self, message: str, reason: str | None = None):
         super().__init__(message)
@@ -38,15 +38,16 @@ class Unmeasured(Exception):
 
 @dataclasses.dataclass
 class Cursor:
-    """Where validations read: each takes the next samples, as Megatron's does, and starts over after the last whole set.
+    """Where validations read: each takes the next samples, as Megatron's does, and starts over after the last full set.
 
-    The place is kept in `progress`, and so in checkpoints. Megatron has none before the first step; it counts for none.
+    The position is kept in `progress`, and so in checkpoints. Megatron does not validate before the first step, so the
+    samples of that validation are not counted.
     """
 
     progress: Progress
     samples: int  # of one validation, over all processes
     interval: int  # steps from one validation to the next
-    length: int  # samples that there are
+    length: int  # of the dataset, in samples
 
     def due(self) -> bool:
         """Whether a validation is due after the present step; its samples are counted by then (`advance`)."""
@@ -74,7 +75,7 @@ def measured_splits(config: RunConfig, loaders: Mapping[str, Loader]) -> list[st
 class Validation:
     """Measures a model on validation data, each time on other samples of it, and on test data, always the same."""
 
-    def __init__(self, trainer: Trainer, progress: Progress, loaders: Mapping[str, Loader], stop: Asked):
+    def __init__(self, trainer: Trainer, progress: Progress, loaders: Mapping[str, Loader], stop: StopReason):
         """loaders: "valid" and "test", where there is such data."""
         config = trainer.runtime.config
         self.trainer, self.loaders, self.stop = trainer, loaders, stop
@@ -91,28 +92,28 @@ class Validation:
 
 @torch.no_grad()
 def evaluate(
-    trainer: Trainer, loader: Loader, start: int, batches: int, global_batch_size: int, stop: Asked = lambda: None
+    trainer: Trainer, loader: Loader, start: int, batches: int, global_batch_size: int, stop: StopReason = lambda: None
 ) -> Evaluation:  # fmt: skip
-    """Losses and metrics over `batches` global batches from sample `start` on, weighted as in training: by unmasked token.
+    """Losses and metrics over `batches` global batches from sample `start` on, weighted as in training: by token.
 
-    They do not depend on the number of processes. What nothing counts for is not a number.
-    stop: asked before every batch. Raises Unmeasured on all processes where any gives a reason, or cannot read its part.
+    They do not depend on the number of processes. A loss without unmasked tokens is not a number. stop: called before
+    every batch. Raises ValidationIncomplete on all processes where any gives a reason, or cannot read its part.
     """
     runtime, task = trainer.runtime, trainer.task
     runtime.train(False)
     sums, totals = torch.zeros((), dtype=torch.float64, device=trainer.device), dict[str, torch.Tensor]()
     for number in range(batches):
-        micro_batches = read(trainer, loader, start + number * global_batch_size, global_batch_size, stop())
-        parts = [runtime.take(batch, task.sequences) for batch in micro_batches]
+        micro_batches = read_batches(trainer, loader, start + number * global_batch_size, global_batch_size, stop())
+        parts = [runtime.prepare_batch(batch, task.sequences) for batch in micro_batches]
         counts = global_counts(runtime, task, parts)
         counted = torch.stack(list(counts.values())).double()
         weights = torch.cat((counted, counted.new_ones(2 * len(task.metric_names))))
-        sums = sums + run(runtime, task, parts, counts, 0, train=False) * weights
+        sums = sums + run_micro_batches(runtime, task, parts, counts, 0, train=False) * weights
         for name, count in counts.items():
             totals[name] = totals.get(name, 0.0) + count.double()
-    numbers = runtime.mesh.share(sums).tolist()
+    numbers = runtime.mesh.all_reduce(sums).tolist()
     runtime.train()
-    for name in [name for name, total in totals.items() if float(total) == 0.0 and runtime.mesh.is_main]:
+    for name in [name for name, total in totals.items() if float(total) == 0.0 and runtime.mesh.is_main_process]:
         samples = batches * global_batch_size
         print(f"megalith: no token of {samples} samples counts for the {name} (all are masked): it is not a number",
               file=sys.stderr, flush=True)  # fmt: skip
@@ -121,8 +122,13 @@ def evaluate(
     return Evaluation(means, ratios(task.metric_names, numbers[len(totals) :]))
 
 
-def read(trainer: Trainer, loader: Loader, start: int, size: int, reason: str | None) -> list[dict[str, torch.Tensor]]:
-    """This process's micro-batches of a batch, where all processes could read theirs and none has a reason to stop."""
+def read_batches(
+    trainer: Trainer, loader: Loader, start: int, size: int, reason: str | None
+) -> list[dict[str, torch.Tensor]]:
+    """This process's micro-batches of a batch.
+
+    Raises ValidationIncomplete on all processes where one could not read its part, or has a reason to stop.
+    """
     batches, failure = list[dict[str, torch.Tensor]](), ""
     if reason is None:
         try:
@@ -130,10 +136,11 @@ def read(trainer: Trainer, loader: Loader, start: int, size: int, reason: str | 
         except Exception as error:
             failure = f"samples {start} to {start + size - 1}: {type(error).__name__}: {error}"
             print(f"megalith: validation data could not be read, {failure}", file=sys.stderr, flush=True)
-    flags = torch.tensor([*asking(reason), float(bool(failure))], dtype=torch.float32, device=trainer.device)
-    *reasons, failed = trainer.runtime.mesh.share(flags).tolist()
-    if reason := asked(reasons):
-        raise Unmeasured(reason, reason)
+    flags = torch.tensor([*encode_stop(reason), float(bool(failure))], dtype=torch.float32, device=trainer.device)
+    *reasons, failed = trainer.runtime.mesh.all_reduce(flags).tolist()
+    if reason := decode_stop(reasons):
+        raise ValidationIncomplete(reason, reason)
     if failed:
-        raise Unmeasured(failure or f"another process could not read its part of samples {start} to {start + size - 1}")
+        samples = f"samples {start} to {start + size - 1}"
+        raise ValidationIncomplete(failure or f"another process could not read its part of {samples}")
     return batches

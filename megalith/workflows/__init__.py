@@ -1,1 +1,1 @@
-"""Jobs made of several others: the demo, the parity check, run reports."""
+"""Jobs that need several rooms: conversions, the demo, the parity check, dry runs, the questions of `config`."""

@@ -1,4 +1,4 @@
-"""A real corpus that every machine has: the sources of Python's own standard library, and the texts of its help topics."""
+"""A real corpus that every machine has: the sources of Python's standard library, and the texts of its help topics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megalith.common.files import atomic_path
 def write_corpus(path: pathlib.Path, megabytes: float, seed: int = 1) -> tuple[int, int]:
     """Write at most `megabytes` MB of documents as JSON lines {"text", "source"}; returns (documents, bytes of text).
 
-    Documents are shuffled, so that training and validation shares are alike.
+    Documents are shuffled, so that training and validation splits are alike.
     """
     documents = sorted(_modules()) + sorted(_topics())
     random.Random(seed).shuffle(documents)
@@ -28,7 +28,7 @@ def write_corpus(path: pathlib.Path, megabytes: float, seed: int = 1) -> tuple[i
 
 
 def _modules():
-    """Sources of the standard library, without what is long tables more than text: tests, encodings."""
+    """Sources of the standard library, without those that are long tables rather than text: tests, encodings."""
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
     for path in root.rglob("*.py"):
         inside = path.relative_to(root)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,10 +18,17 @@ from megalith.config.flags.text import Problem, fail, flag, value_text
 from megalith.config.flags.values import convert, fields
 from megalith.config.run import RunConfig
 
-ALONE: dict[str, Any] = {
-    TP: 1, PP: 1, CP: 1, "sequence_parallel": False, "pipeline_schedule": "auto", "num_layers_per_virtual_pipeline_stage": None,
-    "data_parallel_replicas": 1, "data_parallel_sharding": "none", "use_distributed_optimizer": False,
-}  # fmt: skip
+ONE_PROCESS: dict[str, Any] = {
+    TP: 1,
+    PP: 1,
+    CP: 1,
+    "sequence_parallel": False,
+    "pipeline_schedule": "auto",
+    "num_layers_per_virtual_pipeline_stage": None,
+    "data_parallel_replicas": 1,
+    "data_parallel_sharding": "none",
+    "use_distributed_optimizer": False,
+}
 FILES = {  # dataset -> what its tokenizer is made from
     "gpt": "tokenizer.json, or vocabulary and merges: vocab.json merges.txt",
     "bert": "vocab.txt of BERT, or a tokenizer.json that has [CLS], [SEP], [PAD] and [MASK]",
@@ -30,15 +38,29 @@ FILES = {  # dataset -> what its tokenizer is made from
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """A config that can work, and where it is to run."""
+    """A config that can work, and the processes that it is for."""
 
     config: RunConfig
     processes: int
     per_machine: int
 
 
+def next_commands(answers: Answers, file: str) -> str:
+    """What is printed after the config was written into `file`: the commands to type next."""
+    command = f"-m megalith pretrain {answers.config.model.model_type} --config {shlex.quote(file)}"
+    machines, without_launcher = answers.processes // answers.per_machine, command.removeprefix("-m ")
+    launch = f"--nproc-per-node {answers.per_machine} {command}"
+    if machines == 1:
+        return f"wrote {file}; next:\n  {without_launcher if answers.processes == 1 else f'torchrun {launch}'}"
+    return (
+        f"wrote {file}; to check it, on any machine:\n  {without_launcher} --dry-run\n"
+        f"next, on each of {machines} machines, with the name of one of them for FIRST:\n"
+        f"  torchrun --nnodes {machines} --rdzv-backend c10d --rdzv-endpoint FIRST:29500 {launch}"
+    )
+
+
 class Questions:
-    """Asks until an answer can be read; at the end of the input every question has its default."""
+    """Asks until an answer can be read; after the end of the input every question has its default."""
 
     def __init__(self) -> None:
         self.ended = False
@@ -55,7 +77,7 @@ class Questions:
     def choice(self, question: str, choices: Sequence[str], default: str) -> str:
         """One of several words."""
         while (word := self.text(f"{question}: {', '.join(choices)}", default)) not in choices:
-            print(f"  found {word!r}; it is one of {', '.join(choices)}")
+            print(f"  the answer must be one of {', '.join(choices)}; found {word!r}")
         return word
 
     def number(self, question: str, default: int, divides: int = 0) -> int:
@@ -64,10 +86,8 @@ class Questions:
             text = self.text(question, str(default))
             if text.isdecimal() and int(text) > 0 and divides % int(text) == 0:
                 return int(text)
-            print(
-                f"  {question}: found {text!r}; it is a whole number, 1 or more"
-                + f", that divides {divides}" * (divides > 0)
-            )
+            divisor = f", that divides {divides}" * (divides > 0)
+            print(f"  {question} must be a whole number, at least 1{divisor}; found {text!r}")
 
     def field(self, config: RunConfig, name: str, what: str = "", default: Any = None) -> RunConfig:
         """The config with an answer for this field, of the field's type."""
@@ -76,16 +96,16 @@ class Questions:
         shown = "" if known in (None, []) else str(known).lower() if isinstance(known, bool) else value_text(known)
         while True:
             text = self.text(f"{flag(name)}: {what or field.metadata['help']}", shown)
-            value, trouble = convert(field, text if text or not field.optional else None, flag(name))
-            if trouble is None:
+            value, field_problem = convert(field, text if text or not field.optional else None, flag(name))
+            if field_problem is None:
                 return config.replace(**{name: value})
-            print(f"  {trouble.text}")
+            print(f"  {field_problem.text}")
             if self.ended:
                 return config
 
 
 def ask() -> Answers:
-    """Ask everything; what cannot work is asked again. Raises ConfigError with what cannot where the input has ended."""
+    """Ask everything; what cannot work is asked again. Where the input has ended it is a ConfigError instead."""
     questions = Questions()
     name = _recipe(questions)
     text = recipes.text(name)
@@ -106,7 +126,7 @@ def ask() -> Answers:
     if processes > 1:
         per_machine, config = _layout(questions, config, processes)
     else:
-        config = config.replace(**ALONE)
+        config = config.replace(**ONE_PROCESS)
     values = {field: value for field, value in config.flat().items() if value != fields()[field].default}
     config = complete(values, [])
     while problems := find_problems(config, processes) or _too_short(config, processes):
@@ -156,11 +176,11 @@ def _tokenizer(questions: Questions, kind: str) -> dict[str, str]:
             and not (suffixes == [".json"] and "vocab" in pathlib.Path(files[0]).name)
         ):
             return {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": files[0]}
-        print(f"  found {' '.join(files)!r}; a {kind} takes {FILES[kind]}")
+        print(f"  a {kind} takes {FILES[kind]}; found {' '.join(files)!r}")
 
 
 def _too_short(config: RunConfig, processes: int) -> list[Problem]:
-    """As find_problems, of a run without a step; asked of configs that can work otherwise."""
+    """The problem of a run without a step, of a config that has no other."""
     try:
         check_length(config, data_parallel_size(config, processes))
         return []
@@ -169,7 +189,7 @@ def _too_short(config: RunConfig, processes: int) -> list[Problem]:
 
 
 def _proposal(config: RunConfig, field: str, processes: int) -> Any:
-    """A value with which the config fits on so many processes, as far as it is this field that decides; else None."""
+    """A value of `field` with which the config fits that many processes; None where another field decides."""
     copy, s = config.parallel.model_parallel_size, config.schedule
     if field in ("lr_warmup_iters", "lr_warmup_samples"):
         return min(config.flat()[field], (s.train_iters or s.train_samples or 1) // 10)
@@ -186,13 +206,13 @@ def _proposal(config: RunConfig, field: str, processes: int) -> Any:
 
 
 def _layout(questions: Questions, config: RunConfig, processes: int) -> tuple[int, RunConfig]:
-    """(processes on a machine, the config with what is worth asking where several processes work on it)."""
+    """(processes on a machine, the config with the answers that several processes need)."""
     fitting = max(n for n in range(1, 9) if processes % n == 0)
-    per_machine = questions.number("of these on each machine", fitting, divides=processes)
+    per_machine = questions.number("processes on each machine", fitting, divides=processes)
     sizes = layouts(config, processes, count=processes**3)
-    for place, name in enumerate((TP, PP, CP)):
-        config = questions.field(config, name, default=sizes[0][place] if sizes else None)
-        sizes = [each for each in sizes if each[place] == getattr(config.parallel, name)]
+    for index, name in enumerate((TP, PP, CP)):
+        config = questions.field(config, name, default=sizes[0][index] if sizes else None)
+        sizes = [each for each in sizes if each[index] == getattr(config.parallel, name)]
     split = config.parallel.tensor_model_parallel_size > 1
     config = questions.field(config, "sequence_parallel") if split else config.replace(sequence_parallel=False)
     if config.parallel.pipeline_model_parallel_size == 1:

@@ -6,16 +6,21 @@ import numpy
 import torch
 
 from megalith.checkpoint.weights import Weights
-from tests.checkpoint.megatron_files import fused
+from tests.checkpoint.megatron_files import fused_qkv
 
-WHOLE = {
+EMBEDDINGS = {
     "embedding.weight": "embedding.word_embeddings.weight",
     "position_embedding.weight": "embedding.position_embeddings.weight",
 }
-NAMES = {  # Megatron core's names of what is one tensor on both sides
-    "final_norm": "decoder.final_layernorm", "attention_norm": "input_layernorm", "mlp_norm": "pre_mlp_layernorm", "attention.out":
-    "self_attention.linear_proj", "mlp.up": "mlp.linear_fc1", "mlp.down": "mlp.linear_fc2", "layers.": "decoder.layers.",
-}  # fmt: skip
+NAMES = {  # Megatron core's names of what is one tensor in both models
+    "final_norm": "decoder.final_layernorm",
+    "attention_norm": "input_layernorm",
+    "mlp_norm": "pre_mlp_layernorm",
+    "attention.out": "self_attention.linear_proj",
+    "mlp.up": "mlp.linear_fc1",
+    "mlp.down": "mlp.linear_fc2",
+    "layers.": "decoder.layers.",
+}
 
 
 def compare(weights: Weights, model_class, reference: pathlib.Path) -> None:
@@ -32,21 +37,20 @@ def compare(weights: Weights, model_class, reference: pathlib.Path) -> None:
     assert (losses - expected["token_losses"]).abs().max() < 1e-5
     losses.mean().backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    seen = 0
+    compared = 0
     for name, gradient in gradients.items():
         if ".attention.q." in name:
             others = [gradients[name.replace(".q.", f".{each}.")] for each in "qkv"]
-            gradient, theirs = (
-                fused(*others, config, 1, 0, 3.0),
-                name.replace("attention.q", "self_attention.linear_qkv"),
-            )
+            gradient = fused_qkv(*others, config, 1, 0, 3.0)
+            core_name = name.replace("attention.q", "self_attention.linear_qkv")
         elif ".attention.k." in name or ".attention.v." in name:
             continue
         else:
-            theirs = WHOLE.get(name, name)
-        for ours, word in NAMES.items():
-            theirs = theirs.replace(ours, word)
-        wanted = expected[f"grad/{theirs}"]
-        assert (gradient - wanted).abs().max() <= 1e-5 * wanted.abs().max().clamp(min=1e-3), name
-        seen += 1
-    assert seen == sum(name.startswith("grad/") for name in expected)
+            core_name = EMBEDDINGS.get(name, name)
+        for part, core_part in NAMES.items():
+            core_name = core_name.replace(part, core_part)
+        reference_gradient = expected[f"grad/{core_name}"]
+        tolerance = 1e-5 * reference_gradient.abs().max().clamp(min=1e-3)
+        assert (gradient - reference_gradient).abs().max() <= tolerance, name
+        compared += 1
+    assert compared == sum(name.startswith("grad/") for name in expected)

@@ -1,4 +1,4 @@
-"""Megatron directories made by hand, row by row, in every version and layout: nothing of the importer's own tables is used."""
+"""Megatron directories made by hand, row by row, in every version and layout, without the tables of the importer."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def model_of(**changes) -> tuple[ModelConfig, Tensors]:
     return config, {name: torch.randn_like(parameter) for name, parameter in model.named_parameters()}
 
 
-def fused(q: Tensor, k: Tensor, v: Tensor, config: ModelConfig, ranks: int, rank: int, version: float | str) -> Tensor:
+def fused_qkv(
+    q: Tensor, k: Tensor, v: Tensor, config: ModelConfig, ranks: int, rank: int, version: float | str
+) -> Tensor:
     """The rows of query_key_value that a rank holds, one after another."""
     n, g, d = config.num_attention_heads // ranks, config.num_kv_heads // ranks, config.head_dim
     heads, groups = range(rank * n, rank * n + n), range(rank * g, rank * g + g)
@@ -51,16 +53,16 @@ def fused(q: Tensor, k: Tensor, v: Tensor, config: ModelConfig, ranks: int, rank
         rows = [part[head * d + c] for head in range(n) for c in range(d) for part in each]
     else:
         for group in range(g):
-            share = n // g
+            heads_per_group = n // g
             rows += (
-                each[0][group * share * d : (group + 1) * share * d]
+                each[0][group * heads_per_group * d : (group + 1) * heads_per_group * d]
                 + each[1][group * d : group * d + d]
                 + each[2][group * d : group * d + d]
             )
     return torch.stack(rows)
 
 
-def layer(
+def layer_tensors(
     tensors: Tensors,
     number: int,
     config: ModelConfig,
@@ -71,7 +73,7 @@ def layer(
     gate_first: bool,
 ) -> Tensors:
     """One layer of one rank, in Megatron's names."""
-    mine = {
+    of_layer = {
         name.removeprefix(f"layers.{number}."): tensor
         for name, tensor in tensors.items()
         if name.startswith(f"layers.{number}.")
@@ -87,24 +89,27 @@ def layer(
         def cut(tensor: Tensor | None, dim: int = 0) -> Tensor | None:
             return None if tensor is None else tensor.chunk(ranks, dim)[rank]
 
-        put(f"input_{norm}", mine.get(f"attention_norm.{kind}"))
-        put(f"post_attention_{norm}", mine.get(f"mlp_norm.{kind}"))
-        q, k, v = (mine.get(f"attention.{name}.{kind}") for name in "qkv")
+        put(f"input_{norm}", of_layer.get(f"attention_norm.{kind}"))
+        put(f"post_attention_{norm}", of_layer.get(f"mlp_norm.{kind}"))
+        q, k, v = (of_layer.get(f"attention.{name}.{kind}") for name in "qkv")
         if q is not None and k is not None and v is not None:
             if config.attention_head_type == "multiquery":
                 put(f"{attention}.query", cut(q))
                 put(f"{attention}.key_value", torch.cat([k, v]))
             else:
-                put(f"{attention}.query_key_value", fused(q, k, v, config, ranks, rank, version))
+                put(f"{attention}.query_key_value", fused_qkv(q, k, v, config, ranks, rank, version))
         put(
             f"{attention}.dense",
-            cut(mine[f"attention.out.{kind}"], 1) if kind == "weight" else mine.get("attention.out.bias"),
+            cut(of_layer[f"attention.out.{kind}"], 1) if kind == "weight" else of_layer.get("attention.out.bias"),
         )
-        up, gate = cut(mine.get(f"mlp.up.{kind}")), cut(mine.get(f"mlp.gate.{kind}"))
+        up, gate = cut(of_layer.get(f"mlp.up.{kind}")), cut(of_layer.get(f"mlp.gate.{kind}"))
         if gate is not None and up is not None:
             up = torch.cat([gate, up] if gate_first else [up, gate])
         put("mlp.dense_h_to_4h", up)
-        put("mlp.dense_4h_to_h", cut(mine[f"mlp.down.{kind}"], 1) if kind == "weight" else mine.get("mlp.down.bias"))
+        put(
+            "mlp.dense_4h_to_h",
+            cut(of_layer[f"mlp.down.{kind}"], 1) if kind == "weight" else of_layer.get("mlp.down.bias"),
+        )
     return {f"layers.{{}}.{name}": tensor for name, tensor in sorted(found.items())}
 
 
@@ -116,14 +121,14 @@ SPELLINGS = {
 
 
 def write(
-    folder: pathlib.Path, config: ModelConfig, tensors: Tensors, *, tensor: int = 1, pipeline: int = 1, virtual: int = 1,
-    version: float | str = 3.0,
+    folder: pathlib.Path, config: ModelConfig, tensors: Tensors, *, tensor: int = 1, pipeline: int = 1,
+    virtual: int = 1, version: float | str = 3.0,
     year: int = 2022, padded: int = 128, gate_first: bool = True, args: dict | None = None,
     iteration: int | None = 7, extra: dict | None = None,
 ) -> pathlib.Path:  # fmt: skip
     """A Megatron directory of this model."""
     spelling, size = SPELLINGS[year], config.num_layers // pipeline // virtual
-    place = folder / (f"iter_{iteration:07d}" if iteration else "release")
+    target = folder / (f"iter_{iteration:07d}" if iteration else "release")
     for stage in range(pipeline):
         for rank in range(tensor):
             content: dict = {"iteration": iteration or 0}
@@ -136,7 +141,7 @@ def write(
                 stack: Tensors = {}
                 for local in range(size):
                     number = (chunk * pipeline + stage) * size + local
-                    part = layer(tensors, number, config, tensor, rank, version, spelling, gate_first)
+                    part = layer_tensors(tensors, number, config, tensor, rank, version, spelling, gate_first)
                     stack |= {name.format(local): each for name, each in part.items()}
                 words = torch.cat(
                     [tensors["embedding.weight"], torch.full((padded - config.vocab_size, config.hidden_size), 9.0)]
@@ -178,7 +183,7 @@ def write(
                 if last and pipeline > 1 and "head.weight" not in tensors:
                     model["word_embeddings_for_head"] = {"weight": words}
                 content["model" if virtual == 1 else f"model{chunk}"] = model
-            path = place / (f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if pipeline > 1 else ""))
+            path = target / (f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if pipeline > 1 else ""))
             path.mkdir(parents=True)
             save(content | (extra or {}), path / "model_optim_rng.pt")
     (folder / "latest_checkpointed_iteration.txt").write_text(str(iteration or "release"))
@@ -188,7 +193,7 @@ def write(
 def release(
     archive: pathlib.Path, words: int, padded: int, compression: int = zipfile.ZIP_STORED
 ) -> tuple[ModelConfig, Tensors]:
-    """A zip like those of 2019 and 2020: no arguments, no version, no tokenizer; and what is in it. The file is made beside it."""
+    """Write a zip like those of 2019 and 2020, without arguments, version and tokenizer; returns what is in it."""
     form = dict(hidden_size=512, num_layers=1, num_attention_heads=8, max_position_embeddings=64)
     config, tensors = model_of(vocab_size=words, openai_gelu=True, **form)
     folder = archive.with_suffix(".files")
@@ -204,9 +209,10 @@ def namespace(config: ModelConfig, tensor: int, pipeline: int, padded: int, more
     """Arguments as Megatron keeps them."""
     values = dict(
         num_layers=config.num_layers, hidden_size=config.hidden_size, num_attention_heads=config.num_attention_heads,
-        ffn_hidden_size=config.ffn_size, kv_channels=config.head_dim, max_position_embeddings=config.max_position_embeddings,
-        padded_vocab_size=padded, make_vocab_size_divisible_by=64, orig_vocab_size=config.vocab_size, layernorm_epsilon=1e-5,
-        tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, bias_gelu_fusion=False, openai_gelu=False,
+        ffn_hidden_size=config.ffn_size, kv_channels=config.head_dim, padded_vocab_size=padded,
+        max_position_embeddings=config.max_position_embeddings, make_vocab_size_divisible_by=64,
+        orig_vocab_size=config.vocab_size, layernorm_epsilon=1e-5, tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline, bias_gelu_fusion=False, openai_gelu=False,
         consumed_train_samples=56, consumed_valid_samples=8, params_dtype=torch.float32, lr=1e-3, seq_length=16,
         decoder_num_layers=config.decoder_num_layers,
     )  # fmt: skip
@@ -236,7 +242,7 @@ def foreign(module: str, name: str, *args: object) -> Foreign:
 def save(content: object, path: pathlib.Path) -> None:
     """torch.save, which pickles a class only if its module has it.
 
-    Its modules are there for the length of the call alone: left in sys.modules they would hide the real megatron.core from other tests.
+    Its modules exist only during the call: left in sys.modules they would hide the real megatron.core from other tests.
     """
     stand_ins: dict[str, types.ModuleType] = {}
     for kind in Foreign.__subclasses__():

@@ -1,5 +1,7 @@
-"""Conversions need the memory of a layer and an embedding, not of the model, and a rank that begins with another program's weights
-that of its own part and a layer: measured in a process of its own, path by path; and the bytes that such a rank reads are counted.
+"""Conversions need the memory of a layer and an embedding, not of the model.
+
+A rank that begins with another program's weights needs that of its part and a layer, and reads no more than its part.
+All is measured in a separate process, path by path.
 """
 
 import json
@@ -41,7 +43,7 @@ def child(folder: pathlib.Path) -> None:
     """All paths in turn; prints {name: bytes of memory that is no file's}, and of the model and its bound."""
     import torch
 
-    from megalith.checkpoint.formats import Options, read
+    from megalith.checkpoint.formats import read
     from megalith.checkpoint.tensors.lazy import Lazy
     from megalith.checkpoint.weights import Weights, write
     from megalith.config.parameters import parameter_shapes
@@ -49,9 +51,9 @@ def child(folder: pathlib.Path) -> None:
     from megalith.workflows.conversion import convert
 
     config = RunConfig().replace(
-        num_layers=24, hidden_size=256, ffn_hidden_size=1024, num_attention_heads=4, vocab_size=16300, max_position_embeddings=64,
-        position_embedding_type="rope", normalization="RMSNorm", swiglu=True, add_bias_linear=False,
-        untie_embeddings_and_output_weights=True,
+        num_layers=24, hidden_size=256, ffn_hidden_size=1024, num_attention_heads=4, vocab_size=16300,
+        max_position_embeddings=64, position_embedding_type="rope", normalization="RMSNorm", swiglu=True,
+        add_bias_linear=False, untie_embeddings_and_output_weights=True,
     )  # fmt: skip
     shapes = parameter_shapes(config.model)
     tensors = {
@@ -69,7 +71,7 @@ def child(folder: pathlib.Path) -> None:
             {"torch_dist": make_torch_dist, "deepspeed": make_deepspeed}[source](folder)
         read(folder / source)  # so that what is imported for it is there
         with Peak() as peak:
-            convert(folder / source, folder / target, to=to, options=Options(**options))
+            convert(folder / source, folder / target, to=to, options=options)
         found[name] = peak.bytes
     found |= {"ranks": ranks(folder, config)}
     print(json.dumps(found))
@@ -84,28 +86,28 @@ SOURCES = {
 
 
 def ranks(folder: pathlib.Path, config) -> dict[str, dict]:
-    """{source and rank of tp2 pp2: bytes: {"memory": that loading takes, "share": of the rank's weights, "read": of files}}."""
+    """{source and rank of tp2 pp2: bytes: {"memory": of loading, "part": of the rank's weights, "read": of files}}."""
     import torch
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from megalith.checkpoint.formats import Options, read
-    from megalith.parallel.mesh import grid
-    from megalith.runtime.build import place
+    from megalith.checkpoint.formats import read
+    from megalith.parallel.mesh import build_mesh
+    from megalith.runtime.build import build_runtime
 
     taken, found = [0], {}
     count(taken)
     for rank in RANKS:
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=4)
         parts = config.replace(**PARTS, device="cpu", micro_batch_size=1, global_batch_size=1, seq_length=64)
-        mesh = grid(parts.parallel, torch.device("cpu"))
-        share = sum(parameter.to_local().nbytes for _, parameter in place(parts, mesh).named_parameters())
+        mesh = build_mesh(parts.parallel, torch.device("cpu"))
+        part = sum(parameter.to_local().nbytes for _, parameter in build_runtime(parts, mesh).named_parameters())
         for name, source in SOURCES.items():
-            weights = read(folder / source, options=Options(replicas="first"))
+            weights = read(folder / source, options=dict(replicas="first"))
             taken[0] = 0
             with Peak() as peak:
-                placed = place(parts, mesh, weights=weights)
-            found[f"{name}, rank {rank}"] = {"memory": peak.bytes, "share": share, "read": taken[0]}
+                placed = build_runtime(parts, mesh, weights=weights)
+            found[f"{name}, rank {rank}"] = {"memory": peak.bytes, "part": part, "read": taken[0]}
             del placed
         dist.destroy_process_group()
     return found
@@ -129,9 +131,9 @@ def count(taken: list[int]) -> None:
 
         return dataclasses.replace(lazy, read=read, box=read)
 
-    original = huggingface_files._safetensors
+    original = huggingface_files._open_safetensors
     stored.Lazy = counted
-    huggingface_files._safetensors = lambda file: ((name, counted(**vars(lazy))) for name, lazy in original(file))
+    huggingface_files._open_safetensors = lambda file: ((name, counted(**vars(lazy))) for name, lazy in original(file))
 
 
 class Peak:
@@ -176,7 +178,7 @@ def make_torch_dist(folder: pathlib.Path) -> None:
     import torch.distributed.checkpoint as dcp
 
     content = torch.load(next((folder / "megatron").rglob("*.pt")), weights_only=False)
-    model, place = content["model"]["language_model"], folder / "torch_dist"
+    model, target = content["model"]["language_model"], folder / "torch_dist"
     encoder = model["encoder"]
     state = {
         f"decoder.layers.{core}.weight": torch.stack([encoder[f"layers.{i}.{name}.weight"] for i in range(24)])
@@ -187,29 +189,30 @@ def make_torch_dist(folder: pathlib.Path) -> None:
         "output_layer.weight": model["output_layer"]["weight"],
         "decoder.final_layernorm.weight": encoder["final_layernorm.weight"],
     }
-    place.mkdir()
-    dcp.save(state, storage_writer=dcp.FileSystemWriter(place), no_dist=True)
-    (place / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist"}))
-    torch.save({"args": content["args"], "iteration": 7}, place / "common.pt")
+    target.mkdir()
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(target), no_dist=True)
+    (target / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist"}))
+    torch.save({"args": content["args"], "iteration": 7}, target / "common.pt")
 
 
 def make_deepspeed(folder: pathlib.Path) -> None:
     """The files of a tensor-parallel model under other names."""
     import torch
 
-    place = folder / "deepspeed"
-    place.mkdir()
+    target = folder / "deepspeed"
+    target.mkdir()
     for rank in range(4):
         content = torch.load(next((folder / "tp4").rglob(f"mp_rank_{rank:02d}/*.pt")), weights_only=False)
-        torch.save({"module": content.pop("model"), **content}, place / f"mp_rank_{rank:02d}_model_states.pt")
+        torch.save({"module": content.pop("model"), **content}, target / f"mp_rank_{rank:02d}_model_states.pt")
 
 
 @pytest.fixture(scope="module")
 def peaks(tmp_path_factory) -> dict[str, int]:
     if not pathlib.Path("/proc/self/status").exists():
         pytest.skip("reads /proc, which only Linux has")
-    code = f"import pathlib, tests.checkpoint.test_memory as m; m.child(pathlib.Path({str(tmp_path_factory.mktemp('memory'))!r}))"
-    # A fixed threshold: what is freed goes back to the system at once, so that one path's garbage is not the next one's memory.
+    folder = str(tmp_path_factory.mktemp("memory"))
+    code = f"import pathlib, tests.checkpoint.test_memory as m; m.child(pathlib.Path({folder!r}))"
+    # With a fixed threshold freed memory is returned at once, and does not count for the next path.
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "32768", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -230,12 +233,12 @@ def test_a_layer_and_the_embedding_at_most(peaks, name: str) -> None:
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_rank_reads_its_part(peaks, source: str, rank: int) -> None:
-    """In tp2 pp2: the memory of the rank's share and a layer; of the files its share alone."""
+    """In tp2 pp2: the memory of the rank's part and a layer; of the files only its part."""
     found = peaks["ranks"][f"{source}, rank {rank}"]
-    assert found["memory"] < found["share"] + peaks["bound"] / 2 + ALLOWED, (
-        f"{found['memory'] / 1e6:.1f} of {found['share'] / 1e6:.1f} MB"
+    assert found["memory"] < found["part"] + peaks["bound"] / 2 + ALLOWED, (
+        f"{found['memory'] / 1e6:.1f} of {found['part'] / 1e6:.1f} MB"
     )
-    assert 0.9 * found["share"] < found["read"] <= found["share"], (
-        f"{found['read'] / 1e6:.1f} of {found['share'] / 1e6:.1f} MB"
+    assert 0.9 * found["part"] < found["read"] <= found["part"], (
+        f"{found['read'] / 1e6:.1f} of {found['part'] / 1e6:.1f} MB"
     )
-    assert found["share"] < 0.3 * peaks["total"]
+    assert found["part"] < 0.3 * peaks["total"]

@@ -1,16 +1,16 @@
 """Names with numbers of layers and experts in them, in both kinds of tables."""
 
 from megalith.checkpoint.formats.huggingface.family import Rule
-from megalith.checkpoint.formats.megatron.names import Row, rows_of_ours, rows_of_theirs
-from megalith.checkpoint.patterns import numbers
+from megalith.checkpoint.formats.megatron.names import ParamMapping, mappings_of_names, mappings_of_parameters
+from megalith.checkpoint.patterns import match_numbers
 from megalith.config.sections.model import ModelConfig
 
 
 def test_numbers_of_a_name() -> None:
-    assert numbers("layers.{layer}.experts.{expert}.up", "layers.3.experts.12.up") == {"layer": 3, "expert": 12}
-    assert numbers("layers.{layer}.up", "layers.3.down") is None
-    assert numbers("layers.{layer}.up", "layersX3.up") is None
-    assert numbers("head", "head") == {} and numbers("layers.{layer}.up", "layers.x.up") is None
+    assert match_numbers("layers.{layer}.experts.{expert}.up", "layers.3.experts.12.up") == {"layer": 3, "expert": 12}
+    assert match_numbers("layers.{layer}.up", "layers.3.down") is None
+    assert match_numbers("layers.{layer}.up", "layersX3.up") is None
+    assert match_numbers("head", "head") == {} and match_numbers("layers.{layer}.up", "layers.x.up") is None
 
 
 EXPERTS = {f"layers.{layer}.mlp.experts.{expert}.up.weight": (4, 2) for layer in (0, 1) for expert in (0, 1, 2)}
@@ -25,10 +25,10 @@ def test_a_rule_of_experts() -> None:
 
 def test_rows_of_experts_both_ways() -> None:
     theirs = "encoder.layers.{layer}.mlp.experts.{expert}.dense_h_to_4h.weight"
-    row = Row(theirs, ("layers.{layer}.mlp.experts.{expert}.up.weight",), "rows")
-    norm = Row("encoder.layers.{layer}.norm.weight", ("layers.{layer}.norm.weight",), "whole")
-    made = rows_of_ours([norm, row], [*EXPERTS, "layers.0.norm.weight", "layers.1.norm.weight"], 2)
-    names = [each.theirs for each in made]
+    row = ParamMapping(theirs, ("layers.{layer}.mlp.experts.{expert}.up.weight",), "rows")
+    norm = ParamMapping("encoder.layers.{layer}.norm.weight", ("layers.{layer}.norm.weight",), "replicated")
+    made = mappings_of_parameters([norm, row], [*EXPERTS, "layers.0.norm.weight", "layers.1.norm.weight"], 2)
+    names = [each.megatron_name for each in made]
     assert names[0] == "encoder.layers.0.norm.weight" and names[4] == "encoder.layers.1.norm.weight"
     assert names[3] == "encoder.layers.0.mlp.experts.2.dense_h_to_4h.weight" and len(names) == 8
-    assert rows_of_theirs([norm, row], names) == made
+    assert mappings_of_names([norm, row], names) == made

@@ -9,34 +9,34 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megalith.checkpoint.ranks import Ranks
 from megalith.common.errors import CheckpointError
 from megalith.config.run import RunConfig
-from megalith.training.failures import same_config
-from megalith.training.pretrain import on_main
+from megalith.training.failures import check_same_config
+from megalith.training.pretrain import on_main_process
 
 
 def work(group_size):
     group = dist.new_group(list(range(group_size)))
-    ranks = Ranks(group, own=True) if dist.get_rank() < group_size else Ranks()
+    ranks = Ranks(group, new_group=True) if dist.get_rank() < group_size else Ranks()
     assert Ranks().group is dist.group.WORLD and ranks.group is not group
     if dist.get_rank() >= group_size:
         return None
     seen = [
         ranks.collect(lambda: ranks.rank * 10, sum),
         ranks.distribute(lambda: ranks.rank, lambda all_ranks: [number * number for number in all_ranks]),
-        ranks.every(lambda: ranks.rank + 1),
-        ranks.first(lambda: "said by 0"),
+        ranks.on_every_rank(lambda: ranks.rank + 1),
+        ranks.on_rank_0(lambda: "said by 0"),
     ]
-    for place, call in {
-        "rank 1: ZeroDivisionError": lambda: ranks.every(lambda: 1 // (1 - ranks.rank)),
-        "KeyError: 'k'": lambda: ranks.first(lambda: {}["k"]),
+    for expected, call in {
+        "rank 1: ZeroDivisionError": lambda: ranks.on_every_rank(lambda: 1 // (1 - ranks.rank)),
+        "KeyError: 'k'": lambda: ranks.on_rank_0(lambda: {}["k"]),
         "in the end": lambda: ranks.distribute(lambda: None, lambda _: fail("in the end")),
         "pickle": lambda: ranks.collect(lambda: (lambda: 1) if ranks.rank else 1),
         "1 entries for 2 ranks": lambda: ranks.distribute(lambda: None, lambda _: [1]),
         "has no len": lambda: ranks.distribute(lambda: None, lambda _: None),
-        "alike": lambda: ranks.every(lambda: fail("alike")),
+        "alike": lambda: ranks.on_every_rank(lambda: fail("alike")),
     }.items():
         with pytest.raises(CheckpointError) as caught:
             call()
-        assert place in str(caught.value) and (place != "alike" or str(caught.value) == "alike")
+        assert expected in str(caught.value) and (expected != "alike" or str(caught.value) == "alike")
     return seen
 
 
@@ -66,9 +66,9 @@ def test_one_process():
     alone = Ranks()
     assert (alone.rank, alone.size) == (0, 1)
     assert alone.collect(lambda: 3, sum) == 3 and alone.distribute(lambda: 3, lambda seen: [seen]) == [3]
-    assert alone.every(lambda: 4) == 4 and alone.first(lambda: None) is None
+    assert alone.on_every_rank(lambda: 4) == 4 and alone.on_rank_0(lambda: None) is None
     with pytest.raises(CheckpointError, match="ZeroDivisionError") as caught:
-        alone.every(lambda: 1 // 0)
+        alone.on_every_rank(lambda: 1 // 0)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
@@ -85,14 +85,14 @@ def test_a_simulated_world(simulated):
     assert (alike.rank, alike.size) == (3, 8)
     assert alike.collect(lambda: 5, sum) == 40
     assert alike.distribute(lambda: 5, lambda results: [number for number, _ in enumerate(results)]) == 3
-    assert alike.every(lambda: 4) == 4 and alike.first(lambda: "said here") == "said here"
+    assert alike.on_every_rank(lambda: 4) == 4 and alike.on_rank_0(lambda: "said here") == "said here"
     with pytest.raises(CheckpointError) as caught:
-        alike.every(lambda: fail("once"))
+        alike.on_every_rank(lambda: fail("once"))
     assert str(caught.value) == "once"
-    same_config(RunConfig())
-    on_main(lambda: None)
+    check_same_config(RunConfig())
+    on_main_process(lambda: None)
     with pytest.raises(OSError, match="no disk"):
-        on_main(functools.partial(refuse, OSError("no disk")))
+        on_main_process(functools.partial(refuse, OSError("no disk")))
 
 
 def refuse(error):

@@ -5,7 +5,7 @@ import torch
 
 from megalith import checkpoint
 from megalith.checkpoint.tensors.lazy import Lazy, cat
-from megalith.checkpoint.weights import own, write
+from megalith.checkpoint.weights import read_megalith, write
 from megalith.common.errors import CheckpointError
 from megalith.config.flags.loading import to_yaml
 from megalith.config.run import RunConfig
@@ -25,7 +25,7 @@ def saved(tmp_path):
 
 
 def test_copy(saved, tmp_path):
-    weights = own(saved[0])
+    weights = read_megalith(saved[0])
     assert weights.config == CONFIG and weights.iteration == 5 and weights.train_state["n"] == 1
     copy = write(weights, tmp_path / "copy")
     assert checkpoint.verify(copy) == [] and (copy / "tokenizer/words.txt").read_text() == "x"

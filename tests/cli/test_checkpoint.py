@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from megalith import checkpoint
-from megalith.cli.checkpoint import _span
 from megalith.cli.main import main
 from tests.checkpoint import megatron_files
 
@@ -88,7 +87,7 @@ def test_verify(tmp_path, capsys):
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs/config.json").write_text("{}")
     assert main(["checkpoint", "verify", str(tmp_path / "theirs")]) == 1
-    assert "found config.json, as checkpoints of other programs have it" in capsys.readouterr().err
+    assert "belongs to a checkpoint of another program (config.json)" in capsys.readouterr().err
 
 
 def test_a_folder_of_runs_is_answered_by_their_names(tmp_path, capsys):
@@ -131,7 +130,10 @@ def test_help_shows_an_example(words, capsys):
 
 
 def test_inspect_of_megatrons_files(tmp_path, capsys):
-    """Iteration, layout, what the arguments say as a config, tensors; each note says whether something is to be done."""
+    """Iteration, layout, what the arguments say as a config, tensors.
+
+    Each note says whether something is to be done.
+    """
     megatron_files.release(tmp_path / "r.zip", words=60, padded=64)
     with zipfile.ZipFile(tmp_path / "r.zip") as archive:
         archive.extractall(tmp_path / "theirs")
@@ -152,10 +154,7 @@ def test_inspect_of_megatrons_files(tmp_path, capsys):
 
 def test_inspect_and_verify_need_no_torch(tmp_path):
     make(tmp_path)
-    code = "import sys; from megalith.cli.main import main; main(['checkpoint', sys.argv[1], sys.argv[2]]); assert 'torch' not in sys.modules"
+    code = "import sys; from megalith.cli.main import main; main(['checkpoint', sys.argv[1], sys.argv[2]])"
+    code += "; assert 'torch' not in sys.modules"
     for verb in ("inspect", "verify"):
         subprocess.run([sys.executable, "-c", code, verb, str(tmp_path)], check=True, stdout=subprocess.DEVNULL)
-
-
-def test_spans():
-    assert [_span(numbers) for numbers in ([0, 1, 2], [0, 2], [4])] == ["0-2", "0,2", "4"]

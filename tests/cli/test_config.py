@@ -24,8 +24,9 @@ def test_answers_become_a_file_that_pretrain_takes(answer, tmp_path, capsys):
     out = capsys.readouterr().out
     assert (
         "there is no recipe 'gpt2-small'" in out
-        and "--train-iters: found 'abc'" in out
-        and "processes: found '0'" in out
+        and "--train-iters must be a whole number" in out
+        and "found 'abc'" in out
+        and "processes must be a whole number, at least 1; found '0'" in out
     )
     assert out.endswith(
         f"wrote {file}; next:\n  torchrun --nproc-per-node 2 -m megalith pretrain gpt --config {file}\n"
@@ -49,7 +50,11 @@ def test_answers_that_cannot_work_write_nothing(answer, tmp_path, capsys):
     answer("cpu-tiny\n\n\n\n\n5\n")
     assert main(["config", "--output", str(tmp_path / "run.yaml")]) == 2
     text = capsys.readouterr().err
-    assert text.startswith("megalith: 3 problems") and "--global-batch-size: found 16" in text and "--data-path" in text
+    assert (
+        text.startswith("megalith: 3 problems")
+        and "--global-batch-size must be a multiple of" in text
+        and "--data-path" in text
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -65,7 +70,10 @@ def kind_of(recipe):
 def test_every_recipe_becomes_a_file_that_pretrain_accepts(
     recipe, processes, length, answer, tmp_path, capsys, monkeypatch
 ):
-    """With the recipe's length or a short one, on its own number of processes or others; each further answer is the default."""
+    """With the recipe's length or a short one, on its own number of processes or others.
+
+    Each further answer is the default.
+    """
     monkeypatch.chdir(tmp_path)
     kind = kind_of(recipe)
     answer(f"{recipe}\nthe_corpus\n{FILES[kind]}\nmine\n{length}\n\n{processes}\n" + 30 * "\n")
@@ -90,7 +98,9 @@ def test_other_models_do_not_take_the_file(answer, tmp_path, capsys, monkeypatch
     answer("bert-tiny\na\nvocab.txt\n\n")
     assert main(["config"]) == 0
     assert main(["pretrain", "gpt", "--config", "run.yaml", "--dry-run"]) == 2
-    assert "model: found 'gpt'; run.yaml is of a bert" in capsys.readouterr().err
+    assert (
+        "The model after the verb must be bert, because run.yaml is of a bert; found 'gpt'" in capsys.readouterr().err
+    )
 
 
 def test_many_processes_are_asked_about_their_layout(answer, tmp_path, capsys, monkeypatch):
@@ -98,10 +108,11 @@ def test_many_processes_are_asked_about_their_layout(answer, tmp_path, capsys, m
     answer("gpt3-1.3b\na\nt.json\n\n\n\n16\n5\n4\n2\n2\n1\ntrue\nfull\nbf16\nselective\n0.5\n")
     assert main(["config"]) == 0
     out = capsys.readouterr().out
-    assert "of these on each machine: found '5'; it is a whole number, 1 or more, that divides 16" in out
+    assert "processes on each machine must be a whole number, at least 1, that divides 16; found '5'" in out
     assert out.endswith(
         "wrote run.yaml; to check it, on any machine:\n  megalith pretrain gpt --config run.yaml --dry-run\n"
-        "next, on each of 4 machines, with the name of one of them for FIRST:\n  torchrun --nnodes 4 --rdzv-backend c10d "
+        "next, on each of 4 machines, with the name of one of them for FIRST:\n  torchrun --nnodes 4 --rdzv-backend "
+        "c10d "
         "--rdzv-endpoint FIRST:29500 --nproc-per-node 4 -m megalith pretrain gpt --config run.yaml\n"
     )
     config = from_yaml((tmp_path / "run.yaml").read_text())
@@ -120,8 +131,8 @@ def test_what_cannot_work_is_asked_again(answer, tmp_path, capsys, monkeypatch):
     answer("cpu-tiny\n\nt.json\n\n\n\n6\n\n4\n" + 10 * "\n" + "the_corpus\n" + 20 * "\n")
     assert main(["config"]) == 0
     out = capsys.readouterr().out
-    assert "this cannot work yet:\n" in out and "number of processes: found 6; it must be a multiple of tensor 4" in out
-    assert "--data-path: found nothing" in out
+    assert "this cannot work yet:\n" in out and "The number of processes must be a multiple of tensor 4" in out
+    assert "--data-path must name the corpus" in out
     config = from_yaml((tmp_path / "run.yaml").read_text())
     assert config.data.data_path == ["the_corpus"] and 6 % config.parallel.model_parallel_size == 0
 
@@ -129,22 +140,37 @@ def test_what_cannot_work_is_asked_again(answer, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("recipe", "answers", "fields"),
     [
-        ("cpu-tiny", "vocab.txt\nvocab.json\na b c\nv.json m.txt",
-         {"tokenizer_type": "GPT2BPETokenizer", "vocab_file": "v.json", "merge_file": "m.txt"}),
+        (
+            "cpu-tiny",
+            "vocab.txt\nvocab.json\na b c\nv.json m.txt",
+            {"tokenizer_type": "GPT2BPETokenizer", "vocab_file": "v.json", "merge_file": "m.txt"},
+        ),
         ("cpu-tiny", "folder", {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": "folder"}),
-        ("cpu-tiny", "l.model\nLlama\nLlama2Tokenizer", {"tokenizer_type": "Llama2Tokenizer", "tokenizer_model": "l.model"}),
-        ("bert-tiny", "v.json m.txt\nvocab.txt\nno\nkept", {"tokenizer_type": "BertWordPieceCase", "vocab_file": "vocab.txt"}),
-        ("bert-tiny", "tokenizer.json", {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": "tokenizer.json"}),
+        (
+            "cpu-tiny",
+            "l.model\nLlama\nLlama2Tokenizer",
+            {"tokenizer_type": "Llama2Tokenizer", "tokenizer_model": "l.model"},
+        ),
+        (
+            "bert-tiny",
+            "v.json m.txt\nvocab.txt\nno\nkept",
+            {"tokenizer_type": "BertWordPieceCase", "vocab_file": "vocab.txt"},
+        ),
+        (
+            "bert-tiny",
+            "tokenizer.json",
+            {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": "tokenizer.json"},
+        ),
         ("t5-tiny", "s.model", {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": "s.model"}),
     ],
-)  # fmt: skip
-def test_the_files_tell_the_tokenizer(recipe, answers, fields, answer, tmp_path, capsys, monkeypatch):
+)
+def test_the_files_decide_the_tokenizer(recipe, answers, fields, answer, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     answer(f"{recipe}\na\n{answers}\n")
     assert main(["config"]) == 0
     out, values = capsys.readouterr().out, from_yaml((tmp_path / "run.yaml").read_text()).flat()
     assert {name: values[name] for name in fields} == fields
-    assert out.count("  found ") == answers.count("\n") - ("txt\n" in answers and "kept" in answers) - (
+    assert out.count("; found ") == answers.count("\n") - ("txt\n" in answers and "kept" in answers) - (
         "model\n" in answers
     )
 

@@ -60,14 +60,14 @@ def test_preprocess_with_old_flags(corpus, tmp_path, capsys):
     assert f"skipped {corpus}:21: malformed JSON" in err and "out_preprocess.json lists 1" in err
 
 
-def test_words_after_old_flags_are_looked_at(corpus, tmp_path, capsys):
+def test_values_of_old_flags_are_checked(corpus, tmp_path, capsys):
     assert (
         preprocess(corpus, tmp_path, "--dataset-impl", "mmmap") == 2
         and preprocess(corpus, tmp_path, "--chunk-size", "many") == 2
     )
     error = capsys.readouterr().err
     assert (
-        "--dataset-impl: found 'mmmap'; it is one of lazy, cached, mmap. Write --dataset-impl mmap (" in error
+        "--dataset-impl must be one of lazy, cached, mmap; found 'mmmap'. Write --dataset-impl mmap (" in error
         and "--chunk-size: invalid int value: 'many'" in error
     )
 

@@ -76,15 +76,18 @@ def test_status_of_a_handler(verb):
 @pytest.mark.parametrize(
     ("error", "status", "message"),
     [
-        (ConfigError("wrong flag"), 2, "megalith: wrong flag\n"), (DataError("bad file"), 1, "megalith: bad file\n"),
+        (ConfigError("wrong flag"), 2, "megalith: wrong flag\n"),
+        (DataError("bad file"), 1, "megalith: bad file\n"),
         (KeyboardInterrupt(), 130, "megalith: interrupted\n"),
         (
-            OSError(errno.ENOSPC, "No space left on device", "x.bin"), 1,
-            "megalith: [Errno 28] No space left on device: 'x.bin'. Free space or correct the path, and give the same command again; "
+            OSError(errno.ENOSPC, "No space left on device", "x.bin"),
+            1,
+            "megalith: [Errno 28] No space left on device: 'x.bin'. Free space or correct the path, and give the "
+            "same command again; "
             "what was finished is kept.\n",
         ),
     ],
-)  # fmt: skip
+)
 def test_errors_become_messages_and_statuses(verb, capsys, error, status, message):
     def handler(args):
         raise error
@@ -97,12 +100,20 @@ def test_errors_become_messages_and_statuses(verb, capsys, error, status, messag
 @pytest.mark.parametrize(
     ("number", "cure"),
     [
-        (errno.ENOSPC, "Free space"), (errno.EDQUOT, "Free space"), (errno.ENOENT, "Correct the path"), (errno.EACCES, "Ask its owner"),
-        (errno.EROFS, "can only be read"), (errno.ENOTDIR, "needs a folder"), (errno.EISDIR, "a file is needed"),
+        (errno.ENOSPC, "Free space"),
+        (errno.EDQUOT, "Free space"),
+        (errno.ENOENT, "Correct the path"),
+        (errno.EACCES, "Ask its owner"),
+        (errno.EROFS, "can only be read"),
+        (errno.ENOTDIR, "needs a folder"),
+        (errno.EISDIR, "a file is needed"),
         (errno.EEXIST, "in the way"),
-        (errno.EFBIG, "raise the limit"), (errno.EMFILE, "ulimit -n"), (errno.ENAMETOOLONG, "shorter"), (errno.EIO, "failed"),
+        (errno.EFBIG, "raise the limit"),
+        (errno.EMFILE, "ulimit -n"),
+        (errno.ENAMETOOLONG, "shorter"),
+        (errno.EIO, "failed"),
     ],
-)  # fmt: skip
+)
 def test_an_error_of_the_system_has_its_own_cure(verb, capsys, number, cure):
     """Free space was advised for a missing folder."""
 
@@ -136,15 +147,14 @@ def test_ranks_of_a_torchrun_say_the_same_once(verb, capsys, monkeypatch, tmp_pa
         assert run("try", "--steps", words) == 1
         text = f"megalith: {words} (on rank {rank} of 2, after step 7)"
         assert capsys.readouterr().err == (f"{text}\n" if said else "")
-        assert (
-            json.loads((tmp_path / "attempt_0" / rank / "error.json").read_text())["message"] == text
-        )  # for torchrun's own report
+        # For torchrun's own report
+        assert json.loads((tmp_path / "attempt_0" / rank / "error.json").read_text())["message"] == text
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "gone" / "0" / "error.json"))
     assert run("try", "--steps", "4") == 1 and "megalith: 4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("bug", [RuntimeError("bug"), OSError(errno.EBADF, "Bad file descriptor")])
-def test_our_own_bugs_keep_their_traceback(verb, bug):
+def test_bugs_keep_their_traceback(verb, bug):
     def handler(args):
         raise bug
 
@@ -156,22 +166,32 @@ def test_our_own_bugs_keep_their_traceback(verb, bug):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["pretrian"], "unknown verb pretrian: did you mean pretrain?"), (["xyz"], "unknown verb xyz: there are demo, "),
-        (["try", "--stpes", "3", "--sed", "1"], "unknown flag --stpes: did you mean --steps?; unknown flag --sed: did you mean --seed?"),
-        (["generate", "--laod", "x"], "2 problems\n  1. unknown flag --laod: did you mean --load?\n  2. the following arg"),
-        (["data", "bpe", "--inptu=x"], "1. unknown flag --inptu: did you mean --input?\n  2. the following arguments are required: "),
+        (["pretrian"], "unknown verb pretrian: did you mean pretrain?"),
+        (["xyz"], "unknown verb xyz: there are demo, "),
+        (
+            ["try", "--stpes", "3", "--sed", "1"],
+            "unknown flag --stpes: did you mean --steps?; unknown flag --sed: did you mean --seed?",
+        ),
+        (
+            ["generate", "--laod", "x"],
+            "2 problems\n  1. unknown flag --laod: did you mean --load?\n  2. the following arg",
+        ),
+        (
+            ["data", "bpe", "--inptu=x"],
+            "1. unknown flag --inptu: did you mean --input?\n  2. the following arguments are required: ",
+        ),
         (["try", "--ste", "3"], "unknown flag --ste: did you mean --steps?"),
         (["try", "--steps", "x"], "argument --steps: invalid int value: 'x'"),
         (["try", "word"], "unexpected word"),
     ],
-)  # fmt: skip
-def test_wrong_words(verb, capsys, argv, message):
+)
+def test_wrong_arguments(verb, capsys, argv, message):
     verb(lambda args: 0)
     assert run(*argv) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_verb_may_read_its_words_itself(verb):
+def test_a_verb_may_read_its_arguments_itself(verb):
     seen = []
     verb(lambda args: 0)
     module = sys.modules["megalith.cli.try"]
@@ -207,7 +227,8 @@ def test_python_m_megalith_beside_a_folder_of_that_name(tmp_path):
     code = (
         "import runpy, sys\nfrom importlib.machinery import PathFinder\nroot = sys.argv.pop(1)\n"
         "class Editable:\n    def find_spec(name, path=None, target=None):\n"
-        "        return PathFinder.find_spec(name, [root + '/megalith' if '.' in name else root]) if name[:8] == 'megalith' else None\n"
+        "        return PathFinder.find_spec(name, [root + '/megalith' if '.' in name else root]) if name[:8] == "
+        "'megalith' else None\n"
         "sys.meta_path.append(Editable)\nrunpy.run_module('megalith', run_name='__main__', alter_sys=True)"
     )
     root = command.__file__.removesuffix("/megalith/cli/main.py")
@@ -243,7 +264,7 @@ def test_help_shows_choices_whole_and_defaults_of_lists(words, capsys, monkeypat
         if flag.startswith("--qkv-layout"):
             assert "{auto,grouped,thirds,interleaved}" in flag
     if words[-1] in ("import", "export", "reshape"):
-        assert re.search(r"\n  SOURCE +what is read.*\n  FOLDER +what is written", text)
+        assert re.search(r"\n  SOURCE +what to read.*\n  FOLDER +new folder to write", text)
 
 
 def test_a_wrong_model_is_one_problem(capsys):
@@ -259,7 +280,7 @@ def test_a_length_in_thousands(capsys, typed, cure):
     assert f"Write --seq-length {cure}." in capsys.readouterr().err
 
 
-def test_own_warnings_are_printed_as_other_lines_are(capsys):
+def test_megaliths_warnings_are_printed_as_other_lines_are(capsys):
     source = str(pathlib.Path(megalith.__file__).parent / "data/build.py")
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")

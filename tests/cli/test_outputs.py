@@ -1,4 +1,4 @@
-"""What verbs write: nothing that exists is replaced unasked, no output is an input, one job at a time, nothing left of killed ones."""
+"""What verbs write: nothing that exists is replaced unasked, no output is an input, one job at a time, no leftovers."""
 
 import json
 import os
@@ -58,20 +58,27 @@ def models(tmp_path_factory):
 
 
 FILES = {  # verb -> command, and the files that it writes
-    "preprocess": ("data preprocess --input numbers.jsonl --output-prefix made --tokenizer-type NullTokenizer --vocab-size 9 --workers 1",
-                   ["made_text_document.bin", "made_text_document.idx", "made_preprocess.json"]),
+    "preprocess": (
+        "data preprocess --input numbers.jsonl --output-prefix made --tokenizer-type NullTokenizer --vocab-size 9 "
+        "--workers 1",
+        ["made_text_document.bin", "made_text_document.idx", "made_preprocess.json"],
+    ),
     "merge": ("data merge --input sm oth --output-prefix made", ["made.bin", "made.idx"]),
-    "split": ("data split --input oth --output-prefix made --documents 1",
-              [f"made-000{number}{suffix}" for number in range(3) for suffix in (".bin", ".idx")]),
+    "split": (
+        "data split --input oth --output-prefix made --documents 1",
+        [f"made-000{number}{suffix}" for number in range(3) for suffix in (".bin", ".idx")],
+    ),
     "convert": ("data convert --input old --output-prefix made", ["made.bin", "made.idx"]),
     "bpe": ("data bpe --input text.txt --vocab-size 270 --output made.json", ["made.json"]),
     "weights": ("data weights --input . --output made.txt", ["made.txt"]),
     "config": ("config --output made.yaml", ["made.yaml"]),
-}  # fmt: skip
+}
 FOLDERS = {
-    "import": "checkpoint import {models}/theirs made", "export": "checkpoint export {models}/ours made --to huggingface",
-    "reshape": "checkpoint reshape {models}/megatron made", "edit": "checkpoint edit {models}/ours made --drop rng",
-}  # fmt: skip
+    "import": "checkpoint import {models}/theirs made",
+    "export": "checkpoint export {models}/ours made --to huggingface",
+    "reshape": "checkpoint reshape {models}/megatron made",
+    "edit": "checkpoint edit {models}/ours made --drop rng",
+}
 
 
 @pytest.mark.parametrize("verb", [each for each in FILES if each != "preprocess"])
@@ -117,7 +124,7 @@ def test_no_folder_is_replaced_unasked(here, models, capsys, verb):
         for more in ("", " --overwrite"):  # what no conversion wrote is not replaced at all
             assert run(command + more) == 1
             told = capsys.readouterr().err
-            assert ("is no folder" if place == name else "exists and is not empty") in told or (
+            assert ("is not a folder" if place == name else "exists and is not empty") in told or (
                 more and "replaces an earlier conversion alone" in told and "notes.txt" in told
             )
         assert everything() == before
@@ -172,16 +179,23 @@ def link(name, to):
 @pytest.mark.parametrize(
     "command",
     [
-        "data merge --input sm oth --output-prefix sm", "data merge --input oth sm.bin --output-prefix ./sm",
-        "data merge --input sm.idx --output-prefix {here}/folder/../sm", "data merge --input linked oth --output-prefix sm",
-        "data merge --input sm oth --output-prefix linked", "data merge --input there --output-prefix sm",
-        "data merge --input . --output-prefix there/sm", "data split --input made-0000 --output-prefix made --documents 1",
-        "data split --input . --output-prefix there/made --documents 1", "data convert --input old --output-prefix there/old",
-        "data bpe --input text.txt --vocab-size 270 --output there/text.txt", "data bpe --input . --vocab-size 270 --output text.txt",
-        "data weights --input . --output sm.idx", "data weights --input . --epochs epochs.yaml --output there/epochs.yaml",
+        "data merge --input sm oth --output-prefix sm",
+        "data merge --input oth sm.bin --output-prefix ./sm",
+        "data merge --input sm.idx --output-prefix {here}/folder/../sm",
+        "data merge --input linked oth --output-prefix sm",
+        "data merge --input sm oth --output-prefix linked",
+        "data merge --input there --output-prefix sm",
+        "data merge --input . --output-prefix there/sm",
+        "data split --input made-0000 --output-prefix made --documents 1",
+        "data split --input . --output-prefix there/made --documents 1",
+        "data convert --input old --output-prefix there/old",
+        "data bpe --input text.txt --vocab-size 270 --output there/text.txt",
+        "data bpe --input . --vocab-size 270 --output text.txt",
+        "data weights --input . --output sm.idx",
+        "data weights --input . --epochs epochs.yaml --output there/epochs.yaml",
         "generate --load none --prompt-file prompts.txt --out-file there/prompts.txt",
     ],
-)  # fmt: skip
+)
 def test_no_output_is_an_input(here, capsys, command):
     """`--input sm oth --output-prefix sm` three times gave 5, 8 and 11 documents."""
     dataset("made-0000", [1])
@@ -216,9 +230,8 @@ def test_a_split_is_there_as_a_whole(here, monkeypatch):
         patch.setattr(merge, "write_spans", fail_at_second)
         assert run("data split --input sm --output-prefix made --documents 1 --overwrite") == 130
     assert everything() == before
-    assert (
-        run("data split --input sm --output-prefix made --documents 1 --overwrite") == 0
-    )  # fewer: no piece of the earlier one stays
+    # Fewer: no piece of the earlier one stays
+    assert run("data split --input sm --output-prefix made --documents 1 --overwrite") == 0
     assert [IndexedDataset(f"made-000{number}")[0].tolist() for number in range(2)] == [[1, 2], [3]]
     assert sorted(pathlib.Path().glob("*made*")) == [
         pathlib.Path(f"made-000{n}{suffix}") for n in range(2) for suffix in (".bin", ".idx")
@@ -236,7 +249,7 @@ def test_a_prefix_is_no_file(here, capsys, prefix):
 def test_a_folder_where_a_file_shall_be(here, capsys):
     pathlib.Path("out.idx").mkdir()
     assert run("data merge --input sm --output-prefix out --overwrite") == 1
-    assert "out.idx'; this is a folder" in capsys.readouterr().err
+    assert "and this is a folder; found 'out.idx'" in capsys.readouterr().err
     os.mkfifo("pipe")
     assert run("config --output pipe --force") == 1
     assert "no ordinary file" in capsys.readouterr().err and pathlib.Path("pipe").is_fifo()

@@ -15,7 +15,7 @@ from megalith.common.errors import CheckpointError
 from megalith.config.flags.loading import from_yaml
 from megalith.data.indexed import IndexedWriter
 
-OWN = "megalith.config.architectures:GPT"  # as one's own goes by module:name
+CUSTOM = "megalith.config.architectures:GPT"  # as a user's model is named, module:name
 TINY = shlex.split("pretrain gpt --recipe cpu-tiny --data-path a --tokenizer-model t.json")
 
 
@@ -60,7 +60,7 @@ def test_the_config_reaches_the_loop(trained):
     assert trained[0].schedule.train_iters == 30 and trained[0].model.model_type == "gpt"
 
 
-def test_only_the_first_process_speaks(trained, capsys, monkeypatch):
+def test_only_the_main_process_prints(trained, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(TINY) == 0 and len(trained) == 1
@@ -73,7 +73,8 @@ def test_world_size_is_the_launchers(trained, capsys, monkeypatch):
         main(shlex.split("pretrain gpt --recipe gpt3-175b --data-path a --vocab-file v --merge-file m --dry-run")) == 0
     )
     assert capsys.readouterr().out.startswith(
-        "# 1024 processes, 8 data-parallel; 111354 steps: 19802 while the batch grows from 16 to 1536 samples, then 91552 of 1536\n"
+        "# 1024 processes, 8 data-parallel; 111354 steps: 19802 while the batch grows from 16 to 1536 samples, then "
+        "91552 of 1536\n"
     )
 
 
@@ -90,7 +91,8 @@ def test_a_dry_run_needs_no_launcher_and_no_data(trained, capsys):
     assert shown.err.endswith(
         "megalith: the config can work; what a run of it would not find here:\n"
         "  --data-path is not given: the name of a corpus, as `megalith data preprocess` gave it\n"
-        "  --tokenizer-type is not given, nor a tokenizer's files: the data was made with one, and it has the vocabulary\n"
+        "  --tokenizer-type is not given, nor a tokenizer's files: the data was made with one, and it has the "
+        "vocabulary\n"
     )
     assert main([*LARGE, "--world-size", "256"]) == 0
     shown = capsys.readouterr()
@@ -100,19 +102,20 @@ def test_a_dry_run_needs_no_launcher_and_no_data(trained, capsys):
 def test_the_model_is_checked_all_the_same(trained, capsys):
     assert main([*LARGE, "--hidden-size", "12289", "--split", "a"]) == 2
     error = capsys.readouterr().err
-    assert "--num-attention-heads: found 96" in error and "--split: found 'a'" in error and "--data-path" not in error
+    assert "--num-attention-heads must divide --hidden-size" in error and "--split must be up to three" in error
+    assert "--data-path" not in error
     assert main([*LARGE, "--world-size", "200"]) == 2
-    assert "number of processes: found 200; it must be a multiple of tensor 8 x pipeline 16" in capsys.readouterr().err
+    assert "The number of processes must be a multiple of tensor 8 x pipeline 16" in capsys.readouterr().err
 
 
 def test_world_size_is_for_dry_runs(trained, capsys, monkeypatch):
     assert main([*TINY, "--world-size", "2"]) == 2 and trained == []
     assert (
-        "--world-size: found 2; the number of processes that were started is 1. Start 2 with torchrun"
+        "--world-size must be the number of processes that were started (1); found 2. Start 2 with torchrun"
         in capsys.readouterr().err
     )
     assert main([*TINY, "--world-size", "none", "--dry-run"]) == 2
-    assert "--world-size: found 'none'; it is a whole number" in capsys.readouterr().err
+    assert "--world-size must be a whole number above 0; found 'none'" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     assert main([*TINY, "--world-size", "2"]) == 0 and len(trained) == 1
@@ -128,11 +131,16 @@ def test_world_size_is_for_dry_runs(trained, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("bert --recipe cpu-tiny", "model: found 'bert'; recipe cpu-tiny is of a gpt. Write gpt after the verb, or add --model-type bert"),
-        ("gpt --recipe t5-tiny", "recipe t5-tiny is of a t5"), ("gpt --recipe cpu-tiny --model-type t5", "--model-type is of a t5"),
+        (
+            "bert --recipe cpu-tiny",
+            "The model after the verb must be gpt, because recipe cpu-tiny is of a gpt; found 'bert'. "
+            "Write gpt after the verb, or add --model-type bert",
+        ),
+        ("gpt --recipe t5-tiny", "recipe t5-tiny is of a t5"),
+        ("gpt --recipe cpu-tiny --model-type t5", "--model-type is of a t5"),
         ("t5 --config bert.yaml", "bert.yaml is of a bert"),
     ],
-)  # fmt: skip
+)
 def test_a_model_that_contradicts_the_config_is_refused(words, message, trained, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bert.yaml").write_text("about: {processes: 1}\nmodel:\n  model_type: bert\n")
@@ -145,8 +153,8 @@ def test_a_model_of_the_config_that_there_is_not_is_one_mistake(trained, capsys,
     assert main([*TINY, "--config", str(tmp_path / "run.yaml")]) == 2
     error = capsys.readouterr().err
     assert error.endswith(
-        "megalith: --model-type: found 'GPT'; it is one of gpt, bert, t5, bert_classification, bert_multiple_choice, "
-        "or module:name of your own. Write --model-type gpt.\n"
+        "megalith: --model-type must be one of gpt, bert, t5, bert_classification, bert_multiple_choice, "
+        "or module:name of your own; found 'GPT'. Write --model-type gpt.\n"
     )
 
 
@@ -154,35 +162,39 @@ def test_a_model_of_the_config_that_there_is_not_is_one_mistake(trained, capsys,
     ("words", "line"),
     [
         ("bert --recipe cpu-tiny --model-type bert", "the model is bert, where recipe cpu-tiny says gpt"),
-        (f"{OWN} --recipe cpu-tiny", f"the model is {OWN}, where recipe cpu-tiny says gpt"),
+        (f"{CUSTOM} --recipe cpu-tiny", f"the model is {CUSTOM}, where recipe cpu-tiny says gpt"),
         ("--recipe bert-tiny --config gpt.yaml", "the model is gpt, where recipe bert-tiny says bert"),
     ],
 )
-def test_a_model_that_is_chosen_over_another_is_told(words, line, trained, capsys, tmp_path, monkeypatch):
+def test_a_model_that_overrides_another_is_reported(words, line, trained, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gpt.yaml").write_text("model_type: gpt\n")
     assert main(["pretrain", *words.split(), "--dry-run"]) == 0
     assert f"megalith: {line}\n" in capsys.readouterr().err
 
 
-def test_wrong_paths_are_told_at_once_with_the_other_mistakes(trained, capsys, tmp_path):
+def test_wrong_paths_are_reported_with_the_other_mistakes(trained, capsys, tmp_path):
     (tmp_path / "runs/first/checkpoints/iter_0000007").mkdir(parents=True)
     (tmp_path / "runs/first/checkpoints/iter_0000007/manifest.json").write_text("{}")
     wrong = shlex.split("pretrain gpt --recipe cpu-tiny --data-path nope --tokenizer-model no.json --load")
     assert main([*wrong, "nowhere", "--split", "x"]) == 2 and trained == []
     shown = capsys.readouterr()
-    assert shown.out == "" and "megalith: 4 problems\n  1. --split: found 'x'" in shown.err
+    assert shown.out == "" and "megalith: 4 problems\n  1. --split must be up to three" in shown.err
     assert "2. --data-path: no indexed dataset at nope: neither nope.bin nor nope.idx exists." in shown.err
     assert (
-        "3. --tokenizer-model: found 'no.json'; there is no such file. Correct the path after --tokenizer-model."
+        "3. --tokenizer-model must name a file that exists; found 'no.json'. Correct the path after --tokenizer-model."
         in shown.err
     )
-    assert "4. --load: found 'nowhere'; there is no such file or folder. Correct the path." in shown.err
+    assert "4. --load must name a file or folder that exists; found 'nowhere'. Correct the path." in shown.err
     assert main([*TINY, "--load", "runs"]) == 2 and trained == []
     assert "--load: runs is a folder of runs; name one of them: runs/first (step 7)." in capsys.readouterr().err
     assert main([*wrong, "nowhere", "--use-checkpoint-args"]) == 2
     shown = capsys.readouterr().err
-    assert "3 problems" in shown and shown.count("--load: found 'nowhere'; there is no") == 1 and "source:" not in shown
+    assert (
+        "3 problems" in shown
+        and shown.count("--load must be an existing file or folder") == 1
+        and "source:" not in shown
+    )
     assert main([*wrong, "nowhere", "--dry-run"]) == 1
     shown = capsys.readouterr()
     assert shown.out.startswith("# 1 process") and shown.err.count("\n  --") == 3
@@ -194,7 +206,7 @@ def test_every_mistake_at_once_and_nothing_starts(trained, capsys):
     assert (
         text.startswith("megalith: 4 problems\n") and "did you mean cpu-tiny?" in text and "did you mean gpt?" in text
     )
-    assert "--num-layers: found 'x'" in text and "did you mean --hidden-size?" in text and trained == []
+    assert "--num-layers must be a whole number" in text and "did you mean --hidden-size?" in text and trained == []
 
 
 def test_errors_of_the_run_have_another_status(trained, monkeypatch, capsys):

@@ -1,9 +1,9 @@
-"""What is told of text that is not UTF-8."""
+"""Messages on text that is not UTF-8."""
 
 import pytest
 
 from megalith.cli.main import main
-from megalith.common.encodings import conversion, reason
+from megalith.common.encodings import conversion_advice, reason
 
 
 @pytest.mark.parametrize(
@@ -12,11 +12,11 @@ from megalith.common.encodings import conversion, reason
 def test_the_cure_names_the_conversion(content, command):
     with pytest.raises(UnicodeDecodeError) as caught:
         content.decode("utf-8")
-    assert command in conversion(["a.jsonl:3: malformed JSON", f"a.txt: {reason(caught.value)}"])
+    assert command in conversion_advice(["a.jsonl:3: malformed JSON", f"a.txt: {reason(caught.value)}"])
 
 
 def test_there_is_no_cure_for_other_faults():
-    assert conversion(["a.jsonl:3: malformed JSON"]) == conversion([]) == ""
+    assert conversion_advice(["a.jsonl:3: malformed JSON"]) == conversion_advice([]) == ""
 
 
 def test_every_command_that_reads_text_says_it_and_lists_a_file_once(tmp_path, capsys):

@@ -47,14 +47,15 @@ def test_what_the_line_says(monkeypatch):
     with pytest.raises(ConfigError) as missing:
         extras.require("ray", "--engine ray")
     assert str(missing.value) == (
-        "--engine ray needs the package ray, which is not installed. Install it with pip install 'ray>=2.40'; in a clone, "
+        "--engine ray needs the package ray, which is not installed. Install it with pip install 'ray>=2.40'; in a "
+        "clone, "
         "pip install '.[ray]' brings all that is of its kind."
     )
     with pytest.raises(
         ConfigError, match=r"^a.parquet needs the package pyarrow, which cannot be imported \(import of pyarrow.parquet"
     ):
         extras.require("pyarrow.parquet", "a.parquet")
-    assert extras.lacking("ray", "x") and extras.lacking("zstandard", "x") is None
+    assert extras.missing_package("ray", "x") and extras.missing_package("zstandard", "x") is None
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,15 @@
-"""Lines of JSON: what either parser reads is read, and what neither reads is told."""
+"""Lines of JSON: what either parser reads is read, and what neither reads is reported."""
 
-import argparse
 import json
 import math
 import sys
 
 import pytest
 
-from megalith.cli.generate import read_prompts
 from megalith.common.errors import DataError
 from megalith.common.json_lines import parse
 from megalith.training.reporting.metrics import read_metrics
+from megalith.workflows.prompt_files import read_prompts
 
 
 def nested(levels):
@@ -19,9 +18,17 @@ def nested(levels):
 
 @pytest.mark.parametrize(
     "line",
-    ['{"text": "a", "x": NaN}', '{"text": "a", "x": [Infinity, {"y": -Infinity}]}', '{"text": "a", "x": 1e999}', nested(1500), nested(5000),
-     '{"text": "a", "x": "\\ud800"}', '{"\\udc00": 1, "text": "a"}', '{"text": "a", "x": -1e999}'],
-)  # fmt: skip
+    [
+        '{"text": "a", "x": NaN}',
+        '{"text": "a", "x": [Infinity, {"y": -Infinity}]}',
+        '{"text": "a", "x": 1e999}',
+        nested(1500),
+        nested(5000),
+        '{"text": "a", "x": "\\ud800"}',
+        '{"\\udc00": 1, "text": "a"}',
+        '{"text": "a", "x": -1e999}',
+    ],
+)
 def test_what_orjson_refuses_is_read_by_python(line):
     before = sys.getrecursionlimit()
     assert parse(line)["text"] == parse(line.encode())["text"] == "a"
@@ -46,10 +53,10 @@ def test_prompt_files(tmp_path, name):
     path.write_text(
         '{"prompt": "a", "score": NaN}\n"b\u2028c"\n' + nested(3000).replace("text", "prompt"), encoding="utf-8"
     )
-    assert read_prompts(argparse.Namespace(prompt=None, prompt_file=str(path))) == ["a", "b\u2028c", "a"]
+    assert read_prompts(prompt_file=str(path)) == ["a", "b\u2028c", "a"]
     path.write_text('"a"\n"\\udc00"\n')
     with pytest.raises(DataError, match=r"line 2.*half of a character"):
-        read_prompts(argparse.Namespace(prompt=None, prompt_file=str(path)))
+        read_prompts(prompt_file=str(path))
 
 
 def test_metrics_that_other_tools_have_written(tmp_path):

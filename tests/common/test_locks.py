@@ -16,11 +16,17 @@ from megalith.common import locks
 from megalith.common.files import atomic_path
 from megalith.common.locks import LockedError, locked
 from megalith.common.outputs import writing
-from megalith.data.corpus.preprocess_output import Output
+from megalith.data.corpus.preprocess_output import PreprocessOutput
 from megalith.data.indexed import IndexedWriter
 from megalith.data.indexed.merge import merge_datasets
 
-HOLD = "import sys, time\nfrom megalith.common.locks import locked\nwith locked(sys.argv[1]):\n print('held', flush=True)\n time.sleep(60)"
+HOLD = """
+import sys, time
+from megalith.common.locks import locked
+with locked(sys.argv[1]):
+    print('held', flush=True)
+    time.sleep(60)
+"""
 
 
 def _holder(output):
@@ -39,10 +45,10 @@ def test_second_process_names_the_first_and_takes_over_when_it_is_dead(tmp_path)
     finally:
         process.kill()
         process.wait()
-    told = []
-    with locked(output, notice=told.append):
+    notes = []
+    with locked(output, notice=notes.append):
         assert json.loads((tmp_path / ".corpus.lock").read_text())["pid"] == os.getpid()
-    assert len(told) == 1 and f"process {process.pid} " in told[0]
+    assert len(notes) == 1 and f"process {process.pid} " in notes[0]
     assert not list(tmp_path.iterdir())
 
 
@@ -60,10 +66,10 @@ def test_number_of_a_dead_process_given_to_another(tmp_path):
     with locked(tmp_path / "out"):
         content = json.loads((tmp_path / ".out.lock").read_text())
     (tmp_path / ".out.lock").write_text(json.dumps(content | {"started": "1"}))
-    told = []
-    with locked(tmp_path / "out", notice=told.append):
+    notes = []
+    with locked(tmp_path / "out", notice=notes.append):
         assert json.loads((tmp_path / ".out.lock").read_text())["nonce"] != content["nonce"]
-    assert len(told) == 1 and f"process {os.getpid()} " in told[0] and "is taken over" in told[0]
+    assert len(notes) == 1 and f"process {os.getpid()} " in notes[0] and "is taken over" in notes[0]
 
 
 @pytest.mark.parametrize("content", ['{"host": "elsewhere", "pid": 1, "pids": "x", "nonce": "y"}', "", "[1]", "\0\0"])
@@ -84,23 +90,23 @@ def test_holder_elsewhere_is_judged_by_its_last_touch(tmp_path, content):
 @pytest.mark.parametrize("lives", [False, True])
 def test_holder_elsewhere_may_show_that_it_lives(tmp_path, monkeypatch, lives):
     """A job that is started again in a new container finds the lock of the old one, which died a moment ago."""
-    monkeypatch.setattr(locks, "LOOK", 0.02)
+    monkeypatch.setattr(locks, "POLL_INTERVAL", 0.02)
     monkeypatch.setattr(locks, "STALE", 1.0)
-    path, told = tmp_path / ".out.lock", []
+    path, notes = tmp_path / ".out.lock", []
     path.write_text('{"host": "elsewhere", "pid": 1, "pids": "x", "nonce": "y"}')
     touch = threading.Timer(0.3, os.utime, (path,))
     if lives:
         touch.start()
         with (
             pytest.raises(LockedError, match="process 1 on elsewhere"),
-            locked(tmp_path / "out", patient=True, notice=told.append),
+            locked(tmp_path / "out", patient=True, notice=notes.append),
         ):
             pass
         touch.join()
     else:
-        with locked(tmp_path / "out", patient=True, notice=told.append):
+        with locked(tmp_path / "out", patient=True, notice=notes.append):
             assert json.loads(path.read_text())["pid"] == os.getpid()
-    assert "looking for up to 1 s whether process 1 on elsewhere" in told[0] and len(told) == (1 if lives else 2)
+    assert "looking for up to 1 s whether process 1 on elsewhere" in notes[0] and len(notes) == (1 if lives else 2)
 
 
 def test_heartbeat_touches_and_gives_up_a_lock_that_was_taken(tmp_path, monkeypatch):
@@ -127,7 +133,7 @@ def test_a_lock_that_was_taken_is_noticed_before_anything_is_put_in_place(tmp_pa
         still_held()
         lose(tmp_path / ".out.lock")
         with pytest.raises(
-            LockedError, match=r"was suspended, .* lost its lock; process 1 on elsewhere .* has it. What it made"
+            LockedError, match=r"was suspended, .* lost its lock; process 1 on elsewhere .* has it. Its result"
         ):
             still_held()
         (tmp_path / ".out.lock").unlink()
@@ -152,13 +158,13 @@ def test_a_dataset_is_not_put_in_place_of_anothers(tmp_path, monkeypatch):
         lose(tmp_path / ".all.lock")
         merge_datasets([str(tmp_path / "part")], str(tmp_path / "all"), still_held)
     assert not list(tmp_path.glob("*all.*[!k]"))
-    output = Output(str(tmp_path / "made"), {"text": str(tmp_path / "made_text")})
-    with output.held(print):
+    output = PreprocessOutput(str(tmp_path / "made"), {"text": str(tmp_path / "made_text")})
+    with output.hold_locks(print):
         output.parts.mkdir()
-        output.joining()
+        output.begin_merge()
         lose(tmp_path / ".made_text.lock")
         with pytest.raises(LockedError):
-            output.joining()
+            output.begin_merge()
 
 
 def test_without_hard_links(tmp_path, monkeypatch):

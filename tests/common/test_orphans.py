@@ -7,8 +7,11 @@ import time
 
 import pytest
 
-# A launcher that starts a rank, by way of a shell where asked to; a rank that does not hear SIGTERM, as one inside a collective.
-LAUNCH = "import os, subprocess, sys; subprocess.Popen(sys.argv[1:], env=os.environ | {'RANK': '1'} | eval(os.environ['GIVEN'])).wait()"
+# A launcher that starts a rank, by a shell where asked to; a rank that ignores SIGTERM, as inside a collective.
+LAUNCH = """
+import os, subprocess, sys
+subprocess.Popen(sys.argv[1:], env=os.environ | {'RANK': '1'} | eval(os.environ['GIVEN'])).wait()
+"""
 RANK = """
 import os, signal, time
 from megalith.common.orphans import ends_with_launcher

@@ -1,6 +1,5 @@
 """Pointers that git LFS and git-annex leave in place of files: named wherever a file is read."""
 
-import argparse
 import pathlib
 import shutil
 
@@ -9,14 +8,14 @@ import pytest
 import tokenizers
 
 from megalith.checkpoint import formats
-from megalith.checkpoint.formats.huggingface.tokenizer import found_in
+from megalith.checkpoint.formats.huggingface.tokenizer import tokenizer_files
 from megalith.checkpoint.store import manifest
-from megalith.cli.generate import read_prompts
 from megalith.common.errors import CheckpointError, DataError
 from megalith.common.pointers import pointer, pointers_below, refuse_pointer
 from megalith.data.indexed import IndexedDataset, IndexedWriter
 from megalith.data.indexed.tntidx import open_indexed
 from megalith.data.tokenizers.tokenizer import build_tokenizer, load_tokenizer
+from megalith.workflows.prompt_files import read_prompts
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d" * 32 + b"\nsize 12345\n"
 NAMED = r"git LFS pointer to a file of 12,345 bytes, not the file\. Fetch it: git lfs pull"
@@ -66,7 +65,7 @@ def test_vocabularies(tmp_path, monkeypatch, options):
     with pytest.raises(DataError, match=NAMED):
         load_tokenizer("t")
     with pytest.raises(DataError, match=NAMED):
-        found_in(pathlib.Path("t"))
+        tokenizer_files(pathlib.Path("t"))
 
 
 def test_what_stands_beside_a_tokenizer(tmp_path):
@@ -129,7 +128,7 @@ def test_own_checkpoints(tmp_path):
 def test_prompts(tmp_path):
     write(tmp_path / "prompts.txt")
     with pytest.raises(DataError, match=NAMED):
-        read_prompts(argparse.Namespace(prompt=None, prompt_file=str(tmp_path / "prompts.txt")))
+        read_prompts(prompt_file=str(tmp_path / "prompts.txt"))
     shutil.copy(tmp_path / "prompts.txt", tmp_path / "b")
     with pytest.raises(DataError, match=NAMED):
         refuse_pointer(tmp_path / "b")

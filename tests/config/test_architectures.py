@@ -39,7 +39,7 @@ def test_every_parameter_has_a_kind_and_a_kind_says_what_is_known(name: str) -> 
     for parameter in parameter_shapes(config):
         kind = parameter_kind(config, parameter)
         assert set(kind.sizes) | set(kind.presence) <= known, parameter
-    with pytest.raises(ConfigError, match=r"parameter: found 'layers\.3\.gate'; the kinds of"):
+    with pytest.raises(ConfigError, match=r"A parameter must be among the kinds of .*; found 'layers\.3\.gate'"):
         parameter_kind(config, "layers.3.gate")
 
 
@@ -66,8 +66,8 @@ def test_a_class_that_carries_a_record_is_its_model(monkeypatch: pytest.MonkeyPa
 def test_a_model_without_samples_asks_for_ones_own() -> None:
     config = RunConfig().replace(model_type="bert_classification", **SMALL, seq_length=16, loss="classification")
     (problem,) = [each for each in find_problems(config, data=False) if "dataset" in each.fields]
-    cure = "there is no dataset for bert_classification here. Name your own, --dataset module:name."
-    assert problem.text == f"--dataset: found 'gpt'; {cure}"
+    rule = "must be module:name of your own for bert_classification, because megalith has no dataset for it"
+    assert problem.text == f"--dataset {rule}; found 'gpt'. Write --dataset module:name."
     problems = find_problems(config.replace(dataset="my:Own"), data=False)
     assert not [each for each in problems if "dataset" in each.fields]
 
@@ -75,13 +75,13 @@ def test_a_model_without_samples_asks_for_ones_own() -> None:
 def test_nothing_else_asks_which_model_it_is() -> None:
     """A name of a model beside `model_type` is a table or a branch that a new model would have to be added to."""
     names = "|".join(ARCHITECTURES)
-    told = re.compile(rf"model_type (==|!=|in|not in)\b.*|\"({names})\": (\"megalith|[A-Z])")
+    asked = re.compile(rf"model_type (==|!=|in|not in)\b.*|\"({names})\": (\"megalith|[A-Z])")
     found = [
         f"{path.relative_to(ROOT)}: {line.strip()}"
         for path in sorted(ROOT.rglob("*.py"))
         if path.name != "architectures.py"
         for line in path.read_text().splitlines()
-        if (match := told.search(line)) and (match[2] or re.search(rf"[\"']({names})[\"']", line))
+        if (match := asked.search(line)) and (match[2] or re.search(rf"[\"']({names})[\"']", line))
     ]
     registries = ("data/build.py", "training/tasks.py", "checkpoint/formats/huggingface/family.py")  # of other things
     assert [line for line in found if not line.startswith(registries)] == []

@@ -11,7 +11,7 @@ from megalith.config.batch_math import (
     global_batch,
     micro_batches,
     ramp,
-    told,
+    run_summary,
     total_samples,
     total_steps,
 )
@@ -37,7 +37,7 @@ def test_golden_numbers_of_gpt3_175b():
 def test_data_parallel_size():
     config = RunConfig().replace(tensor_model_parallel_size=2, pipeline_model_parallel_size=3, context_parallel_size=2)
     assert data_parallel_size(config, 24) == 2
-    with pytest.raises(ConfigError, match=r"number of processes: found 13; .* 12. Start 12 processes"):
+    with pytest.raises(ConfigError, match=r"The number of processes must be .* 12; found 13\. Start 12 processes"):
         data_parallel_size(config, 13)
     assert data_parallel_size(RunConfig(), 7) == 7
 
@@ -49,15 +49,18 @@ def test_global_batch_defaults_to_one_micro_batch_of_each_rank():
 
 def test_what_the_header_says():
     config = RunConfig().replace(micro_batch_size=2, global_batch_size=8, train_samples=100)
-    assert told(config, 1) == "1 process, 1 data-parallel; 12 steps, each of 8 samples"
+    assert run_summary(config, 1) == "1 process, 1 data-parallel; 12 steps, each of 8 samples"
     grown = config.replace(rampup_batch_size=[2, 2, 30])
     steps, samples = ramp(grown, 1)
-    assert told(
+    assert run_summary(
         grown, 2
     ) == f"2 processes, 2 data-parallel; {total_steps(grown, 2)} steps: {steps} while the batch grows from 2 to 8 " + (
         f"samples, then {(100 - samples) // 8} of 8"
     )
-    assert told(config.replace(skip_train=True), 1) == "1 process, 1 data-parallel; no training steps (--skip-train)"
+    assert (
+        run_summary(config.replace(skip_train=True), 1)
+        == "1 process, 1 data-parallel; no training steps (--skip-train)"
+    )
 
 
 def test_lengths_without_rampup():

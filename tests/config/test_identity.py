@@ -18,7 +18,7 @@ def test_every_field_is_classified_once():
 
 
 @pytest.mark.parametrize(
-    ("then", "now", "told"),
+    ("then", "now", "changes"),
     [
         ({}, {"num_attention_heads": 8}, ["--num-attention-heads is 8, was 4"]),
         ({}, {"hidden_size": 48}, ["--hidden-size is 48, was 32"]),
@@ -47,13 +47,13 @@ def test_every_field_is_classified_once():
         ({}, {"init_method_std": 0.01, "attention_backend": "explicit", "make_vocab_size_divisible_by": 1}, []),
     ],
 )
-def test_another_model_by_what_fields_come_to(then, now, told):
+def test_another_model_by_what_fields_come_to(then, now, changes):
     """Effects are compared, not spellings; what has no effect in the model is none."""
     found = identity.differences(dataclasses.replace(BASE, **now), dataclasses.replace(BASE, **then))
-    assert [identity.sentence(*each) for each in found.another] == told and found.noted == []
+    assert [identity.change_text(*each) for each in found.incompatible] == changes and found.noted == []
 
 
-def test_what_may_change_is_told():
+def test_what_may_change_is_reported():
     now = dataclasses.replace(BASE, sliding_window=8, rotary_base=1e6, hidden_dropout=0.0)
     assert identity.differences(now, BASE) == (
         [],

@@ -5,13 +5,19 @@ import math
 import pytest
 
 from megalith.common.errors import CheckpointError
-from megalith.config.source_fields import Kind, Ours, checked
+from megalith.config.source_fields import FieldType, RunField, checked
 
 TABLE = {
-    "layers": Ours("num_layers"), "width": Ours("kv_channels", null=True), "drop": Ours("hidden_dropout"), "act": Kind(str),
-    "tied": Kind(bool), "norms": Kind(int, choices=(1, 2)), "share": Kind(float, least=0.0, most=1.0), "names": Kind(list, item=str),
-    "rope": Kind(dict),
-}  # fmt: skip
+    "layers": RunField("num_layers"),
+    "width": RunField("kv_channels", null=True),
+    "drop": RunField("hidden_dropout"),
+    "act": FieldType(str),
+    "tied": FieldType(bool),
+    "norms": FieldType(int, choices=(1, 2)),
+    "share": FieldType(float, least=0.0, most=1.0),
+    "names": FieldType(list, item=str),
+    "rope": FieldType(dict),
+}
 
 
 def test_what_is_right_passes() -> None:
@@ -31,25 +37,41 @@ def test_what_is_right_passes() -> None:
 
 
 WRONG = [
-    ("layers", "2", "config.json: layers: found '2'; it is a whole number (without quotation marks). Correct it there"),
-    ("layers", True, "found True; it is a whole number"), ("layers", 2.5, "found 2.5; it is a whole number"),
-    ("layers", -1, "found -1; it is at least 1"), ("layers", 2**40, "it is below 2 to the 31st"), ("layers", [2], "it is a whole number"),
-    ("drop", 1.5, "it is a share, below 1"), ("drop", math.nan, "it is a finite number"), ("drop", "0.1", "(without quotation marks)"),
-    ("act", 3, "it is text"), ("tied", 1, "it is true or false"), ("tied", "false", "it is true or false."),
-    ("norms", 3, "it is one of 1, 2"), ("share", -0.1, "it is at least 0 and at most 1"), ("share", math.inf, "it is a finite number"),
-    ("names", "a", "it is a list, each of its elements text"), ("names", ["a", 1], "each of its elements text"), ("rope", [], "an object"),
-]  # fmt: skip
+    (
+        "layers",
+        "2",
+        "config.json: layers must be a whole number (without quotation marks); found '2'. Correct it there",
+    ),
+    ("layers", True, "must be a whole number; found True"),
+    ("layers", 2.5, "must be a whole number; found 2.5"),
+    ("layers", -1, "must be at least 1; found -1"),
+    ("layers", 2**40, "must be below 2 to the 31st"),
+    ("layers", [2], "must be a whole number"),
+    ("drop", 1.5, "must be a fraction below 1"),
+    ("drop", math.nan, "must be a finite number"),
+    ("drop", "0.1", "(without quotation marks)"),
+    ("act", 3, "must be text"),
+    ("tied", 1, "must be true or false"),
+    ("tied", "false", "must be true or false; found"),
+    ("norms", 3, "must be one of 1, 2"),
+    ("share", -0.1, "must be at least 0 and at most 1"),
+    ("share", math.inf, "must be a finite number"),
+    ("names", "a", "must be a list, each of its elements text"),
+    ("names", ["a", 1], "each of its elements text"),
+    ("rope", [], "an object"),
+]
 
 
 @pytest.mark.parametrize(("name", "value", "message"), WRONG, ids=str)
-def test_what_is_wrong_is_told(name: str, value: object, message: str) -> None:
+def test_what_is_wrong_is_reported(name: str, value: object, message: str) -> None:
     with pytest.raises(CheckpointError) as error:
         checked({name: value}, TABLE, "config.json")
     assert message in str(error.value)
 
 
-def test_all_are_told_at_once() -> None:
+def test_all_are_reported_at_once() -> None:
     with pytest.raises(
-        CheckpointError, match=r"3 problems\n  1\. config.json: act: .*\n  2\. config.json: layers: .*\n  3\. .*tied"
+        CheckpointError,
+        match=r"3 problems\n  1\. config.json: act must .*\n  2\. config.json: layers must .*\n  3\. .*tied",
     ):
         checked({"layers": "x", "act": 1, "tied": 0, "drop": 0.1}, TABLE, "config.json")

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from megalith.config.run import RunConfig
 from megalith.config.stages import (
-    bubble,
     end_costs,
     layers_of,
     num_stages,
@@ -22,7 +21,7 @@ from megalith.config.stages import (
 MODEL = RunConfig().replace(num_layers=8, hidden_size=64, num_attention_heads=4, vocab_size=256, seq_length=32)
 
 
-def of(processes, **values):
+def pipeline_of(processes, **values):
     return MODEL.replace(pipeline_model_parallel_size=processes, **values)
 
 
@@ -52,7 +51,7 @@ def test_the_dearest_stage_is_as_cheap_as_can_be(stages, more, first, last):
     st.integers(8, 4096),
 )
 def test_each_layer_on_one_stage_and_each_stage_on_one_process(processes, factor, schedule, how, vocabulary):
-    config = of(
+    config = pipeline_of(
         processes,
         num_layers=2 * processes * factor + 1,
         pipeline_schedule=schedule,
@@ -67,24 +66,24 @@ def test_each_layer_on_one_stage_and_each_stage_on_one_process(processes, factor
 
 
 def test_looping_and_v_shaped_placement():
-    assert [stages_of(of(2, num_layers_per_virtual_pipeline_stage=2), process) for process in (0, 1)] == [
+    assert [stages_of(pipeline_of(2, num_layers_per_virtual_pipeline_stage=2), process) for process in (0, 1)] == [
         [0, 2],
         [1, 3],
     ]
-    assert [stages_of(of(2, pipeline_schedule="zbv"), process) for process in (0, 1)] == [[0, 3], [1, 2]]
+    assert [stages_of(pipeline_of(2, pipeline_schedule="zbv"), process) for process in (0, 1)] == [[0, 3], [1, 2]]
 
 
 def test_auto_is_interleaved_where_stages_are_virtual():
-    assert schedule_of(of(2).parallel) == "1f1b"
-    assert schedule_of(of(2, num_layers_per_virtual_pipeline_stage=1).parallel) == "interleaved_1f1b"
-    assert stages_per_process(of(2, num_layers_per_virtual_pipeline_stage=1)) == 4
-    assert stages_per_process(of(2, pipeline_schedule="interleaved_1f1b")) == 2
-    assert stages_per_process(of(2, pipeline_schedule="zero_bubble")) == 1
+    assert schedule_of(pipeline_of(2).parallel) == "1f1b"
+    assert schedule_of(pipeline_of(2, num_layers_per_virtual_pipeline_stage=1).parallel) == "interleaved_1f1b"
+    assert stages_per_process(pipeline_of(2, num_layers_per_virtual_pipeline_stage=1)) == 4
+    assert stages_per_process(pipeline_of(2, pipeline_schedule="interleaved_1f1b")) == 2
+    assert stages_per_process(pipeline_of(2, pipeline_schedule="zero_bubble")) == 1
 
 
 def test_embedding_and_head_count_as_cost():
     """A layer of 12 h^2 parameters and a head of 24 h^2: the last stage has two layers fewer, the first none more."""
-    config = of(2, vocab_size=24 * 64, seq_length=1)
+    config = pipeline_of(2, vocab_size=24 * 64, seq_length=1)
     first, last = end_costs(config.model, 1)
     assert last == pytest.approx(2.0, rel=0.01) and first == pytest.approx(last / 10)
     assert [len(layers) for layers in layers_of(config)] == [5, 3]
@@ -93,17 +92,16 @@ def test_embedding_and_head_count_as_cost():
 
 def test_gpt2_large_split_evenly_is_megatrons():
     config = RunConfig().replace(
-        num_layers=36, hidden_size=1280, num_attention_heads=20, vocab_size=50257, seq_length=1024, pipeline_model_parallel_size=2,
+        num_layers=36,
+        hidden_size=1280,
+        num_attention_heads=20,
+        vocab_size=50257,
+        seq_length=1024,
+        pipeline_model_parallel_size=2,
         pipeline_split="even",
-    )  # fmt: skip
+    )
     assert [len(layers) for layers in layers_of(config)] == [18, 18]
     assert [len(layers) for layers in layers_of(config.replace(pipeline_split="cost"))] == [19, 17]
-
-
-def test_ideal_bubbles():
-    assert bubble("1f1b", 4, 8) == bubble("gpipe", 4, 8) == 3 / 8
-    assert bubble("interleaved_1f1b", 4, 8, 2) == 3 / 16
-    assert bubble("zero_bubble", 4, 8) == 1 / 8
 
 
 @given(st.lists(st.floats(0.1, 9), min_size=1, max_size=8), st.integers(1, 4))
@@ -123,7 +121,7 @@ def test_layers_of_different_costs(costs, stages):
 
 def test_stages_of_an_encoder_and_a_decoder():
     """A short decoder costs little, so that it shares a stage; even stages do not ask."""
-    t5 = of(2, model_type="t5", num_layers=4, decoder_num_layers=4, seq_length=512, decoder_seq_length=64)
+    t5 = pipeline_of(2, model_type="t5", num_layers=4, decoder_num_layers=4, seq_length=512, decoder_seq_length=64)
     assert layers_of(t5.replace(pipeline_split="even")) == [range(4), range(4, 8)]
     first, second = layers_of(t5)
     assert first.stop < 4 and second.stop == 8

@@ -1,4 +1,4 @@
-"""The list of weights: shares by tokens and epochs, relative paths, faults named."""
+"""The list of weights: proportions by tokens and epochs, relative paths, errors that name the mistake."""
 
 import numpy as np
 import pytest
@@ -27,8 +27,8 @@ def lines(path):
 
 
 def test_proportional_to_size(folder):
-    shares = write_weights(str(folder / "data"), str(folder / "lists" / "list.txt"))
-    assert [(share.corpus, share.files, share.tokens, share.share) for share in shares] == [
+    entries = write_weights(str(folder / "data"), str(folder / "lists" / "list.txt"))
+    assert [(entry.corpus, entry.files, entry.tokens, entry.proportion) for entry in entries] == [
         ("books", 1, 400, 0.4),
         ("wiki", 2, 400, 0.4),
         ("page", 1, 200, 0.2),
@@ -44,7 +44,7 @@ def test_proportional_to_size(folder):
 def test_names_with_spaces(folder):
     with IndexedWriter(folder / "data" / "my corpus-0000", np.uint16) as writer:
         writer.add_many(np.zeros(9, np.uint16), [9])
-    with pytest.raises(DataError, match=r"'my corpus'.*without spaces"):
+    with pytest.raises(DataError, match=r"without spaces.*'my corpus'"):
         write_weights(str(folder / "data"), str(folder / "list.txt"))
 
 
@@ -65,7 +65,7 @@ def test_epochs(folder):
     by_directory = write_weights(
         str(folder / "data"), str(folder / "list.txt"), {"data": 1, "web": 0.5}, by_directory=True
     )
-    assert [(share.corpus, share.tokens, round(share.share, 3)) for share in by_directory] == [
+    assert [(entry.corpus, entry.tokens, round(entry.proportion, 3)) for entry in by_directory] == [
         ("data", 800, 0.889),
         ("web", 200, 0.111),
     ]

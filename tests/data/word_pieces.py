@@ -1,4 +1,4 @@
-"""A vocabulary and a corpus of sentences for the tests of BERT, T5 and ICT, and megatron-core's own class over the same mapping."""
+"""A vocabulary and a corpus of sentences for tests of BERT, T5 and ICT, and megatron-core's class for comparison."""
 
 import importlib
 import types
@@ -9,7 +9,7 @@ from megalith.data.indexed import IndexedDataset, IndexedWriter
 
 
 class WordPieces:
-    """A vocabulary of 120 words, a third of them pieces that go on a word."""
+    """A vocabulary of 120 words, a third of them pieces that continue a word."""
 
     vocab_size, pad, cls, sep, mask, bos, eos, eod = 120, 0, 1, 2, 3, 4, 5, 5
     decoder_start, extra_ids = bos, range(100, 120)
@@ -23,7 +23,7 @@ class WordPieces:
         return getattr(self, name)
 
 
-def write(prefix, seed, documents=30, longest=30):
+def write_sentences(prefix, seed, documents=30, longest=30):
     """Documents of 1 to 9 sentences."""
     random = np.random.default_rng(seed)
     with IndexedWriter(prefix, np.uint16) as writer:
@@ -34,18 +34,18 @@ def write(prefix, seed, documents=30, longest=30):
     return IndexedDataset(prefix)
 
 
-def original(module, kind, mine, **config):
+def megatron_dataset(module, kind, dataset, **config):
     """An instance of megatron-core's class over the same mapping, without its distributed set-up."""
-    theirs = object.__new__(getattr(importlib.import_module(f"megatron.core.datasets.{module}"), kind))
+    reference = object.__new__(getattr(importlib.import_module(f"megatron.core.datasets.{module}"), kind))
     settings = {
         "masking_probability": 0.15,
         "masking_do_full_word": True,
         "masking_do_permutation": False,
         "masking_use_longer_ngrams": False,
     }
-    theirs.config = types.SimpleNamespace(
-        tokenizer=WordPieces(), random_seed=mine.seed, sequence_length=mine.seq_length, **settings, **config
+    reference.config = types.SimpleNamespace(
+        tokenizer=WordPieces(), random_seed=dataset.seed, sequence_length=dataset.seq_length, **settings, **config
     )
-    theirs.dataset, theirs.sample_index, theirs._pad_token_id = mine.indexed, mine.mapping, 0
-    theirs.token_lookup = list(WordPieces.inv_vocab)
-    return theirs
+    reference.dataset, reference.sample_index, reference._pad_token_id = dataset.indexed, dataset.mapping, 0
+    reference.token_lookup = list(WordPieces.inv_vocab)
+    return reference

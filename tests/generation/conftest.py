@@ -12,7 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from megalith.config.sections.model import ModelConfig
 from megalith.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from megalith.generation.model import TextModel
-from megalith.runtime.build import plain
+from megalith.runtime.build import build_model
 
 CORPUS = [
     "Once upon a time there was a small model, and the model wrote.",
@@ -52,6 +52,6 @@ def make(tokenizer: Tokenizer) -> Callable[..., TextModel]:
             "max_position_embeddings": 200,
             "init_method_std": 0.3,
         }
-        return TextModel(plain(ModelConfig(**{**base, **form}), torch.device("cpu"), dtype, seed=5), tokenizer)
+        return TextModel(build_model(ModelConfig(**{**base, **form}), torch.device("cpu"), dtype, seed=5), tokenizer)
 
     return made

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megalith.common.errors import ConfigError
-from megalith.generation.beam import Finished, beam_search
+from megalith.generation.beam import BeamHypotheses, beam_search
 from megalith.generation.generate import complete, generate, score
 
 SMALL = 6  # tokens of a vocabulary in which every continuation can be tried
@@ -19,7 +19,7 @@ def small(make):
     return model
 
 
-def everything(
+def all_hypotheses(
     model, prompt: list[int], count: int, stop: int | None, penalty: float
 ) -> list[tuple[float, tuple[int, ...]]]:
     """Every hypothesis with its score, best first."""
@@ -34,7 +34,7 @@ def everything(
 
 def test_wide_beams_find_the_best_of_all(small) -> None:
     for prompt in ([1], [2, 5, 3]):
-        best = everything(small, prompt, 3, None, 1.0)[:5]
+        best = all_hypotheses(small, prompt, 3, None, 1.0)[:5]
         made = beam_search(small, prompt, beam_width=SMALL**2, max_new_tokens=3)
         assert [tuple(one.ids) for one in made[:5]] == [tokens for _, tokens in best]
         assert [one.score for one in made[:5]] == pytest.approx([value for value, _ in best], abs=1e-5)
@@ -42,7 +42,7 @@ def test_wide_beams_find_the_best_of_all(small) -> None:
 
 @pytest.mark.parametrize("penalty", [0.0, 0.7, 1.0, 3.0])
 def test_stop_tokens_and_length_penalty(penalty: float, small) -> None:
-    known = {tokens: value for value, tokens in everything(small, [1, 2], 3, 4, penalty)}
+    known = {tokens: value for value, tokens in all_hypotheses(small, [1, 2], 3, 4, penalty)}
     made = beam_search(small, [1, 2], beam_width=SMALL**2, max_new_tokens=3, length_penalty=penalty, stop_token=4)
     assert [one.score for one in made] == sorted((one.score for one in made), reverse=True)
     for one in made:
@@ -69,14 +69,16 @@ def test_several_beams_are_no_worse_than_one(make) -> None:
 
 
 def test_rules_for_ending() -> None:
-    """Sums over length^penalty; only the best are kept; closed when the worst kept is no worse than the best open one."""
-    kept = Finished(2, 1.0)
-    kept.add([1], -2.0, 2, "stop")
-    assert not kept.closed(-100.0, 2)  # not full yet
-    kept.add([2], -6.0, 3, "stop")
-    kept.add([3], -8.0, 2, "stop")
-    assert [entry[0] for entry in kept.best] == [-1.0, -2.0]
-    assert not kept.closed(-5.9, 3) and kept.closed(-6.0, 3) and kept.closed(-9.0, 4)
+    """Scores are sums over length^penalty, and only the best hypotheses are kept. The search is done when the worst of
+    them is no worse than the best unfinished one.
+    """
+    finished = BeamHypotheses(2, 1.0)
+    finished.add([1], -2.0, 2, "stop")
+    assert not finished.is_done(-100.0, 2)  # not full yet
+    finished.add([2], -6.0, 3, "stop")
+    finished.add([3], -8.0, 2, "stop")
+    assert [entry[0] for entry in finished.best] == [-1.0, -2.0]
+    assert not finished.is_done(-5.9, 3) and finished.is_done(-6.0, 3) and finished.is_done(-9.0, 4)
 
 
 def test_texts_and_wrong_values(make) -> None:
@@ -89,7 +91,7 @@ def test_texts_and_wrong_values(make) -> None:
         model, "Once", length_penalty=2.0, **options
     )
     for wrong in ({"temperature": 0.5}, {"top_k": 3}, {"stop": ["x"]}, {"stop_at_eod": False}):
-        with pytest.raises(ConfigError, match="beam_width: found 2, and options of sampling"):
+        with pytest.raises(ConfigError, match=r"beam_width must be given without .*; found 2, and options of sampling"):
             generate(model, "Once", **options, **wrong)
     for wrong in ({"beam_width": 0}, {"max_new_tokens": 0}, {"max_new_tokens": 500}):
         with pytest.raises(ConfigError):

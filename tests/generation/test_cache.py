@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from megalith.generation.cache import BLOCK, KVCache, Piece, Prefill, spans
+from megalith.generation.cache import BLOCK, KVCache, PrefillCache, PrefillChunk, spans
 from megalith.generation.model import TextModel
-from megalith.generation.runner import PREFILL_TOKENS, Runner, batched
+from megalith.generation.runner import PREFILL_TOKENS, ModelRunner, batch_chunks
 
 FORMS: dict[str, dict[str, Any]] = {
     "absolute": {},
@@ -42,42 +42,47 @@ EVEN = [[5, 9, 200], [1, 2, 3], [4, 5, 299]]
 LENGTH = 70 + BLOCK + 10
 
 
-def again(model: TextModel, rows: list[list[int]]) -> torch.Tensor:
+def logits_without_cache(model: TextModel, rows: list[list[int]]) -> torch.Tensor:
     """The logits after each row, each read alone and from its start."""
     with torch.no_grad():
         return torch.stack([model(torch.tensor([row]))[0, -1] for row in rows])
 
 
-def runner_of(model: TextModel, rows: int, length: int = LENGTH, **how: Any) -> Runner:
-    return Runner(model.model, KVCache(model.model, rows, length), **how)
+def runner_of(model: TextModel, rows: int, length: int = LENGTH, **how: Any) -> ModelRunner:
+    return ModelRunner(model.model, KVCache(model.model, rows, length), **how)
 
 
-def read(runner: Runner, rows: list[list[int]]) -> torch.Tensor:
-    return runner.read([Piece(number, row) for number, row in enumerate(rows)])
+def read(runner: ModelRunner, rows: list[list[int]]) -> torch.Tensor:
+    return runner.prefill([PrefillChunk(number, row) for number, row in enumerate(rows)])
 
 
-def step(runner: Runner, rows: list[list[int]], tokens: list[int]) -> torch.Tensor:
-    """Append tokens to rows, which have them afterwards."""
-    places = [len(row) for row in rows]
+def step(runner: ModelRunner, rows: list[list[int]], tokens: list[int]) -> torch.Tensor:
+    """Append a token to each of `rows`, and the same tokens in the cache."""
+    positions = [len(row) for row in rows]
     for row, token in zip(rows, tokens):
         row.append(token)
-    return runner.step(tokens, places)
+    return runner.decode(tokens, positions)
 
 
 @pytest.mark.parametrize(
-    ("whole", "exact"), [(False, True), (True, True), (False, False)], ids=["", "fixed shapes", "loose"]
+    ("fixed_shapes", "batch_invariant"),
+    [(False, True), (True, True), (False, False)],
+    ids=["", "fixed shapes", "loose"],
 )
 @pytest.mark.parametrize("prompts", [RAGGED, EVEN], ids=["ragged", "even"])
 @pytest.mark.parametrize("form", FORMS)
-def test_equals_reading_everything_again(form: str, prompts: list[list[int]], whole: bool, exact: bool, make) -> None:
+def test_equals_reading_everything_again(
+    form: str, prompts: list[list[int]], fixed_shapes: bool, batch_invariant: bool, make
+) -> None:
     model, rows = make(torch.float64, **FORMS[form]), [list(prompt) for prompt in prompts]
-    runner = runner_of(model, len(rows) + whole)
-    runner.exact = exact
-    runner.whole = whole  # the shapes of a compiled step, without waiting for a compiler
+    runner = runner_of(model, len(rows) + fixed_shapes)
+    runner.batch_invariant = batch_invariant
+    runner.fixed_shapes = fixed_shapes  # the shapes of a compiled step, without waiting for a compiler
     logits = read(runner, rows)
     for nth in range(BLOCK + 5):  # past the place where a row has one more block
         if nth % 16 < 3:
-            torch.testing.assert_close(logits, again(model, rows), rtol=0, atol=1e-6)  # float32 angles: 1e-6
+            # Float32 angles: 1e-6
+            torch.testing.assert_close(logits, logits_without_cache(model, rows), rtol=0, atol=1e-6)
         logits = step(runner, rows, logits.argmax(dim=-1).tolist())
 
 
@@ -87,25 +92,25 @@ def test_float32_is_close_and_bfloat16_near(make) -> None:
         runner = runner_of(model, 4)
         read(runner, rows)
         logits = step(runner, rows, [1, 2, 3, 4])
-        assert logits.dtype == dtype and (logits - again(model, rows)).abs().max() < tolerance
+        assert logits.dtype == dtype and (logits - logits_without_cache(model, rows)).abs().max() < tolerance
 
 
 @pytest.mark.parametrize("form", ["absolute", "llama", "alibi", "window"])
 def test_a_prompt_can_be_read_in_pieces(form: str, make) -> None:
     model = make(torch.float64, **FORMS[form])
     runner, rows = runner_of(model, 3), [RAGGED[2], RAGGED[0]]
-    runner.read([Piece(1, rows[0][:30]), Piece(0, rows[1][:2])])
-    runner.read([Piece(1, rows[0][30:33], 30)])
-    logits = runner.read([Piece(0, rows[1][2:], 2), Piece(1, rows[0][33:], 33)])
-    torch.testing.assert_close(logits, again(model, rows[::-1]), rtol=0, atol=1e-6)
-    everything = runner.read([Piece(2, rows[0])], all_logits=True)
+    runner.prefill([PrefillChunk(1, rows[0][:30]), PrefillChunk(0, rows[1][:2])])
+    runner.prefill([PrefillChunk(1, rows[0][30:33], 30)])
+    logits = runner.prefill([PrefillChunk(0, rows[1][2:], 2), PrefillChunk(1, rows[0][33:], 33)])
+    torch.testing.assert_close(logits, logits_without_cache(model, rows[::-1]), rtol=0, atol=1e-6)
+    everything = runner.prefill([PrefillChunk(2, rows[0])], all_logits=True)
     with torch.no_grad():
         torch.testing.assert_close(everything, model(torch.tensor([rows[0]]))[0], rtol=0, atol=1e-6)
 
 
 def test_calls_are_of_bounded_size() -> None:
-    pieces = [Piece(row, [0] * size) for row, size in enumerate((500, 12, 1, 600, 300, 212, 1))]
-    sizes = [[len(piece.ids) for piece in batch] for batch in batched(pieces)]
+    pieces = [PrefillChunk(row, [0] * size) for row, size in enumerate((500, 12, 1, 600, 300, 212, 1))]
+    sizes = [[len(piece.ids) for piece in batch] for batch in batch_chunks(pieces)]
     assert sizes == [[500, 12], [1], [600], [300, 212], [1]] and PREFILL_TOKENS == 512
     assert spans([64, 64, 128, 64]) == [(0, 2, 64), (2, 3, 128), (3, 4, 64)]
 
@@ -118,7 +123,7 @@ def test_select_moves_copies_and_drops_rows(make) -> None:
     chosen = [3, 0, 0]
     runner.cache.select(torch.tensor(chosen), max(map(len, rows)))
     rows = [list(rows[row]) for row in chosen]
-    torch.testing.assert_close(step(runner, rows, [8, 9, 10]), again(model, rows), rtol=0, atol=1e-10)
+    torch.testing.assert_close(step(runner, rows, [8, 9, 10]), logits_without_cache(model, rows), rtol=0, atol=1e-10)
 
 
 def test_memory_is_kept_and_what_others_left_is_not_seen(make) -> None:
@@ -130,7 +135,9 @@ def test_memory_is_kept_and_what_others_left_is_not_seen(make) -> None:
             each.fill_(1e6)
     for rows in ([list(row) for row in RAGGED], [[3], [4, 5], [6], [7]]):
         read(runner, rows)
-        torch.testing.assert_close(step(runner, rows, [1, 2, 3, 4]), again(model, rows), rtol=0, atol=1e-10)
+        torch.testing.assert_close(
+            step(runner, rows, [1, 2, 3, 4]), logits_without_cache(model, rows), rtol=0, atol=1e-10
+        )
     assert where == [each.data_ptr() for each in runner.cache.keys.values()]
 
 
@@ -153,7 +160,7 @@ def test_a_row_of_its_own_reads_what_training_reads(make) -> None:
     """Prefill is the training forward's own attention: bit for bit."""
     model, ids = make(), torch.tensor([RAGGED[2]])
     with torch.no_grad():
-        view = Prefill(KVCache(model.model, 1, 100), [Piece(0, RAGGED[2])])
+        view = PrefillCache(KVCache(model.model, 1, 100), [PrefillChunk(0, RAGGED[2])])
         assert torch.equal(model(ids, cache=view), model(ids))
         keep = torch.tensor([3, 69, 0, 5])  # four, as MKL multiplies fewer rows by another kernel
         assert torch.equal(model(ids, logits_to_keep=keep), model(ids)[:, keep])
@@ -165,11 +172,12 @@ def test_compiled_step_is_one_graph_and_never_compiled_again(make) -> None:
 
     model, counter = make(position_embedding_type="alibi", num_query_groups=2), CompileCounter()
     runner = runner_of(model, 5, 100)
-    runner.run, runner.whole = torch.compile(runner._decode, backend=counter, dynamic=False, fullgraph=True), True
+    runner.run = torch.compile(runner._decode, backend=counter, dynamic=False, fullgraph=True)
+    runner.fixed_shapes = True
     for prompts in (RAGGED, [row[::-1] for row in RAGGED], RAGGED[:2]):
         rows = [list(row) for row in prompts]
         logits = read(runner, rows)
         for _ in range(20):
             logits = step(runner, rows, logits.argmax(dim=-1).tolist())
-        torch.testing.assert_close(logits, again(model, rows), rtol=0, atol=1e-4)
+        torch.testing.assert_close(logits, logits_without_cache(model, rows), rtol=0, atol=1e-4)
     assert counter.frame_count == 1

@@ -26,7 +26,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 def requests(rng: random.Random, count: int) -> list[Request]:
-    """Of all lengths, ways to choose and ends."""
+    """Requests of all lengths, sampling settings and ends."""
     ways = (
         {"temperature": 0.0},
         {"temperature": 1.2},
@@ -45,8 +45,8 @@ def requests(rng: random.Random, count: int) -> list[Request]:
     return made
 
 
-def alone(engine: Engine, request: Request) -> list[tuple]:
-    """What a request gives where there is no other."""
+def events_alone(engine: Engine, request: Request) -> list[tuple]:
+    """The events of a request that runs alone."""
     engine.add(request)
     events: list[Event] = []
     while engine.busy:
@@ -54,8 +54,8 @@ def alone(engine: Engine, request: Request) -> list[tuple]:
     return [(event.token, event.logprob, event.finish) for event in events]
 
 
-def state(model: nn.Module) -> dict[str, Any]:
-    """Everything that hangs on a model: attributes, hooks, parameters, buffers, by name and identity."""
+def attributes_of(model: nn.Module) -> dict[str, Any]:
+    """Everything that a model refers to: attributes, hooks, parameters, buffers, by name and identity."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
@@ -72,7 +72,7 @@ def test_each_gives_what_it_gives_alone(form: str, make, monkeypatch: pytest.Mon
     model = make(**FORMS[form])
     monkeypatch.setattr(TextModel, "decoder_start", 0)
     rng, engine, given = random.Random(form), Engine(model, max_batch_size=5), dict[int, Request]()
-    before, arriving = state(model.model), requests(rng, 34)
+    before, arriving = attributes_of(model.model), requests(rng, 34)
     made: dict[int, list[tuple]] = {}
     cancelled: set[int] = set()
     most = 0
@@ -92,9 +92,9 @@ def test_each_gives_what_it_gives_alone(form: str, make, monkeypatch: pytest.Mon
     assert len(cancelled) > 1
     other = Engine(model, max_batch_size=5)
     for id, request in given.items():
-        expected = alone(other, request)
+        expected = events_alone(other, request)
         assert made[id] == (expected[: len(made[id])] if id in cancelled else expected), id
-    assert state(model.model) == before
+    assert attributes_of(model.model) == before
 
 
 def test_two_engines_on_one_model(make) -> None:
@@ -107,16 +107,16 @@ def test_two_engines_on_one_model(make) -> None:
         for (engine, _), events in zip(pairs, made):
             events += engine.step()
     for (engine, request), events in zip(pairs, made):
-        assert [(event.token, event.logprob, event.finish) for event in events] == alone(engine, request)
+        assert [(event.token, event.logprob, event.finish) for event in events] == events_alone(engine, request)
 
 
 def test_generation_and_scores_leave_nothing_behind(make) -> None:
     model = make(z_loss_coeff=0.1)
-    before, tensors = state(model.model), {name: each.clone() for name, each in model.state_dict().items()}
+    before, tensors = attributes_of(model.model), {name: each.clone() for name, each in model.state_dict().items()}
     complete(model, ["Once", "upon a time"], max_new_tokens=5, seed=1)
     score(model, ["Once upon a time"])
     generate(model, "Once", beam_width=3, max_new_tokens=4)
-    assert state(model.model) == before
+    assert attributes_of(model.model) == before
     assert all(torch.equal(tensors[name], each) for name, each in model.state_dict().items())
 
 
@@ -125,7 +125,7 @@ def test_memory_bounds_who_works_at_one_time(make) -> None:
     row = 2 * 2 * 32 * 4 * 64  # layers, k and v, hidden, bytes, places
     with pytest.raises(
         ConfigError,
-        match=rf"max_cache_bytes: found {row - 1}; the cache of one request of 64 tokens takes {row} bytes",
+        match=rf"max_cache_bytes must be at least {row}, .* of one request of 64 tokens; found {row - 1}\.",
     ):
         Engine(model, max_length=64, max_cache_bytes=row - 1)
     engine = Engine(model, max_length=64, max_cache_bytes=2 * row + 5)
@@ -138,7 +138,7 @@ def test_memory_bounds_who_works_at_one_time(make) -> None:
     while engine.busy:
         engine.step()
     assert engine.cache.bytes_in_use == 0
-    with pytest.raises(ConfigError, match=r"found 65 \(60 and 5\); this engine was made for 64"):
+    with pytest.raises(ConfigError, match=r"must be at most 64, .*; found 65 \(60 and 5\)\."):
         engine.add(Request(prompt_ids=[1] * 60, params=SamplingParams(max_new_tokens=5)))
     with pytest.raises(ConfigError, match=r"prompt has 201 tokens.* limit .* 200"):
         engine.add(Request(prompt_ids=[1] * 201, params=SamplingParams(max_new_tokens=5)))
@@ -149,7 +149,7 @@ def test_memory_bounds_who_works_at_one_time(make) -> None:
     assert not engine.busy and not engine.cancel(99)
     for wrong in ({"max_length": 0}, {"max_length": -100}, {"max_batch_size": 0}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
-            Engine(engine.text, **wrong)
+            Engine(engine.text_model, **wrong)
 
 
 def test_an_engine_goes_on_after_damaged_weights(make) -> None:
@@ -163,20 +163,20 @@ def test_an_engine_goes_on_after_damaged_weights(make) -> None:
         engine.step()
     assert not engine.busy and engine.cache.bytes_in_use == 0
     weight.data.copy_(kept)
-    assert alone(engine, request) == alone(Engine(model, max_batch_size=2), request)
+    assert events_alone(engine, request) == events_alone(Engine(model, max_batch_size=2), request)
 
 
 def test_an_error_while_a_prompt_is_read_costs_nobody_else_a_token(make) -> None:
     """The newcomer is dismissed, and the other's token of that step comes with the next."""
     model, request = make(), Request(prompt_ids=[7, 8, 9], params=SamplingParams(seed=1, max_new_tokens=5))
-    expected = [token for token, *_ in alone(Engine(model, max_batch_size=2), request)]
+    expected = [token for token, *_ in events_alone(Engine(model, max_batch_size=2), request)]
     engine = Engine(model, max_batch_size=2)
     first, found = engine.add(request), [engine.step()[0].token]
-    read, engine.runner.read = engine.runner.read, lambda pieces: (_ for _ in ()).throw(MemoryError("none left"))
+    read, engine.runner.prefill = engine.runner.prefill, lambda pieces: (_ for _ in ()).throw(MemoryError("none left"))
     engine.add(Request(prompt_ids=[5] * 4))
     with pytest.raises(MemoryError):
         engine.step()
-    engine.runner.read = read
+    engine.runner.prefill = read
     while engine.busy:
         events = engine.step()
         assert {event.id for event in events} == {first}
@@ -198,6 +198,6 @@ def test_one_request_at_a_time_is_equal_to_rounding(make) -> None:
     """An engine of one row takes other matrix products than one of several."""
     model = make()
     for request in requests(random.Random(2), 5):
-        one, many = (alone(Engine(model, max_batch_size=size), request) for size in (1, 4))
+        one, many = (events_alone(Engine(model, max_batch_size=size), request) for size in (1, 4))
         assert [each[0] for each in one] == [each[0] for each in many]
         assert [each[1] for each in one] == pytest.approx([each[1] for each in many], abs=1e-4)

@@ -11,14 +11,14 @@ from megalith.common.errors import CheckpointError, ConfigError, DataError
 from megalith.config.sections.model import ModelConfig
 from megalith.generation.engine import Engine, Request
 from megalith.generation.generate import complete, generate, score, stream
-from megalith.generation.prompts import tokenized
+from megalith.generation.prompts import tokenize_prompts
 from megalith.models.bert import BERT
 
 PROMPTS = ["Once upon a time", "Z", "", "東京 and the model wrote a small naïve café"]
 
 
-def by_hand(model, ids: list[int], count: int) -> list[int]:
-    """Greedy, reading everything again for each token."""
+def greedy_without_cache(model, ids: list[int], count: int) -> list[int]:
+    """Greedy decoding that reads everything again for each token."""
     ids = list(ids)
     with torch.no_grad():
         for _ in range(count):
@@ -39,7 +39,7 @@ def by_hand(model, ids: list[int], count: int) -> list[int]:
 def test_greedy_equals_reading_everything_again(form: dict, make) -> None:
     model = make(torch.float64, **form)
     for made in complete(model, PROMPTS, max_new_tokens=20, top_k=1, stop_at_eod=False):
-        assert made.prompt_ids + made.ids == by_hand(model, made.prompt_ids, 20)
+        assert made.prompt_ids + made.ids == greedy_without_cache(model, made.prompt_ids, 20)
         assert made.finish == "length" and made.text == made.prompt + made.continuation
 
 
@@ -87,7 +87,7 @@ def test_ends_at_the_end_of_document(make, tokenizer) -> None:
 
 
 def test_rows_that_end_are_dropped_and_change_nothing(make) -> None:
-    """Nearly uniform chances: each token is the end of document once in 300."""
+    """Nearly uniform probabilities: each token is the end of document once in 300."""
     model, options = make(torch.float64), {"max_new_tokens": 150, "seed": 4, "temperature": 20.0}
     one_by_one = complete(model, PROMPTS * 4, batch_size=1, **options)
     together = complete(model, PROMPTS * 4, batch_size=16, **options)
@@ -106,11 +106,11 @@ def test_stop_texts(make) -> None:
 def test_pieces_of_a_stream_are_the_texts(make) -> None:
     model, pieces, tokens = make(), [""] * 8, [[] for _ in range(8)]
 
-    def told(row: int, token: int, piece: str) -> None:
+    def record(row: int, token: int, piece: str) -> None:
         pieces[row] += piece
         tokens[row].append(token)
 
-    made = complete(model, PROMPTS, max_new_tokens=30, seed=6, num_samples=2, on_token=told, temperature=2.0)
+    made = complete(model, PROMPTS, max_new_tokens=30, seed=6, num_samples=2, on_token=record, temperature=2.0)
     assert pieces == [one.continuation for one in made]
     assert tokens == [one.ids for one in made]
 
@@ -170,7 +170,7 @@ def test_an_engine_can_be_kept(make) -> None:
     for _ in range(2):
         assert generate(engine, PROMPTS, seed=1, max_new_tokens=7) == generate(model, PROMPTS, seed=1, max_new_tokens=7)
         assert engine.cache.bytes_in_use == 0
-    with pytest.raises(ConfigError, match=r"found 13\d.*128"):
+    with pytest.raises(ConfigError, match=r"at most 128, .*; found 13\d"):
         generate(engine, "Once", max_new_tokens=128)
     engine.add(Request(prompt_ids=[1]))
     with pytest.raises(ConfigError, match="requests that others added"):
@@ -228,7 +228,7 @@ def test_wrong_values(make) -> None:
     for wrong in ({"num_samples": 0}, {"max_new_tokens": -1}, {"batch_size": 0}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             generate(model, "Once", **wrong)
-    with pytest.raises(ConfigError, match="batch_size: found 0"):
+    with pytest.raises(ConfigError, match="batch_size must be at least 1; found 0"):
         score(model, "Once", batch_size=0)
     model.final_norm.weight.data.fill_(float("nan"))
     for write in (generate, score, functools.partial(generate, beam_width=2)):
@@ -246,7 +246,7 @@ def test_a_model_that_takes_no_cache_is_named(make) -> None:
         def forward(self, inputs):  # type: ignore[override]
             return super().forward(inputs)
 
-    with pytest.raises(ConfigError, match=r"found 'Bare'; .*forward takes cache.* Add them"):
+    with pytest.raises(ConfigError, match=r"must take cache .* in its forward .*; found 'Bare'\. Add them"):
         complete(Bare(make().config).eval(), [[1, 2]])
 
 
@@ -262,7 +262,7 @@ def test_only_models_that_read_from_left_to_right_write(call) -> None:
             vocab_size=9,
         )
     )
-    with pytest.raises(ConfigError, match=r"model: found 'bert'; text is written"):
+    with pytest.raises(ConfigError, match=r"the model must read from left to right .*; found 'bert'\."):
         call(model.eval(), [[1, 2]])
 
 
@@ -271,14 +271,14 @@ def test_only_models_that_read_from_left_to_right_write(call) -> None:
 )
 def test_a_tokenizer_of_another_model_is_the_cause_and_not_the_prompt(make, tokenizer, prompt, named) -> None:
     model = make(vocab_size=tokenizer.vocab_size - 100)
-    model.tokenizer = _Far(tokenizer)
+    model.tokenizer = _HighTokens(tokenizer)
     with pytest.raises(
         DataError, match=f"the tokenizer has 300 tokens and the embedding 200 rows: name the tokenizer that .*{named}"
     ):
-        tokenized(model, prompt)
+        tokenize_prompts(model, prompt)
 
 
-class _Far:
+class _HighTokens:
     """The tokenizer, whose first ids are its last ones."""
 
     def __init__(self, tokenizer) -> None:

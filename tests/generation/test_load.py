@@ -1,6 +1,5 @@
 """megalith.load: from a run, a folder of checkpoints or one checkpoint; and the command on top of it."""
 
-import argparse
 import json
 import pathlib
 from collections.abc import Callable
@@ -10,7 +9,6 @@ import torch
 
 import megalith
 from megalith import checkpoint
-from megalith.checkpoint.formats import Options
 from megalith.cli.main import main
 from megalith.common.errors import CheckpointError, ConfigError
 from megalith.config.flags.loading import to_yaml
@@ -132,18 +130,18 @@ def test_command_with_files(run, tmp_path: pathlib.Path, capsys: pytest.CaptureF
 
 
 def test_blank_lines_of_a_prompt_file_are_named(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
-    from megalith.cli.generate import read_prompts
+    from megalith.workflows.prompt_files import read_prompts
 
     def read(name: str, text: str) -> tuple[list[str] | None, str]:
         (tmp_path / name).write_text(text, encoding="utf-8")
-        prompts = read_prompts(argparse.Namespace(prompt=None, prompt_file=str(tmp_path / name)))
+        prompts = read_prompts(prompt_file=str(tmp_path / name))
         return prompts, capsys.readouterr().err
 
     prompts, said = read("p.txt", "a\n\nb\n  \n")
-    assert prompts == ["a", "b"] and "p.txt: 2 blank (lines 2, 4), and so no prompt" in said
+    assert prompts == ["a", "b"] and "p.txt: left out 2 blank lines (2, 4), which hold no prompt" in said
     assert read("p.txt", "\ufeffa\x0cb\u2028c\r\nd") == (["a\x0cb\u2028c", "d"], "")
     prompts, said = read("p.jsonl", '""\n\n{"prompt": "x"}\n')
-    assert prompts == ["", "x"] and "1 blank (line 2)" in said
+    assert prompts == ["", "x"] and "1 blank line (2)" in said
 
 
 def test_command_reads_standard_input_or_nothing(
@@ -171,7 +169,7 @@ def test_command_names_what_is_wrong(run, tmp_path: pathlib.Path, capsys: pytest
     broken = tmp_path / "p.jsonl"
     broken.write_text('{"prompt": "a"}\n{"promt": "b"}\n')
     cases = [
-        (("--load", tmp_path / "none", "--vocab-file", "no.txt"), 1, "2 problems\n  1. --load: found"),
+        (("--load", tmp_path / "none", "--vocab-file", "no.txt"), 1, "2 problems\n  1. --load must name a file"),
         (("--load", tmp_path / "none", "--prompt", "a"), 1, "none"),
         (("--load", folder, "--prompt-file", tmp_path / "none.txt"), 1, "none.txt"),
         (("--load", folder, "--prompt-file", broken), 1, "line 2"),
@@ -215,10 +213,10 @@ def test_what_a_file_lacks_can_be_given(run, bare: pathlib.Path, capsys) -> None
     wrong = {"num_attention_heads": "x", "vocab_size": 0, "hiden_size": 3, "lr": 1.0, "glu_activation": "relu"}
     with pytest.raises(ConfigError, match=r"5 problems\n(.|\n)*hiden_size: did you mean hidden_size"):
         megalith.load(bare, device="cpu", **wrong)
-    with pytest.raises(ConfigError, match="--qkv-layout: found 'pairs'; it is one of auto, grouped"):
+    with pytest.raises(ConfigError, match=r"--qkv-layout must be one of auto, grouped.*; found 'pairs'"):
         megalith.load(bare, device="cpu", qkv_layout="pairs")
     with pytest.raises(
-        ConfigError, match="found '--num-attention-heads'; a checkpoint of megalith says all of its model itself"
+        ConfigError, match=r"is a checkpoint of megalith, which holds all .* takes none; found --num-attention-heads"
     ):
         megalith.load(folder, device="cpu", num_attention_heads=3)
 
@@ -244,7 +242,7 @@ def test_the_commands_take_it_too(run, bare: pathlib.Path, tmp_path: pathlib.Pat
 
 def test_a_tokenizer_goes_along_with_every_format(run, bare: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """`import --tokenizer` from Megatron's files left it out."""
-    options = Options(tokenizer=run[0] / "checkpoints/iter_0000020/tokenizer", overrides={"num_attention_heads": 3})
+    options = dict(tokenizer=run[0] / "checkpoints/iter_0000020/tokenizer", overrides={"num_attention_heads": 3})
     convert(bare, tmp_path / "ours", to="megalith", options=options)
     assert megalith.load(tmp_path / "ours", device="cpu").tokenizer.encode("Once upon") == run[1].tokenizer.encode(
         "Once upon"

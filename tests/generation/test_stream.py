@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalith.generation.stream import UNFINISHED, TextStream
+from megalith.generation.stream import REPLACEMENT_CHARACTER, TextStream
 
 
 def pieces(tokenizer, ids: list[int], prompt: list[int] = [], stops: tuple[str, ...] = ()) -> list[str]:  # noqa: B006
@@ -22,7 +22,7 @@ def test_characters_of_several_tokens_come_whole(tokenizer) -> None:
     ids = tokenizer.encode(text)
     made = pieces(tokenizer, ids)
     assert len(ids) > len(text) and "".join(made) == text
-    assert not any(UNFINISHED in piece for piece in made)
+    assert not any(REPLACEMENT_CHARACTER in piece for piece in made)
 
 
 @given(st.text(max_size=30), st.text(max_size=30))
@@ -44,9 +44,7 @@ def test_stop_text_across_tokens_is_cut_off(tokenizer) -> None:
     assert "".join(made) == "one two"
     assert len(made) < len(ids)
     assert "".join(pieces(tokenizer, tokenizer.encode("one two\n three"), stops=("\n\n",))) == "one two\n three"
-    assert (
-        "".join(pieces(tokenizer, tokenizer.encode("one two\n"), stops=("\n\n",))) == "one two\n"
-    )  # given out at the end
-    assert (
-        "".join(pieces(tokenizer, tokenizer.encode("abcabd"), stops=("abd", "bca"))) == "a"
-    )  # the first to be complete
+    # Given out at the end
+    assert "".join(pieces(tokenizer, tokenizer.encode("one two\n"), stops=("\n\n",))) == "one two\n"
+    # The first to be complete
+    assert "".join(pieces(tokenizer, tokenizer.encode("abcabd"), stops=("abd", "bca"))) == "a"

@@ -18,8 +18,8 @@ LENGTH = QUERY_BLOCK + 44  # more than one block of queries, the last one partia
 
 def documents() -> Tensor:
     """Three documents in row 0, two in row 1."""
-    place = torch.arange(LENGTH)
-    return torch.stack([(place >= 50).int() + (place >= 270).int(), (place >= 123).int()])
+    positions = torch.arange(LENGTH)
+    return torch.stack([(positions >= 50).int() + (positions >= 270).int(), (positions >= 123).int()])
 
 
 MASKS: dict[str, dict[str, Any]] = {
@@ -44,8 +44,8 @@ def draw(kv_heads: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> li
 
 def reference(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     """softmax(q k^T / sqrt(d) + bias) v with loops over heads and a dense mask built by comparing numbers."""
-    group, place = q.shape[1] // k.shape[1], torch.arange(q.shape[2])
-    query, key = place[:, None], place[None, :]
+    group, positions = q.shape[1] // k.shape[1], torch.arange(q.shape[2])
+    query, key = positions[:, None], positions[None, :]
     out = []
     for head in range(q.shape[1]):
         scores = q[:, head] @ k[:, head // group].transpose(1, 2) / math.sqrt(q.shape[-1])
@@ -67,23 +67,23 @@ def reference(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
 @pytest.mark.parametrize("form", MASKS)
 @pytest.mark.parametrize("backend", ["auto", "sdpa", "explicit", "flex"])
 def test_fewer_queries_are_the_last_ones(backend: str, form: str) -> None:
-    """A part of a sequence: queries from place 30 on to 290, all keys before them."""
+    """A part of a sequence: queries from position 30 to 290, all keys before them."""
     q, k, v, upstream = draw(2)
     core, mask, first = CoreAttention(0.25, "site", backend), AttentionMask(**MASKS[form]), 30
     if form == "causal" and backend == "explicit":
-        mask = mask._replace(rows=row_keys(1, torch.tensor(3), torch.tensor([10, 11]), torch.arange(LENGTH)))
+        mask = mask._replace(dropout_keys=row_keys(1, torch.tensor(3), torch.tensor([10, 11]), torch.arange(LENGTH)))
     last = 290 if mask.causal else LENGTH
     leaves = [x.requires_grad_(backend != "flex") for x in (q, k, v)]  # flex has no backward pass on the CPU
     expected = core(*leaves, mask)[:, :, first:last]
-    rows = None if mask.rows is None else mask.rows[:, first:last]
-    got = core(q[:, :, first:last], k[:, :, :last], v[:, :, :last], mask._replace(rows=rows))
+    rows = None if mask.dropout_keys is None else mask.dropout_keys[:, first:last]
+    got = core(q[:, :, first:last], k[:, :, :last], v[:, :, :last], mask._replace(dropout_keys=rows))
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
     if backend != "flex":
         upstream = upstream[:, :, first:last]
-        for mine, theirs in zip(
+        for actual, correct in zip(
             torch.autograd.grad(got, leaves, upstream), torch.autograd.grad(expected, leaves, upstream)
         ):
-            torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(actual, correct, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
@@ -96,16 +96,16 @@ def test_path_equals_reference(backend: str, form: str, kv_heads: int) -> None:
     expected = reference(*leaves, mask)
     got = CoreAttention(0.0, "site", backend)(*leaves, mask)
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
-    for mine, theirs in zip(
+    for actual, correct in zip(
         torch.autograd.grad(got, leaves, upstream), torch.autograd.grad(expected, leaves, upstream)
     ):
-        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(actual, correct, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("form", MASKS)
 def test_flex_forward_equals_reference(form: str, kv_heads: int) -> None:
-    """FlexAttention has no backward on the CPU: values alone."""
+    """FlexAttention has no backward on the CPU, so only values are compared."""
     q, k, v, _ = draw(kv_heads, dtype=torch.float32)
     mask = AttentionMask(**MASKS[form])
     got = CoreAttention(0.0, "site", "flex")(q, k, v, mask)
@@ -144,27 +144,24 @@ def test_dropout_of_probabilities_is_a_hash(form: str) -> None:
     q, k, v, _ = draw(2)
     core, step = CoreAttention(0.25, "layers.0.scores"), torch.tensor(3)
     rows = row_keys(1, step, torch.tensor([10, 11]), torch.arange(LENGTH))
-    mask = AttentionMask(**MASKS[form], rows=rows)
+    mask = AttentionMask(**MASKS[form], dropout_keys=rows)
     first = core(q, k, v, mask)
     assert torch.equal(first, core(q, k, v, mask))
     alone = core(
         q[1:],
         k[1:],
         v[1:],
-        mask._replace(rows=rows[1:], documents=None if mask.documents is None else mask.documents[1:]),
+        mask._replace(dropout_keys=rows[1:], documents=None if mask.documents is None else mask.documents[1:]),
     )
     torch.testing.assert_close(first[1:], alone, rtol=1e-12, atol=1e-12)
-    assert not torch.allclose(
-        first, core(q, k, v, mask._replace(rows=row_keys(1, step + 1, torch.tensor([10, 11]), torch.arange(LENGTH))))
-    )
+    next_keys = row_keys(1, step + 1, torch.tensor([10, 11]), torch.arange(LENGTH))
+    assert not torch.allclose(first, core(q, k, v, mask._replace(dropout_keys=next_keys)))
     core.eval()
     without = core(q, k, v, mask)
     torch.testing.assert_close(without, reference(q, k, v, mask), rtol=1e-10, atol=1e-10)
     core.train()
-    draws = [
-        core(q, k, v, mask._replace(rows=row_keys(1, torch.tensor(t), torch.tensor([10, 11]), torch.arange(LENGTH))))
-        for t in range(200)
-    ]
+    keys_of_steps = [row_keys(1, torch.tensor(t), torch.tensor([10, 11]), torch.arange(LENGTH)) for t in range(200)]
+    draws = [core(q, k, v, mask._replace(dropout_keys=keys)) for keys in keys_of_steps]
     spread = torch.stack(draws).std(0).mean() / math.sqrt(len(draws))
     assert (torch.stack(draws).mean(0) - without).abs().mean() < 1.2 * spread
 
@@ -172,7 +169,7 @@ def test_dropout_of_probabilities_is_a_hash(form: str) -> None:
 def test_heads_draw_different_masks_and_a_part_of_the_heads_the_same_ones() -> None:
     q, k, v, _ = draw(HEADS)
     rows = row_keys(1, torch.tensor(3), torch.tensor([10, 11]), torch.arange(LENGTH))
-    mask, core, part = AttentionMask(rows=rows), CoreAttention(0.5, "s"), CoreAttention(0.5, "s")
+    mask, core, part = AttentionMask(dropout_keys=rows), CoreAttention(0.5, "s"), CoreAttention(0.5, "s")
     whole = core(q, k, v, mask)
     part.first_head = 2
     torch.testing.assert_close(part(q[:, 2:], k[:, 2:], v[:, 2:], mask), whole[:, 2:], rtol=1e-12, atol=1e-12)
@@ -198,9 +195,8 @@ def test_self_attention_is_the_sum_of_its_parts() -> None:
     shifted = rotary_table(torch.arange(5).expand(2, 5) + 100, 6, base=10000.0)
     turned = module(x, AttentionMask(), rotary)
     assert not torch.allclose(turned, expected)
-    torch.testing.assert_close(
-        turned, module(x, AttentionMask(), shifted), rtol=1e-4, atol=1e-5
-    )  # only distances matter
+    # Only distances matter
+    torch.testing.assert_close(turned, module(x, AttentionMask(), shifted), rtol=1e-4, atol=1e-5)
     assert {name for name, _ in module.named_parameters()} == {
         f"{p}.{w}" for p in ("q", "k", "v", "out") for w in ("weight", "bias")
     }
@@ -216,7 +212,7 @@ def test_biases_are_where_they_should_be(bias: bool, qkv_bias: bool) -> None:
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_relative_bias_on_every_path(causal: bool) -> None:
-    """Blocks of queries, FlexAttention (which has no backward pass on the CPU) and the explicit path; the table's gradient too."""
+    """Blocks of queries, FlexAttention (on the CPU without a backward pass), explicit; the gradient of the table."""
     q, k, v, upstream = draw(2)
     table = torch.randn(HEADS, 2 * LENGTH - 1, dtype=torch.float64, requires_grad=True)
     found = {}
@@ -225,8 +221,8 @@ def test_relative_bias_on_every_path(causal: bool) -> None:
         leaves = [each.clone().requires_grad_(backend != "flex") for each in (q, k, v)]
         mask = AttentionMask(causal=causal, relative=table if backend != "flex" else table.detach())
         out = core(*leaves, mask)
-        made = torch.autograd.grad((out * upstream).sum(), [*leaves, table]) if backend != "flex" else ()
-        found[backend] = (out.detach(), *made)
+        gradients = torch.autograd.grad((out * upstream).sum(), [*leaves, table]) if backend != "flex" else ()
+        found[backend] = (out.detach(), *gradients)
     for one, other in zip(found["auto"], found["explicit"], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(found["flex"][0], found["explicit"][0], rtol=1e-5, atol=1e-5)

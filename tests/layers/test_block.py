@@ -15,7 +15,7 @@ def block(
 ) -> Block:
     torch.manual_seed(0)
     attention = SelfAttention(8, 2, 2, 4, bias=True, qkv_bias=True, core=CoreAttention(0.0, "s"))
-    made = Block(
+    layer = Block(
         8,
         norm,
         1e-5,
@@ -26,9 +26,9 @@ def block(
         normed_residual=normed_residual,
         norm_after=norm_after,
     )
-    for parameter in made.parameters():
+    for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
-    return made.double()
+    return layer.double()
 
 
 @pytest.mark.parametrize("normed_residual", [False, True])

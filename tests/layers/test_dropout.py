@@ -1,4 +1,4 @@
-"""Hash dropout: the right share, and the same mask whoever draws it and in whatever pieces."""
+"""Hash dropout: the right fraction, and the same mask on whichever rank and in whatever pieces."""
 
 import pytest
 import torch
@@ -28,8 +28,8 @@ def test_rate_and_scale(p: float) -> None:
     count = out.numel()
     assert abs((out == 0).float().mean().item() - p) < 5 * (p * (1 - p) / count) ** 0.5
     for axis in ((0, 1), (0, 2), (1, 2)):  # no row, column or sample is favoured
-        share = (out == 0).float().mean(dim=axis)
-        assert (share - p).abs().max() < 6 * (p * (1 - p) / (count / share.numel())) ** 0.5
+        fraction = (out == 0).float().mean(dim=axis)
+        assert (fraction - p).abs().max() < 6 * (p * (1 - p) / (count / fraction.numel())) ** 0.5
 
 
 def test_any_piece_equals_the_whole() -> None:
@@ -57,9 +57,8 @@ def test_everything_in_the_key_matters() -> None:
             assert abs((one == other).float().mean().item() - 0.5) < 0.01  # independent masks agree half the time
     mask = masks[0].float() - 0.5
     rows = mask.view(-1, WIDTH)
-    assert (rows[:-1] * rows[1:]).mean().abs() < 0.003 and (
-        mask[..., :-1] * mask[..., 1:]
-    ).mean().abs() < 0.003  # neighbours
+    # Neighbours
+    assert (rows[:-1] * rows[1:]).mean().abs() < 0.003 and (mask[..., :-1] * mask[..., 1:]).mean().abs() < 0.003
 
 
 def test_gradient_is_masked_and_scaled_alike() -> None:

@@ -49,8 +49,8 @@ def test_equals_plain_cross_entropy(weighted: bool, with_bias: bool, chunk: int,
     torch.testing.assert_close(losses, expected, rtol=1e-12, atol=1e-12)
     got = torch.autograd.grad(losses.sum() * 0.3, leaves)
     wanted = torch.autograd.grad(expected.sum() * 0.3, leaves)
-    for mine, theirs in zip(got, wanted):
-        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-12)
+    for actual, correct in zip(got, wanted):
+        torch.testing.assert_close(actual, correct, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("labelled", [0, 1, 5, BATCH * SEQUENCE])
@@ -60,7 +60,7 @@ def test_few_labels_change_no_number(labelled: int) -> None:
     labels = labels.clamp(min=0).flatten().index_fill(0, order[labelled:], -1).view(labels.shape)
     weights = torch.rand(BATCH, SEQUENCE, dtype=torch.float64)
     found, expected = (
-        TokenLoss(3, 0.01, few_labels=few)(hidden, weight, labels, weights, bias) for few in (True, False)
+        TokenLoss(3, 0.01, sparse_labels=few)(hidden, weight, labels, weights, bias) for few in (True, False)
     )
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     for one, other in zip(
@@ -101,9 +101,9 @@ def test_bfloat16_stays_near_float32(weighted: bool) -> None:
     torch.testing.assert_close(losses, exact, rtol=0.02, atol=0.02)
     got = torch.autograd.grad(losses.sum(), (hidden, weight))
     wanted = torch.autograd.grad(exact.sum(), (hidden, weight))
-    for mine, theirs in zip(got, wanted):
-        assert mine.dtype == torch.bfloat16
-        assert (mine - theirs).float().norm() < 0.02 * theirs.float().norm()
+    for actual, correct in zip(got, wanted):
+        assert actual.dtype == torch.bfloat16
+        assert (actual - correct).float().norm() < 0.02 * correct.float().norm()
 
 
 def test_only_what_needs_a_gradient_gets_one() -> None:

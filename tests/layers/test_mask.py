@@ -37,7 +37,7 @@ def test_blocks_are_parts_of_the_whole(
     for keys in (slice(0, stop), slice(start, stop)):
         part = mask.bias(slice(start, stop), keys, CPU).expand(2, 3, stop - start, keys.stop - keys.start)
         assert torch.equal(part, whole[:, :, start:stop, keys])
-    assert mask.plain == (not alibi and not documents and not padding and window is None)
+    assert mask.needs_no_bias == (not alibi and not documents and not padding and window is None)
 
 
 def test_numbers() -> None:
@@ -57,14 +57,14 @@ def test_half_precision_slopes_keep_exact_distances() -> None:
 @given(st.integers(1, 12), st.integers(0, 9), st.integers(1, 9), st.integers(0, 3), st.booleans())
 @settings(max_examples=40, deadline=None)
 def test_relative_bias_is_that_of_each_distance(size: int, start: int, keys: int, more: int, causal: bool) -> None:
-    """Any block of places, of a table for as many distances as there are or more."""
-    places = max(start + size, keys) + more
-    table = torch.randn(2, 2 * places - 1, dtype=torch.float64)
+    """Any block of scores, from a table for as many distances as there are or more."""
+    length = max(start + size, keys) + more
+    table = torch.randn(2, 2 * length - 1, dtype=torch.float64)
     found = AttentionMask(causal=causal, relative=table).bias(slice(start, start + size), slice(0, keys), CPU)
     for query in range(size):
         for key in range(keys):
             distance = key - (start + query)
             wanted = (
-                table[:, places - 1 + distance] if not causal or distance <= 0 else torch.full((2,), -math.inf).double()
+                table[:, length - 1 + distance] if not causal or distance <= 0 else torch.full((2,), -math.inf).double()
             )
             assert torch.equal(found[0, :, query, key].double(), wanted)

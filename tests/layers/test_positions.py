@@ -14,7 +14,7 @@ POSITIONS = torch.stack([torch.arange(LENGTH), torch.arange(LENGTH) * 7 + 3])
 
 
 def by_complex_numbers(x: Tensor, positions: Tensor, base: float, width: int, interleaved: bool) -> Tensor:
-    """Channel pair i of a token at place p, as a complex number, times exp(i p base^(-2i/width))."""
+    """Channel pair i of a token at position p, as a complex number, times exp(i p base^(-2i/width))."""
     out = x.double().clone()
     for i in range(width // 2):
         pair = (2 * i, 2 * i + 1) if interleaved else (i, i + width // 2)
@@ -39,15 +39,15 @@ def test_equals_complex_multiplication(base: float, percent: float, width: int, 
 def test_halves_equal_llama() -> None:
     x = torch.randn(2, 3, LENGTH, WIDTH)
     cos, sin = rotary_table(POSITIONS, WIDTH, base=10000.0)
-    theirs, _ = llama_rotary(x, x, torch.cat((cos, cos), -1)[:, 0], torch.cat((sin, sin), -1)[:, 0])
-    torch.testing.assert_close(rotate(x, (cos, sin)), theirs)
+    correct, _ = llama_rotary(x, x, torch.cat((cos, cos), -1)[:, 0], torch.cat((sin, sin), -1)[:, 0])
+    torch.testing.assert_close(rotate(x, (cos, sin)), correct)
 
 
 def test_interleaved_equals_gptj() -> None:
     x = torch.randn(2, 3, LENGTH, WIDTH)
     cos, sin = rotary_table(POSITIONS, WIDTH, base=10000.0)
-    theirs = gptj_rotary(x.transpose(1, 2), sin[:, 0], cos[:, 0]).transpose(1, 2)  # it wants [b, s, heads, d]
-    torch.testing.assert_close(rotate(x, (cos, sin), interleaved=True), theirs)
+    correct = gptj_rotary(x.transpose(1, 2), sin[:, 0], cos[:, 0]).transpose(1, 2)  # it wants [b, s, heads, d]
+    torch.testing.assert_close(rotate(x, (cos, sin), interleaved=True), correct)
 
 
 def test_products_depend_on_distance_alone() -> None:
@@ -81,14 +81,15 @@ def test_alibi_slopes_are_the_published_ones() -> None:
 def test_alibi_slopes_equal_bloom(heads: int) -> None:
     from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 
-    theirs = build_alibi_tensor(torch.ones(1, 3), heads, torch.float32).view(heads, 3)
-    torch.testing.assert_close(alibi_slopes(heads), theirs[:, 1], rtol=1e-6, atol=0)
+    correct = build_alibi_tensor(torch.ones(1, 3), heads, torch.float32).view(heads, 3)
+    torch.testing.assert_close(alibi_slopes(heads), correct[:, 1], rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("both_ways", [True, False])
+@pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize(("number", "farthest"), [(32, 128), (8, 20), (4, 3)])
-def test_distance_buckets_are_the_originals(both_ways: bool, number: int, farthest: int) -> None:
+def test_distance_buckets_are_the_originals(bidirectional: bool, number: int, farthest: int) -> None:
     distance = torch.arange(-299, 300)
-    wanted = T5Attention._relative_position_bucket(distance, both_ways, number, farthest)
-    found = distance_buckets(300, torch.device("cpu"), number=number, max_distance=farthest, both_ways=both_ways)
+    wanted = T5Attention._relative_position_bucket(distance, bidirectional, number, farthest)
+    device = torch.device("cpu")
+    found = distance_buckets(300, device, number=number, max_distance=farthest, bidirectional=bidirectional)
     assert torch.equal(found, wanted)

@@ -12,12 +12,12 @@ INDEX = torch.arange(COUNT)
 
 def test_keys_depend_on_every_word() -> None:
     assert random.key(1, "a") == random.key(1, "a")
-    made = {
+    keys = {
         random.key(*words)
         for words in [(1, "a"), (2, "a"), (1, "b"), (1,), ("1a",), (1, "a", ""), (11, "a"), (1, "1a")]
     }
-    assert len(made) == 8
-    assert all(-(2**63) <= k < 2**63 for k in made)
+    assert len(keys) == 8
+    assert all(-(2**63) <= k < 2**63 for k in keys)
 
 
 def test_bits_equal_splitmix64() -> None:
@@ -67,8 +67,8 @@ def test_normal_moments() -> None:
     assert abs(x.mean()) < 5 / COUNT**0.5
     assert abs(x.var() - 1) < 0.02
     assert abs((x**3).mean()) < 0.05 and abs((x**4).mean() - 3) < 0.1
-    for limit, share in ((1.0, 0.6826895), (2.0, 0.9544997), (3.0, 0.9973002)):
-        assert abs((x.abs() < limit).double().mean() - share) < 0.004
+    for limit, fraction in ((1.0, 0.6826895), (2.0, 0.9544997), (3.0, 0.9973002)):
+        assert abs((x.abs() < limit).double().mean() - fraction) < 0.004
     assert abs((x[:-1] * x[1:]).mean()) < 0.01  # neighbours are independent
 
 

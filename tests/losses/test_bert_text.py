@@ -1,4 +1,4 @@
-"""BERT on real text as people train it: WordPiece, --split-sentences, both losses of the same command; the loss falls."""
+"""BERT on real text as it is usually trained: WordPiece, --split-sentences, both losses in one command; loss falls."""
 
 import pathlib
 
@@ -7,8 +7,14 @@ import pytest
 from megalith.cli.main import main
 from tests.tiny import records
 
-MODEL = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --micro-batch-size 4 --global-batch-size 8 --lr 2e-3"
-RUN = "--lr-decay-style linear --lr-warmup-fraction 0.05 --split 949,50,1 --eval-iters 2 --print-config none --progress none --device cpu"
+MODEL = (
+    "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --micro-batch-size 4 "
+    "--global-batch-size 8 --lr 2e-3"
+)
+RUN = (
+    "--lr-decay-style linear --lr-warmup-fraction 0.05 --split 949,50,1 --eval-iters 2 --print-config none "
+    "--progress none --device cpu"
+)
 
 
 @pytest.mark.parametrize(("steps", "falls"), [(20, 0.3), pytest.param(200, 2.5, marks=pytest.mark.slow)])
@@ -21,7 +27,6 @@ def test_pretraining_lowers_the_loss(steps: int, falls: float, articles: list[st
     lines = records(str(tmp_path / "run"))
     first, last = (line["validation_losses"] for line in lines if "validation_losses" in line)
     assert set(first) == {"lm loss", "sop loss"}
-    assert (
-        abs(first["lm loss"] - 10.33) < 0.1 and abs(first["sop loss"] - 0.693) < 0.05
-    )  # ln 30524, ln 2: nothing is known at first
+    # Ln 30524, ln 2: nothing is known at first
+    assert abs(first["lm loss"] - 10.33) < 0.1 and abs(first["sop loss"] - 0.693) < 0.05
     assert last["lm loss"] < first["lm loss"] - falls

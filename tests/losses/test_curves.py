@@ -58,7 +58,7 @@ def test_one_curve_of_bert(ranks, layout, sentences, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", BERT)
 def test_one_curve_of_t5(ranks, layout, sentences, tmp_path):
-    """Three holders of the embedding, a table of biases on each stage, two sequences of different lengths, both of them padded."""
+    """Three copies of the embedding, a table of biases per stage, two padded sequences of different lengths."""
     one = tiny_t5(
         sentences, str(tmp_path / "one"), train_iters=20, eval_interval=20, position_embedding_type="relative"
     )

@@ -21,8 +21,9 @@ MODELS: dict[str, dict] = {
     "bert": {"hidden_dropout": 0.0, "attention_dropout": 0.0, "lr": 5e-3, "bias_gelu_fusion": False},
     "gpt": {"openai_gelu": True},
     "llama": {"position_embedding_type": "rope", "swiglu": True, "normalization": "RMSNorm", "num_query_groups": 2,
-              "add_bias_linear": False, "untie_embeddings_and_output_weights": True, "hidden_dropout": 0.0, "attention_dropout": 0.0},
-    # T5 v1.1's activation: with ReLU one unit at its kink, where rounding decides, is enough to part two layouts' curves
+              "add_bias_linear": False, "untie_embeddings_and_output_weights": True, "hidden_dropout": 0.0,
+              "attention_dropout": 0.0},
+    # T5 v1.1's activation: with ReLU a single unit at zero, where rounding decides, makes layouts' curves differ.
     "t5": {"position_embedding_type": "relative", "normalization": "RMSNorm", "add_bias_linear": False,
            "glu_activation": "geglu_tanh", "softmax_scale": 1.0, "initializer_factor": 1.0, "scale_output": True},
 }  # fmt: skip

@@ -63,9 +63,9 @@ FORMS: dict[str, dict[str, Any]] = {
 
 def model(form: str = "gpt2", **more: Any) -> GPT:
     """A model of this form with weights from the counter, in float64."""
-    made = GPT(ModelConfig(**{**BASE, **FORMS[form], **more}), seed=1)
-    initialize(made, 1)
-    return made.double()
+    gpt = GPT(ModelConfig(**{**BASE, **FORMS[form], **more}), seed=1)
+    initialize(gpt, 1)
+    return gpt.double()
 
 
 def tokens(batch: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
@@ -90,8 +90,8 @@ def expected_parameters(c: ModelConfig) -> int:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_parameter_count(form: str) -> None:
-    made = model(form)
-    assert sum(p.numel() for p in made.parameters()) == expected_parameters(made.config)
+    gpt = model(form)
+    assert sum(p.numel() for p in gpt.parameters()) == expected_parameters(gpt.config)
 
 
 def test_gpt2_small_has_its_published_size() -> None:
@@ -99,8 +99,8 @@ def test_gpt2_small_has_its_published_size() -> None:
         num_layers=12, hidden_size=768, num_attention_heads=12, vocab_size=50257, max_position_embeddings=1024
     )
     with torch.device("meta"):
-        made = config.architecture.find("model")(config)
-    assert sum(p.numel() for p in made.parameters()) == 124_439_808
+        gpt = config.architecture.find("model")(config)
+    assert sum(p.numel() for p in gpt.parameters()) == 124_439_808
 
 
 def test_llama_7b_has_its_published_size() -> None:
@@ -118,44 +118,42 @@ def test_llama_7b_has_its_published_size() -> None:
         position_embedding_type="rope",
     )
     with torch.device("meta"):
-        made = GPT(config)
-    assert sum(p.numel() for p in made.parameters()) == 6_738_415_616
+        gpt = GPT(config)
+    assert sum(p.numel() for p in gpt.parameters()) == 6_738_415_616
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_is_causal(form: str) -> None:
-    made, ids = model(form), tokens()
+    gpt, ids = model(form), tokens()
     changed = ids.clone()
     changed[:, 7] = (changed[:, 7] + 1) % BASE["vocab_size"]
-    before, after = made(ids), made(changed)
+    before, after = gpt(ids), gpt(changed)
     torch.testing.assert_close(before[:, :7], after[:, :7], rtol=0, atol=1e-12)
-    assert all((before[:, place] - after[:, place]).abs().max() > 1e-6 for place in (7, 11))
+    assert all((before[:, position] - after[:, position]).abs().max() > 1e-6 for position in (7, 11))
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_documents_equal_separate_runs(form: str) -> None:
-    made, ids = model(form), tokens(batch=1)
+    gpt, ids = model(form), tokens(batch=1)
     documents = torch.tensor([[0] * 5 + [1] * 4 + [2] * 3])
     positions = torch.tensor([[*range(5), *range(4), *range(3)]])
-    packed = made(ids, positions, documents)
-    apart = torch.cat([made(part) for part in ids.split([5, 4, 3], dim=1)], dim=1)
+    packed = gpt(ids, positions, documents)
+    apart = torch.cat([gpt(part) for part in ids.split([5, 4, 3], dim=1)], dim=1)
     torch.testing.assert_close(packed, apart, rtol=0, atol=1e-6)  # float32 angles: 1e-6
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_loss_is_cross_entropy_of_the_logits(form: str) -> None:
-    made, ids, labels = model(form, loss_chunk_tokens=5), tokens(), tokens(seed=1)
+    gpt, ids, labels = model(form, loss_chunk_tokens=5), tokens(), tokens(seed=1)
     weights = torch.rand(2, 12)
-    expected = torch.nn.functional.cross_entropy(made(ids).flatten(0, 1), labels.flatten(), reduction="none").view(
-        2, 12
-    )
-    torch.testing.assert_close(made(ids, labels=labels), expected, rtol=1e-10, atol=1e-10)
-    weighted = made(ids, labels=labels, loss_weights=weights)
+    expected = torch.nn.functional.cross_entropy(gpt(ids).flatten(0, 1), labels.flatten(), reduction="none").view(2, 12)
+    torch.testing.assert_close(gpt(ids, labels=labels), expected, rtol=1e-10, atol=1e-10)
+    weighted = gpt(ids, labels=labels, loss_weights=weights)
     torch.testing.assert_close(weighted, expected * weights.double(), rtol=1e-10, atol=1e-10)
-    got = torch.autograd.grad(weighted.sum(), list(made.parameters()))
-    wanted = torch.autograd.grad((expected * weights.double()).sum(), list(made.parameters()))
-    for (name, _), mine, theirs in zip(made.named_parameters(), got, wanted):
-        assert (mine - theirs).norm() <= 1e-10 * max(1.0, theirs.norm().item()), name
+    got = torch.autograd.grad(weighted.sum(), list(gpt.parameters()))
+    wanted = torch.autograd.grad((expected * weights.double()).sum(), list(gpt.parameters()))
+    for (name, _), actual, correct in zip(gpt.named_parameters(), got, wanted):
+        assert (actual - correct).norm() <= 1e-10 * max(1.0, correct.norm().item()), name
 
 
 @pytest.mark.parametrize("form", ["gpt2", "llama"])
@@ -165,21 +163,21 @@ def test_backends_agree(form: str) -> None:
 
 
 def test_positions_move_the_position_embedding() -> None:
-    made, ids = model(), tokens()
+    gpt, ids = model(), tokens()
     ahead = torch.arange(12) + 4
-    expected = made(ids, ahead.expand(2, -1))
+    expected = gpt(ids, ahead.expand(2, -1))
     with torch.no_grad():
-        made.position_embedding.weight.copy_(made.position_embedding.weight.roll(-4, 0))
-    torch.testing.assert_close(made(ids), expected)
+        gpt.position_embedding.weight.copy_(gpt.position_embedding.weight.roll(-4, 0))
+    torch.testing.assert_close(gpt(ids), expected)
     rope = model("rope")
     torch.testing.assert_close(rope(ids), rope(ids, ahead.expand(2, -1)), rtol=0, atol=1e-5)  # only distances matter
 
 
 def test_no_positions_still_know_order_by_causality_alone() -> None:
-    made, ids = model("no positions", num_layers=1), tokens(batch=1)
+    gpt, ids = model("no positions", num_layers=1), tokens(batch=1)
     swapped = ids.clone()
     swapped[0, 3], swapped[0, 6] = ids[0, 6], ids[0, 3]
-    torch.testing.assert_close(made(ids)[:, 11], made(swapped)[:, 11], rtol=0, atol=1e-12)
+    torch.testing.assert_close(gpt(ids)[:, 11], gpt(swapped)[:, 11], rtol=0, atol=1e-12)
 
 
 def test_tied_and_untied_heads() -> None:
@@ -189,7 +187,7 @@ def test_tied_and_untied_heads() -> None:
         untied.head.weight, untied.embedding.weight
     )
     tied(tokens(), labels=tokens(seed=1)).sum().backward()
-    assert (tied.embedding.weight.grad.abs().sum(dim=1) > 0).all()  # the head's share reaches every row
+    assert (tied.embedding.weight.grad.abs().sum(dim=1) > 0).all()  # the head's gradient reaches every row
 
 
 def test_parts_of_a_model_run_one_after_the_other() -> None:
@@ -205,34 +203,34 @@ def test_parts_of_a_model_run_one_after_the_other() -> None:
 
 
 def test_dropout_wants_samples_and_step() -> None:
-    made = model(hidden_dropout=0.1, attention_dropout=0.1)
+    gpt = model(hidden_dropout=0.1, attention_dropout=0.1)
     with pytest.raises(ValueError, match="samples"):
-        made(tokens())
-    assert torch.equal(made.eval()(tokens()), model()(tokens()))
+        gpt(tokens())
+    assert torch.equal(gpt.eval()(tokens()), model()(tokens()))
 
 
 @pytest.mark.parametrize("form", ["gpt2", "alibi", "multiquery"])
 def test_dropout_is_the_same_in_any_micro_batch(form: str) -> None:
-    made, ids, labels = model(form, hidden_dropout=0.2, attention_dropout=0.2), tokens(4), tokens(4, seed=1)
+    gpt, ids, labels = model(form, hidden_dropout=0.2, attention_dropout=0.2), tokens(4), tokens(4, seed=1)
     samples, step = torch.tensor([100, 101, 102, 103]), torch.tensor(5)
-    whole = made(ids, labels=labels, samples=samples, step=step)
+    whole = gpt(ids, labels=labels, samples=samples, step=step)
     for cut in (1, 2):
         parts = [
-            made(ids[i : i + cut], labels=labels[i : i + cut], samples=samples[i : i + cut], step=step)
+            gpt(ids[i : i + cut], labels=labels[i : i + cut], samples=samples[i : i + cut], step=step)
             for i in range(0, 4, cut)
         ]
         torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-10, atol=1e-10)
-    assert not torch.allclose(made(ids, labels=labels, samples=samples, step=step + 1), whole)
-    assert not torch.allclose(GPT.forward(made, ids, labels=labels, samples=samples + 1, step=step), whole)
+    assert not torch.allclose(gpt(ids, labels=labels, samples=samples, step=step + 1), whole)
+    assert not torch.allclose(GPT.forward(gpt, ids, labels=labels, samples=samples + 1, step=step), whole)
 
 
 def test_initial_weights_follow_megatron() -> None:
-    made = GPT(
+    gpt = GPT(
         ModelConfig(**{**BASE, "hidden_size": 128, "num_layers": 8, "vocab_size": 1000, "init_method_std": 0.02}),
         seed=1,
     )
-    initialize(made, 3)
-    values = dict(made.named_parameters())
+    initialize(gpt, 3)
+    values = dict(gpt.named_parameters())
     assert values["layers.2.mlp.up.weight"].std().item() == pytest.approx(0.02, rel=0.02)
     assert values["embedding.weight"].std().item() == pytest.approx(0.02, rel=0.02)
     for name in ("layers.7.mlp.down.weight", "layers.0.attention.out.weight"):
@@ -242,9 +240,9 @@ def test_initial_weights_follow_megatron() -> None:
 
 
 def test_xavier_uniform() -> None:
-    made = GPT(ModelConfig(**{**BASE, "init_method_xavier_uniform": True}))
-    initialize(made, 3)
-    weight = made.layers["0"].mlp.up.weight
+    gpt = GPT(ModelConfig(**{**BASE, "init_method_xavier_uniform": True}))
+    initialize(gpt, 3)
+    weight = gpt.layers["0"].mlp.up.weight
     limit = (6 / (24 + 96)) ** 0.5
     assert 0.95 * limit < weight.abs().max() <= limit
     assert weight.std().item() == pytest.approx(limit / 3**0.5, rel=0.05)
@@ -252,9 +250,9 @@ def test_xavier_uniform() -> None:
 
 def test_no_recompile_from_step_to_step() -> None:
     """Steps and samples are tensors, so that a compiled model compiles once."""
-    made, counts = model(hidden_dropout=0.1), []
+    gpt, counts = model(hidden_dropout=0.1), []
     backend = lambda graph, inputs: counts.append(1) or graph.forward  # noqa: E731
-    compiled = torch.compile(made, backend=backend)
+    compiled = torch.compile(gpt, backend=backend)
     for step in range(4):
         compiled(
             tokens(seed=step), samples=torch.tensor([2 * step, 2 * step + 1]), step=torch.tensor(step)
@@ -264,11 +262,11 @@ def test_no_recompile_from_step_to_step() -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_layers_share_one_compilation(form: str) -> None:
-    """As `--compile` compiles them; what differs from layer to layer must be no constant, or the ninth layer is refused."""
+    """As `--compile` does; a value that differs between layers must be no constant, or the ninth layer is refused."""
     torch._dynamo.reset()
-    made, counts = model(**{**FORMS[form], "num_layers": 10, "hidden_dropout": 0.1, "attention_dropout": 0.1}), []
+    gpt, counts = model(**{**FORMS[form], "num_layers": 10, "hidden_dropout": 0.1, "attention_dropout": 0.1}), []
     backend = lambda graph, inputs: counts.append(1) or graph.forward  # noqa: E731
-    for block in made.layers.values():
+    for block in gpt.layers.values():
         block.forward = torch.compile(block.forward, backend=backend, fullgraph=True)
-    made(tokens(seed=0), samples=torch.tensor([0, 1]), step=torch.tensor(0)).sum().backward()
+    gpt(tokens(seed=0), samples=torch.tensor([0, 1]), step=torch.tensor(0)).sum().backward()
     assert len(counts) == 1

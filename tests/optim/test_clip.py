@@ -90,9 +90,9 @@ def on_stages():
         ("norm", torch.full((3,), 1.0 + stage)),
         ("embedding", distribute_tensor(whole()["nowhere"], world["dp"], [Replicate()])),
     ]
-    skip = {"embedding"} if stage == 1 else set()
-    norm, calls = counted(clip, grads, 0.25, skip=skip, stages=2)
-    return norm.item(), calls, global_norm(grads, skip=skip, stages=2).item(), grads[2][1].full_tensor()
+    not_owned = {2} if stage == 1 else set()
+    norm, calls = counted(clip, grads, 0.25, not_owned=not_owned, stages=2)
+    return norm.item(), calls, global_norm(grads, not_owned=not_owned, stages=2).item(), grads[2][1].full_tensor()
 
 
 def test_pipeline_stages_and_a_shared_embedding(ranks):
@@ -101,9 +101,8 @@ def test_pipeline_stages_and_a_shared_embedding(ranks):
         assert norm == pytest.approx(norm_of(*parts), rel=1e-6)
         assert calls == 1
         assert after == pytest.approx(0.25, rel=1e-5)
-        torch.testing.assert_close(
-            embedding, whole()["nowhere"] * (0.25 / (norm + 1e-6))
-        )  # the second copy is clipped too
+        # The second copy is clipped too
+        torch.testing.assert_close(embedding, whole()["nowhere"] * (0.25 / (norm + 1e-6)))
 
 
 def on_a_part_of_the_world():
@@ -139,7 +138,7 @@ def unreduced():
 
 
 def test_an_unreduced_gradient_is_our_own_bug(ranks):
-    assert all("reduced" in told for told in ranks(unreduced, 2))
+    assert all("reduced" in message for message in ranks(unreduced, 2))
 
 
 def test_the_factor_is_megatrons():

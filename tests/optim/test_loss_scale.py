@@ -57,7 +57,7 @@ def test_a_fixed_scale_stays_whatever_happens_and_whatever_is_loaded():
     assert scaler.scale == 128.0 and scaler.state_dict() == {"scale": 128.0}
 
 
-def test_a_dynamic_scale_can_go_on_from_a_fixed_one():
+def test_a_dynamic_scale_can_resume_from_a_fixed_one():
     scaler = DynamicLossScale(hysteresis=3)
     scaler.load_state_dict({"scale": 128.0})
     assert (scaler.scale, scaler.growth_tracker, scaler.hysteresis_tracker) == (128.0, 0, 3)

@@ -46,7 +46,7 @@ def test_without_warm_up_the_first_step_has_the_peak():
 )
 def test_three_ways_to_give_a_warm_up(flags, samples):
     schedule = make(**flags)
-    assert schedule.numbers.warmup_samples == pytest.approx(samples)
+    assert schedule.parameters.warmup_samples == pytest.approx(samples)
     assert schedule.lr(samples) == 1.0
 
 
@@ -96,8 +96,8 @@ def test_decay_may_end_before_the_run():
 
 
 def test_steps_are_multiplied_by_the_final_global_batch_size():
-    assert make(global_batch_size=1536, lr_warmup_iters=3).numbers.decay_samples == 153600
-    assert make(global_batch_size=1536, lr_warmup_iters=3).numbers.warmup_samples == 4608
+    assert make(global_batch_size=1536, lr_warmup_iters=3).parameters.decay_samples == 153600
+    assert make(global_batch_size=1536, lr_warmup_iters=3).parameters.warmup_samples == 4608
 
 
 @pytest.mark.parametrize("style, half", [("linear", 0.2), ("cosine", 0.2)])
@@ -153,13 +153,13 @@ def test_what_makes_no_schedule_is_named(flags, words):
 
 
 def test_all_conflicts_are_shown_at_once():
-    with pytest.raises(ConfigError, match=r"--lr:(.|\n)*length of the run"):
+    with pytest.raises(ConfigError, match=r"--lr must (.|\n)*The length of the run must be given"):
         make(lr=None, train_iters=None)
 
 
 def test_the_same_schedule_resumes_silently():
     schedule = make(lr_warmup_iters=10)
-    assert schedule.resumed(schedule.state()).numbers == schedule.numbers
+    assert schedule.resumed(schedule.state()).parameters == schedule.parameters
 
 
 def test_another_schedule_lists_every_difference_and_both_cures():
@@ -173,7 +173,7 @@ def test_another_schedule_lists_every_difference_and_both_cures():
     assert "--override-opt-param-scheduler" in text and "--use-checkpoint-opt-param-scheduler" in text
 
 
-def test_two_flags_decide_which_schedule_goes_on():
+def test_two_flags_decide_which_schedule_resumes():
     stored = make(lr=2.0, lr_decay_style="cosine").state()
     assert make(override_opt_param_scheduler=True).resumed(stored).lr(0) == 1.0
     kept = make(use_checkpoint_opt_param_scheduler=True).resumed(stored)
@@ -183,10 +183,10 @@ def test_two_flags_decide_which_schedule_goes_on():
 def test_a_checkpoint_of_an_older_version_may_lack_numbers():
     schedule = make()
     stored = {name: value for name, value in schedule.state().items() if name != "lr_warmup_init"}
-    assert schedule.resumed(stored).numbers == schedule.numbers
+    assert schedule.resumed(stored).parameters == schedule.parameters
 
 
 def test_the_state_is_plain():
     state = make().state()
-    assert set(state) == {field.name for field in dataclasses.fields(make().numbers)}
+    assert set(state) == {field.name for field in dataclasses.fields(make().parameters)}
     assert all(isinstance(value, int | float | str) for value in state.values())

@@ -1,4 +1,4 @@
-"""Hugging Face's models at toy size, with random weights: one row for each form of a family that is converted."""
+"""Hugging Face's models at toy size, with random weights: one row for each variant of a family that is converted."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 import transformers
 
 SHAPE: dict[str, Any] = {
-    "vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 64,
+    "vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "max_position_embeddings": 64,
     "intermediate_size": 80, "initializer_range": 0.1, "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
 
@@ -38,8 +39,8 @@ def bloom(**more: Any) -> Callable[[], transformers.PreTrainedModel]:
     return lambda: transformers.BloomForCausalLM(transformers.BloomConfig(bos_token_id=0, eos_token_id=0, **config))
 
 
-def stretched(kind: str, **more: float) -> dict[str, Any]:
-    """Rope parameters that matter at 64 places: their original length is 16."""
+def scaled_rope(kind: str, **more: float) -> dict[str, Any]:
+    """Rope parameters that matter at 64 positions: their original length is 16."""
     length = {} if kind == "linear" else {"original_max_position_embeddings": 16}
     return {"rope_type": kind, "factor": 4.0, "rope_theta": 100.0, **length, **more}
 
@@ -57,10 +58,10 @@ MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     "llama": make("Llama"),
     "llama, groups, tied": make("Llama", num_key_value_heads=2, head_dim=20, tie_word_embeddings=True),
     "llama 3.1": make(
-        "Llama", num_key_value_heads=2, rope_parameters=stretched("llama3", low_freq_factor=1.0, high_freq_factor=4.0)
+        "Llama", num_key_value_heads=2, rope_parameters=scaled_rope("llama3", low_freq_factor=1.0, high_freq_factor=4.0)
     ),
-    "llama, linear": make("Llama", rope_parameters=stretched("linear")),
-    "llama, yarn": make("Llama", rope_parameters=stretched("yarn")),
+    "llama, linear": make("Llama", rope_parameters=scaled_rope("linear")),
+    "llama, yarn": make("Llama", rope_parameters=scaled_rope("yarn")),
     "llama, dynamic": make("Llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
     "mistral": make("Mistral", num_key_value_heads=1, sliding_window=7, head_dim=12),
     "mistral, whole": make("Mistral", num_key_value_heads=2, sliding_window=None, head_dim=12),
@@ -91,7 +92,7 @@ def headed(kind: str, **more: Any) -> Callable[[], transformers.PreTrainedModel]
     return lambda: getattr(transformers, kind)(config(**fixed, **more))
 
 
-HEADED: dict[str, Callable[[], transformers.PreTrainedModel]] = {  # with heads that classify
+HEADED: dict[str, Callable[[], transformers.PreTrainedModel]] = {  # with classification heads
     "bert classes": headed("BertForSequenceClassification", num_labels=3),
     "bert choices": headed("BertForMultipleChoice", hidden_act="gelu_new"),
     "megatron-bert classes": headed("MegatronBertForSequenceClassification"),

@@ -7,16 +7,16 @@ import torch
 import transformers
 
 from megalith.checkpoint import formats
-from megalith.checkpoint.formats.huggingface.conversion import rules
+from megalith.checkpoint.formats.huggingface.conversion import parameter_rules
 from megalith.checkpoint.formats.huggingface.family import FAMILIES
-from megalith.runtime.build import plain
+from megalith.runtime.build import build_model
 from tests.originals.families import BERTS, bert
 
 VOCAB, LENGTH = 97, 33
 
 
 def fused() -> transformers.PreTrainedModel:
-    """Megatron's kernel that adds the bias computes the MLP's GELU by tanh; the head over the vocabulary calls the exact one."""
+    """Megatron's fused bias-GELU kernel computes GELU by tanh; the head over the vocabulary has the exact one."""
     original = bert("MegatronBert", hidden_act="gelu_new")()
     original.cls.predictions.transform.transform_act_fn = torch.nn.GELU()
     return original
@@ -38,7 +38,7 @@ def test_logits_losses_and_gradients_equal_the_original(name: str, tmp_path: pat
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     original.save_pretrained(tmp_path)
     weights = formats.read(tmp_path)
-    model = plain(weights.config.replace(loss_chunk_tokens=13, **form).model, torch.device("cpu"))
+    model = build_model(weights.config.replace(loss_chunk_tokens=13, **form).model, torch.device("cpu"))
     mine = dict(model.named_parameters())
     with torch.no_grad():
         for parameter in mine:
@@ -64,11 +64,11 @@ def test_logits_losses_and_gradients_equal_the_original(name: str, tmp_path: pat
     assert abs(total - theirs.loss) < 1e-5
     total.backward()
     theirs.loss.backward()
-    pairs = [(their, ours[0]) for _, their, ours in rules(FAMILIES.find(original.config.model_type), model.config)]
+    family = FAMILIES.find(original.config.model_type)
+    pairs = [(their, ours[0]) for _, their, ours in parameter_rules(family, model.config)]
     assert len(pairs) == len(mine) == len(list(original.parameters()))
     for their, our in pairs:
         gradient = original.get_parameter(their).grad
-        assert gradient.norm() > 1e-4 or our.endswith("k.bias"), (
-            our
-        )  # a key bias shifts all scores alike: its gradient is zero
+        # A key bias shifts all scores alike: its gradient is zero.
+        assert gradient.norm() > 1e-4 or our.endswith("k.bias"), our
         assert (mine[our].grad - gradient).abs().max() < 1e-5, our

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from megalith.checkpoint import formats
-from megalith.checkpoint.formats.huggingface.conversion import family_of, rules
+from megalith.checkpoint.formats.huggingface.conversion import family_of, parameter_rules
 from megalith.config.sections.model import ModelConfig
-from megalith.runtime.build import plain
+from megalith.runtime.build import build_model
 from megalith.training.tasks_classification import Classification
 from tests.originals.families import HEADED
 
@@ -40,7 +40,7 @@ def test_logits_loss_and_gradients_equal_the_original(name: str, tmp_path: pathl
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     original.save_pretrained(tmp_path)
     weights = formats.read(tmp_path)
-    model = plain(weights.config.model, torch.device("cpu"))
+    model = build_model(weights.config.model, torch.device("cpu"))
     mine = dict(model.named_parameters())
     with torch.no_grad():
         for parameter in mine:
@@ -62,7 +62,7 @@ def test_logits_loss_and_gradients_equal_the_original(name: str, tmp_path: pathl
     loss.backward()
     theirs.loss.backward()
     _, family = family_of(original.config.to_dict(), tmp_path)
-    pairs = [(their, ours[0]) for _, their, ours in rules(family, model.config)]
+    pairs = [(their, ours[0]) for _, their, ours in parameter_rules(family, model.config)]
     assert len(pairs) == len(mine) == len(list(original.parameters()))
     total = torch.stack([parameter.grad.norm() for parameter in original.parameters()]).norm()
     for their, our in pairs:
@@ -82,7 +82,7 @@ def test_dropout_is_where_theirs_is() -> None:
         model_type="bert_classification", num_layers=1, hidden_size=16, num_attention_heads=2,
         max_position_embeddings=16, vocab_size=97, classifier_dropout=0.999999,
     )  # fmt: skip
-    model = plain(config, torch.device("cpu"), seed=1).train()
+    model = build_model(config, torch.device("cpu"), seed=1).train()
     with torch.no_grad():
         model.classifier.bias.copy_(torch.tensor([1.0, 2.0]))
     ids, step, samples = torch.randint(97, (3, 9)), torch.tensor(0), torch.arange(3)

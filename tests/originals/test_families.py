@@ -1,4 +1,4 @@
-"""Every family that is converted: logits, losses and every gradient equal transformers', for weights that came through our files."""
+"""Every family that is converted: logits, losses and every gradient equal transformers', for imported weights."""
 
 import pytest
 import torch
@@ -38,15 +38,15 @@ def pair(tmp_path):
     return make
 
 
-def ours(original, model) -> dict[str, Tensor]:
-    """The original's gradients under our names."""
+def renamed_gradients(original, model) -> dict[str, Tensor]:
+    """The original's gradients under megalith's names."""
     family = FAMILIES.find(original.config.model_type)
     theirs = {each: parameter.grad for each, parameter in original.named_parameters()}
     theirs["embed_out.weight"] = theirs.get("lm_head.weight")  # NeoX's files have another name than its module
     return {
         each: part.read()
-        for rule, name, names in huggingface.rules(family, model.config)
-        for each, part in zip(names, rule.form.apart(Lazy.of(theirs[name]), model.config))
+        for rule, name, names in huggingface.parameter_rules(family, model.config)
+        for each, part in zip(names, rule.conversion.from_hf(Lazy.of(theirs[name]), model.config))
     }
 
 
@@ -62,17 +62,16 @@ def test_logits_losses_and_gradients_equal_the_original(name: str, pair) -> None
     assert (losses - wanted).abs().max() < 1e-5
     wanted.mean().backward()
     (losses / losses.numel()).sum().backward()
-    theirs = ours(original, model)
+    theirs = renamed_gradients(original, model)
     for each, parameter in model.named_parameters():
-        assert theirs[each].norm() > 1e-4 or each.endswith("k.bias"), (
-            each
-        )  # a key bias shifts all scores alike: its gradient is zero
+        # A key bias shifts all scores alike: its gradient is zero.
+        assert theirs[each].norm() > 1e-4 or each.endswith("k.bias"), each
         assert (parameter.grad - theirs[each]).abs().max() < 1e-5, each
 
 
 @pytest.mark.parametrize("name", ["mistral", "qwen2, half slides", "falcon 40b", "llama 3.1"])
 def test_greedy_text_equals_transformers(name: str, pair) -> None:
-    """Longer than the window, with prompts of unequal length: the cache hides what lies behind the window."""
+    """Longer than the window, with prompts of unequal length: the cache masks what is out of the window."""
     original, model = pair(name)
     prompts = [[5, 17, 3, 60, 2, 9, 9, 31, 77, 4, 8], [9], [44, 44, 8]]
     for prompt, made in zip(prompts, complete(model, prompts, max_new_tokens=30, top_k=1)):

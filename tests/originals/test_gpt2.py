@@ -1,4 +1,4 @@
-"""GPT-2, Llama, Mistral, Qwen2, Qwen3, Bloom and NeoX, each against Hugging Face's own: logits, losses, every gradient."""
+"""GPT-2, Llama, Mistral, Qwen2, Qwen3, Bloom and NeoX against Hugging Face's models: logits, losses, every gradient."""
 
 import pytest
 import torch
@@ -19,9 +19,8 @@ def test_logits_losses_and_gradients_equal_the_original(each_pair) -> None:
     (losses / losses.numel()).sum().backward()
     theirs = each_pair.renamed({name: parameter.grad for name, parameter in original.named_parameters()})
     for name, parameter in model.named_parameters():
-        assert theirs[name].norm() > 1e-4 or name.endswith("k.bias"), (
-            name
-        )  # a key bias shifts all scores alike: its gradient is zero
+        # A key bias shifts all scores alike: its gradient is zero
+        assert theirs[name].norm() > 1e-4 or name.endswith("k.bias"), name
         assert (parameter.grad - theirs[name]).abs().max() < 1e-5, name
 
 

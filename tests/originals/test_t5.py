@@ -13,8 +13,10 @@ from megalith.models.t5 import T5
 
 VOCAB, WIDTH, HEADS, LAYERS, DECODER, SOURCE, TARGET = 89, 32, 4, 2, 3, 40, 19
 PARTS = {
-    "layer.0.SelfAttention": "attention", "layer.0.layer_norm": "attention_norm", "layer.1.EncDecAttention": "cross_attention",
-    "layer.1.layer_norm": "cross_norm", "DenseReluDense.wi_0": "mlp.gate", "DenseReluDense.wi_1": "mlp.up", "DenseReluDense.wi": "mlp.up",
+    "layer.0.SelfAttention": "attention", "layer.0.layer_norm": "attention_norm",
+    "layer.1.EncDecAttention": "cross_attention",
+    "layer.1.layer_norm": "cross_norm", "DenseReluDense.wi_0": "mlp.gate", "DenseReluDense.wi_1": "mlp.up",
+    "DenseReluDense.wi": "mlp.up",
     "DenseReluDense.wo": "mlp.down",
 }  # fmt: skip
 TOPS = {
@@ -24,10 +26,14 @@ TOPS = {
     "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight": "decoder_bias.weight",
 }  # fmt: skip
 FORM = {
-    "model_type": "t5", "num_layers": LAYERS, "decoder_num_layers": DECODER, "hidden_size": WIDTH, "num_attention_heads": HEADS,
-    "kv_channels": 12, "ffn_hidden_size": 56, "vocab_size": VOCAB, "position_embedding_type": "relative", "normalization": "RMSNorm",
-    "layernorm_epsilon": 1e-6, "add_bias_linear": False, "softmax_scale": 1.0, "hidden_dropout": 0.0, "attention_dropout": 0.0,
-    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20, "loss_chunk_tokens": 13, "initializer_factor": 1.0,
+    "model_type": "t5", "num_layers": LAYERS, "decoder_num_layers": DECODER, "hidden_size": WIDTH,
+    "num_attention_heads": HEADS,
+    "kv_channels": 12, "ffn_hidden_size": 56, "vocab_size": VOCAB, "position_embedding_type": "relative",
+    "normalization": "RMSNorm",
+    "layernorm_epsilon": 1e-6, "add_bias_linear": False, "softmax_scale": 1.0, "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20, "loss_chunk_tokens": 13,
+    "initializer_factor": 1.0,
 }  # fmt: skip
 THEIRS = {
     "vocab_size": VOCAB, "d_model": WIDTH, "d_kv": 12, "d_ff": 56, "num_layers": LAYERS, "num_decoder_layers": DECODER,
@@ -43,7 +49,7 @@ CASES = {
 
 
 def ours(name: str) -> str | None:
-    """Our name of one of their parameters; None for a copy of another."""
+    """Megalith's name of one of their parameters; None for a copy of another."""
     if name in TOPS:
         return TOPS[name]
     match = re.fullmatch(r"(encoder|decoder)\.block\.(\d+)\.(.+)\.weight", name)
@@ -106,9 +112,8 @@ def test_logits_losses_and_gradients_equal_the_original(case: str, backend: str)
         input_ids=source, decoder_input_ids=target, attention_mask=padding.long(), decoder_attention_mask=ends.long()
     ).logits
     assert (model(**given) - logits)[ends].abs().max() < 1e-5
-    assert (model(**{**given, "decoder_padding_mask": None}) - logits)[
-        ends
-    ].abs().max() < 1e-5  # nobody looks ahead at padding
+    # The decoder is causal: no token attends to the padding after it.
+    assert (model(**{**given, "decoder_padding_mask": None}) - logits)[ends].abs().max() < 1e-5
     labels = torch.where(ends, target.roll(-1, dims=1), -100)
     wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / ends.sum()
     losses = model(**given, labels=labels, loss_weights=ends / ends.sum())
@@ -139,9 +144,13 @@ def test_initial_weights_have_the_originals_spread(case: str) -> None:
 
 
 def test_t5_large_has_its_published_size() -> None:
-    """By the values of its config.json (d_model 1024, d_ff 4096, 24 layers each, 16 heads of 64, relu, 32128 tokens), built on meta."""
+    """By the values of its config.json, built on meta.
+
+    They are: d_model 1024, d_ff 4096, 24 layers each, 16 heads of 64, relu, 32128 tokens.
+    """
     large = ModelConfig(**{
-        **FORM, **CASES["t5"][2], "num_layers": 24, "decoder_num_layers": None, "hidden_size": 1024, "num_attention_heads": 16,
+        **FORM, **CASES["t5"][2], "num_layers": 24, "decoder_num_layers": None, "hidden_size": 1024,
+        "num_attention_heads": 16,
         "kv_channels": 64, "ffn_hidden_size": 4096, "vocab_size": 32128, "relative_attention_num_buckets": 32,
     })  # fmt: skip
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Bytes of a rank per parameter of the model, from the storages that are alive: at or under the table of docs/memory.md."""
+"""Bytes on a rank per parameter of the model, from the storages that are alive: at most those of docs/memory.md."""
 
 import gc
 
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from megalith.config.run import RunConfig
 from megalith.optim.build import build_optimizer
 from megalith.parallel import mesh as meshes
-from megalith.runtime.build import place
+from megalith.runtime.build import build_runtime
 from megalith.testing import parity, run_ranks
 from tests.parity.cases import SMALL
 
@@ -56,16 +56,16 @@ class Storages(TorchDispatchMode):
 
 
 def measured(config: RunConfig) -> dict[str, float]:
-    """Bytes per parameter after every backward pass and after the step, of the second step (the first makes the state)."""
-    mesh, data, found = meshes.start(config.parallel), parity.batch(config), {}
+    """Bytes per parameter after each backward pass and after the step; in step two, as step one makes the state."""
+    mesh, data, found = meshes.init_mesh(config.parallel), parity.batch(config), {}
     batches = parity.micro_batches(data, config.batch.micro_batch_size, mesh)
     with Storages() as storages:
-        runtime = place(config, mesh)
+        runtime = build_runtime(config, mesh)
         optimizer = build_optimizer(config.optimizer, runtime.named_parameters())
         number = sum(parameter.numel() for parameter in runtime.model.parameters())
         for _ in range(2):
             for count, micro in enumerate(batches):
-                runtime.parts[0].sync_gradients(last=count == len(batches) - 1)
+                runtime.stages[0].set_gradient_sync(last=count == len(batches) - 1)
                 runtime.model(
                     micro["input_ids"], labels=micro["labels"], loss_weights=micro["loss_mask"]
                 ).sum().backward()
@@ -87,9 +87,8 @@ def test_bytes_per_parameter(precision: str, sharding: str, d: int) -> None:
     found = run_ranks(measured, d, config)[0]
     limit = TABLE[precision, sharding](d)
     print(precision, sharding, d, limit, {moment: round(value, 2) for moment, value in found.items()})
-    transient = (
-        0.0 if sharding != "none" or precision != "fp32" or d == 1 else 4.0
-    )  # sums on their way, gone after the wait
+    # Sums on their way, gone after the wait
+    transient = 0.0 if sharding != "none" or precision != "fp32" or d == 1 else 4.0
     for moment, value in found.items():
         extra = transient if moment == "after backward" else 0.0
         assert value <= (limit + extra) * SLACK, (moment, value, limit)

@@ -1,4 +1,4 @@
-"""Replicas: buckets in one order, one sum a step, unused parameters; which dimension is sharded beside tensor parallelism."""
+"""Replicas: buckets in one order, one sum a step, unused parameters; the sharded dimension with tensor parallelism."""
 
 from unittest import mock
 
@@ -35,7 +35,7 @@ def branches(bucket: int) -> tuple[list, int]:
         replicas = Replicas(model, dist.init_device_mesh("cpu", (2,)))
     for step in range(2):
         for micro in range(3):
-            replicas.arm(last=micro == 2)
+            replicas.set_gradient_sync(last=micro == 2)
             model(torch.full((1, 2), 1.0 + dist.get_rank() + step)).sum().backward()
             assert replicas.started == 0 or micro == 2
         replicas.finish()
@@ -88,5 +88,5 @@ def placements() -> list:
 def test_unequal_parts_are_sharded_along_the_other_dimension() -> None:
     plain, equal, unequal, neither, vector = run_ranks(placements, 2)[0]
     assert (plain, equal, unequal) == (Shard(0), Shard(0), Shard(1))
-    assert "shape (7, 6)" in neither and "4 data-parallel shards do not divide its columns" in neither
+    assert "shape (7, 6)" in neither and "columns that the 4 data-parallel shards divide" in neither
     assert "shape (7,)" in vector

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from megalith.layers.mask import AttentionMask
 from megalith.parallel import mesh as meshes
-from megalith.parallel.matmul import Linear, Matmul, linear, linears, use
-from megalith.parallel.pipeline.deferred import Queue
-from megalith.runtime.build import place
+from megalith.parallel.matmul import Linear, Matmul, linear, linears_of_one_input, set_matmul
+from megalith.parallel.pipeline.deferred import WeightGradientQueue
+from megalith.runtime.build import build_runtime
 from megalith.testing import run_ranks
 from tests.parity.cases import config_of
 
@@ -24,15 +24,15 @@ def test_the_default_is_torchs_to_the_bit():
             y = compute(inputs)
             y.square().sum().backward()
             found.append([y, inputs.grad, *(parameter.grad for parameter in layer.parameters())])
-        for theirs, ours in zip(*found, strict=True):
-            assert torch.equal(theirs, ours)
+        for torch_result, result in zip(*found, strict=True):
+            assert torch.equal(torch_result, result)
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_compiles_whole_with_and_without_gradients(number):
     weights, x = [torch.randn(3, 5, requires_grad=True) for _ in range(number)], torch.randn(2, 5)
     torch.compiler.reset()
-    for compute in (torch.no_grad(linears), linears):
+    for compute in (torch.no_grad(linears_of_one_input), linears_of_one_input):
         expected = compute(x, weights, [None] * number, Matmul())
         compiled = torch.compile(compute, fullgraph=True, backend="eager")
         assert all(map(torch.equal, compiled(x, weights, [None] * number, Matmul()), expected))
@@ -79,7 +79,7 @@ def test_a_format_of_its_own():
     model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
     exact, x = model(torch.ones(2, 5)), torch.ones(2, 5)
     product = Coarse()
-    use(product, model)
+    set_matmul(product, model)
     assert [type(module) for module in model] == [Linear, nn.Tanh, Linear]
     assert list(model.state_dict()) == ["0.weight", "0.bias", "2.weight", "2.bias"]
     y = model(x.requires_grad_())
@@ -109,7 +109,7 @@ def test_gradients_that_are_added_up_elsewhere():
         parameter.grad = None
     for times in (1, 2):
         inputs = x.clone().requires_grad_()
-        y, z = linears(inputs, parameters[:2], (first.bias, None), Matmul(kept))
+        y, z = linears_of_one_input(inputs, parameters[:2], (first.bias, None), Matmul(kept))
         (y.sum() + z.square().sum()).backward()
         for parameter, gradient in zip(parameters, expected, strict=True):
             assert parameter.grad is None and torch.allclose(kept.sums[parameter], times * gradient)
@@ -117,11 +117,11 @@ def test_gradients_that_are_added_up_elsewhere():
 
 def test_gradients_put_off_of_a_layer_whose_input_needs_none():
     """A head on a frozen model."""
-    layer, x, queue = nn.Linear(4, 3), torch.randn(2, 4), Queue()
+    layer, x, queue = nn.Linear(4, 3), torch.randn(2, 4), WeightGradientQueue()
     layer(x).square().sum().backward()
     expected, model = [layer.weight.grad, layer.bias.grad], nn.Sequential(layer)
     layer.zero_grad()
-    use(Matmul(queue), model)
+    set_matmul(Matmul(queue), model)
     model(x).square().sum().backward()
     assert layer.weight.grad is None
     queue.take()()
@@ -133,7 +133,7 @@ def test_a_layer_keeps_what_it_has_and_all_its_names():
     model.one = model.two = nn.Linear(4, 3)
     called = []
     model.one.register_forward_hook(lambda *arguments: called.append(1))
-    use(Matmul(), model.eval())
+    set_matmul(Matmul(), model.eval())
     assert model.one is model.two and type(model.two) is Linear and not model.one.training
     model.two(torch.ones(4))
     assert called == [1]
@@ -141,8 +141,8 @@ def test_a_layer_keeps_what_it_has_and_all_its_names():
 
 def products(config) -> tuple[int, dict[str, int]]:
     """(linear layers of this rank's blocks, products of their forward and backward pass)."""
-    block, product = place(config, meshes.start(config.parallel)).model.layers["0"], Coarse()
-    use(product, block)
+    block, product = build_runtime(config, meshes.init_mesh(config.parallel)).model.layers["0"], Coarse()
+    set_matmul(product, block)
     length = 8 if config.parallel.sequence_parallel else 16
     block(torch.randn(2, length, 32, requires_grad=True), AttentionMask(), None, None).sum().backward()
     layers = [module for module in block.modules() if isinstance(module, nn.Linear)]

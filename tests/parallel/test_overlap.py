@@ -1,4 +1,4 @@
-"""Backward collectives are under way while weight gradients are computed: by the order of events, which no noise disturbs."""
+"""Backward collectives overlap the computation of weight gradients: shown by the order of calls, free of noise."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megalith.config.run import RunConfig
 from megalith.layers.mask import AttentionMask
 from megalith.parallel import mesh as meshes
-from megalith.runtime.build import place
+from megalith.runtime.build import build_runtime
 from megalith.testing import run_ranks
 from tests.parity.cases import config_of
 
@@ -30,8 +30,8 @@ class Events(TorchDispatchMode):
 
 def block_backward(config: RunConfig) -> tuple[list[str], list[str]]:
     """Events of one block's forward and backward pass."""
-    mesh = meshes.start(config.parallel)
-    block = place(config, mesh).model.layers["0"]
+    mesh = meshes.init_mesh(config.parallel)
+    block = build_runtime(config, mesh).model.layers["0"]
     length = 16 // (mesh.size("tp") if config.parallel.sequence_parallel else 1)
     x = torch.randn(2, length, 32, requires_grad=True)
     with Events() as forward:
@@ -43,16 +43,17 @@ def block_backward(config: RunConfig) -> tuple[list[str], list[str]]:
 
 def after_start(events: list[str], start: str) -> list[list[str]]:
     """For each collective of this name, what was called between its start and the next wait."""
-    places = [number for number, name in enumerate(events) if name == start]
-    return [events[place + 1 : events.index("wait_tensor", place)] for place in places]
+    starts = [number for number, name in enumerate(events) if name == start]
+    return [events[index + 1 : events.index("wait_tensor", index)] for index in starts]
 
 
 def test_tensor_parallel_backward() -> None:
     forward, backward = run_ranks(block_backward, 2, config_of("absolute", "tp2"))[0]
+    # After out and after down
     assert [name for name in forward if name not in PRODUCTS] == [
         "all_reduce",
         "wait_tensor",
-    ] * 2  # after out and after down
+    ] * 2
     in_flight = after_start(backward, "all_reduce")
     assert [len(products) for products in in_flight] == [1, 3]  # weight gradients of up; of q, k and v
     assert all(set(products) <= set(PRODUCTS) for products in in_flight)
@@ -62,8 +63,8 @@ def test_sequence_parallel_backward() -> None:
     forward, backward = run_ranks(block_backward, 2, config_of("absolute", "tp2 sp"))[0]
     gather, scatter = ["all_gather_into_tensor", "wait_tensor"], ["reduce_scatter_tensor", "wait_tensor"]
     assert [name for name in forward if name not in PRODUCTS] == (gather + scatter) * 2  # one gather for q, k and v
-    # down: its gradient is gathered, and waited for. up: the input is gathered again while its gradient is computed, and that
-    # is on its way while the weight's is computed. Then the same for out, and for q, k and v.
+    # down: its gradient is gathered, and waited for. up: the input is gathered again while its gradient is computed,
+    # and that is reduce-scattered while the weight's is computed. Then the same for out, and for q, k and v.
     waited, input_again, waited_too, input_again_too = after_start(backward, "all_gather_into_tensor")
     assert waited == waited_too == []
     assert set(input_again[:-1]) <= set(PRODUCTS) and len(input_again) == 2 and len(input_again_too) == 4
@@ -85,7 +86,7 @@ def compiled_code(config: RunConfig) -> str:
     """The code that torch.compile makes for a block's backward pass."""
     from torch._inductor.utils import run_and_get_code  # imports the compiler
 
-    block = place(config, meshes.start(config.parallel)).model.layers["0"]
+    block = build_runtime(config, meshes.init_mesh(config.parallel)).model.layers["0"]
 
     def step():
         block(torch.randn(2, 16, 32, requires_grad=True), AttentionMask(), None, None).sum().backward()

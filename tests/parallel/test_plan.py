@@ -65,9 +65,9 @@ def wrong_patterns() -> list[str]:
 
 def test_a_pattern_that_matches_nothing_is_an_error() -> None:
     first, second, third = run_ranks(wrong_patterns, 2)[0]
-    assert "'layers.*.attention.qkv' matches nothing, SelfAttention has no 'qkv'" in first
-    assert "'layers.*.mpl.up' matches nothing, Block has no 'mpl'" in second
-    assert "'heads' matches nothing, GPT has no 'heads'" in third
+    assert "'layers.*.attention.qkv' matches nothing, as SelfAttention has no 'qkv'" in first
+    assert "'layers.*.mpl.up' matches nothing, as Block has no 'mpl'" in second
+    assert "'heads' matches nothing, as GPT has no 'heads'" in third
 
 
 def heads_that_do_not_split() -> list[str]:
@@ -84,9 +84,10 @@ def heads_that_do_not_split() -> list[str]:
 
 def test_heads_and_vocabularies_that_do_not_split_are_errors() -> None:
     queries, keys, vocabulary = run_ranks(heads_that_do_not_split, 2)[1]
-    assert queries.startswith("attention heads: found 3") and "--tensor-model-parallel-size" in queries
-    assert keys.startswith("key/value heads: found 3")
-    assert vocabulary.startswith("vocab_size: found 1")
+    assert queries.startswith("The number of attention heads must be divisible") and "found 3" in queries
+    assert "--tensor-model-parallel-size" in queries
+    assert keys.startswith("The number of key/value heads must be divisible") and "found 3" in keys
+    assert vocabulary.startswith("vocab_size must leave each of 2 tensor-parallel ranks a row; found 1")
 
 
 def described(form: str) -> tuple[dict, bool]:
@@ -116,7 +117,7 @@ def test_names_true_shapes_and_ties_are_kept(form: str) -> None:
         ]
         assert ranks[0][0]["layers.1.attention.out.weight"] == ((32, 32), 1, (32, 8))
         assert ranks[0][0]["layers.1.attention.out.bias"] == ((32,), None, (32,))
-    else:  # one key/value head, held by all
+    else:  # one key/value head, replicated
         assert ranks[3][0]["layers.0.attention.k.weight"] == ((8, 32), None, (8, 32))
 
 

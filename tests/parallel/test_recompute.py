@@ -6,7 +6,7 @@ import torch
 from megalith.config.run import RunConfig
 from megalith.config.sections.recompute import RecomputeConfig
 from megalith.parallel import recompute
-from megalith.runtime.build import plain
+from megalith.runtime.build import build_model
 
 CONFIG = RunConfig().replace(
     num_layers=4,
@@ -26,7 +26,7 @@ KINDS = {
 
 def measure(config: RecomputeConfig) -> tuple[dict[str, torch.Tensor], int, list[tuple]]:
     """Gradients by name, elements kept between the passes, and the shapes of what is kept."""
-    model = plain(CONFIG.model, torch.device("cpu"), seed=3).train()
+    model = build_model(CONFIG.model, torch.device("cpu"), seed=3).train()
     names = [name for name, _ in model.named_parameters()]
     recompute.apply(model, config)
     assert [name for name, _ in model.named_parameters()] == names, "checkpoints have canonical names"

@@ -3,13 +3,16 @@
 from megalith.config.run import RunConfig
 
 SMALL = RunConfig().replace(
-    num_layers=2, hidden_size=32, num_attention_heads=4, ffn_hidden_size=48, max_position_embeddings=16, seq_length=16, vocab_size=64,
-    hidden_dropout=0.0, attention_dropout=0.0, init_method_std=0.2, loss_chunk_tokens=24, micro_batch_size=1, global_batch_size=4,
+    num_layers=2, hidden_size=32, num_attention_heads=4, ffn_hidden_size=48, max_position_embeddings=16,
+    seq_length=16, vocab_size=64,
+    hidden_dropout=0.0, attention_dropout=0.0, init_method_std=0.2, loss_chunk_tokens=24, micro_batch_size=1,
+    global_batch_size=4,
     device="cpu",
 )  # fmt: skip
 
 T5_RELATIVE = {
-    "model_type": "t5", "decoder_seq_length": 8, "kv_channels": 12, "position_embedding_type": "relative", "normalization": "RMSNorm",
+    "model_type": "t5", "decoder_seq_length": 8, "kv_channels": 12, "position_embedding_type": "relative",
+    "normalization": "RMSNorm",
     "add_bias_linear": False, "softmax_scale": 1.0, "initializer_factor": 1.0, "relative_attention_num_buckets": 8,
     "relative_attention_max_distance": 12,
 }  # fmt: skip
@@ -17,18 +20,21 @@ FORMS: dict[str, dict] = {
     "absolute": {},
     "rotary": {
         "position_embedding_type": "rope", "group_query_attention": True, "num_query_groups": 2, "swiglu": True,
-        "untie_embeddings_and_output_weights": True, "normalization": "RMSNorm", "add_bias_linear": False, "qk_layernorm": True,
+        "untie_embeddings_and_output_weights": True, "normalization": "RMSNorm", "add_bias_linear": False,
+        "qk_layernorm": True,
     },
     "alibi": {"position_embedding_type": "alibi", "attention_head_type": "multiquery", "squared_relu": True},
     "odd vocabulary": {"vocab_size": 67},
     "odd layers": {"num_layers": 3, "position_embedding_type": "rope", "untie_embeddings_and_output_weights": True},
     "post norm": {"apply_residual_connection_post_layernorm": True, "openai_gelu": True, "reset_attention_mask": True},
     "window": {
-        "sliding_window": 5, "full_attention_layers": [1], "position_embedding_type": "rope", "rope_scaling_type": "llama3",
+        "sliding_window": 5, "full_attention_layers": [1], "position_embedding_type": "rope",
+        "rope_scaling_type": "llama3",
         "rope_original_max_position_embeddings": 12,
     },
     "norm plus one": {
-        "normalization": "RMSNorm", "apply_layernorm_1p": True, "scale_embeddings": True, "glu_activation": "geglu_tanh",
+        "normalization": "RMSNorm", "apply_layernorm_1p": True, "scale_embeddings": True,
+        "glu_activation": "geglu_tanh",
         "position_embedding_type": "rope", "add_bias_linear": False,
     },
     "side by side": {"parallel_attn": True, "attention_head_type": "multiquery", "position_embedding_type": "rope"},
@@ -46,8 +52,14 @@ FORMS: dict[str, dict] = {
     },
     "bert choices": {"model_type": "bert_multiple_choice", "norm_after_residual": True, "hidden_dropout": 0.1},
     "t5": {"model_type": "t5", "decoder_num_layers": 3, "decoder_seq_length": 8},
-    "t5 relative": {**T5_RELATIVE, "num_query_groups": 2, "glu_activation": "geglu_tanh", "untie_embeddings_and_output_weights": True},
-    "t5 dropout": {**T5_RELATIVE, "relu": True, "scale_output": True, "hidden_dropout": 0.1, "attention_dropout": 0.1, "vocab_size": 67},
+    "t5 relative": {
+        **T5_RELATIVE, "num_query_groups": 2, "glu_activation": "geglu_tanh",
+        "untie_embeddings_and_output_weights": True,
+    },
+    "t5 dropout": {
+        **T5_RELATIVE, "relu": True, "scale_output": True, "hidden_dropout": 0.1, "attention_dropout": 0.1,
+        "vocab_size": 67,
+    },
 }  # fmt: skip
 
 # name -> (ranks, what differs from one process)

@@ -1,4 +1,4 @@
-"""Would the parity tests notice? Plan entries, collectives and normalisers are broken on purpose; each break must be caught."""
+"""Would the parity tests notice? Plan entries, collectives and counts are broken on purpose; each must be caught."""
 
 import contextlib
 import dataclasses
@@ -16,7 +16,7 @@ from megalith.parallel.plans.bert import PLAN as BERT
 from megalith.parallel.plans.gpt import PLAN
 from megalith.parallel.plans.t5 import PLAN as T5
 from megalith.testing import run_ranks
-from megalith.testing.parity import TOLERANCE, Measured, compare, measure
+from megalith.testing.parity import TOLERANCE, LayoutResult, compare, measure
 from megalith.training import forward_backward
 from tests.parity.cases import LAYOUTS, PIPELINES, config_of
 
@@ -50,47 +50,48 @@ def in_context(name: str, wrong: Callable) -> contextlib.AbstractContextManager:
 
 def shuffled_padding(batch, axis, sequences):
     """A padding mask in the order of the processes that it was gathered from, not that of the sequence."""
-    taken = part(batch, axis, sequences)
-    order = [
-        context.places(batch["input_ids"].shape[1], mock.Mock(rank=rank, size=axis.size)) for rank in range(axis.size)
-    ]
-    return taken | {"padding_mask": taken["padding_mask"][:, torch.cat(order)]}
+    shard = shard_batch(batch, axis, sequences)
+    return shard | {"padding_mask": shard["padding_mask"][:, order_of_processes(batch["input_ids"].shape[1], axis)]}
+
+
+def order_of_processes(length: int, axis) -> Tensor:
+    """The positions of all processes' tokens, concatenated without sorting."""
+    axes = [mock.Mock(rank=rank, size=axis.size) for rank in range(axis.size)]
+    return torch.cat([context.token_positions(length, each) for each in axes])
 
 
 def shuffled_keys(k, v, axis):
     """Keys and values in the order of the processes that they were gathered from."""
-    order = torch.cat(
-        [context.places(k.shape[2] * axis.size, mock.Mock(rank=rank, size=axis.size)) for rank in range(axis.size)]
-    )
-    return tuple(x.index_select(2, order) for x in join(k, v, axis))
+    order = order_of_processes(k.shape[2] * axis.size, axis)
+    return tuple(x.index_select(2, order) for x in gather_keys_values(k, v, axis))
 
 
 def one_sequence(batch, axis, sequences):
-    """The decoder's places forgotten, so that each process takes its tokens for the first ones."""
-    return {name: value for name, value in part(batch, axis, sequences).items() if name != "decoder_coordinates"}
+    """The decoder's positions forgotten, so that each process takes its tokens for the first ones."""
+    return {name: value for name, value in shard_batch(batch, axis, sequences).items() if name != "decoder_coordinates"}
 
 
-def untold(module, parent, axis):
+def unchanged(module, parent, axis):
     """A style that changes nothing."""
     return module
 
 
 def unsummed(style: Callable) -> Callable:
-    """A style whose gradients are not added up."""
+    """A style whose gradients are not summed."""
 
     def build(module, parent, axis):
-        twin = style(module, parent, axis)
-        twin.partial_gradients = ()
-        return twin
+        replacement = style(module, parent, axis)
+        replacement.partial_gradients = ()
+        return replacement
 
     return build
 
 
-def first_part(module, parent, axis):
-    """Dropout by the first rank's rows on all ranks."""
-    twin = styles.part_dropout(module, parent, axis)
-    twin.axis = mock.Mock(part=lambda rows: rows[:, : rows.shape[1] // axis.size])
-    return twin
+def dropout_of_first_shard(module, parent, axis):
+    """Dropout by the dropout keys of the first rank on all ranks."""
+    replacement = styles.sequence_parallel_dropout(module, parent, axis)
+    replacement.axis = mock.Mock(sequence_shard=lambda keys: keys[:, : keys.shape[1] // axis.size])
+    return replacement
 
 
 def identity_sum(x: Tensor, group: str) -> Tensor:
@@ -98,10 +99,10 @@ def identity_sum(x: Tensor, group: str) -> Tensor:
     return collectives.ops.all_reduce(x / 2, "sum", group)  # the mean, so that ranks stay in step
 
 
-def own_gather(started: Tensor, size: int) -> Tensor:
+def flipped_gather(started: Tensor, size: int) -> Tensor:
     """A gather that mixes up the ranks."""
-    parts = collectives.wait(started)
-    return parts.view(size, -1, *parts.shape[1:]).flip(0).transpose(0, 1).flatten(1, 2)
+    shards = collectives.wait(started)
+    return shards.view(size, -1, *shards.shape[1:]).flip(0).transpose(0, 1).flatten(1, 2)
 
 
 def local_count(runtime, task, batches):
@@ -109,77 +110,97 @@ def local_count(runtime, task, batches):
     return {"lm loss": torch.stack([data["loss_mask"].sum() for data in batches]).sum() * runtime.mesh.data_size}
 
 
-part, join = context.part, context.join
+shard_batch, gather_keys_values = context.shard_batch, context.gather_keys_values
 MUTATIONS: dict[str, tuple[str, str, Callable[[], contextlib.AbstractContextManager]]] = {
-    "slopes of other heads": ("alibi", "tp2", lambda: entry("layers.*.attention.core", untold)),
-    "score dropout of other heads": ("dropout", "tp2", lambda: entry("layers.*.attention.core", untold)),
-    "norm not summed": ("absolute", "tp2 sp", lambda: entry("layers.*.mlp_norm", unsummed(styles.copy))),
-    "final norm not summed": ("absolute", "tp2 sp", lambda: entry("final_norm", unsummed(styles.copy))),
-    "head norm not summed": ("rotary", "tp2", lambda: entry("layers.*.attention.k_norm", styles.copy)),
-    "head's norm not summed": ("bert", "tp2 sp", lambda: bert_entry("head_norm", unsummed(styles.copy))),
-    "head's layer not summed": ("bert", "tp2 sp", lambda: bert_entry("head_dense", styles.whole_linear)),
-    "pooler summed": ("bert", "tp2 sp", lambda: bert_entry("pooler", styles.part_linear)),
-    "head's bias not summed": ("bert", "tp2", lambda: bert_entry("head", unsummed(styles.head))),
-    "first token of each part": ("bert", "tp2 sp", lambda: bert_entry("first_token", untold)),
-    "memory's gradient not summed": ("t5", "tp2", lambda: t5_entry("memory", untold)),
+    "slopes of other heads": ("alibi", "tp2", lambda: entry("layers.*.attention.core", unchanged)),
+    "score dropout of other heads": ("dropout", "tp2", lambda: entry("layers.*.attention.core", unchanged)),
+    "norm not summed": ("absolute", "tp2 sp", lambda: entry("layers.*.mlp_norm", unsummed(styles.replicated_norm))),
+    "final norm not summed": ("absolute", "tp2 sp", lambda: entry("final_norm", unsummed(styles.replicated_norm))),
+    "head norm not summed": ("rotary", "tp2", lambda: entry("layers.*.attention.k_norm", styles.replicated_norm)),
+    "head's norm not summed": ("bert", "tp2 sp", lambda: bert_entry("head_norm", unsummed(styles.replicated_norm))),
+    "head's layer not summed": ("bert", "tp2 sp", lambda: bert_entry("head_dense", styles.replicated_linear)),
+    "pooler summed": ("bert", "tp2 sp", lambda: bert_entry("pooler", styles.sequence_parallel_linear)),
+    "head's bias not summed": ("bert", "tp2", lambda: bert_entry("head", unsummed(styles.lm_head))),
+    "first token of each part": ("bert", "tp2 sp", lambda: bert_entry("first_token", unchanged)),
+    "memory's gradient not summed": ("t5", "tp2", lambda: t5_entry("memory", unchanged)),
     "memory gathered in each layer too": (
         "t5",
         "tp2 sp",
-        lambda: t5_entry("layers.*.cross_attention.shared_memory", styles.shared_input),
+        lambda: t5_entry("layers.*.cross_attention.memory_input", styles.shared_input),
     ),
     "norm of queries to the memory not summed": (
         "t5",
         "tp2 sp",
-        lambda: t5_entry("layers.*.cross_norm", unsummed(styles.copy)),
+        lambda: t5_entry("layers.*.cross_norm", unsummed(styles.replicated_norm)),
     ),
-    "encoder's norm not summed": ("t5 relative", "tp2 sp", lambda: t5_entry("encoder_norm", unsummed(styles.copy))),
+    "encoder's norm not summed": (
+        "t5 relative",
+        "tp2 sp",
+        lambda: t5_entry("encoder_norm", unsummed(styles.replicated_norm)),
+    ),
     "cross scores dropped as other heads'": (
         "t5 dropout",
         "tp2",
-        lambda: t5_entry("layers.*.cross_attention.core", untold),
+        lambda: t5_entry("layers.*.cross_attention.core", unchanged),
     ),
-    "cross dropout of other rows": ("t5 dropout", "tp2 sp", lambda: t5_entry("layers.*.cross_dropout", first_part)),
+    "cross dropout of other rows": (
+        "t5 dropout",
+        "tp2 sp",
+        lambda: t5_entry("layers.*.cross_dropout", dropout_of_first_shard),
+    ),
     "order counted by each part": (
         "bert",
         "cp2",
         lambda: mock.patch("megalith.models.bert.sequence_loss", order_everywhere),
     ),
-    "padding in the order of processes": ("t5", "cp2", lambda: in_context("part", shuffled_padding)),
-    "padding not gathered": ("t5", "cp2", lambda: in_context("WHOLE", ())),
-    "decoder's places in a part": ("t5", "cp2", lambda: in_context("part", one_sequence)),
-    "decoder's dropout of other rows": ("t5 dropout", "cp2", lambda: in_context("part", one_sequence)),
+    "padding in the order of processes": ("t5", "cp2", lambda: in_context("shard_batch", shuffled_padding)),
+    "padding not gathered": ("t5", "cp2", lambda: in_context("UNSHARDED", ())),
+    "decoder's positions in a shard": ("t5", "cp2", lambda: in_context("shard_batch", one_sequence)),
+    "decoder's dropout of other rows": ("t5 dropout", "cp2", lambda: in_context("shard_batch", one_sequence)),
     "bias of a part's distances": ("t5 relative", "cp2", lambda: in_context("BIASES", ())),
     "bias as if the queries were the last": (
         "t5 relative",
         "cp2",
-        lambda: in_context("seen_from", lambda table, end, length: table),
+        lambda: in_context("shift_relative_bias", lambda table, end, length: table),
     ),
-    "keys in the order of processes": ("t5", "cp2", lambda: in_context("join", shuffled_keys)),
+    "keys in the order of processes": ("t5", "cp2", lambda: in_context("gather_keys_values", shuffled_keys)),
     "keys not summed": ("alibi", "tp2", lambda: entry("layers.*.attention.k", unsummed(styles.heads))),
     "row bias not summed": ("absolute", "tp2 sp", lambda: entry("layers.*.mlp.down", unsummed(styles.row))),
     "positions not summed": (
         "absolute",
         "tp2 sp",
-        lambda: entry("position_embedding", unsummed(styles.part_embedding)),
+        lambda: entry("position_embedding", unsummed(styles.sequence_parallel_embedding)),
     ),
-    "embedding dropout of other rows": ("dropout", "tp2 sp", lambda: entry("embedding_dropout", first_part)),
-    "MLP dropout of other rows": ("dropout", "tp2 sp", lambda: entry("layers.*.mlp_dropout", first_part)),
-    "attention dropout of all rows": ("dropout", "tp2 sp", lambda: entry("layers.*.attention_dropout", untold)),
-    "loss of a part of the vocabulary": ("absolute", "tp2", lambda: entry("token_loss", untold)),
+    "embedding dropout of other rows": (
+        "dropout",
+        "tp2 sp",
+        lambda: entry("embedding_dropout", dropout_of_first_shard),
+    ),
+    "MLP dropout of other rows": ("dropout", "tp2 sp", lambda: entry("layers.*.mlp_dropout", dropout_of_first_shard)),
+    "attention dropout of all rows": ("dropout", "tp2 sp", lambda: entry("layers.*.attention_dropout", unchanged)),
+    "loss of a part of the vocabulary": ("absolute", "tp2", lambda: entry("token_loss", unchanged)),
     "up as a copy": ("absolute", "tp2", lambda: entry("layers.*.mlp.up", styles.row)),
-    "sums out of regions": ("absolute", "tp2", lambda: mock.patch.object(mappings, "start_sum", identity_sum)),
-    "inputs' gradients not summed": ("absolute", "tp2", lambda: mock.patch.object(matmul, "start_sum", identity_sum)),
-    "sum of the softmax": ("absolute", "tp2", lambda: mock.patch.object(vocabulary, "start_sum", identity_sum)),
-    "gathered in another order": ("absolute", "tp2 sp", lambda: mock.patch.object(matmul, "finish_gather", own_gather)),
+    "sums out of regions": ("absolute", "tp2", lambda: mock.patch.object(mappings, "start_all_reduce", identity_sum)),
+    "inputs' gradients not summed": (
+        "absolute",
+        "tp2",
+        lambda: mock.patch.object(matmul, "start_all_reduce", identity_sum),
+    ),
+    "sum of the softmax": ("absolute", "tp2", lambda: mock.patch.object(vocabulary, "start_all_reduce", identity_sum)),
+    "gathered in another order": (
+        "absolute",
+        "tp2 sp",
+        lambda: mock.patch.object(matmul, "finish_all_gather", flipped_gather),
+    ),
     "gradients gathered in another order": (
         "absolute",
         "tp2 sp",
-        lambda: mock.patch.object(mappings, "finish_gather", own_gather),
+        lambda: mock.patch.object(mappings, "finish_all_gather", flipped_gather),
     ),
     "no sum over copies": (
         "rotary",
         "tp2 sp",
-        lambda: mock.patch("megalith.parallel.part.sum_gradients", lambda model: None),
+        lambda: mock.patch("megalith.parallel.stage_module.sum_partial_gradients", lambda model: None),
     ),
     "replicas not summed": (
         "absolute",
@@ -194,14 +215,14 @@ MUTATIONS: dict[str, tuple[str, str, Callable[[], contextlib.AbstractContextMana
     "copies not summed over stages": (
         "absolute",
         "pp2",
-        lambda: mock.patch("megalith.parallel.pipeline.shared.Shared.sum_gradients", lambda self: None),
+        lambda: mock.patch("megalith.parallel.pipeline.shared.SharedParameters.sum_gradients", lambda self: None),
     ),
     "copies not summed on one process": (
         "absolute",
         "zbv",
-        lambda: mock.patch("megalith.parallel.pipeline.shared.Shared.sum_gradients", lambda self: None),
+        lambda: mock.patch("megalith.parallel.pipeline.shared.SharedParameters.sum_gradients", lambda self: None),
     ),
-    "late weight gradients lost": (
+    "deferred weight gradients lost": (
         "rotary",
         "zbv",
         lambda: mock.patch.object(pipeline_deferred, "run", lambda work: None),
@@ -214,7 +235,7 @@ MUTATIONS: dict[str, tuple[str, str, Callable[[], contextlib.AbstractContextMana
 }
 
 
-def broken(name: str) -> Measured:
+def broken(name: str) -> LayoutResult:
     """One step with a mutation."""
     form, layout, patch = MUTATIONS[name]
     with patch():
@@ -222,7 +243,7 @@ def broken(name: str) -> Measured:
 
 
 @functools.cache
-def alone(form: str, deep: bool) -> Measured:
+def on_one_process(form: str, deep: bool) -> LayoutResult:
     """One process, unbroken."""
     return run_ranks(measure, 1, config_of(form, deep=deep), DTYPE)[0]
 
@@ -234,7 +255,7 @@ def test_break_is_caught(name: str) -> None:
         parts = run_ranks(broken, LAYOUTS[layout][0], name, timeout=60)
     except (RuntimeError, IndexError, ValueError):  # shapes that do not fit: noticed without any comparison
         return
-    expected = alone(form, layout in PIPELINES)
+    expected = on_one_process(form, layout in PIPELINES)
     elsewhere = [
         {name: value for name, value in expected.gradients.items() if name not in part.weights} for part in parts
     ]

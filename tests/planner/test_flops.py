@@ -18,11 +18,18 @@ def test_megatrons_formula():
 
 
 def test_palms_formula_in_both_conventions():
-    """6 N + 12 L H Q T per token (PaLM, appendix B), N the weights that multiply; half of the second term where causality is used."""
+    """6 N + 12 L H Q T per token (PaLM, appendix B), N the weights that multiply; causal half: half the second term."""
     config = ModelConfig(
-        num_layers=3, hidden_size=64, num_attention_heads=4, kv_channels=32, num_query_groups=2, swiglu=True, ffn_hidden_size=96,
-        vocab_size=100, untie_embeddings_and_output_weights=True,
-    )  # fmt: skip
+        num_layers=3,
+        hidden_size=64,
+        num_attention_heads=4,
+        kv_channels=32,
+        num_query_groups=2,
+        swiglu=True,
+        ffn_hidden_size=96,
+        vocab_size=100,
+        untie_embeddings_and_output_weights=True,
+    )
     weights = 3 * (64 * 128 * 2 + 64 * 64 * 2 + 3 * 64 * 96) + 64 * 100
     attention = 12 * 3 * 4 * 32 * 256
     assert flops_per_token(config, 256) == 6 * weights + attention
@@ -44,10 +51,19 @@ def test_equal_to_torchs_counter(form):
     from megalith.models.gpt import GPT
 
     sequence, batch = 16, 2
-    config = ModelConfig(**{
-        "num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": sequence, "vocab_size": 50,
-        "hidden_dropout": 0.0, "attention_dropout": 0.0, "attention_backend": "explicit", **form,
-    })  # fmt: skip
+    config = ModelConfig(
+        **{
+            "num_layers": 2,
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "max_position_embeddings": sequence,
+            "vocab_size": 50,
+            "hidden_dropout": 0.0,
+            "attention_dropout": 0.0,
+            "attention_backend": "explicit",
+            **form,
+        }
+    )
     model = GPT(config)
     ids = torch.zeros(batch, sequence, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
@@ -62,9 +78,17 @@ def test_of_bert():
     from megalith.models.bert import BERT
 
     config = ModelConfig(
-        model_type="bert", num_layers=2, hidden_size=32, num_attention_heads=4, max_position_embeddings=16, vocab_size=50,
-        hidden_dropout=0.0, attention_dropout=0.0, attention_backend="explicit", bert_no_binary_head=True,
-    )  # fmt: skip
+        model_type="bert",
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        max_position_embeddings=16,
+        vocab_size=50,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        attention_backend="explicit",
+        bert_no_binary_head=True,
+    )
     with FlopCounterMode(display=False) as counter:
         BERT(config)(torch.zeros(2, 16, dtype=torch.int64)).sum().backward()
     assert (

@@ -1,4 +1,7 @@
-"""Promise 2: the same command twice, and stop-and-resume at any step, give identical bits (on the CPU, in one layout)."""
+"""Promise 2 of docs/architecture.md: the same command twice, and stop-and-resume at any step, give identical bits.
+
+This holds on the CPU, in one layout.
+"""
 
 import functools
 
@@ -37,7 +40,7 @@ def test_bert_twice_and_resumed(google, sentences, tmp_path):
 
 
 @pytest.mark.slow
-def test_bert_goes_on_in_another_layout(ranks, sentences, tmp_path):
+def test_bert_resumes_in_another_layout(ranks, sentences, tmp_path):
     """Tensor 2 x pipeline 2, then one process, then two with everything sharded."""
     train(tiny_bert(sentences, str(tmp_path / "one")))
     moved = tiny_bert(sentences, str(tmp_path / "moved"))

@@ -148,7 +148,7 @@ def test_different_configs_are_an_error_at_the_start(ranks, corpus, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def told(config) -> str:
+def startup_error(config) -> str:
     """What a rank says of a run that cannot start."""
     with pytest.raises(LockedError) as caught:
         train(config)
@@ -157,17 +157,15 @@ def told(config) -> str:
 
 def test_all_ranks_say_that_another_run_writes_the_folder(ranks, tmp_path, corpus):
     with locked(tmp_path / "run", inside=True):
-        first, second = ranks(told, 2, tiny_config(corpus, str(tmp_path / "run")))
+        first, second = ranks(startup_error, 2, tiny_config(corpus, str(tmp_path / "run")))
     assert first == second and "is being written by process" in first
 
 
-def test_a_world_that_no_layout_fits_is_told_the_nearest(start, corpus, tmp_path):
+def test_a_world_that_no_layout_fits_names_the_nearest(start, corpus, tmp_path):
     endless(corpus, tmp_path, tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
     launcher = start([*TORCHRUN, "3", *command(tmp_path)])
     output, _ = launcher.communicate(timeout=60)
     assert launcher.returncode != 0 and re.search(r"exitcode\s*: 2 ", output)
-    assert (
-        "found 3; it must be a multiple of tensor 2 x pipeline 2 x context 1 = 4. Start 4 processes, or with 3 use no model parallelism"
-        in output
-    )
+    rule = "must be a multiple of tensor 2 x pipeline 2 x context 1 = 4; found 3."
+    assert f"{rule} Start 4 processes, or with 3 use no model parallelism" in output
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""kill -9 at random moments of a run that saves at every step: each restart goes on from a complete checkpoint."""
+"""kill -9 at random moments of a run that saves at every step: each restart resumes from a complete checkpoint."""
 
 import os
 import pathlib
@@ -36,9 +36,8 @@ def start(folder: pathlib.Path, config) -> subprocess.Popen:
 
 def wait_for_a_checkpoint(checkpoints: pathlib.Path, newer_than: int) -> None:
     deadline = time.monotonic() + 120
-    while (
-        checkpoint.latest(checkpoints) or 0
-    ) <= newer_than:  # the pointer: a killed save may leave a newer folder without it
+    # The pointer: a killed save may leave a newer folder without it
+    while (checkpoint.latest(checkpoints) or 0) <= newer_than:
         assert time.monotonic() < deadline, "no checkpoint came"
         time.sleep(0.005)
 
@@ -81,5 +80,5 @@ def test_sigterm_saves_and_exits_with_zero(corpus, tmp_path):
     process.terminate()
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
-    assert "goes on from there" in output
+    assert "resumes from there" in output
     assert checkpoint.latest(tmp_path / "run" / "checkpoints") == len(losses(str(tmp_path / "run")))

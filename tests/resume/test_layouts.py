@@ -1,4 +1,4 @@
-"""A checkpoint opens in any layout: saved by 8 processes (tensor 2 x pipeline 2 x data 2), gone on with in others, dropout on."""
+"""A checkpoint opens in any layout: saved by tensor 2 x pipeline 2 x data 2, resumed in others, with dropout."""
 
 import pathlib
 import shutil
@@ -74,6 +74,6 @@ def test_without_the_optimizer_the_curve_is_another(runs, corpus, tmp_path):
 def test_a_batch_that_does_not_divide_is_an_error(ranks, runs, corpus, tmp_path):
     shutil.copytree(runs / "stopped", tmp_path / "moved")
     with pytest.raises(
-        ConfigError, match="found 8; it must be a multiple of --micro-batch-size 2 x data-parallel size 3 = 6"
+        ConfigError, match="must be a multiple of --micro-batch-size 2 x data-parallel size 3 = 6; found 8"
     ):
         ranks(run, 3, config_of(corpus, tmp_path / "moved", micro_batch_size=2))

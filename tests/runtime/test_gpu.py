@@ -21,15 +21,15 @@ def device() -> torch.device:
 @pytest.mark.parametrize("form", FORMS)
 def test_initial_weights_losses_and_gradients(form, device):
     """Hidden dropout on: its masks are a hash, the same everywhere."""
-    from megalith.runtime.build import plain
+    from megalith.runtime.build import build_model
 
     config = tiny_config("unused", "unused", attention_dropout=0.0, **FORMS[form]).replace(vocab_size=50)
     seen = []
-    for place in (torch.device("cpu"), device):
-        model = plain(config.model, place, seed=1).train()
-        ids = (torch.arange(4 * 17).view(4, 17) * 7 % 50).to(place)
-        given = {"samples": torch.arange(4, device=place), "step": torch.tensor(3, device=place)}
-        weights = torch.full((4, 16), 1 / 64, device=place)
+    for target in (torch.device("cpu"), device):
+        model = build_model(config.model, target, seed=1).train()
+        ids = (torch.arange(4 * 17).view(4, 17) * 7 % 50).to(target)
+        given = {"samples": torch.arange(4, device=target), "step": torch.tensor(3, device=target)}
+        weights = torch.full((4, 16), 1 / 64, device=target)
         loss = model(ids[:, :-1], labels=ids[:, 1:].contiguous(), loss_weights=weights, **given).sum()
         start = {name: parameter.detach().cpu().clone() for name, parameter in model.named_parameters()}
         loss.backward()

@@ -14,9 +14,9 @@ from megalith.runtime.initialize import fill, global_index
 
 
 def whole(shape: tuple[int, ...], kind: str = "normal", value: float = 0.02) -> torch.Tensor:
-    made = torch.empty(shape)
-    fill(made, kind, value, random.key(1, "w"))
-    return made
+    tensor = torch.empty(shape)
+    fill(tensor, kind, value, random.key(1, "w"))
+    return tensor
 
 
 def test_kinds() -> None:
@@ -50,8 +50,8 @@ def test_global_index_counts_in_the_whole_tensor(sizes: list[tuple[int, int, int
 
 
 def _draw_shards() -> list[bool]:
-    """On every rank: a tensor drawn as a DTensor, gathered, against the whole; also uneven and two-dimensional shards."""
-    mesh, grid = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
+    """On every rank: a tensor drawn as a DTensor and gathered equals the whole; also of uneven and 2-d shards."""
+    mesh, mesh_2d = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
     cases = [
         (mesh, (8, 6), [Shard(0)]),
         (mesh, (7, 6), [Shard(0)]),
@@ -59,15 +59,15 @@ def _draw_shards() -> list[bool]:
         (mesh, (6, 10), [Shard(1)]),
         (mesh, (9,), [Shard(0)]),
         (mesh, (5, 4), [Replicate()]),
-        (grid, (9, 7), [Shard(0), Shard(1)]),
-        (grid, (9, 7), [Shard(1), Shard(0)]),
-        (grid, (9, 4), [Shard(0), Shard(0)]),
+        (mesh_2d, (9, 7), [Shard(0), Shard(1)]),
+        (mesh_2d, (9, 7), [Shard(1), Shard(0)]),
+        (mesh_2d, (9, 4), [Shard(0), Shard(0)]),
     ]
     same = []
     for where, shape, placements in cases:
-        made = distribute_tensor(torch.zeros(shape), where, placements)
-        fill(made, "normal", 0.02, random.key(1, "w"))
-        same.append(isinstance(made, DTensor) and torch.equal(made.full_tensor(), whole(shape)))
+        tensor = distribute_tensor(torch.zeros(shape), where, placements)
+        fill(tensor, "normal", 0.02, random.key(1, "w"))
+        same.append(isinstance(tensor, DTensor) and torch.equal(tensor.full_tensor(), whole(shape)))
     return same
 
 

@@ -50,7 +50,7 @@ def own_pid():
 
 
 def gather_threads():
-    for _ in range(worker.WORN):
+    for _ in range(worker.MAX_THREADS):
         threading.Thread(target=threading.Event().wait, daemon=True).start()
     return os.getpid()
 
@@ -121,7 +121,7 @@ def test_an_exception_keeps_its_type_and_says_its_rank(pool):
 
 def test_a_rank_whose_group_was_not_made_is_replaced(pool, tmp_path):
     (answer,) = pool.run(make_group_again, 1, str(tmp_path / "store"))
-    assert answer.worn and "twice" in str(answer.error)
+    assert answer.retire and "twice" in str(answer.error)
 
 
 def test_an_exception_that_cannot_travel_is_still_told(pool):

@@ -4,7 +4,7 @@ from megalith.training.tasks import LanguageModelling
 
 
 class Reporting(LanguageModelling):
-    """Language modelling; of every token its weighted loss, tenfold, and whether it counts. What it returns carries gradients."""
+    """Language modelling that reports ten times the loss, and the fraction of tokens that count, with gradients."""
 
     metric_names = ("tenfold", "counted share")
 

@@ -1,4 +1,4 @@
-"""A task of in-batch negatives: samples 2i and 2i + 1 are a pair, and each is told from all other samples of the global batch."""
+"""A task of in-batch negatives: samples 2i and 2i + 1 are a pair, all others of the global batch are negatives."""
 
 import torch
 import torch.nn.functional as F
@@ -7,14 +7,13 @@ from megalith.training.tasks import PooledTask
 
 
 class Contrastive(PooledTask):
-    """Cross entropy of each sample's partner among all others, by the dot product of mean logits; and how often it comes first."""
+    """Cross entropy of each sample's partner among all others, by the dot product of mean logits; and its accuracy."""
 
     metric_names = ("accuracy",)
 
     def counts(self, batch):
-        here = (
-            "coordinates" not in batch or int(batch["coordinates"][0]) == 0
-        )  # with context parallelism, one process of a sequence
+        # With context parallelism, one process of a sequence counts its samples.
+        here = "coordinates" not in batch or int(batch["coordinates"][0]) == 0
         return {"contrastive loss": torch.tensor(len(batch["input_ids"]) * here)}
 
     def inputs(self, batch, counts):

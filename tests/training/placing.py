@@ -1,4 +1,4 @@
-"""Weights that exist, placed on the ranks of a pool."""
+"""Existing weights, distributed over the ranks of a pool."""
 
 import torch
 from torch import Tensor
@@ -6,14 +6,14 @@ from torch import Tensor
 from megalith.checkpoint import formats
 from megalith.config.run import RunConfig
 from megalith.parallel import mesh as meshes
-from megalith.runtime.build import place
-from megalith.runtime.load import load_plain, weights_of
-from megalith.testing.parity import whole
+from megalith.runtime.build import build_runtime
+from megalith.runtime.load import load_model, weights_of
+from megalith.testing.parity import full_tensor
 
 
-def placed(config: RunConfig, folder: str, kind: str) -> dict[str, Tensor]:
-    """{name: the whole parameter} of this rank's part of the model in a Hugging Face folder: as it lies there, or in memory."""
-    mesh = meshes.start(config.parallel)
+def parallelized(config: RunConfig, folder: str, kind: str) -> dict[str, Tensor]:
+    """{name: full parameter} of this rank's stage of the model in a Hugging Face folder: from there, or from memory."""
+    mesh = meshes.init_mesh(config.parallel)
     if kind == "folder":
         weights = formats.read(folder)
     elif kind == "transformers":
@@ -21,5 +21,6 @@ def placed(config: RunConfig, folder: str, kind: str) -> dict[str, Tensor]:
 
         weights = weights_of(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
     else:
-        weights = weights_of(load_plain(folder, device="cpu")[0])
-    return {name: whole(parameter) for name, parameter in place(config, mesh, weights=weights).named_parameters()}
+        weights = weights_of(load_model(folder, device="cpu")[0])
+    runtime = build_runtime(config, mesh, weights=weights)
+    return {name: full_tensor(parameter) for name, parameter in runtime.named_parameters()}

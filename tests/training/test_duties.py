@@ -9,7 +9,7 @@ import pytest
 
 from megalith.training.callbacks import Callback, RunInfo, StepRecord
 from megalith.training.duties import ExitInterval, SaveCheckpoints, StopSignal, Validate
-from megalith.training.resume.state import FAILED, OVER, SIGNAL, Progress
+from megalith.training.resume.state import FAILED, SIGNAL, TIME_LIMIT, Progress
 from tests.tiny import tiny_config
 
 
@@ -21,7 +21,7 @@ def test_a_terminal_that_was_closed_is_not_written_to():
         os.close(master)
         with pytest.raises(OSError):
             os.write(slave, b"bar")
-        signals.note(signal.SIGHUP, None)
+        signals.handle_signal(signal.SIGHUP, None)
         assert os.write(slave, b"bar") == 3 and signals() == SIGNAL
     finally:
         signals.restore()
@@ -45,12 +45,12 @@ def step(number: int) -> StepRecord:
     )
 
 
-class Ear(Callback):
+class Listener(Callback):
     def __init__(self):
-        self.heard = []
+        self.records = []
 
     def on_validation(self, run, record):
-        self.heard.append((record.step, record.split, record.losses))
+        self.records.append((record.step, record.split, record.losses))
 
 
 def drive(callback: Callback, progress: Progress, run: RunInfo, steps: int, end: bool = True) -> None:
@@ -63,10 +63,10 @@ def drive(callback: Callback, progress: Progress, run: RunInfo, steps: int, end:
 
 
 def test_validation_before_between_and_after():
-    ear, progress = Ear(), Progress()
-    duty = Validate(lambda split: ({"lm loss": 2.0}, {}), progress, [ear], ["validation", "test"])
+    listener, progress = Listener(), Progress()
+    duty = Validate(lambda split: ({"lm loss": 2.0}, {}), progress, [listener], ["validation", "test"])
     drive(duty, progress, run_info(eval_interval=5), 12)
-    assert [(number, split) for number, split, _ in ear.heard] == [
+    assert [(number, split) for number, split, _ in listener.records] == [
         (0, "validation"),
         (5, "validation"),
         (10, "validation"),
@@ -76,15 +76,17 @@ def test_validation_before_between_and_after():
 
 
 def test_no_validation_twice_at_the_end_and_none_when_stopped():
-    ear, progress = Ear(), Progress()
-    drive(Validate(lambda split: ({}, {}), progress, [ear], ["validation"]), progress, run_info(eval_interval=6), 12)
-    assert [number for number, *_ in ear.heard] == [0, 6, 12]
-    ear, progress = Ear(), Progress(iteration=3)
-    duty = Validate(lambda split: ({}, {}), progress, [ear], ["validation"])
+    listener, progress = Listener(), Progress()
+    drive(
+        Validate(lambda split: ({}, {}), progress, [listener], ["validation"]), progress, run_info(eval_interval=6), 12
+    )
+    assert [number for number, *_ in listener.records] == [0, 6, 12]
+    listener, progress = Listener(), Progress(iteration=3)
+    duty = Validate(lambda split: ({}, {}), progress, [listener], ["validation"])
     drive(duty, progress, run_info(eval_interval=6), 4, end=False)
     progress.stop = "asked"
     duty.on_end(run_info())
-    assert ear.heard == []
+    assert listener.records == []
 
 
 def test_checkpoints_at_intervals_and_at_the_end_once():
@@ -156,5 +158,5 @@ def test_a_second_interrupt_ends_at_once():
 
 
 def test_duration():
-    assert StopSignal(False, 0.0)() == OVER
+    assert StopSignal(False, 0.0)() == TIME_LIMIT
     assert not StopSignal(False, 10.0)()

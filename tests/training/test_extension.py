@@ -41,10 +41,10 @@ class Focal:
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    (tmp_path / "mine_of_test.py").write_text(MODULE)
+    (tmp_path / "user_module.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
-    yield "mine_of_test"
-    sys.modules.pop("mine_of_test", None)
+    yield "user_module"
+    sys.modules.pop("user_module", None)
 
 
 def test_own_dataset_and_loss(module, corpus, tmp_path):
@@ -59,7 +59,7 @@ def test_own_dataset_and_loss(module, corpus, tmp_path):
     assert found[-1] < 0.75 * found[0]
 
 
-def test_a_wrong_name_is_told(corpus, tmp_path):
+def test_a_wrong_name_is_reported(corpus, tmp_path):
     from megalith.common.errors import ConfigError
     from megalith.training.pretrain import train
 

@@ -1,11 +1,11 @@
-"""Which errors are those of collectives, and what is said of the others. tests/resume/test_failures.py kills real ranks."""
+"""Errors of collectives, and what is added to others. tests/resume/test_failures.py kills real ranks."""
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from megalith.common.errors import DataError, RankError, TrainingError
-from megalith.training.failures import broken_collective, named
+from megalith.training.failures import explain_errors, find_collective_error
 from megalith.training.resume.state import Progress
 
 
@@ -15,19 +15,19 @@ def test_a_broken_collective_is_found_behind_what_others_made_of_it():
     )
     outer = RuntimeError("stage 1 failed to run its forward pass")
     outer.__cause__ = broken
-    assert broken_collective(outer) is broken_collective(broken) is broken
-    assert broken_collective(dist.DistBackendError("of any text")) is not None
+    assert find_collective_error(outer) is find_collective_error(broken) is broken
+    assert find_collective_error(dist.DistBackendError("of any text")) is not None
     for other in (
         RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
         ValueError("Connection closed by peer"),
         None,
     ):
-        assert broken_collective(other) is None
+        assert find_collective_error(other) is None
 
 
 def raising(error: Exception) -> None:
     """On each rank of a pool, the same error on all."""
-    with named(Progress(iteration=7)):
+    with explain_errors(Progress(iteration=7)):
         raise error
 
 
@@ -44,7 +44,7 @@ def test_errors_name_rank_and_step(ranks):
 
 
 def test_one_process_needs_no_names():
-    with pytest.raises(RuntimeError, match="shapes") as caught, named(Progress()):
+    with pytest.raises(RuntimeError, match="shapes") as caught, explain_errors(Progress()):
         raise torch.OutOfMemoryError("shapes")
     assert not getattr(caught.value, "__notes__", [])
 
@@ -54,5 +54,5 @@ def test_a_compiled_file_of_a_killed_process_is_named():
     with pytest.raises(
         TrainingError, match=r"^after step 0: .*file too short; .* Delete /tmp/inductor/tb/c7.main.so; go on.$"
     ):
-        with named(Progress(), lambda: "go on"):
+        with explain_errors(Progress(), lambda: "go on"):
             raise ImportError("/tmp/inductor/tb/c7.main.so: file too short")

@@ -1,4 +1,4 @@
-"""A run begins with another program's weights in every layout: its first loss is that of one process, and of transformers."""
+"""A run begins with another program's weights in every layout: its first loss is that of transformers."""
 
 import pathlib
 import shutil
@@ -9,7 +9,7 @@ import transformers
 
 import megalith
 from megalith.checkpoint import formats
-from megalith.checkpoint.formats import FORMATS, Options
+from megalith.checkpoint.formats import FORMATS, HuggingFaceOptions, MegatronOptions
 from megalith.checkpoint.formats.huggingface import conversion as huggingface
 from megalith.cli.main import main
 from megalith.common.errors import CheckpointError, ConfigError
@@ -23,7 +23,7 @@ from tests.checkpoint import megatron_files
 from tests.originals.families import MODELS, bert, make
 from tests.originals.test_t5 import original
 from tests.tiny import losses, tiny_bert, tiny_config, tiny_t5, write_sentences
-from tests.training.placing import placed
+from tests.training.placing import parallelized
 
 MEGATRON = pathlib.Path(__file__).parents[3] / "shared/data/megatron/models/tp2pp1"
 needs_shared = pytest.mark.skipif(not MEGATRON.exists(), reason="needs the Megatron files of ../shared/data")
@@ -53,8 +53,11 @@ def sources(tmp_path_factory) -> dict[str, str]:
     bert("Bert", vocab_size=60, num_hidden_layers=2)().save_pretrained(folder / "bert")
     original("t5").save_pretrained(folder / "t5")
     return {
-        "llama": llama(folder / "llama"), "megatron": str(MEGATRON), "bert": str(folder / "bert"), "t5": str(folder / "t5")
-    }  # fmt: skip
+        "llama": llama(folder / "llama"),
+        "megatron": str(MEGATRON),
+        "bert": str(folder / "bert"),
+        "t5": str(folder / "t5"),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +68,7 @@ def sentences(tmp_path_factory) -> str:
 def config_of(source: str, load: str, corpus: str, sentences: str, folder: pathlib.Path, **changes) -> RunConfig:
     """A run of one step with the model of `load`; without dropout, which transformers draws otherwise."""
     run, prefix = {"bert": (tiny_bert, sentences), "t5": (tiny_t5, sentences)}.get(source, (tiny_config, corpus))
-    form = vars(formats.read(load, options=Options(replicas="first")).config.model)
+    form = vars(formats.read(load, options=dict(replicas="first")).config.model)
     rows = {"vocab_size": form["vocab_size"] - 1 if prefix == corpus else form["vocab_size"]}  # NullTokenizer adds one
     given = {
         **form,
@@ -112,7 +115,7 @@ def test_the_first_loss_in_every_layout(source, sources, ranks, corpus, sentence
     train(config("one"))
     (one,) = losses(str(tmp_path / "one"))
     if source == "megatron":
-        huggingface.write(formats.read(MEGATRON), tmp_path / "hf", Options())
+        huggingface.write(formats.read(MEGATRON), tmp_path / "hf", HuggingFaceOptions())
     if source != "bert":  # whose second loss is of tests/originals
         kinds = {"t5": transformers.AutoModelForSeq2SeqLM}
         model = kinds.get(source, transformers.AutoModelForCausalLM).from_pretrained(
@@ -139,7 +142,7 @@ def test_two_layouts_of_a_hugging_face_folder(sources, ranks, corpus, sentences,
         f"loaded from {sources['llama']}: the weights; not the optimizer's state, the schedule and the counts of steps"
         in said
     )
-    assert train(one).iteration == 1, "the same command goes on with the run's own checkpoint"
+    assert train(one).iteration == 1, "the same command resumes the run's own checkpoint"
     ranks(run_all, 2, [two.replace(**LAYOUTS["tp2"][1])])
     assert losses(str(tmp_path / "two")) == pytest.approx(losses(str(tmp_path / "one")), rel=1e-5)
 
@@ -152,15 +155,15 @@ def test_another_model_names_both_values(sources, corpus, sentences, tmp_path) -
         train(config.replace(num_query_groups=4))
     with pytest.raises(CheckpointError, match="--rotary-interleaved is True, was False"):
         train(config.replace(rotary_interleaved=True))
-    with pytest.raises(CheckpointError, match=r"--ckpt-step: found 5; .* holds one state of a model. Leave it out"):
+    with pytest.raises(CheckpointError, match=r"--ckpt-step .* holds one state of a model; found 5. Leave it out"):
         train(config.replace(ckpt_step=5))
 
 
-def test_megatron_goes_on_where_it_has_a_state(corpus, tmp_path, ranks) -> None:
-    """Weights, moments, schedule and counts straight from Megatron's files, bit for bit in one process, and in a layout."""
+def test_megatron_resumes_where_it_has_a_state(corpus, tmp_path, ranks) -> None:
+    """Weights, moments, schedule and counts directly from Megatron's files, exact in one process, and in a layout."""
     run = tmp_path / "run"
     train(tiny_config(corpus, str(run), save_interval=6, eval_iters=0))
-    options = Options(
+    options = MegatronOptions(
         tensor_model_parallel_size=2,
         pipeline_model_parallel_size=2,
         with_optimizer=True,
@@ -172,7 +175,7 @@ def test_megatron_goes_on_where_it_has_a_state(corpus, tmp_path, ranks) -> None:
     assert losses(str(tmp_path / "on")) == losses(str(run))[6:]
     ranks(run_all, 4, [on.replace(run_dir=str(tmp_path / "split"), **LAYOUTS["tp2 pp2"][1])])
     assert losses(str(tmp_path / "split")) == pytest.approx(losses(str(run))[6:], rel=1e-4)
-    with pytest.raises(ConfigError, match="only one can be gone on from"):
+    with pytest.raises(ConfigError, match="only one of them can be resumed"):
         train(on)
     for flags, iteration in (({"no_load_optim": True}, 12), ({"finetune": True}, 2)):
         other = on.replace(run_dir=str(tmp_path / "other"), fresh=True, **flags)
@@ -187,9 +190,9 @@ def test_megatron_goes_on_where_it_has_a_state(corpus, tmp_path, ranks) -> None:
 
 
 @needs_shared
-def test_megatron_without_the_optimizer_is_told(corpus, sentences, tmp_path, capsys) -> None:
+def test_megatron_without_the_optimizer_is_reported(corpus, sentences, tmp_path, capsys) -> None:
     config = config_of("megatron", str(MEGATRON), corpus, sentences, tmp_path / "run", finetune=False)
-    with pytest.raises(CheckpointError, match=r"optimizer: .*--no-load-optim.*--finetune"):
+    with pytest.raises(CheckpointError, match=r"optimizer.*--no-load-optim.*--finetune"):
         train(config.replace(train_iters=6))
     capsys.readouterr()
     assert train(config.replace(train_iters=6, no_load_optim=True)).iteration == 6
@@ -207,15 +210,15 @@ def test_a_release_without_arguments(corpus, tmp_path, monkeypatch) -> None:
     )
     train(run)
     given = {"num_attention_heads": 8, "vocab_size": 49}
-    convert(tmp_path / "release.zip", tmp_path / "ours", to="megalith", options=Options(overrides=given))
+    convert(tmp_path / "release.zip", tmp_path / "ours", to="megalith", options=dict(overrides=given))
     train(run.replace(load=str(tmp_path / "ours"), run_dir=str(tmp_path / "converted")))
     assert losses(str(tmp_path / "run")) == losses(str(tmp_path / "converted"))
 
 
 COMMAND = (
-    "pretrain gpt --load {load} --save {save} --data-path {corpus} --split 90,5,5 --seq-length 16 --tokenizer-type NullTokenizer "
-    "--micro-batch-size 4 --global-batch-size 8 --train-iters 1 --lr 1e-3 --lr-warmup-iters 0 --eval-iters 0 --device cpu "
-    "--progress none --print-config none"
+    "pretrain gpt --load {load} --save {save} --data-path {corpus} --split 90,5,5 --seq-length 16 "
+    "--tokenizer-type NullTokenizer --micro-batch-size 4 --global-batch-size 8 --train-iters 1 --lr 1e-3 "
+    "--lr-warmup-iters 0 --eval-iters 0 --device cpu --progress none --print-config none"
 )
 
 
@@ -248,7 +251,7 @@ def test_the_command_line(sources, corpus, tmp_path, capsys) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "bert", "t5"])
 def test_a_model_in_memory(name, sources) -> None:
-    """The logits of a model object of transformers, without a folder in between; and its Weights are those of its folder."""
+    """The logits of a model object of transformers, without a folder; and its Weights are those of its folder."""
     kind = {"llama": "AutoModelForCausalLM", "bert": "BertForPreTraining", "t5": "AutoModelForSeq2SeqLM"}[name]
     theirs = getattr(transformers, kind).from_pretrained(sources[name], dtype=torch.float32).eval()
     weights, folder = weights_of(theirs), formats.read(sources[name])
@@ -261,7 +264,7 @@ def test_a_model_in_memory(name, sources) -> None:
     assert ((found[0] if name == "bert" else found) - wanted).abs().max() < 1e-5
     again = megalith.load(megalith.load(theirs, device="cpu"), device="cpu")
     assert all(map(torch.equal, again.parameters(), megalith.load(sources[name], device="cpu").parameters()))
-    with pytest.raises(CheckpointError, match="model: found 'Linear'; its attribute `config` is"):
+    with pytest.raises(CheckpointError, match=r"The model must have an attribute `config` that is .*; found Linear"):
         megalith.load(torch.nn.Linear(2, 2))
 
 
@@ -282,9 +285,9 @@ def test_a_model_that_exists_is_placed(layout, kind, sources, ranks) -> None:
         device="cpu", micro_batch_size=2, global_batch_size=4, seq_length=16, **changes
     )
     whole, found = formats.read(sources["llama"]), {}
-    for part in ranks(placed, processes, config, sources["llama"], kind):
+    for part in ranks(parallelized, processes, config, sources["llama"], kind):
         found |= part
     assert found.keys() == {name.removeprefix("model/") for name in whole}
     assert all(torch.equal(tensor, whole[f"model/{name}"]) for name, tensor in found.items())
     with pytest.raises(CheckpointError, match=r"--layernorm-epsilon is 0.1, was 1e-06"):
-        ranks(placed, processes, config.replace(layernorm_epsilon=0.1), sources["llama"], "folder")
+        ranks(parallelized, processes, config.replace(layernorm_epsilon=0.1), sources["llama"], "folder")

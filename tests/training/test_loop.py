@@ -67,7 +67,7 @@ def test_a_step_that_is_skipped_has_no_update_to_come_before():
     assert spy.calls == ["start", "step", "end"]
 
 
-def test_an_error_is_told_to_all_that_have_started_and_is_the_one_that_leaves():
+def test_an_error_is_reported_to_all_that_have_started_and_is_the_one_that_leaves():
     def fail(*_):
         raise OSError("of the step")
 
@@ -87,7 +87,7 @@ def test_an_error_is_told_to_all_that_have_started_and_is_the_one_that_leaves():
     assert never.calls == []
 
 
-def test_an_error_at_the_end_is_told_too():
+def test_an_error_at_the_end_is_reported_too():
     """As where the last save finds the disk full."""
 
     def fail(*_):

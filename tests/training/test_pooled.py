@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megalith.parallel import mesh as meshes
-from megalith.runtime.build import place
+from megalith.runtime.build import build_runtime
 from megalith.testing import parity, run_ranks
 from megalith.testing.parity import TOLERANCE, compare, measure, merge
 from megalith.training.tasks import build_task
@@ -34,7 +34,7 @@ CASES = {
 
 def at_once(config, dtype=torch.float64):
     """The definition: the whole batch in one piece, and autograd through all of it."""
-    runtime = place(config, meshes.start(config.parallel), dtype)
+    runtime = build_runtime(config, meshes.init_mesh(config.parallel), dtype)
     task, batch = build_task(config, runtime.mesh), parity.batch(config)
     runtime.begin_step(0)
     step = {"samples": batch["samples"], "step": torch.tensor(0)}
@@ -42,7 +42,7 @@ def at_once(config, dtype=torch.float64):
     loss = task.losses(task.pooled(output, batch), {}, task.counts(batch))["contrastive loss"]
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in runtime.named_parameters()}
-    return parity.Measured(float(loss), {}, gradients)
+    return parity.LayoutResult(float(loss), {}, gradients)
 
 
 @functools.cache
@@ -60,6 +60,6 @@ def test_the_gradient_is_that_of_the_batch_in_one_piece(case):
     whole = merge(parts)
     assert whole.gradients.keys() == expected().gradients.keys()
     for found in [*parts, whole]:  # what a part has not, another has
-        here = parity.Measured(found.loss, {}, expected().gradients | found.gradients)
+        here = parity.LayoutResult(found.loss, {}, expected().gradients | found.gradients)
         loss, worst, *_ = compare(expected(), here, torch.float64)
         assert loss.error <= TOLERANCE[torch.float64] and worst.error <= TOLERANCE[torch.float64], (loss, worst)

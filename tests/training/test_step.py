@@ -6,7 +6,7 @@ import torch
 from megalith.optim.build import build_optimizer
 from megalith.optim.loss_scale import StaticLossScale
 from megalith.optim.schedule import Schedule
-from megalith.runtime.build import place, start
+from megalith.runtime.build import build_runtime, init_mesh
 from megalith.training.resume.state import SIGNAL, Progress
 from megalith.training.step import Trainer, train_step
 from megalith.training.tasks import LanguageModelling
@@ -23,7 +23,7 @@ def no_group_left():
 
 def trainer(loss_scale: float = 1.0, **changes) -> Trainer:
     config = tiny_config("unused", "unused", **changes).replace(vocab_size=VOCABULARY + 1)
-    runtime = place(config, start(config.parallel))
+    runtime = build_runtime(config, init_mesh(config.parallel))
     optimizer = build_optimizer(config.optimizer, runtime.model.named_parameters())
     return Trainer(
         runtime,
@@ -103,7 +103,7 @@ def test_bf16_follows_float32():
     assert all(p.dtype == torch.float32 for p in parameters)
 
 
-def test_asked_to_stop_is_told():
+def test_asked_to_stop_is_reported():
     made = trainer()
     assert train_step(made, batches(8), Progress(), stop=SIGNAL).stop == SIGNAL
     assert not train_step(made, batches(8), Progress()).stop

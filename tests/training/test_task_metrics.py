@@ -8,7 +8,7 @@ import torch
 from megalith.common.errors import ConfigError, TrainingError
 from megalith.config.run import RunConfig
 from megalith.parallel import mesh as meshes
-from megalith.runtime.build import place
+from megalith.runtime.build import build_runtime
 from megalith.testing import parity, run_ranks
 from megalith.training.forward_backward import forward_backward
 from megalith.training.pretrain import train
@@ -17,15 +17,16 @@ from tests.parity.cases import LAYOUTS, SMALL
 from tests.tiny import records, tiny_config
 
 REPORTING = "tests.training.accuracy:Reporting"
+OF_COUNTS = "must return the names of `counts` (what is not to be minimised is for `metrics`)"
 
 
 def measured(config, name):
     """Gradients, and the sums over all processes."""
-    runtime = place(config.replace(loss=name), meshes.start(config.parallel), torch.float64)
+    runtime = build_runtime(config.replace(loss=name), meshes.init_mesh(config.parallel), torch.float64)
     task = build_task(runtime.config, runtime.mesh)
     made = parity.micro_batches(parity.batch(config), config.batch.micro_batch_size, runtime.mesh)
-    _, sums = forward_backward(runtime, task, [runtime.take(each, task.sequences) for each in made], 0)
-    return {name: parity.whole(parameter.grad) for name, parameter in runtime.named_parameters()}, sums.tolist()
+    _, sums = forward_backward(runtime, task, [runtime.prepare_batch(each, task.sequences) for each in made], 0)
+    return {name: parity.full_tensor(parameter.grad) for name, parameter in runtime.named_parameters()}, sums.tolist()
 
 
 @functools.cache
@@ -62,8 +63,8 @@ def test_a_run_reports_them_by_name(corpus, tmp_path, capsys):
     assert len(steps) == 4 and all(line["metrics"]["tenfold"] == pytest.approx(2.5 * line["loss"]) for line in steps)
     assert all(line["metrics"]["counted share"] == 1.0 and "losses" not in line for line in steps)
     for split in ("validation", "test"):
-        told = [line[f"{split}_metrics"] for line in lines if f"{split}_loss" in line]
-        assert told and all(each.keys() == {"tenfold", "counted share"} for each in told)
+        message = [line[f"{split}_metrics"] for line in lines if f"{split}_loss" in line]
+        assert message and all(each.keys() == {"tenfold", "counted share"} for each in message)
     said = capsys.readouterr().out
     mean = sum(line["metrics"]["tenfold"] for line in steps[:2]) / 2
     assert (
@@ -81,18 +82,18 @@ def test_a_run_reports_them_by_name(corpus, tmp_path, capsys):
     assert "tenfold validation ppl" not in board.Tags()["scalars"]
 
 
-@pytest.mark.parametrize(("name", "told"), [
-    ("Confused", "Confused.metric_names: found lm loss; a metric and a loss of one name could not be told apart"),
-    ("Undeclared", "Undeclared.metrics: found surprise; its names are those of `metric_names`. Known are none"),
-    ("Silent", "Silent.losses: found no lm loss; its names are those of `counts`; what is not to be minimised is for `metrics`"),
-    ("Changing", "Changing.counts: found other loss, no lm loss; its names are the same for every micro-batch. Known are lm loss"),
-    ("Minimised", "Minimised.losses: found accuracy; its names are those of `counts`; what is not to be minimised is for `metrics`"),
+@pytest.mark.parametrize(("name", "message"), [
+    ("Confused", "Confused.metric_names must not name a loss, as the two could not be told apart; found lm loss."),
+    ("Undeclared", "Undeclared.metrics must return the names of `metric_names`; found surprise. Known are none"),
+    ("Silent", f"Silent.losses {OF_COUNTS}; found no lm loss."),
+    ("Changing", "Changing.counts must return the same names for every micro-batch; found other loss, no lm loss."),
+    ("Minimised", f"Minimised.losses {OF_COUNTS}; found accuracy."),
 ])  # fmt: skip
-def test_a_name_that_is_not_declared_is_told(corpus, tmp_path, name, told):
+def test_a_name_that_is_not_declared_is_reported(corpus, tmp_path, name, message):
     config = tiny_config(corpus, str(tmp_path / "run"), loss=f"tests.training.accuracy:{name}", eval_iters=0)
     with pytest.raises(TrainingError) as error:
         train(config)
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 class Setup(LanguageModelling):
@@ -133,11 +134,12 @@ def test_a_task_is_set_up_and_a_plain_class_gets_what_it_lacks():
     assert task.metrics(None, {}) == {} and task.tokens({"input_ids": torch.zeros(2, 3)}) == 6
 
 
-@pytest.mark.parametrize(("kind", "told"), [
-    (Unfinished, "found a class without inputs and losses and pooled; a task has the methods counts, inputs and losses"),
-    (made_by_a_function, "found a function; it is a class"),
+@pytest.mark.parametrize(("kind", "message"), [
+    (Unfinished, "must have the methods counts, inputs and losses, and pooled where it is a PooledTask; found a class "
+                 "without inputs and losses and pooled."),
+    (made_by_a_function, "must be a class; found a function"),
 ])  # fmt: skip
-def test_what_is_no_task_is_told_at_start(kind, told):
+def test_what_is_no_task_is_reported_at_start(kind, message):
     with pytest.raises(ConfigError) as error:
         build_task(named(kind), "mesh")
-    assert told in str(error.value)
+    assert message in str(error.value)

@@ -72,7 +72,7 @@ class Failing(LanguageModelling):
         return arguments
 
 
-def of_us(name: str) -> str:
+def address(name: str) -> str:
     return f"tests.training.test_validation:{name}"
 
 
@@ -94,7 +94,7 @@ def test_sigterm_in_a_validation_saves_and_the_same_command_measures_it(corpus, 
 
     A signal in the last batch of a validation is heard later: before the next step, which is still made, or batch.
     """
-    make = functools.partial(tiny_config, corpus, loss=of_us("Interrupted"), micro_batch_size=8)
+    make = functools.partial(tiny_config, corpus, loss=address("Interrupted"), micro_batch_size=8)
     whole, parts = (make(str(tmp_path / name)) for name in ("whole", "parts"))
     train(whole)
     monkeypatch.setenv(SIGTERM, str(batch))
@@ -114,7 +114,7 @@ def test_sigterm_in_a_validation_saves_and_the_same_command_measures_it(corpus, 
 
 def test_data_that_cannot_be_read_costs_no_step(corpus, tmp_path, monkeypatch, capsys):
     whole, run = (
-        tiny_config(corpus, str(tmp_path / name), dataset=of_us("dataset"), eval_interval=3)
+        tiny_config(corpus, str(tmp_path / name), dataset=address("dataset"), eval_interval=3)
         for name in ("whole", "run")
     )
     train(whole)
@@ -144,7 +144,7 @@ def on_ranks(config) -> None:
 
 @pytest.mark.parametrize("layout", [{}, {"pipeline_model_parallel_size": 2}])
 def test_one_rank_that_cannot_read_leaves_nobody_waiting(ranks, corpus, tmp_path, layout):
-    config = tiny_config(corpus, str(tmp_path / "run"), dataset=of_us("dataset"), eval_interval=3, **layout)
+    config = tiny_config(corpus, str(tmp_path / "run"), dataset=address("dataset"), eval_interval=3, **layout)
     with pytest.raises(TrainingError, match=r"^all 12 steps are done and saved"):
         ranks(on_ranks, 2, config, timeout=60)
     assert saved(tmp_path / "run") == [12]
@@ -157,7 +157,7 @@ def test_an_error_within_the_model_changes_no_step(corpus, tmp_path, capsys, pre
     with pytest.raises(
         TrainingError, match="all 12 steps are done and saved, but not measured at their end: validation data"
     ):
-        train(make(str(tmp_path / "run"), loss=of_us("Failing")))
+        train(make(str(tmp_path / "run"), loss=address("Failing")))
     assert "validation loss at step 6 was not measured" in capsys.readouterr().err
     assert losses(str(tmp_path / "run")) == losses(str(tmp_path / "whole")) and saved(tmp_path / "run") == [6, 12]
     one, two = (checkpoint.read_full(tmp_path / name / "checkpoints/iter_0000012") for name in ("run", "whole"))

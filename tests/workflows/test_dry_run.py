@@ -44,24 +44,39 @@ def here(tmp_path, monkeypatch):
         ({"data_path": ["cut"], **TYPED}, ["--data-path: cut.idx"]),
         ({"data_path": ["torn"], **TYPED}, ["--data-path: torn.idx"]),
         ({"data_path": ["."], **TYPED}, ["--data-path: bare has", "--data-path: cut.idx", "--data-path: torn.idx"]),
-        ({"data_path": ["1", "there", "two", "there"], **TYPED}, ["--data-path: found 'two'; a weight stands before each"]),
-        ({"train_data_path": ["there"], "valid_data_path": ["v"], **TYPED}, ["--valid-data-path: no indexed dataset at v"]),
+        ({"data_path": ["1", "there", "two", "there"], **TYPED}, ["--data-path must have a weight before each prefix"]),
+        (
+            {"train_data_path": ["there"], "valid_data_path": ["v"], **TYPED},
+            ["--valid-data-path: no indexed dataset at v"],
+        ),
         ({"data_file_list": "list", **TYPED}, ["--data-file-list list cannot be read"]),
-        ({"data_path": ["there"], "data_weights_schedule": "w", **TYPED}, ["--data-weights-schedule: there is no file w"]),
-        ({"dataset": "ict", "data_path": ["there"], "titles_data_path": "t", **TYPED}, ["--titles-data-path: no indexed dataset at t"]),
+        (
+            {"data_path": ["there"], "data_weights_schedule": "w", **TYPED},
+            ["--data-weights-schedule: there is no file w"],
+        ),
+        (
+            {"dataset": "ict", "data_path": ["there"], "titles_data_path": "t", **TYPED},
+            ["--titles-data-path: no indexed dataset at t"],
+        ),
         ({**TYPED}, ["--data-path is not given"]),
         ({"data_path": ["there"]}, ["--tokenizer-type is not given"]),
-        ({"data_path": ["there"], "tokenizer_type": "GPT2BPETokenizer", "vocab_file": "v.json"},
-         ["--vocab-file: there is no v.json here", "--merge-file is not given: GPT2BPETokenizer is made from it"]),
-        ({"data_path": ["there"], "tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": "gpt2"},
-         ["--tokenizer-model: there is no gpt2 here, and the Hugging Face Hub would be asked for it"]),
-        ({"data_path": ["there"], "tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": "t.json"},
-         ["--tokenizer-model: there is no t.json here"]),
+        (
+            {"data_path": ["there"], "tokenizer_type": "GPT2BPETokenizer", "vocab_file": "v.json"},
+            ["--vocab-file: there is no v.json here", "--merge-file is not given: GPT2BPETokenizer is made from it"],
+        ),
+        (
+            {"data_path": ["there"], "tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": "gpt2"},
+            ["--tokenizer-model: there is no gpt2 here, and the Hugging Face Hub would be asked for it"],
+        ),
+        (
+            {"data_path": ["there"], "tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": "t.json"},
+            ["--tokenizer-model: there is no t.json here"],
+        ),
         ({"data_path": ["there"], **TYPED, "load": "other"}, ["--load: other: no checkpoint found"]),
         ({"data_path": ["there"], **TYPED, "load": "run", "save": "run"}, []),
         ({"data_path": ["there"], **TYPED, "load": "runs/gpt/checkpoints"}, []),
     ],
-)  # fmt: skip
+)
 def test_what_is_missing(values, words, here):
     lines = missing(RunConfig().replace(**values))
     assert len(lines) == len(words) and all(line.startswith(word) for line, word in zip(lines, words, strict=True)), (
@@ -84,11 +99,18 @@ def test_the_files_of_a_list(here):
         (["--dry-run"], ["processes: 8"], 4, 8, "checked for 8 processes, as text 0 says"),
         (["--dry-run"], ["processes: 8", "processes: 16"], 4, 16, "as text 1 says"),
         (["--dry-run"], ["processes: 8", "summary: no number"], 4, 8, "as text 0 says"),
-        (["--dry-run"], ["processes: 8"], 3, 3, "the fewest of this layout, as the 8 that text 0 says is no multiple of it"),
-        (["--dry-run"], ["processes: many"], 1, 1, ""), (["--dry-run"], ["[not, YAML"], 1, 1, ""),
+        (
+            ["--dry-run"],
+            ["processes: 8"],
+            3,
+            3,
+            "the fewest of this layout, as the 8 that text 0 says is no multiple of it",
+        ),
+        (["--dry-run"], ["processes: many"], 1, 1, ""),
+        (["--dry-run"], ["[not, YAML"], 1, 1, ""),
         (["--dry-run", "--world-size", "12"], ["processes: 8"], 4, 12, ""),
     ],
-)  # fmt: skip
+)
 def test_the_number_of_processes(argv, texts, layout, number, line):
     own = (*flags.RUN_FLAGS, flags.Flag("--world-size", {"world_size": flags.VALUE}))
     named = [(f"text {at}", f"about:\n  {text}\n") for at, text in enumerate(texts)]

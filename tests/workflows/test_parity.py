@@ -46,7 +46,7 @@ def _wrong() -> dict:
     from megalith.parallel.plans.gpt import PLAN
 
     def forgets(module, parent, axis):
-        twin = styles.copy(module, parent, axis)
+        twin = styles.replicated_norm(module, parent, axis)
         twin.partial_gradients = ()
         return twin
 
@@ -58,30 +58,28 @@ WRONG = _wrong()
 
 def test_what_cannot_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SMALL, "--tensor-model-parallel-size", "3"]) == 2
-    assert "--tensor-model-parallel-size: found 3" in capsys.readouterr().err
+    assert "--tensor-model-parallel-size must divide --num-attention-heads" in capsys.readouterr().err
     assert main([*SMALL, "--processes", "16", "--global-batch-size", "16"]) == 2
-    assert "number of processes: found 16" in capsys.readouterr().err
+    assert "must be at most 8, because one machine runs them all; found 16." in capsys.readouterr().err
     assert main([*SMALL, "--processes", "two", "--show", "0", "--tensor-model-parallel-size", "-2"]) == 2
     err = capsys.readouterr().err
-    assert (
-        "--processes: found 'two'" in err
-        and "--show: found '0'" in err
-        and "--tensor-model-parallel-size: found -2" in err
-    )
+    assert "--processes must be a whole number above 0; found 'two'" in err
+    assert "--show must be a whole number above 0; found '0'" in err
+    assert "--tensor-model-parallel-size must be at least 1; found -2" in err
     assert main([*SMALL, "--tensor-model-parallel-size", "2", "--dry-run"]) == 0
     assert "2 processes would be compared with one" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", recipes.names())
 def test_a_recipe_is_checked_without_its_schedule(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """One step is run, so what a run's length, warm-up and ramp-up are does not matter, and no number of them is complained of."""
+    """One step is run, so a run's length, warm-up and ramp-up do not matter, and none of their numbers is an error."""
     large = name == "gpt3-175b"
     assert main(["parity", "--recipe", name, "--vocab-size", "128", "--dry-run"]) == (2 if large else 0)
     shown = capsys.readouterr()
     if large:
         assert (
-            "number of processes: found 128; one machine runs up to 8 ranks for this; the layout is tensor 8 x pipeline 16"
-            in shown.err
+            "number of processes (tensor 8 x pipeline 16 x context 1 x replicas 1) must be at most 8, "
+            "because one machine runs them all; found 128." in shown.err
         )
         smaller = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "1"]
         assert main(["parity", "--recipe", name, "--vocab-size", "128", "--dry-run", *smaller]) == 0
@@ -90,11 +88,12 @@ def test_a_recipe_is_checked_without_its_schedule(name: str, capsys: pytest.Capt
 
 
 def test_a_config_whose_run_would_need_more(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
-    settings = "lr: 0.01\nmin_lr: 0.001\ntrain_samples: 1000\nlr_warmup_samples: 10\nrampup_batch_size: [1, 3, 100]\nfinetune: true\n"
+    settings = "lr: 0.01\nmin_lr: 0.001\ntrain_samples: 1000\nlr_warmup_samples: 10\n"
+    settings += "rampup_batch_size: [1, 3, 100]\nfinetune: true\n"
     (tmp_path / "run.yaml").write_text(settings)
     assert main([*SMALL, "--config", str(tmp_path / "run.yaml"), "--dry-run"]) == 0
     assert main([*(word for word in SMALL if word not in ("--vocab-size", "67")), "--dry-run"]) == 2
-    assert "--vocab-size: found nothing" in capsys.readouterr().err
+    assert "--vocab-size must be given, because the check makes its own data; found nothing." in capsys.readouterr().err
 
 
 def test_the_layout_of_a_file_is_counted(capsys: pytest.CaptureFixture[str], tmp_path) -> None:

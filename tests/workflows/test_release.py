@@ -1,4 +1,4 @@
-"""NVIDIA's releases (Megatron's zips, without arguments or tokenizer) to text and to a folder for transformers: ../shared/seeds/004."""
+"""NVIDIA's releases (zips without arguments or tokenizer): text, and a folder for transformers (seeds/004)."""
 
 import json
 import pathlib
@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import megalith
-from megalith.checkpoint.formats import Options
 from megalith.cli.main import main
 from megalith.common.errors import ConfigError
 from megalith.workflows.conversion import convert
@@ -65,7 +64,8 @@ def run(releases, monkeypatch, tmp_path, capsys):
 def test_the_model_cards_flow(run, tmp_path) -> None:
     run(f"checkpoint import {GPT} {{new}}/345m {WORDS}")
     run(
-        "generate --load {new}/345m --dtype float16 --num-samples 2 --max-new-tokens 8 --device cpu --seed 1 --out-file {new}/texts.jsonl"
+        "generate --load {new}/345m --dtype float16 --num-samples 2 --max-new-tokens 8 --device cpu --seed 1 "
+        "--out-file {new}/texts.jsonl"
     )
     texts = [
         json.loads(line)["continuation"] for line in (tmp_path / "texts.jsonl").read_text(encoding="utf-8").splitlines()
@@ -84,7 +84,8 @@ def test_the_model_cards_flow(run, tmp_path) -> None:
         theirs.tokenizer.decode(unprompted[0][1:])
         == megalith.generate(ours, max_new_tokens=11, temperature=0, stop_at_eod=False)[0]
     )
-    # What transformers' Trainer makes of the folder: batches by its collator, the loss that the model gives, a step of AdamW.
+    # What transformers' Trainer makes of the folder: batches by its collator, the loss that the model gives, a step of
+    # AdamW.
     theirs.tokenizer.pad_token = theirs.tokenizer.eos_token
     batch = DataCollatorForLanguageModeling(theirs.tokenizer, mlm=False)(
         [theirs.tokenizer(text) for text in ("import os", "def f")]
@@ -124,12 +125,13 @@ def test_the_tokenizer_is_that_of_the_flags_everywhere(run, tmp_path) -> None:
         )
     said = run(f"checkpoint import {GPT} {{new}}/bare --num-attention-heads 4")
     assert (
-        "no tokenizer goes along, and text needs one: add --tokenizer FOLDER, or --vocab-file FILE --merge-file FILE"
-        in said
+        "no tokenizer is converted along, and text needs one: add --tokenizer FOLDER, or --vocab-file FILE "
+        "--merge-file FILE" in said
     )
     run(f"checkpoint import {GPT} {{new}}/folder --num-attention-heads 4 --tokenizer .")
     run(
-        "checkpoint export {new}/bare {new}/hf-later --to huggingface --vocab-file gpt2-vocab.json --merge-file gpt2-merges.txt"
+        "checkpoint export {new}/bare {new}/hf-later --to huggingface --vocab-file gpt2-vocab.json --merge-file "
+        "gpt2-merges.txt"
     )
     texts = set()
     text = "--prompt 'import os' --greedy --max-new-tokens 4 --device cpu --no-stream --out-file {new}/%s.jsonl"
@@ -159,13 +161,16 @@ REFUSED = [
     ),
     (
         f"checkpoint import {GPT} {{new}}/x --num-attention-heads 4 --vocab-file no.json --merge-file no.txt",
-        "there is no such file",
+        "--vocab-file must name an existing file",
     ),
     (
         f"generate --load {GPT} --num-attention-heads 4",
         "has no tokenizer; text needs one. Name its folder with --tokenizer, or its files",
     ),
-    (f"generate --load {GPT} --num-attention-heads 4 --tokenizer nowhere", "--tokenizer: found 'nowhere'"),
+    (
+        f"generate --load {GPT} --num-attention-heads 4 --tokenizer nowhere",
+        "--tokenizer must name a file or folder that exists; found 'nowhere'",
+    ),
     (
         f"generate --load {GPT} --num-attention-heads 4 --tokenizer-type GPT2BPETokeniser --tokenizer-model x",
         "unknown tokenizer",
@@ -185,16 +190,17 @@ def test_two_tokenizers_that_differ_are_named(run, tmp_path) -> None:
     first, second = (word for word, number in words.items() if number in (300, 301))
     (tmp_path / "v.json").write_text(json.dumps(words | {first: words[second], second: words[first]}))
     said = run(
-        "generate --load {new}/ours --vocab-file {new}/v.json --merge-file gpt2-merges.txt --max-new-tokens 2 --device cpu"
+        "generate --load {new}/ours --vocab-file {new}/v.json --merge-file gpt2-merges.txt --max-new-tokens 2 "
+        "--device cpu"
     )
-    assert "the tokenizer is the one given, whose words are not those of" in said
+    assert "the tokenizer is the one given, whose tokens are not those of" in said
     said = run(f"checkpoint import {GPT} {{new}}/more {WORDS} --vocab-size 510")
     assert (
         "the tokenizer has 512 tokens and the embedding 510 rows: name the tokenizer that the weights were trained with"
         in said
     )
-    with pytest.raises(ConfigError, match="a checkpoint of megalith says all of its model itself"):
-        convert(tmp_path / "ours", tmp_path / "x", to="huggingface", options=Options(overrides={"num_layers": 3}))
+    with pytest.raises(ConfigError, match="a checkpoint of megalith, which holds all fields of its model"):
+        convert(tmp_path / "ours", tmp_path / "x", to="huggingface", options=dict(overrides={"num_layers": 3}))
 
 
 def test_a_folder_with_megatrons_names(run, tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""A whole export: what a run leaves, opened by transformers, has the run's ids, and generating ends where documents do."""
+"""A whole export: transformers opens what a run leaves, with the same ids, and stops where documents end."""
 
 import json
 import pathlib
@@ -9,25 +9,27 @@ import transformers
 
 import megalith
 from megalith import checkpoint
-from megalith.checkpoint.formats import Options
 from megalith.config.flags.loading import to_yaml
 from megalith.config.run import RunConfig
 from megalith.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
-from megalith.runtime.build import plain
+from megalith.runtime.build import build_model
 from megalith.runtime.state import weights as weights_of
 from megalith.workflows.conversion import convert
-from tests.data.tokenizers.test_tokenizers import bert, gpt2, needs_shared, sentencepiece
 from tests.data.tokenizers.test_tokenizers_export import letters
+from tests.data.tokenizers.vocabularies import bert, gpt2, needs_shared, sentencepiece
 
 SIZES = dict(num_layers=1, hidden_size=16, num_attention_heads=2, max_position_embeddings=32, seq_length=32)
 LLAMA = dict(normalization="RMSNorm", swiglu=True, position_embedding_type="rope", add_bias_linear=False)
 
 
 def run(folder: pathlib.Path, tokenizer: Tokenizer, **config) -> RunConfig:
-    """A checkpoint as a run leaves it, of a GPT that ends at once: every position's output is the end of document's row."""
+    """A checkpoint as a run leaves it, of a GPT that ends at once.
+
+    Every position's output is the end of document's row.
+    """
     tokenizer.save(folder / "saved")
     made = RunConfig().replace(**SIZES | {"vocab_size": tokenizer.vocab_size} | config)
-    model = plain(made.model, torch.device("cpu"), seed=1)
+    model = build_model(made.model, torch.device("cpu"), seed=1)
     if made.model.model_type == "gpt":
         with torch.no_grad():
             state = weights_of(model)
@@ -40,7 +42,7 @@ def run(folder: pathlib.Path, tokenizer: Tokenizer, **config) -> RunConfig:
 
 
 def exported(folder: pathlib.Path, **options) -> tuple[dict, dict, tuple[str, ...]]:
-    weights = convert(folder / "run", folder / "out", to="huggingface", options=Options(**options))
+    weights = convert(folder / "run", folder / "out", to="huggingface", options=options)
     read = [json.loads((folder / "out" / name).read_text()) for name in ("config.json", "generation_config.json")]
     return read[0], read[1], weights.notes
 
@@ -82,7 +84,7 @@ def test_every_kind_of_tokenizer(tmp_path: pathlib.Path, kind: str) -> None:
 
 
 @needs_shared
-def test_bert_and_t5_have_their_own_parts(tmp_path: pathlib.Path) -> None:
+def test_bert_and_t5_have_other_special_tokens(tmp_path: pathlib.Path) -> None:
     (tmp_path / "bert").mkdir()
     tokenizer = bert(vocab_extra_ids=2)
     run(tmp_path / "bert", tokenizer, model_type="bert", norm_after_residual=True)
@@ -91,15 +93,25 @@ def test_bert_and_t5_have_their_own_parts(tmp_path: pathlib.Path) -> None:
     assert words("hello").input_ids == [tokenizer.cls, *tokenizer.encode("hello"), tokenizer.sep]
     (tmp_path / "t5").mkdir()
     tokenizer = sentencepiece("SentencePieceTokenizer", vocab_extra_ids=2)
-    run(tmp_path / "t5", tokenizer, model_type="t5", decoder_num_layers=1, position_embedding_type="relative", normalization="RMSNorm",
-        add_bias_linear=False, relu=True, softmax_scale=1.0, scale_output=True)  # fmt: skip
+    run(
+        tmp_path / "t5",
+        tokenizer,
+        model_type="t5",
+        decoder_num_layers=1,
+        position_embedding_type="relative",
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        relu=True,
+        softmax_scale=1.0,
+        scale_output=True,
+    )
     config, generation, _ = exported(tmp_path / "t5")
     for content in (config, generation):
         assert (content["eos_token_id"], content["pad_token_id"]) == (tokenizer.eos, tokenizer.pad)
         assert content["decoder_start_token_id"] == tokenizer.decoder_start
 
 
-def test_a_tokenizer_that_does_not_fit_is_told(tmp_path: pathlib.Path) -> None:
+def test_a_tokenizer_that_does_not_fit_is_reported(tmp_path: pathlib.Path) -> None:
     """One of --tokenizer, with more tokens than the model has rows; and one that transformers cannot have."""
     run(tmp_path, build_tokenizer("NullTokenizer", vocab_size=8))
     (tmp_path / "other").mkdir()
@@ -126,7 +138,10 @@ GIVEN = {  # tokenizer_config.json -> ids of bos and eos
 
 @pytest.mark.parametrize("case", GIVEN)
 def test_a_folder_given_to_an_export_has_the_ids_of_preprocessing(tmp_path: pathlib.Path, case: str) -> None:
-    """Whatever its tokenizer_config.json says or leaves out: classes of transformers build parts of tokenizer.json anew."""
+    """Whatever its tokenizer_config.json says or leaves out.
+
+    Classes of transformers build parts of tokenizer.json anew.
+    """
     settings, bos, eos = GIVEN[case]
     (tmp_path / "words").mkdir()
     letters(tmp_path / "words")
@@ -159,6 +174,6 @@ def test_a_saved_tokenizer_given_to_an_import_keeps_its_type(tmp_path: pathlib.P
     vocabulary = tmp_path / "words of mine.txt"
     vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "word"]))
     build_tokenizer("BertWordPieceCase", vocab_file=str(vocabulary), vocab_extra_ids=2).save(tmp_path / "other")
-    convert(tmp_path / "run", tmp_path / "ours", to="megalith", options=Options(tokenizer=tmp_path / "other"))
+    convert(tmp_path / "run", tmp_path / "ours", to="megalith", options=dict(tokenizer=tmp_path / "other"))
     tokenizer = megalith.load(tmp_path / "ours", device="cpu").tokenizer
     assert (tokenizer.encode("word"), tokenizer.vocab_size) == ([5], 10)

@@ -1,4 +1,4 @@
-"""Tensors to files and back through torch.distributed.checkpoint: its plans, its file format, our checksums.
+"""Tensors to files and back through torch.distributed.checkpoint (DCP): its plans and format, megalith's checksums.
 
 What is written is an ordinary DCP folder, so that `torch.distributed.checkpoint.load` reads it without megalith.
 """
@@ -30,12 +30,12 @@ from megalith.checkpoint.tensors.lazy import Index, Lazy
 from megalith.common.errors import CheckpointError
 
 THREADS = 2  # files a rank writes at once: while one waits for the disk, the other copies and hashes
-ALIGNED = 64  # bytes: what torch aligns data to within its files, and this what it writes within ours
-DATA = ".distcp"
+ALIGNMENT = 64  # bytes: torch aligns data to it within its files, and so must each of them be within a DCP file
+DATA_SUFFIX = ".distcp"
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, without its history."""
+    """This rank's part of a tensor, detached from the autograd graph."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -45,7 +45,7 @@ def write(
 ) -> tuple[dict, dict]:
     """Write tensors into `folder`, all ranks together, durably.
 
-    state: says what is written: names, and layouts. parts: {name: this rank's part}, the data, asked for one by one; they
+    state: the names and layouts of what is written. parts: {name: this rank's part}, the data, read one by one; they
         may be copies on another device (see saver.py) or read when asked for (see editing.py).
     Returns ({name: {"shape", "dtype"}} of the whole checkpoint, {file: {"bytes", "sha256"}} of this rank's files).
     """
@@ -55,15 +55,15 @@ def write(
     writer.set_up_storage_writer(ranks.rank == 0)
     plans: list[SavePlan] = []
 
-    def meet(offers: list[tuple[SavePlan, dict]]) -> set[MetadataIndex]:
+    def merge_plans(offers: list[tuple[SavePlan, dict]]) -> set[MetadataIndex]:
         plans.extend(plan for plan, _ in offers)
-        return _copies(offers)
+        return _find_copies(offers)
 
-    holders = {name: _members(tensor) for name, tensor in state.items()}
-    copies = ranks.collect(lambda: (writer.prepare_local_plan(planner.create_local_plan()), holders), meet)
+    meshes = {name: _mesh_ranks(tensor) for name, tensor in state.items()}
+    copies = ranks.collect(lambda: (writer.prepare_local_plan(planner.create_local_plan()), meshes), merge_plans)
     if copies:
-        mine = {item.index for item in planner.plan.items} & copies
-        ranks.collect(lambda: {index: fingerprint(parts[index.fqn]) for index in mine}, _same)
+        local_copies = {item.index for item in planner.plan.items} & copies
+        ranks.collect(lambda: {index: fingerprint(parts[index.fqn]) for index in local_copies}, _check_equal)
     plan = planner.finish_plan(
         ranks.distribute(lambda: None, lambda _: writer.prepare_global_plan(planner.create_global_plan(plans)[0]))
     )
@@ -71,28 +71,28 @@ def write(
     def finish(results: list) -> dict:
         writer.finish(planner.metadata, results)
         tensors: dict[str, Any] = planner.metadata.state_dict_metadata
-        return {name: _facts(found.size, found.properties.dtype) for name, found in tensors.items()}
+        return {name: _tensor_facts(found.size, found.properties.dtype) for name, found in tensors.items()}
 
     tensors = ranks.collect(lambda: writer.write(plan, planner), finish)
     return tensors, writer.sums
 
 
 def fill(tensors: Mapping[str, Lazy], state: Mapping[str, Tensor]) -> None:
-    """Fill the tensors of `state` in place, plain ones and DTensors of any layout: this rank's parts, no communication.
+    """Fill the tensors of `state` in place, DTensors of any layout among them: this rank's parts, no communication.
 
     Names and shapes must fit (see fit.py); dtypes are converted. Of the source no more is read than these parts.
     """
     with torch.no_grad():
         for name, tensor in state.items():
-            mine = local(tensor)
-            if mine.numel():  # of few rows some ranks have none
-                mine.copy_(tensors[name].part(box(tensor)))
+            target = local(tensor)
+            if target.numel():  # a rank may have no row of a tensor that has fewer rows than there are ranks
+                target.copy_(tensors[name].part(box(tensor)))
 
 
 def box(tensor: Tensor) -> Index:
-    """Where this rank's part lies in the whole."""
-    (mine,) = _create_chunk_list(tensor)
-    return tuple(slice(first, first + size) for first, size in zip(mine.offsets, mine.sizes, strict=True))
+    """Where this rank's part lies in the whole tensor."""
+    (chunk,) = _create_chunk_list(tensor)
+    return tuple(slice(first, first + size) for first, size in zip(chunk.offsets, chunk.sizes, strict=True))
 
 
 def fingerprint(tensor: Tensor) -> int:
@@ -101,7 +101,7 @@ def fingerprint(tensor: Tensor) -> int:
 
 
 class _SavePlanner(DefaultSavePlanner):
-    """DCP's planner, which takes the data from `parts` and only the layout from the state."""
+    """DCP's planner, but it takes the data from `parts`, and only the layout from the state."""
 
     def __init__(self, parts: Mapping[str, Tensor]):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -112,11 +112,11 @@ class _SavePlanner(DefaultSavePlanner):
 
 
 class _Writer(FileSystemWriter):
-    """DCP's writer, which hashes what it writes."""
+    """DCP's writer, but it hashes what it writes."""
 
     def __init__(self, folder: pathlib.Path):
         super().__init__(folder, thread_count=THREADS, sync_files=True)
-        self.fs = self.files = _Files()
+        self.fs = self.files = _HashingFileSystem()
 
     @property
     def sums(self) -> dict[str, dict]:
@@ -124,19 +124,22 @@ class _Writer(FileSystemWriter):
         return self.files.sums
 
     def storage_meta(self) -> None:
-        """Leave out what DCP would record: the temporary path of the folder."""
+        """Leave out what DCP records here: the temporary path of the folder."""
 
     def write(self, plan: SavePlan, planner: DefaultSavePlanner) -> list[WriteResult]:
-        """The files of this rank, THREADS at once, a tensor at a time in each (`write_data` keeps all tensors of a file until its end)."""
+        """Write the files of this rank, THREADS at once, a tensor at a time in each.
+
+        (DCP's `write_data` keeps all tensors of a file in memory until its end.)
+        """
         largest = max(map(_size, plan.items), default=0)
-        alone = threading.Lock()  # the embedding and the head: one of them is in memory, not both
+        largest_lock = threading.Lock()  # of the embedding and the head only one is in memory at a time
 
         def fill(number: int, items: list[WriteItem]) -> list[WriteResult]:
-            name = f"{plan.storage_data.prefix}{number}{DATA}"
+            name = f"{plan.storage_data.prefix}{number}{DATA_SUFFIX}"
             with self.fs.create_stream(self.fs.concat_path(self.path, name), "wb") as stream:
                 results = []
                 for item in items:
-                    with alone if _size(item) == largest else contextlib.nullcontext():
+                    with largest_lock if _size(item) == largest else contextlib.nullcontext():
                         results.append(_write_item(stream, item, planner.resolve_data(item), name))
                 os.fsync(stream.fileno())
             return results
@@ -145,12 +148,12 @@ class _Writer(FileSystemWriter):
             return [result for results in pool.map(fill, range(THREADS), _split(plan.items)) for result in results]
 
 
-def _write_item(stream: _Hashed, item: WriteItem, tensor: Tensor, name: str) -> WriteResult:
-    """A tensor as torch.save writes it, where its data can be mapped from the file."""
+def _write_item(stream: _HashingFile, item: WriteItem, tensor: Tensor, name: str) -> WriteResult:
+    """Write a tensor as torch.save does, at an offset from which its data can be mapped from the file."""
     tensor = tensor.detach().cpu()
     if not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.nbytes:
         tensor = tensor.clone(memory_format=torch.contiguous_format)  # torch.save writes a storage, not a view
-    stream.write(bytes(-stream.size % ALIGNED))
+    stream.write(bytes(-stream.size % ALIGNMENT))
     first = stream.size
     torch.save(tensor, stream)
     length = stream.size - first
@@ -163,18 +166,18 @@ def _size(item: WriteItem) -> int:
 
 
 def _split(items: list[WriteItem]) -> list[list[WriteItem]]:
-    """Items in order, each into the file that has the least so far: neighbours are written at about the same time."""
+    """Items in order, each into the file that is smallest so far: neighbours are written at about the same time."""
     files: list[list[WriteItem]] = [[] for _ in range(THREADS)]
-    held = [0] * THREADS
+    sizes = [0] * THREADS
     for item in items:
-        least = held.index(min(held))
-        files[least].append(item)
-        held[least] += _size(item)
+        smallest = sizes.index(min(sizes))
+        files[smallest].append(item)
+        sizes[smallest] += _size(item)
     return files
 
 
-class _Files(FileSystem):
-    """DCP's file system, which keeps the checksum of every file it writes."""
+class _HashingFileSystem(FileSystem):
+    """DCP's file system, but it keeps the checksum of every file it writes."""
 
     def __init__(self) -> None:
         self.sums: dict[str, dict] = {}
@@ -183,7 +186,7 @@ class _Files(FileSystem):
     def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
         name = pathlib.Path(path).name
         with open(path, mode) as file:
-            stream = _Hashed(file)
+            stream = _HashingFile(file)
             try:
                 yield stream
             except Exception as error:
@@ -195,12 +198,12 @@ class _Files(FileSystem):
         self.sums[pathlib.Path(new_path).name] = self.sums.pop(pathlib.Path(path).name)
 
 
-class _Hashed:
-    """A file open for writing from its beginning to its end, with the hash of all that went in."""
+class _HashingFile:
+    """A file open for writing from its beginning to its end, with the hash of all that was written."""
 
     def __init__(self, file: Any):
         self.file, self.size, self.hash = file, 0, hashlib.sha256()
-        self.failure: OSError | None = None  # torch.save replaces "disk full" by words of its own
+        self.failure: OSError | None = None  # torch.save replaces "disk full" by a message that does not say so
 
     def write(self, data: Any) -> int:
         try:
@@ -217,49 +220,52 @@ class _Hashed:
         return getattr(self.file, name)
 
 
-def _members(tensor: Tensor) -> tuple[int, ...] | None:
-    """The ranks of a DTensor's mesh; None for a plain tensor."""
+def _mesh_ranks(tensor: Tensor) -> tuple[int, ...] | None:
+    """The ranks of a DTensor's mesh; None for a tensor that is not distributed."""
     return tuple(tensor.device_mesh.mesh.flatten().tolist()) if isinstance(tensor, DTensor) else None
 
 
-def _copies(offers: list[tuple[SavePlan, dict]]) -> set[MetadataIndex]:
+def _find_copies(offers: list[tuple[SavePlan, dict]]) -> set[MetadataIndex]:
     """The pieces that several ranks hold independently of each other, whose equality is to be checked.
 
-    Those are plain tensors, and DTensors of different meshes (tied weights of two pipeline stages). Replicas within one
-    mesh are DTensor's own promise; hashing them all would cost as much as writing them.
+    Those are tensors that are not DTensors, and DTensors of different meshes (tied weights of two pipeline stages).
+    DTensor guarantees that replicas within one mesh are equal; hashing them all would cost as much as writing them.
     Raises CheckpointError where ranks disagree on a tensor's shape or dtype.
     """
     facts: dict[str, dict] = {}
-    holder: dict[MetadataIndex, Any] = {}
-    found = set()
-    for plan, holders in offers:
+    first_mesh: dict[MetadataIndex, Any] = {}
+    copies = set()
+    for plan, meshes in offers:
         for item in plan.items:
+            name = item.index.fqn
             if item.tensor_data is None:
-                raise CheckpointError(f"{item.index.fqn}: a checkpoint holds tensors; numbers belong into train_state")
-            mine = _facts(item.tensor_data.size, item.tensor_data.properties.dtype)
-            if facts.setdefault(item.index.fqn, mine) != mine:
+                raise CheckpointError(f"{name} is not a tensor; a checkpoint holds tensors. Put it into train_state")
+            found = _tensor_facts(item.tensor_data.size, item.tensor_data.properties.dtype)
+            if facts.setdefault(name, found) != found:
                 raise CheckpointError(
-                    f"{item.index.fqn}: two ranks disagree on it: {facts[item.index.fqn]} and {mine}. Nothing was saved."
+                    f"{name} differs between two ranks: it is {facts[name]} on one and {found} on the other. "
+                    f"Nothing was saved."
                 )
-            mesh = holders[item.index.fqn]
-            if item.index in holder and (mesh is None or holder[item.index] != mesh):
-                found.add(item.index)
-            holder.setdefault(item.index, mesh)
-    return found
+            mesh = meshes[name]
+            if item.index in first_mesh and (mesh is None or first_mesh[item.index] != mesh):
+                copies.add(item.index)
+            first_mesh.setdefault(item.index, mesh)
+    return copies
 
 
-def _same(prints: list[dict[MetadataIndex, int]]) -> None:
+def _check_equal(fingerprints: list[dict[MetadataIndex, int]]) -> None:
     """Raise CheckpointError where the same piece differs between ranks."""
     seen: dict[MetadataIndex, tuple[int, int]] = {}
-    for rank, mine in enumerate(prints):
-        for index, value in mine.items():
+    for rank, of_rank in enumerate(fingerprints):
+        for index, value in of_rank.items():
             other, expected = seen.setdefault(index, (rank, value))
             if value != expected:
                 raise CheckpointError(
-                    f"{index.fqn}: ranks {other} and {rank} hold copies that differ; saving one would hide it. Nothing was saved. "
-                    f"A replicated tensor is updated alike everywhere: look for a missing all-reduce or a rank-dependent input."
+                    f"ranks {other} and {rank} hold copies that differ of {index.fqn}; saving one of them would hide "
+                    f"that. Nothing was saved. A replicated tensor is updated alike on all ranks: look for a missing "
+                    f"all-reduce or an input that depends on the rank."
                 )
 
 
-def _facts(size: torch.Size, dtype: torch.dtype) -> dict:
+def _tensor_facts(size: torch.Size, dtype: torch.dtype) -> dict:
     return {"shape": list(size), "dtype": str(dtype).removeprefix("torch.")}

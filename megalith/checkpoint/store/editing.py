@@ -1,6 +1,6 @@
 """A changed copy of a checkpoint: other names, fewer parts, another iteration, a larger or smaller vocabulary.
 
-Tensors pass one by one, so the memory needed is that of the largest few, whatever the size of the checkpoint.
+Tensors are copied one by one, so the memory needed is that of the largest few, whatever the size of the checkpoint.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 
 from megalith.checkpoint.store.folder import new_folder
 from megalith.checkpoint.tensors.lazy import Lazy, cat
-from megalith.checkpoint.weights import own, write
+from megalith.checkpoint.weights import read_megalith, write
 from megalith.common.errors import CheckpointError
 from megalith.config.flags.text import nearest
 
 RNG = "rng"  # a part that other programs' checkpoints have: dropping it is allowed, and changes nothing
-RESIZED = {  # field of the config -> the parameters with a row for each of its units
+RESIZABLE = {  # field of the config -> the parameters with a row for each of its units
     "vocab_size": re.compile(r"(.*\.)?(embedding|head)\.(weight|bias)"),
     "max_position_embeddings": re.compile(r"(.*\.)?position_embedding\.weight"),
 }
@@ -39,34 +39,37 @@ def edit(
     overwrite: bool = False,
     notice: Callable[[str], None] = lambda line: None,
 ) -> pathlib.Path:
-    """Write a changed copy of the checkpoint at `path` into the new `folder`, and return its path. One process, no group.
+    """Write a changed copy of the checkpoint at `path` into the new `folder`, and return its path.
+
+    For one process without a process group.
 
     drop: parts (`optimizer`, `optimizer/exp_avg`) or patterns of whole names (`*/head.weight`) that are left out.
     rename: {old: new} parameter names, or beginnings of them that end before a dot; weights and optimizer alike.
     iteration: the number of the copy, also in its train_state; consumed samples stay what they were.
-    vocab_size, max_position_embeddings: the number of rows of the (position) embedding and the head. Rows at the end are
-        cut off; new ones are the mean of the old ones, in the optimizer's tensors too, so that a new word starts as an
-        average one, with the logit of one. The copy's config says the new size.
-    overwrite: put the copy in the place of what an earlier conversion wrote.
+    vocab_size, max_position_embeddings: the number of rows of the (position) embedding and the head. Rows at the end
+        are cut off; new ones are the mean of the old ones, in the optimizer's tensors too, so that a new token starts
+        as an average one, with the logit of one. The copy's config has the new size.
+    overwrite: replace what an earlier conversion wrote into `folder`.
 
-    Raises LockedError while another process writes there, CheckpointError where `folder` is not empty or something named is
-    not there; the source is never changed.
+    Raises LockedError while another process writes there, CheckpointError where `folder` is not empty or something
+    named is missing; the source is never changed.
     """
-    source = own(path)
+    source = read_megalith(path)
     facts = {name: {"shape": list(lazy.shape)} for name, lazy in source.tensors.items()}
-    names = _rename(_keep(facts, drop), rename or {})
-    asked = {"vocab_size": vocab_size, "max_position_embeddings": max_position_embeddings}
-    sizes = {field: size for field, size in asked.items() if size is not None}
-    rows = _rows(names, facts, sizes)
+    names = _rename_parameters(_drop_names(facts, drop), rename or {})
+    options = {"vocab_size": vocab_size, "max_position_embeddings": max_position_embeddings}
+    sizes = {field: size for field, size in options.items() if size is not None}
+    rows = _changed_rows(names, facts, sizes)
     tensors = {new: resize(source.tensors[old], rows.get(new)) for new, old in names.items()}
     number = source.iteration if iteration is None else iteration
-    with new_folder(folder, inputs=[path], overwrite=overwrite, notice=notice) as place:
-        made = write(replace(source, tensors=tensors, iteration=number, config=source.config.replace(**sizes)), place)
-    return pathlib.Path(folder) / made.name
+    changed = replace(source, tensors=tensors, iteration=number, config=source.config.replace(**sizes))
+    with new_folder(folder, inputs=[path], overwrite=overwrite, notice=notice) as temporary:
+        copy = write(changed, temporary)
+    return pathlib.Path(folder) / copy.name
 
 
 def resize(tensor: Lazy, rows: int | None) -> Lazy:
-    """`tensor` with `rows` rows: the last ones cut off, or the mean of all added (taken in float64). None: as it is."""
+    """`tensor` with `rows` rows: the last ones cut off, or the mean of all (in float64) added. None: as it is."""
     if rows is None:
         return tensor
     if rows <= tensor.shape[0]:
@@ -79,7 +82,7 @@ def resize(tensor: Lazy, rows: int | None) -> Lazy:
     return cat([tensor, Lazy(shape=shape, dtype=tensor.dtype, read=mean)])
 
 
-def _keep(known: dict[str, dict], drop: Sequence[str]) -> list[str]:
+def _drop_names(known: dict[str, dict], drop: Sequence[str]) -> list[str]:
     """The names that no pattern drops; each pattern must drop something."""
     kept = list(known)
     for pattern in (each for each in drop if each != RNG):
@@ -94,7 +97,7 @@ def _keep(known: dict[str, dict], drop: Sequence[str]) -> list[str]:
     return kept
 
 
-def _rename(names: list[str], rename: Mapping[str, str]) -> dict[str, str]:
+def _rename_parameters(names: list[str], rename: Mapping[str, str]) -> dict[str, str]:
     """{new name: old name}; each old name must be there, and no two may become one."""
     renamed = {name: name for name in names}  # old -> new
     for old, new in rename.items():
@@ -105,27 +108,29 @@ def _rename(names: list[str], rename: Mapping[str, str]) -> dict[str, str]:
         renamed |= {name: beginning.sub(rf"\g<1>{new}", name) for name in touched}
     swapped = {new: old for old, new in renamed.items()}
     if len(swapped) < len(renamed):
-        twice = next(new for new in renamed.values() if list(renamed.values()).count(new) > 1)
-        raise CheckpointError(f"rename: two tensors would be called {twice}. Drop one of them, or choose another name.")
+        duplicate = next(new for new in renamed.values() if list(renamed.values()).count(new) > 1)
+        raise CheckpointError(
+            f"rename would give two tensors the name {duplicate}. Drop one of them, or choose another name."
+        )
     return swapped
 
 
-def _rows(names: dict[str, str], facts: dict[str, dict], sizes: Mapping[str, int]) -> dict[str, int]:
-    """{new name: rows} of the tensors that change; those of the optimizer that have a row for each row of theirs too."""
+def _changed_rows(names: dict[str, str], facts: dict[str, dict], sizes: Mapping[str, int]) -> dict[str, int]:
+    """{new name: rows} of the parameters that change size, and of the optimizer's tensors with as many rows."""
     rows: dict[str, int] = {}
     for field, size in sizes.items():
         tables = {
             name: facts[old]["shape"]
             for name, old in names.items()
-            if RESIZED[field].fullmatch(name.rpartition("/")[2])
+            if RESIZABLE[field].fullmatch(name.rpartition("/")[2])
         }
         before = next((shape[0] for name, shape in tables.items() if name.startswith("model/")), None)
         if before is None:
             raise CheckpointError(
-                f"{field}: the checkpoint has no parameter with a row for each of its units, so it cannot be set to {size}"
+                f"{field} cannot be set to {size}: the checkpoint has no parameter with a row for each unit of it"
             )
         if size < 1:
-            raise CheckpointError(f"{field}: found {size}; a table has at least one row. The checkpoint has {before}.")
+            raise CheckpointError(f"{field} must be at least 1; found {size}. The checkpoint has {before}.")
         rows |= {name: size for name, shape in tables.items() if shape and shape[0] == before}
     return rows
 

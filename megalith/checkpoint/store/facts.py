@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself, without reading its tensors. No torch."""
+"""What the small files of a checkpoint say about it, without reading its tensors. No torch."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ CONFIG, TRAIN_STATE = "config.yaml", "train_state.json"
 
 
 def read_config(path: str | os.PathLike) -> str:
-    """The text of the config that the checkpoint at `path` was written with (YAML). Raises CheckpointError where it was changed since."""
-    place = pathlib.Path(path)
-    text = _text(place / CONFIG)
-    if faults := manifest.compare(place, {CONFIG: manifest.read(place)["files"][CONFIG]}):
-        raise CheckpointError(f"{faults[0]}. Copy the checkpoint again; what a run does otherwise is said with flags")
+    """The text of the config that the checkpoint at `path` was written with (YAML).
+
+    Raises CheckpointError where it was changed since.
+    """
+    folder = pathlib.Path(path)
+    text = _read_text(folder / CONFIG)
+    if problems := manifest.compare(folder, {CONFIG: manifest.read(folder)["files"][CONFIG]}):
+        raise CheckpointError(f"{problems[0]}. Copy the checkpoint again; to change what a run does, give flags")
     return text
 
 
@@ -27,13 +30,16 @@ def read_train_state(path: str | os.PathLike) -> dict[str, Any]:
     """What `save` was given as train_state, with iteration, ranks and versions."""
     file = pathlib.Path(path) / TRAIN_STATE
     try:
-        return json.loads(_text(file))
+        return json.loads(_read_text(file))
     except ValueError as error:
         raise CheckpointError(f"{file} is damaged: it is not JSON ({error})") from None
 
 
-def written_by_another(path: pathlib.Path, run: str | None) -> bool:
-    """Whether the checkpoint at `path` names as its writer another run than `run`; some name none: converted ones, and those of old."""
+def written_by_another_run(path: pathlib.Path, run: str | None) -> bool:
+    """Whether the checkpoint at `path` names another run than `run` as its writer.
+
+    Converted checkpoints, and those of old releases, name none.
+    """
     try:
         return read_train_state(path).get("run") not in (run, None)
     except CheckpointError:
@@ -66,7 +72,7 @@ def part_of(name: str) -> str:
     return name.rpartition("/")[0] or name
 
 
-def _text(file: pathlib.Path) -> str:
+def _read_text(file: pathlib.Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""Why a checkpoint does not fit, in words: which parameter, both shapes, and the flag that would cure it. No torch."""
+"""Why a checkpoint does not fit, as text: which parameter, both shapes, and the flag that would cure it. No torch."""
 
 from __future__ import annotations
 
@@ -13,40 +13,41 @@ from megalith.config.architectures import architecture
 from megalith.config.flags.loading import from_yaml
 from megalith.config.flags.text import flag, value_text
 from megalith.config.flags.values import fields
+from megalith.config.identity import change_text
 from megalith.config.identity import differences as differences_of
-from megalith.config.identity import sentence
-from megalith.config.megatron.counts import NUMBERS, rows_asked, words_asked
+from megalith.config.megatron.counts import NUMERIC_TOKENIZERS, embedding_rows, vocab_size_of_rows
 from megalith.config.parameter_kinds import EVERY_SIZE, ParameterKind, pattern_of
 from megalith.config.sections.model import ModelConfig
 
-FIELDS = {name: field for name, field in fields().items() if field.section == "model"}
-SHOWN = 20  # lines of a difference; a wrong model differs everywhere, and says the same everywhere
+MODEL_FIELDS = {name: field for name, field in fields().items() if field.section == "model"}
+MAX_LINES = 20  # lines of a report; a wrong model differs in every layer, and each line would say the same
 
-SHAPING = (
-    "model_type", "num_layers", "decoder_num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "kv_channels",
-    "attention_head_type", "num_query_groups", "max_position_embeddings", "position_embedding_type", "relative_attention_num_buckets",
-    "normalization", "swiglu", "glu_activation", "embed_layernorm", "parallel_attn", "parallel_layernorm", "add_bias_linear",
-    "add_qkv_bias", "qk_layernorm", "norm_after_residual", "bert_no_binary_head", "num_classes",
-    "untie_embeddings_and_output_weights", "vocab_size",
+SHAPE_FIELDS = (
+    "model_type", "num_layers", "decoder_num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size",
+    "kv_channels", "attention_head_type", "num_query_groups", "max_position_embeddings", "position_embedding_type",
+    "relative_attention_num_buckets", "normalization", "swiglu", "glu_activation", "embed_layernorm", "parallel_attn",
+    "parallel_layernorm", "add_bias_linear", "add_qkv_bias", "qk_layernorm", "norm_after_residual",
+    "bert_no_binary_head", "num_classes", "untie_embeddings_and_output_weights", "vocab_size",
 )  # fmt: skip
 
 
-def model_section(text: str, *, typed: bool = False) -> dict[str, Any]:
-    """{field: value} of what decides shapes in a config's YAML text, derived sizes filled in; {} where it cannot be read.
+def model_section(text: str, *, vocab_size_as_flag: bool = False) -> dict[str, Any]:
+    """{field: value} of the fields that decide shapes in a config's YAML text, derived sizes filled in.
 
-    typed: vocab_size is as --vocab-size means it, not the rows that a checkpoint has.
+    {} where the text cannot be read. vocab_size_as_flag: vocab_size is as --vocab-size means it, not the rows that a
+    checkpoint has.
     """
     if not text.strip():
         return {}
     try:
-        whole = from_yaml(text)
-        config, tokenizer = whole.model, whole.data.tokenizer_type
-    except ConfigError:  # a config of another release: what it cannot tell, the shapes tell
+        run_config = from_yaml(text)
+        config, tokenizer = run_config.model, run_config.data.tokenizer_type
+    except ConfigError:  # a config of another release; shapes are compared without it
         return {}
-    model = {name: getattr(config, name) for name in SHAPING} | {"tokenizer_type": tokenizer}
-    model["vocab_extra_ids"] = whole.data.vocab_extra_ids
-    if typed and config.vocab_size:
-        model["vocab_size"] = rows_asked(config.vocab_size, tokenizer)
+    model = {name: getattr(config, name) for name in SHAPE_FIELDS} | {"tokenizer_type": tokenizer}
+    model["vocab_extra_ids"] = run_config.data.vocab_extra_ids
+    if vocab_size_as_flag and config.vocab_size:
+        model["vocab_size"] = embedding_rows(config.vocab_size, tokenizer)
     if config.hidden_size and config.num_attention_heads:
         model |= {
             "ffn_hidden_size": config.ffn_size,
@@ -61,41 +62,42 @@ def differences(
 ) -> list[str]:
     """Lines that say why tensors `asked` for cannot be filled with those `found` in a checkpoint written by `model`.
 
-    Names that only the checkpoint has count in the parts that are asked for at all; not strict: no such names count.
+    strict: names that only one side has are differences too, in the parts that are asked for at all.
     """
     common = [list(found[name]) for name, shape in asked.items() if name in found and list(found[name]) == list(shape)]
-    if any(model.get("hidden_size") in shape for shape in common):  # one width fits, so no other differs for its sake
+    if any(model.get("hidden_size") in shape for shape in common):  # hidden_size fits, so it explains no difference
         model = {**model, "hidden_size": None}
-    lines = [
-        f"{name}: the checkpoint has {found[name]}, asked for is {shape}{_advice(cure_of_shape(name, found[name], shape, model))}"
-        for name, shape in sorted(asked.items())
-        if name in found and list(found[name]) != list(shape)
-    ]
+    lines = []
+    for name, shape in sorted(asked.items()):
+        if name in found and list(found[name]) != list(shape):
+            advice = _advice(cure_of_shape(name, found[name], shape, model))
+            lines.append(f"{name}: the checkpoint has {found[name]}, asked for is {shape}{advice}")
     if strict:
-        parts, there = {part_of(name) for name in asked}, {part_of(name) for name in found}
-        without = f"asked for, the checkpoint has no such part but {', '.join(sorted(there))}"
-        lines += [
-            f"{part}: {without}" for part in sorted(parts - there)
-        ]  # another optimizer's state, say: no parameter is at fault
-        lacking = sorted(name for name in asked.keys() - found.keys() if part_of(name) in there)
+        asked_parts, found_parts = {part_of(name) for name in asked}, {part_of(name) for name in found}
+        # No parameter is at fault where a whole part is missing, such as another optimizer's state.
+        only = f"asked for, the checkpoint has no such part, only {', '.join(sorted(found_parts))}"
+        lines += [f"{part}: {only}" for part in sorted(asked_parts - found_parts)]
+        missing = sorted(name for name in asked.keys() - found.keys() if part_of(name) in found_parts)
         lines += [
             f"{name}: asked for, not in the checkpoint{_advice(cure_of_presence(name, found, model))}"
-            for name in lacking
+            for name in missing
         ]
-        spare = sorted(name for name in found.keys() - asked.keys() if part_of(name) in parts)
+        unused = sorted(name for name in found.keys() - asked.keys() if part_of(name) in asked_parts)
         lines += [
-            f"{name}: in the checkpoint, not asked for{_advice(cure_of_presence(name, asked, model))}" for name in spare
+            f"{name}: in the checkpoint, not asked for{_advice(cure_of_presence(name, asked, model))}"
+            for name in unused
         ]
     return lines
 
 
-def another_model(source: object, now: ModelConfig, then: ModelConfig) -> str | None:
-    """What makes a run's model another one than that of a checkpoint, in words; None where nothing does."""
-    another = differences_of(now, then).another
+def describe_model_difference(source: object, now: ModelConfig, then: ModelConfig) -> str | None:
+    """What makes a run's model another one than that of a checkpoint, as text; None where nothing does."""
+    another = differences_of(now, then).incompatible
     if not another:
         return None
+    changes = "; ".join(change_text(*each) for each in another)
     return (
-        f"{source} holds another model: {'; '.join(sentence(*each) for each in another)}. Its weights mean nothing in "
+        f"{source} holds another model: {changes}. Its weights mean nothing in "
         f"this one, even where their shapes fit. Give {', '.join(as_flag(name, old) for name, _, old in another)}, or "
         f"--use-checkpoint-args with --load, which takes the model from there, or train another model in a folder of "
         f"its own (--run-dir)."
@@ -103,9 +105,9 @@ def another_model(source: object, now: ModelConfig, then: ModelConfig) -> str | 
 
 
 def report(path: str | pathlib.Path, lines: list[str]) -> str:
-    """The message of a CheckpointError: what does not fit, line by line, the first SHOWN of them."""
-    rest = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-    return "\n".join([f"{path} does not fit:", *(f"  {line}" for line in lines[:SHOWN] + rest)])
+    """The message of a CheckpointError: what does not fit, line by line, the first MAX_LINES of them."""
+    rest = [f"... and {len(lines) - MAX_LINES} more"] if len(lines) > MAX_LINES else []
+    return "\n".join([f"{path} does not fit:", *(f"  {line}" for line in lines[:MAX_LINES] + rest)])
 
 
 def cure_of_shape(name: str, found: list[int], asked: list[int], model: Mapping[str, Any]) -> list[str]:
@@ -124,26 +126,25 @@ def kind_of(name: str, model: Mapping[str, Any]) -> ParameterKind | None:
     """What a parameter of the checkpoint's `model` is; None where such a model has none of the name, or is unknown."""
     try:
         kinds = architecture(model["model_type"]).find("kinds")
-    except (KeyError, ConfigError):  # a config that cannot be read; a model of one's own that is not here
+    except (KeyError, ConfigError):  # a config that cannot be read; a user's own model that is not installed here
         return None
     return kinds.get(pattern_of(name.rpartition("/")[2]))
 
 
 def cure(field: str, model: Mapping[str, Any], asked: Sequence[int] = ()) -> str:
-    """The flag that asks for the checkpoint's value: with NullTokenizer --vocab-size means a row more than it says."""
+    """The flag for the checkpoint's value: with NullTokenizer the embedding has a row more than --vocab-size says."""
     if field != "vocab_size":
         return as_flag(field, model[field])
     rows = model[field]
-    typed = as_flag(field, words_asked(rows, model.get("tokenizer_type")))
+    flags = as_flag(field, vocab_size_of_rows(rows, model.get("tokenizer_type")))
     if extra := model.get("vocab_extra_ids"):  # with more of them the tokenizer needs more rows than that
-        typed = f"{as_flag('vocab_extra_ids', extra)} {typed}"
-    unsure = (
-        rows + 1 in asked and model.get("tokenizer_type") not in NUMBERS
-    )  # it is what was typed, if the run has that tokenizer
-    return (
-        typed
-        + f" (--vocab-size {words_asked(rows, 'NullTokenizer')} with NullTokenizer, which has a row more)" * unsure
+        flags = f"{as_flag('vocab_extra_ids', extra)} {flags}"
+    # The run gave the checkpoint's number as --vocab-size, if its tokenizer is NullTokenizer.
+    unsure = rows + 1 in asked and model.get("tokenizer_type") not in NUMERIC_TOKENIZERS
+    alternative = (
+        f" (--vocab-size {vocab_size_of_rows(rows, 'NullTokenizer')} with NullTokenizer, which has a row more)"
     )
+    return flags + alternative * unsure
 
 
 def cure_of_presence(name: str, others: Iterable[str], model: Mapping[str, Any]) -> list[str]:
@@ -153,29 +154,25 @@ def cure_of_presence(name: str, others: Iterable[str], model: Mapping[str, Any])
         deciding: tuple[str, ...] = ("num_layers", "decoder_num_layers")
     else:
         kind = kind_of(name, model)
-        deciding = kind.presence if kind else ("model_type",)  # no form of the checkpoint's model has it, another has
+        deciding = kind.presence if kind else ("model_type",)  # no variant of the checkpoint's model type has it
     return [cure(field, model) for field in deciding if model.get(field) is not None]
 
 
-def config_differences(mine: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(field, mine, other) for the fields that decide names and shapes and differ between two model sections.
+def config_differences(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(field, left, right) for the fields that decide names and shapes and differ between two model sections.
 
     A vocabulary that one side leaves to its tokenizer is no difference.
     """
-    both = [(field, mine.get(field), other.get(field)) for field in SHAPING]
-    return [
-        (field, one, two)
-        for field, one, two in both
-        if one != two and not (field == "vocab_size" and None in (one, two))
-    ]
+    values = [(field, left.get(field), right.get(field)) for field in SHAPE_FIELDS]
+    return [(field, a, b) for field, a, b in values if a != b and not (field == "vocab_size" and None in (a, b))]
 
 
 def as_flag(field: str, value: Any) -> str:
-    """A field with a value as it is typed: --num-layers 24, --swiglu, --disable-bias-linear; a false switch in YAML's words."""
+    """A field with a value as it is typed: --num-layers 24, --swiglu, --disable-bias-linear, no --qk-layernorm."""
     if value is True:
         return flag(field)
     if value is False:
-        spellings = FIELDS[field].metadata["flags"]
+        spellings = MODEL_FIELDS[field].metadata["flags"]
         return next((name for name in spellings if name.startswith(("--disable-", "--no-"))), f"no {flag(field)}")
     return f"{flag(field)} {value_text(value)}"
 

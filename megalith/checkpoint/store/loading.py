@@ -15,9 +15,9 @@ from megalith.checkpoint.ranks import Ranks
 from megalith.checkpoint.store import dcp as store
 from megalith.checkpoint.store import fit, manifest
 from megalith.checkpoint.store.facts import read_config, read_train_state
-from megalith.checkpoint.store.folder import damage, find
+from megalith.checkpoint.store.folder import describe_damage, find
 from megalith.checkpoint.store.saving import State
-from megalith.checkpoint.tensors.chunked import Chunked
+from megalith.checkpoint.tensors.chunked import DcpFolder
 from megalith.checkpoint.tensors.lazy import Lazy
 from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError
@@ -33,40 +33,42 @@ def load(
     checksums: bool = True,
     group: dist.ProcessGroup | None = None,
 ) -> dict[str, Any]:
-    """Fill the tensors of `state` in place from a checkpoint and return its train_state. All ranks of `group` call it together.
+    """Fill the tensors of `state` in place from a checkpoint and return its train_state.
 
-    folder, iteration: see folder.find. state: as in `save`, in any layout, whatever layout wrote it; dtypes are converted. Whole
-        parts may be left out (weights without optimizer: no name begins with `optimizer/`).
-    strict: within a part asked for, every name of the checkpoint must be asked for, and every name asked for must be there.
-        Without it, names that only one side has are left alone. Shapes must fit in any case.
-    checksums: read every file once more, shared among the ranks, and compare; the alternative is to trust the disk.
+    All ranks of `group` call it together.
 
-    Raises CheckpointError on all ranks: a missing or damaged checkpoint (the file, and the newest good one beside it), or one
-    that does not fit (each parameter, both shapes, the flag that would make it fit).
+    folder, iteration: see folder.find. state: as in `save`, in any layout, whatever layout wrote it; dtypes are
+        converted. Whole parts may be left out (weights without optimizer: no name begins with `optimizer/`).
+    strict: within a part asked for, every name of the checkpoint must be asked for, and every name asked for must be
+        there. Without it, names that only one side has are left alone. Shapes must fit in any case.
+    checksums: read every file once more, divided among the ranks, and compare; without it the disk is trusted.
+
+    Raises CheckpointError on all ranks: a missing or damaged checkpoint (the file, and the newest good one beside it),
+    or one that does not fit (each parameter, both shapes, the flag that would make it fit).
     """
     ranks = Ranks(group)
-    path: pathlib.Path = ranks.first(lambda: find(folder, iteration))
-    content = ranks.every(lambda: manifest.read(path))
+    path: pathlib.Path = ranks.on_rank_0(lambda: find(folder, iteration))
+    content = ranks.on_every_rank(lambda: manifest.read(path))
     if checksums:
-        verify_together(path, ranks)
+        verify_on_all_ranks(path, ranks)
     shapes = {name: facts["shape"] for name, facts in content["tensors"].items()}
-    _check(str(path), state, shapes, lambda: fit.model_section(read_config(path)), strict, ranks)
-    ranks.every(lambda: _fill(Chunked(path).lazies(), state))
+    _check_fit(str(path), state, shapes, lambda: fit.model_section(read_config(path)), strict, ranks)
+    ranks.on_every_rank(lambda: _fill(DcpFolder(path).lazies(), state))
     return read_train_state(path)
 
 
 def fill(weights: Weights, state: State, *, strict: bool = True, group: dist.ProcessGroup | None = None) -> None:
-    """As `load`, from weights of any format, which every rank has opened. All ranks of `group` call it together."""
+    """As `load`, from weights of any format that every rank has opened. All ranks of `group` call it together."""
     ranks, shapes = Ranks(group), {name: list(lazy.shape) for name, lazy in weights.tensors.items()}
-    _check(weights.source, state, shapes, lambda: fit.model_section(to_yaml(weights.config)), strict, ranks)
-    ranks.every(lambda: _fill(weights.tensors, state))
+    _check_fit(weights.source, state, shapes, lambda: fit.model_section(to_yaml(weights.config)), strict, ranks)
+    ranks.on_every_rank(lambda: _fill(weights.tensors, state))
 
 
 def read_tensors(path: str | os.PathLike, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
     """Whole tensors of the checkpoint at `path`, one at a time, on the CPU: (name, tensor) in the order of `names`.
 
-    For one process without a group; memory is that of the largest tensor. names: None gives all, sorted. Checksums are not
-    read: see verify. Raises CheckpointError for a name that is not there.
+    For one process without a group; memory is that of the largest tensor. names: None gives all, sorted. Checksums are
+    not compared: see verify. Raises CheckpointError for a name that is not there.
     """
     path = pathlib.Path(path)
     known = manifest.read(path)["tensors"]
@@ -74,10 +76,10 @@ def read_tensors(path: str | os.PathLike, names: Iterable[str] | None = None) ->
     missing = sorted(set(wanted) - set(known))
     if missing:
         raise CheckpointError(fit.report(path, [f"{name}: not in the checkpoint" for name in missing]))
-    chunked = Chunked(path)
+    stored = DcpFolder(path)
     for name in wanted:
         tensor = torch.empty(known[name]["shape"], dtype=getattr(torch, known[name]["dtype"]))
-        store.fill({name: chunked.lazy(name)}, {name: tensor})
+        store.fill({name: stored.lazy(name)}, {name: tensor})
         yield name, tensor
 
 
@@ -86,15 +88,15 @@ def read_full(path: str | os.PathLike, names: Iterable[str] | None = None) -> di
     return dict(read_tensors(path, names))
 
 
-def verify_together(path: pathlib.Path, ranks: Ranks) -> None:
-    """Compare all checksums, each rank a share of the files; raise CheckpointError everywhere where one differs."""
+def verify_on_all_ranks(path: pathlib.Path, ranks: Ranks) -> None:
+    """Compare all checksums, each rank those of some files; raise CheckpointError on all ranks where one differs."""
 
-    def judge(parts: list[list[str]]) -> None:
+    def raise_problems(parts: list[list[str]]) -> None:
         problems = [text for part in parts for text in part]
         if problems:
-            raise CheckpointError(damage(path, problems))
+            raise CheckpointError(describe_damage(path, problems))
 
-    ranks.collect(lambda: manifest.verify(path, part=(ranks.rank, ranks.size)), judge)
+    ranks.collect(lambda: manifest.verify(path, part=(ranks.rank, ranks.size)), raise_problems)
 
 
 def _stages(state: State) -> list[Mapping[str, Tensor]]:
@@ -106,7 +108,7 @@ def _fill(tensors: Mapping[str, Lazy], state: State) -> None:
         store.fill(tensors, {name: tensor for name, tensor in stage.items() if name in tensors})
 
 
-def _check(
+def _check_fit(
     source: str,
     state: State,
     found: Mapping[str, list[int]],
@@ -115,11 +117,11 @@ def _check(
     ranks: Ranks,
 ) -> None:
     """Raise CheckpointError on all ranks where what they ask for is not `found` in a checkpoint of `model`."""
-    mine = {name: list(tensor.shape) for stage in _stages(state) for name, tensor in stage.items()}
+    local_shapes = {name: list(tensor.shape) for stage in _stages(state) for name, tensor in stage.items()}
 
-    def judge(tables: list[dict[str, list[int]]]) -> None:
+    def raise_problems(tables: list[dict[str, list[int]]]) -> None:
         asked = {name: shape for table in tables for name, shape in table.items()}
         if lines := fit.differences(asked, found, model(), strict=strict):
             raise CheckpointError(fit.report(source, lines))
 
-    ranks.collect(lambda: mine, judge)
+    ranks.collect(lambda: local_shapes, raise_problems)

@@ -24,13 +24,13 @@ from megalith.common.pointers import pointer
 NAME = "manifest.json"
 FORMAT = "megalith checkpoint"
 SCHEMA = 1  # raised when a reader of the older schema could not read what is written now
-THREADS = min(8, os.cpu_count() or 1)  # hashing leaves Python's lock, so threads help where there are several files
+THREADS = min(8, os.cpu_count() or 1)  # hashing releases the GIL, so threads help where there are several files
 
 
 def write(folder: pathlib.Path, content: dict[str, Any]) -> None:
-    """Seal `content` (without format, schema and sha256, which are added) and write it into `folder`, durably."""
+    """Write `content` into `folder`, durably; format, schema and the checksum of all (sha256) are added."""
     content = {"format": FORMAT, "schema": SCHEMA, **content}
-    files.write_text(folder / NAME, json.dumps({**content, "sha256": _seal(content)}, indent=1) + "\n")
+    files.write_text(folder / NAME, json.dumps({**content, "sha256": _checksum(content)}, indent=1) + "\n")
 
 
 def read(path: str | os.PathLike) -> dict[str, Any]:
@@ -41,39 +41,42 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     file = pathlib.Path(path) / NAME
     try:
         content = json.loads(file.read_bytes())
-        seal = content.pop("sha256")
+        stated = content.pop("sha256")
         schema = content["schema"]
     except FileNotFoundError:
-        raise CheckpointError(f"{file} is missing: {path} is no checkpoint of megalith, or an incomplete one") from None
+        raise CheckpointError(
+            f"{file} is missing: {path} is not a checkpoint of megalith, or an incomplete one"
+        ) from None
     except (ValueError, KeyError, AttributeError, OSError) as error:
         raise CheckpointError(
             f"{file} is damaged: it cannot be read as a manifest ({type(error).__name__}: {error})"
         ) from None
-    if seal != _seal(content):
+    if stated != _checksum(content):
         raise CheckpointError(f"{file} is damaged: its content does not have the checksum that it states")
     if schema > SCHEMA:
+        writer = content.get("written_by", {}).get("megalith", "(unknown)")
         raise CheckpointError(
-            f"{file}: found schema {schema}, written by megalith {content.get('written_by', {}).get('megalith', '(unknown)')}; "
-            f"this megalith reads schemas 1 to {SCHEMA}. Install a newer megalith to read it."
+            f"{file} has schema {schema}, written by megalith {writer}; this version reads schemas 1 to {SCHEMA}. "
+            f"Install a newer megalith to read it."
         )
     return content
 
 
 def verify(path: str | os.PathLike, *, part: tuple[int, int] = (0, 1)) -> list[str]:
-    """Read every file of the checkpoint at `path` and compare it with its checksum; return the problems, one line a file.
+    """Read every file of the checkpoint at `path` and compare its checksum; return the problems, one line a file.
 
-    part: (i, n) looks at every n-th file from the i-th on, so that n ranks can share the work.
+    part: (i, n) reads every n-th file from the i-th on, so that n ranks can divide the work.
     """
     try:
         content = read(path)
     except CheckpointError as error:
         return [str(error)]
-    mine = dict(sorted(content["files"].items())[part[0] :: part[1]])
-    return compare(pathlib.Path(path), mine)
+    selected = dict(sorted(content["files"].items())[part[0] :: part[1]])
+    return compare(pathlib.Path(path), selected)
 
 
-def glance(path: str | os.PathLike) -> list[str]:
-    """As `verify`, but only presence and sizes of the files: milliseconds."""
+def check_sizes(path: str | os.PathLike) -> list[str]:
+    """As `verify`, but only the presence and sizes of the files are compared, which takes milliseconds."""
     try:
         content = read(path)
     except CheckpointError as error:
@@ -112,10 +115,10 @@ def _size_problem(file: pathlib.Path, size: int) -> str:
         found = file.stat().st_size
     except OSError:
         return f"{file} is missing"
-    if found != size and (stands := pointer(file)):
-        return f"{file}: {stands}"
-    return "" if found == size else f"{file} is damaged: found {found} bytes, the manifest says {size}"
+    if found != size and (in_its_place := pointer(file)):
+        return f"{file}: {in_its_place}"
+    return "" if found == size else f"{file} is damaged: it has {found} bytes, the manifest says {size}"
 
 
-def _seal(content: dict[str, Any]) -> str:
+def _checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

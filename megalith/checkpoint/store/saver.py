@@ -1,4 +1,4 @@
-"""Saving while training goes on: copies are made at once, files are written behind."""
+"""Asynchronous saving: the tensors are copied at once, and their files are written while training continues."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megalith.checkpoint.ranks import Ranks
 from megalith.checkpoint.store import dcp as store
-from megalith.checkpoint.store.saving import Order, State, merge, write
+from megalith.checkpoint.store.saving import SaveRequest, State, merge_stages, write
 
 
 class Saver:
@@ -25,7 +25,7 @@ class Saver:
         saver.wait()                                                 # returns when the files are durable
 
     It costs a copy of this rank's tensors in CPU memory (pinned beside an accelerator), allocated at the first save and
-    reused. The thread has a gloo group of its own, so it meets neither the training's collectives nor their stream. An
+    reused. The thread has its own gloo group, so it meets neither the training's collectives nor their stream. An
     error of a save is raised by the next `save`, `wait` or `close`. `latest` moves only when everything is durable.
     """
 
@@ -37,9 +37,9 @@ class Saver:
         keep_every: int | None = None,
         group: dist.ProcessGroup | None = None,
     ):
-        """All ranks of `group` make one together. The arguments are those of `save`."""
+        """All ranks of `group` create one together. The arguments are those of `save`."""
         self.folder, self.keep_last, self.keep_every = pathlib.Path(folder), keep_last, keep_every
-        self.ranks = Ranks(group, own=True)
+        self.ranks = Ranks(group, new_group=True)
         self.thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.running: concurrent.futures.Future[pathlib.Path] | None = None
         self.buffers: dict[str, Tensor] = {}
@@ -53,18 +53,21 @@ class Saver:
         config_yaml: str,
         files: Mapping[str, str | os.PathLike] | None = None,
     ) -> None:
-        """Copy the tensors of `state` and write them behind; waits for the previous save first. See saving.save."""
+        """Copy the tensors of `state` and write them in the background; waits for the previous save first.
+
+        See saving.save.
+        """
         self.wait()
-        order = Order(
+        request = SaveRequest(
             self.folder, iteration, dict(train_state), config_yaml, files or {}, self.keep_last, self.keep_every
         )
-        merged = merge(state)
+        merged = merge_stages(state)
         parts = self._stage(merged)
         layout = {name: tensor.detach() for name, tensor in merged.items()}
-        self.running = self.thread.submit(write, order, layout, parts, self.ranks)
+        self.running = self.thread.submit(write, request, layout, parts, self.ranks)
 
     def wait(self) -> pathlib.Path | None:
-        """Wait for the save that is under way and return its path (None if there is none); raises what it raised."""
+        """Wait for the save that is running and return its path (None if there is none); raises what it raised."""
         running, self.running = self.running, None
         return running.result() if running else None
 

@@ -1,4 +1,7 @@
-"""Saving: written aside, verified, renamed, then the pointer; a failure anywhere leaves the last good checkpoint."""
+"""Saving: files are written into a temporary folder and verified, the folder is renamed, and then `latest` is updated.
+
+A failure anywhere leaves the last good checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from megalith.checkpoint.ranks import Ranks
 from megalith.checkpoint.store import dcp as store
 from megalith.checkpoint.store import folder as folders
 from megalith.checkpoint.store import manifest
-from megalith.checkpoint.store.facts import CONFIG, TRAIN_STATE, written_by_another
+from megalith.checkpoint.store.facts import CONFIG, TRAIN_STATE, written_by_another_run
 from megalith.checkpoint.tensors.chunked import INDEX
 from megalith.common.errors import CheckpointError
 from megalith.common.files import fsync_directory, sha256
@@ -42,25 +45,24 @@ def save(
 ) -> pathlib.Path:
     """Save a checkpoint into `folder`/iter_NNNNNNN and return its path. All ranks of `group` call it together.
 
-    state: {canonical name: tensor}, plain or DTensor of any placements; ranks may hold different names. A list of such
-        dicts (the pipeline stages of one rank) may share names: their tensors must be equal, and are saved once, as must
-        plain tensors of one name on several ranks be.
-    train_state: JSON-able, everything else that going on needs. `iteration`, `versions` and `ranks` are added. Where its entry
-        `run` names a run, a checkpoint that names another one is neither replaced nor deleted.
-    config_yaml: the resolved config. files: {name in the checkpoint: file to copy}, such as
-        tokenizer/tokenizer.json.
+    state: {canonical name: tensor}, DTensors of any placements among them; ranks may hold different names. A list of
+        such dicts (the pipeline stages of one rank) may share names: their tensors must be equal, and are saved once.
+        Tensors of one name that are not DTensors must be equal on all ranks that hold them.
+    train_state: all else that resuming needs, as JSON can hold it. `iteration`, `versions` and `ranks` are added.
+        Where its entry `run` names a run, a checkpoint that names another one is neither replaced nor deleted.
+    config_yaml: the resolved config. files: {name in the checkpoint: file to copy}, such as tokenizer/tokenizer.json.
     keep_last, keep_every: which older ones stay, see folder.expired.
-    group: None is the default group; without any, this process is alone. `folder` must be one and the same for all.
+    group: None is the default group; without any, this is the only process. `folder` must be the same for all ranks.
 
-    Raises CheckpointError on all ranks where anything failed on any (disk full, tensors that disagree). What was there
-    before is untouched then, and the partial one is gone.
+    Raises CheckpointError on all ranks where anything failed on any (disk full, tensors that differ). Older
+    checkpoints are untouched then, and the partial one is removed.
     """
-    order = Order(pathlib.Path(folder), iteration, train_state, config_yaml, files or {}, keep_last, keep_every)
-    merged = merge(state)
-    return write(order, merged, {name: store.local(tensor) for name, tensor in merged.items()}, Ranks(group))
+    request = SaveRequest(pathlib.Path(folder), iteration, train_state, config_yaml, files or {}, keep_last, keep_every)
+    merged = merge_stages(state)
+    return write(request, merged, {name: store.local(tensor) for name, tensor in merged.items()}, Ranks(group))
 
 
-class Order(NamedTuple):
+class SaveRequest(NamedTuple):
     """What `save` was asked for, except the tensors."""
 
     folder: pathlib.Path
@@ -78,35 +80,39 @@ class Order(NamedTuple):
 
     @property
     def run(self) -> str | None:
-        """The run that saves, if it says so: what another one wrote is not replaced, nor deleted."""
+        """The run that saves, if train_state names it: what another one wrote is not replaced, nor deleted."""
         return self.train_state.get("run")
 
 
-def merge(state: State) -> dict[str, Tensor]:
-    """One dict of one or several; a name in two of them must mean equal tensors of one layout, else CheckpointError."""
+def merge_stages(state: State) -> dict[str, Tensor]:
+    """One dict of one or several; tensors of one name in two of them must be equal and of one layout.
+
+    Raises CheckpointError otherwise.
+    """
     merged: dict[str, Tensor] = {}
     for stage in [state] if isinstance(state, Mapping) else state:
         for name, tensor in stage.items():
             known = merged.setdefault(name, tensor)
             if known is not tensor and not _equal(known, tensor):
                 raise CheckpointError(
-                    f"{name}: two stages of this rank hold copies that differ; saving one would hide it. Nothing was saved. "
-                    f"Copies of a shared parameter get the sum of their gradients and so stay equal: look there."
+                    f"two stages of this rank hold copies that differ of {name}; saving one of them would hide that. "
+                    f"Nothing was saved. Copies of a shared parameter get the sum of their gradients, which keeps them "
+                    f"equal: look for where that is missing."
                 )
     return merged
 
 
-def write(order: Order, state: dict[str, Tensor], parts: Mapping[str, Tensor], ranks: Ranks) -> pathlib.Path:
+def write(request: SaveRequest, state: dict[str, Tensor], parts: Mapping[str, Tensor], ranks: Ranks) -> pathlib.Path:
     """`save`, of tensors whose layout is that of `state` and whose data are in `parts` (see store.write)."""
     locks: list[int] = []
     try:
-        asked = (str(order.folder), order.iteration)
-        temporary = ranks.collect(lambda: asked, lambda all_asked: _begin(order, all_asked, locks))
+        requested = (str(request.folder), request.iteration)
+        temporary = ranks.collect(lambda: requested, lambda all_requested: _begin(request, all_requested, locks))
         try:
             tensors, sums = store.write(state, parts, temporary, ranks)
-            ranks.collect(lambda: sums, lambda all_sums: _seal(order, temporary, tensors, all_sums))
-            ranks.every(lambda: _check(temporary, sums, whole=ranks.rank == 0))
-            return ranks.first(lambda: _publish(order, temporary))
+            ranks.collect(lambda: sums, lambda all_sums: _write_manifest(request, temporary, tensors, all_sums))
+            ranks.on_every_rank(lambda: _verify_written(temporary, sums, whole=ranks.rank == 0))
+            return ranks.on_rank_0(lambda: _publish(request, temporary))
         except BaseException:
             if ranks.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -114,55 +120,54 @@ def write(order: Order, state: dict[str, Tensor], parts: Mapping[str, Tensor], r
     except CheckpointError as error:
         reason = str(error).rstrip(".")
         raise CheckpointError(
-            f"checkpoint {order.path} was not saved: {reason}. Checkpoints saved before are untouched."
+            f"checkpoint {request.path} was not saved: {reason}. Checkpoints saved before are untouched."
         ) from error
     finally:
         for lock in locks:
             os.close(lock)
 
 
-def _begin(order: Order, asked: list[tuple[str, int]], locks: list[int]) -> pathlib.Path:
-    """Check that all ranks mean the same, clear what killed saves left, and make the temporary folder."""
-    if len(set(asked)) > 1:
+def _begin(request: SaveRequest, requested: list[tuple[str, int]], locks: list[int]) -> pathlib.Path:
+    """Check that all ranks save the same, remove what killed saves left, and make the temporary folder."""
+    if len(set(requested)) > 1:
         raise CheckpointError(
-            f"ranks disagree on what to save where: {sorted(set(asked))}; all must name one folder and iteration"
+            f"the ranks disagree on what to save where: {sorted(set(requested))}; "
+            f"all must name one folder and one iteration"
         )
-    if order.iteration < 0:
+    if request.iteration < 0:
+        raise CheckpointError(f"iteration must be at least 0; found {request.iteration}. Pass the number of steps done")
+    if request.path.exists() and not (request.path / INDEX).exists() and not (request.path / manifest.NAME).exists():
+        # Megatron gives its folders the same names; what another program wrote is not replaced.
         raise CheckpointError(
-            f"iteration: found {order.iteration}; iterations count from 0. Pass the number of steps done"
+            f"{request.path} exists and is not a checkpoint of megalith. Save elsewhere (--save), or move it away"
         )
-    if order.path.exists() and not (order.path / INDEX).exists() and not (order.path / manifest.NAME).exists():
-        # Megatron names its folders alike; what another program wrote is not ours to replace.
-        raise CheckpointError(
-            f"{order.path} exists and is no checkpoint of megalith. Save elsewhere (--save), or move it away"
-        )
-    if written_by_another(order.path, order.run):
-        raise CheckpointError(f"{order.path} was written by another run. Save elsewhere (--save), or move it away")
+    if written_by_another_run(request.path, request.run):
+        raise CheckpointError(f"{request.path} was written by another run. Save elsewhere (--save), or move it away")
     with contextlib.suppress(OSError):
-        folders.clean(order.folder)
-    temporary, lock = folders.claim(order.folder, order.iteration)
+        folders.clean(request.folder)
+    temporary, lock = folders.claim(request.folder, request.iteration)
     locks.append(lock)
     return temporary
 
 
-def _seal(order: Order, temporary: pathlib.Path, tensors: dict, sums: list[dict]) -> None:
+def _write_manifest(request: SaveRequest, temporary: pathlib.Path, tensors: dict, sums: list[dict]) -> None:
     """Write the small files and the manifest. sums: {file: facts} of each rank."""
     versions = {"megalith": megalith.__version__, "torch": torch.__version__}
-    added = {"iteration": order.iteration, "ranks": len(sums), "versions": versions}
+    added = {"iteration": request.iteration, "ranks": len(sums), "versions": versions}
     try:
-        own = {
-            CONFIG: order.config_yaml.encode(),
-            TRAIN_STATE: (json.dumps({**added, **order.train_state, **added}, indent=2) + "\n").encode(),
+        small_files = {
+            CONFIG: request.config_yaml.encode(),
+            TRAIN_STATE: (json.dumps({**added, **request.train_state, **added}, indent=2) + "\n").encode(),
         }
     except (TypeError, ValueError) as error:
         raise CheckpointError(
-            f"train_state holds what JSON cannot ({error}); it takes numbers, text, lists and dicts"
+            f"train_state cannot be written as JSON ({error}); it may hold numbers, text, lists and dicts"
         ) from None
-    entries = {name: facts for mine in sums for name, facts in mine.items()}
-    for name, source in order.files.items():
+    entries = {name: facts for of_rank in sums for name, facts in of_rank.items()}
+    for name, source in request.files.items():
         path = pathlib.PurePosixPath(name)
         if (
-            name in own
+            name in small_files
             or name in entries
             or name == manifest.NAME
             or path.is_absolute()
@@ -170,13 +175,14 @@ def _seal(order: Order, temporary: pathlib.Path, tensors: dict, sums: list[dict]
             or str(path) != name
         ):
             raise CheckpointError(
-                f"file {name!r}: the name must be of a file inside the checkpoint that it does not use itself"
+                f"the name of a file must be a path inside the checkpoint that megalith does not use itself; "
+                f"found {name!r}"
             )
-        own[name] = pathlib.Path(source).read_bytes()
-    entries |= {name: _write(temporary / name, data) for name, data in own.items()}
+        small_files[name] = pathlib.Path(source).read_bytes()
+    entries |= {name: _write(temporary / name, data) for name, data in small_files.items()}
     written_by = versions | {"ranks": len(sums)}
     content = {
-        "iteration": order.iteration,
+        "iteration": request.iteration,
         "written_by": written_by,
         "tensors": _sorted(tensors),
         "files": _sorted(entries),
@@ -184,25 +190,25 @@ def _seal(order: Order, temporary: pathlib.Path, tensors: dict, sums: list[dict]
     manifest.write(temporary, content)
 
 
-def _check(temporary: pathlib.Path, sums: dict, *, whole: bool) -> None:
-    """Read back what this rank wrote; rank 0 also looks whether it sees the files of all."""
-    problems = manifest.compare(temporary, sums) + (manifest.glance(temporary) if whole else [])
+def _verify_written(temporary: pathlib.Path, sums: dict, *, whole: bool) -> None:
+    """Read back what this rank wrote; rank 0 also checks that it sees the files of all ranks."""
+    problems = manifest.compare(temporary, sums) + (manifest.check_sizes(temporary) if whole else [])
     if problems:
         raise CheckpointError(
             "; ".join(problems) + ". All ranks must see one folder, on a filesystem that keeps what is written"
         )
 
 
-def _publish(order: Order, temporary: pathlib.Path) -> pathlib.Path:
+def _publish(request: SaveRequest, temporary: pathlib.Path) -> pathlib.Path:
     fsync_directory(temporary)
-    path = folders.publish(temporary, order.iteration)
+    path = folders.publish(temporary, request.iteration)
     with contextlib.suppress(OSError):  # the checkpoint is safe; what could not be deleted is tried again next time
-        folders.retain(
-            order.folder,
-            order.iteration,
-            order.keep_last,
-            order.keep_every,
-            ours=lambda path: not written_by_another(path, order.run),
+        folders.prune(
+            request.folder,
+            request.iteration,
+            request.keep_last,
+            request.keep_every,
+            deletable=lambda path: not written_by_another_run(path, request.run),
         )
     return path
 

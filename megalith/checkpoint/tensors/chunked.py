@@ -1,6 +1,7 @@
-"""Folders of torch.distributed.checkpoint, ours and Megatron core's, tensor by tensor and without running what is in them.
+"""Folders of torch.distributed.checkpoint (DCP), megalith's and Megatron core's, read tensor by tensor.
 
-The index and what is not a tensor are pickles, which are read without running them; of the data, the chunks asked for alone.
+The index and what is not a tensor are pickles, which are read without running them; of the data, only the chunks asked
+for are read.
 """
 
 from __future__ import annotations
@@ -16,81 +17,85 @@ from megalith.checkpoint.tensors import unpickle
 from megalith.checkpoint.tensors.lazy import Index, Lazy, ranges
 from megalith.checkpoint.tensors.stored import Window
 from megalith.common.errors import CheckpointError, problem
+from megalith.config.flags.text import Words
 
 INDEX = ".metadata"
-Box = tuple[int, ...]
+IntTuple = tuple[int, ...]
 
 
-class Stored(NamedTuple):
-    """A tensor of the folder. chunks: (first element on each axis, sizes, where)."""
+class StoredTensor(NamedTuple):
+    """A tensor of the folder. chunks: (first element on each axis, sizes, bytes of the file)."""
 
-    shape: Box
+    shape: IntTuple
     dtype: torch.dtype
-    chunks: list[tuple[Box, Box, Window]]
+    chunks: list[tuple[IntTuple, IntTuple, Window]]
 
 
-class Chunked:
+class DcpFolder:
     """The tensors and bytes of one folder.
 
-    tensors: by name. blobs: {name: file} of what is not a tensor. facts: all that the index says. classes: of stand-ins in it.
+    tensors: by name. blobs: {name: file} of what is not a tensor. facts: all that the index says.
+    classes: the names of the classes in it that stand-ins replace.
     """
 
     def __init__(self, folder: pathlib.Path):
-        """Read the index. Raises CheckpointError for one that is damaged, asks for code, or names files that are not there."""
-        index, self.classes = unpickle.load(Window.of(folder / INDEX), plain=True)
+        """Read the index. Raises CheckpointError where it is damaged, asks for code, or names missing files."""
+        index, self.classes = unpickle.load(Window.of(folder / INDEX), bare_pickle=True)
         self.facts = unpickle.fields(index)
-        places: dict[str, list[tuple[Box | None, Window]]] = {}
+        chunk_files: dict[str, list[tuple[IntTuple | None, Window]]] = {}
         for key, info in (self.facts.get("storage_data") or {}).items():
             where, file = unpickle.fields(key), unpickle.fields(info)
             if file.get("transform_descriptors"):
-                rule = "its data is compressed in a way that is not known here"
+                rule = "has data that is compressed in a way that megalith does not read"
                 raise CheckpointError(
                     problem(str(folder / INDEX), file["transform_descriptors"], rule, "Save it uncompressed")
                 )
-            path = folder / pathlib.PurePath(str(file["relative_path"])).name  # a name, so that it leads nowhere else
-            places.setdefault(where["fqn"], []).append(
+            path = folder / pathlib.PurePath(str(file["relative_path"])).name  # the name alone: never another folder
+            chunk_files.setdefault(where["fqn"], []).append(
                 (where.get("offset"), Window.of(path).within(file["offset"], file["length"]))
             )
-        self.tensors: dict[str, Stored] = {}
+        self.tensors: dict[str, StoredTensor] = {}
         self.blobs: dict[str, Window] = {}
         for name, facts_of in (self.facts.get("state_dict_metadata") or {}).items():
             about = unpickle.fields(facts_of)
             if "chunks" not in about:
-                if name in places:
-                    self.blobs[name] = places[name][0][1]
+                if name in chunk_files:
+                    self.blobs[name] = chunk_files[name][0][1]
                 continue
-            files = dict(places.get(name, []))
-            chunks = [(tuple(each["offsets"]), tuple(each["sizes"])) for each in map(unpickle.fields, about["chunks"])]
+            files = dict(chunk_files.get(name, []))
+            chunks = [
+                (tuple(chunk["offsets"]), tuple(chunk["sizes"])) for chunk in map(unpickle.fields, about["chunks"])
+            ]
             missing = [offsets for offsets, _ in chunks if offsets not in files]
             if missing:
-                raise CheckpointError(
-                    problem(
-                        f"{folder}: {name}", f"no data at {missing[0]}", "the index names all of it", "Copy it again"
-                    )
-                )
-            self.tensors[name] = Stored(
+                rule = "must have data for every chunk that the index lists"
+                found = Words(f"none for the chunk at {missing[0]}")
+                raise CheckpointError(problem(f"{name} in {folder}", found, rule, "Copy it again"))
+            self.tensors[name] = StoredTensor(
                 tuple(about["size"]), _dtype(about["properties"]), [(*chunk, files[chunk[0]]) for chunk in chunks]
             )
 
     def lazies(self) -> dict[str, Lazy]:
-        """All tensors."""
+        """All tensors, by name."""
         return {name: self.lazy(name) for name in self.tensors}
 
-    def lazy(self, name: str, first: Box | None = None, sizes: Box | None = None) -> Lazy:
+    def lazy(self, name: str, first: IntTuple | None = None, sizes: IntTuple | None = None) -> Lazy:
         """A tensor, or the box of it that begins at `first` and has these sizes."""
         shape, dtype, chunks = self.tensors[name]
         first, sizes = first or (0,) * len(shape), shape if sizes is None else sizes
 
         def read(index: Index = ()) -> Tensor:
-            taken = ranges(sizes, index)
-            begin = tuple(place + each.start for place, each in zip(first, taken, strict=True))
-            return _region(begin, tuple(map(len, taken)), dtype, chunks)
+            selected = ranges(sizes, index)
+            begin = tuple(offset + axis.start for offset, axis in zip(first, selected, strict=True))
+            return _read_box(begin, tuple(map(len, selected)), dtype, chunks)
 
         return Lazy(shape=sizes, dtype=dtype, read=read, box=read)
 
 
-def _region(first: Box, sizes: Box, dtype: torch.dtype, chunks: list[tuple[Box, Box, Window]]) -> Tensor:
-    """A box of a tensor from the chunks that reach into it; a part of one chunk is a map of its file."""
+def _read_box(
+    first: IntTuple, sizes: IntTuple, dtype: torch.dtype, chunks: list[tuple[IntTuple, IntTuple, Window]]
+) -> Tensor:
+    """A box of a tensor from the chunks that overlap it; a box that lies in one chunk is a map of its file."""
     box, filled = None, 0
     for offsets, lengths, window in chunks:
         begin = [max(a, b) for a, b in zip(first, offsets, strict=True)]
@@ -99,7 +104,7 @@ def _region(first: Box, sizes: Box, dtype: torch.dtype, chunks: list[tuple[Box, 
             chunk, _ = unpickle.load(window)
             if not isinstance(chunk, Lazy) or chunk.shape != lengths:
                 raise CheckpointError(
-                    f"{window}: at {window.start} is not the chunk that the index says. Copy it again."
+                    f"{window} does not have, at byte {window.start}, the chunk that the index lists. Copy it again."
                 )
             part = chunk.part(tuple(slice(a - o, b - o) for a, b, o in zip(begin, end, offsets, strict=True)))
             if part.shape == sizes:
@@ -109,7 +114,8 @@ def _region(first: Box, sizes: Box, dtype: torch.dtype, chunks: list[tuple[Box, 
             filled += part.numel()
     if filled != math.prod(sizes):
         raise CheckpointError(
-            f"{len(chunks)} chunks of a tensor hold {filled} of {math.prod(sizes)} elements asked for. Copy the checkpoint again."
+            f"the {len(chunks)} chunks of a tensor hold {filled} of {math.prod(sizes)} elements asked for. "
+            f"Copy the checkpoint again."
         )
     return torch.empty(sizes, dtype=dtype) if box is None else box
 
@@ -117,7 +123,6 @@ def _region(first: Box, sizes: Box, dtype: torch.dtype, chunks: list[tuple[Box, 
 def _dtype(properties: Any) -> torch.dtype:
     found = properties.state[0] if isinstance(properties.state, tuple) else unpickle.fields(properties).get("dtype")
     if not isinstance(found, torch.dtype):
-        raise CheckpointError(
-            problem("type of a tensor in the index", str(found), "it is one of torch's", "Copy the checkpoint again")
-        )
+        what, rule = "the type of a tensor in the index", "must be a torch.dtype"
+        raise CheckpointError(problem(what, str(found), rule, "Copy the checkpoint again"))
     return found

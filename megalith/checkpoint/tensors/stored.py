@@ -1,4 +1,4 @@
-"""Where the bytes of a tensor lie in a file of torch.save, and how to read those alone."""
+"""Where the bytes of a tensor are in a file of torch.save, and how to read only those."""
 
 from __future__ import annotations
 
@@ -20,23 +20,22 @@ from megalith.checkpoint.tensors.lazy import Index, Lazy
 from megalith.common.errors import CheckpointError
 
 DTYPES = {
-    "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16, "Long": torch.int64,
-    "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool, "Untyped": torch.uint8,
-    "ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128,
+    "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16,
+    "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
+    "Bool": torch.bool, "Untyped": torch.uint8, "ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Window:
-    """A range of bytes of a file: a whole one, one inside an uncompressed archive, a slice of a shared one."""
+    """A range of bytes of a file: all of it, a member of an uncompressed archive, or a slice of a shared file."""
 
     path: pathlib.Path
     start: int
     size: int
     name: str = ""  # shown instead of the path
-    keeper: Any = field(
-        default=None, compare=False, repr=False
-    )  # what must live as long as the file (a temporary folder)
+    # An object that must live as long as the file, such as a temporary folder.
+    keep_alive: Any = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of(cls, path: pathlib.Path) -> Window:
@@ -53,13 +52,14 @@ class Window:
         """A range of this range."""
         if start < 0 or size < 0 or start + size > self.size:
             raise CheckpointError(
-                f"{self} is damaged: bytes {start} to {start + size} are asked for and there are {self.size}. Copy it again."
+                f"{self} is damaged: bytes {start} to {start + size} are asked for, and it has {self.size}. "
+                f"Copy it again."
             )
-        return Window(self.path, self.start + start, size, str(self), self.keeper)
+        return Window(self.path, self.start + start, size, str(self), self.keep_alive)
 
     def open(self) -> BinaryIO:
         """A seekable file of these bytes."""
-        return io.BufferedReader(_Raw(self))  # type: ignore[return-value]
+        return io.BufferedReader(_WindowFile(self))  # type: ignore[return-value]
 
     def read(self, start: int, size: int) -> Tensor:
         """Some of the bytes, uint8 [size]."""
@@ -76,7 +76,7 @@ class Window:
         return data
 
     def map(self, start: int, size: int) -> Tensor:
-        """As `read`, a private map of the file: bytes are read when touched, and are memory that the system can take back."""
+        """As `read`, but a private map of the file: bytes are read when touched, and the system can free the memory."""
         part = self.within(start, size)
         if not size:
             return torch.empty(0, dtype=torch.uint8)
@@ -89,9 +89,10 @@ class Window:
         return torch.frombuffer(pages, dtype=torch.uint8, offset=before, count=size)
 
 
-class _Raw(io.RawIOBase):
+class _WindowFile(io.RawIOBase):
     def __init__(self, window: Window):
-        self.window, self.place, self.file = window, 0, open(window.path, "rb")  # noqa: SIM115 (closed by close)
+        self.window, self.position = window, 0
+        self.file = open(window.path, "rb")  # noqa: SIM115 (closed by close)
 
     def readable(self) -> bool:
         return True
@@ -100,17 +101,17 @@ class _Raw(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        self.place = max(0, offset + (0, self.place, self.window.size)[whence])
-        return self.place
+        self.position = max(0, offset + (0, self.position, self.window.size)[whence])
+        return self.position
 
     def tell(self) -> int:
-        return self.place
+        return self.position
 
     def readinto(self, buffer: Any) -> int:
-        size = max(0, min(len(buffer), self.window.size - self.place))
-        self.file.seek(self.window.start + self.place)
+        size = max(0, min(len(buffer), self.window.size - self.position))
+        self.file.seek(self.window.start + self.position)
         count = self.file.readinto(memoryview(buffer)[:size])
-        self.place += count
+        self.position += count
         return count
 
     def close(self) -> None:
@@ -123,19 +124,19 @@ class Records:
     """The records of one file: {name or key: (start, size)}, and the tensors that point into them."""
 
     window: Window
-    places: dict[str, tuple[int, int]] = field(default_factory=dict)
+    locations: dict[str, tuple[int, int]] = field(default_factory=dict)
     tensors: list[tuple[str, int, int]] = field(default_factory=list)  # key, first byte, number of bytes
     widths: dict[str, int] = field(default_factory=dict)  # bytes of an element by key
 
     def map(self, key: str, start: int, size: int) -> Tensor:
         """Bytes of a record, see Window.map."""
-        place, length = self.places[key]
-        return self.window.within(place, length).map(start, size)
+        offset, length = self.locations[key]
+        return self.window.within(offset, length).map(start, size)
 
     def check(self) -> None:
         """Every tensor must lie inside its record: raise CheckpointError otherwise."""
         for key, start, size in self.tensors:
-            if key not in self.places or start + size > self.places[key][1]:
+            if key not in self.locations or start + size > self.locations[key][1]:
                 raise CheckpointError(
                     f"{self.window} is damaged: a tensor points past the end of its data (record {key}). Copy it again."
                 )
@@ -143,7 +144,7 @@ class Records:
 
 @dataclass(frozen=True)
 class Storage:
-    """A storage of a file: its element type, and once it is found, where it lies."""
+    """A storage of a file: its element type, and the record that holds its bytes, once that is known."""
 
     dtype: torch.dtype
     records: Records | None = None
@@ -151,23 +152,24 @@ class Storage:
     first: int = 0
 
     @classmethod
-    def kind(cls, name: str) -> Storage:
-        """FloatStorage and its like."""
+    def of_class(cls, name: str) -> Storage:
+        """The storage of a class of torch, such as FloatStorage."""
         if name.removesuffix("Storage") not in DTYPES:
-            raise pickle.UnpicklingError(f"{name} is an unknown kind of data")
+            raise pickle.UnpicklingError(f"{name} is an unknown type of storage")
         return cls(DTYPES[name.removesuffix("Storage")])
 
     def at(self, records: Records, key: Any, view: Any) -> Storage:
-        """That with this key; view: (key, offset, size) of a part of it, in files before torch 1.6."""
+        """The storage with this key; view: (key, offset, size) of a part of it, in files before torch 1.6."""
         records.widths[str(key)] = self.dtype.itemsize
         return Storage(self.dtype, records, str(key), int(view[1]) if view else 0)
 
 
 def rebuild(storage: Any, offset: int, size: Any, stride: Any, *rest: Any, dtype: torch.dtype | None = None) -> Lazy:
-    """The tensor that torch's functions of this kind build, read when asked for."""
+    """The tensor that torch's `_rebuild_tensor` functions build, read when asked for."""
     size, stride = tuple(size), tuple(stride)
-    whole = all(type(number) is int and number >= 0 for number in (offset, *size, *stride)) and len(size) == len(stride)
-    if not (isinstance(storage, Storage) and storage.records is not None and whole):
+    natural = all(type(number) is int and number >= 0 for number in (offset, *size, *stride))
+    valid = natural and len(size) == len(stride)
+    if not (isinstance(storage, Storage) and storage.records is not None and valid):
         raise pickle.UnpicklingError("a tensor has no data, or negative sizes")
     records, key, kind = storage.records, storage.key, dtype or storage.dtype
     if not isinstance(kind, torch.dtype):
@@ -180,7 +182,7 @@ def rebuild(storage: Any, offset: int, size: Any, stride: Any, *rest: Any, dtype
     records.tensors.append((key, start, count))
 
     def read(index: Index = ()) -> Tensor:
-        width = kind.itemsize  # what may begin at any byte is cut as bytes
+        width = kind.itemsize  # a tensor may begin at any byte, so it is sliced as bytes
         part = records.map(key, start, count).as_strided((*size, width), (*(step * width for step in stride), 1))[index]
         part = part.contiguous() if part.data_ptr() % width == 0 else part.clone(memory_format=torch.contiguous_format)
         return part.view(kind).squeeze(-1)
@@ -191,32 +193,31 @@ def rebuild(storage: Any, offset: int, size: Any, stride: Any, *rest: Any, dtype
 def zip_records(window: Window, file: BinaryIO) -> Records:
     """The records of a zip of torch >= 1.6: data.pkl under its name, storages under their keys."""
     records = Records(window)
-    for name, (start, size) in stored(window, file).items():
+    for name, (start, size) in uncompressed_members(window, file).items():
         inner = name.partition("/")[2]
         if inner == "byteorder" and bytes(window.read(start, size).numpy()) != b"little":
             raise pickle.UnpicklingError("it was written on a big-endian machine")
-        records.places[inner.removeprefix("data/")] = (start, size)
+        records.locations[inner.removeprefix("data/")] = (start, size)
     return records
 
 
-def stored(window: Window, file: BinaryIO) -> Mapping[str, tuple[int, int]]:
+def uncompressed_members(window: Window, file: BinaryIO) -> Mapping[str, tuple[int, int]]:
     """{name: (first byte, size)} of the uncompressed members of a zip."""
     found = {}
     with zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
             if info.compress_type == zipfile.ZIP_STORED:
                 header = bytes(window.read(info.header_offset, 30).numpy())
-                skip = sum(
-                    struct.unpack("<26xHH", header)
-                )  # the lengths of name and extra field, which may differ from the directory's
+                # The lengths of name and extra field, which may differ from those in the zip's directory.
+                skip = sum(struct.unpack("<26xHH", header))
                 found[info.filename] = (info.header_offset + 30 + skip, info.file_size)
     return found
 
 
 def legacy_records(records: Records, keys: Any, file: BinaryIO) -> None:
     """Find the storages behind the pickles of a file before torch 1.6: for each its length as int64, then its data."""
-    place = file.tell()
+    position = file.tell()
     for key in map(str, keys):
-        (count,) = struct.unpack("<q", bytes(records.window.read(place, 8).numpy()))
-        records.places[key] = (place + 8, count * records.widths[key])
-        place += 8 + count * records.widths[key]
+        (count,) = struct.unpack("<q", bytes(records.window.read(position, 8).numpy()))
+        records.locations[key] = (position + 8, count * records.widths[key])
+        position += 8 + count * records.widths[key]

@@ -1,4 +1,4 @@
-"""torch.save of tensors that are not in memory: the file first, with room for them, then each into its place."""
+"""torch.save of tensors that are not in memory: the file is made first, with space for them, and filled one by one."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from megalith.checkpoint.tensors.stored import Window, zip_records
 
 
 @dataclass(frozen=True)
-class Room:
-    """Where a tensor will be: its form, and the pieces that fill it, (first element, what reads the piece)."""
+class Placeholder:
+    """A tensor that is not in memory: its shape and type, and the pieces that fill it, (first element, reader)."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -24,36 +24,36 @@ class Room:
 
 
 def save(path: pathlib.Path, content: Any) -> None:
-    """Write `content`, plain data in dicts and lists with a Room for each tensor. torch.load reads the file as any other.
+    """Write `content`: dicts and lists of numbers and text, with a Placeholder for each tensor. torch.load reads it.
 
-    One piece is in memory at a time. (The zip's checksums are those of the empty room; torch does not compare them.)
+    One piece is in memory at a time. (The zip's checksums are those of the empty space; torch does not compare them.)
     """
-    rooms = list(_rooms(content))
+    placeholders = list(_placeholders(content))
     with torch.serialization.skip_data():
-        torch.save(_replace(content), path)  # memory that is never touched is never taken
+        torch.save(_replace(content), path)  # torch.empty allocates no pages that are never touched
     window = Window.of(path)
     with window.open() as file:
-        places = zip_records(window, file).places
+        locations = zip_records(window, file).locations
     with open(path, "r+b") as file:
-        for key, room in enumerate(rooms):
-            for first, read in room.pieces:
-                file.seek(places[str(key)][0] + first * room.dtype.itemsize)
+        for key, placeholder in enumerate(placeholders):
+            for first, read in placeholder.pieces:
+                file.seek(locations[str(key)][0] + first * placeholder.dtype.itemsize)
                 for block in read().reshape(-1).split(BLOCK):
-                    file.write(block.to(room.dtype).view(torch.uint8).numpy().data)
+                    file.write(block.to(placeholder.dtype).view(torch.uint8).numpy().data)
 
 
-def _rooms(content: Any) -> Iterator[Room]:
-    """In the order in which pickle meets them."""
-    if isinstance(content, Room):
+def _placeholders(content: Any) -> Iterator[Placeholder]:
+    """The placeholders, in the order in which pickle meets them."""
+    if isinstance(content, Placeholder):
         yield content
     elif isinstance(content, (dict, list, tuple)):
-        for each in content.values() if isinstance(content, dict) else content:
-            yield from _rooms(each)
+        for item in content.values() if isinstance(content, dict) else content:
+            yield from _placeholders(item)
 
 
 def _replace(content: Any) -> Any:
-    if isinstance(content, Room):
+    if isinstance(content, Placeholder):
         return torch.empty(content.shape, dtype=content.dtype)
     if isinstance(content, dict):
-        return {name: _replace(each) for name, each in content.items()}
-    return [_replace(each) for each in content] if isinstance(content, (list, tuple)) else content
+        return {name: _replace(item) for name, item in content.items()}
+    return [_replace(item) for item in content] if isinstance(content, (list, tuple)) else content

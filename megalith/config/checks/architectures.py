@@ -1,6 +1,4 @@
-"""Rules that one model alone has: which forms it may take, which samples it learns from. Its record names its
-rules.
-"""
+"""Rules that one model alone has: which fields it has, which samples it learns from. Its record names its rules."""
 
 from __future__ import annotations
 
@@ -8,119 +6,124 @@ from collections.abc import Iterator
 from typing import Any
 
 from megalith.config.architectures import ARCHITECTURES
-from megalith.config.flags.text import Problem, Words, flag, trouble
+from megalith.config.flags.text import Problem, Words, field_problem, flag
 from megalith.config.flags.values import fields
 from megalith.config.run import RunConfig
 
 BERTS = ("bert", "bert_classification", "bert_multiple_choice")
-FORMS: dict[str, tuple[str, ...]] = {  # field of the model -> the models that have such a form
+MODEL_ONLY_FIELDS: dict[str, tuple[str, ...]] = {  # field -> the models that have it
     **dict.fromkeys(("embed_layernorm", "parallel_attn", "sliding_window", "scale_embeddings"), ("gpt",)),
     "norm_after_residual": BERTS, "bert_no_binary_head": ("bert",),
     "num_classes": ("bert_classification",), "classifier_dropout": ("bert_classification", "bert_multiple_choice"),
     **dict.fromkeys(("decoder_num_layers", "initializer_factor", "scale_output"), ("t5",)),
 }  # fmt: skip
-NO_SENTINELS = ("BertWordPieceLowerCase", "BertWordPieceCase")  # tokenizers that have none of their own
+NO_SENTINELS = ("BertWordPieceLowerCase", "BertWordPieceCase")  # tokenizers without sentinels
 ONE_DOCUMENT = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
 
 
 def gpt_problems(config: RunConfig) -> Iterator[Problem]:
-    """Those of a GPT."""
+    """What a GPT cannot work with."""
     m, d = config.model, config.data
-    yield from forms(config, "gpt")
+    yield from unsupported_forms(config, "gpt")
     if m.positions == "relative":
-        rule, cure = "T5 alone has a bias of that kind", "Leave it out, or write --position-embedding-type alibi"
+        rule = "is a bias that T5 alone has"
+        cure = "Leave it out, or write --position-embedding-type alibi"
         what = "--position-embedding-type relative"
-        yield trouble(("position_embedding_type",), what, Words(f"with {m.model_type}"), rule, cure)
+        yield field_problem(("position_embedding_type",), what, Words(f"it with {m.model_type}"), rule, cure)
     for name, value, usual in (("dataset", d.dataset, "gpt"), ("loss", d.loss, "lm")):
         if value != usual and value in fields()[name].metadata["names"]:
+            rule = f"must be {usual!r} for {m.model_type}"
             cure = "Leave it out" + f", or train {value}" * (value in ARCHITECTURES)
-            yield trouble((name,), flag(name), value, f"{m.model_type} learns from the {name} {usual!r}", cure)
+            yield field_problem((name,), flag(name), value, rule, cure)
 
 
 def bert_problems(config: RunConfig, kind: str = "bert") -> Iterator[Problem]:
-    """Those of a BERT. kind: which of them it is, by its heads."""
+    """What a BERT cannot work with. kind: which BERT it is, by its heads."""
     m, d = config.model, config.data
-    yield from forms(config, kind)
+    yield from unsupported_forms(config, kind)
     if m.positions != "learned_absolute":
         cure = "Leave it out; the default is learned_absolute"
-        rule = "BERT learns its positions"
-        yield trouble(("position_embedding_type",), "--position-embedding-type", m.positions, rule, cure)
+        rule = "must be learned_absolute for BERT, which learns its positions"
+        yield field_problem(("position_embedding_type",), "--position-embedding-type", m.positions, rule, cure)
     if m.norm_after_residual and m.apply_residual_connection_post_layernorm:
         both = ("norm_after_residual", "apply_residual_connection_post_layernorm")
         cure = "Leave out --apply-residual-connection-post-layernorm"
-        also = Words("also --apply-residual-connection-post-layernorm")
-        yield trouble(both, "--norm-after-residual", also, "a layer has one form", cure)
-    yield from learns_from(config)
-    yield from one_document(config, "BERT")
+        rule = "excludes --apply-residual-connection-post-layernorm, because a layer has one form"
+        yield field_problem(both, "--norm-after-residual", Words("both"), rule, cure)
+    yield from mismatched_training_data(config)
+    yield from multi_document_fields(config, "BERT")
     if d.dataset == "bert" and d.seq_length is not None and d.seq_length < 8:
-        rule = "a sample has [CLS], two segments and a [SEP] after each: it is at least 8"
-        yield trouble(("seq_length",), "--seq-length", d.seq_length, rule, "Write --seq-length 512")
+        rule = "must be at least 8, because a sample has [CLS], two segments and a [SEP] after each"
+        yield field_problem(("seq_length",), "--seq-length", d.seq_length, rule, "Write --seq-length 512")
 
 
 def classification_problems(config: RunConfig) -> Iterator[Problem]:
-    """Those of a BERT with a classification head."""
+    """What a BERT with a classification head cannot work with."""
     return bert_problems(config, "bert_classification")
 
 
 def multiple_choice_problems(config: RunConfig) -> Iterator[Problem]:
-    """Those of a BERT with a multiple-choice head."""
+    """What a BERT with a multiple-choice head cannot work with."""
     return bert_problems(config, "bert_multiple_choice")
 
 
 def t5_problems(config: RunConfig) -> Iterator[Problem]:
-    """Those of a T5."""
+    """What a T5 cannot work with."""
     m, d = config.model, config.data
-    yield from forms(config, "t5")
+    yield from unsupported_forms(config, "t5")
     if m.positions not in ("learned_absolute", "relative", "none"):
-        rule = "T5 has learned_absolute (Megatron's), relative (its own) or none"
+        rule = "must be learned_absolute (Megatron's), relative (T5's own) or none for T5"
         cure = "Write --position-embedding-type relative, or leave it out"
-        yield trouble(("position_embedding_type",), "--position-embedding-type", m.positions, rule, cure)
+        yield field_problem(("position_embedding_type",), "--position-embedding-type", m.positions, rule, cure)
     exact = m.relative_attention_num_buckets // 2
     if m.positions == "relative" and m.relative_attention_max_distance <= exact:
-        rule = f"the first {exact} of --relative-attention-num-buckets are for one distance each, the others for "
-        rule += "those above"
+        rule = f"must be above {exact}: the first {exact} of --relative-attention-num-buckets are for one distance "
+        rule += "each, the others for those above"
         about = ("relative_attention_max_distance", "relative_attention_num_buckets")
         cure = f"Write --relative-attention-max-distance {4 * exact}"
-        yield trouble(about, flag(about[0]), m.relative_attention_max_distance, rule, cure)
-    length, places = d.decoder_seq_length or 0, m.max_position_embeddings
-    if m.positions == "learned_absolute" and places and length > places:
-        rule = f"it is at most --max-position-embeddings, {places}"
-        cure = f"Write --max-position-embeddings {length}, or --decoder-seq-length {places}"
-        yield trouble(("decoder_seq_length", "max_position_embeddings"), "--decoder-seq-length", length, rule, cure)
+        yield field_problem(about, flag(about[0]), m.relative_attention_max_distance, rule, cure)
+    length, longest = d.decoder_seq_length or 0, m.max_position_embeddings
+    if m.positions == "learned_absolute" and longest and length > longest:
+        rule = f"must be at most --max-position-embeddings, {longest}"
+        cure = f"Write --max-position-embeddings {length}, or --decoder-seq-length {longest}"
+        about = ("decoder_seq_length", "max_position_embeddings")
+        yield field_problem(about, "--decoder-seq-length", length, rule, cure)
     if d.dataset == "t5" and d.tokenizer_type in NO_SENTINELS and not d.vocab_extra_ids:
-        rule = "T5 marks masked runs with sentinels, which the vocabulary lacks"
-        yield trouble(("vocab_extra_ids",), "--vocab-extra-ids", 0, rule, "Write --vocab-extra-ids 100")
-    yield from learns_from(config)
-    yield from one_document(config, "T5")
+        rule = "must be above 0 for T5, which marks masked spans with sentinels that the vocabulary lacks"
+        yield field_problem(("vocab_extra_ids",), "--vocab-extra-ids", 0, rule, "Write --vocab-extra-ids 100")
+    yield from mismatched_training_data(config)
+    yield from multi_document_fields(config, "T5")
 
 
-def forms(config: RunConfig, kind: str) -> Iterator[Problem]:
-    """Forms that only other models have than `kind`."""
+def unsupported_forms(config: RunConfig, kind: str) -> Iterator[Problem]:
+    """Fields that are set though `kind` has no such form."""
     values: dict[str, Any] = config.flat()
-    for name, models in FORMS.items():
+    for name, models in MODEL_ONLY_FIELDS.items():
         if kind not in models and values[name] != fields()[name].default:
             title = models[0].upper() if models[0].isalnum() else models[0]
-            rule = f"{title} alone has it" if title == "T5" else f"it is a form of {title}"
-            found, cure = Words(f"with {config.model.model_type}"), f"Leave it out, or train {models[0]}"
-            yield trouble((name,), flag(name), found, rule, cure)
+            rule = f"is for {title} alone"
+            found, cure = Words(f"it with {config.model.model_type}"), f"Leave it out, or train {models[0]}"
+            yield field_problem((name,), flag(name), found, rule, cure)
 
 
-def learns_from(config: RunConfig) -> Iterator[Problem]:
-    """Samples or a loss of ours that are those of another model."""
+def mismatched_training_data(config: RunConfig) -> Iterator[Problem]:
+    """A built-in dataset or loss that belongs to another model."""
     architecture, kind = config.model.architecture, config.model.model_type
     for name, usual in (("dataset", architecture.dataset), ("loss", architecture.loss)):
         value = getattr(config.data, name)
         if value == usual or value not in fields()[name].metadata["names"]:
             continue
         if usual is None:
-            rule, cure = f"there is no {name} for {kind} here", f"Name your own, --{name} module:name"
+            rule = f"must be module:name of your own for {kind}, because megalith has no {name} for it"
+            cure = f"Write --{name} module:name"
         else:
-            rule, cure = f"{kind} learns from the {name} {usual!r}", f"Write --{name} {usual}, or leave it out"
-        yield trouble((name,), flag(name), value, rule, cure)
+            rule, cure = f"must be {usual!r} for {kind}", f"Write --{name} {usual}, or leave it out"
+        yield field_problem((name,), flag(name), value, rule, cure)
 
 
-def one_document(config: RunConfig, title: str) -> Iterator[Problem]:
+def multi_document_fields(config: RunConfig, title: str) -> Iterator[Problem]:
     """Fields for samples of several documents."""
     for name in ONE_DOCUMENT:
         if getattr(config.data, name):
-            yield trouble((name,), flag(name), True, f"samples of {title} are of one document each", "Leave it out")
+            rule = f"has no meaning for {title}, whose samples are of one document each"
+            yield field_problem((name,), flag(name), True, rule, "Leave it out")

@@ -7,18 +7,18 @@ from collections.abc import Iterator
 from typing import Any
 
 from megalith.common.errors import ConfigError
-from megalith.common.extras import lacking
+from megalith.common.extras import missing_package
 from megalith.config.architectures import architecture
 from megalith.config.checks.masking import masking_problems
 from megalith.config.checks.model import model_problems
 from megalith.config.checks.parallel import parallel_problems
 from megalith.config.checks.schedule import schedule_problems
-from megalith.config.flags.text import Problem, Words, around, fail, flag, multiples, nearest, trouble, value_text
-from megalith.config.flags.values import WORDS, fields
+from megalith.config.flags.text import Problem, Words, around, fail, field_problem, flag, multiples, nearest, value_text
+from megalith.config.flags.values import TYPE_NAMES, fields
 from megalith.config.run import RunConfig
-from megalith.config.sections.data import shares, unnamed_files
+from megalith.config.sections.data import missing_tokenizer_files, split_fractions
 
-OF_TOKENIZERS = {  # tokenizer -> the package that it is made with
+TOKENIZER_PACKAGES = {  # tokenizer -> the package that it needs
     **dict.fromkeys(("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer"), "sentencepiece"),
     "TikTokenizer": "tiktoken",
 }
@@ -39,10 +39,11 @@ def check(config: RunConfig, world_size: int = 1, *, data: bool = True) -> None:
 def find_problems(
     config: RunConfig, world_size: int = 1, *, data: bool = True, corpus: bool = True, one_step: bool = False
 ) -> list[Problem]:
-    """Every reason why this config cannot work on `world_size` processes. A rule is skipped where a field it needs is wrong itself.
+    """Every reason why this config cannot work on `world_size` processes.
 
-    data: whether the section data is judged. corpus: whether a corpus and a tokenizer have to be named. one_step: one step of the
-    full batch is all that is meant, so that a run's length, schedule and files are not judged.
+    A rule is skipped where a field that it needs is wrong itself.
+    data: whether the section data is checked. corpus: whether a corpus and a tokenizer have to be named.
+    one_step: a single step of the full batch is meant, so that a run's length, schedule and files are not checked.
     """
     found = [*_limits(config), *_architecture(config)]
     wrong = {field for each in found for field in each.fields}
@@ -60,12 +61,12 @@ def find_problems(
 def _limits(config: RunConfig) -> Iterator[Problem]:
     """Each value against its own limits."""
     for name, value in config.flat().items():
-        if wrong := limit(name, value):
-            yield trouble((name,), flag(name), value, *wrong)
+        if wrong := violated_limit(name, value):
+            yield field_problem((name,), flag(name), value, *wrong)
 
 
 def _architecture(config: RunConfig) -> Iterator[Problem]:
-    """A model of one's own (module:name) that is not there."""
+    """A user's model (module:name) that cannot be imported."""
     try:
         if ":" in config.model.model_type:
             architecture(config.model.model_type)
@@ -73,41 +74,48 @@ def _architecture(config: RunConfig) -> Iterator[Problem]:
         yield Problem(("model_type",), str(error))
 
 
-def limit(name: str, value: Any) -> tuple[str, str] | None:
-    """(rule, cure) where a value is none of field `name`: its type, smallest value, allowed words, shares, finite numbers."""
+def violated_limit(name: str, value: Any) -> tuple[str, str] | None:
+    """(rule, cure) where `value` is not allowed for field `name`; None where it is.
+
+    Checked are the type, the smallest and the largest value, the allowed choices, and that numbers are finite.
+    """
     field = fields()[name]
     smallest, choices = field.metadata["minimum"], field.metadata["choices"]
-    default = "" if field.default in (None, []) else f"; the default is {value_text(field.default)}"
+    default, or_default = "", ""
+    if field.default not in (None, []):
+        default = f" (the default is {value_text(field.default)})"
+        or_default = f"; the default is {value_text(field.default)}"
     if value is None:
-        return None if field.optional else (f"it needs a value{default}", f"Give {flag(name)} one")
-    if not _of_kind(value, field.kind) or (
-        field.kind is list and not all(_of_kind(item, field.item) for item in value)
+        return None if field.optional else (f"must have a value{default}", f"Give {flag(name)} one")
+    if not _has_type(value, field.kind) or (
+        field.kind is list and not all(_has_type(item, field.item) for item in value)
     ):
-        return f"it is {WORDS[field.kind]}{default}", f"Give {flag(name)} such a value"
+        return f"must be {TYPE_NAMES[field.kind]}{default}", f"Give {flag(name)} such a value"
     if choices and value not in choices:
         near = nearest(str(value), choices) or nearest(str(value).lower(), choices) or choices[0]
-        return f"it is one of {', '.join(choices)}", f"Write {flag(name)} {near}"
+        return f"must be one of {', '.join(choices)}", f"Write {flag(name)} {near}"
     if field.metadata["names"] and value not in field.metadata["names"] and ":" not in value:
         names = field.metadata["names"]
         near = nearest(value, names) or nearest(value.lower(), names) or field.default or names[0]
-        return f"it is one of {', '.join(names)}, or module:name of your own", f"Write {flag(name)} {near}"
+        return f"must be one of {', '.join(names)}, or module:name of your own", f"Write {flag(name)} {near}"
     if field.kind is float and not math.isfinite(value):
-        return "it is a finite number", f"Write one after {flag(name)}{default}"
+        return "must be a finite number", f"Write one after {flag(name)}{or_default}"
     if field.kind is int and field.section == "model" and value >= 2**31:
-        return "it is below 2 to the 31st", f"Write a smaller number after {flag(name)}"
+        return "must be below 2 to the 31st", f"Write a smaller number after {flag(name)}"
     if smallest is not None and value < smallest:
         if name in ("train_iters", "train_samples"):
-            return "it is at least 1, or 0 with --skip-train", f"Write {flag(name)} 1 or more{default}"
-        return f"it is at least {value_text(smallest)}", f"Write {flag(name)} {value_text(smallest)} or more{default}"
+            return "must be at least 1, or 0 with --skip-train", f"Write {flag(name)} 1 or more{or_default}"
+        cure = f"Write {flag(name)} {value_text(smallest)} or more{or_default}"
+        return f"must be at least {value_text(smallest)}", cure
     if name == "seed" and value >= 2**32:
-        return "sample orders are Megatron's, whose seeds are below 2 to the 32nd", "Write a smaller one"
+        return "must be below 2 to the 32nd, as Megatron's seeds of sample orders", "Write a smaller one"
     if (name in BELOW_ONE and value >= 1.0) or (name == "rotary_percent" and value > 1.0):
-        rule = "it is a share, below 1" if name in BELOW_ONE else "it is a share, at most 1"
+        rule = "must be a fraction below 1" if name in BELOW_ONE else "must be a fraction, at most 1"
         return rule, f"Write {flag(name)} with a number between 0 and 1"
     return None
 
 
-def _of_kind(value: Any, kind: type) -> bool:
+def _has_type(value: Any, kind: type) -> bool:
     """Whether a value has the type of its field; whole numbers are numbers, but true and false are not."""
     return isinstance(value, bool) == (kind is bool) and isinstance(value, (int, float) if kind is float else kind)
 
@@ -116,79 +124,52 @@ def _recompute(config: RunConfig) -> Iterator[Problem]:
     r = config.recompute
     if r.recompute_activations and r.recompute_granularity == "full":
         both = ("recompute_activations", "recompute_granularity")
-        yield trouble(
-            both,
-            "--recompute-activations",
-            Words("also --recompute-granularity full"),
-            "it means selective",
-            "Leave out one of the two",
-        )
+        rule = "means --recompute-granularity selective"
+        found = Words("--recompute-granularity full")
+        yield field_problem(both, "--recompute-activations", found, rule, "Leave out one of the two")
     elif r.granularity == "full" and r.recompute_method is None:
         cure = "Write --recompute-method uniform (or block)"
-        yield trouble(
-            ("recompute_granularity", "recompute_method"), "--recompute-granularity", "full", "it needs a method", cure
-        )
+        both, rule = ("recompute_granularity", "recompute_method"), "needs a --recompute-method where it is full"
+        yield field_problem(both, "--recompute-granularity", Words("none"), rule, cure)
     elif r.granularity != "full" and r.recompute_method is not None:
         cure = f"Write --recompute-granularity full --recompute-method {r.recompute_method}, or leave the method out"
-        yield trouble(
-            ("recompute_granularity", "recompute_method"),
-            "--recompute-method",
-            r.recompute_method,
-            "it is for full recompute",
-            cure,
-        )
+        both, rule = ("recompute_granularity", "recompute_method"), "is for --recompute-granularity full alone"
+        yield field_problem(both, "--recompute-method", r.recompute_method, rule, cure)
     layers = config.model.num_layers
     if layers and r.granularity == "full" and r.recompute_num_layers > layers:
-        rule = f"it is at most --num-layers, {layers}"
-        yield trouble(
-            ("recompute_num_layers", "num_layers"),
-            "--recompute-num-layers",
-            r.recompute_num_layers,
-            rule,
-            "Write a smaller number",
-        )
+        both, rule = ("recompute_num_layers", "num_layers"), f"must be at most --num-layers, {layers}"
+        yield field_problem(both, "--recompute-num-layers", r.recompute_num_layers, rule, "Write a smaller number")
 
 
 def needs_checkpoint(config: RunConfig) -> str | None:
     """A field that has a meaning only where a checkpoint is loaded, if one is set."""
     values = config.flat()
     names = ("finetune", "no_load_optim", "ckpt_step", "skip_train")
-    return next(
-        (name for name in names if values[name] is not None and values[name] is not False), None
-    )  # step 0 is one too
+    set_names = (name for name in names if values[name] is not None and values[name] is not False)  # step 0 is one too
+    return next(set_names, None)
 
 
 def _files(config: RunConfig) -> Iterator[Problem]:
     c = config.checkpoint
     if c.keep_every and c.save_interval and c.keep_every % c.save_interval:
-        rule = f"it must be a multiple of --save-interval, {c.save_interval}, or no checkpoint is kept by it"
+        rule = f"must be a multiple of --save-interval, {c.save_interval}, or it keeps no checkpoint"
         cure = f"Write --keep-every {around(c.keep_every, multiples(c.keep_every, c.save_interval))}"
-        yield trouble(("keep_every", "save_interval"), "--keep-every", c.keep_every, rule, cure)
+        yield field_problem(("keep_every", "save_interval"), "--keep-every", c.keep_every, rule, cure)
     given = needs_checkpoint(config)
     if given and not (c.load or c.save or config.logging.run_dir):
-        yield trouble(
-            (given, "load"),
-            flag(given),
-            Words("no checkpoint folder"),
-            "it needs a checkpoint to load",
-            "Name its folder with --load",
-        )
+        rule = "needs a checkpoint to load"
+        yield field_problem((given, "load"), flag(given), Words("none"), rule, "Name its folder with --load")
     if c.use_checkpoint_args and not c.load:
-        yield trouble(
-            ("use_checkpoint_args", "load"),
-            "--use-checkpoint-args",
-            Words("no --load"),
-            "it reads a checkpoint",
-            "Name its folder with --load",
-        )
+        both, rule = ("use_checkpoint_args", "load"), "needs a checkpoint to read"
+        yield field_problem(both, "--use-checkpoint-args", Words("no --load"), rule, "Name its folder with --load")
 
 
 def _packages(config: RunConfig) -> Iterator[Problem]:
-    """Packages that are not installed: told now, and not after the corpora were read."""
+    """Packages that are not installed: reported now, and not after the corpora were read."""
     kind = config.data.tokenizer_type
-    if kind in OF_TOKENIZERS and (fault := lacking(OF_TOKENIZERS[kind], kind)):
+    if kind in TOKENIZER_PACKAGES and (fault := missing_package(TOKENIZER_PACKAGES[kind], kind)):
         yield Problem(("tokenizer_type",), fault)
-    if config.logging.tensorboard_dir and (fault := lacking("tensorboard", "--tensorboard-dir")):
+    if config.logging.tensorboard_dir and (fault := missing_package("tensorboard", "--tensorboard-dir")):
         yield Problem(("tensorboard_dir",), fault)
 
 
@@ -197,34 +178,25 @@ def _data(config: RunConfig, corpus: bool) -> Iterator[Problem]:
     apart = [name for name in ("train_data_path", "valid_data_path", "test_data_path") if getattr(d, name)]
     given = [name for name in ("data_path", "data_file_list") if getattr(d, name)] + apart[:1]
     if apart and "train_data_path" not in apart and not config.validation.skip_train:
-        yield trouble(
-            ("train_data_path",),
-            flag(apart[0]),
-            Words("no --train-data-path"),
-            "training needs data",
-            "Write --train-data-path too",
-        )
+        rule = "needs --train-data-path beside it, because a run that trains needs data"
+        yield field_problem(("train_data_path",), flag(apart[0]), None, rule, "Write --train-data-path too")
     elif d.dataset in ("gpt", "bert", "t5", "ict") and not given and corpus:
         cure = "Write --data-path PREFIX, the name without .bin and .idx that `megalith data preprocess` gave"
-        yield trouble(("data_path",), "--data-path", None, "the dataset needs a corpus", cure)
+        yield field_problem(("data_path",), "--data-path", None, "must name the corpus of the dataset", cure)
     elif len(given) > 1:
-        cure = (
-            "Keep one; --data-path and --data-file-list go with --split, the others name training, validation and test"
-        )
-        yield trouble(tuple(given), "corpus", Words(" and ".join(map(flag, given))), "it is named in one way", cure)
+        cure = "Keep one; --data-path and --data-file-list go with --split, "
+        cure += "the others name training, validation and test"
+        found = Words(" and ".join(map(flag, given)))
+        yield field_problem(tuple(given), "The corpus", found, "must be named in one way", cure)
     if d.tokenizer_type is None and corpus:
         cure = "Write --vocab-file FILE --merge-file FILE (GPT-2's), or --tokenizer-model tokenizer.json"
-        yield trouble(
-            ("tokenizer_type", "vocab_file"),
-            "tokenizer",
-            None,
-            "the data was made with one, and it has the vocabulary",
-            cure,
-        )
-    for name in unnamed_files(d) if corpus else ():
-        rule, cure = f"{d.tokenizer_type} is made from it", f"Write {flag(name)} FILE, or name another --tokenizer-type"
-        yield trouble((name, "tokenizer_type"), flag(name), None, rule, cure)
+        rule = "must be the one that the data was made with, because it has the vocabulary"
+        yield field_problem(("tokenizer_type", "vocab_file"), "The tokenizer", None, rule, cure)
+    for name in missing_tokenizer_files(d) if corpus else ():
+        rule = f"must be given, because {d.tokenizer_type} is made from it"
+        cure = f"Write {flag(name)} FILE, or name another --tokenizer-type"
+        yield field_problem((name, "tokenizer_type"), flag(name), None, rule, cure)
     try:
-        shares(d.split)
+        split_fractions(d.split)
     except ConfigError as error:
         yield Problem(("split",), str(error))

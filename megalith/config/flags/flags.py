@@ -20,6 +20,7 @@ from megalith.config.flags.values import Field, fields
 from megalith.config.megatron import flags as legacy_megatron
 
 VALUE = legacy.VALUE
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Flag:
 
     sets: field -> value; VALUE stands for what follows the flag. nargs: 0, 1 or "+" values.
     by_value: value -> the same as `sets`, where the value decides what is set.
-    notice: told when the flag is used. refused: the flag cannot work; the text says why and what to do instead.
+    notice: a line for the user where the flag is used. refused: why the flag cannot work, and what to do instead.
     harmless: values with which a refused flag changes nothing, so that it is accepted.
     number: what follows is a number, or several.
     """
@@ -46,8 +47,8 @@ class Flag:
 
 
 @dataclasses.dataclass
-class Reading:
-    """What a command line said: raw values by field, plain words, problems, notices."""
+class CommandLine:
+    """What a command line says: raw values by field, positional words, problems, notices."""
 
     values: dict[str, Any] = dataclasses.field(default_factory=dict)
     words: list[str] = dataclasses.field(default_factory=list)
@@ -55,7 +56,7 @@ class Reading:
     notices: list[str] = dataclasses.field(default_factory=list)
 
 
-RUN_FLAGS = (  # what every command that resolves a RunConfig has beside its fields
+RUN_FLAGS = (  # flags that every command with a RunConfig has beside its fields
     Flag("--recipe", {"recipe": VALUE}, help="start from this recipe (see megalith config)"),
     Flag("--config", {"config": VALUE}, help="YAML file, over the recipe and under the flags"),
     Flag(
@@ -68,7 +69,7 @@ RUN_FLAGS = (  # what every command that resolves a RunConfig has beside its fie
 )
 
 
-def names(field: Field) -> tuple[list[str], list[str]]:
+def flag_names(field: Field) -> tuple[list[str], list[str]]:
     """Spellings of a field: those that set it (a boolean to True), and those that set a boolean to False."""
     yes, no = [flag(field.name)], []
     if field.kind is bool:
@@ -83,12 +84,13 @@ def config_flags() -> dict[str, Flag]:
     """Every flag that sets a field of RunConfig, and every flag of Megatron that is renamed, not needed or refused."""
     found = {}
     for field in fields().values():
-        yes, no = names(field)
+        yes, no = flag_names(field)
         nargs = 0 if field.kind is bool else "+" if field.kind is list else 1
         for name in yes:
-            told = "" if name == yes[0] or nargs == 0 else f"{name} is read as {yes[0]}"
-            told = f"{name} is {field.metadata['help']}" if field.metadata["help"].startswith("accepted") else told
-            found[name] = Flag(name, {field.name: True if nargs == 0 else VALUE}, nargs, notice=told)
+            notice = "" if name == yes[0] or nargs == 0 else f"{name} is read as {yes[0]}"
+            if field.metadata["help"].startswith("accepted"):
+                notice = f"{name} is {field.metadata['help']}"
+            found[name] = Flag(name, {field.name: True if nargs == 0 else VALUE}, nargs, notice=notice)
         for name in no:
             found[name] = Flag(name, {field.name: False}, 0)
     for name, sets in legacy.RENAMED.items():
@@ -96,14 +98,13 @@ def config_flags() -> dict[str, Flag]:
     for name, by_value in legacy.BY_VALUE.items():
         found[name] = Flag(name, {}, choices=tuple(by_value), by_value=by_value, notice=f"{name} is read as ")
     for name, (nargs, reason) in legacy_megatron.not_needed().items():
-        told = f"{name} is not needed: {reason}"
+        notice = f"{name} is not needed: {reason}"
         choices = legacy_megatron.CHOICES.get(name, ())
         number = nargs != 0 and not choices and name not in legacy_megatron.PATHS
-        found[name] = Flag(name, {}, nargs, choices, notice=told, number=number)
+        found[name] = Flag(name, {}, nargs, choices, notice=notice, number=number)
     for name, (nargs, harmless, reason) in legacy_megatron.REFUSED.items():
-        found[name] = Flag(
-            name, {}, nargs, refused=reason, harmless=harmless, notice=f"{name} {VALUE} changes nothing here"
-        )
+        notice = f"{name} {VALUE} changes nothing here"
+        found[name] = Flag(name, {}, nargs, refused=reason, harmless=harmless, notice=notice)
     return found
 
 
@@ -111,24 +112,21 @@ def _typed(sets: dict[str, Any]) -> str:
     """What is set, as one would type it: {'bf16': False, 'lr': 1} -> '--no-bf16 --lr 1'."""
     words = []
     for key, value in sets.items():
-        words.append(
-            f"--no-{flag(key)[2:]}"
-            if value is False
-            else flag(key)
-            if value is True
-            else f"{flag(key)} {value_text(value)}"
-        )
+        if isinstance(value, bool):
+            words.append(flag(key) if value else f"--no-{flag(key)[2:]}")
+        else:
+            words.append(f"{flag(key)} {value_text(value)}")
     return " ".join(words)
 
 
-def read(argv: Sequence[str], own: Iterable[Flag] = RUN_FLAGS) -> Reading:
-    """Read the words after a verb against the config flags and the verb's own ones.
+def read(argv: Sequence[str], command_flags: Iterable[Flag] = RUN_FLAGS) -> CommandLine:
+    """Read the words after a verb against the config flags and the flags of the verb itself.
 
     `--flag value`, `--flag=value`; underscores count as dashes; the last of several wins. Nothing is raised: what is
     wrong is in the problems of the result, all of it.
     """
-    table = {**config_flags(), **{flag.name: flag for flag in own}}
-    result, at = Reading(), 0
+    table = {**config_flags(), **{flag.name: flag for flag in command_flags}}
+    result, at = CommandLine(), 0
     while at < len(argv):
         word = argv[at]
         at += 1
@@ -141,7 +139,7 @@ def read(argv: Sequence[str], own: Iterable[Flag] = RUN_FLAGS) -> Reading:
             following += 1
         found = table.get(name) or table.get(name.replace("_", "-"))
         if found is None:
-            at = following  # its values, whatever they are, are not words of ours
+            at = following  # its values, whatever they are, are no positional words
             result.problems.append(_unknown(name, table))
             continue
         if equals:
@@ -157,75 +155,64 @@ def read(argv: Sequence[str], own: Iterable[Flag] = RUN_FLAGS) -> Reading:
 def _unknown(name: str, table: dict[str, Flag]) -> Problem:
     text = unknown("flag", name, table, "megalith pretrain --help lists them")
     near = re.search(r"did you mean (\S+)\?$", text)
-    return Problem(
-        tuple(table[near[1]].sets) if near else (), text
-    )  # so that what was meant is not reported as missing too
+    meant = tuple(table[near[1]].sets) if near else ()  # so that what was meant is not reported as missing too
+    return Problem(meant, text)
 
 
-def _use(found: Flag, name: str, values: list[str], result: Reading) -> None:
+def _use(found: Flag, name: str, values: list[str], result: CommandLine) -> None:
     about = tuple(found.sets)
+
+    def report(value: object, rule: str, cure: str) -> None:
+        result.problems.append(Problem(about, problem(name, value, rule, cure)))
+
     if found.nargs in (1, "+") and not values:
-        result.problems.append(
-            Problem(about, problem(name, Words("nothing"), "it needs a value", f"Write {name} followed by a value"))
-        )
+        report(Words("nothing"), "must have a value", f"Write {name} followed by a value")
         return
     raw: Any = values if found.nargs == "+" else values[0] if values else None
     if found.choices and raw not in found.choices and values:
-        rule = f"it is one of {', '.join(found.choices)}"
         near = nearest(str(raw), found.choices) or nearest(str(raw).lower(), found.choices) or found.choices[0]
-        result.problems.append(Problem(about, problem(name, raw, rule, f"Write {name} {near}")))
+        report(raw, f"must be one of {', '.join(found.choices)}", f"Write {name} {near}")
         return
-    wrong = (
-        [value for value in values if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", value)]
-        if found.number
-        else []
-    )
+    wrong = [value for value in values if found.number and not NUMBER.fullmatch(value)]
     if wrong:
-        result.problems.append(
-            Problem(about, problem(name, wrong[0], "it is a number", f"Write {name} 1, or leave it out"))
-        )
+        report(wrong[0], "must be a number", f"Write {name} 1, or leave it out")
         return
     if found.refused and raw not in found.harmless:
-        result.problems.append(
-            Problem((), f"{name}{'' if raw is None else ' ' + value_text(raw)} cannot be used: {found.refused}")
-        )
+        typed = name if raw is None else f"{name} {value_text(raw)}"
+        result.problems.append(Problem((), f"{typed} cannot be used: {found.refused}"))
         return
     sets = found.sets
     if found.nargs == 0 and values:  # --swiglu=false
         if values[0].lower() not in ("true", "false"):
-            rule = "it is on or off and takes no value"
-            result.problems.append(Problem(about, problem(name, values[0], rule, f"Write {name} or {name}=false")))
+            report(values[0], "must be on or off, and takes no value", f"Write {name} or {name}=false")
             return
         if values[0].lower() == "false":
             sets = {key: not value for key, value in sets.items() if isinstance(value, bool)}
-    chosen = (
-        found.by_value[str(raw)]
-        if found.by_value
-        else {key: raw if value is VALUE else value for key, value in sets.items()}
-    )
+    chosen = {key: raw if value is VALUE else value for key, value in sets.items()}
+    if found.by_value:
+        chosen = found.by_value[str(raw)]
     result.values |= chosen
-    told = found.notice.replace(VALUE, value_text(raw)) + (_typed(chosen) if found.by_value else "")
-    if told and told not in result.notices:
-        result.notices.append(told)
+    notice = found.notice.replace(VALUE, value_text(raw)) + (_typed(chosen) if found.by_value else "")
+    if notice and notice not in result.notices:
+        result.notices.append(notice)
 
 
-def whole_number(reading: Reading, name: str) -> int | None:
-    """A count that a flag of the verb's own gives, or None where it is not typed; a wrong one is told with all that is wrong."""
+def whole_number(reading: CommandLine, name: str) -> int | None:
+    """The count that a flag of the verb gives; None where it is not typed, or wrong, which is added to the problems."""
     value = reading.values.get(name)
     if value is None:
         return None
     if value.isdecimal() and int(value) > 0:
         return int(value)
-    reading.problems.append(
-        Problem((), problem(flag(name), value, "it is a whole number above 0", f"Write {flag(name)} 4"))
-    )
+    text = problem(flag(name), value, "must be a whole number above 0", f"Write {flag(name)} 4")
+    reading.problems.append(Problem((), text))
     return None
 
 
-def add_own_help(parser: argparse.ArgumentParser, own: Iterable[Flag]) -> None:
-    """Add a verb's own flags to `parser`, for its --help."""
+def add_command_help(parser: argparse.ArgumentParser, command_flags: Iterable[Flag]) -> None:
+    """Add the flags of a verb itself to `parser`, for its --help."""
     group = parser.add_argument_group("this command")
-    for each in own:
+    for each in command_flags:
         if each.nargs == 0:
             group.add_argument(each.name, action="store_true", help=each.help)
         else:
@@ -233,26 +220,23 @@ def add_own_help(parser: argparse.ArgumentParser, own: Iterable[Flag]) -> None:
             group.add_argument(each.name, metavar=choices, help=each.help)
 
 
-def add_help(parser: argparse.ArgumentParser, own: Iterable[Flag] = RUN_FLAGS) -> None:
+def add_help(parser: argparse.ArgumentParser, command_flags: Iterable[Flag] = RUN_FLAGS) -> None:
     """Add all flags to `parser`, grouped by section, for its --help; read() is what reads them."""
-    add_own_help(parser, own)
+    add_command_help(parser, command_flags)
     groups: dict[str, Any] = {}
     for field in fields().values():
         group = groups.get(field.section) or groups.setdefault(field.section, parser.add_argument_group(field.section))
-        yes, no = names(field)
+        yes, no = flag_names(field)
         text = field.metadata["help"].replace("%", "%%")
-        if field.default not in (None, False, []):
-            text += (
-                " (on by default)"
-                if field.default is True
-                else f" (default: {value_text(field.default)})".replace("%", "%%")
-            )
+        if field.default is True:
+            text += " (on by default)"
+        elif field.default not in (None, False, []):
+            text += f" (default: {value_text(field.default)})".replace("%", "%%")
         if field.kind is bool:
             group.add_argument(*yes, *no, action="store_true", dest=field.name, help=text)
         else:
             many = {"nargs": "+"} if field.kind is list else {}
-            choices = "{" + ",".join(map(str, field.metadata["choices"])) + "}"
-            metavar = (
-                choices if field.metadata["choices"] else {int: "N", float: "X", list: "VALUE"}.get(field.kind, "TEXT")
-            )
+            metavar = {int: "N", float: "X", list: "VALUE"}.get(field.kind, "TEXT")
+            if field.metadata["choices"]:
+                metavar = "{" + ",".join(map(str, field.metadata["choices"])) + "}"
             group.add_argument(*yes, metavar=metavar, dest=field.name, help=text, **many)

@@ -1,6 +1,6 @@
-"""Old and foreign spellings of our own flags, as tables. They act, and a line names the new spelling.
+"""Old and foreign spellings of flags, as tables. They act, and a line names the new spelling.
 
-Flags of Megatron that set nothing here are in legacy_megatron.py.
+Flags of Megatron that set nothing here are in config/megatron/flags.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ VALUE = "VALUE"  # stands for what follows the flag
 RENAMED: dict[str, dict[str, Any]] = {
     # Megatron-LM before 2.0
     "--batch-size": {"micro_batch_size": VALUE},
-    "--warmup": {"lr_warmup_fraction": VALUE},  # it was a share already, of all iterations
+    "--warmup": {"lr_warmup_fraction": VALUE},  # it was a fraction already, of all iterations
     "--checkpoint-activations": {"recompute_granularity": "full", "recompute_method": "uniform"},
     "--checkpoint-num-layers": {"recompute_num_layers": VALUE},
     # Megatron-LM before 3.0, and READMEs and examples since

@@ -1,4 +1,4 @@
-"""From recipe, YAML and flags to one RunConfig, and back to YAML. Recipe < YAML < flags; every mistake found at once."""
+"""From recipe, YAML and flags to one RunConfig, and back to YAML. Recipe < YAML < flags; all mistakes found at once."""
 
 from __future__ import annotations
 
@@ -6,37 +6,41 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from megalith.common.encodings import conversion, reason
+from megalith.common.encodings import conversion_advice, reason
 from megalith.common.errors import ConfigError, MegalithError, problem
 from megalith.config.architectures import architecture
-from megalith.config.checks.checks import find_problems, limit
+from megalith.config.checks.checks import find_problems, violated_limit
 from megalith.config.checks.masking import masking_notices
 from megalith.config.flags import flags, legacy
 from megalith.config.flags.text import Problem, fail, flag, value_text
 from megalith.config.flags.values import convert, fields
 from megalith.config.flags.yaml_text import parse_yaml
-from megalith.config.megatron.counts import words_asked
+from megalith.config.megatron.counts import vocab_size_of_rows
 from megalith.config.run import RunConfig
 from megalith.config.sections.data import TOKENIZER_FILES
 
-OF_DATASETS = {  # fields that only these of our datasets read
-    "mask_prob": ("bert", "t5"), "short_seq_prob": ("bert", "t5"), "decoder_seq_length": ("t5",), "titles_data_path": ("ict",),
-    "use_one_sent_docs": ("ict",), "query_in_block_prob": ("ict",),
-}  # fmt: skip
+OF_DATASETS = {  # field -> the built-in datasets that read it
+    "mask_prob": ("bert", "t5"),
+    "short_seq_prob": ("bert", "t5"),
+    "decoder_seq_length": ("t5",),
+    "titles_data_path": ("ict",),
+    "use_one_sent_docs": ("ict",),
+    "query_in_block_prob": ("ict",),
+}
 ReadRecipe = Callable[[str], str]  # name -> YAML text
 Values = Mapping[str, Any]  # of fields that recipe, file and flags set: --load, what a source may leave unsaid
 ReadCheckpoint = Callable[[Values], str]  # -> YAML text of the config of what --load names
 ReadTokenizer = Callable[[Values], dict[str, Any]]  # -> fields of its tokenizer; {} where there is none
-TOKENIZER = ("tokenizer_type", *TOKENIZER_FILES)  # what tells a tokenizer from others
+TOKENIZER = ("tokenizer_type", *TOKENIZER_FILES)  # fields that identify a tokenizer
 
 
 def load_config(argv: Sequence[str] = (), **options: Any) -> tuple[RunConfig, list[str]]:
-    """Resolve flags (`--recipe` and `--config` among them) to a checked config, and the notices to show. Options: as resolve."""
+    """A checked config from flags (also `--recipe` and `--config`), and the notices to show. Options: as resolve."""
     return resolve(flags.read(argv), **options)
 
 
 def resolve(
-    reading: flags.Reading,
+    reading: flags.CommandLine,
     *,
     read_recipe: ReadRecipe | None = None,
     read_checkpoint: ReadCheckpoint | None = None,
@@ -50,14 +54,14 @@ def resolve(
     """A checked config and the notices to show, from what flags.read found.
 
     read_recipe, read_checkpoint: for --recipe and --use-checkpoint-args; without them these flags are errors.
-    read_tokenizer: for --use-checkpoint-args, where the command names no tokenizer of its own.
+    read_tokenizer: for --use-checkpoint-args, where the command names no tokenizer itself.
     world_size: number of processes, or what gives it for the config. data, corpus, one_step: as checks.find_problems.
     paths: what is wrong with the files that a config names.
     Raises ConfigError with every problem of flags, files and their combination.
     """
     problems, notices = list(reading.problems), list(reading.notices)
     values: dict[str, Any] = {}
-    chosen, models = reading.values, dict[str, str]()  # model_type -> who said it last
+    chosen, models = reading.values, dict[str, str]()  # model_type -> the last source that names it
     for source, text in source_texts(chosen.get("recipe"), chosen.get("config"), read_recipe, problems):
         raw = parse_yaml(text, source, problems, notices)
         models |= {str(raw["model_type"]): source} if "model_type" in raw else {}
@@ -72,16 +76,13 @@ def resolve(
         _name_model(reading.words[0], values, models, problems)
     if (model := values.get("model_type")) is not None:
         notices += [
-            f"the model is {model}, where {source} says {said}" for said, source in models.items() if said != model
+            f"the model is {model}, where {source} says {other}" for other, source in models.items() if other != model
         ]
     if values.get("use_checkpoint_args") and values.get("load"):
         values |= _model_of_checkpoint(values, read_checkpoint, problems, notices)
         values |= _tokenizer_of_checkpoint(values, read_tokenizer, problems, notices)
-        values |= {
-            name: words_asked(rows, values.get("tokenizer_type"))
-            for name in ("vocab_size",)
-            if (rows := values.get(name))
-        }
+        if rows := values.get("vocab_size"):
+            values["vocab_size"] = vocab_size_of_rows(rows, values.get("tokenizer_type"))
     config = complete(values, notices)
     notices += [
         f"{flag(name)} has no effect: only the dataset {' or '.join(readers)} reads it"
@@ -93,23 +94,25 @@ def resolve(
     size = world_size if isinstance(world_size, int) else world_size(config)
     found = find_problems(config, size, data=data, corpus=corpus, one_step=one_step)
     problems += [each for each in found if not wrong.intersection(each.fields)]
-    wrong = {
-        field for each in problems if len(each.fields) < len(fields()) for field in each.fields
-    }  # all: a file was not read
+    # A problem of all fields is a file that was not read: it says nothing of any one of them.
+    wrong = {field for each in problems if len(each.fields) < len(fields()) for field in each.fields}
     problems += [each for each in paths(config) if not wrong.intersection(each.fields)]
     fail(each.text for each in problems)
     return config, notices
 
 
 def _name_model(word: str, values: dict[str, Any], models: Mapping[str, str], problems: list[Problem]) -> None:
-    """Take the model named after the verb, which recipe, file and flags may not contradict, unless it is one's own (module:name)."""
-    said = values.get("model_type", word)
-    if said not in fields()["model_type"].metadata["names"] and ":" not in said and said != word:
-        return  # it is no model, which is told by itself
-    if word != said and ":" not in word:
-        rule = f"{models[said]} is of a {said}"
-        cure = f"Write {said} after the verb, or add --model-type {word} to have a {word} of that shape"
-        problems.append(Problem(("model_type",), problem("model", word, rule, cure)))
+    """Take the model named after the verb.
+
+    Recipe, file and flags may not contradict it, unless it is the user's (module:name).
+    """
+    named = values.get("model_type", word)
+    if named not in fields()["model_type"].metadata["names"] and ":" not in named and named != word:
+        return  # it is no model, which is a problem reported elsewhere
+    if word != named and ":" not in word:
+        rule = f"after the verb must be {named}, because {models[named]} is of a {named}"
+        cure = f"Write {named} after the verb, or add --model-type {word} to have a {word} of that shape"
+        problems.append(Problem(("model_type",), problem("The model", word, rule, cure)))
         return
     values["model_type"] = word
 
@@ -132,8 +135,8 @@ def source_texts(
     except (OSError, UnicodeDecodeError) as error:
         cure = "Correct the path; megalith config writes such a file"
         if isinstance(error, UnicodeDecodeError):
-            cure = conversion([reason(error)]).rstrip(". ")
-        text = problem("--config", file, f"it names a readable YAML file ({error})", cure)
+            cure = conversion_advice([reason(error)]).rstrip(". ")
+        text = problem("--config", file, f"must name a readable YAML file ({error})", cure)
         problems.append(Problem(tuple(fields()), text))
     return found
 
@@ -145,20 +148,16 @@ def _model_of_checkpoint(
     folder, asked = values["load"], values.get("model_type")
     try:
         if read is None:
-            raise ConfigError(
-                "--use-checkpoint-args has no effect here: this command reads no checkpoint. Leave it out."
-            )
+            text = "--use-checkpoint-args has no effect here: this command reads no checkpoint. Leave it out."
+            raise ConfigError(text)
         model = from_yaml(read(values), f"config of {folder}").model
     except MegalithError as error:
-        problems.append(
-            Problem(tuple(fields()), str(error))
-        )  # what the checkpoint would have set is not missing as well
+        problems.append(Problem(tuple(fields()), str(error)))  # what it would have set is not missing as well
         return {}
     if asked not in (None, model.model_type):
-        rule = f"--use-checkpoint-args takes the model of {folder}, a {model.model_type}"
-        problems.append(
-            Problem(("model_type",), problem("model", asked, rule, f"Write megalith pretrain {model.model_type}"))
-        )
+        rule = f"must be {model.model_type}, that of {folder}, because of --use-checkpoint-args"
+        cure = f"Write megalith pretrain {model.model_type}"
+        problems.append(Problem(("model_type",), problem("The model", asked, rule, cure)))
         return {}
     notices.append(f"--use-checkpoint-args: the model is that of {folder}, whatever recipe, YAML and flags say")
     there = dict(vars(model))
@@ -184,8 +183,8 @@ def _tokenizer_of_checkpoint(
     kind = found.get("tokenizer_type")
     named = [name for name in TOKENIZER if values.get(name) and (name != "tokenizer_type" or values[name] != kind)]
     if kind and named:
-        mine = ", ".join(f"{flag(name)} {values[name]}" for name in named)
-        notices.append(f"--use-checkpoint-args: the tokenizer is that of {mine}, not the {kind} in {folder}")
+        typed = ", ".join(f"{flag(name)} {values[name]}" for name in named)
+        notices.append(f"--use-checkpoint-args: the tokenizer is that of {typed}, not the {kind} in {folder}")
     elif kind:
         notices.append(f"--use-checkpoint-args: the tokenizer is that of {folder}, a {kind}")
         return found
@@ -196,20 +195,20 @@ def _typed(raw: Mapping[str, tuple[Any, str]], problems: list[Problem]) -> dict[
     """Typed values of (raw value, what to call it) by field."""
     values = {}
     for key, (value, called) in raw.items():
-        like = legacy.IN_TOKENS.get(key, key)
-        if like not in fields():
-            continue  # a flag of the verb's own
-        values[key], trouble = convert(fields()[like], value, called)
-        if trouble:
-            problems.append(trouble)
+        typed_as = legacy.IN_TOKENS.get(key, key)
+        if typed_as not in fields():
+            continue  # a flag of the verb itself
+        values[key], failure = convert(fields()[typed_as], value, called)
+        if failure:
+            problems.append(failure)
             del values[key]
     return values
 
 
 def complete(values: Mapping[str, Any], notices: list[str]) -> RunConfig:
     """A RunConfig of these values, with what follows from them filled in; each conclusion is added to the notices."""
-    brought, of_vocabulary = brings(values.get("model_type", fields()["model_type"].default))
-    values = brought | dict(values)
+    defaults, tokenizer_of_vocabulary = model_defaults(values.get("model_type", fields()["model_type"].default))
+    values = defaults | dict(values)
     sequence, positions = values.get("seq_length"), values.get("max_position_embeddings")
     if sequence and positions is None:
         values["max_position_embeddings"] = sequence
@@ -219,14 +218,13 @@ def complete(values: Mapping[str, Any], notices: list[str]) -> RunConfig:
         notices.append(f"--seq-length is not given: it is --max-position-embeddings, {positions}")
     _tokens_to_samples(values, notices)
     if values.get("tokenizer_type") is None:
-        gpt2 = "GPT2BPETokenizer" if values.get("merge_file") else None
-        kind = gpt2 or (
-            of_vocabulary
-            if values.get("vocab_file")
-            else "HuggingFaceTokenizer"
-            if values.get("tokenizer_model")
-            else None
-        )
+        kind = None
+        if values.get("merge_file"):
+            kind = "GPT2BPETokenizer"
+        elif values.get("vocab_file"):
+            kind = tokenizer_of_vocabulary
+        elif values.get("tokenizer_model"):
+            kind = "HuggingFaceTokenizer"
         if kind:
             values["tokenizer_type"] = kind
             notices.append(f"--tokenizer-type is not given: the files are of a {kind}")
@@ -234,16 +232,17 @@ def complete(values: Mapping[str, Any], notices: list[str]) -> RunConfig:
     m = config.model
     if m.activation == "gelu" and not m.add_bias_linear and "bias_gelu_fusion" not in values:
         notices.append(
-            "GELU is the exact one (erf): Megatron's fused one needs biases, and Megatron stops here without --no-bias-gelu-fusion"
+            "GELU is the exact one (erf): Megatron's fused one needs biases, "
+            "and Megatron stops here without --no-bias-gelu-fusion"
         )
     return config
 
 
-def brings(model_type: str) -> tuple[dict[str, Any], str]:
-    """What a model brings along where nothing is said, and the tokenizer that a vocabulary file alone means."""
+def model_defaults(model_type: str) -> tuple[dict[str, Any], str]:
+    """Fields that follow from the model where nothing sets them, and the tokenizer that a vocabulary file means."""
     try:
         record = architecture(model_type)
-    except ConfigError:  # a name that is none, which is told by itself
+    except ConfigError:  # a name of no model, which is a problem reported elsewhere
         return {}, RunConfig().model.architecture.tokenizer_type
     return record.defaults | {"name": record.name}, record.tokenizer_type
 
@@ -254,13 +253,15 @@ def _tokens_to_samples(values: dict[str, Any], notices: list[str]) -> None:
         count, sequence = values.pop(tokens, None), values.get("seq_length")
         if count is not None and sequence:
             values[samples] = -(-count // sequence)
-            notices.append(
-                f"{flag(tokens)} {count} is read as {flag(samples)} {values[samples]} (of --seq-length {sequence} tokens)"
-            )
+            read_as = f"{flag(samples)} {values[samples]} (of --seq-length {sequence} tokens)"
+            notices.append(f"{flag(tokens)} {count} is read as {read_as}")
 
 
 def to_yaml(config: RunConfig, *, changed_only: bool = False, always: Sequence[str] = ()) -> str:
-    """YAML by section; changed_only leaves out what has its default, but for `always`. from_yaml reads it back to an equal config."""
+    """YAML by section, which from_yaml reads back to an equal config.
+
+    changed_only: leave out fields that have their default, except those in `always`.
+    """
     import yaml
 
     tree: dict[str, dict[str, Any]] = {}
@@ -286,8 +287,8 @@ def from_yaml(text: str, source: str = "config") -> RunConfig:
 
 
 def stored_config(text: str, source: str) -> RunConfig:
-    """`from_yaml` of the config in a checkpoint, with each value in its limits. Raises ConfigError with all that are not."""
+    """`from_yaml` of the config in a checkpoint. Raises ConfigError with all values that are outside their limits."""
     config = from_yaml(text, source)
-    wrong = [(name, value, limit(name, value)) for name, value in config.flat().items()]
+    wrong = [(name, value, violated_limit(name, value)) for name, value in config.flat().items()]
     fail(problem(f"{source}: {name}", value, *found) for name, value, found in wrong if found)
     return config

@@ -1,4 +1,4 @@
-"""Words of configuration errors: how a field is called, what was probably meant, many problems in one message."""
+"""Text of configuration errors: the flag of a field, what was probably meant, many problems in one message."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from megalith.common.errors import ConfigError, MegalithError, problem
-from megalith.config.flags.elsewhere import answer
+from megalith.config.flags.foreign_names import megalith_name
 
 
 class Problem(NamedTuple):
-    """One thing that cannot work. `fields` are the ones it is about, so that one mistake is told once."""
+    """One thing that cannot work. `fields` are those it is about, so that one mistake is reported once."""
 
     fields: tuple[str, ...]
     text: str
@@ -42,12 +42,9 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that `name` was probably meant to be, or None where nothing is near."""
     known = {each.removeprefix("--"): each for each in known}  # dashes alone make no two flags alike
     name = name.removeprefix("--")
-    found = [
-        each for each in known if sorted(each) == sorted(name)
-    ]  # letters that changed places, of however short a name
-    found = (
-        found or difflib.get_close_matches(name, known, 1) or [each for each in known if len(name) > 3 and name in each]
-    )
+    found = [each for each in known if sorted(each) == sorted(name)]  # letters that changed places, in any name
+    found = found or difflib.get_close_matches(name, known, 1)
+    found = found or [each for each in known if len(name) > 3 and name in each]
     return known[found[0]] if found else None
 
 
@@ -59,19 +56,19 @@ def around(value: int, fitting: Iterable[int]) -> str:
 
 
 def divisors(number: int) -> list[int]:
-    """Those of a number above 0, in no order; of one beyond 10^12 not all, so that a mistyped one is judged at once."""
+    """Divisors of a number above 0, in no order; beyond 10^12 not all, so that a mistyped one is checked at once."""
     small = [n for n in range(1, min(math.isqrt(number), 10**6) + 1) if number % n == 0]
     return [*small, *(number // n for n in small)]
 
 
 def multiples(value: int, unit: int) -> list[int]:
-    """The multiples of `unit` above 0 on both sides of `value`, which is none."""
+    """The multiples of `unit` above 0 on both sides of `value`, which is no multiple itself."""
     return [n for n in (value // unit * unit, (value // unit + 1) * unit) if n]
 
 
 def unknown(kind: str, name: str, known: Iterable[str], otherwise: str) -> str:
     """Text for a name that is not known: what it is called here, the nearest known name, or `otherwise`."""
-    if instead := answer(name):
+    if instead := megalith_name(name):
         return f"unknown {kind} {name}: {instead}"
     near = nearest(name, known)
     return f"unknown {kind} {name}: did you mean {near}?" if near else f"unknown {kind} {name}: {otherwise}"
@@ -91,11 +88,10 @@ def fail(problems: Iterable[str], error: type[MegalithError] = ConfigError) -> N
     if len(texts) == 1:
         raise error(texts[0])
     if texts:
-        raise error(
-            f"{len(texts)} problems\n" + "\n".join(f"  {number}. {text}" for number, text in enumerate(texts, 1))
-        )
+        lines = (f"  {number}. {text}" for number, text in enumerate(texts, 1))
+        raise error("\n".join([f"{len(texts)} problems", *lines]))
 
 
-def trouble(fields: tuple[str, ...], what: str, found: object, rule: str, cure: str) -> Problem:
-    """A Problem in the words of every message: what, the value found, the rule, the cure."""
+def field_problem(fields: tuple[str, ...], what: str, found: object, rule: str, cure: str) -> Problem:
+    """A Problem with the text of common/errors.py: problem; a value that is None is shown as nothing."""
     return Problem(fields, problem(what, Words("nothing") if found is None else found, rule, cure))

@@ -39,26 +39,26 @@ def fields() -> dict[str, Field]:
             kind, _, rest = str(field.type).partition(" | ")
             base, _, item = kind.partition("[")
             found[field.name] = Field(
-                field.name,
-                part,
-                KINDS[base],
-                KINDS[item.rstrip("]") or "str"],
-                rest == "None",
-                getattr(empty, field.name),
-                field.metadata,
+                name=field.name,
+                section=part,
+                kind=KINDS[base],
+                item=KINDS[item.rstrip("]") or "str"],
+                optional=rest == "None",
+                default=getattr(empty, field.name),
+                metadata=field.metadata,
             )
     return found
 
 
-WORDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", list: "a list"}
+TYPE_NAMES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", list: "a list"}
 EXAMPLES = {int: "4", float: "0.1", bool: "true", str: "text", list: "1 2 3"}
 
 
 def convert(field: Field, raw: Any, called: str) -> tuple[Any, Problem | None]:
     """The typed value of `raw`, or a problem; `called` is the name the user gave it ('--lr', 'run.yaml: lr').
 
-    Numbers may be text ('1e-4', which YAML 1.1 reads as text), whole numbers may be written 1e6, and 'none' unsets an optional
-    field and empties a list.
+    Numbers may be text ('1e-4', which YAML 1.1 reads as text), whole numbers may be written 1e6, and 'none' unsets an
+    optional field and empties a list.
     """
     if field.optional and (raw is None or (isinstance(raw, str) and raw.lower() in ("none", "null"))):
         return None, None
@@ -67,15 +67,13 @@ def convert(field: Field, raw: Any, called: str) -> tuple[Any, Problem | None]:
             items = raw if isinstance(raw, (list, tuple)) else str(raw).split()
             if [str(item).lower() for item in items] == ["none"]:
                 return [], None
-            return [_scalar(field.item, item) for item in items], None
-        return _scalar(field.kind, raw), None
+            return [_convert_scalar(field.item, item) for item in items], None
+        return _convert_scalar(field.kind, raw), None
     except (ValueError, TypeError, OverflowError):
-        rule = (
-            f"{WORDS[field.kind]} of {WORDS[field.item].removeprefix('a ')}s"
-            if field.kind is list
-            else WORDS[field.kind]
-        )
-        rule = f"it is {rule}{', or none' if field.optional else ''} ({field.metadata['help']})"
+        wanted = TYPE_NAMES[field.kind]
+        if field.kind is list:
+            wanted = f"{wanted} of {TYPE_NAMES[field.item].removeprefix('a ')}s"
+        rule = f"must be {wanted}{', or none' if field.optional else ''} ({field.metadata['help']})"
         return None, Problem((field.name,), problem(called, raw, rule, _cure(field, raw)))
 
 
@@ -88,13 +86,12 @@ def _cure(field: Field, raw: Any) -> str:
     return f"Give it as in {flag(field.name)} {EXAMPLES[field.kind]}"
 
 
-def _scalar(kind: type, raw: Any) -> Any:
+def _convert_scalar(kind: type, raw: Any) -> Any:
     if kind is bool:
         if isinstance(raw, bool):
             return raw
-        return (
-            {"true": True, "false": False}[str(raw).lower()] if str(raw).lower() in ("true", "false") else _refuse(raw)
-        )
+        word = str(raw).lower()
+        return word == "true" if word in ("true", "false") else _refuse(raw)
     if isinstance(raw, (bool, dict, list, tuple)) or raw is None:
         return _refuse(raw)
     if kind is str:

@@ -11,23 +11,21 @@ from megalith.config.flags import flags
 from megalith.config.flags.text import Problem, Words, flag, unknown
 from megalith.config.flags.values import fields
 
-GLUED = re.compile(r"\s*(?:- )?(\w+):([^\s/\\:]\S*)")  # `name:value`, which YAML takes for one word
+NO_SPACE = re.compile(r"\s*(?:- )?(\w+):([^\s/\\:]\S*)")  # `name:value`, which YAML takes for one word
 
 
-def _glued(found: str) -> tuple[str, str] | None:
-    """(rule, cure) where what stands there begins with a name, a colon and no blank, and the name is one that we know."""
-    match = GLUED.match(found)
+def _missing_space(found: str) -> tuple[str, str] | None:
+    """(reason, cure) where a text begins with the name of a field or section, a colon and no space; None where not."""
+    match = NO_SPACE.match(found)
     names = {*fields(), *(field.section for field in fields().values())}
     if match is None or match[1] not in names:
         return None
-    return (
-        f"{match[1]}:{match[2]} has no space after the colon, so that YAML reads one word",
-        f"Write {match[1]}: {match[2]}",
-    )
+    reason = f"{match[1]}:{match[2]} has no space after the colon, so that YAML reads one word"
+    return reason, f"Write {match[1]}: {match[2]}"
 
 
 def load_yaml(text: str, source: str) -> Any:
-    """What a YAML text holds; ConfigError with line, rule and cure where it is none, or names a thing twice."""
+    """What a YAML text holds. Raises ConfigError with line, rule and cure where it is not YAML, or has a key twice."""
     import yaml  # here, because most commands and every --help do without it
 
     try:
@@ -46,11 +44,11 @@ def parse_yaml(text: str, source: str, problems: list[Problem], notices: list[st
     if tree is None:
         return {}
     if not isinstance(tree, Mapping):
-        plain = (
-            "it maps names to values, as in 'model:' and below it '  num_layers: 4'",
-            "Correct the file; megalith config writes one",
-        )
-        problems.append(Problem(tuple(fields()), problem(source, tree, *(_glued(str(tree)) or plain))))
+        rule = "must map names to values, as in 'model:' and below it '  num_layers: 4'"
+        cure = "Correct the file; megalith config writes one"
+        if missing_space := _missing_space(str(tree)):
+            rule, cure = f"must map names to values: {missing_space[0]}", missing_space[1]
+        problems.append(Problem(tuple(fields()), problem(source, tree, rule, cure)))
         return {}
     sections = {field.section for field in fields().values()}
     values: dict[str, Any] = {}
@@ -58,40 +56,38 @@ def parse_yaml(text: str, source: str, problems: list[Problem], notices: list[st
         if key == "about":
             continue
         if key not in sections:
-            _one(str(key), value, None, source, values, problems, notices)
+            _read_key(str(key), value, None, source, values, problems, notices)
         elif isinstance(value, Mapping):
             for name, inner in value.items():
-                _one(str(name), inner, key, source, values, problems, notices)
+                _read_key(str(name), inner, key, source, values, problems, notices)
         elif value is not None:
-            plain = (
-                f"{key} is a section: its fields stand below it, indented",
-                "Indent them, or write fields without a section",
-            )
-            about_it = tuple(
-                name for name, field in fields().items() if field.section == key
-            )  # what it should set is not missing as well
-            problems.append(Problem(about_it, problem(f"{source}: {key}", value, *(_glued(str(value)) or plain))))
-    if (
-        values.get("openai_gelu") is False and "bias_gelu_fusion" not in values
-    ):  # a whole config from before the latter was a field
+            rule = "is a section, whose fields must stand below it, indented"
+            cure = "Indent them, or write fields without a section"
+            if missing_space := _missing_space(str(value)):
+                rule, cure = f"is a section, whose fields must stand below it: {missing_space[0]}", missing_space[1]
+            # All fields of the section are named, so that none of them is reported as missing too.
+            about_it = tuple(name for name, field in fields().items() if field.section == key)
+            problems.append(Problem(about_it, problem(f"{source}: {key}", value, rule, cure)))
+    # A whole config that was written before bias_gelu_fusion was a field.
+    if values.get("openai_gelu") is False and "bias_gelu_fusion" not in values:
         values["bias_gelu_fusion"] = False
         notices.append(f"{source} has openai_gelu: false and no bias_gelu_fusion: GELU is the exact one (erf)")
     return values
 
 
 def about(text: str) -> dict[str, Any]:
-    """What a YAML text says of itself under `about`; {} where it says nothing, or cannot be read."""
+    """The mapping under `about` in a YAML text; {} where there is none, or the text cannot be read."""
     import yaml
 
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError:
         return {}
-    said = tree.get("about") if isinstance(tree, Mapping) else None
-    return dict(said) if isinstance(said, Mapping) else {}
+    found = tree.get("about") if isinstance(tree, Mapping) else None
+    return dict(found) if isinstance(found, Mapping) else {}
 
 
-def _one(
+def _read_key(
     name: str,
     value: Any,
     section: str | None,
@@ -104,28 +100,23 @@ def _one(
     field, called = fields().get(name), f"{source}: {name}"
     if field is not None and section in (None, field.section):
         if name in values:
-            problems.append(Problem((name,), problem(called, value, "it is given twice", "Keep one")))
+            problems.append(Problem((name,), problem(called, value, "must be given once, not twice", "Keep one")))
         values[name] = value
     elif field is not None:
-        problems.append(
-            Problem(
-                (name,),
-                problem(called, section, f"{name} belongs to {field.section}", f"Move it there, or give {flag(name)}"),
-            )
-        )
+        cure = f"Move it there, or give {flag(name)}"
+        text = problem(called, section, f"must be in the section {field.section}", cure)
+        problems.append(Problem((name,), text))
     elif flag(name) in flags.config_flags():
+        words = value if isinstance(value, list) else [] if value is True else [value]
         off = value is False or value is None
-        old = flags.read(
-            []
-            if off
-            else [flag(name), *map(str, value if isinstance(value, list) else [] if value is True else [value])],
-            (),
-        )
+        old = flags.read([] if off else [flag(name), *map(str, words)], ())
         values |= old.values
         problems += old.problems
-        notices += [f"{source}: {told}" for told in old.notices]
-    elif glued := _glued(name):
-        problems.append(Problem((name.partition(":")[0],), problem(f"{source}: key", Words(name), *glued)))
+        notices += [f"{source}: {line}" for line in old.notices]
+    elif missing_space := _missing_space(name):
+        reason, cure = missing_space
+        text = problem(f"A key of {source}", Words(name), f"must be a name: {reason}", cure)
+        problems.append(Problem((name.partition(":")[0],), text))
     else:
         otherwise = "megalith pretrain --help lists the fields as flags"
         sections = dict.fromkeys(field.section for field in fields().values()) if section is None else ()
@@ -138,13 +129,13 @@ def _one(
         problems.append(Problem(meant, f"{source}: {near}"))
 
 
-RULES = (  # words of the parser's complaint -> the rule and the cure, in the words of who writes the file
+REASONS = (  # words of the parser's message -> what is wrong, in the words of who writes the file, and the cure
     (
         "mapping values are not allowed",
         "a line has one name and one value",
         "Put text with a colon into quotes, or correct the indentation",
     ),
-    ("could not find expected ':'", "a line is `name: value`", "Write a colon and a blank after the name"),
+    ("could not find expected ':'", "a line is `name: value`", "Write a colon and a space after the name"),
     ("expected ',' or", "a bracket is not closed", "Close it"),
     ("but got '<stream end>'", "a bracket is not closed", "Close it"),
     ("unexpected end of stream", "a quotation mark is not closed", "Close it"),
@@ -161,40 +152,39 @@ RULES = (  # words of the parser's complaint -> the rule and the cure, in the wo
 
 def _invalid(source: str, text: str, error: Any) -> str:
     """What is wrong with a YAML text: the line, what stands there, the rule and the cure."""
-    mark, said = (
-        getattr(error, "problem_mark", None),
-        str(getattr(error, "problem", None) or getattr(error, "reason", None) or error),
-    )
+    mark = getattr(error, "problem_mark", None)
+    message = str(getattr(error, "problem", None) or getattr(error, "reason", None) or error)
     if mark is None:  # a character that YAML does not allow
         found = getattr(error, "character", "")
         found = chr(found) if isinstance(found, int) else found
         number = text[: getattr(error, "position", 0)].count("\n") + 1
-        return problem(
-            f"{source} is not valid YAML, line {number}", found, said.partition("\n")[0], "Remove the character"
-        )
+        first_line = message.partition("\n")[0]
+        rule = f"is not valid YAML in line {number}: {first_line}"
+        return problem(source, found, rule, "Remove the character")
     lines = text.split("\n")
     number = min(mark.line, len(lines) - 1)
-    while number and not lines[number].strip():  # the end of the file: what is wrong stands before it
+    while number and not lines[number].strip():  # the end of the file: the mistake is before it
         number -= 1
     line = lines[number]
-    rule, cure = next(((rule, cure) for words, rule, cure in RULES if words in said), (said, "Correct the line"))
-    earlier = [
-        (at, found) for at in range(number + 1) if (found := _glued(lines[at]))
-    ]  # the parser complains of a line after it
+    reason, cure = next(
+        ((reason, cure) for words, reason, cure in REASONS if words in message), (message, "Correct the line")
+    )
+    # Where a space is missing, the parser complains of a line after it.
+    earlier = [(at, found) for at in range(number + 1) if (found := _missing_space(lines[at]))]
     if earlier:
-        number, (rule, cure) = earlier[-1]
+        number, (reason, cure) = earlier[-1]
         line = lines[number]
-    elif said.endswith("is given twice"):
-        rule, cure = f"{said}, and {rule}", cure
+    elif message.endswith("is given twice"):
+        reason = f"{message}, and {reason}"
     tabs = [at for at, each in enumerate(lines[: number + 1]) if "\t" in each[: len(each) - len(each.lstrip())]]
-    if tabs or "'\\t'" in said:
+    if tabs or "'\\t'" in message:
         number = tabs[-1] if tabs else number
-        line, rule, cure = lines[number], "YAML indents by blanks, not by tabs", "Replace the tabs by blanks"
-    return problem(f"{source} is not valid YAML, line {number + 1}", line.rstrip(), rule, cure)
+        line, reason, cure = lines[number], "YAML indents by spaces, not by tabs", "Replace the tabs by spaces"
+    return problem(source, line.rstrip(), f"is not valid YAML in line {number + 1}: {reason}", cure)
 
 
 def _loader() -> Any:
-    """A YAML loader that refuses a key given twice, where the plain one silently keeps the last."""
+    """A YAML loader that refuses a key given twice, where yaml.SafeLoader silently keeps the last."""
     import yaml
 
     class Loader(yaml.SafeLoader):

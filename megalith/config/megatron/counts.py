@@ -1,7 +1,7 @@
-"""Parameters and vocabulary as Megatron counts them, for comparing logs: Megatron pads the vocabulary, this project does not.
+"""Parameters and vocabulary as Megatron counts them, for comparing logs: Megatron pads the vocabulary, megalith not.
 
-A count is of one tensor-parallel rank of one pipeline process. Megatron's numbers come out where its layers are split as here:
-evenly (--pipeline-split even).
+A count is of one tensor-parallel rank of one pipeline process. Megatron's numbers come out where its layers are split
+as here: evenly (--pipeline-split even).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from megalith.config.run import RunConfig
 from megalith.config.sections.model import ModelConfig
 from megalith.config.stages import layers_of, num_stages, stages_of
 
-NUMBERS = ("NullTokenizer", "NullMultimodalTokenizer")  # tokenizers of texts that are numbers
+NUMERIC_TOKENIZERS = ("NullTokenizer", "NullMultimodalTokenizer")  # tokenizers of texts that are numbers
 
 
 def padded_vocabulary(size: int, divisible_by: int, tensor: int) -> int:
@@ -20,14 +20,14 @@ def padded_vocabulary(size: int, divisible_by: int, tensor: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def rows_asked(vocab_size: int, tokenizer_type: str | None) -> int:
-    """Rows of the embedding that --vocab-size means: that of NUMBERS counts the ids of texts, and one more ends documents."""
-    return vocab_size + (tokenizer_type in NUMBERS)
+def embedding_rows(vocab_size: int, tokenizer_type: str | None) -> int:
+    """Rows of the embedding that --vocab-size means; numeric tokenizers have one more, which ends documents."""
+    return vocab_size + (tokenizer_type in NUMERIC_TOKENIZERS)
 
 
-def words_asked(rows: int, tokenizer_type: str | None) -> int:
-    """The --vocab-size that means so many rows: the reverse of `rows_asked`."""
-    return rows - (tokenizer_type in NUMBERS)
+def vocab_size_of_rows(rows: int, tokenizer_type: str | None) -> int:
+    """The --vocab-size that means so many rows: the reverse of `embedding_rows`."""
+    return rows - (tokenizer_type in NUMERIC_TOKENIZERS)
 
 
 def layer_parameters(model: ModelConfig, tensor: int) -> int:

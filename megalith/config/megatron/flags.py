@@ -12,7 +12,7 @@ ONE_KERNEL = (
 COMPILED = "nothing is fused by hand; --compile fuses what can be, with the same formulas"
 REDUCTION = "--data-parallel-sharding says how gradients are reduced, in buckets that overlap the backward pass"
 FLOAT32 = "weights, accumulated gradients and their sums are float32 already, whatever the compute format"
-NO_INIT = "every process draws its own part of the weights by a counter, the same on every device and layout"
+NO_INIT = "every process draws its own shard of the weights by a counter, the same on every device and layout"
 METRICS = "every metric of every step is in metrics.jsonl, and in tensorboard with --tensorboard-dir"
 MMAP = "the format of a dataset is recognised by itself, and it is read through a memory map"
 PIPELINE = "stages exchange contiguous activations directly; there is nothing to switch"
@@ -20,11 +20,14 @@ SPLIT = (
     "encoder and decoder share one layout, and stages are cut where they cost the same (or by --pipeline-split even)"
 )
 RETRIEVAL = "only the retrieval models (ICT, REALM, Retro) read it; it has no effect on gpt"
-DEEPSPEED = "DeepSpeed is not used; --data-parallel-sharding takes the place of ZeRO, and what its config file set belongs in flags"
+DEEPSPEED = (
+    "DeepSpeed is not used; --data-parallel-sharding takes the place of ZeRO, "
+    "and what its config file set belongs in flags"
+)
 MEMORY = "the allocator of PyTorch is left alone"
 RECOMPUTED = "--sequence-parallel splits the saved activations among the tensor-parallel processes"
 ANY_LAYOUT = "every checkpoint loads in any layout"
-SIGTERM = "SIGTERM finishes the step, saves, exits with status 0 and says how the next start goes on from there"
+SIGTERM = "SIGTERM finishes the step, saves, exits with status 0 and prints how to resume from there"
 PARALLEL_INPUT = "gradients are reduced while the weight gradient is computed, always"
 MASKS = "masks are computed where they are used and never built as a whole"
 OWN_MODELS = "there is one implementation of each model"
@@ -39,12 +42,14 @@ _NOT_NEEDED: dict[str, dict[int | str, str]] = {  # reason -> how many values ("
         "--no-bias-swiglu-fusion --cross-entropy-loss-fusion"
     },
     REDUCTION: {
-        0: "--no-contiguous-buffers-in-local-ddp --use-contiguous-buffers-in-local-ddp --overlap-grad-reduce --no-overlap-grad-reduce "
+        0: "--no-contiguous-buffers-in-local-ddp --use-contiguous-buffers-in-local-ddp --overlap-grad-reduce "
+        "--no-overlap-grad-reduce "
         "--overlap-param-gather --no-delay-grad-reduce",
         1: "--DDP-impl --ddp-bucket-size --ddp-num-buckets",
     },
     FLOAT32: {
-        0: "--accumulate-allreduce-grads-in-fp32 --attention-softmax-in-fp32 --embedding-weights-in-fp32 --no-gradient-accumulation-fusion "
+        0: "--accumulate-allreduce-grads-in-fp32 --attention-softmax-in-fp32 --embedding-weights-in-fp32 "
+        "--no-gradient-accumulation-fusion "
         "--fp16-lm-cross-entropy"
     },
     NO_INIT: {0: "--use-cpu-initialization --no-initialization", "?": "--lazy-mpu-init"},
@@ -58,7 +63,8 @@ _NOT_NEEDED: dict[str, dict[int | str, str]] = {  # reason -> how many values ("
     MMAP: {0: "--mmap-warmup", 1: "--data-impl --dataset-impl --num-dataset-builder-threads"},
     MASKS: {0: "--no-create-attention-mask-in-dataloader"},
     PIPELINE: {
-        0: "--no-scatter-gather-tensors-in-pipeline --no-pipeline-parallel --standalone-embedding-stage --overlap-p2p-communication "
+        0: "--no-scatter-gather-tensors-in-pipeline --no-pipeline-parallel --standalone-embedding-stage "
+        "--overlap-p2p-communication "
         "--no-overlap-p2p-communication --use-ring-exchange-p2p"
     },
     PARALLEL_INPUT: {
@@ -69,20 +75,23 @@ _NOT_NEEDED: dict[str, dict[int | str, str]] = {  # reason -> how many values ("
     SIGTERM: {0: "--adlr-autoresume", 1: "--adlr-autoresume-interval"},
     ANY_LAYOUT: {0: "--universal-checkpoint --ckpt-assume-constant-structure"},
     SAVED: {
-        0: "--use-dist-ckpt --async-save --ckpt-fully-parallel-save --no-ckpt-fully-parallel-save --ckpt-fully-parallel-load "
+        0: "--use-dist-ckpt --async-save --ckpt-fully-parallel-save --no-ckpt-fully-parallel-save "
+        "--ckpt-fully-parallel-load "
         "--auto-detect-ckpt-format",
         1: "--ckpt-format --dist-ckpt-format --dist-ckpt-strictness",
     },
     OWN_MODELS: {0: "--use-mcore-models --use-legacy-models", 1: "--transformer-impl"},
     DEEPSPEED: {
         0: "--deepspeed --deepspeed-mpi --deepspeed-activation-checkpointing --deepscale --create-moe-param-group "
-        "--partition-activations --contigious-checkpointing --checkpoint-in-cpu --synchronize-each-layer --profile-backward",
+        "--partition-activations --contigious-checkpointing --checkpoint-in-cpu --synchronize-each-layer "
+        "--profile-backward",
         1: "--deepspeed-config --deepscale-config --zero-reduce-bucket-size --zero-allgather-bucket-size",
     },
     "the launcher's environment says it (LOCAL_RANK)": {1: "--local-rank"},
     "it was for exports to ONNX": {"?": "--onnx-safe"},
     SPLIT: {
-        1: "--pipeline-model-parallel-split-rank --encoder-tensor-model-parallel-size --encoder-pipeline-model-parallel-size",
+        1: "--pipeline-model-parallel-split-rank --encoder-tensor-model-parallel-size "
+        "--encoder-pipeline-model-parallel-size",
     },
     "only vision models read it; it has no effect on gpt": {
         1: "--sample-rate --img-h --img-w --num-channels --patch-dim"
@@ -90,7 +99,8 @@ _NOT_NEEDED: dict[str, dict[int | str, str]] = {  # reason -> how many values ("
     RETRIEVAL: {
         0: "--biencoder-shared-query-context-model --retriever-score-scaling",
         1: "--ict-head-size --biencoder-projection-dim --ict-load --bert-load "
-        "--evidence-data-path --retriever-seq-length --block-data-path --embedding-path --indexer-batch-size --indexer-log-interval",
+        "--evidence-data-path --retriever-seq-length --block-data-path --embedding-path --indexer-batch-size "
+        "--indexer-log-interval",
         "+": "--retriever-report-topk-accuracies",
     },
 }
@@ -115,8 +125,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "--ckpt-format": ("torch", "torch_dist", "torch_dcp", "zarr", "fsdp_dtensor"),
     "--dist-ckpt-format": ("torch_dist", "torch_dcp", "zarr"),
     "--dist-ckpt-strictness": (
-        "assume_ok_unexpected", "log_unexpected", "log_all", "raise_unexpected", "raise_all", "return_unexpected", "return_all",
-        "ignore_all",
+        "assume_ok_unexpected", "log_unexpected", "log_all", "raise_unexpected", "raise_all",
+        "return_unexpected", "return_all", "ignore_all",
     ),
     "--timing-log-level": ("0", "1", "2"),
     "--timing-log-option": ("flatten", "max", "minmax", "all"),
@@ -131,7 +141,10 @@ PATHS = (  # flags that are not needed here and take any word; what follows all 
 
 NO_EXPERTS = "there are no mixture-of-experts layers; leave it out for a dense model"
 NO_FP8 = "there is no FP8 path; use --bf16"
-NO_TRACKER = "no tracker is connected; metrics.jsonl in the run folder holds every metric, --tensorboard-dir writes them for tensorboard"
+NO_TRACKER = (
+    "no tracker is connected; metrics.jsonl in the run folder holds every metric, "
+    "--tensorboard-dir writes them for tensorboard"
+)
 
 # flag -> (how many values it takes, values with which it changes nothing, why not and what to do instead)
 REFUSED: dict[str, tuple[int | str, tuple[str, ...], str]] = {
@@ -150,18 +163,26 @@ REFUSED: dict[str, tuple[int | str, tuple[str, ...], str]] = {
         0, (), "the residual stream has the compute format; train without --bf16 and --fp16 to have it in float32"
     ),
     "--window-size": (
-        1, ("-1,0",), "write --sliding-window N: N counts the token itself, which the left side here does not, so 4095,0 is 4096"
+        1, ("-1,0",),
+        "write --sliding-window N: N counts the token itself, which the left side here does not, so 4095,0 is 4096",
     ),
     "--window-attn-skip-freq": (1, (), "name the layers that see everything with --full-attention-layers 0 2 4"),
-    "--data-parallel-random-init": (0, (), "all data-parallel processes hold one model; leave it out, --seed gives another start"),
+    "--data-parallel-random-init": (
+        0, (), "all data-parallel processes hold one model; leave it out, --seed gives another start"
+    ),
     "--load-tag": (1, (), "checkpoints are chosen by iteration; use --ckpt-step N"),
     "--wandb-entity-name": (1, (), NO_TRACKER),
     "--wandb-entity": (1, (), NO_TRACKER),
     "--wandb-project-name": (1, (), NO_TRACKER),
     "--wandb-project": (1, (), NO_TRACKER),
     "--wandb-exp-name": (1, (), NO_TRACKER),
-    "--label-smoothing": (1, ("0", "0.0"), "losses are plain cross entropies; register one of your own with --loss module:name"),
+    "--label-smoothing": (
+        1, ("0", "0.0"), "losses are cross entropies without smoothing; register one of your own with --loss "
+                         "module:name"
+    ),
     "--decrease-batch-size-if-needed": (
-        0, (), "a batch size that does not divide is an error, never rounded; give multiples of micro batch x data-parallel size"
+        0, (),
+        "a batch size that does not divide is an error, never rounded; "
+        "give multiples of micro batch x data-parallel size",
     ),
 }  # fmt: skip

@@ -6,11 +6,11 @@ import math
 import re
 
 from megalith.common.errors import ConfigError, problem
-from megalith.config.knobs import knob, section
+from megalith.config.options import option, section
 
 TOKENIZERS = (
-    "GPT2BPETokenizer", "BertWordPieceLowerCase", "BertWordPieceCase", "HuggingFaceTokenizer", "HFTokenizer", "SentencePieceTokenizer",
-    "GPTSentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer", "NullTokenizer",
+    "GPT2BPETokenizer", "BertWordPieceLowerCase", "BertWordPieceCase", "HuggingFaceTokenizer", "HFTokenizer",
+    "SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer", "NullTokenizer",
 )  # fmt: skip
 
 TOKENIZER_FILES = ("vocab_file", "merge_file", "tokenizer_model")  # fields that name what a tokenizer is made from
@@ -25,94 +25,95 @@ MADE_FROM = {  # tokenizer -> fields of files; HuggingFaceTokenizer takes --voca
 
 @section
 class DataConfig:
-    """Corpora, tokenizer and the way samples are cut."""
+    """Corpora, tokenizer and how samples are made."""
 
-    data_path: list[str] = knob([], "indexed dataset prefix, or weight prefix weight prefix ...")
-    train_data_path: list[str] = knob([], "as --data-path, for training alone")
-    valid_data_path: list[str] = knob([], "as --data-path, for validation alone")
-    test_data_path: list[str] = knob([], "as --data-path, for testing alone")
-    data_file_list: str | None = knob(
+    data_path: list[str] = option([], "indexed dataset prefix, or weight prefix weight prefix ...")
+    train_data_path: list[str] = option([], "as --data-path, for training alone")
+    valid_data_path: list[str] = option([], "as --data-path, for validation alone")
+    test_data_path: list[str] = option([], "as --data-path, for testing alone")
+    data_file_list: str | None = option(
         None, "file with a line `weight path corpus` for each indexed dataset, instead of --data-path"
     )
-    blend_sample_in_corpus: bool = knob(
+    blend_sample_in_corpus: bool = option(
         False, "with --data-file-list: blend the files of a corpus instead of reading one after the other"
     )
-    shuffle_sample_in_corpus: bool = knob(False, "with --data-file-list: shuffle the samples of each corpus")
-    data_weights_schedule: str | None = knob(
+    shuffle_sample_in_corpus: bool = option(False, "with --data-file-list: shuffle the samples of each corpus")
+    data_weights_schedule: str | None = option(
         None,
-        "file with a line `sample weight weight ...` for each change of the blend during the run, in the order of --data-path",
+        "file with a line `sample weight weight ...` for each change of the blend during the run, "
+        "in the order of --data-path",
     )
-    split: str = knob("969, 30, 1", "shares of training, validation and test documents")
-    split_rounding: str = knob(
+    split: str = option("969, 30, 1", "fractions of training, validation and test documents")
+    split_rounding: str = option(
         "core",
-        "how shares become document counts: as Megatron core, or as Megatron of 2022",
+        "how fractions become document counts: as Megatron core, or as Megatron of 2022",
         choices=("core", "legacy"),
     )
-    seq_length: int | None = knob(None, "tokens of a sample", minimum=1)
-    dataset: str = knob(
+    seq_length: int | None = option(None, "tokens of a sample", minimum=1)
+    dataset: str = option(
         "gpt", "dataset by registry name, or module:name of your own", names=("gpt", "bert", "t5", "ict")
     )
-    loss: str = knob(
+    loss: str = option(
         "lm",
         "loss by registry name, or module:name of your own",
         names=("lm", "bert", "t5", "classification"),
     )
-    tokenizer_type: str | None = knob(
+    tokenizer_type: str | None = option(
         None,
         "GPT2BPETokenizer, HuggingFaceTokenizer (a tokenizer.json), NullTokenizer, ... or module:name",
         names=TOKENIZERS,
     )
-    vocab_file: str | None = knob(None, "vocabulary file of the tokenizer")
-    merge_file: str | None = knob(None, "merge table of the tokenizer")
-    tokenizer_model: str | None = knob(
+    vocab_file: str | None = option(None, "vocabulary file of the tokenizer")
+    merge_file: str | None = option(None, "merge table of the tokenizer")
+    tokenizer_model: str | None = option(
         None, "tokenizer.json, its folder, or a sentencepiece model", flags=("--tokenizer-name-or-path",)
     )
-    tiktoken_pattern: str = knob("v2", "how TikTokenizer cuts text before ranks apply", choices=("v1", "v2"))
-    tiktoken_num_special_tokens: int = knob(1000, "ids that TikTokenizer keeps for special tokens", minimum=3)
-    tiktoken_special_tokens: list = knob(
+    tiktoken_pattern: str = option("v2", "how TikTokenizer cuts text before ranks apply", choices=("v1", "v2"))
+    tiktoken_num_special_tokens: int = option(1000, "ids that TikTokenizer keeps for special tokens", minimum=3)
+    tiktoken_special_tokens: list = option(
         [], "names of the first special tokens of TikTokenizer (default: <unk> <s> </s>)"
     )
-    vocab_extra_ids: int = knob(0, "sentinel tokens <extra_id_i> added to the vocabulary", minimum=0)
-    data_cache_path: str | None = knob(
+    vocab_extra_ids: int = option(0, "sentinel tokens <extra_id_i> added to the vocabulary", minimum=0)
+    data_cache_path: str | None = option(
         None, "folder of the index cache (default: beside the data, or in the run folder where that is read-only)"
     )
-    mmap_bin_files: bool = knob(True, "map token files into memory; without, each sample is one read")
-    reset_position_ids: bool = knob(False, "start positions anew after each end-of-document token")
-    reset_attention_mask: bool = knob(False, "tokens attend only to their own document")
-    eod_mask_loss: bool = knob(False, "no loss on what follows an end-of-document token")
-    mask_prob: float = knob(0.15, "bert, t5: share of tokens that are masked", minimum=0.0)
-    short_seq_prob: float = knob(0.1, "bert, t5: share of samples that are shorter than --seq-length", minimum=0.0)
-    decoder_seq_length: int | None = knob(None, "t5: tokens of the decoder (default: --seq-length)", minimum=1)
-    titles_data_path: str | None = knob(None, "ict: indexed dataset with the title of each document")
-    use_one_sent_docs: bool = knob(False, "ict: allow blocks of a single sentence")
-    query_in_block_prob: float = knob(0.1, "ict: how often the query stays in its block", minimum=0.0)
-    dataloader_type: str = knob(
+    mmap_bin_files: bool = option(True, "map token files into memory; without, each sample is one read")
+    reset_position_ids: bool = option(False, "start positions anew after each end-of-document token")
+    reset_attention_mask: bool = option(False, "tokens attend only to their own document")
+    eod_mask_loss: bool = option(False, "no loss on what follows an end-of-document token")
+    mask_prob: float = option(0.15, "bert, t5: fraction of tokens that are masked", minimum=0.0)
+    short_seq_prob: float = option(0.1, "bert, t5: fraction of samples that are shorter than --seq-length", minimum=0.0)
+    decoder_seq_length: int | None = option(None, "t5: tokens of the decoder (default: --seq-length)", minimum=1)
+    titles_data_path: str | None = option(None, "ict: indexed dataset with the title of each document")
+    use_one_sent_docs: bool = option(False, "ict: allow blocks of a single sentence")
+    query_in_block_prob: float = option(0.1, "ict: how often the query stays in its block", minimum=0.0)
+    dataloader_type: str = option(
         "single", "sample order: as the dataset has it, or reshuffled each epoch", choices=("single", "cyclic")
     )
-    num_workers: int = knob(2, "threads that read samples ahead", minimum=0)
+    num_workers: int = option(2, "threads that read samples ahead", minimum=0)
 
 
-def unnamed_files(data: DataConfig) -> list[str]:
+def missing_tokenizer_files(data: DataConfig) -> list[str]:
     """Fields of the files that the tokenizer is made from, as far as they are not given."""
     return [name for name in MADE_FROM.get(data.tokenizer_type or "", ()) if getattr(data, name) is None]
 
 
-def too_many_words(tokens: int, rows: int) -> str:
-    """What every command tells of a tokenizer with more tokens than its model's embedding has rows, and the cure."""
+def too_many_tokens(tokens: int, rows: int) -> str:
+    """The message on a tokenizer with more tokens than its model's embedding has rows, and the cure."""
     return (
-        f"the tokenizer has {tokens} tokens and the embedding {rows} rows: name the tokenizer that the weights were trained with, by "
-        f"--tokenizer FOLDER, --vocab-file FILE --merge-file FILE, or --tokenizer-model FILE"
+        f"the tokenizer has {tokens} tokens and the embedding {rows} rows: name the tokenizer that the weights were "
+        f"trained with, by --tokenizer FOLDER, --vocab-file FILE --merge-file FILE, or --tokenizer-model FILE"
     )
 
 
-def shares(split: str) -> list[float]:
-    """The three shares of a split such as "969, 30, 1", summing to 1; what is not given is 0. Raises ConfigError."""
+def split_fractions(split: str) -> list[float]:
+    """The three fractions of a split such as "969, 30, 1", of sum 1; what is not given is 0. Raises ConfigError."""
     try:
         numbers = [float(part) for part in re.split(r"[,/\s]+", split.strip(" ,/"))]
     except ValueError:
         numbers = []
     if not 1 <= len(numbers) <= 3 or min(numbers) < 0 or not 0 < sum(numbers) < math.inf:
-        rule = "it is up to three shares (training, validation, test), none negative, not all zero"
+        rule = "must be up to three numbers (training, validation, test), none negative, not all zero"
         raise ConfigError(problem("--split", split, rule, "Write for example --split 969,30,1"))
     numbers += [0.0] * (3 - len(numbers))
     return [number / sum(numbers) for number in numbers]

@@ -3,55 +3,57 @@
 from __future__ import annotations
 
 from megalith.config.architectures import ARCHITECTURES
-from megalith.config.knobs import knob, section
+from megalith.config.options import option, section
 
 
 @section
 class ParallelConfig:
-    """Degrees of parallelism. World size = tensor x context x pipeline x data; data is what is left over."""
+    """Degrees of parallelism. World size = tensor x context x pipeline x data; data is the remaining factor."""
 
-    tensor_model_parallel_size: int = knob(
+    tensor_model_parallel_size: int = option(
         1, "processes among which each layer is split", flags=("--model-parallel-size",), minimum=1
     )
-    tensor_parallel_plan: str | None = knob(
+    tensor_parallel_plan: str | None = option(
         None,
         "the plan by which layers are split, another model's or module:name (default: its own)",
         names=tuple(ARCHITECTURES),
     )
-    sequence_parallel: bool = knob(
+    sequence_parallel: bool = option(
         False, "split norms and dropout along the sequence among the tensor-parallel processes"
     )
-    pipeline_model_parallel_size: int = knob(1, "pipeline stages", minimum=1)
-    num_layers_per_virtual_pipeline_stage: int | None = knob(
+    pipeline_model_parallel_size: int = option(1, "pipeline stages", minimum=1)
+    num_layers_per_virtual_pipeline_stage: int | None = option(
         None, "layers per chunk of the interleaved pipeline schedules", minimum=1
     )
-    pipeline_schedule: str = knob(
+    pipeline_schedule: str = option(
         "auto",
         "auto: interleaved 1F1B with virtual stages, else 1F1B, or GPipe for fewer micro-batches than stages",
         choices=("auto", "gpipe", "1f1b", "interleaved_1f1b", "zero_bubble", "zbv", "dualpipev"),
     )
-    pipeline_split: str = knob(
+    pipeline_split: str = option(
         "cost",
         "layers of the stages: cost (embedding and head count, so that stages take equal time) or even (as Megatron)",
         choices=("cost", "even"),
     )
-    context_parallel_size: int = knob(1, "processes among which each sequence is split", minimum=1)
-    use_distributed_optimizer: bool = knob(
+    context_parallel_size: int = option(1, "processes among which each sequence is split", minimum=1)
+    use_distributed_optimizer: bool = option(
         False, "shard gradients and optimizer state over the data-parallel processes (ZeRO-2)"
     )
-    data_parallel_sharding: str = knob(
+    data_parallel_sharding: str = option(
         "none",
         "what data parallelism shards: nothing, optimizer state and gradients (ZeRO-2), or parameters too (ZeRO-3)",
         choices=("none", "optimizer", "full"),
     )
-    data_parallel_replicas: int = knob(1, "groups of processes that hold a full copy each (hybrid sharding)", minimum=1)
-    distributed_backend: str | None = knob(
+    data_parallel_replicas: int = option(
+        1, "groups of processes that hold a full copy each (hybrid sharding)", minimum=1
+    )
+    distributed_backend: str | None = option(
         None, "collective library (default: by device)", choices=("gloo", "nccl", "xccl")
     )
-    distributed_timeout_minutes: float = knob(
+    distributed_timeout_minutes: float = option(
         10, "a collective that waits longer ends the run, naming the rank", minimum=0.01
     )
-    device: str = knob(
+    device: str = option(
         "auto", "auto: the accelerator if there is one, else the CPU", choices=("auto", "cpu", "cuda", "xpu")
     )
 

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from megalith.config.knobs import knob, section
+from megalith.config.options import option, section
 
 
 @section
 class PrecisionConfig:
-    """Weights are float32 masters; bf16 and fp16 are compute formats (one mechanism, docs/architecture.md section 2)."""
+    """Weights are float32 masters; bf16 and fp16 are formats of computation (docs/architecture.md, section 2)."""
 
-    bf16: bool = knob(False, "compute in bfloat16")
-    fp16: bool = knob(False, "compute in float16 with loss scaling")
-    loss_scale: float | None = knob(None, "fixed loss scale of fp16 (default: dynamic)", minimum=0.0)
-    initial_loss_scale: float = knob(2.0**32, "first dynamic loss scale", minimum=0.0)
-    min_loss_scale: float = knob(1.0, "smallest dynamic loss scale", minimum=0.0)
-    loss_scale_window: int = knob(1000, "steps without overflow after which the loss scale doubles", minimum=1)
-    hysteresis: int = knob(2, "overflows until the loss scale halves", minimum=1)
-    deterministic_mode: bool = knob(False, "bitwise repeatable on accelerators too (always so on the CPU)")
-    compile: bool = knob(False, "torch.compile each transformer block")
+    bf16: bool = option(False, "compute in bfloat16")
+    fp16: bool = option(False, "compute in float16 with loss scaling")
+    loss_scale: float | None = option(None, "fixed loss scale of fp16 (default: dynamic)", minimum=0.0)
+    initial_loss_scale: float = option(2.0**32, "first dynamic loss scale", minimum=0.0)
+    min_loss_scale: float = option(1.0, "smallest dynamic loss scale", minimum=0.0)
+    loss_scale_window: int = option(1000, "steps without overflow after which the loss scale doubles", minimum=1)
+    hysteresis: int = option(2, "overflows until the loss scale halves", minimum=1)
+    deterministic_mode: bool = option(False, "bitwise repeatable on accelerators too (always so on the CPU)")
+    compile: bool = option(False, "torch.compile each transformer block")
 
     @property
     def compute_dtype(self) -> str:

@@ -1,4 +1,4 @@
-"""A byte-level BPE vocabulary from one's own text."""
+"""Training a byte-level BPE vocabulary on the user's text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megalith.common.errors import ConfigError, problem
 from megalith.common.files import write_text
 
 END_OF_TEXT = "<|endoftext|>"
-BYTES = 256  # every byte is a token, so that any text can be encoded
+NUM_BYTES = 256  # every byte is a token, so that any text can be encoded
 
 
 def train_bpe(
@@ -21,20 +21,21 @@ def train_bpe(
     *,
     special_tokens: tuple[str, ...] = (END_OF_TEXT,),
 ) -> int:
-    """Train GPT-2's kind of tokenizer on `texts` and write it to `output` (a tokenizer.json); returns the tokens it got.
+    """Train GPT-2's kind of tokenizer on `texts`, write it to `output` (a tokenizer.json), return its number of tokens.
 
-    vocab_size counts special tokens and the 256 bytes; little text gives fewer. The special tokens take the last ids, as GPT-2's does.
-    The same texts give the same file. Memory: the distinct words of the text and their counts.
+    vocab_size counts special tokens and the 256 bytes; little text gives fewer. The special tokens take the last ids,
+    as GPT-2's does. The same texts give the same file. Memory: the distinct words of the text and their counts.
     """
-    if vocab_size < BYTES + len(special_tokens):
-        rule = f"256 bytes and {len(special_tokens)} special tokens come first"
-        raise ConfigError(problem("--vocab-size", vocab_size, rule, f"Use {BYTES + len(special_tokens)} or more"))
+    smallest = NUM_BYTES + len(special_tokens)
+    if vocab_size < smallest:
+        rule = f"must have room for the {NUM_BYTES} bytes and the special tokens ({len(special_tokens)})"
+        raise ConfigError(problem("--vocab-size", vocab_size, rule, f"Use {smallest} or more"))
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     size = vocab_size - len(special_tokens)
-    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=sorted(alphabet), show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(texts, trainer)
     backend.add_special_tokens(list(special_tokens))
     write_text(output, backend.to_str(pretty=True) + "\n")

@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, and compressed files as plain bytes."""
+"""What a file is by its first bytes, and reading compressed files as decompressed bytes."""
 
 from __future__ import annotations
 
@@ -13,69 +13,74 @@ from typing import Any, BinaryIO
 from megalith.common.errors import DataError, problem
 from megalith.common.extras import require
 from megalith.common.pointers import refuse_pointer
+from megalith.config.flags.text import Words
 
 SUFFIXES = {".gz": ".gz", ".gzip": ".gz", ".zst": ".zst", ".zstd": ".zst", ".bz2": ".bz2", ".xz": ".xz", ".lzma": ".xz"}
 COMPRESSIONS = tuple(dict.fromkeys(SUFFIXES.values()))  # as `compression` names them
-STARTS = (  # what first bytes match -> compression
+SIGNATURES = (  # (pattern of the first bytes, compression)
     (re.compile(rb"\x1f\x8b"), ".gz"),
-    (
-        re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
-        ".zst",
-    ),  # the second: a skippable frame, with which pzstd begins
+    (re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"), ".zst"),  # after |: a skippable frame, pzstd's first
     (re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"), ".bz2"),
     (re.compile(rb"\xfd7zXZ\0|\x5d\0\0"), ".xz"),
 )
-FOREIGN = {  # first bytes -> what holds no lines of text, and the cure
-    b"PK\x03\x04": ("a zip archive", "Unpack it: unzip"), b"PK\x05\x06": ("a zip archive", "Unpack it: unzip"),
-    b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "Unpack it: 7z x"), b"Rar!\x1a\x07": ("a rar archive", "Unpack it: unrar x"),
-    b"\x04\x22\x4d\x18": ("compressed by lz4", "Decompress it: lz4 -d"), b"\x1f\x9d": ("compressed by compress", "Decompress it: gzip -d"),
-    b"\xff\x06\0\0sNaPpY": ("compressed by snappy", "Decompress it"), b"\x89LZO\0": ("compressed by lzop", "Decompress it: lzop -d"),
-    b"ARROW1\0\0": ("an Arrow file", "Write it as parquet or JSON lines"), b"Obj\x01": ("an Avro file", "Write it as JSON lines"),
+NOT_TEXT = {  # first bytes -> (a file that holds no lines of text, the cure)
+    b"PK\x03\x04": ("a zip archive", "Unpack it: unzip"),
+    b"PK\x05\x06": ("a zip archive", "Unpack it: unzip"),
+    b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "Unpack it: 7z x"),
+    b"Rar!\x1a\x07": ("a rar archive", "Unpack it: unrar x"),
+    b"\x04\x22\x4d\x18": ("compressed by lz4", "Decompress it: lz4 -d"),
+    b"\x1f\x9d": ("compressed by compress", "Decompress it: gzip -d"),
+    b"\xff\x06\0\0sNaPpY": ("compressed by snappy", "Decompress it"),
+    b"\x89LZO\0": ("compressed by lzop", "Decompress it: lzop -d"),
+    b"ARROW1\0\0": ("an Arrow file", "Write it as parquet or JSON lines"),
+    b"Obj\x01": ("an Avro file", "Write it as JSON lines"),
     b"SQLite format 3\0": ("an SQLite database", "Write it as JSON lines"),
-    b"%PDF-": ("a PDF", "Take the text out of it"), b"\x89HDF\r\n": ("an HDF5 file", "Write it as JSON lines"),
+    b"%PDF-": ("a PDF", "Take the text out of it"),
+    b"\x89HDF\r\n": ("an HDF5 file", "Write it as JSON lines"),
     b"MMIDIDX\0": ("the index of a dataset of tokens", "Name the text it was made from"),
-}  # fmt: skip
-PARQUET = b"PAR1"
-TAR, TAR_AT = b"ustar", 257
-HEAD = 512  # bytes that tell
+}
+PARQUET_SIGNATURE = b"PAR1"
+TAR_SIGNATURE, TAR_OFFSET = b"ustar", 257
+HEAD_BYTES = 512  # enough to recognize every format above
 
 
 def first_bytes(path: str) -> bytes:
-    """The first HEAD bytes of a file as it lies on the disk; none where it cannot be read."""
+    """The first HEAD_BYTES of a file as it lies on the disk; none where it cannot be read."""
     try:
         with open(path, "rb") as file:
-            return file.read(HEAD)
+            return file.read(HEAD_BYTES)
     except OSError:
         return b""
 
 
 def compression(head: bytes) -> str:
-    """ ".gz", ".zst", ".bz2", ".xz", or "" where the first bytes are those of no compressed file that is read."""
-    return next((kind for start, kind in STARTS if start.match(head)), "")
+    """The compression (".gz", ".zst", ".bz2", ".xz") that a file with these first bytes has, "" for none of them."""
+    return next((kind for start, kind in SIGNATURES if start.match(head)), "")
 
 
 def check_readable(path: str) -> None:
-    """Raise DataError for a pointer to a file, an archive and other things that hold no lines of text, compressed or not."""
+    """Raise DataError for a git LFS pointer, an archive or another file without lines of text, compressed or not."""
     refuse_pointer(path)
     head, inside = first_bytes(path), ""
     if kind := compression(head):
-        with open_plain(path) as stream:
-            head, inside = read_checked(stream, HEAD, path), f" inside {kind[1:]}"
+        with open_decompressed(path) as stream:
+            head, inside = read_checked(stream, HEAD_BYTES, path), f" inside {kind[1:]}"
     again = compression(head) if inside else ""
-    what, cure = next((known for start, known in FOREIGN.items() if head.startswith(start)), ("", ""))
-    if head[TAR_AT : TAR_AT + len(TAR)] == TAR:
+    what, cure = next((entry for start, entry in NOT_TEXT.items() if head.startswith(start)), ("", ""))
+    if head[TAR_OFFSET : TAR_OFFSET + len(TAR_SIGNATURE)] == TAR_SIGNATURE:
         what, cure = "a tar archive", "Unpack it: tar xf"
-    elif inside and head.startswith(PARQUET):
+    elif inside and head.startswith(PARQUET_SIGNATURE):
         what, cure = "a parquet file", "Decompress it; parquet is compressed in itself"
     elif again:
         what, cure = f"a {again[1:]} file", "Decompress it once"
     if what:
-        rule = "the input is JSON lines, parquet or plain text, also compressed by gzip, zstd, bzip2 or xz"
-        raise DataError(problem("--input", path, f"it is {what}{inside} by its first bytes; {rule}", cure))
+        rule = "must be JSON lines, parquet or plain text, also compressed by gzip, zstd, bzip2 or xz"
+        found = Words(f"{path}, which is {what}{inside} by its first bytes")
+        raise DataError(problem("--input", found, rule, cure))
 
 
-def open_plain(path: str, raw: BinaryIO | None = None) -> Any:
-    """Open a file for reading bytes, decompressed by what it begins with; `raw` may be the open file."""
+def open_decompressed(path: str, raw: BinaryIO | None = None) -> Any:
+    """Open a file for reading bytes, decompressed by what its first bytes say; `raw` may be the open file."""
     kind = compression(first_bytes(path))
     library = require("zstandard", path) if kind == ".zst" else None
     raw = raw or open(path, "rb")  # noqa: SIM115 - closed with the wrapper
@@ -85,31 +90,35 @@ def open_plain(path: str, raw: BinaryIO | None = None) -> Any:
     if library is not None:
         # The window is as large as the file asks for (zstd --long=31); the library's default refuses more than 128 MiB.
         decompressors[kind] = lambda: library.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-    return io.BufferedReader(_Streams(raw, decompressors[kind])) if kind else raw
+    return io.BufferedReader(_ConcatenatedStreams(raw, decompressors[kind])) if kind else raw
 
 
 def read_checked(stream: Any, count: int, path: str, whole_lines: bool = False) -> bytes:
-    """About `count` bytes (all with -1), with `whole_lines` to the end of a line; empty at the end. DataError where it is damaged."""
+    """About `count` bytes (all with -1), with `whole_lines` to the end of a line; empty at the end.
+
+    Raises DataError where the file is damaged.
+    """
     try:
         block = stream.read(count)
         return block + stream.readline() if whole_lines and block and not block.endswith(b"\n") else block
     except Exception as error:  # zlib, gzip, zstd and the operating system each raise their own
-        rule = "the file must decompress to its end"
-        raise DataError(problem(path, str(error), rule, "Fetch it again; it is damaged or cut off")) from error
+        found = Words(f"the error {str(error)!r}")
+        cure = "Fetch it again; it is damaged or cut off"
+        raise DataError(problem(path, found, "must decompress to its end", cure)) from error
 
 
-class _Streams(io.RawIOBase):
-    """Compressed streams one after another, with zeros between them at most, as plain bytes.
+class _ConcatenatedStreams(io.RawIOBase):
+    """The decompressed bytes of compressed streams one after another, with at most zeros between them.
 
-    The libraries' own readers take a zstd file that is cut off, and a bzip2 or xz file with damage between two streams, for one that
-    ends there.
+    The libraries' readers take a zstd file that is cut off, and a bzip2 or xz file with damage between two streams,
+    for one that ends there.
     """
 
-    def __init__(self, raw: BinaryIO, new: Callable[[], Any]):
-        """Read `raw`; new: makes what decompresses one stream."""
-        self._raw, self._new = raw, new
-        self._ready = self._left = b""
-        self._stream: Any = None  # before the first
+    def __init__(self, raw: BinaryIO, new_decompressor: Callable[[], Any]):
+        """Read `raw`; new_decompressor: makes the decompressor of one stream."""
+        self._raw, self._new_decompressor = raw, new_decompressor
+        self._decompressed = self._unread = b""
+        self._decompressor: Any = None  # none before the first stream
 
     def readable(self) -> bool:
         """Whether it can be read."""
@@ -117,22 +126,22 @@ class _Streams(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Fill the buffer, or some of it; 0 at the end."""
-        while not self._ready:
-            block, self._left = self._left or self._raw.read(1 << 16), b""
-            within = self._stream is not None and not self._stream.eof
+        while not self._decompressed:
+            block, self._unread = self._unread or self._raw.read(1 << 16), b""
+            in_stream = self._decompressor is not None and not self._decompressor.eof
             if not block:
-                if within:
+                if in_stream:
                     raise EOFError("the file ends inside a compressed stream")
                 return 0
-            if not within:
+            if not in_stream:
                 block = block.lstrip(b"\0")
                 if not block:
                     continue
-                self._stream = self._new()
-            self._ready = self._stream.decompress(block)
-            self._left = self._stream.unused_data if self._stream.eof else b""
-        count = min(len(buffer), len(self._ready))
-        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+                self._decompressor = self._new_decompressor()
+            self._decompressed = self._decompressor.decompress(block)
+            self._unread = self._decompressor.unused_data if self._decompressor.eof else b""
+        count = min(len(buffer), len(self._decompressed))
+        buffer[:count], self._decompressed = self._decompressed[:count], self._decompressed[count:]
         return count
 
     def close(self) -> None:

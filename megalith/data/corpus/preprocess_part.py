@@ -1,4 +1,7 @@
-"""One part of a corpus to one part of an indexed dataset: read, parse, split, encode, write. Workers of every engine run this."""
+"""One part of a corpus to one part of an indexed dataset: read, parse, split, encode, write.
+
+Workers of every engine run this.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +24,17 @@ from megalith.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 
 LISTED_PROBLEMS = 200  # of each part; all are counted
 STAGES = ("reading and JSON", "sentences", "tokenizing", "writing")
+COUNTS = ("documents", "sequences", "tokens", "bytes", "num_problems", "num_empty")  # of a part's record
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What every worker is told."""
+    """The settings of a preprocessing run that every worker gets."""
 
-    folder: str  # where parts are written
+    folder: str  # that parts are written to
     tokenizer: dict[str, Any]  # arguments of build_tokenizer
     keys: tuple[str, ...]
-    fast: bool  # the faster encoder agreed on the sample
+    fast: bool  # whether the faster encoder gave the same ids for a sample
     split_sentences: bool
     language: str
     keep_newlines: bool
@@ -38,21 +42,21 @@ class Job:
     prepend_bos: bool
     fail: bool  # stop at the first document that cannot be used
     dtype: str
-    keep_empty: bool = False  # a document without text stays one
-    key: str = ""  # digest of everything that the parts follow from: a part of another key is another job's
+    keep_empty: bool = False  # documents without text are kept
+    key: str = ""  # digest of everything that the parts depend on: a part of another key is another job's
 
 
 class BadDocument(DataError):
     """With --on-error fail: the first document that cannot be used."""
 
     def __init__(self, part: int, index: int, line: int, reason: str):
-        """The slice `index` of `part`, the line in the slice (from 1), and why."""
+        """index: of the slice in the part. line: in the slice, from 1."""
         super().__init__(part, index, line, reason)
         self.part, self.index, self.line, self.reason = part, index, line, reason
 
 
 class PartEncoder:
-    """Encodes parts for one job; made once in each worker, so that the tokenizer loads once."""
+    """Encodes parts for one job; built once in each worker, so that the tokenizer loads once."""
 
     def __init__(self, job: Job):
         """Load the tokenizer and the sentence splitter of `job`."""
@@ -60,31 +64,20 @@ class PartEncoder:
         self.tokenizer: Tokenizer = build_tokenizer(**job.tokenizer)
         if job.fast:
             self.tokenizer.accelerate([])
-        self.split: Callable | None = (
-            sentence_splitter(job.language, job.keep_newlines) if job.split_sentences else None
-        )
+        self.split: Callable | None = None
+        if job.split_sentences:
+            self.split = sentence_splitter(job.language, job.keep_newlines)
         self.eod = self.tokenizer.require("eod") if job.append_eod else None
         self.bos = self.tokenizer.require("bos") if job.prepend_bos else None
-        self.nothing = len(self.tokenizer.encode(""))  # what a tokenizer puts round every text does not make a document
+        # Tokens of a text without text: those that the tokenizer adds to every text do not make a document.
+        self.empty_length = len(self.tokenizer.encode(""))
 
     def __call__(self, part: Part) -> dict:
         """Write the part's dataset of each key, then its record; a part with a record is finished."""
         job, started = self.job, time.perf_counter()
-        writers = {
-            key: IndexedWriter(part_prefix(job.folder, part.number, i, job.key), job.dtype)
-            for i, key in enumerate(job.keys)
-        }
-        record: dict[str, Any] = {
-            "key": job.key,
-            "part": part.number,
-            "documents": 0,
-            "sequences": 0,
-            "tokens": 0,
-            "bytes": 0,
-            "num_problems": 0,
-            "num_empty": 0,
-        }
-        record["size"] = part.size
+        prefixes = [part_prefix(job.folder, part.number, i, job.key) for i in range(len(job.keys))]
+        writers = {key: IndexedWriter(prefix, job.dtype) for key, prefix in zip(job.keys, prefixes)}
+        record: dict[str, Any] = {"key": job.key, "part": part.number, **dict.fromkeys(COUNTS, 0), "size": part.size}
         record |= {"problems": [], "lines": [0] * len(part.slices), "seconds": dict.fromkeys(STAGES, 0.0)}
         try:
             for index, batch in read_part(part, job.keys):
@@ -98,41 +91,41 @@ class PartEncoder:
             raise
         for writer in writers.values():
             writer.finish()
-        record["sums"] = [checksums(part_prefix(job.folder, part.number, i, job.key)) for i in range(len(job.keys))]
+        record["sums"] = [checksums(prefix) for prefix in prefixes]
         self._clock(record, "writing", started)
         write_text(record_path(job.folder, part.number, job.key), json.dumps(record))
         return record
 
     def _write(self, batch: Batch, writers: dict, index: int, record: dict, started: float) -> float:
-        """Encode a batch, add it to the writers; returns the time."""
-        count, several = len(batch.lines), len(batch.texts) > 1
-        encoded, filled = {}, np.ones(count, bool)
-        refused: dict[int, str] = {}  # documents, and why
-        empty: dict[int, list[str]] = {}  # documents, and in which keys
+        """Encode a batch and add it to the writers; returns the time."""
+        count, several_keys = len(batch.lines), len(batch.texts) > 1
+        encoded, keep = {}, np.ones(count, bool)
+        refused: dict[int, str] = {}  # document -> why it cannot be used
+        empty: dict[int, list[str]] = {}  # document -> the keys under which it has no text
         for key, texts in batch.texts.items():
             if self.split:
                 sentences = [self.split(text) or [""] for text in texts]
                 per_document = np.fromiter(map(len, sentences), np.int64, count)
-                texts = [sentence for listed in sentences for sentence in listed]
+                texts = [sentence for document in sentences for sentence in document]
                 started = self._clock(record, "sentences", started)
             else:
                 per_document = np.ones(count, np.int64)
             ids, lengths, reasons = self._encode(texts)
             if reasons:
                 document = np.repeat(np.arange(count), per_document)
-                where = f"key {key!r}: " if several else ""
+                where = f"key {key!r}: " if several_keys else ""
                 refused |= {int(document[text]): f"{where}{reason}" for text, reason in reasons.items()}
             encoded[key] = (ids, lengths, per_document)
-            for i in np.flatnonzero(document_sums(lengths > self.nothing, per_document) == 0).tolist():
+            for i in np.flatnonzero(document_sums(lengths > self.empty_length, per_document) == 0).tolist():
                 empty.setdefault(i, []).append(repr(key))
             started = self._clock(record, "tokenizing", started)
         if not self.job.keep_empty:
-            lost = {i: "empty document" for i in empty if i not in refused}
-            if several:  # dropped for one key's sake
-                lost = {i: f"{reason} (no text in {' and '.join(empty[i])})" for i, reason in lost.items()}
-            record["num_empty"] += len(lost)
-            refused |= lost
-        filled[list(refused)] = False
+            dropped = {i: "empty document" for i in empty if i not in refused}
+            if several_keys:  # one empty key is enough to drop a document
+                dropped = {i: f"{reason} (no text in {' and '.join(empty[i])})" for i, reason in dropped.items()}
+            record["num_empty"] += len(dropped)
+            refused |= dropped
+        keep[list(refused)] = False
         batch.problems += [(batch.lines[i], reason) for i, reason in refused.items()]
         if batch.problems:
             batch.problems.sort()
@@ -144,19 +137,19 @@ class PartEncoder:
         for key, arrays in encoded.items():
             # Dropped for all keys or for none, so that title k stays with body k.
             ids, lengths, per_document = assemble(
-                *arrays, keep=filled, eod=self.eod, bos=self.bos, nothing=self.nothing
+                *arrays, eod=self.eod, bos=self.bos, keep=keep, empty_length=self.empty_length
             )
             writers[key].add_many(ids, lengths, per_document)
             record["tokens"] += len(ids)
             record["sequences"] += len(lengths)
-        record["documents"] += int(filled.sum())
+        record["documents"] += int(keep.sum())
         return self._clock(record, "writing", started)
 
     def _encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-        """Ids of all texts in a row, how many of each, and those texts that the tokenizer refuses, with its reasons."""
+        """Ids of all texts in a row, the number of ids of each, and {index: reason} of texts the tokenizer refuses."""
         try:
             return *self.tokenizer.encode_flat(texts), {}
-        except DataError:  # one by one, to know which
+        except DataError:  # one by one, to find which
             rows: list[Sequence[int]] = []
             refused: dict[int, str] = {}
             for number, text in enumerate(texts):
@@ -188,15 +181,16 @@ def assemble(
     keep: np.ndarray,
     eod: int | None = None,
     bos: int | None = None,
-    nothing: int = 0,
+    empty_length: int = 0,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Drop documents that are not in `keep` and sequences without text; put bos before and eod after every document.
 
-    ids: all tokens in a row. lengths: tokens of each sequence. per_document: sequences of each document. keep: bool [documents].
-    nothing: tokens of a sequence without text. A kept document without text keeps its first sequence, so that it stays a document.
-    As in Megatron, eod lengthens the last sequence of a document and bos its first.
+    ids: all tokens in a row. lengths: tokens of each sequence. per_document: sequences of each document.
+    keep: bool [documents]. empty_length: tokens of a sequence without text. A kept document without text keeps its
+    first sequence, so that it stays a document. As in Megatron, eod lengthens the last sequence of a document and bos
+    its first.
     """
-    used = lengths > nothing
+    used = lengths > empty_length
     if not (used.all() and keep.all()):
         document = np.repeat(np.arange(len(per_document)), per_document)
         empty = (document_sums(used, per_document) == 0) & (per_document > 0)
@@ -217,7 +211,10 @@ def assemble(
 
 
 def part_prefix(folder: str, number: int, dataset: int, key: str = "") -> str:
-    """Prefix of dataset number `dataset` of part `number` of the job `key`; what workers of a killed job still write has another."""
+    """Prefix of dataset number `dataset` of part `number` of the job `key`.
+
+    Workers of a killed job may still write; their files have another key in their names.
+    """
     return f"{folder}/{number:06d}-{dataset}{key and '-'}{key[:12]}"
 
 
@@ -227,7 +224,7 @@ def record_path(folder: str, number: int, key: str = "") -> pathlib.Path:
 
 
 def checksums(prefix: str) -> list[int]:
-    """CRC-32 of .bin and .idx: a power cut can keep a record and lose the data it speaks of."""
+    """CRC-32 of .bin and .idx: a power cut can keep a record and lose the data it describes."""
     sums = []
     for suffix in (".bin", ".idx"):
         value = 0
@@ -238,20 +235,24 @@ def checksums(prefix: str) -> list[int]:
     return sums
 
 
-def finished_parts(folder: str, keys: Sequence[str], key: str = "", *, whole: bool = False) -> dict[int, dict]:
-    """Records of the parts in `folder` that the job `key` made and whose files are as the record says; others are removed.
+def finished_parts(
+    folder: str,
+    keys: Sequence[str],
+    key: str = "",
+    *,
+    without_problems: bool = False,
+) -> dict[int, dict]:
+    """Records of the parts in `folder` that the job `key` wrote and whose files match the record; others are removed.
 
-    whole: also those in which a document could not be used.
+    without_problems: parts in which a document could not be used are removed too.
     """
     records: dict[int, dict] = {}
     for path in sorted(pathlib.Path(folder).glob("[0-9]*.json")):
         try:
             record = json.loads(path.read_text())
-            good = record["key"] == key and not (whole and record["num_problems"])
-            good = (
-                good
-                and [checksums(part_prefix(folder, record["part"], i, key)) for i in range(len(keys))] == record["sums"]
-            )
+            good = record["key"] == key and not (without_problems and record["num_problems"])
+            prefixes = [part_prefix(folder, record["part"], i, key) for i in range(len(keys))]
+            good = good and list(map(checksums, prefixes)) == record["sums"]
         except (OSError, ValueError, KeyError, TypeError):
             good = False
         if good:

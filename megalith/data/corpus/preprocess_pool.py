@@ -1,4 +1,7 @@
-"""Who runs the parts: processes of this machine, or Ray workers of many. Each engine is `engine(job, parts, workers) -> records`."""
+"""The engines that run the parts: processes of this machine, or Ray workers of many.
+
+Each engine is a function `engine(job, parts, workers) -> records`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from megalith.common.environment import ray_address
 from megalith.common.errors import DataError
 from megalith.common.extras import require
 from megalith.common.registry import Registry
@@ -23,8 +27,8 @@ ENGINES = Registry(
     },
 )
 LOST_WORKER = (
-    "a worker process ended without a word (killed, or out of memory); run the same command again and it goes on with the parts "
-    "that are missing, or use fewer --workers"
+    "a worker process ended without an error message (killed, or out of memory); "
+    "run the same command again, which resumes with the parts that are missing, or use fewer --workers"
 )
 
 
@@ -32,17 +36,17 @@ class Worker:
     """The encoder of one worker process."""
 
     encoder: PartEncoder
-    failure: Exception | None = (
-        None  # of the start: the pool would call a worker that ends there killed, and print its traceback
-    )
+    # What `start` raised; `run` raises it, because the pool would report a worker that ends in `start` as killed, and
+    # print its traceback.
+    failure: Exception | None = None
 
     @classmethod
     def start(cls, job: Job) -> None:
-        """Load the encoder, and see to it that this process ends when the parent does, even by kill -9."""
+        """Load the encoder, and make this process end when its parent does, even by kill -9."""
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         parent = multiprocessing.parent_process()
         if parent is not None:
-            threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+            threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
         try:
             cls.encoder = PartEncoder(job)
         except Exception as error:
@@ -56,13 +60,16 @@ class Worker:
         return cls.encoder(part)
 
 
-def _end_with(parent: Any) -> None:
+def _exit_with_parent(parent: Any) -> None:
     parent.join()
     os._exit(1)
 
 
 def run_processes(job: Job, parts: Iterator[Part], workers: int) -> Iterator[dict]:
-    """Records of the parts as they finish, from `workers` fresh processes (0: one a core; a fork would copy the encoder's dead threads)."""
+    """Records of the parts as they finish, from `workers` spawned processes (0: one for each core).
+
+    They are not forked: a fork would copy the encoder's threads, dead.
+    """
     workers = workers or os.cpu_count() or 1
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, context, Worker.start, (job,)) as pool:
@@ -95,13 +102,14 @@ class RayWorker:
 
 
 def run_ray(job: Job, parts: Iterator[Part], workers: int) -> Iterator[dict]:
-    """Records of the parts as they finish, from `workers` actors (0: one a core of the cluster) on a Ray cluster.
+    """Records of the parts as they finish, from `workers` actors on a Ray cluster (0: one for each of its cores).
 
-    Its nodes have megalith installed and see the same input and output folders. RAY_ADDRESS says which cluster; without it, this machine.
+    Its nodes have megalith installed and see the same input and output folders. RAY_ADDRESS says which cluster;
+    without it, this machine.
     """
     ray: Any = require("ray", "--engine ray")
     if not ray.is_initialized():
-        ray.init(address=os.environ.get("RAY_ADDRESS"), log_to_driver=False)
+        ray.init(address=ray_address(), log_to_driver=False)
     cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
     actor = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(RayWorker)
     free = [actor.remote(job) for _ in range(min(workers or cores, cores))]
@@ -124,7 +132,7 @@ def run_ray(job: Job, parts: Iterator[Part], workers: int) -> Iterator[dict]:
 
 
 def _collect(ray: Any, busy: dict, free: list) -> list[dict]:
-    """Records of what is done, one at least; its actors are free again."""
+    """Records of the parts that are done, at least one; their actors are free again."""
     ready, _ = ray.wait(list(busy), num_returns=1)
     free += [busy.pop(reference) for reference in ready]
     return ray.get(ready)

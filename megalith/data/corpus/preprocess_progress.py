@@ -1,4 +1,4 @@
-"""What people see while a corpus is encoded: a bar on a terminal, plain lines elsewhere; on stderr."""
+"""What the user sees on stderr while a corpus is encoded: a bar on a terminal, lines of text elsewhere."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from megalith.common import units
 
 
 class Progress:
-    """Called with the record of each finished part; shows share, MB/s, tokens/s and time left."""
+    """Called with the record of each finished part; shows the fraction done, MB/s, tokens/s and time left."""
 
-    def __init__(self, stream: TextIO | None = None, every: float = 5.0):
-        """stream: stderr by default. every: seconds between plain lines."""
+    def __init__(self, stream: TextIO | None = None, interval: float = 5.0):
+        """stream: stderr by default. interval: seconds between lines where there is no bar."""
         self.stream = stream or sys.stderr
-        self.every, self.started, self.told = every, time.monotonic(), time.monotonic()
+        self.interval, self.started, self.last_printed = interval, time.monotonic(), time.monotonic()
         self.bytes = self.size = self.tokens = 0
         self.bar: Any = None
         if self.stream.isatty():
@@ -37,19 +37,18 @@ class Progress:
         line = self.line(total, now - self.started)
         if self.bar is not None:
             self.bar.update(self.task, completed=self.size, total=total, description=line)
-        elif now - self.told >= self.every:
-            self.told = now
+        elif now - self.last_printed >= self.interval:
+            self.last_printed = now
             print(line, file=self.stream, flush=True)
 
     def line(self, total: int, elapsed: float) -> str:
         """One line of numbers."""
         elapsed = max(elapsed, 1e-9)
-        share = min(self.size / total, 1.0) if total else 1.0
-        left = units.duration(elapsed / share - elapsed) if share else "?"
+        fraction = min(self.size / total, 1.0) if total else 1.0
+        left = units.duration(elapsed / fraction - elapsed) if fraction else "?"
+        done = f"{fraction:6.1%} | {units.size(self.bytes)} read | {units.count(self.tokens)} tokens"
         rate = f"{self.bytes / elapsed / 1e6:.1f} MB/s | {units.count(self.tokens / elapsed)} tokens/s"
-        return (
-            f"{share:6.1%} | {units.size(self.bytes)} read | {units.count(self.tokens)} tokens | {rate} | {left} left"
-        )
+        return f"{done} | {rate} | {left} left"
 
     def close(self) -> None:
         """Take the bar off the terminal."""

@@ -1,7 +1,8 @@
-"""Raw corpus files in: which files, cut into parts of similar size, and the documents of a part.
+"""Raw corpus files split into parts of similar size, and the documents of a part.
 
-Every format streams: memory holds a block at a time, whatever the size of a file. The cut depends on the files alone, never on
-the number of workers, and the documents of all parts in order are the documents of all files in order.
+Every format streams: memory holds a block at a time, whatever the size of a file. The split into parts depends on the
+files alone, never on the number of workers, and the documents of all parts in order are the documents of all files in
+order.
 """
 
 from __future__ import annotations
@@ -20,23 +21,25 @@ import orjson
 from megalith.common import encodings
 from megalith.common.errors import DataError, problem
 from megalith.common.extras import require
-from megalith.common.json_lines import HALF, parse
-from megalith.data.corpus.compression import open_plain, read_checked
-from megalith.data.corpus.inputs import Notice, file_format, look_for, spooled
+from megalith.common.json_lines import LONE_SURROGATE, parse
+from megalith.config.flags.text import Words
+from megalith.data.corpus.compression import open_decompressed, read_checked
+from megalith.data.corpus.inputs import Notice, file_format, resolve_inputs, spooled
 from megalith.data.corpus.unusable import require_usable
 
-GUESSED_EXPANSION = 4  # text under compression; only balances parts
+GUESSED_EXPANSION = 4  # bytes of text in a compressed byte; only balances parts
 BOM = b"\xef\xbb\xbf"  # some editors begin a file with it
-BATCH = 1 << 20  # bytes of raw input handled at once; a few MB live at any time
-STREAM_BLOCK = 16 << 20  # bytes of a compressed stream in one part: the parent holds one block for each worker
-MANY_COMPRESSED = 16  # from so many compressed files on, each is decompressed by the worker that encodes it
+BATCH_BYTES = 1 << 20  # raw input handled at once; a few MB live at any time
+STREAM_BLOCK_BYTES = 16 << 20  # text of a compressed stream in one part: the parent holds one block for each worker
+MANY_COMPRESSED = 16  # with so many compressed files, each is decompressed by the worker that encodes it
 
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
     """A run of documents in one file.
 
-    start, stop: the lines that begin in these bytes (JSON lines), these row groups (parquet), or a whole file (stop None).
+    start, stop: the lines that begin in these bytes (JSON lines), these row groups (parquet), or with stop None a
+    whole file.
     block: the lines themselves, where the file is one compressed stream that only one process can read.
     """
 
@@ -48,7 +51,7 @@ class Slice:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A unit of work: some slices, about equally many bytes in each part."""
+    """A unit of work: some slices. All parts have about equally many bytes."""
 
     number: int
     slices: tuple[Slice, ...]
@@ -57,7 +60,7 @@ class Part:
 
 @dataclasses.dataclass
 class Batch:
-    """Some documents of one slice: their texts by key, their line (or row) in the slice, and what was wrong with others."""
+    """Some documents of one slice: texts by key and line (or row) in the slice; and the problems of others."""
 
     texts: dict[str, list[str]]
     lines: list[int]
@@ -66,20 +69,27 @@ class Batch:
     size: int  # raw bytes of this batch
 
 
-def cut(inputs: Sequence[str], part_bytes: int, finished: frozenset[int] = frozenset()) -> Iterator[Part]:
-    """The parts of the input in order. Parts in `finished` come without their blocks: nobody will read them."""
+def split_into_parts(
+    inputs: Sequence[str],
+    part_bytes: int,
+    finished: frozenset[int] = frozenset(),
+) -> Iterator[Part]:
+    """The parts of the input in order.
+
+    Parts whose numbers are in `finished` come without blocks: nobody will read them.
+    """
     compressed = [path for path in inputs if file_format(path)[1]]
-    stream_here = len(compressed) < MANY_COMPRESSED
+    decompress_here = len(compressed) < MANY_COMPRESSED
     waiting: list[Slice] = []
     number = waiting_size = 0
     for path in inputs:
         size = os.path.getsize(path)
-        if file_format(path)[1] and stream_here and file_format(path)[0] != "text":
+        if file_format(path)[1] and decompress_here and file_format(path)[0] != "text":
             if waiting:
                 yield Part(number, tuple(waiting), waiting_size)
                 number, waiting, waiting_size = number + 1, [], 0
-            for block, share in _stream_blocks(path, min(part_bytes, STREAM_BLOCK), size):
-                yield Part(number, (Slice(path, block=None if number in finished else block),), share)
+            for block, compressed_bytes in _stream_blocks(path, min(part_bytes, STREAM_BLOCK_BYTES), size):
+                yield Part(number, (Slice(path, block=None if number in finished else block),), compressed_bytes)
                 number += 1
             continue
         for piece, piece_size in _slices(path, size, part_bytes):
@@ -107,16 +117,16 @@ def _slices(path: str, size: int, part_bytes: int) -> Iterator[tuple[Slice, int]
 
 def _stream_blocks(path: str, part_bytes: int, size: int) -> Iterator[tuple[bytes, int]]:
     """Blocks of whole lines of a compressed file, and how many compressed bytes each stands for."""
-    with open(path, "rb") as raw, open_plain(path, raw) as stream:
-        told = 0
+    with open(path, "rb") as raw, open_decompressed(path, raw) as stream:
+        counted = 0
         while block := read_checked(stream, part_bytes, path, whole_lines=True):
-            at = min(raw.tell(), size)
-            yield block, at - told
-            told = at
+            position = min(raw.tell(), size)
+            yield block, position - counted
+            counted = position
 
 
 def read_part(part: Part, keys: Sequence[str]) -> Iterator[tuple[int, Batch]]:
-    """(index of the slice, batch) over the part."""
+    """The batches of a part, each with the index of its slice in the part."""
     for index, piece in enumerate(part.slices):
         kind, _ = file_format(piece.path)
         batches = {"parquet": _read_parquet, "text": _read_text}.get(kind or "json", _read_json)(piece, keys)
@@ -140,7 +150,7 @@ def _read_json(piece: Slice, keys: Sequence[str]) -> Iterator[Batch]:
                 if not line.strip():
                     continue
                 try:
-                    row = document_of(line.removeprefix(BOM), keys)
+                    row = parse_document(line.removeprefix(BOM), keys)
                 except ValueError as error:
                     batch.problems.append((batch.num_lines, str(error)))
                     continue
@@ -151,8 +161,11 @@ def _read_json(piece: Slice, keys: Sequence[str]) -> Iterator[Batch]:
         yield batch
 
 
-def document_of(line: bytes, keys: Sequence[str]) -> list[str]:
-    """The texts of a line, one a key. Raises ValueError that says why it is no document: not UTF-8, not JSON, no object, no such text."""
+def parse_document(line: bytes, keys: Sequence[str]) -> list[str]:
+    """The texts of a line, one for each key.
+
+    Raises ValueError that says why the line is no document: not UTF-8, not JSON, not an object, no text under a key.
+    """
     try:
         line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -172,33 +185,33 @@ def document_of(line: bytes, keys: Sequence[str]) -> list[str]:
     for key, text in zip(keys, texts):
         if not isinstance(text, str):
             raise ValueError(f"key {key!r} is no text but {type(text).__name__}")
-        if half := HALF.search(text):
+        if half := LONE_SURROGATE.search(text):
             raise ValueError(f"malformed JSON (key {key!r} has {half[0]!a}, which is half of a character)")
     return texts
 
 
 def explain_line(line: bytes, keys: Sequence[str]) -> str:
-    """Why a line is no document, "" where it is one."""
+    """Why a line is not a document, "" where it is one."""
     try:
-        document_of(line, keys)
+        parse_document(line, keys)
     except ValueError as error:
         return str(error)
     return ""
 
 
 def _line_batches(piece: Slice) -> Iterator[tuple[list[bytes], int]]:
-    """Lines of the slice in batches of about BATCH bytes, with the bytes they took."""
+    """Lines of the slice in batches of about BATCH_BYTES, with the bytes they took."""
     if piece.block is not None:
         stream: Any = io.BytesIO(piece.block)
     else:
-        stream = open_plain(piece.path)
+        stream = open_decompressed(piece.path)
     with stream:
         left: float = float("inf") if piece.stop is None else piece.stop - piece.start
         if piece.start:
             # The line that holds byte start - 1 belongs to the part before, even when it ends exactly there.
             stream.seek(piece.start - 1)
             left -= len(stream.readline()) - 1
-        while left > 0 and (block := read_checked(stream, int(min(BATCH, left)), piece.path, whole_lines=True)):
+        while left > 0 and (block := read_checked(stream, int(min(BATCH_BYTES, left)), piece.path, whole_lines=True)):
             left -= len(block)
             lines = block.split(b"\n")
             if not lines[-1]:
@@ -208,7 +221,7 @@ def _line_batches(piece: Slice) -> Iterator[tuple[list[bytes], int]]:
 
 def _read_text(piece: Slice, keys: Sequence[str]) -> Iterator[Batch]:
     """A whole file is one document."""
-    with open_plain(piece.path) as stream:
+    with open_decompressed(piece.path) as stream:
         content = read_checked(stream, -1, piece.path)
     batch = Batch({key: [] for key in keys}, [], [], 1, len(content))
     try:
@@ -224,34 +237,27 @@ def _open_parquet(path: str) -> Any:
     try:
         return parquet.ParquetFile(path)
     except Exception as error:
-        raise DataError(
-            problem(path, str(error), "it must be a parquet file", "Fetch it again; it is damaged or not parquet")
-        ) from error
+        cure = "Fetch it again; it is damaged or not parquet"
+        raise DataError(problem(path, Words(f"the error {str(error)!r}"), "must be a parquet file", cure)) from error
 
 
 def _read_parquet(piece: Slice, keys: Sequence[str]) -> Iterator[Batch]:
     with _open_parquet(piece.path) as file:
         missing = [key for key in keys if key not in file.schema_arrow.names]
         if missing:
-            columns = ", ".join(file.schema_arrow.names)
-            raise DataError(
-                problem(
-                    "--json-keys", missing[0], f"{piece.path} has the columns {columns}", "Name columns of the file"
-                )
-            )
+            rule = f"must be among the columns {', '.join(file.schema_arrow.names)} of {piece.path}"
+            raise DataError(problem("--json-keys", missing[0], rule, "Name columns of the file"))
         consumed = 0
-        for rows in file.iter_batches(
-            1024, row_groups=range(piece.start, piece.stop or file.num_row_groups), columns=list(keys)
-        ):
+        groups = range(piece.start, piece.stop or file.num_row_groups)
+        for rows in file.iter_batches(1024, row_groups=groups, columns=list(keys)):
             table = rows.to_pydict()
             batch = Batch({key: [] for key in keys}, [], [], consumed, rows.nbytes)
             for row in zip(*(table[key] for key in keys)):
                 batch.num_lines += 1
                 wrong = next((key for key, text in zip(keys, row) if not isinstance(text, str)), None)
                 if wrong is not None:
-                    batch.problems.append(
-                        (batch.num_lines, f"column {wrong!r} is no text but {type(row[keys.index(wrong)]).__name__}")
-                    )
+                    kind = type(row[keys.index(wrong)]).__name__
+                    batch.problems.append((batch.num_lines, f"column {wrong!r} is no text but {kind}"))
                     continue
                 batch.lines.append(batch.num_lines)
                 for key, text in zip(keys, row):
@@ -260,25 +266,23 @@ def _read_parquet(piece: Slice, keys: Sequence[str]) -> Iterator[Batch]:
             yield batch
 
 
-def sample_texts(inputs: Sequence[str], keys: Sequence[str], places: int = 64, characters: int = 4096) -> list[str]:
-    """The beginnings of some documents from evenly spaced places of the input, to try things on."""
-    count = min(places, len(inputs))
-    chosen = [inputs[i * len(inputs) // count] for i in range(count)]
+def sample_texts(inputs: Sequence[str], keys: Sequence[str], positions: int = 64, characters: int = 4096) -> list[str]:
+    """The beginnings of some documents at evenly spaced positions of the input, to try an encoder on."""
+    num_files = min(positions, len(inputs))
+    chosen = [inputs[i * len(inputs) // num_files] for i in range(num_files)]
     texts: list[str] = []
     for path in chosen:
         kind, compression = file_format(path)
-        size, spots = os.path.getsize(path), max(1, places // count)
+        size, per_file = os.path.getsize(path), max(1, positions // num_files)
         if kind in ("json", None) and not compression:
-            pieces = [Slice(path, size * i // spots, size * i // spots + characters) for i in range(spots)]
+            starts = [size * i // per_file for i in range(per_file)]
+            slices = [Slice(path, start, start + characters) for start in starts]
         else:
-            pieces = [piece for piece, _ in itertools.islice(_slices(path, max(size, 1), BATCH), 1)]
-        for piece in pieces:
+            slices = [piece for piece, _ in itertools.islice(_slices(path, max(size, 1), BATCH_BYTES), 1)]
+        limit = max(2, 2 * positions // max(1, len(slices)) // num_files)  # texts of each slice
+        for piece in slices:
             for _, batch in itertools.islice(read_part(Part(0, (piece,), 0), keys), 1):
-                texts += [
-                    text[:characters]
-                    for key in keys
-                    for text in batch.texts[key][: max(2, 2 * places // len(pieces) // count)]
-                ]
+                texts += [text[:characters] for key in keys for text in batch.texts[key][:limit]]
     return texts
 
 
@@ -288,31 +292,35 @@ def corpus_texts(
     notice: Notice = lambda line: None,
     max_unusable: float = 1.0,
 ) -> Iterator[str]:
-    """Every text of the input, in order; documents that cannot be used are left out, counted and told at the end.
+    """Every text of the input, in order; unusable documents are left out, and reported to `notice` at the end.
 
     Streams are copied into the system's temporary folder first. max_unusable: as `require_usable` takes it.
     """
-    inputs = look_for(patterns)
-    inputs.tell(notice)
+    inputs = resolve_inputs(patterns)
+    inputs.report_not_read(notice)
     total, unusable, problems = 0, 0, list[str]()
-    before: dict[str, int] = {}
-    with spooled(
-        inputs, lambda: pathlib.Path(tempfile.gettempdir(), f"megalith-{os.getpid()}-{os.urandom(4).hex()}"), notice
-    ) as ready:
-        for part in cut(ready.files, BATCH):
+    lines_before: dict[str, int] = {}
+
+    def spool_folder() -> pathlib.Path:
+        return pathlib.Path(tempfile.gettempdir(), f"megalith-{os.getpid()}-{os.urandom(4).hex()}")
+
+    with spooled(inputs, spool_folder, notice) as ready:
+        for part in split_into_parts(ready.files, BATCH_BYTES):
             lines = [0] * len(part.slices)
             for index, batch in read_part(part, keys):
                 path = part.slices[index].path
                 for number, reason in batch.problems[: 10 - len(problems)]:
-                    problems.append(f"{ready.shown(path, before.get(path, 0) + number)}: {reason}")
+                    problems.append(f"{ready.location(path, lines_before.get(path, 0) + number)}: {reason}")
                 lines[index], unusable = batch.num_lines, unusable + len(batch.problems)
                 total += len(batch.lines) + len(batch.problems)
                 for key in keys:
                     yield from batch.texts[key]
             for piece, count in zip(part.slices, lines):
-                before[piece.path] = before.get(piece.path, 0) + count
-    require_usable(unusable, total, max_unusable, problems)  # which lists some where it raises
-    for listed in problems:
-        notice(f"skipped {listed}")
+                lines_before[piece.path] = lines_before.get(piece.path, 0) + count
+    require_usable(unusable, total, max_unusable, problems)  # its error lists some of them
+    for line in problems:
+        notice(f"skipped {line}")
     if unusable:
-        notice(f"skipped {unusable} unusable documents of {total}. {encodings.conversion(problems)}".rstrip(". "))
+        notice(
+            f"skipped {unusable} unusable documents of {total}. {encodings.conversion_advice(problems)}".rstrip(". ")
+        )

@@ -8,7 +8,7 @@ Layout of the .idx, little-endian, without padding; S sequences, D = documents +
     18       uint64   S                           34 + 12S+8D  int8  x S  modes; only in multimodal files, unannounced
     26       uint64   D
 
-This file and format.py, reader.py and writer.py need nothing but numpy, so that they can be lifted out together.
+This file, format.py, reader.py and writer.py need nothing but numpy: together they can be copied out of megalith.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ __all__ = ["IndexedDataset", "IndexedWriter", "best_dtype", "is_folder", "open_m
 
 
 def open_many(prefixes: Iterable[str | os.PathLike], threads: int = 32, **options) -> list[IndexedDataset]:
-    """Open datasets in parallel, in order; `options` as IndexedDataset takes them. The headers are read, the data is not."""
+    """Open datasets in parallel; they are returned in order. `options` as IndexedDataset takes them.
+
+    The headers are read, the data is not.
+    """
     with concurrent.futures.ThreadPoolExecutor(max(1, threads)) as pool:
         return list(pool.map(lambda prefix: IndexedDataset(prefix, **options), prefixes))

@@ -1,4 +1,4 @@
-"""What an indexed dataset holds, and whether it is sound."""
+"""What an indexed dataset holds, and whether it is undamaged."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from megalith.data.indexed import is_folder
 from megalith.data.indexed.tntidx import TntidxDataset, open_indexed
 from megalith.data.tokenizers.tokenizer import Tokenizer
 
-BLOCK = 1 << 24  # tokens looked at together
+BLOCK = 1 << 24  # tokens read at once
 
 
 def describe(prefix: str) -> dict[str, Any]:
-    """Metadata of a dataset, from its header and index: the names are those of Argonne's get_meta_data.py where it has one."""
+    """Metadata of a dataset, from its header and index.
+
+    The names are those of Argonne's get_meta_data.py where it has one.
+    """
     data = open_indexed(prefix)
     lengths = data.lengths
     return {
@@ -49,10 +52,9 @@ def verify(prefix: str, vocab_size: int | None = None) -> dict[str, Any]:
         if smallest < 0 or (vocab_size is not None and largest >= vocab_size):
             wrong = begin + int(np.flatnonzero((block < 0) | (block >= (vocab_size or np.inf)))[0])
             sequence = int(np.searchsorted(np.cumsum(data.lengths, dtype=np.int64), wrong, side="right"))
-            raise DataError(
-                f"{data.prefix}.bin: token {block[wrong - begin]} in sequence {sequence} is not of a vocabulary of {vocab_size} tokens; "
-                f"the data was made with another tokenizer. Name that one, or preprocess again."
-            )
+            found = f"token {block[wrong - begin]} in sequence {sequence} is not of a vocabulary of {vocab_size} tokens"
+            cause = "the data was made with another tokenizer. Name that one, or preprocess again."
+            raise DataError(f"{data.prefix}.bin: {found}; {cause}")
     sums = {f"sha256{suffix}": sha256(data.prefix + suffix) for suffix in (".bin", ".idx")}
     return {"largest_token": largest, **sums}
 
@@ -66,12 +68,15 @@ def _token_blocks(data: Any) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def document_text(prefix: str, number: int, tokenizer: Tokenizer | None = None, limit: int = 2000) -> str:
-    """The first `limit` tokens of document `number` (negative: from the end), a line for each sequence; ids without a tokenizer."""
+    """The first `limit` tokens of document `number` (negative: from the end), a line for each sequence.
+
+    They are shown as text, without a tokenizer as ids.
+    """
     data = open_indexed(prefix)
     if not -data.num_documents <= number < data.num_documents:
         raise DataError(f"{data.prefix} has documents 0 to {data.num_documents - 1}; there is no document {number}")
     number %= data.num_documents
-    begin, end = (int(data.document_indices[at]) for at in (number, number + 1))
+    begin, end = (int(data.document_indices[index]) for index in (number, number + 1))
     lines = []
     for sequence in range(begin, end):
         ids = data[sequence][:limit]
@@ -89,9 +94,8 @@ def prefixes_below(path: str) -> list[str]:
         return [path]
     found = []
     for folder, _, names in os.walk(path):
-        found += [
-            os.path.join(folder, name[:-4]) for name in names if name.endswith(".idx") and not name.startswith(".")
-        ]
+        indices = [name for name in names if name.endswith(".idx") and not name.startswith(".")]
+        found += [os.path.join(folder, name.removesuffix(".idx")) for name in indices]
     if not found:
         raise DataError(f"{path} holds no .idx file; name a prefix, or the directory that preprocess wrote to")
     return sorted(found)

@@ -1,8 +1,9 @@
 """The old `lazy` and `cached` indexed dataset of Megatron before mmap ("TNTIDX", from fairseq): reader and conversion.
 
-Layout of the .idx, little-endian: magic 8 bytes; uint64 version, dtype code, element size, items N, sizes s, document entries D; then int64
-arrays dim_offsets [N + 1], data_offsets [N + 1] in elements, sizes [s], documents [D]. Both names are one format: only Megatron's reader
-differed. One-dimensional items alone are read (s == N), which is all that Megatron wrote.
+Layout of the .idx, little-endian: magic 8 bytes; uint64 version, dtype code, element size, items N, sizes s, document
+entries D; then int64 arrays dim_offsets [N + 1], data_offsets [N + 1] in elements, sizes [s], documents [D]. Both
+names are one format: only Megatron's reader differed. Only one-dimensional items are read (s == N), which is all that
+Megatron wrote.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable
 import numpy as np
 
 from .format import BLOCK, DataError, dtype_of_code, refuse_pointer, resolve_prefix
-from .reader import IndexedDataset, _map
+from .reader import IndexedDataset, map_file
 from .writer import IndexedWriter
 
 MAGIC = b"TNTIDX\x00\x00"
@@ -25,61 +26,58 @@ class TntidxDataset:
     """Reads like IndexedDataset: lengths, document_indices, [i], get; every entry is checked on opening."""
 
     def __init__(self, prefix: str | os.PathLike, *, float_codes: str | None = "legacy"):
-        """Open `prefix`.bin and `prefix`.idx. `float_codes`: as IndexedDataset's; these files are old, so "legacy" is the default."""
+        """Open `prefix`.bin and `prefix`.idx.
+
+        float_codes: as IndexedDataset's; these files are old, so "legacy" is the default.
+        """
         self.prefix = resolve_prefix(prefix)
         self.index_path, self.bin_path = self.prefix + ".idx", self.prefix + ".bin"
         self.bin_bytes = os.stat(self.bin_path).st_size
-        data = _map(self.index_path)
+        data = map_file(self.index_path)
         if len(data) < HEADER.size:
-            raise self._fault(len(data), f"the file ends inside its header of {HEADER.size} bytes; it is truncated")
+            raise self._error(len(data), f"the file ends inside its header of {HEADER.size} bytes; it is truncated")
         magic, version, code, self._element, items, sizes, entries = HEADER.unpack_from(data)
         if magic != MAGIC:
-            kind = "an mmap dataset already" if magic[:7] == b"MMIDIDX" else "no lazy or cached index"
-            raise self._fault(0, f"magic {magic!r} where {MAGIC!r} belongs: {kind}")
+            kind = "an mmap dataset already" if magic[:7] == b"MMIDIDX" else "not a lazy or cached index"
+            raise self._error(0, f"magic {magic!r} where {MAGIC!r} belongs: {kind}")
         if version != 1:
-            raise self._fault(8, f"version {version}; only version 1 exists")
+            raise self._error(8, f"version {version}; only version 1 exists")
         self.dtype = dtype_of_code(code, float_codes, f"{self.index_path}, offset 16")
-        if self._element != self.dtype.itemsize and not (
-            code == 6 and self._element == 4
-        ):  # the old table gave np.float 4 bytes
-            raise self._fault(24, f"elements of {self._element} bytes, but {self.dtype} has {self.dtype.itemsize}")
+        wrong_float = code == 6 and self._element == 4  # the old table gave np.float 4 bytes
+        if self._element != self.dtype.itemsize and not wrong_float:
+            raise self._error(24, f"elements of {self._element} bytes, but {self.dtype} has {self.dtype.itemsize}")
         if sizes != items:
-            raise self._fault(40, f"{sizes} sizes for {items} items; items of several dimensions are not read")
+            raise self._error(40, f"{sizes} sizes for {items} items; items of several dimensions are not read")
         expected = HEADER.size + 8 * (2 * (items + 1) + sizes + entries)
         if len(data) != expected or entries < 1:
-            raise self._fault(
-                32, f"{items} items and {entries} document entries take {expected} bytes, the file has {len(data)}"
-            )
+            needed = f"{items} items and {entries} document entries take {expected} bytes"
+            raise self._error(32, f"{needed}, the file has {len(data)}")
         offset = HEADER.size + 8 * (items + 1)
         self._offsets = np.frombuffer(data, "<i8", items + 1, offset)
         self.lengths = np.frombuffer(data, "<i8", items, offset + 8 * (items + 1))
         self.document_indices = np.frombuffer(data, "<i8", entries, offset + 8 * (2 * items + 1))
         self._check(offset)
-        self._data = np.frombuffer(_map(self.bin_path), np.uint8)
+        self._data = np.frombuffer(map_file(self.bin_path), np.uint8)
 
-    def _fault(self, offset: int, meaning: str) -> DataError:
+    def _error(self, offset: int, meaning: str) -> DataError:
         return DataError(f"{self.index_path}, offset {offset}: {meaning}")
 
     def _check(self, offset: int) -> None:
-        taken = self.lengths * (self.dtype.itemsize // self._element)
-        wrong = np.flatnonzero((self.lengths < 0) | (np.diff(self._offsets) != taken))
+        elements = self.lengths * (self.dtype.itemsize // self._element)
+        wrong = np.flatnonzero((self.lengths < 0) | (np.diff(self._offsets) != elements))
         if wrong.size:
             number = int(wrong[0])
-            raise self._fault(
-                offset + 8 * number, f"item {number} of {self.lengths[number]} tokens does not fill its place; damaged"
-            )
+            found = f"item {number} of {self.lengths[number]} tokens does not end where the next one begins"
+            raise self._error(offset + 8 * number, f"{found}; the file is damaged")
         ends = int(self._offsets[0]), int(self._offsets[-1]) * self._element
         if ends != (0, self.bin_bytes):
             refuse_pointer(self.bin_path)
-            raise self._fault(
-                offset,
-                f"data from {ends[0]} to byte {ends[1]}, but {self.bin_path} has {self.bin_bytes}; truncated or another's",
-            )
+            found = f"data from {ends[0]} to byte {ends[1]}, but {self.bin_path} has {self.bin_bytes}"
+            raise self._error(offset, f"{found}; one of the files is truncated, or belongs to another pair")
         documents = self.document_indices
         if documents[0] != 0 or documents[-1] != len(self) or (np.diff(documents) < 0).any():
-            raise self._fault(
-                offset + 8 * (2 * len(self) + 1), f"the document table must rise from 0 to {len(self)} items"
-            )
+            rule = f"the document table must rise from 0 to {len(self)} items"
+            raise self._error(offset + 8 * (2 * len(self) + 1), rule)
 
     @property
     def num_documents(self) -> int:
@@ -111,14 +109,13 @@ class TntidxDataset:
             raise IndexError(f"item {index} of {self.prefix}, which has {len(self)}")
         count = self.lengths.item(index) - offset if length is None else length
         if offset < 0 or count < 0 or offset + count > self.lengths.item(index):
-            raise IndexError(
-                f"tokens {offset} to {offset + count} of item {index}, which has {self.lengths.item(index)}"
-            )
+            wanted = f"tokens {offset} to {offset + count} of item {index}"
+            raise IndexError(f"{wanted}, which has {self.lengths.item(index)}")
         begin = self._offsets.item(index) * self._element + offset * self.dtype.itemsize
         return self._data[begin : begin + count * self.dtype.itemsize].view(self.dtype)
 
     def join(self, numbers: list[int], begin: int, count: int) -> np.ndarray:
-        """`count` tokens from token `begin` of the first item on, reading through the items `numbers`."""
+        """`count` tokens from token `begin` of the first of the items `numbers` on."""
         return np.concatenate([self.get(number) for number in numbers])[begin : begin + count]
 
 
@@ -156,14 +153,13 @@ def convert(
     with IndexedWriter(output, dtype or source.dtype) as writer:
         item = document = 0
         while document < len(per_document):
-            sequences = np.cumsum(source.lengths[item : item + BLOCK])
-            fitting = max(1, int(np.searchsorted(sequences, 16 * BLOCK, "right")))  # items of about 64 MiB together
+            ends = np.cumsum(source.lengths[item : item + BLOCK])
+            fitting = max(1, int(np.searchsorted(ends, 16 * BLOCK, "right")))  # items of about 64 MiB together
             last = int(np.searchsorted(source.document_indices, item + fitting, "right")) - 1
             last = max(last, document + 1)  # at least one document, however long
             end = int(source.document_indices[last])
-            begin, stop = (int(source._offsets[at]) * source._element for at in (item, end))
-            writer.add_many(
-                source._data[begin:stop].view(source.dtype), source.lengths[item:end], per_document[document:last]
-            )
+            begin, stop = (int(source._offsets[index]) * source._element for index in (item, end))
+            tokens = source._data[begin:stop].view(source.dtype)
+            writer.add_many(tokens, source.lengths[item:end], per_document[document:last])
             item, document = end, last
         ready()

@@ -9,20 +9,25 @@ import shutil
 
 import numpy as np
 
-from .format import BLOCK, CODES, HEADER, MAGIC, DataError
+from .format import BLOCK, DTYPE_CODES, HEADER, MAGIC, DataError
 from .reader import IndexedDataset
 
 
 class IndexedWriter:
-    """Writes `prefix`.bin and `prefix`.idx; both appear when `finish` returns, or neither. 12 bytes of memory a sequence at most."""
+    """Writes `prefix`.bin and `prefix`.idx; both appear when `finish` returns, or neither.
+
+    Memory: at most 12 bytes for each sequence.
+    """
 
     def __init__(self, prefix: str | os.PathLike, dtype=np.int32, *, multimodal: bool = False):
-        """Start a dataset of `dtype` (see `best_dtype`). As a context manager it finishes on success and cleans up on an exception."""
+        """Start a dataset of `dtype` (see `best_dtype`).
+
+        As a context manager the writer finishes on success and cleans up on an exception.
+        """
         self.dtype, self.multimodal = np.dtype(dtype), multimodal
-        if self.dtype not in CODES:
-            raise DataError(
-                f"tokens of dtype {self.dtype} cannot be stored; the format has {', '.join(map(str, CODES))}"
-            )
+        if self.dtype not in DTYPE_CODES:
+            known = ", ".join(map(str, DTYPE_CODES))
+            raise DataError(f"tokens of dtype {self.dtype} cannot be stored; the format has {known}")
         self.prefix = pathlib.Path(prefix)
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
         self._aside = self.prefix.with_name(f".{self.prefix.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
@@ -31,15 +36,14 @@ class IndexedWriter:
 
     def _fit(self, tokens) -> np.ndarray:
         """`tokens` as the file's dtype; DataError where a value does not fit (numpy would wrap it round silently)."""
-        given = np.asarray(tokens)
-        if given.dtype == self.dtype or not given.size:
-            return np.ascontiguousarray(given, self.dtype)
-        stored = given.astype(self.dtype)
-        if self.dtype.kind in "iu" and not np.array_equal(stored, given):
-            raise DataError(
-                f"tokens from {given.min()} to {given.max()} do not fit {self.dtype}; choose it by the vocabulary (best_dtype)"
-            )
-        return stored
+        tokens = np.asarray(tokens)
+        if tokens.dtype == self.dtype or not tokens.size:
+            return np.ascontiguousarray(tokens, self.dtype)
+        converted = tokens.astype(self.dtype)
+        if self.dtype.kind in "iu" and not np.array_equal(converted, tokens):
+            cure = "choose the dtype by the vocabulary (best_dtype)"
+            raise DataError(f"tokens from {tokens.min()} to {tokens.max()} do not fit {self.dtype}; {cure}")
+        return converted
 
     def add_sequence(self, tokens, mode: int = 0) -> None:
         """Append one sequence to the current document."""
@@ -56,29 +60,26 @@ class IndexedWriter:
     def add_many(self, tokens, lengths, sequences_per_document=None, modes=None) -> None:
         """Append many whole documents.
 
-        tokens: all tokens in a row. lengths: tokens of each sequence. sequences_per_document: default, each sequence is a document.
+        tokens: all tokens in a row. lengths: tokens of each sequence. sequences_per_document: by default each sequence
+        is a document.
         """
         tokens, lengths = self._fit(tokens), np.asarray(lengths, np.int32)
-        per_document = (
-            np.ones(lengths.size, np.int64)
-            if sequences_per_document is None
-            else np.asarray(sequences_per_document, np.int64)
-        )
-        if lengths.sum(dtype=np.int64) != tokens.size or per_document.sum() != lengths.size:
-            raise DataError(
-                f"{tokens.size} tokens, {lengths.size} lengths that sum to {lengths.sum(dtype=np.int64)}, documents of "
-                f"{per_document.sum()} sequences: the counts disagree"
-            )
+        per_document = np.ones(lengths.size, np.int64)
+        if sequences_per_document is not None:
+            per_document = np.asarray(sequences_per_document, np.int64)
+        total = lengths.sum(dtype=np.int64)
+        if total != tokens.size or per_document.sum() != lengths.size:
+            counts = f"{tokens.size} tokens, {lengths.size} lengths that sum to {total}"
+            raise DataError(f"{counts}, documents of {per_document.sum()} sequences: the counts disagree")
         self._extend(lengths, len(self._lengths) + np.cumsum(per_document), modes)
         self._file.write(tokens.data)
 
     def add_index(self, prefix: str | os.PathLike) -> None:
-        """Append a whole dataset of the same dtype (a merge, as Megatron's)."""
+        """Append a whole dataset of the same dtype, as Megatron's merge does."""
         other = IndexedDataset(prefix, float_codes="core", multimodal=self.multimodal or None)
         if other.dtype != self.dtype:
-            raise DataError(
-                f"{other.index_path}, offset 17: dtype {other.dtype}, but {self.prefix} has {self.dtype}; only equal dtypes merge"
-            )
+            found = f"dtype {other.dtype}, but {self.prefix} has {self.dtype}"
+            raise DataError(f"{other.index_path}, offset 17: {found}; only equal dtypes merge")
         self._extend(other.lengths, len(self._lengths) + other.document_indices[1:], other.modes)
         self._file.flush()
         with open(other.bin_path, "rb") as source:
@@ -88,24 +89,26 @@ class IndexedWriter:
         self._lengths.frombytes(lengths.astype(np.intc).tobytes())
         self._documents.frombytes(documents.astype(np.int64).tobytes())
         if self.multimodal:
-            self._modes.frombytes(
-                (np.zeros(len(lengths), np.int8) if modes is None else np.asarray(modes, np.int8)).tobytes()
-            )
+            modes = np.zeros(len(lengths)) if modes is None else modes
+            self._modes.frombytes(np.asarray(modes, np.int8).tobytes())
 
     def finish(self) -> None:
-        """Write the index, sync and put both files in place. Sequences after the last `end_document` form a last document."""
+        """Write the index, sync and put both files in place.
+
+        Sequences after the last `end_document` form a last document.
+        """
         if self._documents[-1] != len(self._lengths):
             self.end_document()
         lengths = np.frombuffer(self._lengths, np.intc)
         with open(f"{self._aside}.idx", "wb") as index:
-            index.write(HEADER.pack(MAGIC, 1, CODES[self.dtype], lengths.size, len(self._documents)))
+            index.write(HEADER.pack(MAGIC, 1, DTYPE_CODES[self.dtype], lengths.size, len(self._documents)))
             index.write(lengths.astype("<i4", copy=False).data)
-            carried = 0
+            previous_end = 0
             for begin in range(0, lengths.size, BLOCK):
                 sizes = lengths[begin : begin + BLOCK].astype("<i8") * self.dtype.itemsize
-                ends = carried + np.cumsum(sizes)
+                ends = previous_end + np.cumsum(sizes)
                 index.write((ends - sizes).data)
-                carried = int(ends[-1])
+                previous_end = int(ends[-1])
             index.write(self._documents)
             index.write(self._modes)
             index.flush()
@@ -114,7 +117,7 @@ class IndexedWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         pathlib.Path(f"{self.prefix}.idx").unlink(missing_ok=True)  # killed here, it would be the index of other data
-        for suffix in (".bin", ".idx"):  # the index last: where it is, the data is
+        for suffix in (".bin", ".idx"):  # the index last: where it exists, the data exists
             os.replace(f"{self._aside}{suffix}", f"{self.prefix}{suffix}")
 
     def abandon(self) -> None:

@@ -1,4 +1,4 @@
-"""Datasets made of datasets: a blend whose weights may change during the run, a corpus of several files, a source that never runs out."""
+"""Datasets of datasets: a blend whose weights may change, a corpus of several files, a source that never runs out."""
 
 from __future__ import annotations
 
@@ -12,46 +12,46 @@ import numpy as np
 from megalith.data.samples.blend import blend_index
 
 
-class Endless:
+class EndlessDataset:
     """A dataset followed by further ones of the same size: samples past the end of the first come from a fresh shuffle.
 
-    The first is Megatron's, sample for sample. What a blend takes beyond it (extreme weights, weights raised during the run) neither fails
-    nor reorders what was already read.
+    The first is Megatron's, sample for sample. What a blend takes beyond it (extreme weights, weights raised during the
+    run) neither fails nor reorders what was already read.
     """
 
-    def __init__(self, make: Callable[[int], Any]):
-        """make: number of the round (0, 1, ...) to the dataset of that round."""
-        self._make, self._rounds = make, {0: make(0)}
+    def __init__(self, build: Callable[[int], Any]):
+        """build: number of the repetition (0, 1, ...) to its dataset."""
+        self._build, self._repetitions = build, {0: build(0)}
 
     @property
     def first(self) -> Any:
-        """The dataset of round 0."""
-        return self._rounds[0]
+        """The dataset of repetition 0."""
+        return self._repetitions[0]
 
     def __len__(self) -> int:
-        """Samples of the first round."""
+        """Samples of the first repetition."""
         return len(self.first)
 
     def prepare(self) -> None:
-        """Build the first round's indices."""
+        """Build the first repetition's indices."""
         prepare(self.first)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """Sample `index`, whatever its size."""
-        turn, place = divmod(index, len(self.first))
-        if turn not in self._rounds:
-            self._rounds[turn] = self._make(turn)
-        return self._rounds[turn][place]
+        repetition, number = divmod(index, len(self.first))
+        if repetition not in self._repetitions:
+            self._repetitions[repetition] = self._build(repetition)
+        return self._repetitions[repetition][number]
 
 
-class Corpus:
-    """The files of one corpus read as one dataset: one after the other, or blended in proportion; on request shuffled."""
+class CorpusDataset:
+    """The files of one corpus as one dataset: one after the other, or blended in proportion; on request shuffled."""
 
     def __init__(
-        self, parts: Sequence[Any], sizes: Sequence[int], *, blend: bool = False, shuffle_seed: int | None = None
+        self, datasets: Sequence[Any], sizes: Sequence[int], *, blend: bool = False, shuffle_seed: int | None = None
     ):
-        """Take sizes[k] samples of parts[k] a round; past the end a new round takes the next ones."""
-        self.parts, self.sizes = parts, np.asarray(sizes, np.int64)
+        """Take sizes[k] samples of datasets[k] a repetition; past the end a new repetition takes the next ones."""
+        self.datasets, self.sizes = datasets, np.asarray(sizes, np.int64)
         self._ends = np.cumsum(self.sizes).tolist()
         self._index = blend_index(self.sizes, len(self)) if blend else None
         self._order: np.ndarray | None = None
@@ -60,37 +60,37 @@ class Corpus:
             np.random.RandomState(shuffle_seed).shuffle(self._order)
 
     def __len__(self) -> int:
-        """Samples of a round."""
+        """Samples of a repetition."""
         return self._ends[-1]
 
     def prepare(self) -> None:
-        """Build the indices of the parts."""
-        for part in self.parts:
-            prepare(part)
+        """Build the indices of every dataset."""
+        for dataset in self.datasets:
+            prepare(dataset)
 
     def locate(self, index: int) -> tuple[int, int]:
-        """(part, number of the sample within it)."""
-        turn, place = divmod(index, len(self))
+        """(dataset, number of the sample within it)."""
+        repetition, position = divmod(index, len(self))
         if self._order is not None:
-            place = self._order.item(place)
+            position = self._order.item(position)
         if self._index is not None:
-            part, number = self._index.locate(place)
+            source, number = self._index.locate(position)
         else:
-            part = bisect.bisect_right(self._ends, place)
-            number = place - (self._ends[part - 1] if part else 0)
-        return part, turn * self.sizes.item(part) + number
+            source = bisect.bisect_right(self._ends, position)
+            number = position - (self._ends[source - 1] if source else 0)
+        return source, repetition * self.sizes.item(source) + number
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """Sample `index` of the corpus."""
-        part, number = self.locate(index)
-        return self.parts[part][number]
+        source, number = self.locate(index)
+        return self.datasets[source][number]
 
 
-class Blended:
+class BlendedDataset:
     """Samples of several datasets, mixed by Megatron's rule.
 
-    schedule: (first sample, weights) in rising order, the first at 0. At a change each source goes on where it stopped: nothing is lost
-    or read twice. The order up to a change does not depend on what comes after it.
+    schedule: (first sample, weights) in rising order, the first at 0. At a change each source continues where it
+    stopped: nothing is lost or read twice. The order up to a change does not depend on what comes after it.
     """
 
     def __init__(
@@ -107,14 +107,14 @@ class Blended:
         for (start, weights), end in zip(schedule, [*self.starts[1:], size]):
             index = blend_index(weights, end - start, folders)
             self._indices.append(index)
-            self._taken.append(self._taken[-1] + index.taken(len(index)))
+            self._taken.append(self._taken[-1] + index.counts_before(len(index)))
 
     def __len__(self) -> int:
         """Samples of the blend."""
         return self.size
 
     @property
-    def taken(self) -> np.ndarray:
+    def samples_per_dataset(self) -> np.ndarray:
         """Samples that the whole blend takes of each dataset, int64."""
         return self._taken[-1]
 
@@ -127,9 +127,9 @@ class Blended:
         """(dataset, number of the sample within it)."""
         if not 0 <= index < self.size:
             raise IndexError(f"sample {index} of a blend of {self.size}")
-        part = bisect.bisect_right(self.starts, index) - 1
-        source, number = self._indices[part].locate(index - self.starts[part])
-        return source, int(self._taken[part][source]) + number
+        stage = bisect.bisect_right(self.starts, index) - 1
+        source, number = self._indices[stage].locate(index - self.starts[stage])
+        return source, int(self._taken[stage][source]) + number
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """Sample `index` of the blend."""

@@ -1,8 +1,9 @@
-"""Megatron's three indices of a GPT dataset: documents in reading order, where each sample begins, and the order of samples.
+"""Megatron's three indices of a GPT dataset: documents in reading order, where samples begin, and the order of samples.
 
-All documents of all epochs lie end to end; sample k covers the tokens k*s to k*s + s of them (s + 1 tokens, so neighbours share one).
-In which document that token lies follows from the running sum of lengths, so no loop is needed. The random numbers are drawn in
-Megatron's order (one RandomState, documents first, then samples), so the indices are Megatron's to the last bit.
+All documents of all epochs lie end to end; sample k covers the tokens k*s to k*s + s of them (s + 1 tokens, so
+neighbours have one in common). In which document that token lies follows from the running sum of lengths, so no loop is
+needed. The random numbers are drawn in Megatron's order (one RandomState, documents first, then samples), so the
+indices are Megatron's to the last bit.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import numpy as np
 
 from megalith.common.errors import DataError
 
-BLOCK = 1 << 16  # documents looked at together: half a megabyte of running sums, small enough for the cache
+BLOCK = 1 << 16  # documents at a time: half a megabyte of running sums, small enough for the CPU cache
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The sizes that follow from a request, before anything is built."""
+    """The sizes that follow from a request, before anything is built. Its repr is in the cache key: keep the names."""
 
     begin: int  # first document
     end: int  # last document + 1
@@ -26,9 +27,9 @@ class Plan:
     seq_length: int
     seed: int
     epochs: int
-    samples: int  # what there is: at least what was asked for
-    whole: int  # samples that are shuffled together; the rest are those of a last epoch kept apart
-    separate: bool  # the last epoch is kept apart: less than 80 % of it is needed
+    samples: int  # all samples: at least as many as were requested
+    whole: int  # samples that are shuffled together; the rest are those of a separate last epoch
+    separate: bool  # the last epoch is shuffled by itself, because less than 80 % of it is needed
 
 
 def plan(begin: int, end: int, tokens: int, num_samples: int | None, seq_length: int, seed: int) -> Plan:
@@ -54,57 +55,58 @@ def plan(begin: int, end: int, tokens: int, num_samples: int | None, seq_length:
     return Plan(begin, end, tokens, seq_length, seed, epochs, samples, whole, separate)
 
 
-def build(of: Plan, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Document index [documents * epochs], sample index [samples + 1, 2] and shuffle index [samples], as the functions below make them.
+def build(plan: Plan, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Document index [documents * epochs], sample index [samples + 1, 2] and shuffle index [samples].
 
-    lengths: tokens of every sequence of the file.
+    The functions below describe them. lengths: tokens of every sequence of the file.
     """
-    random = np.random.RandomState(of.seed)
-    documents = document_index(of, random)
-    samples = sample_index(documents, lengths, of.seq_length, of.samples)
-    return documents, samples, shuffle_index(of, random)
+    random = np.random.RandomState(plan.seed)
+    documents = document_index(plan, random)
+    samples = sample_index(documents, lengths, plan.seq_length, plan.samples)
+    return documents, samples, shuffle_index(plan, random)
 
 
-def document_index(of: Plan, random: np.random.RandomState) -> np.ndarray:
-    """Every document once an epoch, shuffled over all epochs; a last epoch that is kept apart is shuffled by itself."""
-    kind = np.int32 if of.end <= np.iinfo(np.int32).max else np.int64
-    once = np.arange(of.begin, of.end, dtype=kind)
-    documents = np.tile(once, of.epochs)
-    edge = (of.epochs - 1) * once.size if of.separate else documents.size
+def document_index(plan: Plan, random: np.random.RandomState) -> np.ndarray:
+    """Every document once an epoch, shuffled over all epochs; a separate last epoch is shuffled by itself."""
+    dtype = np.int32 if plan.end <= np.iinfo(np.int32).max else np.int64
+    once = np.arange(plan.begin, plan.end, dtype=dtype)
+    documents = np.tile(once, plan.epochs)
+    edge = (plan.epochs - 1) * once.size if plan.separate else documents.size
     random.shuffle(documents[:edge])
-    if of.separate:
+    if plan.separate:
         random.shuffle(documents[edge:])
     return documents
 
 
 def sample_index(documents: np.ndarray, lengths: np.ndarray, seq_length: int, samples: int) -> np.ndarray:
-    """Where each sample begins: row k is (place in `documents`, offset in that document) of token k * seq_length; [samples + 1, 2]."""
-    kind = np.int32 if documents.size <= np.iinfo(np.int32).max else np.int64
-    index = np.zeros((samples + 1, 2), kind)  # row 0 is (0, 0), even where the first document is empty
-    lengths = np.require(
-        lengths, requirements="A"
-    )  # in the file they are not aligned, and `take` would copy them each time
+    """Where each sample begins, [samples + 1, 2].
+
+    Row k is (index into `documents`, offset in that document) of token k * seq_length.
+    """
+    dtype = np.int32 if documents.size <= np.iinfo(np.int32).max else np.int64
+    index = np.zeros((samples + 1, 2), dtype)  # row 0 is (0, 0), even where the first document is empty
+    # in the file they are not aligned, and `take` would copy them each time
+    lengths = np.require(lengths, requirements="A")
     row, before = 1, 0
     for begin in range(0, documents.size, BLOCK):
         sizes = lengths.take(documents[begin : begin + BLOCK])
         ends = np.cumsum(sizes, dtype=np.int64)
         ends += before
         before = int(ends[-1])
-        upto = np.clip(
-            (ends - 1) // seq_length, row - 1, samples
-        )  # the last sample that begins by the end of each document
-        place = np.repeat(np.arange(sizes.size), np.diff(upto, prepend=row - 1))
-        stop = row + place.size
-        index[row:stop, 0] = place + begin
-        index[row:stop, 1] = np.arange(row, stop) * seq_length - (ends - sizes)[place]
+        # the last sample that begins by the end of each document
+        last_sample = np.clip((ends - 1) // seq_length, row - 1, samples)
+        document = np.repeat(np.arange(sizes.size), np.diff(last_sample, prepend=row - 1))
+        stop = row + document.size
+        index[row:stop, 0] = document + begin
+        index[row:stop, 1] = np.arange(row, stop) * seq_length - (ends - sizes)[document]
         row = stop
     return index
 
 
-def shuffle_index(of: Plan, random: np.random.RandomState) -> np.ndarray:
-    """The order in which samples are read; those of a last epoch that is kept apart come last."""
-    order = np.arange(of.samples, dtype=np.uint32 if of.samples < 2**32 - 2 else np.int64)
-    random.shuffle(order[: of.whole])
-    if of.separate:
-        random.shuffle(order[of.whole :])
+def shuffle_index(plan: Plan, random: np.random.RandomState) -> np.ndarray:
+    """The order in which samples are read; those of a separate last epoch come last."""
+    order = np.arange(plan.samples, dtype=np.uint32 if plan.samples < 2**32 - 2 else np.int64)
+    random.shuffle(order[: plan.whole])
+    if plan.separate:
+        random.shuffle(order[plan.whole :])
     return order

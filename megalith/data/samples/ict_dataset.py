@@ -13,6 +13,7 @@ from megalith.common.errors import ConfigError, DataError, problem
 from megalith.config.flags.text import Words
 from megalith.config.run import RunConfig
 from megalith.data.indexed import IndexedDataset
+from megalith.data.samples.dataset_factory import DatasetFactory
 from megalith.data.samples.sample_mapping import build_blocks
 from megalith.data.samples.sentence_dataset import SentenceDataset, padded
 
@@ -20,11 +21,12 @@ from megalith.data.samples.sentence_dataset import SentenceDataset, padded
 class IctDataset(SentenceDataset):
     """Samples are dicts over s = seq_length tokens:
 
-    query_ids [s] int64, [CLS] query [SEP]; context_ids [s] int64, [CLS] title [SEP] block [SEP], or [CLS] block [SEP] without titles;
-    query_padding_mask and context_padding_mask [s] int64, 1 for tokens; block [4] int64: first sentence, last + 1, document, block number.
+    query_ids [s] int64, [CLS] query [SEP]; context_ids [s] int64, [CLS] title [SEP] block [SEP], or [CLS] block [SEP]
+    without titles; query_padding_mask and context_padding_mask [s] int64, 1 for tokens; block [4] int64: first
+    sentence, last + 1, document, block number.
 
-    The blocks and their order are Megatron's. Its choice of sentences comes from one generator that every sample moves on, so that it
-    depends on how many workers read; here sample i draws from random.Random(seed + i).
+    The blocks and their order are Megatron's. Its choice of sentences comes from one generator that every sample
+    advances, so it depends on how many workers read; here sample i draws from random.Random(seed + i).
     """
 
     def __init__(
@@ -43,34 +45,32 @@ class IctDataset(SentenceDataset):
     ):
         """Whole epochs until there are num_samples (None: one epoch).
 
-        titles: an indexed dataset with one sequence for each document, or None. query_in_block_prob: how often the query stays in the
-        block. one_sentence: blocks of a single sentence are allowed.
+        titles: an indexed dataset with one sequence for each document, or None. query_in_block_prob: how often the
+        query stays in the block. one_sentence: blocks of a single sentence are allowed.
         """
         super().__init__(indexed, documents, seed, cache_folders)
         if titles is not None and len(titles) != indexed.num_documents:
             raise DataError(
-                f"{titles.prefix} has {len(titles)} titles for the {indexed.num_documents} documents of {indexed.prefix}; preprocess "
-                f"titles and bodies in one run (--json-keys title text) so that they stay aligned"
+                f"{titles.prefix} has {len(titles)} titles for the {indexed.num_documents} documents of "
+                f"{indexed.prefix}; preprocess titles and bodies in one run (--json-keys title text) so that they stay "
+                f"aligned"
             )
         room = seq_length - 3  # for [CLS], [SEP], [SEP]
         if titles is not None and (longest := int(titles.lengths.max(initial=0))) >= room:
-            rule = f"[CLS] title [SEP] block [SEP] has room for titles of at most {room - 1} tokens"
+            rule = f"must hold titles of at most {room - 1} tokens, because a sample is [CLS] title [SEP] block [SEP]"
             found = Words(f"a title of {longest} tokens, of document {int(titles.lengths.argmax())}")
             raise DataError(
                 problem(titles.prefix, found, rule, f"Write --seq-length {longest + 4} or more, or shorten the titles")
             )
         if room < 1:
-            raise ConfigError(
-                problem(
-                    "--seq-length", seq_length, "[CLS] block [SEP] [SEP] is at least 4 tokens", "Write --seq-length 256"
-                )
-            )
+            rule = "must be at least 4 tokens: [CLS] block [SEP] [SEP]"
+            raise ConfigError(problem("--seq-length", seq_length, rule, "Write --seq-length 256"))
         self.titles, self.num_samples, self.seq_length = titles, num_samples, seq_length
         self.query_in_block_prob, self.one_sentence = query_in_block_prob, one_sentence
         self.cls, self.sep, self.pad = (tokenizer.require(name) for name in ("cls", "sep", "pad"))
 
-    def build(self) -> tuple[tuple, int, Callable[[], np.ndarray]]:
-        """The blocks; three tokens are kept for [CLS], [SEP], [SEP]."""
+    def mapping_recipe(self) -> tuple[tuple, int, Callable[[], np.ndarray]]:
+        """The blocks; three tokens are reserved for [CLS], [SEP], [SEP]."""
         options: dict[str, Any] = {
             "num_samples": self.num_samples,
             "max_length": self.seq_length - 3,
@@ -109,30 +109,15 @@ class IctDataset(SentenceDataset):
         return {f"{name}_ids": padded(tokens, self.seq_length, self.pad), f"{name}_padding_mask": mask}
 
 
-def from_config(
-    indexed: Any,
-    documents: tuple[int, int] | None,
-    num_samples: int | None,
-    *,
-    config: RunConfig,
-    tokenizer: Any,
-    seed: int,
-    cache_folders: Sequence[str | os.PathLike] = (),
-) -> IctDataset:
-    """The dataset "ict" of the registry, with titles if --titles-data-path names them."""
+def _options(config: RunConfig, tokenizer: Any) -> dict[str, Any]:
+    """With titles if --titles-data-path names them."""
     data = config.data
-    return IctDataset(
-        indexed,
-        documents,
-        num_samples,
-        titles=IndexedDataset(data.titles_data_path) if data.titles_data_path else None,
-        seq_length=data.seq_length or 0,
-        tokenizer=tokenizer,
-        seed=seed,
-        query_in_block_prob=data.query_in_block_prob,
-        one_sentence=data.use_one_sent_docs,
-        cache_folders=cache_folders,
-    )
+    return {
+        "titles": IndexedDataset(data.titles_data_path) if data.titles_data_path else None,
+        "tokenizer": tokenizer,
+        "query_in_block_prob": data.query_in_block_prob,
+        "one_sentence": data.use_one_sent_docs,
+    }
 
 
-from_config.splits_documents = True  # type: ignore[attr-defined]
+from_config = DatasetFactory(IctDataset, _options, splits_documents=True)

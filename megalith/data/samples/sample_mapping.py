@@ -1,7 +1,8 @@
 """Which sentences make a sample of BERT, T5 or ICT: Megatron's mappings, to the last draw.
 
-A mapping walks through each document and closes a sample when it is long enough, so where one ends depends on what was drawn before it.
-The end itself is a search in the running sum of lengths, so the work is a step a sample and not a step a sentence.
+A mapping walks through each document and ends a sample when it is long enough, so where one ends depends on what was
+drawn before it. The end itself is a search in the running sum of lengths, so the work is one step per sample and not
+one per sentence.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from megalith.common.errors import DataError
-from megalith.data.samples.mersenne import draws32, draws64
+from megalith.data.samples.mersenne import mt19937, mt19937_64
 
 LONG_SENTENCE = 512  # documents with a longer sentence are left out
 
@@ -28,11 +29,12 @@ def build_mapping(
     seed: int,
     min_sentences: int,
 ) -> np.ndarray:
-    """Rows (first sentence, last + 1, target length) for BERT and T5, shuffled; uint32 [samples, 3], uint64 where sentences are that many.
+    """Rows (first sentence, last + 1, target length) for BERT and T5, shuffled; uint32 [samples, 3].
 
-    documents: first sentence of each document, then the end. lengths: tokens of each sentence of the file. num_samples: whole epochs until
-    there are so many; None for one epoch. short_prob: share of samples with a drawn target of 2 to max_length. min_sentences: 2 with a
-    second segment, else 1. Raises DataError where no document can give a sample.
+    They are uint64 where there are 2^32 sentences. documents: first sentence of each document, then the end. lengths:
+    tokens of each sentence of the file. num_samples: whole epochs until there are so many; None for one epoch.
+    short_prob: fraction of samples with a drawn target of 2 to max_length. min_sentences: 2 with a second segment, else
+    1. Raises DataError where no document can give a sample.
     """
     counts, has_long = _sentences(documents, lengths)
     usable = np.flatnonzero((counts >= max(1, min_sentences)) & ~((counts > 1) & has_long))
@@ -43,10 +45,8 @@ def build_mapping(
             start = first
             target = next(targets)
             while start < last:
-                end = (
-                    bisect.bisect_left(ends, ends[start - base] + target, start - base + min_sentences, last - base)
-                    + base
-                )
+                low = start - base + min_sentences
+                end = bisect.bisect_left(ends, ends[start - base] + target, low, last - base) + base
                 if last - end <= 1:  # a single sentence is not left over
                     end = last
                 rows.extend((start, end, target))
@@ -67,8 +67,8 @@ def build_blocks(
 ) -> np.ndarray:
     """Rows (first sentence, last + 1, document, block) for ICT, shuffled; uint32 [blocks, 4].
 
-    A block and its title, of title_lengths[document] tokens, fill max_length. Blocks are numbered from 0 in every epoch. one_sentence:
-    blocks of a single sentence are allowed. The other arguments are as in `build_mapping`.
+    A block and its title, of title_lengths[document] tokens, fill max_length. Blocks are numbered from 0 in every
+    epoch. one_sentence: blocks of a single sentence are allowed. The other arguments are as in `build_mapping`.
     """
     minimum = 1 if one_sentence else 2
     counts, has_long = _sentences(documents, lengths)
@@ -99,8 +99,8 @@ def _epochs(rows: array.array, width: int, num_samples: int | None, usable: int)
     """Count epochs until `rows` holds num_samples rows; None is one epoch."""
     if not usable:
         raise DataError(
-            f"no document can give a sample: each has too few sentences or one of more than {LONG_SENTENCE} tokens; preprocess with "
-            f"--split-sentences"
+            f"no document can give a sample: each has too few sentences or one of more than {LONG_SENTENCE} tokens; "
+            f"preprocess with --split-sentences"
         )
     epoch = 0
     while epoch == 0 if num_samples is None else len(rows) < num_samples * width:
@@ -123,21 +123,19 @@ def _targets(max_length: int, short_prob: float, seed: int) -> Iterator[int]:
         while True:
             yield max_length
     count, taken = 1 << 12, 0
-    while (
-        True
-    ):  # the stream is drawn again at twice the length when it runs out: simple, and never more than twice the work
-        drawn = draws32(seed, count)[taken:].astype(np.int64)
+    while True:  # when the draws run out, they are drawn again at twice the length: at most twice the work
+        drawn = mt19937(seed, count)[taken:].astype(np.int64)
         yield from np.where(drawn % ratio == 0, 2 + drawn % (max_length - 1), max_length).tolist()
         count, taken = 2 * count, count
 
 
 def _shuffled(rows: array.array, width: int, sentences: int, seed: int) -> np.ndarray:
     """The rows in the order of a Fisher-Yates shuffle that draws from mt19937_64(seed + 1)."""
-    kind = np.uint32 if sentences <= np.iinfo(np.uint32).max else np.uint64
-    table = np.frombuffer(rows, np.int64).reshape(-1, width).astype(kind)
+    dtype = np.uint32 if sentences <= np.iinfo(np.uint32).max else np.uint64
+    table = np.frombuffer(rows, np.int64).reshape(-1, width).astype(dtype)
     count = len(table)
-    others = (draws64(seed + 1, max(0, count - 1)) % np.arange(count, 1, -1, dtype=np.uint64)).tolist()
+    others = (mt19937_64(seed + 1, max(0, count - 1)) % np.arange(count, 1, -1, dtype=np.uint64)).tolist()
     order = list(range(count))
-    for place, other in zip(range(count - 1, 0, -1), others):
-        order[place], order[other] = order[other], order[place]
+    for position, other in zip(range(count - 1, 0, -1), others):
+        order[position], order[other] = order[other], order[position]
     return table[np.array(order, np.int64)]

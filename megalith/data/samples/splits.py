@@ -1,21 +1,22 @@
-"""How a corpus is cut into training, validation and test documents: Megatron core's rounding, and that of Megatron before 2023."""
+"""How a corpus is split into training, validation and test documents, with the rounding of Megatron core or of 2022."""
 
 from __future__ import annotations
 
 import itertools
 
-from megalith.config.sections.data import shares
+from megalith.config.sections.data import split_fractions
 
-NAMES = ("train", "valid", "test")
+SPLIT_NAMES = ("train", "valid", "test")
 
 
 def split_bounds(split: str, size: int, rounding: str = "core") -> list[tuple[int, int]]:
     """(begin, end) of training, validation and test among `size` documents; begin == end where a split has none.
 
-    rounding: "core" rounds the running sum of shares; "legacy" rounds each share and takes the excess of the last off every bound.
-    The two differ by a document here and there, so a corpus keeps the one that it was begun with.
+    rounding: "core" rounds the running sum of the fractions; "legacy", of Megatron before 2023, rounds each
+    fraction and subtracts the excess of the last bound from every bound. The two differ by a document here and there,
+    so a corpus keeps the one that it was begun with.
     """
-    fractions = shares(split)
+    fractions = split_fractions(split)
     if rounding == "core":
         bounds = [round(bound * float(size)) for bound in itertools.accumulate(fractions, initial=0)]
     else:

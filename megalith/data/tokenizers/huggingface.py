@@ -1,4 +1,4 @@
-"""Tokenizers that the `tokenizers` library runs: any tokenizer.json, or a Hugging Face folder. transformers is not needed."""
+"""Tokenizers of the library `tokenizers`: any tokenizer.json, or a Hugging Face folder; transformers is not needed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ import tokenizers
 from megalith.common.errors import DataError, problem
 from megalith.common.extras import MissingPackage, require
 from megalith.common.pointers import refuse_pointer
-from megalith.data.tokenizers.tokenizer import SPECIAL_NAMES, Tokenizer, TokenizerOptions, check_file
+from megalith.config.flags.text import Words
+from megalith.data.tokenizers.tokenizer import SPECIAL_TOKEN_NAMES, Tokenizer, TokenizerOptions, check_file
 
-# A lone tokenizer.json does not say which of its added tokens plays which part; these are the names in use.
-USUAL_NAMES = {
+# A tokenizer.json alone does not say which of its added tokens has which role; these are the usual names.
+USUAL_SPECIAL_TOKENS = {
     "eos": ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|eot_id|>", "<|im_end|>", "[SEP]"),
     "bos": ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|startoftext|>"),
     "pad": ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>"),
@@ -26,18 +27,21 @@ USUAL_NAMES = {
     "sep": ("[SEP]", "<sep>"),
     "mask": ("[MASK]", "<mask>"),
 }
-TEXT = 2**32 - 1  # an id that stands for a text: the largest that the library holds
-PLAIN = "PreTrainedTokenizerFast"  # the class of transformers that reads tokenizer.json as it is
-# Classes of transformers 5 that put nothing round a text where tokenizer.json does not; BERT's, RoBERTa's, ... do.
-NOTHING_ROUND = (
-    PLAIN, "TokenizersBackend", "GPT2Tokenizer", "LlamaTokenizer", "GemmaTokenizer", "BloomTokenizer",
+TEXT_ID = 2**32 - 1  # the id used for a text: the largest that the library holds
+GENERIC_CLASS = "PreTrainedTokenizerFast"  # the class of transformers that reads tokenizer.json as it is
+# Classes of transformers 5 that add no tokens to a text where tokenizer.json does not; BERT's, RoBERTa's, ... do.
+BARE_CLASSES = (
+    GENERIC_CLASS, "TokenizersBackend", "GPT2Tokenizer", "LlamaTokenizer", "GemmaTokenizer", "BloomTokenizer",
     "GPTNeoXTokenizer",
 )  # fmt: skip
-COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json")
+CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 
 
 class LibraryTokenizer(Tokenizer):
-    """A tokenizer whose `backend` is a tokenizers.Tokenizer; the faster encoder `gigatoken` is used once `accelerate` saw it agree."""
+    """A tokenizer whose `backend` is a tokenizers.Tokenizer.
+
+    The faster encoder `gigatoken` is used once `accelerate` has seen it agree.
+    """
 
     backend: tokenizers.Tokenizer
     prefix: list[int]  # ids that the post-processor puts before every text (a BOS), and after it
@@ -50,7 +54,7 @@ class LibraryTokenizer(Tokenizer):
         backend.no_padding()
         self.backend = backend
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self.prefix, self.suffix = wrapping(backend)
+        self.prefix, self.suffix = post_processor_ids(backend)
         self._encoder: Any = None
 
     def encode(self, text: str) -> list[int]:
@@ -79,14 +83,14 @@ class LibraryTokenizer(Tokenizer):
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         return (np.concatenate(rows) if rows else np.empty(0, np.int32)), lengths
 
-    def library(self) -> tokenizers.Tokenizer:
+    def to_huggingface(self) -> tokenizers.Tokenizer:
         """A copy of the backend."""
         return tokenizers.Tokenizer.from_str(self.backend.to_str())
 
     def accelerate(self, sample: Sequence[str]) -> tuple[bool, str]:
         """Use gigatoken if it is installed and gives the ids of `tokenizers` for every text of `sample`."""
         try:
-            encoder = require("gigatoken", "the fast encoder").Tokenizer.from_json(self.fast_json()).backend.encode
+            encoder = require("gigatoken", "the fast encoder").Tokenizer.from_json(self.gigatoken_json()).backend.encode
             same = all(
                 self.backend.encode(text, add_special_tokens=False).ids == encoder(text).tolist() for text in sample
             )
@@ -97,60 +101,53 @@ class LibraryTokenizer(Tokenizer):
         self._encoder = encoder
         return True, f"encoder: gigatoken (same ids as tokenizers on {len(sample)} sampled texts)"
 
-    def fast_json(self) -> str:
-        """The tokenizer.json handed to gigatoken."""
+    def gigatoken_json(self) -> str:
+        """The tokenizer.json that gigatoken gets."""
         return self.backend.to_str()
 
 
-def wrapping(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
-    """Ids that the post-processor puts before and after every text, of whatever kind it is (template, BERT's, RoBERTa's, a sequence).
+def post_processor_ids(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """Ids that the post-processor adds before and after every text, of whatever kind it is.
 
-    It is run on one token whose id no vocabulary has, so that nothing it adds can be taken for the text.
-    Raises DataError where it names an id that the vocabulary gives to another token, or gives the text not once.
+    A template, BERT's, RoBERTa's or a sequence is run on one token whose id no vocabulary has, so that nothing it adds
+    can be taken for the text. Raises DataError where it names an id that the vocabulary gives to another token, or does
+    not give the text once.
     """
     processor = backend.post_processor
     if processor is None:
         return [], []
-    for token, i in _tokens_of(json.loads(processor.__getstate__())):
+    for token, i in _post_processor_tokens(json.loads(processor.__getstate__())):
         if backend.token_to_id(token) != i:
-            found = f"{token} as id {i}, where the vocabulary has {token} as {backend.token_to_id(token)}"
-            rule = "the post-processor adds tokens of the vocabulary under their own ids"
-            raise DataError(
-                problem(
-                    "tokenizer.json: post_processor",
-                    found,
-                    rule,
-                    "Correct the id in post_processor, or save the file again",
-                )
-            )
-    text = tokenizers.Tokenizer(tokenizers.models.WordLevel({"text": TEXT})).encode("text")
+            found = Words(f"{token} as id {i}, where the vocabulary has {token} as {backend.token_to_id(token)}")
+            rule, cure = "must add tokens under their ids", "Correct the id in post_processor, or save the file again"
+            raise DataError(problem("the post_processor of tokenizer.json", found, rule, cure))
+    text = tokenizers.Tokenizer(tokenizers.models.WordLevel({"text": TEXT_ID})).encode("text")
     full = processor.process(text).ids
-    if full.count(TEXT) != 1:
-        rule = "the post-processor keeps the text, once"
-        raise DataError(
-            problem(
-                "tokenizer.json: post_processor", f"the text {full.count(TEXT)} times", rule, "Correct its template"
-            )
-        )
-    return full[: full.index(TEXT)], full[full.index(TEXT) + 1 :]
+    if full.count(TEXT_ID) != 1:
+        what, found = "the post_processor of tokenizer.json", Words(f"the text {full.count(TEXT_ID)} times")
+        raise DataError(problem(what, found, "must keep the text once", "Correct its template"))
+    return full[: full.index(TEXT_ID)], full[full.index(TEXT_ID) + 1 :]
 
 
-def template(
-    backend: tokenizers.Tokenizer, before: int | None, after: int | None, *, again: bool = True
+def template_processing(
+    backend: tokenizers.Tokenizer, before: int | None, after: int | None, *, repeat_in_pair: bool = True
 ) -> tokenizers.processors.TemplateProcessing:
-    """The post-processor that puts these tokens (or none) before and after a text; again: before the second of a pair, too."""
+    """The post-processor that adds these tokens (or none) before and after a text.
+
+    repeat_in_pair: `before` is added before the second text of a pair, too.
+    """
     special = [(backend.id_to_token(i), i) for i in dict.fromkeys((before, after)) if i is not None]
     first, last = ([] if i is None else [backend.id_to_token(i)] for i in (before, after))
-    second = [f"{piece}:1" for piece in (*(first if again else ()), "$B", *last)]
+    second = [f"{piece}:1" for piece in (*(first if repeat_in_pair else ()), "$B", *last)]
     return tokenizers.processors.TemplateProcessing(
         single=[*first, "$A", *last], pair=[*first, "$A", *last, *second], special_tokens=special
     )
 
 
-def _tokens_of(processor: dict[str, Any]) -> Iterator[tuple[str, int]]:
+def _post_processor_tokens(processor: dict[str, Any]) -> Iterator[tuple[str, int]]:
     """(token, id) of all that a post-processor, as tokenizer.json describes it, may add."""
-    for each in processor.get("processors", ()):
-        yield from _tokens_of(each)
+    for inner in processor.get("processors", ()):
+        yield from _post_processor_tokens(inner)
     yield from (tuple(processor[part]) for part in ("cls", "sep") if part in processor)
     if processor["type"] == "TemplateProcessing":
         used = {part["SpecialToken"]["id"] for part in processor["single"] if "SpecialToken" in part}
@@ -161,10 +158,11 @@ def _tokens_of(processor: dict[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 class HuggingFaceTokenizer(LibraryTokenizer):
-    """--tokenizer-model is a tokenizer.json, a folder that holds one (or vocab.json and merges.txt), or a name on the Hub.
+    """--tokenizer-model is a tokenizer.json, a folder that holds one (or vocab.json and merges.txt), or a Hub name.
 
-    As Megatron does, a text gets what transformers' AutoTokenizer gives it: the tokens that tokenizer_config.json names are found in the
-    text, and the post-processor (of two files: add_bos_token and add_eos_token there) adds its own. eod is the eos token.
+    As in Megatron, a text gets what transformers' AutoTokenizer gives it: the tokens that tokenizer_config.json names
+    are found in the text, and the post-processor (for vocab.json and merges.txt: add_bos_token and add_eos_token there)
+    adds its tokens. eod is the eos token.
     """
 
     def __init__(self, options: TokenizerOptions):
@@ -172,21 +170,23 @@ class HuggingFaceTokenizer(LibraryTokenizer):
         self.source = _locate(options)
         self.settings = _settings(self.source)
         backend = _load(options, self.source)
-        backend.add_tokens(_missing(backend, self.settings))
+        backend.add_tokens(_missing_added_tokens(backend, self.settings))
         backend.encode_special_tokens = bool(self.settings.get("split_special_tokens"))
         vocabulary = backend.get_vocab(with_added_tokens=True)
         named = {
-            part: _content(self.settings[key]) for part in USUAL_NAMES if self.settings.get(key := f"{part}_token")
+            part: _content(self.settings[key])
+            for part in USUAL_SPECIAL_TOKENS
+            if self.settings.get(key := f"{part}_token")
         }
-        for name, usual in USUAL_NAMES.items():
+        for name, usual in USUAL_SPECIAL_TOKENS.items():
             wanted = (named[name],) if name in named else usual if not named else ()
             setattr(self, name, next((vocabulary[token] for token in wanted if token in vocabulary), None))
-        around = {part: getattr(self, part) for part in ("bos", "eos") if self.settings.get(f"add_{part}_token")}
+        added = {part: getattr(self, part) for part in ("bos", "eos") if self.settings.get(f"add_{part}_token")}
         if self.source is not None and self.source.is_dir():
-            backend.post_processor = template(backend, around.get("bos"), around.get("eos"))
+            backend.post_processor = template_processing(backend, added.get("bos"), added.get("eos"))
         super().__init__(options, backend)
-        self._compare(around)
-        self.complete()
+        self._note_disagreements()
+        self.add_missing_special_tokens()
         self.eod = self.eos
         sentinels = [f"<extra_id_{i}>" for i in range(options.vocab_extra_ids)]
         self.backend.add_special_tokens(sentinels)
@@ -195,29 +195,31 @@ class HuggingFaceTokenizer(LibraryTokenizer):
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
 
     @property
-    def literal(self) -> bool:
-        """Where its configuration says so, or where no token is marked as one to look for."""
+    def split_special_tokens(self) -> bool:
+        """Whether its configuration says so, or no token is marked as one to look for."""
         return self.backend.encode_special_tokens or not self.backend.get_added_tokens_decoder()
 
-    def _compare(self, around: dict[str, int | None]) -> None:
-        """Note where tokenizer_config.json wants other tokens round a text than tokenizer.json, which wins, adds."""
+    def _note_disagreements(self) -> None:
+        """Note where tokenizer_config.json adds other tokens to a text than tokenizer.json, which is followed."""
         for part, added in (("bos", self.prefix), ("eos", self.suffix)):
-            said, does = self.settings.get(name := f"add_{part}_token"), getattr(self, part) in added
-            if said is not None and bool(said) != does:
+            wanted, does = self.settings.get(name := f"add_{part}_token"), getattr(self, part) in added
+            if wanted is not None and bool(wanted) != does:
                 self.notes += (
-                    f"{name} is {str(bool(said)).lower()} in tokenizer_config.json, and the post_processor of tokenizer.json "
-                    f"{'adds' if does else 'does not add'} it: tokenizer.json is followed, as transformers 5 does",
+                    f"{name} is {str(bool(wanted)).lower()} in tokenizer_config.json, and the post_processor of "
+                    f"tokenizer.json {'adds' if does else 'does not add'} it: tokenizer.json is followed, as "
+                    f"transformers 5 does",
                 )
-        kind = str(self.settings.get("tokenizer_class", PLAIN))
-        puts = not {kind, kind.removesuffix("Fast")} & {*NOTHING_ROUND}
-        if self.source is not None and self.backend.post_processor is None and puts:
+        kind = str(self.settings.get("tokenizer_class", GENERIC_CLASS))
+        class_adds = not {kind, kind.removesuffix("Fast")} & {*BARE_CLASSES}
+        if self.source is not None and self.backend.post_processor is None and class_adds:
             self.notes += (
-                f"tokenizer_config.json names {kind}, and tokenizer.json has no post_processor: nothing is put round "
-                f"a text here, where AutoTokenizer lets such classes put their own (RobertaTokenizer <s> and </s>). Save "
-                f"it with transformers (save_pretrained), which writes them into tokenizer.json, or make tokenizer_class {PLAIN}",
+                f"tokenizer_config.json names {kind}, and tokenizer.json has no post_processor: nothing is added to a "
+                f"text here, where AutoTokenizer lets such classes add their tokens (RobertaTokenizer <s> and </s>). "
+                f"Save it with transformers (save_pretrained), which writes them into tokenizer.json, or make "
+                f"tokenizer_class {GENERIC_CLASS}",
             )
 
-    def complete(self) -> None:
+    def add_missing_special_tokens(self) -> None:
         """Add special tokens that the file lacks; here none."""
 
     def files(self) -> dict[str, pathlib.Path]:
@@ -225,26 +227,32 @@ class HuggingFaceTokenizer(LibraryTokenizer):
         return {"tokenizer_model": self.source} if self.source and self.source.is_file() else {}
 
     def save(self, folder: str | pathlib.Path) -> None:
-        """Write tokenizer.json and its companions, which transformers reads as well."""
+        """Write tokenizer.json and the configuration files beside it, which transformers reads as well."""
         super().save(folder)
         folder = pathlib.Path(folder)
         if not self.files():
             self.backend.save(str(folder / "tokenizer.json"))
-        for beside in _companions(self.source):
-            if beside.resolve() != (folder / beside.name).resolve():
-                shutil.copyfile(beside, folder / beside.name)
+        for file in _config_files(self.source):
+            if file.resolve() != (folder / file.name).resolve():
+                shutil.copyfile(file, folder / file.name)
 
     def fingerprint(self) -> str:
-        """Of the tokenizer as its files made it, whichever they are: two files become one where it is saved."""
-        special = {name: getattr(self, name) for name in SPECIAL_NAMES}
-        parts = [self.options.tokenizer_type, special, list(self.extra_ids), self.literal, self.backend.to_str()]
+        """Digest of the resulting tokenizer, not of its files: saving turns vocab.json and merges.txt into one file."""
+        special = {name: getattr(self, name) for name in SPECIAL_TOKEN_NAMES}
+        parts = [
+            self.options.tokenizer_type,
+            special,
+            list(self.extra_ids),
+            self.split_special_tokens,
+            self.backend.to_str(),
+        ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 class HFTokenizer(HuggingFaceTokenizer):
-    """As Megatron-DeepSpeed's: `[PAD]`, `</s>`, `<s>` and `<unk>` are added, in this order, for the parts that no token plays."""
+    """As Megatron-DeepSpeed's: `[PAD]`, `</s>`, `<s>` and `<unk>` are added in this order for roles without a token."""
 
-    def complete(self) -> None:
+    def add_missing_special_tokens(self) -> None:
         """Add what is missing; unlike there, bos is bos and vocab_size counts the added tokens."""
         for name, token in (("pad", "[PAD]"), ("eos", "</s>"), ("bos", "<s>")):
             if getattr(self, name) is None:
@@ -263,14 +271,10 @@ def _locate(options: TokenizerOptions) -> pathlib.Path | None:
     if path.is_dir() and (path / "tokenizer.json").is_file():
         return path / "tokenizer.json"
     if path.is_dir() and not ((path / "vocab.json").is_file() and (path / "merges.txt").is_file()):
-        raise DataError(
-            problem(
-                "--tokenizer-model",
-                str(path),
-                "the folder holds neither tokenizer.json nor vocab.json with merges.txt",
-                "For a sentencepiece .model use --tokenizer-type Llama2Tokenizer or GPTSentencePieceTokenizer with the file itself",
-            )
-        )
+        rule, found = "must be a folder with tokenizer.json or vocab.json and merges.txt", Words(f"{path} with neither")
+        types = "--tokenizer-type Llama2Tokenizer or GPTSentencePieceTokenizer"
+        cure = f"For a sentencepiece .model use {types} with the file itself"
+        raise DataError(problem("--tokenizer-model", found, rule, cure))
     if path.exists():
         return path
     if path.suffix or len(path.parts) > 2 or path.is_absolute():
@@ -288,7 +292,7 @@ def _load(options: TokenizerOptions, source: pathlib.Path | None) -> tokenizers.
             return byte_level_bpe(source / "vocab.json", source / "merges.txt")
         return tokenizers.Tokenizer.from_file(str(source))
     except Exception as error:  # the library raises bare Exception
-        rule = "it must be a tokenizer.json, a folder with one, or a reachable name on the Hugging Face Hub"
+        rule = "must be a tokenizer.json, a folder with one, or a reachable name on the Hugging Face Hub"
         cure = "Give the path of a file, for example one made by `megalith data bpe`"
         raise DataError(problem("--tokenizer-model", options.tokenizer_model, f"{rule} ({error})", cure)) from error
 
@@ -301,28 +305,26 @@ def byte_level_bpe(vocab_file: pathlib.Path, merge_file: pathlib.Path) -> tokeni
     return backend
 
 
-def _companions(source: pathlib.Path | None) -> list[pathlib.Path]:
-    """The files beside a tokenizer.json (or beside vocab.json) that say more about it, the weightiest first."""
+def _config_files(source: pathlib.Path | None) -> list[pathlib.Path]:
+    """The configuration files beside a tokenizer.json (or vocab.json), the one that takes precedence first."""
     folder = source if source is None or source.is_dir() else source.parent
-    return [] if folder is None else [folder / name for name in COMPANIONS if (folder / name).is_file()]
+    return [] if folder is None else [folder / name for name in CONFIG_FILES if (folder / name).is_file()]
 
 
 def _settings(source: pathlib.Path | None) -> dict[str, Any]:
-    """What tokenizer_config.json says, and special_tokens_map.json of the rest."""
+    """The settings of tokenizer_config.json, and for the rest those of special_tokens_map.json."""
     settings: dict[str, Any] = {}
-    for file in _companions(source):
+    for file in _config_files(source):
         refuse_pointer(file)
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             settings = {key: value for key, value in content.items() if value is not None} | settings
         except (OSError, ValueError, AttributeError) as error:
-            raise DataError(
-                problem(str(file), str(error), "it must be a JSON object", "Copy or download it again")
-            ) from None
+            found = Words(f"{type(error).__name__}: {error}")
+            raise DataError(problem(str(file), found, "must be a JSON object", "Copy or download it again")) from None
     if not settings and source is not None and source.is_dir():
-        settings = dict.fromkeys(
-            ("bos_token", "eos_token"), "<|endoftext|>"
-        )  # as GPT2Tokenizer, which reads such folders
+        # as GPT2Tokenizer, which reads such folders
+        settings = dict.fromkeys(("bos_token", "eos_token"), "<|endoftext|>")
     return settings
 
 
@@ -330,10 +332,13 @@ def _content(token: Any) -> str:
     return token["content"] if isinstance(token, dict) else str(token)
 
 
-def _missing(backend: tokenizers.Tokenizer, settings: dict[str, Any]) -> list[tokenizers.AddedToken]:
-    """The tokens that transformers adds to a tokenizer.json because of its configuration, in its order; most are in the vocabulary."""
+def _missing_added_tokens(backend: tokenizers.Tokenizer, settings: dict[str, Any]) -> list[tokenizers.AddedToken]:
+    """The tokens that transformers adds to a tokenizer.json because of its configuration, in its order.
+
+    Most are in the vocabulary.
+    """
     listed: list[Any] = [
-        token for _, token in sorted(settings.get("added_tokens_decoder", {}).items(), key=lambda each: int(each[0]))
+        token for _, token in sorted(settings.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))
     ]
     named = [
         settings[f"{part}_token"]
@@ -343,8 +348,11 @@ def _missing(backend: tokenizers.Tokenizer, settings: dict[str, Any]) -> list[to
     more = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     missing: dict[str, tokenizers.AddedToken] = {}
-    for token in listed + [{"special": True, "content": _content(each)} | (each if isinstance(each, dict) else {})
-                           for each in (*named, *(more.values() if isinstance(more, dict) else more))]:  # fmt: skip
+    others = [
+        {"special": True, "content": _content(token)} | (token if isinstance(token, dict) else {})
+        for token in (*named, *(more.values() if isinstance(more, dict) else more))
+    ]
+    for token in listed + others:
         if token["content"] not in known:
             flags = {
                 key: bool(token[key])

@@ -11,10 +11,11 @@ import tokenizers
 
 from megalith.common.errors import DataError, problem
 from megalith.common.extras import require
+from megalith.config.flags.text import Words
 from megalith.data.tokenizers.tokenizer import Tokenizer, TokenizerOptions
 
 DEFAULT_TIKTOKEN_VOCABULARY = 2**17
-NAMED_TOKENS = ("<unk>", "<s>", "</s>")  # every special list must hold these
+REQUIRED_TOKENS = ("<unk>", "<s>", "</s>")  # every special list must hold these
 # How text is cut before ranks apply: Megatron's --tiktoken-pattern v1 and v2.
 PATTERNS = {
     "v1": r"[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
@@ -25,25 +26,23 @@ PATTERNS = {
 
 
 class TikTokenizer(Tokenizer):
-    """--tokenizer-model is a JSON list of {rank, token_bytes, token_str}; the special tokens come first, ranks are shifted behind them."""
+    """--tokenizer-model is a JSON list of {rank, token_bytes, token_str}.
+
+    The special tokens come first; the ids of ranks follow them.
+    """
 
     def __init__(self, options: TokenizerOptions):
-        """Load the ranks, fill the special tokens up to --tiktoken-num-special-tokens."""
+        """Load the ranks; pad the special tokens to --tiktoken-num-special-tokens."""
         super().__init__(options)
         library = require("tiktoken", options.tokenizer_type)
         path, count = options.file("tokenizer_model"), options.tiktoken_num_special_tokens
-        special = list(options.tiktoken_special_tokens or NAMED_TOKENS)
+        special = list(options.tiktoken_special_tokens or REQUIRED_TOKENS)
         if options.tiktoken_pattern not in PATTERNS:
-            raise DataError(
-                problem(
-                    "--tiktoken-pattern",
-                    options.tiktoken_pattern,
-                    "it is v1 or v2",
-                    "Use the one the vocabulary was made with",
-                )
-            )
-        if len(set(special)) != len(special) or not set(NAMED_TOKENS) <= set(special) or len(special) > count:
-            rule = f"they are distinct, hold {' '.join(NAMED_TOKENS)}, and are at most --tiktoken-num-special-tokens ({count})"
+            cure = "Use the one the vocabulary was made with"
+            raise DataError(problem("--tiktoken-pattern", options.tiktoken_pattern, "must be v1 or v2", cure))
+        if len(set(special)) != len(special) or not set(REQUIRED_TOKENS) <= set(special) or len(special) > count:
+            limit = f"at most --tiktoken-num-special-tokens ({count})"
+            rule = f"must be distinct, hold {' '.join(REQUIRED_TOKENS)}, and be {limit}"
             raise DataError(problem("--tiktoken-special-tokens", special, rule, "Correct the list"))
         special += [f"<SPECIAL_{i}>" for i in range(len(special), count)]
         self.vocab_size = options.vocab_size or DEFAULT_TIKTOKEN_VOCABULARY
@@ -79,16 +78,14 @@ class TikTokenizer(Tokenizer):
         """The vocabulary in id order; bytes that are not UTF-8 show as the replacement character."""
         return self._special + [token.decode("utf-8", "replace") for token in self._ranks]
 
-    def library(self) -> tokenizers.Tokenizer:
+    def to_huggingface(self) -> tokenizers.Tokenizer:
         """Byte-level BPE of the same ranks: a merge for every way to cut a token in two, in the order of the ranks."""
         first, characters = len(self._special), _characters_of_bytes()
         names = {token: "".join(characters[byte] for byte in token) for token in self._ranks}
         vocabulary = {name: i for i, name in enumerate(self._special)}
-        if shared := sorted(vocabulary.keys() & set(names.values())):
-            rule = (
-                "a token of the vocabulary has the name of a special token, and tokenizer.json tells them apart by name"
-            )
-            raise DataError(problem("tokenizer", shared[:3], rule, "Use it through megalith"))
+        if repeated := sorted(vocabulary.keys() & set(names.values())):
+            rule = "must not be those of special tokens, because tokenizer.json has tokens by name"
+            raise DataError(problem("names of the vocabulary", repeated[:3], rule, "Use it through megalith"))
         vocabulary |= {names[token]: first + rank for token, rank in self._ranks.items()}
         merges = []
         for token in self._ranks:
@@ -112,9 +109,9 @@ class TikTokenizer(Tokenizer):
 
 def _characters_of_bytes() -> list[str]:
     """The character that stands for each byte in byte-level vocabularies (GPT-2's encoder.py, bytes_to_unicode)."""
-    plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     spare = iter(range(256, 512))
-    return [chr(byte if byte in plain else next(spare)) for byte in range(256)]
+    return [chr(byte if byte in printable else next(spare)) for byte in range(256)]
 
 
 def _read_ranks(path: pathlib.Path, wanted: int) -> dict[bytes, int]:
@@ -123,28 +120,25 @@ def _read_ranks(path: pathlib.Path, wanted: int) -> dict[bytes, int]:
         entries = json.loads(path.read_text(encoding="utf-8"))
         ranks = {base64.b64decode(entry["token_bytes"]): entry["rank"] for entry in entries[: max(wanted, 0)]}
     except (ValueError, TypeError, KeyError) as error:
-        rule = f"it must be a JSON list of objects with rank, token_bytes, token_str ({type(error).__name__}: {error})"
-        raise DataError(
-            problem("--tokenizer-model", str(path), rule, "Give the vocabulary file of the tokenizer")
-        ) from error
+        rule = f"must be a JSON list of objects with rank, token_bytes, token_str ({type(error).__name__}: {error})"
+        cure = "Give the vocabulary file of the tokenizer"
+        raise DataError(problem("--tokenizer-model", str(path), rule, cure)) from error
     if list(ranks.values()) != list(range(wanted)):
-        rule = f"ranks 0 to {wanted - 1} must follow each other in the file (--vocab-size less the special tokens)"
-        raise DataError(
-            problem("--tokenizer-model", f"{len(ranks)} ranks", rule, "Set --vocab-size to the size of this vocabulary")
-        )
+        rule = f"must hold ranks 0 to {wanted - 1} in order (--vocab-size less the special tokens)"
+        found, cure = Words(f"{len(ranks)} ranks"), "Set --vocab-size to the size of this vocabulary"
+        raise DataError(problem("--tokenizer-model", found, rule, cure))
     return ranks
 
 
 class NullTokenizer(Tokenizer):
-    """A text is token ids as decimal numbers, separated by spaces; eod is --vocab-size itself, one more than the largest id."""
+    """A text is token ids as decimal numbers, separated by spaces; eod is --vocab-size, the id after the last."""
 
     def __init__(self, options: TokenizerOptions):
         """Needs --vocab-size."""
         super().__init__(options)
         if options.vocab_size is None:
-            raise DataError(
-                problem("--vocab-size", None, "NullTokenizer needs the number of ids", "Add --vocab-size N")
-            )
+            rule = "must be given, because NullTokenizer needs the number of ids"
+            raise DataError(problem("--vocab-size", Words("nothing"), rule, "Add --vocab-size N"))
         self.eod = self.eos = int(options.vocab_size)
         self.vocab_size = self.eod + 1
 
@@ -153,21 +147,12 @@ class NullTokenizer(Tokenizer):
         try:
             ids = [int(word) for word in text.split()]
         except ValueError as error:
-            raise DataError(
-                problem(
-                    "text for NullTokenizer",
-                    text[:40],
-                    "it must be token ids separated by spaces",
-                    "Use another tokenizer",
-                )
-            ) from error
+            rule = "must be token ids separated by spaces"
+            raise DataError(problem("text for NullTokenizer", text[:40], rule, "Use another tokenizer")) from error
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             worst = max(ids) if min(ids) >= 0 else min(ids)
-            raise DataError(
-                problem(
-                    "token id", worst, f"ids are 0 to {self.vocab_size - 1}", "Raise --vocab-size or correct the data"
-                )
-            )
+            rule = f"must be 0 to {self.vocab_size - 1}"
+            raise DataError(problem("a token id", worst, rule, "Raise --vocab-size or correct the data"))
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -178,8 +163,8 @@ class NullTokenizer(Tokenizer):
         """Every id as a string."""
         return [str(i) for i in range(self.vocab_size)]
 
-    def library(self) -> tokenizers.Tokenizer:
-        """Words that are numbers, zeros before them left out."""
+    def to_huggingface(self) -> tokenizers.Tokenizer:
+        """Words that are numbers, without leading zeros."""
         backend = tokenizers.Tokenizer(
             tokenizers.models.WordLevel({str(i): i for i in range(self.vocab_size)}, unk_token=str(self.eod))
         )

@@ -11,13 +11,13 @@ import tokenizers
 
 from megalith.common.errors import DataError, problem
 from megalith.common.extras import require
-from megalith.data.tokenizers.huggingface import template
-from megalith.data.tokenizers.spm import of_model
+from megalith.data.tokenizers.huggingface import template_processing
+from megalith.data.tokenizers.spm import from_sentencepiece_model
 from megalith.data.tokenizers.tokenizer import Tokenizer, TokenizerOptions
 
 
 class GPTSentencePieceTokenizer(Tokenizer):
-    """The model's own pieces and nothing else; eod is its eos."""
+    """The pieces of the model and nothing else; eod is its eos."""
 
     def __init__(self, options: TokenizerOptions):
         """Load --tokenizer-model."""
@@ -27,15 +27,9 @@ class GPTSentencePieceTokenizer(Tokenizer):
         try:
             self.model = library.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
-            rule = f"it must be a sentencepiece .model ({error})"
-            raise DataError(
-                problem(
-                    "--tokenizer-model",
-                    str(path),
-                    rule,
-                    "For a tokenizer.json use --tokenizer-type HuggingFaceTokenizer",
-                )
-            ) from error
+            rule = f"must be a sentencepiece .model ({error})"
+            cure = "For a tokenizer.json use --tokenizer-type HuggingFaceTokenizer"
+            raise DataError(problem("--tokenizer-model", str(path), rule, cure)) from error
         self.vocab_size = self.model.get_piece_size()
         self.pad, self.bos, self.eos = (
             i if i >= 0 else None for i in (self.model.pad_id(), self.model.bos_id(), self.model.eos_id())
@@ -58,9 +52,9 @@ class GPTSentencePieceTokenizer(Tokenizer):
         """The pieces in id order."""
         return [self.model.id_to_piece(i) for i in range(self.model.get_piece_size())]
 
-    def library(self) -> tokenizers.Tokenizer:
+    def to_huggingface(self) -> tokenizers.Tokenizer:
         """Unigram or BPE of the same pieces."""
-        return of_model(self.model.serialized_model_proto())
+        return from_sentencepiece_model(self.model.serialized_model_proto())
 
 
 class Llama2Tokenizer(GPTSentencePieceTokenizer):
@@ -75,17 +69,18 @@ class Llama2Tokenizer(GPTSentencePieceTokenizer):
         bos = self.require("bos")
         return _flat([[bos, *row] for row in self.model.encode(list(texts), num_threads=1)])
 
-    def library(self) -> tokenizers.Tokenizer:
-        """That of the pieces, with BOS before every text."""
-        backend = super().library()
-        backend.post_processor = template(backend, self.require("bos"), None)
+    def to_huggingface(self) -> tokenizers.Tokenizer:
+        """The tokenizer of the pieces, with BOS before every text."""
+        backend = super().to_huggingface()
+        backend.post_processor = template_processing(backend, self.require("bos"), None)
         return backend
 
 
 class SentencePieceTokenizer(GPTSentencePieceTokenizer):
-    """As Megatron's for T5 and BERT: <CLS> <SEP> <EOD> <MASK>, then <PAD> <BOS> <EOS> where the model has none, then the sentinels.
+    """As Megatron's for T5 and BERT: the pieces, then <CLS> <SEP> <EOD> <MASK> and more.
 
-    These tokens are found in the raw text before the model sees what lies between them.
+    These are <PAD> <BOS> <EOS> where the model has none, and last the sentinels. All of them are found in the raw text
+    before the model sees the text between them.
     """
 
     def __init__(self, options: TokenizerOptions):
@@ -98,7 +93,7 @@ class SentencePieceTokenizer(GPTSentencePieceTokenizer):
             if token not in known:
                 known[token] = len(known)
                 pieces.append(token)
-            self.special[token] = known[token]  # matched in the text even where the model itself brought it
+            self.special[token] = known[token]  # matched in the text even where the model already has it
             return known[token]
 
         self.special: dict[str, int] = {}
@@ -134,15 +129,15 @@ class SentencePieceTokenizer(GPTSentencePieceTokenizer):
         """The vocabulary in id order."""
         return list(self.pieces)
 
-    def library(self) -> tokenizers.Tokenizer:
-        """That of the pieces, and what was appended."""
-        backend = super().library()
+    def to_huggingface(self) -> tokenizers.Tokenizer:
+        """The tokenizer of the pieces, and what was appended."""
+        backend = super().to_huggingface()
         backend.add_special_tokens(sorted(self.special, key=self.special.__getitem__))
         return backend
 
     @property
-    def literal(self) -> bool:
-        """No: they are found in the text."""
+    def split_special_tokens(self) -> bool:
+        """Never: they are found in the text."""
         return False
 
 

@@ -1,7 +1,7 @@
 """Tokenizers under Megatron's names: one small protocol over the libraries that do the work.
 
-Ids and special tokens equal Megatron's, so that its datasets and checkpoints keep their meaning. A tokenizer can be saved
-into a checkpoint folder and loaded from there without the files it was first made from.
+Ids and special tokens equal Megatron's, so that its datasets and checkpoints keep their meaning. A tokenizer can be
+saved into a checkpoint folder and loaded from there without the files it was first made from.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from megalith.common.errors import ConfigError, DataError, problem
 from megalith.common.files import write_text
 from megalith.common.pointers import refuse_pointer
 from megalith.common.registry import Registry
+from megalith.config.flags.text import Words
 from megalith.config.sections.data import TOKENIZER_FILES
 
 if TYPE_CHECKING:
@@ -41,15 +42,15 @@ TOKENIZERS = Registry(
     },
 )
 RECORD = "megalith_tokenizer.json"  # what `save` leaves beside the vocabulary files
-WORD_PIECES = ("BertWordPieceLowerCase", "BertWordPieceCase")
-PIECES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
-FILES = {  # type -> the files that it is made from, under their usual names
+WORDPIECE_TYPES = ("BertWordPieceLowerCase", "BertWordPieceCase")
+SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
+FILE_PATTERNS = {  # type -> option -> usual name of the file
     "GPT2BPETokenizer": {"vocab_file": "vocab.json", "merge_file": "merges.txt"},
-    **{kind: {"vocab_file": "vocab.txt"} for kind in WORD_PIECES},
-    **{kind: {"tokenizer_model": "*.model"} for kind in PIECES},
+    **{kind: {"vocab_file": "vocab.txt"} for kind in WORDPIECE_TYPES},
+    **{kind: {"tokenizer_model": "*.model"} for kind in SENTENCEPIECE_TYPES},
 }
-MADE_OF_SIZE = ("NullTokenizer", "TikTokenizer")  # by --vocab-size
-SPECIAL_NAMES = ("eod", "bos", "eos", "pad", "cls", "sep", "mask")
+BUILT_FROM_VOCAB_SIZE = ("NullTokenizer", "TikTokenizer")  # by --vocab-size alone, or with a file
+SPECIAL_TOKEN_NAMES = ("eod", "bos", "eos", "pad", "cls", "sep", "mask")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,21 +68,22 @@ class TokenizerOptions:
     tiktoken_special_tokens: tuple[str, ...] | None = None
 
     def file(self, name: str) -> pathlib.Path:
-        """The path given as option `name`; raises DataError naming the flag when it was not given or does not exist."""
+        """The path of option `name`; raises DataError naming the flag when it was not given or does not exist."""
         flag, value = "--" + name.replace("_", "-"), getattr(self, name)
         if value is None:
-            raise DataError(problem(flag, None, f"{self.tokenizer_type} is made from it", f"Add {flag} PATH"))
+            rule = f"must be given, because {self.tokenizer_type} is made from it"
+            raise DataError(problem(flag, Words("nothing"), rule, f"Add {flag} PATH"))
         path = pathlib.Path(value)
         if not path.exists():
-            raise DataError(problem(flag, value, "there is no such file", f"Correct the path after {flag}"))
+            raise DataError(problem(flag, value, "must name an existing file", f"Correct the path after {flag}"))
         check_file(path, flag)
         return path
 
 
 def check_file(path: pathlib.Path, flag: str) -> None:
-    """Raise DataError where `path` is a stream, which one process could read once, or a pointer that stands for a file."""
+    """Raise DataError where `path` is a stream, which can be read only once, or a Git LFS pointer to a file."""
     if path.exists() and not path.is_file() and not path.is_dir():
-        rule = "a vocabulary is an ordinary file, because each worker reads it"
+        rule = "must be an ordinary file, because each worker reads it"
         raise DataError(problem(flag, str(path), rule, "Write what comes from there into a file, and give that"))
     refuse_pointer(path)
 
@@ -89,7 +91,8 @@ def check_file(path: pathlib.Path, flag: str) -> None:
 class Tokenizer:
     """Text to token ids and back.
 
-    Special ids (`eod bos eos pad cls sep mask`) are None where the vocabulary has none; `require` is for code that cannot go on without.
+    Special ids (`eod bos eos pad cls sep mask`) are None where the vocabulary has none; `require` is for code that
+    needs one.
     """
 
     vocab_size: int
@@ -101,15 +104,15 @@ class Tokenizer:
     sep: int | None = None
     mask: int | None = None
     extra_ids: Sequence[int] = ()  # sentinels <extra_id_0>, <extra_id_1>, ...
-    notes: tuple[str, ...] = ()  # what a user should know: where its files disagree, and which is followed
+    notes: tuple[str, ...] = ()  # for the user: where its files disagree, and which is followed
 
     def __init__(self, options: TokenizerOptions):
-        """Keep what it is made from; a subclass loads its vocabulary and sets `vocab_size` and the special ids."""
+        """Store the options; a subclass loads its vocabulary and sets `vocab_size` and the special ids."""
         self.options = options
 
     @property
     def decoder_start(self) -> int:
-        """What stands before the first token of a T5's decoder: bos, or pad where there is none, as in T5's own vocabulary."""
+        """The id before the first token of a T5's decoder: bos, or pad where there is none, as in T5's vocabulary."""
         return self.bos if self.bos is not None else self.require("pad")
 
     def encode(self, text: str) -> list[int]:
@@ -135,32 +138,31 @@ class Tokenizer:
         ids, lengths = self.encode_flat(texts)
         return np.split(ids, np.cumsum(lengths)[:-1]) if len(texts) else []
 
-    def library(self) -> tokenizers.Tokenizer:
-        """An equal tokenizer of the library `tokenizers`, which transformers reads; raises DataError where that cannot be."""
-        rule = "there is no form of it that the library tokenizers knows"
-        raise DataError(problem("tokenizer", self.options.tokenizer_type, rule, "Use it through megalith"))
+    def to_huggingface(self) -> tokenizers.Tokenizer:
+        """An equal tokenizer of the library `tokenizers`, which transformers reads; DataError where there is none."""
+        rule = "must have a form that the library tokenizers knows"
+        raise DataError(problem("the tokenizer", self.options.tokenizer_type, rule, "Use it through megalith"))
 
     @property
-    def literal(self) -> bool:
-        """Whether special tokens are plain characters where a text spells them out."""
+    def split_special_tokens(self) -> bool:
+        """Whether special tokens in a text are encoded as ordinary characters, as by the option of transformers."""
         return True
 
     def accelerate(self, sample: Sequence[str]) -> tuple[bool, str]:
-        """Switch to a faster encoder if there is one and it gives the same ids for `sample`; (whether it did, a line that says so)."""
-        return False, f"encoder: {self.options.tokenizer_type}: no faster encoder than the plain one"
+        """Switch to a faster encoder if there is one and it gives the same ids for `sample`.
+
+        Returns whether it did, and a line that says so.
+        """
+        return False, f"encoder: {self.options.tokenizer_type}: there is no faster encoder than its library's"
 
     def require(self, name: str) -> int:
         """The special id `name` ("eod", "mask", ...); raises DataError where this vocabulary has none."""
         value = getattr(self, name)
         if value is None:
-            raise DataError(
-                problem(
-                    f"token {name!r} of {self.options.tokenizer_type}",
-                    None,
-                    f"this vocabulary ({self.vocab_size} tokens) has no {name} token and it is needed here",
-                    "Choose a tokenizer that has one, or leave out the option that asks for it",
-                )
-            )
+            what = f"the vocabulary of {self.options.tokenizer_type}"
+            found = Words(f"{self.vocab_size} tokens without one")
+            cure = "Choose a tokenizer that has one, or leave out the option that asks for it"
+            raise DataError(problem(what, found, f"must have the {name} token, which is needed here", cure))
         return value
 
     def files(self) -> dict[str, pathlib.Path]:
@@ -175,7 +177,7 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """Hexadecimal digest of the settings and the contents of the files: equal fingerprints give equal ids."""
         settings = {k: v for k, v in dataclasses.asdict(self.options).items() if not k.endswith(("_file", "_model"))}
-        if self.options.tokenizer_type in TOKENIZERS and self.options.tokenizer_type not in MADE_OF_SIZE:
+        if self.options.tokenizer_type in TOKENIZERS and self.options.tokenizer_type not in BUILT_FROM_VOCAB_SIZE:
             del settings["vocab_size"]  # the model's, and another where a run takes it from a checkpoint
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for name, path in sorted(self.files().items()):
@@ -195,18 +197,18 @@ class Tokenizer:
 
 
 def build_tokenizer(tokenizer_type: str, **options: Any) -> Tokenizer:
-    """Make the tokenizer called `tokenizer_type` (a name of TOKENIZERS, or `module:class` of your own).
+    """Build the tokenizer called `tokenizer_type` (a name of TOKENIZERS, or `module:class` of your own).
 
     options: the fields of TokenizerOptions (vocab_file, merge_file, tokenizer_model, vocab_extra_ids, vocab_size, ...).
     Your own class is called with one TokenizerOptions and follows the protocol of `Tokenizer`.
     Raises ConfigError for an unknown name or option, DataError for a missing or unreadable file.
     """
     try:
-        made = TokenizerOptions(tokenizer_type=tokenizer_type, **options)
+        tokenizer_options = TokenizerOptions(tokenizer_type=tokenizer_type, **options)
     except TypeError as error:
         known = ", ".join(field.name for field in dataclasses.fields(TokenizerOptions))
         raise ConfigError(f"tokenizer {tokenizer_type!r}: {error}; the options are {known}") from error
-    return TOKENIZERS.find(tokenizer_type)(made)
+    return TOKENIZERS.find(tokenizer_type)(tokenizer_options)
 
 
 def tokenizer_from_config(data: Any, vocab_size: int | None = None) -> Tokenizer:
@@ -215,34 +217,33 @@ def tokenizer_from_config(data: Any, vocab_size: int | None = None) -> Tokenizer
     vocab_size: --vocab-size, which some tokenizers are made from (NullTokenizer, TikTokenizer).
     """
     if data.tokenizer_type is None:
-        raise ConfigError(
-            problem("--tokenizer-type", None, "text needs a tokenizer", "Add one of " + ", ".join(TOKENIZERS))
-        )
+        rule, cure = "must be given, because text needs a tokenizer", f"Add one of {', '.join(TOKENIZERS)}"
+        raise ConfigError(problem("--tokenizer-type", Words("nothing"), rule, cure))
     names = [field.name for field in dataclasses.fields(TokenizerOptions)]
-    given = {name: getattr(data, name) for name in names if getattr(data, name, None) is not None}
-    if isinstance(given.get("tiktoken_special_tokens"), list):
-        given["tiktoken_special_tokens"] = tuple(given["tiktoken_special_tokens"]) or None
+    values = {name: getattr(data, name) for name in names if getattr(data, name, None) is not None}
+    if isinstance(values.get("tiktoken_special_tokens"), list):
+        values["tiktoken_special_tokens"] = tuple(values["tiktoken_special_tokens"]) or None
     if vocab_size is not None:
-        given.setdefault("vocab_size", vocab_size)
-    return build_tokenizer(**given)
+        values.setdefault("vocab_size", vocab_size)
+    return build_tokenizer(**values)
 
 
 def load_tokenizer(folder: str | pathlib.Path, data: Any = None) -> Tokenizer:
-    """The tokenizer saved in `folder` by `save`, or the one of a folder of vocabulary files; data: see `saved_options`."""
+    """The tokenizer that `save` saved in `folder`, or that of its vocabulary files; data: see `saved_options`."""
     return build_tokenizer(**saved_options(folder, data))
 
 
 def saved_options(folder: str | pathlib.Path, data: Any = None) -> dict[str, Any]:
-    """What `build_tokenizer` makes the tokenizer of `folder` from.
+    """The arguments with which `build_tokenizer` makes the tokenizer of `folder`.
 
-    That is what `save` recorded; without a record a Hugging Face folder, unless `data`, the section of the config that came with the
-    folder, names another type and the files of that type are there.
+    They are what `save` recorded; without a record those of a Hugging Face folder, unless `data`, the section of the
+    config that came with the folder, names another type and the files of that type are there.
     """
     folder = pathlib.Path(folder)
     record = folder / RECORD
     if not record.exists():
         kind, extra = getattr(data, "tokenizer_type", None), getattr(data, "vocab_extra_ids", 0)
-        found = {option: sorted(folder.glob(pattern)) for option, pattern in FILES.get(kind or "", {}).items()}
+        found = {option: sorted(folder.glob(pattern)) for option, pattern in FILE_PATTERNS.get(kind or "", {}).items()}
         if found and all(found.values()):
             named = {option: str(files[0]) for option, files in found.items()}
             return {"tokenizer_type": kind, "vocab_extra_ids": extra, **named}
@@ -250,9 +251,8 @@ def saved_options(folder: str | pathlib.Path, data: Any = None) -> dict[str, Any
     try:
         options = json.loads(record.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(
-            problem(str(record), str(error), "it must be the JSON that `save` wrote", "Save the tokenizer again")
-        ) from error
+        rule, reason = "must be the JSON that `save` wrote", Words(f"{type(error).__name__}: {error}")
+        raise DataError(problem(str(record), reason, rule, "Save the tokenizer again")) from error
     for name in TOKENIZER_FILES:
         if options.get(name):
             options[name] = str(folder / options[name])
@@ -262,6 +262,6 @@ def saved_options(folder: str | pathlib.Path, data: Any = None) -> dict[str, Any
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int = 128, tensor_model_parallel_size: int = 1) -> int:
-    """Rows that Megatron gives its embedding: the smallest multiple of divisible_by x tensor_model_parallel_size that holds vocab_size."""
+    """Rows of Megatron's embedding: vocab_size rounded up to a multiple of divisible_by x tensor-parallel size."""
     multiple = divisible_by * tensor_model_parallel_size
     return -(-vocab_size // multiple) * multiple

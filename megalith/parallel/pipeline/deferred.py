@@ -1,7 +1,8 @@
-"""Weight gradients put off, for zero-bubble schedules: the backward pass computes gradients of activations alone.
+"""Deferred weight gradients, for zero-bubble schedules: the backward pass leaves out those of the linear layers.
 
-A `Matmul(Queue())` (matmul.py) leaves the others in the queue. Later each is computed, once, and handed to autograd at
-the weight, whence it goes the usual way into `.grad`: through a DTensor's local part, to hooks, accumulated.
+A `Matmul(WeightGradientQueue())` (parallel/matmul.py) puts them into the queue as functions. Later each is computed,
+once, and given to autograd at the weight. From there it reaches `.grad` as usual: through the DTensor and all hooks.
+The gradients of other parameters (embedding, norms, head, biases of row-parallel layers) are not deferred.
 """
 
 from __future__ import annotations
@@ -12,29 +13,32 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Gradient = tuple[Tensor, Callable[[], Tensor]]  # a weight, and what computes its gradient
+DeferredGradient = tuple[Tensor, Callable[[], Tensor]]  # a weight or bias, and a function that computes its gradient
 
 
-class Queue:
-    """The gradients that a backward pass left undone."""
+class WeightGradientQueue:
+    """The weight gradients that the backward passes of one stage have deferred."""
 
     def __init__(self) -> None:
-        self.waiting: list[Gradient] = []
+        self.deferred: list[DeferredGradient] = []
 
     def put(self, parameter: Tensor, compute: Callable[[], Tensor]) -> None:
-        """Put off the gradient of a weight or a bias."""
-        self.waiting.append((parameter, compute))
+        """Defer the gradient of a weight or a bias."""
+        self.deferred.append((parameter, compute))
 
     def take(self) -> Callable[[], None]:
-        """Empty the queue; returns what does all that was waiting: after each backward pass, that micro-batch's."""
-        work, self.waiting = self.waiting, []
-        return functools.partial(run, work)
+        """Empty the queue; returns a function that computes what was in it, and adds it to the gradients.
+
+        Called after each backward pass, so that what it returns is the deferred work of one micro-batch.
+        """
+        deferred, self.deferred = self.deferred, []
+        return functools.partial(run, deferred)
 
 
-def run(work: list[Gradient]) -> None:
-    """Compute gradients and add them to those of the parameters."""
-    while work:
-        parameter, compute = work.pop(0)
+def run(deferred: list[DeferredGradient]) -> None:
+    """Compute gradients and add them to `.grad` of their parameters; empties the list, which frees the activations."""
+    while deferred:
+        parameter, compute = deferred.pop(0)
         with torch.no_grad():
             gradient = compute()
         torch.autograd.backward([parameter], [gradient])

@@ -1,9 +1,10 @@
 """The pipeline of one process: its stages, run by torch's schedules.
 
-Between stages flow activations alone, [..., s, h] for ids [..., s], in the compute format; inside a decoder two of
-them, as the
-encoder's output rides along and gathers its gradient on the way back. Everything else that a stage needs
-(positions, labels, sample numbers) it gets as keyword arguments, because every process reads its own samples.
+Stages send each other only hidden states and their gradients, in the compute format: [..., s, h] for ids [..., s], or
+[..., s/t, h] under sequence parallelism. Inside a decoder these are two tensors, as the encoder's output is passed on
+from stage to stage, and its gradient accumulates on the way back.
+Everything else that a stage needs (positions, labels, sample numbers) it gets as keyword arguments: all processes of a
+pipeline read the same samples, each for itself.
 """
 
 from __future__ import annotations
@@ -19,61 +20,68 @@ from torch.distributed.pipelining import PipelineStage
 
 from megalith.parallel.devices import synchronize
 from megalith.parallel.mesh import Mesh
-from megalith.parallel.part import Part
-from megalith.parallel.pipeline.cut import Cut
-from megalith.parallel.pipeline.deferred import Queue
-from megalith.parallel.pipeline.schedules import SCHEDULES, Span, Work, single
+from megalith.parallel.pipeline.deferred import WeightGradientQueue
+from megalith.parallel.pipeline.schedules import SCHEDULES, has_one_stage_per_process
+from megalith.parallel.pipeline.split import Cut
+from megalith.parallel.stage_module import StageModule
+from megalith.planner.timeline import Span, Work
 
-Flow = tuple[Tensor, ...]  # what passes between two stages
-Loss = Callable[
-    [Tensor, int], Tensor
-]  # (the last stage's output, number of the micro-batch) -> what is added up, 0-dimensional
+Activations = tuple[Tensor, ...]  # that one stage sends to the next
+Loss = Callable[[Tensor, int], Tensor]  # (the last stage's output, number of the micro-batch) -> 0-dimensional loss
 
 
-class _Body(nn.Module):
-    """What torch sees as the stage's module.
+class _ModelWithLoss(nn.Module):
+    """The module that torch gets as the stage's (PipelineStage.submod).
 
-    It hides the model, because torch takes gradient sums of a fully_shard module into its own hands, and on the last stage its
-    output is the loss, so that evaluation needs no other way.
+    It hides the model, because torch takes over the gradient sums of a fully_shard module that it sees. On the last
+    stage its output is the loss, so that evaluation works like training.
     """
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.hidden = (model,)
+        self.hidden_model = (model,)  # in a tuple, so that it is no submodule
         self.loss: Loss | None = None  # on the last stage, during a run
-        self.number = 0
+        self.number = 0  # of the micro-batch
 
     def forward(self, *inputs: Tensor, **arguments: Tensor) -> Any:
-        output = self.hidden[0](*inputs, **arguments)
+        output = self.hidden_model[0](*inputs, **arguments)
         return output if self.loss is None else self.loss(output, self.number)
 
 
 class Stage(PipelineStage):
-    """A stage: its inputs by number of micro-batch, its gradients' sums, its clock."""
+    """A StageModule as torch's PipelineStage, for one shape of step.
+
+    Changed: the model's arguments come from `inputs`, not through the schedule; gradients are summed over the other
+    axes with the last backward pass; receive buffers live shortly; each piece of work can be timed.
+    In all methods `number` is that of the micro-batch.
+    """
 
     def __init__(
-        self, part: Part, stages: int, device: torch.device, group, received: Flow, sent: Flow, queue: Queue | None
-    ):
-        """received, sent: tensors on meta as those that come in and go out. queue: of weight gradients, where they are deferred."""
-        later = None if queue is None else self._later
+        self, stage_module: StageModule, num_stages: int, device: torch.device, group, received: Activations,
+        sent: Activations, queue: WeightGradientQueue | None,
+    ):  # fmt: skip
+        """received, sent: tensors on meta with the shapes and dtypes of those that the stage receives and sends.
+
+        queue: holds the deferred weight gradients; None where the schedule defers none.
+        """
         super().__init__(
-            _Body(part.model),
-            part.stage,
-            stages,
+            _ModelWithLoss(stage_module.model),
+            stage_module.stage_index,
+            num_stages,
             device,
             input_args=received,
             output_args=sent,
             group=group,
-            dw_builder=later,
+            dw_builder=None if queue is None else self._take_deferred,
         )
         self.submod: nn.Module
-        self.part, self.queue, self.received, self.sent = part, queue, received, sent
-        self.inputs: Sequence[Mapping[str, Any]] = ()
-        self.spans: list[Span] | None = None  # where work is being timed, from `zero` on
-        self.zero = 0.0
+        self.stage_module, self.queue, self.received, self.sent = stage_module, queue, received, sent
+        self.inputs: Sequence[Mapping[str, Any]] = ()  # the model's arguments for each micro-batch, during a run
+        self.spans: list[Span] | None = None  # a list while work is being timed; times count from `time_zero`
+        self.time_zero = 0.0
 
     def forward_one_chunk(self, number, args=(), kwargs=None, save_forward_output=True):
-        """The forward pass of micro-batch `number`."""
+        """The forward pass. Arguments are those of `inputs`; stages after the first get hidden states for the ids."""
         arguments = dict(self.inputs[number])
         first = arguments.pop("inputs")
         self.submod.number = number
@@ -81,21 +89,21 @@ class Stage(PipelineStage):
             "F", number, lambda: super(Stage, self).forward_one_chunk(number, (first,), arguments, save_forward_output)
         )
         if not self.has_backward:
-            _drop(self.args_recv_info[number])
+            _free(self.args_recv_info[number])
         return output
 
     def backward_one_chunk(self, number, loss=None, full_backward=True, last_backward=False):
-        """The backward pass, or its half for activations."""
-        if not self.has_backward:  # a schedule asks in evaluation too
+        """The backward pass, or (full_backward=False) its half for activations."""
+        if not self.has_backward:  # schedules call this in evaluation too
             return
         if self.queue is None:
-            self.part.sync_gradients(last_backward)
+            self.stage_module.set_gradient_sync(last_backward)
         else:
-            self.part.hold_gradients()
+            self.stage_module.defer_gradient_sync()
         run = super().backward_one_chunk
         self._timed("B" if full_backward else "I", number, lambda: run(number, loss, full_backward, last_backward))
-        _drop(self.args_recv_info[number])
-        _drop(self.grad_recv_info[number])
+        _free(self.args_recv_info[number])
+        _free(self.grad_recv_info[number])
 
     def backward_weight_one_chunk(self, number, last_backward=False):
         """The half of the backward pass for weights."""
@@ -105,13 +113,16 @@ class Stage(PipelineStage):
         self._timed("W", number, lambda: run(number, last_backward))
 
     def perform_reduce_grad(self, grad_scale_factor):
-        """After the last backward pass. Deferred gradients came too late for fully_shard's own hooks, so torch reduces them now."""
-        if self.queue is not None and self.part.wrapped:
-            body, self.submod = self.submod, self.part.model
-            super().perform_reduce_grad(grad_scale_factor)
-            self.submod = body
+        """After the last backward pass: reduce deferred gradients, which came too late for fully_shard's hooks.
 
-    # Two stages of one process hand gradients to each other; torch does it in evaluation too, and stumbles over there being none.
+        torch does so where `submod` is the fully_shard module. (Replicas: StageModule.finish_gradients.)
+        """
+        if self.queue is not None and self.stage_module.wrapped:
+            module, self.submod = self.submod, self.stage_module.model
+            super().perform_reduce_grad(grad_scale_factor)
+            self.submod = module
+
+    # Two stages of one process pass gradients directly. torch does so in evaluation too, and fails as there are none.
 
     def get_local_bwd_output(self, mb_index):
         """Gradients for the stage before, on the same process."""
@@ -122,42 +133,43 @@ class Stage(PipelineStage):
         if self.has_backward:
             super().set_local_bwd_input(next_stage_bwd_outputs, mb_index)
 
-    # torch would keep a buffer for every micro-batch of a step. A buffer is made when its message is due, and dropped when used.
+    # torch would keep a receive buffer for every micro-batch of a step. Here a buffer is allocated when its message is
+    # due, and freed when it has been used.
 
     def get_fwd_recv_ops(self, number):
-        """What to receive before a forward pass."""
-        self._make(self.args_recv_info, number, () if self.is_first else self.received)
+        """The receive operations before a forward pass."""
+        self._allocate(self.args_recv_info, number, () if self.is_first else self.received)
         return super().get_fwd_recv_ops(number)
 
     def get_bwd_recv_ops(self, number):
-        """What to receive before a backward pass."""
+        """The receive operations before a backward pass."""
         if self.has_backward:
-            self._make(self.grad_recv_info, number, () if self.is_last else self.sent)
+            self._allocate(self.grad_recv_info, number, () if self.is_last else self.sent)
         return super().get_bwd_recv_ops(number)
 
     def clear_runtime_states(self):
-        """Forget the step. (torch's own would clear the buffers, of which there are none.)"""
+        """Forget the step. (torch's own also drops the gradients of receive buffers, which are freed already.)"""
         self.fwd_cache.clear()
         self.output_chunks.clear()
 
-    def _make(self, table: dict, number: int, flow: Flow) -> None:
-        if number == 0 and flow:
+    def _allocate(self, table: dict, number: int, activations: Activations) -> None:
+        if number == 0 and activations:  # before its first step torch has allocated all
             for infos in table.values():
-                _drop(infos)
-        for info, like in zip(table[number] if flow else (), flow, strict=True):
+                _free(infos)
+        for info, like in zip(table[number] if activations else (), activations, strict=True):
             info.buffer = torch.empty(like.shape, dtype=like.dtype, device=self.device)
             if table is self.args_recv_info:
                 info.buffer.requires_grad_(self.has_backward)
 
-    def _later(self) -> Callable[[], None]:
-        """What computes the weight gradients that the last backward pass left."""
-        run = self.queue.take()
+    def _take_deferred(self) -> Callable[[], None]:
+        """A function that computes the weight gradients which the last backward pass has deferred."""
+        compute_deferred = self.queue.take()
 
-        def late() -> None:
-            run()
-            self.part.after_late_gradients()
+        def compute() -> None:
+            compute_deferred()
+            self.stage_module.accumulate_deferred_gradients()
 
-        return late
+        return compute
 
     def _timed(self, kind: str, number: int, run: Callable[[], Any]) -> Any:
         if self.spans is None:
@@ -167,89 +179,92 @@ class Stage(PipelineStage):
         result = run()
         synchronize(self.device)
         end = time.perf_counter()
-        self.spans.append(
-            Span(self.group_rank, Work(kind, self.stage_index, number), start - self.zero, end - self.zero)
-        )
+        work = Work(kind, self.stage_index, number)
+        self.spans.append(Span(self.group_rank, work, start - self.time_zero, end - self.time_zero))
         return result
 
 
-def _drop(infos) -> None:
+def _free(infos) -> None:
     for info in infos:
         if not getattr(info, "is_root_arg", False):
             info.buffer = None
 
 
 class Pipeline:
-    """The stages of one process and the schedule that runs them."""
+    """The stages of one process and the schedule that runs them.
+
+    Micro-batches have numbers within a step, stages within the whole pipeline.
+    """
 
     def __init__(
-        self, schedule: str, cut: Cut, parts: Sequence[Part], mesh: Mesh, hidden: int, dtype: torch.dtype, sequence: int,
-        queues: Sequence[Queue | None],
+        self, schedule: str, cut: Cut, stage_modules: Sequence[StageModule], mesh: Mesh, hidden_size: int,
+        dtype: torch.dtype, sequence_shards: int, queues: Sequence[WeightGradientQueue | None],
     ):  # fmt: skip
-        """hidden, dtype: of activations. sequence: processes among which they are split along the sequence."""
-        self.schedule, self.cut, self.stages, self.parts, self.mesh = schedule, cut, len(cut.layers), parts, mesh
-        self.hidden, self.dtype, self.sequence, self.queues = hidden, dtype, sequence, queues
-        self.spans: list[Span] | None = None  # of the steps run while this is a list
-        self.zero = 0.0
-        self.made: dict[tuple, tuple[Any, list[Stage]]] = {}
+        """hidden_size, dtype: of activations. sequence_shards: ranks among which these are split along the sequence."""
+        self.schedule, self.cut, self.num_stages, self.mesh = schedule, cut, len(cut.layers), mesh
+        self.stage_modules, self.queues = stage_modules, queues
+        self.hidden_size, self.dtype, self.sequence_shards = hidden_size, dtype, sequence_shards
+        self.spans: list[Span] | None = None  # of the steps that run while this is a list
+        self.time_zero = 0.0
+        self.built: dict[tuple, tuple[Any, list[Stage]]] = {}  # by micro-batches, shapes, train
 
     def run(self, inputs: Sequence[Mapping[str, Any]], loss: Loss, train: bool) -> None:
-        """Run micro-batches through all stages. Every process of the pipeline must call.
+        """Run the micro-batches of a step through all stages. Every process of the pipeline must call.
 
         inputs: the model's keyword arguments for each micro-batch; "inputs" are ids [..., s], all of one shape.
-        loss: called where the last stage is, with what it returned; in training the sum of what it returns is differentiated.
+        loss: called on the last stage with its output; in training the sum of the losses is differentiated.
+        train: with backward passes; else forward passes and losses alone.
         """
-        shapes = tuple((name, tuple(inputs[0][name].shape)) for name in dict.fromkeys(["inputs", *self.cut.streams()]))
+        names = dict.fromkeys(["inputs", *self.cut.all_received()])
+        shapes = tuple((name, tuple(inputs[0][name].shape)) for name in names)
         key = (len(inputs), shapes, train)
-        if key not in self.made:
-            self.made[key] = self._make(*key)
-        schedule, stages = self.made[key]
+        if key not in self.built:
+            self.built[key] = self._build(*key)
+        schedule, stages = self.built[key]
         if self.spans is not None:
-            dist.barrier(self.mesh.devices["pp"].get_group())  # one zero for the clocks of all
-            self.zero = time.perf_counter()
-        # A later stage could not tell them from its part of the sequence.
+            dist.barrier(self.mesh.device_mesh["pp"].get_group())  # so that all processes have the same time zero
+            self.time_zero = time.perf_counter()
+        # Positions of the tokens; a later stage could not count them, as its input may be a shard of the sequence.
         coordinates = torch.arange(inputs[0]["inputs"].shape[-1], device=self.mesh.device)
         for stage in stages:
             stage.inputs = [{"coordinates": coordinates, **arguments} for arguments in inputs]
             stage.submod.loss = loss if stage.is_last else None
-            stage.spans, stage.zero = self.spans, self.zero
+            stage.spans, stage.time_zero = self.spans, self.time_zero
         schedule.step(target=torch.arange(len(inputs)), return_outputs=False)
         for stage in stages:
             stage.clear_runtime_states()
             stage.inputs, stage.submod.loss = (), None
 
-    def _make(self, count: int, shapes: tuple, train: bool) -> tuple[Any, list[Stage]]:
-        """Schedule and stages for one shape of step; stages hold no weights, so several of one part cost nothing."""
-        group = self.mesh.devices["pp"].get_group()
+    def _build(self, count: int, shapes: tuple, train: bool) -> tuple[Any, list[Stage]]:
+        """Schedule and stages for one shape of step. A Stage holds no weights, so having several costs no memory."""
+        group = self.mesh.device_mesh["pp"].get_group()
         stages = [
             Stage(
-                part,
-                self.stages,
+                stage_module,
+                self.num_stages,
                 self.mesh.device,
                 group,
-                self._flow(part.stage, shapes),
-                self._flow(part.stage + 1, shapes),
+                self._received(stage_module.stage_index, shapes),
+                self._received(stage_module.stage_index + 1, shapes),
                 queue,
             )
-            for part, queue in zip(self.parts, self.queues, strict=True)
+            for stage_module, queue in zip(self.stage_modules, self.queues, strict=True)
         ]
         # With so few micro-batches all of them are under way at once, which is GPipe; torch's 1F1B refuses them.
-        name = "gpipe" if self.schedule == "1f1b" and count < self.stages else self.schedule
+        name = "gpipe" if self.schedule == "1f1b" and count < self.num_stages else self.schedule
         loss = _output_is_loss if train else None
-        return SCHEDULES[name](stages[0] if single(name) else stages, count, loss_fn=loss, scale_grads=False), stages
+        scheduled = stages[0] if has_one_stage_per_process(name) else stages
+        return SCHEDULES[name](scheduled, count, loss_fn=loss, scale_grads=False), stages
 
-    def _flow(self, stage: int, shapes: tuple) -> Flow:
-        """Tensors on meta as those that flow into a stage: ids into the first one, and a loss out of the last."""
+    def _received(self, stage: int, shapes: tuple) -> Activations:
+        """Tensors on meta like those that a stage receives: ids for the first one, the loss for one after the last."""
         if stage == 0:
             return (torch.empty(shapes[0][1], dtype=torch.int64, device="meta"),)
-        if stage == self.stages:
-            return (
-                torch.empty(
-                    (), dtype=torch.promote_types(self.dtype, torch.float32), device="meta", requires_grad=True
-                ),
-            )
+        if stage == self.num_stages:
+            dtype = torch.promote_types(self.dtype, torch.float32)
+            return (torch.empty((), dtype=dtype, device="meta", requires_grad=True),)
         ids = [dict(shapes)[name] for name in self.cut.received(stage)]
-        sizes = [(*samples, length // self.sequence, self.hidden) for *samples, length in ids]
+        sizes = [(*samples, length // self.sequence_shards, self.hidden_size) for *samples, length in ids]
         return tuple(torch.empty(size, dtype=self.dtype, device="meta", requires_grad=True) for size in sizes)
 
 

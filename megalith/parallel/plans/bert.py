@@ -1,40 +1,40 @@
-"""The plan and the stages of BERT, for both of its forms: what a form lacks is passed over."""
+"""The plan and the stages of BERT, for both of its forms: modules that a form lacks are skipped."""
 
 from __future__ import annotations
 
-from megalith.parallel.pipeline.cut import Stages
+from megalith.parallel.pipeline.split import PipelinePlan
 from megalith.parallel.plan import Plan
 from megalith.parallel.plans.gpt import LAYERS
 from megalith.parallel.styles import (
-    copy,
     first_token,
-    head,
-    part_dropout,
-    part_embedding,
-    part_linear,
-    vocabulary,
-    vocabulary_loss,
-    whole_linear,
+    lm_head,
+    replicated_linear,
+    replicated_norm,
+    sequence_parallel_dropout,
+    sequence_parallel_embedding,
+    sequence_parallel_linear,
+    vocab_parallel_embedding,
+    vocab_parallel_loss,
 )
 
 ENCODER: Plan = {  # of every model with a BERT in it
-    "embedding": vocabulary,
-    "position_embedding": part_embedding,
-    "token_type_embedding": part_embedding,
-    "embedding_norm": copy,
-    "embedding_dropout": part_dropout,
+    "embedding": vocab_parallel_embedding,
+    "position_embedding": sequence_parallel_embedding,
+    "token_type_embedding": sequence_parallel_embedding,
+    "embedding_norm": replicated_norm,
+    "embedding_dropout": sequence_parallel_dropout,
     **LAYERS,
-    "final_norm": copy,
+    "final_norm": replicated_norm,
     "first_token": first_token,
 }
 PLAN: Plan = {
     **ENCODER,
-    "head_dense": part_linear,
-    "head_norm": copy,
-    "head": head,
-    "token_loss": vocabulary_loss,
-    "pooler": whole_linear,
-    "order_head": whole_linear,
+    "head_dense": sequence_parallel_linear,
+    "head_norm": replicated_norm,
+    "head": lm_head,
+    "token_loss": vocab_parallel_loss,
+    "pooler": replicated_linear,
+    "order_head": replicated_linear,
 }
 FIRST = ("embedding", "position_embedding", "token_type_embedding", "embedding_norm")
-STAGES = Stages(FIRST, ("final_norm", "head_dense", "head_norm", "head", "pooler", "order_head"))
+STAGES = PipelinePlan(FIRST, ("final_norm", "head_dense", "head_norm", "head", "pooler", "order_head"))

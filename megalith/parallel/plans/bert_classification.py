@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from megalith.parallel.pipeline.cut import Stages
+from megalith.parallel.pipeline.split import PipelinePlan
 from megalith.parallel.plan import Plan
 from megalith.parallel.plans.bert import ENCODER, FIRST
-from megalith.parallel.styles import whole_linear
+from megalith.parallel.styles import replicated_linear
 
-PLAN: Plan = {**ENCODER, "pooler": whole_linear, "classifier": whole_linear}
-STAGES = Stages(FIRST, ("final_norm", "pooler", "classifier"))
+PLAN: Plan = {**ENCODER, "pooler": replicated_linear, "classifier": replicated_linear}
+STAGES = PipelinePlan(FIRST, ("final_norm", "pooler", "classifier"))

@@ -1,53 +1,53 @@
-"""The plan and the stages of GPT, for all its forms: what a form lacks is passed over.
+"""The plan and the stages of GPT, for all its forms: modules that a form lacks are skipped.
 
 LAYERS is the plan of every model of such layers.
 """
 
 from __future__ import annotations
 
-from megalith.parallel.pipeline.cut import Stages
+from megalith.parallel.pipeline.split import PipelinePlan
 from megalith.parallel.plan import Plan
 from megalith.parallel.styles import (
     column,
-    copy,
-    core,
-    head,
-    head_norm,
+    core_attention,
     heads,
-    part_dropout,
-    part_embedding,
+    lm_head,
+    per_head_norm,
+    replicated_norm,
     row,
+    sequence_parallel_dropout,
+    sequence_parallel_embedding,
     shared_input,
-    vocabulary,
-    vocabulary_loss,
+    vocab_parallel_embedding,
+    vocab_parallel_loss,
 )
 
 LAYERS: Plan = {
-    "layers.*.attention_norm": copy,
-    "layers.*.attention.core": core,  # before q, whose heads it counts
+    "layers.*.attention_norm": replicated_norm,
+    "layers.*.attention.core": core_attention,  # before q, whose heads it counts
     "layers.*.attention.shared_input": shared_input,
     "layers.*.attention.q": heads,
     "layers.*.attention.k": heads,
     "layers.*.attention.v": heads,
-    "layers.*.attention.q_norm": head_norm,
-    "layers.*.attention.k_norm": head_norm,
+    "layers.*.attention.q_norm": per_head_norm,
+    "layers.*.attention.k_norm": per_head_norm,
     "layers.*.attention.out": row,
-    "layers.*.attention_dropout": part_dropout,
-    "layers.*.mlp_norm": copy,
+    "layers.*.attention_dropout": sequence_parallel_dropout,
+    "layers.*.mlp_norm": replicated_norm,
     "layers.*.mlp.shared_input": shared_input,
     "layers.*.mlp.gate": column,
     "layers.*.mlp.up": column,
     "layers.*.mlp.down": row,
-    "layers.*.mlp_dropout": part_dropout,
+    "layers.*.mlp_dropout": sequence_parallel_dropout,
 }
 PLAN: Plan = {
-    "embedding": vocabulary,
-    "position_embedding": part_embedding,
-    "embedding_norm": copy,
-    "embedding_dropout": part_dropout,
+    "embedding": vocab_parallel_embedding,
+    "position_embedding": sequence_parallel_embedding,
+    "embedding_norm": replicated_norm,
+    "embedding_dropout": sequence_parallel_dropout,
     **LAYERS,
-    "final_norm": copy,
-    "head": head,
-    "token_loss": vocabulary_loss,
+    "final_norm": replicated_norm,
+    "head": lm_head,
+    "token_loss": vocab_parallel_loss,
 }
-STAGES = Stages(("embedding", "position_embedding", "embedding_norm"), ("final_norm", "head"))
+STAGES = PipelinePlan(("embedding", "position_embedding", "embedding_norm"), ("final_norm", "head"))

@@ -1,58 +1,58 @@
-"""The plan and the stages of T5, for all its forms: what a form lacks is passed over."""
+"""The plan and the stages of T5, for all its forms: modules that a form lacks are skipped."""
 
 from __future__ import annotations
 
 from megalith.config.sections.model import ModelConfig
-from megalith.parallel.pipeline.cut import Stages
+from megalith.parallel.pipeline.split import PipelinePlan
 from megalith.parallel.plan import Plan
 from megalith.parallel.plans.gpt import LAYERS
 from megalith.parallel.styles import (
-    copy,
-    core,
-    head,
-    head_table,
+    copy_to_region,
+    core_attention,
     heads,
-    part_dropout,
-    part_embedding,
+    lm_head,
+    relative_bias,
+    replicated_norm,
     row,
+    sequence_parallel_dropout,
+    sequence_parallel_embedding,
     shared_input,
-    vocabulary,
-    vocabulary_loss,
-    whole,
-    whole_input,
+    shared_input_in_region,
+    vocab_parallel_embedding,
+    vocab_parallel_loss,
 )
 
 PLAN: Plan = {
-    "embedding": vocabulary,
-    "position_embedding": part_embedding,
-    "encoder_dropout": part_dropout,
-    "decoder_dropout": part_dropout,
-    "encoder_bias": head_table,
-    "decoder_bias": head_table,
+    "embedding": vocab_parallel_embedding,
+    "position_embedding": sequence_parallel_embedding,
+    "encoder_dropout": sequence_parallel_dropout,
+    "decoder_dropout": sequence_parallel_dropout,
+    "encoder_bias": relative_bias,
+    "decoder_bias": relative_bias,
     **LAYERS,
-    "layers.*.cross_norm": copy,
-    "layers.*.cross_attention.core": core,  # before q, whose heads it counts
+    "layers.*.cross_norm": replicated_norm,
+    "layers.*.cross_attention.core": core_attention,  # before q, whose heads it counts
     "layers.*.cross_attention.shared_input": shared_input,
-    "layers.*.cross_attention.shared_memory": whole_input,
+    "layers.*.cross_attention.memory_input": shared_input_in_region,
     "layers.*.cross_attention.q": heads,
     "layers.*.cross_attention.k": heads,
     "layers.*.cross_attention.v": heads,
     "layers.*.cross_attention.out": row,
-    "layers.*.cross_dropout": part_dropout,
-    "encoder_norm": copy,
-    "memory": whole,
-    "final_norm": copy,
-    "head": head,
-    "token_loss": vocabulary_loss,
+    "layers.*.cross_dropout": sequence_parallel_dropout,
+    "encoder_norm": replicated_norm,
+    "memory": copy_to_region,
+    "final_norm": replicated_norm,
+    "head": lm_head,
+    "token_loss": vocab_parallel_loss,
 }
 
 
 def received(layer: int, model: ModelConfig) -> tuple[str, ...]:
-    """Inside the decoder the encoder's output rides along."""
+    """Inside the decoder also the output of the encoder, as `inputs`."""
     return ("inputs", "decoder_input_ids") if layer > model.num_layers else ("inputs",)
 
 
-STAGES = Stages(
+STAGES = PipelinePlan(
     (),
     ("final_norm", "head"),
     {

@@ -1,1 +1,1 @@
-"""What a run tells: lines, progress bar, metrics, pictures, profiles."""
+"""What a run reports: log lines, progress bar, metrics, pictures, profiles."""

@@ -1,4 +1,4 @@
-"""Lines on standard output: Megatron's own, character for character, because people parse them; behind its fields those of speed."""
+"""Lines on standard output: Megatron's, character for character, because people parse them, and fields of speed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megalith.training.reporting.speed import Speed
 
 
 class LogLines(Callback):
-    """Every `--log-interval` steps, a line of averages since the last one; after every validation, its losses and perplexities."""
+    """A line of averages every `--log-interval` steps, and one with losses and perplexities after every validation."""
 
     def __init__(self) -> None:
         self.records: list[StepRecord] = []
@@ -36,7 +36,10 @@ class LogLines(Callback):
 
 
 def step_line(run: RunInfo, records: list[StepRecord]) -> str:
-    """Megatron's line on some steps: losses averaged over those that were not skipped, metrics over all, the rest as of the last step."""
+    """Megatron's line on some steps.
+
+    Losses are averaged over those that were not skipped, metrics over all; the rest is that of the last step.
+    """
     last = records[-1]
     advanced = [record for record in records if not record.skipped]
     seconds = sum(record.seconds for record in records) / len(records)
@@ -61,7 +64,10 @@ def step_line(run: RunInfo, records: list[StepRecord]) -> str:
 
 
 def speed_fields(run: RunInfo, records: list[StepRecord]) -> str:
-    """Ours, `key: value |` as Megatron's: tokens per second over all devices, TFLOP/s and MFU of one in both conventions, time left."""
+    """megalith's fields, `key: value |` as Megatron's are.
+
+    Tokens per second over all devices, TFLOP/s and MFU of one device in both conventions, time left.
+    """
     speed = Speed(run, window=len(records))
     for record in records:
         speed.add(record)

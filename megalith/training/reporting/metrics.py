@@ -1,4 +1,4 @@
-"""metrics.jsonl: one object per step and per validation, the record that pictures and comparisons are made from."""
+"""metrics.jsonl: one object per step and per validation, from which pictures and comparisons are made."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from megalith.common.files import atomic_path
 from megalith.common.json_lines import parse
 from megalith.training.callbacks import Callback, RunInfo, StepRecord, ValidationRecord
 
-FILE = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
 
 
 class Metrics(Callback):
-    """Writes the file as the run goes, a line at a time, unbuffered: a killed run loses no line and leaves at most half of one.
+    """Writes the file during the run, a line at a time, unbuffered.
 
-    After a resume the lines of steps beyond the checkpoint are dropped first, since those steps will be done again (unless the
-    run only validates: then none is dropped). A number that is infinite or not a number is null (JSON has neither).
+    So a killed run loses no line, and leaves at most half of one.
+    After a resume the lines of steps beyond the checkpoint are dropped first, since those steps will be done again
+    (unless the run only validates: then none is dropped). A number that is infinite or not a number is null (JSON has
+    neither).
     """
 
     def __init__(self) -> None:
@@ -30,12 +32,15 @@ class Metrics(Callback):
         """Drop what this run will do again, and open the file."""
         if run.writes:
             run.folder.mkdir(parents=True, exist_ok=True)
-            path = run.folder / FILE
+            path = run.folder / METRICS_FILE
             drop_after(path, math.inf if run.config.validation.skip_train else run.start_step)
             self.file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed in on_end
 
     def on_step(self, run: RunInfo, record: StepRecord) -> None:
-        """Append the step. `loss` is the total; `losses` has the parts where there are several, `metrics` what is not minimised."""
+        """Append the step.
+
+        `loss` is the total; `losses` are its parts, where there are several; `metrics` what is not minimised.
+        """
         if self.file:
             line: dict[str, Any] = {
                 "step": record.step,
@@ -57,7 +62,7 @@ class Metrics(Callback):
             self.file.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
 
     def on_validation(self, run: RunInfo, record: ValidationRecord) -> None:
-        """Append the validation; its keys start with the name of the split, so that they cannot be taken for a step's."""
+        """Append the validation; its keys begin with the name of the split, to tell them from a step's."""
         if self.file:
             line: dict[str, Any] = {"step": record.step, f"{record.split}_loss": record.total_loss}
             line |= {f"{record.split}_losses": record.losses} if len(record.losses) > 1 else {}
@@ -73,7 +78,7 @@ class Metrics(Callback):
 
 
 def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """The objects of a metrics file, steps and validations in the order of time; a line cut off by a kill is passed over."""
+    """The objects of a metrics file, steps and validations in the order of time; a truncated line is skipped."""
     with open(path, "rb") as file:
         for line in file:
             try:
@@ -82,17 +87,17 @@ def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
                 continue
 
 
-def validated(path: pathlib.Path, step: int) -> set[str]:
+def splits_measured_at(path: pathlib.Path, step: int) -> set[str]:
     """The splits ("validation", "test") whose loss at this step the file has; none where it is missing."""
     lines = [line for line in read_metrics(path) if line["step"] == step] if path.exists() else []
     return {split for line in lines for split in ("validation", "test") if f"{split}_loss" in line}
 
 
 def drop_after(path: pathlib.Path, step: float) -> None:
-    """Remove, atomically, every line of a later step and every line that is not whole. No file is no error."""
+    """Remove, atomically, every line of a later step and every truncated line. A missing file is no error."""
     if not path.exists():
         return
-    with atomic_path(path) as temporary, open(temporary, "wb") as kept:
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
         for line in read_metrics(path):
             if line["step"] <= step:
-                kept.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
+                file.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))

@@ -1,11 +1,15 @@
-"""Peak speed of devices, and how much of it a run uses (MFU: model FLOPs utilization, Chowdhery et al. 2022, appendix B)."""
+"""Peak speed of devices, and how much of it a run uses.
+
+MFU is model FLOPs utilization (Chowdhery et al. 2022, appendix B).
+"""
 
 from __future__ import annotations
 
 import re
 
-# Words of the device's name -> dense TFLOP/s in (bfloat16, or float16 where there is no bfloat16; float32 without TF32), from
-# the vendors' data sheets. Without sparsity: some data sheets print twice these numbers. More words win over fewer.
+# Words of the device's name -> dense TFLOP/s in (bfloat16, or float16 where there is no bfloat16; float32 without
+# TF32), from the vendors' data sheets. Without sparsity: some data sheets print twice these numbers. Where several
+# names match, the one with more words is used.
 _PEAKS = {
     "B200": (2250.0, 75.0),
     "GB200": (2500.0, 80.0),
@@ -30,18 +34,16 @@ _PEAKS = {
     "RTX 3090": (71.0, 35.6),
     "MI300X": (1307.0, 163.4),
     "MI325X": (1307.0, 163.4),
-    "MI250X": (191.5, 23.9),  # of one of its two dies, which is what a device is
-    "GPU Max 1550": (
-        419.0,
-        26.2,
-    ),  # of one of its two stacks, which is what a device is unless ZE_FLAT_DEVICE_HIERARCHY=COMPOSITE
+    "MI250X": (191.5, 23.9),  # one of its two dies is a device
+    "GPU Max 1550": (419.0, 26.2),  # one of its two stacks is a device, unless ZE_FLAT_DEVICE_HIERARCHY=COMPOSITE
 }
 
 
 def peak_flops(device_name: str, compute_dtype: str = "bfloat16", peak_tflops: float | None = None) -> float | None:
-    """Peak FLOP/s of one device by the name that the driver gives; None for a CPU, a part of a device (MIG), or an unknown name.
+    """Peak FLOP/s of one device by the name that the driver gives.
 
-    compute_dtype: bfloat16, float16 or float32. peak_tflops: what `--peak-tflops` says; it wins over the table.
+    None for a CPU, a part of a device (MIG), or an unknown name. compute_dtype: bfloat16, float16 or float32.
+    peak_tflops: the value of `--peak-tflops`, which is used instead of the table.
     """
     if peak_tflops:
         return peak_tflops * 1e12
@@ -56,8 +58,8 @@ def peak_flops(device_name: str, compute_dtype: str = "bfloat16", peak_tflops: f
 def mfu(tokens_per_second: float, flops_per_token: float, peak: float | None, world_size: int = 1) -> float | None:
     """Model FLOPs utilization, 0 to 1, or None where `peak` (FLOP/s of one device) is unknown.
 
-    tokens_per_second: of all devices together. flops_per_token: of forward and backward, recomputation not counted. It comes
-    in two conventions, attention in full (PaLM, torchtitan) or at its causal half (Megatron): 12 % apart for Llama-3-8B at
-    sequence 8192, so whoever prints one should say which.
+    tokens_per_second: of all devices together. flops_per_token: of forward and backward, recomputation not counted. It
+    comes in two conventions, attention in full (PaLM, torchtitan) or at its causal half (Megatron): 12 % apart for
+    Llama-3-8B at sequence 8192, so that a printed value should name its convention.
     """
     return tokens_per_second * flops_per_token / (peak * world_size) if peak else None

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from megalith.common import units
 from megalith.common.files import atomic_path
 from megalith.training.callbacks import Callback, RunInfo
-from megalith.training.reporting.metrics import FILE, read_metrics
+from megalith.training.reporting.metrics import METRICS_FILE, read_metrics
 
 INK, GREY, BLUE, ORANGE, GREEN = "#222222", "#8a8a8a", "#1f6fb4", "#d95f02", "#1b9e77"
 _POINTS = 5000  # more than a picture has pixels; a longer run is thinned
@@ -19,26 +19,26 @@ class LossPlot(Callback):
     """Draws the picture when the run ends."""
 
     def on_end(self, run: RunInfo) -> None:
-        """Draw, if any step was made."""
-        if run.writes and (run.folder / FILE).exists():
-            draw_loss(run.folder / FILE, run.folder / "loss.png", run.config.logging.name)
+        """Draw, if the run has made a step."""
+        if run.writes and (run.folder / METRICS_FILE).exists():
+            draw_loss(run.folder / METRICS_FILE, run.folder / "loss.png", run.config.logging.name)
 
 
-def smooth(values: Sequence[float], share: float = 1 / 40) -> list[float]:
-    """Exponential mean of the values so far, whose half-life is `share` of their number (at least 1).
+def smooth(values: Sequence[float], fraction: float = 1 / 40) -> list[float]:
+    """Exponential mean of the values so far, whose half-life is `fraction` of their number (at least 1).
 
     It grows with the run because loss falls fastest at its start, where a long mean would lag far above the curve.
     """
     mean, weight, smoothed = 0.0, 0.0, []
     for number, value in enumerate(values, 1):
-        weight = 0.5 ** (1.0 / max(number * share, 1.0)) * weight + 1.0
+        weight = 0.5 ** (1.0 / max(number * fraction, 1.0)) * weight + 1.0
         mean += (value - mean) / weight
         smoothed.append(mean)
     return smoothed
 
 
 def draw_loss(metrics: pathlib.Path, picture: pathlib.Path, title: str) -> bool:
-    """Draw training loss (each step, and smoothed) and validation loss over steps; False where there is nothing to draw.
+    """Draw training loss (each step, and smoothed) and validation loss over steps; False if there is nothing to draw.
 
     matplotlib is imported here because it takes half a second, and without pyplot because that keeps global state.
     """

@@ -1,4 +1,4 @@
-"""--profile-pipeline: one step's timeline, as a picture beside the schedule's ideal."""
+"""--profile-pipeline: a picture of one step's timeline, above the schedule's ideal one."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from megalith.runtime.timeline import Span, Timeline
 from megalith.training.callbacks import Callback, RunInfo, StepRecord
 from megalith.training.reporting.plot import BLUE, GREEN, GREY, INK, ORANGE
 
-FILE = "pipeline.png"
-AFTER = 2  # steps that warm up caches before the one that is timed
+PICTURE_FILE = "pipeline.png"
+WARMUP_STEPS = 2  # steps that warm up caches before the one that is timed
 COLORS = {"F": BLUE, "B": GREEN, "I": GREEN, "W": ORANGE}
 NAMES = {"F": "forward", "B": "backward", "I": "backward, activations", "W": "backward, weights"}
 
@@ -27,7 +27,7 @@ class ProfilePipeline(Callback):
 
     def on_start(self, run: RunInfo) -> None:
         """Choose the step."""
-        self.step = min(run.start_step + AFTER + 1, run.train_iters)
+        self.step = min(run.start_step + WARMUP_STEPS + 1, run.train_iters)
         if run.start_step + 1 == self.step:
             timeline.record(self.runtime)
 
@@ -38,18 +38,22 @@ class ProfilePipeline(Callback):
         elif record.step == self.step:
             found = timeline.collect(self.runtime)
             if run.writes:
-                draw(found, run.folder / FILE)
-                print(f" pipeline of step {record.step}: {summary(found)}; picture {run.folder / FILE}", flush=True)
+                draw(found, run.folder / PICTURE_FILE)
+                print(
+                    f" pipeline of step {record.step}: {summary(found)}; picture {run.folder / PICTURE_FILE}",
+                    flush=True,
+                )
 
 
 def summary(found: Timeline) -> str:
-    """The bubbles in words."""
+    """The bubbles, as text."""
     measured, ideal, equal = found.bubbles()
-    return f"idle {measured:.1%} of computing time, at best {ideal:.1%} with stages of these speeds, {equal:.1%} with equal ones"
+    best = f"at best {ideal:.1%} with stages of these speeds, {equal:.1%} with equal ones"
+    return f"idle {measured:.1%} of computing time, {best}"
 
 
 def draw(found: Timeline, picture: pathlib.Path) -> None:
-    """Two timelines, one row per process; virtual stages of a process are shaded apart."""
+    """Two timelines, one row per process; virtual stages of a process have different shades."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -59,8 +63,11 @@ def draw(found: Timeline, picture: pathlib.Path) -> None:
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08)
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, 1, sharex=True)
-    rows = ((panels[0], found.measured, f"measured: idle {measured:.1%} of computing time"),
-            (panels[1], found.ideal, f"{found.schedule} at best, each piece of work in its mean time: {ideal:.1%}"))  # fmt: skip
+    best = f"{found.schedule} at best, each piece of work in its mean time: {ideal:.1%}"
+    rows = (
+        (panels[0], found.measured, f"measured: idle {measured:.1%} of computing time"),
+        (panels[1], found.ideal, best),
+    )
     for axes, spans, title in rows:
         bars(axes, spans, found.processes)
         axes.set_title(title, loc="left", color=INK, fontsize=11)
@@ -84,7 +91,8 @@ def bars(axes: Any, spans: Sequence[Span], processes: int) -> None:
         axes.barh(span.process, 1e3 * width, left=1e3 * (span.start - begin), height=0.8, color=COLORS[span.work.kind],
                   alpha=0.6 if later else 1.0, edgecolor="white", linewidth=0.5)  # fmt: skip
         if width > 0.012 * (end - begin):
-            axes.text(1e3 * (span.start - begin + width / 2), span.process, str(span.work.micro_batch), color="white", fontsize=7,
+            middle = 1e3 * (span.start - begin + width / 2)
+            axes.text(middle, span.process, str(span.work.micro_batch), color="white", fontsize=7,
                       ha="center", va="center")  # fmt: skip
     axes.set_yticks(range(processes), [f"process {process}" for process in range(processes)])
     axes.invert_yaxis()

@@ -1,4 +1,4 @@
-"""A display that moves: a bar on a terminal, a line now and then elsewhere, or nothing."""
+"""Progress of a run: a bar on a terminal, a line now and then elsewhere, or nothing."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from megalith.training.reporting.speed import Speed
 
 
 class ProgressDisplay(Callback):
-    """What `--progress` says: `rich` draws on standard error, `lines` prints on standard output, `none` is silent.
+    """The display of `--progress`: `rich` draws on standard error, `lines` prints on standard output, `none` nothing.
 
-    `auto` is rich where standard error is a terminal that one process writes to, else lines. A line comes after the first step
-    and then at most every `pause` seconds, and not where the log line of the same step says it all.
+    `auto` is rich where standard error is a terminal that one process writes to, else lines. A line is printed after
+    the first step and then at most every `pause` seconds, and not at a step that has a log line.
     """
 
     def __init__(self, pause: float = 30.0):
@@ -37,7 +37,7 @@ class ProgressDisplay(Callback):
             mode = "rich" if sys.stderr.isatty() and run.world_size == 1 else "lines"
         self.lines = run.writes and mode == "lines"
         self.speed = Speed(run)
-        self.spoken = -float("inf")
+        self.last_printed = -float("inf")
         if run.writes and mode == "rich":
             self.bar = Bar(run)
 
@@ -49,8 +49,8 @@ class ProgressDisplay(Callback):
         self.last = record
         if self.bar:
             self.bar.show(record.step, self.text(record))
-        elif record.step % run.config.logging.log_interval and time.monotonic() - self.spoken >= self.pause:
-            self.spoken = time.monotonic()
+        elif record.step % run.config.logging.log_interval and time.monotonic() - self.last_printed >= self.pause:
+            self.last_printed = time.monotonic()
             print_lines(f" step {record.step} of {run.train_iters}: {self.text(record)}")
 
     def on_validation(self, run: RunInfo, record: ValidationRecord) -> None:
@@ -62,7 +62,7 @@ class ProgressDisplay(Callback):
             self.bar.show(self.last.step, self.text(self.last))
 
     def on_end(self, run: RunInfo) -> None:
-        """Give the terminal back."""
+        """Restore the terminal."""
         if self.bar:
             self.bar.stop()
             self.bar = None
@@ -90,17 +90,16 @@ class Bar(Progress):
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=None),
             TextColumn("{task.completed:.0f}/{task.total:.0f}", table_column=Column(no_wrap=True)),
-            console=console
-            or Console(stderr=True, soft_wrap=True),  # lines that scroll by keep their ends: the terminal wraps
+            console=console or Console(stderr=True, soft_wrap=True),  # long lines are wrapped by the terminal, not cut
             expand=True,
             refresh_per_second=4,
-            redirect_stdout=sys.stdout.isatty(),  # lines of a terminal scroll by above the bar; those of a file stay in the file
+            redirect_stdout=sys.stdout.isatty(),  # lines on a terminal are printed above the bar
         )
         self.run: TaskID = self.add_task(run.config.logging.name, total=run.train_iters, completed=run.start_step)
         self.start()
 
     def get_renderables(self) -> Iterator[RenderableType]:
-        """What rich draws, from a thread of its own."""
+        """What rich draws, in its own thread."""
         yield from super().get_renderables()
         yield Text(self.text, no_wrap=True, overflow="ellipsis")
 

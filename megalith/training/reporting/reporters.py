@@ -12,7 +12,7 @@ from megalith.training.reporting.tensorboard import TensorBoard
 
 
 def reporters(config: RunConfig) -> list[Callback]:
-    """What writes metrics.jsonl, log lines, the progress display and loss.png, and TensorBoard where `--tensorboard-dir` asks for it."""
+    """Callbacks for metrics.jsonl, log lines, the progress display and loss.png, and TensorBoard if asked for."""
     callbacks: list[Callback] = [Metrics(), LogLines(), ProgressDisplay(), LossPlot()]
     if config.logging.tensorboard_dir:
         callbacks.append(TensorBoard(config.logging.tensorboard_dir))

@@ -10,7 +10,7 @@ from megalith.training.reporting.peaks import mfu
 
 
 class Speed:
-    """A window over the latest steps; the first step of a process leaves it as soon as there is another (it compiles, allocates)."""
+    """A window over the latest steps; the first of a process (which compiles, allocates) is dropped at the second."""
 
     def __init__(self, run: RunInfo, window: int = 20):
         self.run = run
@@ -34,11 +34,11 @@ class Speed:
 
     def tflops(self) -> tuple[float, float]:
         """Model TFLOP/s per device: attention in full, and at its causal half."""
-        each = self.tokens_per_second / self.run.world_size / 1e12
-        return each * self.run.flops_per_token_full, each * self.run.flops_per_token_half
+        tera_tokens = self.tokens_per_second / self.run.world_size / 1e12
+        return tera_tokens * self.run.flops_per_token_full, tera_tokens * self.run.flops_per_token_half
 
     def mfu(self) -> tuple[float, float] | None:
-        """The same as a share of the device's peak, 0 to 1; None where the peak is unknown."""
+        """The same as a fraction of the device's peak, 0 to 1; None where the peak is unknown."""
         run, speed = self.run, self.tokens_per_second
         full = mfu(speed, run.flops_per_token_full, run.peak_flops, run.world_size)
         half = mfu(speed, run.flops_per_token_half, run.peak_flops, run.world_size)

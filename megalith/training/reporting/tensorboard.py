@@ -16,14 +16,17 @@ class TensorBoard(Callback):
         self.writer: Any = None
 
     def on_start(self, run: RunInfo) -> None:
-        """Open the directory; after a resume, TensorBoard hides what will be done again. Raises MissingPackage without the package."""
+        """Open the directory; after a resume, TensorBoard hides the steps that will be done again.
+
+        Raises MissingPackage without the package.
+        """
         if not run.writes:
             return
         library = require("torch.utils.tensorboard", "--tensorboard-dir", package="tensorboard")
         self.writer = library.SummaryWriter(self.directory, purge_step=run.start_step + 1 if run.start_step else None)
 
     def on_step(self, run: RunInfo, record: StepRecord) -> None:
-        """Queue the step's numbers; a thread of the writer writes them."""
+        """Queue the step's numbers; the writer's thread writes them."""
         if not self.writer:
             return
         scalars: dict[str, float | None] = {

@@ -1,1 +1,1 @@
-"""How a run is saved, and what it starts from."""
+"""Saving and resuming a run."""

@@ -1,21 +1,21 @@
-"""What the next start of a run does: the one place that promises it."""
+"""What the next start of a run does, as text for its last line and for errors."""
 
 from __future__ import annotations
 
 import pathlib
 
 from megalith import checkpoint
-from megalith.checkpoint.store.folder import folder_of, load_of
+from megalith.checkpoint.store.folder import checkpoint_folder, load_path
 from megalith.config.run import RunConfig
 from megalith.training.resume.state import Progress
 
 
-def next_start(config: RunConfig, progress: Progress) -> str:
-    """In words, what the same command does when it is given again, and which flags must go or come for it to go on.
+def describe_next_start(config: RunConfig, progress: Progress) -> str:
+    """What the same command does when it is given again, and which flags to add or drop so that it resumes.
 
-    tests/training/resume/test_next_start.py does what each of these says.
+    tests/training/resume/test_next_start.py does what each of these sentences says.
     """
-    c, own, load = config.checkpoint, folder_of(config), load_of(config)
+    c, own, load = config.checkpoint, checkpoint_folder(config), load_path(config)
     if config.validation.skip_train:
         return "the same command measures from the beginning"
     newest = checkpoint.latest(own)
@@ -42,4 +42,4 @@ def next_start(config: RunConfig, progress: Progress) -> str:
     if c.no_load_optim and not c.no_save_optim:
         without.append("--no-load-optim")
     words = (f" without {' and '.join(without)}" if without else "") + (f" with {' and '.join(with_)}" if with_ else "")
-    return f"the same command{words} goes on from {'there' if newest == progress.iteration else f'step {newest}'}"
+    return f"the same command{words} resumes from {'there' if newest == progress.iteration else f'step {newest}'}"

@@ -1,4 +1,4 @@
-"""The folders of a run: one run at a time writes them, and what is in them already is never replaced unasked."""
+"""The folders of a run: one run at a time writes them, and what is in them is never replaced without --fresh."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from megalith import checkpoint
-from megalith.checkpoint.store.folder import folder_name, folder_of, load_of
+from megalith.checkpoint.store.folder import checkpoint_folder, folder_name, load_path
 from megalith.common.errors import CheckpointError, ConfigError
-from megalith.common.files import sweep_folder
+from megalith.common.files import remove_leftovers_in
 from megalith.common.locks import LockedError, locked
 from megalith.config.flags.loading import from_yaml
 from megalith.config.run import RunConfig
-from megalith.training.reporting.metrics import FILE
+from megalith.training.reporting.metrics import METRICS_FILE
 from megalith.training.resume.saving import check_folder
 from megalith.training.resume.state import Progress
 
@@ -23,42 +23,42 @@ CURE = "Let it end, or name another --run-dir or --save"
 
 
 @contextlib.contextmanager
-def alone(config: RunConfig) -> Iterator[Callable[[], None]]:
-    """Hold the run's folders against other runs within the block, after looking at what is in them; see check_folder.
+def hold_folders(config: RunConfig) -> Iterator[Callable[[], None]]:
+    """Lock the run's folders against other runs within the block, after a check of what is in them; see check_folder.
 
-    The block gets a check: CheckpointError where they were lost while this process was suspended.
+    The block gets a function that raises CheckpointError where a lock was lost while this process was suspended.
 
-    One process alone calls this. Raises LockedError that names the run that writes one of them, with --fresh before anything is moved.
+    Only the main process calls this. Raises LockedError that names the run that writes one of the folders, with --fresh
+    before anything is moved.
     """
     if config.checkpoint.fresh:
-        inner = [
-            lock.parent for folder in _folders(config) for lock in folder.rglob(".lock")
-        ]  # runs within them would be moved too
-        with _locks(*_folders(config), *inner):
+        # Runs in subfolders would be moved too.
+        inner = [lock.parent for folder in _run_folders(config) for lock in folder.rglob(".lock")]
+        with _locks(*_run_folders(config), *inner):
             _check_fresh(config)
-        move_aside(config)  # after the locks are given back: they would go along
-    with _locks(*_folders(config)) as still_held:
+        move_aside(config)  # after the locks are released, as they would be moved along
+    with _locks(*_run_folders(config)) as still_held:
         if not config.checkpoint.fresh:
             check_folder(config)
             _check_record(config)
-        for folder in _folders(config):
-            sweep_folder(folder)
+        for folder in _run_folders(config):
+            remove_leftovers_in(folder)
         yield still_held
 
 
 @contextlib.contextmanager
 def _locks(*folders: pathlib.Path) -> Iterator[Callable[[], None]]:
-    places = dict.fromkeys(path.resolve() for path in folders)
+    distinct = dict.fromkeys(path.resolve() for path in folders)
     with contextlib.ExitStack() as held:
         options: dict[str, Any] = {"inside": True, "patient": True, "cure": CURE, "notice": _notice}
-        checks = [held.enter_context(locked(folder, **options)) for folder in places]
+        checks = [held.enter_context(locked(folder, **options)) for folder in distinct]
 
         def still_held() -> None:
             try:
                 for check in checks:
                     check()
             except LockedError as error:
-                raise CheckpointError(str(error)) from error  # which Ranks hands to all processes as it is
+                raise CheckpointError(str(error)) from error  # which Ranks raises on all processes as it is
 
         yield still_held
 
@@ -67,37 +67,38 @@ def _notice(line: str) -> None:
     print(f"megalith: {line}", flush=True)
 
 
-def _folders(config: RunConfig) -> tuple[pathlib.Path, pathlib.Path]:
-    return pathlib.Path(config.run_folder), folder_of(config)
+def _run_folders(config: RunConfig) -> tuple[pathlib.Path, pathlib.Path]:
+    return pathlib.Path(config.run_folder), checkpoint_folder(config)
 
 
-def old_place(config: RunConfig) -> str | None:
-    """The run folder of a run that began before it followed --save: runs/<name>, where its record lies; None for all others."""
-    old, own = pathlib.Path(f"runs/{config.logging.name}"), folder_of(config)
+def find_old_run_folder(config: RunConfig) -> str | None:
+    """The run folder of a run with --save that began when run folders were runs/<name>; None for all others.
+
+    The run's record is in there; now the run folder is that of --save.
+    """
+    old, own = pathlib.Path(f"runs/{config.logging.name}"), checkpoint_folder(config)
     follows = config.logging.run_dir is None and config.checkpoint.save is not None and not config.checkpoint.fresh
-    if not follows or _written(own) or not _written(old) or not checkpoint.iterations(own):
+    if not follows or _has_metrics(own) or not _has_metrics(old) or not checkpoint.iterations(own):
         return None
-    then = _begun(old)
+    then = _last_config(old)
     return str(old) if then is not None and _resolved(then.checkpoint.save) == own.resolve() else None
 
 
 def _check_record(config: RunConfig) -> None:
-    """Raise ConfigError where a run folder's record is of a run that this one does not go on with.
+    """Raise ConfigError where the run folder has the record of a run that this one does not resume.
 
-    The record of an attempt of this very run that saved nothing is given another name, as the run begins anew.
+    The record of an attempt of this very run that saved nothing is renamed, as the run begins anew.
     """
-    run, own, load = pathlib.Path(config.run_folder), folder_of(config), load_of(config)
-    if not _written(run):
+    run, own, load = pathlib.Path(config.run_folder), checkpoint_folder(config), load_path(config)
+    if not _has_metrics(run):
         return
-    then = _begun(run)
+    then = _last_config(run)
     of = _resolved((then.checkpoint.save if then else None) or str(run / "checkpoints"))
-    whose = f"{run} holds the record ({FILE}) of "
+    whose = f"{run} holds the record ({METRICS_FILE}) of "
     another = "Name another --run-dir, or leave it out: a run's record then lies in the folder of --save"
     if of != own.resolve() and not (checkpoint.iterations(own) and own.resolve().is_relative_to(run.resolve())):
         raise ConfigError(f"{whose}a run whose checkpoints go to {of}, and those of this one go to {own}. {another}.")
-    if checkpoint.iterations(own) or (
-        config.validation.skip_train and load is not None
-    ):  # which measures, and adds to it
+    if checkpoint.iterations(own) or (config.validation.skip_train and load is not None):  # it is appended to
         return
     if load is None or then is None or _resolved(then.checkpoint.load) != _resolved(load):
         begins = "starting over" if load is None else f"beginning with --load {load}"
@@ -105,28 +106,27 @@ def _check_record(config: RunConfig) -> None:
             f"{whose}a run, and {own} no checkpoint of it to resume from; {begins} would overwrite it. "
             f"Give --fresh to move it aside and start anew, or name another --run-dir."
         )
-    moved = [path.rename(_before(path)).name for path in (run / FILE, run / "loss.png") if path.exists()]
+    moved = [path.rename(_aside_path(path)).name for path in (run / METRICS_FILE, run / "loss.png") if path.exists()]
     _notice(
         f"the run begins again, as it saved no checkpoint; what it had written in {run} is {' and '.join(moved)} now"
     )
 
 
-def _before(path: pathlib.Path) -> pathlib.Path:
-    """A name that is free, for what is moved aside: loss.before-20260101-120000.png."""
-    stem, suffix = (
-        (path.name, "") if path.is_dir() else (path.stem, path.suffix)
-    )  # a folder's name may have a point in it: run-1.3b
+def _aside_path(path: pathlib.Path) -> pathlib.Path:
+    """An unused name for what is moved aside: loss.before-20260101-120000.png."""
+    # A folder's name may have a point in it, as in run-1.3b.
+    stem, suffix = (path.name, "") if path.is_dir() else (path.stem, path.suffix)
     while (free := path.with_name(f"{stem}.before-{time.strftime('%Y%m%d-%H%M%S')}{suffix}")).exists():
         time.sleep(0.1)
     return free
 
 
-def _written(run: pathlib.Path) -> bool:
-    metrics = run / FILE
+def _has_metrics(run: pathlib.Path) -> bool:
+    metrics = run / METRICS_FILE
     return metrics.exists() and metrics.stat().st_size > 0
 
 
-def _begun(run: pathlib.Path) -> RunConfig | None:
+def _last_config(run: pathlib.Path) -> RunConfig | None:
     """The config that the run in this folder was last started with; None where there is none that can be read."""
     try:
         return from_yaml((run / "config.yaml").read_text(encoding="utf-8"))
@@ -139,9 +139,9 @@ def _resolved(path: str | None) -> pathlib.Path | None:
 
 
 def _check_fresh(config: RunConfig) -> None:
-    load = load_of(config)
+    load = load_path(config)
     if load is not None and any(
-        pathlib.Path(load).resolve().is_relative_to(path.resolve()) for path in _folders(config)
+        pathlib.Path(load).resolve().is_relative_to(path.resolve()) for path in _run_folders(config)
     ):
         raise ConfigError(
             f"--fresh would move --load {load} aside, as it lies in this run's folders; name another --run-dir."
@@ -149,18 +149,19 @@ def _check_fresh(config: RunConfig) -> None:
 
 
 def move_aside(config: RunConfig) -> None:
-    """Give what is in the run's folders another name."""
-    for path in _folders(config):
+    """Rename the run's folders."""
+    for path in _run_folders(config):
         if path.exists():
-            path.rename(_before(path))
+            path.rename(_aside_path(path))
 
 
-def written(config: RunConfig, progress: Progress) -> str:
-    """What a run leaves behind, and where."""
+def describe_outputs(config: RunConfig, progress: Progress) -> str:
+    """What a run has written, and where."""
     folder = pathlib.Path(config.run_folder)
-    newest = [f"checkpoint {folder_of(config) / folder_name(progress.saved)}"] if progress.saved is not None else []
-    drawn = (progress.iteration and not config.validation.skip_train) or (
-        folder / "loss.png"
-    ).exists()  # of steps alone
-    picture = [f"picture {folder / 'loss.png'}"] if drawn and (folder / FILE).exists() else []
-    return ", ".join([*newest, *picture, f"numbers of every step {folder / FILE}"])
+    newest = []
+    if progress.saved is not None:
+        newest.append(f"checkpoint {checkpoint_folder(config) / folder_name(progress.saved)}")
+    trained = progress.iteration and not config.validation.skip_train  # the picture is drawn of training steps
+    drawn = trained or (folder / "loss.png").exists()
+    picture = [f"picture {folder / 'loss.png'}"] if drawn and (folder / METRICS_FILE).exists() else []
+    return ", ".join([*newest, *picture, f"numbers of every step {folder / METRICS_FILE}"])

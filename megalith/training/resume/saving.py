@@ -1,8 +1,9 @@
-"""A run's checkpoints: what goes in, what comes out, and what a run folder that is not empty means."""
+"""A run's checkpoints: what is saved, what is loaded, and what a run does with a folder that is not empty."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pathlib
 from collections.abc import Callable
@@ -13,8 +14,8 @@ from megalith import checkpoint
 from megalith.checkpoint.formats import foreign
 from megalith.checkpoint.ranks import Ranks
 from megalith.checkpoint.store import folder
-from megalith.checkpoint.store.facts import part_of, written_by_another
-from megalith.checkpoint.store.folder import folder_of, iteration_of, load_of, paths
+from megalith.checkpoint.store.facts import part_of, written_by_another_run
+from megalith.checkpoint.store.folder import checkpoint_folder, checkpoint_paths, iteration_of, load_path
 from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError, ConfigError, problem
 from megalith.config.checks.checks import needs_checkpoint
@@ -22,27 +23,28 @@ from megalith.config.flags.text import Words, flag
 from megalith.config.run import RunConfig
 from megalith.runtime import state
 from megalith.training.finite import check_before_saving, check_loaded
-from megalith.training.resume.source import check_own, is_foreign, read_foreign, source_of, weights_only
+from megalith.training.resume.source import check_save_folder, is_foreign, read_foreign, source_of, weights_only
 from megalith.training.resume.state import Progress
 from megalith.training.step import Trainer
 
 
 def save(
     trainer: Trainer, progress: Progress, config_yaml: str, files: dict[str, str], data: dict[str, str],
-    again: Callable[[], str], alone: Callable[[], None] = lambda: None,
+    next_start: Callable[[], str], check_locks: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
     """Write a checkpoint of the present step, and delete none. Every process takes part.
 
-    files: {name inside: path} carried along. data: {prefix: fingerprint} of the corpora. again: what the next start does, in words.
-    alone: raises where the run's folders are another's by now; that of process 0 is asked.
+    files: {name inside: path} that are copied into it. data: {prefix: fingerprint} of the corpora.
+    next_start: what the next start does, as text. check_locks: raises where another run has taken the run's folders;
+        only the main process's is called.
     Raises TrainingError, and writes nothing, where the state is not finite.
     """
-    Ranks().first(alone)
+    Ranks().on_rank_0(check_locks)
     config = trainer.runtime.config
-    tensors = [state.weights(part) for part in trainer.runtime.parts]
+    tensors = [state.weights(part) for part in trainer.runtime.stages]
     if not config.checkpoint.no_save_optim:
         tensors = with_optimizer_state(trainer, tensors)
-    check_before_saving(tensors, progress.iteration, again)
+    check_before_saving(tensors, progress.iteration, next_start)
     train_state = progress.numbers() | {
         "schedule": trainer.schedule.state(),
         "loss_scale": trainer.loss_scale.state_dict(),
@@ -50,26 +52,29 @@ def save(
         "data": data,
     }
     checkpoint.save(
-        folder_of(config), progress.iteration, tensors, train_state=train_state, config_yaml=config_yaml, files=files,
-        keep_last=0,
+        checkpoint_folder(config), progress.iteration, tensors, train_state=train_state, config_yaml=config_yaml,
+        files=files, keep_last=0,
     )  # fmt: skip
 
 
-def retain(config: RunConfig, progress: Progress, start: int) -> None:
-    """Delete the checkpoints that the config does not keep now that the last one saved is good. One process alone calls this.
+def prune(config: RunConfig, progress: Progress, start: int) -> None:
+    """Delete the checkpoints that the config does not keep, once the last one saved is known to be good.
 
-    start: the step that this process went on from; its checkpoint is the last one until another is saved.
+    Only the main process calls this. start: the step that this process resumed from; its checkpoint is the last one
+    until another is saved.
     """
-    c, own = config.checkpoint, folder_of(config)
+    c, own = config.checkpoint, checkpoint_folder(config)
     newest = start if progress.saved is None else progress.saved
+
+    def deletable(path: pathlib.Path) -> bool:
+        return not written_by_another_run(path, progress.run)
+
     with contextlib.suppress(OSError):  # what could not be deleted is tried again next time
-        folder.retain(
-            own, newest, c.keep_last, c.keep_every, ours=lambda path: not written_by_another(path, progress.run)
-        )
+        folder.prune(own, newest, c.keep_last, c.keep_every, deletable)
 
 
-def loaded(trainer: Trainer) -> str:
-    """A line on what `resume` took from where, and what it left and why; "" where the run begins from random weights."""
+def describe_loaded(trainer: Trainer) -> str:
+    """A line that says what `resume` loaded from where, and what it did not and why; "" for random weights."""
     config, source = trainer.runtime.config, source_of(trainer.runtime.config)
     if source is None:
         return ""
@@ -95,35 +100,36 @@ def loaded(trainer: Trainer) -> str:
             [],
             "",
         )
-    rest = f"; not {_listed(left)}: {why}" if left else ""
+    rest = f"; not {_join_words(left)}: {why}" if left else ""
     where = config.checkpoint.load if is_foreign(source) else checkpoint.find(source, config.checkpoint.ckpt_step)
-    return f"loaded from {where}: {_listed(taken)}{rest}"
+    return f"loaded from {where}: {_join_words(taken)}{rest}"
 
 
-def _listed(words: list[str]) -> str:
+def _join_words(words: list[str]) -> str:
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def resume(trainer: Trainer) -> Progress:
     """Load what the config says a run starts from: its own newest checkpoint, --load's, or nothing."""
-    config, source = trainer.runtime.config.checkpoint, source_of(trainer.runtime.config)
+    config, source = trainer.runtime.config, source_of(trainer.runtime.config)
     if source is None:
         return Progress()
-    whole = trainer.runtime.config
-    only_weights = weights_only(whole)
-    measures = whole.validation.skip_train  # which needs neither optimizer nor schedule
-    with_optimizer = not (only_weights or config.no_load_optim or measures)
+    options, own = config.checkpoint, checkpoint_folder(config)
+    only_weights = weights_only(config)
+    only_measures = config.validation.skip_train  # which needs neither optimizer nor schedule
+    with_optimizer = not (only_weights or options.no_load_optim or only_measures)
     ranks, weights = Ranks(), None
     if is_foreign(source):
-        weights = ranks.every(lambda: read_foreign(whole, with_optimizer=with_optimizer, judges=ranks.rank == 0))
+        read = functools.partial(read_foreign, config, with_optimizer=with_optimizer, check_replicas=ranks.rank == 0)
+        weights = ranks.on_every_rank(read)
         if ranks.rank == 0:
-            print("".join(f"{config.load}: {note}\n" for note in weights.notes), end="", flush=True)
-    tensors = [state.weights(part) for part in trainer.runtime.parts]
+            print("".join(f"{options.load}: {note}\n" for note in weights.notes), end="", flush=True)
+    tensors = [state.weights(part) for part in trainer.runtime.stages]
     if with_optimizer:
-        state.touch(trainer.optimizer)
+        state.create_optimizer_state(trainer.optimizer)
         complete = with_optimizer_state(trainer, tensors)
         asked = {part_of(name) for tensors in complete for name in tensors}
-        if ranks.first(lambda: has_moments(source, weights, config.ckpt_step, asked)):
+        if ranks.on_rank_0(lambda: has_optimizer_state(source, weights, options.ckpt_step, asked)):
             tensors = complete
         else:
             trainer.optimizer.state.clear()
@@ -131,39 +137,42 @@ def resume(trainer: Trainer) -> Progress:
         checkpoint.fill(weights, tensors)
         stored = {"iteration": weights.iteration, **weights.train_state}
     else:
-        stored = checkpoint.load(source, tensors, iteration=config.ckpt_step)
+        stored = checkpoint.load(source, tensors, iteration=options.ckpt_step)
     check_loaded(tensors, source, stored["iteration"])
     if only_weights:
         return Progress()
     if with_optimizer:
         trainer.loss_scale.load_state_dict(stored["loss_scale"])
         trainer.schedule = trainer.schedule.resumed(stored["schedule"])
-    if source != folder_of(whole):
+    if source != own:
         return Progress.resumed(stored, same_run=False)
     progress = Progress.resumed(stored)
-    ranks.first(lambda: check_ahead(folder_of(whole), progress))
+    ranks.on_rank_0(lambda: check_later_checkpoints(own, progress))
     return progress
 
 
-def check_ahead(own: pathlib.Path, progress: Progress) -> None:
-    """Raise CheckpointError where a run would come upon checkpoints that another one wrote: they are not replaced."""
+def check_later_checkpoints(own: pathlib.Path, progress: Progress) -> None:
+    """Raise CheckpointError where later steps of a run have checkpoints of another run, which are not replaced."""
     others = [
         path
-        for path in paths(own)
-        if written_by_another(path, progress.run) and iteration_of(path) > progress.iteration
+        for path in checkpoint_paths(own)
+        if written_by_another_run(path, progress.run) and iteration_of(path) > progress.iteration
     ]
     if others:
         raise CheckpointError(
-            f"{own} holds {', '.join(path.name for path in others)} of another run, which this one, resumed after step "
-            f"{progress.iteration}, would come upon and not replace. Move them away, or name another --save."
+            f"{own} holds {', '.join(path.name for path in others)} of another run, whose steps this run, resumed "
+            f"after step {progress.iteration}, would reach; it does not replace them. Move them away, or name another "
+            f"--save."
         )
 
 
-def has_moments(source: str | os.PathLike, weights: Weights | None, iteration: int | None, asked: set[str]) -> bool:
+def has_optimizer_state(
+    source: str | os.PathLike, weights: Weights | None, iteration: int | None, asked: set[str]
+) -> bool:
     """Whether a checkpoint has the optimizer's state; raises CheckpointError where it lacks what is needed.
 
-    weights: those of a foreign source. asked: the parts of this run's state, such as optimizer/exp_avg. Before the first
-    step that changed weights there is none to have: float16 begins with steps that are skipped.
+    weights: those of a foreign source. asked: the parts of this run's state, such as optimizer/exp_avg. Before the
+    first step that changed weights there is no such state: float16 begins with steps that are skipped.
     """
     path, parts = source, {part_of(name) for name in weights or ()}
     if weights is None:
@@ -174,41 +183,40 @@ def has_moments(source: str | os.PathLike, weights: Weights | None, iteration: i
         return bool(found)
     if weights is None and not found and checkpoint.read_train_state(path).get("scheduled_samples") == 0:
         return False
-    rule = f"this run's optimizer goes on from {', '.join(sorted(wanted)) or 'none'}"
-    if not found:
-        rule = "it holds weights alone, and going on needs the optimizer's state too"
-    again = "the optimizer that it was saved with (--optimizer, --sgd-momentum), or " if found else ""
-    cure = f"Give {again}--no-load-optim to go on with a new one, or begin at step 0 with --load {path} --finetune --run-dir NEW"
-    raise CheckpointError(
-        problem(f"{path}: state of the optimizer", Words(", ".join(sorted(found)) or "none"), rule, cure)
-    )
+    rule = f"must be {', '.join(sorted(wanted)) or 'none'} for this run to resume"
+    same = "the optimizer that it was saved with (--optimizer, --sgd-momentum), or " if found else ""
+    new_run = f"begin at step 0 with --load {path} --finetune --run-dir NEW"
+    cure = f"Give {same}--no-load-optim to resume with a new one, or {new_run}"
+    held = Words(", ".join(sorted(found)) or "weights alone")
+    raise CheckpointError(problem(f"{path}: state of the optimizer", held, rule, cure))
 
 
 def with_optimizer_state(trainer: Trainer, weights: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """The tensors of each part with those of the optimizer."""
+    """The tensors of each pipeline stage with those of the optimizer."""
     return [
         tensors | state.optimizer_state(part, trainer.optimizer)
-        for part, tensors in zip(trainer.runtime.parts, weights, strict=True)
+        for part, tensors in zip(trainer.runtime.stages, weights, strict=True)
     ]
 
 
 def check_folder(config: RunConfig) -> None:
-    """Refuse to start over a run that is there. One process alone calls this.
+    """Refuse to start where another run would be overwritten. Only the main process calls this.
 
     Raises ConfigError or CheckpointError that names the choices.
     """
-    own, load = folder_of(config), load_of(config)
-    there = bool(checkpoint.iterations(own))
-    if load is not None and there and not config.checkpoint.finetune:
+    own, load = checkpoint_folder(config), load_path(config)
+    has_checkpoints = bool(checkpoint.iterations(own))
+    if load is not None and has_checkpoints and not config.checkpoint.finetune:
         raise ConfigError(
-            f"--load {load} and the folder of this run's own checkpoints, {own}, which holds iteration "
-            f"{checkpoint.latest(own)}: only one can be gone on from. Drop --load to resume this run, "
+            f"--load {load} was given, and the folder of this run's own checkpoints, {own}, holds iteration "
+            f"{checkpoint.latest(own)}; only one of them can be resumed. Drop --load to resume this run, "
             f"name another --run-dir or --save, or give --fresh to move this run aside."
         )
-    if load is not None and not there:
+    if load is not None and not has_checkpoints:
         foreign.format_of(load)
-    check_own(config)
-    if not there and config.checkpoint.load is None and (given := needs_checkpoint(config)):
+    check_save_folder(config)
+    if not has_checkpoints and config.checkpoint.load is None and (given := needs_checkpoint(config)):
         raise ConfigError(
-            f"{flag(given)}: {own} holds no checkpoint; it needs one to load. Name its folder with --load, or leave it out."
+            f"{flag(given)} needs a checkpoint to load, and {own} holds none. "
+            f"Name its folder with --load, or leave {flag(given)} out."
         )

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from megalith import checkpoint
 from megalith.checkpoint.formats import foreign
-from megalith.checkpoint.store.folder import folder_of, is_ours, load_of
+from megalith.checkpoint.store.folder import checkpoint_folder, is_megalith, load_path
 from megalith.checkpoint.weights import Weights
 from megalith.common.errors import ConfigError, MegalithError
 from megalith.config.flags.loading import from_yaml
@@ -18,27 +18,30 @@ from megalith.config.run import RunConfig
 
 def source_of(config: RunConfig) -> str | os.PathLike | None:
     """What the config says a run starts from: its own newest checkpoint, --load's, or nothing; on this machine."""
-    load, own = load_of(config), folder_of(config)
+    load, own = load_path(config), checkpoint_folder(config)
     if checkpoint.iterations(own) and (load is None or config.checkpoint.finetune):
         return own
-    return None if load is None else foreign.located(load)
+    return None if load is None else foreign.local_path(load)
 
 
 def weights_only(config: RunConfig) -> bool:
-    """Whether a run takes from its source the weights alone: --finetune, until it has a checkpoint of its own."""
-    return config.checkpoint.finetune and source_of(config) != folder_of(config)
+    """Whether a run takes only the weights from its source: --finetune, until it has its own checkpoint."""
+    return config.checkpoint.finetune and source_of(config) != checkpoint_folder(config)
 
 
 def is_foreign(source: str | os.PathLike) -> bool:
     """Whether a source is not a checkpoint of megalith."""
-    return not is_ours(source)
+    return not is_megalith(source)
 
 
-def read_foreign(config: RunConfig, *, with_optimizer: bool = False, judges: bool = True) -> Weights:
-    """The weights of a foreign source. judges: whether copies in it are compared, which one process does for all."""
-    options = foreign.options_of(config, with_optimizer=with_optimizer)
-    if not judges and options.replicas == "equal":
-        options = foreign.options_of(config, with_optimizer=with_optimizer, replicas="first")
+def read_foreign(config: RunConfig, *, with_optimizer: bool = False, check_replicas: bool = True) -> Weights:
+    """The weights of a foreign source.
+
+    check_replicas: whether copies of one parameter in it are compared, which one process does for all.
+    """
+    options = foreign.read_options(config, with_optimizer=with_optimizer)
+    if not check_replicas and options["replicas"] == "equal":
+        options["replicas"] = "first"
     return foreign.read(config.checkpoint.load or "", options)
 
 
@@ -51,10 +54,13 @@ class Source(NamedTuple):
     train_state: Mapping[str, Any]
 
 
-def look(config: RunConfig, source: str | os.PathLike) -> Source:
-    """What is compared of a source. Raises ConfigError for a config that cannot be read here, CheckpointError for damage."""
+def read_source(config: RunConfig, source: str | os.PathLike) -> Source:
+    """What is compared of a source.
+
+    Raises ConfigError for a config that cannot be read here, CheckpointError for damage.
+    """
     if is_foreign(source):
-        weights = read_foreign(config, judges=False)
+        weights = read_foreign(config, check_replicas=False)
         return Source(config.checkpoint.load or source, weights.config, weights.tokenizer, weights.train_state)
     path = checkpoint.find(source, config.checkpoint.ckpt_step)
     tokenizer = path / "tokenizer"
@@ -62,34 +68,34 @@ def look(config: RunConfig, source: str | os.PathLike) -> Source:
     return Source(path, then, tokenizer if tokenizer.is_dir() else None, checkpoint.read_train_state(path))
 
 
-def settled(config: RunConfig) -> tuple[RunConfig, str]:
-    """The config, and a line where it changed: --load of weights that belong to no step of a run is as with --finetune.
+def infer_finetune(config: RunConfig) -> tuple[RunConfig, str]:
+    """The config, with --finetune set where --load names weights that belong to no step of a run, and a line saying so.
 
-    Such are a Hugging Face folder, a release of Megatron, and what was converted from them. One process calls this.
+    Such are a Hugging Face folder, a release of Megatron, and what was converted from them. Called by the main process.
     """
-    load = load_of(config)
+    load = load_path(config)
     if load is None or config.checkpoint.finetune or config.validation.skip_train:
         return config, ""
     try:
-        source = foreign.located(load, tell=lambda line: print(f"megalith: {line}", flush=True))
+        source = foreign.local_path(load, notice=lambda line: print(f"megalith: {line}", flush=True))
         if is_foreign(source):
-            begins = foreign.format_of(source) == "huggingface" or foreign.beginning(read_foreign(config, judges=False))
+            begins = foreign.format_of(source) == "huggingface"
+            begins = begins or foreign.is_weights_only(read_foreign(config, check_replicas=False))
         else:
             path = checkpoint.find(source, config.checkpoint.ckpt_step)
             facts, state = checkpoint.describe(path), checkpoint.read_train_state(path)
             begins = facts["iteration"] == 0 and set(facts["parameters"]) == {"model"} and "schedule" not in state
-    except MegalithError:  # which is told where it is used, if it is
+    except MegalithError:  # it is raised again where the source is used, if it is
         return config, ""
-    line = (
-        f"--load {load} holds weights that belong to no step of a run: it begins with them at step 0, as by --finetune"
-    )
+    line = f"--load {load} holds weights that belong to no step of a run: it begins with them at step 0"
+    line += ", as with --finetune"
     return (config.replace(finetune=True), line) if begins else (config, "")
 
 
-def check_own(config: RunConfig) -> None:
-    """Raise ConfigError where the folder of the run's own checkpoints is another program's, which --load names too."""
-    own = folder_of(config)
-    if config.checkpoint.load is None or load_of(config) is not None or is_ours(own):
+def check_save_folder(config: RunConfig) -> None:
+    """Raise ConfigError where --load and --save name one folder, which holds another program's checkpoint."""
+    own = checkpoint_folder(config)
+    if config.checkpoint.load is None or load_path(config) is not None or is_megalith(own):
         return
     try:
         format = foreign.format_of(own)
@@ -97,5 +103,5 @@ def check_own(config: RunConfig) -> None:
         return  # an empty folder: the run begins there
     raise ConfigError(
         f"--load and the folder of this run's own checkpoints are both {own}, which holds a checkpoint in the format "
-        f"{format}; a run goes on from it in a folder of its own. Name another --save."
+        f"{format}; a run resumes from it in another folder. Name another --save."
     )

@@ -5,36 +5,33 @@ from __future__ import annotations
 import dataclasses
 import os
 
-SIGNAL, OVER = "asked by a signal", "--exit-duration-in-mins is over"
-REASONS = (SIGNAL, OVER)  # why a process may ask that the run end; every process has the same list
-FAILED = "an error"  # reason of a stop after which nothing may be saved: the step was not whole
+SIGNAL, TIME_LIMIT = "asked by a signal", "--exit-duration-in-mins is over"
+STOP_REASONS = (SIGNAL, TIME_LIMIT)  # why a process may ask that the run end; every process has the same list
+FAILED = "an error"  # reason of a stop after which nothing may be saved: the step was interrupted
 
 
 @dataclasses.dataclass
 class Progress:
-    """Where a run stands. Samples are counted over all processes."""
+    """How far a run has come. Samples are counted over all processes."""
 
     iteration: int = 0
     consumed_train_samples: int = 0
     consumed_valid_samples: int = 0
-    counted_validation: int | None = (
-        None  # the step whose validation is the last in consumed_valid_samples; None: not told
-    )
-    scheduled_samples: int = 0  # samples of steps that changed the weights: what the schedule goes by
+    counted_validation: int | None = None  # step of the last validation in consumed_valid_samples; None: not known
+    scheduled_samples: int = 0  # samples of steps that changed the weights: the schedule is a function of them
     skipped_iterations: int = 0
     nan_iterations: int = 0
-    run: str = dataclasses.field(
-        default_factory=lambda: os.urandom(8).hex()
-    )  # names the run in its checkpoints, as process 0 has it
+    # A name for the run, in its checkpoints; rank 0's is saved.
+    run: str = dataclasses.field(default_factory=lambda: os.urandom(8).hex())
     stop: str | None = None  # why the run is to end before its time; set by callbacks and signals
     saved: int | None = None  # the last step that this process took part in saving
 
     def numbers(self) -> dict:
-        """The part that a checkpoint keeps."""
+        """The fields that a checkpoint keeps."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in ("stop", "saved")}
 
     @classmethod
     def resumed(cls, stored: dict, same_run: bool = True) -> Progress:
-        """The state of a checkpoint, as `numbers` gave it. same_run: whether it is gone on with where it was left."""
+        """The state of a checkpoint, as `numbers` returned it. same_run: whether the same run is resumed."""
         names = {field.name for field in dataclasses.fields(cls)} - (set() if same_run else {"run"})
         return cls(**{name: stored[name] for name in names if name in stored})

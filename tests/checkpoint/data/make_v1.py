@@ -1,4 +1,4 @@
-"""Makes tests/checkpoint/data/v1, once, with the release that wrote schema 1: `python tests/checkpoint/data/make_v1.py`."""
+"""Makes tests/checkpoint/data/v1 once, with the release that wrote schema 1: run this file with python."""
 
 import pathlib
 

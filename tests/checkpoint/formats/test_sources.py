@@ -1,4 +1,4 @@
-"""Sources on other machines: downloads that are cut and go on, checksums, archives. The server is this machine's own."""
+"""Sources on other machines: downloads that are cut and resumed, checksums, archives. The server runs in the test."""
 
 import errno
 import hashlib
@@ -65,24 +65,24 @@ def server(tmp_path, monkeypatch):
     thread.join()
 
 
-def test_a_cut_download_goes_on(server):
-    server.cuts, told = 2, []
-    path = sources.local(server.url, sha256=hashlib.sha256(BODY).hexdigest(), tell=told.append)
+def test_a_cut_download_is_resumed(server):
+    server.cuts, notes = 2, []
+    path = sources.local(server.url, sha256=hashlib.sha256(BODY).hexdigest(), notice=notes.append)
     assert path.read_bytes() == BODY and path.name == "model.bin"
     assert server.asked == [(None, None), ("bytes=300000-", '"one"'), ("bytes=600000-", '"one"')]
-    assert any(hashlib.sha256(BODY).hexdigest() in line for line in told)
-    again = sources.local(server.url, tell=told.append)
-    assert again == path and len(server.asked) == 3 and "already" in told[-2]
+    assert any(hashlib.sha256(BODY).hexdigest() in line for line in notes)
+    again = sources.local(server.url, notice=notes.append)
+    assert again == path and len(server.asked) == 3 and "already" in notes[-2]
 
 
-def test_a_later_command_goes_on(server, monkeypatch):
+def test_a_later_command_resumes(server, monkeypatch):
     """The first one gave up: no server answers any more."""
-    monkeypatch.setattr(sources, "TRIES", 1)
+    monkeypatch.setattr(sources, "MAX_FAILURES", 1)
     monkeypatch.setattr(sources.time, "sleep", lambda seconds: None)
     server.cuts, server.cut = 1, 0
     with pytest.raises(
         CheckpointError,
-        match=r"the connection ended after 0 of 1024000 bytes'; it must be a file that can be downloaded",
+        match=r"must be a file that can be downloaded; found the connection ended after 0 of 1024000 bytes\.",
     ):
         sources.local(server.url)
     server.cuts, server.cut = 1, 500_000
@@ -93,10 +93,10 @@ def test_a_later_command_goes_on(server, monkeypatch):
 @pytest.mark.parametrize("change", ["version", "ranges"])
 def test_another_version_or_no_ranges_begins_anew(server, change):
     server.cuts, server.cut = 1, 1000
-    folder = sources.cache() / "a"
+    folder = sources.cache_folder() / "a"
     with pytest.raises(OSError, match="the connection ended"):
         folder.mkdir(parents=True)
-        sources._continue(server.url, folder / "download.part", folder / "download.json", print)
+        sources._resume(server.url, folder / "download.part", folder / "download.json", print)
     if change == "version":
         server.version, server.body = '"two"', BODY[::-1]
     else:
@@ -105,7 +105,8 @@ def test_another_version_or_no_ranges_begins_anew(server, change):
 
 
 def test_a_wrong_checksum_is_an_error(server):
-    with pytest.raises(CheckpointError, match=r"sha256: found '.*'; --sha256 says abc. Delete .* and try again"):
+    message = r"sha256 must be abc, as --sha256 says; found '.*'. Delete .* and try again"
+    with pytest.raises(CheckpointError, match=message):
         sources.local(server.url, sha256="abc")
 
 
@@ -114,14 +115,14 @@ def test_what_is_not_there(server, monkeypatch):
     with pytest.raises(CheckpointError, match="404"):
         sources.local(server.url.replace("/folder/model.bin", "/missing"))
     assert len(server.asked) == 1
-    with pytest.raises(CheckpointError, match="it must be a file that can be downloaded"):
+    with pytest.raises(CheckpointError, match="must be a file that can be downloaded"):
         sources.local("http://127.0.0.1:9/nothing")
 
 
 def test_names_stay_in_the_folder(server):
     server.name = "../../escape.zip"
     path = sources.local(server.url)
-    assert path.name == "escape.zip" and path.parent.parent == sources.cache()
+    assert path.name == "escape.zip" and path.parent.parent == sources.cache_folder()
 
 
 def test_archives_are_unpacked_once(server, tmp_path):
@@ -129,10 +130,10 @@ def test_archives_are_unpacked_once(server, tmp_path):
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("model/config.json", "{}")
         archive.writestr("../out", "x")
-    told = []
-    folder = sources.local(file, tell=told.append)
-    assert (folder / "model/config.json").exists() and not (sources.cache().parent / "out").exists()
-    assert sources.local(file, tell=told.append) == folder and len(told) == 1
+    notes = []
+    folder = sources.local(file, notice=notes.append)
+    assert (folder / "model/config.json").exists() and not (sources.cache_folder().parent / "out").exists()
+    assert sources.local(file, notice=notes.append) == folder and len(notes) == 1
     server.body, server.name = file.read_bytes(), "model.zip"
     assert (sources.local(server.url) / "model/config.json").read_text() == "{}"
 
@@ -149,35 +150,36 @@ def test_torch_files_are_no_archives(tmp_path):
     assert sources.local(tmp_path / "a.pt") == tmp_path / "a.pt" and sources.local(tmp_path) == tmp_path
 
 
-def test_what_is_in_the_cache_is_looked_at(server, tmp_path):
+def test_what_is_in_the_cache_is_checked(server, tmp_path):
     """A file that lost its end, or an archive's folder that lost a file, is not "in the cache already"."""
-    told = []
-    path = sources.local(server.url, tell=told.append)
+    notes = []
+    path = sources.local(server.url, notice=notes.append)
     path.write_bytes(BODY[:1000])
-    assert sources.local(server.url, tell=told.append).read_bytes() == BODY and "it is fetched again" in "".join(told)
+    assert sources.local(server.url, notice=notes.append).read_bytes() == BODY
+    assert "it is fetched again" in "".join(notes)
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("x/one", "1")
         archive.writestr("x/two", "22")
-    folder = sources.local(tmp_path / "a.zip", tell=told.append)
+    folder = sources.local(tmp_path / "a.zip", notice=notes.append)
     for damage in (lambda: (folder / "two").unlink(), lambda: (folder / "one").write_text("")):
         damage()
-        assert sources.local(tmp_path / "a.zip", tell=told.append) == folder
+        assert sources.local(tmp_path / "a.zip", notice=notes.append) == folder
         assert ((folder / "one").read_text(), (folder / "two").read_text()) == ("1", "22")
 
 
 def test_one_command_fetches_at_a_time(server, tmp_path):
-    place = sources.cache() / hashlib.sha256(server.url.encode()).hexdigest()[:16]
-    with locked(place), pytest.raises(LockedError, match="what it fetches is then here"):
+    folder = sources.cache_folder() / hashlib.sha256(server.url.encode()).hexdigest()[:16]
+    with locked(folder), pytest.raises(LockedError, match="what it fetches is then here"):
         sources.local(server.url)
     assert server.asked == []
     sources.local(server.url)
-    assert not [each.name for each in sources.cache().iterdir() if "lock" in each.name]
+    assert not [each.name for each in sources.cache_folder().iterdir() if "lock" in each.name]
 
 
 def test_a_full_disk_is_not_the_servers_fault(server, monkeypatch):
     def full(*given):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(sources, "_continue", full)
+    monkeypatch.setattr(sources, "_resume", full)
     with pytest.raises(OSError, match="No space left"):
         sources.local(server.url)

@@ -115,9 +115,9 @@ def test_resize_keeps_the_mean():
     [
         ({"drop": ["optimiser"]}, "drop: the checkpoint has nothing called 'optimiser'; did you mean 'optimizer"),
         ({"rename": {"heads": "x"}}, "rename: the checkpoint has nothing called 'heads'"),
-        ({"rename": {"head.weight": "embedding.weight"}}, "two tensors would be called"),
-        ({"vocab_size": 0}, "vocab_size: found 0"),
-        ({"drop": ["model"], "vocab_size": 9}, "vocab_size: the checkpoint has no parameter"),
+        ({"rename": {"head.weight": "embedding.weight"}}, "rename would give two tensors the name"),
+        ({"vocab_size": 0}, "vocab_size must be at least 1; found 0"),
+        ({"drop": ["model"], "vocab_size": 9}, "vocab_size cannot be set to 9: the checkpoint has no parameter"),
     ],
 )
 def test_what_is_not_there(source, tmp_path, options, message):
@@ -127,9 +127,9 @@ def test_what_is_not_there(source, tmp_path, options, message):
 
 
 def test_never_into_something_that_is_there(source, tmp_path):
-    for place in (source[0], source[0].parent, tmp_path / "tokenizer.json"):
+    for target in (source[0], source[0].parent, tmp_path / "tokenizer.json"):
         with pytest.raises(CheckpointError, match="new folder"):
-            checkpoint.edit(source[0], place)
+            checkpoint.edit(source[0], target)
 
 
 def test_sizes_of_a_bert(tmp_path):

@@ -50,8 +50,10 @@ def test_a_config_that_was_changed_since(path):
 
 def test_looking_needs_no_torch(path):
     code = (
-        "import sys; from megalith import checkpoint as c; p = c.find(sys.argv[1]); assert not c.verify(p) and c.latest(p.parent) == 7;"
-        "c.describe(p), c.iterations(p.parent), c.read_config(p), c.read_train_state(p); assert 'torch' not in sys.modules"
+        "import sys; from megalith import checkpoint as c; p = c.find(sys.argv[1]);"
+        "assert not c.verify(p) and c.latest(p.parent) == 7;"
+        "c.describe(p), c.iterations(p.parent), c.read_config(p), c.read_train_state(p);"
+        "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(path.parent)], check=True)
 

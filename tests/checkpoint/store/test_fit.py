@@ -9,7 +9,8 @@ from megalith.config.run import RunConfig
 from megalith.config.sections.model import ModelConfig
 
 BASE = {
-    "num_layers": 2, "hidden_size": 24, "num_attention_heads": 4, "vocab_size": 50, "max_position_embeddings": 32, "ffn_hidden_size": 40,
+    "num_layers": 2, "hidden_size": 24, "num_attention_heads": 4, "vocab_size": 50, "max_position_embeddings": 32,
+    "ffn_hidden_size": 40,
 }  # fmt: skip
 
 
@@ -101,7 +102,9 @@ def test_a_part_that_is_not_there_is_one_line_without_advice():
         "optimizer/momentum_buffer/head.weight": [1],
     }
     (line,) = fit.differences(asked, found, {"normalization": "layernorm"})
-    assert line == "optimizer/momentum_buffer: asked for, the checkpoint has no such part but model, optimizer/exp_avg"
+    assert (
+        line == "optimizer/momentum_buffer: asked for, the checkpoint has no such part, only model, optimizer/exp_avg"
+    )
 
 
 def test_long_reports_are_cut(tmp_path):
@@ -140,7 +143,7 @@ def test_what_only_t5_has(name, cures):
 
 
 def test_the_vocabulary_size_to_type_is_that_of_the_tokenizer() -> None:
-    """NullTokenizer has a row more than --vocab-size says; a run that may have one is told both."""
+    """NullTokenizer has a row more than --vocab-size says; where the run may have one, both sizes are named."""
     shape = {"model_type": "gpt", "vocab_size": 100, "hidden_size": 8}
     for tokenizer, asked, expected in (
         ("NullTokenizer", 121, "--vocab-size 99"),
@@ -150,4 +153,7 @@ def test_the_vocabulary_size_to_type_is_that_of_the_tokenizer() -> None:
         found = fit.cure_of_shape("model/embedding.weight", [100, 8], [asked, 8], shape | {"tokenizer_type": tokenizer})
         assert found == [expected]
     text = "model: {vocab_size: 99}\ndata: {tokenizer_type: NullTokenizer}\n"
-    assert fit.model_section(text, typed=True)["vocab_size"] == 100 and fit.model_section(text)["vocab_size"] == 99
+    assert (
+        fit.model_section(text, vocab_size_as_flag=True)["vocab_size"] == 100
+        and fit.model_section(text)["vocab_size"] == 99
+    )

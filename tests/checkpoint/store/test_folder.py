@@ -25,10 +25,10 @@ def make(folder, *numbers, name=None):
 
 
 def test_nothing_there(tmp_path):
-    for place in (tmp_path, tmp_path / "absent"):
-        assert folders.iterations(place) == [] and folders.latest(place) is None
+    for folder in (tmp_path, tmp_path / "absent"):
+        assert folders.iterations(folder) == [] and folders.latest(folder) is None
         with pytest.raises(CheckpointError, match="no checkpoint found"):
-            folders.find(place)
+            folders.find(folder)
 
 
 def test_a_folder_of_runs_names_them(tmp_path):
@@ -47,9 +47,9 @@ def test_a_folder_of_runs_names_them(tmp_path):
 def test_found_by_pointer_number_or_path(tmp_path):
     make(tmp_path / "checkpoints", 10, 30, 20)
     inner = tmp_path / "checkpoints"
-    for place in (tmp_path, inner):  # a run's folder, or the checkpoints in it
-        assert folders.iterations(place) == [10, 20, 30] and folders.latest(place) == 20
-        assert folders.find(place) == inner / "iter_0000020" and folders.find(place, 10) == inner / "iter_0000010"
+    for folder in (tmp_path, inner):  # a run's folder, or the checkpoints in it
+        assert folders.iterations(folder) == [10, 20, 30] and folders.latest(folder) == 20
+        assert folders.find(folder) == inner / "iter_0000020" and folders.find(folder, 10) == inner / "iter_0000010"
     assert folders.find(inner / "iter_0000030") == inner / "iter_0000030"
     (inner / folders.POINTER).unlink()
     assert folders.latest(inner) == 30
@@ -62,9 +62,8 @@ def test_missing_one_is_named_and_the_newest_good_one_offered(tmp_path):
     with pytest.raises(CheckpointError, match=r"iter_0000040 is missing. .*--ckpt-step 30"):
         folders.find(tmp_path, 40)
     (tmp_path / "iter_0000030" / "data").unlink()
-    with pytest.raises(
-        CheckpointError, match=r"(?s)iter_0000030/data is missing.*--ckpt-step 10"
-    ):  # 20 has a wrong checksum
+    # 20 has a wrong checksum
+    with pytest.raises(CheckpointError, match=r"(?s)iter_0000030/data is missing.*--ckpt-step 10"):
         folders.find(tmp_path)
     (tmp_path / "iter_0000010" / "data").write_bytes(b"")
     with pytest.raises(CheckpointError, match="no other good checkpoint"):
@@ -98,14 +97,16 @@ def test_killed_while_replacing_loses_nothing(tmp_path):
 
 
 def test_clean_spares_what_a_live_save_owns(tmp_path):
-    mine, lock = folders.claim(tmp_path, 10)
+    locked, lock = folders.claim(tmp_path, 10)
     stale, dead = folders.claim(tmp_path, 10)
     os.close(dead)
     (tmp_path / ".iter_0000005.0a1b.removing").mkdir()
     (tmp_path / ".iter_not_ours").mkdir()
     folders.clean(tmp_path)
     assert (
-        mine.exists() and not stale.exists() and sorted(os.listdir(tmp_path)) == sorted([mine.name, ".iter_not_ours"])
+        locked.exists()
+        and not stale.exists()
+        and sorted(os.listdir(tmp_path)) == sorted([locked.name, ".iter_not_ours"])
     )
     os.close(lock)
     folders.clean(tmp_path)
@@ -115,15 +116,15 @@ def test_clean_spares_what_a_live_save_owns(tmp_path):
 def test_retention(tmp_path):
     make(tmp_path, 10, 20, 25, 30, 40)
     (tmp_path / "iter_0000020" / "data").unlink()  # damaged: left for its owner to look at
-    folders.retain(tmp_path, 40, 2, 25)
+    folders.prune(tmp_path, 40, 2, 25)
     assert folders.iterations(tmp_path) == [20, 25, 30, 40] and sorted(os.listdir(tmp_path))[0] == "iter_0000020"
-    folders.retain(tmp_path, 40, 0, None)
+    folders.prune(tmp_path, 40, 0, None)
     assert folders.iterations(tmp_path) == [20, 25, 30, 40]
 
 
 def test_going_back_keeps_the_abandoned_continuation_until_it_is_reached(tmp_path):
     make(tmp_path, 10, 80, 90, 20)
-    folders.retain(tmp_path, 20, 1, None)
+    folders.prune(tmp_path, 20, 1, None)
     assert folders.iterations(tmp_path) == [20, 80, 90] and folders.latest(tmp_path) == 20
 
 

@@ -19,7 +19,7 @@ SHAPES = {"a": (7, 6), "b": (5,), "c": (2, 3, 4), "d": (8, 4), "e": (1, 3), "f":
 YAML = "model: {num_layers: 2, hidden_size: 6, num_attention_heads: 2, vocab_size: 7}\n"
 
 
-def whole():
+def full_tensors():
     draw = torch.Generator().manual_seed(3)
     return {f"model/{name}": torch.randn(shape, generator=draw) for name, shape in SHAPES.items()}
 
@@ -31,7 +31,7 @@ class Model(nn.Module):
         super().__init__()
         tensors = {
             name.removeprefix("model/"): tensor if fill else torch.full_like(tensor, -1.0)
-            for name, tensor in whole().items()
+            for name, tensor in full_tensors().items()
         }
         kind, *sizes = layout
         meshes = {
@@ -77,7 +77,7 @@ def read(folder, layout):
 
 
 def equal(found):
-    return all(torch.equal(found[name], tensor) for name, tensor in whole().items())
+    return all(torch.equal(found[name], tensor) for name, tensor in full_tensors().items())
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_any_layout_into_any_layout(tmp_path, ranks, layout):
     ranks(write, size, str(tmp_path), layout)
     path = checkpoint.find(tmp_path)
     assert checkpoint.verify(path) == [] and equal(checkpoint.read_full(path))
-    assert sum(tensor.numel() for tensor in whole().values()) == checkpoint.describe(path)["parameters"]["model"]
+    assert sum(tensor.numel() for tensor in full_tensors().values()) == checkpoint.describe(path)["parameters"]["model"]
     for other in [("dp tp", 2, 2), ("2d", 1, 3), ("tp", 2), ("fsdp", 4), ("plain",)]:
         if other != layout:
             size = {1: 2, 2: other[-1], 3: other[-1] * other[-2] if len(other) > 2 else 0}[len(other)]
@@ -174,7 +174,7 @@ def test_damage_is_named_and_the_newest_good_one_offered(saved):
     with pytest.raises(CheckpointError, match=rf"(?s){file.name} is damaged: its SHA-256.*--ckpt-step 1\."):
         checkpoint.load(folder, state)
     file.write_bytes(data[:-1])
-    with pytest.raises(CheckpointError, match=rf"{file.name} is damaged: found {len(data) - 1} bytes"):
+    with pytest.raises(CheckpointError, match=rf"{file.name} is damaged: it has {len(data) - 1} bytes"):
         checkpoint.load(folder, state, checksums=False)
     checkpoint.load(folder, state, iteration=1)
 

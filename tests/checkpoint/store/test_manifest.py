@@ -32,7 +32,7 @@ def test_round_trip(checkpoint):
         and content["iteration"] == 7
         and content["tensors"]["a"] == {"shape": [2], "dtype": "int8"}
     )
-    assert manifest.verify(checkpoint) == manifest.glance(checkpoint) == []
+    assert manifest.verify(checkpoint) == manifest.check_sizes(checkpoint) == []
 
 
 @pytest.mark.parametrize("name", ["data", "text"])
@@ -42,15 +42,15 @@ def test_one_flipped_bit_is_found(checkpoint, name):
     (checkpoint / name).write_bytes(data)
     (problem,) = manifest.verify(checkpoint)
     assert name in problem and "SHA-256" in problem
-    assert manifest.glance(checkpoint) == []  # sizes do not tell
+    assert manifest.check_sizes(checkpoint) == []  # sizes do not tell
 
 
 @pytest.mark.parametrize("bit", range(0, 8, 3))
 def test_any_flipped_bit_of_the_manifest_is_found(checkpoint, bit):
     file = checkpoint / manifest.NAME
     data = file.read_bytes()
-    for place in range(0, len(data) - 1, 7):
-        file.write_bytes(data[:place] + bytes([data[place] ^ (1 << bit)]) + data[place + 1 :])
+    for position in range(0, len(data) - 1, 7):
+        file.write_bytes(data[:position] + bytes([data[position] ^ (1 << bit)]) + data[position + 1 :])
         (problem,) = manifest.verify(checkpoint)
         assert manifest.NAME in problem and "damaged" in problem
 
@@ -58,9 +58,9 @@ def test_any_flipped_bit_of_the_manifest_is_found(checkpoint, bit):
 def test_truncated_and_missing(checkpoint):
     (checkpoint / "data").write_bytes(b"123")
     (checkpoint / "text").unlink()
-    assert manifest.glance(checkpoint) == manifest.verify(checkpoint)
-    short, missing = manifest.glance(checkpoint)
-    assert "found 3 bytes" in short and "5120" in short and missing.endswith("text is missing")
+    assert manifest.check_sizes(checkpoint) == manifest.verify(checkpoint)
+    short, missing = manifest.check_sizes(checkpoint)
+    assert "it has 3 bytes" in short and "5120" in short and missing.endswith("text is missing")
     (checkpoint / manifest.NAME).unlink()
     (problem,) = manifest.verify(checkpoint)
     assert "manifest.json is missing" in problem

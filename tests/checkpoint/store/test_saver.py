@@ -58,7 +58,7 @@ def test_errors_surface_at_the_next_call(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store._Hashed, "write", full)
+        patch.setattr(store._HashingFile, "write", full)
         saver.save(2, {"model/a": torch.ones(3)}, train_state={}, config_yaml="")
         with pytest.raises(CheckpointError, match="No space left"):
             saver.save(3, {"model/a": torch.ones(3)}, train_state={}, config_yaml="")

@@ -103,7 +103,7 @@ def test_stages_of_one_rank(tmp_path):
     checkpoint.load(tmp_path, into)
     assert same(into[0], first) and same(into[1], last)
     last["model/tied"][2] = 7
-    with pytest.raises(CheckpointError, match="model/tied: two stages of this rank hold copies that differ"):
+    with pytest.raises(CheckpointError, match="two stages of this rank hold copies that differ of model/tied"):
         save(tmp_path, 2, [first, last])
     assert checkpoint.iterations(tmp_path) == [1]
 
@@ -118,13 +118,13 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(tmp_path, bad):
 
 
 def test_negative_iteration(tmp_path):
-    with pytest.raises(CheckpointError, match="iteration: found -1"):
+    with pytest.raises(CheckpointError, match="iteration must be at least 0; found -1"):
         save(tmp_path, -1, tensors())
 
 
 def test_foreign_folder_is_not_replaced(tmp_path):
     (tmp_path / "iter_0000001" / "mp_rank_00").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match="is no checkpoint of megalith"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint of megalith"):
         save(tmp_path, 1, tensors())
     assert (tmp_path / "iter_0000001" / "mp_rank_00").is_dir()
 
@@ -211,21 +211,21 @@ def disagreements(folder):
     mesh = init_device_mesh("cpu", (2,))
     cases = {
         "copies that differ": lambda: save(folder, 1, {"model/a": torch.tensor([1.0, float(rank)])}),
-        "disagree on it": lambda: save(folder, 1, {"model/a": torch.ones(2 + rank)}),
+        "differs between two ranks": lambda: save(folder, 1, {"model/a": torch.ones(2 + rank)}),
         "disagree on what to save where": lambda: save(folder, rank, {}),
         "artial": lambda: save(folder, 1, {"model/a": DTensor.from_local(torch.ones(4), mesh, [Partial()])}),
-        "tied": lambda: save(folder, 1, {"model/tied": alone(torch.tensor([3.0, float(rank)]))}),
+        "tied": lambda: save(folder, 1, {"model/tied": on_own_mesh(torch.tensor([3.0, float(rank)]))}),
     }
     messages = {}
     for name, call in cases.items():
         with pytest.raises(CheckpointError) as caught:
             call()
         messages[name] = str(caught.value)
-    save(folder, 1, {"model/tied": alone(torch.tensor([3.0, 4.0])), "model/plain": torch.ones(2)})
+    save(folder, 1, {"model/tied": on_own_mesh(torch.tensor([3.0, 4.0])), "model/plain": torch.ones(2)})
     return messages
 
 
-def alone(tensor):
+def on_own_mesh(tensor):
     """A DTensor on a mesh of this rank only, as the pipeline stages at both ends hold their tied weight."""
     meshes = [dist.device_mesh.DeviceMesh("cpu", [rank]) for rank in range(dist.get_world_size())]
     return distribute_tensor(tensor, meshes[dist.get_rank()], [Shard(0)])
@@ -267,9 +267,8 @@ def test_killed_at_random_moments(tmp_path):
         process.start()
         until = time.monotonic() + 60
         while (found := checkpoint.latest(tmp_path)) in (None, last) and time.monotonic() < until:
-            time.sleep(
-                0.001
-            )  # the first save of this life is through: what follows is killed anywhere in the next ones
+            # The first save of this life is through: what follows is killed anywhere in the next ones
+            time.sleep(0.001)
         time.sleep(draw.uniform(0, 0.08))
         process.kill()
         process.join()

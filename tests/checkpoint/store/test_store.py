@@ -10,7 +10,7 @@ import torch
 
 from megalith.checkpoint.ranks import Ranks
 from megalith.checkpoint.store import dcp as store
-from megalith.checkpoint.tensors.chunked import Chunked
+from megalith.checkpoint.tensors.chunked import DcpFolder
 from megalith.common.errors import CheckpointError
 
 
@@ -27,7 +27,7 @@ def test_facts_and_hashes(tmp_path):
         data = (tmp_path / name).read_bytes()
         assert facts == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     into = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
-    store.fill(Chunked(tmp_path).lazies(), into)
+    store.fill(DcpFolder(tmp_path).lazies(), into)
     assert all(torch.equal(into[name], state[name]) for name in state)
 
 
@@ -36,7 +36,7 @@ def test_index_holds_no_paths(tmp_path):
     assert str(tmp_path).encode() not in (tmp_path / ".metadata").read_bytes()
 
 
-class Rude:
+class Malicious:
     """Unpickled, it would make a file."""
 
     def __init__(self, path):
@@ -47,29 +47,30 @@ class Rude:
 
 
 def test_an_index_cannot_run_code(tmp_path):
-    (tmp_path / ".metadata").write_bytes(pickle.dumps({"a": Rude(tmp_path / "made")}))
-    with pytest.raises(CheckpointError, match=r"\.metadata: (found|it is damaged)"):
-        Chunked(tmp_path)
+    (tmp_path / ".metadata").write_bytes(pickle.dumps({"a": Malicious(tmp_path / "made")}))
+    with pytest.raises(CheckpointError, match=r"\.metadata (asks for code|is damaged)"):
+        DcpFolder(tmp_path)
     assert not (tmp_path / "made").exists()
     for rubbish in (b"", b"not a pickle", pickle.dumps(torch.nn.Linear)):
         (tmp_path / ".metadata").write_bytes(rubbish)
-        with pytest.raises(CheckpointError, match=r"\.metadata: (found|it is damaged)"):
-            Chunked(tmp_path)
+        with pytest.raises(CheckpointError, match=r"\.metadata (asks for code|is damaged)"):
+            DcpFolder(tmp_path)
 
 
 def test_an_index_cannot_reach_through_a_module(tmp_path):
+    # Pickle follows the dot into what the module imports
     module, name = (
         b"torch.distributed.checkpoint.metadata",
         b"os.system",
-    )  # pickle follows the dot into what the module imports
+    )
     (tmp_path / ".metadata").write_bytes(b"\x80\x04\x8c%c%s\x8c%c%s\x93." % (len(module), module, len(name), name))
     with pytest.raises(CheckpointError, match=r"found 'torch.distributed.checkpoint.metadata.os.system'"):
-        Chunked(tmp_path)
+        DcpFolder(tmp_path)
 
 
 @pytest.mark.parametrize("file", ["__0_0.distcp", "__0_1.distcp", ".metadata.tmp"])
 def test_failure_of_any_file_is_a_failure(tmp_path, monkeypatch, file, capfd):
-    write_some = store._Hashed.write
+    write_some = store._HashingFile.write
 
     def fail(self, data):
         if pathlib.Path(self.file.name).name == file and (self.size > 100 or file == ".metadata.tmp"):
@@ -77,7 +78,7 @@ def test_failure_of_any_file_is_a_failure(tmp_path, monkeypatch, file, capfd):
             raise self.failure
         return write_some(self, data)
 
-    monkeypatch.setattr(store._Hashed, "write", fail)
+    monkeypatch.setattr(store._HashingFile, "write", fail)
     with pytest.raises(CheckpointError, match=f"No space left on device: .*{file}"):
         write(tmp_path, {f"model/{number}": torch.ones(4000) for number in range(6)})
     assert "Traceback" not in capfd.readouterr().err

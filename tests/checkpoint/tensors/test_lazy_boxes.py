@@ -1,4 +1,4 @@
-"""A box of what is made of a tensor is that box of the whole: every change, and every format's splitting of fused rows."""
+"""A box of a derived tensor is that box of all of it: every operation, and every format's splitting of fused rows."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megalith.checkpoint.formats.huggingface.family import GROUPS, SAME, THIRDS_TRANSPOSED, TRANSPOSED
+from megalith.checkpoint.formats.huggingface.family import GROUPED_QKV, IDENTITY, QKV_TRANSPOSED, TRANSPOSED
 from megalith.checkpoint.formats.megatron import layout
-from megalith.checkpoint.formats.megatron.dist import _restore
+from megalith.checkpoint.formats.megatron.dist import _unflatten
 from megalith.checkpoint.tensors.lazy import Lazy, cat
 from megalith.config.sections.model import ModelConfig
 
@@ -89,19 +89,19 @@ def test_a_box_of_a_hugging_face_form(data) -> None:
         kv_channels=width,
     )
     ours = [torch.randn(rows, 6) for rows in (groups * share * width, groups * width, groups * width)]
-    form = data.draw(st.sampled_from([SAME, TRANSPOSED, GROUPS, THIRDS_TRANSPOSED]))
-    ours = ours[:1] if form in (SAME, TRANSPOSED) else [ours[1]] * 3 if form is THIRDS_TRANSPOSED else ours
-    theirs = form.together([Lazy.of(each) for each in ours], model)
+    conversion = data.draw(st.sampled_from([IDENTITY, TRANSPOSED, GROUPED_QKV, QKV_TRANSPOSED]))
+    ours = ours[:1] if conversion in (IDENTITY, TRANSPOSED) else [ours[1]] * 3 if conversion is QKV_TRANSPOSED else ours
+    theirs = conversion.to_hf([Lazy.of(each) for each in ours], model)
     whole = theirs.read()
     assert equal(theirs, whole, data.draw(boxes(whole.shape)))
-    for each, part in zip(ours, form.apart(source(whole, []), model), strict=True):
+    for each, part in zip(ours, conversion.from_hf(source(whole, []), model), strict=True):
         assert equal(part, each, ()) and equal(part, each, data.draw(boxes(each.shape)))
 
 
 @given(st.data())
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_a_box_of_what_megatrons_ranks_hold(data) -> None:
-    split = data.draw(st.sampled_from(["whole", "rows", "columns", "vocabulary", "halves", "qkv", "pair"]))
+    split = data.draw(st.sampled_from(["replicated", "rows", "columns", "vocabulary", "halves", "qkv", "pair"]))
     ranks, share, width = data.draw(st.sampled_from([1, 2])), data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
     groups = 2
     how = layout.Layout(
@@ -118,13 +118,15 @@ def test_a_box_of_what_megatrons_ranks_hold(data) -> None:
     ours = [torch.randn(size, 6) for size in rows.get(split, [4])]
     lazies = [Lazy.of(each) for each in ours]
     if how.qkv == "grouped" or split not in ("qkv", "pair"):
-        parts = [layout.split_part(split, lazies, how, rank) for rank in range(ranks)]
+        parts = [layout.take_shard(split, lazies, how, rank) for rank in range(ranks)]
     else:  # which is only read
         kinds = [part.chunk(ranks) for part in ours]
         parts = [torch.cat([kind[rank] for kind in kinds]) for rank in range(ranks)]
         if how.qkv == "interleaved":
             parts = [torch.stack([kind[rank] for kind in kinds], dim=1).flatten(0, 1) for rank in range(ranks)]
-    for each, part in zip(ours, layout.merge(split, [source(part, []) for part in parts], how, len(ours)), strict=True):
+    for each, part in zip(
+        ours, layout.merge_shards(split, [source(part, []) for part in parts], how, len(ours)), strict=True
+    ):
         assert equal(part, each, ()) and equal(part, each, data.draw(boxes(each.shape)))
 
 
@@ -134,7 +136,7 @@ def test_a_box_of_what_cores_optimizer_stores_flat(fragments) -> None:
     flat = torch.stack(
         [torch.stack([part.flatten() for part in rows.chunk(fragments[1], 1)]) for rows in whole.chunk(fragments[0])]
     )
-    made = _restore(source(flat, []), (4, 6))
+    made = _unflatten(source(flat, []), (4, 6))
     assert all(
         equal(made, whole, index)
         for index in ((), (slice(1, 3),), (slice(0, 4), slice(2, 5)), (slice(3, 4), slice(0, 1)))
@@ -142,22 +144,25 @@ def test_a_box_of_what_cores_optimizer_stores_flat(fragments) -> None:
 
 
 def test_no_more_is_read_than_the_box() -> None:
-    """A rank of two reads half of what it needs half of, whatever lies between file and parameter; the interleaved order a head more."""
+    """A rank of two reads half of what it needs half of, whatever operations are between file and parameter.
+
+    The interleaved order takes a head more.
+    """
     taken: list[int] = []
     whole = source(torch.randn(48, 16), taken)
     model = ModelConfig(hidden_size=16, num_attention_heads=4, kv_channels=4)
     how = layout.Layout(heads=4, groups=4, head_dim=4, vocabulary=48, padded=48, ranks=1)
     for lazy in (
-        *GROUPS.apart(whole, model),
-        *layout.merge("qkv", [whole], how, 3),
-        *layout.merge("halves", [whole], how, 2),
+        *GROUPED_QKV.from_hf(whole, model),
+        *layout.merge_shards("qkv", [whole], how, 3),
+        *layout.merge_shards("halves", [whole], how, 2),
     ):
         for index in ((slice(0, lazy.shape[0] // 2),), (slice(0, lazy.shape[0]), slice(8, 16))):
             taken.clear()
             assert lazy.part(index).numel() == lazy.part(index).numel() and sum(taken) / 2 <= 3 * lazy.shape[0] * 16 / 2
     taken.clear()
     assert (
-        THIRDS_TRANSPOSED.apart(source(torch.randn(16, 48), taken), model)[1].part((slice(0, 8),)).numel()
+        QKV_TRANSPOSED.from_hf(source(torch.randn(16, 48), taken), model)[1].part((slice(0, 8),)).numel()
         == sum(taken)
         == 8 * 16
     )

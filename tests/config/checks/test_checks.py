@@ -1,4 +1,4 @@
-"""Rules on single values, recompute, checkpoints and data; every problem at once, each in the order what, found, rule, cure."""
+"""Rules on single values, recompute, checkpoints and data; every problem at once: what, rule, found value, cure."""
 
 import pytest
 from hypothesis import given
@@ -10,9 +10,17 @@ from megalith.config.flags.values import fields
 from megalith.config.run import RunConfig
 
 GOOD = RunConfig().replace(
-    num_layers=4, hidden_size=64, num_attention_heads=4, seq_length=32, max_position_embeddings=32, micro_batch_size=2, lr=1e-3,
-    train_iters=10, data_path=["a"], tokenizer_type="NullTokenizer",
-)  # fmt: skip
+    num_layers=4,
+    hidden_size=64,
+    num_attention_heads=4,
+    seq_length=32,
+    max_position_embeddings=32,
+    micro_batch_size=2,
+    lr=1e-3,
+    train_iters=10,
+    data_path=["a"],
+    tokenizer_type="NullTokenizer",
+)
 
 
 def only(config, world_size=1):
@@ -30,46 +38,48 @@ def test_every_problem_is_in_one_error():
     with pytest.raises(ConfigError) as caught:
         check(RunConfig())
     text = str(caught.value)
-    for flag in (
-        "--num-layers",
-        "--hidden-size",
-        "--num-attention-heads",
-        "--seq-length",
-        "--micro-batch-size",
-        "--lr",
-        "--data-path",
-    ):
-        assert f"{flag}: found nothing; " in text
-    assert "length of the run: found nothing" in text and "tokenizer: found nothing" in text
+    required = ("--num-layers", "--hidden-size", "--num-attention-heads", "--seq-length", "--micro-batch-size", "--lr")
+    for flag in required:
+        assert f"{flag} must be given, because" in text
+    assert "--data-path must name the corpus" in text
+    assert "The length of the run must be given" in text and "The tokenizer must be " in text
 
 
 LIMITS = [
-    ({"num_layers": 0}, "--num-layers: found 0; it is at least 1. Write --num-layers 1 or more."),
-    ({"hidden_size": -64}, "--hidden-size: found -64; it is at least 1. Write --hidden-size 1 or more."),
+    ({"num_layers": 0}, "--num-layers must be at least 1; found 0. Write --num-layers 1 or more."),
+    ({"hidden_size": -64}, "--hidden-size must be at least 1; found -64. Write --hidden-size 1 or more."),
     (
         {"train_iters": -3},
-        "--train-iters: found -3; it is at least 1, or 0 with --skip-train. Write --train-iters 1 or more.",
+        "--train-iters must be at least 1, or 0 with --skip-train; found -3. Write --train-iters 1 or more.",
     ),
-    ({"seed": -1}, "--seed: found -1; it is at least 0. Write --seed 0 or more; the default is 1234."),
+    ({"seed": -1}, "--seed must be at least 0; found -1. Write --seed 0 or more; the default is 1234."),
     (
         {"seed": 2**32},
-        "--seed: found 4294967296; sample orders are Megatron's, whose seeds are below 2 to the 32nd. Write a smaller one.",
+        "--seed must be below 2 to the 32nd, as Megatron's seeds of sample orders; found 4294967296. Write a "
+        "smaller one.",
     ),
-    ({"lr": float("nan")}, "--lr: found nan; it is a finite number. Write one after --lr."),
+    ({"lr": float("nan")}, "--lr must be a finite number; found nan. Write one after --lr."),
     (
         {"lr_decay_style": "cosin"},
-        "it is one of constant, linear, cosine, inverse-square-root, WSD. Write --lr-decay-style cosine.",
+        "--lr-decay-style must be one of constant, linear, cosine, inverse-square-root, WSD; found 'cosin'. "
+        "Write --lr-decay-style cosine.",
     ),
     ({"normalization": "LAYERNORM"}, "Write --normalization layernorm."),
     (
         {"hidden_dropout": 1.0},
-        "--hidden-dropout: found 1.0; it is a share, below 1. Write --hidden-dropout with a number between 0 and 1.",
+        "--hidden-dropout must be a fraction below 1; found 1.0. Write --hidden-dropout with a number between 0 and 1.",
     ),
-    ({"adam_beta2": 1.5}, "--adam-beta2: found 1.5; it is a share, below 1."),
-    ({"num_layers": 2.0}, "--num-layers: found 2.0; it is a whole number. Give --num-layers such a value."),
-    ({"swiglu": 1}, "--swiglu: found 1; it is true or false"),
-    ({"micro_batch_size": True}, "--micro-batch-size: found True; it is a whole number"),
-    ({"seed": None}, "--seed: found nothing; it needs a value; the default is 1234. Give --seed one."),
+    (
+        {"adam_beta2": 1.5},
+        "--adam-beta2 must be a fraction below 1; found 1.5. Write --adam-beta2 with a number between 0 and 1.",
+    ),
+    ({"num_layers": 2.0}, "--num-layers must be a whole number; found 2.0. Give --num-layers such a value."),
+    ({"swiglu": 1}, "--swiglu must be true or false (the default is False); found 1. Give --swiglu such a value."),
+    (
+        {"micro_batch_size": True},
+        "--micro-batch-size must be a whole number; found True. Give --micro-batch-size such a value.",
+    ),
+    ({"seed": None}, "--seed must have a value (the default is 1234); found nothing. Give --seed one."),
 ]
 
 
@@ -83,37 +93,73 @@ def test_limits_of_single_values(values, message):
 COMBINED = [
     (
         {"recompute_activations": True, "recompute_granularity": "full", "recompute_method": "uniform"},
-        "it means selective",
+        "--recompute-activations means --recompute-granularity selective; found --recompute-granularity full."
+        " Leave out one of the two.",
     ),
     ({"recompute_granularity": "full"}, "Write --recompute-method uniform (or block)."),
     ({"recompute_method": "block"}, "Write --recompute-granularity full --recompute-method block"),
     (
         {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 5},
-        "it is at most --num-layers, 4",
+        "--recompute-num-layers must be at most --num-layers, 4; found 5. Write a smaller number.",
     ),
     (
         {"save_interval": 100, "keep_every": 250},
-        "--keep-every: found 250; it must be a multiple of --save-interval, 100",
+        "--keep-every must be a multiple of --save-interval, 100, or it keeps no checkpoint; found 250. Write"
+        " --keep-every 200 or 300.",
     ),
     (
         {"finetune": True},
-        "--finetune: found no checkpoint folder; it needs a checkpoint to load. Name its folder with --load.",
+        "--finetune needs a checkpoint to load; found none. Name its folder with --load.",
     ),
-    ({"use_checkpoint_args": True}, "--use-checkpoint-args: found no --load"),
+    (
+        {"use_checkpoint_args": True},
+        "--use-checkpoint-args needs a checkpoint to read; found no --load. Name its folder with --load.",
+    ),
     (
         {"num_layers": None, "load": "llama"},
-        "--num-layers: found nothing; a model needs it. Write --use-checkpoint-args: the model is that of llama.",
+        "--num-layers must be given, because a model needs it; found nothing. Write --use-checkpoint-args: "
+        "the model is that of llama.",
     ),
-    ({"data_path": []}, "--data-path: found nothing; the dataset needs a corpus."),
-    ({"train_data_path": ["b"]}, "corpus: found --data-path and --train-data-path; it is named in one way."),
-    ({"data_path": [], "valid_data_path": ["b"]}, "--valid-data-path: found no --train-data-path"),
-    ({"data_file_list": "b"}, "corpus: found --data-path and --data-file-list"),
-    ({"tokenizer_type": None}, "tokenizer: found nothing"),
-    ({"split": "a,b"}, "--split: found 'a,b'; it is up to three shares"),
+    (
+        {"data_path": []},
+        "--data-path must name the corpus of the dataset; found nothing. Write --data-path PREFIX, the name "
+        "without .bin and .idx that `megalith data preprocess` gave.",
+    ),
+    (
+        {"train_data_path": ["b"]},
+        "The corpus must be named in one way; found --data-path and --train-data-path. Keep one; --data-path "
+        "and --data-file-list go with --split, the others name training, validation and test.",
+    ),
+    (
+        {"data_path": [], "valid_data_path": ["b"]},
+        "--valid-data-path needs --train-data-path beside it, because a run that trains needs data; found "
+        "nothing. Write --train-data-path too.",
+    ),
+    (
+        {"data_file_list": "b"},
+        "The corpus must be named in one way; found --data-path and --data-file-list. Keep one; --data-path "
+        "and --data-file-list go with --split, the others name training, validation and test.",
+    ),
+    (
+        {"tokenizer_type": None},
+        "The tokenizer must be the one that the data was made with, because it has the vocabulary; found "
+        "nothing. Write --vocab-file FILE --merge-file FILE (GPT-2's), or --tokenizer-model tokenizer.json.",
+    ),
+    (
+        {"split": "a,b"},
+        "--split must be up to three numbers (training, validation, test), none negative, not all zero; found"
+        " 'a,b'. Write for example --split 969,30,1.",
+    ),
     ({"split": "1,-1,0"}, "none negative"),
     ({"split": "0,0,0"}, "Write for example --split 969,30,1."),
-    ({"split": "1,2,3,4"}, "it is up to three shares"),
-    ({"split": "nan,1"}, "it is up to three shares"),
+    (
+        {"split": "1,2,3,4"},
+        "--split must be up to three numbers (training, validation, test), none negative, not all zero",
+    ),
+    (
+        {"split": "nan,1"},
+        "--split must be up to three numbers (training, validation, test), none negative, not all zero",
+    ),
     ({"split": "-1,2"}, "none negative"),
 ]
 
@@ -152,6 +198,6 @@ def test_no_value_makes_the_check_itself_fail(name, value, world_size):
         assert all(problem.text for problem in find_problems(GOOD.replace(**{name: value}), world_size))
 
 
-def test_one_mistake_is_told_once():
+def test_one_mistake_is_reported_once():
     assert len(find_problems(GOOD.replace(hidden_size=-3, num_attention_heads=5))) == 1
     assert len(find_problems(GOOD.replace(num_layers=None, pipeline_model_parallel_size=2), 2)) == 1

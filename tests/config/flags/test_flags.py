@@ -19,14 +19,14 @@ def test_every_field_has_a_flag_and_booleans_have_two():
     table = flags.config_flags()
     for name, field in fields().items():
         assert name in table[flag(name)].sets
-        _, no = flags.names(field)
+        _, no = flags.flag_names(field)
         assert bool(no) == (field.kind is bool)
     assert table["--disable-bias-linear"].sets == {"add_bias_linear": False} == table["--no-add-bias-linear"].sets
     assert table["--load-optim"].sets == {"no_load_optim": False}
 
 
 def test_no_spelling_means_two_things():
-    spellings = [name for field in fields().values() for names in flags.names(field) for name in names]
+    spellings = [name for field in fields().values() for names in flags.flag_names(field) for name in names]
     assert len(spellings) == len(set(spellings))
 
 
@@ -49,8 +49,13 @@ def test_forms():
     )
     assert found.words == ["gpt"] and not found.problems and not found.notices
     assert found.values == {
-        "lr": "3", "num_layers": "2", "data_path": ["1", "a"], "swiglu": True, "bf16": False, "split": "969, 30, 1",
-    }  # fmt: skip
+        "lr": "3",
+        "num_layers": "2",
+        "data_path": ["1", "a"],
+        "swiglu": True,
+        "bf16": False,
+        "split": "969, 30, 1",
+    }
     assert flags.read(["--swiglu=false"]).values == {"swiglu": False}
     assert flags.read(["--no-bf16=false"]).values == {"bf16": True}
     assert flags.read(["--dry-run", "--recipe", "x"]).values == {"dry_run": True, "recipe": "x"}
@@ -80,16 +85,15 @@ def test_all_mistakes_at_once():
         (),
     ]
     assert texts(found)[0] == "unknown flag --hiden-size: did you mean --hidden-size?"
-    assert texts(found)[1].startswith("--num-layers: found nothing; it needs a value.")
+    assert texts(found)[1].startswith("--num-layers must have a value; found nothing.")
     assert found.words == ["gpt"], "the value of an unknown flag is no word"
 
 
 def test_abbreviations_are_unknown():
     assert texts(flags.read(["--num-lay", "2"])) == ["unknown flag --num-lay: did you mean --num-layers?"]
     assert texts(flags.read(["--rl", "2"])) == ["unknown flag --rl: did you mean --lr?"]
-    assert texts(flags.read(["--bogus", "2"])) == [
-        "unknown flag --bogus: megalith pretrain --help lists them"
-    ]  # and not --loss
+    # And not --loss
+    assert texts(flags.read(["--bogus", "2"])) == ["unknown flag --bogus: megalith pretrain --help lists them"]
 
 
 @given(
@@ -127,7 +131,7 @@ def test_flags_say_what_the_config_says(data):
     for field in chosen:
         strategy = st.lists(TYPED[field.item], min_size=1) if field.kind is list else TYPED[field.kind]
         values[field.name] = value = data.draw(strategy)
-        yes, no = flags.names(field)
+        yes, no = flags.flag_names(field)
         if field.kind is bool:
             argv.append(yes[0] if value else no[0])
         else:

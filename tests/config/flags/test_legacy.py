@@ -75,7 +75,8 @@ def test_tokens_become_samples():
 def test_old_keys_in_yaml(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(
-        "batch_size: 3\ncheckpoint_activations: true\nmodel:\n  num_key_value_heads: 2\nuse_flash_attn: true\nDDP_impl: local\n"
+        "batch_size: 3\ncheckpoint_activations: true\nmodel:\n  num_key_value_heads: 2\nuse_flash_attn: "
+        "true\nDDP_impl: local\n"
     )
     words = [word for word in SHAPE if word not in ("--micro-batch-size", "2")]
     config, notices = load_config([*words, "--train-iters", "3", "--config", str(file)], data=False)

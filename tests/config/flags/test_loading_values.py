@@ -11,8 +11,8 @@ from megalith.config.run import RunConfig
 
 
 def value(name, raw):
-    found, trouble = convert(fields()[name], raw, "--" + name)
-    assert trouble is None, trouble
+    found, problem = convert(fields()[name], raw, "--" + name)
+    assert problem is None, problem
     return found
 
 
@@ -53,15 +53,27 @@ def test_types():
 @pytest.mark.parametrize(
     ("name", "raw"),
     [
-        ("num_layers", "abc"), ("num_layers", "1.5"), ("num_layers", True), ("num_layers", "inf"), ("num_layers", [1]), ("lr", "nan"),
-        ("lr", "inf"), ("lr", ""), ("swiglu", "maybe"), ("swiglu", 1), ("seed", None), ("rampup_batch_size", ["16", "x"]),
-        ("save", {"a": 1}), ("data_path", [["a"]]), ("hidden_dropout", "none"),
+        ("num_layers", "abc"),
+        ("num_layers", "1.5"),
+        ("num_layers", True),
+        ("num_layers", "inf"),
+        ("num_layers", [1]),
+        ("lr", "nan"),
+        ("lr", "inf"),
+        ("lr", ""),
+        ("swiglu", "maybe"),
+        ("swiglu", 1),
+        ("seed", None),
+        ("rampup_batch_size", ["16", "x"]),
+        ("save", {"a": 1}),
+        ("data_path", [["a"]]),
+        ("hidden_dropout", "none"),
     ],
-)  # fmt: skip
-def test_wrong_types_are_told(name, raw):
-    found, trouble = convert(fields()[name], raw, f"run.yaml: {name}")
-    assert found is None and trouble.fields == (name,)
-    assert trouble.text.startswith(f"run.yaml: {name}: found ") and f"--{name.replace('_', '-')} " in trouble.text
+)
+def test_wrong_types_are_reported(name, raw):
+    found, problem = convert(fields()[name], raw, f"run.yaml: {name}")
+    assert found is None and problem.fields == (name,)
+    assert problem.text.startswith(f"run.yaml: {name} must be ") and f"--{name.replace('_', '-')} " in problem.text
 
 
 @given(st.integers(-(10**15), 10**15))

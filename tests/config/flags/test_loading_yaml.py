@@ -30,56 +30,69 @@ def test_old_spellings():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("model: [", "is not valid YAML"), ("- a\n- b\n", "it maps names to values"), ("lr: 1\nlr: 2\n", "lr is given twice"),
-        ("lr: 1\noptimizer: {lr: 2}\n", "it is given twice"), ("model: {a: {b: c}}", "unknown key a"),
+        ("model: [", "is not valid YAML"),
+        ("- a\n- b\n", "must map names to values"),
+        ("lr: 1\nlr: 2\n", "lr is given twice"),
+        ("lr: 1\noptimizer: {lr: 2}\n", "must be given once, not twice"),
+        ("model: {a: {b: c}}", "unknown key a"),
         ("modell: {num_layers: 2}", "unknown key modell: did you mean model?"),
-        ("model:\n  hidden_size:32\n", "model: found 'hidden_size:32'; hidden_size:32 has no space after the colon"),
+        (
+            "model:\n  hidden_size:32\n",
+            "model is a section, whose fields must stand below it: hidden_size:32 has no space after the colon",
+        ),
         ("num_layers:2\nhidden_size:32\n", "num_layers:2 has no space after the colon"),
-        ("model: {num_layers:2}", "key: found num_layers:2; num_layers:2 has no space after the colon"),
-        ("1: 2", "unknown key 1"), ("num_experts: 8", "--num-experts 8 cannot be used"),
+        ("model: {num_layers:2}", "A key of run.yaml must be a name: num_layers:2 has no space after the colon"),
+        ("1: 2", "unknown key 1"),
+        ("num_experts: 8", "--num-experts 8 cannot be used"),
     ],
-)  # fmt: skip
+)
 def test_every_mistake_is_named(content, message):
     _, problems, _ = parse(content)
     assert len(problems) == 1 and message in problems[0]
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (
             "model:\n\tnum_layers: 4\n",
-            "line 2: found '\\tnum_layers: 4'; YAML indents by blanks, not by tabs. Replace the tabs by blanks.",
+            "in line 2: YAML indents by spaces, not by tabs; found '\\tnum_layers: 4'. Replace the tabs by spaces.",
         ),
         (
             "model:\n  num_layers: 4\n\thidden_size: 8\n",
-            "line 3: found '\\thidden_size: 8'; YAML indents by blanks, not by tabs.",
+            "in line 3: YAML indents by spaces, not by tabs; found '\\thidden_size: 8'.",
         ),
         (
             "lr: 1\nname: a: b\n",
-            "line 2: found 'name: a: b'; a line has one name and one value. Put text with a colon into quotes",
+            "in line 2: a line has one name and one value; found 'name: a: b'. Put text with a colon into quotes",
         ),
-        ("lr: [1, 2\n", "line 1: found 'lr: [1, 2'; a bracket is not closed. Close it."),
-        ("name: 'a\n", 'line 1: found "name: \'a"; a quotation mark is not closed. Close it.'),
+        ("lr: [1, 2\n", "in line 1: a bracket is not closed; found 'lr: [1, 2'. Close it."),
+        ("name: 'a\n", 'in line 1: a quotation mark is not closed; found "name: \'a". Close it.'),
         (
             "model:\n    num_layers: 4\n  hidden_size: 8\n",
-            "line 3: found '  hidden_size: 8'; the fields of a section begin in one column.",
+            "in line 3: the fields of a section begin in one column; found '  hidden_size: 8'.",
         ),
-        ("lr: 1\nseed\nname: x\n", "a line is `name: value`. Write a colon and a blank after the name."),
-        ("lr: 1\nlr: 2\n", "line 2: found 'lr: 2'; lr is given twice, and a name stands once in a section. Keep one."),
-        ("lr: !!python/object:os.x 2\n", "without tags (!). Leave the tag out."),
-        ("lr: 1\nname: a\x07b\n", "line 2: found '\\x07'; special characters are not allowed. Remove the character."),
-        ("name: %x\n", "line 1: found 'name: %x'"),
+        ("lr: 1\nseed\nname: x\n", "a line is `name: value`; found "),
+        (
+            "lr: 1\nlr: 2\n",
+            "in line 2: lr is given twice, and a name stands once in a section; found 'lr: 2'. Keep one.",
+        ),
+        ("lr: !!python/object:os.x 2\n", "without tags (!); found 'lr: !!python/object:os.x 2'. Leave the tag out."),
+        (
+            "lr: 1\nname: a\x07b\n",
+            "in line 2: special characters are not allowed; found '\\x07'. Remove the character.",
+        ),
+        ("name: %x\n", "in line 1: text that begins with such a sign stands in quotes; found 'name: %x'"),
         (
             "model:\n  num_layers: 2\n  hidden_size:32\n  num_attention_heads: 2\nseed: 1\n",
-            "line 3: found '  hidden_size:32'; hidden_size:32 has no space after the colon, so that YAML reads one word. "
-            "Write hidden_size: 32.",
+            "in line 3: hidden_size:32 has no space after the colon, so that YAML reads one word; "
+            "found '  hidden_size:32'. Write hidden_size: 32.",
         ),
-        ("num_layers:2\nhidden_size: 32\n", "line 1: found 'num_layers:2'; num_layers:2 has no space after the colon"),
+        ("num_layers:2\nhidden_size: 32\n", "in line 1: num_layers:2 has no space after the colon"),
     ],
 )
-def test_what_is_no_yaml_is_said_in_plain_words(content, told):
+def test_what_is_no_yaml_is_said_in_plain_words(content, message):
     """The line, what stands there, the rule and the cure; no words of the parser, and no line breaks."""
     _, (problem,), _ = parse(content)
-    assert problem.startswith("run.yaml is not valid YAML, line ") and told in problem
+    assert problem.startswith("run.yaml is not valid YAML in line ") and message in problem
     assert "\n" not in problem and "while " not in problem and "<unicode" not in problem

@@ -3,7 +3,7 @@
 import pytest
 
 from megalith.common.errors import ConfigError
-from megalith.config.flags.text import Words, choose, fail, flag, nearest, trouble, unknown, value_text
+from megalith.config.flags.text import Words, choose, fail, field_problem, flag, nearest, unknown, value_text
 
 
 def test_names_and_values_as_typed():
@@ -37,10 +37,8 @@ def test_fail_shows_all_problems_each_once():
     assert str(caught.value) == "2 problems\n  1. one\n  2. two"
 
 
-def test_trouble_keeps_the_order_of_every_message():
-    assert (
-        trouble(("lr",), "--lr", -1.0, "it is at least 0", "Write more").text
-        == "--lr: found -1.0; it is at least 0. Write more."
-    )
-    assert "found nothing;" in trouble((), "--lr", None, "r", "c").text
-    assert "found also --bf16;" in trouble((), "--lr", Words("also --bf16"), "r", "c").text
+def test_a_problem_of_a_field_has_the_order_of_every_message():
+    text = field_problem(("lr",), "--lr", -1.0, "must be at least 0", "Write more").text
+    assert text == "--lr must be at least 0; found -1.0. Write more."
+    assert "found nothing." in field_problem((), "--lr", None, "r", "c").text
+    assert "found both." in field_problem((), "--fp16", Words("both"), "r", "c").text

@@ -29,8 +29,8 @@ def test_gelu_is_what_megatron_computes(flags, mlp, head):
     assert not [line for line in notices if "GELU" in line]
 
 
-def test_gelu_without_biases_is_told():
-    """Megatron refuses it unless told not to fuse."""
+def test_gelu_without_biases_is_reported():
+    """Megatron refuses it unless --no-bias-gelu-fusion is given."""
     config, notices = load_config([*SMALL.split(), "--disable-bias-linear"], data=False)
     assert config.model.activation == "gelu"
     assert [line for line in notices if "erf" in line and "--no-bias-gelu-fusion" in line]

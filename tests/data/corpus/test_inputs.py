@@ -1,6 +1,5 @@
-"""Inputs: what a path means, what a file is by its first bytes, what is not taken is told; streams are read as files are."""
+"""Inputs: what a path means, what a file is by its first bytes; files not read are reported; streams are read."""
 
-import argparse
 import bz2
 import contextlib
 import gzip
@@ -14,14 +13,14 @@ import threading
 
 import pytest
 
-from megalith.cli.generate import read_prompts
 from megalith.common.errors import DataError
 from megalith.data.corpus.bpe import train_bpe
-from megalith.data.corpus.inputs import file_format, find_inputs, look_for, name_format
+from megalith.data.corpus.inputs import file_format, find_inputs, format_by_name, resolve_inputs
 from megalith.data.corpus.preprocess import PreprocessOptions, plan, preprocess
 from megalith.data.corpus.readers import corpus_texts
 from megalith.data.indexed import IndexedDataset
 from megalith.data.tokenizers.tokenizer import TokenizerOptions, build_tokenizer
+from megalith.workflows.prompt_files import read_prompts
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d" * 32 + b"\nsize 12345\n"
 NULL = TokenizerOptions(tokenizer_type="NullTokenizer", vocab_size=100)
@@ -108,7 +107,7 @@ def test_what_holds_no_lines_is_an_error_with_its_name(tmp_path, content, words,
     (tmp_path / "b.jsonl").write_bytes(lines(1))
     for named in ([tmp_path], [tmp_path / name, tmp_path / "b.jsonl"], [f"{tmp_path}/*"]):
         with pytest.raises(DataError, match=words) as caught:
-            look_for([str(path) for path in named])
+            resolve_inputs([str(path) for path in named])
         assert str(tmp_path / name) in str(caught.value)
 
 
@@ -117,7 +116,7 @@ def test_tar_is_an_error(tmp_path):
     with tarfile.open(tmp_path / "a.jsonl.gz", "w:gz") as archive:
         archive.add(tmp_path / "x", "x")
     with pytest.raises(DataError, match="tar archive inside gz"):
-        look_for([str(tmp_path)])
+        resolve_inputs([str(tmp_path)])
 
 
 @pytest.mark.parametrize("start", [b"BZh9 is a word", b"PAR1S is another", b"PK is short", b"ORCAS"])
@@ -126,7 +125,7 @@ def test_text_may_begin_like_a_format(tmp_path, start):
     assert texts(tmp_path) == [start.decode()]
 
 
-def test_everything_in_a_folder_is_read_or_told(tmp_path):
+def test_everything_in_a_folder_is_read_or_reported(tmp_path):
     folder, other = tmp_path / "c", tmp_path / "other"
     for name in (
         "a.JSONL",
@@ -153,66 +152,68 @@ def test_everything_in_a_folder_is_read_or_told(tmp_path):
     (folder / "out.parts").mkdir()
     (folder / "out.parts/key").write_text("a")
     (folder / "out.parts/000001.json").write_text("{}")
-    found = look_for([str(folder)])
+    found = resolve_inputs([str(folder)])
     taken = [os.path.relpath(path, folder) for path in found.files]
     assert taken == ["a.JSONL", "again.jsonl", "e.jsonl.1", "sub/b.jsonl"]
-    left = {os.path.relpath(path, folder): reason for path, reason in found.left}
+    left = {os.path.relpath(path, folder): reason for path, reason in found.not_read}
     assert set(left) == {
-        ".hidden.jsonl", ".cache", "notes.bin", "a.jsonl~", "d.jsonl.part", "LICENSE", "loop", "dead.jsonl", "pipe.jsonl",
-        "out_preprocess.json", "tokenizer.json", "out.parts", "link/g.jsonl",
+        ".hidden.jsonl", ".cache", "notes.bin", "a.jsonl~", "d.jsonl.part", "LICENSE", "loop", "dead.jsonl",
+        "pipe.jsonl", "out_preprocess.json", "tokenizer.json", "out.parts", "link/g.jsonl",
     }  # fmt: skip
-    told = []
-    assert find_inputs([str(folder)], told.append) == found.files
-    assert all(any(str(folder / name) in line for line in told) for name in left)
-    assert any("hidden" in line for line in told) and any("links to nothing" in line for line in told)
+    notes = []
+    assert find_inputs([str(folder)], notes.append) == found.files
+    assert all(any(str(folder / name) in line for line in notes) for name in left)
+    assert any("hidden" in line for line in notes) and any("links to nothing" in line for line in notes)
 
 
 def test_texts_about_a_corpus_are_not_of_it(tmp_path):
-    """A folder as hubs have them: README.md and LICENSE.txt beside the data. Of texts alone nobody can tell them apart."""
+    """A folder as hubs have them: README.md and LICENSE.txt beside the data.
+
+    Of texts alone nobody can tell them apart.
+    """
     for name in ("README.md", "LICENSE.txt", "more.txt", "readmes.txt"):
         (tmp_path / name).write_text("words")
-    found = look_for([str(tmp_path)])
-    assert len(found.files) == 4 and not found.left
+    found = resolve_inputs([str(tmp_path)])
+    assert len(found.files) == 4 and not found.not_read
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep/a.jsonl").write_text('{"text": "a"}\n')
-    found = look_for([str(tmp_path)])
+    found = resolve_inputs([str(tmp_path)])
     assert [pathlib.Path(path).name for path in found.files] == ["a.jsonl", "more.txt", "readmes.txt"]
-    assert {pathlib.Path(path).name for path, _ in found.left} == {"README.md", "LICENSE.txt"}
-    assert len(look_for([str(tmp_path / "README.md")]).files) == 1, "named, it is read"
+    assert {pathlib.Path(path).name for path, _ in found.not_read} == {"README.md", "LICENSE.txt"}
+    assert len(resolve_inputs([str(tmp_path / "README.md")]).files) == 1, "named, it is read"
 
 
 def test_a_long_list_is_counted(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(lines(1))
     for i in range(30):
         (tmp_path / f"{i}.bin").write_bytes(b"")
-    told = []
-    find_inputs([str(tmp_path)], told.append)
-    assert len(told) == 1 and told[0].endswith("and 10 more")
+    notes = []
+    find_inputs([str(tmp_path)], notes.append)
+    assert len(notes) == 1 and notes[0].endswith("and 10 more")
 
 
 def test_folders_matched_by_a_glob_are_read(tmp_path):
     for name in ("x/a.jsonl", "y/b.jsonl", "c.jsonl", "x/n.bin"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(lines(1))
-    found = look_for([f"{tmp_path}/*"])
+    found = resolve_inputs([f"{tmp_path}/*"])
     assert [os.path.relpath(path, tmp_path) for path in found.files] == ["c.jsonl", "x/a.jsonl", "y/b.jsonl"]
-    assert [os.path.relpath(path, tmp_path) for path, _ in found.left] == ["x/n.bin"]
-    assert sorted(look_for([f"{tmp_path}/**/*"]).files) == sorted([*found.files, str(tmp_path / "x/n.bin")])
+    assert [os.path.relpath(path, tmp_path) for path, _ in found.not_read] == ["x/n.bin"]
+    assert sorted(resolve_inputs([f"{tmp_path}/**/*"]).files) == sorted([*found.files, str(tmp_path / "x/n.bin")])
 
 
 def test_nothing_that_is_read_says_what_is_there(tmp_path):
     (tmp_path / "a.data").write_bytes(b"")
-    with pytest.raises(DataError, match=r"no file is meant by it(.|\n)*a.data"):
-        look_for([str(tmp_path)])
+    with pytest.raises(DataError, match=r"which means no file(.|\n)*a.data"):
+        resolve_inputs([str(tmp_path)])
 
 
-def test_name_format():
-    assert name_format("x/e.jsonl.1") == name_format("A.JSON") == name_format("a.jsonl-00001-of-00008") == ("json", "")
-    assert name_format("c4.00000-of-01024.json.gz") == ("json", ".gz") and name_format("a.txt.bz2.3") == (
-        "text",
-        ".bz2",
-    )
-    assert name_format("x.2024") == name_format("a.jsonl.bak") == (None, "")
+def test_format_by_name():
+    for name in ("x/e.jsonl.1", "A.JSON", "a.jsonl-00001-of-00008"):
+        assert format_by_name(name) == ("json", "")
+    assert format_by_name("c4.00000-of-01024.json.gz") == ("json", ".gz")
+    assert format_by_name("a.txt.bz2.3") == ("text", ".bz2")
+    assert format_by_name("x.2024") == format_by_name("a.jsonl.bak") == (None, "")
 
 
 @contextlib.contextmanager
@@ -274,7 +275,7 @@ def test_a_stream_among_files_and_the_rest_of_a_file(tmp_path):
         inputs = (tmp_path / "a.jsonl", pipe, f"/dev/fd/{file.fileno()}")
         assert rows(preprocess(options(tmp_path, *inputs))) == [[1], [4], [5], [8], [9]]
     with open(tmp_path / "z.jsonl", "rb") as file:  # from its start it is the file itself, which need not be copied
-        assert look_for([f"/dev/fd/{file.fileno()}"]).files == [str(tmp_path / "z.jsonl")]
+        assert resolve_inputs([f"/dev/fd/{file.fileno()}"]).files == [str(tmp_path / "z.jsonl")]
 
 
 def test_parquet_and_pointers_come_through_streams_too(tmp_path):
@@ -284,9 +285,12 @@ def test_parquet_and_pointers_come_through_streams_too(tmp_path):
     parquet.write_table(pyarrow.table({"text": ["2"]}), tmp_path / "b.parquet")
     with fifo(tmp_path / "pipe", (tmp_path / "b.parquet").read_bytes()) as pipe:
         assert texts(pipe) == ["2"]
+    truncated = gzip.compress(lines(1), mtime=0)[:-9]
     for content, words in (
-        (LFS, "this is a git LFS pointer"), (b"PK\3\4", "it is a zip archive"), (gzip.compress(lines(1), mtime=0)[:-9], "damaged"),
-    ):  # fmt: skip
+        (LFS, "this is a git LFS pointer"),
+        (b"PK\3\4", "which is a zip archive"),
+        (truncated, "damaged"),
+    ):
         with fifo(tmp_path / "pipe", content) as pipe, pytest.raises(DataError, match=f"{pipe}.*{words}") as caught:
             preprocess(options(tmp_path, pipe))
         assert ".tmp" not in str(caught.value)  # the stream is named, not its copy
@@ -302,15 +306,15 @@ def test_the_same_stream_goes_on_and_is_known_again(tmp_path):
         if record["part"] == 3:
             raise Stop
 
-    told = []
+    notes = []
     with fifo(tmp_path / "pipe", content) as pipe, pytest.raises(Stop):
         preprocess(options(tmp_path, pipe, partitions=8), progress=stop)
     with fifo(tmp_path / "other", content) as pipe:
-        result = preprocess(options(tmp_path, pipe, partitions=8), notice=told.append)
-    assert result.resumed_parts >= 3 and any("resuming" in line for line in told) and len(rows(result)) == 90
+        result = preprocess(options(tmp_path, pipe, partitions=8), notice=notes.append)
+    assert result.resumed_parts >= 3 and any("resuming" in line for line in notes) and len(rows(result)) == 90
     with fifo(tmp_path / "pipe", content) as pipe:
-        preprocess(options(tmp_path, pipe, partitions=8), notice=told.append)
-    assert any("nothing to do" in line for line in told)
+        preprocess(options(tmp_path, pipe, partitions=8), notice=notes.append)
+    assert any("nothing to do" in line for line in notes)
     with fifo(tmp_path / "pipe", lines(1)) as pipe, pytest.raises(DataError, match="other input"):
         preprocess(options(tmp_path, pipe, partitions=8))
     assert {path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")} == {
@@ -320,7 +324,7 @@ def test_the_same_stream_goes_on_and_is_known_again(tmp_path):
 
 def test_prompts_from_standard_input():
     with standard_input(b"one\ntwo\n"):
-        assert read_prompts(argparse.Namespace(prompt=None, prompt_file="-")) == ["one", "two"]
+        assert read_prompts(prompt_file="-") == ["one", "two"]
 
 
 def test_a_plan_reads_no_stream(tmp_path):
@@ -333,7 +337,7 @@ def test_a_plan_reads_no_stream(tmp_path):
 def test_a_vocabulary_is_no_stream(tmp_path, option, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.mkfifo(tmp_path / "v")
-    with pytest.raises(DataError, match="found 'v'; a vocabulary is an ordinary file"):
+    with pytest.raises(DataError, match="must be an ordinary file, because each worker reads it; found 'v'"):
         build_tokenizer("BertWordPieceCase" if option == "vocab_file" else "HFTokenizer", **{option: "v"})
 
 

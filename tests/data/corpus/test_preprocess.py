@@ -1,4 +1,4 @@
-"""Preprocess: Megatron's bytes, the same bytes for any workers, parts, packing and interruption; bad input listed by line."""
+"""Preprocess: Megatron's bytes, the same for any workers, parts, packing and interruption; bad input listed by line."""
 
 import dataclasses
 import gzip
@@ -132,11 +132,11 @@ def test_bos_and_eod(tmp_path):
         assert rows(result.prefixes["text"]) == [[77, 1, 2, 5000], [77, 3, 5000]]
     finally:
         sys.path.remove(str(tmp_path))
-    with pytest.raises(DataError, match="no bos token"):
+    with pytest.raises(DataError, match="must have the bos token"):
         run(tmp_path, tmp_path / "a.jsonl", "other", prepend_bos=True)
 
 
-def test_tokens_that_the_tokenizer_puts_round_every_text_and_the_options_again_are_told(tmp_path):
+def test_tokens_that_the_tokenizer_and_an_option_both_add_are_reported(tmp_path):
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "</s>": 1, "a": 2}, "a"))
     model.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     model.save(str(tmp_path / "tokenizer.json"))
@@ -182,7 +182,7 @@ def test_bad_lines_are_listed_by_line(tmp_path):
             "3: missing key 'text'",
             "5: empty document",
             "6: not UTF-8",
-            "8: text for NullTokenizer: found '7 x'",
+            "8: text for NullTokenizer must be token ids separated by spaces; found '7 x'",
         ]
         assert [line.startswith(f"{path}:{kind}") for line, kind in zip(result.problems, kinds)] == [True] * 5
         report = json.loads(pathlib.Path(result.report).read_text())
@@ -368,18 +368,19 @@ def test_plan(tmp_path):
     )
     text = plan(options)
     assert "1 files" in text and "x_a_document.bin and .idx as uint16" in text and "x_b_document" in text
-    with pytest.raises(DataError, match="no bos token"):
+    with pytest.raises(DataError, match="must have the bos token"):
         plan(dataclasses.replace(options, prepend_bos=True))
 
 
 def test_plain_text_is_said_to_be_one_document(tmp_path):
     (tmp_path / "in").mkdir()
-    said = []
+    notes = []
     for name in ("a.txt", "b.txt"):
         (tmp_path / "in" / name).write_text("1 2")
         options = PreprocessOptions(
             input=[str(tmp_path / "in")], output_prefix=str(tmp_path / name[0]), tokenizer=NULL, workers=1
         )
-        preprocess(options, notice=said.append)
-    one = f"{tmp_path}/in/a.txt is plain text and becomes one document, which --split cannot divide; JSON lines hold a document a line"
-    assert one in said and any(each.startswith("2 files are plain text and become one document each") for each in said)
+        preprocess(options, notice=notes.append)
+    rest = "which --split cannot divide; JSON lines hold a document a line"
+    assert f"{tmp_path}/in/a.txt is plain text and becomes one document, {rest}" in notes
+    assert f"2 files are plain text and become one document each, {rest}" in notes

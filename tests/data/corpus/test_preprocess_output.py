@@ -1,4 +1,4 @@
-"""Outputs of preprocessing: one job at a time, a part of no other job, nothing replaced unasked, "already made" only where it is so."""
+"""Outputs of preprocessing: one job at a time, no part of another, nothing replaced unasked, "already made" if so."""
 
 import dataclasses
 import json
@@ -73,9 +73,11 @@ def test_the_second_of_two_jobs_stops_and_touches_nothing(asked, tmp_path, of, s
     """Half of another job's documents were in the result, with rc 0 and a sound index."""
     (tmp_path / "link").symlink_to(tmp_path)
     other = {
-        "the same input": {}, "another input": {"input": [corpus(tmp_path / "b.jsonl", 2000)]}, "--overwrite": {"overwrite": True},
+        "the same input": {},
+        "another input": {"input": [corpus(tmp_path / "b.jsonl", 2000)]},
+        "--overwrite": {"overwrite": True},
         "another spelling": {"output_prefix": str(tmp_path / "link" / ".." / tmp_path.name / "out")},
-    }[second]  # fmt: skip
+    }[second]
     if of != "the prefix":
         with locked(tmp_path / "out_text_document"):
             before = everything(tmp_path)
@@ -137,9 +139,8 @@ def test_the_same_input_twice_and_again(asked, tmp_path):
     twice = dataclasses.replace(asked, input=[*asked.input, *asked.input, str(tmp_path)])
     assert preprocess(twice).documents == 40
     lines = []
-    assert (
-        preprocess(twice, notice=lines.append).documents == 40 and "nothing to do" in lines[0]
-    )  # the report in its folder is no input
+    # The report in its folder is no input
+    assert preprocess(twice, notice=lines.append).documents == 40 and "nothing to do" in lines[0]
 
 
 @pytest.mark.parametrize("keys", [("text",), ("text", "title")])
@@ -203,9 +204,9 @@ def test_what_is_not_this_jobs_is_kept(asked, tmp_path, name):
     else:
         (tmp_path / name).write_text("mine")
     before = everything(tmp_path)
-    with pytest.raises(DataError, match=r"exists'; .*choose another prefix") as caught:
+    with pytest.raises(DataError, match=r"^--output-prefix .*; found .*choose another prefix") as caught:
         preprocess(asked)
-    assert name == "out.parts" or "tells what it was made from" in str(caught.value)  # not: from other input
+    assert name == "out.parts" or "tells what they were made from" in str(caught.value)  # not: from other input
     assert everything(tmp_path) == before
     if name != "out.parts":
         assert preprocess(dataclasses.replace(asked, overwrite=True)).documents == 40
@@ -217,7 +218,7 @@ def test_an_output_that_is_an_input(asked, tmp_path, by):
     corpus(tmp_path / "out_text_document.bin", 1)
     (tmp_path / "in" / "b.jsonl").symlink_to(tmp_path / "out_text_document.bin")
     named = {"name": "out_text_document.bin", "link": "in/b.jsonl", "folder": "in"}[by]
-    with pytest.raises(DataError, match=r"--output-prefix: found .*out_text_document.bin'; it is the input"):
+    with pytest.raises(DataError, match=r"^--output-prefix .*input .*; found '.*out_text_document.bin'"):
         preprocess(dataclasses.replace(asked, input=[str(tmp_path / named)], overwrite=True))
 
 

@@ -1,4 +1,4 @@
-"""Readers: whatever the cut, the documents of the parts are the documents of the files; bad lines are told apart."""
+"""Readers: however files are split, the documents of the parts are those of the files; bad lines are separated."""
 
 import gzip
 import json
@@ -13,13 +13,21 @@ from hypothesis import strategies as st
 from megalith.common.errors import DataError
 from megalith.data.corpus import readers
 from megalith.data.corpus.inputs import file_format, find_inputs
-from megalith.data.corpus.readers import Part, Slice, corpus_texts, cut, explain_line, read_part, sample_texts
+from megalith.data.corpus.readers import (
+    Part,
+    Slice,
+    corpus_texts,
+    explain_line,
+    read_part,
+    sample_texts,
+    split_into_parts,
+)
 
 
 def documents(inputs, part_bytes, keys=("text",)):
     """[(texts, path, absolute line)] and [(path, absolute line)] of problems, by way of parts."""
     good, bad, before = [], [], {}
-    for part in cut(inputs, part_bytes):
+    for part in split_into_parts(inputs, part_bytes):
         lines = [0] * len(part.slices)
         for index, batch in read_part(part, keys):
             path = part.slices[index].path
@@ -80,12 +88,12 @@ def test_any_cut_gives_the_same_documents(files, part_bytes, batch, compress):
             except (ValueError, KeyError, TypeError):
                 if line.strip():
                     wrong.append((str(path), at))
-    before = readers.BATCH
+    before = readers.BATCH_BYTES
     try:
-        readers.BATCH = batch
+        readers.BATCH_BYTES = batch
         assert documents(inputs, part_bytes) == (expected, wrong)
     finally:
-        readers.BATCH = before
+        readers.BATCH_BYTES = before
         shutil.rmtree(folder)
 
 
@@ -93,14 +101,14 @@ def test_many_compressed_files_go_to_the_workers_whole(tmp_path):
     for i in range(20):
         (tmp_path / f"{i:02}.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": f"document {i}"}).encode()))
     inputs = find_inputs([str(tmp_path)])
-    assert all(piece.block is None for part in cut(inputs, 100) for piece in part.slices)
+    assert all(piece.block is None for part in split_into_parts(inputs, 100) for piece in part.slices)
     assert [row[0] for row, _, _ in documents(inputs, 100)[0]] == [f"document {i}" for i in range(20)]
 
 
 def test_a_finished_part_of_a_stream_comes_without_its_block(tmp_path):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b"".join(json.dumps({"text": "x" * 50}).encode() + b"\n" for _ in range(20))))
-    parts = list(cut([str(path)], 200, frozenset({1})))
+    parts = list(split_into_parts([str(path)], 200, frozenset({1})))
     assert [part.slices[0].block is None for part in parts][:3] == [False, True, False]
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from megalith.common.errors import ConfigError
 from megalith.data.corpus import sentences
-from megalith.data.corpus.sentences import CODES, ISO_639_1, ISO_639_2, language_code, sentence_splitter
+from megalith.data.corpus.sentences import ISO_639_1, ISO_639_2, LANGUAGE_CODES, language_code, sentence_splitter
 
 
 @pytest.mark.parametrize(
@@ -43,20 +43,20 @@ def test_missing_package(monkeypatch):
 @given(st.lists(st.sampled_from(["A sentence. ", "Another one!\n", "word ", "\n\n", "line\n", "x" * 30]), max_size=40))
 def test_long_texts_are_cut_where_nothing_is_lost(parts):
     text = "".join(parts)
-    before = sentences.LONG
+    before = sentences.MAX_RUN
     try:
-        sentences.LONG = 50
+        sentences.MAX_RUN = 50
         runs = list(sentences._runs(text))
         assert "".join(runs) == text
         assert "".join(sentence_splitter(keep_newlines=True)(text)) == text
     finally:
-        sentences.LONG = before
+        sentences.MAX_RUN = before
 
 
 def test_cuts_between_paragraphs_change_nothing(monkeypatch):
     text = "\n\n".join(f"Paragraph {i} has one. And two, by Mr. Smith!" for i in range(200))
     expected = sentence_splitter()(text)
-    monkeypatch.setattr(sentences, "LONG", 100)
+    monkeypatch.setattr(sentences, "MAX_RUN", 100)
     assert sentence_splitter()(text) == expected and len(expected) == 400
 
 
@@ -69,7 +69,7 @@ def test_codes(language, code):
 
 @pytest.mark.parametrize("language", ["zz", "e", "", "xx", "englsh", "en-us", "iw"])
 def test_what_is_no_language_is_an_error(language):
-    with pytest.raises(ConfigError, match=f"--lang: found '{language}'; it is a code of ISO 639"):
+    with pytest.raises(ConfigError, match=f"--lang must be a code of ISO 639 .*; found '{language}'"):
         language_code(language)
     with pytest.raises(ConfigError):
         sentence_splitter(language)
@@ -77,7 +77,6 @@ def test_what_is_no_language_is_an_error(language):
 
 def test_tables_of_codes():
     codes = ISO_639_1.split()
-    assert len(codes) == len(set(codes)) == 185 and codes == sorted(
-        codes
-    )  # ISO 639-1's 183, and bh and sh, which it has withdrawn
-    assert set(CODES.values()) <= set(codes) and set(ISO_639_2.values()) == set(CODES.values())
+    # ISO 639-1's 183, and bh and sh, which it has withdrawn
+    assert len(codes) == len(set(codes)) == 185 and codes == sorted(codes)
+    assert set(LANGUAGE_CODES.values()) <= set(codes) and set(ISO_639_2.values()) == set(LANGUAGE_CODES.values())

@@ -1,4 +1,4 @@
-"""Documents that are left out: which and why is told, how many may be is bounded, empty ones are kept on request."""
+"""Documents that are left out: each is reported with its reason, their number is bounded, empty ones may be kept."""
 
 import json
 import pathlib
@@ -8,7 +8,7 @@ import pytest
 from megalith.cli.main import main
 from megalith.common.errors import ConfigError, DataError
 from megalith.data.corpus.preprocess import PreprocessOptions, preprocess
-from megalith.data.corpus.unusable import check_limit, limit_of, require_usable
+from megalith.data.corpus.unusable import check_limit, parse_limit, require_usable
 from megalith.data.indexed import IndexedDataset
 from megalith.data.samples.gpt_dataset import GPTDataset
 from megalith.data.tokenizers.other import NullTokenizer
@@ -93,7 +93,7 @@ def test_on_error_fail_stops_at_an_empty_text_and_names_the_key(tmp_path):
     assert run(tmp_path, RECORDS, json_keys=("a", "b"), on_error="fail", on_empty="keep").documents == 5
 
 
-def test_the_key_of_a_refused_text_is_told(tmp_path):
+def test_the_key_of_a_refused_text_is_reported(tmp_path):
     result = run(tmp_path, [{"a": "1", "b": "x"}, {"a": "1", "b": "2"}], json_keys=("a", "b"), max_unusable=1)
     assert "a.jsonl:1: key 'b': text for NullTokenizer" in result.problems[0]
 
@@ -105,14 +105,14 @@ def test_too_many_unusable_documents_are_an_error(tmp_path, limit, good):
     records = [{"text": str(i)} for i in range(7)] + ["{", {"body": "1"}, {"text": 3}] + [{"text": ""}] * 5
     if good:
         result = run(tmp_path, records, max_unusable=limit)
+        # Empty ones are not meant by the limit
         assert (result.documents, result.num_problems, result.num_empty) == (
             7,
             8,
             5,
-        )  # empty ones are not meant by the limit
-        with pytest.raises(
-            DataError, match="3 unusable documents of 15"
-        ):  # nor is what was made under another limit accepted
+        )
+        # Nor is what was made under another limit accepted
+        with pytest.raises(DataError, match="3 unusable documents of 15"):
             run_again(tmp_path, 0.05)
     else:
         with pytest.raises(
@@ -137,13 +137,13 @@ def run_again(tmp_path, limit):
     ("text", "value"), [("25", 25), ("0.02", 0.02), ("2%", 0.02), ("1.0", 1.0), ("1", 1), ("100%", 1.0), ("0", 0)]
 )
 def test_limits(text, value):
-    assert limit_of(text) == value and type(limit_of(text)) is type(value)
+    assert parse_limit(text) == value and type(parse_limit(text)) is type(value)
 
 
 @pytest.mark.parametrize("text", ["-1", "1.5", "200%", "nan", "some", "", "%", "inf"])
 def test_no_limits(text):
-    with pytest.raises(ConfigError, match="--max-unusable: found"):
-        limit_of(text)
+    with pytest.raises(ConfigError, match=r"--max-unusable must be a count .* or a fraction .*; found"):
+        parse_limit(text)
 
 
 def test_limit_of_nothing():
@@ -161,16 +161,15 @@ def test_the_command_line(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text('{"text": "1"}\n' * 8 + '{"body": "1"}\n' * 2 + '{"text": ""}\n')
     assert command(tmp_path) == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert "found '2 unusable documents of 11 (18.18%)'; --max-unusable is 0.1 of all" in last
+    assert "at most 0.1 of its documents unusable (--max-unusable); found 2 unusable documents of 11 (18.18%)." in last
     assert command(tmp_path, "--max-unusable", "20%") == 0
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith(
         "skipped 2 unusable documents (18.18%; --max-unusable 0.2) and 1 without text (--on-empty keep keeps them)"
     )
     assert pathlib.Path(f"{tmp_path}/out_text_document.idx").exists()
-    assert (
-        command(tmp_path, "--max-unusable", "1.0") == 0 and "--max-unusable 1.0)" in capsys.readouterr().err
-    )  # not 1, which is a count
+    # Not 1, which is a count
+    assert command(tmp_path, "--max-unusable", "1.0") == 0 and "--max-unusable 1.0)" in capsys.readouterr().err
     assert command(tmp_path, "--max-unusable", "much") == 2
     assert command(tmp_path, "--on-empty", "drop") == 2
 

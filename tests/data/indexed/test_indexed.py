@@ -187,7 +187,7 @@ def test_a_file_cut_while_open_is_named(small):
     data = IndexedDataset(small, reader="pread")
     assert list(data[3]) == [7, 8, 9, 10]
     pathlib.Path(small + ".bin").write_bytes(b"\0" * 32)
-    with pytest.raises(DataError, match="cut while open"):
+    with pytest.raises(DataError, match="truncated while open"):
         data[3]
 
 
@@ -229,7 +229,7 @@ def test_open_many_keeps_the_order(tmp_path):
 
 
 def test_ten_thousand_damaged_indices(tmp_path):
-    """Each ends in a DataError, or in a correct read of what the file still says; none crashes, hangs or reads past the end."""
+    """Each gives a DataError or a correct read of what the file still says; none crashes, hangs, reads past the end."""
     random = np.random.default_rng(7)
     lengths = random.integers(0, 40, 60)
     with IndexedWriter(tmp_path / "fuzz", np.uint16) as writer:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalith.data.samples import blend
-from megalith.data.samples.blend import blend_index, exhaustive_index, request
+from megalith.data.samples.blend import blend_index, exhaustive_index, requested_samples
 
 
 def loop(weights, size, left=None):
@@ -55,14 +55,14 @@ WEIGHTS = st.one_of(
 def test_equal_to_the_loop(weights, size, constants, matrix):
     """Tiny strides and windows, so that stretches disagree and are repaired, and windows are doubted."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in zip(("STRIDE", "EARLY", "WINDOW", "CANDIDATES"), constants):
+        for name, value in zip(("STRIDE", "OVERLAP", "WINDOW", "CANDIDATES"), constants):
             patch.setattr(blend, name, value)
-        patch.setattr(blend, "MATRIX", matrix)
+        patch.setattr(blend, "MATRIX_COUNTS", matrix)
         index = blend_index(weights, size)
         sources, numbers = loop(weights, size)
         assert index.sources.tolist() == sources and located(index) == (sources, numbers)
         for at in {0, 1, size // 2, size - 1}:
-            assert index.taken(at).tolist() == np.bincount(sources[:at], minlength=len(weights)).tolist()
+            assert index.counts_before(at).tolist() == np.bincount(sources[:at], minlength=len(weights)).tolist()
 
 
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=12).filter(any))
@@ -70,15 +70,15 @@ def test_equal_to_the_loop(weights, size, constants, matrix):
 def test_exhaustive_takes_everything_once(sizes):
     index = exhaustive_index(sizes)
     assert located(index) == loop(sizes, sum(sizes), sizes)
-    assert index.taken(len(index)).tolist() == sizes
+    assert index.counts_before(len(index)).tolist() == sizes
 
 
 @given(WEIGHTS, st.integers(1, 2000))
 @settings(max_examples=25, deadline=None)
 def test_no_source_is_taken_more_than_a_sample_beyond_its_share(weights, size):
     index = blend_index(weights, size)
-    shares = blend.normalised(weights)
-    assert (index.taken(size) <= shares * size + 1 + 1e-9).all()
+    shares = blend.normalize(weights)
+    assert (index.counts_before(size) <= shares * size + 1 + 1e-9).all()
 
 
 @pytest.mark.parametrize("sources", [3, 200, 400])
@@ -86,13 +86,13 @@ def test_equal_to_megatron_core(sources):
     from megatron.core.datasets import helpers_cpp as helpers
 
     weights = np.random.default_rng(sources).pareto(1.0, sources) + 1e-4
-    shares, size = blend.normalised(weights), 60_000
+    shares, size = blend.normalize(weights), 60_000
     expected, numbers = np.zeros(size, np.int16), np.zeros(size, np.int64)
     helpers.build_blending_indices(expected, numbers, shares, sources, size, False)
     index = blend_index(weights, size)
     assert np.array_equal(index.sources, expected)
     assert all(index.locate(at) == (expected[at], numbers[at]) for at in range(0, size, 977))
-    left = index.taken(5000)
+    left = index.counts_before(5000)
     left = left[left > 0]  # the original loops for ever on an empty source
     expected, numbers = np.zeros(left.sum(), np.int16), np.zeros(left.sum(), np.int64)
     helpers.build_exhaustive_blending_indices(expected, numbers, left, left.size)
@@ -100,15 +100,15 @@ def test_equal_to_megatron_core(sources):
 
 
 def test_requests_as_megatron_rounds_them():
-    assert [request(1000, share) for share in (0.3, 0.7, 0.0001)] == [302, 704, 2]
-    assert [request(1000, share, "legacy") for share in (0.3, 0.7, 0.0001)] == [302, 704, 1]
-    assert blend_index([0, 3, 0, 1], 4).sources.tolist() == [1, 1, 1, 3] or blend_index([0, 3, 0, 1], 4).taken(
+    assert [requested_samples(1000, share) for share in (0.3, 0.7, 0.0001)] == [302, 704, 2]
+    assert [requested_samples(1000, share, "legacy") for share in (0.3, 0.7, 0.0001)] == [302, 704, 1]
+    assert blend_index([0, 3, 0, 1], 4).sources.tolist() == [1, 1, 1, 3] or blend_index([0, 3, 0, 1], 4).counts_before(
         4
     ).tolist() == [0, 3, 0, 1]
 
 
 def test_a_large_blend_is_cached(tmp_path, monkeypatch):
-    monkeypatch.setattr(blend, "LARGE", 10)
+    monkeypatch.setattr(blend, "CACHED_SIZE", 10)
     first = blend_index([1, 2], 5000, [tmp_path])
     monkeypatch.setattr(blend, "_build", None)
     again = blend_index([1, 2], 5000, [tmp_path])

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalith.data.samples.blend import blend_index
-from megalith.data.samples.blended import Blended, Corpus, Endless
+from megalith.data.samples.blended import BlendedDataset, CorpusDataset, EndlessDataset
 
 
 class Named:
@@ -28,7 +28,7 @@ class Named:
 
 
 def test_endless_goes_on_with_a_fresh_shuffle():
-    data = Endless(lambda turn: Named(turn, 4))
+    data = EndlessDataset(lambda repetition: Named(repetition, 4))
     assert [data[index] for index in (0, 3, 4, 11)] == [(0, 0), (0, 3), (1, 0), (2, 3)] and len(data) == 4
     data.prepare()
     assert data.first.prepared == 1
@@ -37,10 +37,10 @@ def test_endless_goes_on_with_a_fresh_shuffle():
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.booleans(), st.sampled_from([None, 3]))
 @settings(max_examples=30, deadline=None)
 def test_a_corpus_takes_every_sample_once_a_round(sizes, blend, seed):
-    corpus = Corpus([Named(name, 100) for name in range(len(sizes))], sizes, blend=blend, shuffle_seed=seed)
-    for turn in range(3):
-        got = [corpus[index] for index in range(turn * len(corpus), (turn + 1) * len(corpus))]
-        assert sorted(got) == [(name, turn * size + k) for name, size in enumerate(sizes) for k in range(size)]
+    corpus = CorpusDataset([Named(name, 100) for name in range(len(sizes))], sizes, blend=blend, shuffle_seed=seed)
+    for repetition in range(3):
+        got = [corpus[index] for index in range(repetition * len(corpus), (repetition + 1) * len(corpus))]
+        assert sorted(got) == [(name, repetition * size + k) for name, size in enumerate(sizes) for k in range(size)]
         if seed is None and not blend:
             assert got == sorted(got)
 
@@ -59,16 +59,16 @@ def test_changed_weights_lose_and_repeat_nothing(weights, changes):
         start += gap
         schedule.append((start, other[:count]))
     size = start + 50
-    sources = [Endless(lambda turn, name=name: Named(name * 100 + turn, 7)) for name in range(count)]
-    blended = Blended(sources, schedule, size)
+    sources = [EndlessDataset(lambda repetition, name=name: Named(name * 100 + repetition, 7)) for name in range(count)]
+    blended = BlendedDataset(sources, schedule, size)
     pairs = [blended.locate(index) for index in range(size)]
     for source in range(count):
         numbers = [number for chosen, number in pairs if chosen == source]
-        assert numbers == list(range(len(numbers))) and blended.taken[source] == len(numbers)
+        assert numbers == list(range(len(numbers))) and blended.samples_per_dataset[source] == len(numbers)
     for part, (begin, current) in enumerate(schedule):
         end = schedule[part + 1][0] if part + 1 < len(schedule) else size
         assert [source for source, _ in pairs[begin:end]] == blend_index(current, end - begin).sources.tolist()
-    shorter = Blended(sources, schedule[:1], size)
+    shorter = BlendedDataset(sources, schedule[:1], size)
     upto = schedule[1][0] if changes else size
     assert [shorter.locate(index) for index in range(upto)] == pairs[:upto]
     assert blended[0] == (pairs[0][0] * 100, 0)
@@ -76,12 +76,12 @@ def test_changed_weights_lose_and_repeat_nothing(weights, changes):
 
 def test_ends_and_preparing():
     sources = [Named(0), Named(1)]
-    blended = Blended(sources, [(0, [1, 1]), (90, [1, 2])], 6)
+    blended = BlendedDataset(sources, [(0, [1, 1]), (90, [1, 2])], 6)
     blended.prepare()
     assert (
         [source.prepared for source in sources] == [1, 1]
         and len(blended) == 6
-        and np.array_equal(blended.taken, [3, 3])
+        and np.array_equal(blended.samples_per_dataset, [3, 3])
     )
     with pytest.raises(IndexError, match="blend of 6"):
         blended[6]

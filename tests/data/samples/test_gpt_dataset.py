@@ -1,4 +1,4 @@
-"""GPT samples: equal to megatron-core's files index for index and sample for sample; boundaries against the plain rule."""
+"""GPT samples: equal to megatron-core's files, index by index and sample by sample; boundaries by the written rule."""
 
 import multiprocessing
 import pathlib
@@ -29,9 +29,9 @@ def test_equal_to_megatron_core(number, split, reader, tmp_path):
         data, bounds, REQUESTED[split], seq_length=64, seed=1234, eod=50256, cache_folders=[tmp_path]
     ).prepare()
     names = ("document_index", "sample_index", "shuffle_index")
-    for name, mine in zip(names, dataset._indices):
+    for name, index_array in zip(names, dataset._indices):
         theirs = np.load(next((ORIGINAL / "order").glob(f"*-{split}-{name}.npy")))
-        assert np.array_equal(mine.reshape(theirs.shape), theirs) and mine.dtype == theirs.dtype
+        assert np.array_equal(index_array.reshape(theirs.shape), theirs) and index_array.dtype == theirs.dtype
     samples = np.load(ORIGINAL / "order" / "samples16.npz")
     assert len(dataset) == samples[f"{split}_len"]
     for index in range(16):
@@ -59,7 +59,7 @@ def write(prefix, documents):
 )
 @settings(max_examples=60, deadline=None)
 def test_samples_and_boundaries(tmp_path_factory, documents, seq_length, num_samples):
-    """Tokens against all documents laid end to end; masks and positions against the rule, token by token; 0 ends a document."""
+    """Tokens against concatenated documents; masks and positions against the rule, token by token; 0 ends one."""
     data = write(tmp_path_factory.mktemp("d") / "x", documents)
     options = {"reset_position_ids": True, "reset_attention_mask": True, "eod_mask_loss": True, "eod": 0}
     dataset = GPTDataset(data, None, num_samples, seq_length=seq_length, **options).prepare()

@@ -12,30 +12,30 @@ SIZES = np.array([5, 3, 8, 2, 7, 4], np.int32)
 
 
 def indices(num_samples, sizes=SIZES, seq_length=4, seed=1234):
-    of = gpt_index.plan(0, len(sizes), int(sizes.sum()), num_samples, seq_length, seed)
-    return of, *gpt_index.build(of, sizes)
+    plan = gpt_index.plan(0, len(sizes), int(sizes.sum()), num_samples, seq_length, seed)
+    return plan, *gpt_index.build(plan, sizes)
 
 
 def loop(documents, lengths, seq_length, samples):
-    """The sample index token by token: rows (place in documents, offset)."""
-    rows, place, offset = [[0, 0]], 0, 0
+    """The sample index token by token: rows (index into documents, offset)."""
+    rows, index, offset = [[0, 0]], 0, 0
     for _ in range(samples):
         remaining = seq_length + 1
         while remaining:
-            length = lengths[documents[place]] - offset
+            length = lengths[documents[index]] - offset
             remaining -= length
             if remaining <= 0:
                 offset += remaining + length - 1
                 remaining = 0
             else:
-                place, offset = place + 1, 0
-        rows.append([place, offset])
+                index, offset = index + 1, 0
+        rows.append([index, offset])
     return np.array(rows)
 
 
 def test_golden_one_epoch():
-    of, documents, samples, order = indices(5)
-    assert of.epochs == 1 and documents.tolist() == [2, 1, 5, 0, 4, 3]
+    plan, documents, samples, order = indices(5)
+    assert plan.epochs == 1 and documents.tolist() == [2, 1, 5, 0, 4, 3]
     assert samples.tolist() == [[0, 0], [0, 4], [1, 0], [2, 1], [3, 1], [4, 0], [4, 4], [5, 1]]
     assert order.tolist() == [5, 0, 3, 4, 2, 6, 1] and (documents.dtype, samples.dtype, order.dtype) == (
         np.int32,
@@ -45,15 +45,15 @@ def test_golden_one_epoch():
 
 
 def test_golden_last_epoch_apart():
-    of, documents, samples, order = indices(9)
-    assert of.epochs == 2 and of.separate and documents.tolist() == [2, 1, 5, 0, 4, 3, 0, 4, 3, 2, 5, 1]
+    plan, documents, samples, order = indices(9)
+    assert plan.epochs == 2 and plan.separate and documents.tolist() == [2, 1, 5, 0, 4, 3, 0, 4, 3, 2, 5, 1]
     assert samples[7:].tolist() == [[5, 1], [6, 3], [7, 2], [7, 6], [9, 1], [9, 5], [10, 1], [11, 1]]
     assert order.tolist() == [1, 0, 3, 2, 5, 4, 6, 9, 10, 12, 8, 11, 13, 7]
 
 
 def test_golden_two_epochs_together():
-    of, documents, samples, order = indices(13)
-    assert of.epochs == 2 and not of.separate and documents.tolist() == [1, 2, 5, 2, 3, 4, 1, 0, 4, 5, 0, 3]
+    plan, documents, samples, order = indices(13)
+    assert plan.epochs == 2 and not plan.separate and documents.tolist() == [1, 2, 5, 2, 3, 4, 1, 0, 4, 5, 0, 3]
     assert samples.tolist() == [
         [0, 0],
         [1, 1],
@@ -76,9 +76,12 @@ def test_golden_two_epochs_together():
 
 
 def test_what_legacy_asserted_away():
-    """11 tokens an epoch, 5 samples of 4: the last epoch gives more than a whole one; Megatron of 2022 stopped there, core does not."""
-    of, *_ = indices(5, np.array([11], np.int32))
-    assert (of.epochs, of.samples, of.separate) == (2, 5, False)
+    """11 tokens an epoch, 5 samples of 4: the last epoch gives more than a whole one.
+
+    Megatron of 2022 stopped there, core does not.
+    """
+    plan, *_ = indices(5, np.array([11], np.int32))
+    assert (plan.epochs, plan.samples, plan.separate) == (2, 5, False)
 
 
 @given(
@@ -93,13 +96,13 @@ def test_equal_to_the_loop(sizes, seq_length, num_samples, seed, block):
     sizes = np.array(sizes, np.int32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpt_index, "BLOCK", block)
-        of, documents, samples, order = indices(num_samples, sizes, seq_length, seed)
-    total = of.epochs * of.tokens
-    assert total >= num_samples * seq_length + 1 > total - of.tokens or of.epochs == 1
-    assert of.samples == (total - 1) // seq_length >= num_samples
-    assert np.array_equal(samples, loop(documents, sizes, seq_length, of.samples))
-    assert sorted(order) == list(range(of.samples)) and sorted(order[: of.whole]) == list(range(of.whole))
-    assert np.array_equal(np.bincount(documents, minlength=len(sizes)), np.full(len(sizes), of.epochs))
+        plan, documents, samples, order = indices(num_samples, sizes, seq_length, seed)
+    total = plan.epochs * plan.tokens
+    assert total >= num_samples * seq_length + 1 > total - plan.tokens or plan.epochs == 1
+    assert plan.samples == (total - 1) // seq_length >= num_samples
+    assert np.array_equal(samples, loop(documents, sizes, seq_length, plan.samples))
+    assert sorted(order) == list(range(plan.samples)) and sorted(order[: plan.whole]) == list(range(plan.whole))
+    assert np.array_equal(np.bincount(documents, minlength=len(sizes)), np.full(len(sizes), plan.epochs))
 
 
 def test_equal_to_megatron_core():
@@ -108,9 +111,9 @@ def test_equal_to_megatron_core():
     random = np.random.default_rng(3)
     for seq_length, most in ((7, 12), (64, 40), (5, 300)):
         lengths = random.integers(0, most, 5000, dtype=np.int32)
-        of, documents, samples, _ = indices(int(1.7 * lengths.sum()) // seq_length, lengths, seq_length)
+        plan, documents, samples, _ = indices(int(1.7 * lengths.sum()) // seq_length, lengths, seq_length)
         assert np.array_equal(
-            samples, helpers.build_sample_idx_int32(lengths, documents, seq_length, of.epochs, of.tokens, True, 1)
+            samples, helpers.build_sample_idx_int32(lengths, documents, seq_length, plan.epochs, plan.tokens, True, 1)
         )
 
 

@@ -8,12 +8,12 @@ import pytest
 from megalith.common.errors import ConfigError, DataError
 from megalith.data.indexed import IndexedDataset, IndexedWriter
 from megalith.data.samples.ict_dataset import IctDataset
-from tests.data.word_pieces import WordPieces, write
+from tests.data.word_pieces import WordPieces, write_sentences
 
 
 @pytest.mark.parametrize("one_sentence", [True, False])
 def test_ict_blocks(tmp_path, one_sentence):
-    data = write(tmp_path / "x", 3)
+    data = write_sentences(tmp_path / "x", 3)
     with IndexedWriter(tmp_path / "titles", np.uint16) as writer:
         writer.add_many(np.arange(30).repeat(2) + 6, np.full(30, 2))
     titles = IndexedDataset(tmp_path / "titles")
@@ -36,17 +36,17 @@ def test_ict_blocks(tmp_path, one_sentence):
         assert all(np.array_equal(dataset[index][key], sample[key]) for key in sample)
     assert 0.2 < kept / len(dataset) < 0.9
     with pytest.raises(DataError, match="30 titles for the 29 documents"):
-        IctDataset(write(tmp_path / "y", 3, 29), titles=titles, **options)
+        IctDataset(write_sentences(tmp_path / "y", 3, 29), titles=titles, **options)
 
 
 def test_a_title_that_fills_a_sample_is_told_at_the_start(tmp_path):
-    data = write(tmp_path / "x", 3)
+    data = write_sentences(tmp_path / "x", 3)
     with IndexedWriter(tmp_path / "titles", np.uint16) as writer:
         writer.add_many(np.full(30 * 2 + 26, 7), np.array([2] * 17 + [28] + [2] * 12))
     titles = IndexedDataset(tmp_path / "titles")
     with pytest.raises(
         DataError,
-        match=r"found a title of 28 tokens, of document 17; .*at most 27 tokens. Write --seq-length 32 or more",
+        match=r"at most 27 tokens.*found a title of 28 tokens, of document 17\. Write --seq-length 32 or more",
     ):
         IctDataset(data, titles=titles, seq_length=31, tokenizer=WordPieces())
     dataset = IctDataset(data, titles=titles, seq_length=32, tokenizer=WordPieces())

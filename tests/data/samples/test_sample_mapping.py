@@ -56,22 +56,22 @@ def test_equal_to_the_compiled_originals(case, minimum, some_long):
     for wanted in (num_samples, None):
         epochs, most = (1, 2**62) if wanted is None else (2**31 - 2, wanted)
         try:
-            mine = build_mapping(
+            rows = build_mapping(
                 documents, lengths, num_samples=wanted, short_prob=short, min_sentences=minimum, **options
             )
         except DataError:
             continue  # the original would walk through 2^31 empty epochs
         assert np.array_equal(
-            mine, helpers.build_mapping(documents, lengths, epochs, most, max_length, short, seed, False, minimum)
+            rows, helpers.build_mapping(documents, lengths, epochs, most, max_length, short, seed, False, minimum)
         )
     try:
-        mine = build_blocks(documents, lengths, titles, num_samples=num_samples, one_sentence=minimum == 1, **options)
+        rows = build_blocks(documents, lengths, titles, num_samples=num_samples, one_sentence=minimum == 1, **options)
     except DataError:
         return
-    theirs = helpers.build_blocks_mapping(
+    expected = helpers.build_blocks_mapping(
         documents, lengths, titles, 2**31 - 2, num_samples, max_length, seed, False, minimum == 1
     )
-    assert np.array_equal(mine, theirs)
+    assert np.array_equal(rows, expected)
 
 
 def test_nothing_usable_is_named():

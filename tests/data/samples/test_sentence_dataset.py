@@ -6,12 +6,12 @@ from megalith.common.errors import DataError
 from megalith.config.run import RunConfig
 from megalith.data.build import build_datasets
 from megalith.data.samples.bert_dataset import BertDataset
-from tests.data.word_pieces import WordPieces, write
+from tests.data.word_pieces import WordPieces, write_sentences
 
 
 @pytest.mark.parametrize("name, keys", [("bert", "sentence_order"), ("t5", "decoder_input_ids"), ("ict", "query_ids")])
 def test_from_a_config_through_the_cache(tmp_path, name, keys):
-    data = write(tmp_path / "x", 4, 60)
+    data = write_sentences(tmp_path / "x", 4, 60)
     values = {
         "data_path": [data.prefix],
         "dataset": name,
@@ -33,4 +33,4 @@ def test_from_a_config_through_the_cache(tmp_path, name, keys):
 
 def test_no_documents_are_named(tmp_path):
     with pytest.raises(DataError, match="nothing to sample from"):
-        BertDataset(write(tmp_path / "x", 1), (3, 3), 5, seq_length=64, tokenizer=WordPieces())
+        BertDataset(write_sentences(tmp_path / "x", 1), (3, 3), 5, seq_length=64, tokenizer=WordPieces())

@@ -6,22 +6,22 @@ import pytest
 from megalith.common.errors import ConfigError, DataError
 from megalith.data.indexed import IndexedDataset, IndexedWriter
 from megalith.data.samples.t5_dataset import T5Dataset
-from tests.data.word_pieces import WordPieces, original, write
+from tests.data.word_pieces import WordPieces, megatron_dataset, write_sentences
 
 
 def test_t5_equal_to_megatron_core(tmp_path):
     options = {"seq_length": 64, "decoder_seq_length": 40, "tokenizer": WordPieces()}
-    mine = T5Dataset(write(tmp_path / "x", 2), None, 60, seed=5, **options)
-    theirs = original(
-        "t5_dataset", "T5MaskedWordPieceDataset", mine, masking_max_ngram=10, masking_use_geometric_distribution=True
+    dataset = T5Dataset(write_sentences(tmp_path / "x", 2), None, 60, seed=5, **options)
+    reference = megatron_dataset(
+        "t5_dataset", "T5MaskedWordPieceDataset", dataset, masking_max_ngram=10, masking_use_geometric_distribution=True
     )
-    theirs.config.sequence_length_encoder, theirs.config.sequence_length_decoder = 64, 40
-    theirs.config.tokenizer.additional_special_tokens_ids = list(WordPieces.extra_ids)
-    for index in range(len(mine)):
-        sample, first, last = mine[index], *map(int, mine.mapping[index][:2])
-        text = np.concatenate(mine.sentences(first, last))[: int(mine.mapping[index][2])].tolist()
+    reference.config.sequence_length_encoder, reference.config.sequence_length_decoder = 64, 40
+    reference.config.tokenizer.additional_special_tokens_ids = list(WordPieces.extra_ids)
+    for index in range(len(dataset)):
+        sample, first, last = dataset[index], *map(int, dataset.mapping[index][:2])
+        text = np.concatenate(dataset.sentences(first, last))[: int(dataset.mapping[index][2])].tolist()
         random = np.random.RandomState(5 + index)
-        _, _, _, _, spans = theirs._create_masked_lm_predictions(text, int(mine.mapping[index][2]), random)
+        _, _, _, _, spans = reference._create_masked_lm_predictions(text, int(dataset.mapping[index][2]), random)
         decoder, encoder, start = [], [], 0
         for sentinel, (places, labels) in zip(WordPieces.extra_ids, spans):
             decoder += [sentinel, *labels]
@@ -39,7 +39,7 @@ def test_t5_equal_to_megatron_core(tmp_path):
 
 
 def test_t5_says_what_is_missing(tmp_path):
-    data = write(tmp_path / "x", 2)
+    data = write_sentences(tmp_path / "x", 2)
     none, few = WordPieces(), WordPieces()
     none.extra_ids, few.extra_ids = [], [100]
     with pytest.raises(ConfigError, match="--vocab-extra-ids"):
@@ -56,11 +56,11 @@ def test_t5_says_what_is_missing(tmp_path):
 
 
 def test_lengths_are_judged_before_the_first_sample(tmp_path):
-    """A usual sample of 64 tokens has 9 masked ones and 3 sentinels; one that has more is masked less, and none stops a run."""
-    data = write(tmp_path / "x", 2)
+    """A usual sample of 64 tokens has 9 masked ones and 3 sentinels; one with more is masked less; none stops a run."""
+    data = write_sentences(tmp_path / "x", 2)
     with pytest.raises(
         ConfigError,
-        match=r"found 12; of 62 tokens up to 9 are masked.* usually 13, at most 19\. Write 19, or at least 13",
+        match=r"of 62 tokens up to 9 are masked.* usually 13, at most 19; found 12\. Write 19, or at least 13",
     ):
         T5Dataset(data, seq_length=64, decoder_seq_length=12, tokenizer=WordPieces())
     whole = T5Dataset(data, None, 60, seq_length=64, decoder_seq_length=19, tokenizer=WordPieces())
@@ -88,7 +88,7 @@ def test_documents_that_are_not_split(tmp_path):
             writer.end_document()
     with pytest.raises(
         DataError,
-        match=r"found up to 90 tokens; each of 3 documents is one sequence.*Preprocess with --split-sentences",
+        match=r"must be split into sentences.*found 3 documents, each one sequence of up to 90 tokens\. Preprocess",
     ):
         T5Dataset(
             IndexedDataset(tmp_path / "whole"), None, 6, seq_length=64, decoder_seq_length=40, tokenizer=WordPieces()

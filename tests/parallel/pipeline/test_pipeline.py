@@ -14,7 +14,7 @@ from megalith.optim.loss_scale import StaticLossScale
 from megalith.optim.schedule import Schedule
 from megalith.parallel import mesh as meshes
 from megalith.runtime import state
-from megalith.runtime.build import place
+from megalith.runtime.build import build_runtime
 from megalith.testing import parity, run_ranks
 from megalith.training.resume.state import Progress
 from megalith.training.step import Trainer, train_step
@@ -24,7 +24,8 @@ from tests.parity.cases import SMALL
 
 PP, TP, VIRTUAL = "pipeline_model_parallel_size", "tensor_model_parallel_size", "num_layers_per_virtual_pipeline_stage"
 CONFIG = SMALL.replace(
-    num_layers=4, hidden_dropout=0.1, attention_dropout=0.1, global_batch_size=8, lr=1e-2, lr_warmup_iters=0, train_iters=10, clip_grad=0.1,
+    num_layers=4, hidden_dropout=0.1, attention_dropout=0.1, global_batch_size=8, lr=1e-2, lr_warmup_iters=0,
+    train_iters=10, clip_grad=0.1,
     add_bias_linear=False,  # the key bias has no gradient, and Adam would make steps of rounding
 )  # fmt: skip
 LAYOUTS = {
@@ -51,13 +52,13 @@ class Batches:
         self.config, self.mesh = config, mesh
 
     def step(self, consumed, size):
-        made = parity.batch(self.config.replace(global_batch_size=size), step=consumed)
-        return parity.micro_batches(made, self.config.batch.micro_batch_size, self.mesh)
+        global_batch = parity.batch(self.config.replace(global_batch_size=size), step=consumed)
+        return parity.micro_batches(global_batch, self.config.batch.micro_batch_size, self.mesh)
 
 
 def trainer(config):
-    mesh = meshes.start(config.parallel)
-    runtime = place(config, mesh)
+    mesh = meshes.init_mesh(config.parallel)
+    runtime = build_runtime(config, mesh)
     optimizer = build_optimizer(config.optimizer, runtime.named_parameters())
     schedule = Schedule(config.optimizer, config.schedule, config.batch.global_batch_size)
     return Trainer(runtime, LanguageModelling(), optimizer, schedule, StaticLossScale(1.0)), Batches(config, mesh)
@@ -65,25 +66,26 @@ def trainer(config):
 
 def trained(config, sizes=(8, 8, 8), folder=None):
     """Losses and gradient norms of a few steps, validation before and after, and the weights by name."""
-    made, batches = trainer(config)
+    built, batches = trainer(config)
     losses, norms = [], []
-    before = evaluate(made, batches, 90, 2, sizes[0]).losses["lm loss"]
+    before = evaluate(built, batches, 90, 2, sizes[0]).losses["lm loss"]
     for number, size in enumerate(sizes):
-        result = train_step(made, batches.step(number, size), Progress(iteration=number, scheduled_samples=8 * number))
+        result = train_step(built, batches.step(number, size), Progress(iteration=number, scheduled_samples=8 * number))
         losses.append(result.losses["lm loss"])
         norms.append(result.grad_norm)
-    after = evaluate(made, batches, 90, 2, sizes[-1]).losses["lm loss"]
+    after = evaluate(built, batches, 90, 2, sizes[-1]).losses["lm loss"]
     if folder is not None:
-        tensors = [state.weights(part) | state.optimizer_state(part, made.optimizer) for part in made.runtime.parts]
+        stages = built.runtime.stages
+        tensors = [state.weights(stage) | state.optimizer_state(stage, built.optimizer) for stage in stages]
         checkpoint.save(folder, 1, tensors, train_state={}, config_yaml=to_yaml(config))
     weights: dict[str, list] = {}
-    for name, parameter in made.runtime.named_parameters():
-        weights.setdefault(name, []).append(parity.whole(parameter))
+    for name, parameter in built.runtime.named_parameters():
+        weights.setdefault(name, []).append(parity.full_tensor(parameter))
     return losses, norms, before, after, weights
 
 
 @functools.cache
-def alone(sizes=(8, 8, 8)):
+def on_one_process(sizes=(8, 8, 8)):
     return run_ranks(trained, 1, CONFIG.replace(micro_batch_size=sizes[0]) if len(set(sizes)) == 1 else CONFIG, sizes)[
         0
     ]
@@ -108,7 +110,7 @@ def check(expected, found):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_steps_and_evaluation_are_those_of_one_process(layout):
     ranks, changes = LAYOUTS[layout]
-    check(alone(), run_ranks(trained, ranks, CONFIG.replace(**changes)))
+    check(on_one_process(), run_ranks(trained, ranks, CONFIG.replace(**changes)))
 
 
 @pytest.mark.parametrize("schedule", ["auto", "gpipe", "zbv", "zero_bubble"])
@@ -116,7 +118,7 @@ def test_any_number_of_micro_batches(schedule):
     """One, three and five, in steps of one run, as a growing batch has."""
     sizes = (1, 3, 5) if schedule != "zero_bubble" else (1, 3, 4)  # it wants equal rounds
     found = run_ranks(trained, 2, CONFIG.replace(**{PP: 2, "pipeline_schedule": schedule}), sizes)
-    check(alone(sizes), found)
+    check(on_one_process(sizes), found)
 
 
 def test_uneven_stages():
@@ -126,7 +128,7 @@ def test_uneven_stages():
     found = run_ranks(trained, 3, config.replace(**{PP: 3}))
     check(expected, found)
     layers = [{name.split(".")[1] for name in each[4] if name.startswith("layers.")} for each in found]
-    assert [len(mine) for mine in layers] == [2, 2, 1]
+    assert [len(local) for local in layers] == [2, 2, 1]
 
 
 @pytest.mark.parametrize("format", ["bf16", "fp16"])
@@ -143,19 +145,19 @@ def test_16_bits_put_off_weight_gradients_to_the_same_bits(format):
 def test_fp16_with_shards_follows_float32():
     found = run_ranks(trained, 4, CONFIG.replace(fp16=True, use_distributed_optimizer=True, **LAYOUTS["zbv"][1]))
     for each in found:
-        assert each[0] == pytest.approx(alone()[0], rel=2e-3)
+        assert each[0] == pytest.approx(on_one_process()[0], rel=2e-3)
 
 
 def loaded(config, folder):
-    made, _ = trainer(config)
-    tensors = [state.weights(part) for part in made.runtime.parts]
-    state.touch(made.optimizer)
+    built, _ = trainer(config)
+    tensors = [state.weights(stage) for stage in built.runtime.stages]
+    state.create_optimizer_state(built.optimizer)
     tensors = [
-        mine | state.optimizer_state(part, made.optimizer)
-        for mine, part in zip(tensors, made.runtime.parts, strict=True)
+        local | state.optimizer_state(stage, built.optimizer)
+        for local, stage in zip(tensors, built.runtime.stages, strict=True)
     ]
     checkpoint.load(folder, tensors)
-    return [{name: parity.whole(tensor) for name, tensor in mine.items()} for mine in tensors]
+    return [{name: parity.full_tensor(tensor) for name, tensor in local.items()} for local in tensors]
 
 
 def test_any_layout_saves_and_any_loads(tmp_path):
@@ -165,21 +167,21 @@ def test_any_layout_saves_and_any_loads(tmp_path):
     for layout in ("four stages", "zbv", "interleaved"):
         ranks, changes = LAYOUTS[layout]
         seen = set()
-        for part in (
-            part for mine in run_ranks(loaded, ranks, CONFIG.replace(**changes), str(tmp_path)) for part in mine
+        for stage in (
+            stage for local in run_ranks(loaded, ranks, CONFIG.replace(**changes), str(tmp_path)) for stage in local
         ):
-            seen.update(part)
-            assert all(torch.equal(tensor, whole[name]) for name, tensor in part.items())
+            seen.update(stage)
+            assert all(torch.equal(tensor, whole[name]) for name, tensor in stage.items())
         assert seen == set(whole)
 
 
 def held_buffers():
-    made, batches = trainer(CONFIG.replace(pipeline_model_parallel_size=2))
+    built, batches = trainer(CONFIG.replace(pipeline_model_parallel_size=2))
     live = []
 
     class Watching(LanguageModelling):
         def losses(self, output, batch, counts):
-            stages = [stage for _, stages in made.runtime.pipeline.made.values() for stage in stages]
+            stages = [stage for _, stages in built.runtime.pipeline.built.values() for stage in stages]
             infos = [
                 info
                 for stage in stages
@@ -190,8 +192,8 @@ def held_buffers():
             live.append(sum(info.buffer is not None for info in infos))
             return super().losses(output, batch, counts)
 
-    made.task = Watching()
-    train_step(made, batches.step(0, 8), Progress())
+    built.task = Watching()
+    train_step(built, batches.step(0, 8), Progress())
     return live
 
 
@@ -202,12 +204,12 @@ def test_buffers_of_activations_do_not_grow_with_micro_batches():
 
 def reductions(config, size):
     """How many collectives sum gradients in a step."""
-    made, batches = trainer(config)
-    train_step(made, batches.step(0, 8), Progress())
+    built, batches = trainer(config)
+    train_step(built, batches.step(0, 8), Progress())
     calls = []
     with mock.patch("torch.distributed.all_reduce", counting(calls, dist.all_reduce)):
         with mock.patch("torch.distributed.reduce_scatter_tensor", counting(calls, dist.reduce_scatter_tensor)):
-            train_step(made, batches.step(1, size), Progress(iteration=1))
+            train_step(built, batches.step(1, size), Progress(iteration=1))
     return len(calls)
 
 

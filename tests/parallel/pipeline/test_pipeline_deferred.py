@@ -7,20 +7,20 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megalith.parallel.matmul import Linear, Matmul, use
-from megalith.parallel.pipeline.deferred import Queue
+from megalith.parallel.matmul import Linear, Matmul, set_matmul
+from megalith.parallel.pipeline.deferred import WeightGradientQueue
 from megalith.testing import parity, run_ranks
 from tests.parity.cases import SMALL
 
 
 def test_gradients_come_when_taken_and_are_the_same_to_the_bit():
     torch.manual_seed(0)
-    model, queue = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3, bias=False)), Queue()
+    model, queue = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3, bias=False)), WeightGradientQueue()
     x = torch.randn(2, 4, 5)
     model(x).square().sum().backward()
     expected = [parameter.grad for parameter in model.parameters()]
     model.zero_grad()
-    use(Matmul(queue), model)
+    set_matmul(Matmul(queue), model)
     assert [type(module) for module in model] == [Linear, nn.Tanh, Linear] and list(model.state_dict()) == [
         "0.weight",
         "0.bias",
@@ -29,7 +29,7 @@ def test_gradients_come_when_taken_and_are_the_same_to_the_bit():
     for times in (1, 2):  # accumulates
         model(x.requires_grad_()).square().sum().backward()
         run = queue.take()
-        assert not queue.waiting
+        assert not queue.deferred
         if times == 1:
             assert all(parameter.grad is None for parameter in model.parameters())
         run()
@@ -38,8 +38,8 @@ def test_gradients_come_when_taken_and_are_the_same_to_the_bit():
 
 
 def test_each_micro_batch_has_its_own_work():
-    model, queue = nn.Sequential(nn.Linear(2, 2)), Queue()
-    use(Matmul(queue), model)
+    model, queue = nn.Sequential(nn.Linear(2, 2)), WeightGradientQueue()
+    set_matmul(Matmul(queue), model)
     runs = []
     for value in (1.0, 10.0):
         model(torch.full((1, 2), value, requires_grad=True)).sum().backward()
@@ -53,12 +53,12 @@ def test_each_micro_batch_has_its_own_work():
 
 
 def test_frozen_weights_and_evaluation_leave_nothing_in_the_queue():
-    model, queue = nn.Sequential(nn.Linear(2, 2)).requires_grad_(False), Queue()
-    use(Matmul(queue), model)
+    model, queue = nn.Sequential(nn.Linear(2, 2)).requires_grad_(False), WeightGradientQueue()
+    set_matmul(Matmul(queue), model)
     model(torch.ones(1, 2, requires_grad=True)).sum().backward()
     with torch.no_grad():
         model.requires_grad_(True)(torch.ones(1, 2))
-    assert not queue.waiting
+    assert not queue.deferred
 
 
 class Counter(TorchDispatchMode):

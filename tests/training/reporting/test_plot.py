@@ -5,7 +5,7 @@ import math
 import pytest
 
 from megalith.training.callbacks import ValidationRecord
-from megalith.training.reporting.metrics import FILE, Metrics
+from megalith.training.reporting.metrics import METRICS_FILE, Metrics
 from megalith.training.reporting.plot import LossPlot, draw_loss, smooth
 from tests.training.records import run_info, step
 
@@ -29,9 +29,8 @@ def write(folder, losses, validate=()):
 def test_smoothing_keeps_a_constant_and_has_the_half_life_it_says():
     assert smooth([3.0] * 5) == pytest.approx([3.0] * 5)
     assert smooth([4.0, 1.0]) == pytest.approx([4.0, 2.0])  # half-life 1: weights 1/2 and 1
-    assert smooth([0.0] * 4000 + [1.0] * 100, 1 / 40)[-1] == pytest.approx(
-        0.5, abs=0.01
-    )  # 100 of 4000 values halve what was
+    # 100 of 4000 values halve what was
+    assert smooth([0.0] * 4000 + [1.0] * 100, 1 / 40)[-1] == pytest.approx(0.5, abs=0.01)
 
 
 def test_smoothing_does_not_lag_behind_a_steep_start():
@@ -44,12 +43,12 @@ def test_a_picture_is_drawn_at_the_end(tmp_path, steps):
     run = write(tmp_path, [3.0 + 7.0 * math.exp(-number / 50) for number in range(steps)], validate=range(50, 301, 50))
     LossPlot().on_end(run)
     assert (tmp_path / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", FILE]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", METRICS_FILE]
 
 
 def test_steps_whose_loss_is_no_number_are_left_out(tmp_path):
     write(tmp_path, [3.0, math.nan, math.inf, 2.0])
-    assert draw_loss(tmp_path / FILE, tmp_path / "loss.png", "toy")
+    assert draw_loss(tmp_path / METRICS_FILE, tmp_path / "loss.png", "toy")
 
 
 def test_nothing_to_draw(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 
 from megalith.config.checks.checks import find_problems
-from megalith.parallel.pipeline.schedules import Work
+from megalith.planner.timeline import Work
 from megalith.runtime.timeline import Span, Timeline
 from megalith.testing import run_ranks
 from megalith.training.pretrain import train

@@ -9,11 +9,11 @@ import pytest
 from megalith import checkpoint
 from megalith.common.errors import CheckpointError, ConfigError, RankError, TrainingError
 from megalith.config.run import RunConfig
-from megalith.training.failures import named
+from megalith.training.failures import explain_errors
 from megalith.training.pretrain import train
 from megalith.training.reporting.metrics import Metrics
-from megalith.training.resume.next_start import next_start
-from megalith.training.resume.saving import folder_of
+from megalith.training.resume.next_start import describe_next_start
+from megalith.training.resume.saving import checkpoint_folder
 from megalith.training.resume.state import Progress
 from tests.tiny import losses, tiny_config
 
@@ -34,9 +34,9 @@ def flags_in(words: str) -> dict:
     return {name.replace("-", "_"): value or True for name, value in found}
 
 
-def obeyed(config: RunConfig, sentence: str) -> RunConfig:
-    """The config of the command that a sentence speaks of: "the same command without --a and --b with --c x goes on from step 6"."""
-    match = re.search(r"[Tt]he same command(?: without (--.*?))?(?: with (--.*?))? (?:goes on|begins|starts)", sentence)
+def follow_sentence(config: RunConfig, sentence: str) -> RunConfig:
+    """The config of the command in "the same command without --a and --b with --c x resumes from step 6"."""
+    match = re.search(r"[Tt]he same command(?: without (--.*?))?(?: with (--.*?))? (?:resumes|begins|starts)", sentence)
     assert match, sentence
     dropped = {
         name: getattr(config.checkpoint.__class__(), name) for name in flags_in((match[1] or "").replace(" and", ""))
@@ -63,7 +63,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_stopped_run_goes_on_as_it_says(case, other, corpus, tmp_path, capsys):
+def test_a_stopped_run_resumes_as_it_says(case, other, corpus, tmp_path, capsys):
     changes = {name: str(other) if value == "OTHER" else value for name, value in CASES[case].items()}
     changes |= {"save": str(tmp_path / "elsewhere")} if "save" in changes else {}
     config = tiny_config(
@@ -72,16 +72,16 @@ def test_a_stopped_run_goes_on_as_it_says(case, other, corpus, tmp_path, capsys)
     config = config.replace(**changes)
     stopped = train(config)
     said = capsys.readouterr().out
-    assert f"stopped after step {stopped.iteration} (" in said and "goes on from there\n" in said, said
+    assert f"stopped after step {stopped.iteration} (" in said and "resumes from there\n" in said, said
     record = losses(str(tmp_path / "run"))
-    following = obeyed(config, said)
+    following = follow_sentence(config, said)
     after = train(following.replace(exit_interval=None))
     assert f"resuming after step {stopped.iteration} of 18" in capsys.readouterr().out
     assert after.iteration == 18 and losses(str(tmp_path / "run"))[: len(record)] == record
 
 
 @pytest.mark.parametrize("step", [6, 9])
-def test_a_run_that_went_back_goes_on_from_where_it_came(step, corpus, tmp_path, capsys):
+def test_a_run_that_went_back_resumes_from_where_it_came(step, corpus, tmp_path, capsys):
     """The case of the issue: --ckpt-step 6 in the run's own folder went back to 6 each time."""
     config = tiny_config(corpus, str(tmp_path / "run"), save_interval=3, keep_last=0, **BASE)
     train(config)
@@ -89,8 +89,8 @@ def test_a_run_that_went_back_goes_on_from_where_it_came(step, corpus, tmp_path,
     assert train(back).iteration == 8 if step == 6 else 12
     said = capsys.readouterr().out
     if step == 6:
-        assert "; the same command without --ckpt-step goes on from there" in said
-    assert train(obeyed(back, said) if step == 6 else config).iteration == 12
+        assert "; the same command without --ckpt-step resumes from there" in said
+    assert train(follow_sentence(back, said) if step == 6 else config).iteration == 12
 
 
 def test_before_anything_is_saved(corpus, other, tmp_path):
@@ -102,13 +102,13 @@ def test_before_anything_is_saved(corpus, other, tmp_path):
         train(new)
     with pytest.raises(ConfigError, match="--fresh"):
         train(new)
-    assert train(obeyed(new, str(caught.value)).replace(lr=1e-3)).iteration == 4
+    assert train(follow_sentence(new, str(caught.value)).replace(lr=1e-3)).iteration == 4
     loading = tiny_config(
         corpus, str(tmp_path / "loading"), load=str(other), ckpt_step=6, override_opt_param_scheduler=True, **BASE
     )
     with pytest.raises(TrainingError, match="the same command starts from step 6 again") as caught:
         train(loading.replace(lr=1e30))
-    assert train(obeyed(loading, str(caught.value))).iteration == 12
+    assert train(follow_sentence(loading, str(caught.value))).iteration == 12
     fresh = new.replace(fresh=True)
     with pytest.raises(TrainingError, match="; the same command begins from the start"):
         train(fresh)
@@ -130,13 +130,13 @@ def test_a_full_disk_says_how_to_go_on(corpus, tmp_path, monkeypatch):
     ) as caught:
         train(config)
     full_at = 5
-    again = obeyed(config, str(caught.value))
+    again = follow_sentence(config, str(caught.value))
     with pytest.raises(
-        TrainingError, match=r"No space left.*Free space; the same command without --fresh goes on from step 3"
+        TrainingError, match=r"No space left.*Free space; the same command without --fresh resumes from step 3"
     ) as caught:
         train(again)
     full_at = 0
-    assert train(obeyed(config, str(caught.value))).iteration == 12
+    assert train(follow_sentence(config, str(caught.value))).iteration == 12
 
 
 def test_validating_alone_begins_again(other, corpus, tmp_path, capsys):
@@ -149,7 +149,7 @@ def test_validating_alone_begins_again(other, corpus, tmp_path, capsys):
     for length in ({"train_iters": 0}, {"train_iters": None, "train_samples": 5, "lr_warmup_iters": 0}):
         with pytest.raises(
             ConfigError,
-            match=f"found {length.get('train_samples', 0)}; .* --skip-train to validate and test what --load",
+            match=rf"found {length.get('train_samples', 0)}\. .* --skip-train to validate and test what --load",
         ):
             train(config.replace(run_dir=str(tmp_path / "none"), skip_train=False, **length))
         train(config.replace(run_dir=str(tmp_path / "none"), exit_duration_in_mins=None, **length))
@@ -159,7 +159,7 @@ def test_validating_alone_begins_again(other, corpus, tmp_path, capsys):
 def lost(config) -> None:
     """On each rank of a pool: contact is lost, says the error of a collective."""
     progress = Progress(iteration=7)
-    with named(progress, lambda: next_start(config, progress)):
+    with explain_errors(progress, lambda: describe_next_start(config, progress)):
         raise RuntimeError("Application timeout caused pair closure")
 
 
@@ -170,16 +170,16 @@ def test_ranks_that_lost_another_say_the_same(ranks, corpus, tmp_path):
     ):
         ranks(lost, 2, config)
     train(config)
-    with pytest.raises(RankError, match=r"name it\. The same command goes on from step 5\. "):
+    with pytest.raises(RankError, match=r"name it\. The same command resumes from step 5\. "):
         ranks(lost, 2, config)
 
 
-def test_a_finished_run_goes_on_with_the_flags_that_it_names(corpus, tmp_path, capsys):
+def test_a_finished_run_resumes_with_the_flags_that_it_names(corpus, tmp_path, capsys):
     for style in ("cosine", "constant"):
         config = tiny_config(corpus, str(tmp_path / style), eval_iters=0, lr_decay_style=style)
         train(config)
         train(config)
-        assert "(raise --train-iters, with --override-opt-param-scheduler, to go on)" in capsys.readouterr().out
+        assert "(raise --train-iters, with --override-opt-param-scheduler, to train longer)" in capsys.readouterr().out
         assert train(config.replace(train_iters=14, override_opt_param_scheduler=True)).iteration == 14
 
 
@@ -198,7 +198,7 @@ def test_the_choices_for_another_schedule_work(corpus, tmp_path):
 def test_the_offer_of_an_older_checkpoint_works(corpus, tmp_path):
     config = tiny_config(corpus, str(tmp_path / "run"), save_interval=3, keep_last=0, exit_interval=9, **BASE)
     train(config)
-    own = folder_of(config)
+    own = checkpoint_folder(config)
     next((own / "iter_0000009").glob("*.distcp")).write_bytes(b"")
     with pytest.raises(CheckpointError, match="of iteration 6: load it with --ckpt-step 6") as caught:
         train(config)
@@ -212,7 +212,7 @@ def test_the_offer_of_an_older_checkpoint_works(corpus, tmp_path):
 def test_the_choices_for_weights_without_optimizer_work(corpus, tmp_path):
     config = tiny_config(corpus, str(tmp_path / "run"), exit_interval=4, no_save_optim=True, **BASE)
     train(config)
-    with pytest.raises(CheckpointError, match=r"--no-load-optim to go on.*--finetune --run-dir NEW") as caught:
+    with pytest.raises(CheckpointError, match=r"--no-load-optim to resume.*--finetune --run-dir NEW") as caught:
         train(config)
     assert train(config.replace(no_load_optim=True)).iteration == 8
     load = re.search(r"--load (\S+) --finetune", str(caught.value))[1]
@@ -238,7 +238,7 @@ def test_the_choices_for_two_sources_work(other, corpus, tmp_path):
 LOADED = [  # flags, what the line says was loaded, and what was not
     (
         {"finetune": True},
-        "the weights; not the optimizer's state, the schedule and the counts of steps and samples: --finetune begins at",
+        "the weights; not the optimizer's state, the schedule and the counts of steps and samples: --finetune begins",
     ),
     (
         {"no_load_optim": True},

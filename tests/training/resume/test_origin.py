@@ -1,4 +1,4 @@
-"""What a run starts from is what it is, or it is told."""
+"""A run starts from a checkpoint of the same model and data, or reports the differences."""
 
 import pathlib
 import shutil
@@ -21,7 +21,7 @@ def half(corpus, tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told", "cure"),
+    ("changes", "message", "cure"),
     [
         ({"num_attention_heads": 8}, "--num-attention-heads is 8, was 4", "--num-attention-heads 4,"),
         (
@@ -42,12 +42,12 @@ def half(corpus, tmp_path_factory) -> pathlib.Path:
         ),
     ],
 )
-def test_another_model_of_the_same_shapes_is_an_error(half, corpus, tmp_path, changes, told, cure):
+def test_another_model_of_the_same_shapes_is_an_error(half, corpus, tmp_path, changes, message, cure):
     """In the run's own folder, and by --load into a new run, with --finetune too."""
     changes = SHORT | {"position_embedding_type": "rope"} | changes
     load = {"load": str(half), "run_dir": str(tmp_path / "new")}
     for place in ({}, load, load | {"finetune": True}):
-        with pytest.raises(CheckpointError, match=f"holds another model: .*{told}.* Give .*{cure}"):
+        with pytest.raises(CheckpointError, match=f"holds another model: .*{message}.* Give .*{cure}"):
             train(tiny_config(corpus, str(half), **changes | place))
     assert len(losses(str(half))) == 2
 
@@ -71,7 +71,7 @@ def test_the_same_data_by_another_name_is_the_same(half, corpus, tmp_path, capsy
     assert "changed since" not in capsys.readouterr().out
 
 
-def test_what_may_change_is_told_of_a_loaded_checkpoint_too(half, corpus, tmp_path, capsys):
+def test_what_may_change_is_reported_of_a_loaded_checkpoint_too(half, corpus, tmp_path, capsys):
     changes = SHORT | {
         "position_embedding_type": "rope",
         "rotary_base": 5000.0,
@@ -90,7 +90,7 @@ def test_what_may_change_is_told_of_a_loaded_checkpoint_too(half, corpus, tmp_pa
     assert "--lr is" not in said, "a new run has its own"
 
 
-def test_data_replaced_under_its_name_is_told(half, corpus, tmp_path, capsys):
+def test_data_replaced_under_its_name_is_reported(half, corpus, tmp_path, capsys):
     shutil.copytree(half, tmp_path / "run")
     for end in (".bin", ".idx"):
         shutil.copyfile(corpus + end, f"{tmp_path}/corpus{end}")
@@ -98,7 +98,7 @@ def test_data_replaced_under_its_name_is_told(half, corpus, tmp_path, capsys):
         f"{tmp_path}/corpus", str(tmp_path / "run"), position_embedding_type="rope", exit_interval=3, **SHORT
     )
     train(config)
-    assert "is not what it was" not in capsys.readouterr().out, "another path is told as such"
+    assert "is not what it was" not in capsys.readouterr().out, "another path is reported as such"
     write_corpus(f"{tmp_path}/corpus", seed=1)
     train(config)
     assert f"changed since that checkpoint: {tmp_path}/corpus is not what it was then\n" in capsys.readouterr().out
@@ -120,7 +120,7 @@ def test_what_a_folder_and_a_list_name_is_compared(corpus, tmp_path, capsys):
         train(tiny_config(corpus, str(tmp_path / name), exit_interval=3, **SHORT | values))
         said = capsys.readouterr().out
         assert (
-            f"changed since that checkpoint: {folder}/b is read, was not\n" in said
+            f"changed since that checkpoint: {folder}/b is read now, and was not then\n" in said
             and "samples that were read may come again" in said
         )
         assert (f"{listed} is not what it was then" in said) is (name == "list")
@@ -135,29 +135,29 @@ def test_a_tokenizer_replaced_under_its_name_is_an_error(tmp_path, capsys):
     vocabulary.write_text("\n".join([*words[:6], words[7], words[6], *words[8:]]))
     with pytest.raises(
         CheckpointError,
-        match=r"tiny.vocab\) is not the one in .*: 2 ids are other words, first 6: 'w2', was 'w1'.*--finetune",
+        match=r"tiny.vocab\) is not the one in .*: 2 ids are other tokens, first 6: 'w2', was 'w1'.*--finetune",
     ):
         train(tiny_bert(prefix, str(tmp_path / "run"), **longer))
     capsys.readouterr()
     train(tiny_bert(prefix, str(tmp_path / "new"), load=str(tmp_path / "run"), finetune=True, **run))
-    assert "2 ids are other words" in capsys.readouterr().out
+    assert "2 ids are other tokens" in capsys.readouterr().out
     vocabulary.write_text("\n".join(words) + "\n")
     train(tiny_bert(prefix, str(tmp_path / "run"), **longer))
-    assert "other words" not in capsys.readouterr().out
+    assert "other tokens" not in capsys.readouterr().out
 
 
 def test_moments_of_another_optimizer(half, corpus, tmp_path):
-    """Both ways, and where one has none: what is there and what is asked for are named, and the flag that goes on without."""
+    """Both ways, and where one has none: both states are named, and the flag that resumes without."""
     rope = {"position_embedding_type": "rope"} | SHORT
     for changes in ({"optimizer": "sgd"}, {"optimizer": "sgd", "sgd_momentum": 0.0}):
         with pytest.raises(
             CheckpointError,
-            match=r"found optimizer/exp_avg, .*goes on from (optimizer/momentum_buffer|none)\. .*--no-load-optim",
+            match=r"must be (optimizer/momentum_buffer|none) for this run to resume; found optimizer/exp_avg, .*--no-l",
         ):
             train(tiny_config(corpus, str(half), **rope | changes))
     train(tiny_config(corpus, str(tmp_path / "sgd"), optimizer="sgd", load=str(half), no_load_optim=True, **rope))
     with pytest.raises(
-        CheckpointError, match=r"found optimizer/momentum_buffer; this run's optimizer goes on from optimizer/exp_avg"
+        CheckpointError, match=r"must be optimizer/exp_avg, .* for this run to resume; found optimizer/momentum_buffer"
     ):
         train(
             tiny_config(

@@ -17,7 +17,7 @@ from tests.tiny import losses, tiny_config
 SHORT = {"train_iters": 2, "lr_warmup_iters": 1, "eval_iters": 0}
 
 
-def everything(folder: pathlib.Path) -> dict[str, bytes]:
+def file_contents(folder: pathlib.Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
@@ -32,19 +32,19 @@ def done(corpus, tmp_path_factory) -> pathlib.Path:
 @pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize("place", ["", "checkpoints"])
 def test_second_run_names_the_first_and_touches_nothing(done, corpus, place, fresh):
-    before = everything(done.parent)
+    before = file_contents(done.parent)
     with (
         locked(done / place, inside=True),
         pytest.raises(LockedError, match=r"run.* is being written by process \d+ on .*--run-dir or --save"),
     ):
         train(tiny_config(corpus, str(done), fresh=fresh, **SHORT | {"train_iters": 4}))
-    assert everything(done.parent) == before and not list(done.parent.rglob(".lock"))
+    assert file_contents(done.parent) == before and not list(done.parent.rglob(".lock"))
 
 
 def test_a_run_that_lost_its_folder_saves_nothing_there(tmp_path, corpus, monkeypatch):
     """To another machine's, while it was suspended."""
 
-    alone = run_folder.alone
+    hold_folders = run_folder.hold_folders
 
     @contextlib.contextmanager
     def lost(config):
@@ -52,10 +52,10 @@ def test_a_run_that_lost_its_folder_saves_nothing_there(tmp_path, corpus, monkey
             (tmp_path / "run/.lock").write_text('{"nonce": "of another"}')
             held()
 
-        with alone(config) as held:
+        with hold_folders(config) as held:
             yield still_held
 
-    monkeypatch.setattr(run_folder, "alone", lost)
+    monkeypatch.setattr(run_folder, "hold_folders", lost)
     with pytest.raises(CheckpointError, match=r"^.*run: this process was suspended, .* lost its lock"):
         train(tiny_config(corpus, str(tmp_path / "run"), **SHORT))
     assert not checkpoint.iterations(tmp_path / "run")
@@ -67,7 +67,7 @@ def test_fresh_moves_no_run_that_lies_within(done, corpus):
 
 
 def test_one_folder_of_checkpoints_under_two_names(tmp_path, done, corpus):
-    """Two run folders with one --save, the second by way of a symbolic link; what was made for nothing is gone again."""
+    """Two run folders with one --save, the second through a symbolic link; unused folders are removed again."""
     (tmp_path / "link").symlink_to(done)
     with locked(done / "checkpoints", inside=True), pytest.raises(LockedError, match="checkpoints is being written"):
         train(tiny_config(corpus, str(tmp_path / "other"), save=str(tmp_path / "link" / "checkpoints"), **SHORT))
@@ -90,7 +90,7 @@ def test_a_checkpoint_of_another_run_is_not_replaced_nor_deleted(tmp_path, corpu
     train(tiny_config(corpus, str(other), save_interval=1, **SHORT | {"train_iters": 4}))
     for number in ("iter_0000003", "iter_0000004"):
         (other / "checkpoints" / number).rename(mine / "checkpoints" / number)
-    before = everything(mine / "checkpoints" / "iter_0000004")
+    before = file_contents(mine / "checkpoints" / "iter_0000004")
     longer = tiny_config(
         corpus, str(mine), save_interval=1, keep_last=1, **SHORT | {"train_iters": 4}, override_opt_param_scheduler=True
     )
@@ -105,7 +105,7 @@ def test_a_checkpoint_of_another_run_is_not_replaced_nor_deleted(tmp_path, corpu
     with pytest.raises(CheckpointError, match="was written by another run"):
         state = {"run": "a third one"}
         checkpoint.save(mine / "checkpoints", 4, {}, train_state=state, config_yaml="")
-    assert everything(mine / "checkpoints" / "iter_0000004") == before
+    assert file_contents(mine / "checkpoints" / "iter_0000004") == before
     (mine / "checkpoints" / "iter_0000004").rename(tmp_path / "away")
     assert train(longer).iteration == 4
     # Its own older ones are pruned, the other run's is not; 3 stays, as nothing has measured 4.
@@ -124,19 +124,19 @@ def test_what_a_killed_run_left_is_removed(tmp_path, corpus):
     assert not any(path.exists() for path in left)
 
 
-def named(corpus, **changes):
+def without_run_dir(corpus, **changes):
     """A config whose run folder is not named."""
     return tiny_config(corpus, "", **SHORT).replace(**{"run_dir": None} | changes)
 
 
 def test_the_record_lies_with_the_checkpoints_of_save(tmp_path, corpus, monkeypatch, capsys):
-    """Two runs with --save alone shared runs/gpt: the second, that began with the first's weights, wrote over the first's record."""
+    """Two runs with only --save once shared runs/gpt, where the second one overwrote the record of the first."""
     monkeypatch.chdir(tmp_path)
-    train(named(corpus, save="a"))
-    before = everything(tmp_path / "a")
-    train(named(corpus, save="b", load="a", finetune=True, seed=7))
-    train(named(corpus, save="c", train_iters=3))
-    assert everything(tmp_path / "a") == before and not (tmp_path / "runs").exists()
+    train(without_run_dir(corpus, save="a"))
+    before = file_contents(tmp_path / "a")
+    train(without_run_dir(corpus, save="b", load="a", finetune=True, seed=7))
+    train(without_run_dir(corpus, save="c", train_iters=3))
+    assert file_contents(tmp_path / "a") == before and not (tmp_path / "runs").exists()
     assert [len(losses(name)) for name in "abc"] == [2, 2, 3]
     out = capsys.readouterr().out
     assert (
@@ -144,31 +144,31 @@ def test_the_record_lies_with_the_checkpoints_of_save(tmp_path, corpus, monkeypa
         and "checkpoint b/iter_0000002, picture b/loss.png, numbers of every step b/metrics.jsonl" in out
     )
     assert "numbers of every step r/metrics.jsonl" not in out
-    train(named(corpus))
-    train(named(corpus, save="a/checkpoints", run_dir="r"))
-    assert len(losses("runs/gpt")) == len(losses("r")) == 2 and everything(tmp_path / "a").items() >= before.items()
+    train(without_run_dir(corpus))
+    train(without_run_dir(corpus, save="a/checkpoints", run_dir="r"))
+    assert len(losses("runs/gpt")) == len(losses("r")) == 2 and file_contents(tmp_path / "a").items() >= before.items()
 
 
-def test_a_run_that_began_in_runs_gpt_goes_on_there(tmp_path, corpus, monkeypatch, capsys):
+def test_a_run_that_began_in_runs_gpt_resumes_there(tmp_path, corpus, monkeypatch, capsys):
     """Before, the run folder did not follow --save."""
     monkeypatch.chdir(tmp_path)
     constant = {"lr_decay_style": "constant", "lr_warmup_iters": 0, "override_opt_param_scheduler": True}
-    old = named(corpus, save="a", **constant)
+    old = without_run_dir(corpus, save="a", **constant)
     train(old.replace(run_dir="runs/gpt"))
     config = tmp_path / "runs/gpt/config.yaml"
     config.write_text(config.read_text().replace("run_dir: runs/gpt", "run_dir: null"))
     train(old.replace(train_iters=4))
     assert "run folder runs/gpt, where this run began its record" in capsys.readouterr().out
     assert len(losses("runs/gpt")) == 4 and not (tmp_path / "a" / "metrics.jsonl").exists()
-    train(named(corpus, save="b", **constant))
+    train(without_run_dir(corpus, save="b", **constant))
     assert len(losses("b")) == 2 and len(losses("runs/gpt")) == 4
 
 
 def test_a_record_of_another_run_is_not_written_over(tmp_path, corpus, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    train(named(corpus, run_dir="r", save="a"))
-    train(named(corpus, save="b", train_iters=3))
-    before = everything(tmp_path)
+    train(without_run_dir(corpus, run_dir="r", save="a"))
+    train(without_run_dir(corpus, save="b", train_iters=3))
+    before = file_contents(tmp_path)
     for other in (
         {"save": "c"},
         {"save": "c", "load": "a", "finetune": True},
@@ -180,38 +180,38 @@ def test_a_record_of_another_run_is_not_written_over(tmp_path, corpus, monkeypat
             ConfigError,
             match=r"r holds the record .* of a run whose checkpoints go to .*/a, and those of this one go to ",
         ):
-            train(named(corpus, run_dir="r", **other))
+            train(without_run_dir(corpus, run_dir="r", **other))
     for load in ({}, {"load": "b", "finetune": True}):
         with pytest.raises(
             ConfigError, match=r"b holds the record .* of a run, and b no checkpoint of it to resume from"
         ):
             (tmp_path / "b" / "iter_0000003").rename(tmp_path / "away")
             try:
-                train(named(corpus, save="b", **load | {"load": "a"} if load else load))
+                train(without_run_dir(corpus, save="b", **load | {"load": "a"} if load else load))
             finally:
                 (tmp_path / "away").rename(tmp_path / "b" / "iter_0000003")
-    assert everything(tmp_path) == before
+    assert file_contents(tmp_path) == before
 
 
-def test_a_moved_run_goes_on_where_it_is(tmp_path, corpus, monkeypatch, capsys):
+def test_a_moved_run_resumes_where_it_is(tmp_path, corpus, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     longer = {"train_iters": 3, "override_opt_param_scheduler": True}
-    train(named(corpus, save="a"))
+    train(without_run_dir(corpus, save="a"))
     (tmp_path / "a").rename(tmp_path / "b")
-    train(named(corpus, save="b", **longer))
-    train(named(corpus, run_dir="c"))
+    train(without_run_dir(corpus, save="b", **longer))
+    train(without_run_dir(corpus, run_dir="c"))
     (tmp_path / "c").rename(tmp_path / "d")
-    train(named(corpus, run_dir="d", **longer))
+    train(without_run_dir(corpus, run_dir="d", **longer))
     shutil.copytree(tmp_path / "d", tmp_path / "e")
-    train(named(corpus, run_dir="e", save="e/checkpoints", **longer | {"train_iters": 4}))
+    train(without_run_dir(corpus, run_dir="e", save="e/checkpoints", **longer | {"train_iters": 4}))
     assert [len(losses(name)) for name in "bde"] == [3, 3, 4]
 
 
 def test_an_attempt_that_saved_nothing_is_kept_aside(tmp_path, corpus, monkeypatch, capsys):
     """With --load the same command begins again; what it had written was replaced."""
     monkeypatch.chdir(tmp_path)
-    train(named(corpus, save="a"))
-    again = named(corpus, save="b", load="a", finetune=True)
+    train(without_run_dir(corpus, save="a"))
+    again = without_run_dir(corpus, save="b", load="a", finetune=True)
     with pytest.raises(TrainingError, match="no checkpoint was written; the same command begins from the start"):
         train(again.replace(lr=1e30, train_iters=9, save_interval=1, lr_warmup_iters=0))
     written = (tmp_path / "b/metrics.jsonl").read_bytes()

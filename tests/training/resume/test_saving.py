@@ -7,7 +7,7 @@ import torch
 
 from megalith import checkpoint
 from megalith.checkpoint import formats
-from megalith.checkpoint.formats import FORMATS, Options
+from megalith.checkpoint.formats import FORMATS, MegatronOptions
 from megalith.common.errors import CheckpointError, ConfigError
 from megalith.training.pretrain import train
 from megalith.workflows.conversion import convert
@@ -22,7 +22,7 @@ def run(corpus, tmp_path) -> pathlib.Path:
     return folder
 
 
-def test_the_same_command_goes_on_and_finds_nothing_to_do(run, corpus):
+def test_the_same_command_resumes_and_finds_nothing_to_do(run, corpus):
     record = (run / "metrics.jsonl").read_bytes()
     assert train(tiny_config(corpus, str(run), save_interval=6)).iteration == 12
     kept = [line for line in (run / "metrics.jsonl").read_bytes().splitlines() if b'"loss"' in line]
@@ -52,20 +52,20 @@ def test_longer(run, corpus):
     assert len(losses(str(run))) == 14
 
 
-def test_what_changed_is_told(run, corpus, tmp_path, capsys):
+def test_what_changed_is_reported(run, corpus, tmp_path, capsys):
     longer = {"train_iters": 13, "override_opt_param_scheduler": True}
     train(tiny_config(corpus, str(run), **longer, num_workers=0))
     assert "changed since" not in capsys.readouterr().out
     train(tiny_config(corpus, str(run), **longer | {"train_iters": 15}, seed=7, clip_grad=0.5, exit_interval=14))
     said = capsys.readouterr().out
     assert "--seed is 7, was 1234" in said and "--clip-grad is 0.5, was 1" in said and said.count("changed since") == 2
-    assert "; the same command goes on" in said
+    assert "; the same command resumes" in said
     train(tiny_config(corpus, str(tmp_path / "other"), load=str(run), **longer | {"train_iters": 16}, exit_interval=15))
-    assert "the same command without --load goes on" in capsys.readouterr().out
+    assert "the same command without --load resumes" in capsys.readouterr().out
 
 
 def test_a_run_from_before_the_fused_gelu_keeps_its_own(corpus, tmp_path, capsys, monkeypatch):
-    """It trained with the exact one by a command that means the tanh approximation now; the same command goes on with it."""
+    """It trained with the exact GELU, and resumes with it by a command that now means the tanh approximation."""
     exact, old = (tiny_config(corpus, str(tmp_path / name), bias_gelu_fusion=False) for name in ("exact", "old"))
     train(exact)
     train(old.replace(exit_interval=6))
@@ -99,7 +99,7 @@ def test_a_record_without_a_checkpoint_is_not_overwritten(tmp_path, corpus):
 
 
 def test_load_of_nothing_is_an_error(tmp_path, corpus):
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+    with pytest.raises(CheckpointError, match="--load must be an existing file or folder with a complete checkpoint"):
         train(tiny_config(corpus, str(tmp_path / "run"), load=str(tmp_path / "nowhere")))
 
 
@@ -119,7 +119,7 @@ def test_load_of_an_incomplete_checkpoint_of_another_program(tmp_path, corpus):
             checkpoint.find(tmp_path / name)
 
 
-def test_no_load_optim_goes_on_with_new_moments(run, tmp_path, corpus):
+def test_no_load_optim_resumes_with_new_moments(run, tmp_path, corpus):
     """The iteration and the samples go on, the optimizer and the schedule begin anew."""
     config = tiny_config(
         corpus,
@@ -132,17 +132,17 @@ def test_no_load_optim_goes_on_with_new_moments(run, tmp_path, corpus):
     assert train(config).iteration == 14 and len(losses(str(tmp_path / "on"))) == 2
 
 
-def test_a_run_goes_on_from_its_export_to_megatron_bit_for_bit(run, tmp_path, corpus):
+def test_a_run_resumes_from_its_export_to_megatron_bit_for_bit(run, tmp_path, corpus):
     """Weights, moments, steps, schedule and samples survive the way through Megatron's files of another layout."""
     six = run / "checkpoints/iter_0000006"
-    options = Options(
+    options = MegatronOptions(
         tensor_model_parallel_size=2,
         pipeline_model_parallel_size=2,
         with_optimizer=True,
         use_distributed_optimizer=True,
     )
     FORMATS.find("megatron").write(formats.read(six), tmp_path / "megatron", options)
-    convert(tmp_path / "megatron", tmp_path / "back", to="megalith", options=Options(with_optimizer=True))
+    convert(tmp_path / "megatron", tmp_path / "back", to="megalith", options=dict(with_optimizer=True))
     train(tiny_config(corpus, str(tmp_path / "on"), load=str(tmp_path / "back")))
     assert losses(str(tmp_path / "on")) == losses(str(run))[6:]
     tuned = tiny_config(
@@ -171,7 +171,7 @@ def test_finetune_takes_weights_alone_and_resumes_itself(run, tmp_path, corpus):
     )
     assert train(config).iteration == 2
     assert losses(str(tuned))[0] < 3.5, "the first loss is that of trained weights"
-    assert train(config).iteration == 4, "the same command goes on with its own checkpoint"
+    assert train(config).iteration == 4, "the same command resumes its own checkpoint"
 
 
 def test_a_damaged_checkpoint_is_named_with_the_newest_good_one(run, corpus):
@@ -203,8 +203,8 @@ def test_without_optimizer(run, tmp_path, corpus):
         )
 
 
-def test_a_run_goes_on_from_before_its_first_update(tmp_path, corpus):
-    """The first steps of float16 overflow and are skipped: a checkpoint of then has no optimizer's state, and needs none."""
+def test_a_run_resumes_from_before_its_first_update(tmp_path, corpus):
+    """The first steps of float16 overflow and are skipped: a checkpoint then has no optimizer's state, nor needs it."""
     whole, parts = (str(tmp_path / name) for name in ("whole", "parts"))
     changes = {"fp16": True, "initial_loss_scale": 2.0**22, "hysteresis": 1, "save_interval": 1}
     train(tiny_config(corpus, whole, **changes))

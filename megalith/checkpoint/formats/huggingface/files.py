@@ -15,110 +15,130 @@ from torch import Tensor
 
 from megalith.checkpoint.tensors import torch_file
 from megalith.checkpoint.tensors.lazy import Index, Lazy, blocks
-from megalith.checkpoint.tensors.torch_file import Room
+from megalith.checkpoint.tensors.torch_file import Placeholder
 from megalith.checkpoint.tensors.unpickle import load_file
 from megalith.common.errors import CheckpointError, problem
 from megalith.common.files import atomic_path, write_text
+from megalith.config.flags.text import Words
 
-NAMES = ("model.safetensors", "pytorch_model.bin")  # in the order in which they are looked for
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in transformers' order of preference
 INDEX = ".index.json"
-WEIGHTS = re.compile(r".*\.(safetensors|bin|pth|h5|msgpack|gguf|ot|ckpt)|.*\.(safetensors|bin)\.index\.json")
-NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|random_states|rng_state)\b.*")  # a trainer's own
+WEIGHTS_PATTERN = re.compile(r".*\.(safetensors|bin|pth|h5|msgpack|gguf|ot|ckpt)|.*\.(safetensors|bin)\.index\.json")
+# Files of a trainer's state, which are no weights.
+TRAINER_PATTERN = re.compile(r"(training_args|optimizer|scheduler|scaler|random_states|rng_state)\b.*")
 ADAPTER = "adapter_config.json"
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32", "I16": "int16",
-          "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}  # fmt: skip
+DTYPES = {  # safetensors' name -> torch's
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
 
 
 def weight_files(folder: pathlib.Path, named: str | None = None) -> list[pathlib.Path]:
-    """The files with tensors that transformers reads: of safetensors, then of torch, the single file before the shards of an index.
+    """The files with tensors that transformers reads.
 
-    named: the file or index that config.json names (`transformers_weights`). Raises CheckpointError where there are none, where one
-    that the index names is missing, or where the weights are those of an adapter, which change another model's.
+    It prefers safetensors to torch's files, and a single file to the shards of an index.
+    named: the file or index that config.json names (`transformers_weights`). Raises CheckpointError where there are
+    none, where one that the index names is missing, or where the weights are an adapter's, which change another's.
     """
-    chosen = _chosen(folder, named)
+    chosen = _weight_file(folder, named)
     if not chosen.name.endswith(INDEX):
         return [chosen]
     files = [folder / each for each in sorted(set(weight_map(chosen).values()))]
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
-        rule = f"{chosen.name} names {len(files)} files and all are needed"
-        raise CheckpointError(
-            problem(f"{folder}: missing shards", missing, rule, "Copy or download these files as well")
-        )
+        rule = f"must have all {len(files)} files that {chosen.name} names"
+        found = Words(f"no {', '.join(missing)}" if missing else "none named there")
+        raise CheckpointError(problem(f"{folder}", found, rule, "Copy or download these files as well"))
     return files
 
 
-def _chosen(folder: pathlib.Path, named: str | None) -> pathlib.Path:
+def _weight_file(folder: pathlib.Path, named: str | None) -> pathlib.Path:
     """The single file, or the index of shards, that transformers reads."""
     if (folder / ADAPTER).exists():
-        rule = "an adapter's weights change those of another model, and transformers applies them when it reads this folder"
-        cure = f"Merge them (merge_and_unload() in peft) and convert what it saves; without the adapter, move {ADAPTER} elsewhere"
+        rule = (
+            "must be a whole model's: an adapter's change those of another model, and transformers applies them when "
+            "it reads this folder"
+        )
+        cure = (
+            "Merge them (merge_and_unload() in peft) and convert what it saves; to convert without the adapter, move "
+            f"{ADAPTER} elsewhere"
+        )
         raise CheckpointError(problem(f"{folder}: weights", ADAPTER, rule, cure))
     if named is not None:
         if pathlib.PurePath(named).name != named or not (folder / named).is_file():
-            rule = "config.json names under transformers_weights the file in its folder that has the weights"
-            raise CheckpointError(
-                problem(f"{folder}: transformers_weights", named, rule, "Copy it as well, or correct config.json")
-            )
+            rule = "must name the file in this folder that has the weights"
+            cure = "Copy it as well, or correct config.json"
+            raise CheckpointError(problem(f"{folder / 'config.json'}: transformers_weights", named, rule, cure))
         return folder / named
-    for name in NAMES:
+    for name in WEIGHT_FILES:
         for each in (folder / name, folder / f"{name}{INDEX}"):
             if each.is_file():
                 return each
     there = sorted(each.name for each in folder.iterdir())
-    others = [name for name in there if WEIGHTS.fullmatch(name) and not NO_WEIGHTS.fullmatch(name)]
+    others = [name for name in there if WEIGHTS_PATTERN.fullmatch(name) and not TRAINER_PATTERN.fullmatch(name)]
     cure = "Copy or download them as well"
     if variants := [name for name in others if re.fullmatch(r"(model|pytorch_model)\..+", name)]:
-        cure = f"Give {variants[0]} that name where it is what you mean; transformers too reads it only if its variant is named"
-    rule = f"a Hugging Face folder has {NAMES[0]} or {NAMES[1]}, or shards with an index"
-    raise CheckpointError(problem(f"{folder}: weights", (others or there)[:12], rule, cure))
+        cure = (
+            f"Rename {variants[0]} to one of these if it holds the weights you mean; transformers too reads it only if "
+            "its variant is named"
+        )
+    rule = f"must have {WEIGHT_FILES[0]} or {WEIGHT_FILES[1]}, or shards with an index"
+    raise CheckpointError(problem(f"{folder}, a Hugging Face folder,", (others or there)[:12], rule, cure))
 
 
 def weight_map(index: pathlib.Path) -> dict[str, str]:
     """{tensor: file} of an index. Raises CheckpointError where it has none."""
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict) or not all(isinstance(each, str) and each for each in table.values()):
-        rule = "it maps names of tensors to names of files"
+        rule = "must map names of tensors to names of files"
         raise CheckpointError(problem(f"{index}: weight_map", str(table)[:80], rule, "Copy or download it again"))
     return table
 
 
 def read_tensors(folder: pathlib.Path, named: str | None = None) -> tuple[dict[str, Lazy], list[str]]:
-    """{their name: Lazy} of a folder, and what to tell: other files of weights in it, and where an index and its files differ.
+    """{Hugging Face's name: Lazy} of a folder, and notes.
 
-    Raises CheckpointError as weight_files, and where one name has different tensors in two of the files.
+    There is a note of other files of weights in the folder, and of differences between an index and its files.
+    Raises CheckpointError as weight_files does, and where two of the files have different tensors of one name.
     """
-    taken, notes = weight_files(folder, named), list[str]()
-    chosen = _chosen(folder, named)
-    names = {each.name for each in taken} | {chosen.name}
-    others = sorted(e.name for e in folder.iterdir() if WEIGHTS.fullmatch(e.name) and not NO_WEIGHTS.fullmatch(e.name))
-    if left := [name for name in others if name not in names]:
+    files, notes = weight_files(folder, named), list[str]()
+    chosen = _weight_file(folder, named)
+    read = {each.name for each in files} | {chosen.name}
+    there = sorted(each.name for each in folder.iterdir() if each.name not in read)
+    others = [name for name in there if WEIGHTS_PATTERN.fullmatch(name) and not TRAINER_PATTERN.fullmatch(name)]
+    if others:
         notes.append(
-            f"weights are read from {chosen.name}, as transformers does, and not from {', '.join(left)} beside it"
+            f"weights are read from {chosen.name}, as transformers does, and not from {', '.join(others)} beside it"
         )
-    said = weight_map(chosen) if chosen.name.endswith(INDEX) else {}
-    found, places = dict[str, Lazy](), dict[str, str]()
-    for file in taken:
-        for name, tensor in tensors([file]).items():
-            if name in found and not same(found[name], tensor):
-                rule = f"one tensor has one value, and {chosen.name} says that it is in {said.get(name)}"
+    indexed = weight_map(chosen) if chosen.name.endswith(INDEX) else {}
+    found, file_of = dict[str, Lazy](), dict[str, str]()
+    for file in files:
+        for name, tensor in open_tensors([file]).items():
+            if name in found and not equal_tensors(found[name], tensor):
+                rule = f"must have one value ({chosen.name} says that it is in {indexed.get(name)})"
+                different = Words(f"different ones in {file_of[name]} and {file.name}")
                 cure = "Copy all shards again, of one version"
-                raise CheckpointError(
-                    problem(f"{folder}: {name}", f"{places[name]} and {file.name} that differ in it", rule, cure)
-                )
-            found[name], places[name] = tensor, file.name
-    if wrong := sorted(name for name, file in said.items() if places.get(name, file) != file):
-        notes.append(f"{chosen.name} says {said[wrong[0]]} has {wrong[0]}; it is read from {places[wrong[0]]}, where it is"
-                     + f" (so too {len(wrong) - 1} more)" * (len(wrong) > 1))  # fmt: skip
-    for text, names_ in ((f"{chosen.name} names tensors that its files do not have", said.keys() - found.keys()),
-                         (f"tensors that {chosen.name} does not name, read from its files as transformers does",
-                          found.keys() - said.keys() if said else set())):  # fmt: skip
-        if names_:
-            notes.append(f"{text}: {', '.join(sorted(names_)[:8])}{' ...' * (len(names_) > 8)}")
+                raise CheckpointError(problem(f"{folder}: tensor {name}", different, rule, cure))
+            found[name], file_of[name] = tensor, file.name
+    if wrong := sorted(name for name, file in indexed.items() if file_of.get(name, file) != file):
+        first = wrong[0]
+        notes.append(
+            f"{chosen.name} says {indexed[first]} has {first}; it is read from {file_of[first]}, where it is"
+            + f" (so too {len(wrong) - 1} more)" * (len(wrong) > 1)
+        )
+    for text, names in (
+        (f"{chosen.name} names tensors that its files do not have", indexed.keys() - found.keys()),
+        (
+            f"tensors that {chosen.name} does not name, read from its files as transformers does",
+            found.keys() - indexed.keys() if indexed else set(),
+        ),
+    ):
+        if names:
+            notes.append(f"{text}: {', '.join(sorted(names)[:8])}{' ...' * (len(names) > 8)}")
     return found, notes
 
 
-def same(one: Lazy, other: Lazy) -> bool:
+def equal_tensors(one: Lazy, other: Lazy) -> bool:
     """Whether two tensors have the same elements, compared a block at a time."""
     alike = (one.shape, one.dtype) == (other.shape, other.dtype)
     return alike and all(map(torch.equal, blocks(one), blocks(other)))
@@ -129,27 +149,25 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            problem(str(file), str(error), "it must be readable JSON", "Copy or download it again")
-        ) from None
+        cure = "Copy or download it again"
+        raise CheckpointError(problem(str(file), Words(str(error)), "must be readable JSON", cure)) from None
     if not isinstance(found, dict):
-        raise CheckpointError(
-            problem(str(file), type(found).__name__, "it must be a JSON object", "Copy or download it again")
-        )
+        found_type = type(found).__name__
+        raise CheckpointError(problem(str(file), found_type, "must be a JSON object", "Copy or download it again"))
     return found
 
 
-def tensors(files: list[pathlib.Path]) -> dict[str, Lazy]:
-    """{their name: Lazy} of all files; nothing but headers is read."""
+def open_tensors(files: list[pathlib.Path]) -> dict[str, Lazy]:
+    """{Hugging Face's name: Lazy} of all files; nothing but headers is read."""
     found: dict[str, Lazy] = {}
     for file in files:
-        found |= dict(_safetensors(file) if file.suffix == ".safetensors" else _pickled(file))
+        found |= dict(_open_safetensors(file) if file.suffix == ".safetensors" else _open_pickle(file))
     return found
 
 
-def _safetensors(file: pathlib.Path) -> Iterator[tuple[str, Lazy]]:
+def _open_safetensors(file: pathlib.Path) -> Iterator[tuple[str, Lazy]]:
     def read(name: str, index: Index = ()) -> Tensor:
-        # Opened anew for each tensor: pages of a map that stays open count as memory of the process until it is closed.
+        # Opened again for each tensor: the pages of a memory map count as the process's memory until it is closed.
         with safe_open(file, framework="pt") as opened:
             return opened.get_slice(name)[index] if index else opened.get_tensor(name)
 
@@ -158,57 +176,65 @@ def _safetensors(file: pathlib.Path) -> Iterator[tuple[str, Lazy]]:
             for name in opened.keys():  # noqa: SIM118 (no mapping)
                 part = opened.get_slice(name)
                 dtype = getattr(torch, DTYPES[part.get_dtype()])
-                one = functools.partial(read, name)
-                yield name, Lazy(shape=tuple(part.get_shape()), dtype=dtype, read=one, box=one)
+                read_this = functools.partial(read, name)
+                yield name, Lazy(shape=tuple(part.get_shape()), dtype=dtype, read=read_this, box=read_this)
     except (SafetensorError, OSError, KeyError) as error:
         cure = "Copy or download it again; compare its size and checksum with the original's"
-        raise CheckpointError(problem(str(file), str(error), "it must be a safetensors file", cure)) from None
+        raise CheckpointError(problem(str(file), Words(str(error)), "must be a safetensors file", cure)) from None
 
 
-def _pickled(file: pathlib.Path) -> Iterator[tuple[str, Lazy]]:
+def _open_pickle(file: pathlib.Path) -> Iterator[tuple[str, Lazy]]:
     state, _ = load_file(file)
     for name, tensor in state.items() if isinstance(state, dict) else ():
         if isinstance(tensor, Lazy):
             yield name, tensor
 
 
-def write_tensors(folder: pathlib.Path, made: Mapping[str, Lazy], max_shard_size: int, safetensors: bool) -> None:
-    """Write tensors into files of at most max_shard_size bytes, and the index where there are several.
+def write_tensors(folder: pathlib.Path, tensors: Mapping[str, Lazy], max_shard_size: int, safetensors: bool) -> None:
+    """Write tensors into files of at most max_shard_size bytes, and an index where there are several.
 
-    Memory is that of one tensor.
+    One tensor at a time is in memory.
     """
-    shards = split(made, max_shard_size)
-    stem, dot, ending = NAMES[0 if safetensors else 1].rpartition(".")
+    shards = split_into_shards(tensors, max_shard_size)
+    stem, dot, ending = WEIGHT_FILES[0 if safetensors else 1].rpartition(".")
     table: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         name = f"{stem}{dot}{ending}" if len(shards) == 1 else f"{stem}-{number:05}-of-{len(shards):05}{dot}{ending}"
         with atomic_path(folder / name) as temporary:
             if safetensors:
-                _write_safetensors(temporary, {each: made[each] for each in names})
+                _write_safetensors(temporary, {each: tensors[each] for each in names})
             else:
-                rooms = {each: Room(made[each].shape, made[each].dtype, ((0, made[each].read),)) for each in names}
-                torch_file.save(temporary, rooms)
+                shard = {each: tensors[each] for each in names}
+                torch_file.save(
+                    temporary,
+                    {each: Placeholder(lazy.shape, lazy.dtype, ((0, lazy.read),)) for each, lazy in shard.items()},
+                )
         table |= dict.fromkeys(names, name)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(map(nbytes, made.values()))}, "weight_map": dict(sorted(table.items()))}
+        total_size = sum(map(nbytes, tensors.values()))
+        index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(table.items()))}
         write_text(folder / f"{stem}{dot}{ending}.index.json", json.dumps(index, indent=2) + "\n")
 
 
-def _write_safetensors(file: pathlib.Path, made: Mapping[str, Lazy]) -> None:
-    """Header and tensors, one after another (https://github.com/huggingface/safetensors#format); the library wants all at once."""
+def _write_safetensors(file: pathlib.Path, tensors: Mapping[str, Lazy]) -> None:
+    """Write header and tensors one after another (https://github.com/huggingface/safetensors#format).
+
+    The library's own writer needs all tensors in memory at once.
+    """
     names = {getattr(torch, dtype): name for name, dtype in DTYPES.items()}
-    order = sorted(made, key=lambda each: (-made[each].dtype.itemsize, each))  # wide ones first: so all are aligned
+    order = sorted(tensors, key=lambda each: (-tensors[each].dtype.itemsize, each))  # wide dtypes first aligns all
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for each in order:
-        start, end = end, end + nbytes(made[each])
-        header[each] = {"dtype": names[made[each].dtype], "shape": list(made[each].shape), "data_offsets": [start, end]}
+        lazy = tensors[each]
+        start, end = end, end + nbytes(lazy)
+        header[each] = {"dtype": names[lazy.dtype], "shape": list(lazy.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(file, "wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for each in order:
-            stream.write(made[each].read().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            stream.write(tensors[each].read().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def nbytes(lazy: Lazy) -> int:
@@ -216,14 +242,14 @@ def nbytes(lazy: Lazy) -> int:
     return torch.Size(lazy.shape).numel() * lazy.dtype.itemsize
 
 
-def split(made: Mapping[str, Lazy], max_shard_size: int) -> list[list[str]]:
-    """Names, in order, in as few runs as their sizes allow; a tensor over the limit has a file of its own."""
+def split_into_shards(tensors: Mapping[str, Lazy], max_shard_size: int) -> list[list[str]]:
+    """Names, in order, in as few shards as their sizes allow; a tensor over the limit has a file of its own."""
     shards: list[list[str]] = [[]]
-    held = 0
-    for name, lazy in made.items():
-        if shards[-1] and held + nbytes(lazy) > max_shard_size:
+    size = 0
+    for name, lazy in tensors.items():
+        if shards[-1] and size + nbytes(lazy) > max_shard_size:
             shards.append([])
-            held = 0
+            size = 0
         shards[-1].append(name)
-        held += nbytes(lazy)
+        size += nbytes(lazy)
     return shards

@@ -1,4 +1,4 @@
-"""From what the ranks of Megatron hold to our parameters: the step that all formats of its family share."""
+"""From the tensors of Megatron's ranks to megalith's parameters: the step that all formats of its family share."""
 
 from __future__ import annotations
 
@@ -8,140 +8,176 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from megalith.checkpoint.formats import Options
-from megalith.checkpoint.formats.megatron.agreement import same_names
-from megalith.checkpoint.formats.megatron.arguments import plain, to_config
-from megalith.checkpoint.formats.megatron.layout import Layout, merge, part_shape
-from megalith.checkpoint.formats.megatron.names import SUMMED, TIED, model_type, rows_of, rows_of_theirs
-from megalith.checkpoint.formats.megatron.replicas import Replicas, total
-from megalith.checkpoint.formats.megatron.vocabulary import IF_RIGHT
+from megalith.checkpoint.formats import MegatronReadOptions
+from megalith.checkpoint.formats.megatron.agreement import check_same_names
+from megalith.checkpoint.formats.megatron.arguments import to_config, without_class
+from megalith.checkpoint.formats.megatron.layout import Layout, merge_shards, shard_shape
+from megalith.checkpoint.formats.megatron.names import (
+    SUM_ROW_PARALLEL_BIASES,
+    TIED_EMBEDDING,
+    infer_model_type,
+    mappings_of_model,
+    mappings_of_names,
+)
+from megalith.checkpoint.formats.megatron.replicas import Replicas, sum_of
+from megalith.checkpoint.formats.megatron.vocabulary import IF_WRONG_GIVE
 from megalith.checkpoint.tensors.lazy import Lazy
 from megalith.checkpoint.tensors.unpickle import fields
 from megalith.common.errors import CheckpointError, problem
 from megalith.config.architectures import architecture
+from megalith.config.flags.text import Words
 from megalith.config.parameters import parameter_shapes
 
-Parts = Mapping[str, Lazy]  # of one tensor-parallel rank, {Megatron's name: tensor}
-SPARE = 20  # lines of an error
-# The cure where the optimizer's state cannot be read.
-WEIGHTS_ALONE = "Take the weights alone: import without --with-optimizer; pretrain with --no-load-optim, or at step 0 with --finetune"
-WORDS = "embedding.word_embeddings.weight"
+RankTensors = Mapping[str, Lazy]  # of one tensor-parallel rank, {Megatron's name: tensor}
+MAX_LINES = 20  # lines of an error
+WEIGHTS_ONLY_CURE = (  # where the optimizer's state cannot be read
+    "Take the weights alone: import without --with-optimizer; pretrain with --no-load-optim, or at step 0 with "
+    "--finetune"
+)
+WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 
 
-class Plan:
-    """How the tensors of a checkpoint become ours: decided once, from arguments, names and shapes, for weights and moments alike."""
+class ConversionPlan:
+    """How the tensors of a checkpoint become parameters: decided once, from arguments, names and shapes.
 
-    def __init__(self, args: Any, version: float, parts: Sequence[Parts], options: Options, notes: list[str]):
-        """parts: the model's tensors of each tensor-parallel rank. Raises CheckpointError where they make no model that is known."""
-        said = {name: plain(value) for name, value in fields(args).items()}
-        tied = (said | dict(options.overrides)).get("untie_embeddings_and_output_weights") is False
-        self.left = {TIED} | ({"output_layer.weight"} if tied else set())
-        self.summed = len(parts) > 1 and bool(said.get(SUMMED))
-        first: Parts = {name: tensor for name, tensor in parts[0].items() if name not in self.left}
-        kind = options.own_model("megatron") or options.overrides.get("model_type") or model_type(first)
+    Weights and moments of the optimizer are converted in the same way.
+    """
+
+    def __init__(
+        self,
+        args: Any,
+        version: float,
+        shards: Sequence[RankTensors],
+        options: MegatronReadOptions,
+        notes: list[str],
+    ):
+        """shards: the model's tensors of each tensor-parallel rank.
+
+        Raises CheckpointError where they are not those of a known model.
+        """
+        arguments = {name: without_class(value) for name, value in fields(args).items()}
+        tied = (arguments | dict(options.overrides)).get("untie_embeddings_and_output_weights") is False
+        self.dropped = {TIED_EMBEDDING} | ({"output_layer.weight"} if tied else set())
+        self.sums_biases = len(shards) > 1 and bool(arguments.get(SUM_ROW_PARALLEL_BIASES))
+        first: RankTensors = {name: tensor for name, tensor in shards[0].items() if name not in self.dropped}
+        kind = options.custom_model("megatron") or options.overrides.get("model_type") or infer_model_type(first)
         self.encoder_layers = count_layers(first, "encoder") if architecture(kind).decoder else 0
-        first = self._number(first)
-        given = options.overrides, notes, options.words, options.assumed
-        self.config = to_config(fields(args), first, len(parts), kind, *given)
+        first = self._renumber_decoder(first)
+        given = options.overrides, notes, options.vocabulary_size, options.assumed
+        self.config = to_config(fields(args), first, len(shards), kind, *given)
         if "output_layer.weight" in first:
             self.config = self.config.replace(untie_embeddings_and_output_weights=True)
         model = self.config.model
-        self.minus_one = bool(said.get("apply_layernorm_1p")) and model.norm == "layernorm"
+        self.layernorm_1p = bool(arguments.get("apply_layernorm_1p")) and model.norm == "layernorm"
         multiquery = model.attention_head_type == "multiquery"
-        rows = rows_of(kind, gated=model.gated, multiquery=multiquery)
-        self.rows = rows_of_theirs(rows, first)
+        all_mappings = mappings_of_model(kind, gated=model.gated, multiquery=multiquery)
+        self.mappings = mappings_of_names(all_mappings, first)
         self.layout = Layout(
-            heads=model.num_attention_heads or 1, groups=model.num_kv_heads, head_dim=model.head_dim, vocabulary=model.vocab_size or 0,
-            padded=first[WORDS].shape[0] * len(parts), ranks=len(parts),
-            qkv=qkv_layout(options, version, notes), gate_first=gate_first(options, said, model.gated, notes),
-        )  # fmt: skip
+            heads=model.num_attention_heads or 1,
+            groups=model.num_kv_heads,
+            head_dim=model.head_dim,
+            vocabulary=model.vocab_size or 0,
+            padded=first[WORD_EMBEDDINGS].shape[0] * len(shards),
+            ranks=len(shards),
+            qkv=qkv_layout(options, version, notes),
+            gate_first=gate_first(options, arguments, model.gated, notes),
+        )
         self.shapes = parameter_shapes(model)
-        same_names(parts)
+        check_same_names(shards)
         self._check_names(kind)
 
-    def apply(self, parts: Sequence[Parts], prefix: str, replicas: Replicas) -> dict[str, Lazy]:
-        """Our tensors under `prefix` of these parts, which may be the weights or one of the optimizer's states of them.
+    def apply(self, shards: Sequence[RankTensors], prefix: str, replicas: Replicas) -> dict[str, Lazy]:
+        """The parameters, named with `prefix`, from the shards of all ranks: weights, or one state of the optimizer.
 
-        replicas: gets the copies that several ranks have of one tensor, to be compared.
-
-        Raises CheckpointError with every part that is missing or has another shape than the model gives it.
+        replicas: gets the copies that several ranks have of one tensor, to be compared. Raises CheckpointError with
+        every shard that is missing or has another shape than the model's.
         """
-        layout = dataclasses.replace(self.layout, ranks=len(parts))
-        if len(parts) != self.layout.ranks and layout.qkv != "grouped":
-            rule = f"rows of query_key_value in the order {layout.qkv} can only be told apart on each of {self.layout.ranks} ranks"
-            raise CheckpointError(
-                problem(f"{prefix.rstrip('/')}, tensor-parallel parts", len(parts), rule, WEIGHTS_ALONE)
+        layout = dataclasses.replace(self.layout, ranks=len(shards))
+        if len(shards) != self.layout.ranks and layout.qkv != "grouped":
+            rule = (
+                f"must be on {self.layout.ranks} ranks, because rows of query_key_value in the order {layout.qkv} can "
+                "be told apart only there"
             )
-        theirs = "" if prefix == "model/" else prefix  # whose copies they are, in what is said of them
-        parts = [self._tied(self._number(rank), number, theirs, replicas) for number, rank in enumerate(parts)]
+            what = f"the tensor-parallel shards of {prefix.rstrip('/')}"
+            raise CheckpointError(problem(what, len(shards), rule, WEIGHTS_ONLY_CURE))
+        label = "" if prefix == "model/" else prefix  # before the names of tensors in messages
+        shards = [
+            self._merge_tied_copies(self._renumber_decoder(shard), rank, label, replicas)
+            for rank, shard in enumerate(shards)
+        ]
         wrong, found = list[str](), dict[str, Lazy]()
-        for row in self.rows:
-            expected = part_shape(row.split, [self.shapes[name] for name in row.ours], layout)
-            there = [rank.get(row.theirs) for rank in parts]
-            if row.split == "vocabulary":  # padded or not
-                expected = _enough(there, expected, layout)
-            for number, part in enumerate(there):
-                if part is None or part.shape != expected:
-                    where = f"{row.theirs} of tensor-parallel rank {number}"
-                    wrong.append(
-                        f"{where}: found {list(part.shape) if part else 'nothing'}, the model has {list(expected)} there"
-                    )
+        for mapping in self.mappings:
+            expected = shard_shape(mapping.split, [self.shapes[name] for name in mapping.parameters], layout)
+            by_rank = [shard.get(mapping.megatron_name) for shard in shards]
+            if mapping.split == "vocabulary":  # padded or not
+                expected = _vocabulary_shape(by_rank, expected, layout)
+            for rank, tensor in enumerate(by_rank):
+                if tensor is None or tensor.shape != expected:
+                    where = f"{mapping.megatron_name} of tensor-parallel rank {rank}"
+                    shape = list(tensor.shape) if tensor else "nothing"
+                    wrong.append(f"{where}: found {shape}, the model has {list(expected)} there")
             if not wrong:
-                whole = [part for part in there if part is not None]
-                if row.split == "whole" or (row.split == "pair" and layout.groups == 1):
-                    if self.summed and prefix == "model/" and row.summed:
-                        if len(whole) != self.layout.ranks:
-                            rule = f"its addends lie on {self.layout.ranks} tensor-parallel ranks"
-                            raise CheckpointError(problem(row.theirs, len(whole), rule, WEIGHTS_ALONE))
-                        whole = [total(whole)]
+                tensors = [tensor for tensor in by_rank if tensor is not None]
+                if mapping.split == "replicated" or (mapping.split == "pair" and layout.groups == 1):
+                    if self.sums_biases and prefix == "model/" and mapping.summed:
+                        if len(tensors) != self.layout.ranks:
+                            rule = f"must have its addends on {self.layout.ranks} tensor-parallel ranks"
+                            raise CheckpointError(problem(mapping.megatron_name, len(tensors), rule, WEIGHTS_ONLY_CURE))
+                        tensors = [sum_of(tensors)]
                     else:
-                        copies = {f"tensor-parallel rank {number}": part for number, part in enumerate(whole)}
-                        whole = [replicas.one(f"{theirs}{row.theirs}", copies)]
-                pieces = merge(row.split, whole, layout, len(row.ours))
-                if self.minus_one and prefix == "model/" and row.ours[0].endswith("norm.weight"):
-                    pieces = [piece.elementwise(lambda stored: stored + 1) for piece in pieces]
-                found |= {prefix + name: piece for name, piece in zip(row.ours, pieces, strict=True)}
+                        copies = {f"tensor-parallel rank {rank}": tensor for rank, tensor in enumerate(tensors)}
+                        tensors = [replicas.merge(f"{label}{mapping.megatron_name}", copies)]
+                parameters = merge_shards(mapping.split, tensors, layout, len(mapping.parameters))
+                if self.layernorm_1p and prefix == "model/" and mapping.parameters[0].endswith("norm.weight"):
+                    parameters = [parameter.elementwise(lambda stored: stored + 1) for parameter in parameters]
+                found |= {prefix + name: each for name, each in zip(mapping.parameters, parameters, strict=True)}
         if wrong:
-            more = [f"... and {len(wrong) - SPARE} more"] if len(wrong) > SPARE else []
-            cure = "The flags of the model override what the file says: --num-attention-heads, --hidden-size, --num-query-groups, ..."
+            more = [f"... and {len(wrong) - MAX_LINES} more"] if len(wrong) > MAX_LINES else []
+            cure = (
+                "The flags of the model override what the file says: --num-attention-heads, --hidden-size, "
+                "--num-query-groups, ..."
+            )
             raise CheckpointError(
-                "\n".join([f"{prefix.rstrip('/')} does not fit the model's shape:", *wrong[:SPARE], *more, cure])
+                "\n".join([f"{prefix.rstrip('/')} does not fit the model's shape:", *wrong[:MAX_LINES], *more, cure])
             )
         return found
 
-    def _tied(self, parts: Parts, number: int, prefix: str, replicas: Replicas) -> Parts:
-        """With the word embedding in the place of its copies under other names, such as that of the last stage."""
-        copies = {name: parts[name] for name in (WORDS, *sorted(self.left)) if name in parts}
-        if len(copies) < 2 or WORDS not in copies:
-            return parts
-        rows = self.layout.vocabulary - number * copies[WORDS].shape[0]  # padding may differ
-        return {**parts, WORDS: replicas.one(f"{prefix}{WORDS} of tensor-parallel rank {number}", copies, rows)}
+    def _merge_tied_copies(self, shard: RankTensors, rank: int, prefix: str, replicas: Replicas) -> RankTensors:
+        """A rank's tensors, with the word embedding merged with its copies under other names (the last stage's)."""
+        copies = {name: shard[name] for name in (WORD_EMBEDDINGS, *sorted(self.dropped)) if name in shard}
+        if len(copies) < 2 or WORD_EMBEDDINGS not in copies:
+            return shard
+        rows = self.layout.vocabulary - rank * copies[WORD_EMBEDDINGS].shape[0]  # padding may differ
+        merged = replicas.merge(f"{prefix}{WORD_EMBEDDINGS} of tensor-parallel rank {rank}", copies, rows)
+        return {**shard, WORD_EMBEDDINGS: merged}
 
-    def _number(self, parts: Parts) -> Parts:
-        """The decoder's layers numbered after the encoder's."""
+    def _renumber_decoder(self, shard: RankTensors) -> RankTensors:
+        """A rank's tensors, with the decoder's layers numbered after the encoder's."""
         if not self.encoder_layers:
-            return parts
+            return shard
         shift = functools.partial(
             re.sub, r"^decoder\.layers\.(\d+)", lambda found: f"decoder.layers.{int(found[1]) + self.encoder_layers}"
         )
-        return {shift(name): tensor for name, tensor in parts.items()}
+        return {shift(name): tensor for name, tensor in shard.items()}
 
     def _check_names(self, kind: str) -> None:
-        """Raise CheckpointError where the model has parameters that the file has not, or the other way round."""
-        ours = {name for row in self.rows for name in row.ours}
-        lacking, spare = sorted(self.shapes.keys() - ours), sorted(ours - self.shapes.keys())
-        if lacking or spare:
-            text = "; ".join(
-                filter(
-                    None, [lacking and f"not in the file: {lacking[:4]}", spare and f"only in the file: {spare[:4]}"]
-                )
-            )
+        """Raise CheckpointError where the model has parameters that the file lacks, or the file has others."""
+        names = {name for mapping in self.mappings for name in mapping.parameters}
+        missing, spare = sorted(self.shapes.keys() - names), sorted(names - self.shapes.keys())
+        if missing or spare:
+            texts = [
+                missing and f"some that are not in the file: {missing[:4]}",
+                spare and f"some that are only in the file: {spare[:4]}",
+            ]
             raise CheckpointError(
                 problem(
-                    f"parameters of the {kind}", text, "names and arguments of a checkpoint describe one model",
-                    "A shard may be missing; or give the flags of the model that are wrong in the file (--position-embedding-type, ...)",
+                    f"the parameters of the {kind}",
+                    Words("; ".join(filter(None, texts))),
+                    "must be those that the arguments describe",
+                    "A shard may be missing; or give the flags of the model that are wrong in the file "
+                    "(--position-embedding-type, ...)",
                 )
-            )  # fmt: skip
+            )
 
 
 def count_layers(names: Iterable[str], stack: str) -> int:
@@ -149,15 +185,15 @@ def count_layers(names: Iterable[str], stack: str) -> int:
     return len({match[1] for name in names if (match := re.match(rf"{stack}\.layers\.(\d+)\.", name))})
 
 
-def _enough(parts: Sequence[Lazy | None], expected: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
-    """The shape of a part of the vocabulary: as it is, if all parts together have every word."""
-    first = parts[0]
-    whole = first is not None and first.shape[0] * layout.ranks >= layout.vocabulary
-    return (first.shape[0], *expected[1:]) if first is not None and whole else expected
+def _vocabulary_shape(by_rank: Sequence[Lazy | None], expected: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
+    """The shape of a shard of the vocabulary: the stored one, if all shards together have a row for every token."""
+    first = by_rank[0]
+    complete = first is not None and first.shape[0] * layout.ranks >= layout.vocabulary
+    return (first.shape[0], *expected[1:]) if first is not None and complete else expected
 
 
-def qkv_layout(options: Options, version: float, notes: list[str]) -> str:
-    """The order of rows in fused weights: what is asked for, or what the version means."""
+def qkv_layout(options: MegatronReadOptions, version: float, notes: list[str]) -> str:
+    """The order of rows in fused weights: the requested one, or that of the version."""
     if options.qkv_layout != "auto":
         return options.qkv_layout
     known = {0.0: "thirds", 1.0: "interleaved", 2.0: "grouped", 3.0: "grouped"}
@@ -166,38 +202,44 @@ def qkv_layout(options: Options, version: float, notes: list[str]) -> str:
             problem(
                 "checkpoint_version",
                 version,
-                f"those known are {', '.join(map(str, known))}",
+                f"must be one of {', '.join(map(str, known))}",
                 "Name the order of rows: --qkv-layout",
             )
         )
     notes.append(
-        f"checkpoint_version {version}: rows of query_key_value are read as {known[version]}{IF_RIGHT}--qkv-layout"
+        f"checkpoint_version {version}: rows of query_key_value are read as {known[version]}{IF_WRONG_GIVE}--qkv-layout"
     )
     return known[version]
 
 
-def gate_first(options: Options, args: Mapping[str, Any], gated: bool, notes: list[str]) -> bool:
-    """Whether the first half of a gated MLP is the gate: it is for NVIDIA and Microsoft, in Hugging Face's fork it is the second."""
+def gate_first(options: MegatronReadOptions, args: Mapping[str, Any], gated: bool, notes: list[str]) -> bool:
+    """Whether the first half of a gated MLP is the gate: it is in NVIDIA's and Microsoft's Megatron.
+
+    In Hugging Face's fork the gate is the second half.
+    """
     if options.swiglu_order != "auto":
         return options.swiglu_order == "gate-first"
     fork = bool(args.get("glu_activation"))
     if gated:
         order = "the gate second, as Hugging Face's fork has it" if fork else "the gate first"
-        notes.append(f"the halves of dense_h_to_4h are read with {order}{IF_RIGHT}--swiglu-order")
+        notes.append(f"the halves of dense_h_to_4h are read with {order}{IF_WRONG_GIVE}--swiglu-order")
     return not fork
 
 
-def by_rank(tables: Iterable[tuple[int, str, Parts]], replicas: Replicas, prefix: str = "") -> list[dict[str, Lazy]]:
-    """(tensor-parallel rank, where, tensors) of all stages and chunks, as one table for each tensor-parallel rank.
+def group_by_rank(
+    tables: Iterable[tuple[int, str, RankTensors]], replicas: Replicas, prefix: str = ""
+) -> list[dict[str, Lazy]]:
+    """The tensors of all stages and chunks, as one table for each tensor-parallel rank.
 
-    replicas: gets the copies of what several stages have. prefix: of their names there.
+    tables: (tensor-parallel rank, file or chunk, tensors). replicas: gets the copies that several stages have, named
+    with `prefix`.
     """
     found: dict[int, dict[str, dict[str, Lazy]]] = {}
-    for rank, where, tensors in tables:
-        mine = found.setdefault(rank, {})
+    for rank, location, tensors in tables:
+        copies_by_name = found.setdefault(rank, {})
         for name, tensor in tensors.items():
-            mine.setdefault(name, {})[where] = tensor
+            copies_by_name.setdefault(name, {})[location] = tensor
     return [
-        {name: replicas.one(f"{prefix}{name}", copies) for name, copies in found[rank].items()}
+        {name: replicas.merge(f"{prefix}{name}", copies) for name, copies in found[rank].items()}
         for rank in sorted(found)
     ]

@@ -1,42 +1,41 @@
-"""The last step of every reader of the family: what was found, as Weights."""
+"""The last step of every reader of the family: Weights from the tensors and the content of the files."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from megalith.checkpoint.formats import Options
+from megalith.checkpoint.formats import MegatronReadOptions
 from megalith.checkpoint.formats.megatron import optimizer
-from megalith.checkpoint.formats.megatron.assemble import Parts, Plan
+from megalith.checkpoint.formats.megatron.assemble import ConversionPlan, RankTensors
 from megalith.checkpoint.formats.megatron.replicas import Replicas
-from megalith.checkpoint.formats.megatron.vocabulary import NOTHING
+from megalith.checkpoint.formats.megatron.vocabulary import NO_ACTION_NEEDED
 from megalith.checkpoint.tensors.unpickle import fields
 from megalith.checkpoint.weights import Weights
-from megalith.config.source_fields import Kind, checked
+from megalith.config.source_fields import FieldType, checked
 
-States = Mapping[str, Sequence[Parts]]  # "exp_avg", "exp_avg_sq", "master" -> the parts of each tensor-parallel rank
+OptimizerStates = Mapping[str, Sequence[RankTensors]]  # {"exp_avg", "exp_avg_sq", "master": tensors of each rank}
 
 
-def weights_of(
+def build_weights(
     content: Mapping[str, Any],
     version: float,
-    parts: Sequence[Parts],
-    states: Callable[[list[str]], States],
+    shards: Sequence[RankTensors],
+    states: Callable[[list[str]], OptimizerStates],
     classes: set[str],
-    options: Options,
+    options: MegatronReadOptions,
     replicas: Replicas,
     notes: Sequence[str] = (),
 ) -> Weights:
-    """Weights of the model's `parts`, and if asked for with the optimizer's `states` (which may add notes).
+    """Weights from the `shards` of all ranks, on request with the optimizer's `states` (which may add notes).
 
-    replicas: the copies met so far; with those met here they are compared before anything is converted.
-    notes: those that reading the parts gave.
-    content: what the file holds beside tensors: args, iteration, optimizer, opt_param_scheduler, rng_state.
+    content: the file without tensors: args, iteration, optimizer, opt_param_scheduler, rng_state. replicas: the copies
+    found so far; they are compared with those found here before anything is converted. notes: from reading the shards.
     """
     notes = list(notes)
-    plan = Plan(content.get("args"), version, parts, options, notes)
-    tensors = plan.apply(parts, "model/", replicas)
-    state = counts(content)
+    plan = ConversionPlan(content.get("args"), version, shards, options, notes)
+    tensors = plan.apply(shards, "model/", replicas)
+    state = progress_counters(content)
     if options.with_optimizer:
         found = dict(states(notes))
         names = [name.removeprefix("model/") for name in tensors]
@@ -44,21 +43,23 @@ def weights_of(
             tensors |= plan.apply(found.pop("master"), "model/", replicas)
         for key, moments in found.items():
             tensors |= plan.apply(moments, f"optimizer/{key}/", replicas)
-        tensors |= optimizer.steps(content, names)
+        tensors |= optimizer.step_counts(content, names)
         state |= optimizer.train_state(content)
     notes += replicas.check()
     if "rng_state" in content or "random_rng_state" in content:
-        notes.append("random states were left out: everything random here is a function of seed and step" + NOTHING)
+        text = "random states were left out: everything random here is a function of seed and step"
+        notes.append(text + NO_ACTION_NEEDED)
     if classes:
-        notes.append(f"classes that were not loaded, nor needed: {', '.join(sorted(classes))}{NOTHING}")
+        notes.append(f"classes that were not loaded, nor needed: {', '.join(sorted(classes))}{NO_ACTION_NEEDED}")
     return Weights(
         config=plan.config, tensors=tensors, iteration=iteration_of(content), train_state=state, notes=tuple(notes)
     )
 
 
-def version_of(content: Mapping[str, Any], default: float) -> float:
+def checkpoint_version(content: Mapping[str, Any], default: float) -> float:
     """The file's checkpoint_version. Raises CheckpointError where it is no number."""
-    return float(checked(content, {"checkpoint_version": Kind(float)}, "the file").get("checkpoint_version", default))
+    fields_read = checked(content, {"checkpoint_version": FieldType(float)}, "the file")
+    return float(fields_read.get("checkpoint_version", default))
 
 
 def iteration_of(content: Mapping[str, Any]) -> int:
@@ -67,8 +68,8 @@ def iteration_of(content: Mapping[str, Any]) -> int:
     return found if isinstance(found, int) and found >= 0 else 0
 
 
-def counts(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Steps and samples, for a run that goes on from here."""
+def progress_counters(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Steps and samples, for a run that resumes from here."""
     args = fields(content.get("args"))
     names = ("consumed_train_samples", "consumed_valid_samples")
     return {"iteration": iteration_of(content)} | {

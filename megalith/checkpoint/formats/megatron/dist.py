@@ -1,6 +1,6 @@
-"""Megatron core's `torch_dist` checkpoints: whole tensors in PyTorch's distributed format, with Megatron's names.
+"""Megatron core's `torch_dist` checkpoints: full tensors in PyTorch's distributed format, with Megatron's names.
 
-Layers are stacked in one tensor; a layer is read alone.
+Layers are stacked in one tensor, of which a single layer can be read.
 """
 
 from __future__ import annotations
@@ -10,67 +10,74 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megalith.checkpoint.formats import Format, Options
+from megalith.checkpoint.formats import Format, TorchDistOptions
 from megalith.checkpoint.formats.huggingface.files import read_json
 from megalith.checkpoint.formats.megatron import build
-from megalith.checkpoint.formats.megatron.agreement import same_iteration
-from megalith.checkpoint.formats.megatron.assemble import WEIGHTS_ALONE
-from megalith.checkpoint.formats.megatron.names import normal_names
+from megalith.checkpoint.formats.megatron.agreement import iteration_notes
+from megalith.checkpoint.formats.megatron.assemble import WEIGHTS_ONLY_CURE
+from megalith.checkpoint.formats.megatron.names import normalize_names
 from megalith.checkpoint.formats.megatron.optimizer import MOMENTS
 from megalith.checkpoint.formats.megatron.replicas import Replicas
 from megalith.checkpoint.formats.megatron.source import TRACKER
 from megalith.checkpoint.tensors import unpickle
-from megalith.checkpoint.tensors.chunked import INDEX, Chunked
+from megalith.checkpoint.tensors.chunked import INDEX, DcpFolder
 from megalith.checkpoint.tensors.lazy import Lazy, cat
 from megalith.checkpoint.tensors.stored import Window
 from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError, problem
+from megalith.config.flags.text import Words
 
-KIND = "metadata.json"
-STATES = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "fp32_param": "master", "param": "master"}
-STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(\w+)\.(.+)")
+METADATA_FILE = "metadata.json"
+STATE_NAMES = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "fp32_param": "master", "param": "master"}
+STATE_KEY = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(\w+)\.(.+)")
 
 
-def named(chunked: Chunked, key: str, name: str) -> Iterator[tuple[str, Lazy]]:
-    """(Megatron's name, tensor): of stacked layers one for each. `name` is the key without what says which state it is."""
+def named_tensors(chunked: DcpFolder, key: str, name: str) -> Iterator[tuple[str, Lazy]]:
+    """(Megatron's name, tensor) of a key; for stacked layers one of each layer.
+
+    name: the key without the prefix that says which state of the optimizer it is.
+    """
     original = unpickle.fields((chunked.facts.get("mcore_data") or {}).get(key)).get(
         "nd_reformulated_orig_global_shape"
     )
     if not re.search(r"\.layers\.(?!\d)", name):
-        whole = chunked.lazy(key)
-        yield name, whole if original is None else _restore(whole, original)
+        tensor = chunked.lazy(key)
+        yield name, tensor if original is None else _unflatten(tensor, original)
         return
     for number in range((original or chunked.tensors[key].shape)[0]):
         yield name.replace(".layers.", f".layers.{number}.", 1), _layer(chunked, key, number, original)
 
 
-def _layer(chunked: Chunked, key: str, number: int, original: Sequence[int] | None) -> Lazy:
-    """One of stacked layers, and no more of the file. original: the shape of the stack, where it was stored flat."""
+def _layer(chunked: DcpFolder, key: str, number: int, original: Sequence[int] | None) -> Lazy:
+    """One of stacked layers, read alone. original: the shape of the stack, where it was stored flat."""
     shape = chunked.tensors[key].shape
     if original is None:
         return chunked.lazy(key, (number, *[0] * (len(shape) - 1)), (1, *shape[1:])).reshape(shape[1:])
-    each = original[0] // shape[0]  # layers of a fragment, one after another
-    size = shape[-1] // each
-    first = (number // each, *[0] * (len(shape) - 2), number % each * size)
-    return _restore(chunked.lazy(key, first, (1, *shape[1:-1], size)), (1, *original[1:])).reshape(original[1:])
+    layers = original[0] // shape[0]  # of a fragment, one after another
+    size = shape[-1] // layers
+    first = (number // layers, *[0] * (len(shape) - 2), number % layers * size)
+    return _unflatten(chunked.lazy(key, first, (1, *shape[1:-1], size)), (1, *original[1:])).reshape(original[1:])
 
 
-def _restore(flat: Lazy, shape: Sequence[int]) -> Lazy:
-    """A tensor whose fragments the distributed optimizer stored flat: [fragments of each axis ..., elements] -> `shape`."""
+def _unflatten(flat: Lazy, shape: Sequence[int]) -> Lazy:
+    """A tensor whose fragments the distributed optimizer stored flat, with the full `shape`.
+
+    flat: [fragments of the first dimension, ..., fragments of the last dimension, elements of a fragment].
+    """
     fragments = flat.shape[:-1]
     local = [size // count for size, count in zip(shape, fragments, strict=True)]
 
-    def joined(*at: int) -> Lazy:
-        """All fragments whose numbers begin with these."""
-        if len(at) == len(fragments):
-            return flat.at(tuple(slice(number, number + 1) for number in at)).reshape(local)
-        return cat([joined(*at, number) for number in range(fragments[len(at)])], len(at))
+    def concatenated(*index: int) -> Lazy:
+        """All fragments whose index begins with these numbers."""
+        if len(index) == len(fragments):
+            return flat.at(tuple(slice(number, number + 1) for number in index)).reshape(local)
+        return cat([concatenated(*index, number) for number in range(fragments[len(index)])], len(index))
 
-    return joined()
+    return concatenated()
 
 
 def find(path: pathlib.Path, iteration: int | None) -> pathlib.Path | None:
-    """The directory with the index: `path`, or the iteration in it that is asked for or that the tracker names."""
+    """The directory with the index: `path` or a directory in it, of the requested iteration or the tracker's."""
     if (path / INDEX).exists() and iteration is None:
         return path
     tracker = path / TRACKER
@@ -82,41 +89,36 @@ def find(path: pathlib.Path, iteration: int | None) -> pathlib.Path | None:
 def recognises(path: pathlib.Path) -> bool:
     """Whether `path` holds such a directory."""
     folder = find(path, None) if path.is_dir() else None
-    return folder is not None and (folder / KIND).exists()
+    return folder is not None and (folder / METADATA_FILE).exists()
 
 
-def read(path: pathlib.Path, options: Options) -> Weights:
+def read(path: pathlib.Path, options: TorchDistOptions) -> Weights:
     """The weights at `path`. Raises CheckpointError for what is missing, damaged, unknown or does not fit."""
     folder = find(path, options.iteration)
     if folder is None:
-        raise CheckpointError(
-            problem(
-                f"{path}", options.iteration, f"a folder with {INDEX} is there for each iteration", "Check --ckpt-step"
-            )
-        )
-    if (folder / KIND).exists():
-        backend = read_json(folder / KIND).get("sharded_backend")
+        found = Words("nothing") if options.iteration is None else options.iteration
+        rule = f"must name an iteration whose folder in {path} holds {INDEX}"
+        raise CheckpointError(problem("--ckpt-step", found, rule, "Check --ckpt-step"))
+    if (folder / METADATA_FILE).exists():
+        backend = read_json(folder / METADATA_FILE).get("sharded_backend")
         if backend != "torch_dist":
+            what, rule = f"sharded_backend in {folder / METADATA_FILE}", "must be torch_dist, which alone can be read"
             cure = "Save it once more with --ckpt-format torch_dist"
-            raise CheckpointError(
-                problem(f"{folder / KIND}, sharded_backend", backend, "torch_dist alone can be read", cure)
-            )
+            raise CheckpointError(problem(what, backend, rule, cure))
     classes: set[str] = set()
-    chunked = Chunked(folder)
+    chunked = DcpFolder(folder)
     classes.update(name for name in chunked.classes if not name.endswith("MCoreMetadata"))
     keys = [key for key in chunked.tensors if "optimizer." not in key and not key.startswith("rerun_state_machine")]
-    model = [pair for key in keys for pair in named(chunked, key, key.removeprefix("model."))]
-    content = common(folder, chunked, classes)
-    parts = {
-        normal: tensor
-        for normal, (_, tensor) in zip(normal_names(name for name, _ in model).values(), model, strict=True)
-    }
-    notes = same_iteration(folder.name, content)
-    return build.weights_of(
+    model = [pair for key in keys for pair in named_tensors(chunked, key, key.removeprefix("model."))]
+    content = common_state(folder, chunked, classes)
+    names = normalize_names(name for name, _ in model).values()
+    tensors = {name: tensor for name, (_, tensor) in zip(names, model, strict=True)}
+    notes = iteration_notes(folder.name, content)
+    return build.build_weights(
         content,
         3.0,
-        [parts],
-        lambda notes: states(folder, chunked),
+        [tensors],
+        lambda notes: optimizer_states(folder, chunked),
         classes,
         options,
         Replicas(options.replicas),
@@ -124,8 +126,8 @@ def read(path: pathlib.Path, options: Options) -> Weights:
     )
 
 
-def common(folder: pathlib.Path, chunked: Chunked, classes: set[str]) -> dict[str, Any]:
-    """What is not a tensor: common.pt, or in newer versions an entry of the index."""
+def common_state(folder: pathlib.Path, chunked: DcpFolder, classes: set[str]) -> dict[str, Any]:
+    """The content without tensors: common.pt, or in newer versions an entry of the index."""
     windows = [Window.of(folder / "common.pt")] if (folder / "common.pt").exists() else []
     windows += [window for key, window in chunked.blobs.items() if key.startswith("common_state")]
     content: dict[str, Any] = {}
@@ -137,24 +139,33 @@ def common(folder: pathlib.Path, chunked: Chunked, classes: set[str]) -> dict[st
     return content
 
 
-def states(folder: pathlib.Path, chunked: Chunked) -> build.States:
+def optimizer_states(folder: pathlib.Path, chunked: DcpFolder) -> build.OptimizerStates:
     """{"exp_avg", "exp_avg_sq", "master": [tensors]} of the optimizer."""
     found: dict[str, dict[str, Lazy]] = {}
     for key in chunked.tensors:
-        match = STATE.fullmatch(key)
-        if match and match[1] in STATES:
-            found.setdefault(STATES[match[1]], {}).update(
-                named(chunked, key, match[2].removeprefix("model.").removeprefix("module."))
+        match = STATE_KEY.fullmatch(key)
+        if match and match[1] in STATE_NAMES:
+            found.setdefault(STATE_NAMES[match[1]], {}).update(
+                named_tensors(chunked, key, match[2].removeprefix("model.").removeprefix("module."))
             )
     if not all(key in found for key in MOMENTS):
         flat = any("gbuf_idx" in key for key in chunked.tensors)
-        rule = (
-            "its flat buffers depend on settings that are not stored (save with --dist-ckpt-optim-fully-reshardable)"
-            if flat else "it was saved without"
-        )  # fmt: skip
-        raise CheckpointError(problem(f"{folder}, optimizer", "flat buffers" if flat else None, rule, WEIGHTS_ALONE))
-    normal = {key: dict(zip(normal_names(table).values(), table.values(), strict=True)) for key, table in found.items()}
-    return {key: [table] for key, table in normal.items()}
+        rule = "must be saved, but the checkpoint was saved without it"
+        if flat:
+            rule = (
+                "must not be stored as flat buffers, which depend on settings that are not stored (save with "
+                "--dist-ckpt-optim-fully-reshardable)"
+            )
+        what, stored = f"the optimizer in {folder}", Words("flat buffers" if flat else "nothing")
+        raise CheckpointError(problem(what, stored, rule, WEIGHTS_ONLY_CURE))
+    return {
+        key: [dict(zip(normalize_names(table).values(), table.values(), strict=True))] for key, table in found.items()
+    }
 
 
-FORMAT = Format("torch_dist: Megatron core's folders of .metadata, metadata.json and .distcp files", recognises, read)
+FORMAT = Format(
+    "torch_dist: Megatron core's folders of .metadata, metadata.json and .distcp files",
+    recognises,
+    read,
+    options=TorchDistOptions,
+)

@@ -1,4 +1,4 @@
-"""Trees of Megatron-DeepSpeed, made here in its documented layout: weights and optimizer come back bit for bit."""
+"""Folders of Megatron-DeepSpeed in its documented layout: weights and optimizer come back bit for bit."""
 
 import pathlib
 
@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from megalith.checkpoint import formats
-from megalith.checkpoint.formats import Options
 from megalith.common.errors import CheckpointError
 from tests.checkpoint import megatron_files
-from tests.checkpoint.megatron_files import SPELLINGS, Tensors, layer, model_of, namespace
+from tests.checkpoint.megatron_files import SPELLINGS, Tensors, layer_tensors, model_of, namespace
 
 LLAMA = dict(swiglu=True, ffn_hidden_size=64, normalization="RMSNorm", add_bias_linear=False, num_query_groups=2,
              position_embedding_type="rope",
@@ -19,7 +18,9 @@ SAID = dict(
 )
 
 
-def tree(folder: pathlib.Path, changes: dict, args: dict, ranks: int) -> tuple[Tensors, list[dict[str, torch.Tensor]]]:
+def write_tree(
+    folder: pathlib.Path, changes: dict, args: dict, ranks: int
+) -> tuple[Tensors, list[dict[str, torch.Tensor]]]:
     """Without pipeline: (our tensors, the parameters of each rank under DeepSpeed's names)."""
     config, tensors = model_of(**changes)
     megatron_files.write(folder / "m", config, tensors, tensor=ranks, args=args)
@@ -51,7 +52,7 @@ def tree(folder: pathlib.Path, changes: dict, args: dict, ranks: int) -> tuple[T
     return tensors, flat
 
 
-def zero(
+def write_zero_shards(
     place: pathlib.Path,
     flat: list[dict[str, torch.Tensor]],
     parts: int,
@@ -65,13 +66,13 @@ def zero(
         buffers = [torch.cat([each.flatten() for each in group]) for group in groups]
         buffers = [torch.cat([each, torch.zeros(-len(each) % parts)]) for each in buffers]
         for part in range(parts):
-            mine = [each.chunk(parts)[part].clone() for each in buffers]
+            partition = [each.chunk(parts)[part].clone() for each in buffers]
             state = {
-                number: {"step": 7, "exp_avg": each + 1, "exp_avg_sq": each**2} for number, each in enumerate(mine)
+                number: {"step": 7, "exp_avg": each + 1, "exp_avg_sq": each**2} for number, each in enumerate(partition)
             }
             base = list(state.values()) if elastic else {"state": state, "param_groups": []}
             content = {
-                "single_partition_of_fp32_groups": mine,
+                "single_partition_of_fp32_groups": partition,
                 "base_optimizer_state": base,
                 "zero_stage": 1,
                 "partition_count": [parts, parts],
@@ -82,7 +83,7 @@ def zero(
 
 def check(folder: pathlib.Path, tensors: Tensors, optimizer: bool) -> formats.Weights:
     assert formats.recognise(folder) == "deepspeed"
-    weights = formats.read(folder, options=Options(with_optimizer=optimizer))
+    weights = formats.read(folder, options=dict(with_optimizer=optimizer))
     assert {name for name in weights if name.startswith("model/")} == {f"model/{name}" for name in tensors}
     for name, tensor in tensors.items():
         assert torch.equal(weights[f"model/{name}"], tensor), name
@@ -99,14 +100,14 @@ def check(folder: pathlib.Path, tensors: Tensors, optimizer: bool) -> formats.We
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("changes, args", [({}, {}), (LLAMA, SAID)], ids=["gpt", "llama"])
 def test_module_states_and_zero_shards(tmp_path, changes, args, ranks, parts, elastic, prefix) -> None:
-    tensors, flat = tree(tmp_path, changes, args, ranks)
-    zero(tmp_path / "ds/global_step7", flat, parts, elastic, prefix)
+    tensors, flat = write_tree(tmp_path, changes, args, ranks)
+    write_zero_shards(tmp_path / "ds/global_step7", flat, parts, elastic, prefix)
     check(tmp_path / "ds", tensors, optimizer=True)
     check(tmp_path / "ds/global_step7", tensors, optimizer=False)
 
 
-def pipelined(tmp_path: pathlib.Path, changes: dict, args: dict, ranks: int, first: int) -> Tensors:
-    """A tree of layer files at `tmp_path`, with its optimizer; the model's tensors."""
+def write_pipelined(tmp_path: pathlib.Path, changes: dict, args: dict, ranks: int, first: int) -> Tensors:
+    """Write a folder of layer files at `tmp_path`, with the optimizer, and return the model's tensors."""
     config, tensors = model_of(**changes)
     place = tmp_path / "global_step7"
     place.mkdir(parents=True)
@@ -117,7 +118,7 @@ def pipelined(tmp_path: pathlib.Path, changes: dict, args: dict, ranks: int, fir
         if "position_embedding.weight" in tensors:
             modules[first]["position_embeddings.weight"] = tensors["position_embedding.weight"]
         for number in range(4):
-            parts = layer(tensors, number, config, ranks, rank, 3.0, SPELLINGS[2022], True)
+            parts = layer_tensors(tensors, number, config, ranks, rank, 3.0, SPELLINGS[2022], True)
             modules[first + 1 + number] = {name.removeprefix("layers.{}."): each for name, each in parts.items()}
         modules[first + 6] = {
             kind: tensors[f"final_norm.{kind}"] for kind in ("weight", "bias") if f"final_norm.{kind}" in tensors
@@ -147,7 +148,7 @@ def pipelined(tmp_path: pathlib.Path, changes: dict, args: dict, ranks: int, fir
             "param_shapes": shapes,
         }
         torch.save(content, place / f"mp_rank_{rank:02d}_model_states.pt")
-    zero(place, flat, 2, False, "bf16_")
+    write_zero_shards(place, flat, 2, False, "bf16_")
     (tmp_path / "latest").write_text("global_step7")
     return tensors
 
@@ -156,13 +157,13 @@ def pipelined(tmp_path: pathlib.Path, changes: dict, args: dict, ranks: int, fir
 @pytest.mark.parametrize("first", [1, 2], ids=["one module before", "two modules before"])
 @pytest.mark.parametrize("changes, args", [({}, {}), (LLAMA, SAID)], ids=["gpt", "llama"])
 def test_layer_files_of_a_pipeline(tmp_path: pathlib.Path, changes: dict, args: dict, ranks: int, first: int) -> None:
-    check(tmp_path, pipelined(tmp_path, changes, args, ranks, first), optimizer=True)
+    check(tmp_path, write_pipelined(tmp_path, changes, args, ranks, first), optimizer=True)
 
 
 def test_universal(tmp_path: pathlib.Path) -> None:
     """Parameters whole, the vocabulary without padding, beside the module states of two ranks."""
-    tensors, _ = tree(tmp_path, {}, {}, 2)
-    _, whole = tree(tmp_path / "whole", {}, {}, 1)
+    tensors, _ = write_tree(tmp_path, {}, {}, 2)
+    _, whole = write_tree(tmp_path / "whole", {}, {}, 1)
     for name, tensor in whole[0].items():
         place = tmp_path / "ds/global_step7/zero" / name
         place.mkdir(parents=True)
@@ -174,31 +175,32 @@ def test_universal(tmp_path: pathlib.Path) -> None:
 
 
 def test_what_is_missing_is_named(tmp_path: pathlib.Path) -> None:
-    _, flat = tree(tmp_path, {}, {}, 2)
+    _, flat = write_tree(tmp_path, {}, {}, 2)
     place = tmp_path / "ds/global_step7"
     with pytest.raises(
-        CheckpointError, match=r"optimizer: found None; there are no zero_pp_rank_\*_optim_states.pt. Take the weights"
+        CheckpointError, match=r"optimizer in .* must be saved in zero_pp_rank_\*_optim_states.pt; found nothing\. Take"
     ):
-        formats.read(tmp_path / "ds", options=Options(with_optimizer=True))
+        formats.read(tmp_path / "ds", options=dict(with_optimizer=True))
     with pytest.raises(
-        CheckpointError, match=r"found \['global_step7'\]; a folder global_stepN .* Name one with --ckpt-step N"
+        CheckpointError,
+        match=r"must hold a folder global_stepN .*; found \['global_step7'\]\. Name one with --ckpt-step",
     ):
-        formats.read(tmp_path / "ds", "deepspeed", Options(iteration=9))
-    zero(place, flat, 3, False, "")
+        formats.read(tmp_path / "ds", "deepspeed", dict(iteration=9))
+    write_zero_shards(place, flat, 3, False, "")
     (place / "zero_pp_rank_1_mp_rank_01_optim_states.pt").unlink()
     with pytest.raises(
         CheckpointError,
-        match=r"optimizer of mp_rank_01: found \[0, 2\]; data-parallel ranks are counted from 0 without a gap",
+        match=r"optimizer of mp_rank_01 in .* must be numbered from 0 without a gap; found \[0, 2\]",
     ):
-        formats.read(tmp_path / "ds", options=Options(with_optimizer=True))
+        formats.read(tmp_path / "ds", options=dict(with_optimizer=True))
     (place / "zero_pp_rank_2_mp_rank_01_optim_states.pt").unlink()
     with pytest.raises(
         CheckpointError,
-        match=r"optimizer shards of mp_rank_01: found 1; the files say that there are 3. Copy the missing",
+        match=r"optimizer shards of mp_rank_01 in .* must be 3, as the files say; found 1\. Copy the missing",
     ):
-        formats.read(tmp_path / "ds", options=Options(with_optimizer=True))
+        formats.read(tmp_path / "ds", options=dict(with_optimizer=True))
     (place / "mp_rank_01_model_states.pt").unlink()
     with pytest.raises(
-        CheckpointError, match=r"tensor-parallel ranks: found \[0\]; tensor parallel 2 has a file for each rank"
+        CheckpointError, match=r"tensor-parallel ranks in .* must be all 2 ranks .*, with a file for each; found \[0\]"
     ):
         formats.read(tmp_path / "ds")

@@ -1,4 +1,7 @@
-"""Trees of GPT-NeoX, made of transformers' model as NeoX saves one, give that model's logits in every layout; other forms are refused."""
+"""GPT-NeoX's folders, written from a transformers model as NeoX saves it, give that model's logits in every layout.
+
+Models that cannot be read are refused.
+"""
 
 import json
 import pathlib
@@ -8,11 +11,10 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from megalith.checkpoint import formats
-from megalith.checkpoint.formats import Options
 from megalith.checkpoint.weights import write as write_own
 from megalith.common.errors import CheckpointError
-from megalith.runtime.load import load_plain
-from tests.checkpoint.formats.deepspeed.test_megatron_deepspeed import zero
+from megalith.runtime.load import load_model
+from tests.checkpoint.formats.deepspeed.test_megatron_deepspeed import write_zero_shards
 from tests.checkpoint.megatron_files import Tensors
 
 LAYERS, HIDDEN, HEADS, PADDED = 3, 32, 4, 128
@@ -46,7 +48,7 @@ def original(**form) -> GPTNeoXForCausalLM:
 
 
 def modules_of(model: GPTNeoXForCausalLM, ranks: int, rank: int) -> dict[int, Tensors]:
-    """The modules of NeoX's pipeline that hold parameters, by their numbers there, as a tensor-parallel rank has them."""
+    """{number: tensors} of the modules of NeoX's pipeline that have parameters, for one tensor-parallel rank."""
     given = {name.removeprefix("gpt_neox."): each for name, each in model.state_dict().items()}
     given["embed_out.weight"] = model.get_output_embeddings().weight.detach()
 
@@ -56,13 +58,13 @@ def modules_of(model: GPTNeoXForCausalLM, ranks: int, rank: int) -> dict[int, Te
     found: dict[int, Tensors] = {0: {"word_embeddings.weight": words("embed_in.weight")}}
     frequencies = model.gpt_neox.rotary_emb.inv_freq
     for number in range(LAYERS):
-        mine = {
+        of_layer = {
             name.removeprefix(f"layers.{number}."): each
             for name, each in given.items()
             if name.startswith(f"layers.{number}.")
         }
         module = {"attention.rotary_emb.inv_freq": frequencies.clone()}
-        for name, each in mine.items():
+        for name, each in of_layer.items():
             if name in COLUMNS or name in ROWS:
                 each = each.chunk(ranks, 1 if name in ROWS else 0)[rank]
             elif name in BIASES and model.config.use_parallel_residual:  # every rank adds its own
@@ -80,18 +82,20 @@ def modules_of(model: GPTNeoXForCausalLM, ranks: int, rank: int) -> dict[int, Te
 
 
 def write(folder: pathlib.Path, model: GPTNeoXForCausalLM, ranks: int, pipelined: bool, **more) -> pathlib.Path:
-    """A tree of this model with its optimizer; `more` goes into configs/, None takes out."""
+    """Write this model as NeoX saves it, with its optimizer; `more` are entries of configs/, None removes one."""
     c, place = model.config, folder / "global_step7"
     (place / "configs").mkdir(parents=True)
     args = {"num_layers": LAYERS, "hidden_size": HIDDEN, "num_attention_heads": HEADS, "max_position_embeddings": 32,
             "make_vocab_size_divisible_by": 64, "padded_vocab_size": PADDED, "tokenizer_type": "HFTokenizer",
             "model_parallel_size": ranks}  # fmt: skip
     rope = c.rope_parameters
-    said = {"pipe-parallel-size": int(pipelined), "model-parallel-size": ranks, "num-layers": LAYERS, "hidden-size": HIDDEN,
-            "num-attention-heads": HEADS, "seq-length": 32, "max-position-embeddings": 32, "norm": "layernorm", "pos-emb": "rotary",
-            "rotary-pct": rope["partial_rotary_factor"], "rotary-emb-base": rope["rope_theta"], "layernorm-epsilon": c.layer_norm_eps,
-            "no-weight-tying": not c.tie_word_embeddings, "gpt-j-residual": c.use_parallel_residual, "attention-config": [[["flash"], 3]],
-            "bias-gelu-fusion": c.hidden_act == "gelu_new", "fp16": {"enabled": True}, "vocab-file": "/x/20B_tokenizer.json",
+    said = {"pipe-parallel-size": int(pipelined), "model-parallel-size": ranks, "num-layers": LAYERS,
+            "hidden-size": HIDDEN, "num-attention-heads": HEADS, "seq-length": 32, "max-position-embeddings": 32,
+            "norm": "layernorm", "pos-emb": "rotary", "rotary-pct": rope["partial_rotary_factor"],
+            "rotary-emb-base": rope["rope_theta"], "layernorm-epsilon": c.layer_norm_eps,
+            "no-weight-tying": not c.tie_word_embeddings, "gpt-j-residual": c.use_parallel_residual,
+            "attention-config": [[["flash"], 3]], "bias-gelu-fusion": c.hidden_act == "gelu_new",
+            "fp16": {"enabled": True}, "vocab-file": "/x/20B_tokenizer.json",
             "activation": "relu" if c.hidden_act == "relu" else "gelu"}  # fmt: skip
     said = {
         name: value
@@ -128,7 +132,7 @@ def write(folder: pathlib.Path, model: GPTNeoXForCausalLM, ranks: int, pipelined
                 f"sequential.{n}.{name}": each for n, module in whole.items() for name, each in module.items()
             }
         torch.save(content, place / f"mp_rank_{rank:02d}_model_states.pt")
-    zero(place, flat, 2, False, "")
+    write_zero_shards(place, flat, 2, False, "")
     (folder / "latest").write_text("global_step7")
     return folder
 
@@ -138,13 +142,13 @@ def write(folder: pathlib.Path, model: GPTNeoXForCausalLM, ranks: int, pipelined
 def test_logits_are_those_of_transformers(tmp_path: pathlib.Path, form: str, ranks: int, pipelined: bool) -> None:
     model = original(**FORMS[form])
     weights = formats.read(
-        write(tmp_path / "neox", model, ranks, pipelined), options=Options(overrides={"vocab_size": 100})
+        write(tmp_path / "neox", model, ranks, pipelined), options=dict(overrides={"vocab_size": 100})
     )
     assert formats.recognise(tmp_path / "neox") == "deepspeed" and weights.iteration == 7
-    ours = load_plain(write_own(weights, tmp_path / "ours"), device="cpu")[0]
+    imported = load_model(write_own(weights, tmp_path / "ours"), device="cpu")[0]
     ids = torch.randint(100, (2, 32), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        wanted, found = model(ids).logits, ours(ids)
+        wanted, found = model(ids).logits, imported(ids)
     assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
     summed = any("are summed over tensor-parallel ranks" in note for note in weights.notes)
     assert summed is (ranks > 1 and FORMS[form]["use_parallel_residual"])
@@ -153,10 +157,10 @@ def test_logits_are_those_of_transformers(tmp_path: pathlib.Path, form: str, ran
 @pytest.mark.parametrize("pipelined", [True, False], ids=["layer files", "sequential"])
 @pytest.mark.parametrize("form", ["pythia", "tied"])
 def test_optimizer(tmp_path: pathlib.Path, form: str, pipelined: bool) -> None:
-    """Every parameter's state; of summed biases the gradients are those of the sum on every rank, so states are copies."""
+    """Every parameter has its state. Each rank's gradient of a summed bias is that of the sum, so states are copies."""
     model = original(**FORMS[form])
     folder = write(tmp_path, model, 1, pipelined)
-    weights = formats.read(folder, options=Options(with_optimizer=True, overrides={"vocab_size": 100}))
+    weights = formats.read(folder, options=dict(with_optimizer=True, overrides={"vocab_size": 100}))
     for name in [name for name in weights if name.startswith("model/")]:
         moment = name.replace("model/", "optimizer/exp_avg/")
         assert torch.allclose(weights[moment], weights[name] + 1), name
@@ -164,8 +168,9 @@ def test_optimizer(tmp_path: pathlib.Path, form: str, pipelined: bool) -> None:
 
 REFUSED = [
     ("pos_emb", "sinusoidal"), ("pos_emb", "rpe"), ("norm", "rmsnorm"), ("norm", "scalenorm"), ("activation", "geglu"),
-    ("activation", "swish"), ("gpt_j_tied", True), ("attention_config", [[["local"], 3]]), ("attention_config", [[["global", "gmlp"], 2]]),
-    ("use_mup", True), ("num_kv_heads", 2), ("num_unique_layers", 1), ("soft_prompt_tuning", {"enabled": True}), ("opt_pos_emb_offset", 2),
+    ("activation", "swish"), ("gpt_j_tied", True), ("attention_config", [[["local"], 3]]),
+    ("attention_config", [[["global", "gmlp"], 2]]), ("use_mup", True), ("num_kv_heads", 2), ("num_unique_layers", 1),
+    ("soft_prompt_tuning", {"enabled": True}), ("opt_pos_emb_offset", 2),
     ("moe_num_experts", 8), ("sliding_window_width", 128), ("mlp_type", "llama"),
 ]  # fmt: skip
 
@@ -174,7 +179,7 @@ REFUSED = [
 def test_what_cannot_be_read_is_refused_by_name(tmp_path: pathlib.Path, name: str, value: object) -> None:
     folder = write(tmp_path, original(**FORMS["pythia"]), 1, True, **{name: value})
     with pytest.raises(
-        CheckpointError, match=rf"GPT-NeoX, {name}: found .*; .*Train without it, or convert with GPT-NeoX's own tools"
+        CheckpointError, match=rf"{name} of GPT-NeoX .*read here; found .*\. Train without it, or convert with GPT-NeoX"
     ):
         formats.read(folder)
 
@@ -182,13 +187,16 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path: pathlib.Path, name: st
 def test_sources_of_arguments_that_disagree(tmp_path: pathlib.Path) -> None:
     model = original(**FORMS["pythia"])
     with pytest.raises(
-        CheckpointError, match=r"GPT-NeoX, num_attention_heads: found '4 in args of the model states, 2 in .*model.yml'"
+        CheckpointError,
+        match=r"num_attention_heads of GPT-NeoX must be the same .*; found 4 in args of the model states, 2 in .*\.yml",
     ):
         formats.read(write(tmp_path / "a", model, 1, True, num_attention_heads=2))
     other = original(**FORMS["20b"])
     for name, value in (("rotary_pct", 0.25), ("rotary_emb_base", 500000), ("pos_emb", "none")):
-        told = r"rotary_emb.inv_freq: found '2 frequencies .*; pos_emb, rotary_pct and rotary_emb_base give [012]"
-        with pytest.raises(CheckpointError, match=told):
+        message = (
+            r"rotary_emb.inv_freq of GPT-NeoX must be [012] frequencies.*, as pos_emb, .* give; found 2 frequencies"
+        )
+        with pytest.raises(CheckpointError, match=message):
             formats.read(write(tmp_path / name, other, 1, True, **{name: value}))
     with pytest.raises(CheckpointError, match=r"not in the file: \['head.weight'\]"):
         formats.read(write(tmp_path / "b", original(**FORMS["tied"]), 1, True, no_weight_tying=True))
@@ -199,11 +207,13 @@ def test_sources_of_arguments_that_disagree(tmp_path: pathlib.Path) -> None:
 def test_arguments_that_tensors_or_others_contradict(tmp_path: pathlib.Path) -> None:
     model = original(**FORMS["pythia"])
     for name in ("use_bias_in_attn_linear", "use_bias_in_norms", "use_bias_in_mlp"):
-        with pytest.raises(CheckpointError, match=rf"GPT-NeoX, {name}: found 'False, and the tensors have \w+.*bias'"):
+        with pytest.raises(
+            CheckpointError, match=rf"{name} of GPT-NeoX must agree .*; found False, and the tensors have \w+.*bias"
+        ):
             formats.read(write(tmp_path / name, model, 1, True, **{name: False}))
         formats.read(write(tmp_path / f"{name} true", model, 1, True, **{name: True}))
     with pytest.raises(
-        CheckpointError, match=r"GPT-NeoX, activation: found 'relu, and openai_gelu is True'; a model has one"
+        CheckpointError, match=r"activation of GPT-NeoX must agree with .*; found relu, and openai_gelu is True"
     ):
         formats.read(write(tmp_path / "relu", original(**FORMS["tied"]), 1, True, openai_gelu=True))
     other = original(**FORMS["20b"])
@@ -216,14 +226,15 @@ def test_without_its_configs_flags_say_what_no_tensor_does(tmp_path: pathlib.Pat
     folder = write(tmp_path / "neox", model, 2, True)
     (folder / "global_step7/configs/model.yml").unlink()
     flags = "--position-embedding-type, --rotary-percent, --parallel-attn"
-    with pytest.raises(CheckpointError, match=f"what it computes: found None; .*Copy configs/ along, or give {flags}"):
+    message = rf"must have its configs/\*\.yml, .*; found none\. Copy configs/ along, or give {flags}"
+    with pytest.raises(CheckpointError, match=message):
         formats.read(folder)
     given = dict(position_embedding_type="rope", rotary_percent=0.25, parallel_attn=True, layernorm_epsilon=1e-4)
-    weights = formats.read(folder, options=Options(overrides=given | {"vocab_size": 100}))
+    weights = formats.read(folder, options=dict(overrides=given | {"vocab_size": 100}))
     ids = torch.arange(20)[None]
     with torch.no_grad():
         wanted = model(ids).logits
-        found = load_plain(write_own(weights, tmp_path / "ours"), device="cpu")[0](ids)
+        found = load_model(write_own(weights, tmp_path / "ours"), device="cpu")[0](ids)
     assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
@@ -233,9 +244,8 @@ def test_copies_and_layers_are_checked_here_too(tmp_path: pathlib.Path) -> None:
     content = torch.load(file)
     content["attention.dense.bias"] += 1
     torch.save(content, file)
-    with pytest.raises(
-        CheckpointError, match=r"layers.1.self_attention.dense.bias: .* differ by up to 1,"
-    ):  # a copy where residuals are not parallel
+    # A copy where residuals are not parallel
+    with pytest.raises(CheckpointError, match=r"layers.1.self_attention.dense.bias: .* differ by up to 1,"):
         formats.read(sequential)
     folder = write(tmp_path / "b", original(**FORMS["pythia"]), 1, True)
     (folder / "global_step7/layer_04-model_00-model_states.pt").unlink()

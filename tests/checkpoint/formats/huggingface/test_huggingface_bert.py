@@ -10,12 +10,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from megalith.checkpoint import formats
-from megalith.checkpoint.formats import Options
+from megalith.checkpoint.formats import HuggingFaceOptions
 from megalith.checkpoint.formats.huggingface import conversion as huggingface
-from megalith.checkpoint.formats.huggingface.family import form
-from megalith.checkpoint.weights import own, write
+from megalith.checkpoint.formats.huggingface.family import architecture_fields
+from megalith.checkpoint.weights import read_megalith, write
 from megalith.common.errors import CheckpointError, ConfigError
-from megalith.runtime.load import load_plain
+from megalith.runtime.load import load_model
 from megalith.workflows import conversion
 from tests.originals.families import BERTS, HEADED
 
@@ -36,7 +36,7 @@ def logits(folder: pathlib.Path) -> tuple[torch.Tensor, ...]:
 
 def test_there_and_back(theirs: pathlib.Path, tmp_path: pathlib.Path) -> None:
     write(formats.read(theirs), tmp_path / "ours")
-    huggingface.write(own(tmp_path / "ours"), tmp_path / "back", Options(max_shard_size=40_000))
+    huggingface.write(read_megalith(tmp_path / "ours"), tmp_path / "back", HuggingFaceOptions(max_shard_size=40_000))
     before, after = load_file(theirs / "model.safetensors"), {}
     for file in (tmp_path / "back").glob("*.safetensors"):
         after |= load_file(file)
@@ -44,7 +44,7 @@ def test_there_and_back(theirs: pathlib.Path, tmp_path: pathlib.Path) -> None:
     assert json.loads((tmp_path / "back/config.json").read_text()) == json.loads((theirs / "config.json").read_text())
     wanted = logits(theirs)
     assert all(torch.equal(one, other) for one, other in zip(wanted, logits(tmp_path / "back"), strict=True))
-    model, *_ = load_plain(tmp_path / "ours", device="cpu")
+    model, *_ = load_model(tmp_path / "ours", device="cpu")
     found = model(torch.randint(90, (2, 20), generator=torch.Generator().manual_seed(0)))
     assert all((one - other).abs().max() < 1e-5 for one, other in zip(wanted, found, strict=True))
     assert conversion.verify(theirs, tmp_path / "ours") < 1e-5
@@ -52,9 +52,10 @@ def test_there_and_back(theirs: pathlib.Path, tmp_path: pathlib.Path) -> None:
 
 def test_a_config_of_our_own_making_is_the_same_model(theirs: pathlib.Path, tmp_path: pathlib.Path) -> None:
     weights = replace(formats.read(theirs), files={})
-    huggingface.write(weights, tmp_path / "back", Options())
+    huggingface.write(weights, tmp_path / "back", HuggingFaceOptions())
     assert all(torch.equal(one, other) for one, other in zip(logits(theirs), logits(tmp_path / "back"), strict=True))
-    assert form(formats.read(tmp_path / "back").config.model) == form(weights.config.model)
+    exported = formats.read(tmp_path / "back")
+    assert architecture_fields(exported.config.model) == architecture_fields(weights.config.model)
 
 
 def test_names_of_files_from_tensorflow(tmp_path: pathlib.Path) -> None:
@@ -72,12 +73,12 @@ def test_names_of_files_from_tensorflow(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"normalization": "RMSNorm"}, {"swiglu": True}])
-def test_forms_that_theirs_does_not_have(changes: dict, tmp_path: pathlib.Path) -> None:
+def test_models_that_bert_cannot_represent_are_refused(changes: dict, tmp_path: pathlib.Path) -> None:
     BERTS["bert"]().save_pretrained(tmp_path)
     weights = formats.read(tmp_path)
     other = replace(weights, config=weights.config.replace(**changes), files={})
-    with pytest.raises(CheckpointError, match=r"BertForPreTraining has no such form"):
-        huggingface.write(other, tmp_path / "back", Options())
+    with pytest.raises(CheckpointError, match=r"BertForPreTraining cannot represent"):
+        huggingface.write(other, tmp_path / "back", HuggingFaceOptions())
 
 
 def save_as(kind: str, folder: pathlib.Path) -> transformers.PreTrainedModel:
@@ -93,7 +94,8 @@ def save_as(kind: str, folder: pathlib.Path) -> transformers.PreTrainedModel:
 
 
 NO_TOKENIZER = (
-    "no tokenizer goes along, and text needs one: add --tokenizer FOLDER, or --vocab-file FILE --merge-file FILE"
+    "no tokenizer is converted along, and text needs one: add --tokenizer FOLDER, "
+    "or --vocab-file FILE --merge-file FILE"
 )
 
 
@@ -107,11 +109,11 @@ def test_a_masked_lm_is_a_model_without_binary_head(kind: str, tmp_path: pathlib
         NO_TOKENIZER,
     )
     ids = torch.randint(90, (2, 20))
-    found = load_plain(tmp_path / "ours", device="cpu")[0](ids)
+    found = load_model(tmp_path / "ours", device="cpu")[0](ids)
     assert (found - original(ids).logits).abs().max() < 1e-5
     assert conversion.verify(tmp_path / "theirs", tmp_path / "ours") < 1e-5
     for name, files in (("kept", weights.files), ("made", {})):
-        huggingface.write(replace(own(tmp_path / "ours"), files=files), tmp_path / name, Options())
+        huggingface.write(replace(read_megalith(tmp_path / "ours"), files=files), tmp_path / name, HuggingFaceOptions())
         back, told = getattr(transformers, kind).from_pretrained(tmp_path / name, output_loading_info=True)
         assert not any(told.values()) and json.loads((tmp_path / name / "config.json").read_text())[
             "architectures"
@@ -126,7 +128,7 @@ def test_the_name_masked_lm_does_not_cost_the_other_head(tmp_path: pathlib.Path)
     (tmp_path / "theirs/config.json").write_text(json.dumps({**config, "architectures": ["BertForMaskedLM"]}))
     weights = formats.read(tmp_path / "theirs")
     assert not weights.config.model.bert_no_binary_head and not weights.notes
-    huggingface.write(weights, tmp_path / "back", Options())
+    huggingface.write(weights, tmp_path / "back", HuggingFaceOptions())
     assert json.loads((tmp_path / "back/config.json").read_text()) == config
     assert all(
         torch.equal(one, other)
@@ -136,7 +138,7 @@ def test_the_name_masked_lm_does_not_cost_the_other_head(tmp_path: pathlib.Path)
 
 def test_a_masked_lm_can_keep_its_segments(tmp_path: pathlib.Path) -> None:
     original = save_as("BertForMaskedLM", tmp_path)
-    weights = formats.read(tmp_path, options=Options(overrides={"bert_no_binary_head": False}))
+    weights = formats.read(tmp_path, options=HuggingFaceOptions(overrides={"bert_no_binary_head": False}))
     (note,) = weights.notes
     assert (
         note
@@ -144,7 +146,7 @@ def test_a_masked_lm_can_keep_its_segments(tmp_path: pathlib.Path) -> None:
     )
     write(weights, tmp_path / "ours")
     ids, types = torch.randint(90, (2, 20)), torch.randint(2, (2, 20))
-    tokens, _ = load_plain(tmp_path / "ours", device="cpu")[0](ids, token_types=types)
+    tokens, _ = load_model(tmp_path / "ours", device="cpu")[0](ids, token_types=types)
     assert (tokens - original(ids, token_type_ids=types).logits).abs().max() < 1e-5
 
 
@@ -152,20 +154,20 @@ def test_a_masked_lm_can_keep_its_segments(tmp_path: pathlib.Path) -> None:
 def test_heads_that_are_not_there_are_new(kind: str, tmp_path: pathlib.Path) -> None:
     """The encoder and the pooler are the original's; the classifier is left out."""
     original = save_as(kind, tmp_path / "theirs")
-    options = Options(overrides={"model_type": "bert"} if "Classification" in kind else {})
+    options = dict(overrides={"model_type": "bert"} if "Classification" in kind else {})
     weights = conversion.convert(tmp_path / "theirs", tmp_path / "ours", to="megalith", options=options)
     assert weights.notes[0].startswith(
         "not in this folder, so new and untrained: head_dense.weight, head_dense.bias, head_norm.weight"
     )
     left = ["left out, as this model has no use for them: classifier.bias, classifier.weight"]
     assert list(weights.notes[1:]) == [*left * ("Classification" in kind), NO_TOKENIZER]
-    model = load_plain(tmp_path / "ours", device="cpu")[0]
+    model = load_model(tmp_path / "ours", device="cpu")[0]
     pooled = []
     model.order_head.register_forward_pre_hook(lambda module, inputs: pooled.append(inputs[0]))
     ids = torch.randint(90, (2, 20))
     model(ids)
     assert (pooled[0] - getattr(original, "bert", original)(ids).pooler_output).abs().max() < 1e-5
-    message = f"--verify: found '{kind}'; it compares the logits of bert, and this class gives none"
+    message = f"--verify compares the logits of bert, and this class of transformers has none; found '{kind}'"
     with pytest.raises(ConfigError, match=message):
         conversion.verify(tmp_path / "theirs", tmp_path / "ours")
 
@@ -182,7 +184,8 @@ def test_heads_that_classify_there_and_back(name: str, tmp_path: pathlib.Path) -
     assert weights.notes == (NO_TOKENIZER,)
     assert conversion.verify(tmp_path / "theirs", tmp_path / "ours") < 1e-5
     for folder, files in (("kept", weights.files), ("made", {})):
-        huggingface.write(replace(own(tmp_path / "ours"), files=files), tmp_path / folder, Options())
+        imported = replace(read_megalith(tmp_path / "ours"), files=files)
+        huggingface.write(imported, tmp_path / folder, HuggingFaceOptions())
         back, told = type(original).from_pretrained(tmp_path / folder, output_loading_info=True)
         assert not any(told.values())
         assert all(torch.equal(one, back.get_parameter(each)) for each, one in original.named_parameters())
@@ -192,7 +195,7 @@ def test_heads_that_classify_there_and_back(name: str, tmp_path: pathlib.Path) -
 
 def test_a_pretrained_bert_begins_a_classifier(tmp_path: pathlib.Path) -> None:
     original = save_as("BertForPreTraining", tmp_path)
-    options = Options(overrides={"model_type": "bert_classification", "num_classes": 5})
+    options = HuggingFaceOptions(overrides={"model_type": "bert_classification", "num_classes": 5})
     weights = formats.read(tmp_path, options=options)
     new, left = weights.notes
     assert new == "not in this folder, so new and untrained: classifier.weight, classifier.bias"
@@ -203,12 +206,22 @@ def test_a_pretrained_bert_begins_a_classifier(tmp_path: pathlib.Path) -> None:
 
 def test_a_tensor_that_is_missing_is_an_error(tmp_path: pathlib.Path) -> None:
     for kind, name in (
-        ("BertForMaskedLM", "cls.predictions.transform.dense.weight"), ("BertForPreTraining", "cls.seq_relationship.weight"),
+        ("BertForMaskedLM", "cls.predictions.transform.dense.weight"),
+        ("BertForPreTraining", "cls.seq_relationship.weight"),
         ("BertModel", "encoder.layer.1.output.dense.bias"), ("BertModel", "pooler.dense.bias"),
     ):  # fmt: skip
         save_as(kind, tmp_path)
         tensors = load_file(tmp_path / "model.safetensors")
         del tensors[name]
         save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-        with pytest.raises(CheckpointError, match=rf"missing tensors: found \['(bert\.)?{name}'\]"):
+        with pytest.raises(CheckpointError, match=rf"tensors must be all .*; found 1 missing: (bert\.)?{name}\. Copy"):
             formats.read(tmp_path)
+
+
+def test_an_activation_of_the_head_alone_is_named(theirs: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Megatron's fused GELU is the tanh approximation in the MLP and exact in the head."""
+    weights = replace(formats.read(theirs), files={})
+    for name, form in {"one": {"openai_gelu": True}, "two": {"openai_gelu": False, "bias_gelu_fusion": True}}.items():
+        write(replace(weights, config=weights.config.replace(**form)), tmp_path / name)
+        notes = conversion.convert(tmp_path / name, tmp_path / f"{name}-hf", to="huggingface").notes
+        assert any("gelu_tanh in the head over the vocabulary too" in note for note in notes) == (name == "two")

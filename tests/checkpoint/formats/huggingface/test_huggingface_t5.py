@@ -1,4 +1,4 @@
-"""T5, v1.1 and mT5 from and to Hugging Face: bits, old files, what they have no place for; and training goes on from theirs."""
+"""T5, v1.1 and mT5 from and to Hugging Face: bits, old files, refused models; training starts with their loss."""
 
 import json
 import pathlib
@@ -11,10 +11,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from megalith.checkpoint import formats
-from megalith.checkpoint.formats import Options
+from megalith.checkpoint.formats import HuggingFaceOptions
 from megalith.checkpoint.formats.huggingface import conversion as huggingface
-from megalith.checkpoint.formats.huggingface.family import form
-from megalith.checkpoint.weights import own, write
+from megalith.checkpoint.formats.huggingface.family import architecture_fields
+from megalith.checkpoint.weights import read_megalith, write
 from megalith.common.errors import CheckpointError
 from megalith.data.build import build_datasets
 from megalith.data.tokenizers.tokenizer import tokenizer_from_config
@@ -40,7 +40,7 @@ def logits(folder: pathlib.Path) -> torch.Tensor:
 
 def test_there_and_back(theirs: pathlib.Path, tmp_path: pathlib.Path) -> None:
     write(formats.read(theirs), tmp_path / "ours")
-    huggingface.write(own(tmp_path / "ours"), tmp_path / "back", Options(max_shard_size=20_000))
+    huggingface.write(read_megalith(tmp_path / "ours"), tmp_path / "back", HuggingFaceOptions(max_shard_size=20_000))
     before, after = load_file(theirs / "model.safetensors"), {}
     for file in (tmp_path / "back").glob("*.safetensors"):
         after |= load_file(file)
@@ -53,15 +53,15 @@ def test_there_and_back(theirs: pathlib.Path, tmp_path: pathlib.Path) -> None:
 
 def test_a_config_of_our_own_making_is_the_same_model(theirs: pathlib.Path, tmp_path: pathlib.Path) -> None:
     weights = replace(formats.read(theirs), files={})
-    huggingface.write(
-        weights, tmp_path / "back", Options(architecture=json.loads((theirs / "config.json").read_text())["model_type"])
-    )
+    architecture = json.loads((theirs / "config.json").read_text())["model_type"]
+    huggingface.write(weights, tmp_path / "back", HuggingFaceOptions(architecture=architecture))
     assert torch.equal(logits(theirs), logits(tmp_path / "back"))
-    assert form(formats.read(tmp_path / "back").config.model) == form(weights.config.model)
+    exported = formats.read(tmp_path / "back")
+    assert architecture_fields(exported.config.model) == architecture_fields(weights.config.model)
 
 
 def test_files_of_transformers_4(tmp_path: pathlib.Path) -> None:
-    """t5-small's: the embedding three times more, a table that nothing reads; and v1.1's own word for untied."""
+    """t5-small's: three more copies of the embedding, an unused tensor; and v1.1's older mark of being untied."""
     original("t5").save_pretrained(tmp_path / "a")
     tensors = load_file(tmp_path / "a/model.safetensors")
     copies = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
@@ -87,15 +87,15 @@ def test_files_of_transformers_4(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     "changes", [{"normalization": "LayerNorm"}, {"softmax_scale": None}, {"position_embedding_type": "none"}]
 )
-def test_forms_that_theirs_does_not_have(changes: dict, tmp_path: pathlib.Path) -> None:
+def test_models_that_t5_cannot_represent_are_refused(changes: dict, tmp_path: pathlib.Path) -> None:
     original("t5").save_pretrained(tmp_path)
     weights = formats.read(tmp_path)
     other = replace(weights, config=weights.config.replace(**changes), files={})
-    with pytest.raises(CheckpointError, match=r"T5ForConditionalGeneration has no such form"):
-        huggingface.write(other, tmp_path / "back", Options(architecture="t5"))
+    with pytest.raises(CheckpointError, match=r"T5ForConditionalGeneration cannot represent"):
+        huggingface.write(other, tmp_path / "back", HuggingFaceOptions(architecture="t5"))
 
 
-def test_training_goes_on_with_their_loss(theirs: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_training_starts_with_their_loss(theirs: pathlib.Path, tmp_path: pathlib.Path) -> None:
     write(formats.read(theirs), tmp_path / "ours")
     start = tiny_t5(
         write_sentences(str(tmp_path / "text")),
@@ -104,7 +104,7 @@ def test_training_goes_on_with_their_loss(theirs: pathlib.Path, tmp_path: pathli
         finetune=True,
         train_iters=3,
     )
-    config = replace(start, model=own(tmp_path / "ours").config.model)
+    config = replace(start, model=read_megalith(tmp_path / "ours").config.model)
     train(config)
     data = build_datasets(config, tokenizer_from_config(config.data))["train"]
     rows = [data[number] for number in range(config.batch.global_batch_size)]
@@ -124,7 +124,6 @@ def test_training_goes_on_with_their_loss(theirs: pathlib.Path, tmp_path: pathli
 def test_an_encoder_alone_is_refused(tmp_path: pathlib.Path) -> None:
     config = transformers.T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, vocab_size=80)
     transformers.T5EncoderModel(config).save_pretrained(tmp_path)
-    with pytest.raises(
-        CheckpointError, match=r"this folder has no decoder \(T5EncoderModel\). Convert the whole model"
-    ):
+    message = r"this folder has no decoder \(T5EncoderModel\); found .*\. Convert the whole model"
+    with pytest.raises(CheckpointError, match=message):
         formats.read(tmp_path)

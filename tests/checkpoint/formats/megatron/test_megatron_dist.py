@@ -1,4 +1,4 @@
-"""Megatron core's torch_dist folders: its own one gives its numbers; optimizer, stacked layers and flat fragments come back."""
+"""Megatron core's torch_dist folders: one written by it gives its numbers; all kinds of tensors come back."""
 
 import json
 import pathlib
@@ -9,13 +9,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from megalith.checkpoint import formats
-from megalith.checkpoint.formats import Options
-from megalith.checkpoint.formats.megatron.dist import _restore
+from megalith.checkpoint.formats.megatron.dist import _unflatten
 from megalith.checkpoint.tensors.lazy import Lazy
 from megalith.common.errors import CheckpointError
 from megalith.models.gpt import GPT
-from tests.checkpoint.formats.megatron.test_megatron_legacy import FILES, GIVEN, check, needs_files
-from tests.checkpoint.megatron_files import fused, model_of, namespace
+from tests.checkpoint.formats.megatron.test_megatron_legacy import FILES, FLAGS, check_import, needs_files
+from tests.checkpoint.megatron_files import fused_qkv, model_of, namespace
 
 CORE = {  # within a layer
     "attention_norm": "self_attention.linear_qkv.layer_norm_{}", "mlp_norm": "mlp.linear_fc1.layer_norm_{}",
@@ -40,12 +39,13 @@ def core_state(config, tensors: dict, local: bool = False) -> dict:
     )
     names = dict(CORE, attention_norm="input_layernorm.{}", mlp_norm="pre_mlp_layernorm.{}") if local else CORE
     for kind in ("weight", "bias"):
-        for ours, theirs in names.items():
-            found[f"decoder.layers.{theirs.format(kind)}"] = torch.stack(
-                [tensors[f"layers.{i}.{ours}.{kind}"] for i in range(4)]
+        for name, core_name in names.items():
+            found[f"decoder.layers.{core_name.format(kind)}"] = torch.stack(
+                [tensors[f"layers.{i}.{name}.{kind}"] for i in range(4)]
             )
         qkv = [
-            fused(*(tensors[f"layers.{i}.attention.{x}.{kind}"] for x in "qkv"), config, 1, 0, 3.0) for i in range(4)
+            fused_qkv(*(tensors[f"layers.{i}.attention.{x}.{kind}"] for x in "qkv"), config, 1, 0, 3.0)
+            for i in range(4)
         ]
         found[f"decoder.layers.self_attention.linear_qkv.{kind}"] = torch.stack(qkv)
     return found
@@ -66,7 +66,7 @@ def save(folder: pathlib.Path, state: dict, content: dict | None) -> pathlib.Pat
 def test_megatron_cores_own_folder_gives_its_logits_and_gradients() -> None:
     from tests.checkpoint.core_reference import compare
 
-    weights = formats.read(FILES / "core_gpt/torch_dist", options=Options(overrides=GIVEN))
+    weights = formats.read(FILES / "core_gpt/torch_dist", options=dict(overrides=FLAGS))
     compare(weights, GPT, FILES / "core_gpt/reference.npz")
 
 
@@ -89,7 +89,7 @@ def test_weights_and_optimizer(tmp_path: pathlib.Path, local: bool) -> None:
     }
     save(tmp_path / "c", state, content)
     assert formats.recognise(tmp_path / "c") == "torch_dist"
-    weights = formats.read(tmp_path / "c", options=Options(with_optimizer=True))
+    weights = formats.read(tmp_path / "c", options=dict(with_optimizer=True))
     for name, tensor in tensors.items():
         assert torch.equal(weights[f"model/{name}"], tensor), name
         assert torch.equal(weights[f"optimizer/exp_avg/{name}"], tensor + 1) and torch.equal(
@@ -102,7 +102,10 @@ def test_weights_and_optimizer(tmp_path: pathlib.Path, local: bool) -> None:
 
 
 def test_core_in_the_directories_of_old(tmp_path: pathlib.Path) -> None:
-    """--ckpt-format torch: flat names, a part for each rank, and on the last stage a copy of the embedding called output_layer."""
+    """--ckpt-format torch: flat names, a shard for each rank, and on the last stage a copy of the embedding.
+
+    The copy is called output_layer.
+    """
     config, tensors = model_of()
     for stage in range(2):
         for rank in range(2):
@@ -117,7 +120,7 @@ def test_core_in_the_directories_of_old(tmp_path: pathlib.Path) -> None:
                         if "linear_qkv" in name:
                             kind = name.rpartition(".")[2]
                             each = [tensors[f"layers.{2 * stage + local}.attention.{x}.{kind}"] for x in "qkv"]
-                            model[place] = fused(*each, config, 2, rank, 3.0)
+                            model[place] = fused_qkv(*each, config, 2, rank, 3.0)
                         else:
                             model[place] = part.chunk(2, cut)[rank].clone() if split else part.clone()
                 elif name.startswith("embedding.") == (stage == 0):
@@ -134,7 +137,7 @@ def test_core_in_the_directories_of_old(tmp_path: pathlib.Path) -> None:
                 {"args": args, "checkpoint_version": 3.0, "iteration": 7, "model": model}, path / "model_optim_rng.pt"
             )
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
-    check(tmp_path, config, tensors)
+    check_import(tmp_path, config, tensors)
 
 
 def test_fragments_that_were_stored_flat() -> None:
@@ -145,7 +148,7 @@ def test_fragments_that_were_stored_flat() -> None:
             for layer in whole
         ]
     )
-    assert stored.shape == (2, 3, 2, 8) and torch.equal(_restore(Lazy.of(stored), (2, 6, 8)).read(), whole)
+    assert stored.shape == (2, 3, 2, 8) and torch.equal(_unflatten(Lazy.of(stored), (2, 6, 8)).read(), whole)
 
 
 def test_errors(tmp_path: pathlib.Path) -> None:
@@ -154,18 +157,18 @@ def test_errors(tmp_path: pathlib.Path) -> None:
     folder = save(tmp_path / "c", state, {"args": namespace(config, 1, 1, 128, {}), "iteration": 7})
     with pytest.raises(
         CheckpointError,
-        match=r"optimizer: found 'flat buffers'; its flat buffers depend on settings that are not stored",
+        match=r"the optimizer in .* must not be stored as flat buffers, .*; found flat buffers",
     ):
-        formats.read(folder, options=Options(with_optimizer=True))
+        formats.read(folder, options=dict(with_optimizer=True))
     with pytest.raises(
-        CheckpointError, match=r"a folder with .metadata is there for each iteration. Check --ckpt-step"
+        CheckpointError, match=r"--ckpt-step must name an iteration whose folder in .* holds .metadata; found 8\."
     ):
-        formats.read(folder, "torch_dist", Options(iteration=8))
+        formats.read(folder, "torch_dist", dict(iteration=8))
     kind = folder / "iter_0000007/metadata.json"
     kind.write_text(json.dumps({"sharded_backend": "zarr"}))
     with pytest.raises(
         CheckpointError,
-        match=r"sharded_backend: found 'zarr'; torch_dist alone can be read. Save it once more with --ckpt-format",
+        match=r"sharded_backend in .* must be torch_dist, .*; found 'zarr'\. Save it once more with --ckpt-format",
     ):
         formats.read(folder)
     kind.write_text(json.dumps({"sharded_backend": "torch_dist"}))
@@ -176,9 +179,11 @@ def test_errors(tmp_path: pathlib.Path) -> None:
         formats.read(folder)
     index.write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     with pytest.raises(
-        CheckpointError, match=r"\.metadata: found 'os.system'; a file of weights holds data and has no use for it"
+        CheckpointError, match=r"\.metadata asks for code, which a file of weights has no use for.*; found 'os.system'"
     ):
         formats.read(folder)
     index.write_bytes(pickle.dumps(3))
-    with pytest.raises(CheckpointError, match=r"every model of Megatron has embedding.word_embeddings.weight"):
+    with pytest.raises(
+        CheckpointError, match=r"must have embedding.word_embeddings.weight, as every model of Megatron"
+    ):
         formats.read(folder)

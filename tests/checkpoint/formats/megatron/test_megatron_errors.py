@@ -1,4 +1,4 @@
-"""Every way in which a Megatron directory can be broken has an error that says what, what was found, the rule and the cure."""
+"""Every way in which a Megatron directory can be broken has an error with the rule, what was found and the cure."""
 
 import pathlib
 
@@ -41,33 +41,51 @@ def broken(folder: pathlib.Path, what: str) -> None:
 
 @pytest.mark.parametrize(
     "name, value",
-    [("qk_l2_norm", True), ("rope_type", "yarn"), ("position_embedding_type", "mrope"), ("no_rope_freq", 4), ("mrope_section", [8, 4, 4]),
-     ("final_logit_softcapping", 30.0), ("softmax_type", "learnable"), ("num_experts", [8])],
+    [("qk_l2_norm", True), ("rope_type", "yarn"), ("position_embedding_type", "mrope"), ("no_rope_freq", 4),
+     ("mrope_section", [8, 4, 4]), ("final_logit_softcapping", 30.0), ("softmax_type", "learnable"),
+     ("num_experts", [8])],
 )  # fmt: skip
 def test_arguments_that_change_the_model_without_a_tensor(tmp_path: pathlib.Path, name: str, value: object) -> None:
     config, tensors = model_of()
     folder = megatron_files.write(tmp_path / "m", config, tensors, args={name: value})
     flag = f"--{name.replace('_', '-')}"
-    with pytest.raises(CheckpointError, match=f"{flag}: found .*; .*. Train without it, or convert with its own tools"):
+    message = f"{flag} cannot be read, because .*; found .*. Train without it, or convert with its own tools"
+    with pytest.raises(CheckpointError, match=message):
         formats.read(folder)
 
 
 @pytest.mark.parametrize(
     "what, message",
     [
-        ("shard",
-         "found '3 of 4 ranks'; tensor parallel 2 x pipeline parallel 2 has one folder for each, and mp_rank_01_001 is missing. Copy"),
-        ("tracker",
-         "latest_checkpointed_iteration.txt: found 'soon'; it holds the number of an iteration, or `release`. Name one: --ckpt-step N"),
-        ("iteration", r"iter_0000009/: found \['iter_0000007/'\]; these are the checkpoints that are there"),
-        ("version", "checkpoint_version: found 7.0; those known are 0.0, 1.0, 2.0, 3.0. Name the order of rows: --qkv-layout"),
-        ("heads", r"query_key_value.weight: found \[48, 32\]; 2 such parts hold 3 heads of 10 channels|hold 3 heads of 8 channels"),
-        ("shape", r"layers.0.mlp.dense_4h_to_h.bias of tensor-parallel rank 0: found \[31\], the model has \[32\] there"),
-        ("name", "parameter: found 'encoder.layers.0.mlp.router.weight'; no model of Megatron that is known here has it"),
-        ("experts", "--num-experts: found .*; there are no mixture-of-experts layers here"),
-        ("empty", "every model of Megatron has embedding.word_embeddings.weight. Check that the path is of a whole checkpoint"),
+        (
+            "shard",
+            "must hold one folder for each rank of tensor parallel 2 x pipeline parallel 2, but mp_rank_01_001 is "
+            "missing; found 3 of 4 ranks. Copy",
+        ),
+        (
+            "tracker",
+            "latest_checkpointed_iteration.txt must hold the number of an iteration, or `release`; found 'soon'. "
+            "Name one: --ckpt-step N",
+        ),
+        ("iteration", r"iter_0000009/ does not exist; found the checkpoints \['iter_0000007/'\]\. Name one"),
+        (
+            "version",
+            "checkpoint_version must be one of 0.0, 1.0, 2.0, 3.0; found 7.0. Name the order of rows: --qkv-layout",
+        ),
+        ("heads", r"query_key_value.weight must hold 3 heads of (8|10) channels .*; found \[48, 32\]"),
+        (
+            "shape",
+            r"layers.0.mlp.dense_4h_to_h.bias of tensor-parallel rank 0: found \[31\], the model has \[32\] there",
+        ),
+        (
+            "name",
+            "every parameter must belong to a model of Megatron that is known here; "
+            "found 'encoder.layers.0.mlp.router.weight'",
+        ),
+        ("experts", "--num-experts cannot be read, because there are no mixture-of-experts layers here; found"),
+        ("empty", r"must have embedding.word_embeddings.weight, as every .*; found .*Check that the checkpoint is"),
     ],
-)  # fmt: skip
+)
 def test_errors_name_the_cure(tmp_path: pathlib.Path, what: str, message: str) -> None:
     config, tensors = model_of()
     folder = megatron_files.write(tmp_path / "m", config, tensors, tensor=2, pipeline=2, args={})

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from megalith.checkpoint import formats
-from megalith.checkpoint.formats import Options
 from megalith.checkpoint.weights import write as write_own
 from megalith.common.errors import CheckpointError
 from megalith.models.gpt import GPT
@@ -21,20 +20,20 @@ from tests.checkpoint.megatron_files import foreign, model_of
 ROOT = pathlib.Path(__file__).parents[4]
 FILES = ROOT.parent / "shared/data/megatron/models"
 needs_files = pytest.mark.skipif(not FILES.is_dir(), reason="needs the Megatron files of ../shared/data")
-GIVEN = dict(num_attention_heads=4, openai_gelu=False)  # what files without arguments do not say
+FLAGS = dict(num_attention_heads=4, openai_gelu=False)  # what files without arguments do not say
 
 
-def check(folder, config, tensors, **options) -> formats.Weights:
+def check_import(folder, config, tensors, **options) -> formats.Weights:
     """Import and compare, config and every bit."""
-    weights = formats.read(folder, options=Options(**options))
+    weights = formats.read(folder, options=options)
     assert {name.removeprefix("model/") for name in weights} == set(tensors)
     for name, tensor in tensors.items():
         lazy = weights.tensors[f"model/{name}"]
         assert lazy.shape == tensor.shape and torch.equal(lazy.read(), tensor), name
     found = weights.config.model
     for name in (
-        "num_layers", "hidden_size", "num_attention_heads", "num_kv_heads", "head_dim", "ffn_size", "vocab_size", "activation",
-        "head_activation", "norm", "positions", "add_bias_linear", "untie_embeddings_and_output_weights",
+        "num_layers", "hidden_size", "num_attention_heads", "num_kv_heads", "head_dim", "ffn_size", "vocab_size",
+        "activation", "head_activation", "norm", "positions", "add_bias_linear", "untie_embeddings_and_output_weights",
     ):  # fmt: skip
         assert getattr(found, name) == getattr(config, name), name
     return weights
@@ -58,7 +57,7 @@ def test_versions_and_layouts(tmp_path: pathlib.Path, layout: str, version, year
     folder = megatron_files.write(
         tmp_path / "m", config, tensors, **LAYOUTS[layout], version=version, year=year, args={}
     )
-    weights = check(folder, config, tensors, qkv_layout="thirds" if version == "thirds" else "auto")
+    weights = check_import(folder, config, tensors, qkv_layout="thirds" if version == "thirds" else "auto")
     assert weights.iteration == 7 and weights.train_state == {
         "iteration": 7,
         "consumed_train_samples": 56,
@@ -79,9 +78,11 @@ FORMS: dict[str, tuple[dict, dict, dict]] = {
     "OpenAI's GELU": (dict(openai_gelu=True), dict(openai_gelu=True), {}),
     "bert with fused GELU": (dict(model_type="bert", bias_gelu_fusion=True), dict(bias_gelu_fusion=True), {}),
     "no positions": (dict(position_embedding_type="rope"), dict(use_rotary_position_embeddings=True), {}),
-    "alibi": (dict(position_embedding_type="alibi"), dict(position_embedding_type=foreign(ENUMS, "PositionEmbeddingType", 3)), {}),
+    "alibi": (dict(position_embedding_type="alibi"),
+              dict(position_embedding_type=foreign(ENUMS, "PositionEmbeddingType", 3)), {}),
     "swiglu": (dict(swiglu=True, ffn_hidden_size=64), dict(swiglu=True), {}),
-    "swiglu of the fork": (dict(glu_activation="swiglu", ffn_hidden_size=64), dict(glu_activation="swiglu"), dict(gate_first=False)),
+    "swiglu of the fork": (dict(glu_activation="swiglu", ffn_hidden_size=64), dict(glu_activation="swiglu"),
+                           dict(gate_first=False)),
     "llama": (
         dict(swiglu=True, ffn_hidden_size=64, normalization="RMSNorm", add_bias_linear=False, num_query_groups=2,
              position_embedding_type="rope", untie_embeddings_and_output_weights=True, group_query_attention=True),
@@ -97,13 +98,15 @@ FORMS: dict[str, tuple[dict, dict, dict]] = {
 def test_forms(tmp_path: pathlib.Path, form: str, layout: str) -> None:
     changes, args, how = FORMS[form]
     config, tensors = model_of(**changes)
-    check(megatron_files.write(tmp_path / "m", config, tensors, **LAYOUTS[layout], args=args, **how), config, tensors)
+    check_import(
+        megatron_files.write(tmp_path / "m", config, tensors, **LAYOUTS[layout], args=args, **how), config, tensors
+    )
 
 
 def test_order_of_gated_halves_is_an_option(tmp_path: pathlib.Path) -> None:
     config, tensors = model_of(swiglu=True, ffn_hidden_size=64)
     folder = megatron_files.write(tmp_path / "m", config, tensors, tensor=2, args=dict(swiglu=True), gate_first=False)
-    check(folder, config, tensors, swiglu_order="gate-second")
+    check_import(folder, config, tensors, swiglu_order="gate-second")
     swapped = formats.read(folder)
     assert torch.equal(swapped["model/layers.0.mlp.gate.weight"], tensors["layers.0.mlp.up.weight"])
 
@@ -141,8 +144,11 @@ def test_what_only_arguments_say(tmp_path: pathlib.Path) -> None:
         and weights.config.schedule.train_iters is None
         and weights.config.precision.bf16
     )
-    left = "loss_scale: 'many' has no counterpart here and was left out; nothing is to be done if that is right, else give --loss-scale"
-    assert left in weights.notes
+    note = (
+        "loss_scale: 'many' has no counterpart here and was left out; nothing is to be done if that is right, "
+        "else give --loss-scale"
+    )
+    assert note in weights.notes
     less = {name: tensor - 1 if name.endswith("norm.weight") else tensor for name, tensor in tensors.items()}
     shifted = formats.read(megatron_files.write(tmp_path / "b", config, less, args=args | {"apply_layernorm_1p": True}))
     assert shifted.config.model.norm == "layernorm"
@@ -154,13 +160,13 @@ def test_without_arguments_what_is_assumed_is_said(tmp_path: pathlib.Path) -> No
     folder = megatron_files.write(tmp_path / "m", config, tensors, version=0.0, year=2019, iteration=None)
     with pytest.raises(
         CheckpointError,
-        match=r"number of attention heads: found None; the file holds no arguments.*--num-attention-heads",
+        match=r"attention heads must be given, .* holds no arguments .*; found nothing\. Give --num-attention-heads",
     ):
         formats.read(folder)
-    weights = check(folder, config, tensors, overrides=GIVEN | {"vocab_size": 96})
+    weights = check_import(folder, config, tensors, overrides=FLAGS | {"vocab_size": 96})
     assert weights.iteration == 0 and any("the file holds no arguments; assumed" in note for note in weights.notes)
-    with pytest.raises(CheckpointError, match=r"--vocab-size: found 200; the embedding has 128 rows"):
-        formats.read(folder, options=Options(overrides=GIVEN | {"vocab_size": 200}))
+    with pytest.raises(CheckpointError, match=r"--vocab-size must fit into the 128 rows of the embedding; found 200"):
+        formats.read(folder, options=dict(overrides=FLAGS | {"vocab_size": 200}))
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
@@ -171,11 +177,12 @@ def test_the_zip_of_a_release(
     save = torch.save
     monkeypatch.setattr(torch, "save", lambda *args: save(*args, _use_new_zipfile_serialization=new))
     config, tensors = megatron_files.release(tmp_path / "megatron_lm_345m_v0.0.zip", 50257, 50304, compression)
-    weights = check(tmp_path / "megatron_lm_345m_v0.0.zip", config, tensors)
-    assert (
-        "vocabulary: 50257 of 50304 rows, the size of a GPT2BPETokenizer; nothing is to be done if that is right, else give --vocab-size"
-        in weights.notes
+    weights = check_import(tmp_path / "megatron_lm_345m_v0.0.zip", config, tensors)
+    note = (
+        "vocabulary: 50257 of 50304 rows, the size of a GPT2BPETokenizer; nothing is to be done if that is right, "
+        "else give --vocab-size"
     )
+    assert note in weights.notes
     assert weights.config.model.openai_gelu and weights.config.model.num_attention_heads == 8
 
 
@@ -193,8 +200,8 @@ print(*weights.notes, sep="\\n")
 def test_pickled_classes_need_no_megatron(tmp_path: pathlib.Path) -> None:
     config, tensors = model_of()
     args = dict(
-        position_embedding_type=foreign(ENUMS, "PositionEmbeddingType", 2), model_type=foreign("megatron.core.enums", "ModelType", 1),
-        path=pathlib.Path("/x"),
+        position_embedding_type=foreign(ENUMS, "PositionEmbeddingType", 2),
+        model_type=foreign("megatron.core.enums", "ModelType", 1), path=pathlib.Path("/x"),
     )  # fmt: skip
     extra = {
         "scaler": foreign("apex.fp16_utils.loss_scaler", "DynamicLossScaler", 4.0),
@@ -214,7 +221,9 @@ def test_pickled_classes_need_no_megatron(tmp_path: pathlib.Path) -> None:
 
 
 def test_pickled_classes_leave_no_module_behind(tmp_path: pathlib.Path) -> None:
-    """A stand-in for megatron.core in sys.modules would hide the real one, the oracle of tests/data, from all later tests."""
+    """A stand-in for megatron.core in sys.modules would hide the real one, the reference of tests/data, from later
+    tests.
+    """
     before = dict(sys.modules)
     megatron_files.save(foreign("megatron.core.enums", "ModelType", 1), tmp_path / "x.pt")
     assert {name: sys.modules[name] for name in before} == before
@@ -226,9 +235,9 @@ def test_megatrons_own_file_gives_its_logits(tmp_path: pathlib.Path) -> None:
     weights = formats.read(FILES / "tp2pp1")
     assert weights.config.model.activation == "gelu" and weights.iteration == 5
     path = write_own(weights, tmp_path / "ours")
-    from megalith.runtime.load import load_plain
+    from megalith.runtime.load import load_model
 
-    model = load_plain(path, device="cpu")[0]
+    model = load_model(path, device="cpu")[0]
     ids = torch.from_numpy(numpy.load(FILES / "reference/input_ids.npy"))
     logits = torch.from_numpy(numpy.load(FILES / "reference/logits_megatron2022.npy"))
     losses = torch.from_numpy(numpy.load(FILES / "reference/token_losses_megatron2022.npy"))
@@ -242,7 +251,7 @@ def test_megatron_cores_flat_file_gives_its_logits_and_gradients() -> None:
     from tests.checkpoint.core_reference import compare
 
     compare(
-        formats.read(FILES / "core_gpt/state_dict.pt", options=Options(overrides=GIVEN)),
+        formats.read(FILES / "core_gpt/state_dict.pt", options=dict(overrides=FLAGS)),
         GPT,
         FILES / "core_gpt/reference.npz",
     )

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from megalith.checkpoint import formats
-from megalith.checkpoint.formats import FORMATS, Options
+from megalith.checkpoint.formats import FORMATS, MegatronOptions
 from megalith.common.errors import CheckpointError
-from tests.checkpoint.formats.megatron.test_megatron_legacy import check
-from tests.checkpoint.formats.megatron.test_megatron_write import same, weights_of
-from tests.checkpoint.megatron_files import SPELLINGS, layer, model_of, namespace
+from tests.checkpoint.formats.megatron.test_megatron_legacy import check_import
+from tests.checkpoint.formats.megatron.test_megatron_write import assert_same_weights, make_weights
+from tests.checkpoint.megatron_files import SPELLINGS, layer_tensors, model_of, namespace
 
 T5 = dict(model_type="t5", num_layers=2, decoder_num_layers=4)
 
@@ -19,12 +19,12 @@ def cross_rows(
     k: torch.Tensor, v: torch.Tensor, ranks: int, rank: int, version: float, heads: int = 4, d: int = 8
 ) -> torch.Tensor:
     """The rows of key_value that a rank holds."""
-    mine = range(rank * heads // ranks, (rank + 1) * heads // ranks)
+    rank_heads = range(rank * heads // ranks, (rank + 1) * heads // ranks)
     if version == 1.0:
-        return torch.stack([each[head * d + channel] for head in mine for channel in range(d) for each in (k, v)])
+        return torch.stack([each[head * d + channel] for head in rank_heads for channel in range(d) for each in (k, v)])
     if version == 0.0:
-        return torch.stack([each[head * d + channel] for each in (k, v) for head in mine for channel in range(d)])
-    return torch.stack([each[head * d + channel] for head in mine for each in (k, v) for channel in range(d)])
+        return torch.stack([each[head * d + channel] for each in (k, v) for head in rank_heads for channel in range(d)])
+    return torch.stack([each[head * d + channel] for head in rank_heads for each in (k, v) for channel in range(d)])
 
 
 def write(folder: pathlib.Path, ranks: int, version: float, year: int):
@@ -35,10 +35,12 @@ def write(folder: pathlib.Path, ranks: int, version: float, year: int):
         stacks: dict[str, dict] = {"encoder": {}, "decoder": {}}
         for number in range(6):
             stack, local = ("encoder", number) if number < 2 else ("decoder", number - 2)
-            mine = {name: tensor for name, tensor in tensors.items() if "cross_" not in name}
+            without_cross = {name: tensor for name, tensor in tensors.items() if "cross_" not in name}
             part = {
                 name.format(local): each
-                for name, each in layer(mine, number, config, ranks, rank, version, spelling, True).items()
+                for name, each in layer_tensors(
+                    without_cross, number, config, ranks, rank, version, spelling, True
+                ).items()
             }
             if stack == "decoder":
                 for kind in ("weight", "bias"):
@@ -85,7 +87,7 @@ def write(folder: pathlib.Path, ranks: int, version: float, year: int):
 @pytest.mark.parametrize("version, year", [(0.0, 2022), (1.0, 2022), (3.0, 2022), (3.0, 2023)])
 def test_import(tmp_path: pathlib.Path, ranks: int, version: float, year: int) -> None:
     config, tensors = write(tmp_path, ranks, version, year)
-    weights = check(tmp_path, config, tensors)
+    weights = check_import(tmp_path, config, tensors)
     assert weights.config.model.decoder_layers == 4 and weights.config.data.dataset == "t5"
 
 
@@ -98,19 +100,19 @@ def test_layers_missing_of_a_decoder_that_arguments_do_not_count(tmp_path: pathl
     torch.save(content, file)
     with pytest.raises(CheckpointError, match="decoder_num_layers: the tensors have 4, the arguments say 2"):
         formats.read(tmp_path)
-    given = Options(overrides=dict(decoder_num_layers=4))
+    given = dict(overrides=dict(decoder_num_layers=4))
     assert formats.read(tmp_path, options=given).config.model.decoder_layers == 4
 
 
 @pytest.mark.parametrize("pipeline", [1, 3])
 def test_round_trip(tmp_path: pathlib.Path, pipeline: int) -> None:
     """Three stages: one of the encoder, two of the decoder, the first of which has its own embedding."""
-    weights = weights_of(optimizer=True, **T5)
-    options = Options(
+    weights = make_weights(optimizer=True, **T5)
+    options = MegatronOptions(
         tensor_model_parallel_size=2, pipeline_model_parallel_size=pipeline, with_optimizer=True, dtype="bfloat16"
     )
     FORMATS.find("megatron").write(weights, tmp_path / "m", options)
-    same(weights, formats.read(tmp_path / "m", options=Options(with_optimizer=True)))
+    assert_same_weights(weights, formats.read(tmp_path / "m", options=dict(with_optimizer=True)))
     if pipeline == 3:
         models = [
             torch.load(tmp_path / f"m/iter_0000005/mp_rank_00_00{n}/model_optim_rng.pt", weights_only=False)
@@ -128,13 +130,15 @@ def test_round_trip(tmp_path: pathlib.Path, pipeline: int) -> None:
 
 
 def test_what_megatron_cannot_hold_is_refused(tmp_path: pathlib.Path) -> None:
-    message = "each of 2 stages of the decoder takes as many of its 3 layers"
+    message = "must give each of 2 stages of the decoder as many of its 3 layers"
     with pytest.raises(CheckpointError, match=message):
-        layout = Options(pipeline_model_parallel_size=3)
+        layout = MegatronOptions(pipeline_model_parallel_size=3)
         FORMATS.find("megatron").write(
-            weights_of(model_type="t5", num_layers=2, decoder_num_layers=3), tmp_path / "m", layout
+            make_weights(model_type="t5", num_layers=2, decoder_num_layers=3), tmp_path / "m", layout
         )
     with pytest.raises(
-        CheckpointError, match=r"Megatron's legacy models have no such part|Megatron's model has no place for it"
+        CheckpointError, match=r"has no counterpart in Megatron's legacy|must have a counterpart in Megatron's model"
     ):
-        FORMATS.find("megatron").write(weights_of(**T5, position_embedding_type="relative"), tmp_path / "m", Options())
+        FORMATS.find("megatron").write(
+            make_weights(**T5, position_embedding_type="relative"), tmp_path / "m", MegatronOptions()
+        )

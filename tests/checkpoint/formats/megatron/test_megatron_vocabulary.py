@@ -9,13 +9,13 @@ import torch
 
 from megalith.checkpoint import formats
 from megalith.checkpoint.formats.megatron.arguments import to_arguments
-from megalith.checkpoint.formats.megatron.vocabulary import true_size
+from megalith.checkpoint.formats.megatron.vocabulary import true_vocab_size
 from megalith.cli.main import main
 from megalith.common.errors import CheckpointError
 from megalith.config.flags.loading import from_yaml
 from tests.tiny import VOCABULARY, tiny_config, write_corpus
 
-CASES = [  # arguments, rows in the file, tensor-parallel ranks, overrides -> words, and a word of the note
+CASES = [  # arguments, rows in the file, tensor-parallel ranks, overrides -> tokens, and a piece of the note
     ({"tokenizer_type": "NullTokenizer", "vocab_size": 99}, 128, 1, {}, 100, ""),
     ({"tokenizer_type": "NullMultimodalTokenizer", "vocab_size": 99}, 128, 1, {}, 100, ""),
     ({"tokenizer_type": "NullTokenizer", "vocab_size": 127}, 128, 1, {}, 128, ""),
@@ -35,10 +35,13 @@ CASES = [  # arguments, rows in the file, tensor-parallel ranks, overrides -> wo
     ({}, 30592, 1, {}, 30524, "the size of a BertWordPieceLowerCase"),
     ({}, 50304, 1, {}, 50257, "the size of a GPT2BPETokenizer"),
     ({"tokenizer_type": "BertWordPieceCase", "vocab_file": "vocab.txt"}, 128, 1, {}, 8, "with [BOS] and [EOS]"),
-    ({"tokenizer_type": "BertWordPieceCase", "vocab_file": "vocab.txt", "make_vocab_size_divisible_by": 1}, 6, 1, {}, 6, "6 words"),
-    ({"tokenizer_type": "BertWordPieceCase", "vocab_file": "vocab.txt", "vocab_extra_ids": 3}, 128, 1, {}, 11, "11 words"),
-    ({"tokenizer_type": "GPT2BPETokenizer", "vocab_file": "vocab.json"}, 128, 1, {}, 5, "5 words"),
-    ({"tokenizer_type": "GPT2BPETokenizer", "vocab_file": "/their/vocab.json"}, 50304, 1, {"vocab_file": "vocab.json"}, 5, "5 words"),
+    ({"tokenizer_type": "BertWordPieceCase", "vocab_file": "vocab.txt", "make_vocab_size_divisible_by": 1}, 6, 1, {},
+     6, "6 tokens"),
+    ({"tokenizer_type": "BertWordPieceCase", "vocab_file": "vocab.txt", "vocab_extra_ids": 3}, 128, 1, {},
+     11, "11 tokens"),
+    ({"tokenizer_type": "GPT2BPETokenizer", "vocab_file": "vocab.json"}, 128, 1, {}, 5, "5 tokens"),
+    ({"tokenizer_type": "GPT2BPETokenizer", "vocab_file": "/their/vocab.json"}, 50304, 1, {"vocab_file": "vocab.json"},
+     5, "5 tokens"),
 ]  # fmt: skip
 
 
@@ -49,7 +52,7 @@ def test_the_true_size(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, 
     pathlib.Path("vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nword\n")
     pathlib.Path("vocab.json").write_text(json.dumps({"a": 0, "b": 1, "ab": 4}))  # ids 2 and 3 are not given
     notes: list[str] = []
-    assert true_size(args, padded, ranks, overrides, notes) == expected
+    assert true_vocab_size(args, padded, ranks, overrides, notes) == expected
     assert note in "".join(notes) and bool(notes) == bool(note)
 
 
@@ -59,15 +62,15 @@ def test_the_true_size(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, 
         (
             {"tokenizer_type": "NullTokenizer", "vocab_size": 128},
             {},
-            "with the tokenizer NullTokenizer: found 128; .* 129 are needed",
+            "with the tokenizer NullTokenizer must fit into the 128 rows of the embedding, and needs 129; found 128",
         ),
-        ({"orig_vocab_size": 200}, {}, "orig_vocab_size of the arguments: found 200; the embedding has 128 rows"),
-        ({"vocab_size": 99}, {"vocab_size": 200}, "--vocab-size: found 200; the embedding has 128 rows"),
+        ({"orig_vocab_size": 200}, {}, "orig_vocab_size of the arguments must fit into the 128 rows .*; found 200"),
+        ({"vocab_size": 99}, {"vocab_size": 200}, "--vocab-size must fit into the 128 rows of .*; found 200"),
     ],
 )
-def test_more_words_than_rows_is_an_error(args, overrides, text: str) -> None:
+def test_more_tokens_than_rows_is_an_error(args, overrides, text: str) -> None:
     with pytest.raises(CheckpointError, match=text):
-        true_size(args, 128, 1, overrides, [])
+        true_vocab_size(args, 128, 1, overrides, [])
 
 
 def test_a_vocabulary_of_another_model_is_told_as_generate_tells_it(tmp_path) -> None:
@@ -76,7 +79,9 @@ def test_a_vocabulary_of_another_model_is_told_as_generate_tells_it(tmp_path) ->
         CheckpointError,
         match="the tokenizer has 200 tokens and the embedding 128 rows: name the tokenizer that the weights",
     ):
-        true_size({"tokenizer_type": "GPT2BPETokenizer"}, 128, 1, {"vocab_file": str(tmp_path / "vocab.json")}, [])
+        true_vocab_size(
+            {"tokenizer_type": "GPT2BPETokenizer"}, 128, 1, {"vocab_file": str(tmp_path / "vocab.json")}, []
+        )
 
 
 def test_a_run_with_null_tokenizer_goes_through_megatron_and_on(
@@ -97,7 +102,8 @@ def test_a_run_with_null_tokenizer_goes_through_megatron_and_on(
         padded=128,
     )
     assert (stored["vocab_size"], stored["orig_vocab_size"]) == (VOCABULARY, VOCABULARY + 1)
-    words = "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --micro-batch-size 2 --global-batch-size 2 --lr 1e-3 "
+    words = "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --micro-batch-size 2 "
+    words += "--global-batch-size 2 --lr 1e-3 "
     words += (
         f"--train-iters 2 --data-path {tmp_path}/corpus --split 90,5,5 --eval-iters 0 --progress none --device cpu "
     )
@@ -118,9 +124,9 @@ def test_a_run_with_null_tokenizer_goes_through_megatron_and_on(
     assert main(["pretrain", "gpt", *shlex.split(going_on + null.replace(str(VOCABULARY), "60"))]) != 0
     assert f"asked for is [61, 32] -> --vocab-size {VOCABULARY}\n" in capsys.readouterr().err
     assert main(["pretrain", "gpt", *shlex.split(going_on + "--use-checkpoint-args")]) == 0
-    told = capsys.readouterr()
+    output = capsys.readouterr()
     assert (
-        f"the tokenizer is that of {tmp_path}/back, a NullTokenizer" in told.err
-        and f"vocab_size: {VOCABULARY}\n" in told.out
+        f"the tokenizer is that of {tmp_path}/back, a NullTokenizer" in output.err
+        and f"vocab_size: {VOCABULARY}\n" in output.out
     )
     assert from_yaml(next((tmp_path / "on").rglob("config.yaml")).read_text()).data.tokenizer_type == "NullTokenizer"

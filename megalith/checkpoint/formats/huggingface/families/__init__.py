@@ -1,1 +1,1 @@
-"""Hugging Face's architectures, a table each: their config's fields, their names of weights. Read in both directions."""
+"""Hugging Face's architectures, a table each: fields of config.json and names of weights, used in both directions."""

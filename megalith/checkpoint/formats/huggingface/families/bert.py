@@ -1,6 +1,6 @@
-"""BERT (Devlin et al., 2019) and Megatron's form of it: transformers' BertForPreTraining and MegatronBertForPreTraining.
+"""BERT (Devlin et al., 2019) and Megatron's variant: transformers' BertForPreTraining and MegatronBertForPreTraining.
 
-Without binary head they are called ForMaskedLM there; with a head that classifies, ForSequenceClassification and
+Without binary head the classes are called ForMaskedLM there; with a classification head, ForSequenceClassification and
 ForMultipleChoice.
 """
 
@@ -13,87 +13,92 @@ from typing import Any
 import torch
 
 from megalith.checkpoint.formats.huggingface.family import (
-    PLAIN,
-    TAKE,
-    Copy,
+    MLP_ACTIVATIONS,
+    USE_TIED,
+    ConfigField,
     Family,
     Rule,
-    Setting,
-    activation,
+    TiedTo,
+    activation_fields,
     activation_name,
 )
 from megalith.checkpoint.tensors.lazy import Index, Lazy, slices
 from megalith.config.run import RunConfig
 from megalith.config.sections.model import ModelConfig
 
-GELUS = {
-    name: fields for name, fields in PLAIN.items() if "gelu" in name
-}  # the head has the same, and there nothing else is built
+# The head over the vocabulary has the same activation as the MLPs, and there only GELU is implemented.
+GELU_ACTIVATIONS = {name: fields for name, fields in MLP_ACTIVATIONS.items() if "gelu" in name}
 
 
-def _class(given: Mapping[str, Any]) -> str:
+def _class_name(given: Mapping[str, Any]) -> str:
     """The class in transformers that a config.json names."""
     return (given.get("architectures") or ["BertForPreTraining"])[0]
 
 
-# Ends of names of classes -> models of ours.
-HEADED = {"ForSequenceClassification": "bert_classification", "ForMultipleChoice": "bert_multiple_choice"}
+# End of the class's name in transformers -> megalith's model_type.
+CLASSIFIER_MODELS = {"ForSequenceClassification": "bert_classification", "ForMultipleChoice": "bert_multiple_choice"}
 
 
-def _more_ours(given: Mapping[str, Any]) -> dict[str, Any]:
-    kind = next((ours for end, ours in HEADED.items() if _class(given).endswith(end)), "bert")
+def _from_hf(given: Mapping[str, Any]) -> dict[str, Any]:
+    kind = next((name for end, name in CLASSIFIER_MODELS.items() if _class_name(given).endswith(end)), "bert")
     classes = {"num_classes": len(given.get("id2label") or "01")} if kind == "bert_classification" else {}
     return {
-        **activation(GELUS, given.get("hidden_act", "gelu")),
+        **activation_fields(GELU_ACTIVATIONS, given.get("hidden_act", "gelu")),
         "model_type": kind,
-        "bert_no_binary_head": _class(given).endswith("MaskedLM"),
+        "bert_no_binary_head": _class_name(given).endswith("MaskedLM"),
         "untie_embeddings_and_output_weights": not given.get("tie_word_embeddings", True),
         **classes,
         **({"classifier_dropout": given.get("classifier_dropout")} if kind != "bert" else {}),
     }
 
 
-def _more_theirs(prefix: str, config: RunConfig) -> dict[str, Any]:
-    """prefix: of the names of classes."""
+def _to_hf(prefix: str, config: RunConfig) -> dict[str, Any]:
+    """prefix: of the class names in transformers, Bert or MegatronBert."""
     model, kind = config.model, config.model.model_type
     pretraining = "ForMaskedLM" if model.bert_no_binary_head else "ForPreTraining"
-    end = next((end for end, ours in HEADED.items() if ours == kind), pretraining)
+    end = next((end for end, name in CLASSIFIER_MODELS.items() if name == kind), pretraining)
     classes = model.num_classes if kind == "bert_classification" else 0
     labels = {number: f"LABEL_{number}" for number in range(classes)}
     return {
-        "architectures": [prefix + end], "hidden_act": activation_name(GELUS, model),
+        "architectures": [prefix + end], "hidden_act": activation_name(GELU_ACTIVATIONS, model),
         "type_vocab_size": 2, "pad_token_id": 0, "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         **({"id2label": labels, "label2id": {label: number for number, label in labels.items()}} if labels else {}),
         **({"classifier_dropout": model.classifier_dropout} if kind != "bert" else {}),
     }  # fmt: skip
 
 
-CLASSIFIERS = tuple(HEADED)
-HEADS = {
+CLASSIFIERS = tuple(CLASSIFIER_MODELS)
+CLASSES_WITH_HEAD = {
     "bert.pooler.": ("PreTraining", *CLASSIFIERS), "cls.predictions.": ("PreTraining", "MaskedLM"),
     "cls.seq_relationship.": ("PreTraining",), "classifier.": CLASSIFIERS,
 }  # fmt: skip
 POSITIONS, TYPES = "embeddings.position_embeddings.weight", "embeddings.token_type_embeddings.weight"
 
 
-def _heads(given: Mapping[str, Any]) -> tuple[str, ...]:
-    """BertModel, BertForMaskedLM, BertForSequenceClassification, ... have not all of ours."""
-    return tuple(head for head, classes in HEADS.items() if not _class(given).endswith(classes))
+def _lacked_heads(given: Mapping[str, Any]) -> tuple[str, ...]:
+    """The heads of megalith's models that BertModel, BertForMaskedLM, BertForSequenceClassification, ... lack."""
+    return tuple(head for head, classes in CLASSES_WITH_HEAD.items() if not _class_name(given).endswith(classes))
 
 
-def _binary(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Without a pooler it is a model without binary head; with one it is not, even if called MaskedLM as bert-base-uncased is."""
+def _binary_head_from_tensors(found: Mapping[str, Any]) -> dict[str, Any]:
+    """A folder without a pooler is a model without binary head.
+
+    One with a pooler has the binary head, even if its class is called MaskedLM, as bert-base-uncased's is.
+    """
     return {"bert_no_binary_head": not any("pooler.dense" in name or "seq_relationship" in name for name in found)}
 
 
-def _one_segment(found: dict[str, Lazy], model: ModelConfig) -> tuple[dict[str, Lazy], tuple[str, ...]]:
-    """A model without binary head has one segment and no embedding of it: the first one's becomes part of the positions'."""
+def _merge_segment_embedding(found: dict[str, Lazy], model: ModelConfig) -> tuple[dict[str, Lazy], tuple[str, ...]]:
+    """For a model without binary head: the first segment's embedding is added to the positions' embeddings.
+
+    Such a model has one segment, and no embedding of it.
+    """
     prefix = "" if TYPES in found else "bert."
     if not model.bert_no_binary_head or not {prefix + POSITIONS, prefix + TYPES} <= found.keys():
         return found, ()
     positions, types = found[prefix + POSITIONS], found[prefix + TYPES]
 
-    def part(index: Index = ()) -> torch.Tensor:
+    def read_sum(index: Index = ()) -> torch.Tensor:
         rows, columns = slices(positions.shape, index)
         return positions.part((rows, columns)) + types.part((slice(0, 1), columns))
 
@@ -101,12 +106,12 @@ def _one_segment(found: dict[str, Lazy], model: ModelConfig) -> tuple[dict[str, 
     note = (
         "no binary head in it: imported without, for one segment, whose embedding was added to those of the positions"
     )
-    made = Lazy(shape=positions.shape, dtype=positions.dtype, read=part, box=part)
-    return {**others, prefix + POSITIONS: made}, (note,)
+    merged = Lazy(shape=positions.shape, dtype=positions.dtype, read=read_sum, box=read_sum)
+    return {**others, prefix + POSITIONS: merged}, (note,)
 
 
-def _no_segments(model: ModelConfig) -> dict[str, Lazy]:
-    """The embedding of segments that theirs has and a model without binary head has not: nothing is added by zeros."""
+def _zero_segment_embedding(model: ModelConfig) -> dict[str, Lazy]:
+    """For the export of a model without binary head, which has no embedding of segments: one of zeros adds nothing."""
     shape = (2, model.hidden_size)
     return (
         {f"bert.{TYPES}": Lazy(shape=shape, dtype=torch.float32, read=lambda: torch.zeros(shape))}
@@ -115,38 +120,38 @@ def _no_segments(model: ModelConfig) -> dict[str, Lazy]:
     )
 
 
-_make = functools.partial(
+_family = functools.partial(
     Family,
-    models=("bert", *HEADED.values()),
+    model_types=("bert", *CLASSIFIER_MODELS.values()),
     prefix="bert.",
-    settings=(
-        Setting("num_hidden_layers", "num_layers"),
-        Setting("hidden_size", "hidden_size"),
-        Setting("num_attention_heads", "num_attention_heads"),
-        Setting("intermediate_size", "ffn_hidden_size", 3072),
-        Setting("max_position_embeddings", "max_position_embeddings", 512),
-        Setting("vocab_size", "vocab_size"),
-        Setting("layer_norm_eps", "layernorm_epsilon", 1e-12),
-        Setting("hidden_dropout_prob", "hidden_dropout", 0.1),
-        Setting("attention_probs_dropout_prob", "attention_dropout", 0.1),
-        Setting("initializer_range", "init_method_std", 0.02),
+    config_fields=(
+        ConfigField("num_hidden_layers", "num_layers"),
+        ConfigField("hidden_size", "hidden_size"),
+        ConfigField("num_attention_heads", "num_attention_heads"),
+        ConfigField("intermediate_size", "ffn_hidden_size", 3072),
+        ConfigField("max_position_embeddings", "max_position_embeddings", 512),
+        ConfigField("vocab_size", "vocab_size"),
+        ConfigField("layer_norm_eps", "layernorm_epsilon", 1e-12),
+        ConfigField("hidden_dropout_prob", "hidden_dropout", 0.1),
+        ConfigField("attention_probs_dropout_prob", "attention_dropout", 0.1),
+        ConfigField("initializer_range", "init_method_std", 0.02),
     ),
-    only={
+    supported={
         "type_vocab_size": (2,), "position_embedding_type": ("absolute",), "is_decoder": (False,),
         "add_cross_attention": (False,),
     },
-    more_ours=_more_ours,
-    of_tensors=_binary,
-    heads=_heads,
-    adapt=_one_segment,
-    added=_no_segments,
-    copies={
-        "cls.predictions.decoder.weight": Copy("bert.embeddings.word_embeddings.weight"),
-        "cls.predictions.decoder.bias": Copy("cls.predictions.bias", TAKE),
+    more_from_hf=_from_hf,
+    config_from_tensors=_binary_head_from_tensors,
+    lacked_heads=_lacked_heads,
+    adapt_tensors=_merge_segment_embedding,
+    added_tensors=_zero_segment_embedding,
+    tied={
+        "cls.predictions.decoder.weight": TiedTo("bert.embeddings.word_embeddings.weight"),
+        "cls.predictions.decoder.bias": TiedTo("cls.predictions.bias", USE_TIED),
     },
-    surplus=(r"(bert\.)?embeddings\.position_ids",),
+    ignored=(r"(bert\.)?embeddings\.position_ids",),
 )  # fmt: skip
-NAMES = (
+RULES = (
     Rule("bert.embeddings.word_embeddings", "embedding"),
     Rule("bert.embeddings.position_embeddings", "position_embedding"),
     Rule("bert.embeddings.token_type_embeddings", "token_type_embedding"),
@@ -164,22 +169,22 @@ NAMES = (
     Rule("cls.seq_relationship", "order_head"),
     Rule("classifier", "classifier"),
 )
-BERT = _make(
+BERT = _family(
     architecture="BertForPreTraining",
-    more_theirs=functools.partial(_more_theirs, "Bert"),
-    always={"norm_after_residual": True},
-    names=(
-        *NAMES,
+    more_to_hf=functools.partial(_to_hf, "Bert"),
+    constants={"norm_after_residual": True},
+    rules=(
+        *RULES,
         Rule("bert.embeddings.LayerNorm", "embedding_norm"),
         Rule("bert.encoder.layer.{layer}.attention.output.LayerNorm", "layers.{layer}.attention_norm"),
         Rule("bert.encoder.layer.{layer}.output.LayerNorm", "layers.{layer}.mlp_norm"),
     ),
 )
-MEGATRON_BERT = _make(
+MEGATRON_BERT = _family(
     architecture="MegatronBertForPreTraining",
-    more_theirs=functools.partial(_more_theirs, "MegatronBert"),
-    names=(
-        *NAMES,
+    more_to_hf=functools.partial(_to_hf, "MegatronBert"),
+    rules=(
+        *RULES,
         Rule("bert.encoder.layer.{layer}.attention.ln", "layers.{layer}.attention_norm"),
         Rule("bert.encoder.layer.{layer}.ln", "layers.{layer}.mlp_norm"),
         Rule("bert.encoder.ln", "final_norm"),

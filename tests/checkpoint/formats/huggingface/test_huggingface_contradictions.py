@@ -1,4 +1,4 @@
-"""A config.json that says one thing twice is read as transformers reads it, and a line names both values where they differ."""
+"""A config.json that states one fact in two fields is read as transformers reads it; a note names differences."""
 
 import json
 import pathlib
@@ -9,12 +9,12 @@ import torch
 import transformers
 
 from megalith.checkpoint import formats
-from tests.checkpoint.formats.huggingface.test_huggingface_tied import logits, ours
+from tests.checkpoint.formats.huggingface.test_huggingface_tied import logits, megalith_logits
 from tests.originals.families import MODELS
 
 HALVED = {"type": "linear", "factor": 2.0}
 ABSENT = object()
-CASES: dict[str, tuple[str, dict[str, Any], str | None]] = {  # the family, its config.json's changes, what is told
+CASES: dict[str, tuple[str, dict[str, Any], str | None]] = {  # the family, changes of config.json, the note
     "stretch": (
         "llama",
         {"rope_scaling": HALVED},
@@ -59,7 +59,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str | None]] = {  # the family, its 
 
 @pytest.mark.parametrize("case", CASES)
 def test_config_json_that_differs_from_itself(case: str, tmp_path: pathlib.Path) -> None:
-    name, changes, told = CASES[case]
+    name, changes, expected = CASES[case]
     torch.manual_seed(0)
     MODELS[name]().save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text()) | changes
@@ -67,7 +67,8 @@ def test_config_json_that_differs_from_itself(case: str, tmp_path: pathlib.Path)
         json.dumps({name: value for name, value in content.items() if value is not ABSENT})
     )
     notes = [note for note in formats.read(tmp_path).notes if "differs from itself" in note]
-    assert len(notes) == bool(told) and all((told or "") in note and "transformers 5" in note for note in notes), notes
+    assert len(notes) == bool(expected), notes
+    assert all((expected or "") in note and "transformers 5" in note for note in notes), notes
     assert transformers.__version__.startswith("5")
     wanted = logits(tmp_path)
-    assert (ours(tmp_path) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert (megalith_logits(tmp_path) - wanted).abs().max() <= 1e-5 * wanted.abs().max()

@@ -1,4 +1,4 @@
-"""What several models are made of, from a config: layers, dropout keys."""
+"""Components of several models, built from a config: layers, dropout keys."""
 
 from __future__ import annotations
 
@@ -10,26 +10,28 @@ from megalith.layers.block import Block
 from megalith.layers.dropout import row_keys
 from megalith.layers.mlp import MLP
 
-BACKENDS = {"flash": "auto", "fused": "auto", "unfused": "explicit", "local": "explicit"}  # Megatron's word -> ours
+# From Megatron's values of --attention-backend to those of CoreAttention.
+BACKENDS = {"flash": "auto", "fused": "auto", "unfused": "explicit", "local": "explicit"}
 
 
 def make_layer(c: ModelConfig, number: int) -> Block:
-    """The layer of this global number, in the form that the config asks for."""
+    """The layer with this number in the whole model, as the config describes it."""
     site = f"layers.{number}"
     attention = SelfAttention(
         c.hidden_size, c.num_attention_heads, c.num_kv_heads, c.head_dim, bias=c.add_bias_linear,
         qkv_bias=c.add_bias_linear or c.add_qkv_bias, core=make_core(c, site), interleaved=c.rotary_interleaved,
         head_norm=c.layernorm_epsilon if c.qk_layernorm else None, window=c.window(number),
     )  # fmt: skip
+    in_decoder = c.decoder_layers and number >= c.num_layers
     return Block(
         c.hidden_size, c.norm, c.layernorm_epsilon, attention, make_mlp(c), dropout=c.hidden_dropout, site=site,
         normed_residual=c.apply_residual_connection_post_layernorm, norm_after=c.norm_after_residual,
-        parallel=c.parallel_attn, two_norms=c.two_norms, cross=make_cross(c, site) if c.decoder_layers and number >= c.num_layers else None,
+        parallel=c.parallel_attn, two_norms=c.two_norms, cross=make_cross(c, site) if in_decoder else None,
     )  # fmt: skip
 
 
 def make_cross(c: ModelConfig, site: str) -> CrossAttention:
-    """Cross attention of a decoder's layer; it has no norms of heads."""
+    """Cross attention of a decoder's layer; it has no norms of query and key heads."""
     return CrossAttention(
         c.hidden_size, c.num_attention_heads, c.num_kv_heads, c.head_dim, bias=c.add_bias_linear,
         qkv_bias=c.add_bias_linear or c.add_qkv_bias, core=make_core(c, f"{site}.cross"),
@@ -48,12 +50,15 @@ def make_mlp(c: ModelConfig) -> MLP:
     return MLP(c.hidden_size, c.ffn_size, c.activation, gated=c.gated, bias=c.add_bias_linear)
 
 
-def dropout_rows(model: nn.Module, samples: Tensor | None, step: Tensor | None, coordinates: Tensor) -> Tensor | None:
+def build_dropout_keys(
+    model: nn.Module, samples: Tensor | None, step: Tensor | None, coordinates: Tensor
+) -> Tensor | None:  # fmt: skip
     """Dropout keys int32 [b, s] for `model` (with .config and .seed), or None where nothing is dropped."""
     if not model.training or (model.config.hidden_dropout == 0.0 and model.config.attention_dropout == 0.0):
         return None
     if samples is None or step is None:
         raise ValueError(
-            "dropout needs `samples` and `step` in training mode: pass them, or call model.eval(), or set the dropouts to 0"
+            "Dropout needs `samples` and `step` in training mode. "
+            "Pass them, or call model.eval(), or set the dropouts to 0."
         )
     return row_keys(model.seed, step, samples, coordinates)

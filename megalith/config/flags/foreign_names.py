@@ -1,6 +1,7 @@
-"""Names that people bring from elsewhere: scripts, verbs, flags and classes of Megatron-LM, DeepSpeed and Hugging Face.
+"""Names of other projects: scripts, verbs, flags and classes of Megatron-LM, DeepSpeed and Hugging Face.
 
-Each is answered by what it is called here, or by "not there yet" and what to do meanwhile. The table shrinks as things are built.
+Each has an answer: what it is called here, or "not there yet" and what to do meanwhile. The table shrinks as things are
+built.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ _EVALUATION = (
 )
 _FINETUNING = (
     "finetuning on tasks and instructions is not there yet; megalith pretrain MODEL --load X --save Y --finetune "
-    "goes on with weights on new text"
+    "trains those weights on new text"
 )
 _SERVER = (
     "a text server is not there yet; megalith generate writes text, and a folder of `megalith checkpoint export "
@@ -24,7 +25,10 @@ _RETRO = "Retro is not there yet; a GPT is trained by megalith pretrain gpt"
 _CORPUS = "cleaning and deduplicating a corpus is not there yet; megalith data preprocess takes JSON lines as they are"
 _LAUNCH = "a launcher is not there yet; torchrun --nproc-per-node N -m megalith pretrain ... starts N processes"
 _PLAN = "planning is not there yet; --dry-run with --world-size N checks a layout and prints its numbers"
-_ACCELERATE = "the door for Accelerate is not there yet; megalith pretrain gpt|bert|t5 trains, and its --load takes a Hugging Face folder as it is"
+_ACCELERATE = (
+    "the plugin for Accelerate is not there yet; megalith pretrain gpt|bert|t5 trains, "
+    "and its --load takes a Hugging Face folder as it is"
+)
 _DETOXIFY = "detoxification is not there yet; megalith generate --out-file writes the texts that it begins with"
 _REPORT = (
     "reports that compare runs are not there yet; each run folder has metrics.jsonl and loss.png, and "
@@ -35,7 +39,8 @@ _REPORT = (
 _ANSWERS = (
     (
         "it is `megalith pretrain gpt` here",
-        "pretrain_gpt pretrain_gpt2 pretrain_gpt_alcf pretrain_agpt_alcf pretrain_gpt_single_node train_gpt run_clm_no_trainer run_clm",
+        "pretrain_gpt pretrain_gpt2 pretrain_gpt_alcf pretrain_agpt_alcf pretrain_gpt_single_node train_gpt "
+        "run_clm_no_trainer run_clm",
     ),
     ("it is `megalith pretrain gpt --recipe gpt3-175b` here", "pretrain_gpt3_175b"),
     ("it is `megalith pretrain bert` here", "pretrain_bert train_bert run_mlm"),
@@ -69,7 +74,8 @@ _ANSWERS = (
     ("it is `megalith checkpoint edit` here", "edit adjust_checkpoint"),
     (
         "it is `megalith generate` here",
-        "generate_samples_gpt generate_samples_gpt2 generate_text megatron_lm_gpt_generate megatron_gpt2_generation inference "
+        "generate_samples_gpt generate_samples_gpt2 generate_text megatron_lm_gpt_generate megatron_gpt2_generation "
+        "inference "
         "text_generation complete run_generation",
     ),
     ("it is megalith.generate here", "megatron_generate"),
@@ -106,7 +112,8 @@ _ANSWERS = (
     ("it is --seq-length here", "--block-size"),
     ("it is --micro-batch-size here", "--per-device-train-batch-size --per-device-eval-batch-size"),
     (
-        "--global-batch-size says it: what is more than --micro-batch-size times the data-parallel processes is accumulated",
+        "--global-batch-size says it: what is more than --micro-batch-size times the data-parallel processes is "
+        "accumulated",
         "--gradient-accumulation-steps --num-microbatches-in-minibatch --num-micro-batches",
     ),
     (
@@ -124,15 +131,18 @@ _ANSWERS = (
     ("it is --tensorboard-dir here", "--report-to --with-tracking"),
     (
         _EVALUATION,
-        "evaluate eval main lambada wikitext103 --task --valid-data --overlapping-eval --strict-lambada ppl lm_eval lm-eval",
+        "evaluate eval main lambada wikitext103 --task --valid-data --overlapping-eval --strict-lambada ppl lm_eval "
+        "lm-eval",
     ),
     (
         _FINETUNING,
-        "finetune sft chat lora race mnli qqp --train-data --pretrained-checkpoint --epochs --lora-rank --lora-alpha peft",
+        "finetune sft chat lora race mnli qqp --train-data --pretrained-checkpoint --epochs --lora-rank --lora-alpha "
+        "peft",
     ),
     (
         _SERVER,
-        "serve server run_text_generation_server text_generation_server text_generation_cli ask run_text_generation_server_345m --port",
+        "serve server run_text_generation_server text_generation_server text_generation_cli ask "
+        "run_text_generation_server_345m --port",
     ),
     (
         _RETRIEVAL,
@@ -142,7 +152,8 @@ _ANSWERS = (
     ),
     (
         _RETRO,
-        "retro pretrain_retro retromodel get_preprocess_cmd --retro-tasks --retro-workdir --retro-add-retriever --retro-project-dir",
+        "retro pretrain_retro retromodel get_preprocess_cmd --retro-tasks --retro-workdir --retro-add-retriever "
+        "--retro-project-dir",
     ),
     (
         _CORPUS,
@@ -166,8 +177,8 @@ _ANSWERS = (
 )
 
 
-def answer(name: str) -> str | None:
-    """What `name` (a script with or without its path, a verb, a flag, a class) is here; None where the table has no answer."""
+def megalith_name(name: str) -> str | None:
+    """What `name` (a script with or without its path, a verb, a flag, a class) is here; None where it is not known."""
     key = name.lower()
     if key.startswith("-"):
         key = "--" + key.lstrip("-").replace("_", "-")

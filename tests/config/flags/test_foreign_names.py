@@ -6,15 +6,24 @@ import pytest
 
 import megalith
 from megalith.cli.main import VERBS, main
-from megalith.config.flags.elsewhere import _ANSWERS, answer
 from megalith.config.flags.flags import config_flags
+from megalith.config.flags.foreign_names import _ANSWERS, megalith_name
 from tests.toy import ROOT
 
 SEEDS = ROOT.parent / "shared" / "seeds"
 NOT_OURS = {  # of the sites' own set-up, or files that are read and not run
-    "arguments.py", "install.sh", "utils.sh", "env_info.sh", "main.py", "distributed_with_mp.sh", "_distributed.sh", "bert_model.py",
-    "gpt_model.py", "t5_model.py", "preprocess_data.sh",
-}  # fmt: skip
+    "arguments.py",
+    "install.sh",
+    "utils.sh",
+    "env_info.sh",
+    "main.py",
+    "distributed_with_mp.sh",
+    "_distributed.sh",
+    "bert_model.py",
+    "gpt_model.py",
+    "t5_model.py",
+    "preprocess_data.sh",
+}
 
 
 @pytest.mark.parametrize("name", ["000_b31de77749924f24.txt", "001_9d32dca528cf1dc8.txt"])
@@ -32,7 +41,7 @@ def test_every_script_and_class_of_the_documents_is_answered(name):
         )
     )
     assert len(scripts) > 2 and len(classes) > 2
-    assert not [each for each in scripts | classes if answer(each) is None]
+    assert not [each for each in scripts | classes if megalith_name(each) is None]
 
 
 def test_each_name_has_one_answer():
@@ -48,7 +57,7 @@ def test_nothing_that_exists_is_called_missing():
 
 
 @pytest.mark.parametrize(
-    ("argv", "told"),
+    ("argv", "message"),
     [
         (["serve"], "unknown verb serve: a text server is not there yet"),
         (["tools/preprocess_data.py"], "it is `megalith data preprocess` here"),
@@ -59,9 +68,9 @@ def test_nothing_that_exists_is_called_missing():
         (["pretrain", "gpt", "--task", "RACE"], "unknown flag --task: evaluation tasks are not there yet"),
     ],
 )
-def test_the_command_line_answers(argv, told, capsys):
+def test_the_command_line_answers(argv, message, capsys):
     assert main(argv) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_python_answers():

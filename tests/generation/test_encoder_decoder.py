@@ -1,4 +1,4 @@
-"""Text out of encoder-decoders: against reading everything again, against transformers, and from the command line."""
+"""Text generation with encoder-decoders: against runs without a cache, transformers, and the command line."""
 
 import json
 import pathlib
@@ -20,8 +20,8 @@ PROMPTS = ["the model wrote a small text", "once", "upon a time the model wrote,
 WORDS = ["the", "model", "wrote", "a", "small", "text", "once", "upon", "time", "and", "again", ","]
 FORMS = {
     "megatron": {"add_bias_linear": True},
-    "its own": {"position_embedding_type": "relative", "normalization": "RMSNorm", "add_bias_linear": False, "softmax_scale": 1.0,
-                "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12},
+    "its own": {"position_embedding_type": "relative", "normalization": "RMSNorm", "add_bias_linear": False,
+                "softmax_scale": 1.0, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12},
 }  # fmt: skip
 
 
@@ -40,8 +40,8 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture
-def pair(make, vocabulary):
-    """`pair(form)`: a T5 in float64 with that vocabulary."""
+def make_t5(make, vocabulary):
+    """`make_t5(form)`: a T5 in float64 with that vocabulary."""
 
     def made(form: str):
         tokenizer = build_tokenizer("HuggingFaceTokenizer", tokenizer_model=str(vocabulary))
@@ -54,8 +54,8 @@ def pair(make, vocabulary):
 
 
 @torch.no_grad()
-def by_hand(model, prompt: list[int], count: int) -> list[int]:
-    """Greedy, reading everything again for each token."""
+def greedy_without_cache(model, prompt: list[int], count: int) -> list[int]:
+    """Greedy decoding that reads everything again for each token."""
     ids = [model.tokenizer.pad]
     for _ in range(count):
         ids.append(model(torch.tensor([prompt]), decoder_input_ids=torch.tensor([ids]))[0, -1].argmax().item())
@@ -63,18 +63,18 @@ def by_hand(model, prompt: list[int], count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_greedy_equals_reading_everything_again(form: str, pair) -> None:
-    model = pair(form)
+def test_greedy_equals_reading_everything_again(form: str, make_t5) -> None:
+    model = make_t5(form)
     together = complete(model, PROMPTS, max_new_tokens=20, top_k=1, stop_at_eod=False)
     for made in together:
-        assert made.ids == by_hand(model, made.prompt_ids, 20)
+        assert made.ids == greedy_without_cache(model, made.prompt_ids, 20)
         assert made.text == made.continuation
     assert len({tuple(made.ids) for made in together}) == len(PROMPTS)  # the prompts matter
     assert together == complete(model, PROMPTS, max_new_tokens=20, top_k=1, stop_at_eod=False, batch_size=1)
 
 
-def test_rows_that_end_leave_the_others_as_they_were(pair) -> None:
-    model = pair("its own")
+def test_rows_that_end_leave_the_others_as_they_were(make_t5) -> None:
+    model = make_t5("its own")
     options = {"max_new_tokens": 30, "seed": 3, "num_samples": 4, "temperature": 1.5}
     free = complete(model, PROMPTS, stop_at_eod=False, **options)
     ended = complete(model, PROMPTS, **options)
@@ -86,8 +86,8 @@ def test_rows_that_end_leave_the_others_as_they_were(pair) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_beams(form: str, pair) -> None:
-    model = pair(form)
+def test_beams(form: str, make_t5) -> None:
+    model = make_t5(form)
     prompt = model.tokenizer.encode(PROMPTS[0])
     (greedy,) = complete(model, [prompt], max_new_tokens=6, top_k=1)
     assert beam_search(model, prompt, beam_width=1, max_new_tokens=6)[0].ids == [
@@ -103,8 +103,8 @@ def test_beams(form: str, pair) -> None:
     assert generate(model, PROMPTS[0], beam_width=4, max_new_tokens=6, num_samples=4) == [made.text for made in beams]
 
 
-def test_the_model_is_as_before(pair) -> None:
-    model = pair("its own")
+def test_the_model_is_as_before(make_t5) -> None:
+    model = make_t5("its own")
     given = {"inputs": torch.tensor([[3, 4, 5]]), "decoder_input_ids": torch.tensor([[0, 7]])}
     before = model(**given)
     complete(model, PROMPTS, max_new_tokens=3)
@@ -117,16 +117,16 @@ def test_transformers_writes_the_same(vocabulary: pathlib.Path, tmp_path: pathli
         relative_attention_max_distance=12, decoder_start_token_id=0, tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(1)
-    theirs = transformers.T5ForConditionalGeneration(config).eval()
-    theirs.lm_head.weight = torch.nn.Parameter(torch.randn(42, 32))
+    reference = transformers.T5ForConditionalGeneration(config).eval()
+    reference.lm_head.weight = torch.nn.Parameter(torch.randn(42, 32))
     their_tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(vocabulary), pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     )
-    for part in (theirs, their_tokenizer):
+    for part in (reference, their_tokenizer):
         part.save_pretrained(tmp_path / "folder")
     model = megalith.load(tmp_path / "folder")
     given = their_tokenizer(PROMPTS, return_tensors="pt", padding=True)
-    expected = theirs.generate(
+    expected = reference.generate(
         given.input_ids, attention_mask=given.attention_mask, max_new_tokens=25, do_sample=False, num_beams=1
     )
     made = complete(model, PROMPTS, max_new_tokens=25, temperature=0.0)
@@ -152,8 +152,8 @@ def test_transformers_writes_the_same(vocabulary: pathlib.Path, tmp_path: pathli
     assert json.loads((tmp_path / "out.jsonl").read_text())["continuation"] == made[0].text
 
 
-def test_what_cannot_be(pair) -> None:
-    model = pair("megatron")
+def test_what_cannot_be(make_t5) -> None:
+    model = make_t5("megatron")
     with pytest.raises(ConfigError, match="longest prompt has 41 tokens"):
         complete(model, [[3] * 41], max_new_tokens=2)
     with pytest.raises(ConfigError, match=r"after its start token has 41; .* Ask for at most 39"):

@@ -1,4 +1,4 @@
-"""How one knob is declared: a dataclass field with the text and the limits its flag shows."""
+"""How one field of a config section is declared: a dataclass field with its help text and its limits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 
-def knob(
+def option(
     default: Any,
     help: str,
     *,
@@ -20,7 +20,7 @@ def knob(
     default: the value when nothing names it; None where it is derived or required.
     help: one line for `--help`, with units.
     choices: the values allowed, if they are few. minimum: the smallest number allowed.
-    names: those of our own things; a user's goes by module:name (a test compares them with the registry that finds them).
+    names: names of built-in things; a user's is module:name (a test compares them with the registry that finds them).
     flags: more spellings of the flag (`--rotary-position-embeddings-theta` beside `--rotary-base`); one that starts
         with `--no-` or `--disable-` sets a boolean to False.
     """

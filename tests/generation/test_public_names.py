@@ -1,4 +1,4 @@
-"""What Python shows of megalith: the words that `dir` lists, their options, and that types are checked."""
+"""The public Python names of megalith: those that `dir` lists, their options, and that the package has type hints."""
 
 import inspect
 import pathlib
@@ -8,7 +8,7 @@ from megalith.cli.generate import register
 from megalith.generation.generate import complete, generate
 
 
-def test_words_and_options_are_listed():
+def test_names_and_options_are_listed():
     assert {"generate", "load", "train"} <= set(dir(megalith))
     assert (pathlib.Path(megalith.__file__).parent / "py.typed").exists()
     options = inspect.signature(generate).parameters
