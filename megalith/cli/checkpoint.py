@@ -85,7 +85,8 @@ def inspect(args: argparse.Namespace) -> int:
 def verify(args: argparse.Namespace) -> int:
     """Read every file of one checkpoint or of all in a folder; 1 where something is damaged."""
     found = checkpoint_report.verify(args.path)
-    print(json.dumps(found, indent=1) if args.json else "\n".join(checkpoint_report.verification_lines(found)))
+    for line in [json.dumps(found, indent=1)] if args.json else checkpoint_report.verification_lines(found):
+        print(line)
     return 1 if any(found.values()) else 0
 
 

@@ -43,7 +43,7 @@ CURES = {
     errno.EROFS: "This place can only be read: name another one",
     errno.EACCES: NO_RIGHT, errno.EPERM: NO_RIGHT,
     errno.ENOENT: WRONG_PATH,
-    errno.ENOTDIR: "A file stands where the path needs a folder: correct the path",
+    errno.ENOTDIR: "A file is in the place of a folder of the path: correct the path",
     errno.EEXIST: "Something of that name is in the way: correct the path, or move it away",
     errno.ENOTEMPTY: "The folder holds something: correct the path, or move it away",
     errno.EISDIR: "This is a folder, and a file is needed: correct the path",

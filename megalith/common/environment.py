@@ -1,4 +1,4 @@
-"""The environment variables that megalith reads, each by one function; no other file reads os.environ. No torch.
+"""The environment variables that a launcher or a user sets, each read by one function, here alone. No torch.
 
 Those of a launcher have the names that torchrun gives them. config/environment.py checks them against each other.
 """

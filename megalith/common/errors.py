@@ -28,7 +28,7 @@ class RankError(MegalithError):
 
 
 def problem(what: str, found: object, rule: str, cure: str) -> str:
-    """One message: problem("--num-query-groups", 3, "must divide --num-attention-heads (4)", "Write 2 or 4") is
-    "--num-query-groups must divide --num-attention-heads (4); found 3. Write 2 or 4."
+    """One message: problem("--num-query-groups", 3, "must divide --num-attention-heads, 4", "Write 2 or 4") is
+    "--num-query-groups must divide --num-attention-heads, 4; found 3. Write 2 or 4."
     """
     return f"{what} {rule}; found {found!r}. {cure}."

@@ -105,7 +105,9 @@ def _acquire(
                     time.sleep(POLL_INTERVAL)
                     continue
                 writer = _holder_text(holder)
-                raise LockedError(f"{output} is being written by {writer}; one process at a time may. {cure}.")
+                raise LockedError(
+                    f"{output} is being written by {writer}; only one process may write it at a time. {cure}."
+                )
             # Of several that find a dead holder's lock, one moves it away; a live one moved by mistake is put back.
             moved = path.with_name(f"{path.name}.{owner['nonce']}.stale")
             try:

@@ -77,7 +77,7 @@ def _launcher() -> int | None:
     if not environment.started_by_torchrun():
         return None
     process = os.getppid()
-    with contextlib.suppress(OSError, ValueError, IndexError):  # a shell script may stand between
+    with contextlib.suppress(OSError, ValueError, IndexError):  # a shell script may be in between
         while process > 1 and TORCHRUN_MARK in b"\0" + pathlib.Path(f"/proc/{process}/environ").read_bytes():
             process = int(pathlib.Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
     return process if process > 1 else None  # with process 1 its whole container ends

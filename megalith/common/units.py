@@ -17,8 +17,8 @@ def duration(seconds: float) -> str:
     """3725 -> '1:02:05'; under a minute with a decimal ('4.2 s')."""
     if seconds < 60:
         return f"{seconds:.1f} s"
-    whole = int(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+    total_seconds = int(seconds)
+    return f"{total_seconds // 3600}:{total_seconds // 60 % 60:02}:{total_seconds % 60:02}"
 
 
 def _scaled(number: float, base: float, suffixes: tuple[str, ...]) -> str:

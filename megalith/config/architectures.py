@@ -35,7 +35,7 @@ class Architecture:
     flops: as planner/flops.py: one_stack.
     causal: whether a token sees those before it alone.
     decoder: whether a second stack of layers, with cross attention to the first one's output, follows it.
-    head_transform: whether a dense layer with its own activation stands before the output layer.
+    head_transform: whether a dense layer with its own activation comes before the output layer.
     names: format -> its table of names there: huggingface (checkpoint/formats/huggingface/family.py: Family; absent:
         one of FAMILIES), megatron (checkpoint/formats/megatron/names.py: Table).
     checks: RunConfig -> problems that this model alone can have.

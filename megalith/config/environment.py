@@ -32,7 +32,7 @@ def world_size() -> int:
     Raises ConfigError where the variables are wrong.
     """
     if any(_number_problems()):
-        check_connection()  # which raises, with the problems of the meeting point too
+        check_connection()  # which raises, with the problems of the rendezvous too
     return variables.world_size() or 1
 
 
@@ -53,7 +53,7 @@ def notices() -> list[str]:
 def check_connection() -> None:
     """Raise one ConfigError with everything that one process can see to keep the processes from meeting."""
     several = variables.has_launcher() and variables.world_size() != 1
-    fail([*_number_problems(), *(_meeting_point_problems() if several else ())])
+    fail([*_number_problems(), *(_rendezvous_problems() if several else ())])
 
 
 def _number_problems() -> Iterator[str]:
@@ -86,7 +86,7 @@ def _missing_world_size() -> Iterator[str]:
             yield problem(what, nothing, rule, cure)
 
 
-def _meeting_point_problems() -> Iterator[str]:
+def _rendezvous_problems() -> Iterator[str]:
     """What is wrong with the variables by which several processes find each other."""
     for name, meaning in CONNECTING.items():
         text = variables.variable(name)
@@ -96,8 +96,8 @@ def _meeting_point_problems() -> Iterator[str]:
         try:
             socket.getaddrinfo(address, None)
         except (OSError, UnicodeError) as error:
-            rule = f"must be the name or number of a machine that this one knows ({error})"
-            cure = "Correct it, or give rank 0's number, such as 10.0.0.1"
+            rule = f"must be a host name or IP address that this machine can resolve ({error})"
+            cure = "Correct it, or give rank 0's IP address, such as 10.0.0.1"
             yield problem("The environment variable MASTER_ADDR", address, rule, cure)
     text, port = variables.main_port(), variables.number("MASTER_PORT")
     if text and (port is None or not 0 < port < 65536):

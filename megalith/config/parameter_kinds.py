@@ -1,7 +1,7 @@
 """Kinds of parameters: how they start, whether they decay, what decides their sizes and their presence.
 
 A table gives the kind of every parameter that a form of a model may have: {"layers.{layer}.mlp.up.weight": MLP_INPUT}.
-Numbers in a parameter's name stand in its pattern as {layer} and, a second one, as {expert}. No torch.
+Numbers in a parameter's name are written in its pattern as {layer} and, a second one, as {expert}. No torch.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 p processes run p x v stages. Looping schedules give process r the stages r, r + p, r + 2p ...; V-shaped ones give it
 r and 2p - 1 - r, so that the first process holds both ends of the model. The other schedules have v = 1.
-Here a process stands for its rank on the pp axis.
+Here a process is numbered by its rank on the pp axis.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def check_memory(config: RunConfig, sizes: Mapping[str, int]) -> None:
             rule = f"need an index of about {needed}, and {units.size(free)} of memory are free"
             flag = "the length of the run" if name == "train" else f"--eval-iters, {config.validation.eval_iters}"
             more = ", or raise --eval-interval" * (name == "valid")
-            raise ConfigError(problem(f"samples for {name}", count, rule, f"Lower {flag}{more}"))
+            raise ConfigError(problem(f"Samples for {name}", count, rule, f"Lower {flag}{more}"))
 
 
 def source_usage(dataset: Any) -> list[dict[str, Any]]:

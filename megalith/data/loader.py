@@ -37,7 +37,8 @@ class Loader:
         (torch.Generator().manual_seed(epoch), then randperm) with the seed added, dealt to the ranks as any order is.
         """
         if order not in ("single", "cyclic"):
-            raise ConfigError(problem("--dataloader-type", order, "must be single or cyclic", "Correct the flag"))
+            cure = "Write --dataloader-type single, or --dataloader-type cyclic"
+            raise ConfigError(problem("--dataloader-type", order, "must be single or cyclic", cure))
         self.dataset, self.micro_batch_size, self.rank, self.size = dataset, micro_batch_size, rank, size
         self.order, self.seed = order, seed
         self._threads = max(1, num_workers)
@@ -74,7 +75,9 @@ class Loader:
             near = " or ".join(str(number) for number in (low, low + across) if number)
             product = f"micro batch {self.micro_batch_size} x {self.size} data-parallel ranks"
             rule = f"must be a multiple of {across} ({product})"
-            raise ConfigError(problem("--global-batch-size", global_batch_size, rule, f"The nearest are {near}"))
+            raise ConfigError(
+                problem("--global-batch-size", global_batch_size, rule, f"Write --global-batch-size {near}")
+            )
         if not self._readable(consumed + global_batch_size):
             raise IndexError(
                 f"samples {consumed} to {consumed + global_batch_size} of a dataset of {len(self.dataset)}"

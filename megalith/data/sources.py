@@ -87,7 +87,7 @@ def _used(sources: list[Source], where: str, keep_unused: bool) -> list[Source]:
     used = [source for source in sources if source.weight != 0]
     total = sum(source.weight or 0.0 for source in used)
     if not 0 < total < float("inf"):
-        rule = "must be finite and above 0: at least one weight is above 0"
-        raise ConfigError(problem(f"{where}, sum of the weights,", total, rule, "Correct them"))
+        what, rule = f"{where}: the sum of the weights", "must be finite and above 0"
+        raise ConfigError(problem(what, total, rule, "Give at least one finite weight above 0"))
     alive = {source.corpus for source in used} - {""} if keep_unused else {source.corpus for source in sources}
     return [source for source in sources if source.weight != 0 or source.corpus not in alive]

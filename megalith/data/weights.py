@@ -60,7 +60,7 @@ def write_weights(
     sizes = {corpus: sum(tokens[prefix] for prefix in listed) for corpus, listed in groups.items()}
     total = sum(sizes[corpus] * factors[corpus] for corpus in groups)
     if not total:
-        rule, found = "must hold tokens for a mixture", Words("0 tokens times epochs")
+        rule, found = "must hold tokens for a mixture", Words("0 tokens after multiplication by --epochs")
         raise DataError(problem(directory, found, rule, "Check the datasets and the epochs"))
     base = os.path.dirname(os.path.abspath(output))
     lines = [

@@ -225,7 +225,7 @@ def score(model: Model, texts: Prompts, *, add_bos: bool = False, batch_size: in
     if batch_size < 1:
         raise ConfigError(problem("batch_size", batch_size, "must be at least 1", "Give 1 or more"))
     if text.config.decoder_layers:
-        raise ConfigError(problem("the model", "t5", "must be a decoder alone to score texts", "Load a GPT"))
+        raise ConfigError(problem("The model", "t5", "must be decoder-only to score texts", "Load a GPT"))
     sequences = [prompt.prompt_ids for prompt in tokenize_prompts(text, texts, add_bos)]
     longest = max(map(len, sequences), default=0)
     check_length(text.config, longest, 0)

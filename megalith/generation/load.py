@@ -54,7 +54,8 @@ def load(
     """
     if isinstance(dtype, str):
         if DTYPE_ALIASES.get(dtype, dtype) not in DTYPES:
-            raise ConfigError(problem("--dtype", dtype, f"must be one of {', '.join(DTYPES)}", "Use one of these"))
+            cure = "Write --dtype float32, or --dtype bfloat16 for half of the memory"
+            raise ConfigError(problem("--dtype", dtype, f"must be one of {', '.join(DTYPES)}", cure))
         dtype = DTYPES[DTYPE_ALIASES.get(dtype, dtype)]
     tokenizer_flags = {
         "tokenizer_type": tokenizer_type,

@@ -51,7 +51,7 @@ def tokenize_prompts(model: TextModel, prompts: Prompts, add_bos: bool = False) 
     config = model.config
     if not config.decoder_layers and not config.causal:
         rule = "must read from left to right to generate and to score text"
-        raise ConfigError(problem("the model", config.model_type, rule, "Load a GPT or a T5"))
+        raise ConfigError(problem("The model", config.model_type, rule, "Load a GPT or a T5"))
     tokenizer, vocab_size, completions = model.tokenizer, config.vocab_size, []
     all_prompts: Sequence[str | Sequence[int]] = (
         [""] if prompts is None else [prompts] if isinstance(prompts, str) else prompts
@@ -83,7 +83,7 @@ def tokenize_prompts(model: TextModel, prompts: Prompts, add_bos: bool = False) 
                 raise DataError(f"{too_many_tokens(tokenizer.vocab_size, vocab_size)}; {what} has token {wrong[0]}.")
             rule = f"must be among the {vocab_size} tokens of the model's vocabulary, numbered from 0"
             raise DataError(
-                problem(f"every token of prompt {number}", wrong[0], rule, "Use the tokenizer that it was trained with")
+                problem(f"Every token of prompt {number}", wrong[0], rule, "Use the tokenizer that it was trained with")
             )
         continuation = None if text is None else ""
         answer = bool(config.decoder_layers)

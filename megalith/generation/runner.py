@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from megalith.common.errors import CheckpointError, ConfigError, problem
+from megalith.config.flags.text import Words
 from megalith.generation.cache import DecodeCache, KVCache, PrefillCache, PrefillChunk
 
 PREFILL_TOKENS = 512  # read in one call; a longer chunk has a call of its own
@@ -34,7 +35,7 @@ class ModelRunner:
         if not {"cache", "logits_to_keep"} <= inspect.signature(model.forward).parameters.keys():
             rule = "must take cache and logits_to_keep in its forward to generate text"
             cure = "Add them as megalith/models/gpt.py does"
-            raise ConfigError(problem("the model", type(model).__name__, rule, cure))
+            raise ConfigError(problem("The model", Words(f"a {type(model).__name__}"), rule, cure))
         self.model, self.cache, self.fixed_shapes = model, cache, compile
         self.batch_invariant = batch_invariant and cache.rows > 1
         self.decoding = DecodeCache(cache)

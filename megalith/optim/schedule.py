@@ -188,7 +188,7 @@ def _conflicts(optimizer: OptimizerConfig, schedule: ScheduleConfig) -> list[str
          f"must be at most --lr {o.lr}", "Lower it"),
         (not in_steps and not in_samples, "The length of the run", nothing,
          "must be given in steps or in samples", "Give --train-iters or --train-samples"),
-        (in_steps and in_samples, "--train-iters and --train-samples", (s.train_iters, s.train_samples),
+        (in_steps and in_samples, "--train-iters and --train-samples", _both(s.train_iters, s.train_samples),
          "are two lengths of the run, of which only one may be given", "Leave one out"),
         (in_samples and bool(steps_given), _flags(steps_given), Words("steps"),
          "must be in samples for a run of --train-samples", "Use the flags that end in -samples"),
@@ -199,17 +199,21 @@ def _conflicts(optimizer: OptimizerConfig, schedule: ScheduleConfig) -> list[str
         (s.lr_decay_style == "WSD" and not (s.lr_wsd_decay_iters or s.lr_wsd_decay_samples),
          "The last phase of WSD", nothing, "must have a length, as --lr-decay-style WSD is given",
          "Give --lr-wsd-decay-iters or --lr-wsd-decay-samples"),
-        (growing and None in decay_range, "--start-weight-decay and --end-weight-decay", decay_range,
+        (growing and None in decay_range, "--start-weight-decay and --end-weight-decay", _both(start, end),
          f"must both be given with --weight-decay-incr-style {o.weight_decay_incr_style}", "Give both"),
         (growing and (start or 0.0) > (math.inf if end is None else end), "--start-weight-decay", start,
          f"must be at most --end-weight-decay {end}", "Swap them"),
-        (not growing and decay_range != (None, None), "--start-weight-decay and --end-weight-decay", decay_range,
+        (not growing and decay_range != (None, None), "--start-weight-decay and --end-weight-decay", _both(start, end),
          "have no meaning for a constant weight decay",
          "Give --weight-decay-incr-style linear or cosine, or --weight-decay alone"),
         (both, "--override-opt-param-scheduler and --use-checkpoint-opt-param-scheduler", Words("both"),
          "contradict each other", "Leave one out"),
     ]  # fmt: skip
     return [problem(what, found, rule, cure) for violated, what, found, rule, cure in rules if violated]
+
+
+def _both(*values: float | None) -> Words:
+    return Words(" and ".join("nothing" if value is None else str(value) for value in values))
 
 
 def _flags(names: list[str]) -> str:

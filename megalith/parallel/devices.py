@@ -29,7 +29,7 @@ def pick_device(kind: str = "auto", local_rank: int | None = None) -> torch.devi
             f"--device {kind} must name a device of this machine; found {found}. Use --device auto or cpu."
         )
     if local_rank is None and variables.local_rank() is None and environment.world_size() > 1:
-        rule = "must be set, as processes of one machine would else share its first device"
+        rule = "must be set, as processes of one machine would otherwise share its first device"
         raise ConfigError(problem("The environment variable LOCAL_RANK", Words("nothing"), rule, environment.CURE))
     number = (variables.local_rank() or 0) if local_rank is None else local_rank
     count = torch.accelerator.device_count()

@@ -160,8 +160,8 @@ def _give_to_sink(
 
     @functools.cache
     def gathered() -> Tensor:
-        whole = x if axis is None else finish_all_gather(start_all_gather(x, axis.size, axis.group), axis.size)
-        return _by_token(whole)
+        all_tokens = x if axis is None else finish_all_gather(start_all_gather(x, axis.size, axis.group), axis.size)
+        return _by_token(all_tokens)
 
     for gradient, weight, bias in zip(by_output, *_halves(targets)):
         if weight.requires_grad:

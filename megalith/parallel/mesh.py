@@ -123,8 +123,8 @@ def _waiting_for_others(config: ParallelConfig) -> Iterator[None]:
     who = f"rank {environment.rank()} of {environment.world_size()}"
     rule = "Each process is started once, with a RANK of its own and the same MASTER_ADDR, MASTER_PORT and WORLD_SIZE"
     line = (
-        f"megalith: {who} has waited {NOTICE_AFTER:g} s at {address} for the others, and waits on for up to "
-        f"--distributed-timeout-minutes {config.distributed_timeout_minutes:g}. {rule}."
+        f"megalith: {who} has waited {NOTICE_AFTER:g} s at {address} for the others, and keeps waiting "
+        f"for up to {config.distributed_timeout_minutes:g} minutes (--distributed-timeout-minutes). {rule}."
     )
     timer = threading.Timer(NOTICE_AFTER, lambda: print(line, file=sys.stderr, flush=True))
     timer.daemon = True

@@ -89,7 +89,7 @@ class Runtime:
         return named, not_owned
 
     def gradients(self) -> tuple[list[tuple[str, Tensor]], set[int]]:
-        """The `named_tensors` of all gradients that exist."""
+        """The `named_tensors` of all gradients that exist; a name may come twice."""
         return self.named_tensors(lambda parameter: parameter.grad)
 
     def train(self, mode: bool = True) -> None:

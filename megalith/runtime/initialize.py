@@ -52,7 +52,7 @@ def fill(parameter: Tensor, kind: str, value: float, key: int) -> None:
 def global_index(flat: Tensor, local: tuple[int, ...], offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
     """From row-major indices `flat` in a shard of shape `local` at `offset` to those in the tensor of `shape`."""
     index, stride = torch.zeros_like(flat), 1
-    for size, first, whole in zip(reversed(local), reversed(offset), reversed(shape), strict=True):
+    for size, first, full_size in zip(reversed(local), reversed(offset), reversed(shape), strict=True):
         index += (flat % size + first) * stride
-        flat, stride = flat // size, stride * whole
+        flat, stride = flat // size, stride * full_size
     return index

@@ -14,6 +14,7 @@ from megalith import checkpoint
 from megalith.checkpoint import formats
 from megalith.checkpoint.formats import sources
 from megalith.checkpoint.formats.huggingface import conversion as huggingface
+from megalith.checkpoint.formats.options import Options, as_mapping
 from megalith.checkpoint.tensors.lazy import Lazy, check_range
 from megalith.checkpoint.weights import Weights, read_megalith
 from megalith.common.errors import CheckpointError, ConfigError, problem
@@ -34,7 +35,7 @@ def load_model(
     device: str | torch.device = "auto",
     dtype: torch.dtype = torch.float32,
     iteration: int | None = None,
-    options: Mapping[str, Any] | None = None,
+    options: Options | Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, RunConfig, pathlib.Path | None]:
     """The model of a checkpoint in evaluation mode, the config of its run, and the folder of its tokenizer or None.
 
@@ -42,7 +43,7 @@ def load_model(
         (checkpoint/formats/__init__.py), also in a zip archive or at a URL; a model in memory, of transformers or of
         megalith; or Weights.
     device: auto, cpu, cuda, xpu or a torch.device.
-    options: {name: value}, how another format is read (checkpoint/formats/options.py).
+    options: how another format is read (checkpoint/formats/options.py), an Options or {name: value}.
     Notes for the user on another format are in the model's `.notes`.
     Raises CheckpointError where there is no checkpoint, it is damaged, or `dtype` cannot hold its weights.
     """
@@ -50,7 +51,7 @@ def load_model(
     if isinstance(path, (nn.Module, Weights)):
         return _build_and_fill(path if isinstance(path, Weights) else weights_of(path), device, dtype)
     source = sources.local(path)
-    format, options = formats.recognise(source), options or {}
+    format, options = formats.recognise(source), as_mapping(options)
     if format != "megalith":
         options = options if iteration is None else {**options, "iteration": iteration}
         return _build_and_fill(formats.read(source, format, options), device, dtype)

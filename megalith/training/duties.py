@@ -70,9 +70,9 @@ class Validate(Callback):
         if failed:
             step = self.progress.iteration
             trained = (
-                f"all {step} steps are done and saved, but not measured at their end"
+                f"All {step} steps are done and saved, but not measured at their end"
                 if run.train_iters
-                else f"step {step} is not measured"
+                else f"Step {step} is not measured"
             )
             raise TrainingError(
                 f"{trained}: "

@@ -38,10 +38,10 @@ def explain_errors(progress: Progress, next_start: Callable[[], str] | None = No
         yield
     except Exception as error:
         if isinstance(error, OSError) and error.errno in DISK_FULL and next_start:
-            raise TrainingError(f"after step {progress.iteration}: {error}. Free space; {next_start()}.") from error
+            raise TrainingError(f"After step {progress.iteration}: {error}. Free space; {next_start()}.") from error
         if truncated := TRUNCATED_LIBRARY.search(str(error)):
             raise TrainingError(
-                f"after step {progress.iteration}: {error}; torch.compile keeps what it compiled, and a process that "
+                f"After step {progress.iteration}: {error}; torch.compile keeps what it compiled, and a process that "
                 f"was killed left this file incomplete. "
                 f"Delete {truncated[1]}{f'; {next_start()}' if next_start else ''}."
             ) from error
@@ -86,7 +86,7 @@ def check_same_config(config: RunConfig) -> None:
     if differing := Ranks().collect(config.flat, _differing):
         more = f" (and {len(differing) - 8} more)" if len(differing) > 8 else ""
         raise ConfigError(
-            f"the ranks were started with different configs: {'; '.join(differing[:8])}{more}; all ranks train one "
+            f"The ranks were started with different configs: {'; '.join(differing[:8])}{more}; all ranks train one "
             f"model in one way. Start every rank with the same flags and files."
         )
 

@@ -30,7 +30,7 @@ def check_before_saving(parts: Iterable[Mapping[str, Tensor]], iteration: int, n
     if names := find_not_finite(parts):
         retry = "resume with a lower --lr (and --override-opt-param-scheduler)"
         cure = f"Nothing was saved or deleted since; {retry}: {next_start()}"
-        raise TrainingError(problem(f"step {iteration}: {STATE}", Words(abbreviate(names)), RULE, cure))
+        raise TrainingError(problem(f"Step {iteration}: {STATE}", Words(abbreviate(names)), RULE, cure))
 
 
 def check_loaded(parts: Iterable[Mapping[str, Tensor]], source: str | os.PathLike, iteration: int) -> None:

@@ -48,7 +48,8 @@ def _check_names(
 ) -> None:  # fmt: skip
     wrong = [name for name in found if name not in known] + [f"no {name}" for name in needed if name not in found]
     if wrong:
-        where, cure = f"{type(task).__name__}.{what}", f"Known are {', '.join(known) or 'none'}"
+        names = ", ".join(known)
+        where, cure = f"{type(task).__name__}.{what}", f"Return exactly {names}" if names else "Return none"
         raise TrainingError(problem(where, Words(", ".join(wrong)), rule, cure))
 
 

@@ -52,7 +52,7 @@ class StopDiverged(Callback):
             cure = "Drop --loss-scale for a dynamic one, or lower it" if fixed else "Lower --min-loss-scale"
         times = f"{most} steps in a row have" if most > 1 else "a step has"
         raise TrainingError(
-            f"step {record.step}: the run has diverged, as {times} a loss or gradients that are not finite "
+            f"Step {record.step}: the run has diverged, as {times} a loss or gradients that are not finite "
             f"(--max-nonfinite-steps); found {found}. Nothing was saved or deleted since. {cure}: "
             f"{self.next_start()}. If it fails there at once, --ckpt-step goes further back."
         )
@@ -69,7 +69,7 @@ class StopEmptyBatches(Callback):
         self.count = self.count + 1 if record.empty_losses else 0
         if not record.empty_losses:
             return
-        what = f"step {record.step}, {' and '.join(record.empty_losses)}"
+        what = f"Step {record.step}, {' and '.join(record.empty_losses)}"
         found = f"no token of {record.global_batch_size} samples counts"
         settings = "--eod-mask-loss, the end-of-document id of the data and of the tokenizer, padding, --mask-prob"
         cure = f"Check the loss mask: {settings}"

@@ -81,7 +81,7 @@ def differentiate(pool: Pool, loss: Callable[[Any, Batch], Tensor]) -> Pool:
     if not leaves:
         rule = "must have a floating-point tensor, of which the losses are computed"
         cure = "Return the embeddings of the samples"
-        raise TrainingError(problem("what `pooled` returns", Words(", ".join(pool)), rule, cure))
+        raise TrainingError(problem("The result of `pooled`", Words(", ".join(pool) or "nothing"), rule, cure))
     gradients = torch.autograd.grad(loss(pool, {}), list(leaves.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(leaves, gradients, strict=True))
 

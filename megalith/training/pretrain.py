@@ -43,7 +43,7 @@ from megalith.training.validation import Validation, measured_splits
 
 
 def train(config: RunConfig) -> Progress:
-    """Train (or resume) what `config` describes; returns where the run stands at its end.
+    """Train (or resume) what `config` describes; returns the progress of the run at its end.
 
     Under a launcher every process calls it with the same config. Raises ConfigError, DataError or CheckpointError
     before the first step where something cannot work.

@@ -49,7 +49,7 @@ class Task(abc.ABC):
         """Tokens of this micro-batch on this process, for the speed of a run: those of the first of `sequences`."""
         found = [batch[name] for name in self.sequences if name in batch]
         if not found:
-            what = f"a batch of {type(self).__name__}"
+            what = f"A batch of {type(self).__name__}"
             rule = f"must have one of its `sequences`, {', '.join(self.sequences)}"
             cure = "Name those of the dataset, or override `tokens`"
             raise TrainingError(problem(what, Words(", ".join(batch)), rule, cure))

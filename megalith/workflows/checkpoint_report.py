@@ -6,12 +6,13 @@ import json
 import math
 import pathlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from megalith.checkpoint.store import fit, folder, manifest
 from megalith.checkpoint.store.facts import describe, part_of, read_config, read_train_state
 from megalith.common import units
-from megalith.common.errors import CheckpointError, ConfigError
+from megalith.common.errors import CheckpointError, ConfigError, problem
 
 
 def inspect(path: str, iteration: int | None = None, other: str | None = None) -> dict[str, Any]:
@@ -71,16 +72,14 @@ def verify(path: str) -> dict[str, list[str]]:
     return {str(each): manifest.verify(each) for each in paths}
 
 
-def verification_lines(found: dict[str, list[str]]) -> list[str]:
+def verification_lines(found: dict[str, list[str]]) -> Iterator[str]:
     """What `verify` found, as lines of text."""
-    lines = []
     for path, problems in found.items():
         if problems:
-            lines += problems
+            yield from problems
         else:
             facts = describe(path)
-            lines.append(f"{path}: whole ({len(facts['files'])} files, {units.size(facts['bytes'])})")
-    return lines
+            yield f"{path}: complete ({len(facts['files'])} files, {units.size(facts['bytes'])})"
 
 
 def parse_renames(texts: list[str]) -> dict[str, str]:
@@ -88,7 +87,9 @@ def parse_renames(texts: list[str]) -> dict[str, str]:
     pairs = [text.partition("=") for text in texts]
     wrong = [old for old, equals, new in pairs if not (old and equals and new)]
     if wrong:
-        raise ConfigError(f"--rename must be OLD=NEW, such as head=output; found {wrong[0]!r}.")
+        raise ConfigError(
+            problem("--rename", wrong[0], "must be OLD=NEW, such as head=output", "Write --rename OLD=NEW")
+        )
     return {old: new for old, _, new in pairs}
 
 

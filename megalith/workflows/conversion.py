@@ -16,6 +16,7 @@ from megalith.checkpoint.formats import FORMATS, HuggingFaceOptions, sources
 from megalith.checkpoint.formats.huggingface import conversion as huggingface
 from megalith.checkpoint.formats.huggingface import files as huggingface_files
 from megalith.checkpoint.formats.huggingface.family import architecture_fields
+from megalith.checkpoint.formats.options import Options, as_mapping
 from megalith.checkpoint.store.folder import new_folder
 from megalith.checkpoint.tensors.lazy import check_range
 from megalith.checkpoint.weights import Weights
@@ -39,7 +40,7 @@ def run_request(request: ConversionRequest, notice: Callable[[str], None]) -> No
     """
     for line in request.notes:
         notice(line)
-    source = sources.local(request.source, sha256=request.sha256)
+    source = sources.local(request.source, sha256=request.sha256, notice=notice)
     if request.verb == "reshape":
         check_reshape(source, request.format)
     weights = convert(
@@ -70,7 +71,7 @@ def convert(
     *,
     to: str,
     format: str | None = None,
-    options: Mapping[str, Any] | None = None,
+    options: Options | Mapping[str, Any] | None = None,
     overwrite: bool = False,
     notice: Callable[[str], None] = lambda line: None,
 ) -> Weights:
@@ -81,7 +82,7 @@ def convert(
     conversion in `folder`. Raises CheckpointError where the source is damaged or incomplete, or the target format
     cannot hold it; LockedError while another process writes there.
     """
-    options = options or {}
+    options = as_mapping(options)
     target = FORMATS.find(to)
     if target.write is None:
         cure = f"Write --to {', '.join(name for name in FORMATS if FORMATS.find(name).write)}"
@@ -96,7 +97,8 @@ def convert(
         format = format or formats.recognise(source)
         holds_tokenizer = to in ("megalith", "huggingface")  # Megatron's directories hold none
         vocabulary_size = {"vocabulary_size": given.vocab_size} if holds_tokenizer else {}
-        weights = formats.read(source, format, {**options, **vocabulary_size})
+        given_options = {**options, **vocabulary_size}
+        weights = formats.read(source, format, formats.select_options(format, given_options, [target.options]))
         if format == "megalith":
             stored = weights.config.flat()
             check_no_overrides(
@@ -143,14 +145,14 @@ def cast(weights: Weights, dtype: torch.dtype) -> Weights:
     return dataclasses.replace(weights, tensors=tensors)
 
 
-def verify(source: pathlib.Path, result: pathlib.Path, options: Mapping[str, Any] | None = None) -> float:
+def verify(source: pathlib.Path, result: pathlib.Path, options: Options | Mapping[str, Any] | None = None) -> float:
     """Largest difference of logits between transformers' model and megalith's, over the largest logit.
 
     The two sides of a conversion are compared; where neither is a Hugging Face folder, `result` is compared with what
     it gives when exported to one. options: those that `source` was read with. Raises CheckpointError where the
     difference is over TOLERANCE, with what differs; MissingPackage where transformers is not installed.
     """
-    options = options or {}
+    options = as_mapping(options)
     # What was written states the whole model, and is the only checkpoint there.
     for_result = {name: value for name, value in options.items() if name not in ("overrides", "iteration")}
     sides = {formats.recognise(path): (path, given) for path, given in ((source, options), (result, for_result))}
@@ -211,7 +213,10 @@ def _close(one: Tensor, other: Tensor, eps: float) -> bool:
 
 
 def compare(
-    original: pathlib.Path, converted: pathlib.Path, tokens: int = 32, options: Mapping[str, Any] | None = None
+    original: pathlib.Path,
+    converted: pathlib.Path,
+    tokens: int = 32,
+    options: Options | Mapping[str, Any] | None = None,
 ) -> float:
     """The relative difference of logits between a Hugging Face folder and a converted checkpoint, read with `options`.
 

@@ -37,7 +37,8 @@ def read_epochs(path: str) -> dict[str, Any]:
     try:
         epochs = load_yaml(pathlib.Path(path).read_text(encoding="utf-8"), f"--epochs {path}")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(problem("--epochs", path, f"must be a readable file ({error})", "Correct the path")) from error
+        why = getattr(error, "strerror", None) or str(error)
+        raise DataError(problem("--epochs", path, f"must be a readable file ({why})", "Correct the path")) from error
     except ConfigError as error:  # what is wrong inside the file
         raise DataError(str(error)) from error
     if not isinstance(epochs, dict):

@@ -74,7 +74,9 @@ def wrong_paths(config: RunConfig) -> Iterator[Problem]:
                 resolve_prefix(source.prefix)
         except MegalithError as error:
             text = str(error)
-            yield Problem((name,), text if text.startswith(flag(name)) else f"{flag(name)}: {text}")
+            yield Problem(
+                (name,), text if text.startswith((f"{flag(name)} ", f"{flag(name)}:")) else f"{flag(name)}: {text}"
+            )
     data, c = config.data, config.checkpoint
     for name in MADE_FROM.get(data.tokenizer_type or "", TOKENIZER_FILES if data.tokenizer_type in ON_THE_HUB else ()):
         if _absent(name, data):

@@ -58,7 +58,7 @@ def check_possible(config: RunConfig, processes: int) -> None:
         layout += f" x context {p.context_parallel_size} x replicas {p.data_parallel_replicas}"
         rule = f"must be at most {MAX_RANKS}, because one machine runs them all"
         cure = "Check a smaller layout of the same kind"
-        problems.append(problem(f"number of processes ({layout})", processes, rule, cure))
+        problems.append(problem(f"The number of processes ({layout})", processes, rule, cure))
     fail(problems)
 
 

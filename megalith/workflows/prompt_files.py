@@ -33,7 +33,8 @@ def read_prompts(prompts: list[str] | None = None, prompt_file: str | None = Non
             if isinstance(error, UnicodeDecodeError)
             else "Check the path"
         )
-        raise DataError(problem("--prompt-file", str(path), f"must be a readable UTF-8 file ({error})", cure)) from None
+        why = getattr(error, "strerror", None) or str(error)
+        raise DataError(problem("--prompt-file", str(path), f"must be a readable UTF-8 file ({why})", cure)) from None
     parse: Callable[[str, str], str] = _json_prompt if path.suffix.lower() == ".jsonl" else lambda line, _: line
     found = [parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
@@ -58,5 +59,5 @@ def _json_prompt(line: str, where: str) -> str:
             problem(where, line[:60], 'must be a string or an object with a string "prompt"', "Correct the line")
         )
     if half := LONE_SURROGATE.search(found):
-        raise DataError(problem(where, line[:60], f"holds {half[0]!a}, half of a character", "Correct the line"))
+        raise DataError(problem(where, line[:60], f"holds the unpaired surrogate {half[0]!a}", "Correct the line"))
     return found

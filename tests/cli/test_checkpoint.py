@@ -74,12 +74,12 @@ def test_verify(tmp_path, capsys):
     for iteration in (1, 2):
         path = make(tmp_path, iteration)
     assert main(["checkpoint", "verify", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.count("whole (") == 2
+    assert capsys.readouterr().out.count("complete (") == 2
     file = path / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:-1] + b"!")
     assert main(["checkpoint", "verify", str(tmp_path)]) == 1
     page = capsys.readouterr().out
-    assert f"{file} is damaged" in page and page.count("whole (") == 1
+    assert f"{file} is damaged" in page and page.count("complete (") == 1
     assert main(["checkpoint", "verify", str(path), "--json"]) == 1
     assert list(json.loads(capsys.readouterr().out)) == [str(path)]
     assert main(["checkpoint", "verify", str(tmp_path / "absent")]) == 1

@@ -103,7 +103,7 @@ ERRORS = [
     ("import theirs ours --tokenizer nowhere", "--tokenizer must be a folder with tokenizer.json"),
     ("import theirs ours --hidden-dropout much", "--hidden-dropout must be a finite number"),
     ("import theirs ours --veryfy", "unknown flag --veryfy: did you mean --verify?"),
-    ("import nowhere ours", "source must be an existing file or folder; found 'nowhere'. Correct the path."),
+    ("import nowhere ours", "The source must be an existing file or folder; found 'nowhere'. Correct the path."),
 ]
 
 

@@ -55,7 +55,7 @@ def test_prompt_files(tmp_path, name):
     )
     assert read_prompts(prompt_file=str(path)) == ["a", "b\u2028c", "a"]
     path.write_text('"a"\n"\\udc00"\n')
-    with pytest.raises(DataError, match=r"line 2.*half of a character"):
+    with pytest.raises(DataError, match=r"line 2.*unpaired surrogate"):
         read_prompts(prompt_file=str(path))
 
 

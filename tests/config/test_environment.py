@@ -52,7 +52,7 @@ def test_what_works(variables, values, size):
         ({"MASTER_PORT": "http"}, ["MASTER_PORT must be a port, a whole number from 1 to 65535; found 'http'"]),
         (
             {"MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": ""},
-            ["MASTER_PORT must be a free port", "MASTER_ADDR must be the name or number of a machine"],
+            ["MASTER_PORT must be a free port", "MASTER_ADDR must be a host name or IP address"],
         ),
         (
             {"RANK": None, "MASTER_ADDR": None, "MASTER_PORT": None},

@@ -310,12 +310,12 @@ def test_more_samples_than_memory_has_room_for(corpus, monkeypatch):
     assert max(train, valid) <= 1000
     build_datasets(few, StubTokenizer())
     expected = (
-        r"samples for valid need an index of about .*, and 23\.44 KiB of memory are free; found \d+\. "
+        r"Samples for valid need an index of about .*, and 23\.44 KiB of memory are free; found \d+\. "
         "Lower --eval-iters, 1000000, or raise --eval-interval"
     )
     with pytest.raises(ConfigError, match=expected):
         build_datasets(few.replace(eval_iters=10**6), StubTokenizer())
-    with pytest.raises(ConfigError, match=r"samples for train need .*Lower the length of the run"):
+    with pytest.raises(ConfigError, match=r"Samples for train need .*Lower the length of the run"):
         build_datasets(few.replace(train_iters=10**6), StubTokenizer())
 
 

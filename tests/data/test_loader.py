@@ -73,7 +73,7 @@ def test_what_a_batch_holds():
 
 @pytest.mark.parametrize("batch, near", [(13, "12 or 18"), (3, "6"), (0, "6")])
 def test_an_indivisible_batch_is_refused(batch, near):
-    with pytest.raises(ConfigError, match=f"The nearest are {near}"):
+    with pytest.raises(ConfigError, match=f"Write --global-batch-size {near}"):
         Loader(Numbers(20), micro_batch_size=2, rank=0, size=3, num_workers=0).step(0, batch)
     with pytest.raises(ConfigError, match="single or cyclic"):
         Loader(Numbers(20), micro_batch_size=2, order="random")

@@ -246,7 +246,7 @@ def test_a_model_that_takes_no_cache_is_named(make) -> None:
         def forward(self, inputs):  # type: ignore[override]
             return super().forward(inputs)
 
-    with pytest.raises(ConfigError, match=r"must take cache .* in its forward .*; found 'Bare'\. Add them"):
+    with pytest.raises(ConfigError, match=r"must take cache .* in its forward .*; found a Bare\. Add them"):
         complete(Bare(make().config).eval(), [[1, 2]])
 
 
@@ -262,7 +262,7 @@ def test_only_models_that_read_from_left_to_right_write(call) -> None:
             vocab_size=9,
         )
     )
-    with pytest.raises(ConfigError, match=r"the model must read from left to right .*; found 'bert'\."):
+    with pytest.raises(ConfigError, match=r"The model must read from left to right .*; found 'bert'\."):
         call(model.eval(), [[1, 2]])
 
 

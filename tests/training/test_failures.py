@@ -52,7 +52,7 @@ def test_one_process_needs_no_names():
 def test_a_compiled_file_of_a_killed_process_is_named():
     """So ended a compiled run beside one that had been killed."""
     with pytest.raises(
-        TrainingError, match=r"^after step 0: .*file too short; .* Delete /tmp/inductor/tb/c7.main.so; go on.$"
+        TrainingError, match=r"^After step 0: .*file too short; .* Delete /tmp/inductor/tb/c7.main.so; go on.$"
     ):
         with explain_errors(Progress(), lambda: "go on"):
             raise ImportError("/tmp/inductor/tb/c7.main.so: file too short")

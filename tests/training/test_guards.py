@@ -70,7 +70,7 @@ def test_a_diverged_run_stops_and_the_good_checkpoints_stay(corpus, tmp_path, pr
     config = tiny_config(corpus, run, eval_iters=0, train_iters=7, **precision, **AGAIN)
     train(config)
     for lr in (1e20, 1e38):
-        with pytest.raises(TrainingError, match=r"step 8: .*diverged.* the same command resumes from step 7"):
+        with pytest.raises(TrainingError, match=r"Step 8: .*diverged.* the same command resumes from step 7"):
             train(config.replace(train_iters=20, lr=lr, save_interval=2, keep_last=1))
         assert checkpoints(run) == [7] == [checkpoint.latest(tmp_path / "run" / "checkpoints")]
     assert train(config.replace(train_iters=9)).iteration == 9, "the cure works"
@@ -83,7 +83,7 @@ def test_float16_stops_ten_steps_after_no_scale_can_help(corpus, tmp_path):
         corpus, run, eval_iters=0, train_iters=7, fp16=True, initial_loss_scale=65536.0, hysteresis=1, **AGAIN
     )
     train(config)
-    with pytest.raises(TrainingError, match=r"step 18: .*10 steps in a row.*--ckpt-step goes further back"):
+    with pytest.raises(TrainingError, match=r"Step 18: .*10 steps in a row.*--ckpt-step goes further back"):
         train(config.replace(train_iters=60, lr=100.0, save_interval=1, keep_last=1))
     assert checkpoints(run) == [7, 8]
     assert train(config.replace(train_iters=9, ckpt_step=7)).iteration == 9, "the cure works"
@@ -98,7 +98,7 @@ def test_a_run_that_stops_right_after_a_save_deletes_nothing_that_may_be_the_las
         assert checkpoints(run) == kept
     train(config.replace(exit_interval=8, lr=1e10))
     assert checkpoints(run) == [7, 8]
-    with pytest.raises(TrainingError, match=r"step 9: .*found loss nan.*--ckpt-step goes further back"):
+    with pytest.raises(TrainingError, match=r"Step 9: .*found loss nan.*--ckpt-step goes further back"):
         train(config)
     train(config.replace(skip_train=True, eval_iters=1, ckpt_step=7))
     assert checkpoints(run) == [7, 8], "measuring deletes nothing"
@@ -128,9 +128,9 @@ def test_all_ranks_decide_alike(ranks, corpus, tmp_path, world, layout):
     run = str(tmp_path / "run")
     config = tiny_config(corpus, run, eval_iters=0, train_iters=4, **AGAIN, **layout)
     ranks(diverge, world, config)
-    with pytest.raises(TrainingError, match=r"^step 5: .*diverged(?!.*on rank)"):
+    with pytest.raises(TrainingError, match=r"^Step 5: .*diverged(?!.*on rank)"):
         ranks(diverge, world, config.replace(train_iters=9, lr=1e20, save_interval=1, keep_last=1), timeout=60)
-    with pytest.raises(TrainingError, match=r"^step 4: .*found loss nan"):
+    with pytest.raises(TrainingError, match=r"^Step 4: .*found loss nan"):
         ranks(
             diverge, world, config.replace(run_dir=str(tmp_path / "nan"), train_iters=9, loss=task("Bad")), timeout=60
         )
@@ -139,7 +139,7 @@ def test_all_ranks_decide_alike(ranks, corpus, tmp_path, world, layout):
 
 def test_the_number_of_steps_and_the_check_are_the_users(corpus, tmp_path, capsys):
     config = tiny_config(corpus, str(tmp_path / "run"), eval_iters=0, loss=task("Bad"), log_interval=1, save_interval=1)
-    with pytest.raises(TrainingError, match=r"step 6: .* 3 steps in a row"):
+    with pytest.raises(TrainingError, match=r"Step 6: .* 3 steps in a row"):
         train(config.replace(max_nonfinite_steps=3))
     assert checkpoints(tmp_path / "run") == [1, 2, 3] and losses(str(tmp_path / "run"))[3:] == [None, None, None]
     assert (
@@ -188,14 +188,14 @@ def test_a_loss_scale_that_is_too_high_is_named(corpus, tmp_path):
         ({"loss_scale": 2.0**40}, "Drop --loss-scale"),
         ({"min_loss_scale": 2.0**32}, "Lower --min-loss-scale"),
     ):
-        with pytest.raises(TrainingError, match=rf"step 2: .*found loss 3\..*{cure}"):
+        with pytest.raises(TrainingError, match=rf"Step 2: .*found loss 3\..*{cure}"):
             train(config.replace(run_dir=str(tmp_path / cure), **scale))
 
 
 def test_a_run_shorter_than_the_steps_that_end_one(corpus, tmp_path):
     """Float16 is given ten steps; a run of three, none of them finite, is not all done."""
     config = tiny_config(corpus, str(tmp_path / "run"), eval_iters=0, train_iters=3, fp16=True, loss=task("Worse"))
-    with pytest.raises(TrainingError, match=r"step 3: .*3 steps in a row have.*found loss nan, "):
+    with pytest.raises(TrainingError, match=r"Step 3: .*3 steps in a row have.*found loss nan, "):
         train(config)
     assert checkpoints(tmp_path / "run") == []
     guard, run = StopDiverged(lambda: ""), run_info(config={"fp16": True}, train_iters=12)
@@ -227,7 +227,7 @@ def test_masked_data_is_reported_and_then_an_error(corpus, tmp_path, capsys):
     )
     with pytest.raises(
         TrainingError,
-        match=f"step {MAX_EMPTY_STEPS}, lm loss: no token of 8 samples counts, {MAX_EMPTY_STEPS} steps in a row",
+        match=f"Step {MAX_EMPTY_STEPS}, lm loss: no token of 8 samples counts, {MAX_EMPTY_STEPS} steps in a row",
     ):
         train(config)
     said = capsys.readouterr()

@@ -84,7 +84,7 @@ def test_a_run_reports_them_by_name(corpus, tmp_path, capsys):
 
 @pytest.mark.parametrize(("name", "message"), [
     ("Confused", "Confused.metric_names must not name a loss, as the two could not be told apart; found lm loss."),
-    ("Undeclared", "Undeclared.metrics must return the names of `metric_names`; found surprise. Known are none"),
+    ("Undeclared", "Undeclared.metrics must return the names of `metric_names`; found surprise. Return none"),
     ("Silent", f"Silent.losses {OF_COUNTS}; found no lm loss."),
     ("Changing", "Changing.counts must return the same names for every micro-batch; found other loss, no lm loss."),
     ("Minimised", f"Minimised.losses {OF_COUNTS}; found accuracy."),

@@ -120,7 +120,7 @@ def test_data_that_cannot_be_read_costs_no_step(corpus, tmp_path, monkeypatch, c
     train(whole)
     monkeypatch.setenv(BROKEN, "16 0")  # of the first validation's 16 samples none
     with pytest.raises(
-        TrainingError, match=r"all 12 steps are done and saved.*validation data: .*sample 4\d lies on a broken disk"
+        TrainingError, match=r"All 12 steps are done and saved.*validation data: .*sample 4\d lies on a broken disk"
     ):
         train(run.replace(loss="lm"))
     said = capsys.readouterr()
@@ -145,7 +145,7 @@ def on_ranks(config) -> None:
 @pytest.mark.parametrize("layout", [{}, {"pipeline_model_parallel_size": 2}])
 def test_one_rank_that_cannot_read_leaves_nobody_waiting(ranks, corpus, tmp_path, layout):
     config = tiny_config(corpus, str(tmp_path / "run"), dataset=address("dataset"), eval_interval=3, **layout)
-    with pytest.raises(TrainingError, match=r"^all 12 steps are done and saved"):
+    with pytest.raises(TrainingError, match=r"^All 12 steps are done and saved"):
         ranks(on_ranks, 2, config, timeout=60)
     assert saved(tmp_path / "run") == [12]
 
@@ -155,7 +155,7 @@ def test_an_error_within_the_model_changes_no_step(corpus, tmp_path, capsys, pre
     make = functools.partial(tiny_config, corpus, eval_interval=3, save_interval=6, **precision)
     train(make(str(tmp_path / "whole")))
     with pytest.raises(
-        TrainingError, match="all 12 steps are done and saved, but not measured at their end: validation data"
+        TrainingError, match="All 12 steps are done and saved, but not measured at their end: validation data"
     ):
         train(make(str(tmp_path / "run"), loss=address("Failing")))
     assert "validation loss at step 6 was not measured" in capsys.readouterr().err

@@ -78,7 +78,7 @@ def test_a_recipe_is_checked_without_its_schedule(name: str, capsys: pytest.Capt
     shown = capsys.readouterr()
     if large:
         assert (
-            "number of processes (tensor 8 x pipeline 16 x context 1 x replicas 1) must be at most 8, "
+            "The number of processes (tensor 8 x pipeline 16 x context 1 x replicas 1) must be at most 8, "
             "because one machine runs them all; found 128." in shown.err
         )
         smaller = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "1"]

@@ -6,9 +6,10 @@ FORMATS.find("huggingface").write(weights, FOLDER, HuggingFaceOptions(dtype="bfl
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError, problem
 from megalith.common.pointers import pointers_below
 from megalith.common.registry import Registry
+from megalith.config.flags.text import Words
 
 __all__ = [
     "FORMATS",
@@ -49,6 +51,7 @@ __all__ = [
     "read",
     "recognise",
     "refuse_pointers",
+    "select_options",
 ]
 
 
@@ -61,9 +64,9 @@ class Format(NamedTuple):
 
     description: str
     recognises: Callable[[pathlib.Path], bool]
+    options: type[Options]
     read: Callable[[pathlib.Path, Any], Weights]
     write: Callable[[Weights, pathlib.Path, Any], None] | None = None
-    options: type[Options] = Options
 
 
 def _write_megalith(weights: Weights, folder: pathlib.Path, options: MegalithOptions) -> None:
@@ -73,9 +76,9 @@ def _write_megalith(weights: Weights, folder: pathlib.Path, options: MegalithOpt
 MEGALITH = Format(
     f"megalith: a folder with {MANIFEST}, or one of iter_NNNNNNN folders that have it",
     is_megalith,
+    MegalithOptions,
     lambda path, options: own_format.read_megalith(path, options.iteration),
     _write_megalith,
-    MegalithOptions,
 )
 FORMATS = Registry(
     "checkpoint format",
@@ -93,14 +96,16 @@ def recognise(path: str | os.PathLike) -> str:
     """The name of the format that `path` is in. Raises CheckpointError where it is in none, or does not exist."""
     path = pathlib.Path(path)
     if not path.exists():
-        raise CheckpointError(problem("source", str(path), "must be an existing file or folder", "Correct the path"))
+        raise CheckpointError(
+            problem("The source", str(path), "must be an existing file or folder", "Correct the path")
+        )
     for name in FORMATS:
         if FORMATS.find(name).recognises(path):
             return name
     refuse_pointers(path)
     if runs := describe_runs(path):
         raise CheckpointError(runs)
-    inside = sorted(each.name for each in path.iterdir())[:8] if path.is_dir() else "a file"
+    inside = sorted(each.name for each in path.iterdir())[:8] if path.is_dir() else Words("a file")
     known = "; ".join(FORMATS.find(name).description for name in FORMATS)
     rule = f"must be in one of the known formats ({known})"
     raise CheckpointError(problem(f"{path}", inside, rule, "Correct the path, or name the format with --from"))
@@ -121,14 +126,11 @@ def read(
     format: those that this format has no use for are without effect. Raises CheckpointError for options of another
     format's class and for names that no format has.
     """
-    try:
+    with _naming_pointers(pathlib.Path(path)):
         name = format or recognise(path)
-        found = FORMATS.find(name)
-        own_options = _options_for(name, found, options or {})
-        weights = found.read(pathlib.Path(path), own_options)
-    except Exception:
-        refuse_pointers(pathlib.Path(path))
-        raise
+    own_options = select_options(name, options or {})
+    with _naming_pointers(pathlib.Path(path)):
+        weights = FORMATS.find(name).read(pathlib.Path(path), own_options)
     weights = replace(weights, source=os.fspath(path)) if weights.source == Weights.source else weights
     if own_options.tokenizer is None:
         return weights
@@ -136,15 +138,33 @@ def read(
     return replace(weights, files=others | tokenizer.tokenizer_files(own_options.tokenizer))
 
 
-def _options_for(name: str, format: Format, given: Options | Mapping[str, Any]) -> Options:
-    """The options of this format that are given."""
+def select_options(name: str, given: Options | Mapping[str, Any], others: Collection[type[Options]] = ()) -> Options:
+    """The options of the format called `name` among those given, as `read` takes them.
+
+    others: classes whose names may be among them too, beside those of FORMATS. Raises CheckpointError as `read` does.
+    """
+    own = FORMATS.find(name).options
     if isinstance(given, Options):
-        if not isinstance(given, format.options):
-            rule = f"must be {format.options.__name__} for the format {name}"
-            raise CheckpointError(problem("options", type(given).__name__, rule, "Give options of the source's format"))
+        if not isinstance(given, own):
+            rule = f"must be {own.__name__} for the format {name}"
+            found = Words(f"a {type(given).__name__}")
+            raise CheckpointError(problem("The options", found, rule, "Give options of the source's format"))
         return given
-    classes = [format.options, *(FORMATS.find(each).options for each in FORMATS)]
-    known = {each.name for options in classes for each in fields(options)}
+    known = {each.name for options in (own, *others) for each in fields(options)}
+    if given.keys() - known:  # only now, because it imports all formats
+        known |= {each.name for other in FORMATS for each in fields(FORMATS.find(other).options)}
     if unknown := sorted(given.keys() - known):
-        raise CheckpointError(problem("options", unknown, "must be options of a checkpoint format", "Correct the name"))
-    return format.options.select(given)
+        raise CheckpointError(
+            problem("The options", unknown, "must be options of a checkpoint format", "Correct the name")
+        )
+    return own.select(given)
+
+
+@contextlib.contextmanager
+def _naming_pointers(path: pathlib.Path) -> Iterator[None]:
+    """Where what is done with `path` fails, an error that names pointers of git LFS below it, if there are any."""
+    try:
+        yield
+    except Exception:
+        refuse_pointers(path)
+        raise

@@ -50,7 +50,7 @@ def read(load: str | os.PathLike, options: Mapping[str, Any]) -> Weights:
     """The weights of --load. Raises CheckpointError for what is missing, damaged, unknown or ambiguous."""
     format = format_of(load)
     if format == "huggingface" and options.get("iteration") is not None:
-        rule = f"has no use for {load}, a Hugging Face folder, which holds one state of a model"
+        rule = f"has no meaning for {load}, a Hugging Face folder, which holds one state of a model"
         raise CheckpointError(problem("--ckpt-step", options["iteration"], rule, "Leave it out"))
     return formats.read(local_path(load), format, options)
 

@@ -36,6 +36,13 @@ class Options:
         return cls(**{name: value for name, value in given.items() if name in names})
 
 
+def as_mapping(options: Options | Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """{name: value} of options, whichever way they are given."""
+    if isinstance(options, Options):
+        return {each.name: getattr(options, each.name) for each in dataclasses.fields(options)}
+    return options or {}
+
+
 @dataclass(frozen=True, kw_only=True)
 class MegalithOptions(Options):
     """Checkpoints of megalith. iteration: which of several; None is the latest."""

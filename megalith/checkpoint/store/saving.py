@@ -132,17 +132,19 @@ def _begin(request: SaveRequest, requested: list[tuple[str, int]], locks: list[i
     if len(set(requested)) > 1:
         raise CheckpointError(
             f"the ranks disagree on what to save where: {sorted(set(requested))}; "
-            f"all must name one folder and one iteration"
+            f"all must name one folder and one iteration."
         )
     if request.iteration < 0:
-        raise CheckpointError(f"iteration must be at least 0; found {request.iteration}. Pass the number of steps done")
+        raise CheckpointError(
+            f"iteration must be at least 0; found {request.iteration}. Pass the number of steps done."
+        )
     if request.path.exists() and not (request.path / INDEX).exists() and not (request.path / manifest.NAME).exists():
         # Megatron gives its folders the same names; what another program wrote is not replaced.
         raise CheckpointError(
-            f"{request.path} exists and is not a checkpoint of megalith. Save elsewhere (--save), or move it away"
+            f"{request.path} exists and is not a checkpoint of megalith. Save elsewhere (--save), or move it away."
         )
     if written_by_another_run(request.path, request.run):
-        raise CheckpointError(f"{request.path} was written by another run. Save elsewhere (--save), or move it away")
+        raise CheckpointError(f"{request.path} was written by another run. Save elsewhere (--save), or move it away.")
     with contextlib.suppress(OSError):
         folders.clean(request.folder)
     temporary, lock = folders.claim(request.folder, request.iteration)
@@ -161,7 +163,7 @@ def _write_manifest(request: SaveRequest, temporary: pathlib.Path, tensors: dict
         }
     except (TypeError, ValueError) as error:
         raise CheckpointError(
-            f"train_state cannot be written as JSON ({error}); it may hold numbers, text, lists and dicts"
+            f"train_state cannot be written as JSON ({error}); it may hold numbers, text, lists and dicts."
         ) from None
     entries = {name: facts for of_rank in sums for name, facts in of_rank.items()}
     for name, source in request.files.items():
@@ -176,7 +178,7 @@ def _write_manifest(request: SaveRequest, temporary: pathlib.Path, tensors: dict
         ):
             raise CheckpointError(
                 f"the name of a file must be a path inside the checkpoint that megalith does not use itself; "
-                f"found {name!r}"
+                f"found {name!r}."
             )
         small_files[name] = pathlib.Path(source).read_bytes()
     entries |= {name: _write(temporary / name, data) for name, data in small_files.items()}
@@ -195,7 +197,7 @@ def _verify_written(temporary: pathlib.Path, sums: dict, *, whole: bool) -> None
     problems = manifest.compare(temporary, sums) + (manifest.check_sizes(temporary) if whole else [])
     if problems:
         raise CheckpointError(
-            "; ".join(problems) + ". All ranks must see one folder, on a filesystem that keeps what is written"
+            "; ".join(problems) + ". All ranks must see one folder, on a filesystem that keeps what is written."
         )
 
 

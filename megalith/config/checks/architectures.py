@@ -43,8 +43,7 @@ def bert_problems(config: RunConfig, kind: str = "bert") -> Iterator[Problem]:
     yield from unsupported_forms(config, kind)
     if m.positions != "learned_absolute":
         cure = "Leave it out; the default is learned_absolute"
-        rule = "must be learned_absolute for BERT, which learns its positions"
-        yield field_problem(("position_embedding_type",), "--position-embedding-type", m.positions, rule, cure)
+        yield _positions_problem(config, "must be learned_absolute for BERT, which learns its positions", cure)
     if m.norm_after_residual and m.apply_residual_connection_post_layernorm:
         both = ("norm_after_residual", "apply_residual_connection_post_layernorm")
         cure = "Leave out --apply-residual-connection-post-layernorm"
@@ -55,6 +54,14 @@ def bert_problems(config: RunConfig, kind: str = "bert") -> Iterator[Problem]:
     if d.dataset == "bert" and d.seq_length is not None and d.seq_length < 8:
         rule = "must be at least 8, because a sample has [CLS], two segments and a [SEP] after each"
         yield field_problem(("seq_length",), "--seq-length", d.seq_length, rule, "Write --seq-length 512")
+
+
+def _positions_problem(config: RunConfig, rule: str, cure: str) -> Problem:
+    about: tuple[str, ...] = ("position_embedding_type",)
+    if config.model.use_rotary_position_embeddings:  # which has set them
+        about = ("position_embedding_type", "use_rotary_position_embeddings")
+        cure = "Leave out --use-rotary-position-embeddings"
+    return field_problem(about, "--position-embedding-type", config.model.positions, rule, cure)
 
 
 def classification_problems(config: RunConfig) -> Iterator[Problem]:
@@ -73,8 +80,7 @@ def t5_problems(config: RunConfig) -> Iterator[Problem]:
     yield from unsupported_forms(config, "t5")
     if m.positions not in ("learned_absolute", "relative", "none"):
         rule = "must be learned_absolute (Megatron's), relative (T5's own) or none for T5"
-        cure = "Write --position-embedding-type relative, or leave it out"
-        yield field_problem(("position_embedding_type",), "--position-embedding-type", m.positions, rule, cure)
+        yield _positions_problem(config, rule, "Write --position-embedding-type relative, or leave it out")
     exact = m.relative_attention_num_buckets // 2
     if m.positions == "relative" and m.relative_attention_max_distance <= exact:
         rule = f"must be above {exact}: the first {exact} of --relative-attention-num-buckets are for one distance "

@@ -152,7 +152,8 @@ def needs_checkpoint(config: RunConfig) -> str | None:
 def _files(config: RunConfig) -> Iterator[Problem]:
     c = config.checkpoint
     if c.keep_every and c.save_interval and c.keep_every % c.save_interval:
-        rule = f"must be a multiple of --save-interval, {c.save_interval}, or it keeps no checkpoint"
+        rule = f"must be a multiple of --save-interval, {c.save_interval}, "
+        rule += "or some of its multiples have no checkpoint to keep"
         cure = f"Write --keep-every {around(c.keep_every, multiples(c.keep_every, c.save_interval))}"
         yield field_problem(("keep_every", "save_interval"), "--keep-every", c.keep_every, rule, cure)
     given = needs_checkpoint(config)

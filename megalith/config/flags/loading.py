@@ -136,7 +136,8 @@ def source_texts(
         cure = "Correct the path; megalith config writes such a file"
         if isinstance(error, UnicodeDecodeError):
             cure = conversion_advice([reason(error)]).rstrip(". ")
-        text = problem("--config", file, f"must name a readable YAML file ({error})", cure)
+        why = getattr(error, "strerror", None) or str(error)
+        text = problem("--config", file, f"must name a readable YAML file ({why})", cure)
         problems.append(Problem(tuple(fields()), text))
     return found
 

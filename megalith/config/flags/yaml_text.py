@@ -61,10 +61,10 @@ def parse_yaml(text: str, source: str, problems: list[Problem], notices: list[st
             for name, inner in value.items():
                 _read_key(str(name), inner, key, source, values, problems, notices)
         elif value is not None:
-            rule = "is a section, whose fields must stand below it, indented"
+            rule = "is a section, whose fields must be indented below it"
             cure = "Indent them, or write fields without a section"
             if missing_space := _missing_space(str(value)):
-                rule, cure = f"is a section, whose fields must stand below it: {missing_space[0]}", missing_space[1]
+                rule, cure = f"{rule}: {missing_space[0]}", missing_space[1]
             # All fields of the section are named, so that none of them is reported as missing too.
             about_it = tuple(name for name, field in fields().items() if field.section == key)
             problems.append(Problem(about_it, problem(f"{source}: {key}", value, rule, cure)))
@@ -140,8 +140,8 @@ REASONS = (  # words of the parser's message -> what is wrong, in the words of w
     ("but got '<stream end>'", "a bracket is not closed", "Close it"),
     ("unexpected end of stream", "a quotation mark is not closed", "Close it"),
     ("expected <block end>", "the fields of a section begin in one column", "Correct the indentation"),
-    ("cannot start any token", "text that begins with such a sign stands in quotes", "Put it into quotes"),
-    ("is given twice", "a name stands once in a section", "Keep one"),
+    ("cannot start any token", "text that begins with such a sign must be in quotes", "Put it into quotes"),
+    ("is given twice", "a name may appear only once in a section", "Keep one"),
     (
         "constructor for the tag",
         "values are numbers, text, true, false and lists, without tags (!)",

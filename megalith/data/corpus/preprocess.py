@@ -131,9 +131,9 @@ def _encode(
     except BadDocument as error:
         raise _bad_document_error(error, options, inputs, part_bytes) from error
     if fingerprint(options, inputs, part_bytes, tokenizer.fingerprint()) != key:
-        rule = "or the tokenizer has a file that changed while it was read, so the parts are of before and after"
-        cure = "Give the same command again when nothing writes there"
-        raise DataError(problem("--input", list(options.input), rule, cure))
+        what, rule = "The files of --input and of the tokenizer", "must not change during preprocessing"
+        found = Words(f"a change, and --input {' '.join(map(str, options.input))}")
+        raise DataError(problem(what, found, rule, "Give the same command again when nothing writes there"))
     ordered = [records[number] for number in sorted(slices)]
     merged = _finish(options, job, output, inputs, ordered, slices, encoder, resumed, started)
     output.remove_parts()

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from megalith.common.errors import ConfigError, problem
 from megalith.common.extras import missing_package
+from megalith.config.flags.text import Words
 from megalith.data.corpus.inputs import Inputs, file_format, is_stream
 from megalith.data.corpus.preprocess_pool import ENGINES
 from megalith.data.corpus.sentences import language_code
@@ -51,7 +52,8 @@ def check_options(options: PreprocessOptions) -> None:
         problems.append(problem("--json-keys", list(options.json_keys), rule, "Correct the list"))
     if options.workers < 0 or options.partitions < 1:
         rule = "must be 0 (one for each core) or more, and --partitions 1 or more"
-        problems.append(problem("--workers", (options.workers, options.partitions), rule, "Correct them"))
+        found = Words(f"--workers {options.workers} and --partitions {options.partitions}")
+        problems.append(problem("--workers", found, rule, "Correct them"))
     for flag, value, other in (("--on-error", options.on_error, "fail"), ("--on-empty", options.on_empty, "keep")):
         if value not in ("skip", other):
             problems.append(problem(flag, value, f"must be skip or {other}", "Choose one"))

@@ -175,8 +175,10 @@ def split_datasets(
     """
     limits = [limit for limit in (tokens, documents, size) if limit]
     if len(limits) != 1 or limits[0] < 0:
+        given = {"--tokens": tokens, "--documents": documents, "--bytes": size}
+        found = Words(" and ".join(f"{flag} {limit}" for flag, limit in given.items() if limit) or "nothing")
         rule = "must be given, above 0, as the size of a dataset"
-        raise DataError(problem("Exactly one of --tokens, --documents and --bytes", limits, rule, "Give one"))
+        raise DataError(problem("Exactly one of --tokens, --documents and --bytes", found, rule, "Give one"))
     earlier = split_files(output_prefix)
     if earlier and not overwrite:
         rule = "has files of an earlier split, some of which would be left among the new ones"

@@ -48,7 +48,8 @@ class GPT2BPETokenizer(LibraryTokenizer):
         except Exception as error:  # the library raises bare Exception
             what, found = "--vocab-file and --merge-file", Words(f"{vocab_file} and {merge_file}")
             rule = f"must be GPT-2's vocab.json and merges.txt ({error})"
-            raise DataError(problem(what, found, rule, "Check the two paths")) from error
+            cure = "Write --vocab-file FOLDER/vocab.json --merge-file FOLDER/merges.txt"
+            raise DataError(problem(what, found, rule, cure)) from error
         super().__init__(options, backend)
         # Sentinels get ids but stay out of the library's tables: text that looks like one is still just text.
         self.extra_ids = range(self.vocab_size, self.vocab_size + options.vocab_extra_ids)

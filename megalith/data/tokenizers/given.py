@@ -38,7 +38,7 @@ class TokenizerOverride:
         files = [f"{flag(name)} {self.named[name]}" for name in TOKENIZER_FILES if name in self.named]
         if self.folder is not None and files:
             found = Words(f"{folder}, and {', '.join(files)}")
-            rule = "must stand alone, because a model has one tokenizer"
+            rule = "excludes --vocab-file, --merge-file and --tokenizer-model, because a model has one tokenizer"
             raise ConfigError(problem("--tokenizer", found, rule, "Leave out one of them"))
         if self.folder is not None and not self.folder.is_dir():
             rule = "must be a folder with tokenizer.json, or with vocab.json and merges.txt"
@@ -141,6 +141,6 @@ def _is_lower_case(vocabulary: pathlib.Path) -> bool:
     try:
         words = vocabulary.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        rule = f"must be a readable text file ({error})"
+        rule = f"must be a readable text file ({getattr(error, 'strerror', None) or error})"
         raise DataError(problem("--vocab-file", str(vocabulary), rule, "Check the path")) from None
     return not any(word != word.lower() for word in words if not word.startswith("["))

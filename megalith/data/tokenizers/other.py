@@ -85,7 +85,7 @@ class TikTokenizer(Tokenizer):
         vocabulary = {name: i for i, name in enumerate(self._special)}
         if repeated := sorted(vocabulary.keys() & set(names.values())):
             rule = "must not be those of special tokens, because tokenizer.json has tokens by name"
-            raise DataError(problem("names of the vocabulary", repeated[:3], rule, "Use it through megalith"))
+            raise DataError(problem("The names of the vocabulary", repeated[:3], rule, "Use it through megalith"))
         vocabulary |= {names[token]: first + rank for token, rank in self._ranks.items()}
         merges = []
         for token in self._ranks:
@@ -148,11 +148,11 @@ class NullTokenizer(Tokenizer):
             ids = [int(word) for word in text.split()]
         except ValueError as error:
             rule = "must be token ids separated by spaces"
-            raise DataError(problem("text for NullTokenizer", text[:40], rule, "Use another tokenizer")) from error
+            raise DataError(problem("Text for NullTokenizer", text[:40], rule, "Use another tokenizer")) from error
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             worst = max(ids) if min(ids) >= 0 else min(ids)
             rule = f"must be 0 to {self.vocab_size - 1}"
-            raise DataError(problem("a token id", worst, rule, "Raise --vocab-size or correct the data"))
+            raise DataError(problem("A token id", worst, rule, "Raise --vocab-size or correct the data"))
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:

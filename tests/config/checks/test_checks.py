@@ -104,7 +104,8 @@ COMBINED = [
     ),
     (
         {"save_interval": 100, "keep_every": 250},
-        "--keep-every must be a multiple of --save-interval, 100, or it keeps no checkpoint; found 250. Write"
+        "--keep-every must be a multiple of --save-interval, 100, or some of its multiples have no checkpoint to keep; "
+        "found 250. Write"
         " --keep-every 200 or 300.",
     ),
     (

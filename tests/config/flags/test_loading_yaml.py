@@ -38,7 +38,7 @@ def test_old_spellings():
         ("modell: {num_layers: 2}", "unknown key modell: did you mean model?"),
         (
             "model:\n  hidden_size:32\n",
-            "model is a section, whose fields must stand below it: hidden_size:32 has no space after the colon",
+            "model is a section, whose fields must be indented below it: hidden_size:32 has no space after the colon",
         ),
         ("num_layers:2\nhidden_size:32\n", "num_layers:2 has no space after the colon"),
         ("model: {num_layers:2}", "A key of run.yaml must be a name: num_layers:2 has no space after the colon"),
@@ -75,14 +75,14 @@ def test_every_mistake_is_named(content, message):
         ("lr: 1\nseed\nname: x\n", "a line is `name: value`; found "),
         (
             "lr: 1\nlr: 2\n",
-            "in line 2: lr is given twice, and a name stands once in a section; found 'lr: 2'. Keep one.",
+            "in line 2: lr is given twice, and a name may appear only once in a section; found 'lr: 2'. Keep one.",
         ),
         ("lr: !!python/object:os.x 2\n", "without tags (!); found 'lr: !!python/object:os.x 2'. Leave the tag out."),
         (
             "lr: 1\nname: a\x07b\n",
             "in line 2: special characters are not allowed; found '\\x07'. Remove the character.",
         ),
-        ("name: %x\n", "in line 1: text that begins with such a sign stands in quotes; found 'name: %x'"),
+        ("name: %x\n", "in line 1: text that begins with such a sign must be in quotes; found 'name: %x'"),
         (
             "model:\n  num_layers: 2\n  hidden_size:32\n  num_attention_heads: 2\nseed: 1\n",
             "in line 3: hidden_size:32 has no space after the colon, so that YAML reads one word; "

@@ -182,7 +182,7 @@ def test_bad_lines_are_listed_by_line(tmp_path):
             "3: missing key 'text'",
             "5: empty document",
             "6: not UTF-8",
-            "8: text for NullTokenizer must be token ids separated by spaces; found '7 x'",
+            "8: Text for NullTokenizer must be token ids separated by spaces; found '7 x'",
         ]
         assert [line.startswith(f"{path}:{kind}") for line, kind in zip(result.problems, kinds)] == [True] * 5
         report = json.loads(pathlib.Path(result.report).read_text())

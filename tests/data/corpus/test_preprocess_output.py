@@ -130,7 +130,7 @@ def test_a_record_of_another_key_is_no_record(tmp_path):
 
 
 def test_an_input_that_changes_while_it_is_read(asked, tmp_path):
-    with pytest.raises(DataError, match="changed while it was read"):
+    with pytest.raises(DataError, match="must not change during preprocessing"):
         preprocess(asked, progress=lambda record, total: corpus(tmp_path / "a.jsonl", 2000, count=41 + record["part"]))
     assert not list(tmp_path.glob("out_*"))
 

@@ -95,7 +95,7 @@ def test_on_error_fail_stops_at_an_empty_text_and_names_the_key(tmp_path):
 
 def test_the_key_of_a_refused_text_is_reported(tmp_path):
     result = run(tmp_path, [{"a": "1", "b": "x"}, {"a": "1", "b": "2"}], json_keys=("a", "b"), max_unusable=1)
-    assert "a.jsonl:1: key 'b': text for NullTokenizer" in result.problems[0]
+    assert "a.jsonl:1: key 'b': Text for NullTokenizer" in result.problems[0]
 
 
 @pytest.mark.parametrize(

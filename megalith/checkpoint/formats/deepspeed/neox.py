@@ -166,7 +166,7 @@ def _check_supported(args: Mapping[str, Any], modules: Sequence[HasTensors]) -> 
     if args.get("openai_gelu") and args.get("activation") not in (None, "gelu"):
         found = Words(f"{args['activation']}, and openai_gelu is {args['openai_gelu']}")
         rule = "must agree with openai_gelu, because a model has one activation"
-        raise CheckpointError(problem("activation of GPT-NeoX", found, rule, "Correct the one that is wrong"))
+        raise CheckpointError(problem("Activation of GPT-NeoX", found, rule, "Correct the one that is wrong"))
     usual = {"num_kv_heads": args.get("num_attention_heads"), "num_unique_layers": args.get("num_layers")}
     others = {name: args[name] for name, value in usual.items() if args.get(name) not in (None, value)}
     others |= {"attention_config": sorted(kinds)} if kinds else {}

@@ -65,10 +65,12 @@ def read(path: pathlib.Path, options: DeepSpeedOptions) -> Weights:
     """The weights at `path`. Raises CheckpointError for what is missing, damaged, unknown or does not fit."""
     folder = find(path, options.iteration)
     if folder is None:
-        folders = sorted(each.name for each in path.iterdir() if each.is_dir())[:8]
+        folders = sorted(each.name for each in path.iterdir() if each.is_dir())
         rule = "must hold a folder global_stepN with mp_rank_00_model_states.pt for each iteration"
-        cure = "Name one with --ckpt-step N, or name its folder as SOURCE"
-        raise CheckpointError(problem(f"{path}", folders, rule, cure))
+        cure = "Correct the path, or copy the checkpoint again"
+        if any(name.startswith("global_step") for name in folders):
+            cure = "Name one with --ckpt-step N, or name its folder as SOURCE"
+        raise CheckpointError(problem(f"{path}", folders[:8] or Words("none"), rule, cure))
     classes: set[str] = set()
     matches = ((file, MODEL_STATES_FILE.fullmatch(file.name)) for file in sorted(folder.iterdir()))
     files = {int(match[1]): file for file, match in matches if match}
@@ -214,6 +216,6 @@ def _load(file: pathlib.Path, classes: set[str]) -> dict[str, Any]:
 FORMAT = Format(
     "deepspeed: mp_rank_00_model_states.pt in a folder, or in the global_stepN that `latest` names",
     recognises,
+    DeepSpeedOptions,
     read,
-    options=DeepSpeedOptions,
 )

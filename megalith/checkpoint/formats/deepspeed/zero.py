@@ -119,8 +119,8 @@ def _split_flat(folder: pathlib.Path, parts: list[Lazy], shapes: Mapping[str, An
             if low < high:
                 pieces.append(part.reshape((end - begin,)).narrow(0, low - begin, high - low))
         if last > bounds[-1]:
-            what = f"the elements of the optimizer's shards in {folder}"
-            rule = f"must be at least {last}, where {name} ends"
+            what = f"The optimizer's shards in {folder}"
+            rule = f"must hold at least {last} elements, because {name} ends there"
             raise CheckpointError(problem(what, bounds[-1], rule, "Copy the missing files"))
         found[name] = cat(pieces).reshape(shape)
         first = last

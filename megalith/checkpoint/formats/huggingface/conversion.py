@@ -207,7 +207,7 @@ def _convert_tensors(
         cure = "Copy all of the model's files, of one version"
         raise CheckpointError(problem(f"{path}: tensors", lacked, rule_text, cure))
     _require_rules(family, (name for name in shapes if f"model/{name}" not in converted), "")
-    spare = sorted(name for name in found.keys() - used if not _is_ignored(family, name))
+    spare = sorted(name for name in found.keys() - used if not _matches(family.ignored, name))
     if beyond := [name for name in spare if _is_in_further_layer(name, used)]:
         layers = f"{model.num_layers}" + f" and {model.decoder_layers} in the decoder" * bool(model.decoder_layers)
         rule_text = f"must be of as many layers as {path / CONFIG}, or a flag, says that there are ({layers})"
@@ -222,8 +222,8 @@ def _listed(names: list[str], most: int) -> str:
     return ", ".join(names[:most]) + " ..." * (len(names) > most)
 
 
-def _is_ignored(family: Family, name: str) -> bool:
-    return any(re.fullmatch(pattern, name) for pattern in family.ignored)
+def _matches(patterns: Iterable[str], name: str) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
 def _require_rules(family: Family, unnamed: Iterable[str], alternative: str) -> None:
@@ -273,8 +273,8 @@ def write(weights: Weights, folder: pathlib.Path, options: HuggingFaceOptions) -
     named = {f"model/{name}" for _, _, names in rules for name in names}
     parameters = [name for name in weights.tensors if name.startswith("model/")]
     unnamed = [name.removeprefix("model/") for name in parameters if name not in named]
-    alternative = ", or list it in `ignored` to export the model without it"
-    _require_rules(family, (name for name in unnamed if not _is_ignored(family, name)), alternative)
+    alternative = ", or list it in `not_exported` to export the model without it"
+    _require_rules(family, (name for name in unnamed if not _matches(family.not_exported, name)), alternative)
     if options.dtype:
         check_range(
             {each: lazy for each, lazy in weights.tensors.items() if each.startswith("model/")},
@@ -391,7 +391,7 @@ def _config_json(weights: Weights, model_type: str, family: Family) -> dict[str,
 FORMAT = Format(
     "huggingface: a folder with config.json and model.safetensors or pytorch_model.bin",
     recognises,
+    HuggingFaceOptions,
     read,
     write,
-    options=HuggingFaceOptions,
 )

@@ -198,8 +198,9 @@ class Family:
         (Tensors in these are under Hugging Face's names.)
     tied: {tensor: what it is tied to}, as transformers' _tied_weights_keys; see tied.py.
     file_names: {name in the state_dict of transformers' module: name in files}, where they differ.
-    rules: every parameter, see Rule. ignored: regular expressions for whole names: tensors in files that are no weights
-        (masks, inverse frequencies), and parameters of megalith's model that are not exported.
+    rules: every parameter, see Rule.
+    ignored: regular expressions for whole names of tensors in files that are no weights (masks, inverse frequencies).
+    not_exported: as ignored, of parameters by megalith's names, which an export leaves out.
     """
 
     architecture: str
@@ -220,6 +221,7 @@ class Family:
     file_names: Mapping[str, str] = field(default_factory=dict)
     rules: tuple[Rule, ...]
     ignored: tuple[str, ...] = ()
+    not_exported: tuple[str, ...] = ()
 
     def checked(self, given: Mapping[str, Any], where: str = "config.json") -> dict[str, Any]:
         """A config.json whose fields have their type and range, each under its own name, also where an alias was given.

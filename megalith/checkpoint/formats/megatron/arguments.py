@@ -235,7 +235,7 @@ def _fields_from_shapes(tensors: Mapping[str, Lazy], ranks: int, values: Mapping
             else "encoder.layers.0.mlp.dense_*.weight and self_attention.dense.weight"
         )
         rule, cure = f"must have {missing}, as every model of Megatron has", "Check that the checkpoint is complete"
-        raise CheckpointError(problem("the model", sorted(tensors)[:3], rule, cure))
+        raise CheckpointError(problem("The model", sorted(tensors)[:3], rule, cure))
     inner, outer = layer["mlp.dense_4h_to_h.weight"].shape[1], layer["mlp.dense_h_to_4h.weight"].shape[0]
     gated = values.get("swiglu") or values.get("glu_activation") in GLU_ACTIVATIONS
     found: dict[str, Any] = {

@@ -166,6 +166,6 @@ def optimizer_states(folder: pathlib.Path, chunked: DcpFolder) -> build.Optimize
 FORMAT = Format(
     "torch_dist: Megatron core's folders of .metadata, metadata.json and .distcp files",
     recognises,
+    TorchDistOptions,
     read,
-    options=TorchDistOptions,
 )

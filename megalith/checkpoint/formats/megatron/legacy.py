@@ -78,7 +78,7 @@ FORMAT = Format(
     "megatron: mp_rank_00/model_optim_rng.pt in a folder, in iter_NNNNNNN/ or release/ of it, or in a zip; "
     "or one .pt file",
     recognises,
+    MegatronOptions,
     read,
     write,
-    options=MegatronOptions,
 )

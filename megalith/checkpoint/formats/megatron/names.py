@@ -210,7 +210,7 @@ def table_of(kind: str) -> ParamTable:
     record = architecture(kind)
     if "megatron" not in record.names:
         rule = f"must be one of {', '.join(sorted(megatron_tables()))}"
-        raise CheckpointError(problem("a model in Megatron's format", kind, rule, "Convert it to one of them first"))
+        raise CheckpointError(problem("A model in Megatron's format", kind, rule, "Convert it to one of them first"))
     return load("Megatron's names", record.names["megatron"])
 
 
@@ -236,7 +236,7 @@ def mappings_of_names(mappings: Iterable[ParamMapping], names: Iterable[str]) ->
         if (mapping := mapping_of_name(mappings, name)) is None:
             raise CheckpointError(
                 problem(
-                    "every parameter",
+                    "Every parameter",
                     name,
                     "must belong to a model of Megatron that is known here",
                     "If a feature brings it (experts, adapters, ...), train without that, or drop it from the source",
@@ -271,7 +271,7 @@ def mappings_of_parameters(
                 mapped.update(parameters)
     if names - mapped:
         rule = "must have a counterpart in Megatron's model"
-        raise CheckpointError(problem("every parameter", min(names - mapped), rule, "Export to another format"))
+        raise CheckpointError(problem("Every parameter", min(names - mapped), rule, "Export to another format"))
     return found
 
 

@@ -181,7 +181,7 @@ def read_ranks(files: CheckpointFiles, folder: str, classes: set[str]) -> list[R
         folders = ", ".join(f"mp_rank_{t:02d}" + (f"_{p:03d}" if pipeline > 1 else "") for t, p in missing[:8])
         rule = (
             f"must hold one folder for each rank of tensor parallel {tensor} x pipeline parallel {pipeline}, "
-            f"but {folders} is missing"
+            f"but {folders} {'are' if len(missing) > 1 else 'is'} missing"
         )
         present_ranks = Words(f"{len(ranks)} of {tensor * pipeline} ranks")
         raise CheckpointError(problem(f"{files.path}/{folder}", present_ranks, rule, "Copy the missing folders"))

@@ -153,7 +153,7 @@ class _Export:
         missing = [key for key in MOMENTS if f"optimizer/{key}/{first}" not in self.weights.tensors]
         if self.with_optimizer and missing:
             rule = f"must have {' and '.join(missing)} of every parameter, as Adam has them"
-            raise CheckpointError(problem("the optimizer", Words("nothing"), rule, "Export without it"))
+            raise CheckpointError(problem("The optimizer", Words("nothing"), rule, "Export without it"))
 
     def files(self, tensor: int, pipeline: int) -> dict[str, Any]:
         """{name: content} of one rank's files."""

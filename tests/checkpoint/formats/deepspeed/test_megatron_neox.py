@@ -213,7 +213,7 @@ def test_arguments_that_tensors_or_others_contradict(tmp_path: pathlib.Path) -> 
             formats.read(write(tmp_path / name, model, 1, True, **{name: False}))
         formats.read(write(tmp_path / f"{name} true", model, 1, True, **{name: True}))
     with pytest.raises(
-        CheckpointError, match=r"activation of GPT-NeoX must agree with .*; found relu, and openai_gelu is True"
+        CheckpointError, match=r"Activation of GPT-NeoX must agree with .*; found relu, and openai_gelu is True"
     ):
         formats.read(write(tmp_path / "relu", original(**FORMS["tied"]), 1, True, openai_gelu=True))
     other = original(**FORMS["20b"])

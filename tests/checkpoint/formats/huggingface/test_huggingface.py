@@ -186,7 +186,7 @@ def test_a_form_that_no_family_has_is_named(tmp_path: pathlib.Path) -> None:
 
 def test_not_a_format(tmp_path: pathlib.Path) -> None:
     with pytest.raises(
-        CheckpointError, match=r"source must be an existing file or folder; found '.*nothing'. Correct the path"
+        CheckpointError, match=r"The source must be an existing file or folder; found '.*nothing'. Correct the path"
     ):
         formats.read(tmp_path / "nothing")
     (tmp_path / "a").touch()

@@ -1,4 +1,4 @@
-"""Export of a user's own model by its own Family: every parameter has a rule, or is ignored by name."""
+"""Export of a user's own model by its own Family: every parameter has a rule, or is left out by name."""
 
 import pathlib
 from dataclasses import replace
@@ -38,12 +38,10 @@ def record(family: str) -> architectures.Architecture:
 
 
 LACKING = record("LACKING_FAMILY")
-IGNORING = record("IGNORING_FAMILY")
+OMITTING = record("OMITTING_FAMILY")
 NAMING = record("NAMING_FAMILY")
 LACKING_FAMILY = replace(LLAMA, architecture="TwistForCausalLM", model_types=(f"{__name__}:LACKING",))
-IGNORING_FAMILY = replace(
-    LACKING_FAMILY, model_types=(f"{__name__}:IGNORING",), ignored=(*LLAMA.ignored, r"down\.weight")
-)
+OMITTING_FAMILY = replace(LACKING_FAMILY, model_types=(f"{__name__}:OMITTING",), not_exported=(r"down\.weight",))
 NAMING_FAMILY = replace(
     LACKING_FAMILY, model_types=(f"{__name__}:NAMING",), rules=(*LLAMA.rules, Rule("model.twist.down", "down"))
 )
@@ -65,15 +63,15 @@ def weights_of(name: str) -> Weights:
 def test_a_parameter_without_a_rule_is_refused(tmp_path: pathlib.Path) -> None:
     message = (
         r"TwistForCausalLM has no rule for 1 of this model's parameters: down\.weight\. "
-        r"Add a Rule for each to the family's `rules`, or list it in `ignored`"
+        r"Add a Rule for each to the family's `rules`, or list it in `not_exported`"
     )
     with pytest.raises(CheckpointError, match=message):
         huggingface.write(weights_of("LACKING"), tmp_path / "out", HuggingFaceOptions())
     assert not (tmp_path / "out").exists()
 
 
-def test_an_ignored_parameter_is_left_out(tmp_path: pathlib.Path) -> None:
-    weights = weights_of("IGNORING")
+def test_a_parameter_that_is_not_exported_is_left_out(tmp_path: pathlib.Path) -> None:
+    weights = weights_of("OMITTING")
     huggingface.write(weights, tmp_path / "out", HuggingFaceOptions())
     written = load_file(tmp_path / "out/model.safetensors")
     assert len(written) == len(weights) - 1 and not any("twist" in name for name in written)

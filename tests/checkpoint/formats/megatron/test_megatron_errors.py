@@ -79,7 +79,7 @@ def test_arguments_that_change_the_model_without_a_tensor(tmp_path: pathlib.Path
         ),
         (
             "name",
-            "every parameter must belong to a model of Megatron that is known here; "
+            "Every parameter must belong to a model of Megatron that is known here; "
             "found 'encoder.layers.0.mlp.router.weight'",
         ),
         ("experts", "--num-experts cannot be read, because there are no mixture-of-experts layers here; found"),

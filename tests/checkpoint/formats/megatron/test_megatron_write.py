@@ -219,7 +219,10 @@ def test_torch_and_megatron_find_what_they_expect(tmp_path: pathlib.Path) -> Non
             dict(pipeline_model_parallel_size=3),
             "--pipeline-model-parallel-size must give each of 3 stages of the model as many of its 4 layers; found 3",
         ),
-        (dict(with_optimizer=True), "optimizer must have exp_avg and exp_avg_sq of every parameter, .*; found nothing"),
+        (
+            dict(with_optimizer=True),
+            "The optimizer must have exp_avg and exp_avg_sq of every parameter, .*; found nothing",
+        ),
     ],
 )
 def test_layouts_that_cannot_be(tmp_path: pathlib.Path, layout: dict, message: str) -> None:

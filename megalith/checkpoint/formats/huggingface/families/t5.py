@@ -55,7 +55,7 @@ def _require_decoder(found: Mapping[str, Lazy]) -> dict[str, Any]:
     if not any(name.startswith("decoder.") for name in found):
         rule = "must be of an encoder and a decoder, and this folder has no decoder (T5EncoderModel)"
         cure = "Convert the whole model that the encoder was taken from"
-        raise CheckpointError(problem("weights", sorted(found)[:3], rule, cure))
+        raise CheckpointError(problem("The weights", sorted(found)[:3], rule, cure))
     return {}
 
 
