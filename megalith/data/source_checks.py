@@ -24,10 +24,10 @@ def check_not_empty(sources: Sequence[Source], opened: Sequence[Any]) -> None:
     cure = "Make it again from text, or leave it out"
     if weighed:
         rule = "must hold tokens, because the weight of an empty one would go to the others"
-        raise DataError(problem("the datasets of a blend", Words(f"no tokens in {', '.join(weighed)}"), rule, cure))
+        raise DataError(problem("The datasets of a blend", Words(f"no tokens in {', '.join(weighed)}"), rule, cure))
     if empty and len(empty) == len(sources):
         found = Words(f"none in {', '.join(named)}")
-        raise DataError(problem("the datasets", found, "must hold tokens", cure))
+        raise DataError(problem("The datasets", found, "must hold tokens", cure))
     if empty:
         warnings.warn(f"no tokens in {', '.join(named)}, so no samples come from there", stacklevel=2)
 

@@ -55,7 +55,7 @@ def write_weights(
     if spaced:
         rule = "must have a name without spaces, because a line of the list is `weight path corpus`"
         cure = "Rename its files, or with --by-directory its folder"
-        raise DataError(problem(f"corpus of {groups[spaced[0]][0]}", spaced[0], rule, cure))
+        raise DataError(problem(f"Corpus of {groups[spaced[0]][0]}", spaced[0], rule, cure))
     factors = _epochs(epochs, list(groups))
     sizes = {corpus: sum(tokens[prefix] for prefix in listed) for corpus, listed in groups.items()}
     total = sum(sizes[corpus] * factors[corpus] for corpus in groups)
@@ -85,7 +85,7 @@ def _epochs(requested: Mapping[str, float] | None, corpora: list[str]) -> dict[s
     for name, value in requested.items():
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < float("inf"):
             rule = "must be a number, 0 or more"
-            problems.append(problem(f"epochs of {name!r}", value, rule, "Correct the YAML file"))
+            problems.append(problem(f"Epochs of {name!r}", value, rule, "Correct the YAML file"))
         if name not in corpora and name != "default":
             rule = f"must name the corpora of the directory ({', '.join(sorted(corpora))})"
             problems.append(problem("epochs", name, rule, "Correct the name"))

@@ -128,11 +128,11 @@ def check_reshape(source: pathlib.Path, format: str | None) -> None:
             "for Megatron, write megalith checkpoint export --to megatron"
         )
         rule = "must be files of Megatron, because a checkpoint of megalith holds whole tensors, which any layout loads"
-        raise ConfigError(problem("the source of reshape", str(source), rule, cure))
+        raise ConfigError(problem("The source of reshape", str(source), rule, cure))
     if found not in ("megatron", "deepspeed", "torch_dist"):
         rule = "must be files of Megatron, because reshape goes from one layout of Megatron to another"
         cure = "Write megalith checkpoint export --to megatron"
-        raise ConfigError(problem("the source of reshape", Words(f"{source}, of the format {found}"), rule, cure))
+        raise ConfigError(problem("The source of reshape", Words(f"{source}, of the format {found}"), rule, cure))
 
 
 def cast(weights: Weights, dtype: torch.dtype) -> Weights:

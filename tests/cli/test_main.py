@@ -105,7 +105,7 @@ def test_errors_become_messages_and_statuses(verb, capsys, error, status, messag
         (errno.ENOENT, "Correct the path"),
         (errno.EACCES, "Ask its owner"),
         (errno.EROFS, "can only be read"),
-        (errno.ENOTDIR, "needs a folder"),
+        (errno.ENOTDIR, "in the place of a folder"),
         (errno.EISDIR, "a file is needed"),
         (errno.EEXIST, "in the way"),
         (errno.EFBIG, "raise the limit"),

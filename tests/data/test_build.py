@@ -278,7 +278,7 @@ def test_an_empty_dataset_is_named_and_its_weight_given_to_nobody(corpus, tmp_pa
                 match=f"must hold tokens, because the weight of an empty one .*; found no tokens in {empty} .weight",
             ):
                 build_datasets(config(data_path=paths), StubTokenizer())
-        with pytest.raises(DataError, match=f"the datasets must hold tokens; found none in {empty} .[03] documents"):
+        with pytest.raises(DataError, match=f"The datasets must hold tokens; found none in {empty} .[03] documents"):
             build_datasets(config(data_path=[empty]), StubTokenizer())
         with pytest.raises(UserWarning, match=f"no tokens in {empty} .*, so no samples come from there"):
             build_datasets(config(data_path=[full, other, empty]), StubTokenizer())

@@ -43,7 +43,7 @@ def test_a_folder_does_not_hide_the_dataset_of_its_name(tmp_path):
         (["nan", "a"], "0 or more"),
     ]
     + [
-        (["0", "a"], "at least one weight"),
+        (["0", "a"], "at least one finite weight"),
         (["1e308", "a", "1e308", "b"], "must be finite and above 0"),
         (["inf", "a"], "0 or more"),
     ],

@@ -96,7 +96,7 @@ def _check_target(folder: pathlib.Path, inputs: Sequence[str | os.PathLike], ove
     for source in map(pathlib.Path, map(os.path.realpath, inputs)):
         if source == folder or (_content(folder) and (folder in source.parents or source in folder.parents)):
             rule = f"must lie apart from the source {source}, as what is read is never written over"
-            raise CheckpointError(problem("the target folder", str(folder), rule, "Name a new folder"))
+            raise CheckpointError(problem("The target folder", str(folder), rule, "Name a new folder"))
     if not overwrite:
         check_new(folder)
     others = [name for name in _content(folder) if not _is_conversion_file(name)]

@@ -45,7 +45,7 @@ def transformers_files(tokenizer: Tokenizer, *, causal: bool = True, decoder: bo
     if wrong or backend.get_vocab_size() > tokenizer.vocab_size:
         rule = "must have one name and one id each, those of the vocabulary"
         found = wrong or Words("more of them")
-        raise DataError(problem("the tokens of tokenizer.json", found, rule, "Use the tokenizer through megalith"))
+        raise DataError(problem("The tokens of tokenizer.json", found, rule, "Use the tokenizer through megalith"))
     if not causal and tokenizer.cls is not None and tokenizer.sep is not None and backend.post_processor is None:
         backend.post_processor = template_processing(backend, tokenizer.cls, tokenizer.sep, repeat_in_pair=False)
     settings = tokenizer.settings if isinstance(tokenizer, HuggingFaceTokenizer) else {}
@@ -77,4 +77,4 @@ def _check_same_ids(tokenizer: Tokenizer, exported: dict[str, list[int]]) -> Non
         if ids != (expected := list(tokenizer.encode(text))):
             kind = tokenizer.options.tokenizer_type
             rule, found = f"must be those of {kind}", Words(f"{ids[:12]} for {text!r}, where it gives {expected[:12]}")
-            raise DataError(problem("the ids of tokenizer.json", found, rule, "Use the tokenizer through megalith"))
+            raise DataError(problem("The ids of tokenizer.json", found, rule, "Use the tokenizer through megalith"))

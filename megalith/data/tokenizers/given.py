@@ -100,7 +100,7 @@ class TokenizerOverride:
         else:
             rule = "must be a vocab.json and its merges.txt, or a vocab.txt alone, or a tokenizer.json alone"
             cure = "Add --merge-file FILE, or name the type with --tokenizer-type"
-            raise ConfigError(problem("the tokenizer", shown, rule, cure))
+            raise ConfigError(problem("The tokenizer", shown, rule, cure))
         instead = f", where the weights' arguments say {of_weights}" if of_weights not in (None, kind) else ""
         self.notes.append(f"tokenizer: a {kind}, as {shown} is of one{why}{instead}; --tokenizer-type names another")
         return kind

@@ -120,7 +120,7 @@ def post_processor_ids(backend: tokenizers.Tokenizer) -> tuple[list[int], list[i
         if backend.token_to_id(token) != i:
             found = Words(f"{token} as id {i}, where the vocabulary has {token} as {backend.token_to_id(token)}")
             rule, cure = "must add tokens under their ids", "Correct the id in post_processor, or save the file again"
-            raise DataError(problem("the post_processor of tokenizer.json", found, rule, cure))
+            raise DataError(problem("The post_processor of tokenizer.json", found, rule, cure))
     text = tokenizers.Tokenizer(tokenizers.models.WordLevel({"text": TEXT_ID})).encode("text")
     full = processor.process(text).ids
     if full.count(TEXT_ID) != 1:

@@ -38,7 +38,7 @@ def from_sentencepiece_model(data: bytes) -> tokenizers.Tokenizer:
         rule = (
             "must be Unigram or BPE that mark the space before a word, because the library tokenizers knows no others"
         )
-        raise DataError(problem("a sentencepiece model", Words(f"model_type {kind}"), rule, "Use it through megalith"))
+        raise DataError(problem("A sentencepiece model", Words(f"model_type {kind}"), rule, "Use it through megalith"))
     pieces = [_piece(value) for value in model[PIECES]]
     unknown = next((i for i, (_, _, kind) in enumerate(pieces) if kind == UNKNOWN), None)
     user_defined = [name for name, _, kind in pieces if kind == USER_DEFINED]

@@ -141,7 +141,7 @@ class Tokenizer:
     def to_huggingface(self) -> tokenizers.Tokenizer:
         """An equal tokenizer of the library `tokenizers`, which transformers reads; DataError where there is none."""
         rule = "must have a form that the library tokenizers knows"
-        raise DataError(problem("the tokenizer", self.options.tokenizer_type, rule, "Use it through megalith"))
+        raise DataError(problem("The tokenizer", self.options.tokenizer_type, rule, "Use it through megalith"))
 
     @property
     def split_special_tokens(self) -> bool:

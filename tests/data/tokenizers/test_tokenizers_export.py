@@ -157,7 +157,7 @@ def test_what_cannot_be_written_is_refused(tmp_path: pathlib.Path, monkeypatch: 
     tokenizer = letters(tmp_path)
     monkeypatch.setattr(tokenizer, "encode", lambda text: [7])
     with pytest.raises(
-        DataError, match=r"the ids of tokenizer\.json must be those of HuggingFaceTokenizer; found .* where it gives"
+        DataError, match=r"The ids of tokenizer\.json must be those of HuggingFaceTokenizer; found .* where it gives"
     ):
         transformers_files(tokenizer)
     with pytest.raises(DataError, match="must have a form that the library tokenizers knows"):

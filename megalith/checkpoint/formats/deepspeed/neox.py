@@ -107,7 +107,7 @@ def megatron_arguments(
         rule = "must have its configs/*.yml, because no tensor determines everything that it computes"
         flags = f"{', '.join(missing)} (where NeoX had gpt-j-residual, else --no-parallel-attn)"
         cure = f"Copy configs/ along, or give {flags}"
-        raise CheckpointError(problem(f"the model of GPT-NeoX in {folder}", Words("none"), rule, cure))
+        raise CheckpointError(problem(f"The model of GPT-NeoX in {folder}", Words("none"), rule, cure))
     positions = POSITIONS[args.get("pos_emb") or "learned"]
     parallel = overrides.get("parallel_attn", bool(args.get("gpt_j_residual")))
     found = {name: args[name] for name in SAME_NAMES if args.get(name) is not None} | {

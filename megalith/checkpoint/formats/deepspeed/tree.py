@@ -164,7 +164,7 @@ def pipeline_tensors(
     if numbers and not any(each.number < numbers[0] for each in modules):
         rule, found = "must be the embedding, which comes before the layers", Words(f"layers from {numbers[0]} on")
         cure = "Copy the complete checkpoint again"
-        raise CheckpointError(problem("the first module (layer_NN-model_*)", found, rule, cure))
+        raise CheckpointError(problem("The first module (layer_NN-model_*)", found, rule, cure))
     if numbers and not counted:
         _check_no_gaps({each.number for each in modules}, numbers)
     tables = []

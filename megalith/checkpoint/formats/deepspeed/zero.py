@@ -46,7 +46,7 @@ def read_shards(
             files.setdefault(int(match[2]), {})[int(match[1])] = file
     if not files:
         rule = "must be saved in zero_pp_rank_*_optim_states.pt"
-        raise CheckpointError(problem(f"the optimizer in {folder}", Words("nothing"), rule, WEIGHTS_ONLY_CURE))
+        raise CheckpointError(problem(f"The optimizer in {folder}", Words("nothing"), rule, WEIGHTS_ONLY_CURE))
     tables: dict[str, list[tuple[int, str, dict[str, Lazy]]]] = {
         key: [(rank, "", {}) for rank in range(ranks)] for key in ("master", *MOMENTS)
     }

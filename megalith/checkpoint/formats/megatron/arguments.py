@@ -110,7 +110,7 @@ def check_arguments(args: Mapping[str, Any], overrides: Collection[str] = ()) ->
     if not isinstance(value := args.get(positions), (str, int, type(None))):
         if positions not in overrides:
             rule = "must be a name, or the number of one"
-            raise CheckpointError(problem(f"arguments of the file: {positions}", value, rule, CURE))
+            raise CheckpointError(problem(f"Arguments of the file: {positions}", value, rule, CURE))
         del args[positions]
     table: dict[str, FieldType | RunField] = dict(EXTRA_ARGUMENTS)
     for name in args.keys() - EXTRA_ARGUMENTS.keys() - UNSUPPORTED.keys():
@@ -118,7 +118,7 @@ def check_arguments(args: Mapping[str, Any], overrides: Collection[str] = ()) ->
         if field and field.section == "model" and field.kind is not str:
             table[name] = RunField(field.name)
     table = {name: kind for name, kind in table.items() if RENAMED.get(name, name) not in overrides}
-    return checked(args, table, "arguments of the file", CURE)
+    return checked(args, table, "Arguments of the file", CURE)
 
 
 def to_config(
@@ -171,7 +171,7 @@ def to_config(
     values["vocab_size"] = true_vocab_size(args, padded, ranks, overrides, notes, size)
     values.setdefault("make_vocab_size_divisible_by", 128)
     config = RunConfig().replace(**values)
-    fail((f"arguments of the file, or flags: {each.text}" for each in form_problems(config)), CheckpointError)
+    fail((f"Arguments of the file, or flags: {each.text}" for each in form_problems(config)), CheckpointError)
     return config
 
 
@@ -214,7 +214,7 @@ def _full_attention_layers(skip: int | Sequence[int] | None, layers: int) -> lis
         and not (isinstance(skip, (list, tuple)) and all(each in (0, 1) for each in skip))
     ):
         rule = "must be a whole number, or a list with a 0 or a 1 for each layer"
-        raise CheckpointError(problem("arguments of the file: window_attn_skip_freq", skip, rule, CURE))
+        raise CheckpointError(problem("Arguments of the file: window_attn_skip_freq", skip, rule, CURE))
     pattern = skip if isinstance(skip, Sequence) else [number % skip for number in range(1, layers + 1)] if skip else []
     return [layer for layer, window in enumerate(pattern[:layers]) if not window]
 
@@ -298,7 +298,7 @@ def _set_heads(
     if not heads:
         rule = "must be given, because the file holds no arguments and shapes do not determine it"
         cure = "Give --num-attention-heads"
-        raise CheckpointError(problem("the number of attention heads", Words("nothing"), rule, cure))
+        raise CheckpointError(problem("The number of attention heads", Words("nothing"), rule, cure))
     channels = tensors["encoder.layers.0.self_attention.dense.weight"].shape[1] * ranks  # of all heads
     if not args and "kv_channels" not in overrides and channels != values["hidden_size"]:
         what = f"the channels of attention in the files of {ranks} tensor-parallel ranks"

@@ -171,7 +171,7 @@ class ConversionPlan:
             ]
             raise CheckpointError(
                 problem(
-                    f"the parameters of the {kind}",
+                    f"The parameters of the {kind}",
                     Words("; ".join(filter(None, texts))),
                     "must be those that the arguments describe",
                     "A shard may be missing; or give the flags of the model that are wrong in the file "

@@ -156,7 +156,7 @@ def optimizer_states(folder: pathlib.Path, chunked: DcpFolder) -> build.Optimize
                 "must not be stored as flat buffers, which depend on settings that are not stored (save with "
                 "--dist-ckpt-optim-fully-reshardable)"
             )
-        what, stored = f"the optimizer in {folder}", Words("flat buffers" if flat else "nothing")
+        what, stored = f"The optimizer in {folder}", Words("flat buffers" if flat else "nothing")
         raise CheckpointError(problem(what, stored, rule, WEIGHTS_ONLY_CURE))
     return {
         key: [dict(zip(normalize_names(table).values(), table.values(), strict=True))] for key, table in found.items()

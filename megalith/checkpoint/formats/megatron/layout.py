@@ -135,13 +135,13 @@ def check_divisible(layout: Layout, shapes: Sequence[tuple[str, str, Shape]]) ->
     cure = "Take a number of ranks that divides it"
     rule = f"must be a multiple of the number of tensor-parallel ranks ({layout.ranks})"
     wrong = [
-        problem(f"the number of {what}", number, rule, cure)
+        problem(f"The number of {what}", number, rule, cure)
         for what, number in (("attention heads", layout.heads), ("key/value heads", layout.groups))
         if number % layout.ranks and not (number == 1 and what != "attention heads")
     ]
     for name, split, shape in shapes:
         size = shape[1] if split == "columns" else shape[0] if split in ("rows", "halves") else 0
         if size % layout.ranks:
-            wrong.append(problem(f"the size of {name}", size, rule, cure))
+            wrong.append(problem(f"The size of {name}", size, rule, cure))
     if wrong:
         raise CheckpointError("\n".join(wrong))

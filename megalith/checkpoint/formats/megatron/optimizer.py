@@ -115,13 +115,13 @@ def _moment(rank: RankFile, state: Mapping[Any, Any], number: int, key: str, nam
     found = state.get(number, {}).get(key)
     if not isinstance(found, Lazy):
         rule = f"must hold {key} of {name} (only Adam's state is read)"
-        raise CheckpointError(problem(f"the optimizer in {rank.name}", Words("nothing"), rule, WEIGHTS_ONLY_CURE))
+        raise CheckpointError(problem(f"The optimizer in {rank.name}", Words("nothing"), rule, WEIGHTS_ONLY_CURE))
     return found
 
 
 def _unknown_order(rank: RankFile, found: str) -> CheckpointError:
     rule = "must have its parameters in the known order"
-    return CheckpointError(problem(f"the optimizer in {rank.name}", Words(found), rule, WEIGHTS_ONLY_CURE))
+    return CheckpointError(problem(f"The optimizer in {rank.name}", Words(found), rule, WEIGHTS_ONLY_CURE))
 
 
 def flat_buffer(chunk: Mapping[str, Lazy]) -> list[tuple[str, int, int]]:

@@ -157,7 +157,7 @@ def test_errors(tmp_path: pathlib.Path) -> None:
     folder = save(tmp_path / "c", state, {"args": namespace(config, 1, 1, 128, {}), "iteration": 7})
     with pytest.raises(
         CheckpointError,
-        match=r"the optimizer in .* must not be stored as flat buffers, .*; found flat buffers",
+        match=r"The optimizer in .* must not be stored as flat buffers, .*; found flat buffers",
     ):
         formats.read(folder, options=dict(with_optimizer=True))
     with pytest.raises(
