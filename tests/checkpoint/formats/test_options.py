@@ -23,6 +23,14 @@ def folder(tmp_path: pathlib.Path) -> pathlib.Path:
     return tmp_path
 
 
+@pytest.fixture
+def gpt2(tmp_path: pathlib.Path) -> pathlib.Path:
+    """A whole Hugging Face folder."""
+    config = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    return tmp_path / "gpt2"
+
+
 def test_options_of_another_format_are_refused(folder: pathlib.Path) -> None:
     message = "The options must be HuggingFaceOptions for the format huggingface; found a MegatronOptions"
     with pytest.raises(CheckpointError, match=message):
@@ -62,26 +70,20 @@ def write_level(weights: Weights, folder: pathlib.Path, options: LevelOptions) -
 OWN = Format("own: a file called level", lambda path: (path / "level").exists(), LevelOptions, pytest.fail, write_level)
 
 
-def test_a_format_of_a_users_own_gets_its_options(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)).save_pretrained(
-        folder / "gpt2"
-    )
+def test_a_format_of_a_users_own_gets_its_options(gpt2: pathlib.Path, tmp_path: pathlib.Path) -> None:
     for options in ({"level": 3, "iteration": 5}, LevelOptions(level=3)):
-        convert(folder / "gpt2", tmp_path / f"own{len(READ)}", to=f"{__name__}:OWN", options=options)
+        convert(gpt2, tmp_path / f"own{len(READ)}", to=f"{__name__}:OWN", options=options)
     assert [LevelOptions(level=3, iteration=5), LevelOptions(level=3)] == READ
     with pytest.raises(CheckpointError, match="'levle'"):
-        convert(folder / "gpt2", tmp_path / "other", to=f"{__name__}:OWN", options={"levle": 3})
+        convert(gpt2, tmp_path / "other", to=f"{__name__}:OWN", options={"levle": 3})
 
 
-def test_options_as_an_object_or_by_name(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9)).save_pretrained(
-        folder / "gpt2"
-    )
+def test_options_as_an_object_or_by_name(gpt2: pathlib.Path, tmp_path: pathlib.Path) -> None:
     given = HuggingFaceOptions(dtype="bfloat16")
-    convert(folder / "gpt2", tmp_path / "one", to="huggingface", options=given)
-    convert(folder / "gpt2", tmp_path / "two", to="huggingface", options={"dtype": "bfloat16"})
+    convert(gpt2, tmp_path / "one", to="huggingface", options=given)
+    convert(gpt2, tmp_path / "two", to="huggingface", options={"dtype": "bfloat16"})
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     assert {each.dtype for each in one.values()} == {torch.bfloat16}
-    load_model(folder / "gpt2", device="cpu", options=given)
-    assert verify(folder / "gpt2", tmp_path / "one", given) < 1e-2
+    load_model(gpt2, device="cpu", options=given)
+    assert verify(gpt2, tmp_path / "one", given) < 1e-2
