@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from megalith.common.errors import ConfigError, problem
-from megalith.generation.cache import KVCache, PrefillChunk
+from megalith.generation.cache import KVCache
+from megalith.generation.cached_attention import PrefillChunk
 from megalith.generation.model import TextModel, check_length
 from megalith.generation.prompts import Completion, tokenize_prompts
 from megalith.generation.runner import ModelRunner
@@ -108,4 +109,6 @@ def _search(
         position = len(first.ids) + length - 1  # of the beams' newest tokens
         runner.cache.select(torch.tensor([beam for _, beam, _ in continued], device=logits.device), position)
         source_lengths = [len(first.source)] * len(continued) if first.source else []
-        logits = runner.decode([token for _, _, token in continued], [position] * len(continued), source_lengths)
+        logits = runner.decode(
+            range(len(continued)), [token for _, _, token in continued], [position] * len(continued), source_lengths
+        )

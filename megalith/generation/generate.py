@@ -10,18 +10,16 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
-import torch
 from torch import nn
 
 from megalith.common.errors import ConfigError, problem
 from megalith.config.flags.text import Words
 from megalith.generation.beam import beam_search
-from megalith.generation.cache import KVCache, PrefillChunk
-from megalith.generation.engine import Engine, Event, Request
+from megalith.generation.engine import Engine
+from megalith.generation.request import Event, Request
 from megalith.generation.model import TextModel, check_length
 from megalith.generation.prompts import Completion, Prompts, tokenize_prompts
-from megalith.generation.runner import PREFILL_TOKENS, ModelRunner, batch_chunks
-from megalith.generation.sampling import SamplingParams, logprobs_of
+from megalith.generation.sampling import SamplingParams
 
 OnToken = Callable[[int, int, str], None]  # (number of the text, new token, text that is now certain)
 Model: TypeAlias = TextModel | nn.Module | Engine
@@ -138,6 +136,7 @@ class PendingCompletion:
 
     def push(self, event: Event) -> str:
         """Add a new token and return the text that is now certain."""
+        assert event.token is not None
         self.completion.ids.append(event.token)
         if self.completion.logprobs is not None and event.logprob is not None:
             self.completion.logprobs.append(event.logprob)
@@ -227,23 +226,16 @@ def score(model: Model, texts: Prompts, *, add_bos: bool = False, batch_size: in
     if text.config.decoder_layers:
         raise ConfigError(problem("The model", "t5", "must be decoder-only to score texts", "Load a GPT"))
     sequences = [prompt.prompt_ids for prompt in tokenize_prompts(text, texts, add_bos)]
-    longest = max(map(len, sequences), default=0)
+    longest = max(map(len, sequences), default=1)
     check_length(text.config, longest, 0)
+    engine = Engine(text, max_batch_size=max(1, min(batch_size, len(sequences))), max_length=longest)
+    params = SamplingParams(max_new_tokens=0, prompt_logprobs=True)
+    numbers = {engine.add(Request(prompt_ids=ids, params=params)): number for number, ids in enumerate(sequences)}
     results: list[list[float]] = [[] for _ in sequences]
-    runner = ModelRunner(text.model, KVCache(text.model, min(batch_size, len(sequences)), longest))
-    for first in range(0, len(sequences), batch_size):
-        chunks = [
-            PrefillChunk(row, ids[start : start + PREFILL_TOKENS], start)
-            for row, ids in enumerate(sequences[first : first + batch_size])
-            for start in range(0, len(ids), PREFILL_TOKENS)
-        ]
-        for batch in batch_chunks(chunks):  # in batches, because the logits of all texts would be large
-            logits, offset = runner.prefill(batch, all_logits=True), 0
-            for chunk in batch:
-                end, ids = chunk.start + len(chunk.ids), sequences[first + chunk.row]
-                labels = torch.tensor(ids[chunk.start + 1 : end + 1], device=logits.device)
-                results[first + chunk.row] += logprobs_of(logits[offset : offset + len(labels)], labels).tolist()
-                offset += len(chunk.ids)
+    while engine.busy:
+        for event in engine.step():
+            assert event.prompt is not None
+            results[numbers[event.id]] = event.prompt.logprobs
     return results
 
 

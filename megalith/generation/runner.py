@@ -1,26 +1,22 @@
-"""A model and its cache: prompt chunks in, or one token for each row, and logits out.
+"""A model and its cache: chunks of prompts in, or one token for each row, and logits out.
 
-This is the only module of generation that calls a model, and so the one that decoding over several processes would
-replace. Its inputs are lists of whole numbers (`PrefillChunk`s, tokens, positions), a few bytes that one process can
-send to all. For a parallel model each process has a KVCache of its stage's layers and of its rank's key/value heads
-(`kv_heads`). It runs its stages with the same `cache` argument and sends hidden states to the next stage; the process
-with the head returns the logits. The sharding plan and the stages are those of training, whose `Head` returns all
-logits when called. Context- and data-parallel processes would each have their own requests.
+This is the only module of generation that calls a model. Its inputs are whole numbers, which every process of a
+parallel model knows, because each runs the same Engine (parallel_runner.py).
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from megalith.common.errors import CheckpointError, ConfigError, problem
+from megalith.common.errors import ConfigError, problem
 from megalith.config.flags.text import Words
-from megalith.generation.cache import DecodeCache, KVCache, PrefillCache, PrefillChunk
+from megalith.generation.cache import KVCache
+from megalith.generation.cached_attention import DecodeCache, PrefillCache, PrefillChunk
 
-PREFILL_TOKENS = 512  # read in one call; a longer chunk has a call of its own
 ROW_MULTIPLE = 4  # on CPUs the result for a row is the same in every matrix product whose rows are a multiple of this
 
 
@@ -41,6 +37,14 @@ class ModelRunner:
         self.decoding = DecodeCache(cache)
         self.run = torch.compile(self._decode, dynamic=False, mode="reduce-overhead") if compile else self._decode
 
+    def forward(self, inputs: Tensor | None, **arguments) -> Tensor | None:
+        """Call the model and return logits [b, n, V]; None on a process that does not have them."""
+        return self.model(inputs, **arguments)
+
+    def share(self, compute: Callable[[], Tensor], shape: tuple[int, ...]) -> Tensor:
+        """What `compute` gives, float64 of this shape, on every process; only those that have logits call it."""
+        return compute()
+
     def pad(self, count: int) -> int:
         """How many padding tokens are added to `count` tokens, so that the result of each does not depend on `count`.
 
@@ -52,66 +56,60 @@ class ModelRunner:
         return -count % ROW_MULTIPLE if self.batch_invariant and self.cache.device.type == "cpu" else 0
 
     @torch.no_grad()
-    def prefill(self, chunks: Sequence[PrefillChunk], all_logits: bool = False) -> Tensor:
-        """Read chunks of different rows and return the logits [n, V] after the last token of each, or after every token
-        of all.
-        """
-        return check_logits(torch.cat([self._prefill(batch, all_logits) for batch in batch_chunks(chunks)]))
+    def prefill(self, chunks: Sequence[PrefillChunk]) -> Tensor | None:
+        """Read chunks, those of one row in their order. Returns the logits [n, V] after the last `keep` tokens of each.
 
-    def _prefill(self, chunks: Sequence[PrefillChunk], all_logits: bool) -> Tensor:
+        n: the sum of all `keep`.
+        """
         ids, source = [i for chunk in chunks for i in chunk.ids], [i for chunk in chunks for i in chunk.source]
         pad, source_pad = self.pad(len(ids)), self.pad(len(source))
-        view = PrefillCache(self.cache, chunks, pad, source_pad)
-        device, keep, count = self.cache.device, None, len(ids)
+        device, kept, end = self.cache.device, list[int](), 0
+        for chunk in chunks:
+            end += len(chunk.ids)
+            kept += range(end - chunk.keep, end)
+            self.cache.filled[chunk.row] = chunk.start + len(chunk.ids)
         tokens = torch.tensor([ids + [0] * pad], device=device)
-        if not all_logits:
-            ends = torch.tensor([len(chunk.ids) for chunk in chunks]).cumsum(0) - 1
-            count = len(chunks)
-            keep = torch.cat((ends, ends.new_zeros(self.pad(count)))).to(device)
-        if not source:
-            return self.model(tokens, cache=view, logits_to_keep=keep)[0, :count]
-        source_ids = torch.tensor([source + [0] * source_pad], device=device)
-        return self.model(source_ids, decoder_input_ids=tokens, cache=view, logits_to_keep=keep)[0, :count]
+        arguments = {
+            "cache": PrefillCache(self.cache, chunks, pad, source_pad),
+            "logits_to_keep": torch.tensor(kept + [0] * self.pad(len(kept)), dtype=torch.int64, device=device),
+        }
+        if source:
+            source_ids = torch.tensor([source + [0] * source_pad], device=device)
+            logits = self.forward(source_ids, decoder_input_ids=tokens, **arguments)
+        else:
+            logits = self.forward(tokens, **arguments)
+        return None if logits is None else logits[0, : len(kept)]
 
     @torch.no_grad()
-    def decode(self, tokens: Sequence[int], positions: Sequence[int], source_lengths: Sequence[int] = ()) -> Tensor:
-        """Append tokens to the first rows, at these positions, and return the logits [b, V] after them.
+    def decode(
+        self, rows: Sequence[int], tokens: Sequence[int], positions: Sequence[int], source_lengths: Sequence[int] = ()
+    ) -> Tensor | None:  # fmt: skip
+        """Append tokens to rows, ascending, at these positions, and return the logits [b, V] after them.
 
         source_lengths: how many tokens the encoder of each row has read.
         """
-        count = len(tokens)
-        if self.fixed_shapes:  # all rows take part, so that shapes stay; what unused rows write is overwritten later
-            fill = self.cache.rows - count
-            tokens, positions = [*tokens, *[0] * fill], [*positions, *[0] * fill]
-            source_lengths = [*source_lengths, *[1] * fill] if source_lengths else ()
+        for row, position in zip(rows, positions):
+            self.cache.filled[row] = position + 1
+        chosen: slice | Sequence[int] = slice(len(rows))
+        if self.fixed_shapes:  # all rows take part, so that shapes stay; what others write is overwritten later
+            chosen, all_positions, all_tokens = rows, list(self.cache.filled), [0] * self.cache.rows
+            all_sources = [1] * self.cache.rows if source_lengths else []
+            for index, row in enumerate(rows):
+                all_tokens[row], all_positions[row] = tokens[index], positions[index]
+                if source_lengths:
+                    all_sources[row] = source_lengths[index]
+            tokens, positions, source_lengths, all_rows = all_tokens, all_positions, all_sources, range(self.cache.rows)
+        else:
+            all_rows = rows
         pad = self.pad(len(tokens))
-        self.decoding.begin(positions, source_lengths, pad, self.fixed_shapes, self.batch_invariant)
+        self.decoding.begin(all_rows, positions, source_lengths, pad, self.fixed_shapes, self.batch_invariant)
         ids = torch.tensor([[token] for token in (*tokens, *[0] * pad)], device=self.cache.device)
-        return check_logits(self.run(ids)[:count])
+        logits = self.run(ids)
+        return None if logits is None else logits[chosen]
 
-    def _decode(self, tokens: Tensor) -> Tensor:
-        if self.cache.cross:
-            return self.model(None, decoder_input_ids=tokens, cache=self.decoding)[:, -1]
-        return self.model(tokens, cache=self.decoding)[:, -1]
-
-
-def check_logits(logits: Tensor) -> Tensor:
-    """Return the logits. Raises CheckpointError where one is NaN: no token and no score could be computed from it."""
-    if logits.isnan().any():
-        cause = "its weights are damaged, or its training had diverged"
-        raise CheckpointError(f"the model's logits are not numbers (NaN): {cause}.")
-    return logits
-
-
-def batch_chunks(chunks: Sequence[PrefillChunk]) -> Iterator[list[PrefillChunk]]:
-    """The chunks of each call: at most PREFILL_TOKENS tokens together, or one longer chunk alone."""
-    batch: list[PrefillChunk] = []
-    count = 0
-    for chunk in chunks:
-        size = max(len(chunk.ids), len(chunk.source))
-        if batch and count + size > PREFILL_TOKENS:
-            yield batch
-            batch, count = [], 0
-        batch.append(chunk)
-        count += size
-    yield batch
+    def _decode(self, tokens: Tensor) -> Tensor | None:
+        if self.cache.encoder_decoder:
+            logits = self.forward(None, decoder_input_ids=tokens, cache=self.decoding)
+        else:
+            logits = self.forward(tokens, cache=self.decoding)
+        return None if logits is None else logits[:, -1]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,9 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     seed: int | None = None
     logprobs: bool = False
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    top_logprobs: int = 0
+    prompt_logprobs: bool = False
 
     def __post_init__(self):
         rules = [
@@ -49,7 +54,7 @@ class SamplingParams:
                 "must lie between 0 and top_p",
                 "Lower it, or raise --top-p",
             ),
-            (self.max_new_tokens >= 1, "max_new_tokens", "must be at least 1", "Give 1 or more"),
+            (self.max_new_tokens >= 0, "max_new_tokens", "must be at least 0", "Give 1 or more"),
         ]
         for holds, name, rule, cure in rules:
             if not holds:
@@ -76,7 +81,7 @@ def row_keys(seed: int, rows: list[int], device: torch.device) -> Tensor:
     return torch.tensor([random.key(seed, "sample", row) for row in rows], device=device)
 
 
-def sample(logits: Tensor, params: SamplingParams, keys: Tensor, positions: Tensor, nth: int = 0) -> Tensor:
+def _sample_one(logits: Tensor, params: SamplingParams, keys: Tensor, positions: Tensor, nth: int = 0) -> Tensor:
     """The next token of each row, int64 [b].
 
     logits [b, V]; keys int64 [b] from `row_keys`; positions int64 [b], of each row's new token in its sequence; nth:
@@ -117,3 +122,26 @@ def filtered_probs(logits: Tensor, params: SamplingParams, nth: int = 0) -> tupl
 def logprobs_of(logits: Tensor, tokens: Tensor) -> Tensor:
     """The natural logarithm of the probability of each of `tokens` [b] under logits [b, V], float32 [b]."""
     return logits.float().log_softmax(dim=-1).gather(-1, tokens[:, None])[:, 0]
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class SamplingState:
+    params: SamplingParams
+    key: int
+    prompt_ids: Sequence[int]
+    first_position: int
+    banned_after: Mapping[int, Sequence[int]]
+    new_ids: list[int] = dataclasses.field(default_factory=list)
+
+
+def sample(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
+    found = []
+    for row, state in zip(logits, states):
+        key, position = torch.tensor([[state.key], [state.first_position + len(state.new_ids)]], device=logits.device)
+        found.append(_sample_one(row[None], state.params, key, position, len(state.new_ids)))
+    return torch.cat(found)
+
+
+def top_logprobs_of(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    values, ids = logits.float().log_softmax(dim=-1).topk(count, dim=-1)
+    return ids, values

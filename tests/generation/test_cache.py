@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from megalith.generation.cache import BLOCK, KVCache, PrefillCache, PrefillChunk, spans
+from megalith.generation.cache import BLOCK, KVCache
+from megalith.generation.cached_attention import PrefillCache, PrefillChunk, spans
 from megalith.generation.model import TextModel
 from megalith.generation.runner import PREFILL_TOKENS, ModelRunner, batch_chunks
 
@@ -61,7 +62,7 @@ def step(runner: ModelRunner, rows: list[list[int]], tokens: list[int]) -> torch
     positions = [len(row) for row in rows]
     for row, token in zip(rows, tokens):
         row.append(token)
-    return runner.decode(tokens, positions)
+    return runner.decode(range(len(rows)), tokens, positions)
 
 
 @pytest.mark.parametrize(

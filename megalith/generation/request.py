@@ -1,0 +1,54 @@
+"""What goes into an engine, requests, and what comes out, events."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+from megalith.generation.sampling import SamplingParams
+
+TopLogprobs: TypeAlias = tuple[tuple[int, float], ...]  # (token, natural logarithm of its probability), likeliest first
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """A prompt to continue, or to answer, and how.
+
+    index: which of several results of one call this is; each has its own random numbers. banned_after: tokens that may
+    not follow a token.
+    """
+
+    prompt_ids: Sequence[int]
+    params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
+    index: int = 0
+    banned_after: Mapping[int, Sequence[int]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptLogprobs:
+    """Natural logarithms of the probabilities of a prompt's tokens after the first: one fewer than it has.
+
+    top: the likeliest tokens at each of these positions; empty where none were requested.
+    """
+
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    top: list[TopLogprobs] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Event:
+    """A new token of a request.
+
+    token: None where no new token was requested (max_new_tokens 0). logprob: natural logarithm of the probability that
+    the model gave the token, before penalties, temperature and filters, where requested; top_logprobs: the likeliest
+    tokens with theirs. finish: why the request ended with this event, "stop" or "length"; None where it continues.
+    prompt: with the first event of a request that asked for prompt_logprobs.
+    """
+
+    id: int
+    token: int | None
+    logprob: float | None = None
+    top_logprobs: TopLogprobs = ()
+    finish: str | None = None
+    prompt: PromptLogprobs | None = None
