@@ -34,7 +34,7 @@ class ModelRunner:
             raise ConfigError(problem("The model", Words(f"a {type(model).__name__}"), rule, cure))
         self.model, self.cache, self.fixed_shapes = model, cache, compile
         self.batch_invariant = batch_invariant and cache.rows > 1
-        self.decoding = DecodeCache(cache)
+        self.parameters, self.decoding = list(model.parameters()), DecodeCache(cache)
         self.run = torch.compile(self._decode, dynamic=False, mode="reduce-overhead") if compile else self._decode
 
     def forward(self, inputs: Tensor | None, **arguments) -> Tensor | None:
@@ -44,6 +44,10 @@ class ModelRunner:
     def share(self, compute: Callable[[], Tensor], shape: tuple[int, ...]) -> Tensor:
         """What `compute` gives, float64 of this shape, on every process; only those that have logits call it."""
         return compute()
+
+    def weights_version(self) -> int:
+        """A number that changes when the weights are changed in place, except through `.data`."""
+        return sum(parameter._version for parameter in self.parameters)
 
     def pad(self, count: int) -> int:
         """How many padding tokens are added to `count` tokens, so that the result of each does not depend on `count`.
