@@ -52,7 +52,7 @@ class Prefill(Generic[Active]):
         shared, place = max((self._shared(active, row), -place) for place, row in enumerate(self.cache.free))
         row = self.cache.free[-place]
         kept = (shared, 0) if not self.encoder_decoder else (1, len(active.prompt.ids)) if shared else (0, 0)
-        if self.runner.fixed_shapes:  # steps of fixed shapes attend to whole rows
+        if self.runner.decoding.whole_rows:  # read by every step
             length, source_length = self.cache.length, self.cache.source_length
         active.row = self.cache.add(active.id, length, source_length, row, kept)
         if (held := self.prompts[row]) is not None:

@@ -79,9 +79,8 @@ def test_equals_reading_everything_again(
     form: str, prompts: list[list[int]], fixed_shapes: bool, batch_invariant: bool, make
 ) -> None:
     model, rows = make(torch.float64, **FORMS[form]), [list(prompt) for prompt in prompts]
-    runner = runner_of(model, len(rows) + fixed_shapes)
-    runner.batch_invariant = batch_invariant
-    runner.fixed_shapes = fixed_shapes  # the shapes of a compiled step, without waiting for a compiler
+    runner = runner_of(model, len(rows) + fixed_shapes, batch_invariant=batch_invariant)
+    runner.decoding.whole_rows = fixed_shapes  # the shapes of a CUDA graph
     logits = read(runner, rows)
     for nth in range(BLOCK + 5):  # past the place where a row has one more block
         if nth % 16 < 3:
@@ -141,16 +140,15 @@ def test_select_moves_copies_and_drops_rows(make) -> None:
 def test_memory_is_kept_and_what_others_left_is_not_seen(make) -> None:
     model = make(torch.float64)
     runner = runner_of(model, 4)
-    where = [each.data_ptr() for pair in runner.cache.blocks for each in pair]
-    for pair in runner.cache.blocks:
-        for each in pair:
-            each.fill_(1e6)
+    where = [each.keys.data_ptr() for each in runner.cache.layers.values()]
+    for each in runner.cache.layers.values():
+        each.keys.fill_(1e6), each.values.fill_(1e6)
     for rows in ([list(row) for row in RAGGED], [[3], [4, 5], [6], [7]]):
         read(runner, rows)
         torch.testing.assert_close(
             step(runner, rows, [1, 2, 3, 4]), logits_without_cache(model, rows), rtol=0, atol=1e-10
         )
-    assert where == [each.data_ptr() for pair in runner.cache.blocks for each in pair]
+    assert where == [each.keys.data_ptr() for each in runner.cache.layers.values()]
 
 
 def test_bytes_are_told(make) -> None:
@@ -160,16 +158,17 @@ def test_bytes_are_told(make) -> None:
     assert cache.bytes_allocated == rows * cache.bytes_per_row == rows * layers * kinds * place * places
     assert [cache.add(id, places) for id, places in ((7, 100), (8, 1), (9, 65))] == [0, 1, 2]
     assert cache.bytes_of(8) == cache.bytes_per_row // 2 and cache.bytes_in_use == cache.bytes_per_row * 5 // 2
-    for each in cache.blocks[0]:
-        each.copy_(torch.arange(3.0).view(1, 3, 1, 1, 1).expand_as(each))
+    for each in cache.layers.values():
+        each.keys.copy_(torch.arange(3.0).view(3, 1, 1, 1).expand_as(each.keys))
     cache.remove(8)
     cache.remove(7)
     assert cache.bytes_in_use == cache.bytes_of(9) and list(cache.free) == [1, 0]
     assert cache.add(10, 70, row=0, kept=(64, 0)) == 0  # what is kept stays, what is not is cleared where reserved
-    keys = cache.blocks[0][0]
-    assert bool((keys[:, 1] == 1).all()) and not keys[:, 0].any()
+    for each in cache.layers.values():
+        assert bool((each.keys[1] == 1).all()) and not each.keys[0].any()
     cache.copy(2, 0, 5)
-    assert bool((keys[:, 0, :, :5] == 2).all()) and not keys[:, 0, :, 5:].any() and cache.filled[0] == 5
+    for each in cache.layers.values():
+        assert bool((each.keys[0, :, :5] == 2).all()) and not each.keys[0, :, 5:].any() and cache.filled[0] == 5
     cache.remove(9), cache.remove(10)
     assert cache.bytes_in_use == 0 and list(cache.free) == [1, 2, 0]
 
@@ -191,7 +190,7 @@ def test_compiled_step_is_one_graph_and_never_compiled_again(make) -> None:
     model, counter = make(position_embedding_type="alibi", num_query_groups=2), CompileCounter()
     runner = runner_of(model, 5, 100)
     runner.run = torch.compile(runner._decode, backend=counter, dynamic=False, fullgraph=True)
-    runner.fixed_shapes = True
+    runner.decoding.whole_rows = runner.decoding.compiled = True
     for prompts in (RAGGED, [row[::-1] for row in RAGGED], RAGGED[:2]):
         rows = [list(row) for row in prompts]
         logits = read(runner, rows)
