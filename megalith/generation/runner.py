@@ -108,6 +108,16 @@ class ModelRunner:
         logits = self.run(ids)
         return None if logits is None else logits[chosen]
 
+    def warm_up(self) -> None:
+        """Compile the steps of all numbers of rows, so that no request waits for a compiler. The cache must be unused.
+        """
+        count = 1
+        while self.compile and count <= self.cache.rows:
+            for _ in range(3):  # CUDA graphs are recorded in the second call and replayed from the third
+                self.decode(range(count), [0] * count, [0] * count, [1] * count if self.cache.encoder_decoder else ())
+            count = self.cache.rows if count < self.cache.rows < 2 * count else 2 * count
+        self.cache.filled = [0] * self.cache.rows
+
     def padded_rows(self, count: int) -> int:
         """How many rows a step of `count` rows computes. A compiled step: a power of two, to compile few shapes."""
         if not self.compile or self.decoding.whole_rows:
