@@ -36,7 +36,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 
 from megalith.config.sections.model import ModelConfig
-from megalith.generation.cache import BLOCK, DecodeCache, KVCache, cached_attentions
+from megalith.generation.cache import BLOCK, KVCache, cached_attentions
+from megalith.generation.cached_attention import DecodeCache
 from megalith.layers.mask import AttentionMask
 from megalith.runtime.build import build_model
 
@@ -68,12 +69,12 @@ def slots(args: argparse.Namespace, inputs: Inputs) -> tuple[Step, int]:
     cache = KVCache(model, args.rows, max(inputs.lengths))
     cores = [attention.core for attention in cached_attentions(model)]
     for core, keys, values in zip(cores, inputs.keys, inputs.values):
-        cache.keys[core.site].copy_(keys)
-        cache.values[core.site].copy_(values)
+        cache.layers[core.site].keys.copy_(keys)
+        cache.layers[core.site].values.copy_(values)
     view, mask = DecodeCache(cache), AttentionMask()
 
     def step() -> list[Tensor]:
-        view.begin(inputs.positions, [])
+        view.begin(range(args.rows), inputs.positions)
         return [view.attend(core, *qkv, mask) for core, *qkv in zip(cores, inputs.q, inputs.k, inputs.v)]
 
     return step, cache.bytes_allocated

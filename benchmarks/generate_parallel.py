@@ -49,7 +49,8 @@ def work(args: argparse.Namespace) -> None:
     _, threads, factor, ranks = LAYOUTS[args.worker]
     torch.set_num_threads(threads)
     from megalith.config.run import RunConfig
-    from megalith.generation.cache import KVCache, PrefillChunk
+    from megalith.generation.cache import KVCache
+    from megalith.generation.cached_attention import PrefillChunk
     from megalith.generation.runner import ModelRunner
     from megalith.runtime.build import build_runtime, init_mesh
 
@@ -80,7 +81,7 @@ def work(args: argparse.Namespace) -> None:
         for position in itertools.count(args.prompt):
             tokens = logits.argmax(dim=-1).tolist()
             yield tokens
-            logits = runner.decode(tokens, [position] * rows)
+            logits = runner.decode(range(rows), tokens, [position] * rows)
 
     def run() -> list[list[int]]:
         return list(itertools.islice(text(), args.new))
