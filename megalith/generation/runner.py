@@ -36,7 +36,11 @@ class ModelRunner:
         self.batch_invariant = batch_invariant and cache.rows > 1
         self.parameters = list(model.parameters())
         self.decoding = DecodeCache(cache, batch_invariant=self.batch_invariant, compiled=compile)
-        self.run = torch.compile(self._decode, dynamic=False, mode="reduce-overhead") if compile else self._decode
+        self.run = self._decode
+        if compile:
+            options = {"triton.cudagraphs": True} if self.decoding.whole_rows else {"cpp_wrapper": True}
+            filter = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+            self.run = torch.compile(self._decode, dynamic=False, options={**options, "guard_filter_fn": filter})
 
     def forward(self, inputs: Tensor | None, **arguments) -> Tensor | None:
         """Call the model and return logits [b, n, V]; None on a process that does not have them."""
