@@ -43,8 +43,8 @@ def main() -> None:
     model, original = build_models(args)
     greedy, mixed = build_requests(args, sampled=False), build_requests(args, sampled=True)
     longest = args.prompt[1] + args.new[1]
-    engine = Engine(model, max_batch_size=len(greedy), max_length=longest)
-    alone = Engine(model, max_batch_size=1, max_length=longest)
+    engine = Engine(model, max_batch_size=len(greedy), max_length=longest, prefix_caching=False)
+    alone = Engine(model, max_batch_size=1, max_length=longest, prefix_caching=False)
     candidates = {
         "engine": lambda: ours(engine, greedy),
         "engine, half sampled": lambda: ours(engine, mixed),

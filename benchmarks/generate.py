@@ -57,7 +57,9 @@ def main() -> None:
     if args.profile:
         lines.append(f"after {args.prompt} tokens; medians of {STEPS} steps\n")
         for rows in (1, 8):
-            engine = Engine(model, max_batch_size=rows, max_length=POSITIONS, compile=args.compile)
+            engine = Engine(
+                model, max_batch_size=rows, max_length=POSITIONS, compile=args.compile, prefix_caching=False
+            )
             for case, (params, _) in CASES.items():
                 requests = build_requests(args, rows, max_new_tokens=TOKENS, seed=1, **params)
                 lines += [case, *profile_decoding(engine, requests), ""]
@@ -77,7 +79,9 @@ def decoding(args: argparse.Namespace, model: GPT, original: GPT2LMHeadModel) ->
         f"{'of greedy':>11}   same tokens"
     ]
     for rows in (1, 8):
-        engine = Engine(model, max_batch_size=rows, max_length=args.prompt + args.new, compile=args.compile)
+        engine = Engine(
+            model, max_batch_size=rows, max_length=args.prompt + args.new, compile=args.compile, prefix_caching=False
+        )
         candidates: dict[tuple[str, str], Callable] = {("", "limit"): lambda n=rows: products(model, n, args.new)}
         for case, (params, choice) in CASES.items():
             requests = build_requests(args, rows, max_new_tokens=args.new, seed=1, **params)
@@ -105,7 +109,7 @@ def decoding(args: argparse.Namespace, model: GPT, original: GPT2LMHeadModel) ->
 def first_token(args: argparse.Namespace, model: GPT, original: GPT2LMHeadModel) -> list[str]:
     """The time to the first token of a long prompt."""
     requests = build_requests(args, 1, LONG_PROMPT, max_new_tokens=1, temperature=0.0)
-    engine = Engine(model, max_batch_size=1, max_length=POSITIONS, compile=args.compile)
+    engine = Engine(model, max_batch_size=1, max_length=POSITIONS, compile=args.compile, prefix_caching=False)
     candidates: dict[str, Callable] = {
         cache: lambda k=cache: theirs(original, requests, k, args.compile, do_sample=False) for cache in CACHES
     }

@@ -64,8 +64,8 @@ class Engine:
 
     def __init__(
         self, model: TextModel | nn.Module, *, max_batch_size: int = 32, max_length: int | None = None,
-        max_cache_bytes: int | None = None, prefill_tokens: int = 4 * CHUNK, compile: bool = False,
-        batch_invariant: bool = True,
+        max_cache_bytes: int | None = None, prefill_tokens: int = 4 * CHUNK,
+        prefix_caching: bool = True, compile: bool = False, batch_invariant: bool = True,
     ):  # fmt: skip
         """Allocate the cache.
 
@@ -73,9 +73,10 @@ class Engine:
         new ones together (for an encoder-decoder: of each); by default the model's max_position_embeddings.
         max_cache_bytes: most memory for keys and values; fewer requests then run at one time. prefill_tokens: of
         prompts read in one step, at least one chunk (of CHUNK tokens, or an encoder's whole text): running requests
-        wait so long for their next token. compile: steps run as one compiled graph of fixed shapes, a CUDA graph on
-        accelerators; compiling takes a minute, once. batch_invariant: see above; without it one request alone is a
-        third faster. Raises ConfigError where no request fits.
+        wait so long for their next token. prefix_caching: whether a prompt, or its beginning, that a row of the cache
+        holds is copied instead of read again. compile: steps of as many rows run as one compiled graph, a CUDA graph on
+        accelerators; compiling takes a minute (`warm_up`). batch_invariant: see above; without it one request alone is
+        a third faster. Raises ConfigError where no request fits.
         """
         self.text_model = TextModel.of(model)
         c, length = self.text_model.config, max_length
@@ -102,10 +103,16 @@ class Engine:
         self.cache = KVCache(self.text_model.model, max_batch_size, length + compile, source_length)
         self.runner = ModelRunner(self.text_model.model, self.cache, batch_invariant=batch_invariant, compile=compile)
         self.waiting: collections.deque[_ActiveRequest] = collections.deque()
-        self.prefill = Prefill[_ActiveRequest](self.runner, prefill_tokens, lambda: self.text_model.decoder_start)
+        self.prefill = Prefill[_ActiveRequest](
+            self.runner, prefill_tokens, prefix_caching, lambda: self.text_model.decoder_start
+        )
         self.running: list[_ActiveRequest] = []  # in the order of the cache's rows
         self.pending_events: list[Event] = []  # events that no step has returned yet, because an error ended it
         self.next_id = 0
+
+    def warm_up(self) -> None:
+        """Compile everything that steps need, so that no request waits for it."""
+        self.runner.warm_up()
 
     @property
     def busy(self) -> bool:
