@@ -106,15 +106,19 @@ class KVCache:
             self._move(torch.tensor([len(self.requests)]), row, *self.reserved[last])
         return row
 
-    def select(self, rows: Tensor, length: int) -> None:
-        """Copy these rows, int64 [any], to the first rows, `length` tokens of each; one may come twice (beams)."""
-        self._move(rows, 0, round_up_to_block(length), self.source_length)
+    def select(self, rows: Tensor, length: int, start: int = 0) -> None:
+        """Copy these rows, int64 [any], to the first rows, `length` tokens of each; one may come twice (beams).
 
-    def _move(self, rows: Tensor, to: int, length: int, source_length: int) -> None:
+        start: the first so many tokens of all these rows are the same, and so is what the encoder read; only what comes
+        after them is copied.
+        """
+        self._move(rows, 0, round_up_to_block(length), 0 if start else self.source_length, start)
+
+    def _move(self, rows: Tensor, to: int, length: int, source_length: int, start: int = 0) -> None:
         for tensors in (self.keys, self.values):
             for name, tensor in tensors.items():
-                used = (length, source_length)[name in self.cross]
-                tensor[to : to + len(rows), :, :used] = tensor[rows, :, :used]
+                used = slice(source_length) if name in self.cross else slice(start, length)
+                tensor[to : to + len(rows), :, used] = tensor[rows, :, used]
 
 
 def cached_attentions(model: nn.Module) -> list[SelfAttention]:
