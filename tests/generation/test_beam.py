@@ -53,6 +53,16 @@ def test_stop_tokens_and_length_penalty(penalty: float, small) -> None:
     assert {one.finish for one in made} == {"length", "stop"}
 
 
+def test_a_beam_goes_on_where_all_likely_tokens_stop(small) -> None:
+    """A penalty of 20 makes every longer text the better one."""
+    rare = small(torch.tensor([[1, 2]]))[0, -1].argmin().item()
+    stops = [token for token in range(SMALL) if token != rare]
+    options = {"beam_width": 2, "max_new_tokens": 3, "length_penalty": 20.0}
+    made = beam_search(small, [1, 2], stop_token_ids=stops, **options)
+    likeliest = small(torch.tensor([[1, 2, rare, rare]]))[0, -1].topk(2).indices.tolist()
+    assert [one.ids for one in made] == [[rare, rare, token] for token in likeliest]
+
+
 def test_one_beam_is_greedy(make) -> None:
     model = make(torch.float64)
     greedy = complete(model, "Once upon", top_k=1, max_new_tokens=12, stop_at_eod=False)[0]
