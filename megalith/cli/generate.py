@@ -259,13 +259,14 @@ def _beams(model: Any, prompts: list[str] | None, args: argparse.Namespace) -> l
 
     options = {
         "beam_width": args.beam_width,
+        "num_samples": args.num_samples,
         "max_new_tokens": args.max_new_tokens,
         "length_penalty": args.length_penalty,
     }
     found = [
         beam_search(model, each.prompt_ids, prompt=each.prompt, **options) for each in tokenize_prompts(model, prompts)
     ]
-    completions = [completion for beams in found for completion in beams[: args.num_samples]]
+    completions = [completion for beams in found for completion in beams]
     if args.out_file is None:
         print_texts(completions)
     return completions

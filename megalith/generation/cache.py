@@ -130,11 +130,17 @@ class KVCache:
             tensor[target, :, :used] = tensor[source, :, :used]
         self.filled[target] = length
 
-    def select(self, rows: Tensor, length: int) -> None:
-        """Copy these rows, int64 [any], to the first rows, `length` tokens of each; one may come twice (beams)."""
+    def select(self, rows: Tensor, length: int, start: int = 0) -> None:
+        """Copy these rows, int64 [any], to the first rows, `length` tokens of each; one may come twice (beams).
+
+        start: the first so many tokens of all these rows are the same, and so is what the encoder read; only what comes
+        after them is copied.
+        """
         for tensor, cross in self._tensors():
-            used = self.source_length if cross else round_up_to_block(length)
-            tensor[: len(rows), :, :used] = tensor[rows, :, :used]
+            if cross and start:
+                continue
+            used = slice(self.source_length) if cross else slice(start, round_up_to_block(length))
+            tensor[: len(rows), :, used] = tensor[rows, :, used]
 
     def _tensors(self) -> Iterator[tuple[Tensor, bool]]:
         for layer in self.layers.values():

@@ -40,8 +40,8 @@ def generate(
     top_p_bound: it becomes max(p x decay, bound) after each token. stop: texts that end a text, without being part of
     it. stop_at_eod: whether the end-of-document token ends a text. add_bos: put that token before every prompt.
     on_token, batch_size: see `complete`. beam_width: use beam search with so many beams and return the best
-    num_samples, ranked by log-probability / length ** length_penalty; it is deterministic, so a seed changes nothing,
-    and options of sampling are refused.
+    num_samples of them, ranked by log-probability / length ** length_penalty; it is deterministic, so a seed changes
+    nothing, and options of sampling are refused.
 
     Raises ConfigError for options that cannot work and for prompts too long for the model, DataError for unknown
     tokens.
@@ -65,10 +65,11 @@ def generate(
         raise ConfigError(problem("beam_width", Words(f"{beam_width}, and options of sampling"), rule, cure))
     text = as_text_model(model)
     search = functools.partial(
-        beam_search, text, beam_width=beam_width, max_new_tokens=max_new_tokens, length_penalty=length_penalty
+        beam_search, text, beam_width=beam_width, num_samples=num_samples, max_new_tokens=max_new_tokens,
+        length_penalty=length_penalty,
     )  # fmt: skip
     found = [search(each.prompt_ids, prompt=each.prompt) for each in tokenize_prompts(text, prompts, add_bos)]
-    return [completion.text for completions in found for completion in completions[:num_samples]]
+    return [completion.text for completions in found for completion in completions]
 
 
 def complete(

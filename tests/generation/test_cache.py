@@ -135,6 +135,9 @@ def test_select_moves_copies_and_drops_rows(make) -> None:
     runner.cache.select(torch.tensor(chosen), max(map(len, rows)))
     rows = [list(rows[row]) for row in chosen]
     torch.testing.assert_close(step(runner, rows, [8, 9, 10]), logits_without_cache(model, rows), rtol=0, atol=1e-10)
+    runner.cache.select(torch.tensor([0, 2, 1]), len(rows[1]), start=len(rows[1]) - 1)  # their last tokens differ
+    rows = [list(rows[row]) for row in (0, 2, 1)]
+    torch.testing.assert_close(step(runner, rows, [8, 9, 10]), logits_without_cache(model, rows), rtol=0, atol=1e-10)
 
 
 def test_memory_is_kept_and_what_others_left_is_not_seen(make) -> None:
