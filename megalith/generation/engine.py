@@ -34,6 +34,7 @@ from megalith.config.flags.text import Words
 from megalith.generation.cache import KVCache
 from megalith.generation.model import TextModel, check_length
 from megalith.generation.logprobs import measure, top_of
+from megalith.generation.penalties import check_tokens
 from megalith.generation.prefill import Prefill
 from megalith.generation.prefix import CHUNK, Prompt
 from megalith.generation.request import Event, PromptLogprobs, Request
@@ -141,10 +142,10 @@ class Engine:
         if not prompt:
             rule = "must hold at least one token"
             raise ConfigError(problem("prompt_ids", Words("none"), rule, "Give the end-of-document token"))
-        for name, ids in (("prompt_ids", request.prompt_ids), ("logit_bias", params.logit_bias)):
-            if wrong := [i for i in ids if not 0 <= i < c.vocab_size]:
-                rule = f"must be among the {c.vocab_size} tokens of the model's vocabulary, numbered from 0"
-                raise DataError(problem(name, wrong[0], rule, "Use the tokenizer that it was trained with"))
+        if wrong := [i for i in request.prompt_ids if not 0 <= i < c.vocab_size]:
+            rule = f"must be among the {c.vocab_size} tokens of the model's vocabulary, numbered from 0"
+            raise DataError(problem("prompt_ids", wrong[0], rule, "Use the tokenizer that it was trained with"))
+        check_tokens(params, request.banned_after, c.vocab_size)
         check_length(c, prompt, new)
         need = max(prompt, new + 1) if self.encoder_decoder else prompt + new
         if need > self.max_length:

@@ -122,7 +122,7 @@ def test_spans_cover_all_rows_once(steps: list[tuple[int, int]]) -> None:
     assert [index for first, last, _, _ in found for index in range(first, last)] == list(range(len(rows)))
     for first, last, row, length in found:
         assert rows[first:last] == list(range(row, row + last - first)) and set(lengths[first:last]) == {length}
-    for (_, end, row, length), (first, _, next_row, next_length) in itertools.pairwise(found):
+    for (_, end, _, length), (first, _, next_row, next_length) in itertools.pairwise(found):
         assert end == first and (next_length != length or rows[end - 1] + 1 != next_row)
 
 
