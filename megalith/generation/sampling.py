@@ -7,73 +7,15 @@ texts of its batch, on the size of the batch, or on the padding.
 from __future__ import annotations
 
 import dataclasses
-
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from megalith.common.errors import ConfigError, problem
+from megalith.generation.params import SamplingParams
 from megalith.layers import random
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """How a request's tokens are chosen, and when they end.
-
-    temperature: logits are divided by it; 0 means greedy. top_k: only the k likeliest tokens (and those tied with the
-    k-th), 0 for all; 1 means greedy. top_p: only those tokens before which the likelier ones sum to a probability of at
-    most p, 0 for all (Holtzman et al., 2020). Both: k first, then p of what is left.
-    top_p_decay, top_p_bound: after each new token p becomes max(p x decay, bound), as in Megatron; 0 for off.
-    max_new_tokens: most tokens generated. stop_token_ids: tokens that end a text; they are its last. seed: the same
-    seed gives the same tokens, None draws one. logprobs: return the logarithm of each token's probability.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 0.0
-    top_p_decay: float = 0.0
-    top_p_bound: float = 0.0
-    max_new_tokens: int = 64
-    stop_token_ids: tuple[int, ...] = ()
-    seed: int | None = None
-    logprobs: bool = False
-    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
-    top_logprobs: int = 0
-    prompt_logprobs: bool = False
-
-    def __post_init__(self):
-        rules = [
-            (self.temperature >= 0.0, "temperature", "must be 0 (greedy) or above", "Try 0.8"),
-            (self.top_k >= 0, "top_k", "must be 0 (all tokens) or above", "Try 40"),
-            (0.0 <= self.top_p <= 1.0, "top_p", "must lie between 0 (off) and 1", "Try 0.9"),
-            (0.0 <= self.top_p_decay <= 1.0, "top_p_decay", "must lie between 0 (off) and 1", "Try 0.99"),
-            (
-                0.0 <= self.top_p_bound <= self.top_p,
-                "top_p_bound",
-                "must lie between 0 and top_p",
-                "Lower it, or raise --top-p",
-            ),
-            (self.max_new_tokens >= 0, "max_new_tokens", "must be at least 0", "Give 1 or more"),
-        ]
-        for holds, name, rule, cure in rules:
-            if not holds:
-                raise ConfigError(problem(f"--{name.replace('_', '-')}", getattr(self, name), rule, cure))
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the likeliest token is taken and nothing is drawn."""
-        return self.top_k == 1 or self.temperature < torch.finfo(torch.float32).tiny
-
-    def top_p_at(self, nth: int) -> float:
-        """top_p for the nth new token, counted from 0."""
-        if not self.top_p or not self.top_p_decay:
-            return self.top_p
-        return max(self.top_p * self.top_p_decay**nth, self.top_p_bound)
-
-    def settings_at(self, nth: int) -> tuple[float, ...]:
-        """The settings for the nth new token; rows with equal settings are sampled in one call."""
-        return (0.0,) if self.greedy else (self.temperature, self.top_k, self.top_p_at(nth))
+__all__ = ["SamplingParams", "SamplingState", "sample"]
 
 
 def row_keys(seed: int, rows: list[int], device: torch.device) -> Tensor:
@@ -137,6 +79,12 @@ class SamplingState:
 def sample(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
     found = []
     for row, state in zip(logits, states):
+        row, params, last = row.clone(), state.params, [*state.prompt_ids, *state.new_ids][-1:]
+        for token, bias in params.logit_bias.items():
+            row[token] += bias
+        row[list(state.banned_after.get(last[0], ()) if last else ())] = float("-inf")
+        if len(state.new_ids) < params.min_new_tokens:
+            row[list(params.stop_token_ids)] = float("-inf")
         key, position = torch.tensor([[state.key], [state.first_position + len(state.new_ids)]], device=logits.device)
         found.append(_sample_one(row[None], state.params, key, position, len(state.new_ids)))
     return torch.cat(found)

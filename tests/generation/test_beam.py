@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megalith.common.errors import ConfigError
-from megalith.generation.beam import BeamHypotheses, beam_search
+from megalith.generation.beam import Beam, BeamHypotheses, beam_search
 from megalith.generation.generate import complete, generate, score
 
 SMALL = 6  # tokens of a vocabulary in which every continuation can be tried
@@ -43,18 +43,21 @@ def test_wide_beams_find_the_best_of_all(small) -> None:
 @pytest.mark.parametrize("penalty", [0.0, 0.7, 1.0, 3.0])
 def test_stop_tokens_and_length_penalty(penalty: float, small) -> None:
     known = {tokens: value for value, tokens in all_hypotheses(small, [1, 2], 3, 4, penalty)}
-    made = beam_search(small, [1, 2], beam_width=SMALL**2, max_new_tokens=3, length_penalty=penalty, stop_token=4)
+    made = beam_search(small, [1, 2], beam_width=SMALL**2, max_new_tokens=3, length_penalty=penalty, stop_token_ids=[4])
     assert [one.score for one in made] == sorted((one.score for one in made), reverse=True)
     for one in made:
-        assert 4 not in one.ids and one.score == pytest.approx(known[tuple(one.ids)], abs=1e-5)
-        assert one.finish == ("length" if len(one.ids) == 3 else "stop")
+        text = [token for token in one.ids if token != 4]
+        assert one.score == pytest.approx(known[tuple(text)], abs=1e-5)
+        assert one.finish == ("stop" if 4 in one.ids else "length") and one.ids[: len(text)] == text
     assert {one.finish for one in made} == {"length", "stop"}
 
 
 def test_one_beam_is_greedy(make) -> None:
     model = make(torch.float64)
     greedy = complete(model, "Once upon", top_k=1, max_new_tokens=12, stop_at_eod=False)[0]
-    assert beam_search(model, greedy.prompt_ids, beam_width=1, max_new_tokens=12, stop_token=-1)[0].ids == greedy.ids
+    assert (
+        beam_search(model, greedy.prompt_ids, beam_width=1, max_new_tokens=12, stop_token_ids=())[0].ids == greedy.ids
+    )
 
 
 def test_several_beams_are_no_worse_than_one(make) -> None:
@@ -62,7 +65,7 @@ def test_several_beams_are_no_worse_than_one(make) -> None:
     prompt = model.tokenizer.encode("Once upon")
     for count in (2, 6):
         one, many = (
-            beam_search(model, prompt, beam_width=width, max_new_tokens=count, stop_token=-1)[0].score
+            beam_search(model, prompt, beam_width=width, max_new_tokens=count, stop_token_ids=())[0].score
             for width in (1, 8)
         )
         assert many >= one - 1e-9
@@ -73,10 +76,10 @@ def test_rules_for_ending() -> None:
     them is no worse than the best unfinished one.
     """
     finished = BeamHypotheses(2, 1.0)
-    finished.add([1], -2.0, 2, "stop")
+    finished.add(Beam(-2.0, (1, 0)), "stop")
     assert not finished.is_done(-100.0, 2)  # not full yet
-    finished.add([2], -6.0, 3, "stop")
-    finished.add([3], -8.0, 2, "stop")
+    finished.add(Beam(-6.0, (2, 2, 0)), "stop")
+    finished.add(Beam(-8.0, (3, 0)), "stop")
     assert [entry[0] for entry in finished.best] == [-1.0, -2.0]
     assert not finished.is_done(-5.9, 3) and finished.is_done(-6.0, 3) and finished.is_done(-9.0, 4)
 
@@ -90,8 +93,9 @@ def test_texts_and_wrong_values(make) -> None:
     assert generate(model, "Once", seed=3, length_penalty=2.0, **options) == generate(
         model, "Once", length_penalty=2.0, **options
     )
-    for wrong in ({"temperature": 0.5}, {"top_k": 3}, {"stop": ["x"]}, {"stop_at_eod": False}):
-        with pytest.raises(ConfigError, match=r"beam_width must be given without .*; found 2, and options of sampling"):
+    for wrong in ({"temperature": 0.5}, {"top_k": 3}, {"stop": ["x"]}, {"stop_on_eol": True}, {"greedy": True}):
+        name = "temperature" if "greedy" in wrong else next(iter(wrong))
+        with pytest.raises(ConfigError, match=rf"--beam-width must be given without options .*; found 2 and {name}"):
             generate(model, "Once", **options, **wrong)
     for wrong in ({"beam_width": 0}, {"max_new_tokens": 0}, {"max_new_tokens": 500}):
         with pytest.raises(ConfigError):
