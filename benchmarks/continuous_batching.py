@@ -27,7 +27,7 @@ from transformers import GPT2LMHeadModel
 
 from benchmarks.generate import CACHES, arguments, build_models, header, ours, size, take_turns, theirs
 from megalith.generation.engine import Engine, Request
-from megalith.generation.sampling import SamplingParams
+from megalith.generation.params import SamplingParams
 
 POISSON, SEED = 0.7, 1
 

@@ -34,7 +34,7 @@ from transformers import CompileConfig, GPT2Config, GPT2LMHeadModel
 from benchmarks.decode_profile import STEPS, TOKENS, profile_decoding
 from megalith.config.sections.model import ModelConfig
 from megalith.generation.engine import Engine, Request
-from megalith.generation.sampling import SamplingParams
+from megalith.generation.params import SamplingParams
 from megalith.models.gpt import GPT
 from megalith.parallel.devices import synchronize
 from megalith.runtime.build import build_model

@@ -66,10 +66,10 @@ class KVCache:
             shape = (rows, self.kv_heads, self.source_length if cross else self.length, c.head_dim)
             # Zeros: 0 x NaN is NaN, also where it is masked. A tensor for each layer, because compiled steps write to
             # them, and torch.compile copies what it writes to where two share memory.
-            pair = [torch.zeros(shape, dtype=parameter.dtype, device=self.device) for _ in range(2)]
-            for tensor in pair:
+            keys, values = (torch.zeros(shape, dtype=parameter.dtype, device=self.device) for _ in range(2))
+            for tensor in (keys, values):
                 torch._dynamo.mark_static_address(tensor)  # otherwise CUDA graphs would copy it at each step
-            self.layers[site(attention)] = LayerMemory(*pair, cross)
+            self.layers[site(attention)] = LayerMemory(keys, values, cross)
         self.encoder_decoder = bool(c.decoder_layers)
 
     @property

@@ -17,7 +17,6 @@ from megalith.generation.cache import KVCache, round_up_to_block
 from megalith.layers.attention import CoreAttention
 from megalith.layers.mask import AttentionMask
 
-
 Span: TypeAlias = tuple[int, int, int, int]  # rows of one length: the first, the last + 1, the first's row, the length
 
 

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from megalith.common.errors import ConfigError, DataError, problem
 from megalith.config.flags.text import Words
 from megalith.generation.cache import KVCache
-from megalith.generation.model import TextModel, check_length
 from megalith.generation.logprobs import measure, top_of
+from megalith.generation.model import TextModel, check_length
 from megalith.generation.penalties import check_tokens
 from megalith.generation.prefill import Prefill
 from megalith.generation.prefix import CHUNK, Prompt

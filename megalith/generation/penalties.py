@@ -19,7 +19,8 @@ from megalith.common.errors import ConfigError, DataError, problem
 from megalith.config.flags.text import Words
 
 if TYPE_CHECKING:
-    from megalith.generation.sampling import SamplingParams, SamplingState
+    from megalith.generation.params import SamplingParams
+    from megalith.generation.sampling import SamplingState
 
 
 def apply_penalties(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:

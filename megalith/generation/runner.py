@@ -113,7 +113,7 @@ class ModelRunner:
         return None if logits is None else logits[chosen]
 
     def warm_up(self) -> None:
-        """Compile the steps of all numbers of rows, so that no request waits for a compiler. The cache must be unused."""
+        """Compile the steps of all numbers of rows, so that no request waits for it. The cache must be unused."""
         count = 1
         while self.compile and count <= self.cache.rows:
             for _ in range(3):  # CUDA graphs are recorded in the second call and replayed from the third

@@ -17,85 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megalith.common.errors import CheckpointError, ConfigError, problem
-from megalith.config.flags.text import flag
+from megalith.common.errors import CheckpointError
+from megalith.generation.params import SamplingParams
 from megalith.generation.penalties import all_banned, apply_penalties
 from megalith.layers import random
 
 BLOCK = 128
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """How a request's tokens are chosen, and when they end. Options apply in the order below.
-
-    logit_bias: added to the logits of these tokens; -inf bans one. repetition_penalty: above 1 tokens of the prompt and
-    new ones become less likely (Keskar et al., 2019), 1 for off. frequency_penalty, presence_penalty: what is
-    subtracted from a logit for each time its token is among the new ones, and once where it is (OpenAI's definition).
-    temperature: logits are divided by it; 0 means greedy. top_k: only the k likeliest tokens (and those tied with the
-    k-th), 0 for all; 1 means greedy. top_p: only those tokens before which the likelier ones sum to a probability of at
-    most p, 0 for all (Holtzman et al., 2020); of equally likely tokens all or none. top_p_decay, top_p_bound: after
-    each new token p becomes max(p x decay, bound), as in Megatron; 0 for off. min_p: only tokens whose probability is
-    at least min_p x that of the likeliest, 0 for all (Nguyen et al., 2024).
-
-    max_new_tokens: most tokens generated; 0 where only the prompt's log-probabilities are wanted. stop_token_ids: tokens
-    that end a text; they are its last. min_new_tokens: stop tokens cannot be drawn before there are so many. seed: the
-    same seed gives the same tokens, None draws one. logprobs: return the logarithm of the probability that the model
-    gives to each new token, before all options. top_logprobs: return the so many likeliest tokens at each new position,
-    too. prompt_logprobs: return both for the prompt.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 0.0
-    top_p_decay: float = 0.0
-    top_p_bound: float = 0.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
-    max_new_tokens: int = 64
-    min_new_tokens: int = 0
-    stop_token_ids: tuple[int, ...] = ()
-    seed: int | None = None
-    logprobs: bool = False
-    top_logprobs: int = 0
-    prompt_logprobs: bool = False
-
-    def __post_init__(self):
-        for name, least, most, cure in (
-            ("temperature", 0, 1e6, "Try 0.8, or 0 for greedy"),
-            ("top_k", 0, math.inf, "Try 40, or 0 for all tokens"),
-            ("top_p", 0, 1, "Try 0.9, or 0 for all tokens"),
-            ("top_p_decay", 0, 1, "Try 0.99, or 0 for none"),
-            ("top_p_bound", 0, self.top_p, "Lower it, or raise --top-p"),
-            ("min_p", 0, 1, "Try 0.05, or 0 for all tokens"),
-            ("repetition_penalty", 0.01, 100, "Try 1.2, or 1 for none"),
-            ("presence_penalty", -2, 2, "Try 0.5, or 0 for none"),
-            ("frequency_penalty", -2, 2, "Try 0.5, or 0 for none"),
-            ("max_new_tokens", 0, math.inf, "Give 1 or more, or 0 to read the prompt alone"),
-            ("min_new_tokens", 0, self.max_new_tokens, "Lower it, or raise --max-new-tokens"),
-            ("top_logprobs", 0, math.inf, "Try 5, or 0 for none"),
-        ):
-            if not least <= getattr(self, name) <= most:  # nor NaN
-                rule = f"must be at least {least}" if most == math.inf else f"must lie between {least:g} and {most:g}"
-                raise ConfigError(problem(flag(name), getattr(self, name), rule, cure))
-        for bias in self.logit_bias.values():
-            if not (bias == -math.inf or abs(bias) <= 1e6):
-                rule, cure = "must lie between -1e6 and 1e6, or be -inf", "Try numbers between -100 and 100"
-                raise ConfigError(problem("--logit-bias", bias, rule, cure))
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the likeliest token is taken and nothing is drawn."""
-        return self.top_k == 1 or self.temperature < torch.finfo(torch.float32).tiny
-
-    def top_p_at(self, nth: int) -> float:
-        """top_p for the nth new token, counted from 0; 1 where it is off, 0 only where it has decayed to nothing."""
-        if not self.top_p or not self.top_p_decay:
-            return self.top_p or 1.0
-        return max(self.top_p * self.top_p_decay**nth, self.top_p_bound)
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)

@@ -129,8 +129,9 @@ def test_texts_and_wrong_values(make) -> None:
     assert generate(model, "Once", seed=3, length_penalty=2.0, **options) == generate(
         model, "Once", length_penalty=2.0, **options
     )
-    for wrong in ({"temperature": 0.5}, {"top_k": 3}, {"stop": ["x"]}, {"stop_at_eod": False}):
-        with pytest.raises(ConfigError, match=r"beam_width must be given without .*; found 2, and options of sampling"):
+    for wrong in ({"temperature": 0.5}, {"top_k": 3}, {"stop": ["x"]}, {"stop_on_eol": True}, {"greedy": True}):
+        name = "temperature" if "greedy" in wrong else next(iter(wrong))
+        with pytest.raises(ConfigError, match=rf"--beam-width must be given without options .*; found 2 and {name}"):
             generate(model, "Once", **options, **wrong)
     for wrong in ({"beam_width": 0}, {"max_new_tokens": 0}, {"max_new_tokens": 500}, {"num_samples": 0}):
         with pytest.raises(ConfigError):

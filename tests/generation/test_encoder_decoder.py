@@ -151,7 +151,7 @@ def test_transformers_writes_the_same(vocabulary: pathlib.Path, tmp_path: pathli
 
 def test_what_cannot_be(make_t5) -> None:
     model = make_t5("megatron")
-    with pytest.raises(ConfigError, match="longest prompt has 41 tokens"):
+    with pytest.raises(ConfigError, match="prompt has 41 tokens"):
         complete(model, [[3] * 41], max_new_tokens=2)
     with pytest.raises(ConfigError, match=r"after its start token has 41; .* Ask for at most 39"):
         complete(model, [[3]], max_new_tokens=40)

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalith.common.errors import ConfigError, DataError
+from megalith.generation.params import SamplingParams
 from megalith.generation.penalties import apply_penalties, check_tokens
-from megalith.generation.sampling import SamplingParams, SamplingState, sample
+from megalith.generation.sampling import SamplingState, sample
 
 V = 12
 INFINITY = float("inf")

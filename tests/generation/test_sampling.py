@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalith.common.errors import CheckpointError, ConfigError
 from megalith.generation import sampling
-from megalith.generation.sampling import SamplingParams, SamplingState, logprobs_of, sample, top_logprobs_of
+from megalith.generation.params import SamplingParams
+from megalith.generation.sampling import SamplingState, logprobs_of, sample, top_logprobs_of
 from megalith.layers import random
 
 DRAWS = 20000
