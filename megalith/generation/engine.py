@@ -250,13 +250,11 @@ class Engine:
             finish = "stop" if token in params.stop_token_ids else "length" if last else None
             if finish:
                 self._release(active)
-            self.pending_events.append(
-                Event(
-                    id=active.id,
-                    token=token,
-                    finish=finish,
-                    logprob=numbers[0] if params.logprobs or params.top_logprobs else None,
-                    top_logprobs=top_of(numbers, params.top_logprobs) if params.top_logprobs else (),
-                    prompt=active.prompt_logprobs if params.prompt_logprobs and len(new_ids) == 1 else None,
-                )  # fmt: skip
-            )
+            wanted_prompt = params.prompt_logprobs and len(new_ids) == 1
+            event = Event(
+                id=active.id, token=token, finish=finish,
+                logprob=numbers[0] if params.logprobs or params.top_logprobs else None,
+                top_logprobs=top_of(numbers, params.top_logprobs) if params.top_logprobs else (),
+                prompt=active.prompt_logprobs if wanted_prompt else None,
+            )  # fmt: skip
+            self.pending_events.append(event)

@@ -139,6 +139,8 @@ class Prefill(Generic[Active]):
         """Append the log-probabilities of the tokens after those of a chunk; logits [its tokens, V]."""
         labels: Sequence[int] = active.prompt.ids[chunk.start + 1 : chunk.start + len(chunk.ids) + 1]
         top, found = active.request.params.top_logprobs, active.prompt_logprobs
+        if not labels:  # the prompt's last token alone
+            return
 
         def compute() -> Tensor:
             assert logits is not None
