@@ -14,6 +14,7 @@ from megalith.generation.cached_attention import PrefillChunk
 from megalith.generation.model import TextModel, check_length
 from megalith.generation.prompts import Completion, tokenize_prompts
 from megalith.generation.runner import ModelRunner
+from megalith.generation.sampling import not_numbers
 
 
 class Beam(NamedTuple):
@@ -120,6 +121,8 @@ def _search(
         totals = logprobs + torch.tensor([[beam.total] for beam in beams], device=logits.device)
         # A beam has len(stops) continuations that stop: among so many at least `width` go on.
         best = totals.flatten().topk(min((1 + max(1, len(stops))) * width, totals.numel()))
+        if best.values[0].isnan():  # the largest where one is NaN
+            raise not_numbers()
         candidates = zip(best.values.tolist(), best.indices.tolist(), logprobs.flatten()[best.indices].tolist())
         continued, parents = list[Beam](), list[int]()
         for rank, (total, index, logprob) in enumerate(candidates):
