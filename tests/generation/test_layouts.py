@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from megalith.config.run import RunConfig
-from megalith.generation.cache import KVCache, PrefillChunk
+from megalith.generation.cache import KVCache
+from megalith.generation.cached_attention import PrefillChunk
 from megalith.generation.runner import ModelRunner
 from megalith.parallel.sequence import unsharded_sequences
 from megalith.runtime.build import build_mesh, build_runtime
@@ -30,7 +31,7 @@ def logits(config: RunConfig) -> torch.Tensor:
         made = [runner.prefill([PrefillChunk(row, ids) for row, ids in enumerate(PROMPTS)])]
         for step in range(4):
             tokens = made[-1].argmax(dim=-1).tolist()
-            made.append(runner.decode(tokens, [length + step for length in lengths]))
+            made.append(runner.decode(range(len(PROMPTS)), tokens, [length + step for length in lengths]))
     return torch.stack(made)
 
 
