@@ -8,6 +8,7 @@ import pytest
 
 from megalith.common.errors import DataError
 from megalith.common.json_lines import parse
+from megalith.generation.params import GenerationParams
 from megalith.training.reporting.metrics import read_metrics
 from megalith.workflows.prompt_files import read_prompts
 
@@ -53,10 +54,10 @@ def test_prompt_files(tmp_path, name):
     path.write_text(
         '{"prompt": "a", "score": NaN}\n"b\u2028c"\n' + nested(3000).replace("text", "prompt"), encoding="utf-8"
     )
-    assert read_prompts(prompt_file=str(path)) == ["a", "b\u2028c", "a"]
+    assert read_prompts(None, str(path), GenerationParams())[0] == ["a", "b\u2028c", "a"]
     path.write_text('"a"\n"\\udc00"\n')
     with pytest.raises(DataError, match=r"line 2.*unpaired surrogate"):
-        read_prompts(prompt_file=str(path))
+        read_prompts(None, str(path), GenerationParams())
 
 
 def test_metrics_that_other_tools_have_written(tmp_path):

@@ -15,6 +15,7 @@ from megalith.common.pointers import pointer, pointers_below, refuse_pointer
 from megalith.data.indexed import IndexedDataset, IndexedWriter
 from megalith.data.indexed.tntidx import open_indexed
 from megalith.data.tokenizers.tokenizer import build_tokenizer, load_tokenizer
+from megalith.generation.params import GenerationParams
 from megalith.workflows.prompt_files import read_prompts
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d" * 32 + b"\nsize 12345\n"
@@ -128,7 +129,7 @@ def test_own_checkpoints(tmp_path):
 def test_prompts(tmp_path):
     write(tmp_path / "prompts.txt")
     with pytest.raises(DataError, match=NAMED):
-        read_prompts(prompt_file=str(tmp_path / "prompts.txt"))
+        read_prompts(None, str(tmp_path / "prompts.txt"), GenerationParams())
     shutil.copy(tmp_path / "prompts.txt", tmp_path / "b")
     with pytest.raises(DataError, match=NAMED):
         refuse_pointer(tmp_path / "b")

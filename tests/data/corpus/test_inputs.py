@@ -20,6 +20,7 @@ from megalith.data.corpus.preprocess import PreprocessOptions, plan, preprocess
 from megalith.data.corpus.readers import corpus_texts
 from megalith.data.indexed import IndexedDataset
 from megalith.data.tokenizers.tokenizer import TokenizerOptions, build_tokenizer
+from megalith.generation.params import GenerationParams
 from megalith.workflows.prompt_files import read_prompts
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d" * 32 + b"\nsize 12345\n"
@@ -324,7 +325,7 @@ def test_the_same_stream_goes_on_and_is_known_again(tmp_path):
 
 def test_prompts_from_standard_input():
     with standard_input(b"one\ntwo\n"):
-        assert read_prompts(prompt_file="-") == ["one", "two"]
+        assert read_prompts(None, "-", GenerationParams())[0] == ["one", "two"]
 
 
 def test_a_plan_reads_no_stream(tmp_path):
