@@ -234,7 +234,7 @@ class Engine:
             columns = [tokens[:, None].double()]
             return torch.cat(columns + [measure(logits, tokens, top)], dim=1) if wanted else columns[0]
 
-        results = self.runner.share(compute, (len(rows), 2 + 2 * top if wanted else 1)).tolist()
+        results = self.runner.broadcast(compute, (len(rows), 2 + 2 * top if wanted else 1)).tolist()
         for active, (number, *numbers) in zip(rows, results):
             params, token, new_ids = active.state.params, int(number), active.state.new_ids
             new_ids.append(token)

@@ -139,7 +139,7 @@ class Prefill(Generic[Active]):
             assert logits is not None
             return measure(logits[: len(labels)], torch.tensor(labels, device=logits.device), top)
 
-        for row in self.runner.share(compute, (len(labels), 1 + 2 * top)).tolist():
+        for row in self.runner.broadcast(compute, (len(labels), 1 + 2 * top)).tolist():
             found.logprobs.append(row[0])
             if top:
                 found.top.append(top_of(row, top))

@@ -41,7 +41,7 @@ class ModelRunner:
         """Call the model and return logits [b, n, V]; None on a process that does not have them."""
         return self.model(inputs, **arguments)
 
-    def share(self, compute: Callable[[], Tensor], shape: tuple[int, ...]) -> Tensor:
+    def broadcast(self, compute: Callable[[], Tensor], shape: tuple[int, ...]) -> Tensor:
         """What `compute` gives, float64 of this shape, on every process; only those that have logits call it."""
         return compute()
 
