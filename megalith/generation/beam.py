@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megalith.common.errors import ConfigError, problem
-from megalith.generation.cache import KVCache
 from megalith.generation.cached_attention import PrefillChunk
 from megalith.generation.model import TextModel, check_length
+from megalith.generation.parallel.runner import runner_of
 from megalith.generation.prompts import Completion, tokenize_prompts
 from megalith.generation.runner import ModelRunner
+from megalith.runtime.build import Runtime
 
 
 class BeamHypotheses:
@@ -34,7 +35,7 @@ class BeamHypotheses:
 
 
 def beam_search(
-    model: TextModel | nn.Module, prompt_ids: list[int], *, prompt: str | None = None, beam_width: int = 4,
+    model: TextModel | Runtime | nn.Module, prompt_ids: list[int], *, prompt: str | None = None, beam_width: int = 4,
     max_new_tokens: int = 64, length_penalty: float = 1.0, stop_token: int | None = None,
 ) -> list[Completion]:  # fmt: skip
     """beam_width continuations of one prompt, best first, as Megatron finds them.
@@ -58,13 +59,14 @@ def beam_search(
     stop_token = model.end_token if stop_token is None else stop_token
     finished = BeamHypotheses(beam_width, length_penalty)
     if encoder_decoder:
-        cache = KVCache(model.model, beam_width, max_new_tokens + 1, len(prompt_ids))
+        lengths = max_new_tokens + 1, len(prompt_ids)
         first = PrefillChunk(0, [model.decoder_start], source=prompt_ids)
     else:
-        cache = KVCache(model.model, beam_width, len(prompt_ids) + max_new_tokens)
+        lengths = len(prompt_ids) + max_new_tokens, 0
         first = PrefillChunk(0, prompt_ids)
-    runner = ModelRunner(model.model, cache, batch_invariant=False)  # no other requests share the cache
-    _search(runner, first, finished, max_new_tokens, stop_token)
+    runner = runner_of(model, beam_width, *lengths, batch_invariant=False)  # no other requests share the cache
+    with model.evaluating():
+        _search(runner, first, finished, max_new_tokens, stop_token)
     completions = []
     if prompt is None and tokenizer is not None:
         prompt = tokenizer.decode(prompt_ids)
@@ -83,15 +85,21 @@ def beam_search(
 def _search(
     runner: ModelRunner, first: PrefillChunk, finished: BeamHypotheses, count: int, stop_token: int | None
 ) -> None:
-    width = finished.size
+    width, device, vocabulary = finished.size, runner.cache.device, runner.model.config.vocab_size
     beams: list[list[int]] = [[]]
     logits, totals = runner.prefill([first]), torch.zeros(1, 1)
     for length in range(1, count + 1):
-        logprobs = totals.to(logits.device) + logits.float().log_softmax(dim=-1)
-        best = logprobs.flatten().topk(min(2 * width, logprobs.numel()))
+        number = min(2 * width, len(beams) * vocabulary)
+
+        def likeliest() -> Tensor:
+            assert logits is not None
+            logprobs = totals.to(device) + logits.float().log_softmax(dim=-1)
+            return torch.stack([each.double() for each in logprobs.flatten().topk(number)], dim=1)
+
+        best = [(total, int(index)) for total, index in runner.broadcast(likeliest, (number, 2)).tolist()]
         continued: list[tuple[float, int, int]] = []  # log-probability, beam, token
-        for rank, (total, index) in enumerate(zip(best.values.tolist(), best.indices.tolist())):
-            beam, token = divmod(index, logits.shape[-1])
+        for rank, (total, index) in enumerate(best):
+            beam, token = divmod(index, vocabulary)
             if token != stop_token:
                 continued.append((total, beam, token))
             elif rank < width:
@@ -99,7 +107,7 @@ def _search(
             if len(continued) == width:
                 break
         beams = [beams[beam] + [token] for _, beam, token in continued]
-        if finished.is_done(best.values[0].item(), length):
+        if finished.is_done(best[0][0], length):
             return
         if length == count:
             for (total, _, _), tokens in zip(continued, beams):
@@ -107,7 +115,7 @@ def _search(
             return
         totals = torch.tensor([[total] for total, _, _ in continued])
         position = len(first.ids) + length - 1  # of the beams' newest tokens
-        runner.cache.select(torch.tensor([beam for _, beam, _ in continued], device=logits.device), position)
+        runner.cache.select(torch.tensor([beam for _, beam, _ in continued], device=device), position)
         source_lengths = [len(first.source)] * len(continued) if first.source else []
         logits = runner.decode(
             range(len(continued)), [token for _, _, token in continued], [position] * len(continued), source_lengths

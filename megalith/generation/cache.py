@@ -42,11 +42,12 @@ class KVCache:
 
     def __init__(
         self, stages: nn.Module | Sequence[nn.Module], rows: int, length: int, source_length: int = 0,
-        kv_heads: int | None = None,
+        kv_heads: int | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
         """stages: the model, or the stages of it that this process runs. length: the most tokens of a sequence.
 
         source_length: the most tokens that an encoder reads. kv_heads: those of this process; None for all.
+        dtype: of keys and values; None for that of the parameters.
         """
         stages = [stages] if isinstance(stages, nn.Module) else list(stages)
         c, parameter = stages[0].config, next(stages[0].parameters())
@@ -64,7 +65,7 @@ class KVCache:
             sites = [site(each) for each in attentions if isinstance(each, CrossAttention) == cross]
             shape = (len(sites), rows, self.kv_heads, positions, c.head_dim)
             # Zeros: 0 x NaN is NaN, also where it is masked.
-            keys, values = (torch.zeros(shape, dtype=parameter.dtype, device=self.device) for _ in range(2))
+            keys, values = (torch.zeros(shape, dtype=dtype or parameter.dtype, device=self.device) for _ in range(2))
             self.blocks.append((keys, values))
             for number, name in enumerate(sites):
                 self.layers[name] = LayerMemory(keys[number], values[number])

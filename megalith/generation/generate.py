@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import secrets
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
@@ -16,13 +15,17 @@ from megalith.common.errors import ConfigError, problem
 from megalith.config.flags.text import Words
 from megalith.generation.beam import beam_search
 from megalith.generation.engine import Engine
+from megalith.generation.parallel.driver import Driver
+from megalith.generation.parallel.replicas import ReplicatedEngine, engine_of
 from megalith.generation.request import Event, Request
 from megalith.generation.model import TextModel, check_length
 from megalith.generation.prompts import Completion, Prompts, tokenize_prompts
 from megalith.generation.sampling import SamplingParams
+from megalith.runtime.build import Runtime
 
 OnToken = Callable[[int, int, str], None]  # (number of the text, new token, text that is now certain)
-Model: TypeAlias = TextModel | nn.Module | Engine
+AnyEngine: TypeAlias = Engine | ReplicatedEngine | Driver
+Model: TypeAlias = TextModel | Runtime | nn.Module | AnyEngine
 
 
 def generate(
@@ -79,8 +82,9 @@ def complete(
 ) -> list[Completion]:  # fmt: skip
     """What the model writes after each prompt, or in answer to it: num_samples completions for each, in order.
 
-    model: from `load`, or any module in evaluation mode that has `.config`; or an idle Engine of one, to keep its
-        memory and its compiled step for the next call.
+    model: from `load`, any module that has `.config`, or a Runtime; or an idle engine of one, to keep its memory and its
+        compiled step for the next call. Where several processes hold the model, or replicas of it, all of them call with
+        the same arguments, and all get all results.
     prompts: texts, or lists of token ids, or None; an empty one starts from the end-of-document token.
     temperature, top_k, top_p, top_p_decay, top_p_bound: see SamplingParams. temperature=0 or top_k=1 is greedy.
     seed: completion number i of a call draws its random numbers from (seed, i, position); None draws a seed.
@@ -156,7 +160,7 @@ class PendingCompletion:
 def _prepare(
     model: Model, prompts: Prompts, params: SamplingParams, max_new_tokens: int, num_samples: int,
     stop: Sequence[str], stop_at_eod: bool, add_bos: bool, batch_size: int,
-) -> tuple[list[PendingCompletion], Engine | None, SamplingParams]:  # fmt: skip
+) -> tuple[list[PendingCompletion], AnyEngine | None, SamplingParams]:  # fmt: skip
     """Pending completions, the engine that generates them (None where nothing is to be generated), and its settings."""
     for name, value, least in (
         ("max_new_tokens", max_new_tokens, 0),
@@ -177,17 +181,16 @@ def _prepare(
     rows = [PendingCompletion(number, completion, text, stop) for number, completion in enumerate(completions)]
     if not rows or not max_new_tokens:
         return rows, None, params
-    if isinstance(model, Engine):
+    if isinstance(model, AnyEngine):
         engine = model
     else:
         length = max(longest, max_new_tokens + 1) if text.config.decoder_layers else longest + max_new_tokens
-        engine = Engine(text, max_batch_size=min(batch_size, len(rows)), max_length=length)
-    seed = secrets.randbits(63) if params.seed is None else params.seed
+        engine = engine_of(text, max_batch_size=min(batch_size, len(rows)), max_length=length)
     stops = () if end_token is None else (end_token,)
-    return rows, engine, dataclasses.replace(params, max_new_tokens=max_new_tokens, seed=seed, stop_token_ids=stops)
+    return rows, engine, dataclasses.replace(params, max_new_tokens=max_new_tokens, stop_token_ids=stops)
 
 
-def _run(engine: Engine, rows: Sequence[PendingCompletion], params: SamplingParams) -> Iterator[tuple[int, int, str]]:
+def _run(engine: AnyEngine, rows: Sequence[PendingCompletion], params: SamplingParams) -> Iterator[tuple[int, int, str]]:
     """Generate all of `rows`: (number of the row, new token, text that is now certain)."""
     rows_by_id = dict[int, PendingCompletion]()
     shared = (
@@ -196,22 +199,23 @@ def _run(engine: Engine, rows: Sequence[PendingCompletion], params: SamplingPara
     )
     if engine.busy:
         raise ConfigError(shared)
-    try:
-        for row in rows:
-            request = Request(prompt_ids=row.completion.prompt_ids, params=params, index=row.number)
-            rows_by_id[engine.add(request)] = row
-        while engine.busy:
-            for event in engine.step():
-                if event.id not in rows_by_id:
-                    raise ConfigError(shared)
-                row = rows_by_id[event.id]
-                piece = row.push(event)
-                if row.done and event.finish is None:  # ended by a stop text, of which the engine does not know
-                    engine.cancel(event.id)
-                yield row.number, event.token, piece
-    finally:
-        for id in rows_by_id:
-            engine.cancel(id)
+    with engine.text_model.evaluating():
+        try:
+            for row in rows:
+                request = Request(prompt_ids=row.completion.prompt_ids, params=params, index=row.number)
+                rows_by_id[engine.add(request)] = row
+            while engine.busy:
+                for event in engine.step():
+                    if event.id not in rows_by_id:
+                        raise ConfigError(shared)
+                    row = rows_by_id[event.id]
+                    piece = row.push(event)
+                    if row.done and event.finish is None:  # ended by a stop text, of which the engine does not know
+                        engine.cancel(event.id)
+                    yield row.number, event.token, piece
+        finally:
+            for id in rows_by_id:
+                engine.cancel(id)
 
 
 def score(model: Model, texts: Prompts, *, add_bos: bool = False, batch_size: int = 8) -> list[list[float]]:
@@ -228,17 +232,18 @@ def score(model: Model, texts: Prompts, *, add_bos: bool = False, batch_size: in
     sequences = [prompt.prompt_ids for prompt in tokenize_prompts(text, texts, add_bos)]
     longest = max(map(len, sequences), default=1)
     check_length(text.config, longest, 0)
-    engine = Engine(text, max_batch_size=max(1, min(batch_size, len(sequences))), max_length=longest)
+    engine = engine_of(text, max_batch_size=max(1, min(batch_size, len(sequences))), max_length=longest)
     params = SamplingParams(max_new_tokens=0, prompt_logprobs=True)
     numbers = {engine.add(Request(prompt_ids=ids, params=params)): number for number, ids in enumerate(sequences)}
     results: list[list[float]] = [[] for _ in sequences]
-    while engine.busy:
-        for event in engine.step():
-            assert event.prompt is not None
-            results[numbers[event.id]] = event.prompt.logprobs
+    with text.evaluating():
+        while engine.busy:
+            for event in engine.step():
+                assert event.prompt is not None
+                results[numbers[event.id]] = event.prompt.logprobs
     return results
 
 
 def as_text_model(model: Model) -> TextModel:
-    """The TextModel of an Engine, a module or a TextModel."""
-    return model.text_model if isinstance(model, Engine) else TextModel.of(model)
+    """The TextModel of an engine, a Runtime, a module or a TextModel."""
+    return model.text_model if isinstance(model, AnyEngine) else TextModel.of(model)

@@ -1,12 +1,13 @@
 """A model and its cache: chunks of prompts in, or one token for each row, and logits out.
 
 This is the only module of generation that calls a model. Its inputs are whole numbers, which every process of a
-parallel model knows, because each runs the same Engine (parallel_runner.py).
+parallel model knows, because each runs the same Engine (parallel/runner.py).
 """
 
 from __future__ import annotations
 
 import inspect
+import secrets
 from collections.abc import Callable, Sequence
 
 import torch
@@ -44,6 +45,10 @@ class ModelRunner:
     def broadcast(self, compute: Callable[[], Tensor], shape: tuple[int, ...]) -> Tensor:
         """What `compute` gives, float64 of this shape, on every process; only those that have logits call it."""
         return compute()
+
+    def draw_seed(self) -> int:
+        """A seed for a request that has none, at random."""
+        return secrets.randbits(63)
 
     def pad(self, count: int) -> int:
         """How many padding tokens are added to `count` tokens, so that the result of each does not depend on `count`.

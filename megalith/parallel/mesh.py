@@ -89,6 +89,33 @@ class Mesh:
         dist.all_gather_into_tensor(gathered.flatten(0, 1), values.contiguous(), group=group)
         return gathered
 
+    def broadcast(self, values: torch.Tensor, axis: str, source: int) -> torch.Tensor:
+        """`values` of rank `source` along an axis, on every process of it, in place."""
+        if self.size(axis) > 1:
+            dist.broadcast(values, group=self.device_mesh.get_group(axis), group_src=source)
+        return values
+
+    def maximum(self, value: int, axis: str) -> int:
+        """The largest `value` of the processes along an axis."""
+        values = torch.tensor(value, device=self.device)
+        if self.size(axis) > 1:
+            dist.all_reduce(values, dist.ReduceOp.MAX, group=self.device_mesh.get_group(axis))
+        return int(values)
+
+    def exchange_over_data(self, message: bytes, expected: int) -> list[bytes]:
+        """The messages of all processes that read different tokens, in the order of `gather_over_data`.
+
+        expected: bytes within which messages usually are; one collective then, otherwise two.
+        """
+        data, width = len(message).to_bytes(8, "little") + message, expected + 8
+        while True:
+            padded = torch.frombuffer(bytearray(data[:width].ljust(width, b"\0")), dtype=torch.uint8)
+            rows = [row.numpy().tobytes() for row in self.gather_over_data(padded.to(self.device)).cpu()]
+            sizes = [8 + int.from_bytes(row[:8], "little") for row in rows]
+            if max(sizes) <= width:
+                return [row[8:size] for row, size in zip(rows, sizes)]
+            width = max(sizes)
+
 
 def init_mesh(config: ParallelConfig) -> Mesh:
     """Initialize the process group, and build the mesh over it."""
