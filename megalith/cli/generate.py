@@ -13,8 +13,10 @@ from typing import Any
 from megalith.cli.checkpoint_convert import MEGATRON_FLAGS
 from megalith.common.errors import CheckpointError, ConfigError, problem
 from megalith.common.files import write_text
+from megalith.common.orphans import ends_with_launcher
 from megalith.common.outputs import writing
 from megalith.common.urls import is_url
+from megalith.config import environment
 from megalith.config.flags.text import fail, flag
 from megalith.config.flags.values import fields
 from megalith.workflows.prompt_files import read_prompts
@@ -27,6 +29,8 @@ TOKENIZER = {
     "merge_file": "FILE",
     "tokenizer_model": "PATH",
 }
+# The processes that these leave hold replicas, which share the prompts.
+LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
 # Fields of the model that files of other programs lack most often
 MODEL_HELP = (
     "num_attention_heads",
@@ -43,6 +47,7 @@ examples:
   megalith generate --load runs/demo/run --prompt 'def ' --max-new-tokens 100 --temperature 0.8 --top-k 40
   megalith generate --load runs/demo/run --prompt-file prompts.txt --num-samples 4 --seed 1 --out-file texts.jsonl
   echo 'Once upon a time' | megalith generate --load runs/demo/run
+  torchrun --nproc-per-node 4 -m megalith generate --load Llama-3-8B --tensor-model-parallel-size 2 --prompt 'Once'
 
 A prompt file holds one prompt a line, or JSON strings or objects with "prompt" where its name ends in .jsonl. Standard
 input, where it is not a terminal, is one prompt. Without any prompt, texts start from the end-of-document token.
@@ -119,6 +124,9 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--dtype", default="float32", metavar="TYPE", help="float32, bfloat16 or float16 (default: float32)"
     )
+    for name in LAYOUT:
+        text = f"under torchrun: {fields()[name].metadata['help']} (default: 1)"
+        parser.add_argument(flag(name), *fields()[name].metadata["flags"], type=int, metavar="N", help=text)
     parser.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or xpu (default: auto)")
     parser.add_argument(
         "--stream",
@@ -165,9 +173,10 @@ def generate(args: argparse.Namespace) -> int:
     out, notice = args.out_file, functools.partial(print, file=sys.stderr, flush=True)
     inputs = [args.prompt_file] if args.prompt_file else []
     with (
+        ends_with_launcher(),
         writing(out, inputs=inputs, overwrite=args.overwrite, flag="--out-file", notice=notice)
-        if out
-        else contextlib.nullcontext()
+        if out and environment.rank() == 0
+        else contextlib.nullcontext(),
     ):
         return _generate(args)
 
@@ -180,7 +189,7 @@ def _generate(args: argparse.Namespace) -> int:
         for name in absent
     ]
     fail(texts, CheckpointError)
-    prompts = read_prompts(args.prompt, args.prompt_file)
+    prompts = read_prompts(args.prompt, args.prompt_file) if environment.rank() == 0 else None
     sampling = (
         args.greedy
         or args.top_k
@@ -196,10 +205,15 @@ def _generate(args: argparse.Namespace) -> int:
             "--top-p-decay, --stop or --ignore-eod: beam search draws nothing and ends at the end-of-document token. "
             "Leave out the one or the others."
         )
-    from megalith.generation.load import load  # here, because it imports torch
+    import torch  # here, as it takes long
+
+    from megalith.checkpoint.ranks import Ranks
+    from megalith.generation.load import load
 
     typed = {name: getattr(args, name) for name in _model_fields() if hasattr(args, name)}
     typed |= {name: getattr(args, name) for name in TOKENIZER}
+    if environment.world_size() > 1 or any(getattr(args, name) for name in LAYOUT):
+        typed |= {name: getattr(args, name) or 1 for name in LAYOUT}
     megatron = {"qkv_layout": args.qkv_layout, "swiglu_order": args.swiglu_order, "replicas": args.replicas}
     model = load(
         args.load,
@@ -212,9 +226,12 @@ def _generate(args: argparse.Namespace) -> int:
     )
     if model.tokenizer is None:
         raise ConfigError(f"--load {args.load}: the checkpoint has no tokenizer; text needs one. {NAME_TOKENIZER}")
+    prompts = Ranks().on_rank_0(lambda: prompts)
     search = _beams if args.beam_width is not None else _samples
     completions = search(model, prompts, args)
-    if args.out_file is not None:
+    if model.runtime is not None:
+        torch.distributed.destroy_process_group()
+    if args.out_file is not None and environment.rank() == 0:
         lines = [json.dumps(to_record(completion), ensure_ascii=False) + "\n" for completion in completions]
         write_text(pathlib.Path(args.out_file), "".join(lines))
         print(f"{len(completions)} texts -> {args.out_file}")
@@ -229,7 +246,7 @@ def _samples(model: Any, prompts: list[str] | None, args: argparse.Namespace) ->
     streamed = to_terminal and (args.stream if args.stream is not None else count == 1)
     # Before the answer of an encoder-decoder its prompt is not printed.
     printed = [""] * count if model.config.decoder_layers else prompts or [""]
-    on_token = StreamPrinter(printed, args.num_samples) if streamed else None
+    on_token = StreamPrinter(printed, args.num_samples) if streamed and environment.rank() == 0 else None
     completions = complete(
         model,
         prompts,
@@ -248,7 +265,7 @@ def _samples(model: Any, prompts: list[str] | None, args: argparse.Namespace) ->
     )
     if on_token is not None:
         on_token.close()
-    elif to_terminal:
+    elif to_terminal and not streamed and environment.rank() == 0:
         print_texts(completions)
     return completions
 
@@ -266,6 +283,6 @@ def _beams(model: Any, prompts: list[str] | None, args: argparse.Namespace) -> l
         beam_search(model, each.prompt_ids, prompt=each.prompt, **options) for each in tokenize_prompts(model, prompts)
     ]
     completions = [completion for beams in found for completion in beams[: args.num_samples]]
-    if args.out_file is None:
+    if args.out_file is None and environment.rank() == 0:
         print_texts(completions)
     return completions
