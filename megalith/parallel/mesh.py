@@ -17,6 +17,7 @@ from megalith.common import environment as variables
 from megalith.common.errors import ConfigError, RankError
 from megalith.config import environment
 from megalith.config.sections.parallel import ParallelConfig
+from megalith.parallel.collectives import ops, wait
 from megalith.parallel.devices import backend_of, pick_device
 
 NOTICE_AFTER = 20.0  # seconds of waiting for other processes before a line says so
@@ -82,12 +83,10 @@ class Mesh:
     def gather_over_data(self, values: torch.Tensor) -> torch.Tensor:
         """`values` [...] of all processes that read different tokens: [dp x cp, ...], where cp varies fastest."""
         size = self.data_size * self.size("cp")
-        gathered = values.new_empty((size, *values.shape))
         if size == 1:
-            return gathered.copy_(values[None])
-        group = self.flat("dp_replicate", "dp_shard", "cp").get_group()
-        dist.all_gather_into_tensor(gathered.flatten(0, 1), values.contiguous(), group=group)
-        return gathered
+            return values[None].clone()
+        group = self.flat("dp_replicate", "dp_shard", "cp").get_group().group_name
+        return wait(ops.all_gather_into_tensor(values.contiguous()[None], size, group))
 
     def broadcast(self, values: torch.Tensor, axis: str, source: int) -> torch.Tensor:
         """`values` of rank `source` along an axis, on every process of it, in place."""

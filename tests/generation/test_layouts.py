@@ -8,84 +8,23 @@ import torch
 from megalith.config.run import RunConfig
 from megalith.generation.beam import beam_search
 from megalith.generation.cached_attention import PrefillChunk
-from megalith.generation.engine import Engine, Event, Request
+from megalith.generation.engine import Event
 from megalith.generation.generate import complete, score
 from megalith.generation.model import TextModel
 from megalith.generation.parallel.replicas import engine_of
 from megalith.generation.parallel.runner import runner_of
-from megalith.generation.sampling import SamplingParams
-from megalith.runtime.build import Runtime, build_model, build_runtime, init_mesh
 from megalith.testing.ranks import run_ranks
-
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "tp2": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
-    "pp2": {"pipeline_model_parallel_size": 2},
-    "dp2": {},
-    "cp2": {"context_parallel_size": 2},
-    "virtual": {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1},
-    "zbv": {"pipeline_model_parallel_size": 2, "pipeline_schedule": "zbv"},
-    "tp2 pp2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2},
-    "dp2 tp2": {"tensor_model_parallel_size": 2},
-}
-FORMS: dict[str, dict[str, Any]] = {
-    "learned": {},
-    "rope, one key head": {"position_embedding_type": "rope", "num_query_groups": 1, "normalization": "RMSNorm"},
-    "alibi": {"position_embedding_type": "alibi"},
-    "t5": {"model_type": "t5", "num_layers": 2, "decoder_num_layers": 2},
-    "t5, relative": {"model_type": "t5", "num_layers": 2, "decoder_num_layers": 2, "add_bias_linear": False,
-                     "position_embedding_type": "relative", "normalization": "RMSNorm"},
-}  # fmt: skip
-PROMPTS = [[5, 9, 20, 17, 3], [25], list(range(40, 60)), list(range(90)) + list(range(70))]
-
-
-class Numbers:
-    """A tokenizer of a text's code points."""
-
-    eos = eod = decoder_start = 0
-    vocab_size = 99  # not a multiple of the ranks
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(chr(32 + i) for i in ids)
-
-
-def config_of(form: str, layout: str = "") -> RunConfig:
-    """Weights so large that the likeliest token is clear."""
-    base = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": Numbers.vocab_size,
-            "max_position_embeddings": 200, "init_method_std": 0.3, "micro_batch_size": 1, "global_batch_size": 2,
-            "hidden_dropout": 0.1, "seq_length": 200, "pipeline_split": "even", "device": "cpu"}  # fmt: skip
-    return RunConfig().replace(**base | FORMS[form] | LAYOUTS.get(layout, {}))
-
-
-def runtime_of(config: RunConfig, dtype: torch.dtype = torch.float32) -> Runtime:
-    return build_runtime(config, init_mesh(config.parallel), dtype)
-
-
-def model_of(config: RunConfig, dtype: torch.dtype = torch.float32) -> TextModel:
-    """The whole model on one process, with the weights that every layout has."""
-    return TextModel(build_model(config.model, torch.device("cpu"), dtype, seed=config.batch.seed), Numbers())
-
-
-def mixed_requests(prompt_logprobs: bool) -> list[Request]:
-    """Requests of all settings."""
-    ways: list[dict[str, Any]] = [
-        {"temperature": 0.0, "logprobs": True}, {"temperature": 1.2}, {"top_k": 20, "top_logprobs": 3},
-        {"top_p": 0.9, "prompt_logprobs": prompt_logprobs}, {"temperature": 0.7, "top_k": 50, "top_p": 0.8},
-    ]  # fmt: skip
-    return [
-        Request(prompt_ids=PROMPTS[number % 4], index=number,
-                params=SamplingParams(max_new_tokens=3 + number, seed=number, stop_token_ids=(7,), **way))
-        for number, way in enumerate(ways)
-    ]  # fmt: skip
-
-
-def results(engine: Any, requests: list[Request]) -> list[list[Event]]:
-    """The events of each request; all are there from the start."""
-    numbers, events = {engine.add(request): number for number, request in enumerate(requests)}, [[] for _ in requests]
-    while engine.busy:
-        for event in engine.step():
-            events[numbers[event.id]].append(event)
-    return events
-
+from tests.generation.layouts import (
+    FORMS,
+    LAYOUTS,
+    PROMPTS,
+    Numbers,
+    config_of,
+    mixed_requests,
+    model_of,
+    results,
+    runtime_of,
+)
 
 def generated(model: TextModel) -> dict[str, Any]:
     """What the functions give that users call."""
@@ -136,8 +75,15 @@ def check_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
         assert numbers_of(events) == pytest.approx(numbers_of(true), abs=1e-4)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("form", FORMS)
+FAST = {("learned", "tp2"), ("rope, one key head", "tp2 pp2"), ("alibi", "zbv"), ("learned", "dp2"), ("t5", "virtual")}
+CASES = [
+    pytest.param(form, layout, marks=() if (form, layout) in FAST else pytest.mark.slow)
+    for form in FORMS
+    for layout in LAYOUTS
+]
+
+
+@pytest.mark.parametrize(("form", "layout"), CASES)
 def test_texts_are_those_of_one_process(form: str, layout: str) -> None:
     expected = generated(model_of(config_of(form)))
     assert len({tuple(ids) for ids, _ in expected["greedy"]}) > 2  # not all the same token
@@ -146,3 +92,49 @@ def test_texts_are_those_of_one_process(form: str, layout: str) -> None:
     check_equal(found[0], expected)
     for other in found[1:]:  # to the last bit
         assert other == found[0]
+
+
+def logits_and_losses(config: RunConfig) -> tuple[torch.Tensor | None, list[float], list[float], list[int]]:
+    """In float64: logits of a prompt and of four greedy steps, where they are; log-probabilities of a text by the
+    engine and by the forward pass of training, in this layout; stages that this process runs.
+    """
+    runtime = runtime_of(config, torch.float64)
+    model = TextModel.of(runtime)
+    runner, (prompt, *_), made = runner_of(model, 2, 64), PROMPTS, []
+    with runtime.evaluating():
+        made.append(runner.prefill([PrefillChunk(0, prompt)]))
+        for step in range(4):
+            (token,) = runner.broadcast(lambda: made[-1].argmax(dim=-1).double(), (1,)).tolist()
+            made.append(runner.decode([0], [int(token)], [len(prompt) + step]))
+    logits = None if made[0] is None else torch.stack(made)
+    assert (logits is not None) == runtime.has_last_stage
+    (scores,), ids, found = score(model, [PROMPTS[3]]), torch.tensor([PROMPTS[3]]), []
+
+    def losses(output: torch.Tensor, number: int) -> torch.Tensor:
+        found.extend(output[0, :-1].log_softmax(dim=-1).gather(1, ids[0, 1:, None])[:, 0].tolist())
+        return output.sum()
+
+    with torch.no_grad():
+        runtime.train(False)
+        runtime.run([{"inputs": ids}] * 2, losses, train=False)
+    return logits, scores, found[: len(scores)], [stage.stage_index for stage in runtime.stages]
+
+
+@pytest.mark.parametrize("layout", ["tp2", pytest.param("virtual", marks=pytest.mark.slow),
+                                    pytest.param("tp2 pp2", marks=pytest.mark.slow)])  # fmt: skip
+def test_logits_are_those_of_one_process_and_of_training(layout: str) -> None:
+    form = "rope, one key head"
+    config, ranks = config_of(form, layout), 4 if " " in layout else 2
+    ((expected, scores, losses, _),) = run_ranks(logits_and_losses, 1, config_of(form))
+    assert scores == pytest.approx(losses, abs=1e-5) and len(scores) == len(PROMPTS[3]) - 1
+    found = run_ranks(logits_and_losses, ranks, config)
+    assert sum(logits is not None for logits, *_ in found) == config.parallel.tensor_model_parallel_size
+    for logits, values, training, _ in found:
+        if logits is not None:
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6)
+            assert values == pytest.approx(training, abs=1e-5)
+        assert values == pytest.approx(scores, abs=1e-6)
+    assert sorted(stage for *_, stages in found for stage in stages) == sorted(
+        [*range({"virtual": 4}.get(layout, config.parallel.pipeline_model_parallel_size))]
+        * config.parallel.tensor_model_parallel_size
+    )
