@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,14 @@ def round_up_to_block(positions: int) -> int:
 
 @dataclasses.dataclass
 class LayerMemory:
-    """Keys and values of one attention layer: two tensors [rows, kv_heads, length, head_dim]."""
+    """Keys and values of one attention layer: [rows, kv_heads, length, head_dim].
+
+    cross: whether they are those of an encoder's tokens, to which a decoder attends.
+    """
 
     keys: Tensor
     values: Tensor
+    cross: bool
 
 
 class KVCache:
@@ -57,20 +61,16 @@ class KVCache:
         self.reserved: dict[int, tuple[int, int]] = {}  # request -> positions reserved, for itself and for its source
         self.free = deque(range(rows))  # the one that was freed last at the end
         self.filled = [0] * rows  # positions of each row that hold keys and values, from the start
-        attentions = [each for stage in stages for each in cached_attentions(stage)]
-        # self attention, then cross attention, which holds the encoder's keys and values: [layers, rows, m, L, d]
-        self.blocks: list[tuple[Tensor, Tensor]] = []
         self.layers: dict[str, LayerMemory] = {}
-        for cross, positions in ((False, self.length), (True, self.source_length)):
-            sites = [site(each) for each in attentions if isinstance(each, CrossAttention) == cross]
-            shape = (len(sites), rows, self.kv_heads, positions, c.head_dim)
-            # Zeros: 0 x NaN is NaN, also where it is masked.
-            keys, values = (torch.zeros(shape, dtype=dtype or parameter.dtype, device=self.device) for _ in range(2))
-            self.blocks.append((keys, values))
-            for number, name in enumerate(sites):
-                self.layers[name] = LayerMemory(keys[number], values[number])
-                for tensor in (keys[number], values[number]):
-                    torch._dynamo.mark_static_address(tensor)  # otherwise CUDA graphs would copy it at each step
+        for attention in (each for stage in stages for each in cached_attentions(stage)):
+            cross = isinstance(attention, CrossAttention)
+            shape = (rows, self.kv_heads, self.source_length if cross else self.length, c.head_dim)
+            # Zeros: 0 x NaN is NaN, also where it is masked. A tensor for each layer, because compiled steps write to
+            # them, and torch.compile copies what it writes to where two share memory.
+            pair = [torch.zeros(shape, dtype=dtype or parameter.dtype, device=self.device) for _ in range(2)]
+            for tensor in pair:
+                torch._dynamo.mark_static_address(tensor)  # otherwise CUDA graphs would copy it at each step
+            self.layers[site(attention)] = LayerMemory(*pair, cross)
         self.encoder_decoder = bool(c.decoder_layers)
 
     @property
@@ -81,7 +81,7 @@ class KVCache:
     @property
     def bytes_allocated(self) -> int:
         """Memory of all rows."""
-        return sum(tensor.nbytes for pair in self.blocks for tensor in pair)
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers.values())
 
     @property
     def bytes_in_use(self) -> int:
@@ -94,8 +94,8 @@ class KVCache:
 
     def _bytes(self, length: int, source_length: int) -> int:
         return sum(
-            2 * len(keys) * self.kv_heads * positions * keys.shape[-1] * keys.element_size()
-            for (keys, _), positions in zip(self.blocks, (length, source_length))
+            2 * self.kv_heads * (source_length if layer.cross else length) * layer.keys.shape[-1] * layer.keys.itemsize
+            for layer in self.layers.values()
         )
 
     def add(
@@ -112,9 +112,8 @@ class KVCache:
         self.free.remove(row)
         self.rows_of[request] = row
         self.reserved[request] = round_up_to_block(length), round_up_to_block(source_length)
-        for pair, start, end in zip(self.blocks, kept, self.reserved[request]):
-            for tensor in pair:
-                tensor[:, row, :, start:end] = 0
+        for tensor, cross in self._tensors():
+            tensor[row, :, kept[cross] : self.reserved[request][cross]] = 0
         self.filled[row] = kept[0]
         return row
 
@@ -127,16 +126,21 @@ class KVCache:
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of a row, and all of its encoder's, to another row."""
-        for (keys, values), used in zip(self.blocks, (length, self.source_length)):
-            for tensor in (keys, values):
-                tensor[:, target, :, :used] = tensor[:, source, :, :used]
+        for tensor, cross in self._tensors():
+            used = self.source_length if cross else length
+            tensor[target, :, :used] = tensor[source, :, :used]
         self.filled[target] = length
 
     def select(self, rows: Tensor, length: int) -> None:
         """Copy these rows, int64 [any], to the first rows, `length` tokens of each; one may come twice (beams)."""
-        for (keys, values), used in zip(self.blocks, (round_up_to_block(length), self.source_length)):
-            for tensor in (keys, values):
-                tensor[:, : len(rows), :, :used] = tensor[:, rows, :, :used]
+        for tensor, cross in self._tensors():
+            used = self.source_length if cross else round_up_to_block(length)
+            tensor[: len(rows), :, :used] = tensor[rows, :, :used]
+
+    def _tensors(self) -> Iterator[tuple[Tensor, bool]]:
+        for layer in self.layers.values():
+            yield layer.keys, layer.cross
+            yield layer.values, layer.cross
 
 
 def cached_attentions(model: nn.Module) -> list[SelfAttention]:

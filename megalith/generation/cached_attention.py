@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from megalith.generation.cache import KVCache, round_up_to_block
 from megalith.layers.attention import CoreAttention
 from megalith.layers.mask import AttentionMask
+
+
+Span: TypeAlias = tuple[int, int, int, int]  # rows of one length: the first, the last + 1, the first's row, the length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,78 +86,82 @@ class DecodeCache:
 
     source_positions = None
 
-    def __init__(self, cache: KVCache):
-        self.cache, self.length, self.biases = cache, cache.length, dict[tuple, Tensor]()
+    def __init__(self, cache: KVCache, *, batch_invariant: bool = True, compiled: bool = False):
+        """batch_invariant: see above; without it rows of equal length need no mask, because they attend only to the
+        positions that they have filled.
+
+        compiled: the same shapes at every step of as many rows. On accelerators, whose graphs cannot read lengths,
+        attention is to whole rows; on CPUs it is one operator, opaque to the compiler, that reads them.
+        """
+        self.cache, self.length, self.compiled = cache, cache.length, compiled
+        self.whole_rows = compiled and cache.device.type != "cpu"
+        self.opaque = compiled and not self.whole_rows
+        self.loose = not (batch_invariant or self.whole_rows or (compiled and cache.rows > 1))
+        self.filled, self.biases = False, dict[tuple, Tensor]()
         self.positions = self.slots = self.sources = torch.zeros(0, dtype=torch.int64, device=cache.device)
+        self.spans: list[Span] = []
+        self.source_spans: list[Span] = []
+        self.span_tensors = self.positions, self.positions  # the spans of both, padded, for the opaque operator
 
     def begin(
-        self, rows: Sequence[int], positions: Sequence[int], source_lengths: Sequence[int] = (), pad: int = 0,
-        fixed_shapes: bool = False, batch_invariant: bool = True,
+        self, rows: Sequence[int], positions: Sequence[int], source_lengths: Sequence[int] = (), pad: int = 0
     ) -> None:  # fmt: skip
         """Prepare a step.
 
         rows: ascending, those that get a token. positions: of each row's new token. source_lengths: how many tokens
-        each row's encoder has read. pad: padding tokens after the rows; their attention is 0. fixed_shapes: attend to
-        whole rows, so that shapes are the same at every step. batch_invariant: see above; without it rows of equal
-        length need no mask, because they attend only to the positions that they have filled.
+        each row's encoder has read. pad: padding tokens after the rows; their attention is 0.
         """
-        cache = self.cache
-        self.rows = len(rows)
+        cache, self.count, self.padding = self.cache, len(rows), pad
         self.positions = at_same_address(self.positions, [[position] for position in (*positions, *[0] * pad)])
-        self.sources = at_same_address(self.sources, list(source_lengths))
-        heads = range(cache.kv_heads)
+        self.sources = at_same_address(self.sources, [*source_lengths, *[0] * pad])
         slots = [
             (row * cache.kv_heads + head) * cache.length + position
             for row, position in zip(rows, positions)
-            for head in heads
+            for head in range(cache.kv_heads)
         ]
-        self.slots = at_same_address(self.slots, slots)  # in a layer's memory, flattened to [rows x m x L, d]
-        equal = len(set(positions)) == 1 and len(set(source_lengths)) <= 1
-        self.filled = equal and not (fixed_shapes or batch_invariant)
+        unused = pad * cache.kv_heads if self.opaque else 0
+        self.slots = at_same_address(self.slots, slots + [0] * unused)  # in [rows x m x L, d]
+        self.filled = self.loose and len(set(positions)) == 1 and len(set(source_lengths)) <= 1
         up = (lambda length: length) if self.filled else round_up_to_block
-        self.spans = spans(rows, [self.length if fixed_shapes else up(position + 1) for position in positions])
+        self.spans = spans(rows, [self.length if self.whole_rows else up(position + 1) for position in positions])
         limit = cache.source_length
-        self.source_spans = spans(rows, [limit if fixed_shapes else up(length) for length in source_lengths])
+        self.source_spans = spans(rows, [limit if self.whole_rows else up(length) for length in source_lengths])
+        if self.opaque:
+            self.span_tensors = tuple(
+                at_same_address(old, [*new, *[(0, 0, 0, 0)] * (len(rows) + pad - len(new))])
+                for old, new in zip(self.span_tensors, (self.spans, self.source_spans))
+            )
         self.biases.clear()
 
     def attend(
         self, core: CoreAttention, q: Tensor, k: Tensor | None, v: Tensor | None, mask: AttentionMask
     ) -> Tensor:  # fmt: skip
         """q [b, n, 1, d]; k, v [b, m, 1, d] or None -> [b, n, 1, d]."""
-        memory, outputs = self.cache.layers[core.site], []
-        if k is not None and v is not None:
-            for tensor, new in ((memory.keys, k), (memory.values, v)):
-                tensor.view(-1, tensor.shape[-1]).index_copy_(0, self.slots, new[: self.rows].reshape(-1, k.shape[-1]))
-        heads, kv_heads, width = q.shape[1], memory.keys.shape[1], q.shape[3]
-        # The query heads of a group become queries of its one key head: keys are read once and never repeated.
-        grouped = q.reshape(len(q), kv_heads, heads // kv_heads, width)
-        for first, last, row, length in self.spans if mask.causal else self.source_spans:
-            bias = None if self.filled and mask.needs_no_bias else self.bias(core, mask, first, last, length, q)
-            if bias is not None and bias.shape[1] > 1:
-                bias = bias.reshape(last - first, kv_heads, heads // kv_heads, length)
-            end = row + last - first
-            keys, values = memory.keys[row:end, :, :length], memory.values[row:end, :, :length]
-            outputs.append(
-                scaled_dot_product_attention(grouped[first:last], keys, values, attn_mask=bias, scale=core.scale)
-            )
-        if len(q) > self.rows:
-            outputs.append(grouped.new_zeros(len(q) - self.rows, *grouped.shape[1:]))
-        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).view(q.shape)
+        memory = self.cache.layers[core.site]
+        bias = None if self.filled and mask.needs_no_bias else self.bias(core, mask, q)
+        scale = core.scale or q.shape[-1] ** -0.5
+        arguments = (q, k, v, memory.keys, memory.values, self.slots)
+        if self.opaque:
+            return attend_rows(*arguments, self.span_tensors[not mask.causal], bias, scale)
+        return _attend_rows(*arguments, self.spans if mask.causal else self.source_spans, bias, scale)
 
-    def bias(self, core: CoreAttention, mask: AttentionMask, first: int, last: int, length: int, q: Tensor) -> Tensor:
-        """The bias added to the scores of these rows, [b, 1 or n, 1, length]; one for all layers with the same mask."""
-        kind = (mask.causal, mask.window, first)
+    def bias(self, core: CoreAttention, mask: AttentionMask, q: Tensor) -> Tensor:
+        """The bias added to the scores, [b, 1 or n, 1, longest row]; one for all layers with the same mask."""
+        kind = (mask.causal, mask.window)
         bias = self.biases.get(kind)
         if bias is None:
-            bias = self._bias(core, mask, first, last, length, q)
+            bias = self._bias(core, mask, q)
             if not torch.compiler.is_compiling():  # a compiler finds common expressions by itself
                 self.biases[kind] = bias
         return bias
 
-    def _bias(self, core: CoreAttention, mask: AttentionMask, first: int, last: int, length: int, q: Tensor) -> Tensor:
-        key, added = torch.arange(length, device=q.device), torch.zeros((), device=q.device)
+    def _bias(self, core: CoreAttention, mask: AttentionMask, q: Tensor) -> Tensor:
+        longest = self.length if mask.causal else self.cache.source_length
+        if not self.compiled:
+            longest = max(span[3] for span in (self.spans if mask.causal else self.source_spans))
+        key, added = torch.arange(longest, device=q.device), torch.zeros((), device=q.device)
         if mask.causal:
-            distance = key - self.positions[first:last, None, :, None]  # [b, 1, 1, length], 0 for the token itself
+            distance = key - self.positions[:, None, :, None]  # [b, 1, 1, longest], 0 for the token itself
             hidden = distance > 0
             if mask.window is not None:
                 hidden = hidden | (distance <= -mask.window)
@@ -162,9 +170,55 @@ class DecodeCache:
             if mask.relative is not None:
                 added = mask.relative[:, distance[:, 0] + mask.relative.shape[1] // 2].transpose(0, 1)
         else:
-            hidden = key >= self.sources[first:last, None, None, None]
+            hidden = key >= self.sources[:, None, None, None]
         wide = torch.promote_types(q.dtype, torch.float32) if q.device.type == "cpu" else q.dtype
         return added.masked_fill(hidden, float("-inf")).to(wide)
+
+
+def _attend_rows(
+    q: Tensor, k: Tensor | None, v: Tensor | None, keys: Tensor, values: Tensor, slots: Tensor, spans: Sequence[Span],
+    bias: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
+    """Write k, v [b, m, 1, d] to their slots of keys, values [rows, m, L, d]; the attention of q [b, n, 1, d] to spans.
+
+    Rows of q that are in no span are padding.
+    """
+    count, heads, width, kv_heads = spans[-1][1], q.shape[1], q.shape[3], keys.shape[1]
+    if k is not None and v is not None:
+        slots = slots[: count * kv_heads]
+        keys.view(-1, width).index_copy_(0, slots, k[:count].reshape(-1, width))
+        values.view(-1, width).index_copy_(0, slots, v[:count].reshape(-1, width))
+    # The query heads of a group become queries of its one key head: keys are read once and never repeated.
+    grouped, outputs = q.reshape(-1, kv_heads, heads // kv_heads, width), []
+    for first, last, row, length in spans:
+        end, mask = row + last - first, None
+        if bias is not None:
+            mask = bias[first:last, :, :, :length]
+            if bias.shape[1] > 1:
+                mask = mask.reshape(last - first, kv_heads, heads // kv_heads, length)
+        outputs.append(
+            scaled_dot_product_attention(
+                grouped[first:last], keys[row:end, :, :length], values[row:end, :, :length], attn_mask=mask, scale=scale
+            )
+        )
+    if grouped.shape[0] > count:
+        outputs.append(grouped.new_zeros(grouped.shape[0] - count, *grouped.shape[1:]))
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).reshape(q.shape)
+
+
+@torch.library.custom_op("megalith::attend_rows", mutates_args=("keys", "values"))
+def attend_rows(
+    q: Tensor, k: Tensor | None, v: Tensor | None, keys: Tensor, values: Tensor, slots: Tensor, spans: Tensor,
+    bias: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
+    """`_attend_rows` as an operator that torch.compile does not look into. spans: int64 [any, 4], zeros after them."""
+    used = [(first, last, row, length) for first, last, row, length in spans.tolist() if last]
+    return _attend_rows(q, k, v, keys, values, slots, used, bias, scale).contiguous()
+
+
+@attend_rows.register_fake
+def _(q: Tensor, *others: object) -> Tensor:
+    return q.new_empty(q.shape)
 
 
 def at_same_address(old: Tensor, values: list) -> Tensor:
@@ -173,9 +227,9 @@ def at_same_address(old: Tensor, values: list) -> Tensor:
     return old.copy_(new) if new.shape == old.shape else new
 
 
-def spans(rows: Sequence[int], lengths: Sequence[int]) -> list[tuple[int, int, int, int]]:
-    """(first, last + 1, row of the first, length) of neighbours that are equally long; rows: their rows, ascending."""
-    found: list[tuple[int, int, int, int]] = []
+def spans(rows: Sequence[int], lengths: Sequence[int]) -> list[Span]:
+    """The neighbours that are equally long. rows: ascending."""
+    found: list[Span] = []
     for index, (row, length) in enumerate(zip(rows, lengths)):
         if found and found[-1][3] == length and found[-1][2] + index - found[-1][0] == row:
             found[-1] = (found[-1][0], index + 1, found[-1][2], length)

@@ -43,13 +43,16 @@ class Prefill(Generic[Active]):
         self.encoder_decoder = runner.cache.encoder_decoder
         self.reading: list[Active] = []  # in order of arrival
         self.prompts: list[Prompt | None] = [None] * runner.cache.rows
+        self.weights = runner.weights_version()
 
     def admit(self, active: Active, length: int, source_length: int) -> None:
         """Give a request a row of the cache: of the free ones the one that holds the most of its prompt."""
+        if (version := self.runner.weights_version()) != self.weights:  # trained since
+            self.prompts, self.weights = [None] * self.cache.rows, version
         shared, place = max((self._shared(active, row), -place) for place, row in enumerate(self.cache.free))
         row = self.cache.free[-place]
         kept = (shared, 0) if not self.encoder_decoder else (1, len(active.prompt.ids)) if shared else (0, 0)
-        if self.runner.fixed_shapes:  # steps of fixed shapes attend to whole rows
+        if self.runner.decoding.whole_rows:  # read by every step
             length, source_length = self.cache.length, self.cache.source_length
         active.row = self.cache.add(active.id, length, source_length, row, kept)
         if (held := self.prompts[row]) is not None:

@@ -33,9 +33,10 @@ class ModelRunner:
             rule = "must take cache and logits_to_keep in its forward to generate text"
             cure = "Add them as megalith/models/gpt.py does"
             raise ConfigError(problem("The model", Words(f"a {type(model).__name__}"), rule, cure))
-        self.model, self.cache, self.fixed_shapes = model, cache, compile
+        self.model, self.cache, self.compile = model, cache, compile
         self.batch_invariant = batch_invariant and cache.rows > 1
-        self.decoding = DecodeCache(cache)
+        self.parameters = list(model.parameters())
+        self.decoding = DecodeCache(cache, batch_invariant=self.batch_invariant, compiled=compile)
         self.run = torch.compile(self._decode, dynamic=False, mode="reduce-overhead") if compile else self._decode
 
     def forward(self, inputs: Tensor | None, **arguments) -> Tensor | None:
@@ -49,6 +50,10 @@ class ModelRunner:
     def draw_seed(self) -> int:
         """A seed for a request that has none, at random."""
         return secrets.randbits(63)
+
+    def weights_version(self) -> int:
+        """A number that changes when the weights are changed in place, except through `.data`."""
+        return sum(parameter._version for parameter in self.parameters)
 
     def pad(self, count: int) -> int:
         """How many padding tokens are added to `count` tokens, so that the result of each does not depend on `count`.
@@ -96,21 +101,34 @@ class ModelRunner:
         for row, position in zip(rows, positions):
             self.cache.filled[row] = position + 1
         chosen: slice | Sequence[int] = slice(len(rows))
-        if self.fixed_shapes:  # all rows take part, so that shapes stay; what others write is overwritten later
-            chosen, all_positions, all_tokens = rows, list(self.cache.filled), [0] * self.cache.rows
-            all_sources = [1] * self.cache.rows if source_lengths else []
-            for index, row in enumerate(rows):
-                all_tokens[row], all_positions[row] = tokens[index], positions[index]
-                if source_lengths:
-                    all_sources[row] = source_lengths[index]
-            tokens, positions, source_lengths, all_rows = all_tokens, all_positions, all_sources, range(self.cache.rows)
-        else:
-            all_rows = rows
-        pad = self.pad(len(tokens))
-        self.decoding.begin(all_rows, positions, source_lengths, pad, self.fixed_shapes, self.batch_invariant)
+        if self.decoding.whole_rows:  # all take part; what those without a token write is overwritten later
+            chosen, every = rows, range(self.cache.rows)
+            tokens = [dict(zip(rows, tokens)).get(row, 0) for row in every]
+            positions = [dict(zip(rows, positions)).get(row, self.cache.filled[row]) for row in every]
+            source_lengths = [dict(zip(rows, source_lengths)).get(row, 1) for row in every] if source_lengths else ()
+            rows = every
+        pad = self.padded_rows(len(tokens)) - len(tokens)
+        self.decoding.begin(rows, positions, source_lengths, pad)
         ids = torch.tensor([[token] for token in (*tokens, *[0] * pad)], device=self.cache.device)
         logits = self.run(ids)
         return None if logits is None else logits[chosen]
+
+    def warm_up(self) -> None:
+        """Compile the steps of all numbers of rows, so that no request waits for a compiler. The cache must be unused.
+        """
+        count = 1
+        while self.compile and count <= self.cache.rows:
+            for _ in range(3):  # CUDA graphs are recorded in the second call and replayed from the third
+                self.decode(range(count), [0] * count, [0] * count, [1] * count if self.cache.encoder_decoder else ())
+            count = self.cache.rows if count < self.cache.rows < 2 * count else 2 * count
+        self.cache.filled = [0] * self.cache.rows
+
+    def padded_rows(self, count: int) -> int:
+        """How many rows a step of `count` rows computes. A compiled step: a power of two, to compile few shapes."""
+        if not self.compile or self.decoding.whole_rows:
+            return count + self.pad(count)
+        rows = 1 << (count - 1).bit_length()
+        return max(rows, ROW_MULTIPLE) if self.batch_invariant else rows
 
     def _decode(self, tokens: Tensor) -> Tensor | None:
         if self.cache.encoder_decoder:

@@ -288,7 +288,8 @@ def build_stage(
     replicas = None
     if not wrapped and mesh.data_size * mesh.size("cp") > 1:
         replicas = data_parallel.Replicas(model, mesh.flat("dp_replicate", "dp_shard", "cp"))
-    return StageModule(model, stage_index, names, wrapped, replicas, config.parallel, config.precision)
+    parameters = tuple(model.parameters())
+    return StageModule(model, stage_index, names, wrapped, replicas, config.parallel, config.precision, parameters)
 
 
 def plan_of(config: RunConfig) -> plan.Plan:

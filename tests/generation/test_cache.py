@@ -2,15 +2,18 @@
 length.
 """
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megalith.generation.cache import BLOCK, KVCache
 from megalith.generation.cached_attention import PrefillCache, PrefillChunk, spans
 from megalith.generation.model import TextModel
-from megalith.generation.runner import PREFILL_TOKENS, ModelRunner, batch_chunks
+from megalith.generation.runner import ModelRunner
 
 FORMS: dict[str, dict[str, Any]] = {
     "absolute": {},
@@ -76,9 +79,8 @@ def test_equals_reading_everything_again(
     form: str, prompts: list[list[int]], fixed_shapes: bool, batch_invariant: bool, make
 ) -> None:
     model, rows = make(torch.float64, **FORMS[form]), [list(prompt) for prompt in prompts]
-    runner = runner_of(model, len(rows) + fixed_shapes)
-    runner.batch_invariant = batch_invariant
-    runner.fixed_shapes = fixed_shapes  # the shapes of a compiled step, without waiting for a compiler
+    runner = runner_of(model, len(rows) + fixed_shapes, batch_invariant=batch_invariant)
+    runner.decoding.whole_rows = fixed_shapes  # the shapes of a CUDA graph
     logits = read(runner, rows)
     for nth in range(BLOCK + 5):  # past the place where a row has one more block
         if nth % 16 < 3:
@@ -104,16 +106,24 @@ def test_a_prompt_can_be_read_in_pieces(form: str, make) -> None:
     runner.prefill([PrefillChunk(1, rows[0][30:33], 30)])
     logits = runner.prefill([PrefillChunk(0, rows[1][2:], 2), PrefillChunk(1, rows[0][33:], 33)])
     torch.testing.assert_close(logits, logits_without_cache(model, rows[::-1]), rtol=0, atol=1e-6)
-    everything = runner.prefill([PrefillChunk(2, rows[0])], all_logits=True)
+    everything = runner.prefill([PrefillChunk(2, rows[0], keep=len(rows[0]))])
     with torch.no_grad():
         torch.testing.assert_close(everything, model(torch.tensor([rows[0]]))[0], rtol=0, atol=1e-6)
+    several = runner.prefill([PrefillChunk(0, rows[1], keep=2), PrefillChunk(1, rows[0], keep=0)])
+    torch.testing.assert_close(several[1:], logits_without_cache(model, [rows[1]]), rtol=0, atol=1e-6)
 
 
-def test_calls_are_of_bounded_size() -> None:
-    pieces = [PrefillChunk(row, [0] * size) for row, size in enumerate((500, 12, 1, 600, 300, 212, 1))]
-    sizes = [[len(piece.ids) for piece in batch] for batch in batch_chunks(pieces)]
-    assert sizes == [[500, 12], [1], [600], [300, 212], [1]] and PREFILL_TOKENS == 512
-    assert spans([64, 64, 128, 64]) == [(0, 2, 64), (2, 3, 128), (3, 4, 64)]
+@given(st.lists(st.tuples(st.integers(1, 3), st.sampled_from([64, 128, 192])), max_size=12))
+def test_spans_cover_all_rows_once(steps: list[tuple[int, int]]) -> None:
+    """Each is one stretch of neighbouring rows of one length, and as long as possible."""
+    rows = list(itertools.accumulate(step for step, _ in steps))
+    lengths = [length for _, length in steps]
+    found = spans(rows, lengths)
+    assert [index for first, last, _, _ in found for index in range(first, last)] == list(range(len(rows)))
+    for first, last, row, length in found:
+        assert rows[first:last] == list(range(row, row + last - first)) and set(lengths[first:last]) == {length}
+    for (_, end, row, length), (first, _, next_row, next_length) in itertools.pairwise(found):
+        assert end == first and (next_length != length or rows[end - 1] + 1 != next_row)
 
 
 def test_select_moves_copies_and_drops_rows(make) -> None:
@@ -130,16 +140,15 @@ def test_select_moves_copies_and_drops_rows(make) -> None:
 def test_memory_is_kept_and_what_others_left_is_not_seen(make) -> None:
     model = make(torch.float64)
     runner = runner_of(model, 4)
-    where = [each.data_ptr() for each in runner.cache.keys.values()]
-    for kept in (runner.cache.keys, runner.cache.values):
-        for each in kept.values():
-            each.fill_(1e6)
+    where = [each.keys.data_ptr() for each in runner.cache.layers.values()]
+    for each in runner.cache.layers.values():
+        each.keys.fill_(1e6), each.values.fill_(1e6)
     for rows in ([list(row) for row in RAGGED], [[3], [4, 5], [6], [7]]):
         read(runner, rows)
         torch.testing.assert_close(
             step(runner, rows, [1, 2, 3, 4]), logits_without_cache(model, rows), rtol=0, atol=1e-10
         )
-    assert where == [each.data_ptr() for each in runner.cache.keys.values()]
+    assert where == [each.keys.data_ptr() for each in runner.cache.layers.values()]
 
 
 def test_bytes_are_told(make) -> None:
@@ -149,12 +158,19 @@ def test_bytes_are_told(make) -> None:
     assert cache.bytes_allocated == rows * cache.bytes_per_row == rows * layers * kinds * place * places
     assert [cache.add(id, places) for id, places in ((7, 100), (8, 1), (9, 65))] == [0, 1, 2]
     assert cache.bytes_of(8) == cache.bytes_per_row // 2 and cache.bytes_in_use == cache.bytes_per_row * 5 // 2
-    for kept in (cache.keys, cache.values):
-        for each in kept.values():
-            each.copy_(torch.arange(3).view(3, 1, 1, 1).expand_as(each))
-    assert cache.remove(7) == 0 and cache.requests == [9, 8]  # the last row came into the first one's place
-    assert all(bool((each[0] == 2).all()) for each in cache.keys.values())
-    assert cache.remove(8) == 1 and cache.remove(9) == 0 and cache.bytes_in_use == 0
+    for each in cache.layers.values():
+        each.keys.copy_(torch.arange(3.0).view(3, 1, 1, 1).expand_as(each.keys))
+    cache.remove(8)
+    cache.remove(7)
+    assert cache.bytes_in_use == cache.bytes_of(9) and list(cache.free) == [1, 0]
+    assert cache.add(10, 70, row=0, kept=(64, 0)) == 0  # what is kept stays, what is not is cleared where reserved
+    for each in cache.layers.values():
+        assert bool((each.keys[1] == 1).all()) and not each.keys[0].any()
+    cache.copy(2, 0, 5)
+    for each in cache.layers.values():
+        assert bool((each.keys[0, :, :5] == 2).all()) and not each.keys[0, :, 5:].any() and cache.filled[0] == 5
+    cache.remove(9), cache.remove(10)
+    assert cache.bytes_in_use == 0 and list(cache.free) == [1, 2, 0]
 
 
 def test_a_row_of_its_own_reads_what_training_reads(make) -> None:
@@ -174,7 +190,7 @@ def test_compiled_step_is_one_graph_and_never_compiled_again(make) -> None:
     model, counter = make(position_embedding_type="alibi", num_query_groups=2), CompileCounter()
     runner = runner_of(model, 5, 100)
     runner.run = torch.compile(runner._decode, backend=counter, dynamic=False, fullgraph=True)
-    runner.fixed_shapes = True
+    runner.decoding.whole_rows = runner.decoding.compiled = True
     for prompts in (RAGGED, [row[::-1] for row in RAGGED], RAGGED[:2]):
         rows = [list(row) for row in prompts]
         logits = read(runner, rows)

@@ -1,6 +1,7 @@
 """Requests that come and go on one model, each with what it gives alone; and a model that keeps nothing of them."""
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 from torch import nn
 
 from megalith.common.errors import CheckpointError, ConfigError, DataError
+from megalith.generation import prefix
+from megalith.generation.cached_attention import PrefillChunk
 from megalith.generation.engine import Engine, Event, Request
 from megalith.generation.generate import complete, generate, score, stream
 from megalith.generation.model import TextModel
@@ -37,21 +40,36 @@ def requests(rng: random.Random, count: int) -> list[Request]:
     made = []
     for _ in range(count):
         params = SamplingParams(
-            max_new_tokens=rng.randint(1, 12), seed=rng.randrange(3), logprobs=True,
+            max_new_tokens=rng.randint(1, 12), seed=rng.randrange(3), logprobs=True, top_logprobs=rng.choice((0, 0, 3)),
             stop_token_ids=tuple(range(0, 300, 37)), **rng.choice(ways),
         )  # fmt: skip
         ids = [rng.randrange(300) for _ in range(rng.choice((1, 2, 3, 5, 17, 62, 63, 64, 70, 120)))]
+        if made and rng.random() < 0.5:  # the beginning of another's prompt, or all of it
+            other = rng.choice(made).prompt_ids
+            ids = [*other[: rng.choice((len(other), rng.randint(1, len(other))))], *ids][
+                : rng.choice((len(other), 120))
+            ]
         made.append(Request(prompt_ids=ids, params=params, index=rng.randrange(4)))
     return made
+
+
+def told(event: Event) -> tuple:
+    """What an event says of its request."""
+    return event.token, event.logprob, event.top_logprobs, event.finish
+
+
+def run(engine: Engine) -> list[Event]:
+    """All events until the engine is idle."""
+    events: list[Event] = []
+    while engine.busy:
+        events += engine.step()
+    return events
 
 
 def events_alone(engine: Engine, request: Request) -> list[tuple]:
     """The events of a request that runs alone."""
     engine.add(request)
-    events: list[Event] = []
-    while engine.busy:
-        events += engine.step()
-    return [(event.token, event.logprob, event.finish) for event in events]
+    return list(map(told, run(engine)))
 
 
 def attributes_of(model: nn.Module) -> dict[str, Any]:
@@ -64,6 +82,18 @@ def attributes_of(model: nn.Module) -> dict[str, Any]:
     return found
 
 
+def count_tokens_read(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that gets the number of prompt tokens of each of the engine's prefills."""
+    counts, prefill = list[int](), engine.runner.prefill
+
+    def counted(chunks: Sequence[PrefillChunk]) -> torch.Tensor | None:
+        counts.append(sum(len(chunk.source or chunk.ids) for chunk in chunks))
+        return prefill(chunks)
+
+    monkeypatch.setattr(engine.runner, "prefill", counted)
+    return counts
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_each_gives_what_it_gives_alone(form: str, make, monkeypatch: pytest.MonkeyPatch) -> None:
     """200 requests over all forms that come, wait and are cancelled at random: equal tokens, and log-probabilities to
@@ -71,7 +101,9 @@ def test_each_gives_what_it_gives_alone(form: str, make, monkeypatch: pytest.Mon
     """
     model = make(**FORMS[form])
     monkeypatch.setattr(TextModel, "decoder_start", 0)
-    rng, engine, given = random.Random(form), Engine(model, max_batch_size=5), dict[int, Request]()
+    monkeypatch.setattr(prefix, "CHUNK", 16)
+    rng, engine, given = random.Random(form), Engine(model, max_batch_size=5, prefill_tokens=40), dict[int, Request]()
+    read = count_tokens_read(engine, monkeypatch)
     before, arriving = attributes_of(model.model), requests(rng, 34)
     made: dict[int, list[tuple]] = {}
     cancelled: set[int] = set()
@@ -82,17 +114,17 @@ def test_each_gives_what_it_gives_alone(form: str, make, monkeypatch: pytest.Mon
             id = engine.add(request)
             given[id], made[id] = request, []
         for event in engine.step():
-            made[event.id].append((event.token, event.logprob, event.finish))
+            made[event.id].append(told(event))
         most = max(most, engine.cache.bytes_in_use)
-        living = [each.id for each in (*engine.running, *engine.waiting)]
+        living = [each.id for each in (*engine.running, *engine.prefill.reading, *engine.waiting)]
         if living and rng.random() < 0.1:
             cancelled.add(chosen := rng.choice(living))
             assert engine.cancel(chosen) and not engine.cancel(chosen)
     assert 0 < most <= engine.cache.bytes_allocated and engine.cache.bytes_in_use == 0
     assert len(cancelled) > 1
-    other = Engine(model, max_batch_size=5)
+    assert sum(read) < sum(len(request.prompt_ids) for request in given.values())  # some were shared
     for id, request in given.items():
-        expected = events_alone(other, request)
+        expected = events_alone(Engine(model, max_batch_size=5), request)
         assert made[id] == (expected[: len(made[id])] if id in cancelled else expected), id
     assert attributes_of(model.model) == before
 
@@ -107,7 +139,7 @@ def test_two_engines_on_one_model(make) -> None:
         for (engine, _), events in zip(pairs, made):
             events += engine.step()
     for (engine, request), events in zip(pairs, made):
-        assert [(event.token, event.logprob, event.finish) for event in events] == events_alone(engine, request)
+        assert [told(event) for event in events] == events_alone(engine, request)
 
 
 def test_generation_and_scores_leave_nothing_behind(make) -> None:
@@ -150,6 +182,56 @@ def test_memory_bounds_who_works_at_one_time(make) -> None:
     for wrong in ({"max_length": 0}, {"max_length": -100}, {"max_batch_size": 0}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             Engine(engine.text_model, **wrong)
+
+
+@pytest.mark.parametrize("form", ["absolute", "t5"])
+def test_results_of_one_prompt_share_its_reading(form: str, make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Together, later, and where only whole chunks of the beginning are shared."""
+    monkeypatch.setattr(TextModel, "decoder_start", 0)
+    monkeypatch.setattr(prefix, "CHUNK", 16)
+    engine, prompt = Engine(make(**FORMS[form]), max_batch_size=8), list(range(40))
+    read, params = count_tokens_read(engine, monkeypatch), SamplingParams(seed=1, max_new_tokens=3)
+    for index in range(6):
+        engine.add(Request(prompt_ids=prompt, params=params, index=index))
+    assert len(engine.step()) == 6 and read == [40]
+    run(engine)
+    engine.add(Request(prompt_ids=prompt, params=params))
+    assert len(engine.step()) == 1 and read == [40]
+    engine.add(Request(prompt_ids=[*prompt[:35], 7, 8, 9], params=params))
+    engine.add(Request(prompt_ids=prompt[:32], params=params))  # its last token's logits are not known: 16 are read
+    assert len(engine.step()) == 3 and read == ([40, 6 + 16] if form == "absolute" else [40, 38 + 32])
+    engine.cancel(7), run(engine)
+    scores = Engine(make(), max_batch_size=2)
+    if form == "absolute":
+        read = count_tokens_read(scores, monkeypatch)
+        for _ in range(2):  # all logits of the prompt are wanted, so all of it is read
+            scores.add(Request(prompt_ids=prompt, params=SamplingParams(max_new_tokens=0, prompt_logprobs=True)))
+        one, two = run(scores)
+        assert one.prompt == two.prompt and sum(read) == 80 and one.token is None and one.finish == "length"
+
+
+def test_a_long_prompt_is_read_in_pieces_beside_others(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix, "CHUNK", 16)
+    engine = Engine(make(), max_batch_size=3, prefill_tokens=32)
+    read = count_tokens_read(engine, monkeypatch)
+    first = engine.add(Request(prompt_ids=[1, 2], params=SamplingParams(max_new_tokens=20, seed=1)))
+    engine.step()
+    long = engine.add(Request(prompt_ids=list(range(100)), params=SamplingParams(max_new_tokens=2, seed=1)))
+    short = engine.add(Request(prompt_ids=[9] * 10, params=SamplingParams(max_new_tokens=2, seed=1)))
+    steps = [{event.id for event in engine.step()} for _ in range(5)]
+    assert steps == [{first}, {first}, {first}, {first, long, short}, {first, long, short}]
+    assert read == [2, 32, 32, 32, 4 + 10]
+
+
+def test_another_step_of_training_makes_an_engine_read_prompts_again(make) -> None:
+    model, request = make(), Request(prompt_ids=[3] * 40, params=SamplingParams(seed=1, logprobs=True))
+    engine = Engine(model, max_batch_size=2)
+    before = events_alone(engine, request)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.tensor([[1, 2, 3]])).logsumexp(-1).sum().backward()
+    optimizer.step()
+    after = events_alone(engine, request)
+    assert after != before and after == events_alone(Engine(model, max_batch_size=2), request)
 
 
 def test_an_engine_goes_on_after_damaged_weights(make) -> None:

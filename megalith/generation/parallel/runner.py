@@ -48,7 +48,7 @@ def runner_of(
 ) -> ModelRunner:  # fmt: skip
     """The runner of a model, with a cache: see KVCache and ModelRunner. Every process of a model makes one."""
     runtime, cache = model.runtime, cache_of(model, rows, length, source_length)
-    if runtime is None or runtime.mesh.world_size == 1:
+    if runtime is None:
         return ModelRunner(model.model, cache, batch_invariant=batch_invariant, compile=compile)
     return ParallelRunner(runtime, cache, batch_invariant=batch_invariant, compile=compile)
 
@@ -93,6 +93,10 @@ class ParallelRunner(ModelRunner):
             data = torch.frombuffer(bytearray(text or bytes(length)), dtype=torch.uint8).to(self.cache.device)
             raise as_error(runtime.from_last_stage(data).cpu().numpy().tobytes().decode())
         return message[1:].view(shape)
+
+    def weights_version(self) -> int:
+        """See ModelRunner. A collective call, as weights may have changed on some stages only."""
+        return self.runtime.mesh.total(sum(stage.weights_version() for stage in self.runtime.stages), "pp")
 
     def draw_seed(self) -> int:
         """A seed at random, the same on all processes of a model."""
