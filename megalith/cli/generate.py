@@ -205,10 +205,12 @@ def _generate(args: argparse.Namespace) -> int:
             "--top-p-decay, --stop or --ignore-eod: beam search draws nothing and ends at the end-of-document token. "
             "Leave out the one or the others."
         )
-    import torch  # here, as it takes long
+    import torch.distributed as dist  # here, because it takes long
 
     from megalith.checkpoint.ranks import Ranks
     from megalith.generation.load import load
+
+    owns_group = not dist.is_initialized()
 
     typed = {name: getattr(args, name) for name in _model_fields() if hasattr(args, name)}
     typed |= {name: getattr(args, name) for name in TOKENIZER}
@@ -229,8 +231,8 @@ def _generate(args: argparse.Namespace) -> int:
     prompts = Ranks().on_rank_0(lambda: prompts)
     search = _beams if args.beam_width is not None else _samples
     completions = search(model, prompts, args)
-    if model.runtime is not None:
-        torch.distributed.destroy_process_group()
+    if model.runtime is not None and owns_group:
+        dist.destroy_process_group()
     if args.out_file is not None and environment.rank() == 0:
         lines = [json.dumps(to_record(completion), ensure_ascii=False) + "\n" for completion in completions]
         write_text(pathlib.Path(args.out_file), "".join(lines))

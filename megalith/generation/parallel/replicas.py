@@ -33,7 +33,8 @@ class ReplicatedEngine:
         self.number, contexts = mesh.data_size * mesh.size("cp"), mesh.size("cp")
         self.here = mesh.data_rank * contexts + mesh.rank("cp")
         self.engine = Engine(self.text_model, max_batch_size=-(-max_batch_size // self.number), **options)
-        self.max_length, self.max_batch_size = self.engine.max_length, self.engine.max_batch_size * self.number
+        self.max_length = self.engine.max_length
+        self.max_batch_size = min(max_batch_size, self.engine.max_batch_size * self.number)
         self.waiting: collections.deque[tuple[int, Request]] = collections.deque()
         self.running: dict[int, int] = {}  # request -> its replica
         self.pending_events: list[Event] = []  # events that no step has returned yet, because an error ended it
@@ -92,7 +93,7 @@ class ReplicatedEngine:
         free = [self.engine.max_batch_size] * self.number
         for replica in self.running.values():
             free[replica] -= 1
-        while self.waiting and max(free):
+        while self.waiting and max(free) and len(self.running) < self.max_batch_size:
             id, request = self.waiting.popleft()
             self.running[id] = replica = free.index(max(free))
             free[replica] -= 1
