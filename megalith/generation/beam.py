@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
@@ -90,13 +92,8 @@ def _search(
     logits, totals = runner.prefill([first]), torch.zeros(1, 1)
     for length in range(1, count + 1):
         number = min(2 * width, len(beams) * vocabulary)
-
-        def likeliest() -> Tensor:
-            assert logits is not None
-            logprobs = totals.to(device) + logits.float().log_softmax(dim=-1)
-            return torch.stack([each.double() for each in logprobs.flatten().topk(number)], dim=1)
-
-        best = [(total, int(index)) for total, index in runner.broadcast(likeliest, (number, 2)).tolist()]
+        compute = functools.partial(_likeliest, logits, totals, number)
+        best = [(total, int(index)) for total, index in runner.broadcast(compute, (number, 2)).tolist()]
         continued: list[tuple[float, int, int]] = []  # log-probability, beam, token
         for rank, (total, index) in enumerate(best):
             beam, token = divmod(index, vocabulary)
@@ -120,3 +117,12 @@ def _search(
         logits = runner.decode(
             range(len(continued)), [token for _, _, token in continued], [position] * len(continued), source_lengths
         )
+
+
+def _likeliest(logits: Tensor | None, totals: Tensor, number: int) -> Tensor:
+    """Rows (log-probability, beam x V + token) of the likeliest continuations, float64 [number, 2]; logits [beams, V],
+    totals [beams, 1] of the beams.
+    """
+    assert logits is not None
+    logprobs = totals.to(logits.device) + logits.float().log_softmax(dim=-1)
+    return torch.stack([each.double() for each in logprobs.flatten().topk(number)], dim=1)

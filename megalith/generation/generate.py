@@ -15,11 +15,11 @@ from megalith.common.errors import ConfigError, problem
 from megalith.config.flags.text import Words
 from megalith.generation.beam import beam_search
 from megalith.generation.engine import Engine
+from megalith.generation.model import TextModel, check_length
 from megalith.generation.parallel.driver import Driver
 from megalith.generation.parallel.replicas import ReplicatedEngine, engine_of
-from megalith.generation.request import Event, Request
-from megalith.generation.model import TextModel, check_length
 from megalith.generation.prompts import Completion, Prompts, tokenize_prompts
+from megalith.generation.request import Event, Request
 from megalith.generation.sampling import SamplingParams
 from megalith.runtime.build import Runtime
 
@@ -82,9 +82,9 @@ def complete(
 ) -> list[Completion]:  # fmt: skip
     """What the model writes after each prompt, or in answer to it: num_samples completions for each, in order.
 
-    model: from `load`, any module that has `.config`, or a Runtime; or an idle engine of one, to keep its memory and its
-        compiled step for the next call. Where several processes hold the model, or replicas of it, all of them call with
-        the same arguments, and all get all results.
+    model: from `load`, any module that has `.config`, or a Runtime; or an idle engine of one, to keep its memory and
+        its compiled step for the next call. Where several processes hold the model, or replicas of it, all of them call
+        with the same arguments, and all get all results.
     prompts: texts, or lists of token ids, or None; an empty one starts from the end-of-document token.
     temperature, top_k, top_p, top_p_decay, top_p_bound: see SamplingParams. temperature=0 or top_k=1 is greedy.
     seed: completion number i of a call draws its random numbers from (seed, i, position); None draws a seed.
@@ -190,7 +190,9 @@ def _prepare(
     return rows, engine, dataclasses.replace(params, max_new_tokens=max_new_tokens, stop_token_ids=stops)
 
 
-def _run(engine: AnyEngine, rows: Sequence[PendingCompletion], params: SamplingParams) -> Iterator[tuple[int, int, str]]:
+def _run(
+    engine: AnyEngine, rows: Sequence[PendingCompletion], params: SamplingParams
+) -> Iterator[tuple[int, int, str]]:
     """Generate all of `rows`: (number of the row, new token, text that is now certain)."""
     rows_by_id = dict[int, PendingCompletion]()
     shared = (

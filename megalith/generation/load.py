@@ -12,8 +12,8 @@ from torch import nn
 
 from megalith.common.errors import ConfigError, DataError, problem
 from megalith.config import environment
+from megalith.config.run import RunConfig
 from megalith.config.sections.data import DataConfig
-from megalith.config.sections.parallel import ParallelConfig
 from megalith.data.tokenizers.given import TokenizerOverride, vocab_size_notes
 from megalith.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megalith.generation.model import TextModel
@@ -77,12 +77,12 @@ def load(
     sizes = tensor_model_parallel_size, pipeline_model_parallel_size
     runtime = None
     if sizes != (None, None) and (environment.world_size() > 1 or max(size or 1 for size in sizes) > 1):
-        parallel = ParallelConfig(
+        layout = RunConfig().replace(
             tensor_model_parallel_size=sizes[0] or 1, pipeline_model_parallel_size=sizes[1] or 1,
             device=device.type if isinstance(device, torch.device) else device,
         )  # fmt: skip
         runtime, source = load_runtime(
-            path, parallel, dtype=dtype or torch.float32, iteration=iteration, options=options
+            path, layout.parallel, dtype=dtype or torch.float32, iteration=iteration, options=options
         )
         model, run_config, tokenizer_folder = runtime.stages[0].model, source.config, source.tokenizer
         notes = source.notes

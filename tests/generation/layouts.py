@@ -45,7 +45,8 @@ def config_of(form: str, layout: str = "") -> RunConfig:
     """Weights so large that the likeliest token is clear."""
     base = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": Numbers.vocab_size,
             "max_position_embeddings": 200, "init_method_std": 0.3, "micro_batch_size": 1, "global_batch_size": 2,
-            "untie_embeddings_and_output_weights": True, "hidden_dropout": 0.1, "seq_length": 200, "pipeline_split": "even", "device": "cpu"}  # fmt: skip
+            "untie_embeddings_and_output_weights": True, "hidden_dropout": 0.1, "seq_length": 200,
+            "pipeline_split": "even", "device": "cpu"}  # fmt: skip
     return RunConfig().replace(**base | FORMS[form] | LAYOUTS.get(layout, {}))
 
 

@@ -26,6 +26,7 @@ from tests.generation.layouts import (
     runtime_of,
 )
 
+
 def generated(model: TextModel) -> dict[str, Any]:
     """What the functions give that users call."""
     t5 = bool(model.config.decoder_layers)

@@ -47,7 +47,9 @@ def loaded(
             path, device="cpu", tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline, **options
         )
     assert model.runtime is not None and not model.training
-    assert {parameter.dtype for _, parameter in model.runtime.named_parameters()} == {options.get("dtype", torch.float32)}
+    assert {parameter.dtype for _, parameter in model.runtime.named_parameters()} == {
+        options.get("dtype", torch.float32)
+    }
     elements = [to_local(parameter).numel() for _, parameter in model.runtime.named_parameters()]
     return megalith.generate(model, ["Once", "Z", "upon"], **OPTIONS), elements, printed.getvalue()
 
@@ -57,7 +59,10 @@ def loaded(
 def test_every_process_loads_its_part(layout: str, folder: pathlib.Path) -> None:
     model = megalith.load(folder, device="cpu")
     assert model.runtime is None
-    expected, whole = megalith.generate(model, ["Once", "Z", "upon"], **OPTIONS), [p.numel() for p in model.parameters()]
+    expected, whole = (
+        megalith.generate(model, ["Once", "Z", "upon"], **OPTIONS),
+        [p.numel() for p in model.parameters()],
+    )
     ranks, parts = 4 if " " in layout else 2, (SIZES[layout][0] or 1) * (SIZES[layout][1] or 1)
     for texts, elements, _ in run_ranks(loaded, ranks, str(folder), SIZES[layout]):
         assert texts == expected and sum(elements) < (1.2 / parts + 0.01 * (parts == 1)) * sum(whole)
@@ -90,7 +95,9 @@ def test_layouts_that_do_not_fit_are_refused(folder: pathlib.Path) -> None:
     rule = r"tensor 2 x pipeline 1 .* must divide the number of processes"
     with pytest.raises(ConfigError, match=rule):
         run_ranks(loaded, 1, str(folder), SIZES["tp2"])
-    with pytest.raises(ConfigError, match=r"--pipeline-model-parallel-size must be at most --num-layers, 4, .* found 5"):
+    with pytest.raises(
+        ConfigError, match=r"--pipeline-model-parallel-size must be at most --num-layers, 4, .* found 5"
+    ):
         run_ranks(loaded, 5, str(folder), (1, 5))
     with pytest.raises(CheckpointError, match="nowhere"):
         run_ranks(loaded, 2, str(folder / "nowhere"), SIZES["tp2"])

@@ -44,7 +44,7 @@ def drive(config: RunConfig, seed: int) -> dict[int, tuple[Request, list[tuple],
                 given[driver.add(request)] = request, [], False
             for event in driver.step():
                 given[event.id][1].append((event.token, event.finish))
-            unfinished = [id for id, (_, events, gone) in given.items() if not (gone or events and events[-1][1])]
+            unfinished = [id for id, (_, events, gone) in given.items() if not (gone or (events and events[-1][1]))]
             if unfinished and rng.random() < 0.3:
                 chosen = rng.choice(unfinished)
                 given[chosen] = *given[chosen][:2], True

@@ -1,1 +1,1 @@
-"""Generation over several processes: split models, replicas behind one queue, and one process that drives the others."""
+"""Generation over several processes: split models, replicas behind one queue, one process that drives the others."""

@@ -93,7 +93,7 @@ class ReplicatedEngine:
         free = [self.engine.max_batch_size] * self.number
         for replica in self.running.values():
             free[replica] -= 1
-        while self.waiting and max(free) and len(self.running) < self.max_batch_size:
+        while self.waiting and any(free) and len(self.running) < self.max_batch_size:
             id, request = self.waiting.popleft()
             self.running[id] = replica = free.index(max(free))
             free[replica] -= 1
@@ -104,7 +104,8 @@ class ReplicatedEngine:
 
 def _held(engine: Engine) -> set[int]:
     """The requests of which an engine still returns events."""
-    return {each.id for each in (*engine.waiting, *engine.prefill.reading, *engine.running, *engine.pending_events)}
+    active = (*engine.waiting, *engine.prefill.reading, *engine.running)
+    return {each.id for each in active} | {event.id for event in engine.pending_events}
 
 
 AnyEngine: TypeAlias = Engine | ReplicatedEngine
