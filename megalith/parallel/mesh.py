@@ -96,16 +96,9 @@ class Mesh:
 
     def maximum(self, value: int, axis: str) -> int:
         """The largest `value` of the processes along an axis."""
-        return self._reduce(value, axis, dist.ReduceOp.MAX)
-
-    def total(self, value: int, axis: str) -> int:
-        """The sum of the `value`s of the processes along an axis."""
-        return self._reduce(value, axis, dist.ReduceOp.SUM)
-
-    def _reduce(self, value: int, axis: str, operation: dist.ReduceOp.RedOpType) -> int:
         values = torch.tensor(value, device=self.device)
         if self.size(axis) > 1:
-            dist.all_reduce(values, operation, group=self.device_mesh.get_group(axis))
+            dist.all_reduce(values, dist.ReduceOp.MAX, group=self.device_mesh.get_group(axis))
         return int(values)
 
     def exchange_over_data(self, message: bytes, expected: int) -> list[bytes]:

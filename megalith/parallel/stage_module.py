@@ -25,7 +25,6 @@ class StageModule:
         use.
     wrapped: whether fully_shard has been applied to `model`.
     replicas: sums the gradients where it has not; None without data and context parallelism.
-    parameters: those of `model` that are trained; under fully_shard the shards, also while they are gathered.
     """
 
     model: nn.Module
@@ -35,11 +34,6 @@ class StageModule:
     replicas: data_parallel.Replicas | None
     parallel: ParallelConfig
     precision: PrecisionConfig
-    parameters: tuple[nn.Parameter, ...]
-
-    def weights_version(self) -> int:
-        """A number that changes when the weights are changed in place, except through `.data`."""
-        return sum(parameter._version for parameter in self.parameters)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters under their names in the whole model."""

@@ -60,6 +60,7 @@ class Runtime:
     num_parameters: int  # of the whole model, shared ones counted once
     pipeline: Pipeline | None = None
     shared: SharedParameters | None = None  # parameters that several stages hold; None without a pipeline
+    trained: list[int] = dataclasses.field(default_factory=lambda: [0])  # see weights_version
 
     @property
     def model(self) -> nn.Module:
@@ -170,6 +171,14 @@ class Runtime:
         """`values` of a process with the last stage, on the other stages' processes too, in place."""
         return values if self.pipeline is None else self.mesh.broadcast(values, "pp", self.pipeline.ranks[-1])
 
+    @property
+    def weights_version(self) -> int:
+        """A number that is another one when the model has been trained: how often `evaluating` found it in training.
+
+        It is the same on all processes. (Tensors' own counts of changes miss those by fused optimizers.)
+        """
+        return self.trained[0]
+
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """Within the block the model is ready for `forward`; afterwards it is as it was. Every process calls it.
@@ -181,6 +190,7 @@ class Runtime:
         blocks = [block for stage in self.stages for block in stage.model.layers.values()]
         compiled = [(block, vars(block).pop("forward")) for block in blocks if "forward" in vars(block)]
         self.train(False)
+        self.trained[0] += any(training for _, training in modes)
         try:
             with contextlib.ExitStack() as stack:
                 for stage in self.stages:
@@ -288,8 +298,7 @@ def build_stage(
     replicas = None
     if not wrapped and mesh.data_size * mesh.size("cp") > 1:
         replicas = data_parallel.Replicas(model, mesh.flat("dp_replicate", "dp_shard", "cp"))
-    parameters = tuple(model.parameters())
-    return StageModule(model, stage_index, names, wrapped, replicas, config.parallel, config.precision, parameters)
+    return StageModule(model, stage_index, names, wrapped, replicas, config.parallel, config.precision)
 
 
 def plan_of(config: RunConfig) -> plan.Plan:

@@ -95,8 +95,8 @@ class ParallelRunner(ModelRunner):
         return message[1:].view(shape)
 
     def weights_version(self) -> int:
-        """See ModelRunner. A collective call, as weights may have changed on some stages only."""
-        return self.runtime.mesh.total(sum(stage.weights_version() for stage in self.runtime.stages), "pp")
+        """See ModelRunner."""
+        return self.runtime.weights_version
 
     def draw_seed(self) -> int:
         """A seed at random, the same on all processes of a model."""
