@@ -104,7 +104,15 @@ def work(name: str, steps: int) -> None:
 
 def measure(name: str, steps: int) -> list[dict]:
     """Run a layout's processes; what each of them told."""
-    number = LAYOUTS[name].get("alone", 2)
+    command, alone = [__file__, "--worker", name, "--steps", str(steps)], LAYOUTS[name].get("alone")
+    return run_workers(command, alone or 2, distributed=alone is None)
+
+
+def run_workers(script: list[str], number: int, distributed: bool, threads: int = 1) -> list[dict]:
+    """Run a script in several processes, which print READY, wait for a line, and print RESULT and a JSON object.
+
+    script: its path and arguments. distributed: whether they are ranks of one process group.
+    """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -114,8 +122,8 @@ def measure(name: str, steps: int) -> list[dict]:
             "MASTER_ADDR": "localhost",
             "MASTER_PORT": str(port),
         }
-        environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({} if "alone" in LAYOUTS[name] else place)
-        command = [sys.executable, __file__, "--worker", name, "--steps", str(steps)]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)} | (place if distributed else {})
+        command = [sys.executable, *script]
         processes.append(
             subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         )

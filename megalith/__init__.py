@@ -4,6 +4,7 @@
     model = megalith.load(PATH)
     logits = model(input_ids)
     texts = megalith.generate(model, ["Once upon"], max_new_tokens=64, top_p=0.9, seed=1)
+    for number, token, text in megalith.stream(model, "Once upon"): ...
     megalith.train(config)
 
 These names are imported when first used, so that `import megalith` and `megalith --help` do not wait for torch.
@@ -12,13 +13,17 @@ These names are imported when first used, so that `import megalith` and `megalit
 import importlib
 
 __version__ = "0.1.0"
-__all__ = ["generate", "load", "train"]
 
 _MODULE_OF = {
-    "load": "megalith.generation.load",
+    "GenerationParams": "megalith.generation.params",
+    "complete": "megalith.generation.generate",
     "generate": "megalith.generation.generate",
+    "generate_tokens": "megalith.generation.tensors",
+    "load": "megalith.generation.load",
+    "stream": "megalith.generation.generate",
     "train": "megalith.training.pretrain",
 }
+__all__ = ["GenerationParams", "complete", "generate", "generate_tokens", "load", "stream", "train"]
 
 
 def __dir__() -> list[str]:

@@ -5,11 +5,13 @@ of GPT-2 in cli/test_checkpoint_convert.py, NVIDIA's releases in workflows/test_
 test_continue_llama.py.
 """
 
+import functools
 import json
 import pathlib
 import shlex
 
 import pytest
+import torch
 
 import megalith
 from megalith.cli.main import main
@@ -141,7 +143,7 @@ def test_reshaping(folder, monkeypatch, tmp_path, capsys) -> None:
 
 
 def test_megatron_generate(tmp_path) -> None:
-    """The calls of megatron_generate with its options; prompts are ids, as they are there."""
+    """The calls of megatron_generate as they stand there, on the model's own tensors."""
     from megalith.training.pretrain import train
 
     train(
@@ -149,15 +151,24 @@ def test_megatron_generate(tmp_path) -> None:
             write_corpus(str(tmp_path / "tiny")), str(tmp_path / "run"), train_iters=2, lr_warmup_iters=1, eval_iters=0
         )
     )
-    model, prompts = megalith.load(tmp_path / "run", device="cpu"), [[1, 2], [3, 4, 5]]
+    model, max_new_tokens = megalith.load(tmp_path / "run", device="cpu"), 6
+    model.megatron_generate = functools.partial(megalith.generate_tokens, model)
+    pad = model.tokenizer.eod
+    batch_encodings = {
+        "input_ids": torch.tensor([[1, 2, pad], [3, 4, 5]]), "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])
+    }  # fmt: skip
     for options in (
         {"top_p": 0.8, "top_p_decay": 0.5, "temperature": 0.9},
         {"top_k": 50, "temperature": 0.9},
-        {"add_bos": True},
-        {"beam_width": 20, "length_penalty": 1.5},
+        {"add_BOS": True},
+        {"num_beams": 20, "length_penalty": 1.5},
     ):
-        prompt = prompts[:1] if "beam_width" in options else prompts
-        assert len(megalith.generate(model, prompt, max_new_tokens=6, **options)) == len(prompt)
+        generated_tokens = model.megatron_generate(
+            batch_encodings["input_ids"], batch_encodings["attention_mask"], max_new_tokens=max_new_tokens, **options
+        )
+        bos = [pad] if "add_BOS" in options else []
+        assert generated_tokens[:, : len(bos) + 2].tolist() == [[*bos, 1, 2], [*bos, 3, 4]]
+        assert generated_tokens.shape[0] == 2 and len(bos) + 3 < generated_tokens.shape[1] <= len(bos) + 9
 
 
 ANSWERED = {  # a command of the documents that has no counterpart, or another name -> a word of the answer

@@ -25,8 +25,8 @@ def option(
         with `--no-` or `--disable-` sets a boolean to False.
     """
     metadata = {"help": help, "choices": choices, "names": names, "flags": flags, "minimum": minimum}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 

@@ -67,10 +67,10 @@ class KVCache:
             shape = (rows, self.kv_heads, self.source_length if cross else self.length, c.head_dim)
             # Zeros: 0 x NaN is NaN, also where it is masked. A tensor for each layer, because compiled steps write to
             # them, and torch.compile copies what it writes to where two share memory.
-            pair = [torch.zeros(shape, dtype=dtype or parameter.dtype, device=self.device) for _ in range(2)]
-            for tensor in pair:
+            keys, values = (torch.zeros(shape, dtype=dtype or parameter.dtype, device=self.device) for _ in range(2))
+            for tensor in (keys, values):
                 torch._dynamo.mark_static_address(tensor)  # otherwise CUDA graphs would copy it at each step
-            self.layers[site(attention)] = LayerMemory(*pair, cross)
+            self.layers[site(attention)] = LayerMemory(keys, values, cross)
         self.encoder_decoder = bool(c.decoder_layers)
 
     @property
@@ -131,11 +131,17 @@ class KVCache:
             tensor[target, :, :used] = tensor[source, :, :used]
         self.filled[target] = length
 
-    def select(self, rows: Tensor, length: int) -> None:
-        """Copy these rows, int64 [any], to the first rows, `length` tokens of each; one may come twice (beams)."""
+    def select(self, rows: Tensor, length: int, start: int = 0) -> None:
+        """Copy these rows, int64 [any], to the first rows, `length` tokens of each; one may come twice (beams).
+
+        start: the first so many tokens of all these rows are the same, and so is what the encoder read; only what comes
+        after them is copied.
+        """
         for tensor, cross in self._tensors():
-            used = self.source_length if cross else round_up_to_block(length)
-            tensor[: len(rows), :, :used] = tensor[rows, :, :used]
+            if cross and start:
+                continue
+            used = slice(self.source_length) if cross else slice(start, round_up_to_block(length))
+            tensor[: len(rows), :, used] = tensor[rows, :, used]
 
     def _tensors(self) -> Iterator[tuple[Tensor, bool]]:
         for layer in self.layers.values():

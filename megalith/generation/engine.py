@@ -30,9 +30,10 @@ from torch import Tensor, nn
 
 from megalith.common.errors import ConfigError, DataError, problem
 from megalith.config.flags.text import Words
-from megalith.generation.model import TextModel, check_length
 from megalith.generation.logprobs import measure, top_of
+from megalith.generation.model import TextModel, check_length
 from megalith.generation.parallel.runner import bytes_per_row, runner_of
+from megalith.generation.penalties import check_tokens
 from megalith.generation.prefill import Prefill
 from megalith.generation.prefix import CHUNK, Prompt
 from megalith.generation.request import Event, PromptLogprobs, Request
@@ -63,8 +64,8 @@ class Engine:
 
     def __init__(
         self, model: TextModel | Runtime | nn.Module, *, max_batch_size: int = 32, max_length: int | None = None,
-        max_cache_bytes: int | None = None, prefill_tokens: int = 4 * CHUNK, compile: bool = False,
-        batch_invariant: bool = True,
+        max_cache_bytes: int | None = None, prefill_tokens: int = 4 * CHUNK,
+        prefix_caching: bool = True, compile: bool = False, batch_invariant: bool = True,
     ):  # fmt: skip
         """Allocate the cache.
 
@@ -72,9 +73,10 @@ class Engine:
         new ones together (for an encoder-decoder: of each); by default the model's max_position_embeddings.
         max_cache_bytes: most memory for keys and values on a process; fewer requests then run at one time.
         prefill_tokens: of prompts read in one step, at least one chunk (of CHUNK tokens, or an encoder's whole text):
-        running requests wait so long for their next token. compile: steps run as one compiled graph of fixed shapes, a
-        CUDA graph on accelerators; compiling takes a minute, once. batch_invariant: see above; without it one request
-        alone is a third faster. Raises ConfigError where no request fits.
+        running requests wait so long for their next token. prefix_caching: whether a prompt, or its beginning, that a row of the cache
+        holds is copied instead of read again. compile: steps of as many rows run as one compiled graph, a CUDA graph on
+        accelerators; compiling takes a minute (`warm_up`). batch_invariant: see above; without it one request alone is
+        a third faster. Raises ConfigError where no request fits.
         """
         self.text_model = TextModel.of(model)
         c, length = self.text_model.config, max_length
@@ -104,10 +106,16 @@ class Engine:
         )  # fmt: skip
         self.cache = self.runner.cache
         self.waiting: collections.deque[_ActiveRequest] = collections.deque()
-        self.prefill = Prefill[_ActiveRequest](self.runner, prefill_tokens, lambda: self.text_model.decoder_start)
+        self.prefill = Prefill[_ActiveRequest](
+            self.runner, prefill_tokens, prefix_caching, lambda: self.text_model.decoder_start
+        )
         self.running: list[_ActiveRequest] = []  # in the order of the cache's rows
         self.pending_events: list[Event] = []  # events that no step has returned yet, because an error ended it
         self.next_id = 0
+
+    def warm_up(self) -> None:
+        """Compile everything that steps need, so that no request waits for it."""
+        self.runner.warm_up()
 
     @property
     def busy(self) -> bool:
@@ -137,10 +145,10 @@ class Engine:
         if not prompt:
             rule = "must hold at least one token"
             raise ConfigError(problem("prompt_ids", Words("none"), rule, "Give the end-of-document token"))
-        for name, ids in (("prompt_ids", request.prompt_ids), ("logit_bias", params.logit_bias)):
-            if wrong := [i for i in ids if not 0 <= i < c.vocab_size]:
-                rule = f"must be among the {c.vocab_size} tokens of the model's vocabulary, numbered from 0"
-                raise DataError(problem(name, wrong[0], rule, "Use the tokenizer that it was trained with"))
+        if wrong := [i for i in request.prompt_ids if not 0 <= i < c.vocab_size]:
+            rule = f"must be among the {c.vocab_size} tokens of the model's vocabulary, numbered from 0"
+            raise DataError(problem("prompt_ids", wrong[0], rule, "Use the tokenizer that it was trained with"))
+        check_tokens(params, request.banned_after, c.vocab_size)
         check_length(c, prompt, new)
         need = max(prompt, new + 1) if self.encoder_decoder else prompt + new
         if need > self.max_length:
@@ -245,13 +253,11 @@ class Engine:
             finish = "stop" if token in params.stop_token_ids else "length" if last else None
             if finish:
                 self._release(active)
-            self.pending_events.append(
-                Event(
-                    id=active.id,
-                    token=token,
-                    finish=finish,
-                    logprob=numbers[0] if params.logprobs or params.top_logprobs else None,
-                    top_logprobs=top_of(numbers, params.top_logprobs) if params.top_logprobs else (),
-                    prompt=active.prompt_logprobs if params.prompt_logprobs and len(new_ids) == 1 else None,
-                )  # fmt: skip
-            )
+            wanted_prompt = params.prompt_logprobs and len(new_ids) == 1
+            event = Event(
+                id=active.id, token=token, finish=finish,
+                logprob=numbers[0] if params.logprobs or params.top_logprobs else None,
+                top_logprobs=top_of(numbers, params.top_logprobs) if params.top_logprobs else (),
+                prompt=active.prompt_logprobs if wanted_prompt else None,
+            )  # fmt: skip
+            self.pending_events.append(event)

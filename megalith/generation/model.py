@@ -110,17 +110,18 @@ class TextModel:
         return self.tokenizer.decoder_start
 
 
-def check_length(config: ModelConfig, prompt: int, new: int) -> None:
-    """Raise ConfigError where a sequence would exceed the model's positions; ALiBi and relative ones have no limit."""
+def check_length(config: ModelConfig, prompt: int, new: int, name: str = "the prompt") -> None:
+    """Raise ConfigError where a prompt of so many tokens, called `name`, and so many new ones exceed the positions.
+
+    ALiBi and relative positions have no limit.
+    """
     limit = config.max_position_embeddings
     if config.positions in ("alibi", "relative") or limit is None:
         return
     which = f"the model's limit (max_position_embeddings) is {limit}"
     if config.decoder_layers:
         if prompt > limit:
-            raise ConfigError(
-                f"too long: the longest prompt has {prompt} tokens; {which}. Shorten it to {limit} tokens."
-            )
+            raise ConfigError(f"too long: {name} has {prompt} tokens; {which}. Shorten it to {limit} tokens.")
         if new >= limit:
             found = f"an answer of {new} new tokens after its start token has {new + 1}"
             raise ConfigError(f"too long: {found}; {which}. Ask for at most {limit - 1} new tokens.")
@@ -131,7 +132,7 @@ def check_length(config: ModelConfig, prompt: int, new: int) -> None:
             cure = f"Shorten the prompt to at most {limit - new} tokens"
         else:
             cure = f"Shorten the prompt, and ask for fewer new tokens, so that they are at most {limit} together"
-        found = f"the longest prompt has {prompt} tokens" + (
+        found = f"{name} has {prompt} tokens" + (
             f" and {new} new ones are asked for, together {prompt + new}" if new else ""
         )
         raise ConfigError(f"too long: {found}; {which}. {cure}.")

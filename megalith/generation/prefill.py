@@ -34,11 +34,12 @@ class Prefill(Generic[Active]):
     A row keeps its prompt when its request has ended, until another request gets the row.
     """
 
-    def __init__(self, runner: ModelRunner, tokens: int, decoder_start: Callable[[], int]):
-        """tokens: most tokens read in a step, at least one chunk.
+    def __init__(self, runner: ModelRunner, tokens: int, sharing: bool, decoder_start: Callable[[], int]):
+        """tokens: most tokens read in a step, at least one chunk. sharing: whether what rows hold is used again.
 
         decoder_start: gives the token with which an encoder-decoder's decoder starts.
         """
+        self.sharing = sharing
         self.runner, self.cache, self.tokens, self.decoder_start = runner, runner.cache, tokens, decoder_start
         self.encoder_decoder = runner.cache.encoder_decoder
         self.reading: list[Active] = []  # in order of arrival
@@ -93,7 +94,7 @@ class Prefill(Generic[Active]):
         chunks, readers, budget = list[PrefillChunk](), list[Active](), self.tokens
         for number, active in enumerate(self.reading):
             prompt, filled = active.prompt, active.prompt.filled
-            others = () if active.request.params.prompt_logprobs else self.reading[:number]
+            others = self.reading[:number] if self._shares(active) else ()
             if any(prompt.shared(other.prompt, len(other.prompt.ids)) > filled for other in others):
                 continue  # wait until that one has been read
             while filled < len(prompt.ids):
@@ -115,9 +116,10 @@ class Prefill(Generic[Active]):
     def _shared(self, active: Active, row: int) -> int:
         """How many tokens of a request's prompt a row holds."""
         held = self.prompts[row]
-        if held is None or active.request.params.prompt_logprobs:  # the logits of all of the prompt are wanted
-            return 0
-        return active.prompt.shared(held, held.filled)
+        return active.prompt.shared(held, held.filled) if held is not None and self._shares(active) else 0
+
+    def _shares(self, active: Active) -> bool:
+        return self.sharing and not active.request.params.prompt_logprobs  # they need the logits of the whole prompt
 
     def _copy(self, active: Active) -> None:
         """Copy from another row what that holds of a request's prompt beyond what has been read."""
@@ -137,6 +139,8 @@ class Prefill(Generic[Active]):
         """Append the log-probabilities of the tokens after those of a chunk; logits [its tokens, V]."""
         labels: Sequence[int] = active.prompt.ids[chunk.start + 1 : chunk.start + len(chunk.ids) + 1]
         top, found = active.request.params.top_logprobs, active.prompt_logprobs
+        if not labels:  # the prompt's last token alone
+            return
 
         def compute() -> Tensor:
             assert logits is not None

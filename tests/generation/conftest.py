@@ -9,10 +9,14 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from megalith import checkpoint
+from megalith.config.flags.loading import to_yaml
+from megalith.config.run import RunConfig
 from megalith.config.sections.model import ModelConfig
 from megalith.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from megalith.generation.model import TextModel
 from megalith.runtime.build import build_model
+from megalith.runtime.state import weights
 
 CORPUS = [
     "Once upon a time there was a small model, and the model wrote.",
@@ -55,3 +59,22 @@ def make(tokenizer: Tokenizer) -> Callable[..., TextModel]:
         return TextModel(build_model(ModelConfig(**{**base, **form}), torch.device("cpu"), dtype, seed=5), tokenizer)
 
     return made
+
+
+@pytest.fixture
+def run(make: Callable[..., TextModel], tokenizer: Tokenizer, tmp_path: pathlib.Path) -> tuple[pathlib.Path, TextModel]:
+    """A run's folder with two checkpoints of an ALiBi model of three heads, and the model of the latest."""
+    form = {"position_embedding_type": "alibi", "num_attention_heads": 3, "hidden_size": 36, "hidden_dropout": 0.5}
+    model = make(**form)
+    names = ("num_layers", "vocab_size", "max_position_embeddings", "init_method_std", *form)
+    text = to_yaml(RunConfig().replace(**{name: getattr(model.config, name) for name in names}))
+    tokenizer.save(tmp_path / "tokenizer")
+    files = {f"tokenizer/{path.name}": path for path in (tmp_path / "tokenizer").iterdir()}
+    folder = tmp_path / "run"
+    for iteration in (10, 20):
+        with torch.no_grad():
+            model.embedding.weight.mul_(1.1)
+        checkpoint.save(
+            folder / "checkpoints", iteration, weights(model), train_state={}, config_yaml=text, files=files
+        )
+    return folder, model

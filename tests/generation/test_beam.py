@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from megalith.common.errors import ConfigError
-from megalith.generation.beam import BeamHypotheses, beam_search
+from megalith.generation.beam import Beam, BeamHypotheses, beam_search
+from megalith.generation.cache import KVCache
 from megalith.generation.generate import complete, generate, score
+from megalith.generation.runner import ModelRunner
 
 SMALL = 6  # tokens of a vocabulary in which every continuation can be tried
 
@@ -29,7 +31,7 @@ def all_hypotheses(
         found[tokens[:end]] = None
     rows = score(model, [prompt + list(tokens) for tokens in found])
     scored = [(sum(row[len(prompt) - 1 :]) / len(tokens) ** penalty, tokens) for row, tokens in zip(rows, found)]
-    return sorted(((value, tokens[:-1] if tokens[-1] == stop else tokens) for value, tokens in scored), reverse=True)
+    return sorted(scored, reverse=True)
 
 
 def test_wide_beams_find_the_best_of_all(small) -> None:
@@ -43,18 +45,30 @@ def test_wide_beams_find_the_best_of_all(small) -> None:
 @pytest.mark.parametrize("penalty", [0.0, 0.7, 1.0, 3.0])
 def test_stop_tokens_and_length_penalty(penalty: float, small) -> None:
     known = {tokens: value for value, tokens in all_hypotheses(small, [1, 2], 3, 4, penalty)}
-    made = beam_search(small, [1, 2], beam_width=SMALL**2, max_new_tokens=3, length_penalty=penalty, stop_token=4)
+    made = beam_search(small, [1, 2], beam_width=SMALL**2, max_new_tokens=3, length_penalty=penalty, stop_token_ids=[4])
     assert [one.score for one in made] == sorted((one.score for one in made), reverse=True)
     for one in made:
-        assert 4 not in one.ids and one.score == pytest.approx(known[tuple(one.ids)], abs=1e-5)
-        assert one.finish == ("length" if len(one.ids) == 3 else "stop")
+        assert 4 not in one.ids[:-1] and one.score == pytest.approx(known[tuple(one.ids)], abs=1e-5)
+        assert one.finish == ("stop" if one.ids[-1] == 4 else "length")
     assert {one.finish for one in made} == {"length", "stop"}
+
+
+def test_a_beam_goes_on_where_all_likely_tokens_stop(small) -> None:
+    """A penalty of 20 makes every longer text the better one."""
+    rare = small(torch.tensor([[1, 2]]))[0, -1].argmin().item()
+    stops = [token for token in range(SMALL) if token != rare]
+    options = {"beam_width": 2, "max_new_tokens": 3, "length_penalty": 20.0}
+    made = beam_search(small, [1, 2], stop_token_ids=stops, **options)
+    likeliest = small(torch.tensor([[1, 2, rare, rare]]))[0, -1].topk(2).indices.tolist()
+    assert [one.ids for one in made] == [[rare, rare, token] for token in likeliest]
 
 
 def test_one_beam_is_greedy(make) -> None:
     model = make(torch.float64)
     greedy = complete(model, "Once upon", top_k=1, max_new_tokens=12, stop_at_eod=False)[0]
-    assert beam_search(model, greedy.prompt_ids, beam_width=1, max_new_tokens=12, stop_token=-1)[0].ids == greedy.ids
+    assert (
+        beam_search(model, greedy.prompt_ids, beam_width=1, max_new_tokens=12, stop_token_ids=())[0].ids == greedy.ids
+    )
 
 
 def test_several_beams_are_no_worse_than_one(make) -> None:
@@ -62,10 +76,35 @@ def test_several_beams_are_no_worse_than_one(make) -> None:
     prompt = model.tokenizer.encode("Once upon")
     for count in (2, 6):
         one, many = (
-            beam_search(model, prompt, beam_width=width, max_new_tokens=count, stop_token=-1)[0].score
+            beam_search(model, prompt, beam_width=width, max_new_tokens=count, stop_token_ids=())[0].score
             for width in (1, 8)
         )
         assert many >= one - 1e-9
+
+
+def test_stopped_hypotheses_have_their_stop_token_but_not_its_text(make) -> None:
+    model = make(torch.float64)
+    prompt = model.tokenizer.encode("Once upon")
+    (free,) = beam_search(model, prompt, beam_width=1, max_new_tokens=9, stop_token_ids=())
+    stops = sorted({free.ids[4], free.ids[7]})
+    made = beam_search(model, prompt, beam_width=3, max_new_tokens=9, stop_token_ids=stops, logprobs=True)
+    assert "stop" in {one.finish for one in made}
+    for one in made:
+        stopped = one.finish == "stop"
+        assert (one.ids[-1] in stops) == stopped and not set(one.ids[:-1]) & set(stops)
+        assert one.continuation == model.tokenizer.decode(one.ids[:-1] if stopped else one.ids)
+        assert one.score == pytest.approx(sum(one.logprobs) / len(one.ids))
+        assert one.logprobs == pytest.approx(score(model, [prompt + one.ids])[0][len(prompt) - 1 :], abs=1e-5)
+
+
+def test_the_prompt_is_read_once_and_each_step_is_one_call(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, copied = [], []
+    prefill, decode, select = ModelRunner.prefill, ModelRunner.decode, KVCache.select
+    monkeypatch.setattr(ModelRunner, "prefill", lambda *given: calls.append(given[1][0].ids) or prefill(*given))
+    monkeypatch.setattr(ModelRunner, "decode", lambda *given: calls.append(len(given[1])) or decode(*given))
+    monkeypatch.setattr(KVCache, "select", lambda *given, start: copied.append(start) or select(*given, start=start))
+    beam_search(make(), [3] * 70, beam_width=4, max_new_tokens=6, stop_token_ids=())
+    assert calls == [[3] * 70, 4, 4, 4, 4, 4] and copied == [0, 70, 70, 70, 70]
 
 
 def test_rules_for_ending() -> None:
@@ -73,10 +112,10 @@ def test_rules_for_ending() -> None:
     them is no worse than the best unfinished one.
     """
     finished = BeamHypotheses(2, 1.0)
-    finished.add([1], -2.0, 2, "stop")
+    finished.add(Beam(-2.0, (1, 4)), "stop")
     assert not finished.is_done(-100.0, 2)  # not full yet
-    finished.add([2], -6.0, 3, "stop")
-    finished.add([3], -8.0, 2, "stop")
+    finished.add(Beam(-6.0, (2, 1, 4)), "stop")
+    finished.add(Beam(-8.0, (3, 4)), "stop")
     assert [entry[0] for entry in finished.best] == [-1.0, -2.0]
     assert not finished.is_done(-5.9, 3) and finished.is_done(-6.0, 3) and finished.is_done(-9.0, 4)
 
@@ -90,9 +129,14 @@ def test_texts_and_wrong_values(make) -> None:
     assert generate(model, "Once", seed=3, length_penalty=2.0, **options) == generate(
         model, "Once", length_penalty=2.0, **options
     )
-    for wrong in ({"temperature": 0.5}, {"top_k": 3}, {"stop": ["x"]}, {"stop_at_eod": False}):
-        with pytest.raises(ConfigError, match=r"beam_width must be given without .*; found 2, and options of sampling"):
+    for wrong in ({"temperature": 0.5}, {"top_k": 3}, {"stop": ["x"]}, {"stop_on_eol": True}, {"greedy": True}):
+        name = "temperature" if "greedy" in wrong else next(iter(wrong))
+        with pytest.raises(ConfigError, match=rf"--beam-width must be given without options .*; found 2 and {name}"):
             generate(model, "Once", **options, **wrong)
-    for wrong in ({"beam_width": 0}, {"max_new_tokens": 0}, {"max_new_tokens": 500}):
+    for wrong in ({"beam_width": 0}, {"max_new_tokens": 0}, {"max_new_tokens": 500}, {"num_samples": 0}):
         with pytest.raises(ConfigError):
             beam_search(model, [1], **wrong)
+    with pytest.raises(
+        ConfigError, match=r"--num-samples must lie between 1 and 2, the number of beams; found 3\. Ask"
+    ):
+        generate(model, "Once", **options, num_samples=3)

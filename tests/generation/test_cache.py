@@ -122,7 +122,7 @@ def test_spans_cover_all_rows_once(steps: list[tuple[int, int]]) -> None:
     assert [index for first, last, _, _ in found for index in range(first, last)] == list(range(len(rows)))
     for first, last, row, length in found:
         assert rows[first:last] == list(range(row, row + last - first)) and set(lengths[first:last]) == {length}
-    for (_, end, row, length), (first, _, next_row, next_length) in itertools.pairwise(found):
+    for (_, end, _, length), (first, _, next_row, next_length) in itertools.pairwise(found):
         assert end == first and (next_length != length or rows[end - 1] + 1 != next_row)
 
 
@@ -134,6 +134,9 @@ def test_select_moves_copies_and_drops_rows(make) -> None:
     chosen = [3, 0, 0]
     runner.cache.select(torch.tensor(chosen), max(map(len, rows)))
     rows = [list(rows[row]) for row in chosen]
+    torch.testing.assert_close(step(runner, rows, [8, 9, 10]), logits_without_cache(model, rows), rtol=0, atol=1e-10)
+    runner.cache.select(torch.tensor([0, 2, 1]), len(rows[1]), start=len(rows[1]) - 1)  # their last tokens differ
+    rows = [list(rows[row]) for row in (0, 2, 1)]
     torch.testing.assert_close(step(runner, rows, [8, 9, 10]), logits_without_cache(model, rows), rtol=0, atol=1e-10)
 
 

@@ -14,7 +14,7 @@ from megalith.generation.cached_attention import PrefillChunk
 from megalith.generation.engine import Engine, Event, Request
 from megalith.generation.generate import complete, generate, score, stream
 from megalith.generation.model import TextModel
-from megalith.generation.sampling import SamplingParams
+from megalith.generation.params import SamplingParams
 
 FORMS: dict[str, dict[str, Any]] = {
     "absolute": {},

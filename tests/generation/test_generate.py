@@ -8,6 +8,7 @@ import torch
 
 import megalith
 from megalith.common.errors import CheckpointError, ConfigError, DataError
+from megalith.config.flags.text import flag
 from megalith.config.sections.model import ModelConfig
 from megalith.generation.engine import Engine, Request
 from megalith.generation.generate import complete, generate, score, stream
@@ -226,9 +227,9 @@ def test_wrong_values(make) -> None:
     with pytest.raises(DataError, match=r"300.*tokens"):
         generate(model, [[5, 300]])
     for wrong in ({"num_samples": 0}, {"max_new_tokens": -1}, {"batch_size": 0}):
-        with pytest.raises(ConfigError, match=next(iter(wrong))):
+        with pytest.raises(ConfigError, match=flag(next(iter(wrong)))):
             generate(model, "Once", **wrong)
-    with pytest.raises(ConfigError, match="batch_size must be at least 1; found 0"):
+    with pytest.raises(ConfigError, match="--batch-size must be at least 1; found 0"):
         score(model, "Once", batch_size=0)
     model.final_norm.weight.data.fill_(float("nan"))
     for write in (generate, score, functools.partial(generate, beam_width=2)):
@@ -267,7 +268,8 @@ def test_only_models_that_read_from_left_to_right_write(call) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "named"), [("Once upon", "the prompt 'Once upon' has token"), (None, "the end of document, from")]
+    ("prompt", "named"),
+    [("Once upon", "the prompt 'Once upon' has token"), (None, "a text without a prompt starts from")],
 )
 def test_a_tokenizer_of_another_model_is_the_cause_and_not_the_prompt(make, tokenizer, prompt, named) -> None:
     model = make(vocab_size=tokenizer.vocab_size - 100)

@@ -1,40 +1,14 @@
-"""megalith.load: from a run, a folder of checkpoints or one checkpoint; and the command on top of it."""
+"""megalith.load: from a run, a folder of checkpoints, one checkpoint, or files that lack something."""
 
-import json
 import pathlib
-from collections.abc import Callable
 
 import pytest
 import torch
 
 import megalith
-from megalith import checkpoint
 from megalith.cli.main import main
 from megalith.common.errors import CheckpointError, ConfigError
-from megalith.config.flags.loading import to_yaml
-from megalith.config.run import RunConfig
-from megalith.models.gpt import GPT
-from megalith.runtime.state import weights
 from megalith.workflows.conversion import convert
-
-
-@pytest.fixture
-def run(make: Callable[..., GPT], tokenizer, tmp_path: pathlib.Path) -> tuple[pathlib.Path, GPT]:
-    """A run's folder with two checkpoints of an ALiBi model of three heads, and the model of the latest."""
-    form = {"position_embedding_type": "alibi", "num_attention_heads": 3, "hidden_size": 36, "hidden_dropout": 0.5}
-    model = make(**form)
-    names = ("num_layers", "vocab_size", "max_position_embeddings", "init_method_std", *form)
-    text = to_yaml(RunConfig().replace(**{name: getattr(model.config, name) for name in names}))
-    tokenizer.save(tmp_path / "tokenizer")
-    files = {f"tokenizer/{path.name}": path for path in (tmp_path / "tokenizer").iterdir()}
-    folder = tmp_path / "run"
-    for iteration in (10, 20):
-        with torch.no_grad():
-            model.embedding.weight.mul_(1.1)
-        checkpoint.save(
-            folder / "checkpoints", iteration, weights(model), train_state={}, config_yaml=text, files=files
-        )
-    return folder, model
 
 
 def test_every_kind_of_path_gives_the_same_model(run) -> None:
@@ -80,106 +54,6 @@ def test_texts_of_a_loaded_model(run) -> None:
     assert megalith.generate(loaded, ["Once", "Z"], seed=1, top_p=0.9) == megalith.generate(
         model, ["Once", "Z"], seed=1, top_p=0.9
     )
-
-
-def command(*words: object) -> int:
-    return main(["generate", "--device", "cpu", "--max-new-tokens", "12", *map(str, words)])
-
-
-def test_command_streams_one_text(run, capsys: pytest.CaptureFixture) -> None:
-    folder, model = run
-    expected = megalith.generate(model, "Once", seed=1, max_new_tokens=12, top_k=40, temperature=0.8)[0]
-    words = ("--load", folder, "--prompt", "Once", "--seed", 1, "--top-k", 40, "--temperature", 0.8)
-    for more in ((), ("--no-stream",)):
-        assert command(*words, *more) == 0
-        assert capsys.readouterr().out == expected + "\n"
-
-
-def test_command_with_several_texts(run, capsys: pytest.CaptureFixture) -> None:
-    folder, model = run
-    expected = megalith.generate(model, ["Once", "Z"], seed=1, num_samples=2, max_new_tokens=12)
-    words = ("--load", folder, "--prompt", "Once", "--prompt", "Z", "--seed", 1, "--num-samples", 2)
-    for more in ((), ("--stream",)):
-        assert command(*words, *more) == 0
-        assert capsys.readouterr().out == f"\n{'-' * 40}\n".join(expected) + "\n"
-
-
-def test_command_with_files(run, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
-    folder, model = run
-    plain, lines, out = tmp_path / "p.txt", tmp_path / "p.jsonl", tmp_path / "out.jsonl"
-    plain.write_text("Once\n\nZürich\n", encoding="utf-8")
-    lines.write_text('{"prompt": "Once"}\n"Zürich"\n', encoding="utf-8")
-    expected = megalith.generate(model, ["Once", "Zürich"], temperature=0, max_new_tokens=12)
-    for file in (plain, lines):
-        assert (
-            command(
-                "--load",
-                folder,
-                "--prompt-file",
-                file,
-                "--greedy",
-                "--out-file",
-                out,
-                *(["--overwrite"] if file is lines else []),
-            )
-            == 0
-        )
-        records = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
-        assert [one["prompt"] + one["continuation"] for one in records] == expected
-        assert {one["finish"] for one in records} <= {"stop", "length"} and str(out) in capsys.readouterr().out
-
-
-def test_blank_lines_of_a_prompt_file_are_named(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
-    from megalith.workflows.prompt_files import read_prompts
-
-    def read(name: str, text: str) -> tuple[list[str] | None, str]:
-        (tmp_path / name).write_text(text, encoding="utf-8")
-        prompts = read_prompts(prompt_file=str(tmp_path / name))
-        return prompts, capsys.readouterr().err
-
-    prompts, said = read("p.txt", "a\n\nb\n  \n")
-    assert prompts == ["a", "b"] and "p.txt: left out 2 blank lines (2, 4), which hold no prompt" in said
-    assert read("p.txt", "\ufeffa\x0cb\u2028c\r\nd") == (["a\x0cb\u2028c", "d"], "")
-    prompts, said = read("p.jsonl", '""\n\n{"prompt": "x"}\n')
-    assert prompts == ["", "x"] and "1 blank line (2)" in said
-
-
-def test_command_reads_standard_input_or_nothing(
-    run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    import io
-
-    folder, model = run
-    for text, prompt in (("Once upon\na time\n", "Once upon\na time"), ("", "")):
-        monkeypatch.setattr("sys.stdin", io.StringIO(text))
-        assert command("--load", folder, "--seed", 3) == 0
-        assert capsys.readouterr().out == megalith.generate(model, prompt, seed=3, max_new_tokens=12)[0] + "\n"
-
-
-def test_command_with_beams(run, capsys: pytest.CaptureFixture) -> None:
-    folder, model = run
-    assert command("--load", folder, "--prompt", "Once", "--beam-width", 3, "--num-samples", 2) == 0
-    expected = megalith.generate(model, "Once", beam_width=3, num_samples=2, max_new_tokens=12)
-    assert capsys.readouterr().out == f"\n{'-' * 40}\n".join(expected) + "\n"
-    assert command("--load", folder, "--prompt", "Once", "--beam-width", 3, "--greedy") == 2
-
-
-def test_command_names_what_is_wrong(run, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
-    folder, _ = run
-    broken = tmp_path / "p.jsonl"
-    broken.write_text('{"prompt": "a"}\n{"promt": "b"}\n')
-    cases = [
-        (("--load", tmp_path / "none", "--vocab-file", "no.txt"), 1, "2 problems\n  1. --load must name a file"),
-        (("--load", tmp_path / "none", "--prompt", "a"), 1, "none"),
-        (("--load", folder, "--prompt-file", tmp_path / "none.txt"), 1, "none.txt"),
-        (("--load", folder, "--prompt-file", broken), 1, "line 2"),
-        (("--load", folder, "--prompt", "a", "--top-p", 3), 2, "--top-p"),
-        (("--load", folder, "--prompt", "a", "--temprature", 3), 2, "--temperature"),
-        (("--load", folder, "--prompt", "a", "--dtype", "int8"), 2, "--dtype"),
-    ]
-    for words, status, named in cases:
-        assert command(*words) == status
-        assert named in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -56,6 +56,13 @@ def test_uniform_never_reaches_its_ends(monkeypatch: pytest.MonkeyPatch) -> None
     assert random.uniform(0, INDEX[:2]).tolist() == [1 - 2.0**-53, 2.0**-53]
 
 
+def test_uniform_float_is_an_element_of_uniform() -> None:
+    keys = [random.key(number) for number in range(200)] + [-(2**63), -1, 0, 1, 2**63 - 1]
+    index = [*range(200), 0, 1, 10**9, 2**40, 2**62]
+    expected = random.uniform(torch.tensor(keys), torch.tensor(index)).tolist()
+    assert [random.uniform_float(*each) for each in zip(keys, index)] == expected
+
+
 def test_a_key_for_each_element() -> None:
     keys = torch.tensor([random.key("a"), random.key("b")])
     alone = [random.uniform(random.key(name), INDEX[i : i + 1]) for i, name in enumerate("ab")]

@@ -39,6 +39,23 @@ def bloom(**more: Any) -> Callable[[], transformers.PreTrainedModel]:
     return lambda: transformers.BloomForCausalLM(transformers.BloomConfig(bos_token_id=0, eos_token_id=0, **config))
 
 
+def t5(**more: Any) -> Callable[[], transformers.PreTrainedModel]:
+    """As `make`, without dropout. Its decoder is as deep as its encoder, because transformers' cache takes it to be."""
+    config = {
+        "vocab_size": 97, "d_model": 48, "d_kv": 12, "d_ff": 80, "num_layers": 2, "num_heads": 4,
+        "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20, "dropout_rate": 0.0,
+        "decoder_start_token_id": 0, **more,
+    }  # fmt: skip
+
+    def made() -> transformers.PreTrainedModel:
+        model = transformers.T5ForConditionalGeneration(transformers.T5Config(**config))
+        for weight in {model.shared.weight, model.lm_head.weight}:
+            weight.data *= 0.3  # 1 would be right for a wider model
+        return model
+
+    return made
+
+
 def scaled_rope(kind: str, **more: float) -> dict[str, Any]:
     """Rope parameters that matter at 64 positions: their original length is 16."""
     length = {} if kind == "linear" else {"original_max_position_embeddings": 16}

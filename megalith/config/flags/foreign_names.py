@@ -78,7 +78,7 @@ _ANSWERS = (
         "inference "
         "text_generation complete run_generation",
     ),
-    ("it is megalith.generate here", "megatron_generate"),
+    ("it is megalith.generate_tokens here (megalith.generate for texts)", "megatron_generate"),
     ("it is `megalith config` here", "init wizard new"),
     (
         "it is megalith.load here",
@@ -92,7 +92,7 @@ _ANSWERS = (
     ("it is megalith.config.run.RunConfig here", "trainingarguments transformerconfig"),
     (
         "it is --max-new-tokens here (the new tokens alone are counted)",
-        "--max-length --max-tokens --out-seq-length --tokens-to-generate --max-gen-len",
+        "--max-length --max-tokens --out-seq-length --tokens-to-generate --num-tokens-to-generate --max-gen-len",
     ),
     ("it is --num-samples here", "--num-return-sequences --num-results --n"),
     ("it is --prompt here", "--prompts --input-text"),
@@ -101,7 +101,11 @@ _ANSWERS = (
     ("it is --beam-width here", "--num-beams --beam-size"),
     ("texts are drawn unless --greedy is given", "--do-sample"),
     ("for generate it is --load here", "--model --model-name-or-path --checkpoint --ckpt --hf-model"),
-    ("it is --stop here", "--stop-token --stop-sequences --recompute"),
+    ("it is --stop here", "--stop-sequences --stop-strings"),
+    ("it is --stop-token-ids here", "--stop-token --eos-token-id"),
+    ("it is --seed here", "--random-seed"),
+    ("it is --logprobs here", "--return-log-probs --output-logprobs"),
+    ("it is --top-logprobs here", "--top-n-logprobs --top-n-tokens"),
     ("for generate it is --dtype float16 here", "--fp16 --half"),
     ("for generate it is --dtype bfloat16 here", "--bf16"),
     (

@@ -60,8 +60,7 @@ class ParallelRunner(ModelRunner):
         super().__init__(runtime.stages[0].model, cache, batch_invariant=batch_invariant, compile=compile)
         self.runtime, self.run = runtime, self._decode
         # Compiled stage by stage: what is sent between stages would break the graph.
-        options = {"dynamic": False, "mode": "reduce-overhead"}
-        self.compiled = [torch.compile(stage.model, **options) for stage in runtime.stages] if compile else None
+        self.models = [self.compiled(stage.model) for stage in runtime.stages] if compile else None
         self.seeds = Seeds(runtime.mesh, ("tp", "pp"))
 
     def forward(self, inputs: Tensor | None, **arguments) -> Tensor | None:
@@ -70,7 +69,7 @@ class ParallelRunner(ModelRunner):
             rule = "must be in evaluation mode to generate text"
             cure = "Generate inside `with model.evaluating():`, as `complete` and its like do"
             raise ConfigError(problem("The model", Words("training mode"), rule, cure))
-        models = self.compiled if arguments["cache"] is self.decoding else None
+        models = self.models if arguments["cache"] is self.decoding else None
         return self.runtime.forward(inputs, models, **arguments)
 
     def broadcast(self, compute: Callable[[], Tensor], shape: tuple[int, ...]) -> Tensor:
