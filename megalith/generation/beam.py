@@ -151,10 +151,12 @@ def _search(
 def _likeliest(logits: Tensor | None, totals: Sequence[float], number: int) -> Tensor:
     """The likeliest continuations of beams: rows (total, beam x V + token, log-probability of the token), float64.
 
-    logits [beams, V]; totals: log-probabilities of the beams.
+    logits [beams, V]; totals: log-probabilities of the beams. Raises CheckpointError where one is NaN.
     """
     assert logits is not None
     logprobs = logits.float().log_softmax(dim=-1)
     best = (logprobs + torch.tensor(totals, device=logits.device)[:, None]).flatten().topk(number)
+    if best.values[0].isnan():  # the largest where one is NaN
+        raise not_numbers()
     columns = best.values, best.indices, logprobs.flatten()[best.indices]
     return torch.stack([column.double() for column in columns], dim=1)

@@ -73,10 +73,10 @@ class Engine:
         new ones together (for an encoder-decoder: of each); by default the model's max_position_embeddings.
         max_cache_bytes: most memory for keys and values on a process; fewer requests then run at one time.
         prefill_tokens: of prompts read in one step, at least one chunk (of CHUNK tokens, or an encoder's whole text):
-        running requests wait so long for their next token. prefix_caching: whether a prompt, or its beginning, that a row of the cache
-        holds is copied instead of read again. compile: steps of as many rows run as one compiled graph, a CUDA graph on
-        accelerators; compiling takes a minute (`warm_up`). batch_invariant: see above; without it one request alone is
-        a third faster. Raises ConfigError where no request fits.
+        running requests wait so long for their next token. prefix_caching: whether a prompt, or its beginning, that a
+        row of the cache holds is copied instead of read again. compile: steps of as many rows run as one compiled
+        graph, a CUDA graph on accelerators; compiling takes a minute (`warm_up`). batch_invariant: see above; without
+        it one request alone is a third faster. Raises ConfigError where no request fits.
         """
         self.text_model = TextModel.of(model)
         c, length = self.text_model.config, max_length

@@ -6,15 +6,17 @@ import torch
 from torch import Tensor
 
 from megalith.generation.request import TopLogprobs
-from megalith.generation.sampling import logprobs_of, top_logprobs_of
+from megalith.generation.sampling import logprobs_of, not_numbers, top_logprobs_of
 
 
 def measure(logits: Tensor, tokens: Tensor, count: int) -> Tensor:
     """Rows (logprob of the token, `count` likeliest tokens, their logprobs), float64 [n, 1 + 2 count].
 
-    logits [n, V], tokens int64 [n].
+    logits [n, V], tokens int64 [n]. Raises CheckpointError where one is NaN.
     """
     columns = [logprobs_of(logits, tokens)[:, None]]
+    if columns[0].isnan().any():
+        raise not_numbers()
     if count:
         columns += top_logprobs_of(logits, count)
     return torch.cat([column.double() for column in columns], dim=1)

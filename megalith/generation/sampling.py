@@ -213,5 +213,10 @@ def _check_largest(largest: Tensor, states: Sequence[SamplingState]) -> None:
         if value == -math.inf and (p.logit_bias or p.min_new_tokens or state.banned_after):
             raise all_banned(p, state.banned_after)
         if not math.isfinite(value):
-            cause = "its weights are damaged, or its training had diverged"
-            raise CheckpointError(f"the model's logits are not numbers (NaN or infinite): {cause}.")
+            raise not_numbers()
+
+
+def not_numbers() -> CheckpointError:
+    """The error where logits are NaN: no token and no log-probability could be computed from them."""
+    cause = "its weights are damaged, or its training had diverged"
+    return CheckpointError(f"the model's logits are not numbers (NaN or infinite): {cause}.")
