@@ -168,9 +168,9 @@ def _generate(args: argparse.Namespace) -> int:
     fail(texts, CheckpointError)
     options = [each.name for each in dataclasses.fields(GenerationParams)]
     given = {name: value for name, value in vars(args).items() if name in ("greedy", *options)}
-    is_main = environment.rank() == 0
+    is_main_process = environment.rank() == 0
     # One process reads for all, as it may be from standard input.
-    read = read_prompts(args.prompt, args.prompt_file, GenerationParams().replace(**given)) if is_main else ([], [])
+    read = read_prompts(args.prompt, args.prompt_file, GenerationParams().replace(**given)) if is_main_process else ([], [])
     if args.out_file is None and any(each.logprobs or each.top_logprobs or each.prompt_logprobs for each in read[1]):
         rule, cure = "must be given with log-probabilities, because they are written there", "Name a file"
         raise ConfigError(problem("--out-file", Words("nothing"), rule, cure))
@@ -200,12 +200,12 @@ def _generate(args: argparse.Namespace) -> int:
     if streamed and args.out_file is None and all(each.max_new_tokens for _, each in samples):
         printer = StreamPrinter([prompt for prompt, _ in samples])
     completions = complete(
-        model, prompts, params=params, on_token=printer if is_main else None,
+        model, prompts, params=params, on_token=printer if is_main_process else None,
         batch_size=1 if printer else args.batch_size, batch_invariant=args.batch_invariant, compile=args.compile,
     )  # fmt: skip
     if model.runtime is not None and owns_group:
         dist.destroy_process_group()
-    if not is_main:
+    if not is_main_process:
         return 0
     if args.out_file is not None:
         lines = [json.dumps(to_record(completion), ensure_ascii=False) + "\n" for completion in completions]

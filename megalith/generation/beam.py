@@ -15,6 +15,7 @@ from megalith.generation.model import TextModel, check_length
 from megalith.generation.parallel.runner import runner_of
 from megalith.generation.prompts import Completion, tokenize_prompts
 from megalith.generation.runner import ModelRunner
+from megalith.generation.sampling import not_numbers
 from megalith.runtime.build import Runtime
 
 

@@ -39,9 +39,11 @@ class ModelRunner:
         self.decoding = DecodeCache(cache, batch_invariant=self.batch_invariant, compiled=compile)
         self.run = self.compiled(self._decode) if compile else self._decode
 
-    def compiled(self, function: Callable) -> Callable:
-        """A compiled form of a function that decodes."""
-        options = {"triton.cudagraphs": True} if self.decoding.whole_rows else {"cpp_wrapper": True}
+    def compiled(self, function: Callable, *, collectives: bool = False) -> Callable:
+        """A compiled form of a function that decodes. collectives: it has some, which torch's C++ wrapper cannot call
+        (2.13).
+        """
+        options = {"triton.cudagraphs": True} if self.decoding.whole_rows else {"cpp_wrapper": not collectives}
         filter = torch.compiler.skip_guard_on_all_nn_modules_unsafe
         return torch.compile(function, dynamic=False, options={**options, "guard_filter_fn": filter})
 

@@ -40,6 +40,10 @@ class ReplicatedEngine:
         self.pending_events: list[Event] = []  # events that no step has returned yet, because an error ended it
         self.seeds, self.next_id = Seeds(mesh, mesh.device_mesh.mesh_dim_names or ()), 0
 
+    def warm_up(self) -> None:
+        """As Engine.warm_up."""
+        self.engine.warm_up()
+
     @property
     def busy(self) -> bool:
         """Whether a step would do anything."""

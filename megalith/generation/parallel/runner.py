@@ -60,7 +60,10 @@ class ParallelRunner(ModelRunner):
         super().__init__(runtime.stages[0].model, cache, batch_invariant=batch_invariant, compile=compile)
         self.runtime, self.run = runtime, self._decode
         # Compiled stage by stage: what is sent between stages would break the graph.
-        self.models = [self.compiled(stage.model) for stage in runtime.stages] if compile else None
+        self.models: list[Callable] | None = None
+        if compile:
+            tensor_parallel = runtime.mesh.size("tp") > 1
+            self.models = [self.compiled(stage.model, collectives=tensor_parallel) for stage in runtime.stages]
         self.seeds = Seeds(runtime.mesh, ("tp", "pp"))
 
     def forward(self, inputs: Tensor | None, **arguments) -> Tensor | None:

@@ -8,13 +8,14 @@ import torch
 from megalith.config.run import RunConfig
 from megalith.generation.beam import beam_search
 from megalith.generation.cached_attention import PrefillChunk
-from megalith.generation.engine import Event
+from megalith.generation.engine import Engine, Event
 from megalith.generation.generate import complete, score
 from megalith.generation.model import TextModel
 from megalith.generation.parallel.replicas import engine_of
 from megalith.generation.parallel.runner import runner_of
+from megalith.generation.tensors import generate_tokens
 from megalith.testing.ranks import run_ranks
-from tests.generation.layouts import (
+from tests.generation.parallel.layouts import (
     FORMS,
     LAYOUTS,
     PROMPTS,
@@ -35,6 +36,9 @@ def generated(model: TextModel) -> dict[str, Any]:
             model, PROMPTS, temperature=0, max_new_tokens=9, logprobs=True, batch_size=3)],
         "beams": [(each.ids, [each.score]) for each in beam_search(model, PROMPTS[0], beam_width=3, max_new_tokens=5)],
         "scores": [] if t5 else score(model, PROMPTS, batch_size=3),
+        "tensor": [] if t5 else generate_tokens(
+            model, torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]]), max_new_tokens=5,
+            top_k=5).tolist(),
     }  # fmt: skip
     with model.evaluating():
         found["sampled"] = results(engine_of(model, max_batch_size=3), mixed_requests(prompt_logprobs=not t5))
@@ -65,6 +69,7 @@ def numbers_of(events: list[Event]) -> list[float]:
 def check_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
     """Tokens exactly, log-probabilities to 1e-4 (float32)."""
     assert found.keys() == expected.keys()
+    assert found["tensor"] == expected["tensor"]
     for name in ("greedy", "beams"):
         assert [ids for ids, _ in found[name]] == [ids for ids, _ in expected[name]], name
         for (_, values), (_, true) in zip(found[name], expected[name]):
@@ -139,3 +144,21 @@ def test_logits_are_those_of_one_process_and_of_training(layout: str) -> None:
         [*range({"virtual": 4}.get(layout, config.parallel.pipeline_model_parallel_size))]
         * config.parallel.tensor_model_parallel_size
     )
+
+
+def compiled(config: RunConfig) -> list[list[Event]]:
+    model = TextModel.of(runtime_of(config)).eval()
+    engine = engine_of(model, max_batch_size=3, compile=True)
+    engine.warm_up()
+    return results(engine, mixed_requests(prompt_logprobs=True))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # a compiler on cores that others use
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
+def test_compiled_steps(layout: str) -> None:
+    expected = results(Engine(model_of(config_of("learned")), max_batch_size=3), mixed_requests(prompt_logprobs=True))
+    first, second = run_ranks(compiled, 2, config_of("learned", layout), timeout=880)
+    assert first == second
+    for events, true in zip(first, expected, strict=True):
+        assert [event.token for event in events] == [event.token for event in true]

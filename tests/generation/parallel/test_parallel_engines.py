@@ -20,10 +20,11 @@ from megalith.generation.parallel.replicas import engine_of
 from megalith.generation.parallel.runner import bytes_per_row
 from megalith.generation.sampling import SamplingParams
 from megalith.optim.build import build_optimizer
+from megalith.parallel.sharding import to_local
 from megalith.runtime.build import Runtime
 from megalith.testing import parity
 from megalith.testing.ranks import run_ranks
-from tests.generation.layouts import config_of, mixed_requests, model_of, results, runtime_of
+from tests.generation.parallel.layouts import config_of, mixed_requests, model_of, results, runtime_of
 
 LAYOUT = "tp2 pp2"
 
@@ -136,6 +137,33 @@ def test_an_error_is_raised_on_all_processes_and_costs_nobody_else_a_token(layou
     expected[1] = expected[1][:2]
     found = run_ranks(failing, 2, config_of("learned", layout))
     assert found == [(["NaN, says the test"], expected, [True])] * 2
+
+
+def damaged(config: RunConfig) -> tuple[str, list[list[int | None]]]:
+    """The error of a prompt with a token that is damaged, and what those get that were there before and come after."""
+    runtime, token = runtime_of(config), 33
+    for stage in runtime.stages:
+        if (embedding := stage.model.embedding) is not None:
+            local, row = to_local(embedding.weight.detach()), token - getattr(embedding, "first", 0)
+            if 0 <= row < len(local):
+                local[row] = float("nan")
+    engine, params = engine_of(runtime, max_batch_size=4), SamplingParams(max_new_tokens=6, temperature=0.0)
+    engine.text_model.eval()
+    ids, events = [engine.add(Request(prompt_ids=[7, 8], params=params))], engine.step()
+    engine.add(Request(prompt_ids=[7, token], params=params))
+    with pytest.raises(CheckpointError) as caught:
+        engine.step()
+    ids.append(engine.add(Request(prompt_ids=[7, 8], params=params)))
+    while engine.busy:
+        events += engine.step()
+    return str(caught.value), [[event.token for event in events if event.id == id] for id in ids]
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
+def test_a_prompt_with_damaged_weights_is_dismissed_on_all_processes(layout: str) -> None:
+    (error, tokens), second = run_ranks(damaged, 2, config_of("alibi", layout))
+    assert second == (error, tokens) and "not numbers (NaN" in error
+    assert tokens[0] == tokens[1] and len(tokens[0]) == 6
 
 
 def without_seeds(config: RunConfig) -> list[list[int]]:

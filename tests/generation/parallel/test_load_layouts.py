@@ -19,7 +19,7 @@ from megalith.parallel.sharding import to_local
 from megalith.runtime.state import weights
 from megalith.testing.ranks import run_ranks
 from megalith.workflows.conversion import convert
-from tests.generation.layouts import config_of, model_of
+from tests.generation.parallel.layouts import config_of, model_of
 
 SIZES = {"tp2": (2, None), "pp2": (1, 2), "dp2": (1, 1), "tp2 pp2": (2, 2)}
 OPTIONS: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": 6, "stop_at_eod": False}
