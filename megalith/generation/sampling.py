@@ -167,7 +167,7 @@ def _draw(weights: Tensor, states: Sequence[SamplingState]) -> Tensor:
 
 def _cumulative(weights: Tensor) -> Tensor:
     """The mass of the first blocks of weights [b, m, n], float64 [b, m]."""
-    return weights.sum(dim=-1).cumsum(dim=-1).double()
+    return weights.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
 
 
 def _inverse_cdf(weights: Tensor, cumulative: Tensor, states: Sequence[SamplingState], attempt: int = 0) -> Tensor:
