@@ -168,9 +168,9 @@ def _generate(args: argparse.Namespace) -> int:
     fail(texts, CheckpointError)
     options = [each.name for each in dataclasses.fields(GenerationParams)]
     given = {name: value for name, value in vars(args).items() if name in ("greedy", *options)}
-    is_main_process = environment.rank() == 0
+    common, is_main_process = GenerationParams().replace(**given), environment.rank() == 0
     # One process reads for all, as it may be from standard input.
-    read = read_prompts(args.prompt, args.prompt_file, GenerationParams().replace(**given)) if is_main_process else ([], [])
+    read = read_prompts(args.prompt, args.prompt_file, common) if is_main_process else ([], [])
     if args.out_file is None and any(each.logprobs or each.top_logprobs or each.prompt_logprobs for each in read[1]):
         rule, cure = "must be given with log-probabilities, because they are written there", "Name a file"
         raise ConfigError(problem("--out-file", Words("nothing"), rule, cure))
