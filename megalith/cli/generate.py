@@ -14,8 +14,10 @@ from typing import Any
 from megalith.cli.checkpoint_convert import MEGATRON_FLAGS
 from megalith.common.errors import CheckpointError, ConfigError, problem
 from megalith.common.files import write_text
+from megalith.common.orphans import ends_with_launcher
 from megalith.common.outputs import writing
 from megalith.common.urls import is_url
+from megalith.config import environment
 from megalith.config.flags.text import Words, fail, flag, value_text
 from megalith.config.flags.values import fields
 from megalith.generation.params import GenerationParams
@@ -24,6 +26,8 @@ from megalith.workflows.text_output import StreamPrinter, print_texts, to_record
 
 # Flags for a tokenizer's files, where no folder is named
 TOKENIZER = {"tokenizer_type": "TYPE", "vocab_file": "FILE", "merge_file": "FILE", "tokenizer_model": "PATH"}
+# The processes that these leave hold replicas, which share the prompts.
+LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
 # Fields of the model that files of other programs lack most often
 MODEL_HELP = ("num_attention_heads", "vocab_size", "position_embedding_type")
 NAME_TOKENIZER = (
@@ -35,6 +39,7 @@ examples:
   megalith generate --load runs/demo/run --prompt 'def ' --max-new-tokens 100 --temperature 0.8 --top-k 40
   megalith generate --load runs/demo/run --prompt-file prompts.txt --num-samples 4 --seed 1 --out-file texts.jsonl
   echo 'Once upon a time' | megalith generate --load runs/demo/run
+  torchrun --nproc-per-node 4 -m megalith generate --load Llama-3-8B --tensor-model-parallel-size 2 --prompt 'Once'
 
 A prompt file holds one prompt a line. Where its name ends in .jsonl, a line is a JSON string, or an object with
 "prompt" and options of this prompt alone: {"prompt": "Q: why?", "temperature": 0.2, "stop": ["\\n"]}. Standard input,
@@ -75,6 +80,9 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     add("--ckpt-step", type=int, metavar="N", help="the checkpoint of this step (default: the latest)")
     add("--dtype", default="float32", metavar="TYPE", help="float32, bfloat16 or float16")
     add("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or xpu")
+    for name in LAYOUT:
+        help = f"under torchrun: {fields()[name].metadata['help']} (default: 1)"
+        add(flag(name), *fields()[name].metadata["flags"], type=int, metavar="N", help=help)
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--prompt", action="append", metavar="TEXT", help="what the text begins with; may be given several times"
@@ -142,9 +150,10 @@ def generate(args: argparse.Namespace) -> int:
     out, notice = args.out_file, functools.partial(print, file=sys.stderr, flush=True)
     inputs = [args.prompt_file] if args.prompt_file else []
     with (
+        ends_with_launcher(),
         writing(out, inputs=inputs, overwrite=args.overwrite, flag="--out-file", notice=notice)
-        if out
-        else contextlib.nullcontext()
+        if out and environment.rank() == 0
+        else contextlib.nullcontext(),
     ):
         return _generate(args)
 
@@ -159,18 +168,27 @@ def _generate(args: argparse.Namespace) -> int:
     fail(texts, CheckpointError)
     options = [each.name for each in dataclasses.fields(GenerationParams)]
     given = {name: value for name, value in vars(args).items() if name in ("greedy", *options)}
-    prompts, params = read_prompts(args.prompt, args.prompt_file, GenerationParams().replace(**given))
-    if args.out_file is None and any(each.logprobs or each.top_logprobs or each.prompt_logprobs for each in params):
+    common, is_main_process = GenerationParams().replace(**given), environment.rank() == 0
+    # One process reads for all, as it may be from standard input.
+    read = read_prompts(args.prompt, args.prompt_file, common) if is_main_process else ([], [])
+    if args.out_file is None and any(each.logprobs or each.top_logprobs or each.prompt_logprobs for each in read[1]):
         rule, cure = "must be given with log-probabilities, because they are written there", "Name a file"
         raise ConfigError(problem("--out-file", Words("nothing"), rule, cure))
-    from megalith.generation.generate import complete  # here, because these import torch
+    import torch.distributed as dist  # here, because these import torch
+
+    from megalith.checkpoint.ranks import Ranks
+    from megalith.generation.generate import complete
     from megalith.generation.load import load
 
+    owns_group = not dist.is_initialized()
     typed = {name: getattr(args, name) for name in _model_fields() if hasattr(args, name)}
     typed |= {name: getattr(args, name) for name in (*TOKENIZER, "tokenizer", "qkv_layout", "swiglu_order", "replicas")}
+    if environment.world_size() > 1 or any(getattr(args, name) for name in LAYOUT):
+        typed |= {name: getattr(args, name) or 1 for name in LAYOUT}
     model = load(args.load, device=args.device, dtype=args.dtype, iteration=args.ckpt_step, **typed)
     if model.tokenizer is None:
         raise ConfigError(f"--load {args.load}: the checkpoint has no tokenizer; text needs one. {NAME_TOKENIZER}")
+    prompts, params = Ranks().on_rank_0(lambda: read)
     samples = [
         (prompt if each.echo and not model.config.decoder_layers else "", each)
         for prompt, each in zip(prompts, params)
@@ -182,9 +200,13 @@ def _generate(args: argparse.Namespace) -> int:
     if streamed and args.out_file is None and all(each.max_new_tokens for _, each in samples):
         printer = StreamPrinter([prompt for prompt, _ in samples])
     completions = complete(
-        model, prompts, params=params, on_token=printer, batch_size=1 if printer else args.batch_size,
-        batch_invariant=args.batch_invariant, compile=args.compile,
+        model, prompts, params=params, on_token=printer if is_main_process else None,
+        batch_size=1 if printer else args.batch_size, batch_invariant=args.batch_invariant, compile=args.compile,
     )  # fmt: skip
+    if model.runtime is not None and owns_group:
+        dist.destroy_process_group()
+    if not is_main_process:
+        return 0
     if args.out_file is not None:
         lines = [json.dumps(to_record(completion), ensure_ascii=False) + "\n" for completion in completions]
         write_text(pathlib.Path(args.out_file), "".join(lines))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence, Set
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megalith.common.errors import ConfigError, problem
-from megalith.generation.cache import KVCache
 from megalith.generation.cached_attention import PrefillChunk
 from megalith.generation.model import TextModel, check_length
+from megalith.generation.parallel.runner import runner_of
 from megalith.generation.prompts import Completion, tokenize_prompts
 from megalith.generation.runner import ModelRunner
 from megalith.generation.sampling import not_numbers
+from megalith.runtime.build import Runtime
 
 
 class Beam(NamedTuple):
@@ -50,7 +52,7 @@ class BeamHypotheses:
 
 
 def beam_search(
-    model: TextModel | nn.Module, prompt_ids: list[int], *, prompt: str | None = None, beam_width: int = 4,
+    model: TextModel | Runtime | nn.Module, prompt_ids: list[int], *, prompt: str | None = None, beam_width: int = 4,
     num_samples: int | None = None, max_new_tokens: int = 64, length_penalty: float = 1.0,
     stop_token_ids: Sequence[int] | None = None, logprobs: bool = False,
 ) -> list[Completion]:  # fmt: skip
@@ -85,14 +87,15 @@ def beam_search(
     if stop_token_ids is None:
         stop_token_ids = () if model.end_token is None else (model.end_token,)
     if encoder_decoder:
-        cache = KVCache(model.model, beam_width, max_new_tokens + 1, len(prompt_ids))
+        lengths = max_new_tokens + 1, len(prompt_ids)
         first = PrefillChunk(0, [model.decoder_start], source=prompt_ids)
     else:
-        cache = KVCache(model.model, beam_width, len(prompt_ids) + max_new_tokens)
+        lengths = len(prompt_ids) + max_new_tokens, 0
         first = PrefillChunk(0, prompt_ids)
-    runner = ModelRunner(model.model, cache, batch_invariant=False)  # no other requests share the cache
+    runner = runner_of(model, beam_width, *lengths, batch_invariant=False)  # no other requests share the cache
     finished = BeamHypotheses(beam_width, length_penalty)
-    _search(runner, first, finished, max_new_tokens, set(stop_token_ids))
+    with model.evaluating():
+        _search(runner, first, finished, max_new_tokens, set(stop_token_ids))
     completions = []
     if prompt is None and tokenizer is not None:
         prompt = tokenizer.decode(prompt_ids)
@@ -113,20 +116,17 @@ def beam_search(
 def _search(
     runner: ModelRunner, first: PrefillChunk, finished: BeamHypotheses, max_new_tokens: int, stops: Set[int]
 ) -> None:
-    width, prompt_length = finished.size, len(first.ids)
+    width, prompt_length, vocabulary = finished.size, len(first.ids), runner.model.config.vocab_size
     source_lengths = [len(first.source)] * width if first.source else []
     beams, logits = [Beam()], runner.prefill([first])  # read once; the rows of the other beams are copies
     for length in range(1, max_new_tokens + 1):
-        logprobs = logits.float().log_softmax(dim=-1)
-        totals = logprobs + torch.tensor([[beam.total] for beam in beams], device=logits.device)
         # A beam has len(stops) continuations that stop: among so many at least `width` go on.
-        best = totals.flatten().topk(min((1 + max(1, len(stops))) * width, totals.numel()))
-        if best.values[0].isnan():  # the largest where one is NaN
-            raise not_numbers()
-        candidates = zip(best.values.tolist(), best.indices.tolist(), logprobs.flatten()[best.indices].tolist())
+        number = min((1 + max(1, len(stops))) * width, len(beams) * vocabulary)
+        compute = functools.partial(_likeliest, logits, [beam.total for beam in beams], number)
+        best = runner.broadcast(compute, (number, 3)).tolist()
         continued, parents = list[Beam](), list[int]()
-        for rank, (total, index, logprob) in enumerate(candidates):
-            parent, token = divmod(index, logits.shape[-1])
+        for rank, (total, index, logprob) in enumerate(best):
+            parent, token = divmod(int(index), vocabulary)
             beam = Beam(total, (*beams[parent].ids, token), (*beams[parent].logprobs, logprob))
             if token not in stops:
                 continued.append(beam)
@@ -135,15 +135,29 @@ def _search(
                 finished.add(beam, "stop")
             if len(continued) == width:
                 break
-        if finished.is_done(best.values[0].item(), length):
+        if finished.is_done(best[0][0], length):
             return
         kept = prompt_length if len(continued) <= len(beams) else 0  # rows that are new need the prompt's keys too
         beams = continued
         if length == max_new_tokens:
             break
         position = prompt_length + length - 1  # of the beams' newest tokens
-        runner.cache.select(torch.tensor(parents, device=logits.device), position, start=kept)
+        runner.cache.select(torch.tensor(parents, device=runner.cache.device), position, start=kept)
         tokens = [beam.ids[-1] for beam in beams]
         logits = runner.decode(range(len(beams)), tokens, [position] * len(beams), source_lengths[: len(beams)])
     for beam in beams:
         finished.add(beam, "length")
+
+
+def _likeliest(logits: Tensor | None, totals: Sequence[float], number: int) -> Tensor:
+    """The likeliest continuations of beams: rows (total, beam x V + token, log-probability of the token), float64.
+
+    logits [beams, V]; totals: log-probabilities of the beams. Raises CheckpointError where one is NaN.
+    """
+    assert logits is not None
+    logprobs = logits.float().log_softmax(dim=-1)
+    best = (logprobs + torch.tensor(totals, device=logits.device)[:, None]).flatten().topk(number)
+    if best.values[0].isnan():  # the largest where one is NaN
+        raise not_numbers()
+    columns = best.values, best.indices, logprobs.flatten()[best.indices]
+    return torch.stack([column.double() for column in columns], dim=1)

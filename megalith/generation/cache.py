@@ -46,11 +46,12 @@ class KVCache:
 
     def __init__(
         self, stages: nn.Module | Sequence[nn.Module], rows: int, length: int, source_length: int = 0,
-        kv_heads: int | None = None,
+        kv_heads: int | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
         """stages: the model, or the stages of it that this process runs. length: the most tokens of a sequence.
 
         source_length: the most tokens that an encoder reads. kv_heads: those of this process; None for all.
+        dtype: of keys and values; None for that of the parameters.
         """
         stages = [stages] if isinstance(stages, nn.Module) else list(stages)
         c, parameter = stages[0].config, next(stages[0].parameters())
@@ -66,7 +67,7 @@ class KVCache:
             shape = (rows, self.kv_heads, self.source_length if cross else self.length, c.head_dim)
             # Zeros: 0 x NaN is NaN, also where it is masked. A tensor for each layer, because compiled steps write to
             # them, and torch.compile copies what it writes to where two share memory.
-            keys, values = (torch.zeros(shape, dtype=parameter.dtype, device=self.device) for _ in range(2))
+            keys, values = (torch.zeros(shape, dtype=dtype or parameter.dtype, device=self.device) for _ in range(2))
             for tensor in (keys, values):
                 torch._dynamo.mark_static_address(tensor)  # otherwise CUDA graphs would copy it at each step
             self.layers[site(attention)] = LayerMemory(keys, values, cross)

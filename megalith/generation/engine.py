@@ -15,7 +15,7 @@ An engine for one request at a time uses the faster products of one row, whose r
 rounding.
 
 Over several processes each runs the same Engine on the same requests, so that none has to be told what to do; what is
-drawn, where logits are, is shared (parallel_runner.py).
+drawn, where logits are, is shared (parallel/runner.py).
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from __future__ import annotations
 import bisect
 import collections
 import dataclasses
-import secrets
 from collections.abc import Sequence
 
 import torch
@@ -31,16 +30,16 @@ from torch import Tensor, nn
 
 from megalith.common.errors import ConfigError, DataError, problem
 from megalith.config.flags.text import Words
-from megalith.generation.cache import KVCache
 from megalith.generation.logprobs import measure, top_of
 from megalith.generation.model import TextModel, check_length
+from megalith.generation.parallel.runner import bytes_per_row, runner_of
 from megalith.generation.penalties import check_tokens
 from megalith.generation.prefill import Prefill
 from megalith.generation.prefix import CHUNK, Prompt
 from megalith.generation.request import Event, PromptLogprobs, Request
-from megalith.generation.runner import ModelRunner
 from megalith.generation.sampling import SamplingState, sample
 from megalith.layers import random
+from megalith.runtime.build import Runtime
 
 __all__ = ["Engine", "Event", "Request"]
 
@@ -64,7 +63,7 @@ class Engine:
     """
 
     def __init__(
-        self, model: TextModel | nn.Module, *, max_batch_size: int = 32, max_length: int | None = None,
+        self, model: TextModel | Runtime | nn.Module, *, max_batch_size: int = 32, max_length: int | None = None,
         max_cache_bytes: int | None = None, prefill_tokens: int = 4 * CHUNK,
         prefix_caching: bool = True, compile: bool = False, batch_invariant: bool = True,
     ):  # fmt: skip
@@ -72,12 +71,12 @@ class Engine:
 
         max_batch_size: requests that run at one time; others wait. max_length: most tokens of a request, prompt and
         new ones together (for an encoder-decoder: of each); by default the model's max_position_embeddings.
-        max_cache_bytes: most memory for keys and values; fewer requests then run at one time. prefill_tokens: of
-        prompts read in one step, at least one chunk (of CHUNK tokens, or an encoder's whole text): running requests
-        wait so long for their next token. prefix_caching: whether a prompt, or its beginning, that a row of the cache
-        holds is copied instead of read again. compile: steps of as many rows run as one compiled graph, a CUDA graph on
-        accelerators; compiling takes a minute (`warm_up`). batch_invariant: see above; without it one request alone is
-        a third faster. Raises ConfigError where no request fits.
+        max_cache_bytes: most memory for keys and values on a process; fewer requests then run at one time.
+        prefill_tokens: of prompts read in one step, at least one chunk (of CHUNK tokens, or an encoder's whole text):
+        running requests wait so long for their next token. prefix_caching: whether a prompt, or its beginning, that a
+        row of the cache holds is copied instead of read again. compile: steps of as many rows run as one compiled
+        graph, a CUDA graph on accelerators; compiling takes a minute (`warm_up`). batch_invariant: see above; without
+        it one request alone is a third faster. Raises ConfigError where no request fits.
         """
         self.text_model = TextModel.of(model)
         c, length = self.text_model.config, max_length
@@ -93,16 +92,19 @@ class Engine:
                 raise ConfigError(problem(name, value, "must be at least 1", "Give 1 or more"))
         self.encoder_decoder, self.max_length = bool(c.decoder_layers), length
         source_length = length if self.encoder_decoder else 0
-        bytes_per_row = KVCache(self.text_model.model, 0, length, source_length).bytes_per_row
         if max_cache_bytes is not None:
-            if max_cache_bytes < bytes_per_row:
-                rule = f"must be at least {bytes_per_row}, the bytes for the cache of one request of {length} tokens"
+            least = bytes_per_row(self.text_model, length, source_length)
+            if max_cache_bytes < least:
+                rule = f"must be at least {least}, the bytes for the cache of one request of {length} tokens"
                 raise ConfigError(problem("max_cache_bytes", max_cache_bytes, rule, "Give more, or lower max_length"))
-            max_batch_size = min(max_batch_size, max_cache_bytes // bytes_per_row)
+            max_batch_size = min(max_batch_size, max_cache_bytes // least)
         self.max_batch_size = max_batch_size
         # One position more for compiled steps, in which each row that has no request writes after its last position.
-        self.cache = KVCache(self.text_model.model, max_batch_size, length + compile, source_length)
-        self.runner = ModelRunner(self.text_model.model, self.cache, batch_invariant=batch_invariant, compile=compile)
+        self.runner = runner_of(
+            self.text_model, max_batch_size, length + compile, source_length, batch_invariant=batch_invariant,
+            compile=compile,
+        )  # fmt: skip
+        self.cache = self.runner.cache
         self.waiting: collections.deque[_ActiveRequest] = collections.deque()
         self.prefill = Prefill[_ActiveRequest](
             self.runner, prefill_tokens, prefix_caching, lambda: self.text_model.decoder_start
@@ -125,9 +127,9 @@ class Engine:
 
         Raises ConfigError for a request that is too long, DataError for unknown tokens.
         """
-        self._check(request)
+        self.check(request)
         ids, params = tuple(request.prompt_ids), request.params
-        seed = secrets.randbits(63) if params.seed is None else params.seed
+        seed = self.runner.draw_seed() if params.seed is None else params.seed
         state = SamplingState(
             params=params, key=random.key(seed, "sample", request.index), banned_after=request.banned_after,
             prompt_ids=() if self.encoder_decoder else ids, first_position=1 if self.encoder_decoder else len(ids),
@@ -136,7 +138,8 @@ class Engine:
         self.waiting.append(_ActiveRequest(self.next_id - 1, request, state, Prompt(ids, whole=self.encoder_decoder)))
         return self.next_id - 1
 
-    def _check(self, request: Request) -> None:
+    def check(self, request: Request) -> None:
+        """Raise ConfigError or DataError for a request that `add` would refuse."""
         params, c = request.params, self.text_model.config
         prompt, new = len(request.prompt_ids), params.max_new_tokens
         if not prompt:

@@ -19,12 +19,16 @@ from megalith.generation.engine import Engine
 from megalith.generation.load import load
 from megalith.generation.model import TextModel, check_length
 from megalith.generation.newlines import newlines_of
+from megalith.generation.parallel.driver import Driver
+from megalith.generation.parallel.replicas import ReplicatedEngine, engine_of
 from megalith.generation.params import GenerationParams
 from megalith.generation.prompts import Completion, Prompts, prompt_list, tokenize_prompt
 from megalith.generation.request import Event, Request
+from megalith.runtime.build import Runtime
 
 OnToken = Callable[[int, int, str], None]  # (number of the completion, new token, text that is now certain)
-Model: TypeAlias = TextModel | nn.Module | Engine | str | os.PathLike
+AnyEngine: TypeAlias = Engine | ReplicatedEngine | Driver
+Model: TypeAlias = TextModel | Runtime | nn.Module | AnyEngine | str | os.PathLike
 Params: TypeAlias = GenerationParams | Sequence[GenerationParams] | None
 
 
@@ -69,8 +73,9 @@ def complete(
 ) -> list[Completion]:  # fmt: skip
     """What the model writes after each prompt, or in answer to it: num_samples completions for each, in order.
 
-    model: from `load`, or a path, which is loaded for this call, or any module in evaluation mode that has `.config`;
-        or an idle Engine of one, to keep its memory and its compiled step for the next call.
+    model: from `load`, or a path, which is loaded for this call, or any module that has `.config`, or a Runtime; or an
+        idle engine of one, to keep its memory and its compiled step for the next call. Where several processes hold the
+        model, or replicas of it, all of them call with the same arguments, and all get all results.
     prompts: texts, or lists of token ids; one of either, or several. None or an empty one is no prompt: the text starts
         from what the tokenizer puts before every text (Llama's BOS), or else from the end-of-document token.
     params, options: how to continue: the fields of GenerationParams (`help(megalith.GenerationParams)` explains them),
@@ -121,14 +126,14 @@ def score(model: Model, texts: Prompts, *, add_bos: bool = False, batch_size: in
     return [completion.prompt_logprobs for completion in complete(model, texts, **options)]
 
 
-def as_model(model: Model) -> TextModel | nn.Module | Engine:
+def as_model(model: Model) -> TextModel | Runtime | nn.Module | AnyEngine:
     """The model of a path; anything else as it is."""
     return load(model) if isinstance(model, (str, os.PathLike)) else model
 
 
-def as_text_model(model: TextModel | nn.Module | Engine) -> TextModel:
-    """The TextModel of an Engine, a module or a TextModel."""
-    return model.text_model if isinstance(model, Engine) else TextModel.of(model)
+def as_text_model(model: TextModel | Runtime | nn.Module | AnyEngine) -> TextModel:
+    """The TextModel of an engine, a Runtime, a module or a TextModel."""
+    return model.text_model if isinstance(model, AnyEngine) else TextModel.of(model)
 
 
 class PendingCompletion:
@@ -205,7 +210,7 @@ class _Call:
 
     def __init__(self, model: Model, prompts: Prompts, params: Params, options: dict[str, Any]):
         model = as_model(model)
-        self.engine = model if isinstance(model, Engine) else None
+        self.engine = model if isinstance(model, AnyEngine) else None
         self.model, each_prompt = as_text_model(model), prompt_list(prompts)
         if params is None or isinstance(params, GenerationParams):
             params = [params or GenerationParams()] * len(each_prompt)
@@ -244,7 +249,7 @@ class _Call:
             lengths = [(len(row.request.prompt_ids), row.params.max_new_tokens) for row in rows]
             answers = bool(self.model.config.decoder_layers)
             longest = max(max(prompt, new + 1) if answers else prompt + new for prompt, new in lengths)
-            engine = Engine(
+            engine = engine_of(
                 self.model, max_batch_size=min(batch_size, len(rows)), max_length=longest,
                 batch_invariant=batch_invariant, compile=compile,
             )  # fmt: skip
@@ -268,7 +273,7 @@ class _Call:
         return [dataclasses.replace(completion, echo=params.echo) for completion in best]
 
 
-def _run(engine: Engine | None, rows: Sequence[PendingCompletion]) -> Iterator[Piece]:
+def _run(engine: AnyEngine | None, rows: Sequence[PendingCompletion]) -> Iterator[Piece]:
     """Generate all of `rows`; there may be none."""
     if not rows:
         return
@@ -279,19 +284,20 @@ def _run(engine: Engine | None, rows: Sequence[PendingCompletion]) -> Iterator[P
     )
     if engine.busy:
         raise ConfigError(shared)
-    try:
-        for row in rows:
-            rows_by_id[engine.add(row.request)] = row
-        while engine.busy:
-            for event in engine.step():
-                if event.id not in rows_by_id:
-                    raise ConfigError(shared)
-                row = rows_by_id[event.id]
-                text = row.push(event)
-                if row.done and event.finish is None:  # ended by its text, of which the engine does not know
-                    engine.cancel(event.id)
-                if event.token is not None:
-                    yield Piece(row.number, event.token, text)
-    finally:
-        for id in rows_by_id:
-            engine.cancel(id)
+    with engine.text_model.evaluating():
+        try:
+            for row in rows:
+                rows_by_id[engine.add(row.request)] = row
+            while engine.busy:
+                for event in engine.step():
+                    if event.id not in rows_by_id:
+                        raise ConfigError(shared)
+                    row = rows_by_id[event.id]
+                    text = row.push(event)
+                    if row.done and event.finish is None:  # ended by its text, of which the engine does not know
+                        engine.cancel(event.id)
+                    if event.token is not None:
+                        yield Piece(row.number, event.token, text)
+        finally:
+            for id in rows_by_id:
+                engine.cancel(id)

@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from megalith.common.errors import ConfigError, DataError, problem
+from megalith.config import environment
+from megalith.config.run import RunConfig
 from megalith.config.sections.data import DataConfig
 from megalith.data.tokenizers.given import TokenizerOverride, vocab_size_notes
 from megalith.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megalith.generation.model import TextModel
-from megalith.runtime.load import format_options, load_model
+from megalith.runtime.load import format_options, load_model, load_runtime
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -35,9 +37,11 @@ def load(
     vocab_file: str | os.PathLike | None = None,
     merge_file: str | os.PathLike | None = None,
     tokenizer_model: str | os.PathLike | None = None,
+    tensor_model_parallel_size: int | None = None,
+    pipeline_model_parallel_size: int | None = None,
     **model_fields: Any,
 ) -> TextModel:
-    """A trained model on one device, in evaluation mode; called with ids it gives logits [batch, sequence, vocabulary].
+    """A trained model, in evaluation mode; called with ids it gives logits [batch, sequence, vocabulary].
 
     path: a run's folder, a folder of checkpoints, one checkpoint, a Hugging Face folder, a Megatron directory or a zip
     archive of one, or its URL; or a model in memory, of megalith or of transformers. device: auto, cpu, cuda or xpu.
@@ -45,7 +49,10 @@ def load(
     checkpoint (default: the latest). qkv_layout, swiglu_order, replicas, model_fields (num_attention_heads=16, ...):
     what other formats lack, or state wrongly, by the names of the options of `megalith checkpoint import`. tokenizer:
     a folder of tokenizer files to use instead of the checkpoint's; or the files themselves, as for `pretrain`
-    (vocab_file and merge_file of GPT-2, vocab_file of BERT, tokenizer_model).
+    (vocab_file and merge_file of GPT-2, vocab_file of BERT, tokenizer_model). tensor_model_parallel_size,
+    pipeline_model_parallel_size: with one of them (1 too) all processes of torchrun load the model together, each its
+    part of it; what they leave are data-parallel replicas. The result generates and scores text, on all processes at
+    once. Without them each process loads a model of its own.
 
     The result is a TextModel; it has `.config` (its ModelConfig), `.run_config` (the whole RunConfig), `.tokenizer`
     (None where the checkpoint has none) and `.notes`, messages about files of another format, which are also printed to
@@ -67,10 +74,23 @@ def load(
     given = TokenizerOverride(tokenizer, flags)
     options = format_options(qkv_layout, swiglu_order, replicas, model_fields) | {"vocabulary_size": given.vocab_size}
     path = path.model if isinstance(path, TextModel) else path
-    model, run_config, tokenizer_folder = load_model(
-        path, device=device, dtype=dtype or torch.float32, iteration=iteration, options=options
-    )
-    notes = vars(model).pop("notes", ())  # the module itself keeps no extra attribute
+    sizes = tensor_model_parallel_size, pipeline_model_parallel_size
+    runtime = None
+    if sizes != (None, None) and (environment.world_size() > 1 or max(size or 1 for size in sizes) > 1):
+        layout = RunConfig().replace(
+            tensor_model_parallel_size=sizes[0] or 1, pipeline_model_parallel_size=sizes[1] or 1,
+            device=device.type if isinstance(device, torch.device) else device,
+        )  # fmt: skip
+        runtime, source = load_runtime(
+            path, layout.parallel, dtype=dtype or torch.float32, iteration=iteration, options=options
+        )
+        model, run_config, tokenizer_folder = runtime.stages[0].model, source.config, source.tokenizer
+        notes = source.notes
+    else:
+        model, run_config, tokenizer_folder = load_model(
+            path, device=device, dtype=dtype or torch.float32, iteration=iteration, options=options
+        )
+        notes = vars(model).pop("notes", ())  # the module itself keeps no extra attribute
     text_tokenizer = None
     if given:
         text_tokenizer = given.build(run_config.data)
@@ -83,9 +103,9 @@ def load(
     elif tokenizer_folder is not None:
         text_tokenizer = load_tokenizer(tokenizer_folder, run_config.data)
     name = path if isinstance(path, (str, os.PathLike)) else type(path).__name__
-    for note in notes:
+    for note in notes if runtime is None or runtime.mesh.is_main_process else ():
         print(f"{name}: {note}", file=sys.stderr)
-    return TextModel(model, text_tokenizer, run_config, notes)
+    return TextModel(model, text_tokenizer, run_config, notes, runtime)
 
 
 def _tokenizer_notes(given: Tokenizer, folder: pathlib.Path | None, data: DataConfig) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -11,6 +13,7 @@ from megalith.common.errors import ConfigError
 from megalith.config.run import RunConfig
 from megalith.config.sections.model import ModelConfig
 from megalith.data.tokenizers.tokenizer import Tokenizer
+from megalith.runtime.build import Runtime
 
 
 @dataclasses.dataclass(eq=False)
@@ -21,17 +24,21 @@ class TextModel:
     of a torch module (`parameters()`, `state_dict()`, `head`, ...) are those of the model.
 
     model: the module, to which no attribute is added. tokenizer: None where there is none. run_config: of the run that
-    trained it. notes: messages to the user about files of another format.
+    trained it. notes: messages to the user about files of another format. runtime: where several processes hold the
+    model together; `model` is then this process's part of it, or its first pipeline stage here.
     """
 
     model: nn.Module
     tokenizer: Tokenizer | None = None
     run_config: RunConfig | None = None
     notes: tuple[str, ...] = ()
+    runtime: Runtime | None = None
 
     @classmethod
-    def of(cls, model: TextModel | nn.Module) -> TextModel:
-        """A TextModel unchanged, or a TextModel of a module, without a tokenizer."""
+    def of(cls, model: TextModel | Runtime | nn.Module) -> TextModel:
+        """A TextModel unchanged, or a TextModel of a module or a Runtime, without a tokenizer."""
+        if isinstance(model, Runtime):
+            return cls(model.stages[0].model, run_config=model.config, runtime=model)
         return model if isinstance(model, cls) else cls(model)
 
     @property
@@ -55,8 +62,23 @@ class TextModel:
 
     def train(self, mode: bool = True) -> TextModel:
         """Put the model into training or evaluation mode and return this object."""
-        self.model.train(mode)
+        (self.model if self.runtime is None else self.runtime).train(mode)
         return self
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within the block the model is in evaluation mode, and ready for an Engine; afterwards it is as it was."""
+        if self.runtime is not None:
+            with self.runtime.evaluating():
+                yield
+            return
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
 
     def to(self, *args: Any, **kwargs: Any) -> TextModel:
         """Move the model to a device or a dtype, as torch.nn.Module.to, and return this object."""

@@ -1,12 +1,13 @@
 """A model and its cache: chunks of prompts in, or one token for each row, and logits out.
 
 This is the only module of generation that calls a model. Its inputs are whole numbers, which every process of a
-parallel model knows, because each runs the same Engine (parallel_runner.py).
+parallel model knows, because each runs the same Engine (parallel/runner.py).
 """
 
 from __future__ import annotations
 
 import inspect
+import secrets
 from collections.abc import Callable, Sequence
 
 import torch
@@ -36,11 +37,15 @@ class ModelRunner:
         self.batch_invariant = batch_invariant and cache.rows > 1
         self.parameters = list(model.parameters())
         self.decoding = DecodeCache(cache, batch_invariant=self.batch_invariant, compiled=compile)
-        self.run = self._decode
-        if compile:
-            options = {"triton.cudagraphs": True} if self.decoding.whole_rows else {"cpp_wrapper": True}
-            filter = torch.compiler.skip_guard_on_all_nn_modules_unsafe
-            self.run = torch.compile(self._decode, dynamic=False, options={**options, "guard_filter_fn": filter})
+        self.run = self.compiled(self._decode) if compile else self._decode
+
+    def compiled(self, function: Callable, *, collectives: bool = False) -> Callable:
+        """A compiled form of a function that decodes. collectives: it has some, which torch's C++ wrapper cannot call
+        (2.13).
+        """
+        options = {"triton.cudagraphs": True} if self.decoding.whole_rows else {"cpp_wrapper": not collectives}
+        filter = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+        return torch.compile(function, dynamic=False, options={**options, "guard_filter_fn": filter})
 
     def forward(self, inputs: Tensor | None, **arguments) -> Tensor | None:
         """Call the model and return logits [b, n, V]; None on a process that does not have them."""
@@ -49,6 +54,10 @@ class ModelRunner:
     def broadcast(self, compute: Callable[[], Tensor], shape: tuple[int, ...]) -> Tensor:
         """What `compute` gives, float64 of this shape, on every process; only those that have logits call it."""
         return compute()
+
+    def draw_seed(self) -> int:
+        """A seed for a request that has none, at random."""
+        return secrets.randbits(63)
 
     def weights_version(self) -> int:
         """A number that changes when the weights are changed in place, except through `.data`."""

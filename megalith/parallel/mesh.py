@@ -17,6 +17,7 @@ from megalith.common import environment as variables
 from megalith.common.errors import ConfigError, RankError
 from megalith.config import environment
 from megalith.config.sections.parallel import ParallelConfig
+from megalith.parallel.collectives import ops, wait
 from megalith.parallel.devices import backend_of, pick_device
 
 NOTICE_AFTER = 20.0  # seconds of waiting for other processes before a line says so
@@ -82,12 +83,37 @@ class Mesh:
     def gather_over_data(self, values: torch.Tensor) -> torch.Tensor:
         """`values` [...] of all processes that read different tokens: [dp x cp, ...], where cp varies fastest."""
         size = self.data_size * self.size("cp")
-        gathered = values.new_empty((size, *values.shape))
         if size == 1:
-            return gathered.copy_(values[None])
-        group = self.flat("dp_replicate", "dp_shard", "cp").get_group()
-        dist.all_gather_into_tensor(gathered.flatten(0, 1), values.contiguous(), group=group)
-        return gathered
+            return values[None].clone()
+        group = self.flat("dp_replicate", "dp_shard", "cp").get_group().group_name
+        return wait(ops.all_gather_into_tensor(values.contiguous()[None], size, group))
+
+    def broadcast(self, values: torch.Tensor, axis: str, source: int) -> torch.Tensor:
+        """`values` of rank `source` along an axis, on every process of it, in place."""
+        if self.size(axis) > 1:
+            dist.broadcast(values, group=self.device_mesh.get_group(axis), group_src=source)
+        return values
+
+    def maximum(self, value: int, axis: str) -> int:
+        """The largest `value` of the processes along an axis."""
+        values = torch.tensor(value, device=self.device)
+        if self.size(axis) > 1:
+            dist.all_reduce(values, dist.ReduceOp.MAX, group=self.device_mesh.get_group(axis))
+        return int(values)
+
+    def exchange_over_data(self, message: bytes, expected: int) -> list[bytes]:
+        """The messages of all processes that read different tokens, in the order of `gather_over_data`.
+
+        expected: bytes within which messages usually are; one collective then, otherwise two.
+        """
+        data, width = len(message).to_bytes(8, "little") + message, expected + 8
+        while True:
+            padded = torch.frombuffer(bytearray(data[:width].ljust(width, b"\0")), dtype=torch.uint8)
+            rows = [row.numpy().tobytes() for row in self.gather_over_data(padded.to(self.device)).cpu()]
+            sizes = [8 + int.from_bytes(row[:8], "little") for row in rows]
+            if max(sizes) <= width:
+                return [row[8:size] for row, size in zip(rows, sizes)]
+            width = max(sizes)
 
 
 def init_mesh(config: ParallelConfig) -> Mesh:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
@@ -35,15 +35,23 @@ class SequenceParallelDropout(nn.Module):
         return self.dropout(x, None if dropout_keys is None else self.axis.sequence_shard(dropout_keys))
 
 
-@contextlib.contextmanager
-def unsharded_sequences(model: nn.Module) -> Iterator[None]:
-    """Evaluate without sequence parallelism, so that any length works (generation). Not for training."""
+def sequence_axes(model: nn.Module) -> list[Axis]:
+    """The axes along which modules of `model` shard sequences, each once."""
     found = (getattr(module, "axis", None) for module in model.modules())
-    axes = {id(axis): axis for axis in found if isinstance(axis, Axis) and axis.sequence_parallel}
-    for axis in axes.values():
+    return list({id(axis): axis for axis in found if isinstance(axis, Axis) and axis.sequence_parallel}.values())
+
+
+@contextlib.contextmanager
+def unsharded_sequences(model: nn.Module | Sequence[Axis]) -> Iterator[None]:
+    """Evaluate without sequence parallelism, so that any length works (generation). Not for training.
+
+    model: or its `sequence_axes`, which cost a walk through all modules.
+    """
+    axes = sequence_axes(model) if isinstance(model, nn.Module) else model
+    for axis in axes:
         axis.sequence_parallel = False
     try:
         yield
     finally:
-        for axis in axes.values():
+        for axis in axes:
             axis.sequence_parallel = True

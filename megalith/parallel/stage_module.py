@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -59,11 +61,35 @@ class StageModule:
         if self.wrapped:
             data_parallel.upcast_gradients(self.model)
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of activations."""
+        dtype = next(self.model.parameters()).dtype
+        return getattr(torch, self.precision.compute_dtype) if self.wrapped and dtype == torch.float32 else dtype
+
     def reshard(self) -> None:
         """Free gathered parameters, which evaluation under ZeRO-2 leaves instead of the shards."""
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        for module in self._fully_sharded():
+            module.reshard()
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Within the block every process has whole parameters, in the compute format, and passes no data to others.
+
+        A forward pass then has no collectives over data-parallel processes, which may make different numbers of them.
+        """
+        for module in self._fully_sharded():
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+        try:
+            yield
+        finally:
+            for module in self._fully_sharded():
+                module.set_reshard_after_forward(self.parallel.sharding == "full", recurse=False)
+            self.reshard()
+
+    def _fully_sharded(self) -> Iterator[FSDPModule]:
+        return (module for module in self.model.modules() if isinstance(module, FSDPModule))
 
     def finish_gradients(self) -> None:
         """After the last backward pass: complete the sums over the other axes (dp, cp, tp).

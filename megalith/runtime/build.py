@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +31,7 @@ from megalith.parallel.pipeline.deferred import WeightGradientQueue
 from megalith.parallel.pipeline.pipeline import Pipeline
 from megalith.parallel.pipeline.shared import SharedParameters
 from megalith.parallel.pipeline.split import Cut, canonical_names
+from megalith.parallel.sequence import sequence_axes, unsharded_sequences
 from megalith.parallel.stage_module import StageModule
 from megalith.runtime.initialize import initialize
 
@@ -56,6 +60,7 @@ class Runtime:
     num_parameters: int  # of the whole model, shared ones counted once
     pipeline: Pipeline | None = None
     shared: SharedParameters | None = None  # parameters that several stages hold; None without a pipeline
+    trained: list[int] = dataclasses.field(default_factory=lambda: [0])  # see weights_version
 
     @property
     def model(self) -> nn.Module:
@@ -138,6 +143,65 @@ class Runtime:
             for stage in self.stages:
                 stage.reshard()
 
+    def forward(
+        self, inputs: Tensor | None, models: Sequence[Callable[..., Any]] | None = None, **arguments: Any
+    ) -> Tensor | None:  # fmt: skip
+        """One forward pass of whole sequences of any length, without a schedule: the model's output.
+
+        It is None on processes that do not run the last stage. Every process of a model (axes pp and tp) calls it.
+        inputs, arguments: see Pipeline.forward. models: compiled forms of the stages' models to call instead.
+        """
+        models = models or [stage.model for stage in self.stages]
+        with unsharded_sequences(self.sequence_axes):
+            if self.pipeline is not None:
+                return self.pipeline.forward(inputs, arguments, models)
+            return models[0](inputs, **arguments)
+
+    @functools.cached_property
+    def sequence_axes(self) -> list[Axis]:
+        """The axes along which sequences are sharded."""
+        return [axis for stage in self.stages for axis in sequence_axes(stage.model)]
+
+    @property
+    def has_last_stage(self) -> bool:
+        """Whether this process gets the model's output."""
+        return self.pipeline is None or self.pipeline.ranks[-1] == self.mesh.rank("pp")
+
+    def from_last_stage(self, values: Tensor) -> Tensor:
+        """`values` of a process with the last stage, on the other stages' processes too, in place."""
+        return values if self.pipeline is None else self.mesh.broadcast(values, "pp", self.pipeline.ranks[-1])
+
+    @property
+    def weights_version(self) -> int:
+        """A number that is another one when the model has been trained: how often `evaluating` found it in training.
+
+        It is the same on all processes. (Tensors' own counts of changes miss those by fused optimizers.)
+        """
+        return self.trained[0]
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within the block the model is ready for `forward`; afterwards it is as it was. Every process calls it.
+
+        It is in evaluation mode, its blocks are not compiled (each shape would be compiled anew), and parameters that
+        data-parallel processes shard are gathered: the memory of them all, in the compute format.
+        """
+        modes = [(module, module.training) for stage in self.stages for module in stage.model.modules()]
+        blocks = [block for stage in self.stages for block in stage.model.layers.values()]
+        compiled = [(block, vars(block).pop("forward")) for block in blocks if "forward" in vars(block)]
+        self.train(False)
+        self.trained[0] += any(training for _, training in modes)
+        try:
+            with contextlib.ExitStack() as stack:
+                for stage in self.stages:
+                    stack.enter_context(stage.gathered())
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            for block, forward in compiled:
+                block.forward = forward
+
     def finish_gradients(self) -> None:
         """After the last backward pass of a step: the gradients are those of the global batch, on every process."""
         for stage in self.stages:
@@ -172,21 +236,23 @@ def build_runtime(
         check_weights(weights, full_model)
     names, number = canonical_names(full_model), sum(parameter.numel() for parameter in full_model.parameters())
     if mesh.size("pp") == 1:
-        stage = build_stage(config, mesh, full_model.to(dtype), 0, names, weights=weights)
+        stage = build_stage(config, mesh, cast(full_model, dtype), 0, names, weights=weights)
         return Runtime(config, mesh, (stage,), number)
     cut = Cut(config.model.architecture.find("stages"), layers_of(config), config.model)
     indices, schedule = stages_of(config, mesh.rank("pp")), schedule_of(config.parallel)
     queues = [WeightGradientQueue() if schedule in SPLIT_BACKWARD else None for _ in indices]
     stages = []
     for index, queue in zip(indices, queues, strict=True):
-        model = meta_model(config.model, config.batch.seed).to(dtype)
+        model = cast(meta_model(config.model, config.batch.seed), dtype)
         cut.apply(model, index)
         stages.append(build_stage(config, mesh, model, index, names, queue, weights))
     ranks = {index: rank for rank in range(mesh.size("pp")) for index in stages_of(config, rank)}
     shared = SharedParameters(cut.copies(names), stages, ranks, mesh)
-    compute = dtype if dtype == torch.float64 else getattr(torch, config.precision.compute_dtype)
-    sequence_shards = mesh.size("tp") if config.parallel.sequence_parallel else 1
-    pipeline = Pipeline(schedule, cut, stages, mesh, config.model.hidden_size, compute, sequence_shards, queues)
+    sequence_shards, compute = mesh.size("tp") if config.parallel.sequence_parallel else 1, stages[0].compute_dtype
+    pipeline = Pipeline(
+        schedule, cut, stages, mesh, config.model.hidden_size, compute, sequence_shards, queues,
+        [rank for _, rank in sorted(ranks.items())],
+    )  # fmt: skip
     return Runtime(config, mesh, tuple(stages), number, pipeline, shared)
 
 
@@ -247,13 +313,18 @@ def build_model(
     config: ModelConfig, device: torch.device, dtype: torch.dtype = torch.float32, seed: int | None = None
 ) -> nn.Module:
     """The model on one device, in evaluation mode. Its weights are drawn from `seed`; None leaves them to be loaded."""
-    model = meta_model(config, seed or 0)
-    for parameter in model.parameters():  # not model.to: buffers (ALiBi's slopes) keep their precision
-        parameter.data = parameter.data.to(dtype)
+    model = cast(meta_model(config, seed or 0), dtype)
     materialize(model, device)
     if seed is not None:
         initialize(model, seed)
     return model.eval()
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model on meta with parameters of this dtype; buffers (ALiBi's slopes) keep their precision."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def materialize(model: nn.Module, device: torch.device) -> None:

@@ -1,7 +1,8 @@
-"""Loading a trained model from its checkpoint, unsharded, on one device."""
+"""Loading a trained model from its checkpoint: unsharded on one device, or in a layout on many."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Collection, Mapping
@@ -15,17 +16,24 @@ from megalith.checkpoint import formats
 from megalith.checkpoint.formats import sources
 from megalith.checkpoint.formats.huggingface import conversion as huggingface
 from megalith.checkpoint.formats.options import Options, as_mapping
+from megalith.checkpoint.ranks import Ranks
+from megalith.checkpoint.store.loading import verify_on_all_ranks
 from megalith.checkpoint.tensors.lazy import Lazy, check_range
 from megalith.checkpoint.weights import Weights, read_megalith
+from megalith.common.environment import local_rank
 from megalith.common.errors import CheckpointError, ConfigError, problem
+from megalith.common.urls import is_url
 from megalith.config.checks.checks import violated_limit
-from megalith.config.flags.loading import stored_config
+from megalith.config.checks.parallel import layout_problems
 from megalith.config.flags.text import Problem, Words, fail, flag, unknown
 from megalith.config.flags.values import convert, fields
 from megalith.config.run import RunConfig
 from megalith.config.sections.model import ModelConfig
+from megalith.config.sections.parallel import ParallelConfig
+from megalith.config.sections.precision import PrecisionConfig
+from megalith.config.sections.recompute import RecomputeConfig
 from megalith.parallel.devices import pick_device
-from megalith.runtime.build import build_model
+from megalith.runtime.build import Runtime, build_model, build_runtime, init_mesh
 from megalith.runtime.state import weights
 
 
@@ -48,21 +56,63 @@ def load_model(
     Raises CheckpointError where there is no checkpoint, it is damaged, or `dtype` cannot hold its weights.
     """
     device = device if isinstance(device, torch.device) else pick_device(device)
+    source = open_weights(path, iteration, options)
+    model = build_model(source.config.model, device, dtype)
+    check_range(model_tensors(source), dtype)
+    checkpoint.fill(source, weights(model))
+    model.notes = source.notes
+    return model, source.config, source.tokenizer
+
+
+def load_runtime(
+    path: str | os.PathLike | nn.Module | Weights,
+    parallel: ParallelConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    iteration: int | None = None,
+    options: Options | Mapping[str, Any] | None = None,
+) -> tuple[Runtime, Weights]:
+    """As `load_model`, in a layout: each process reads the part of the weights that it holds. Every process calls it.
+
+    parallel: its device is this process's kind of device. Raises ConfigError too, where the model or the number of
+    processes does not fit the layout.
+    """
+    mesh, ranks = init_mesh(parallel), Ranks()
+    if isinstance(path, (str, os.PathLike)) and (is_url(path) or sources.is_archive(pathlib.Path(path))):
+        # One process of each machine fetches it, or unpacks it.
+        ranks.on_every_rank(lambda: None if local_rank() else sources.local(path))
+    source = open_weights(path, iteration, options)
+    config = dataclasses.replace(
+        source.config, parallel=parallel, precision=PrecisionConfig(), recompute=RecomputeConfig()
+    )  # without what only training needs
+    fail(each.text for each in layout_problems(config, mesh.world_size))
+    tensors = list(model_tensors(source).items())[ranks.rank :: ranks.size]
+    ranks.on_every_rank(lambda: check_range(dict(tensors), dtype))  # which reads all of them, divided among processes
+    runtime = build_runtime(config, mesh, dtype, source)
+    runtime.train(False)
+    return runtime, source
+
+
+def open_weights(
+    path: str | os.PathLike | nn.Module | Weights, iteration: int | None = None,
+    options: Options | Mapping[str, Any] | None = None,
+) -> Weights:  # fmt: skip
+    """The weights that `load_model` reads. Of a checkpoint of megalith all files are read, to compare checksums."""
     if isinstance(path, (nn.Module, Weights)):
-        return _build_and_fill(path if isinstance(path, Weights) else weights_of(path), device, dtype)
+        return path if isinstance(path, Weights) else weights_of(path)
     source = sources.local(path)
     format, options = formats.recognise(source), as_mapping(options)
     if format != "megalith":
-        options = options if iteration is None else {**options, "iteration": iteration}
-        return _build_and_fill(formats.read(source, format, options), device, dtype)
+        return formats.read(source, format, options if iteration is None else {**options, "iteration": iteration})
     check_no_overrides(source, options.get("overrides", {}))
     found = checkpoint.find(source, iteration)
-    config = stored_config(checkpoint.read_config(found), str(found / "config.yaml"))
-    model = build_model(config.model, device, dtype)
-    check_range({name: lazy for name, lazy in read_megalith(found).tensors.items() if name.startswith("model/")}, dtype)
-    checkpoint.load(found, weights(model))
-    model.notes = ()
-    return model, config, found / "tokenizer" if (found / "tokenizer").is_dir() else None
+    verify_on_all_ranks(found, Ranks())
+    return read_megalith(found)
+
+
+def model_tensors(source: Weights) -> dict[str, Lazy]:
+    """The tensors of the model, without those of an optimizer."""
+    return {name: lazy for name, lazy in source.tensors.items() if name.startswith("model/")}
 
 
 def check_no_overrides(source: pathlib.Path, overrides: Collection[str]) -> None:
@@ -72,16 +122,6 @@ def check_no_overrides(source: pathlib.Path, overrides: Collection[str]) -> None
         rule = "is a checkpoint of megalith, which holds all fields of its model and takes none"
         cure = "Leave it out; it is for other formats, whose files may lack it"
         raise ConfigError(problem(f"{source}", Words(flags), rule, cure))
-
-
-def _build_and_fill(
-    source: Weights, device: torch.device, dtype: torch.dtype
-) -> tuple[nn.Module, RunConfig, pathlib.Path | None]:  # fmt: skip
-    model = build_model(source.config.model, device, dtype)
-    check_range({name: lazy for name, lazy in source.tensors.items() if name.startswith("model/")}, dtype)
-    checkpoint.fill(source, weights(model))
-    model.notes = source.notes
-    return model, source.config, source.tokenizer
 
 
 def weights_of(model: nn.Module) -> Weights:

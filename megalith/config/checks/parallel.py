@@ -17,6 +17,24 @@ SCHEDULE_NEEDS_STAGES = ("interleaved_1f1b", "zero_bubble", "zbv", "dualpipev")
 
 def parallel_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
     """What in the sections parallel and batch cannot work together, or not on so many processes."""
+    yield from layout_problems(config, world_size)
+    p = config.parallel
+    if world_size % p.model_parallel_size:
+        return
+    dp = data_parallel_size(config, world_size)
+    if dp % p.data_parallel_replicas:
+        cure = f"Write --data-parallel-replicas {around(p.data_parallel_replicas, divisors(dp))}"
+        rule = f"must divide the data-parallel size, {dp}"
+        yield field_problem((REPLICAS,), flag(REPLICAS), p.data_parallel_replicas, rule, cure)
+    elif p.data_parallel_replicas > 1 and p.sharding == "none":
+        rule = "is for --data-parallel-sharding, without which every process is a replica already"
+        cure = "Add --data-parallel-sharding optimizer or full, or leave it out"
+        yield field_problem((REPLICAS,), flag(REPLICAS), p.data_parallel_replicas, rule, cure)
+    yield from _batches(config, dp)
+
+
+def layout_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
+    """What in the section parallel cannot work with the model, or not on so many processes."""
     p = config.parallel
     yield from _splits(config, world_size)
     yield from _pipeline(config)
@@ -30,17 +48,6 @@ def parallel_problems(config: RunConfig, world_size: int) -> Iterator[Problem]:
         rule = f"must be a multiple of {degrees} x context {p.context_parallel_size} = {copy}"
         cure = _process_count_cure(config, world_size)
         yield field_problem((TP, PP, CP), "The number of processes", world_size, rule, cure)
-        return
-    dp = data_parallel_size(config, world_size)
-    if dp % p.data_parallel_replicas:
-        cure = f"Write --data-parallel-replicas {around(p.data_parallel_replicas, divisors(dp))}"
-        rule = f"must divide the data-parallel size, {dp}"
-        yield field_problem((REPLICAS,), flag(REPLICAS), p.data_parallel_replicas, rule, cure)
-    elif p.data_parallel_replicas > 1 and p.sharding == "none":
-        rule = "is for --data-parallel-sharding, without which every process is a replica already"
-        cure = "Add --data-parallel-sharding optimizer or full, or leave it out"
-        yield field_problem((REPLICAS,), flag(REPLICAS), p.data_parallel_replicas, rule, cure)
-    yield from _batches(config, dp)
 
 
 def _batches(config: RunConfig, dp: int) -> Iterator[Problem]:

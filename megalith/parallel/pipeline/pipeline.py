@@ -198,12 +198,16 @@ class Pipeline:
 
     def __init__(
         self, schedule: str, cut: Cut, stage_modules: Sequence[StageModule], mesh: Mesh, hidden_size: int,
-        dtype: torch.dtype, sequence_shards: int, queues: Sequence[WeightGradientQueue | None],
+        dtype: torch.dtype, sequence_shards: int, queues: Sequence[WeightGradientQueue | None], ranks: Sequence[int],
     ):  # fmt: skip
-        """hidden_size, dtype: of activations. sequence_shards: ranks among which these are split along the sequence."""
+        """hidden_size, dtype: of activations. sequence_shards: ranks among which these are split along the sequence.
+
+        ranks: the pipeline rank of each stage.
+        """
         self.schedule, self.cut, self.num_stages, self.mesh = schedule, cut, len(cut.layers), mesh
-        self.stage_modules, self.queues = stage_modules, queues
+        self.stage_modules, self.queues, self.ranks = stage_modules, queues, ranks
         self.hidden_size, self.dtype, self.sequence_shards = hidden_size, dtype, sequence_shards
+        self.group = mesh.device_mesh["pp"].get_group()
         self.spans: list[Span] | None = None  # of the steps that run while this is a list
         self.time_zero = 0.0
         self.built: dict[tuple, tuple[Any, list[Stage]]] = {}  # by micro-batches, shapes, train
@@ -222,7 +226,7 @@ class Pipeline:
             self.built[key] = self._build(*key)
         schedule, stages = self.built[key]
         if self.spans is not None:
-            dist.barrier(self.mesh.device_mesh["pp"].get_group())  # so that all processes have the same time zero
+            dist.barrier(self.group)  # so that all processes have the same time zero
             self.time_zero = time.perf_counter()
         # Positions of the tokens; a later stage could not count them, as its input may be a shard of the sequence.
         coordinates = torch.arange(inputs[0]["inputs"].shape[-1], device=self.mesh.device)
@@ -235,15 +239,46 @@ class Pipeline:
             stage.clear_runtime_states()
             stage.inputs, stage.submod.loss = (), None
 
+    def forward(
+        self, inputs: Tensor | None, arguments: Mapping[str, Any], models: Sequence[Callable[..., Any]]
+    ) -> Tensor | None:  # fmt: skip
+        """One forward pass without a schedule, for generation: the last stage's output, None on other processes.
+
+        Every process of the pipeline must call. inputs: ids [b, s], or None where the model takes None (a T5 whose
+        cache has the encoder's output); then no stage receives hidden states for them. arguments: the model's others.
+        models: what is called for each stage of this process, the stage's model or a compiled form of it.
+        """
+        here, ids = self.mesh.rank("pp"), {"inputs": inputs, **arguments}
+        received, output = [inputs], None
+        for stage_module, model in zip(self.stage_modules, models, strict=True):
+            stage = stage_module.stage_index
+            if stage > 0:
+                source, local = self.ranks[stage - 1], iter(_as_tuple(output))
+                likes = [ids[name] for name in self.cut.received(stage)]
+                received = [
+                    None if like is None else next(local) if source == here else self._receive(like.shape, source)
+                    for like in likes
+                ]
+            output = model(*received, **arguments)
+            if stage + 1 < self.num_stages and (target := self.ranks[stage + 1]) != here:
+                for hidden in _as_tuple(output):
+                    dist.send(hidden.contiguous(), group=self.group, group_dst=target)
+        return output if stage + 1 == self.num_stages else None
+
+    def _receive(self, shape: torch.Size, source: int) -> Tensor:
+        """Hidden states for ids of this shape, from a rank of the pipeline."""
+        hidden = torch.empty((*shape, self.hidden_size), dtype=self.dtype, device=self.mesh.device)
+        dist.recv(hidden, group=self.group, group_src=source)
+        return hidden
+
     def _build(self, count: int, shapes: tuple, train: bool) -> tuple[Any, list[Stage]]:
         """Schedule and stages for one shape of step. A Stage holds no weights, so having several costs no memory."""
-        group = self.mesh.device_mesh["pp"].get_group()
         stages = [
             Stage(
                 stage_module,
                 self.num_stages,
                 self.mesh.device,
-                group,
+                self.group,
                 self._received(stage_module.stage_index, shapes),
                 self._received(stage_module.stage_index + 1, shapes),
                 queue,
@@ -266,6 +301,11 @@ class Pipeline:
         ids = [dict(shapes)[name] for name in self.cut.received(stage)]
         sizes = [(*samples, length // self.sequence_shards, self.hidden_size) for *samples, length in ids]
         return tuple(torch.empty(size, dtype=self.dtype, device="meta", requires_grad=True) for size in sizes)
+
+
+def _as_tuple(output: Any) -> tuple[Tensor, ...]:
+    """The hidden states of a stage's output."""
+    return () if output is None else output if isinstance(output, tuple) else (output,)
 
 
 def _output_is_loss(output: Tensor, target: Tensor) -> Tensor:
