@@ -4,10 +4,13 @@ import contextlib
 import io
 import json
 import pathlib
+import re
+import shlex
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import megalith
 from megalith import checkpoint
@@ -123,3 +126,29 @@ def test_one_process_writes_the_texts_of_all(size: str | None, folder: pathlib.P
         if records:
             assert json.loads(records.splitlines()[0])["prompt"] == "Once"
             assert (tmp_path / "texts.jsonl").read_text() == records
+
+
+def run_blocks(folder: str, blocks: list[str]) -> list[str]:
+    """The texts that the last of these pieces of Python leaves; each is for the same names."""
+    names: dict[str, Any] = {}
+    with contextlib.chdir(folder):
+        for block in blocks:
+            exec(block, names)
+    return names["texts"] if dist.get_rank() == 0 else []
+
+
+def test_what_docs_generation_says_of_processes_runs(folder: pathlib.Path, tmp_path: pathlib.Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("runs").mkdir()
+    pathlib.Path("runs/first").symlink_to(folder)
+    _, _, text = (
+        (pathlib.Path(__file__).parents[3] / "docs/generation.md").read_text().partition("## Several processes")
+    )
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert [language for language, _ in blocks] == ["sh", "python", "python"]
+    launcher, _, words = blocks[0][1].partition(" generate ")
+    assert launcher == "torchrun --nproc-per-node 4 -m megalith"
+    first, *others = run_ranks(command, 4, *shlex.split(words.replace("runs/first", str(folder))))
+    assert first[:1] == (0,) and first[1].startswith("Once") and others == [(0, "", "")] * 3
+    texts, *others = run_ranks(run_blocks, 4, str(tmp_path), [body for _, body in blocks[1:]])
+    assert [text[:6] for text in texts] == ["The va", "If the"] and others == [[]] * 3
