@@ -97,18 +97,20 @@ class SamplingParams:
     def _rules(self) -> list[tuple[str, bool, str, str]]:
         """(field, whether it is right, rule, cure)."""
         fraction, signed = "must lie between 0 (off) and 1", "must lie between -2 and 2"
-        biases = all(bias == -math.inf or abs(bias) <= LARGEST for bias in self.logit_bias.values())
+        biases = all(bias == -math.inf or abs(bias) <= 1e6 for bias in self.logit_bias.values())
         return [
-            ("temperature", self.temperature <= LARGEST, "must be finite", "Try 0.8"),
+            ("temperature", self.temperature <= 1e6, "must be at most 1e6", "Try 0.8"),
             ("top_p", 0.0 <= self.top_p <= 1.0, fraction, "Try 0.9"),
             ("top_p_decay", 0.0 <= self.top_p_decay <= 1.0, fraction, "Try 0.99"),
             ("top_p_bound", 0.0 <= self.top_p_bound <= self.top_p, "must lie between 0 and top_p",
              "Lower it, or raise --top-p"),
             ("min_p", 0.0 <= self.min_p <= 1.0, fraction, "Try 0.05"),
-            ("repetition_penalty", 0.0 < self.repetition_penalty <= LARGEST, "must be above 0, and finite", "Try 1.2"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100.0, "must lie between 0.01 and 100",
+             "Try 1.2"),
             ("presence_penalty", -2.0 <= self.presence_penalty <= 2.0, signed, "Try 0.5"),
             ("frequency_penalty", -2.0 <= self.frequency_penalty <= 2.0, signed, "Try 0.5"),
-            ("logit_bias", biases, "must have finite numbers, or -inf", "Try numbers between -100 and 100"),
+            ("logit_bias", biases, "must have numbers between -1e6 and 1e6, or -inf",
+             "Try numbers between -100 and 100"),
             ("min_new_tokens", self.min_new_tokens <= self.max_new_tokens,
              f"must be at most max_new_tokens, {self.max_new_tokens}", "Lower it, or raise --max-new-tokens"),
         ]  # fmt: skip

@@ -105,7 +105,7 @@ def test_frequencies_over_many_blocks() -> None:
     logits = torch.randn(1000, generator=torch.Generator().manual_seed(2))
     logits[100:950] -= 3.0
     for options in ({}, {"top_k": 200}, {"top_p": 0.8}, {"min_p": 0.02}, {"top_k": 300, "top_p": 0.9}):
-        assert is_drawn_from(draw(logits, **options), expected_probs(logits, **options)), options
+        assert is_drawn_from(draw(logits, 8000, **options), expected_probs(logits, **options)), options
 
 
 class Aimed(SamplingState):
@@ -155,11 +155,25 @@ def test_the_tokens_that_can_be_drawn_are_those_of_transformers(vocab_size: int)
 
 def test_temperature() -> None:
     assert (draw(LOGITS, 100, temperature=1e-30) == 3).all()  # no overflow
+    assert is_drawn_from(draw(torch.tensor([1e3, 1e3, -1e3]), 5000, temperature=1e-36), [0.5, 0.5, 0.0])
+    logits = torch.tensor([3000.0, 3000.0 - 2.0**-12])  # neighbours; quotients of them would be a whole number apart
+    assert is_drawn_from(draw(logits, temperature=2.0**-12 / 1.4), [0.8022, 0.1978])
     for temperature in (1e-6, 1e-3, 100.0, 1e6):
         logits = torch.tensor([30.0, 30.0 - 2 * temperature, -80.0, -INFINITY])
         for options in ({}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.5}):
             probs = expected_probs(logits, temperature, **options)
             assert is_drawn_from(draw(logits, 5000, temperature=temperature, **options), probs), (temperature, options)
+
+
+def test_the_smallest_random_numbers_draw_no_forbidden_token() -> None:
+    """Sums of blocks are rounded to float32, up or down."""
+    logits = torch.randn(200, 300)
+    logits[:, :10] = -INFINITY
+    for options in ({}, {"top_k": 150}):
+        states = [Aimed(params=SamplingParams(**options), key=2.0**-53, prompt_ids=[], first_position=0)] * 200
+        assert (sample(logits, states) >= 10).all()
+        states = [dataclasses.replace(states[0], key=1 - 2.0**-53)] * 200
+        assert (sample(logits.flip(-1), states) < 290).all()
 
 
 GREEDY = [{"temperature": 0.0}, {"temperature": 1e-40}, {"top_k": 1}, {"top_k": 1, "temperature": 100.0}]
@@ -190,8 +204,8 @@ def test_tokens_tied_with_the_kth_are_kept_in_all_blocks() -> None:
         assert [i for i, found in enumerate(drawable(logits, top_k=k, temperature=3.0)) if found] == kept
     # A second row with other ties, and a k of its own
     other = torch.zeros(1000)
-    states = [state(row, top_k=2 + row % 2) for row in range(2 * DRAWS)]
-    tokens = sample(torch.stack((logits, other)).repeat(DRAWS, 1), states)
+    states = [state(row, top_k=2 + row % 2) for row in range(10000)]
+    tokens = sample(torch.stack((logits, other)).repeat(5000, 1), states)
     assert is_drawn_from(tokens[0::2], expected_probs(logits, top_k=2)) and is_drawn_from(tokens[1::2], [0.001] * 1000)
 
 
