@@ -74,9 +74,9 @@ class StageModule:
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
-        """Within the block every process has whole parameters, in the compute format, and passes no data to others.
+        """Within the block every process has whole parameters, in the compute format.
 
-        A forward pass then has no collectives over data-parallel processes, which may make different numbers of them.
+        A forward pass then has no collectives over data-parallel processes: each may make as many as it likes.
         """
         for module in self._fully_sharded():
             module.set_reshard_after_forward(False, recurse=False)

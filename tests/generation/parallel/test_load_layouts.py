@@ -113,7 +113,7 @@ def command(*words: object) -> tuple[int, str, str]:
     return status, out.getvalue(), error.getvalue()
 
 
-@pytest.mark.parametrize("size", ["tensor", "pipeline", None])
+@pytest.mark.parametrize("size", ["tensor", pytest.param("pipeline", marks=pytest.mark.slow), None])
 def test_one_process_writes_the_texts_of_all(size: str | None, folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     words = ["--load", folder, "--greedy", "--max-new-tokens", 6, "--prompt", "Once", "--prompt", "Z"]
     parallel = [f"--{size}-model-parallel-size", 2] if size else []
@@ -137,6 +137,7 @@ def run_blocks(folder: str, blocks: list[str]) -> list[str]:
     return names["texts"] if dist.get_rank() == 0 else []
 
 
+@pytest.mark.slow
 def test_what_docs_generation_says_of_processes_runs(folder: pathlib.Path, tmp_path: pathlib.Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     pathlib.Path("runs").mkdir()
