@@ -59,9 +59,12 @@ class ModelRunner:
         """A seed for a request that has none, at random."""
         return secrets.randbits(63)
 
-    def weights_version(self) -> int:
-        """A number that changes when the weights are changed in place, except through `.data`."""
-        return sum(parameter._version for parameter in self.parameters)
+    def weights_version(self) -> tuple:
+        """What changes when the weights do: PyTorch's versions of them, and, as fused optimizers leave these as they
+        are, the first element of each.
+        """
+        first = torch.stack([each.detach()[(0,) * each.dim()].double() for each in self.parameters])
+        return sum(each._version for each in self.parameters), first.tolist()
 
     def pad(self, count: int) -> int:
         """How many padding tokens are added to `count` tokens, so that the result of each does not depend on `count`.

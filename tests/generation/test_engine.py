@@ -223,11 +223,12 @@ def test_a_long_prompt_is_read_in_pieces_beside_others(make, monkeypatch: pytest
     assert read == [2, 32, 32, 32, 4 + 10]
 
 
-def test_another_step_of_training_makes_an_engine_read_prompts_again(make) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_another_step_of_training_makes_an_engine_read_prompts_again(fused: bool, make) -> None:
     model, request = make(), Request(prompt_ids=[3] * 40, params=SamplingParams(seed=1, logprobs=True))
     engine = Engine(model, max_batch_size=2)
     before = events_alone(engine, request)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
     model(torch.tensor([[1, 2, 3]])).logsumexp(-1).sum().backward()
     optimizer.step()
     after = events_alone(engine, request)

@@ -96,9 +96,9 @@ class ParallelRunner(ModelRunner):
             raise as_error(runtime.from_last_stage(data).cpu().numpy().tobytes().decode())
         return message[1:].view(shape)
 
-    def weights_version(self) -> int:
+    def weights_version(self) -> tuple:
         """See ModelRunner."""
-        return self.runtime.weights_version
+        return (self.runtime.weights_version,)
 
     def draw_seed(self) -> int:
         """A seed at random, the same on all processes of a model."""
