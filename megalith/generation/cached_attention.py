@@ -110,7 +110,7 @@ class DecodeCache:
         rows: ascending, those that get a token. positions: of each row's new token. source_lengths: how many tokens
         each row's encoder has read. pad: padding tokens after the rows; their attention is 0.
         """
-        cache, self.count, self.padding = self.cache, len(rows), pad
+        cache = self.cache
         self.positions = at_same_address(self.positions, [[position] for position in (*positions, *[0] * pad)])
         self.sources = at_same_address(self.sources, [*source_lengths, *[0] * pad])
         slots = [

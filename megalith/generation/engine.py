@@ -14,8 +14,8 @@ results (runner.py). Measured to hold bit for bit on CPUs in float32 with PyTorc
 An engine for one request at a time uses the faster products of one row, whose results agree with the others to
 rounding.
 
-Over several processes each runs the same Engine on the same requests, so that none has to be told what to do; what is
-drawn, where logits are, is shared (parallel/runner.py).
+Over several processes each runs the same Engine on the same requests, so that no commands are sent; what is drawn,
+where logits are, is broadcast (parallel/runner.py).
 """
 
 from __future__ import annotations
@@ -197,6 +197,8 @@ class Engine:
         return events
 
     def _admit(self) -> None:
+        if self.waiting and self.cache.free:
+            self.prefill.forget_if_trained()
         while self.waiting and self.cache.free:
             active = self.waiting.popleft()
             prompt, new = len(active.prompt.ids), active.request.params.max_new_tokens

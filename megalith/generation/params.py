@@ -19,7 +19,7 @@ from megalith.config.options import option
 
 LARGEST = 2.0**128 - 2.0**104  # the largest number of float32
 SMALLEST = 2.0**-126  # its smallest normal one
-EXPECTED = {  # type of a field -> what a wrong value is told
+EXPECTED = {  # type of a field -> what its values must be
     "float": "a number",
     "int": "a whole number",
     "bool": "true or false",

@@ -34,22 +34,25 @@ class Prefill(Generic[Active]):
     A row keeps its prompt when its request has ended, until another request gets the row.
     """
 
-    def __init__(self, runner: ModelRunner, tokens: int, sharing: bool, decoder_start: Callable[[], int]):
-        """tokens: most tokens read in a step, at least one chunk. sharing: whether what rows hold is used again.
+    def __init__(self, runner: ModelRunner, tokens: int, prefix_caching: bool, decoder_start: Callable[[], int]):
+        """tokens: most tokens read in a step, at least one chunk. prefix_caching: whether what rows hold is used again.
 
         decoder_start: gives the token with which an encoder-decoder's decoder starts.
         """
-        self.sharing = sharing
+        self.prefix_caching = prefix_caching
         self.runner, self.cache, self.tokens, self.decoder_start = runner, runner.cache, tokens, decoder_start
         self.encoder_decoder = runner.cache.encoder_decoder
         self.reading: list[Active] = []  # in order of arrival
         self.prompts: list[Prompt | None] = [None] * runner.cache.rows
         self.weights = runner.weights_version()
 
+    def forget_if_trained(self) -> None:
+        """Forget all prompts where the weights have changed since they were read; before requests are admitted."""
+        if self.prefix_caching and (version := self.runner.weights_version()) != self.weights:
+            self.prompts, self.weights = [None] * self.cache.rows, version
+
     def admit(self, active: Active, length: int, source_length: int) -> None:
         """Give a request a row of the cache: of the free ones the one that holds the most of its prompt."""
-        if (version := self.runner.weights_version()) != self.weights:  # trained since
-            self.prompts, self.weights = [None] * self.cache.rows, version
         shared, place = max((self._shared(active, row), -place) for place, row in enumerate(self.cache.free))
         row = self.cache.free[-place]
         kept = (shared, 0) if not self.encoder_decoder else (1, len(active.prompt.ids)) if shared else (0, 0)
@@ -119,7 +122,8 @@ class Prefill(Generic[Active]):
         return active.prompt.shared(held, held.filled) if held is not None and self._shares(active) else 0
 
     def _shares(self, active: Active) -> bool:
-        return self.sharing and not active.request.params.prompt_logprobs  # they need the logits of the whole prompt
+        # Log-probabilities of the prompt need the logits of all of it.
+        return self.prefix_caching and not active.request.params.prompt_logprobs
 
     def _copy(self, active: Active) -> None:
         """Copy from another row what that holds of a request's prompt beyond what has been read."""

@@ -114,9 +114,11 @@ class ModelRunner:
         chosen: slice | Sequence[int] = slice(len(rows))
         if self.decoding.whole_rows:  # all take part; what those without a token write is overwritten later
             chosen, every = rows, range(self.cache.rows)
-            tokens = [dict(zip(rows, tokens)).get(row, 0) for row in every]
-            positions = [dict(zip(rows, positions)).get(row, self.cache.filled[row]) for row in every]
-            source_lengths = [dict(zip(rows, source_lengths)).get(row, 1) for row in every] if source_lengths else ()
+            index = {row: number for number, row in enumerate(rows)}
+            tokens = [tokens[index[row]] if row in index else 0 for row in every]
+            positions = [positions[index[row]] if row in index else self.cache.filled[row] for row in every]
+            if source_lengths:
+                source_lengths = [source_lengths[index[row]] if row in index else 1 for row in every]
             rows = every
         pad = self.padded_rows(len(tokens)) - len(tokens)
         self.decoding.begin(rows, positions, source_lengths, pad)

@@ -8,7 +8,7 @@
     else:
         follow(engine)                           # until the block above is left
 
-At each step the others are told how many bytes of calls (`add`, `cancel`) there are, and these where there are any.
+At each step the others receive the number of bytes of calls (`add`, `cancel`), and these where there are any.
 They wait for it as long as it takes. The end of the block ends them, after an error too. If the driver's process dies,
 its connections close, and their wait or step fails at once.
 """
