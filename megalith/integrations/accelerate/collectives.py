@@ -95,7 +95,7 @@ def gather_objects(object: Any) -> Any:
     if mesh is None:
         return operations.gather_object(object)
     if mesh.data_size == 1:
-        return object
+        return list(object)
     lists = Ranks(data_group(mesh)).collect(lambda: object)
     return [entry for each in lists for entry in each]
 
