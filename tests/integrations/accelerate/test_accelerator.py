@@ -85,7 +85,7 @@ def test_the_environment_asks_for_it() -> None:
         accelerator = Accelerator()
         assert accelerator.state.megatron_lm_plugin.num_micro_batches == 3 and accelerator.mixed_precision == "bf16"
         assert os.environ["ACCELERATE_USE_MEGATRON_LM"] == "true"
-    with accelerating(ACCELERATE_USE_MEGATRON_LM="true", ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4"):
+    with accelerating(**asked, ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4"):
         assert Accelerator().gradient_accumulation_steps == 4
 
 
@@ -189,7 +189,7 @@ def test_backward() -> None:
         assert weight.grad.tolist() == [2.0, 2.0]
         with (
             torch.no_grad(),
-            pytest.raises(TrainingError, match="needs a loss that has a gradient; found a tensor wit"),
+            pytest.raises(TrainingError, match="needs a loss that has a gradient; found a tensor"),
         ):
             accelerator.backward(weight.sum())
         with pytest.raises(TrainingError, match="found float"):
@@ -233,7 +233,7 @@ def test_clipping() -> None:
             with pytest.raises(ConfigError, match=message):
                 accelerator.clip_grad_norm_(*arguments)
         accelerator.gradient_accumulation_steps = 2
-        with accelerator.accumulate(), pytest.raises(ConfigError, match="if accelerator.sync_gradients"):
+        with accelerator.accumulate(), pytest.raises(ConfigError, match=r"Write `if accelerator\.sync_gradients: "):
             accelerator.clip_grad_value_(parameters, 1.0)
         asked = len(session.asked)
         accelerator.unscale_gradients()
@@ -280,7 +280,7 @@ def test_uneven_inputs() -> None:
     assert all("even_batches must be True" in text for text in run_ranks(uneven, 2))
 
 
-def measured(layout: dict[str, Any]) -> tuple[list[int], list[str], bool]:
+def measured(layout: dict[str, Any]) -> tuple[list[int], list[str]]:
     """What is gathered over a loader of ten samples, in batches of three for each data-parallel process."""
     with accelerating():
         accelerator = started(**layout)
@@ -292,12 +292,10 @@ def measured(layout: dict[str, Any]) -> tuple[list[int], list[str], bool]:
         for batch in loader:
             numbers += accelerator.gather_for_metrics({"numbers": batch})["numbers"].tolist()
             texts += accelerator.gather_for_metrics([f"sample {int(number)}" for number in batch])
-        with accelerator.no_sync(nn.Linear(1, 1)):
-            state = accelerator.sync_gradients
-        return numbers, texts, state
+        return numbers, texts
 
 
 @pytest.mark.parametrize(("world", "layout"), [(1, {}), (2, {"pp_degree": 2}), (4, {"tp_degree": 2})])
 def test_metrics_have_every_sample_once(world: int, layout: dict[str, Any]) -> None:
-    for numbers, texts, _ in run_ranks(measured, world, layout):
+    for numbers, texts in run_ranks(measured, world, layout):
         assert numbers == list(range(10)) and texts == [f"sample {number}" for number in range(10)]
