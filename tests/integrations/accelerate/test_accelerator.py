@@ -79,9 +79,8 @@ def test_one_process_with_a_plugin() -> None:
 
 
 def test_the_environment_asks_for_it() -> None:
-    with accelerating(
-        ACCELERATE_USE_MEGATRON_LM="true", MEGATRON_LM_NUM_MICRO_BATCHES="3", ACCELERATE_MIXED_PRECISION="bf16"
-    ):
+    asked = {"ACCELERATE_USE_MEGATRON_LM": "true"}
+    with accelerating(**asked, MEGATRON_LM_NUM_MICRO_BATCHES="3", ACCELERATE_MIXED_PRECISION="bf16"):
         accelerator = Accelerator()
         assert accelerator.state.megatron_lm_plugin.num_micro_batches == 3 and accelerator.mixed_precision == "bf16"
         assert os.environ["ACCELERATE_USE_MEGATRON_LM"] == "true"
