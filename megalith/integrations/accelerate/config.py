@@ -18,8 +18,8 @@ from megalith.config.run import RunConfig
 from megalith.config.sections.data import missing_tokenizer_files
 from megalith.config.sections.model import ModelConfig
 from megalith.config.sections.parallel import ParallelConfig
-from megalith.integrations.accelerate.megatron_args import without_dashes
-from megalith.integrations.accelerate.plugin_checks import in_plugin_words, plugin_names
+from megalith.integrations.accelerate.options.checks import in_plugin_words, plugin_names
+from megalith.integrations.accelerate.options.megatron_args import without_dashes
 
 if TYPE_CHECKING:
     from megalith.integrations.accelerate.plugin import MegatronLMPlugin

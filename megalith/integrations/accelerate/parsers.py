@@ -27,8 +27,8 @@ from megalith.config.architectures import architecture
 from megalith.config.flags.text import Words, fail
 from megalith.config.megatron.counts import padded_vocabulary
 from megalith.config.run import RunConfig
-from megalith.integrations.accelerate import megatron_args
 from megalith.integrations.accelerate.config import AT_RANDOM
+from megalith.integrations.accelerate.options import megatron_args
 
 if TYPE_CHECKING:
     from megalith.integrations.accelerate.plugin import MegatronLMPlugin

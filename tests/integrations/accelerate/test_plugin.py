@@ -1,23 +1,28 @@
-"""MegatronLMPlugin: every option acts, has a line that says why it does not, or is an error; and where it comes from."""
+"""MegatronLMPlugin: every option acts, has a line that says why it does not, or is an error; where it comes from."""
 
 import copy
 import dataclasses
 
+import accelerate.utils
 import pytest
 
 from megalith.common.errors import ConfigError
 from megalith.config.flags.values import fields
 from megalith.integrations.accelerate import plugin as plugins
+from megalith.integrations.accelerate.options.checks import TYPES, kind_of, options
 from megalith.integrations.accelerate.plugin import MegatronLMPlugin
-from megalith.integrations.accelerate.plugin_checks import TYPES, kind_of, options
 
-OLD = """tp_degree pp_degree num_micro_batches gradient_clipping sequence_parallelism recompute_activation
- use_distributed_optimizer pipeline_model_parallel_split_rank num_layers_per_virtual_pipeline_stage is_train_batch_min
- train_iters train_samples weight_decay_incr_style start_weight_decay end_weight_decay lr_decay_style lr_decay_iters
- lr_decay_samples lr_warmup_iters lr_warmup_samples lr_warmup_fraction min_lr consumed_samples no_wd_decay_cond
- scale_lr_cond lr_mult megatron_dataset_flag seq_length encoder_seq_length decoder_seq_length tensorboard_dir
- set_all_logging_options eval_iters eval_interval return_logits custom_train_step_class custom_train_step_kwargs
- custom_model_provider_function custom_prepare_model_function other_megatron_args""".split()
+OLD = [
+    "tp_degree", "pp_degree", "num_micro_batches", "gradient_clipping", "sequence_parallelism",
+    "recompute_activation", "use_distributed_optimizer", "pipeline_model_parallel_split_rank",
+    "num_layers_per_virtual_pipeline_stage", "is_train_batch_min", "train_iters", "train_samples",
+    "weight_decay_incr_style", "start_weight_decay", "end_weight_decay", "lr_decay_style", "lr_decay_iters",
+    "lr_decay_samples", "lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction", "min_lr", "consumed_samples",
+    "no_wd_decay_cond", "scale_lr_cond", "lr_mult", "megatron_dataset_flag", "seq_length", "encoder_seq_length",
+    "decoder_seq_length", "tensorboard_dir", "set_all_logging_options", "eval_iters", "eval_interval",
+    "return_logits", "custom_train_step_class", "custom_train_step_kwargs", "custom_model_provider_function",
+    "custom_prepare_model_function", "other_megatron_args",
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -45,8 +50,7 @@ def errors(**given):
 
 
 def test_every_field_of_accelerates_plugins_is_there():
-    accelerate = pytest.importorskip("accelerate.utils.dataclasses")
-    new = [each.name for each in dataclasses.fields(accelerate.MegatronLMPlugin)]
+    new = [each.name for each in dataclasses.fields(accelerate.utils.MegatronLMPlugin)]
     plugin = MegatronLMPlugin()
     assert not [name for name in [*new, *OLD, "require_logits"] if not hasattr(plugin, name)]
     assert {*new, *OLD, "require_logits"} <= set(MegatronLMPlugin.__init__.__annotations__)
@@ -308,8 +312,8 @@ def test_wrong_arguments_are_errors(args, text):
 
 def test_arguments_that_are_off_or_unset_in_megatrons_way_do_nothing():
     args = {
-        "masked_softmax_fusion": False, "gradient_accumulation_fusion": True, "use_flash_attn": False, "fp8_format": None,
-        "num_query_groups": None, "moe_grouped_gemm": False, "log_throughput": False,
+        "masked_softmax_fusion": False, "gradient_accumulation_fusion": True, "use_flash_attn": False,
+        "fp8_format": None, "num_query_groups": None, "moe_grouped_gemm": False, "log_throughput": False,
     }  # fmt: skip
     plugin = MegatronLMPlugin(other_megatron_args=args)
     (line,) = plugin.notices()

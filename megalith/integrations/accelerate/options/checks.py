@@ -18,7 +18,7 @@ from megalith.config.flags.values import fields
 from megalith.config.megatron.flags import NO_EXPERTS
 from megalith.config.run import RunConfig
 from megalith.config.sections.data import DataConfig, missing_tokenizer_files
-from megalith.integrations.accelerate.megatron_args import MegatronArgs, for_indexed_alone, without_dashes
+from megalith.integrations.accelerate.options.megatron_args import MegatronArgs, for_indexed_alone, without_dashes
 
 if TYPE_CHECKING:
     from megalith.integrations.accelerate.plugin import MegatronLMPlugin
