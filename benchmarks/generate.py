@@ -251,7 +251,10 @@ def arguments(parser: argparse.ArgumentParser | None = None) -> argparse.Namespa
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", help="file for the tables")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if getattr(args, "profile", False) and args.compile and args.device == "cpu":
+        parser.error("--profile shows a step's operators, and a compiled step on a CPU is one call without any")
+    return args
 
 
 if __name__ == "__main__":

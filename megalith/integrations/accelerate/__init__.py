@@ -1,0 +1,1 @@
+"""Accelerate's Megatron-LM plugin, on megalith's engine. Scripts import these names from `megalith.accelerate`."""

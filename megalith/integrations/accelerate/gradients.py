@@ -1,0 +1,147 @@
+"""Losses that a script differentiates, and what the gradient that reaches them does.
+
+Two kinds of calls of a model make them (calls.py). In the first the loss is part of an ordinary autograd graph. In the
+second, pipelines' above all, the forward and backward passes are done when the loss is returned: its gradient scales the
+gradients that they left.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megalith.common.errors import TrainingError
+from megalith.integrations.accelerate.session import Session
+from megalith.parallel.sharding import to_local
+
+CURE = "Compute it in the loss function of a custom train step (custom_train_step_class)"
+
+
+class Pending:
+    """The gradients of one call whose loss has not been differentiated yet.
+
+    local: whether they are still to be summed over data-parallel replicas.
+    """
+
+    def __init__(self, session: Session, gradients: list[Tensor | None], *, local: bool):
+        self.session, self.gradients, self.local = session, gradients, local
+
+
+def take_gradients(parameters: list[nn.Parameter]) -> list[Tensor | None]:
+    """The gradients of parameters, which have none afterwards."""
+    taken = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    return taken
+
+
+class ScheduledLoss(torch.autograd.Function):
+    """A loss whose backward pass is done: apply(value, pending, *parameters)."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor, pending: Pending, *parameters: nn.Parameter) -> Tensor:
+        """value: the loss. parameters: those of this process, in the order of `pending.gradients`."""
+        ctx.pending = pending
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):  # type: ignore[override]
+        pending, ctx.pending = ctx.pending, None
+        if pending is None:
+            raise TrainingError(
+                "The loss of a call can be differentiated once: its gradients are made within the call. Add losses up "
+                f"and call backward on the sum, or call the model again. {CURE} where a loss needs more."
+            )
+        if torch.is_grad_enabled():
+            raise TrainingError(f"create_graph=True needs a graph, which calls with micro-batches do not keep. {CURE}.")
+        _require_backward(ctx)
+        session = pending.session
+        factor = upstream.double()
+        _check_equal(factor, session)
+        session.add_gradients(local=pending.local)
+        gradients = [gradient for gradient in pending.gradients if gradient is not None]
+        if gradients and float(factor) != 1.0:
+            torch._foreach_mul_([to_local(gradient) for gradient in gradients], float(factor))
+        return None, None, *pending.gradients
+
+
+def _require_backward(ctx) -> None:
+    """Raise TrainingError within torch.autograd.grad on parameters, whose result would be one process's part."""
+    for node, _ in ctx.next_functions:
+        if node is None:
+            continue
+        try:
+            torch._C._will_engine_execute_node(node)
+        except RuntimeError as error:
+            raise TrainingError(
+                f"torch.autograd.grad on parameters would give this process's part of the gradients alone. Call "
+                f"accelerator.backward(loss) and read parameter.grad after accelerator.clip_grad_norm_. {CURE}."
+            ) from error
+        return
+
+
+def _check_equal(factor: Tensor, session: Session) -> None:
+    """Raise TrainingError on all processes where the gradients that reached the loss differ between them."""
+    if session.runtime.mesh.world_size == 1:
+        return
+    extremes = torch.stack((factor, -factor))
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    largest, smallest = extremes[0].item(), -extremes[1].item()
+    if largest != smallest:
+        raise TrainingError(
+            f"The gradient that reaches the loss of a call must be the same on all processes; found {smallest:g} to "
+            f"{largest:g}. Multiply the loss by one number on all of them. {CURE} where samples weigh differently."
+        )
+
+
+class LocalLoss(torch.autograd.Function):
+    """This process's part of a loss, with the value of the whole: apply(part, value, session)."""
+
+    @staticmethod
+    def forward(ctx, part: Tensor, value: Tensor, session: Session) -> Tensor:
+        """part, value: 0-dimensional; value is the sum of all processes' parts."""
+        ctx.session = session
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):  # type: ignore[override]
+        begin_backward(ctx.session)
+        return upstream * ctx.session.loss_scale.scale, None, None
+
+
+class LocalLogits(torch.autograd.Function):
+    """Logits from which a script computes the loss of its own samples; such losses are averaged over the processes."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, session: Session) -> Tensor:
+        ctx.session = session
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):  # type: ignore[override]
+        begin_backward(ctx.session)
+        return upstream * (ctx.session.loss_scale.scale / ctx.session.runtime.mesh.data_size), None
+
+
+class DetachedLogits(torch.autograd.Function):
+    """Logits that cannot be differentiated, and say so: apply(logits, a tensor that requires a gradient)."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, anchor: Tensor) -> Tensor:
+        return logits.clone()
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):  # type: ignore[override]
+        raise TrainingError(
+            "A loss computed from the logits of a pipeline, or of a call with several micro-batches, has no gradient: "
+            f"the backward pass is run by the schedule within the call. {CURE}, or use outputs.loss."
+        )
+
+
+def begin_backward(session: Session) -> None:
+    """Before gradients of an ordinary graph are added: announce the pass to fully_shard and to the session."""
+    session.add_gradients(local=True)
+    (stage,) = session.runtime.stages
+    if stage.wrapped:
+        stage.set_gradient_sync(last=session.gradient_state.sync_gradients)

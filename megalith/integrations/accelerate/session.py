@@ -1,0 +1,104 @@
+"""What `Accelerator.prepare` has built, and the gradients of the present optimizer step."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.state import GradientState
+from torch import Tensor, nn
+
+from megalith.common.errors import TrainingError
+from megalith.config.run import RunConfig
+from megalith.optim.clip import clip
+from megalith.optim.loss_scale import StaticLossScale
+from megalith.runtime.build import Runtime
+from megalith.training.tasks import Task
+
+if TYPE_CHECKING:
+    from megalith.integrations.accelerate.optimizer import MegatronOptimizer
+    from megalith.integrations.accelerate.plugin import MegatronLMPlugin
+
+
+@dataclasses.dataclass
+class Session:
+    """A model on its devices, its task and its optimizer, which the objects that `prepare` returns have in common.
+
+    task: its losses. kind: gpt, bert, bert_classification or t5 (parsers.py: kind_of). hf_config, hf_class: of the
+    transformers model that it was made from. tokenizer_folder: where that model's tokenizer is, if known.
+    steps: optimizer steps done; it keys the dropout masks. consumed_samples: of training calls, over all data-parallel
+    processes.
+    """
+
+    plugin: MegatronLMPlugin
+    config: RunConfig
+    runtime: Runtime
+    task: Task
+    kind: str
+    hf_config: Any
+    hf_class: type
+    loss_scale: StaticLossScale
+    gradient_state: GradientState
+    tokenizer_folder: pathlib.Path | None = None
+    optimizer: MegatronOptimizer | None = None
+    steps: int = 0
+    consumed_samples: int = 0
+    # The norm of the complete gradients; None where they are not complete, or there are none.
+    norm: Tensor | None = None
+    clipped: bool = False  # by the script, in this step
+    local: bool = False  # whether gradients have been added that are not summed over data-parallel replicas
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those of this process."""
+        return [parameter for _, parameter in self.runtime.named_parameters()]
+
+    def add_gradients(self, *, local: bool) -> None:
+        """Note that a backward pass is about to add gradients. local: of this data-parallel replica alone.
+
+        Raises TrainingError where those of the step have been completed.
+        """
+        if self.norm is not None:
+            raise TrainingError(
+                "A backward pass after clip_grad_norm_ or its like, which completed the gradients of this step, would "
+                "mix two steps. Call optimizer.step() and optimizer.zero_grad() before it, or clip after the last "
+                "backward pass."
+            )
+        self.local = self.local or local
+
+    def finish_gradients(self) -> Tensor:
+        """Complete the gradients of this step, once: those of the global batch, without the loss scale, on every process.
+
+        Every process calls it. Returns their norm, which is not finite where one of them is not.
+        """
+        if self.norm is None:
+            for stage in self.runtime.stages:
+                if self.local and stage.replicas is not None:
+                    stage.replicas.set_gradient_sync(True)
+            self.runtime.finish_gradients()
+            self.norm = self._clip(0.0, self.loss_scale.inverse)
+        return self.norm
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Complete the gradients, and scale them so that their norm is at most max_norm. Returns the norm before that."""
+        norm = self.finish_gradients()
+        self._clip(max_norm, 1.0)
+        self.clipped = True
+        return norm
+
+    def _clip(self, max_norm: float, inverse_scale: float) -> Tensor:
+        gradients, not_owned = self.runtime.gradients()
+        stages = self.runtime.mesh.size("pp")
+        return clip(gradients, max_norm, inverse_scale=inverse_scale, not_owned=not_owned, stages=stages)
+
+    def gradients_finite(self) -> bool:
+        """Whether all gradients of this step are finite; waits for the device."""
+        return bool(torch.isfinite(self.finish_gradients()))
+
+    def discard_gradients(self) -> None:
+        """Forget the gradients of this step."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        self.norm, self.clipped, self.local = None, False, False
