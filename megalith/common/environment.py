@@ -5,8 +5,10 @@ Those of a launcher have the names that torchrun gives them. config/environment.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
+from collections.abc import Iterator
 
 
 def variable(name: str) -> str | None:
@@ -22,6 +24,17 @@ def number(name: str) -> int | None:
         return None
 
 
+@contextlib.contextmanager
+def hidden(name: str) -> Iterator[None]:
+    """Within the block a variable is not set: another package reads it, and would act on it."""
+    text = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if text is not None:
+            os.environ[name] = text
+
+
 def rank() -> int | None:
     """RANK: the number of this process among all of the run, counted from 0."""
     return number("RANK")
@@ -35,6 +48,11 @@ def world_size() -> int | None:
 def local_rank() -> int | None:
     """LOCAL_RANK: the number of this process among those of its machine, counted from 0."""
     return number("LOCAL_RANK")
+
+
+def local_world_size() -> int | None:
+    """LOCAL_WORLD_SIZE: how many processes of the run this machine has."""
+    return number("LOCAL_WORLD_SIZE")
 
 
 def has_launcher() -> bool:
