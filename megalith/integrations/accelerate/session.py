@@ -45,6 +45,7 @@ class Session:
     optimizer: MegatronOptimizer | None = None
     steps: int = 0
     consumed_samples: int = 0
+    has_gradients: bool = False  # whether a backward pass of this step has added any; the same on every process
     # The norm of the complete gradients; None where they are not complete, or there are none.
     norm: Tensor | None = None
     clipped: bool = False  # by the script, in this step
@@ -66,7 +67,7 @@ class Session:
                 "mix two steps. Call optimizer.step() and optimizer.zero_grad() before it, or clip after the last "
                 "backward pass."
             )
-        self.local = self.local or local
+        self.local, self.has_gradients = self.local or local, True
 
     def finish_gradients(self) -> Tensor:
         """Complete the gradients of this step, once: those of the global batch, without the loss scale, on every process.
@@ -101,4 +102,4 @@ class Session:
         """Forget the gradients of this step."""
         for parameter in self.parameters:
             parameter.grad = None
-        self.norm, self.clipped, self.local = None, False, False
+        self.norm, self.clipped, self.local, self.has_gradients = None, False, False, False
