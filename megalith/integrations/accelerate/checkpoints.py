@@ -176,7 +176,6 @@ def _train_state(accelerator: Any, session: Session) -> dict[str, Any]:
         "save_iteration": accelerator.save_iteration,
         "schedulers": len(accelerator._schedulers),
         "objects": len(accelerator._custom_objects),
-        "epochs": [getattr(each, "iteration", None) for each in accelerator._dataloaders],
         "param_groups": [_numbers_of(group) for group in groups],
     }
     return {
@@ -313,9 +312,6 @@ def _load_files(
     for index, each in enumerate(accelerator._custom_objects):
         checkpointing.load_custom_state(each, str(folder), index)
     accelerator.step = record["step"]
-    for loader, epoch in zip(accelerator._dataloaders, record["epochs"]):
-        if epoch is not None:  # a shuffling sampler orders an epoch by its number
-            loader.iteration = epoch
     if accelerator.project_configuration.automatic_checkpoint_naming:
         accelerator.project_configuration.iteration = record["save_iteration"] + 1
 

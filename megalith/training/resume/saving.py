@@ -154,7 +154,7 @@ def resume(trainer: Trainer) -> Progress:
 
 
 def check_schedule(path: pathlib.Path) -> None:
-    """Raise CheckpointError where a checkpoint of megalith is of Accelerator.save_state, and not of a run of pretrain."""
+    """Raise CheckpointError where a checkpoint of megalith is of Accelerator.save_state, not of a run of pretrain."""
     if "accelerate" in checkpoint.read_train_state(path):
         rule = "must be of a run of megalith pretrain to resume: the schedule of a script is in the script"
         cure = f"Begin at step 0 with its weights: --load {path} --finetune --run-dir NEW"
