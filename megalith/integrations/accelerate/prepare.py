@@ -99,7 +99,8 @@ def build_session(accelerator: Any, model: nn.Module, loaders: Sequence[Any]) ->
     task.setup(config, mesh, None)
     return Session(
         plugin=plugin, config=config, runtime=runtime, task=task, kind=kind, hf_config=model.config,
-        hf_class=type(model), loss_scale=build_loss_scale(config.precision), gradient_state=accelerator.gradient_state,
+        hf_class=type(model), generation_config=getattr(model, "generation_config", None),
+        loss_scale=build_loss_scale(config.precision), gradient_state=accelerator.gradient_state,
         tokenizer_folder=pathlib.Path(name) if name and pathlib.Path(name).is_dir() else None,
     )  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +28,10 @@ class Session:
     """A model on its devices, its task and its optimizer, which the objects that `prepare` returns have in common.
 
     task: its losses. kind: gpt, bert, bert_classification or t5 (parsers.py: kind_of). hf_config, hf_class: of the
-    transformers model that it was made from. tokenizer_folder: where that model's tokenizer is, if known.
+    transformers model that it was made from; generation_config is that model's, if it has one. tokenizer_folder: where
+    that model's tokenizer is, if known.
     steps: optimizer steps done; it keys the dropout masks. consumed_samples: of training calls, over all data-parallel
-    processes.
+    processes. run: a name for the run, by which it knows its own checkpoints; that of process 0 counts.
     """
 
     plugin: MegatronLMPlugin
@@ -41,11 +43,13 @@ class Session:
     hf_class: type
     loss_scale: StaticLossScale
     gradient_state: GradientState
+    generation_config: Any | None = None
     tokenizer_folder: pathlib.Path | None = None
     optimizer: MegatronOptimizer | None = None
     steps: int = 0
     consumed_samples: int = 0
     has_gradients: bool = False  # whether a backward pass of this step has added any; the same on every process
+    run: str = dataclasses.field(default_factory=lambda: os.urandom(8).hex())
     # The norm of the complete gradients; None where they are not complete, or there are none.
     norm: Tensor | None = None
     clipped: bool = False  # by the script, in this step
