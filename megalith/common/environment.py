@@ -82,3 +82,15 @@ def cache_folder() -> pathlib.Path:
     """Where downloads are kept: MEGALITH_CACHE, or megalith/ in the user's cache (XDG_CACHE_HOME, or ~/.cache)."""
     user_cache = variable("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(variable("MEGALITH_CACHE") or pathlib.Path(user_cache) / "megalith")
+
+
+def accelerate_config_file() -> pathlib.Path:
+    """Where `accelerate config` writes its YAML unless told otherwise: below HF_HOME, or the user's cache."""
+    user_cache = variable("XDG_CACHE_HOME") or "~/.cache"
+    home = pathlib.Path(variable("HF_HOME") or pathlib.Path(user_cache) / "huggingface").expanduser()
+    return home / "accelerate" / "default_config.yaml"
+
+
+def threads() -> str | None:
+    """OMP_NUM_THREADS: the threads of each process on the CPU, as text."""
+    return variable("OMP_NUM_THREADS")
