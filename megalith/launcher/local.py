@@ -121,4 +121,4 @@ def start(words: Sequence[str], added: Mapping[str, str]) -> NoReturn:
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execvpe(words[0], words, os.environ | added)
+    os.execvpe(words[0], list(words), os.environ | added)

@@ -2,6 +2,7 @@
 
 import io
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from megalith.config.flags.text import flag
 from megalith.launcher.accelerate_config import keys
 from megalith.launcher.local import launch_options
 from tests.launcher.files import ANSWERS, GUIDE
+from tests.toy import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -155,3 +157,15 @@ def test_torch_is_not_imported():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.endswith("set()\n")
+
+
+def test_commands_of_the_document(capsys, folder):
+    """docs/accelerate.md: its file and its commands, as far as `--dry-run` goes."""
+    text = (ROOT / "docs/accelerate.md").read_text()
+    (folder / "megatron_gpt_config.yaml").write_text(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
+    (folder / "train.py").touch()
+    commands = re.findall(r"^megalith (launch .*)$", text, re.MULTILINE)
+    assert len(commands) == 7
+    for words in map(shlex.split, commands):
+        out, err = dry_run(capsys, *words[1:])
+        assert ("train.py" in out or "package.train" in out) and err == ""

@@ -1,4 +1,4 @@
-"""A script with megalith.accelerate is started by `accelerate launch`, in each of its ways, and by `megalith launch`."""
+"""A script with megalith.accelerate, started by `accelerate launch` in each of its ways, and by `megalith launch`."""
 
 import json
 import os
