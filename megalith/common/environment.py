@@ -138,3 +138,15 @@ def megatron_lm_options() -> dict[str, str]:
     prefix = "MEGATRON_LM_"
     found = {name.removeprefix(prefix).lower(): text for name, text in os.environ.items() if name.startswith(prefix)}
     return {name: text for name, text in found.items() if text.lower() not in ("", "none")}
+
+
+def accelerate_config_file() -> pathlib.Path:
+    """Where `accelerate config` writes its YAML unless told otherwise: below HF_HOME, or the user's cache."""
+    user_cache = variable("XDG_CACHE_HOME") or "~/.cache"
+    home = pathlib.Path(variable("HF_HOME") or pathlib.Path(user_cache) / "huggingface").expanduser()
+    return home / "accelerate" / "default_config.yaml"
+
+
+def threads() -> str | None:
+    """OMP_NUM_THREADS: the threads of each process on the CPU, as text."""
+    return variable("OMP_NUM_THREADS")
