@@ -164,6 +164,24 @@ CALLS: dict[str, Callable[..., Call]] = {
 }  # fmt: skip
 
 
+def with_megatron_names(kind: str, batch: Batch) -> Batch:
+    """A batch of an indexed dataset with its tensors under Megatron's names too, for get_batch functions of the user's.
+
+    text [b, s + 1] (gpt), text, types, is_random (bert), text_enc, text_dec (t5), and Megatron core's tokens and
+    position_ids; labels, loss_mask and padding_mask have their names already.
+    """
+    ids, added = batch["input_ids"], {}
+    if kind == "gpt":
+        added = {"text": torch.cat((ids, batch["labels"][:, -1:]), dim=1), "tokens": ids}
+        added |= {"position_ids": batch["positions"]} if "positions" in batch else {}
+    elif kind == "bert":
+        pairs = (("text", "input_ids"), ("types", "token_types"), ("is_random", "sentence_order"))
+        added = {theirs: batch[ours] for theirs, ours in pairs if ours in batch}
+    elif kind == "t5":
+        added = {"text_enc": ids, "text_dec": batch["decoder_input_ids"]}
+    return type(batch)({**added, **batch})
+
+
 def padding_of(mask: Tensor | None, name: str) -> Tensor | None:
     """[b, s], True for tokens, of an encoder's mask: that already, or bool [b, q, s] or [b, 1, q, s], True for hidden.
 

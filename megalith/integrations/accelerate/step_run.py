@@ -17,6 +17,7 @@ from megalith.checkpoint.ranks import Ranks
 from megalith.common.errors import TrainingError, problem
 from megalith.config.flags.text import Words
 from megalith.config.stages import LOOPING, schedule_of
+from megalith.integrations.accelerate.batches import IndexedBatch
 from megalith.integrations.accelerate.gradients import (
     DetachedLogits,
     LocalLoss,
@@ -25,7 +26,12 @@ from megalith.integrations.accelerate.gradients import (
     put_gradients,
     take_gradients,
 )
-from megalith.integrations.accelerate.megatron_models import PipelineOutput, RecordingModel, StepModel
+from megalith.integrations.accelerate.megatron_models import (
+    PipelineOutput,
+    RecordingModel,
+    StepModel,
+    with_megatron_names,
+)
 from megalith.integrations.accelerate.session import Session
 from megalith.integrations.accelerate.step_arguments import step_arguments
 from megalith.integrations.accelerate.train_steps import AbstractTrainStep, build_train_step
@@ -76,6 +82,8 @@ class StepRun:
         step = torch.tensor(session.steps, device=session.runtime.mesh.device)
         with_logits = session.plugin.return_logits
         model = model_class(session.runtime, session.kind, with_logits, samples, step, self.training)
+        if isinstance(data, IndexedBatch):
+            data = with_megatron_names(session.kind, data)
         found = self.step.forward_step(iter([data]), model)
         if not isinstance(found, tuple) or len(found) != 2 or not callable(found[1]):
             rule = "must return the model's output and a function of it"
@@ -175,7 +183,9 @@ def call(
     """
     runtime, device = session.runtime, session.runtime.mesh.device
     on_device = {name: each.to(device) if isinstance(each, Tensor) else each for name, each in batch.items()}
-    batches = split_rows(type(batch)(on_device), samples.to(device), session)
+    if "loss_mask" in batch:  # which transformers' batches never have; model(**batch) has lost the class
+        on_device = IndexedBatch(on_device)
+    batches = split_rows(on_device, samples.to(device), session)
     if training and device.type != "cpu":
         torch.manual_seed(key(session.config.batch.seed, "step", session.steps))
     run = StepRun(session, step, training, len(batches))

@@ -25,9 +25,8 @@ from torch import Tensor
 
 from megalith.common.errors import ConfigError, problem
 from megalith.config.flags.text import Words
-from megalith.integrations.accelerate.batches import to_batch
+from megalith.integrations.accelerate.batches import IGNORED, IndexedBatch, to_batch
 from megalith.integrations.accelerate.collectives import avg_losses_across_data_parallel_group
-from megalith.integrations.accelerate.data import IndexedBatch
 from megalith.integrations.accelerate.megatron_models import visible_in
 from megalith.integrations.accelerate.step_arguments import StepArguments
 from megalith.training.tasks import Batch
@@ -166,11 +165,18 @@ class BertTrainStep(_TrainStep):
     def get_batch_func(self, accelerator: Any = None, megatron_dataset_flag: bool | None = None) -> Callable:
         """tokens, types, sentence_order, loss_mask, labels, padding_mask; what the data lacks is None."""
         kind = "bert" if self.args.pretraining_flag else "bert_classification"
-        names = "input_ids", "token_types", "sentence_order", "loss_mask", "labels", "padding_mask"
 
         def get_batch(data_iterator: Iterator) -> tuple:
             batch = self.next_batch(kind, data_iterator)
-            return tuple(batch.get(name) for name in names)
+            if "positions" in batch:
+                rule, cure = "cannot be passed on by Megatron's train step for BERT", "Take it out of the batch"
+                raise ConfigError(problem("position_ids", Words("a tensor"), rule, cure))
+            order, labels, mask = batch.get("sentence_order"), batch.get("labels"), batch.get("loss_mask")
+            if "order_mask" in batch:
+                order = order.masked_fill(batch["order_mask"] == 0, -1)
+            if kind == "bert_classification" and mask is not None:
+                labels = labels.masked_fill(mask == 0, IGNORED)
+            return batch["input_ids"], batch.get("token_types"), order, mask, labels, batch.get("padding_mask")
 
         return self.args.custom_get_batch_function or get_batch
 
@@ -243,7 +249,7 @@ class T5TrainStep(_TrainStep):
         def get_batch(data_iterator: Iterator) -> tuple:
             batch = self.next_batch("t5", data_iterator)
             tokens = batch["input_ids"], batch["decoder_input_ids"]
-            padding, decoder_padding = batch.get("padding_mask"), batch.get("decoder_padding_mask")
+            padding, decoder_padding = batch.get("padding_mask"), batch.get("decoder_key_padding_mask")
             return *tokens, batch["loss_mask"].float(), batch["labels"], padding, decoder_padding, padding
 
         return self.args.custom_get_batch_function or get_batch
@@ -287,7 +293,7 @@ def ensure_labels(data_iterator: Iterator) -> Iterator:
         else:
             ids = data["input_ids"]
             padding = data.get("attention_mask", torch.ones_like(ids)) == 0
-            yield {**data, "labels": ids.masked_fill(padding, -100)}
+            yield {**data, "labels": ids.masked_fill(padding, IGNORED)}
 
 
 def call_in_either_form(method: Callable, accelerator: Any, *arguments: Any) -> Any:
