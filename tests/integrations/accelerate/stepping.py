@@ -1,4 +1,4 @@
-"""Sessions with a train step of the user's own, without an Accelerator, and what they must give: transformers' numbers."""
+"""Sessions with a train step of the user's own, without an Accelerator, and transformers' numbers beside them."""
 
 from typing import Any
 
