@@ -95,7 +95,13 @@ def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
 
 
 def call(
-    session: Session, batches: Sequence[Batch], *, labelled: bool, logits: bool, training: bool, task: Task | None = None
+    session: Session,
+    batches: Sequence[Batch],
+    *,
+    labelled: bool,
+    logits: bool,
+    training: bool,
+    task: Task | None = None,
 ) -> Result:
     """Run the micro-batches of one call, which have labels or not. Every process calls it.
 

@@ -36,6 +36,12 @@ def take_gradients(parameters: list[nn.Parameter]) -> list[Tensor | None]:
     return taken
 
 
+def put_gradients(parameters: list[nn.Parameter], gradients: list[Tensor | None]) -> None:
+    """Give parameters the gradients that `take_gradients` took from them."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+
+
 class ScheduledLoss(torch.autograd.Function):
     """A loss whose backward pass is done: apply(value, pending, *parameters)."""
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megalith.common.errors import ConfigError, problem
 from megalith.config.flags.text import Words
-from megalith.integrations.accelerate import batches, export, generate, train_steps
+from megalith.integrations.accelerate import batches, export, generate, step_run
 from megalith.integrations.accelerate.calls import call
 from megalith.integrations.accelerate.session import Session
 
@@ -43,8 +43,9 @@ class MegatronModel(nn.Module):
         if not batch:
             cure = "Iterate over the prepared loader, which is there on every process: `batch = next(loader)`"
             raise ConfigError(problem("model(**batch)", Words("an empty batch"), "must have samples", cure))
-        if session.plugin.custom_train_step_class is not None:
-            return train_steps.call(session, batch, training=self.training)
+        if (step := step_run.step_of(session)) is not None:
+            samples = self._sample_numbers(step_run.rows_of(batch))
+            return step_run.call(session, step, batch, samples, training=self.training)
         given = batch if isinstance(batch, batches.IndexedBatch) else batches.to_batch(session.kind, batch, session)
         rows = len(given["input_ids"])
         given["samples"] = self._sample_numbers(rows)

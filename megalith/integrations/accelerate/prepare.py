@@ -16,6 +16,7 @@ from megalith.config.flags.text import Words
 from megalith.integrations.accelerate import config as configs
 from megalith.integrations.accelerate import data, optimizer, parsers, schedules
 from megalith.integrations.accelerate.model import MegatronModel
+from megalith.integrations.accelerate.providers import provided
 from megalith.integrations.accelerate.session import Session
 from megalith.optim.loss_scale import build_loss_scale
 from megalith.runtime.build import build_runtime
@@ -81,12 +82,15 @@ def needed_session(accelerator: Any) -> Session:
 def build_session(accelerator: Any, model: nn.Module, loaders: Sequence[Any]) -> Session:
     """Place a transformers model: with its weights, or drawn at random where it is on meta or the plugin says so."""
     plugin, mesh = accelerator.state.megatron_lm_plugin, accelerator.mesh
+    placed, model_type = provided(plugin, model)
+    model = placed if hasattr(placed.config, "to_json_string") else model
     parsers.check_model(model)
-    on_meta = any(parameter.is_meta for parameter in model.parameters())
-    source = weights_of(model)
-    weights = source if plugin.keep_weights and not on_meta else None
+    on_meta = any(parameter.is_meta for parameter in placed.parameters())
+    source = weights_of(placed)
+    weights = source if plugin.keep_weights and not on_meta and model_type is None else None
+    described = source.config if model_type is None else source.config.replace(model_type=model_type)
     config = configs.run_config(
-        plugin, source.config, num_processes=mesh.world_size, micro_batch_size=plugin.micro_batch_size or 1,
+        plugin, described, num_processes=mesh.world_size, micro_batch_size=plugin.micro_batch_size or 1,
         seq_length=sequence_length(plugin, loaders), mixed_precision=accelerator.mixed_precision,
         device=accelerator.device, keeps_weights=weights is not None,
         recomputes=bool(getattr(model, "is_gradient_checkpointing", False)),
