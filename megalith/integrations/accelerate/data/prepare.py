@@ -58,13 +58,13 @@ def prepare_loader(
             raise ConfigError(_unknown_size("a dataset that gives whole batches", "Let it give samples"))
         options |= {"batch_size": batch_size * together, "drop_last": loader.drop_last, "collate_fn": collate}
     else:
-        own, whole = _batch_sampler(loader, dataloader_config, readers), loader.batch_sampler is None
-        if whole and readers.dispatched:
+        own, fetches_lists = _batch_sampler(loader, dataloader_config, readers), loader.batch_sampler is None
+        if fetches_lists and readers.dispatched:
             rule = "must be False or None for a DataLoader(sampler=BatchSampler(...), batch_size=None)"
             raise ConfigError(problem("DataLoaderConfiguration(dispatch_batches=...)", True, rule, "Leave it out"))
         one = (0, 1) if readers.dispatched else (rank, size)
         shards = ShardedBatches(own, batch_size=batch_size, together=together, rank=one[0], size=one[1], even=even)
-        options |= {"sampler": shards, "batch_size": None} if whole else {"batch_sampler": shards}
+        options |= {"sampler": shards, "batch_size": None} if fetches_lists else {"batch_sampler": shards}
         options |= {"collate_fn": collate} if readers.dispatched else {}
     return MegatronDataLoader(
         loader.dataset, readers=readers, shards=shards, micro_batch_size=batch_size,
@@ -85,8 +85,8 @@ def _readers(rank: int, size: int, mesh: Mesh | None, dispatched: bool) -> Reade
 
 def _batch_sampler(loader: DataLoader, dataloader_config: Any, readers: Readers) -> Any:
     """The script's sampler of batches, with a SeedableRandomSampler where Accelerate's configuration asks for one."""
-    batches: Any = loader.batch_sampler or loader.sampler
-    if not isinstance(batches, BatchSampler) and loader.batch_sampler is None:
+    batches: Any = _script_sampler(loader)
+    if loader.batch_sampler is None and not isinstance(batches, BatchSampler):
         raise ConfigError(_unknown_size("batch_size=None", "Give it a batch_size, or a batch_sampler"))
     sampler = getattr(batches, "sampler", None)
     if not dataloader_config.use_seedable_sampler or not isinstance(sampler, RandomSampler):
@@ -104,9 +104,15 @@ def _batch_sampler(loader: DataLoader, dataloader_config: Any, readers: Readers)
 
 def _generators(loader: DataLoader) -> list[torch.Generator]:
     """The generators of its own that decide on a loader's order, each once."""
-    owners = (loader, loader.dataset, loader.batch_sampler, loader.sampler, getattr(loader.batch_sampler, "sampler", None))
-    found = {id(each): each for owner in owners if isinstance(each := getattr(owner, "generator", None), torch.Generator)}
-    return list(found.values())
+    batches = _script_sampler(loader)
+    owners = (loader, loader.dataset, batches, getattr(batches, "sampler", None))
+    found = [getattr(owner, "generator", None) for owner in owners]
+    return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
+
+
+def _script_sampler(loader: DataLoader) -> Any:
+    """The sampler of batches, which may stand where that of samples usually does."""
+    return loader.sampler if loader.batch_sampler is None else loader.batch_sampler
 
 
 def batch_size_of(loader: Any) -> int | None:
@@ -117,7 +123,7 @@ def batch_size_of(loader: Any) -> int | None:
         return loader.micro_batch_size
     if loader.batch_size is not None:
         return loader.batch_size
-    return getattr(loader.batch_sampler or loader.sampler, "batch_size", None)
+    return getattr(_script_sampler(loader), "batch_size", None)
 
 
 def micro_batch_size_of(loaders: Iterable[Any], is_train_batch_min: bool) -> tuple[int, list[str]]:
@@ -128,17 +134,17 @@ def micro_batch_size_of(loaders: Iterable[Any], is_train_batch_min: bool) -> tup
     sizes: Sequence[int] = [size for each in loaders if (size := batch_size_of(each)) is not None]
     if not sizes:
         raise ConfigError(
-            "You must specify a training or evaluation dataloader in `accelerate.prepare()` when using Megatron-LM: its "
-            "batch_size is the micro-batch. Give accelerator.prepare a DataLoader with a batch_size (a batch_sampler of "
-            "your own needs an attribute batch_size), or a MegatronLMDummyDataLoader(micro_batch_size=...)."
+            "You must specify a training or evaluation dataloader in `accelerate.prepare()` when using Megatron-LM: "
+            "its batch_size is the micro-batch. Give accelerator.prepare a DataLoader with a batch_size (a "
+            "batch_sampler of your own needs an attribute batch_size), or MegatronLMDummyDataLoader(micro_batch_size=...)."
         )
     chosen = min(sizes) if is_train_batch_min else max(sizes)
     if len(set(sizes)) == 1:
         return chosen, []
     named, which = ", ".join(map(str, dict.fromkeys(sizes))), "smallest" if is_train_batch_min else "largest"
     return chosen, [
-        f"batch sizes of the loaders are {named}; each keeps its own, and global_batch_size counts the {which}, {chosen} "
-        f"(is_train_batch_min={is_train_batch_min})"
+        f"batch sizes of the loaders are {named}; each keeps its own, and global_batch_size counts the {which}, "
+        f"{chosen} (is_train_batch_min={is_train_batch_min})"
     ]
 
 
