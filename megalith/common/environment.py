@@ -8,6 +8,10 @@ from __future__ import annotations
 import os
 import pathlib
 
+from megalith.common.errors import ConfigError, problem
+
+TRUE, FALSE = ("y", "yes", "t", "true", "on", "1"), ("n", "no", "f", "false", "off", "0")  # as Accelerate reads them
+
 
 def variable(name: str) -> str | None:
     """The text of an environment variable; None where it is not set."""
@@ -20,6 +24,21 @@ def number(name: str) -> int | None:
         return int(os.environ[name])
     except (KeyError, ValueError):
         return None
+
+
+def truth(text: str) -> bool | None:
+    """Whether a text means yes or no, in any case; None where it is neither."""
+    return True if text.lower() in TRUE else False if text.lower() in FALSE else None
+
+
+def boolean(name: str) -> bool | None:
+    """Yes or no as a variable says it; None where it is not set, or empty. Raises ConfigError for another text."""
+    if not (text := variable(name)):
+        return None
+    if (value := truth(text)) is None:
+        rule = "must be true or false (or yes, no, on, off, 1, 0)"
+        raise ConfigError(problem(f"The environment variable {name}", text, rule, "Correct it, or unset it"))
+    return value
 
 
 def rank() -> int | None:
@@ -82,3 +101,22 @@ def cache_folder() -> pathlib.Path:
     """Where downloads are kept: MEGALITH_CACHE, or megalith/ in the user's cache (XDG_CACHE_HOME, or ~/.cache)."""
     user_cache = variable("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(variable("MEGALITH_CACHE") or pathlib.Path(user_cache) / "megalith")
+
+
+def uses_megatron_lm() -> bool:
+    """ACCELERATE_USE_MEGATRON_LM: whether Accelerate's launcher was asked for Megatron-LM."""
+    return bool(boolean("ACCELERATE_USE_MEGATRON_LM"))
+
+
+def mixed_precision() -> str | None:
+    """ACCELERATE_MIXED_PRECISION: no, bf16 or fp16, as Accelerate's launcher sets it; None where it is not set."""
+    return variable("ACCELERATE_MIXED_PRECISION")
+
+
+def megatron_lm_options() -> dict[str, str]:
+    """MEGATRON_LM_TP_DEGREE and the like, of Accelerate's launcher: {tp_degree: text}; those that are set to nothing
+    are left out.
+    """
+    prefix = "MEGATRON_LM_"
+    found = {name.removeprefix(prefix).lower(): text for name, text in os.environ.items() if name.startswith(prefix)}
+    return {name: text for name, text in found.items() if text.lower() not in ("", "none")}
