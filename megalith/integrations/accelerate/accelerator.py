@@ -156,7 +156,7 @@ class Accelerator(accelerate.Accelerator):
             data_loader = data.prepare_loader(
                 data_loader, num_micro_batches=self.state.megatron_lm_plugin.num_micro_batches,
                 rank=self.mesh.data_rank, size=self.mesh.data_size, device=self.device,
-                dataloader_config=self.dataloader_config, rng_types=self.rng_types,
+                dataloader_config=self.dataloader_config, rng_types=self.rng_types, mesh=self.mesh,
             )  # fmt: skip
         self._remember(data_loader)
         return data_loader

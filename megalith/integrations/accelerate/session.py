@@ -75,7 +75,7 @@ class Session:
         self.local, self.has_gradients = self.local or local, True
 
     def finish_gradients(self) -> Tensor:
-        """Complete the gradients of this step, once: those of the global batch, without the loss scale, on every process.
+        """Complete the gradients of this step, once: of the global batch, without the loss scale, on every process.
 
         Every process calls it. Returns their norm, which is not finite where one of them is not.
         """
@@ -88,7 +88,7 @@ class Session:
         return self.norm
 
     def clip(self, max_norm: float) -> Tensor:
-        """Complete the gradients, and scale them so that their norm is at most max_norm. Returns the norm before that."""
+        """Complete the gradients, and scale them so that their norm is at most max_norm. Returns the norm before."""
         norm = self.finish_gradients()
         self._clip(max_norm, 1.0)
         self.clipped = True

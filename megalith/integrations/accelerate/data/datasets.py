@@ -56,10 +56,15 @@ def choose_tokenizer(config: RunConfig, session: Session, vocab_size: int | None
     elif config.data.dataset == "gpt":
         end = getattr(session.hf_config, "eos_token_id", None)
         end = end[0] if isinstance(end, list) else end
-        tokenizer, name = ModelVocabulary(rows, end), f"none; the model has {rows} tokens, of which {end} ends documents"
+        tokenizer, name = (
+            ModelVocabulary(rows, end),
+            f"none; the model has {rows} tokens, of which {end} ends documents",
+        )
     else:
         rule = f"must be given, as a {config.data.dataset} dataset masks words"
-        cure = "Write vocab_file=... (or tokenizer_type and tokenizer_model), or load the model from a folder that has it"
+        cure = (
+            "Write vocab_file=... (or tokenizer_type and tokenizer_model), or load the model from a folder that has it"
+        )
         raise ConfigError(problem("The tokenizer", Words("none"), rule, cure))
     if tokenizer.vocab_size > rows:
         raise ConfigError(too_many_tokens(tokenizer.vocab_size, rows))

@@ -52,7 +52,10 @@ class MegatronLMDummyDataLoader:
             rule = f"is another spelling of split, {given['split']!r}, and must be equal to it"
             problems.append(problem(f"{WHERE}: splits_string", splits, rule, "Leave out one of the two"))
         if not given.get("micro_batch_size"):
-            rule, cure = "must be given: samples of a micro-batch", "Write micro_batch_size=args.per_device_train_batch_size"
+            rule, cure = (
+                "must be given: samples of a micro-batch",
+                "Write micro_batch_size=args.per_device_train_batch_size",
+            )
             problems.append(problem(f"{WHERE}: micro_batch_size", Words("none"), rule, cure))
         read = megatron_args.read({name: _one_path(value) for name, value in given.items()}, WHERE)
         for name in read.values:
