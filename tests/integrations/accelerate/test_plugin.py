@@ -266,7 +266,7 @@ def test_what_is_changed_later_is_checked_again():
         ({"other_megatron_args": {"lr": 1e-3}}, "other_megatron_args: lr has no effect: the optimizer given"),
         ({"other_megatron_args": {"micro_batch_size": 2}}, "micro_batch_size has no effect: data loaders"),
         ({"other_megatron_args": {"wandb_project": "mine"}}, "wandb_project has no effect: Accelerator(log_with"),
-        ({"other_megatron_args": {"save": "there"}}, "save has no effect: accelerator.save_state"),
+        ({"other_megatron_args": {"save": "there"}}, "save has no effect: accelerator.save_state("),
         ({"other_megatron_args": {"reset_position_ids": True}}, "reset_position_ids has no effect: only indexed"),
     ],
 )

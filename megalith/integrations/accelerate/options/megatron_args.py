@@ -16,7 +16,7 @@ from megalith.config.flags.text import flag
 from megalith.config.flags.values import convert, fields
 from megalith.config.sections.data import TOKENIZER_FILES
 
-STATE = "accelerator.save_state and load_state take the folder, and load whatever there is in it"
+STATE = "accelerator.save_state(FOLDER) and load_state(FOLDER) decide what is saved and loaded"
 WANDB = "Accelerator(log_with='wandb') and init_trackers(..., init_kwargs={'wandb': {...}}) say it"
 TRACKERS = "Accelerator(log_with=..., project_dir=...) records what accelerator.log is given"
 LOOP = "the script's own loop decides it"
