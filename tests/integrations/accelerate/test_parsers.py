@@ -91,7 +91,11 @@ def test_other_heads_are_refused_with_those_that_there_are(name, config, sizes, 
 
 def test_other_families_and_other_objects_are_refused():
     message = refused(model_of("OPTForCausalLM", "OPTConfig", **SIZES, ffn_dim=64, word_embed_proj_dim=32))
-    assert "an opt" in message and "gpt2, llama" in message and "add_model_config_to_megatron_parser('opt')" in message
+    assert (
+        "of the type opt" in message
+        and "gpt2, llama" in message
+        and "add_model_config_to_megatron_parser('opt')" in message
+    )
     assert "must be a model of transformers" in refused(nn.Linear(2, 2))
     assert ".module" in refused(nn.DataParallel(toy_model("gpt2")))
 
