@@ -213,7 +213,7 @@ def test_samples_without_a_loss_mask(tmp_path):
 
 def test_a_split_without_documents(corpora, tmp_path):
     session = session_of(tiny(corpora["gpt"], tmp_path), "gpt")
-    _, valid, test = indexed_loaders(dummy_of(corpora["gpt"], split="100,0,0"), session)
+    _, valid, _ = indexed_loaders(dummy_of(corpora["gpt"], split="100,0,0"), session)
     with pytest.raises(ConfigError, match=r"valid data must be there .* found none with split='100,0,0'"):
         next(valid)
     with pytest.raises(ConfigError, match="split '0,90,10' leaves no document to train on"):
@@ -263,5 +263,5 @@ def test_what_cannot_be_made(corpora, tmp_path):
     with pytest.raises(ConfigError, match="MegatronLMDummyDataLoader: data_path must name the corpus"):
         dummy = MegatronLMDummyDataLoader(micro_batch_size=2)
         indexed_loaders(dummy, session_of(config, "gpt"), train_iters=4)
-    with pytest.raises(DataError, match="MegatronLMDummyDataLoader: .*missing"):
+    with pytest.raises(DataError, match=r"MegatronLMDummyDataLoader: .*missing"):
         indexed_loaders(dummy_of(str(tmp_path / "missing")), session_of(config, "gpt"), train_iters=4)

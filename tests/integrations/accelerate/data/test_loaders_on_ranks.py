@@ -47,6 +47,14 @@ def failing(samples):
     return torch.tensor([int(each["number"]) for each in samples])
 
 
+def stream():
+    return DataLoader(RandomStream(), batch_size=2, collate_fn=masked)
+
+
+def shuffled():
+    return DataLoader(Numbers(19), batch_size=2, shuffle=True, collate_fn=masked)
+
+
 def prepared(layout, make, **options):
     """The mesh, and the prepared loader of this process."""
     mesh = init_mesh(ParallelConfig(device="cpu", **LAYOUTS[layout]))
@@ -60,16 +68,7 @@ def prepared(layout, make, **options):
 def two_epochs(layout, kind):
     """(data-parallel rank, [samples], [what was drawn in collating], [drawn by the loop]) of two epochs."""
     with accelerating():
-        streams = kind == "stream"
-        mesh, loader = prepared(
-            layout,
-            lambda: DataLoader(
-                RandomStream() if streams else Numbers(19),
-                batch_size=2,
-                shuffle=None if streams else True,
-                collate_fn=masked,
-            ),  # fmt: skip
-        )
+        mesh, loader = prepared(layout, stream if kind == "stream" else shuffled)
         torch.manual_seed(mesh.global_rank)  # as device-specific seeds, or none, leave the processes
         random.seed(mesh.global_rank)
         np.random.seed(mesh.global_rank)
