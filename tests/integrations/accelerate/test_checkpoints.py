@@ -309,7 +309,7 @@ def test_what_cannot_be_is_told(tmp_path: pathlib.Path) -> None:
             with pytest.raises((ConfigError, CheckpointError), match=message):
                 call()
         accelerator.session.parameters[0].data.fill_(torch.nan)
-        with pytest.raises(TrainingError, match="must be finite numbers, .*; found model/embedding"):
+        with pytest.raises(TrainingError, match=r"must be finite numbers, .*; found model/embedding"):
             checkpoints.save_state(accelerator, tmp_path)
         assert not checkpoint.iterations(tmp_path)
         accelerator.session = None
