@@ -80,10 +80,10 @@ def folder(tmp_path_factory) -> pathlib.Path:
 
 def namespace(folder: pathlib.Path) -> dict[str, Any]:
     """What a script has before the guide's blocks: an accelerator, a model, an optimizer, a tokenizer, `args`."""
-    layout = [name for name in os.environ if name.startswith("MEGATRON_LM_")]
+    output = folder / "-".join(["output", *(name for name in os.environ if name.startswith("MEGATRON_LM_"))])
     args = argparse.Namespace(
         max_train_steps=STEPS, num_warmup_steps=2, lr_scheduler_type="linear", gradient_accumulation_steps=1,
-        per_device_train_batch_size=4, per_device_eval_batch_size=4, output_dir=str(folder / "-".join(["out", *layout])),
+        per_device_train_batch_size=4, per_device_eval_batch_size=4, output_dir=str(output),
         data_path=[str(folder / "corpus_text_document")], splits_string="90,8,2", block_size=32,
         resume_from_checkpoint=str(folder / "toy"),
     )  # fmt: skip
@@ -93,7 +93,8 @@ def namespace(folder: pathlib.Path) -> dict[str, Any]:
     return {
         "accelerator": accelerator, "args": args, "math": math, "model": model, "os": os, "partial": partial,
         "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3), "torch": torch,
-        "tokenizer": transformers.AutoTokenizer.from_pretrained(folder / "toy"), "get_scheduler": transformers.get_scheduler,
+        "tokenizer": transformers.AutoTokenizer.from_pretrained(folder / "toy"),
+        "get_scheduler": transformers.get_scheduler,
         "DistributedType": megalith.accelerate.DistributedType, "MegatronLMPlugin": MegatronLMPlugin,
     }  # fmt: skip
 
@@ -163,11 +164,9 @@ def own_step_and_indexed_data(folder: pathlib.Path, variables: dict[str, str]) -
         assert loop.count("...") == 1
         names |= {"completed_steps": 0, "eval_interval": 3, "eval_iters": 2, "trained": [], "losses": []}
         exec(loop.replace("...", REST_OF_THE_LOOP).rstrip() + REST_OF_THE_EVALUATION, names)
-        plugin = names["accelerator"].state.megatron_lm_plugin
-        return {
-            "trained": names["trained"], "evaluated": [each.item() for each in names["losses"]],
-            "step": plugin.custom_train_step_class.__name__, "keywords": plugin.custom_train_step_kwargs["keytoken_ids"],
-        }  # fmt: skip
+        evaluated = [each.item() for each in names["losses"]]
+        step = names["accelerator"].state.megatron_lm_plugin.custom_train_step_class.__name__
+        return {"trained": names["trained"], "evaluated": evaluated, "step": step}
 
 
 def texts(folder: pathlib.Path, variables: dict[str, str]) -> dict[str, Any]:
