@@ -28,10 +28,7 @@ _JOBS = (
     "starts N processes, and `megalith launch` those of a script"
 )
 _PLAN = "planning is not there yet; --dry-run with --world-size N checks a layout and prints its numbers"
-_ACCELERATE = (
-    "the plugin for Accelerate is not there yet; megalith pretrain gpt|bert|t5 trains, "
-    "and its --load takes a Hugging Face folder as it is"
-)
+_ACCELERATE = "it is in megalith.accelerate, or megalith.accelerate.utils, here (docs/accelerate.md)"
 _DETOXIFY = "detoxification is not there yet; megalith generate --out-file writes the texts that it begins with"
 _REPORT = (
     "reports that compare runs are not there yet; each run folder has metrics.jsonl and loss.png, and "
