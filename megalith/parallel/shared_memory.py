@@ -1,9 +1,9 @@
 """Sums over the processes of one machine in shared memory, for decoding on CPUs.
 
 gloo takes some 400 us for the few KB that a decoding step sums after each attention and MLP, and there are a dozen such
-sums in a step; here it is some 20 us. Each process writes its part and then a count; when it has seen the counts of all,
-it adds the parts in the order of the ranks, so that all have the same bits. There are two sets of parts, used in turns:
-who writes a sum's part has seen that all have finished the sum before the last.
+sums in a step; here it is some 20 us. Each process writes its part and then a count. When it has seen the counts of
+all, it adds the parts in the order of the ranks, so that all have the same bits. There are two sets of parts, used in
+turns: who writes a sum's part has seen that all have finished the sum before the last.
 
 It relies on other processes seeing writes in their order, which x86 promises, and has no gradient.
 """

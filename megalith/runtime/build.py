@@ -31,8 +31,8 @@ from megalith.parallel.pipeline.deferred import WeightGradientQueue
 from megalith.parallel.pipeline.pipeline import Pipeline
 from megalith.parallel.pipeline.shared import SharedParameters
 from megalith.parallel.pipeline.split import Cut, canonical_names
-from megalith.parallel.shared_memory import SharedMemorySum, shared_memory_sum
 from megalith.parallel.sequence import sequence_axes, unsharded_sequences
+from megalith.parallel.shared_memory import SharedMemorySum, shared_memory_sum
 from megalith.parallel.stage_module import StageModule
 from megalith.runtime.initialize import initialize
 
