@@ -49,9 +49,9 @@ def work(args: argparse.Namespace) -> None:
     _, threads, factor, ranks = LAYOUTS[args.worker]
     torch.set_num_threads(threads)
     from megalith.config.run import RunConfig
-    from megalith.generation.cache import KVCache
     from megalith.generation.cached_attention import PrefillChunk
-    from megalith.generation.runner import ModelRunner
+    from megalith.generation.model import TextModel
+    from megalith.generation.parallel.runner import runner_of
     from megalith.runtime.build import build_runtime, init_mesh
 
     rows, length = factor * args.batch, args.prompt + args.new
@@ -71,8 +71,9 @@ def work(args: argparse.Namespace) -> None:
         tensor_model_parallel_size=ranks,
         device="cpu",
     )
-    model = build_runtime(config, init_mesh(config.parallel)).model.eval()
-    runner = ModelRunner(model, KVCache(model, rows, length, kv_heads=config.model.num_kv_heads // ranks))
+    runtime = build_runtime(config, init_mesh(config.parallel))
+    runtime.train(False)
+    runner = runner_of(TextModel.of(runtime), rows, length)
     prompts = [[(7 * i + 13 * row) % args.vocab_size for i in range(args.prompt)] for row in range(rows)]
 
     def text() -> Iterator[list[int]]:

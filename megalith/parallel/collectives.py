@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from megalith.parallel.shared_memory import SharedMemorySum
+
 ops = torch.ops._c10d_functional
 wait = ops.wait_tensor
 
@@ -23,10 +25,12 @@ class Axis:
 
     sequence_parallel: whether activations between the split layers are sharded along the sequence (rank r holds
         shard r).
+    shared_memory: sums of small tensors without gradient; None where they are not in use.
     """
 
     mesh: DeviceMesh
     sequence_parallel: bool = False
+    shared_memory: SharedMemorySum | None = None
 
     def __post_init__(self):
         self.size, self.rank, self.group = (

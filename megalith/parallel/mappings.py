@@ -35,6 +35,9 @@ def reduce_from_tensor_model_parallel_region(x: Tensor, axis: Axis) -> Tensor:
 
     The gradient of the latter is all-gathered to [b, s, h].
     """
+    shared = axis.shared_memory
+    if shared is not None and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or axis.sequence_parallel):
+        return shared(x) if shared.takes(x) else _Reduce.apply(x, axis.group)
     return _ReduceScatter.apply(x, axis.size, axis.group) if axis.sequence_parallel else _Reduce.apply(x, axis.group)
 
 

@@ -32,6 +32,7 @@ from megalith.parallel.pipeline.pipeline import Pipeline
 from megalith.parallel.pipeline.shared import SharedParameters
 from megalith.parallel.pipeline.split import Cut, canonical_names
 from megalith.parallel.sequence import sequence_axes, unsharded_sequences
+from megalith.parallel.shared_memory import SharedMemorySum, shared_memory_sum
 from megalith.parallel.stage_module import StageModule
 from megalith.runtime.initialize import initialize
 
@@ -152,6 +153,7 @@ class Runtime:
         inputs, arguments: see Pipeline.forward. models: compiled forms of the stages' models to call instead.
         """
         models = models or [stage.model for stage in self.stages]
+        _ = self.shared_memory  # the first call has an effect
         with unsharded_sequences(self.sequence_axes):
             if self.pipeline is not None:
                 return self.pipeline.forward(inputs, arguments, models)
@@ -161,6 +163,19 @@ class Runtime:
     def sequence_axes(self) -> list[Axis]:
         """The axes along which sequences are sharded."""
         return [axis for stage in self.stages for axis in sequence_axes(stage.model)]
+
+    @functools.cached_property
+    def shared_memory(self) -> SharedMemorySum | None:
+        """Where the first call lets passes without gradient sum over the tensor-parallel axis; None: it cannot be had.
+
+        Every process of the axis calls it.
+        """
+        found = shared_memory_sum(self.mesh.device_mesh.get_group("tp"), self.mesh.device)
+        axes = [getattr(module, "axis", None) for stage in self.stages for module in stage.model.modules()]
+        for axis in axes:
+            if isinstance(axis, Axis) and axis.mesh.mesh_dim_names == ("tp",):
+                axis.shared_memory = found
+        return found
 
     @property
     def has_last_stage(self) -> bool:

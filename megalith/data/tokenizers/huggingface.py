@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import pathlib
+import re
 import shutil
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -75,13 +78,19 @@ class LibraryTokenizer(Tokenizer):
     def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of many texts end to end, and how many belong to each."""
         if self._encoder is not None:
-            rows = [self._encoder(text) for text in texts]
+            rows = [self._encode_fast(text) for text in texts]
         else:
             rows = [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
         if self.prefix or self.suffix:
             rows = [np.concatenate([self.prefix, row, self.suffix]).astype(np.int64) for row in rows]
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         return (np.concatenate(rows) if rows else np.empty(0, np.int32)), lengths
+
+    def _encode_fast(self, text: str) -> Any:
+        """Ids of a text by gigatoken, unless it has characters of which the two libraries may think differently."""
+        if text.isascii() or unassigned().search(text) is None:
+            return self._encoder(text)
+        return np.array(self.backend.encode(text, add_special_tokens=False).ids, np.int64)
 
     def to_huggingface(self) -> tokenizers.Tokenizer:
         """A copy of the backend."""
@@ -104,6 +113,22 @@ class LibraryTokenizer(Tokenizer):
     def gigatoken_json(self) -> str:
         """The tokenizer.json that gigatoken gets."""
         return self.backend.to_str()
+
+
+@functools.cache
+def unassigned() -> re.Pattern[str]:
+    """Characters that Python's Unicode tables do not have yet.
+
+    Libraries whose tables are of different years class them differently, as letters or not, and split words elsewhere.
+    """
+    pieces, first = list[str](), None
+    for code in range(0x80, 0x40000):  # no letters lie beyond
+        if unicodedata.category(chr(code)) != "Cn":
+            pieces += [] if first is None else [f"{chr(first)}-{chr(code - 1)}"]
+            first = None
+        elif first is None:
+            first = code
+    return re.compile(f"[{''.join(pieces)}{chr(first)}-{chr(0x3FFFF)}]")
 
 
 def post_processor_ids(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
