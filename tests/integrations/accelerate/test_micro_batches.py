@@ -115,7 +115,7 @@ KINDS = {
     "megatron-bert": ("bert", BERTS["megatron-bert"], {"next_sentence_label": torch.tensor([0, 1, 1])}),
     "masked lm": ("bert", masked_lm("Bert"), {}),
     "classes": ("bert_classification", HEADED["bert classes"], {"labels": torch.tensor([0, 1, 2])}),
-    "t5": ("t5", t5(), {"labels": drawn("right", seed=2)["labels"][:, :7]}),
+    "t5": ("t5", t5(), {"labels": drawn("right", seed=2)["labels"][:, :7].contiguous()}),
 }
 
 
