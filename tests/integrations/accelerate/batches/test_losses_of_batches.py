@@ -8,7 +8,7 @@ import transformers
 
 from megalith.common.errors import ConfigError
 from megalith.integrations.accelerate.batches import shift_right
-from tests.integrations.accelerate.placed import IGNORED, LENGTH, PADDED, TOLERANCE, Placed, drawn, masked_lm
+from tests.integrations.accelerate.batches.placed import IGNORED, LENGTH, PADDED, TOLERANCE, Placed, drawn, masked_lm
 from tests.originals.families import BERTS, HEADED, MODELS, t5
 
 NAMES = "gpt2", "llama, padding", "mistral", "qwen2, half slides", "qwen3", "gemma, padding", "falcon 7b", "neox"
