@@ -193,7 +193,7 @@ def _bert(tensors: Mapping[str, Tensor], batch: Batch, session: Session) -> Batc
     if "labels" in tensors:
         made |= _labels(tensors["labels"])
     if orders:
-        order = tensors["next_sentence_label"].view(-1)
+        order = tensors["next_sentence_label"].flatten()
         made |= {"sentence_order": order.clamp(min=0), "order_mask": (order != IGNORED).float()}
     return made
 
@@ -214,11 +214,13 @@ def _bert_classification(tensors: Mapping[str, Tensor], batch: Batch, session: S
     made, config = _token_types(tensors, session), session.hf_config
     if "labels" not in tensors:
         return made
-    labels = tensors["labels"].view(-1)
-    kind = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
-    kind = getattr(config, "problem_type", None) or ("regression" if config.num_labels == 1 else kind)
-    if kind != "single_label_classification":
-        rule = "must be single_label_classification: each sample one of several classes, an integer"
+    labels = tensors["labels"].flatten()
+    single = "single_label_classification"
+    kind = getattr(config, "problem_type", None) or ("regression" if config.num_labels == 1 else single)
+    if kind == single and labels.is_floating_point():
+        kind = "multi_label_classification"
+    if kind != single:
+        rule = f"must be {single}: each sample has one of several classes, an integer"
         raise ConfigError(problem("The problem of the labels", kind, rule, "Take logits, and compute the loss of them"))
     _labels(labels)
     return made | {"labels": labels.clamp(min=0), "loss_mask": (labels != IGNORED).float()}

@@ -17,7 +17,7 @@ from megalith.integrations.accelerate.batches import cut, keep_padding_idx, outp
 from megalith.runtime.load import load_runtime
 from megalith.testing import run_ranks
 from megalith.testing.parity import full_tensor
-from tests.integrations.accelerate.placed import LENGTH, PADDED, TOLERANCE, Placed, drawn, masked_lm
+from tests.integrations.accelerate.batches.placed import LENGTH, PADDED, TOLERANCE, Placed, drawn, masked_lm
 from tests.originals.families import BERTS, HEADED, MODELS, t5
 
 GPT2 = types.SimpleNamespace(
@@ -115,7 +115,7 @@ KINDS = {
     "megatron-bert": ("bert", BERTS["megatron-bert"], {"next_sentence_label": torch.tensor([0, 1, 1])}),
     "masked lm": ("bert", masked_lm("Bert"), {}),
     "classes": ("bert_classification", HEADED["bert classes"], {"labels": torch.tensor([0, 1, 2])}),
-    "t5": ("t5", t5(), {"labels": drawn("right", seed=2)["labels"][:, :7]}),
+    "t5": ("t5", t5(), {"labels": drawn("right", seed=2)["labels"][:, :7].contiguous()}),
 }
 
 
@@ -167,6 +167,7 @@ def gradient_of_padding(layout: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return full_tensor(runtime.model.embedding.weight.grad), placed.original.get_input_embeddings().weight.grad
 
 
+@pytest.mark.slow
 def test_the_embedding_of_padding_in_a_split_vocabulary() -> None:
     """Transformers gives it no gradient, though padding before a text predicts the text's first token."""
     for found, expected in run_ranks(gradient_of_padding, 2, {"tensor_model_parallel_size": 2}):
