@@ -47,11 +47,11 @@ def read_file(path: pathlib.Path) -> list[str]:
 def blocks(tokenizer, texts: list[str], block_size: int, special: bool = False) -> list[list[int]]:
     """The tokens of all texts, one after the other, in blocks of block_size; what is left over is dropped.
 
-    special: blocks begin and end with the tokenizer's special tokens, which count.
+    special: each block begins with the tokenizer's [CLS] and ends with its [SEP].
     """
     ids = [token for row in tokenizer(texts, add_special_tokens=False)["input_ids"] for token in row]
-    size = block_size - (tokenizer.num_special_tokens_to_add() if special else 0)
+    size = block_size - 2 if special else block_size
     cut = [ids[first : first + size] for first in range(0, len(ids) - size + 1, size)]
     if not cut:
-        raise SystemExit(f"the texts have {len(ids)} tokens, less than a block of {block_size}; lower --block_size")
-    return [tokenizer.build_inputs_with_special_tokens(block) for block in cut] if special else cut
+        raise SystemExit(f"the texts have {len(ids)} tokens, too few for a block of {block_size}")
+    return [[tokenizer.cls_token_id, *block, tokenizer.sep_token_id] for block in cut] if special else cut

@@ -17,7 +17,10 @@ with environment.hidden("ACCELERATE_USE_MEGATRON_LM"):  # with it Accelerate wou
 
 HOME = "megalith.integrations.accelerate"
 OWN: dict[str, dict[str, str]] = {  # module of Accelerate -> name -> address of megalith's
-    "accelerate": {"Accelerator": f"{HOME}.accelerator:Accelerator"},
+    "accelerate": {
+        "Accelerator": f"{HOME}.accelerator:Accelerator",
+        "skip_first_batches": f"{HOME}.data:skip_first_batches",
+    },
     "accelerate.logging": {},
     "accelerate.utils": {
         "AbstractTrainStep": f"{HOME}.train_steps:AbstractTrainStep",

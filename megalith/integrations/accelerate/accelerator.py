@@ -103,14 +103,14 @@ class Accelerator(accelerate.Accelerator):
 
         Every process calls it with the same objects. Raises ConfigError for what cannot work.
         """
-        from megalith.integrations.accelerate import prepare  # which imports this module's users
-
         construction.check_device_placement(device_placement)
         for each in args:
             if isinstance(each, nn.Module) and self.verify_device_map(each):
                 rule = "must have been loaded without device_map, as it is placed in the plugin's layout"
                 found = Words("one spread over devices")
                 raise ConfigError(problem("The model", found, rule, "Load it without device_map='auto'"))
+        from megalith.integrations.accelerate import prepare  # all that training needs: imported when it begins
+
         results = list(prepare.prepare(self, args))
         for each in results:
             self._remember(each)
@@ -146,20 +146,30 @@ class Accelerator(accelerate.Accelerator):
         self, data_loader: Any, device_placement: Any = None, slice_fn_for_dispatch: Any = None
     ) -> Any:  # fmt: skip
         """A loader of num_micro_batches times as large batches, of this data-parallel process's samples."""
-        from megalith.integrations.accelerate import data
-
         construction.check_device_placement(device_placement)
         if slice_fn_for_dispatch is not None:
             rule, cure = "must be None, as loaders here are on every process", "Leave it out"
             raise ConfigError(problem("slice_fn_for_dispatch", Words("a function"), rule, cure))
         if not getattr(data_loader, "_is_accelerate_prepared", False):
+            from megalith.integrations.accelerate import data
+
+            plugin = self.state.megatron_lm_plugin
+            if plugin.micro_batch_size is None:
+                size, _ = data.micro_batch_size_of([data_loader], plugin.is_train_batch_min)
+                plugin.set_training_args(size, self.mesh.data_size)
             data_loader = data.prepare_loader(
-                data_loader, num_micro_batches=self.state.megatron_lm_plugin.num_micro_batches,
-                rank=self.mesh.data_rank, size=self.mesh.data_size, device=self.device,
-                dataloader_config=self.dataloader_config, rng_types=self.rng_types, mesh=self.mesh,
+                data_loader, num_micro_batches=plugin.num_micro_batches, rank=self.mesh.data_rank,
+                size=self.mesh.data_size, device=self.device, dataloader_config=self.dataloader_config,
+                rng_types=self.rng_types, mesh=self.mesh,
             )  # fmt: skip
         self._remember(data_loader)
         return data_loader
+
+    def skip_first_batches(self, dataloader: Any, num_batches: int = 0) -> Any:
+        """A loader like a prepared one, without the first num_batches batches of its next epoch."""
+        from megalith.integrations.accelerate import data
+
+        return data.skip_first_batches(dataloader, num_batches)
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
         """loss.backward(**kwargs), with the loss divided by gradient_accumulation_steps. Every process calls it.

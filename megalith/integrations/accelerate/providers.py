@@ -5,7 +5,7 @@
 
 - The name of an architecture (a short name of config/architectures.py, or `module:name`), or a class that carries one:
   that model is drawn at random, in the sizes of the transformers model that the script prepares.
-- A model of transformers, or of megalith (models/protocol.py): it is placed with its weights, instead of the script's.
+- A model of transformers: it is placed with its weights, instead of the script's.
 
 Megatron's own modules are not taken: they know of one layout alone. CONTRIBUTING.md has a model in one file.
 """
@@ -21,8 +21,8 @@ from torch import nn
 from megalith.common.errors import ConfigError, problem
 from megalith.config.architectures import Architecture, architecture
 from megalith.config.flags.text import Words
-from megalith.config.sections.model import ModelConfig
 
+LOSSES = ("lm", "bert", "classification", "t5")  # of config/architectures.py
 PARTS = ("pre_process", "post_process", "add_encoder", "add_decoder")  # Megatron's; here a provider makes all of them
 
 
@@ -48,16 +48,23 @@ def provided(plugin: Any, model: nn.Module) -> Provided:
     found = call_with_parts(provider) if prepare is None else prepare(provider)
     if isinstance(found, (list, tuple)) and len(found) == 1:  # Megatron's prepare functions return a list of stages
         (found,) = found
-    if isinstance(found, nn.Module):
-        config = getattr(found, "config", None)
-        if isinstance(config, ModelConfig) or hasattr(config, "to_json_string"):
-            return Provided(found)
-    elif (name := address_of(found)) is not None:
-        architecture(name)  # raises where there is none
+    if isinstance(found, nn.Module) and hasattr(getattr(found, "config", None), "to_json_string"):
+        return Provided(found)
+    if (name := address_of(found)) is not None:
+        check_loss(name)
         return Provided(model, name)
-    rule = "must return a model of transformers or megalith, or the name of an architecture of megalith"
+    rule = "must return a model of transformers, or the name of an architecture of megalith"
     cure = "Describe your model as CONTRIBUTING.md does, and return 'module:name'"
     raise ConfigError(problem("custom_model_provider_function", Words(kind_of(found)), rule, cure))
+
+
+def check_loss(name: str) -> None:
+    """Raise ConfigError where there is no such architecture, or batches of transformers do not fit its loss."""
+    loss = architecture(name).loss
+    if loss not in LOSSES:
+        rule = f"must have one of the losses {', '.join(LOSSES)}, which take the batches of transformers' loaders"
+        cure = "For a loss of your own add a custom_train_step_class, or use megalith pretrain"
+        raise ConfigError(problem(f"The architecture {name}", Words(f"the loss {loss}"), rule, cure))
 
 
 def call_with_parts(provider: Callable) -> Any:

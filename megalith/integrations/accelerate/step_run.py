@@ -41,7 +41,6 @@ from megalith.parallel.sharding import to_local
 RULE = "must return (loss, {name: value}), or (sum of losses, number of tokens, {name: value})"
 CURE = "Return a 0-dimensional loss, computed from the model's output, and what is to be reported"
 
-
 MicroBatch = tuple[dict[str, Tensor], Tensor]  # transformers' or an indexed dataset's names, numbers of its samples
 
 
@@ -109,6 +108,10 @@ class StepRun:
                 loss, tokens = loss / tokens.clamp(min=1.0).to(loss.dtype), None
         share = loss / (self.shares if tokens is None else self.shares * self.tokens_of_sample)
         self.returned.append(Returned(share.detach(), tokens, dict(found[-1])))
+        if found[-1].keys() != self.returned[0].reported.keys():
+            names = Words(", ".join(map(str, found[-1])) or "none")
+            rule, cure = "must be the same for every micro-batch", "Report a number under each name, always"
+            raise TrainingError(problem("The names that a loss function reports", names, rule, cure))
         return share
 
     def total(self) -> tuple[Tensor, Tensor]:
@@ -282,7 +285,7 @@ def split_rows(batch: dict[str, Any], samples: Tensor, session: Session) -> list
 
 def rows_of(batch: Mapping[str, Any]) -> int:
     """The number of samples of a batch."""
-    return next(len(each) for each in batch.values() if isinstance(each, Tensor) and each.dim())
+    return next((len(each) for each in batch.values() if isinstance(each, Tensor) and each.dim()), 0)
 
 
 def has_rows(value: Any, rows: int) -> bool:
@@ -292,6 +295,6 @@ def has_rows(value: Any, rows: int) -> bool:
 
 def describe(found: Any) -> str:
     """The types of what a loss function returned."""
-    kinds = [f"a tensor {list(each.shape)}" if isinstance(each, Tensor) else type(each).__name__ for each in
-             (found if isinstance(found, tuple) else (found,))]  # fmt: skip
-    return f"({', '.join(kinds)})" if isinstance(found, tuple) else kinds[0]
+    if isinstance(found, tuple):
+        return f"({', '.join(map(describe, found))})"
+    return f"a tensor {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__

@@ -101,10 +101,8 @@ class GPTTrainStep(_TrainStep):
         """As _TrainStep. Has eod_token, pad_token, reset_position_ids, reset_attention_mask and eod_mask_loss too."""
         super().__init__(accelerator, args)
         self.eod_token = self.pad_token = self.args.eos_token_id
-        self.reset_position_ids, self.reset_attention_mask = (
-            self.args.reset_position_ids,
-            self.args.reset_attention_mask,
-        )
+        self.reset_position_ids = self.args.reset_position_ids
+        self.reset_attention_mask = self.args.reset_attention_mask
         self.eod_mask_loss = self.args.eod_mask_loss
 
     def get_batch_func(self, accelerator: Any = None, megatron_dataset_flag: bool | None = None) -> Callable:

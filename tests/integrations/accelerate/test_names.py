@@ -28,7 +28,7 @@ SAME = [
     "non_blocking", "num_processes", "on_last_process", "on_local_main_process", "on_local_process", "on_main_process",
     "on_process", "optimizer_step_was_skipped", "parallelism_config", "print", "process_index", "profile",
     "project_dir", "register_for_checkpointing", "register_load_state_pre_hook", "register_save_state_pre_hook", "save",
-    "save_iteration", "set_trigger", "should_save_model", "skip_first_batches", "split_batches", "sync_gradients",
+    "save_iteration", "set_trigger", "should_save_model", "split_batches", "sync_gradients",
     "trigger_sync_in_backward", "unwrap_model", "use_distributed", "use_seedable_sampler", "use_stateful_dataloader",
     "verify_device_map", "wait_for_everyone",
 ]  # fmt: skip
@@ -59,6 +59,7 @@ DIFFERENT = {
     "reduce": "over data-parallel processes",
     "save_model": "a Hugging Face folder, written by all processes",
     "save_state": "for any layout",
+    "skip_first_batches": "of prepared loaders too",
     "split_between_processes": "between data-parallel processes",
     "tensor_parallel_rank": "by the plugin",
     "torch_device_mesh": "axes pp, dp_replicate, dp_shard, cp, tp",

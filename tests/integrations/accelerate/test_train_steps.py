@@ -371,7 +371,7 @@ def test_what_a_provider_must_return() -> None:
     model = toy_model("gpt2")
     with pytest.raises(ConfigError, match="You must provide a `custom_model_provider_function`"):
         provided(Plugin(prepare=lambda provider: model), model)
-    with pytest.raises(ConfigError, match="must return a model of transformers or megalith"):
+    with pytest.raises(ConfigError, match="must return a model of transformers, or"):
         provided(Plugin(provider=lambda: GPT), model)
     with pytest.raises(ConfigError, match="found Linear"):
         provided(Plugin(provider=lambda **parts: torch.nn.Linear(2, 2)), model)

@@ -9,6 +9,7 @@ import numpy as np
 
 from megalith.common.errors import ConfigError, DataError, problem
 from megalith.config.flags.text import Words
+from megalith.config.megatron.counts import vocab_size_of_rows
 from megalith.config.run import RunConfig
 from megalith.config.sections.data import too_many_tokens
 from megalith.data.tokenizers.tokenizer import load_tokenizer, tokenizer_from_config
@@ -49,7 +50,8 @@ def choose_tokenizer(config: RunConfig, session: Session, vocab_size: int | None
     """
     rows, folder = config.model.vocab_size, session.tokenizer_folder
     if config.data.tokenizer_type is not None:
-        tokenizer: Any = tokenizer_from_config(config.data, vocab_size or rows)
+        size = vocab_size or vocab_size_of_rows(rows, config.data.tokenizer_type)
+        tokenizer: Any = tokenizer_from_config(config.data, size)
         name = config.data.tokenizer_type
     elif (found := _of_folder(config, session)) is not None:
         tokenizer, name = found, f"that of {folder}"
@@ -62,9 +64,7 @@ def choose_tokenizer(config: RunConfig, session: Session, vocab_size: int | None
         )
     else:
         rule = f"must be given, as a {config.data.dataset} dataset masks words"
-        cure = (
-            "Write vocab_file=... (or tokenizer_type and tokenizer_model), or load the model from a folder that has it"
-        )
+        cure = "Write vocab_file=... (or tokenizer_model=...), or load the model from a folder that has it"
         raise ConfigError(problem("The tokenizer", Words("none"), rule, cure))
     if tokenizer.vocab_size > rows:
         raise ConfigError(too_many_tokens(tokenizer.vocab_size, rows))
@@ -93,7 +93,7 @@ class ProvidedDataset:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Sample `index` under the names that megalith's datasets have. Raises DataError where a loss mask is missing."""
+        """Sample `index` under the names that megalith's datasets have. Raises DataError where one is missing."""
         given = {name: np.asarray(value) for name, value in self.dataset[index].items()}
         sample = {new: given[name] for name in given if (new := MEGATRON_NAMES.get(name, name)) is not None}
         if "text" in given and "labels" not in given:

@@ -13,17 +13,16 @@ from typing import Any
 import torch
 
 from megalith.common.errors import ConfigError, MegalithError, TrainingError, problem
-from megalith.config.batch_math import global_batch
 from megalith.config.checks.checks import find_problems
 from megalith.config.flags.text import Words, fail
 from megalith.config.flags.values import fields
 from megalith.config.run import RunConfig
-from megalith.data.build import sample_counts, why_no_validation
+from megalith.data.build import sample_counts
 from megalith.data.loader import Loader
 from megalith.data.samples.splits import SPLIT_NAMES
-from megalith.integrations.accelerate import megatron_args
 from megalith.integrations.accelerate.batches import IndexedBatch
 from megalith.integrations.accelerate.data.datasets import ProvidedDataset, choose_tokenizer, tokenizer_type
+from megalith.integrations.accelerate.options import megatron_args
 from megalith.integrations.accelerate.session import Session
 from megalith.training.build import build_loaders, open_datasets
 
@@ -52,10 +51,7 @@ class MegatronLMDummyDataLoader:
             rule = f"is another spelling of split, {given['split']!r}, and must be equal to it"
             problems.append(problem(f"{WHERE}: splits_string", splits, rule, "Leave out one of the two"))
         if not given.get("micro_batch_size"):
-            rule, cure = (
-                "must be given: samples of a micro-batch",
-                "Write micro_batch_size=args.per_device_train_batch_size",
-            )
+            rule, cure = "must be given: samples of a micro-batch", "Write micro_batch_size=8"
             problems.append(problem(f"{WHERE}: micro_batch_size", Words("none"), rule, cure))
         read = megatron_args.read({name: _one_path(value) for name, value in given.items()}, WHERE)
         for name in read.values:
@@ -76,7 +72,7 @@ def _one_path(value: Any) -> Any:
 class IndexedLoader:
     """Batches of one split of indexed datasets, without end; every process takes the same number of them.
 
-    consumed_samples: of all data-parallel processes, which is the number of the next sample. dataset: of all its samples.
+    consumed_samples: of all data-parallel processes, which is the number of the next sample.
     """
 
     use_stateful_dataloader = True  # so that Accelerate's save_state asks for `state_dict`
@@ -147,24 +143,31 @@ def indexed_loaders(
         if plugin.custom_megatron_datasets_provider_function is not None:
             counts = sample_counts(config, mesh.data_size)
             provided = plugin.custom_megatron_datasets_provider_function(list(counts))
-            datasets = {name: each and ProvidedDataset(each) for name, each in zip(SPLIT_NAMES, provided, strict=True)}
+            datasets = {
+                name: None if each is None else ProvidedDataset(each)
+                for name, each in zip(SPLIT_NAMES, provided, strict=True)
+            }
         else:
-            tokenizer, line = choose_tokenizer(config, session)
+            tokenizer, line = choose_tokenizer(config, session, dummy.values.get("vocab_size"))
             dummy.notices.append(line)
             datasets = open_datasets(config, mesh, tokenizer)
         loaders = build_loaders(config, mesh, datasets)
     except MegalithError as error:
         raise type(error)(f"{WHERE}: {megatron_args.without_dashes(str(error))}") from error
     batch_size = (config.batch.micro_batch_size or 1) * plugin.num_micro_batches * mesh.data_size
-    missing = megatron_args.without_dashes(why_no_validation(config.data, datasets["train"]))
     consumed: Sequence[int] = plugin.consumed_samples or [0, 0, 0]
     return [
         IndexedLoader(
             loaders.get(name), batch_size=batch_size, consumed_samples=first, device=mesh.device,
-            repeats=name != "train", why_missing=f"There is no {name} data: {missing}",
+            repeats=name != "train", why_missing=_why_missing(name, config),
         )
         for name, first in zip(SPLIT_NAMES, consumed)
     ]  # fmt: skip
+
+
+def _why_missing(name: str, config: RunConfig) -> str:
+    found, rule = Words(f"none with split={config.data.split!r}"), "must be there where the script takes a batch of it"
+    return problem(f"{WHERE}: {name} data", found, rule, f"Raise its part of split, or give {name}_data_path")
 
 
 def dataset_config(dummy: MegatronLMDummyDataLoader, session: Session, train_iters: int | None) -> RunConfig:
@@ -192,7 +195,6 @@ def dataset_config(dummy: MegatronLMDummyDataLoader, session: Session, train_ite
 
 def _check(config: RunConfig, world_size: int, built: bool) -> None:
     """Raise ConfigError with all that is wrong with the section data. built: whether datasets are made of a corpus."""
-    assert global_batch(config, 1)
     found = find_problems(config, world_size, corpus=built, one_step=True)
     own = [each for each in found if any(fields()[name].section == "data" for name in each.fields)]
     needless = ("tokenizer_type", "vocab_file")  # a tokenizer may also come from the model's folder

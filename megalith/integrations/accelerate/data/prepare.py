@@ -136,7 +136,7 @@ def micro_batch_size_of(loaders: Iterable[Any], is_train_batch_min: bool) -> tup
         raise ConfigError(
             "You must specify a training or evaluation dataloader in `accelerate.prepare()` when using Megatron-LM: "
             "its batch_size is the micro-batch. Give accelerator.prepare a DataLoader with a batch_size (a "
-            "batch_sampler of your own needs an attribute batch_size), or MegatronLMDummyDataLoader(micro_batch_size=...)."
+            "batch_sampler of your own needs an attribute batch_size), or a MegatronLMDummyDataLoader."
         )
     chosen = min(sizes) if is_train_batch_min else max(sizes)
     if len(set(sizes)) == 1:
