@@ -61,12 +61,20 @@ class Counterpart:
 
 
 def counterparts(hf_model: nn.Module, model: ModelConfig) -> dict[int, Counterpart]:
-    """{id of a parameter of the transformers model: what it is in megalith's model}; parameters may be on meta."""
+    """{id of a parameter of the transformers model: what it is in megalith's model}; parameters may be on meta.
+
+    They are nothing where the model is of no known family (and the one here is the user's own).
+    """
+    found: dict[int, Counterpart] = {}
+    named = list(hf_model.named_parameters(remove_duplicate=False))
+    for name, parameter in named:
+        found.setdefault(id(parameter), Counterpart(name, parameter))
+    if hf_model.config.model_type not in FAMILIES.addresses:
+        return found
     family = FAMILIES.find(hf_model.config.model_type)
     known = {hf_name: (names, rule.conversion) for rule, hf_name, names in parameter_rules(family, model)}
-    found: dict[int, Counterpart] = {}
-    for name, parameter in hf_model.named_parameters(remove_duplicate=False):
-        each, stored = found.setdefault(id(parameter), Counterpart(name, parameter)), family.file_names.get(name, name)
+    for name, parameter in named:
+        each, stored = found[id(parameter)], family.file_names.get(name, name)
         if stored in known:
             names, conversion = known[stored]
             each.pieces[names] = conversion
@@ -95,7 +103,7 @@ def adopt(
     groups = [_names_of(group["params"], known) for group in optimizer.param_groups]
     lines, shapes = [], parameter_shapes(model)
     fail(_shared_by_groups(groups))
-    if new := _add_new(groups, known, shapes):
+    if new := _add_new(groups, optimizer, known, shapes):
         lines.append(f"Parameters that the transformers model lacks join the group of those like them: {_listed(new)}")
     lines += _notes(optimizer, known.values(), groups)
     here = collections.defaultdict[str, list[nn.Parameter]](list)  # copies too, which stages of this process share
@@ -126,15 +134,16 @@ def _names_of(parameters: list[nn.Parameter], known: Mapping[int, Counterpart]) 
     return names
 
 
-def _add_new(groups: list[Names], known: Mapping[int, Counterpart], shapes: Mapping[str, tuple]) -> list[str]:
+def _add_new(
+    groups: list[Names], optimizer: Optimizer, known: Mapping[int, Counterpart], shapes: Mapping[str, tuple]
+) -> list[str]:  # fmt: skip
     """Add the parameters without a counterpart, which a changed architecture has, to groups; returns their names."""
     named = {name for each in known.values() for name in each.names}
     new = [name for name in shapes if name not in named]
-    old = [(number, other) for number, names in enumerate(groups) for other in names]
+    kinds = {pattern_of(name): number for number, names in enumerate(groups) for name in names}
+    dims = {each.dim(): number for number, group in enumerate(optimizer.param_groups) for each in group["params"]}
     for name in new:
-        same_kind = (number for number, other in old if pattern_of(other) == pattern_of(name))
-        same_dims = (number for number, other in old if len(shapes[other]) == len(shapes[name]))
-        groups[next(same_kind, next(same_dims, 0))][name] = True
+        groups[kinds.get(pattern_of(name), dims.get(len(shapes[name]), 0))][name] = True
     return new
 
 
