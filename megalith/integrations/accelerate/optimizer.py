@@ -32,9 +32,10 @@ if TYPE_CHECKING:
     from megalith.integrations.accelerate.session import Session
 
 # Their steps treat every element by itself, so that a shard of a tensor is trained as it would be in the whole tensor.
+# (Rprop's does too, but not on DTensors: it assigns through masks.)
 ELEMENTWISE = (
     optim.Adam, optim.SGD, optim.NAdam, optim.RAdam, optim.Adamax, optim.Adagrad, optim.Adadelta, optim.RMSprop,
-    optim.ASGD, optim.Rprop,
+    optim.ASGD,
 )  # fmt: skip
 LOW_BIT_PACKAGES = ("bitsandbytes", "torchao")  # whose state is quantized, or made by kernels for whole tensors
 Names = dict[str, bool]  # of parameters, as megalith calls them -> whether they are trained
@@ -156,28 +157,22 @@ def _class_problems(optimizer: Optimizer, runtime: Runtime) -> Iterator[str]:
         yield problem(what, found, "must keep its state as unquantized tensors like the parameters", cure)
     elif isinstance(optimizer, (optim.LBFGS, optim.SparseAdam)):
         yield problem(what, found, "must take a step from dense gradients, without a closure", adamw)
-    elif _is_sharded(runtime) and not _is_elementwise(optimizer):
+    elif _has_parts(runtime) and not _is_elementwise(optimizer):
         rule = (
             "must treat each element by itself (torch's Adam, AdamW, SGD, NAdam, RAdam, Adamax, Adagrad, Adadelta, "
-            "RMSprop, ASGD, Rprop) where tensors or layers are divided among processes, because it sees parts of them"
+            "RMSprop, ASGD) where parameters are divided among processes, or are DTensors for mixed precision"
         )
-        cure = f"{adamw}, or tp_degree=1, pp_degree=1 and use_distributed_optimizer=False, or, where it does so, set "
-        yield problem(what, found, rule, f"{cure}`elementwise = True` on its class")
+        cure = f"{adamw}, or tp_degree=1, pp_degree=1, use_distributed_optimizer=False and mixed_precision='no', or "
+        yield problem(what, found, rule, f"{cure}set `elementwise = True` on its class where it does so")
 
 
 def _is_elementwise(optimizer: Optimizer) -> bool:
     return isinstance(optimizer, ELEMENTWISE) or getattr(optimizer, "elementwise", False)
 
 
-def _is_sharded(runtime: Runtime) -> bool:
-    if runtime.mesh.size("tp") * runtime.mesh.size("pp") > 1:
-        return True
-    parameters = [each for _, each in runtime.named_parameters() if isinstance(each, DTensor)]
-    return any(
-        placement.is_shard() and each.device_mesh.size(axis) > 1
-        for each in parameters
-        for axis, placement in enumerate(each.placements)
-    )
+def _has_parts(runtime: Runtime) -> bool:
+    """Whether this process has a part of the parameters, or shards of them (of one process, under mixed precision)."""
+    return runtime.mesh.size("pp") > 1 or any(isinstance(each, DTensor) for _, each in runtime.named_parameters())
 
 
 def _foreign_parameters(optimizer: Optimizer, known: Mapping[int, Counterpart]) -> Iterator[str]:

@@ -103,7 +103,7 @@ def backward(session: Session, kind: str, number: int) -> None:
     first = runtime.mesh.data_rank * rows
     here = {name: tensor[first : first + rows] for name, tensor in batch_of(kind, number)[1].items()}
     batches = [runtime.prepare_batch(here, task.sequences)]
-    session.add_gradients(local=False)
+    session.add_gradients(local=True)
     counts = global_counts(runtime, task, batches)
     run_micro_batches(runtime, task, batches, counts, session.steps, train=True)
 
