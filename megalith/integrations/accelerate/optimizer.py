@@ -32,9 +32,10 @@ if TYPE_CHECKING:
     from megalith.integrations.accelerate.session import Session
 
 # Their steps treat every element by itself, so that a shard of a tensor is trained as it would be in the whole tensor.
+# (Rprop's does too, but not on DTensors: it assigns through masks.)
 ELEMENTWISE = (
     optim.Adam, optim.SGD, optim.NAdam, optim.RAdam, optim.Adamax, optim.Adagrad, optim.Adadelta, optim.RMSprop,
-    optim.ASGD, optim.Rprop,
+    optim.ASGD,
 )  # fmt: skip
 LOW_BIT_PACKAGES = ("bitsandbytes", "torchao")  # whose state is quantized, or made by kernels for whole tensors
 Names = dict[str, bool]  # of parameters, as megalith calls them -> whether they are trained
@@ -61,12 +62,20 @@ class Counterpart:
 
 
 def counterparts(hf_model: nn.Module, model: ModelConfig) -> dict[int, Counterpart]:
-    """{id of a parameter of the transformers model: what it is in megalith's model}; parameters may be on meta."""
+    """{id of a parameter of the transformers model: what it is in megalith's model}; parameters may be on meta.
+
+    They are nothing where the model is of no known family (and the one here is the user's own).
+    """
+    found: dict[int, Counterpart] = {}
+    named = list(hf_model.named_parameters(remove_duplicate=False))
+    for name, parameter in named:
+        found.setdefault(id(parameter), Counterpart(name, parameter))
+    if hf_model.config.model_type not in FAMILIES.addresses:
+        return found
     family = FAMILIES.find(hf_model.config.model_type)
     known = {hf_name: (names, rule.conversion) for rule, hf_name, names in parameter_rules(family, model)}
-    found: dict[int, Counterpart] = {}
-    for name, parameter in hf_model.named_parameters(remove_duplicate=False):
-        each, stored = found.setdefault(id(parameter), Counterpart(name, parameter)), family.file_names.get(name, name)
+    for name, parameter in named:
+        each, stored = found[id(parameter)], family.file_names.get(name, name)
         if stored in known:
             names, conversion = known[stored]
             each.pieces[names] = conversion
@@ -95,7 +104,7 @@ def adopt(
     groups = [_names_of(group["params"], known) for group in optimizer.param_groups]
     lines, shapes = [], parameter_shapes(model)
     fail(_shared_by_groups(groups))
-    if new := _add_new(groups, known, shapes):
+    if new := _add_new(groups, optimizer, known, shapes):
         lines.append(f"Parameters that the transformers model lacks join the group of those like them: {_listed(new)}")
     lines += _notes(optimizer, known.values(), groups)
     here = collections.defaultdict[str, list[nn.Parameter]](list)  # copies too, which stages of this process share
@@ -126,15 +135,16 @@ def _names_of(parameters: list[nn.Parameter], known: Mapping[int, Counterpart]) 
     return names
 
 
-def _add_new(groups: list[Names], known: Mapping[int, Counterpart], shapes: Mapping[str, tuple]) -> list[str]:
+def _add_new(
+    groups: list[Names], optimizer: Optimizer, known: Mapping[int, Counterpart], shapes: Mapping[str, tuple]
+) -> list[str]:  # fmt: skip
     """Add the parameters without a counterpart, which a changed architecture has, to groups; returns their names."""
     named = {name for each in known.values() for name in each.names}
     new = [name for name in shapes if name not in named]
-    old = [(number, other) for number, names in enumerate(groups) for other in names]
+    kinds = {pattern_of(name): number for number, names in enumerate(groups) for name in names}
+    dims = {each.dim(): number for number, group in enumerate(optimizer.param_groups) for each in group["params"]}
     for name in new:
-        same_kind = (number for number, other in old if pattern_of(other) == pattern_of(name))
-        same_dims = (number for number, other in old if len(shapes[other]) == len(shapes[name]))
-        groups[next(same_kind, next(same_dims, 0))][name] = True
+        groups[kinds.get(pattern_of(name), dims.get(len(shapes[name]), 0))][name] = True
     return new
 
 
@@ -147,28 +157,22 @@ def _class_problems(optimizer: Optimizer, runtime: Runtime) -> Iterator[str]:
         yield problem(what, found, "must keep its state as unquantized tensors like the parameters", cure)
     elif isinstance(optimizer, (optim.LBFGS, optim.SparseAdam)):
         yield problem(what, found, "must take a step from dense gradients, without a closure", adamw)
-    elif _is_sharded(runtime) and not _is_elementwise(optimizer):
+    elif _has_parts(runtime) and not _is_elementwise(optimizer):
         rule = (
             "must treat each element by itself (torch's Adam, AdamW, SGD, NAdam, RAdam, Adamax, Adagrad, Adadelta, "
-            "RMSprop, ASGD, Rprop) where tensors or layers are divided among processes, because it sees parts of them"
+            "RMSprop, ASGD) where parameters are divided among processes, or are DTensors for mixed precision"
         )
-        cure = f"{adamw}, or tp_degree=1, pp_degree=1 and use_distributed_optimizer=False, or, where it does so, set "
-        yield problem(what, found, rule, f"{cure}`elementwise = True` on its class")
+        cure = f"{adamw}, or tp_degree=1, pp_degree=1, use_distributed_optimizer=False and mixed_precision='no', or "
+        yield problem(what, found, rule, f"{cure}set `elementwise = True` on its class where it does so")
 
 
 def _is_elementwise(optimizer: Optimizer) -> bool:
     return isinstance(optimizer, ELEMENTWISE) or getattr(optimizer, "elementwise", False)
 
 
-def _is_sharded(runtime: Runtime) -> bool:
-    if runtime.mesh.size("tp") * runtime.mesh.size("pp") > 1:
-        return True
-    parameters = [each for _, each in runtime.named_parameters() if isinstance(each, DTensor)]
-    return any(
-        placement.is_shard() and each.device_mesh.size(axis) > 1
-        for each in parameters
-        for axis, placement in enumerate(each.placements)
-    )
+def _has_parts(runtime: Runtime) -> bool:
+    """Whether this process has a part of the parameters, or shards of them (of one process, under mixed precision)."""
+    return runtime.mesh.size("pp") > 1 or any(isinstance(each, DTensor) for _, each in runtime.named_parameters())
 
 
 def _foreign_parameters(optimizer: Optimizer, known: Mapping[int, Counterpart]) -> Iterator[str]:

@@ -308,7 +308,9 @@ def refused_in_layout() -> None:
     with accelerating():
         model = toy_model("llama")
         runtime = placed(model, **LAYOUTS["tp2"][1])
-        with pytest.raises(ConfigError, match=r"Adafactor. Use torch.optim.AdamW, or tp_degree=1, .*`elementwise = Tr"):
+        with pytest.raises(
+            ConfigError, match=r"Adafactor. Use torch.optim.AdamW, or tp_degree=1, .*`elementwise = True"
+        ):
             adopt(Adafactor(model.parameters()), model, runtime)
 
 

@@ -7,6 +7,7 @@ import accelerate.utils
 import pytest
 import torch
 from accelerate.state import GradientState
+from accelerate.utils.deepspeed import DummyScheduler
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau, StepLR
 from transformers import get_scheduler
@@ -21,6 +22,7 @@ from megalith.integrations.accelerate.schedules import (
 )
 from tests.integrations.accelerate.helpers import accelerating
 
+pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # no optimizer steps here
 DEFAULTS = {"lr_decay_style": "linear", "min_lr": 0.0, "weight_decay_incr_style": "constant"}
 
 
@@ -213,7 +215,7 @@ def test_which_schedulers_are_prepared() -> None:
     assert prepare(StepLR(session.optimizer.optimizer, 1), session)
     with pytest.raises(ConfigError, match="bound to another one; found StepLR"):
         prepare(StepLR(optimizer_of(), 1), session)
-    deepspeed = accelerate.utils.DummyScheduler(optimizer)
+    deepspeed = DummyScheduler(optimizer)
     assert is_scheduler(deepspeed)
     with pytest.raises(ConfigError, match="must not be DeepSpeed's"):
         prepare(deepspeed, session)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.state import GradientState
 from torch import Tensor
 from torch.optim import Optimizer
@@ -88,6 +89,7 @@ def prepared(
     model: PreTrainedModel, optimizer: Optimizer, kind: str = "gpt2", layout: str = "one", **plugin: Any
 ) -> MegatronOptimizer:  # fmt: skip
     """The optimizer of the placed model."""
+    Accelerator(cpu=True)  # whose state the wrappers of Accelerate want
     session = session_of(placed(model, **LAYOUTS[layout][1]), kind, **plugin)
     adopt(optimizer, model, session.runtime, session.plugin)
     session.optimizer = MegatronOptimizer(optimizer, session)
@@ -101,7 +103,7 @@ def backward(session: Session, kind: str, number: int) -> None:
     first = runtime.mesh.data_rank * rows
     here = {name: tensor[first : first + rows] for name, tensor in batch_of(kind, number)[1].items()}
     batches = [runtime.prepare_batch(here, task.sequences)]
-    session.add_gradients(local=False)
+    session.add_gradients(local=True)
     counts = global_counts(runtime, task, batches)
     run_micro_batches(runtime, task, batches, counts, session.steps, train=True)
 
