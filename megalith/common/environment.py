@@ -5,8 +5,10 @@ Those of a launcher have the names that torchrun gives them. config/environment.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
+from collections.abc import Iterator
 
 from megalith.common.errors import ConfigError, problem
 
@@ -24,6 +26,17 @@ def number(name: str) -> int | None:
         return int(os.environ[name])
     except (KeyError, ValueError):
         return None
+
+
+@contextlib.contextmanager
+def hidden(name: str) -> Iterator[None]:
+    """Within the block a variable is not set: another package reads it, and would act on it."""
+    text = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if text is not None:
+            os.environ[name] = text
 
 
 def truth(text: str) -> bool | None:
@@ -54,6 +67,11 @@ def world_size() -> int | None:
 def local_rank() -> int | None:
     """LOCAL_RANK: the number of this process among those of its machine, counted from 0."""
     return number("LOCAL_RANK")
+
+
+def local_world_size() -> int | None:
+    """LOCAL_WORLD_SIZE: how many processes of the run this machine has."""
+    return number("LOCAL_WORLD_SIZE")
 
 
 def has_launcher() -> bool:
@@ -120,3 +138,15 @@ def megatron_lm_options() -> dict[str, str]:
     prefix = "MEGATRON_LM_"
     found = {name.removeprefix(prefix).lower(): text for name, text in os.environ.items() if name.startswith(prefix)}
     return {name: text for name, text in found.items() if text.lower() not in ("", "none")}
+
+
+def accelerate_config_file() -> pathlib.Path:
+    """Where `accelerate config` writes its YAML unless told otherwise: below HF_HOME, or the user's cache."""
+    user_cache = variable("XDG_CACHE_HOME") or "~/.cache"
+    home = pathlib.Path(variable("HF_HOME") or pathlib.Path(user_cache) / "huggingface").expanduser()
+    return home / "accelerate" / "default_config.yaml"
+
+
+def threads() -> str | None:
+    """OMP_NUM_THREADS: the threads of each process on the CPU, as text."""
+    return variable("OMP_NUM_THREADS")

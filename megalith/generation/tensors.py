@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,50 +16,62 @@ def generate_tokens(
     model: Model, input_ids: Tensor, attention_mask: Tensor | None = None, *, max_length: int | None = None,
     max_new_tokens: int | None = None, num_beams: int | None = None, temperature: float | None = None,
     top_k: int | None = None, top_p: float | None = None, length_penalty: float | None = None,
-    top_p_decay: float = 0.0, top_p_bound: float = 0.0, add_BOS: bool = False, stop_token: int | None = None,
-    random_seed: int | None = 0, batch_size: int = 32,
+    top_p_decay: float = 0.0, top_p_bound: float = 0.0, add_BOS: bool = False,
+    stop_token: int | Sequence[int] | None = None, random_seed: int | None = 0, batch_size: int = 32,
+    bos_token: int | None = None, pad_token: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """Prompts and what a decoder-only model writes after them, int64 [b, t], on the device of input_ids.
+    """Prompts and what a model writes after them, or the answers of an encoder-decoder: int64 [b, t], on the device of
+    input_ids.
 
     input_ids: int64 [b, s]. attention_mask: [b, s], 1 where a token of the prompt is and 0 where padding is, on the
-    right or on the left; None where there is no padding. Each row of the result is a prompt without padding (with the
-    end-of-document token before it for add_BOS), then its new tokens up to the one that ended it, then padding to the
-    longest row: end-of-document tokens, or stop_token for a model without a tokenizer.
+    right or on the left; None where there is no padding. Each row of the result is a prompt without padding (with
+    bos_token before it for add_BOS), or the token with which a decoder starts; then its new tokens up to the one that
+    ended it, then pad_token to the longest row.
 
-    max_new_tokens: most new tokens of each row; else max_length - s. num_beams: beam search, for several prompts too;
-    the result is the best of each. temperature, top_k, top_p, top_p_decay, top_p_bound, length_penalty: as in
-    GenerationParams; None for their default. stop_token: ends a row, instead of the end-of-document token. random_seed:
-    the same seed gives the same tokens; None draws one. batch_size: see `complete`.
+    max_new_tokens: most new tokens of each row; else max_length - s, or max_length - 1 of an encoder-decoder.
+    num_beams: beam search, for several prompts too; the result is the best of each. temperature, top_k, top_p,
+    top_p_decay, top_p_bound, length_penalty: as in GenerationParams; None for their default. stop_token: one or
+    several, which end a row instead of the end-of-document token. random_seed: the same seed gives the same tokens;
+    None draws one. batch_size: see `complete`. bos_token, pad_token: by default the end-of-document token, and for a
+    model without a tokenizer the first stop_token as padding.
 
-    Raises ConfigError for tensors of other shapes, for a mask with holes, for an encoder-decoder, and for options that
-    cannot work; DataError for unknown tokens.
+    Raises ConfigError for tensors of other shapes, for a mask with holes, and for options that cannot work; DataError
+    for unknown tokens.
     """
     model = as_model(model)
-    text = as_text_model(model)
-    pad = text.end_token if text.end_token is not None else stop_token
-    if text.config.decoder_layers:
-        raise ConfigError(problem("The model", "t5", "must be decoder-only for tensors of tokens", "Use complete"))
+    text, stops = as_text_model(model), () if stop_token is None else stop_token
+    answers = bool(text.config.decoder_layers)
+    candidates = [pad_token, text.end_token, *(stops if isinstance(stops, (list, tuple)) else [stops])]
+    pad = next((token for token in candidates if token is not None), None)
     if pad is None:
         rule = "must be given for a model without a tokenizer, because it pads the result"
         raise ConfigError(problem("stop_token", None, rule, "Give a token number"))
     if max_new_tokens is None:
-        if max_length is None:
-            rule = "must be given"
-            raise ConfigError(problem("max_new_tokens or max_length", Words("neither"), rule, "Give max_new_tokens"))
-        max_new_tokens = max_length - input_ids.shape[-1]
-        if max_new_tokens < 0:
-            rule = f"must be at least the width of input_ids, {input_ids.shape[-1]}"
-            raise ConfigError(problem("max_length", max_length, rule, "Give more, or give max_new_tokens"))
+        max_new_tokens = new_tokens(max_length, 1 if answers else input_ids.shape[-1])
+    prompts = unpad(input_ids, attention_mask)
+    if bos_token is not None:
+        prompts = [[bos_token, *ids] if add_BOS or not ids else ids for ids in prompts]
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "length_penalty": length_penalty}
     completions = complete(
-        model, unpad(input_ids, attention_mask), batch_size=batch_size,
+        model, prompts, batch_size=batch_size,
         max_new_tokens=max_new_tokens, beam_width=num_beams, top_p_decay=top_p_decay, top_p_bound=top_p_bound,
-        add_bos=add_BOS, stop_token_ids=() if stop_token is None else stop_token, stop_at_eod=stop_token is None,
+        add_bos=add_BOS if bos_token is None else False, stop_token_ids=stops, stop_at_eod=stop_token is None,
         seed=random_seed, **{name: value for name, value in options.items() if value is not None},
     )  # fmt: skip
-    rows = [torch.tensor(each.prompt_ids + each.ids) for each in completions]
+    rows = [torch.tensor(([text.decoder_start] if answers else each.prompt_ids) + each.ids) for each in completions]
     padded = torch.nn.utils.rnn.pad_sequence(rows, True, pad) if rows else torch.zeros(0, 0, dtype=torch.int64)
     return padded.to(input_ids.device)
+
+
+def new_tokens(max_length: int | None, width: int) -> int:
+    """Most new tokens of rows that are `width` tokens wide. Raises ConfigError where max_length does not say."""
+    if max_length is None:
+        rule = "must be given"
+        raise ConfigError(problem("max_new_tokens or max_length", Words("neither"), rule, "Give max_new_tokens"))
+    if max_length < width:
+        rule = f"must be at least the width of input_ids, {width}"
+        raise ConfigError(problem("max_length", max_length, rule, "Give more, or give max_new_tokens"))
+    return max_length - width
 
 
 def unpad(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:

@@ -8,6 +8,7 @@ import torch
 from megalith.common.errors import ConfigError, DataError
 from megalith.generation.engine import Engine
 from megalith.generation.generate import complete
+from megalith.generation.model import TextModel
 from megalith.generation.tensors import generate_tokens
 
 PROMPTS = [[5, 17, 3, 60, 2], [9], [44, 44, 8]]
@@ -120,9 +121,31 @@ def test_what_cannot_be_is_told(message: str, make) -> None:
         generate_tokens(make(), **given)
 
 
+def test_an_encoder_decoder_answers(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows begin with the decoder's start; two stop tokens, and another token for padding."""
+    monkeypatch.setattr(TextModel, "decoder_start", 5)
+    model, stops = make(torch.float64, model_type="t5", decoder_num_layers=2), [100, 200]
+    tokens = generate_tokens(
+        model, *padded(PROMPTS, True, 0), max_length=31, temperature=20.0, stop_token=stops, pad_token=299
+    )
+    made = complete(
+        model, PROMPTS, max_new_tokens=30, temperature=20.0, seed=0, stop_token_ids=stops, stop_at_eod=False
+    )
+    for row, one in zip(tokens.tolist(), made):
+        assert row == [5, *one.ids] + [299] * (len(row) - 1 - len(one.ids))
+
+
+def test_bos_token_goes_before_prompts_and_is_an_empty_one(make) -> None:
+    model, (ids, mask) = make(torch.float64), padded([[5, 17], []], False, 0)
+    both, empty = (
+        generate_tokens(model, ids, mask, max_new_tokens=3, top_k=1, bos_token=9, add_BOS=add).tolist()
+        for add in (True, False)
+    )
+    assert both[0][:3] == [9, 5, 17] and empty[0][:2] == [5, 17]
+    assert both[1][:4] == empty[1][:4] and both[1][0] == 9
+
+
 def test_models_that_cannot_are_told(make) -> None:
-    with pytest.raises(ConfigError, match="must be decoder-only for tensors"):
-        generate_tokens(make(model_type="t5", decoder_num_layers=1), IDS, max_new_tokens=2)
     with pytest.raises(DataError, match="found 300"):
         generate_tokens(make(), IDS * 100, max_new_tokens=2)
     model = make()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from megalith.common.errors import problem
 from megalith.config.checks.checks import find_problems
-from megalith.config.flags.text import fail, value_text
+from megalith.config.flags.text import Words, fail, value_text
 from megalith.config.flags.values import fields
 from megalith.config.identity import BY_SHAPE, NOTED, changes, differences
 from megalith.config.megatron import counts
@@ -18,8 +18,8 @@ from megalith.config.run import RunConfig
 from megalith.config.sections.data import missing_tokenizer_files
 from megalith.config.sections.model import ModelConfig
 from megalith.config.sections.parallel import ParallelConfig
-from megalith.integrations.accelerate.megatron_args import without_dashes
-from megalith.integrations.accelerate.plugin_checks import in_plugin_words, plugin_names
+from megalith.integrations.accelerate.options.checks import in_plugin_words, plugin_names
+from megalith.integrations.accelerate.options.megatron_args import without_dashes
 
 if TYPE_CHECKING:
     from megalith.integrations.accelerate.plugin import MegatronLMPlugin
@@ -28,6 +28,7 @@ PRECISIONS = {"no": {}, "fp16": {"fp16": True}, "bf16": {"bf16": True}}
 # torch's GradScaler starts with this scale, as Accelerate's users know it: with Megatron's 2**32 a script would skip
 # its first sixteen steps.
 FIRST_LOSS_SCALE = 2.0**16
+ACTIVATIONS = ("openai_gelu", "relu", "squared_relu", "swiglu", "glu_activation")  # one of them is true, or none
 INITIAL_VALUES = ("init_method_std", "initializer_factor", "init_method_xavier_uniform")
 AT_RANDOM = "MegatronLMPlugin(keep_weights=False) starts with random ones"
 
@@ -64,6 +65,8 @@ def run_config(
     fail(plugin.problems())  # it may have been changed since it was made
     given = plugin.run_fields()
     of_model = {name: value for name, value in given.items() if fields()[name].section == "model"}
+    if any(of_model.get(name) for name in ACTIVATIONS):
+        of_model = {name: fields()[name].default for name in ACTIVATIONS} | of_model
     before, model = weights_config.model, dataclasses.replace(weights_config.model, **of_model)
     problems = [*_precision_problems(given, mixed_precision)]
     problems += _lost_weights(plugin, model, before) if keeps_weights else ()
@@ -91,7 +94,7 @@ def run_config(
     config = dataclasses.replace(config, parallel=parallel)
     for name in missing_tokenizer_files(config.data) if "tokenizer_type" not in given else ():
         rule, cure = "must be given too, because GPT-2's tokenizer is made from both", f"Add {name!r}: FILE"
-        problems.append(problem(f"other_megatron_args: {name}", None, rule, cure))
+        problems.append(problem(f"other_megatron_args: {name}", Words("nothing"), rule, cure))
     found = find_problems(config, num_processes, data=False, one_step=True)
     # What the plugin has checked with its own num_micro_batches is left out.
     problems += [in_plugin_words(plugin, each) for each in found if "global_batch_size" not in each.fields]
@@ -155,7 +158,8 @@ def _lost_weights(plugin: MegatronLMPlugin, model: ModelConfig, before: ModelCon
     """What would make another model than the one whose weights are kept, with the tensors that would not fit."""
     changed = [name for name, _, _ in differences(model, before).incompatible]
     changed += [name for name in BY_SHAPE if getattr(model, name) != getattr(before, name)]
-    for name in changed:
+    given = plugin.run_fields()
+    for name in (name for name in changed if name in given):
         there, now = getattr(before, name), getattr(model, name)
         texts = _tensor_changes(dataclasses.replace(before, **{name: now}), before)
         if name in BY_SHAPE and not texts:

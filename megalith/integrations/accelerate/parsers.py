@@ -27,8 +27,8 @@ from megalith.config.architectures import architecture
 from megalith.config.flags.text import Words, fail
 from megalith.config.megatron.counts import padded_vocabulary
 from megalith.config.run import RunConfig
-from megalith.integrations.accelerate import megatron_args
 from megalith.integrations.accelerate.config import AT_RANDOM
+from megalith.integrations.accelerate.options import megatron_args
 
 if TYPE_CHECKING:
     from megalith.integrations.accelerate.plugin import MegatronLMPlugin
@@ -71,7 +71,7 @@ def check_model(model: nn.Module) -> None:
         rule = f"must be of the families {', '.join(FAMILIES)}"
         cure = f"{NEW_FAMILY}; add_model_config_to_megatron_parser({model_type!r}) names the shape of a model that "
         cure += "starts with random weights"
-        raise ConfigError(problem(what, Words(f"{name}, a {model_type}"), rule, cure))
+        raise ConfigError(problem(what, Words(f"{name}, of the type {model_type}"), rule, cure))
     if not type(model).__module__.startswith("transformers."):
         rule = "must be of a class of transformers itself, because the code of another class would not be run"
         cure = "Of adapters give model.merge_and_unload(); custom_model_provider_function takes a model of your own"
@@ -193,9 +193,10 @@ def _cannot_be_kept(model: nn.Module) -> Iterator[str]:
         yield problem("config.embd_pdrop", embedding, rule, cure)
     if _supported_kind(model) != "bert_classification":
         return
-    if config.problem_type not in (None, "single_label_classification"):
+    problem_type = getattr(config, "problem_type", None)
+    if problem_type not in (None, "single_label_classification"):
         rule = "must be single_label_classification: the loss is the cross entropy of classes"
-        yield problem("config.problem_type", config.problem_type, rule, "Leave it out, or train without a plugin")
+        yield problem("config.problem_type", problem_type, rule, "Leave it out, or train without a plugin")
     elif config.num_labels < 2:
         rule = "must be at least 2, because one label means regression"
         yield problem("config.num_labels", config.num_labels, rule, "Write num_labels=2 or more")

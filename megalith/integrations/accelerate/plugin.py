@@ -18,9 +18,9 @@ from typing import Any
 from megalith.common import environment
 from megalith.common.errors import ConfigError, problem
 from megalith.config.flags.text import fail, nearest
-from megalith.integrations.accelerate import megatron_args, plugin_checks
-from megalith.integrations.accelerate.megatron_args import TRACKERS
-from megalith.integrations.accelerate.plugin_checks import kind_of, options
+from megalith.integrations.accelerate.options import checks, megatron_args
+from megalith.integrations.accelerate.options.checks import kind_of, options
+from megalith.integrations.accelerate.options.megatron_args import TRACKERS
 
 OLD_SPELLINGS = {"recompute_activation": "recompute_activations", "require_logits": "return_logits"}
 CUTS = "layers are divided evenly among pipeline stages, those of an encoder and a decoder together"
@@ -28,7 +28,7 @@ OWN_OPTIMIZER = "the optimizer is the script's, and so is its state, which use_d
 TENSORBOARD = "Accelerator(log_with='tensorboard', project_dir=...) records what accelerator.log is given"
 READERS: dict[str, tuple[Callable[[str], Any], str]] = {  # type of an option -> how a variable's text is read
     "int": (lambda text: int(text) if text.lstrip("+-").isdecimal() else None, "a whole number"),
-    "float": (lambda text: plugin_checks.number(text), "a number"),
+    "float": (lambda text: checks.number(text), "a number"),
     "bool": (environment.truth, "true or false (or yes, no, on, off, 1, 0)"),
     "str": (str, "text"),
 }
@@ -243,16 +243,16 @@ class MegatronLMPlugin:
 
     def schedule_fields(self) -> dict[str, Any]:
         """Those of `run_fields` that say how the learning rate and the weight decay change: what a scheduler needs."""
-        return {name: value for name, value in self.run_fields().items() if plugin_checks.is_of_schedule(name)}
+        return {name: value for name, value in self.run_fields().items() if checks.is_of_schedule(name)}
 
     def problems(self) -> list[str]:
         """All that cannot work, whatever the model; it may have come about after the plugin was made."""
-        return plugin_checks.find_problems(self)
+        return checks.find_problems(self)
 
     def notices(self) -> list[str]:
         """A line for each option that is given and does nothing here, or not all that it says."""
         args = self.args()
-        return [*self._own_notices(), *self.unread_variables, *args.notices, *plugin_checks.data_notices(self, args)]
+        return [*self._own_notices(), *self.unread_variables, *args.notices, *checks.data_notices(self, args)]
 
     def _own_notices(self) -> Iterator[str]:
         for name, each in options(self).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +28,10 @@ class Session:
     """A model on its devices, its task and its optimizer, which the objects that `prepare` returns have in common.
 
     task: its losses. kind: gpt, bert, bert_classification or t5 (parsers.py: kind_of). hf_config, hf_class: of the
-    transformers model that it was made from. tokenizer_folder: where that model's tokenizer is, if known.
+    transformers model that it was made from; generation_config is that model's, if it has one. tokenizer_folder: where
+    that model's tokenizer is, if known.
     steps: optimizer steps done; it keys the dropout masks. consumed_samples: of training calls, over all data-parallel
-    processes.
+    processes. run: a name for the run, by which it knows its own checkpoints; that of process 0 counts.
     """
 
     plugin: MegatronLMPlugin
@@ -41,13 +43,17 @@ class Session:
     hf_class: type
     loss_scale: StaticLossScale
     gradient_state: GradientState
+    generation_config: Any | None = None
     tokenizer_folder: pathlib.Path | None = None
     optimizer: MegatronOptimizer | None = None
     steps: int = 0
     consumed_samples: int = 0
+    has_gradients: bool = False  # whether a backward pass of this step has added any; the same on every process
+    run: str = dataclasses.field(default_factory=lambda: os.urandom(8).hex())
     # The norm of the complete gradients; None where they are not complete, or there are none.
     norm: Tensor | None = None
     clipped: bool = False  # by the script, in this step
+    train_step: Any = None  # of the user's own, once it is made (step_run.py: step_of)
     local: bool = False  # whether gradients have been added that are not summed over data-parallel replicas
 
     @property
@@ -66,27 +72,23 @@ class Session:
                 "mix two steps. Call optimizer.step() and optimizer.zero_grad() before it, or clip after the last "
                 "backward pass."
             )
-        self.local = self.local or local
+        self.local, self.has_gradients = self.local or local, True
 
-    def finish_gradients(self) -> Tensor:
-        """Complete the gradients of this step, once: those of the global batch, without the loss scale, on every process.
+    def finish_gradients(self, max_norm: float = 0.0) -> Tensor:
+        """Complete the gradients of this step, once: of the global batch, without the loss scale, on every process.
 
-        Every process calls it. Returns their norm, which is not finite where one of them is not.
+        Every process calls it. max_norm: they are clipped to it; 0 leaves them. Returns their norm before, which is not
+        finite where one of them is not.
         """
         if self.norm is None:
-            for stage in self.runtime.stages:
-                if self.local and stage.replicas is not None:
-                    stage.replicas.set_gradient_sync(True)
-            self.runtime.finish_gradients()
-            self.norm = self._clip(0.0, self.loss_scale.inverse)
+            self.runtime.finish_gradients(sum_replicas=self.local)
+            self.norm = self._clip(max_norm, self.loss_scale.inverse)
         return self.norm
 
     def clip(self, max_norm: float) -> Tensor:
-        """Complete the gradients, and scale them so that their norm is at most max_norm. Returns the norm before that."""
-        norm = self.finish_gradients()
-        self._clip(max_norm, 1.0)
-        self.clipped = True
-        return norm
+        """Complete the gradients, and scale them so that their norm is at most max_norm. Returns the norm before."""
+        complete, self.clipped = self.norm is not None, True
+        return self._clip(max_norm, 1.0) if complete else self.finish_gradients(max_norm)
 
     def _clip(self, max_norm: float, inverse_scale: float) -> Tensor:
         gradients, not_owned = self.runtime.gradients()
@@ -101,4 +103,4 @@ class Session:
         """Forget the gradients of this step."""
         for parameter in self.parameters:
             parameter.grad = None
-        self.norm, self.clipped, self.local = None, False, False
+        self.norm, self.clipped, self.local, self.has_gradients = None, False, False, False

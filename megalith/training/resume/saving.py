@@ -119,6 +119,8 @@ def resume(trainer: Trainer) -> Progress:
     only_measures = config.validation.skip_train  # which needs neither optimizer nor schedule
     with_optimizer = not (only_weights or options.no_load_optim or only_measures)
     ranks, weights = Ranks(), None
+    if with_optimizer and not is_foreign(source):
+        ranks.on_rank_0(lambda: check_schedule(checkpoint.find(source, options.ckpt_step)))
     if is_foreign(source):
         read = functools.partial(read_foreign, config, with_optimizer=with_optimizer, check_replicas=ranks.rank == 0)
         weights = ranks.on_every_rank(read)
@@ -149,6 +151,14 @@ def resume(trainer: Trainer) -> Progress:
     progress = Progress.resumed(stored)
     ranks.on_rank_0(lambda: check_later_checkpoints(own, progress))
     return progress
+
+
+def check_schedule(path: pathlib.Path) -> None:
+    """Raise CheckpointError where a checkpoint of megalith is of Accelerator.save_state, not of a run of pretrain."""
+    if "accelerate" in checkpoint.read_train_state(path):
+        rule = "must be of a run of megalith pretrain to resume: the schedule of a script is in the script"
+        cure = f"Begin at step 0 with its weights: --load {path} --finetune --run-dir NEW"
+        raise CheckpointError(problem(f"{path}", Words("a checkpoint of Accelerator.save_state"), rule, cure))
 
 
 def check_later_checkpoints(own: pathlib.Path, progress: Progress) -> None:

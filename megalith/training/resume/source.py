@@ -71,9 +71,10 @@ def read_source(config: RunConfig, source: str | os.PathLike) -> Source:
 def infer_finetune(config: RunConfig) -> tuple[RunConfig, str]:
     """The config, with --finetune set where --load names weights that belong to no step of a run, and a line saying so.
 
-    Such are a Hugging Face folder, a release of Megatron, and what was converted from them. Called by the main process.
+    Such are a Hugging Face folder, a release of Megatron, and what was converted from them; and what
+    Accelerator.save_state saved, whose schedule is the script's. Called by the main process.
     """
-    load = load_path(config)
+    load, of_script = load_path(config), False
     if load is None or config.checkpoint.finetune or config.validation.skip_train:
         return config, ""
     try:
@@ -84,12 +85,15 @@ def infer_finetune(config: RunConfig) -> tuple[RunConfig, str]:
         else:
             path = checkpoint.find(source, config.checkpoint.ckpt_step)
             facts, state = checkpoint.describe(path), checkpoint.read_train_state(path)
+            of_script = "accelerate" in state
             begins = facts["iteration"] == 0 and set(facts["parameters"]) == {"model"} and "schedule" not in state
     except MegalithError:  # it is raised again where the source is used, if it is
         return config, ""
-    line = f"--load {load} holds weights that belong to no step of a run: it begins with them at step 0"
-    line += ", as with --finetune"
-    return (config.replace(finetune=True), line) if begins else (config, "")
+    held = "weights that belong to no step of a run"
+    if of_script:
+        held = "what Accelerator.save_state saved, of which a run takes the weights"
+    line = f"--load {load} holds {held}: it begins with them at step 0, as with --finetune"
+    return (config.replace(finetune=True), line) if begins or of_script else (config, "")
 
 
 def check_save_folder(config: RunConfig) -> None:

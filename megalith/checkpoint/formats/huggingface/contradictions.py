@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from megalith.checkpoint.formats.huggingface.tokenizer import TOKEN_IDS
 
 TANH = "gelu_pytorch_tanh"
 
@@ -67,3 +69,12 @@ def find_contradictions(given: Mapping[str, Any], aliases: Mapping[str, str]) ->
 def _normalized(rope: Mapping[str, Any], base: float) -> dict[str, Any]:
     """rope_scaling or rope_parameters, with `rope_type` for the older `type`, and `base` where it has no rope_theta."""
     return {"rope_theta": base, **rope, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
+
+
+def ids_beyond_vocabulary(given: Mapping[str, Any], file: str, vocab_size: int) -> Iterator[str]:
+    """A note for each special token (bos, eos, ...) whose id is not in the vocabulary."""
+    for name in TOKEN_IDS:
+        ids = given[name] if isinstance(given.get(name), list) else [given.get(name)]
+        if beyond := [each for each in ids if isinstance(each, int) and each >= vocab_size]:
+            id_text = f"{file}: {name} {', '.join(map(str, beyond))}"
+            yield f"{id_text} is beyond the vocabulary of {vocab_size}: nothing ever has that id"

@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 from megalith.checkpoint.formats import Format, HuggingFaceOptions
-from megalith.checkpoint.formats.huggingface import files, tokenizer
-from megalith.checkpoint.formats.huggingface.contradictions import find_contradictions, rope_parameters
+from megalith.checkpoint.formats.huggingface import contradictions, files, tokenizer
 from megalith.checkpoint.formats.huggingface.family import (
     ACTIVATION_KEYS,
     CONFIG_SCHEMA,
@@ -87,7 +86,7 @@ def read(path: pathlib.Path, options: HuggingFaceOptions) -> Weights:
     if (path / GENERATION).is_file():
         schema = {name: CONFIG_SCHEMA[name] for name in CHECKED_IDS}
         found = checked(files.read_json(path / GENERATION), schema, str(path / GENERATION))
-        notes += tuple(_ids_beyond_vocabulary(found, GENERATION, weights.config.model.vocab_size or 0))
+        notes += tuple(contradictions.ids_beyond_vocabulary(found, GENERATION, weights.config.model.vocab_size or 0))
     source = {f"{SOURCE_FOLDER}{name}": path / name for name in (CONFIG, GENERATION) if (path / name).is_file()}
     copied = {**source, **tokenizer.tokenizer_files(options.tokenizer or path)}
     return dataclasses.replace(weights, files=copied, notes=notes)
@@ -95,12 +94,17 @@ def read(path: pathlib.Path, options: HuggingFaceOptions) -> Weights:
 
 def weights_of_module(model: nn.Module) -> Weights:
     """The weights of transformers' model in memory, which they share. Raises CheckpointError as `read` does."""
-    where, config = pathlib.Path(type(model).__name__), json.loads(model.config.to_json_string(use_diff=False))
-    given = checked(config | {"architectures": [type(model).__name__]}, CONFIG_SCHEMA, str(where / CONFIG))
+    tensors = {name: Lazy.of(tensor.detach()) for name, tensor in model.state_dict().items()}
+    return weights_of_tensors(model.config, type(model), tensors)
+
+
+def weights_of_tensors(config: Any, model_class: type, tensors: Mapping[str, Lazy]) -> Weights:
+    """The weights of a model of transformers, from its configuration, its class and its state_dict."""
+    where, content = pathlib.Path(model_class.__name__), json.loads(config.to_json_string(use_diff=False))
+    given = checked(content | {"architectures": [model_class.__name__]}, CONFIG_SCHEMA, str(where / CONFIG))
     _, family = family_of(given, where / CONFIG)
-    named = {family.file_names.get(name, name): tensor for name, tensor in model.state_dict().items()}
-    tensors = {name: Lazy.of(tensor.detach()) for name, tensor in named.items()}
-    return dataclasses.replace(_build_weights(given, tensors, where, HuggingFaceOptions()), source=str(where))
+    named = {family.file_names.get(name, name): tensor for name, tensor in tensors.items()}
+    return dataclasses.replace(_build_weights(given, named, where, HuggingFaceOptions()), source=str(where))
 
 
 def _build_weights(
@@ -116,7 +120,7 @@ def _build_weights(
         rule = "must name a norm's parameters weight and bias, or gamma and beta as TensorFlow does, and not both"
         both = [name for name in stored if re.search(r"\.(gamma|beta)$", name)]
         raise CheckpointError(problem(f"{path}: weights", both[:6], rule, "Copy all files of one version"))
-    contradictions = find_contradictions(given, family.aliases)
+    disagreements = contradictions.find_contradictions(given, family.aliases)
     given = family.checked(given, str(path / CONFIG))
     for each in family.config_fields:
         if each.name in ("num_layers", "decoder_num_layers") and (given.get(each.hf_name) or 0) > len(found):
@@ -137,21 +141,12 @@ def _build_weights(
     fail((re.sub(r"--[\w-]+", lambda word: called.get(word[0], word[0]), text) for text in texts), CheckpointError)
     found, adaptations = family.adapt_tensors(found, config.model)
     tensors, notes = _convert_tensors(found, family, config.model, path, family.lacked_heads(given))
-    if "dynamic" in str(rope_parameters(given)):
+    if "dynamic" in str(contradictions.rope_parameters(given)):
         notes += (
             "rope_type dynamic is left out: it acts beyond max_position_embeddings alone, which no sequence exceeds",
         )
-    notes += tuple(_ids_beyond_vocabulary(given, CONFIG, config.model.vocab_size))
-    return Weights(config=config, tensors=tensors, notes=(*contradictions, *ties, *adaptations, *notes))
-
-
-def _ids_beyond_vocabulary(given: Mapping[str, Any], file: str, vocab_size: int) -> Iterator[str]:
-    """A note for each special token (bos, eos, ...) whose id is not in the vocabulary."""
-    for name in tokenizer.TOKEN_IDS:
-        ids = given[name] if isinstance(given.get(name), list) else [given.get(name)]
-        if beyond := [each for each in ids if isinstance(each, int) and each >= vocab_size]:
-            id_text = f"{file}: {name} {', '.join(map(str, beyond))}"
-            yield f"{id_text} is beyond the vocabulary of {vocab_size}: nothing ever has that id"
+    notes += tuple(contradictions.ids_beyond_vocabulary(given, CONFIG, config.model.vocab_size))
+    return Weights(config=config, tensors=tensors, notes=(*disagreements, *ties, *adaptations, *notes))
 
 
 def _quantized(path: pathlib.Path, method: Any) -> CheckpointError:
@@ -267,37 +262,12 @@ def write(weights: Weights, folder: pathlib.Path, options: HuggingFaceOptions) -
     It has tensors in shards, config.json, generation_config.json and tokenizer files. Raises CheckpointError where no
     family can represent the model, the family has no rule for some of its parameters, or values exceed options.dtype.
     """
-    model = weights.config.model
     model_type, family = choose_family(weights, options)
-    rules = list(parameter_rules(family, model))
-    named = {f"model/{name}" for _, _, names in rules for name in names}
-    parameters = [name for name in weights.tensors if name.startswith("model/")]
-    unnamed = [name.removeprefix("model/") for name in parameters if name not in named]
-    alternative = ", or list it in `not_exported` to export the model without it"
-    _require_rules(family, (name for name in unnamed if not _matches(family.not_exported, name)), alternative)
-    if options.dtype:
-        check_range(
-            {each: lazy for each, lazy in weights.tensors.items() if each.startswith("model/")},
-            getattr(torch, options.dtype),
-        )
-    converted: dict[str, Lazy] = {}
-    for rule, hf_name, names in rules:
-        parts = [weights.tensors[f"model/{each}"] for each in names]
-        parts = [each.to(getattr(torch, options.dtype)) for each in parts] if options.dtype else parts
-        converted[hf_name] = rule.conversion.to_hf(parts, model)
-    # Without tie_word_embeddings transformers ties no pair at all: the file needs both of each.
-    if model.untie_embeddings_and_output_weights:
-        converted |= {
-            tied: converted[each.original]
-            for tied, each in family.tied.items()
-            if each.if_different == USE_TIED and each.original in converted
-        }
+    converted = tensors_of_family(weights, family, options)
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = max((lazy.dtype for lazy in converted.values()), key=lambda each: each.itemsize)
-    converted |= {name: lazy.to(dtype) for name, lazy in family.added_tensors(model).items()}
     content = _config_json(weights, model_type, family)
     dtype_key = "dtype" if "dtype" in content else "torch_dtype"  # in transformers 5, and in 4
-    content[dtype_key] = str(dtype).removeprefix("torch.")
+    content[dtype_key] = str(_widest(converted)).removeprefix("torch.")
     files.write_tensors(folder, converted, options.max_shard_size, options.safetensors)
     available = tokenizer.tokenizer_files(options.tokenizer) if options.tokenizer else weights.files
     tokenizer_files = tokenizer.files_for_transformers(available)
@@ -311,6 +281,39 @@ def write(weights: Weights, folder: pathlib.Path, options: HuggingFaceOptions) -
     write_text(folder / GENERATION, generation.read_text(encoding="utf-8") if generation else default)
     # Last: without a config.json nobody takes the folder for a complete one.
     write_text(folder / CONFIG, json.dumps(content, indent=2) + "\n")
+
+
+def tensors_of_family(weights: Weights, family: Family, options: HuggingFaceOptions) -> dict[str, Lazy]:
+    """The model's tensors under the names and in the layout of the family's files.
+
+    Raises CheckpointError where the family has no rule for a parameter, or values exceed options.dtype.
+    """
+    model = weights.config.model
+    rules = list(parameter_rules(family, model))
+    named = {f"model/{name}" for _, _, names in rules for name in names}
+    parameters = {name: lazy for name, lazy in weights.tensors.items() if name.startswith("model/")}
+    unnamed = [name.removeprefix("model/") for name in parameters if name not in named]
+    alternative = ", or list it in `not_exported` to export the model without it"
+    _require_rules(family, (name for name in unnamed if not _matches(family.not_exported, name)), alternative)
+    if options.dtype:
+        check_range(parameters, dtype := getattr(torch, options.dtype))
+        parameters = {name: lazy.to(dtype) for name, lazy in parameters.items()}
+    converted = {
+        hf_name: rule.conversion.to_hf([parameters[f"model/{each}"] for each in names], model)
+        for rule, hf_name, names in rules
+    }
+    # Without tie_word_embeddings transformers ties no pair at all: the file needs both of each.
+    if model.untie_embeddings_and_output_weights:
+        converted |= {
+            tied: converted[each.original]
+            for tied, each in family.tied.items()
+            if each.if_different == USE_TIED and each.original in converted
+        }
+    return converted | {name: lazy.to(_widest(converted)) for name, lazy in family.added_tensors(model).items()}
+
+
+def _widest(tensors: Mapping[str, Lazy]) -> torch.dtype:
+    return max((lazy.dtype for lazy in tensors.values()), key=lambda each: each.itemsize)
 
 
 def choose_family(weights: Weights, options: HuggingFaceOptions) -> tuple[str, Family]:

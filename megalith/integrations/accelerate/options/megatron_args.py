@@ -16,7 +16,8 @@ from megalith.config.flags.text import flag
 from megalith.config.flags.values import convert, fields
 from megalith.config.sections.data import TOKENIZER_FILES
 
-STATE = "accelerator.save_state and load_state are told the folder, and what they do"
+STATE = "accelerator.save_state(FOLDER) and load_state(FOLDER) decide what is saved and loaded"
+WANDB = "Accelerator(log_with='wandb') and init_trackers(..., init_kwargs={'wandb': {...}}) say it"
 TRACKERS = "Accelerator(log_with=..., project_dir=...) records what accelerator.log is given"
 LOOP = "the script's own loop decides it"
 OPTIMIZER = "the optimizer given to accelerator.prepare has its own"
@@ -53,7 +54,9 @@ class MegatronArgs(NamedTuple):
 
 def read(args: Mapping[str, Any], where: str = "other_megatron_args") -> MegatronArgs:
     """Read arguments by Megatron's names, with dashes or underscores. where: what to call the dict in messages."""
-    reading = flags.read([word for name, value in args.items() for word in _as_flag(str(name), value)], ())
+    wandb = [str(name) for name in args if str(name).startswith("wandb")]
+    words = [word for name, value in args.items() if name not in wandb for word in _as_flag(str(name), value)]
+    reading = flags.read(words, ())
     problems, values = [each.text for each in reading.problems], dict[str, Any]()
     for name, raw in reading.values.items():
         if name not in fields():  # a number of tokens
@@ -66,7 +69,8 @@ def read(args: Mapping[str, Any], where: str = "other_megatron_args") -> Megatro
             problems.append(mistake.text if mistake else problem(flag(name), value, *wrong))
         else:
             values[name] = value
-    notices = reading.notices + [f"{name} has no effect: {why}" for name in values if (why := reason(name))]
+    idle = dict.fromkeys(wandb, WANDB) | {name: why for name in values if (why := reason(name))}
+    notices = reading.notices + [f"{name} has no effect: {why}" for name, why in idle.items()]
     problems, notices = ([f"{where}: {without_dashes(line)}" for line in lines] for lines in (problems, notices))
     return MegatronArgs(values, problems, notices)
 

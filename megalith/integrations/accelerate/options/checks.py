@@ -18,7 +18,7 @@ from megalith.config.flags.values import fields
 from megalith.config.megatron.flags import NO_EXPERTS
 from megalith.config.run import RunConfig
 from megalith.config.sections.data import DataConfig, missing_tokenizer_files
-from megalith.integrations.accelerate.megatron_args import MegatronArgs, for_indexed_alone, without_dashes
+from megalith.integrations.accelerate.options.megatron_args import MegatronArgs, for_indexed_alone, without_dashes
 
 if TYPE_CHECKING:
     from megalith.integrations.accelerate.plugin import MegatronLMPlugin
@@ -149,9 +149,10 @@ def _rules(plugin: MegatronLMPlugin, args: MegatronArgs, wrong: set[str]) -> Ite
 
 
 def _together(plugin: MegatronLMPlugin, wrong: set[str]) -> Iterator[str]:
-    """Rules of a RunConfig that hold for any model and number of processes, as far as all that they are about is given.
+    """Rules of a RunConfig that hold for any model and number of processes.
 
-    The model is not known yet: one with enough layers stands in for it.
+    The model is not known yet. One with enough layers stands in for it, and what is about fields that it alone has is
+    left out.
     """
     given = {name: value for name, value in plugin.run_fields().items() if name not in wrong}
     stages = given.get("pipeline_model_parallel_size", 1)
@@ -161,7 +162,10 @@ def _together(plugin: MegatronLMPlugin, wrong: set[str]) -> Iterator[str]:
         *form_problems(config), *parallel_problems(config, config.parallel.least_processes),
         *recompute_problems(config), *schedule_problems(config),
     ]  # fmt: skip
-    yield from (in_plugin_words(plugin, each) for each in found if given.keys() >= set(each.fields))
+    for each in found:
+        of_model = {name for name in each.fields if fields()[name].section == "model"}
+        if of_model <= given.keys() and "global_batch_size" not in each.fields:
+            yield in_plugin_words(plugin, each)
     if not wrong & {"num_micro_batches", "pipeline_model_parallel_size"}:
         for each in micro_batch_problems(config, plugin.num_micro_batches, 1):
             yield in_plugin_words(plugin, each, {"global_batch_size": "num_micro_batches"})
