@@ -89,7 +89,8 @@ class MegatronDataLoader(DataLoaderShard):
         """shards: the sampler of a dataset with numbered samples. even: whether all ranks have as many samples.
 
         generators: which decide on the order beside the global ones. rng_types: Accelerate's; all processes draw as
-        rank 0 from the beginning of an epoch on, where "generator" goes without saying. resumes_position: load_state_dict resumes within the epoch, without skip_first_batches.
+        rank 0 from the beginning of an epoch on, where "generator" goes without saying.
+        resumes_position: load_state_dict resumes within the epoch, without skip_first_batches.
         options: of accelerate.data_loader.DataLoaderShard.
         """
         self.position = Position()
