@@ -118,11 +118,13 @@ class Accelerator(accelerate.Accelerator):
 
     def _remember(self, prepared: Any) -> None:
         """List a prepared object where Accelerate's methods look for it, once."""
+        from megalith.integrations.accelerate import data
+
         kinds = (
             (nn.Module, self._models),
             (accelerate.optimizer.AcceleratedOptimizer, self._optimizers),
             (accelerate.scheduler.AcceleratedScheduler, self._schedulers),
-            (torch.utils.data.DataLoader, self._dataloaders),
+            ((torch.utils.data.DataLoader, data.IndexedLoader), self._dataloaders),
         )
         for kind, known in kinds:
             if isinstance(prepared, kind):

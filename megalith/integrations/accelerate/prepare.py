@@ -93,7 +93,8 @@ def build_session(accelerator: Any, model: nn.Module, loaders: Sequence[Any]) ->
     found = providers.provided(plugin, model)
     model = found.model
     parsers.check_model(model)
-    parsers.run_parser(plugin, model, first_batch(loaders))
+    if parsers.user_parser(model.config.model_type) is not None:
+        parsers.run_parser(plugin, model, data.first_batch(loaders))
     of_family = model.config.model_type in FAMILIES.addresses
     source = weights_of(model) if of_family else Weights(config=parsers.parsed_config(plugin, model), tensors={})
     on_meta = any(parameter.is_meta for parameter in model.parameters())
@@ -127,11 +128,6 @@ def build_session(accelerator: Any, model: nn.Module, loaders: Sequence[Any]) ->
         generation_config=getattr(model, "generation_config", None),
         tokenizer_folder=folder if folder.is_dir() else None,
     )  # fmt: skip
-
-
-def first_batch(loaders: Sequence[Any]) -> Any:
-    """A batch for a script's own parser of a model's config; None where no loader gives one."""
-    return next((next(iter(each), None) for each in loaders if isinstance(each, DataLoader)), None)
 
 
 def sequence_length(plugin: Any, loaders: Sequence[Any]) -> int | None:

@@ -11,7 +11,6 @@ from megalith.common.errors import ConfigError, DataError, problem
 from megalith.config.flags.text import Words
 from megalith.config.megatron.counts import vocab_size_of_rows
 from megalith.config.run import RunConfig
-from megalith.config.sections.data import too_many_tokens
 from megalith.data.tokenizers.tokenizer import load_tokenizer, tokenizer_from_config
 from megalith.integrations.accelerate.session import Session
 
@@ -67,7 +66,9 @@ def choose_tokenizer(config: RunConfig, session: Session, vocab_size: int | None
         cure = "Write vocab_file=... (or tokenizer_model=...), or load the model from a folder that has it"
         raise ConfigError(problem("The tokenizer", Words("none"), rule, cure))
     if tokenizer.vocab_size > rows:
-        raise ConfigError(too_many_tokens(tokenizer.vocab_size, rows))
+        cure = "Name the tokenizer that the weights were trained with: tokenizer_model=FOLDER, or vocab_file=..."
+        rule = f"must have at most the {rows} tokens of the model"
+        raise ConfigError(problem(f"The tokenizer ({name})", tokenizer.vocab_size, rule, cure))
     return tokenizer, f"tokenizer of the indexed datasets: {name}"
 
 

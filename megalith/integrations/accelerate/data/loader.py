@@ -56,7 +56,7 @@ class Position:
 
 
 class Message(NamedTuple):
-    """What was read: the batch, or the shares of all ranks; samples of all ranks, if known; whether it is the last.
+    """What was read: the batch, or the shares of all ranks; the samples of all ranks; whether it is the last.
 
     random: the state after it, so that the processes that did not read draw the same from there on.
     """
@@ -88,15 +88,17 @@ class MegatronDataLoader(DataLoaderShard):
     ):  # fmt: skip
         """shards: the sampler of a dataset with numbered samples. even: whether all ranks have as many samples.
 
-        generators: which decide on the order beside the global ones. rng_types: Accelerate's, of which "generator" is
-        always kept. resumes_position: load_state_dict resumes within the epoch, without skip_first_batches.
+        generators: which decide on the order beside the global ones. rng_types: Accelerate's; all processes draw as
+        rank 0 from the beginning of an epoch on, where "generator" goes without saying.
+        resumes_position: load_state_dict resumes within the epoch, without skip_first_batches.
         options: of accelerate.data_loader.DataLoaderShard.
         """
         self.position = Position()
         super().__init__(dataset, **options)
         self.readers, self.shards, self.even, self.generators = readers, shards, even, generators
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
-        self.rng_types = [str(getattr(each, "value", each)) for each in rng_types]
+        names = [str(getattr(each, "value", each)) for each in rng_types]
+        self.rng_types = [name for name in names if name != "generator"]
         self.resumes_position, self.repeated = resumes_position, 0
         self.use_stateful_dataloader = True  # so that Accelerate's save_state asks for `state_dict`
 
@@ -155,7 +157,7 @@ class MegatronDataLoader(DataLoaderShard):
             self.end_of_dataloader = True
             self.remainder = 0 if message.samples == self.global_batch_size else message.samples
             position.epoch, position.batches, position.start = position.epoch + 1, 0, None
-        self.repeated = repeated(message.samples, self.readers.rank, size) if self.even and message.samples else 0
+        self.repeated = repeated(message.samples, self.readers.rank, size) if self.even else 0
 
     def _messages(self) -> Iterator[Message]:
         """What this process reads, or what is read for it."""
@@ -189,7 +191,7 @@ class MegatronDataLoader(DataLoaderShard):
         if everyone is not None:
             start = everyone.from_rank_0(start)
             for kind in self.rng_types:
-                if kind not in ("torch", "generator"):
+                if kind != "torch":
                     device = torch.get_device_module(kind)
                     device.set_rng_state(everyone.from_rank_0(device.get_rng_state()))
         position.start = start
@@ -209,14 +211,14 @@ class MegatronDataLoader(DataLoaderShard):
             set_random_state(own)
         while read is not END:
             following = next(iterator, END)
-            last, batch, samples = following is END, read, 0
-            if self.shards is None or self.readers.dispatched:
+            if self.shards is None or self.readers.dispatched:  # SharedCollate gave it
                 samples, batch = read  # type: ignore[misc]
                 batch = batch if self.readers.dispatched else batch[0]
-            elif last:
-                samples = self.shards.samples
+            else:
+                samples, batch = self.shards.counts.popleft(), read
             sent = self.readers.together is not None
-            yield Message(batch, samples, last, get_random_state(self.generators) if sent else None)
+            state = get_random_state(self.generators) if sent else None
+            yield Message(batch, samples, following is END, state)
             read = following
 
     def state_dict(self) -> dict[str, Any]:

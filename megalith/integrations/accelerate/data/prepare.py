@@ -16,6 +16,7 @@ from megalith.common.errors import ConfigError, problem
 from megalith.config.flags.text import Words
 from megalith.integrations.accelerate.data.indexed import MegatronLMDummyDataLoader
 from megalith.integrations.accelerate.data.loader import MegatronDataLoader, Readers
+from megalith.integrations.accelerate.data.random_state import get_random_state, set_random_state
 from megalith.integrations.accelerate.data.sharding import ShardedBatches, SharedCollate
 from megalith.runtime.build import Mesh
 
@@ -124,6 +125,22 @@ def batch_size_of(loader: Any) -> int | None:
     if loader.batch_size is not None:
         return loader.batch_size
     return getattr(_script_sampler(loader), "batch_size", None)
+
+
+def first_batch(loaders: Iterable[Any]) -> Any:
+    """The first batch of the first of a script's loaders; None where there is none.
+
+    The random numbers that were drawn for it are drawn again, so that the script's own epochs are the same.
+    """
+    for loader in loaders:
+        if isinstance(loader, DataLoader):
+            generators = _generators(loader)
+            state = get_random_state(generators)
+            try:
+                return next(iter(loader), None)
+            finally:
+                set_random_state(state, generators)
+    return None
 
 
 def micro_batch_size_of(loaders: Iterable[Any], is_train_batch_min: bool) -> tuple[int, list[str]]:

@@ -7,6 +7,7 @@ would then wait for ever in a call of the model.
 
 from __future__ import annotations
 
+import collections
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -43,8 +44,9 @@ def repeated(samples: int, rank: int, size: int) -> int:
 class ShardedBatches(BatchSampler):
     """This process's share of each global batch: of `together` batches in a row of a script's own sampler.
 
-    batch_size, num_processes, drop_last: as Accelerate reads them; batch_size is that of a share. samples: in the
-    global batch that was drawn last. skip: how many global batches the next iteration leaves out.
+    batch_size, num_processes, drop_last: as Accelerate reads them; batch_size is that of a share. counts: samples
+    of each global batch that was drawn, for the loader to take off. skip: how many global batches the next iteration
+    leaves out.
     """
 
     def __init__(
@@ -55,7 +57,8 @@ class ShardedBatches(BatchSampler):
         self.rank, self.num_processes, self.even = rank, size, even
         self.batch_size = batch_size and batch_size * together // size
         self.drop_last = getattr(batch_sampler, "drop_last", False)
-        self.samples = self.skip = 0
+        self.counts: collections.deque[int] = collections.deque()
+        self.skip = 0
 
     @property
     def sampler(self) -> Any:
@@ -69,6 +72,7 @@ class ShardedBatches(BatchSampler):
                 each.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[list]:
+        self.counts.clear()
         batches = iter(self.batch_sampler)
         for number in itertools.count():
             group = list(itertools.islice(batches, self.together))
@@ -76,7 +80,7 @@ class ShardedBatches(BatchSampler):
                 return
             if number >= self.skip:
                 samples = [sample for batch in group for sample in batch]
-                self.samples = len(samples)
+                self.counts.append(len(samples))
                 yield share(samples, self.rank, self.num_processes, self.even)
 
     def __len__(self) -> int:

@@ -74,14 +74,15 @@ def same(found, expected):
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_samples_are_those_of_pretrain(kind, size, corpora, tmp_path):
     config = CONFIGS[kind](corpora[kind], str(tmp_path / "run"), micro_batch_size=2, global_batch_size=4 * size)
+    tokenizer = tokenizer_from_config(config.data, vocab_size=config.model.vocab_size)
     plain = config.replace(data_path=[], tokenizer_type=None, vocab_file=None, split="969, 30, 1", train_iters=None)
+    plain = plain.replace(vocab_size=tokenizer.vocab_size)
     given = {name: getattr(config.data, name) for name in TOKENIZER if getattr(config.data, name)}
     if kind == "gpt":
         given["vocab_size"] = 48
     for rank in range(size):
         session = session_of(plain, kind, rank, size, num_micro_batches=2)
         mesh = session.runtime.mesh
-        tokenizer = tokenizer_from_config(config.data, vocab_size=config.model.vocab_size)
         expected = build_loaders(config, mesh, open_datasets(config, mesh, tokenizer))
         dummy = MegatronLMDummyDataLoader(
             data_path=corpora[kind], splits_string="90,5,5", micro_batch_size=2, eval_interval=6, eval_iters=2,
@@ -103,7 +104,7 @@ def dummy_of(prefix, **changes):
 
 
 def tiny(prefix, tmp_path, **changes):
-    return tiny_config(prefix, str(tmp_path), data_path=[], tokenizer_type=None, **changes)
+    return tiny_config(prefix, str(tmp_path), **({"data_path": [], "tokenizer_type": None, "vocab_size": 49} | changes))
 
 
 def test_where_loaders_begin_and_begin_again(corpora, tmp_path):
@@ -146,7 +147,7 @@ def test_the_tokenizer_of_the_models_folder(corpora, tmp_path):
     folder = tmp_path / "model"
     build_tokenizer("BertWordPieceLowerCase", vocab_file=f"{corpora['bert']}.vocab").save(folder)
     config = tiny_bert(corpora["bert"], str(tmp_path), data_path=[], tokenizer_type=None, vocab_file=None)
-    config = config.replace(vocab_size=53)
+    config = config.replace(vocab_size=55)  # [BOS] and [EOS] are added
     given = {"seq_length": 24}
     for where in (None, tmp_path):
         with pytest.raises(ConfigError, match=r"The tokenizer must be given, as a bert dataset masks words"):
@@ -155,7 +156,7 @@ def test_the_tokenizer_of_the_models_folder(corpora, tmp_path):
     batch = next(indexed_loaders(dummy, session_of(config, "bert", folder=folder))[0])
     assert set(batch) >= {"input_ids", "token_types", "padding_mask", "labels", "loss_mask", "sentence_order"}
     assert dummy.notices == [f"tokenizer of the indexed datasets: that of {folder}"]
-    with pytest.raises(ConfigError, match="the tokenizer has 53 tokens and the embedding 50 rows"):
+    with pytest.raises(ConfigError, match=r"The tokenizer .* must have at most the 50 tokens of the model.*found 55"):
         session = session_of(config.replace(vocab_size=50), "bert", folder=folder)
         indexed_loaders(dummy_of(corpora["bert"], **given), session)
 
