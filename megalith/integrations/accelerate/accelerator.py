@@ -39,6 +39,7 @@ class Accelerator(accelerate.Accelerator):
     """
 
     session: Session | None = None
+    flag_tensor: Tensor | None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """An instance of this class, or of Accelerate's where there is no plugin."""
@@ -327,8 +328,9 @@ class Accelerator(accelerate.Accelerator):
             return
         from megalith.integrations.accelerate import export
 
-        options = {"max_shard_size": max_shard_size, "safe_serialization": safe_serialization}
-        export.save_pretrained(self.session, save_directory, **options)
+        export.save_pretrained(
+            self.session, save_directory, max_shard_size=max_shard_size, safe_serialization=safe_serialization
+        )
 
     def _is_prepared(self, model: nn.Module) -> bool:
         return self.session is not None and getattr(model, "session", None) is self.session
