@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {  # folder -> folders it may import; the table o
     "launcher": BASE,
     "recipes": {"config"},
     "integrations": {"training", "generation", "runtime", "models", "parallel", "optim", "data", "checkpoint"} | BASE,
-    "accelerate": {"integrations", "common"},
+    "accelerate": {"integrations"} | BASE,
     "testing": {"training", "runtime", "parallel", "models"} | BASE,
 }
 ALLOWED["workflows"] = set(ALLOWED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import importlib
 import sys
+import types
 from typing import Any
 
 from megalith.common import environment
@@ -59,9 +60,10 @@ def is_megatron_lm_available() -> bool:
 
 
 def public(module: str) -> list[str]:
-    """The names that a module of Accelerate has here."""
-    originals = vars(importlib.import_module(module))
-    return sorted({name for name in originals if not name.startswith("_")} | set(OWN[module]))
+    """The names that a module of Accelerate has here, without those of modules in it."""
+    found = vars(importlib.import_module(module)).items()
+    originals = {name for name, value in found if not (name.startswith("_") or isinstance(value, types.ModuleType))}
+    return sorted(originals | set(OWN[module]))
 
 
 def find(module: str, name: str) -> Any:

@@ -38,6 +38,7 @@ from megalith.testing.worker import Job, serve
 MAX_RANKS = 8  # ranks beyond this only queue for the cores of one machine
 GRACE_SECONDS = 3.0  # for ranks to notice that another one failed, before they are stopped
 PRELOAD = ["torch", "numpy", "torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.checkpoint"]
+SLOW = ["transformers", "accelerate"]  # imported before the fork too, where the caller has imported them
 
 
 def run_ranks(function: Callable, world_size: int, *args: Any, timeout: float = 120.0) -> list:
@@ -85,7 +86,7 @@ class RankPool:
 
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(PRELOAD)
+        self.context.set_forkserver_preload(PRELOAD + [name for name in SLOW if name in sys.modules])
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="megalith_ranks_"))
         self.ranks: list[_Rank] = []
         self.calls = 0

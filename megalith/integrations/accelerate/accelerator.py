@@ -39,6 +39,7 @@ class Accelerator(accelerate.Accelerator):
     """
 
     session: Session | None = None
+    flag_tensor: Tensor | None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """An instance of this class, or of Accelerate's where there is no plugin."""
@@ -226,10 +227,10 @@ class Accelerator(accelerate.Accelerator):
             rule = "needs the gradients of all calls that a step accumulates"
             raise ConfigError(problem(name, Words("a call before the last of them"), rule, cure))
         given = {id(each) for each in ([parameters] if isinstance(parameters, Tensor) else parameters)}
-        own = self.session.parameters  # type: ignore[union-attr]
-        trained = {id(each) for each in own if each.requires_grad}
-        if not trained <= given or not given <= {id(each) for each in own}:
-            found = Words(f"{len(given & trained)} of {len(trained)}, and {len(given - trained)} other tensors")
+        parameters = self.session.parameters  # type: ignore[union-attr]
+        own, trained = {id(each) for each in parameters}, {id(each) for each in parameters if each.requires_grad}
+        if not trained <= given or not given <= own:
+            found = Words(f"{len(given & trained)} of {len(trained)}, and {len(given - own)} other tensors")
             cure = "Give model.parameters() of the prepared model"
             rule = "takes all parameters of the prepared model, whose norm is one over all processes"
             raise ConfigError(problem(name, found, rule, cure))
@@ -329,8 +330,9 @@ class Accelerator(accelerate.Accelerator):
             return
         from megalith.integrations.accelerate import export
 
-        options = {"max_shard_size": max_shard_size, "safe_serialization": safe_serialization}
-        export.save_pretrained(self.session, save_directory, **options)
+        export.save_pretrained(
+            self.session, save_directory, max_shard_size=max_shard_size, safe_serialization=safe_serialization
+        )
 
     def _is_prepared(self, model: nn.Module) -> bool:
         return self.session is not None and getattr(model, "session", None) is self.session

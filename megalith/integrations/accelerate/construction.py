@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,6 +13,7 @@ from accelerate.utils import DistributedType, DynamoBackend
 from megalith.common import environment as variables
 from megalith.common.errors import ConfigError, problem
 from megalith.config.flags.text import Words
+from megalith.config.flags.values import fields
 from megalith.config.sections.parallel import ParallelConfig
 from megalith.integrations.accelerate import collectives
 from megalith.integrations.accelerate.plugin import MegatronLMPlugin
@@ -142,8 +142,7 @@ def activate(plugin: MegatronLMPlugin, state: AcceleratorState) -> None:
 
 def parallel_config(plugin: MegatronLMPlugin, device: str) -> ParallelConfig:
     """The layout that a plugin asks for. device: the kind of this run's devices."""
-    own = {each.name for each in dataclasses.fields(ParallelConfig)}
-    given = {name: value for name, value in plugin.run_fields().items() if name in own}
+    given = {name: value for name, value in plugin.run_fields().items() if fields()[name].section == "parallel"}
     return ParallelConfig(**given | {"device": device})
 
 

@@ -26,7 +26,7 @@ from megalith.accelerate import Accelerator
 from megalith.accelerate.utils import DistributedType, MegatronLMPlugin
 from megalith.common.errors import ConfigError, TrainingError
 from megalith.testing import run_ranks
-from tests.integrations.accelerate.helpers import accelerating
+from tests.integrations.accelerate.helpers import accelerating, toy_model
 
 
 class Session:
@@ -152,7 +152,7 @@ def described() -> dict[str, Any]:
                       accelerator.data_parallel_shard_rank),
             "numbers": (accelerator.num_processes, accelerator.process_index, accelerator.local_process_index),
             "main": (accelerator.is_main_process, accelerator.is_local_main_process), "ran": ran,
-            "use_distributed": accelerator.use_distributed, "device": str(accelerator.device),
+            "use_distributed": accelerator.use_distributed, "device": accelerator.device.type,
         }  # fmt: skip
 
 
@@ -224,7 +224,7 @@ def test_clipping() -> None:
         accelerator.clip_grad_value_(parameters, 1.0)
         assert parameters[0].grad.tolist() == [-1.0, 0.5] and session.clipped and session.asked[-1] == "finish"
         for arguments, message in (
-            ((parameters[1:], 1.0), r"takes all parameters .*; found 0 of 1, and 1 other tensors\. Give model\.param"),
+            ((parameters[1:], 1.0), r"takes all parameters .*; found 0 of 1, and 0 other tensors\. Give model\.param"),
             (([*parameters, alone], 1.0), r"takes all parameters .*; found 1 of 1, and 1 other tensors"),
             ((parameters, 1.0, 1), "norm_type must be 2"),
             ((parameters, 0.0), "max_norm must be above 0"),
@@ -298,3 +298,46 @@ def measured(layout: dict[str, Any]) -> tuple[list[int], list[str]]:
 def test_metrics_have_every_sample_once(world: int, layout: dict[str, Any]) -> None:
     for numbers, texts in run_ranks(measured, world, layout):
         assert numbers == list(range(10)) and texts == [f"sample {number}" for number in range(10)]
+
+
+def trained(layout: dict[str, Any]) -> dict[str, Any]:
+    """A step of a real model, by the methods that depend on it, and what they leave."""
+    with accelerating():
+        accelerator = started(**layout)
+        model = toy_model("gpt2")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        data = [{"input_ids": torch.full((8,), number), "labels": torch.full((8,), number)} for number in range(4)]
+        model, optimizer, loader = accelerator.prepare(
+            model, optimizer, torch.utils.data.DataLoader(data, batch_size=2)
+        )
+        assert accelerator.prepare(loader) is loader and accelerator._dataloaders == [loader]
+        with accelerator.accumulate(model):
+            loss = model(**next(iter(loader))).loss
+            accelerator.backward(loss)
+            norm = accelerator.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+        with pytest.raises(ConfigError, match="multiple models"):
+            accelerator.prepare(toy_model("gpt2"))
+        state = accelerator.get_state_dict(model)
+        found = {
+            "loss": float(loss), "norm": float(norm), "skipped": accelerator.optimizer_step_was_skipped,
+            "weight": state.get("transformer.h.3.mlp.c_fc.weight"), "main": accelerator.is_main_process,
+            "unwrapped": accelerator.unwrap_model(model) is model,
+            "first": next(iter(accelerator.skip_first_batches(loader, 1)))["input_ids"][0, 0].item(),
+        }  # fmt: skip
+        accelerator.free_memory()
+        assert accelerator.session is None and not accelerator._models
+        accelerator.prepare(toy_model("gpt2"), torch.utils.data.DataLoader(data, batch_size=2))
+        return found
+
+
+def test_a_model_and_its_methods() -> None:
+    one = run_ranks(trained, 1, {})[0]
+    assert one["weight"] is not None and one["norm"] > 0.1 and not one["skipped"] and one["first"] == 2
+    for found in run_ranks(trained, 2, {"tp_degree": 2}):
+        assert found["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert found["norm"] == pytest.approx(one["norm"], rel=1e-5) and found["unwrapped"]
+        assert (found["weight"] is not None) == found["main"]
+        if found["main"]:
+            torch.testing.assert_close(found["weight"], one["weight"], rtol=1e-5, atol=1e-6)

@@ -38,7 +38,7 @@ def collected(layout: dict[str, Any]) -> dict[str, Any]:
             "max": accelerator.reduce(number, "max", scale=3.0),
             "none": accelerator.reduce(number, "none"),
             "padded": accelerator.gather(accelerator.pad_across_processes(row, pad_index=-1)),
-            "padded first": utils.pad_across_processes([row], pad_first=True)[0],
+            "padded first": utils.pad_across_processes([row], pad_index=-1, pad_first=True)[0],
             "other dim": accelerator.pad_across_processes(row, dim=5),
             "objects": accelerator.gather_for_metrics([f"text {rank}"]),
             "flagged": utils.gather_object([rank]),
@@ -69,7 +69,7 @@ def test_data_parallel_processes_are_counted_once(world: int, layout: dict[str, 
         assert found["mean"].tolist() == [(size - 1) / 2]
         assert found["max"] == 3.0 * (size - 1) and found["none"] == rank
         assert found["padded"].tolist() == ([[0, 0], [-1, -1], [1, 1], [1, 1]] if size == 2 else [[0, 0]])
-        assert found["padded first"].tolist() == [[0, 0], [rank, rank]][2 - size - rank :][-size:]
+        assert found["padded first"].tolist() == [*[[-1, -1]] * (size - 1 - rank), *[[rank, rank]] * (rank + 1)]
         assert found["other dim"].shape == (rank + 1, 2)
         assert found["objects"] == ["text 0", "text 1"][:size] and found["flagged"] == [0, 1][:size]
         expected = [["A", "B", "C"]] if size == 1 else [["A", "B"], ["C"]]
@@ -81,7 +81,7 @@ def test_data_parallel_processes_are_counted_once(world: int, layout: dict[str, 
 
 def ordered(folder: str) -> list[bool]:
     """Whether what one process wrote late is there for the others, after a barrier and after `main_process_first`."""
-    file, late = pathlib.Path(folder) / "main", pathlib.Path(folder) / "late"
+    file, early, late = (pathlib.Path(folder) / name for name in ("main", "early", "late"))
     with accelerating():
         accelerator = started(tp_degree=2)
         with accelerator.main_process_first():
@@ -91,11 +91,9 @@ def ordered(folder: str) -> list[bool]:
                 file.touch()
         if accelerator.process_index == 0:
             time.sleep(0.2)
-            late.touch()
+            early.touch()
         utils.wait_for_everyone()  # Accelerate's own function
-        seen = [first, late.exists()]
-        late.unlink(missing_ok=True)
-        accelerator.wait_for_everyone()
+        seen = [first, early.exists()]
         if PartialState().is_main_process:
             time.sleep(0.2)
             late.touch()
