@@ -159,9 +159,8 @@ def _bytes_of(size: int | str) -> int:
     try:
         return convert_file_size_to_int(size)
     except ValueError:
-        raise ConfigError(
-            problem("max_shard_size", size, "must be bytes, or a size with a unit", "Try '5GB'")
-        ) from None
+        rule = "must be a number of bytes, or a text with a unit"
+        raise ConfigError(problem("max_shard_size", size, rule, "Try '5GB'")) from None
 
 
 def _begin(folder: pathlib.Path, held: contextlib.ExitStack) -> str:
