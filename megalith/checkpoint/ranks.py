@@ -61,6 +61,10 @@ class Ranks:
         """Run `work` on rank 0 alone; every rank gets its result or its failure."""
         return self.collect(lambda: None, lambda results: work())
 
+    def from_rank_0(self, value: Any) -> Any:
+        """Rank 0's `value`, on every rank; what other ranks give is not looked at."""
+        return self._broadcast(value, scatter=False)
+
     def _exchange(self, work: Callable[[], Any], combine: Callable[[list], Any], *, scatter: bool) -> Any:
         # Serialized here, so that what cannot be sent fails like anything else.
         local_result, error = _attempt(lambda: self._serialize(work()))

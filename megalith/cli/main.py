@@ -65,7 +65,8 @@ VERBS = {  # verb -> one line; the module is megalith.cli.VERB, with register(su
     "generate": "text out of a trained model",
     "checkpoint": "inspect, verify, edit and convert checkpoints",
     "parity": "does a layout give the gradients of one process",
-    "config": "answer a few questions, get a YAML file for pretrain",
+    "config": "answer a few questions, get a YAML file for pretrain or launch",
+    "launch": "start a script written for Accelerate, in any number of processes",
 }
 
 
@@ -89,7 +90,8 @@ class Parser(argparse.ArgumentParser):
     """argparse without abbreviations, whose errors are ConfigErrors that name the nearest flag.
 
     A verb may set the default `reads`, a function that is given the words after the verb and replaces argparse's own
-    reading; what it returns is in the namespace as `reading`.
+    reading; what it returns is in the namespace as `reading`. Where some of the words belong to another program, `own`
+    gives those that do not: a --help among them alone is for this parser.
     """
 
     def __init__(self, **options):
@@ -100,7 +102,7 @@ class Parser(argparse.ArgumentParser):
         """As argparse, but what is left over is an error here, where the flags it may have meant are known."""
         reads = self.get_default("reads")
         if reads:
-            if {"-h", "--help"}.intersection(args):
+            if {"-h", "--help"}.intersection((self.get_default("own") or list)(args)):
                 self.print_help()
                 self.exit()
             return argparse.Namespace(handler=self.get_default("handler"), reading=reads(args)), []

@@ -18,6 +18,7 @@ EXTRAS = {  # package -> what pip installs, and the extra of pyproject.toml that
     "tensorboard": ("tensorboard>=2.18", "track"),
     "ray": ("ray>=2.40", "ray"),
     "transformers": ("transformers>=5.0", "hf"),
+    "accelerate": ("accelerate>=1.10", "hf"),
 }
 
 

@@ -103,12 +103,12 @@ def _rendezvous_problems() -> Iterator[str]:
     if text and (port is None or not 0 < port < 65536):
         rule = "must be a port, a whole number from 1 to 65535"
         yield problem("The environment variable MASTER_PORT", text, rule, "Write for example 29500")
-    elif port and rank() == 0 and not variables.torchrun_listens() and (reason := _cannot_listen(port)):
+    elif port and rank() == 0 and not variables.torchrun_listens() and (reason := cannot_listen(port)):
         rule = f"must be a port at which rank 0 can listen for the others ({reason})"
         yield problem("The environment variable MASTER_PORT", port, rule, "Give another one to all processes")
 
 
-def _cannot_listen(port: int) -> str | None:
+def cannot_listen(port: int) -> str | None:
     """Why a process of this machine cannot listen at a port; None where it can."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

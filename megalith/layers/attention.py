@@ -90,8 +90,14 @@ class CoreAttention(nn.Module):
         scores = (q * (self.scale or q.shape[-1] ** -0.5)) @ k.transpose(-1, -2)
         scores = scores.double() if scores.dtype == torch.float64 else scores.float()
         queries = slice(k.shape[2] - q.shape[2], k.shape[2])
-        scores = scores + mask.bias(queries, slice(0, k.shape[2]), q.device).to(scores.dtype)
-        weights = scores.softmax(dim=-1)
+        bias = mask.bias(queries, slice(0, k.shape[2]), q.device)
+        blind = None  # queries that see no key, whose softmax would not be a number; fused kernels give 0 for them
+        if mask.padding is not None:
+            blind = (bias == float("-inf")).all(dim=-1, keepdim=True)
+            bias = bias.masked_fill(blind, 0.0)
+        weights = (scores + bias.to(scores.dtype)).softmax(dim=-1)
+        if blind is not None:
+            weights = weights.masked_fill(blind, 0.0)
         if mask.dropout_keys is not None:
             heads = torch.arange(self.first_head, self.first_head + q.shape[1], device=q.device, dtype=torch.int32)
             weights = self.dropout(weights, mask.dropout_keys[:, None, :] ^ heads[None, :, None])

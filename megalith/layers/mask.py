@@ -13,7 +13,8 @@ class AttentionMask(NamedTuple):
 
     causal: keys after the query are hidden.
     documents: int [b, s], document of each token; keys of other documents are hidden.
-    padding: bool [b, s], True for real tokens; other keys are hidden.
+    padding: bool [b, s], True for real tokens; other keys are hidden. A query that then sees no key, as padding before
+        the first token, has an output of 0.
     slopes: float [heads], ALiBi: slope x (key position - query position) is added.
     relative: float [heads, 2 n - 1], a learned bias for at most n positions: column
         n - 1 + (key position - query position) is added.

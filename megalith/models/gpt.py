@@ -63,7 +63,7 @@ class GPT(nn.Module):
         self, inputs: Tensor, positions: Tensor | None = None, documents: Tensor | None = None,
         labels: Tensor | None = None, loss_weights: Tensor | None = None, samples: Tensor | None = None,
         step: Tensor | None = None, coordinates: Tensor | None = None, cache: Cache | None = None,
-        logits_to_keep: Tensor | None = None,
+        logits_to_keep: Tensor | None = None, padding_mask: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """The forward pass.
 
@@ -78,6 +78,9 @@ class GPT(nn.Module):
             of these tokens.
         logits_to_keep: int64 [n], positions of the s whose logits are computed, [b, n, V] (default: all; those of a
             long prompt are large).
+        padding_mask: [b, s], not zero for tokens; the others are not attended to, and do not change positions. It is of
+            the whole sequence also where coordinates are a shard. Padding after the tokens needs none, as a token sees
+            only those before it.
         Returns losses, or logits [b, s, V], or hidden states on a stage without the head.
         """
         c = self.config
@@ -87,7 +90,8 @@ class GPT(nn.Module):
             positions = coordinates.expand(inputs.shape[0], -1) if cache is None else cache.positions
         dropout_keys = build_dropout_keys(self, samples, step, coordinates)
         x = inputs if self.embedding is None else self.embed(inputs, positions, dropout_keys)
-        mask = AttentionMask(documents=documents, slopes=self.slopes, dropout_keys=dropout_keys)
+        padding = None if padding_mask is None else padding_mask.bool()
+        mask = AttentionMask(documents=documents, padding=padding, slopes=self.slopes, dropout_keys=dropout_keys)
         rotary = None
         if c.positions == "rope":
             rotary = rotary_table(

@@ -16,7 +16,7 @@ OPTIMIZERS = Registry(
     {"adam": "megalith.optim.build:adamw", "adamw": "megalith.optim.build:adamw", "sgd": "megalith.optim.build:sgd"},
 )
 
-_FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps")
+FUSED_DEVICES = ("cpu", "cuda", "xpu", "mps")  # on which torch has fused steps
 
 
 def build_optimizer(
@@ -53,4 +53,4 @@ def sgd(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Op
 
 def _fused(groups: list[dict[str, Any]]) -> bool:
     """Whether torch has a fused step for all of them; it raises for other devices, such as meta."""
-    return all(parameter.device.type in _FUSED_DEVICES for group in groups for _, parameter in group["params"])
+    return all(parameter.device.type in FUSED_DEVICES for group in groups for _, parameter in group["params"])

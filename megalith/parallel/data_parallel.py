@@ -7,6 +7,7 @@ docs/architecture.md, section 2, has the bytes per parameter that a rank holds b
 from __future__ import annotations
 
 import collections
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -132,8 +133,7 @@ class Replicas:
     def __init__(self, model: nn.Module, mesh: DeviceMesh):
         """model: not on meta, as hooks do not survive to_empty. mesh: the ranks that hold copies, one axis."""
         self.group, self.sync = mesh.get_group(), False
-        trained = [parameter for parameter in reversed(list(model.parameters())) if parameter.requires_grad]
-        self.buckets = [list(bucket) for bucket in buckets(trained, BUCKET)]
+        self.buckets = list(buckets(_trained(reversed(list(model.parameters()))), BUCKET))
         self.waiting: list[set[int]] = []
         self.started = 0
         self.in_flight: collections.deque[tuple[list[Tensor], Tensor, dist.Work]] = collections.deque()
@@ -146,7 +146,7 @@ class Replicas:
     def set_gradient_sync(self, last: bool) -> None:
         """Announce whether the next backward pass is the last of the step."""
         self.sync = last
-        self.waiting = [{id(parameter) for parameter in bucket} for bucket in self.buckets] if last else []
+        self.waiting = [{id(parameter) for parameter in _trained(bucket)} for bucket in self.buckets] if last else []
 
     def _ready(self, parameter: nn.Parameter, number: int) -> None:
         if self.sync:
@@ -157,15 +157,17 @@ class Replicas:
     @torch.no_grad()
     def _start(self) -> None:
         gradients = []
-        for parameter in self.buckets[self.started]:
+        for parameter in _trained(self.buckets[self.started]):
             if parameter.grad is None:  # unused on this rank; another may have used it
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(to_local(parameter.grad))
+        self.started += 1
+        if not gradients:
+            return
         if len(self.in_flight) == IN_FLIGHT:
             self._end()
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         self.in_flight.append((gradients, flat, dist.all_reduce(flat, group=self.group, async_op=True)))
-        self.started += 1
 
     @torch.no_grad()
     def _end(self) -> None:
@@ -181,3 +183,8 @@ class Replicas:
         while self.in_flight:
             self._end()
         self.started, self.sync = 0, False
+
+
+def _trained(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Those that are not frozen; they may become so after the model has been built."""
+    return [parameter for parameter in parameters if parameter.requires_grad]

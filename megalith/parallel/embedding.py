@@ -19,6 +19,7 @@ class ParallelEmbedding(nn.Embedding):
     def __init__(self, old: nn.Embedding, axis: Axis):
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = old.num_embeddings, old.embedding_dim
+        self.padding_idx = old.padding_idx
         self.weight, self.axis = old.weight, axis
 
 
@@ -34,7 +35,10 @@ class VocabParallelEmbedding(ParallelEmbedding):
         self.axis.check_length(ids.shape[1])
         row = ids - self.first
         local = (row >= 0) & (row < self.number)
-        x = F.embedding(torch.where(local, row, 0), to_local(self.weight))
+        padding = -1 if self.padding_idx is None else self.padding_idx - self.first  # its row has no gradient
+        x = F.embedding(
+            torch.where(local, row, 0), to_local(self.weight), padding if 0 <= padding < self.number else None
+        )
         return reduce_from_tensor_model_parallel_region(torch.where(local[..., None], x, 0.0), self.axis)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import sys
 import threading
 from collections.abc import Iterator
@@ -67,6 +68,15 @@ class Mesh:
     def flat(self, *axes: str) -> DeviceMesh:
         """Several neighbouring axes, flattened to one."""
         return self.device_mesh[axes]._flatten("_".join(axes)) if len(axes) > 1 else self.device_mesh[axes[0]]
+
+    @functools.cached_property
+    def model_group(self) -> dist.ProcessGroup:
+        """The processes that hold a model together and read the same samples (axes pp, cp and tp), over gloo.
+
+        All of them call it at its first use.
+        """
+        ranks = self.device_mesh.mesh.reshape(self.size("pp"), self.data_size, -1)[:, self.data_rank].flatten().tolist()
+        return dist.new_group(ranks, backend="gloo", use_local_synchronization=len(ranks) < self.world_size)
 
     def all_reduce(self, values: torch.Tensor) -> torch.Tensor:
         """Sum of `values` over all processes, in place."""

@@ -117,7 +117,8 @@ class LanguageModelling(Task):
 
     def inputs(self, batch: Batch, counts: dict[str, Tensor]) -> Batch:
         """Each token's weight is its mask / global count, so that the model's losses need only be added up."""
-        passed: Batch = {name: batch[name] for name in ("positions", "documents", "labels") if name in batch}
+        names = ("positions", "documents", "padding_mask", "labels")
+        passed: Batch = {name: batch[name] for name in names if name in batch}
         return {
             "inputs": batch["input_ids"],
             **passed,
@@ -133,15 +134,21 @@ class SpanCorruption(LanguageModelling):
     """T5's task: next-token cross entropy of the decoder's target, averaged over its unmasked tokens."""
 
     def inputs(self, batch: Batch, counts: dict[str, Tensor]) -> Batch:
-        """As LanguageModelling, for two sequences. The decoder's is padded at its end, so that it needs no mask."""
-        passed = {name: batch[name] for name in ("decoder_input_ids", "padding_mask")}
+        """As LanguageModelling, for two sequences.
+
+        The decoder's is padded at its end, so that it needs no mask, and that of a dataset is not passed. Where it is
+        padded elsewhere, the batch has `decoder_key_padding_mask` [b, t], which hides keys of its self-attention.
+        """
+        passed = {"decoder_input_ids": batch["decoder_input_ids"]}
+        if "decoder_key_padding_mask" in batch:
+            passed["decoder_padding_mask"] = batch["decoder_key_padding_mask"]
         return super().inputs(batch, counts) | passed
 
 
 class MaskedLanguageModelling(Task):
     """BERT's task: cross entropy of the masked tokens of the global batch, and of the order of two segments.
 
-    The second loss is there where the data has `sentence_order`.
+    The second loss is there where the data has `sentence_order`: of all samples, or where `order_mask` [b] is 1.
     """
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
@@ -149,17 +156,16 @@ class MaskedLanguageModelling(Task):
         counts = {"lm loss": batch["loss_mask"].sum()}
         if "sentence_order" in batch:
             here = batch["coordinates"][0] == 0 if "coordinates" in batch else 1.0
-            counts["sop loss"] = torch.ones_like(batch["sentence_order"], dtype=torch.float32).sum() * here
+            counts["sop loss"] = sample_mask(batch, "order_mask").sum() * here
         return counts
 
     def inputs(self, batch: Batch, counts: dict[str, Tensor]) -> Batch:
         """Weights are masks, or ones, / global counts, so that the model's losses need only be added up."""
-        passed: Batch = {
-            name: batch[name] for name in ("token_types", "padding_mask", "labels", "sentence_order") if name in batch
-        }
+        names = ("positions", "token_types", "padding_mask", "labels", "sentence_order")
+        passed: Batch = {name: batch[name] for name in names if name in batch}
         weights = {"loss_weights": batch["loss_mask"] / counts["lm loss"].clamp(min=1.0)}
         if "sentence_order" in batch:
-            weights["order_weights"] = (1.0 / counts["sop loss"]).expand(len(batch["input_ids"]))
+            weights["order_weights"] = sample_mask(batch, "order_mask") / counts["sop loss"].clamp(min=1.0)
         return {"inputs": batch["input_ids"], **passed, **weights}
 
     def losses(
@@ -168,6 +174,12 @@ class MaskedLanguageModelling(Task):
         """output: weighted losses of tokens [b, s], and of orders [b] where there are any."""
         parts = output if isinstance(output, tuple) else (output,)
         return {name: part.sum() for name, part in zip(counts, parts, strict=True)}
+
+
+def sample_mask(batch: Batch, name: str) -> Tensor:
+    """float32 [b]: the mask of samples that a batch has under this name, ones where it has none."""
+    ids = batch["input_ids"]
+    return batch[name] if name in batch else torch.ones(len(ids), dtype=torch.float32, device=ids.device)
 
 
 TASKS = Registry(

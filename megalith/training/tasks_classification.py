@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from megalith.training.tasks import Batch, Ratio, Task
+from megalith.training.tasks import Batch, Ratio, Task, sample_mask
 
 
 class Classification(Task):
     """Cross entropy of the class of each sequence, or of the right one among several choices, averaged over the
     global batch.
 
-    Batches have `input_ids` and `labels` [b], and may have `token_types` and `padding_mask`. Reports the accuracy too.
+    Batches have `input_ids` and `labels` [b], and may have `positions`, `token_types`, `padding_mask`, and `loss_mask`
+    [b], 1 for the samples that count. Reports the accuracy too.
     """
 
     metric_names = ("accuracy",)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Samples, each counted on the process that has its first token."""
-        samples = torch.ones_like(batch["labels"], dtype=torch.float32).sum()
-        return {"classification loss": samples * first_token_is_here(batch)}
+        return {"classification loss": sample_mask(batch, "loss_mask").sum() * first_token_is_here(batch)}
 
     def inputs(self, batch: Batch, counts: dict[str, Tensor]) -> Batch:
         """Weights are 1 / global count, so that the model's losses need only be added up."""
-        passed: Batch = {name: batch[name] for name in ("token_types", "padding_mask", "labels") if name in batch}
-        weights = (1.0 / counts["classification loss"]).expand(len(batch["labels"]))
+        names = ("positions", "token_types", "padding_mask", "labels")
+        passed: Batch = {name: batch[name] for name in names if name in batch}
+        weights = sample_mask(batch, "loss_mask") / counts["classification loss"].clamp(min=1.0)
         return {"inputs": batch["input_ids"], **passed, "loss_weights": weights}
 
     def losses(self, output: tuple[Tensor, Tensor], batch: Batch, counts: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -34,8 +34,9 @@ class Classification(Task):
 
     def metrics(self, output: tuple[Tensor, Tensor], batch: Batch) -> dict[str, Ratio]:
         """The fraction of samples whose largest logit is that of their label."""
-        right = (output[1].argmax(dim=-1) == batch["labels"]).sum()
-        return {"accuracy": (right * first_token_is_here(batch), len(batch["labels"]) * first_token_is_here(batch))}
+        counted = sample_mask(batch, "loss_mask") * first_token_is_here(batch)
+        right = output[1].argmax(dim=-1) == batch["labels"]
+        return {"accuracy": ((right * counted).sum(), counted.sum())}
 
 
 def first_token_is_here(batch: Batch) -> Tensor | float:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import shlex
-from collections.abc import Sequence
 from typing import Any
 
 from megalith import recipes
 from megalith.common.errors import ConfigError
+from megalith.common.questions import Questions
 from megalith.config.batch_math import check_length, data_parallel_size, global_batch
 from megalith.config.checks.checks import find_problems
 from megalith.config.checks.parallel import CP, PP, TP, layouts
@@ -59,35 +59,8 @@ def next_commands(answers: Answers, file: str) -> str:
     )
 
 
-class Questions:
-    """Asks until an answer can be read; after the end of the input every question has its default."""
-
-    def __init__(self) -> None:
-        self.ended = False
-
-    def text(self, question: str, default: str = "") -> str:
-        """One line of standard input; the default for an empty one."""
-        try:
-            return input(f"{question}{f' [{default}]' if default else ''}: ").strip() or default
-        except EOFError:
-            print()
-            self.ended = True
-            return default
-
-    def choice(self, question: str, choices: Sequence[str], default: str) -> str:
-        """One of several words."""
-        while (word := self.text(f"{question}: {', '.join(choices)}", default)) not in choices:
-            print(f"  the answer must be one of {', '.join(choices)}; found {word!r}")
-        return word
-
-    def number(self, question: str, default: int, divides: int = 0) -> int:
-        """A whole number above 0, one that divides `divides`."""
-        while True:
-            text = self.text(question, str(default))
-            if text.isdecimal() and int(text) > 0 and divides % int(text) == 0:
-                return int(text)
-            divisor = f", that divides {divides}" * (divides > 0)
-            print(f"  {question} must be a whole number, at least 1{divisor}; found {text!r}")
+class FieldQuestions(Questions):
+    """Questions on fields of a config too."""
 
     def field(self, config: RunConfig, name: str, what: str = "", default: Any = None) -> RunConfig:
         """The config with an answer for this field, of the field's type."""
@@ -106,7 +79,7 @@ class Questions:
 
 def ask() -> Answers:
     """Ask everything; what cannot work is asked again. Where the input has ended it is a ConfigError instead."""
-    questions = Questions()
+    questions = FieldQuestions()
     name = _recipe(questions)
     text = recipes.text(name)
     config = from_yaml(text, f"recipe {name}")
@@ -205,7 +178,7 @@ def _proposal(config: RunConfig, field: str, processes: int) -> Any:
     return [unit, unit, min(ramp[2], s.train_samples or ramp[2])] if len(ramp) == 3 else None
 
 
-def _layout(questions: Questions, config: RunConfig, processes: int) -> tuple[int, RunConfig]:
+def _layout(questions: FieldQuestions, config: RunConfig, processes: int) -> tuple[int, RunConfig]:
     """(processes on a machine, the config with the answers that several processes need)."""
     fitting = max(n for n in range(1, 9) if processes % n == 0)
     per_machine = questions.number("processes on each machine", fitting, divides=processes)

@@ -31,6 +31,13 @@ MASKS: dict[str, dict[str, Any]] = {
     "window of two blocks": {"window": QUERY_BLOCK + 10},
     "window that hides nothing": {"window": LENGTH},
     "padding": {"causal": False, "padding": torch.arange(LENGTH)[None] < torch.tensor([[LENGTH], [77]])},
+    "padding before the tokens": {"padding": torch.arange(LENGTH)[None] >= torch.tensor([[0], [277]])},
+    "padding on both sides": {
+        "padding": (torch.arange(LENGTH)[None] - torch.tensor([[9], [123]])).abs() < 9,
+        "slopes": alibi_slopes(HEADS),
+        "documents": documents(),
+        "window": 99,
+    },
     "all": {"slopes": alibi_slopes(HEADS), "documents": documents(), "window": 99},
 }
 
@@ -60,7 +67,9 @@ def reference(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
             hidden |= mask.documents[:, :, None] != mask.documents[:, None, :]
         if mask.padding is not None:
             hidden |= ~mask.padding[:, None, :]
-        out.append(scores.masked_fill(hidden, -math.inf).softmax(-1) @ v[:, head // group])
+        blind = hidden.all(dim=-1, keepdim=True).expand_as(scores)  # what sees no key has an output of 0
+        weights = scores.masked_fill(hidden & ~blind, -math.inf).softmax(-1).masked_fill(blind, 0.0)
+        out.append(weights @ v[:, head // group])
     return torch.stack(out, dim=1)
 
 

@@ -143,6 +143,30 @@ def test_documents_equal_separate_runs(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_padding_is_not_seen(form: str) -> None:
+    """Before the tokens, with positions that begin after it, and after them; what sees no token is a number too."""
+    gpt, ids = model(form), tokens(batch=2)
+    mask = torch.tensor([[0] * 4 + [1] * 8, [1] * 9 + [0] * 3])
+    positions = torch.stack((torch.arange(-4, 8).clamp(min=0), torch.arange(12)))
+    padded = gpt(ids, positions, padding_mask=mask)
+    torch.testing.assert_close(padded[:1, 4:], gpt(ids[:1, 4:]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(padded[1:, :9], gpt(ids[1:, :9]), rtol=0, atol=1e-6)
+    changed = gpt(torch.where(mask > 0, ids, 0), positions, padding_mask=mask)
+    assert torch.equal(changed[mask > 0], padded[mask > 0])
+    gpt(ids, positions, padding_mask=mask, labels=ids).sum().backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in gpt.parameters())
+
+
+def test_padding_in_packed_documents() -> None:
+    """Each document is seen by its own tokens alone, and its padding by none."""
+    gpt, ids = model("rope"), tokens(batch=1)
+    documents, mask = torch.tensor([[0] * 5 + [1] * 7]), torch.tensor([[1] * 3 + [0] * 2 + [0] * 2 + [1] * 5])
+    found = gpt(ids, documents=documents, padding_mask=mask)
+    torch.testing.assert_close(found[:, :3], gpt(ids[:, :3]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found[:, 7:], gpt(ids[:, 7:]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_loss_is_cross_entropy_of_the_logits(form: str) -> None:
     gpt, ids, labels = model(form, loss_chunk_tokens=5), tokens(), tokens(seed=1)
     weights = torch.rand(2, 12)

@@ -1,6 +1,23 @@
 """The tables of the parity tests: forms of the models, and layouts. A new form or layout is a row here."""
 
+import dataclasses
+
+import torch
+
+from megalith.config.architectures import GPT
 from megalith.config.run import RunConfig
+from megalith.testing import batches
+
+
+def padded(config: RunConfig, step: int = 0) -> batches.Batch:
+    """As `batches.gpt`, with padding before the tokens of a sample, after them, on both sides or nowhere."""
+    batch, s = batches.gpt(config, step), config.data.seq_length
+    first, last = torch.tensor([[s // 3], [0], [2], [0]]), torch.tensor([[s], [s - 5], [s - 3], [s]])
+    mask = (torch.arange(s) >= first) & (torch.arange(s) < last)
+    return batch | {"padding_mask": mask.repeat(len(batch["input_ids"]) // 4, 1)}
+
+
+PADDED = dataclasses.replace(GPT, name="padded", batch="tests.parity.cases:padded")
 
 SMALL = RunConfig().replace(
     num_layers=2, hidden_size=32, num_attention_heads=4, ffn_hidden_size=48, max_position_embeddings=16,
@@ -43,6 +60,11 @@ FORMS: dict[str, dict] = {
         "parallel_layernorm": True,
     },
     "dropout": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
+    "padding": {"model_type": "tests.parity.cases:PADDED", "position_embedding_type": "rope"},
+    "padding alibi": {
+        "model_type": "tests.parity.cases:PADDED", "position_embedding_type": "alibi", "reset_attention_mask": True,
+        "hidden_dropout": 0.1, "attention_dropout": 0.1,
+    },
     "bert": {"model_type": "bert", "vocab_size": 67},
     "bert google": {"model_type": "bert", "norm_after_residual": True, "untie_embeddings_and_output_weights": True},
     "bert dropout": {"model_type": "bert", "hidden_dropout": 0.1, "attention_dropout": 0.1},

@@ -35,6 +35,7 @@ COVERING = {
     ("norm plus one", "tp2 sp zbv"), ("norm plus one", "cp2 dp2 optimizer"),
     ("dropout", "pp2"), ("dropout", "tp2 pp2 dp2"), ("dropout", "zbv selective"), ("dropout", "pp2 dp2"), ("absolute",
      "pp2 full uniform"),
+    ("padding", "tp2 sp"), ("padding", "cp2 pp2"), ("padding alibi", "pp2"), ("padding alibi", "cp2"),
     ("bert", "tp2 sp"), ("bert", "dp2 none"), ("bert", "tp2 sp dp2 full"), ("bert", "pp2"), ("bert", "zbv"), ("bert",
      "cp2 tp2 sp"),
     ("bert dropout", "tp2 sp"), ("bert dropout", "pp2 interleaved"), ("bert dropout", "cp2"), ("bert google",

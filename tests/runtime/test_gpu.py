@@ -41,7 +41,7 @@ def test_initial_weights_losses_and_gradients(form, device):
         torch.testing.assert_close(their_gradients[name], gradients[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("kind", ["documents", "slopes", "window", "groups"])
+@pytest.mark.parametrize("kind", ["documents", "slopes", "window", "groups", "padding"])
 def test_flex_attention_equals_the_reference(kind, device):
     from megalith.layers.attention import CoreAttention
     from megalith.layers.mask import AttentionMask
@@ -52,6 +52,7 @@ def test_flex_attention_equals_the_reference(kind, device):
         "slopes": {"slopes": torch.linspace(0.1, 0.5, 4, device=device)},
         "window": {"window": 33},
         "groups": {"window": 64},
+        "padding": {"padding": torch.arange(256, device=device) >= torch.tensor([[0], [99]], device=device)},
     }[kind]
     found = []
     for backend in ("explicit", "flex"):

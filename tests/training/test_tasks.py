@@ -7,7 +7,7 @@ from megalith.config.sections.model import ModelConfig
 from megalith.models.bert import BERT
 from megalith.runtime.initialize import initialize
 from megalith.testing import parity
-from megalith.training.tasks import MaskedLanguageModelling
+from megalith.training.tasks import TASKS, MaskedLanguageModelling
 from tests.parity.cases import config_of
 
 
@@ -24,6 +24,28 @@ def test_losses_of_bert_are_means_over_masked_tokens_and_over_samples():
     torch.testing.assert_close(
         found, {"lm loss": lm, "sop loss": torch.nn.functional.cross_entropy(order, batch["sentence_order"])}
     )
+
+
+@pytest.mark.parametrize("form", ["bert", "bert classes"])
+def test_samples_that_do_not_count(form):
+    """The loss is that of a batch without them."""
+    batch = parity.batch(config_of(form))
+    config = config_of(form).replace(hidden_dropout=0.0, classifier_dropout=0.0).model
+    model = config.architecture.find("model")(config)
+    initialize(model, 1)
+    task = TASKS.find(config_of(form).data.loss)()
+    mask = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    unused = (
+        {"order_mask": mask, "loss_mask": batch["loss_mask"] * mask[:, None]} if form == "bert" else {"loss_mask": mask}
+    )
+    found = []
+    for each in (batch | unused, {name: tensor[:3] for name, tensor in batch.items()}):
+        counts = task.counts(each)
+        output = model(**task.inputs(each, counts))
+        found.append(task.losses(output, each, counts))
+        accuracy = task.metrics(output, each)
+    torch.testing.assert_close(*found)
+    assert not accuracy or accuracy["accuracy"][1] == 3
 
 
 @pytest.mark.parametrize("first", [0, 3])

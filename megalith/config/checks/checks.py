@@ -50,7 +50,7 @@ def find_problems(
     config = config.replace(**{name: fields()[name].default for name in wrong})  # the rules below may divide
     if one_step:
         config = config.replace(rampup_batch_size=[])
-    rules = [*model_problems(config), *parallel_problems(config, world_size), *_recompute(config)]
+    rules = [*model_problems(config), *parallel_problems(config, world_size), *recompute_problems(config)]
     if not one_step:
         rules += [*schedule_problems(config), *_files(config)]
     if data:
@@ -120,7 +120,8 @@ def _has_type(value: Any, kind: type) -> bool:
     return isinstance(value, bool) == (kind is bool) and isinstance(value, (int, float) if kind is float else kind)
 
 
-def _recompute(config: RunConfig) -> Iterator[Problem]:
+def recompute_problems(config: RunConfig) -> Iterator[Problem]:
+    """What in the section recompute cannot work together."""
     r = config.recompute
     if r.recompute_activations and r.recompute_granularity == "full":
         both = ("recompute_activations", "recompute_granularity")

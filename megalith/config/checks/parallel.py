@@ -68,7 +68,7 @@ def _batches(config: RunConfig, dp: int) -> Iterator[Problem]:
     yield from problems
     sizes = range(b.rampup_batch_size[0], full, b.rampup_batch_size[1]) if b.rampup_batch_size and not problems else ()
     yield from next(
-        (found for size in (full, *sizes) if (found := list(_micro_batches(config, size // unit, unit)))), ()
+        (found for size in (full, *sizes) if (found := list(micro_batch_problems(config, size // unit, unit)))), ()
     )
 
 
@@ -99,7 +99,7 @@ def _rampup(rampup: list[int], full: int, unit: int, each: str) -> Iterator[Prob
         yield field_problem(about, what, found, rule, cure)
 
 
-def _micro_batches(config: RunConfig, count: int, unit: int) -> Iterator[Problem]:
+def micro_batch_problems(config: RunConfig, count: int, unit: int) -> Iterator[Problem]:
     """Numbers of micro-batches that a pipeline schedule cannot run (the rules of torch.distributed.pipelining)."""
     p = config.parallel
     stages = p.pipeline_model_parallel_size

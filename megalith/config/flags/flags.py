@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from megalith.common.errors import problem
@@ -120,17 +120,27 @@ def _typed(sets: dict[str, Any]) -> str:
 
 
 def read(argv: Sequence[str], command_flags: Iterable[Flag] = RUN_FLAGS) -> CommandLine:
-    """Read the words after a verb against the config flags and the flags of the verb itself.
+    """Read the words after a verb against the config flags and the flags of the verb itself."""
+    return read_against({**config_flags(), **{flag.name: flag for flag in command_flags}}, argv)
+
+
+def read_against(
+    table: Mapping[str, Flag], argv: Sequence[str], *, verb: str = "pretrain", until_word: bool = False
+) -> CommandLine:
+    """Read the words after `verb` against a table of flags.
 
     `--flag value`, `--flag=value`; underscores count as dashes; the last of several wins. Nothing is raised: what is
     wrong is in the problems of the result, all of it.
+    until_word: the first word that is neither flag nor value, and all after it, are not read but are `words`.
     """
-    table = {**config_flags(), **{flag.name: flag for flag in command_flags}}
     result, at = CommandLine(), 0
     while at < len(argv):
         word = argv[at]
         at += 1
-        if not word.startswith("--") or word == "--":
+        if word not in table and (not word.startswith("--") or word == "--"):
+            if until_word:
+                result.words = list(argv[at if word == "--" else at - 1 :])
+                break
             result.words.append(word)
             continue
         name, equals, value = word.partition("=")
@@ -139,8 +149,13 @@ def read(argv: Sequence[str], command_flags: Iterable[Flag] = RUN_FLAGS) -> Comm
             following += 1
         found = table.get(name) or table.get(name.replace("_", "-"))
         if found is None:
-            at = following  # its values, whatever they are, are no positional words
-            result.problems.append(_unknown(name, table))
+            result.problems.append(_unknown(name, table, verb))
+            if not until_word:
+                at = following  # its values, whatever they are, are no positional words
+            elif (meant := table.get(_meant(result.problems[-1].text))) is None:
+                break  # whether it has a value, and where the words begin, nobody knows
+            elif not equals and meant.nargs:
+                at = min(at + 1, following)
             continue
         if equals:
             values = [value]
@@ -152,11 +167,16 @@ def read(argv: Sequence[str], command_flags: Iterable[Flag] = RUN_FLAGS) -> Comm
     return result
 
 
-def _unknown(name: str, table: dict[str, Flag]) -> Problem:
-    text = unknown("flag", name, table, "megalith pretrain --help lists them")
+def _unknown(name: str, table: Mapping[str, Flag], verb: str) -> Problem:
+    text = unknown("flag", name, table, f"megalith {verb} --help lists them")
+    near = _meant(text)
+    return Problem(tuple(table[near].sets) if near else (), text)  # what was meant is not reported as missing too
+
+
+def _meant(text: str) -> str:
+    """The flag that the text of an unknown one proposes, or ""."""
     near = re.search(r"did you mean (\S+)\?$", text)
-    meant = tuple(table[near[1]].sets) if near else ()  # so that what was meant is not reported as missing too
-    return Problem(meant, text)
+    return near[1] if near else ""
 
 
 def _use(found: Flag, name: str, values: list[str], result: CommandLine) -> None:
@@ -209,14 +229,17 @@ def whole_number(reading: CommandLine, name: str) -> int | None:
     return None
 
 
-def add_command_help(parser: argparse.ArgumentParser, command_flags: Iterable[Flag]) -> None:
+def add_command_help(
+    parser: argparse.ArgumentParser, command_flags: Iterable[Flag], title: str = "this command"
+) -> None:
     """Add the flags of a verb itself to `parser`, for its --help."""
-    group = parser.add_argument_group("this command")
+    group = parser.add_argument_group(title)
     for each in command_flags:
         if each.nargs == 0:
             group.add_argument(each.name, action="store_true", help=each.help)
         else:
-            choices = "{" + ",".join(each.choices) + "}" if each.choices else each.name.rpartition("-")[2].upper()
+            metavar = "N" if each.number else each.name.rpartition("-")[2].upper()
+            choices = "{" + ",".join(each.choices) + "}" if each.choices else metavar
             group.add_argument(each.name, metavar=choices, help=each.help)
 
 

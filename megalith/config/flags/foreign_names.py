@@ -23,7 +23,10 @@ _SERVER = (
 _RETRIEVAL = "retrieval models (ICT, REALM, open-domain question answering) are not there yet; only the ICT dataset is"
 _RETRO = "Retro is not there yet; a GPT is trained by megalith pretrain gpt"
 _CORPUS = "cleaning and deduplicating a corpus is not there yet; megalith data preprocess takes JSON lines as they are"
-_LAUNCH = "a launcher is not there yet; torchrun --nproc-per-node N -m megalith pretrain ... starts N processes"
+_JOBS = (
+    "job scripts of clusters are not there yet; on each machine, torchrun --nproc-per-node N -m megalith pretrain ... "
+    "starts N processes, and `megalith launch` those of a script"
+)
 _PLAN = "planning is not there yet; --dry-run with --world-size N checks a layout and prints its numbers"
 _ACCELERATE = (
     "the plugin for Accelerate is not there yet; megalith pretrain gpt|bert|t5 trains, "
@@ -165,8 +168,8 @@ _ANSWERS = (
         "blacklist_urls filter_ngrams add_id openwebtext wikiextractor cleanup_fix_dataset",
     ),
     (
-        _LAUNCH,
-        "launch run train_llama_chia_qsub helpers slurm pbs qsub --nproc-per-node --nnodes --node-rank --hostfile "
+        _JOBS,
+        "run train_llama_chia_qsub helpers slurm pbs qsub --nproc-per-node --nnodes --node-rank --hostfile "
         "train_agpt_7b train_agpt_7b_chia",
     ),
     (_PLAN, "plan simulate estimate memory"),

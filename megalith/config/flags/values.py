@@ -33,20 +33,24 @@ KINDS: dict[str, type] = {"int": int, "float": float, "bool": bool, "str": str, 
 @functools.cache
 def fields() -> dict[str, Field]:
     """Every field of RunConfig by its flat name, in the order of the sections."""
+    return {name: field for part, empty in vars(RunConfig()).items() for name, field in fields_of(empty, part).items()}
+
+
+def fields_of(empty: Any, section: str) -> dict[str, Field]:
+    """Every field of a section by its name; `empty` is one with all defaults."""
     found = {}
-    for part, empty in vars(RunConfig()).items():
-        for field in dataclasses.fields(empty):
-            kind, _, rest = str(field.type).partition(" | ")
-            base, _, item = kind.partition("[")
-            found[field.name] = Field(
-                name=field.name,
-                section=part,
-                kind=KINDS[base],
-                item=KINDS[item.rstrip("]") or "str"],
-                optional=rest == "None",
-                default=getattr(empty, field.name),
-                metadata=field.metadata,
-            )
+    for field in dataclasses.fields(empty):
+        kind, _, rest = str(field.type).partition(" | ")
+        base, _, item = kind.partition("[")
+        found[field.name] = Field(
+            name=field.name,
+            section=section,
+            kind=KINDS[base],
+            item=KINDS[item.rstrip("]") or "str"],
+            optional=rest == "None",
+            default=getattr(empty, field.name),
+            metadata=field.metadata,
+        )
     return found
 
 

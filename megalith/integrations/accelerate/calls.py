@@ -21,7 +21,7 @@ from megalith.integrations.accelerate.gradients import (
     LocalLoss,
     Pending,
     ScheduledLoss,
-    begin_backward,
+    put_gradients,
     take_gradients,
 )
 from megalith.integrations.accelerate.session import Session
@@ -36,7 +36,7 @@ Logits = tuple[Tensor, ...]  # [b, s, V], or of BERT's pre-training also [b, 2],
 
 
 class Result(NamedTuple):
-    """What a call gives: its loss, 0-dimensional and equal on all processes, and the logits of this process's samples."""
+    """What a call gives: its loss, 0-dimensional and equal on all processes; the logits of this process's samples."""
 
     loss: Tensor | None
     logits: Logits | None
@@ -95,7 +95,13 @@ def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
 
 
 def call(
-    session: Session, batches: Sequence[Batch], *, labelled: bool, logits: bool, training: bool, task: Task | None = None
+    session: Session,
+    batches: Sequence[Batch],
+    *,
+    labelled: bool,
+    logits: bool,
+    training: bool,
+    task: Task | None = None,
 ) -> Result:
     """Run the micro-batches of one call, which have labels or not. Every process calls it.
 
@@ -169,7 +175,7 @@ def _one_after_the_other(
         _reshard(session)
         return value
     pending = Pending(session, take_gradients(parameters), local=True)
-    _put_gradients(parameters, before)
+    put_gradients(parameters, before)
     return ScheduledLoss.apply(value, pending, *parameters)
 
 
@@ -195,13 +201,8 @@ def _scheduled(
         if stage.replicas is not None:
             stage.replicas.finish()
     pending = Pending(session, take_gradients(parameters), local=False)
-    _put_gradients(parameters, before)
+    put_gradients(parameters, before)
     return ScheduledLoss.apply(value, pending, *parameters)
-
-
-def _put_gradients(parameters, gradients: Sequence[Tensor | None]) -> None:
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
 
 
 def _reshard(session: Session) -> None:

@@ -1,8 +1,8 @@
 """Losses that a script differentiates, and what the gradient that reaches them does.
 
 Two kinds of calls of a model make them (calls.py). In the first the loss is part of an ordinary autograd graph. In the
-second, pipelines' above all, the forward and backward passes are done when the loss is returned: its gradient scales the
-gradients that they left.
+second, pipelines' above all, the forward and backward passes are done when the loss is returned: its gradient scales
+the gradients that they left.
 """
 
 from __future__ import annotations
@@ -34,6 +34,12 @@ def take_gradients(parameters: list[nn.Parameter]) -> list[Tensor | None]:
     for parameter in parameters:
         parameter.grad = None
     return taken
+
+
+def put_gradients(parameters: list[nn.Parameter], gradients: list[Tensor | None]) -> None:
+    """Give parameters the gradients that `take_gradients` took from them."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
 
 
 class ScheduledLoss(torch.autograd.Function):

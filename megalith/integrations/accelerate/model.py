@@ -12,11 +12,9 @@ from torch import Tensor, nn
 
 from megalith.common.errors import ConfigError, problem
 from megalith.config.flags.text import Words
-from megalith.integrations.accelerate import batches, export, generate, train_steps
+from megalith.integrations.accelerate import batches, export, generate, step_run
 from megalith.integrations.accelerate.calls import call
 from megalith.integrations.accelerate.session import Session
-
-INPUTS = {"gpt": ("input_ids", "attention_mask"), "t5": ("input_ids", "attention_mask")}
 
 
 class MegatronModel(nn.Module):
@@ -32,38 +30,39 @@ class MegatronModel(nn.Module):
         self.session = session
         self.config = session.hf_config
 
-    def forward(self, *inputs: Tensor, **batch: Tensor) -> Any:
+    def forward(self, *inputs: Tensor, **batch: Any) -> Any:
         """The output of the transformers class, with the loss where the batch has labels.
 
         Logits are there where there are no labels, for classifiers, and with MegatronLMPlugin(return_logits=True).
         Raises ConfigError for an empty batch, or arguments that the model does not have.
         """
-        session = self.session
+        session, return_dict = self.session, batch.pop("return_dict", None)
         batch |= dict(zip(("input_ids", "attention_mask"), inputs))
         if not batch:
             cure = "Iterate over the prepared loader, which is there on every process: `batch = next(loader)`"
             raise ConfigError(problem("model(**batch)", Words("an empty batch"), "must have samples", cure))
-        if session.plugin.custom_train_step_class is not None:
-            return train_steps.call(session, batch, training=self.training)
-        given = batch if isinstance(batch, batches.IndexedBatch) else batches.to_batch(session.kind, batch, session)
-        rows = len(given["input_ids"])
-        given["samples"] = self._sample_numbers(rows)
-        number = session.plugin.num_micro_batches
+        if (step := step_run.step_of(session)) is not None:
+            samples = self._sample_numbers(batch, step_run.rows_of(batch))
+            return step_run.call(session, step, batch, samples, training=self.training)
+        given = batch if "loss_mask" in batch else batches.to_batch(session.kind, batch, session)  # indexed: as it is
+        given["samples"] = self._sample_numbers(given, len(given["input_ids"]))
         labelled = "labels" in given or "sentence_order" in given
         logits = session.plugin.return_logits or session.kind == "bert_classification"
-        result = call(
-            session, batches.split(given, number), labelled=labelled, logits=logits, training=self.training
-        )  # fmt: skip
-        found = None if result.logits is None else tuple(each[:rows] for each in result.logits)
-        return batches.outputs(session, result.loss, found)
+        parts = batches.split(given, session.plugin.num_micro_batches, session.config)
+        result = call(session, parts, labelled=labelled, logits=logits, training=self.training)
+        found = None if result.logits is None else batches.cut(result.logits, given)
+        return batches.outputs(session, result.loss, found, return_dict)
 
-    def _sample_numbers(self, rows: int) -> Tensor:
-        """Global numbers of this process's samples, by which dropout masks are made; training calls count them."""
+    def _sample_numbers(self, batch: Mapping[str, Tensor], rows: int) -> Tensor:
+        """Global numbers of this process's samples, by which dropout masks are made; training calls count them.
+
+        Those of an indexed dataset come with the batch.
+        """
         session, mesh = self.session, self.session.runtime.mesh
         first = session.consumed_samples + mesh.data_rank * rows
         if self.training and torch.is_grad_enabled():
             session.consumed_samples += mesh.data_size * rows
-        return torch.arange(first, first + rows)
+        return batch["samples"] if "samples" in batch else torch.arange(first, first + rows)
 
     def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Iterator:
         """This process's parameters under their names in the whole megalith model."""

@@ -6,15 +6,17 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from megalith.checkpoint.formats.huggingface.family import FAMILIES
+from megalith.checkpoint.weights import Weights
 from megalith.common.errors import ConfigError, problem
+from megalith.config.architectures import architecture
 from megalith.config.flags.text import Words
+from megalith.integrations.accelerate import batches, data, optimizer, parsers, providers, schedules
 from megalith.integrations.accelerate import config as configs
-from megalith.integrations.accelerate import data, optimizer, parsers, schedules
 from megalith.integrations.accelerate.model import MegatronModel
 from megalith.integrations.accelerate.session import Session
 from megalith.optim.loss_scale import build_loss_scale
@@ -23,7 +25,7 @@ from megalith.runtime.load import weights_of
 from megalith.training.tasks import TASKS
 
 LOSSES = {"gpt": "lm", "bert": "bert", "bert_classification": "classification", "t5": "t5"}  # kind -> task
-DUMMIES = (data.MegatronLMDummyDataLoader,)
+KINDS = {loss: kind for kind, loss in LOSSES.items()}
 
 
 def prepare(accelerator: Any, objects: Sequence[Any]) -> list[Any]:
@@ -38,7 +40,7 @@ def prepare(accelerator: Any, objects: Sequence[Any]) -> list[Any]:
             "You can't use same `Accelerator()` instance with multiple models when using Megatron-LM. Make another "
             "Accelerator in another run, or prepare one model."
         )
-    loaders = [each for each in objects if isinstance(each, (DataLoader, *DUMMIES))]
+    loaders = [each for each in objects if isinstance(each, (DataLoader, data.MegatronLMDummyDataLoader))]
     if loaders:
         micro_batch_size, notices = data.micro_batch_size_of(loaders, plugin.is_train_batch_min)
         plugin.set_training_args(micro_batch_size, accelerator.mesh.data_size)
@@ -49,25 +51,32 @@ def prepare(accelerator: Any, objects: Sequence[Any]) -> list[Any]:
     for each in objects:  # optimizers before schedulers, which are bound to them
         if isinstance(each, Optimizer):
             made[id(each)] = prepare_optimizer(accelerator, each, models)
-    results, indexed = [], None
+    results, indexed = list[Any](), iter(())
     for each in objects:
         if each in models:
-            result: Any = MegatronModel(accelerator.session)
-            accelerator._models.append(result)
+            results.append(MegatronModel(accelerator.session))
         elif isinstance(each, Optimizer):
-            result = made[id(each)]
+            results.append(made[id(each)])
         elif schedules.is_scheduler(each):
-            result = prepare_scheduler(accelerator, each)
+            results.append(prepare_scheduler(accelerator, each))
         elif isinstance(each, data.MegatronLMDummyDataLoader):
-            indexed = indexed or iter(data.indexed_loaders(each, needed_session(accelerator)))
-            result = next(indexed)
-            accelerator._dataloaders.append(result)
+            if (loader := next(indexed, None)) is None:
+                indexed = iter(indexed_loaders(accelerator, each, objects))
+                loader = next(indexed)
+            results.append(loader)
         elif isinstance(each, DataLoader):
-            result = accelerator.prepare_data_loader(each)
+            results.append(accelerator.prepare_data_loader(each))
         else:
-            result = each
-        results.append(result)
+            results.append(each)
     return results
+
+
+def indexed_loaders(accelerator: Any, dummy: data.MegatronLMDummyDataLoader, objects: Sequence[Any]) -> list[Any]:
+    """The loaders of training, validation and test data; a scheduler among the objects says how long the run is."""
+    steps = [each.total_num_steps for each in objects if isinstance(each, schedules.MegatronLMDummyScheduler)]
+    loaders = data.indexed_loaders(dummy, needed_session(accelerator), next(iter(steps), None))
+    _say(accelerator, dummy.notices)
+    return loaders
 
 
 def needed_session(accelerator: Any) -> Session:
@@ -81,34 +90,55 @@ def needed_session(accelerator: Any) -> Session:
 def build_session(accelerator: Any, model: nn.Module, loaders: Sequence[Any]) -> Session:
     """Place a transformers model: with its weights, or drawn at random where it is on meta or the plugin says so."""
     plugin, mesh = accelerator.state.megatron_lm_plugin, accelerator.mesh
+    found = providers.provided(plugin, model)
+    model = found.model
     parsers.check_model(model)
+    parsers.run_parser(plugin, model, first_batch(loaders))
+    of_family = model.config.model_type in FAMILIES.addresses
+    source = weights_of(model) if of_family else Weights(config=parsers.parsed_config(plugin, model), tensors={})
     on_meta = any(parameter.is_meta for parameter in model.parameters())
-    source = weights_of(model)
-    weights = source if plugin.keep_weights and not on_meta else None
+    weights = source if plugin.keep_weights and not on_meta and found.model_type is None else None
+    described = source.config
+    if found.model_type is not None:
+        described = described.replace(**architecture(found.model_type).defaults, model_type=found.model_type)
+    recomputes = bool(getattr(model, "is_gradient_checkpointing", False))
+    options = {"keeps_weights": weights is not None, "recomputes": recomputes}
     config = configs.run_config(
-        plugin, source.config, num_processes=mesh.world_size, micro_batch_size=plugin.micro_batch_size or 1,
+        plugin, described, num_processes=mesh.world_size, micro_batch_size=plugin.micro_batch_size or 1,
         seq_length=sequence_length(plugin, loaders), mixed_precision=accelerator.mixed_precision,
-        device=accelerator.device, keeps_weights=weights is not None,
-        recomputes=bool(getattr(model, "is_gradient_checkpointing", False)),
+        device=accelerator.device, **options,
     )  # fmt: skip
-    _say(accelerator, [*source.notes, *configs.megatron_log_lines(config, keeps_weights=weights is not None)])
+    parsers.set_network_size_args(plugin, model, config)
+    _say(accelerator, [
+        *source.notes, *plugin.notices(), *parsers.model_notices(model, config),
+        *configs.config_notices(plugin, config, described, **options),
+        *configs.megatron_log_lines(config, keeps_weights=weights is not None),
+    ])  # fmt: skip
     runtime = build_runtime(config, mesh, weights=weights)
-    kind = parsers.kind_of(model)
-    name = getattr(model.config, "_name_or_path", "") or ""
+    batches.keep_padding_idx(runtime, model)
+    folder = pathlib.Path(getattr(model.config, "_name_or_path", "") or "no such folder")
+    kind = parsers.kind_of(model, described) if found.model_type is None else KINDS[architecture(found.model_type).loss]
     task = TASKS.find(LOSSES[kind])()
     task.setup(config, mesh, None)
     return Session(
         plugin=plugin, config=config, runtime=runtime, task=task, kind=kind, hf_config=model.config,
-        hf_class=type(model), generation_config=getattr(model, "generation_config", None),
-        loss_scale=build_loss_scale(config.precision), gradient_state=accelerator.gradient_state,
-        tokenizer_folder=pathlib.Path(name) if name and pathlib.Path(name).is_dir() else None,
+        hf_class=type(model), loss_scale=build_loss_scale(config.precision), gradient_state=accelerator.gradient_state,
+        generation_config=getattr(model, "generation_config", None),
+        tokenizer_folder=folder if folder.is_dir() else None,
     )  # fmt: skip
+
+
+def first_batch(loaders: Sequence[Any]) -> Any:
+    """A batch for a script's own parser of a model's config; None where no loader gives one."""
+    return next((next(iter(each), None) for each in loaders if isinstance(each, DataLoader)), None)
 
 
 def sequence_length(plugin: Any, loaders: Sequence[Any]) -> int | None:
     """The length of sequences where it is known before the first batch is read."""
     given = [plugin.seq_length, plugin.encoder_seq_length, plugin.decoder_seq_length]
-    given += [each.dataset_args.get("seq_length") for each in loaders if isinstance(each, DUMMIES)]
+    given += [
+        each.dataset_args.get("seq_length") for each in loaders if isinstance(each, data.MegatronLMDummyDataLoader)
+    ]
     return next((length for length in given if length), None)
 
 
@@ -122,7 +152,6 @@ def prepare_optimizer(accelerator: Any, given: Optimizer, models: Sequence[nn.Mo
         raise ConfigError(problem("accelerator.prepare", Words("an optimizer alone"), "needs its model", cure))
     _say(accelerator, optimizer.adopt(given, models[0], session.runtime, session.plugin))
     session.optimizer = optimizer.MegatronOptimizer(given, session)
-    accelerator._optimizers.append(session.optimizer)
     return session.optimizer
 
 
@@ -131,7 +160,6 @@ def prepare_scheduler(accelerator: Any, given: Any) -> Any:
     session = needed_session(accelerator)
     scheduler, notices = schedules.prepare(given, session, accelerator.step_scheduler_with_optimizer)
     _say(accelerator, notices)
-    accelerator._schedulers.append(scheduler)
     return scheduler
 
 

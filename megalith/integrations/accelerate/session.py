@@ -48,10 +48,12 @@ class Session:
     optimizer: MegatronOptimizer | None = None
     steps: int = 0
     consumed_samples: int = 0
+    has_gradients: bool = False  # whether a backward pass of this step has added any; the same on every process
     run: str = dataclasses.field(default_factory=lambda: os.urandom(8).hex())
     # The norm of the complete gradients; None where they are not complete, or there are none.
     norm: Tensor | None = None
     clipped: bool = False  # by the script, in this step
+    train_step: Any = None  # of the user's own, once it is made (step_run.py: step_of)
     local: bool = False  # whether gradients have been added that are not summed over data-parallel replicas
 
     @property
@@ -70,10 +72,10 @@ class Session:
                 "mix two steps. Call optimizer.step() and optimizer.zero_grad() before it, or clip after the last "
                 "backward pass."
             )
-        self.local = self.local or local
+        self.local, self.has_gradients = self.local or local, True
 
     def finish_gradients(self) -> Tensor:
-        """Complete the gradients of this step, once: those of the global batch, without the loss scale, on every process.
+        """Complete the gradients of this step, once: of the global batch, without the loss scale, on every process.
 
         Every process calls it. Returns their norm, which is not finite where one of them is not.
         """
@@ -86,7 +88,7 @@ class Session:
         return self.norm
 
     def clip(self, max_norm: float) -> Tensor:
-        """Complete the gradients, and scale them so that their norm is at most max_norm. Returns the norm before that."""
+        """Complete the gradients, and scale them so that their norm is at most max_norm. Returns the norm before."""
         norm = self.finish_gradients()
         self._clip(max_norm, 1.0)
         self.clipped = True
@@ -105,4 +107,4 @@ class Session:
         """Forget the gradients of this step."""
         for parameter in self.parameters:
             parameter.grad = None
-        self.norm, self.clipped, self.local = None, False, False
+        self.norm, self.clipped, self.local, self.has_gradients = None, False, False, False

@@ -50,6 +50,8 @@ class SharedParameters:
     def sum_gradients(self) -> None:
         """Give every copy the sum of the gradients of all. Call it after StageModule.finish_gradients."""
         for parameters, group in self.sets:
+            if not parameters[0].requires_grad:  # frozen, and so on every stage
+                continue
             for parameter in parameters:
                 if parameter.grad is None:  # not used in this step; another copy may have been
                     parameter.grad = torch.zeros_like(parameter)

@@ -155,3 +155,28 @@ def test_help_lists_every_field_once_under_its_section(capsys):
 def test_other_spellings_name_the_main_one(words):
     (notice,) = flags.read(words).notices
     assert notice.startswith(f"{words[0]} is read as --")
+
+
+def test_words_that_are_another_programs():
+    table = {
+        each.name: each
+        for each in (
+            flags.Flag("--size", {"size": flags.VALUE}),
+            flags.Flag("--fast", {"fast": True}, 0),
+            flags.Flag("-m", {"module": True}, 0),
+        )
+    }
+
+    def read(*words):
+        return flags.read_against(table, words, verb="try", until_word=True)
+
+    found = read("--size", "3", "-m", "script", "--size", "4", "--unknown", "-x")
+    assert found.values == {"size": "3", "module": True} and not found.problems
+    assert found.words == ["script", "--size", "4", "--unknown", "-x"]
+    assert read("--fast", "--", "--size", "4").words == ["--size", "4"]
+    near = read("--siez", "3", "--fsat", "--size=2", "script", "--size", "4")
+    assert texts(near) == ["unknown flag --siez: did you mean --size?", "unknown flag --fsat: did you mean --fast?"]
+    assert near.words == ["script", "--size", "4"] and near.values == {"size": "2"}
+    assert read("--siez=3", "script").words == ["script"]
+    far = read("--qqqq", "3", "script")
+    assert texts(far) == ["unknown flag --qqqq: megalith try --help lists them"] and far.words == []

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import transformers
 from accelerate.state import AcceleratorState, GradientState
 
+VOCABULARY = 96  # tokens of the toy models
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 HEADS = {  # short name of a head -> the end of the names of transformers' classes that have it
     "causal": "ForCausalLM",
@@ -69,7 +70,7 @@ def _free_port() -> int:
 
 
 def toy_model(kind: str, head: str | None = None, *, seed: int = 0, **config: Any) -> transformers.PreTrainedModel:
-    """A model of transformers with 4 layers, 32 hidden units and 96 tokens, without dropout; equal on all ranks.
+    """A model of transformers with 4 layers, 32 hidden units, without dropout; equal on all ranks.
 
     kind: of KINDS. head: of HEADS; None is the usual one. config: further fields of the model's config.
     """
@@ -86,18 +87,18 @@ def toy_model(kind: str, head: str | None = None, *, seed: int = 0, **config: An
 def _fields(kind: str, changes: dict[str, Any]) -> dict[str, Any]:
     if kind == "gpt2":
         names = {
-            "vocab_size": 96, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "bos_token_id": 0,
+            "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "bos_token_id": 0,
             "eos_token_id": 0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
         }  # fmt: skip
     elif kind in ("t5", "mt5"):
         names = {
-            "vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 4, "num_decoder_layers": 4,
+            "vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 4, "num_decoder_layers": 4,
             "num_heads": 4, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20,
             "dropout_rate": 0.0, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1,
         }  # fmt: skip
     else:
         names = {
-            "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
+            "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
             "intermediate_size": 64, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
             "eos_token_id": 2,
         }  # fmt: skip

@@ -197,6 +197,7 @@ class Family:
     added_tensors(model): for an export, tensors that Hugging Face's model has and megalith's does not need.
         (Tensors in these are under Hugging Face's names.)
     tied: {tensor: what it is tied to}, as transformers' _tied_weights_keys; see tied.py.
+    merged: {tensor: the one that `adapt_tensors` adds it to, in a model without a parameter for it}.
     file_names: {name in the state_dict of transformers' module: name in files}, where they differ.
     rules: every parameter, see Rule.
     ignored: regular expressions for whole names of tensors in files that are no weights (masks, inverse frequencies).
@@ -218,6 +219,7 @@ class Family:
     adapt_tensors: Callable[[dict[str, Lazy], ModelConfig], tuple[dict[str, Lazy], tuple[str, ...]]] = _unchanged
     added_tensors: Callable[[ModelConfig], dict[str, Lazy]] = lambda model: {}
     tied: Mapping[str, TiedTo] = field(default_factory=dict)
+    merged: Mapping[str, str] = field(default_factory=dict)
     file_names: Mapping[str, str] = field(default_factory=dict)
     rules: tuple[Rule, ...]
     ignored: tuple[str, ...] = ()

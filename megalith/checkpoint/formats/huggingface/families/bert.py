@@ -149,6 +149,7 @@ _family = functools.partial(
         "cls.predictions.decoder.weight": TiedTo("bert.embeddings.word_embeddings.weight"),
         "cls.predictions.decoder.bias": TiedTo("cls.predictions.bias", USE_TIED),
     },
+    merged={f"bert.{TYPES}": f"bert.{POSITIONS}"},
     ignored=(r"(bert\.)?embeddings\.position_ids",),
 )  # fmt: skip
 RULES = (
