@@ -18,7 +18,6 @@ from typing import Any
 from accelerate import checkpointing
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
 from megalith import checkpoint
 from megalith.checkpoint import formats
@@ -151,7 +150,7 @@ def _say(accelerator: Any, line: str) -> None:
 
 def _write_files(accelerator: Any, folder: pathlib.Path) -> None:
     """This process's part of Accelerate's own files; the main process writes what all have in common."""
-    loaders = _torch_loaders(accelerator) if accelerator.is_main_process else []
+    loaders = accelerator._dataloaders if accelerator.is_main_process else []  # whose states are equal everywhere
     index, step = accelerator.process_index, accelerator.step
     checkpointing.save_accelerator_state(str(folder), [], [], accelerator._schedulers, loaders, index, step)
     for number, each in enumerate(accelerator._custom_objects):
@@ -162,11 +161,6 @@ def _files(session: Session, folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """{name in the checkpoint: file} of Accelerate's files in `folder`, of the model's configs and the tokenizer."""
     own = {f"{NAME}/{file.name}": file for file in sorted(folder.iterdir())}
     return own | source_files(session, folder.parent / "source")
-
-
-def _torch_loaders(accelerator: Any) -> list[Any]:
-    """The prepared loaders that Accelerate made."""
-    return [each for each in accelerator._dataloaders if isinstance(each, DataLoader)]
 
 
 def _train_state(accelerator: Any, session: Session) -> dict[str, Any]:
@@ -305,9 +299,8 @@ def _load_files(
         saved = f"{stored['world_size']} processes saved theirs"
         _say(accelerator, f"{folder}: random states are not loaded, as {saved}, and here are {processes}")
     schedulers = [] if accelerator.session.config.checkpoint.no_load_optim else accelerator._schedulers
-    loaders = _torch_loaders(accelerator)
     checkpointing.load_accelerator_state(
-        str(folder), [], [], schedulers, loaders, number, None, map_location, load_kwargs
+        str(folder), [], [], schedulers, accelerator._dataloaders, number, None, map_location, load_kwargs
     )  # fmt: skip
     for index, each in enumerate(accelerator._custom_objects):
         checkpointing.load_custom_state(each, str(folder), index)

@@ -152,7 +152,7 @@ WRONG: dict[str, dict[str, Any]] = {  # message -> options
     "and 62 new ones are asked for, together 65; the model's limit (max_position_embeddings) is 64":
         {"max_new_tokens": 62},
     "unknown option of megatron_generate top_P: did you mean top_p?": {"top_P": 0.5},
-    "2 problems": {"top_k": -1, "top_p": 7},
+    "2 problems": {"top_k": -1, "top_p_bound": 7},
 }  # fmt: skip
 
 
