@@ -165,7 +165,7 @@ def test_what_cannot_be_is_told(tmp_path: pathlib.Path) -> None:
         session.generation_config.bos_token_id = None
         with pytest.raises(ConfigError, match="add_BOS needs a bos_token_id"):
             megatron_generate(session, IDS, max_new_tokens=2, add_BOS=True)
-        with pytest.raises(DataError, match="found 300"):
+        with pytest.raises(DataError, match="found 100"):
             megatron_generate(session, IDS * 100, max_new_tokens=2)
         with pytest.raises(ConfigError, match="generate method is not implemented for this model; found 'bert'"):
             megatron_generate(prepare(toy_model("bert"), "one", None), IDS, max_new_tokens=2)

@@ -61,9 +61,8 @@ def script(kind: str, layout: str, folder: str, resumes: bool) -> dict[str, Any]
                 if done == STEPS:
                     break
         after = STEPS - STOP
-        accelerator.unwrap_model(model).save_pretrained(
-            f"{folder}/{resumes}", is_main_process=accelerator.is_main_process
-        )
+        is_main = accelerator.is_main_process
+        accelerator.unwrap_model(model).save_pretrained(f"{folder}/{resumes}", is_main_process=is_main)
         state = accelerator.get_state_dict(model)
         assert bool(state) == is_main
         model.eval()
