@@ -150,7 +150,7 @@ def _say(accelerator: Any, line: str) -> None:
 
 def _write_files(accelerator: Any, folder: pathlib.Path) -> None:
     """This process's part of Accelerate's own files; the main process writes what all have in common."""
-    loaders = accelerator._dataloaders if accelerator.is_main_process else []
+    loaders = accelerator._dataloaders if accelerator.is_main_process else []  # whose states are equal everywhere
     index, step = accelerator.process_index, accelerator.step
     checkpointing.save_accelerator_state(str(folder), [], [], accelerator._schedulers, loaders, index, step)
     for number, each in enumerate(accelerator._custom_objects):
@@ -295,13 +295,12 @@ def _load_files(
     record, processes = stored[NAME], accelerator.num_processes
     number = accelerator.process_index
     if stored["world_size"] != processes:
-        number = 0  # which decides on the order of samples in every layout
+        number = -1  # Accelerate passes over random states whose file it does not find
         saved = f"{stored['world_size']} processes saved theirs"
-        _say(accelerator, f"{folder}: random states are all that of process 0, as {saved}, and here are {processes}")
+        _say(accelerator, f"{folder}: random states are not loaded, as {saved}, and here are {processes}")
     schedulers = [] if accelerator.session.config.checkpoint.no_load_optim else accelerator._schedulers
-    loaders = accelerator._dataloaders
     checkpointing.load_accelerator_state(
-        str(folder), [], [], schedulers, loaders, number, None, map_location, load_kwargs
+        str(folder), [], [], schedulers, accelerator._dataloaders, number, None, map_location, load_kwargs
     )  # fmt: skip
     for index, each in enumerate(accelerator._custom_objects):
         checkpointing.load_custom_state(each, str(folder), index)

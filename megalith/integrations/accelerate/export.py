@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from megalith import checkpoint
 from megalith.checkpoint.formats import HuggingFaceOptions
 from megalith.checkpoint.formats.huggingface import conversion as huggingface
+from megalith.checkpoint.formats.huggingface.family import FAMILIES
 from megalith.checkpoint.formats.huggingface.files import INDEX, WEIGHT_FILES
 from megalith.checkpoint.formats.huggingface.tokenizer import tokenizer_files
 from megalith.checkpoint.ranks import Ranks
@@ -142,26 +143,27 @@ def gather(runtime: Runtime) -> dict[str, Tensor]:
 def source_files(session: Session, folder: pathlib.Path) -> dict[str, pathlib.Path]:
     """{name in a checkpoint of megalith: file} of what a Hugging Face folder has beside its weights.
 
-    The configs are written into the new `folder`.
+    The configs are written into the new `folder`; none of a user's own architecture, which no family describes.
     """
     folder.mkdir()
+    files = {} if session.tokenizer_folder is None else tokenizer_files(session.tokenizer_folder)
+    if getattr(session.hf_config, "model_type", None) not in FAMILIES.addresses:
+        return files
     config = json.loads(session.hf_config.to_json_string())
     contents = {huggingface.CONFIG: config | {"architectures": [session.hf_class.__name__], "dtype": "float32"}}
     if session.generation_config is not None:
         contents[huggingface.GENERATION] = json.loads(session.generation_config.to_json_string())
     for name, content in contents.items():
         (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    files = {f"{huggingface.SOURCE_FOLDER}{name}": folder / name for name in contents}
-    return files | ({} if session.tokenizer_folder is None else tokenizer_files(session.tokenizer_folder))
+    return files | {f"{huggingface.SOURCE_FOLDER}{name}": folder / name for name in contents}
 
 
 def _bytes_of(size: int | str) -> int:
     try:
         return convert_file_size_to_int(size)
     except ValueError:
-        raise ConfigError(
-            problem("max_shard_size", size, "must be bytes, or a size with a unit", "Try '5GB'")
-        ) from None
+        rule = "must be a number of bytes, or a text with a unit"
+        raise ConfigError(problem("max_shard_size", size, rule, "Try '5GB'")) from None
 
 
 def _begin(folder: pathlib.Path, held: contextlib.ExitStack) -> str:

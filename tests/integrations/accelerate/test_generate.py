@@ -152,7 +152,7 @@ WRONG: dict[str, dict[str, Any]] = {  # message -> options
     "and 62 new ones are asked for, together 65; the model's limit (max_position_embeddings) is 64":
         {"max_new_tokens": 62},
     "unknown option of megatron_generate top_P: did you mean top_p?": {"top_P": 0.5},
-    "2 problems": {"top_k": -1, "top_p": 7},
+    "2 problems": {"top_k": -1, "top_p_bound": 7},
 }  # fmt: skip
 
 
@@ -165,7 +165,7 @@ def test_what_cannot_be_is_told(tmp_path: pathlib.Path) -> None:
         session.generation_config.bos_token_id = None
         with pytest.raises(ConfigError, match="add_BOS needs a bos_token_id"):
             megatron_generate(session, IDS, max_new_tokens=2, add_BOS=True)
-        with pytest.raises(DataError, match="found 300"):
+        with pytest.raises(DataError, match="found 100"):
             megatron_generate(session, IDS * 100, max_new_tokens=2)
         with pytest.raises(ConfigError, match="generate method is not implemented for this model; found 'bert'"):
             megatron_generate(prepare(toy_model("bert"), "one", None), IDS, max_new_tokens=2)
