@@ -20,7 +20,7 @@ from megalith.accelerate.utils import MegatronLMPlugin
 plugin = MegatronLMPlugin(tp_degree=int(sys.argv[1])) if len(sys.argv) > 1 else None
 accelerator = Accelerator(megatron_lm_plugin=plugin)
 torch.manual_seed(0)
-config = GPT2Config(vocab_size=96, n_positions=16, n_embd=32, n_layer=2, n_head=2)
+config = GPT2Config(vocab_size=96, n_positions=16, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
 config.attn_pdrop = config.embd_pdrop = config.resid_pdrop = 0.0
 model = GPT2LMHeadModel(config)
 rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(96, (8, 16))]
@@ -86,6 +86,7 @@ def free_port():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_every_launcher_trains_the_same(tmp_path):
     """`accelerate launch --cpu` starts one process whatever --num_processes says, unless a file names mpirun's hosts.
 

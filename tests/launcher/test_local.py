@@ -155,6 +155,7 @@ def test_two_processes(tmp_path):
     assert "OMP_NUM_THREADS" not in err and "torch.distributed.run" not in err
 
 
+@pytest.mark.slow
 def test_a_failure_among_two_processes(tmp_path):
     process = start(tmp_path, "import os, sys\nsys.exit(int(os.environ['RANK']))", "--num_processes", "2")
     process.communicate()
