@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from accelerate.scheduler import AcceleratedScheduler
-from accelerate.utils import DummyScheduler, MegatronLMDummyScheduler
+from accelerate.utils import MegatronLMDummyScheduler
+from accelerate.utils.deepspeed import DummyScheduler
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler

@@ -20,9 +20,9 @@ from megalith.config.run import RunConfig
 from megalith.data.build import sample_counts
 from megalith.data.loader import Loader
 from megalith.data.samples.splits import SPLIT_NAMES
-from megalith.integrations.accelerate import megatron_args
 from megalith.integrations.accelerate.batches import IndexedBatch
 from megalith.integrations.accelerate.data.datasets import ProvidedDataset, choose_tokenizer, tokenizer_type
+from megalith.integrations.accelerate.options import megatron_args
 from megalith.integrations.accelerate.session import Session
 from megalith.training.build import build_loaders, open_datasets
 
