@@ -5,6 +5,7 @@ which its blocks are executed, or is put where it prints `...`.
 """
 
 import argparse
+import functools
 import math
 import os
 import pathlib
@@ -217,6 +218,7 @@ def logits(folder: pathlib.Path, variables: dict[str, str]) -> list[int]:
             return list(model(**next(iter(loader))).logits.shape)
 
 
+@functools.cache
 def results(scenario: Any, layout: str, folder: pathlib.Path) -> list:
     """What each process returned."""
     world, variables = LAYOUTS[layout]
@@ -232,6 +234,10 @@ def test_the_minimal_changes(layout: str, folder: pathlib.Path) -> None:
         assert each["losses"] == found[0]["losses"] and each["evaluated"] == found[0]["evaluated"]
         assert 0.0 < each["rates"][0] < max(each["rates"]) <= 1.0001e-3  # warm-up
     assert found[0]["losses"][-1] < found[0]["losses"][0]
+    if micro_batches == 1:  # with dropout
+        (alone,) = results(minimal_changes, "one", folder)
+        assert found[0]["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+        assert found[0]["evaluated"] == pytest.approx(alone["evaluated"], rel=1e-4)
     assert [each["main"] for each in found] == [False] * (len(found) - 1) + [True]
 
 
@@ -244,6 +250,9 @@ def test_a_train_step_of_ones_own_on_indexed_data(layout: str, folder: pathlib.P
         assert each["trained"] == found[0]["trained"] and each["evaluated"] == found[0]["evaluated"]
         assert all(map(math.isfinite, each["trained"]))
     assert found[0]["trained"][-1] < found[0]["trained"][0]
+    if "pp2" not in layout:
+        (alone,) = results(own_step_and_indexed_data, "one", folder)
+        assert found[0]["trained"] == pytest.approx(alone["trained"], rel=1e-4)
 
 
 @pytest.mark.parametrize("layout", CASES)
