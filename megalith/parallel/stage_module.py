@@ -91,11 +91,12 @@ class StageModule:
     def _fully_sharded(self) -> Iterator[FSDPModule]:
         return (module for module in self.model.modules() if isinstance(module, FSDPModule))
 
-    def finish_gradients(self) -> None:
+    def finish_gradients(self, sum_replicas: bool = True) -> None:
         """After the last backward pass: complete the sums over the other axes (dp, cp, tp).
 
         The gradients are then those of the global batch, except for copies on other stages (pipeline/shared.py).
+        sum_replicas: False where those of replicas are summed already.
         """
-        if self.replicas is not None:
+        if self.replicas is not None and sum_replicas:
             self.replicas.finish()
         sum_partial_gradients(self.model)

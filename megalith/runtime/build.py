@@ -202,10 +202,13 @@ class Runtime:
             for block, forward in compiled:
                 block.forward = forward
 
-    def finish_gradients(self) -> None:
-        """After the last backward pass of a step: the gradients are those of the global batch, on every process."""
+    def finish_gradients(self, sum_replicas: bool = True) -> None:
+        """After the last backward pass of a step: the gradients are those of the global batch, on every process.
+
+        sum_replicas: see StageModule.finish_gradients.
+        """
         for stage in self.stages:
-            stage.finish_gradients()
+            stage.finish_gradients(sum_replicas)
         if self.shared is not None:
             self.shared.sum_gradients()
 

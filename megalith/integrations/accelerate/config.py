@@ -67,12 +67,12 @@ def run_config(
     of_model = {name: value for name, value in given.items() if fields()[name].section == "model"}
     if any(of_model.get(name) for name in ACTIVATIONS):
         of_model = {name: fields()[name].default for name in ACTIVATIONS} | of_model
-    before, model = weights_config.model, dataclasses.replace(weights_config.model, **of_model)
+    before, model = weights_config.model, _changed(weights_config.model, **of_model)
     problems = [*_precision_problems(given, mixed_precision)]
     problems += _lost_weights(plugin, model, before) if keeps_weights else ()
     length = seq_length or given.get("seq_length") or weights_config.data.seq_length or model.max_position_embeddings
     if model.positions == "relative" and length:  # which has no longest sequence; there it is the usual one
-        model = dataclasses.replace(model, max_position_embeddings=max(model.max_position_embeddings or 0, length))
+        model = _changed(model, max_position_embeddings=max(model.max_position_embeddings or 0, length))
     parallel = parallel_config(plugin, device)
     data_parallel = max(1, num_processes // parallel.model_parallel_size)
     values = {
@@ -96,8 +96,10 @@ def run_config(
         rule, cure = "must be given too, because GPT-2's tokenizer is made from both", f"Add {name!r}: FILE"
         problems.append(problem(f"other_megatron_args: {name}", Words("nothing"), rule, cure))
     found = find_problems(config, num_processes, data=False, one_step=True)
-    # What the plugin has checked with its own num_micro_batches is left out.
-    problems += [in_plugin_words(plugin, each) for each in found if "global_batch_size" not in each.fields]
+    # Datasets come from loaders, and the plugin has checked its own num_micro_batches.
+    problems += [
+        in_plugin_words(plugin, each) for each in found if not set(each.fields) & {"dataset", "global_batch_size"}
+    ]
     fail(problems)
     return config
 
@@ -144,6 +146,10 @@ def megatron_log_lines(config: RunConfig, *, keeps_weights: bool = True) -> list
     return [*lines, *parameters]
 
 
+def _changed(model: ModelConfig, **values: Any) -> ModelConfig:
+    return RunConfig(model=model).replace(**values).model
+
+
 def _precision_problems(given: dict[str, Any], mixed_precision: str | None) -> Iterator[str]:
     mixed_precision = str(mixed_precision or "no")
     if mixed_precision not in PRECISIONS:
@@ -161,7 +167,7 @@ def _lost_weights(plugin: MegatronLMPlugin, model: ModelConfig, before: ModelCon
     given = plugin.run_fields()
     for name in (name for name in changed if name in given):
         there, now = getattr(before, name), getattr(model, name)
-        texts = _tensor_changes(dataclasses.replace(before, **{name: now}), before)
+        texts = _tensor_changes(_changed(before, **{name: now}), before)
         if name in BY_SHAPE and not texts:
             continue  # a longest sequence that is no table
         rule = f"must be {value_text(there)}, as in the model whose weights are kept"

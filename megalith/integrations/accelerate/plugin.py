@@ -22,7 +22,11 @@ from megalith.integrations.accelerate.options import checks, megatron_args
 from megalith.integrations.accelerate.options.checks import kind_of, options
 from megalith.integrations.accelerate.options.megatron_args import TRACKERS
 
-OLD_SPELLINGS = {"recompute_activation": "recompute_activations", "require_logits": "return_logits"}
+OTHER_SPELLINGS = {  # Accelerate's of old, the guide's, and T5's -> the option
+    "recompute_activation": "recompute_activations",
+    "require_logits": "return_logits",
+    "encoder_seq_length": "seq_length",
+}
 CUTS = "layers are divided evenly among pipeline stages, those of an encoder and a decoder together"
 OWN_OPTIMIZER = "the optimizer is the script's, and so is its state, which use_distributed_optimizer shards"
 TENSORBOARD = "Accelerator(log_with='tensorboard', project_dir=...) records what accelerator.log is given"
@@ -143,7 +147,6 @@ class MegatronLMPlugin:
     megatron_dataset_flag: bool = option("the loaders are MegatronLMDummyDataLoader", False)
     consumed_samples: list[int] | None = option("where training, validation and test data begin")
     seq_length: int | None = option("tokens of a sample (None: the loader's, or the model's)", run="seq_length")
-    encoder_seq_length: int | None = option("the same", least=1)
     decoder_seq_length: int | None = option("tokens of a T5's decoder", run="decoder_seq_length")
     eod_mask_loss: bool | None = option("no loss behind an end of document", otherwise=False, run="eod_mask_loss")
     eval_iters: int = option("batches of a validation", 100, run="eval_iters")
@@ -160,8 +163,9 @@ class MegatronLMPlugin:
     custom_loss_function: Callable | None = option("see AbstractTrainStep")
     other_megatron_args: dict | None = option("further arguments by Megatron's names")
     keep_weights: bool = option("False: random weights, as the guide has it", True)
-    recompute_activation: dataclasses.InitVar[bool | None] = None  # the old spelling of recompute_activations
-    require_logits: dataclasses.InitVar[bool | None] = None  # the guide's spelling of return_logits
+    recompute_activation: dataclasses.InitVar[bool | None] = None  # these are OTHER_SPELLINGS, in its order
+    require_logits: dataclasses.InitVar[bool | None] = None
+    encoder_seq_length: dataclasses.InitVar[int | None] = None
 
     from_environment: set[str] = dataclasses.field(default_factory=set, init=False, repr=False)
     unread_variables: list[str] = dataclasses.field(default_factory=list, init=False, repr=False)
@@ -170,17 +174,15 @@ class MegatronLMPlugin:
     micro_batch_size: int | None = dataclasses.field(default=None, init=False, repr=False)
     data_parallel_size: int | None = dataclasses.field(default=None, init=False, repr=False)
 
-    def __post_init__(self, recompute_activation: bool | None, require_logits: bool | None) -> None:
+    def __post_init__(self, *other_spellings: Any) -> None:
         problems = []
-        given = {"recompute_activation": recompute_activation, "require_logits": require_logits}
-        for old, value in given.items():
-            new = OLD_SPELLINGS[old]
-            now, default = getattr(self, new), options(self)[new].default
+        for (other, name), value in zip(OTHER_SPELLINGS.items(), other_spellings, strict=True):
+            now, default = getattr(self, name), options(self)[name].default
             if value is not None and now not in (default, value):
-                rule = f"is another spelling of {new}, {now}, and must be equal to it"
-                problems.append(problem(old, value, rule, f"Leave out {old}"))
+                rule = f"is another spelling of {name}, {now}, and must be equal to it"
+                problems.append(problem(other, value, rule, f"Leave out {other}"))
             elif value is not None:
-                setattr(self, new, value)
+                setattr(self, name, value)
         self._take_other_args()
         problems += self._take_environment()
         for name, each in options(self).items():
@@ -230,16 +232,16 @@ class MegatronLMPlugin:
         """{field of RunConfig: value} of all that the plugin says and that acts; without what the model has itself."""
         pairs = ((each.metadata["run"], getattr(self, name)) for name, each in options(self).items())
         values = {run: value for run, value in pairs if run is not None and value is not None}
-        values["sequence_parallel"] = self.sequence_parallelism and self.tp_degree != 1
         if (asked := environment.truth(str(self.attention_backend))) is not None:
             values["attention_backend"] = "auto" if asked else "unfused"
         if self.use_custom_fsdp:
             values["data_parallel_sharding"] = "full"
-        if self.encoder_seq_length is not None:
-            values["seq_length"] = self.encoder_seq_length
         if self.recompute_granularity == "full":
             values.setdefault("recompute_method", "uniform")
-        return values | self.args().active
+        values |= self.args().active
+        if self.tp_degree == 1:
+            values["sequence_parallel"] = False  # `notices` says so
+        return values
 
     def schedule_fields(self) -> dict[str, Any]:
         """Those of `run_fields` that say how the learning rate and the weight decay change: what a scheduler needs."""
@@ -288,7 +290,7 @@ class MegatronLMPlugin:
         problems, code_says = [], {name for name in options(self) if getattr(self, name) is not None}
         known = [name for name, each in options(self).items() if each.default is None and kind_of(each) in READERS]
         for variable, text in environment.megatron_lm_options().items():
-            name, called = OLD_SPELLINGS.get(variable, variable), f"MEGATRON_LM_{variable.upper()}"
+            name, called = OTHER_SPELLINGS.get(variable, variable), f"MEGATRON_LM_{variable.upper()}"
             if name not in known:
                 near = nearest(name, known)
                 hint = f"; did you mean MEGATRON_LM_{near.upper()}?" if near else ""
@@ -314,5 +316,5 @@ def _alias(name: str) -> property:
     return property(lambda self: getattr(self, name), lambda self, value: setattr(self, name, value))
 
 
-for _old, _new in OLD_SPELLINGS.items():
-    setattr(MegatronLMPlugin, _old, _alias(_new))
+for _other, _name in OTHER_SPELLINGS.items():
+    setattr(MegatronLMPlugin, _other, _alias(_name))

@@ -101,7 +101,8 @@ def build_session(accelerator: Any, model: nn.Module, loaders: Sequence[Any]) ->
     described = source.config
     if found.model_type is not None:
         described = described.replace(**architecture(found.model_type).defaults, model_type=found.model_type)
-    recomputes = bool(getattr(model, "is_gradient_checkpointing", False))
+    name = "is_activation_checkpointing"  # is_gradient_checkpointing until transformers 5.2
+    recomputes = bool(getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing", False))
     options = {"keeps_weights": weights is not None, "recomputes": recomputes}
     config = configs.run_config(
         plugin, described, num_processes=mesh.world_size, micro_batch_size=plugin.micro_batch_size or 1,

