@@ -28,11 +28,10 @@ from transformers import (
     default_data_collator,
     get_scheduler,
 )
-from transformers.utils import is_wandb_available
 
 from megalith.accelerate import Accelerator, DistributedType
 from megalith.accelerate.logging import get_logger
-from megalith.accelerate.utils import MegatronLMDummyScheduler, set_seed
+from megalith.accelerate.utils import MegatronLMDummyScheduler, is_wandb_available, set_seed
 
 logger = get_logger(__name__)
 

@@ -56,8 +56,7 @@ def main() -> None:
         split: [{"input_ids": ids} for ids in blocks(tokenizer, texts[split], args.max_seq_length, special=True)]
         for split in texts
     }
-    # Processes that share samples must mask the same tokens.
-    collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=args.mlm_probability, seed=args.seed)
+    collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=args.mlm_probability)
     loading = {"batch_size": args.per_device_train_batch_size, "collate_fn": collate}
     train_loader = DataLoader(samples["train"], shuffle=True, **loading)
     eval_loader = DataLoader(samples["validation"], **loading)

@@ -11,6 +11,7 @@ import yaml
 
 from tests.toy import ROOT, make_corpus, run
 
+pytestmark = pytest.mark.slow
 SCRIPTS = ROOT / "examples" / "accelerate"
 GLUE = ROOT.parent / "shared" / "data" / "glue"
 LAYOUTS = {  # as `megalith config --accelerate` writes them, less what is the default
@@ -82,7 +83,6 @@ LINES = {  # script -> its options, and what it must print
 CASES = [(name, layout) for name in LINES for layout in ("one", *LAYOUTS)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "layout"), CASES)
 def test_a_script_trains_and_writes_a_model(name: str, layout: str, folder: pathlib.Path) -> None:
     if name == "classify.py" and not GLUE.exists():
@@ -111,14 +111,12 @@ def test_clm_in_one_process(folder: pathlib.Path) -> None:
     assert len(evaluations(script(folder, "one", "clm.py", f"{CLM} --max_train_steps 3"))) == 1
 
 
-@pytest.mark.slow
 def test_clm_goes_on_from_what_it_wrote(folder: pathlib.Path) -> None:
     (first,) = evaluations(script(folder, "one", "clm.py", f"{CLM} --max_train_steps 3 --output_dir first"))
     more = script(folder, "one", "clm.py", f"{CLM} --max_train_steps 1 --learning_rate 0 --model_name_or_path first")
     assert evaluations(more) == pytest.approx([first], abs=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_clm_is_the_same_in_a_layout(layout: str, folder: pathlib.Path) -> None:
     """From pretrained weights, dropout off, the same batches: evaluated as in one process, tracked, and resumed."""
@@ -136,7 +134,6 @@ def test_clm_is_the_same_in_a_layout(layout: str, folder: pathlib.Path) -> None:
     assert evaluations(resumed) == pytest.approx([whole], rel=1e-4)
 
 
-@pytest.mark.slow
 def test_the_guides_command(folder: pathlib.Path) -> None:
     """Its flags as printed, with local folders of the names that it has."""
     config = yaml.safe_load((folder / "tp2 pp2.yaml").read_text()) | {"mixed_precision": "bf16"}
@@ -156,7 +153,6 @@ def test_the_guides_command(folder: pathlib.Path) -> None:
     assert len(evaluations(output)) == 5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["one", "tp2 pp2"])
 def test_indexed_and_generate(layout: str, folder: pathlib.Path) -> None:
     preprocess = (
@@ -177,7 +173,6 @@ def test_indexed_and_generate(layout: str, folder: pathlib.Path) -> None:
     assert any(line.startswith("the") for line in texts.splitlines())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["clm.py", "mlm.py", "t5.py", "indexed.py", "generate.py", "classify.py"])
 def test_help(name: str, tmp_path: pathlib.Path) -> None:
     shown = run([sys.executable, str(SCRIPTS / name), "--help"], tmp_path)
