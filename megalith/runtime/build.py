@@ -104,11 +104,12 @@ class Runtime:
             stage.model.train(mode)
 
     def begin_step(self, iteration: int) -> None:
-        """Prepare training step `iteration`: training mode, and the seed of the device's generator.
-
-        Only dropout inside fused attention draws from that generator.
-        """
+        """Prepare training step `iteration`: training mode, and the seed of the device's generator."""
         self.train()
+        self.seed_device(iteration)
+
+    def seed_device(self, iteration: int) -> None:
+        """Seed the device's generator for a training step. Only dropout inside fused attention draws from it."""
         if self.mesh.device.type != "cpu":
             torch.manual_seed(key(self.config.batch.seed, "step", iteration))
 

@@ -25,7 +25,6 @@ from megalith.integrations.accelerate.gradients import (
     take_gradients,
 )
 from megalith.integrations.accelerate.session import Session
-from megalith.layers.random import key
 from megalith.training.forward_backward import global_counts, model_arguments, run_micro_batches
 from megalith.training.tasks import Batch, Task
 from megalith.training.tasks_classification import Classification
@@ -109,8 +108,8 @@ def call(
     """
     runtime, task = session.runtime, task or session.task
     batches = [runtime.prepare_batch(batch, task.sequences) for batch in batches]
-    if training and runtime.mesh.device.type != "cpu":
-        torch.manual_seed(key(session.config.batch.seed, "step", session.steps))
+    if training:
+        runtime.seed_device(session.steps)
     if logits or not labelled:
         task = WithLogits(task, labelled)
     trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in session.parameters)

@@ -35,7 +35,6 @@ from megalith.integrations.accelerate.megatron_models import (
 from megalith.integrations.accelerate.session import Session
 from megalith.integrations.accelerate.step_arguments import step_arguments
 from megalith.integrations.accelerate.train_steps import AbstractTrainStep, build_train_step
-from megalith.layers.random import key
 from megalith.parallel.sharding import to_local
 
 RULE = "must return (loss, {name: value}), or (sum of losses, number of tokens, {name: value})"
@@ -189,8 +188,8 @@ def call(
     if "loss_mask" in batch:  # which transformers' batches never have; model(**batch) has lost the class
         on_device = IndexedBatch(on_device)
     batches = split_rows(on_device, samples.to(device), session)
-    if training and device.type != "cpu":
-        torch.manual_seed(key(session.config.batch.seed, "step", session.steps))
+    if training:
+        runtime.seed_device(session.steps)
     run = StepRun(session, step, training, len(batches))
     if runtime.pipeline is None and run.trains and len(batches) == 1:
         done = run.forward(StepModel, batches[0])
