@@ -17,10 +17,10 @@ import pathlib
 import platform
 import tempfile
 import time
+from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megalith.common.errors import RankError
@@ -73,26 +73,22 @@ class SharedMemorySum:
                 )
 
 
-def shared_memory_sum(group: dist.ProcessGroup, device: torch.device) -> SharedMemorySum | None:
-    """Such sums over a group; None where they cannot be had: devices other than CPUs, processes of several machines.
+def shared_memory_sum(ranks: Any, device: torch.device) -> SharedMemorySum | None:
+    """Such sums over processes; None where they cannot be had: devices other than CPUs, processes of several machines.
 
-    Every process of the group calls it.
+    ranks: the processes, a checkpoint.ranks.Ranks. Each of them calls it.
     """
-    size, rank = group.size(), group.rank()
-    if size == 1 or device.type != "cpu":
+    if ranks.size == 1 or device.type != "cpu":
         return None
-    made = _make(size * LINE + 2 * size * LIMIT) if rank == 0 else None
-    name = [made]
-    dist.broadcast_object_list(name, group=group, group_src=0)
-    memory = None if name[0] is None else _mapped(*name[0])
-    found: list = [None] * size
-    dist.all_gather_object(found, memory is not None, group=group)
-    if made is not None:
+    made = ranks.on_rank_0(lambda: allocate(ranks.size * LINE + 2 * ranks.size * LIMIT))
+    memory = None if made is None else attach(*made)
+    complete = ranks.collect(lambda: memory is not None, all)
+    if made is not None and ranks.rank == 0:
         os.unlink(made[0])  # the memory lives as long as it is mapped
-    return SharedMemorySum(memory, rank, size) if all(found) else None
+    return SharedMemorySum(memory, ranks.rank, ranks.size) if complete else None
 
 
-def _make(size: int) -> tuple[str, bytes] | None:
+def allocate(size: int) -> tuple[str, bytes] | None:
     """A file of zeros in shared memory, with random bytes at its end that tell it from those of other machines."""
     if platform.machine() not in ("x86_64", "AMD64") or not MEMORY.is_dir():
         return None
@@ -109,7 +105,7 @@ def _make(size: int) -> tuple[str, bytes] | None:
     return None
 
 
-def _mapped(path: str, secret: bytes) -> mmap.mmap | None:
+def attach(path: str, secret: bytes) -> mmap.mmap | None:
     """The memory of a file that ends with `secret`; None where this process does not see that file."""
     with contextlib.suppress(OSError), open(path, "r+b") as file:
         memory = mmap.mmap(file.fileno(), 0)

@@ -171,7 +171,7 @@ class Runtime:
 
         Every process of the axis calls it.
         """
-        found = shared_memory_sum(self.mesh.device_mesh.get_group("tp"), self.mesh.device)
+        found = shared_memory_sum(Ranks(self.mesh.device_mesh.get_group("tp")), self.mesh.device)
         axes = [getattr(module, "axis", None) for stage in self.stages for module in stage.model.modules()]
         for axis in axes:
             if isinstance(axis, Axis) and axis.mesh.mesh_dim_names == ("tp",):

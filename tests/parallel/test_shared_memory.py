@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megalith.checkpoint.ranks import Ranks
 from megalith.common.errors import RankError
 from megalith.parallel import shared_memory
 from megalith.parallel.shared_memory import shared_memory_sum
@@ -12,7 +13,7 @@ from megalith.testing.ranks import run_ranks
 
 def sums(dtype: torch.dtype) -> list[torch.Tensor]:
     """Many sums of different shapes, one after the other, some of which are late on one rank."""
-    shared, rank = shared_memory_sum(dist.group.WORLD, torch.device("cpu")), dist.get_rank()
+    shared, rank = shared_memory_sum(Ranks(), torch.device("cpu")), dist.get_rank()
     found = []
     for number in range(400):
         drawn = torch.Generator().manual_seed(number * 8 + rank)
@@ -39,7 +40,7 @@ def test_sums(ranks: int, dtype: torch.dtype) -> None:
 
 
 def missing() -> str:
-    shared = shared_memory_sum(dist.group.WORLD, torch.device("cpu"))
+    shared = shared_memory_sum(Ranks(), torch.device("cpu"))
     shared_memory.PATIENCE = 0.2
     try:
         if dist.get_rank() == 0:
@@ -57,13 +58,13 @@ def test_a_rank_that_never_comes_is_named() -> None:
 
 def other_machine() -> object:
     """Rank 1 does not see the memory of rank 0."""
-    folder = shared_memory._mapped
+    folder = shared_memory.attach
     if dist.get_rank() == 1:
-        shared_memory._mapped = lambda path, secret: folder(path, b"another machine.")
+        shared_memory.attach = lambda path, secret: folder(path, b"another machine.")
     try:
-        return shared_memory_sum(dist.group.WORLD, torch.device("cpu"))
+        return shared_memory_sum(Ranks(), torch.device("cpu"))
     finally:
-        shared_memory._mapped = folder
+        shared_memory.attach = folder
 
 
 def test_none_where_the_memory_is_not_the_same() -> None:
@@ -72,4 +73,4 @@ def test_none_where_the_memory_is_not_the_same() -> None:
 
 
 def on_accelerators() -> object:
-    return shared_memory_sum(dist.group.WORLD, torch.device("cuda"))
+    return shared_memory_sum(Ranks(), torch.device("cuda"))

@@ -126,7 +126,7 @@ def gather(runtime: Runtime) -> dict[str, Tensor]:
 
     # {name: the pipeline rank that sends it}
     owners = Ranks().collect(lambda: dict.fromkeys(here, mesh.rank("pp")), merge)
-    dtype, is_main = next(iter(here.values())).dtype, mesh.global_rank == mesh.world_size - 1
+    dtype, is_last = next(iter(here.values())).dtype, mesh.global_rank == mesh.world_size - 1
     found: dict[str, Tensor] = {}
     for name, shape in parameter_shapes(runtime.config.model).items():
         if owners[name] == mesh.rank("pp"):
@@ -135,7 +135,7 @@ def gather(runtime: Runtime) -> dict[str, Tensor]:
         else:
             whole = torch.empty(shape, dtype=dtype, device=mesh.device)
         mesh.broadcast(whole, "pp", owners[name])
-        if is_main:
+        if is_last:
             found[name] = whole.cpu().clone()
     return found
 

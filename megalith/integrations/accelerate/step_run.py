@@ -92,7 +92,7 @@ class StepRun:
             raise TrainingError(problem("forward_step", Words(type(found[0]).__name__), rule, CURE))
         return Forward(model, *found)
 
-    def share(self, loss_func: Callable, output: Any) -> Tensor:
+    def share_of(self, loss_func: Callable, output: Any) -> Tensor:
         """The share of a micro-batch in the loss of the call, to be differentiated; its value is kept."""
         found = loss_func(output)
         loss = found[0] if isinstance(found, tuple) and len(found) in (2, 3) else None
@@ -193,7 +193,7 @@ def call(
     run = StepRun(session, step, training, len(batches))
     if runtime.pipeline is None and run.trains and len(batches) == 1:
         done = run.forward(StepModel, batches[0])
-        share = run.share(done.loss_func, done.output)
+        share = run.share_of(done.loss_func, done.output)
         value, factor = run.total()
         loss = LocalLoss.apply(share * factor.to(share.dtype), value, session)
     else:
@@ -234,7 +234,7 @@ def run_one_after_the_other(run: StepRun, batches: Sequence[MicroBatch]) -> None
     (stage,) = run.session.runtime.stages
     for number, batch in enumerate(batches):
         done = run.forward(StepModel, batch)
-        share = run.share(done.loss_func, done.output)
+        share = run.share_of(done.loss_func, done.output)
         if run.trains:
             if stage.wrapped:
                 stage.set_gradient_sync(last=number == len(batches) - 1)
@@ -250,7 +250,7 @@ def run_pipeline(run: StepRun, batches: Sequence[MicroBatch]) -> None:
     calls = [step.model.call for step in steps]
 
     def loss(output: Any, number: int) -> Tensor:
-        return run.share(steps[number].loss_func, calls[number].results(output)) * scale
+        return run.share_of(steps[number].loss_func, calls[number].results(output)) * scale
 
     runtime.run([call.arguments for call in calls], loss, run.trains)
     if run.trains:
