@@ -76,6 +76,7 @@ class IndexedLoader:
     """
 
     use_stateful_dataloader = True  # so that Accelerate's save_state asks for `state_dict`
+    _is_accelerate_prepared = True
 
     def __init__(
         self, loader: Loader | None, *, batch_size: int, consumed_samples: int, device: torch.device, repeats: bool,

@@ -245,7 +245,7 @@ class MegatronDataLoader(DataLoaderShard):
     def skip(self, num_batches: int) -> MegatronDataLoader:
         """The same loader without its next num_batches batches, for one epoch."""
         skipped = object.__new__(MegatronDataLoader)
-        vars(skipped).update(vars(self))
+        skipped.__dict__.update(self.__dict__)
         skipped.skip_batches = self.skip_batches + num_batches
         return skipped
 

@@ -20,6 +20,7 @@ from megalith.common.errors import ConfigError, DataError
 from megalith.integrations.accelerate.data import (
     MegatronDataLoader,
     MegatronLMDummyDataLoader,
+    first_batch,
     micro_batch_size_of,
     prepare_loader,
     skip_first_batches,
@@ -379,3 +380,12 @@ def test_micro_batch_size():
 def test_an_empty_dataset_gives_nothing():
     assert numbers(prepared(DataLoader(Numbers(0), batch_size=2), 2, 1, 2)) == []
     assert numbers(prepared(DataLoader(Stream(0), batch_size=2), 2, 1, 2)) == []
+
+
+@pytest.mark.parametrize("make", [seeded, lambda size: DataLoader(Numbers(20), size, shuffle=True)])
+def test_a_look_at_the_first_batch_changes_no_order(make):
+    expected = in_one_process(make, 4)
+    torch.manual_seed(5)
+    loader = make(4)
+    assert first_batch([None, loader])["number"].tolist() == numbers(loader)[0] == expected[0]
+    assert first_batch([]) is None
