@@ -206,14 +206,14 @@ class MegatronDataLoader(DataLoaderShard):
         own = get_random_state()
         set_random_state(start, self.generators)
         iterator = iter(self.base_dataloader)
-        read = next(iterator, END)
+        read: Any = next(iterator, END)
         if restore:
             set_random_state(own)
         while read is not END:
             following = next(iterator, END)
             if self.shards is None or self.readers.dispatched:  # SharedCollate gave it
-                samples, batch = read  # type: ignore[misc]
-                batch = batch if self.readers.dispatched else batch[0]
+                samples, shares = read
+                batch = shares if self.readers.dispatched else shares[0]
             else:
                 samples, batch = self.shards.counts.popleft(), read
             sent = self.readers.together is not None

@@ -14,7 +14,8 @@ RandomState = dict[str, Any]  # numbers, text and tensors alone, so that torch.l
 
 def get_random_state(generators: Sequence[torch.Generator] = ()) -> RandomState:
     """That of Python's, NumPy's and torch's global generators, and of `generators`."""
-    kind, key, *position = np.random.get_state()
+    numbers: Any = np.random.get_state()
+    kind, key, *position = numbers
     return {
         "python": random.getstate(),
         "numpy": (kind, key.tolist(), *position),
