@@ -51,9 +51,9 @@ def prepare(accelerator: Any, objects: Sequence[Any]) -> list[Any]:
     for each in objects:  # optimizers before schedulers, which are bound to them
         if isinstance(each, Optimizer):
             made[id(each)] = prepare_optimizer(accelerator, each, models)
-    results, indexed = list[Any](), iter(())
+    results, indexed = list[Any](), iter(list[Any]())
     for each in objects:
-        if each in models:
+        if any(each is model for model in models):
             results.append(MegatronModel(accelerator.session))
         elif isinstance(each, Optimizer):
             results.append(made[id(each)])
@@ -96,6 +96,7 @@ def build_session(accelerator: Any, model: nn.Module, loaders: Sequence[Any]) ->
     if parsers.user_parser(model.config.model_type) is not None:
         parsers.run_parser(plugin, model, data.first_batch(loaders))
     of_family = model.config.model_type in FAMILIES.addresses
+    _say(accelerator, share_weights(model))
     source = weights_of(model) if of_family else Weights(config=parsers.parsed_config(plugin, model), tensors={})
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     weights = source if plugin.keep_weights and not on_meta and found.model_type is None else None

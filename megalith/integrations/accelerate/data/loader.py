@@ -209,6 +209,7 @@ class MegatronDataLoader(DataLoaderShard):
         read = next(iterator, END)
         if restore:
             set_random_state(own)
+        batch: Any
         while read is not END:
             following = next(iterator, END)
             if self.shards is None or self.readers.dispatched:  # SharedCollate gave it
@@ -245,7 +246,7 @@ class MegatronDataLoader(DataLoaderShard):
     def skip(self, num_batches: int) -> MegatronDataLoader:
         """The same loader without its next num_batches batches, for one epoch."""
         skipped = object.__new__(MegatronDataLoader)
-        vars(skipped).update(vars(self))
+        skipped.__dict__.update(vars(self))
         skipped.skip_batches = self.skip_batches + num_batches
         return skipped
 
