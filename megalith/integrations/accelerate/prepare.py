@@ -135,7 +135,7 @@ def build_session(accelerator: Any, model: nn.Module, loaders: Sequence[Any]) ->
 
 @torch.no_grad()
 def share_weights(model: nn.Module) -> list[str]:
-    """Give all processes the weights of process 0, as DistributedDataParallel does, and say so where theirs differed."""
+    """Give all processes the weights of process 0, as DistributedDataParallel does; a line where theirs differed."""
     ranks, tensors = Ranks(), [each for each in model.state_dict().values() if not each.is_meta]
     sums = [each.double().sum().item() for each in tensors]
     if ranks.collect(lambda: sums, lambda found: all(each == found[0] for each in found)):
@@ -143,8 +143,8 @@ def share_weights(model: nn.Module) -> list[str]:
     for each in tensors:
         each.copy_(ranks.from_rank_0(each))
     return [
-        "the model's weights differed between processes; those of process 0 are taken: set_seed(...) before the model is "
-        "made gives the same ones everywhere"
+        "the model's weights differed between processes; those of process 0 are taken: set_seed(...) before the model "
+        "is made gives the same ones everywhere"
     ]
 
 
