@@ -82,9 +82,20 @@ def two_epochs(layout, kind):
         return mesh.data_rank, batches, drawn, loop
 
 
+@pytest.mark.parametrize(("kind", "layout"), [("sampler", "tp2 dp2"), ("stream", "pp2 dp2")])
+def test_some_layouts(kind, layout):
+    """Of the cases below, those that the covering set runs."""
+    check_one_batch_for_those_that_hold_a_model(layout, kind)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["sampler", "stream"])
-def test_one_batch_for_those_that_hold_a_model(layout, kind):
+def test_all_layouts(kind, layout):
+    check_one_batch_for_those_that_hold_a_model(layout, kind)
+
+
+def check_one_batch_for_those_that_hold_a_model(layout, kind):
     found = run_ranks(two_epochs, 4, layout, kind)
     by_data_rank = {}
     for rank, *of_process in found:
