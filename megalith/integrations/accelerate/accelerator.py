@@ -121,7 +121,7 @@ class Accelerator(accelerate.Accelerator):
         """List a prepared object where Accelerate's methods look for it, once."""
         from megalith.integrations.accelerate import data
 
-        kinds = (
+        kinds: tuple[tuple[Any, list], ...] = (
             (nn.Module, self._models),
             (accelerate.optimizer.AcceleratedOptimizer, self._optimizers),
             (accelerate.scheduler.AcceleratedScheduler, self._schedulers),

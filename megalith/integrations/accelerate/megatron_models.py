@@ -45,6 +45,7 @@ class StepModel:
         samples: [b], and step: [], key the dropout masks.
         """
         self.runtime, self.kind, self.return_logits, self.training = runtime, kind, return_logits, training
+        self.call: Call | None = None  # that a RecordingModel has recorded
         self.keys: Batch = {"samples": samples, "step": step}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -66,8 +67,6 @@ class StepModel:
 
 class RecordingModel(StepModel):
     """What a train step gets as `model` with a pipeline: it takes the arguments, and the schedule calls the model."""
-
-    call: Call | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> PipelineOutput:
         """A stand-in for the output, to be returned as it is."""

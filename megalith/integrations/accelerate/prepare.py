@@ -6,11 +6,13 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from megalith.checkpoint.formats.huggingface.family import FAMILIES
+from megalith.checkpoint.ranks import Ranks
 from megalith.checkpoint.weights import Weights
 from megalith.common.errors import ConfigError, problem
 from megalith.config.architectures import architecture
@@ -51,9 +53,9 @@ def prepare(accelerator: Any, objects: Sequence[Any]) -> list[Any]:
     for each in objects:  # optimizers before schedulers, which are bound to them
         if isinstance(each, Optimizer):
             made[id(each)] = prepare_optimizer(accelerator, each, models)
-    results, indexed = list[Any](), iter(())
+    results, indexed = list[Any](), iter(list[Any]())
     for each in objects:
-        if each in models:
+        if any(each is model for model in models):
             results.append(MegatronModel(accelerator.session))
         elif isinstance(each, Optimizer):
             results.append(made[id(each)])
@@ -96,6 +98,7 @@ def build_session(accelerator: Any, model: nn.Module, loaders: Sequence[Any]) ->
     if parsers.user_parser(model.config.model_type) is not None:
         parsers.run_parser(plugin, model, data.first_batch(loaders))
     of_family = model.config.model_type in FAMILIES.addresses
+    _say(accelerator, share_weights(model))
     source = weights_of(model) if of_family else Weights(config=parsers.parsed_config(plugin, model), tensors={})
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     weights = source if plugin.keep_weights and not on_meta and found.model_type is None else None
@@ -128,6 +131,21 @@ def build_session(accelerator: Any, model: nn.Module, loaders: Sequence[Any]) ->
         generation_config=getattr(model, "generation_config", None),
         tokenizer_folder=folder if folder.is_dir() else None,
     )  # fmt: skip
+
+
+@torch.no_grad()
+def share_weights(model: nn.Module) -> list[str]:
+    """Give all processes the weights of process 0, as DistributedDataParallel does; a line where theirs differed."""
+    ranks, tensors = Ranks(), [each for each in model.state_dict().values() if not each.is_meta]
+    sums = [each.double().sum().item() for each in tensors]
+    if ranks.collect(lambda: sums, lambda found: all(each == found[0] for each in found)):
+        return []
+    for each in tensors:
+        each.copy_(ranks.from_rank_0(each))
+    return [
+        "the model's weights differed between processes; those of process 0 are taken: set_seed(...) before the model "
+        "is made gives the same ones everywhere"
+    ]
 
 
 def sequence_length(plugin: Any, loaders: Sequence[Any]) -> int | None:

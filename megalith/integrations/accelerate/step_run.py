@@ -204,7 +204,7 @@ def call(
         logits = DetachedLogits.apply(logits, torch.zeros((), device=device, requires_grad=True))
     if step.model_output_class is None:
         return loss
-    result = step.model_output_class(loss=loss, logits=logits)
+    result: Any = step.model_output_class(loss=loss, logits=logits)
     result.losses = reported
     return result
 

@@ -38,8 +38,11 @@ class AbstractTrainStep:
     """What `custom_train_step_class` derives from; the classes below do all of it, so that few methods are overridden.
 
     The methods may be written in either form that Accelerate has had: with the accelerator as their first argument, or
-    without. name: of the step.
+    without. name: of the step. model_output_class: of what a call of the model returns; None: the loss alone.
     """
+
+    forward_step: Callable
+    model_output_class: type | None
 
     def __init__(self, name: str):
         super().__init__()

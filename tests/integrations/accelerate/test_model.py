@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -248,3 +250,18 @@ def misuse(accelerator: Accelerator, model: Any, optimizer: Any, batch: dict[str
 def test_misuse_says_what_to_do() -> None:
     with accelerating():
         misuse(*prepared("one"))
+
+
+def seeds_that_differ() -> tuple[str, float]:
+    with accelerating(), contextlib.redirect_stdout(io.StringIO()) as printed:
+        accelerator = Accelerator(megatron_lm_plugin=MegatronLMPlugin(tp_degree=1))
+        model, loader = accelerator.prepare(toy_model("gpt2", seed=dist.get_rank()), DataLoader(rows(), batch_size=4))
+        (batch,) = loader
+        return printed.getvalue(), model(**batch).loss.item()
+
+
+def test_all_processes_have_the_weights_of_the_first() -> None:
+    model, batch = plain()
+    (_, first), (printed, last) = run_ranks(seeds_that_differ, 2)
+    assert "weights differed between processes" in printed
+    assert first == last == pytest.approx(model(**batch).loss.item(), rel=1e-5)

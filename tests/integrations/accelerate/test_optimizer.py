@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import init_empty_weights
+from accelerate import Accelerator, init_empty_weights
 from torch import nn
 from torch.optim import SGD, Adafactor, Adagrad, Adam, AdamW, Optimizer
 
@@ -13,6 +13,7 @@ from megalith.common.errors import ConfigError, TrainingError
 from megalith.integrations.accelerate.optimizer import ELEMENTWISE, MegatronOptimizer, adopt
 from megalith.optim.loss_scale import DynamicLossScale
 from megalith.runtime.build import Runtime
+from megalith.runtime.load import weights_of
 from megalith.testing.ranks import run_ranks
 from tests.integrations.accelerate.helpers import accelerating, toy_model
 from tests.integrations.accelerate.training import (
@@ -22,6 +23,7 @@ from tests.integrations.accelerate.training import (
     no_decay_groups,
     placed,
     prepared,
+    session_of,
     trained,
     trained_by_transformers,
 )
@@ -342,9 +344,33 @@ def test_every_optimizer_in_every_layout(kind: str, layout: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["pp2", "dp2", "dp2 sharded", "tp2 pp2"])
+@pytest.mark.parametrize("layout", ["pp2", "zbv", "dp2", "dp2 sharded", "tp2 pp2"])
 def test_frozen_parameters_in_layouts(layout: str) -> None:
     run_ranks(frozen_in_layout, LAYOUTS[layout][0], layout)
+
+
+def in_16_bits() -> None:
+    """Groups with frozen parameters, sharded."""
+    with accelerating():
+        model = toy_model("gpt2")
+        model.transformer.h[:2].requires_grad_(False)
+        session = session_of(placed(model, bf16=True, use_distributed_optimizer=True))
+        optimizer = AdamW(no_decay_groups(model), **ADAM)
+        adopt(optimizer, model, session.runtime)
+        with pytest.raises(ConfigError, match=r"are DTensors for mixed precision; found torch.optim"):
+            adopt(Adafactor(model.parameters()), model, session.runtime)
+        Accelerator(cpu=True)
+        found = trained(MegatronOptimizer(optimizer, session), "gpt2", FIVE)
+        start = weights_of(toy_model("gpt2")).tensors
+        for name, tensor in found.items():
+            frozen = name.startswith(("layers.0.", "layers.1."))
+            assert tensor.equal(start[f"model/{name}"].read()) == frozen, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_frozen_parameters_in_16_bits(processes: int) -> None:
+    run_ranks(in_16_bits, processes)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau, St
 from transformers import get_scheduler
 
 from megalith.common.errors import ConfigError
+from megalith.integrations.accelerate.plugin import MegatronLMPlugin
 from megalith.integrations.accelerate.schedules import (
     MegatronLMDummyScheduler,
     MegatronScheduler,
@@ -222,3 +223,15 @@ def test_which_schedulers_are_prepared() -> None:
     session.optimizer = None
     with pytest.raises(ConfigError, match="must be prepared with its optimizer"):
         prepare(StepLR(optimizer, 1), session)
+
+
+def test_fields_of_a_whole_plugin() -> None:
+    optimizer = optimizer_of()
+    session = session_of(optimizer)
+    session.plugin = MegatronLMPlugin()
+    assert prepare(StepLR(optimizer, 1), session)[1] == []
+    session.plugin = MegatronLMPlugin(lr_decay_style="WSD", other_megatron_args={"lr_wsd_decay_iters": 4})
+    scheduler, lines = prepare(MegatronLMDummyScheduler(optimizer, 10, 2), session)
+    assert lines == ["> learning rate decay style: WSD"]
+    assert session.plugin.megatron_lm_default_args["lr_warmup_iters"] == 2
+    assert rates(scheduler, 11)[2:8] == pytest.approx([1e-3] * 5 + [1e-3 * (2.0 * 0.5**0.25 - 1.0)])

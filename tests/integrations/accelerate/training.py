@@ -29,6 +29,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {  # name -> processes, fields 
     "pp2": (2, {"pipeline_model_parallel_size": 2}),
     "dp2": (2, {}),
     "dp2 sharded": (2, {"use_distributed_optimizer": True}),
+    "zbv": (2, {"pipeline_model_parallel_size": 2, "pipeline_schedule": "zbv"}),
     "tp2 pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}),
 }
 
@@ -97,12 +98,15 @@ def prepared(
 
 
 def backward(session: Session, kind: str, number: int) -> None:
-    """The gradients of this data-parallel rank's rows of batch `number`."""
+    """The gradients of this data-parallel rank's rows of batch `number`, in two micro-batches."""
     runtime, task = session.runtime, session.task
     rows = ROWS // runtime.mesh.data_size
     first = runtime.mesh.data_rank * rows
-    here = {name: tensor[first : first + rows] for name, tensor in batch_of(kind, number)[1].items()}
-    batches = [runtime.prepare_batch(here, task.sequences)]
+    halves = [{}, {}]
+    for name, tensor in batch_of(kind, number)[1].items():
+        for half, part in zip(halves, tensor[first : first + rows].chunk(2)):
+            half[name] = part
+    batches = [runtime.prepare_batch(half, task.sequences) for half in halves]
     session.add_gradients(local=True)
     counts = global_counts(runtime, task, batches)
     run_micro_batches(runtime, task, batches, counts, session.steps, train=True)

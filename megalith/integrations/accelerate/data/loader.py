@@ -206,14 +206,15 @@ class MegatronDataLoader(DataLoaderShard):
         own = get_random_state()
         set_random_state(start, self.generators)
         iterator = iter(self.base_dataloader)
-        read: Any = next(iterator, END)
+        read = next(iterator, END)
         if restore:
             set_random_state(own)
+        batch: Any
         while read is not END:
             following = next(iterator, END)
             if self.shards is None or self.readers.dispatched:  # SharedCollate gave it
-                samples, shares = read
-                batch = shares if self.readers.dispatched else shares[0]
+                samples, batch = read  # type: ignore[misc]
+                batch = batch if self.readers.dispatched else batch[0]
             else:
                 samples, batch = self.shards.counts.popleft(), read
             sent = self.readers.together is not None
@@ -245,7 +246,7 @@ class MegatronDataLoader(DataLoaderShard):
     def skip(self, num_batches: int) -> MegatronDataLoader:
         """The same loader without its next num_batches batches, for one epoch."""
         skipped = object.__new__(MegatronDataLoader)
-        skipped.__dict__.update(self.__dict__)
+        skipped.__dict__.update(vars(self))
         skipped.skip_batches = self.skip_batches + num_batches
         return skipped
 

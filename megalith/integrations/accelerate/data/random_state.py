@@ -14,11 +14,10 @@ RandomState = dict[str, Any]  # numbers, text and tensors alone, so that torch.l
 
 def get_random_state(generators: Sequence[torch.Generator] = ()) -> RandomState:
     """That of Python's, NumPy's and torch's global generators, and of `generators`."""
-    numbers: Any = np.random.get_state()
-    kind, key, *position = numbers
+    kind, key, *position = np.random.get_state()  # type: ignore[misc]
     return {
         "python": random.getstate(),
-        "numpy": (kind, key.tolist(), *position),
+        "numpy": (kind, np.asarray(key).tolist(), *position),
         "torch": torch.get_rng_state(),
         "generators": [each.get_state() for each in generators],
     }
