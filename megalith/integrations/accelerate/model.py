@@ -77,6 +77,10 @@ class MegatronModel(nn.Module):
         self.session.runtime.train(mode)
         return self
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of this step."""
+        self.session.discard_gradients()
+
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
         """Gradients of calls within are summed over data-parallel processes later (Accelerator.no_sync)."""
