@@ -315,7 +315,7 @@ class Accelerator(accelerate.Accelerator):
     def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> Any:
         """The weights under transformers' names on the main process, {} on the others; every process calls it."""
         if self._is_prepared(model):
-            from megalith.integrations.accelerate import export
+            from megalith.integrations.accelerate.saving import export
 
             return export.state_dict(self.session)
         return super().get_state_dict(model, unwrap)
@@ -328,7 +328,7 @@ class Accelerator(accelerate.Accelerator):
         if not self._is_prepared(model):
             super().save_model(model, save_directory, max_shard_size, safe_serialization)
             return
-        from megalith.integrations.accelerate import export
+        from megalith.integrations.accelerate.saving import export
 
         export.save_pretrained(
             self.session, save_directory, max_shard_size=max_shard_size, safe_serialization=safe_serialization
@@ -342,13 +342,13 @@ class Accelerator(accelerate.Accelerator):
 
         Every process calls it. Returns the folder.
         """
-        from megalith.integrations.accelerate import checkpoints
+        from megalith.integrations.accelerate.saving import checkpoints
 
         return checkpoints.save_state(self, output_dir, safe_serialization=safe_serialization, **kwargs)
 
     def load_state(self, input_dir: Any = None, load_kwargs: dict | None = None, **kwargs: Any) -> None:
         """Load what `save_state` wrote in any layout, or another checkpoint's weights. Every process calls it."""
-        from megalith.integrations.accelerate import checkpoints
+        from megalith.integrations.accelerate.saving import checkpoints
 
         checkpoints.load_state(self, input_dir, load_kwargs=load_kwargs, **kwargs)
 

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from megalith.common.errors import ConfigError, problem
 from megalith.config.flags.text import Words
-from megalith.integrations.accelerate import batches, export, generate, step_run
+from megalith.integrations.accelerate import batches, generate
 from megalith.integrations.accelerate.calls import call
+from megalith.integrations.accelerate.saving import export
 from megalith.integrations.accelerate.session import Session
+from megalith.integrations.accelerate.steps import run as step_run
 
 
 class MegatronModel(nn.Module):
@@ -74,6 +76,10 @@ class MegatronModel(nn.Module):
         self.training = mode
         self.session.runtime.train(mode)
         return self
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients of this step."""
+        self.session.discard_gradients()
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:

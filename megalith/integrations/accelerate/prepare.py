@@ -17,10 +17,11 @@ from megalith.checkpoint.weights import Weights
 from megalith.common.errors import ConfigError, problem
 from megalith.config.architectures import architecture
 from megalith.config.flags.text import Words
-from megalith.integrations.accelerate import batches, data, optimizer, parsers, providers, schedules
+from megalith.integrations.accelerate import batches, data, optimizer, parsers, schedules
 from megalith.integrations.accelerate import config as configs
 from megalith.integrations.accelerate.model import MegatronModel
 from megalith.integrations.accelerate.session import Session
+from megalith.integrations.accelerate.steps import providers
 from megalith.optim.loss_scale import build_loss_scale
 from megalith.runtime.build import build_runtime
 from megalith.runtime.load import weights_of

@@ -53,7 +53,7 @@ class Session:
     # The norm of the complete gradients; None where they are not complete, or there are none.
     norm: Tensor | None = None
     clipped: bool = False  # by the script, in this step
-    train_step: Any = None  # of the user's own, once it is made (step_run.py: step_of)
+    train_step: Any = None  # of the user's own, once it is made (steps/run.py: step_of)
     local: bool = False  # whether gradients have been added that are not summed over data-parallel replicas
 
     @property

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from megalith.accelerate import Accelerator
 from megalith.accelerate.utils import MegatronLMPlugin
 from megalith.common.errors import ConfigError, TrainingError
-from megalith.integrations.accelerate.export import gather
+from megalith.integrations.accelerate.saving.export import gather
 from megalith.testing.ranks import run_ranks
 from tests.integrations.accelerate.helpers import VOCABULARY, accelerating, toy_model
 

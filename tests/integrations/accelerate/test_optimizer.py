@@ -16,7 +16,7 @@ from megalith.runtime.build import Runtime
 from megalith.runtime.load import weights_of
 from megalith.testing.ranks import run_ranks
 from tests.integrations.accelerate.helpers import accelerating, toy_model
-from tests.integrations.accelerate.training import (
+from tests.integrations.accelerate.saving.training import (
     LAYOUTS,
     assert_equal,
     backward,

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megalith.common.errors import ConfigError, TrainingError
-from megalith.integrations.accelerate.megatron_models import documents_of, padding_of, visible_in
-from megalith.integrations.accelerate.providers import provided
-from megalith.integrations.accelerate.step_arguments import StepArguments
-from megalith.integrations.accelerate.step_run import call, split_rows, step_of
-from megalith.integrations.accelerate.train_steps import (
+from megalith.integrations.accelerate.steps.arguments import StepArguments
+from megalith.integrations.accelerate.steps.megatron_models import documents_of, padding_of, visible_in
+from megalith.integrations.accelerate.steps.providers import provided
+from megalith.integrations.accelerate.steps.run import call, split_rows, step_of
+from megalith.integrations.accelerate.steps.train_steps import (
     AbstractTrainStep,
     BertTrainStep,
     GPTTrainStep,
@@ -24,7 +24,7 @@ from megalith.integrations.accelerate.train_steps import (
 from megalith.models.gpt import GPT
 from megalith.testing.ranks import run_ranks
 from tests.integrations.accelerate.helpers import accelerating, toy_model
-from tests.integrations.accelerate.stepping import (
+from tests.integrations.accelerate.steps.stepping import (
     BATCH,
     LAYOUTS,
     LENGTH,

@@ -26,15 +26,15 @@ from megalith.integrations.accelerate.gradients import (
     put_gradients,
     take_gradients,
 )
-from megalith.integrations.accelerate.megatron_models import (
+from megalith.integrations.accelerate.session import Session
+from megalith.integrations.accelerate.steps.arguments import step_arguments
+from megalith.integrations.accelerate.steps.megatron_models import (
     PipelineOutput,
     RecordingModel,
     StepModel,
     with_megatron_names,
 )
-from megalith.integrations.accelerate.session import Session
-from megalith.integrations.accelerate.step_arguments import step_arguments
-from megalith.integrations.accelerate.train_steps import AbstractTrainStep, build_train_step
+from megalith.integrations.accelerate.steps.train_steps import AbstractTrainStep, build_train_step
 from megalith.parallel.sharding import to_local
 
 RULE = "must return (loss, {name: value}), or (sum of losses, number of tokens, {name: value})"

@@ -19,7 +19,7 @@ from megalith.checkpoint.formats import FORMATS, MegatronOptions
 from megalith.checkpoint.store import saving
 from megalith.common.errors import CheckpointError, ConfigError, TrainingError
 from megalith.config.run import RunConfig
-from megalith.integrations.accelerate import checkpoints
+from megalith.integrations.accelerate.saving import checkpoints
 from megalith.runtime.load import weights_of
 from megalith.testing.ranks import run_ranks
 from megalith.training.resume.source import infer_finetune

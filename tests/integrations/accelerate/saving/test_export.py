@@ -12,7 +12,7 @@ from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 from torch import Tensor
 
 from megalith.common.errors import CheckpointError, ConfigError
-from megalith.integrations.accelerate import export
+from megalith.integrations.accelerate.saving import export
 from megalith.runtime.load import weights_of
 from megalith.testing.parity import batch, forward_backward_once
 from megalith.testing.ranks import run_ranks

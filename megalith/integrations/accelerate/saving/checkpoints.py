@@ -33,9 +33,9 @@ from megalith.config.flags.loading import stored_config, to_yaml
 from megalith.config.flags.text import Words
 from megalith.config.identity import differences
 from megalith.config.sections.model import ModelConfig
-from megalith.integrations.accelerate import folders
-from megalith.integrations.accelerate.export import source_files
-from megalith.integrations.accelerate.folders import NAME
+from megalith.integrations.accelerate.saving import folders
+from megalith.integrations.accelerate.saving.export import source_files
+from megalith.integrations.accelerate.saving.folders import NAME
 from megalith.integrations.accelerate.session import Session
 from megalith.runtime import state
 from megalith.training.finite import RULE, abbreviate, find_not_finite

@@ -8,7 +8,7 @@
     accelerator.state.megatron_lm_plugin.custom_train_step_class = WithMyLoss
 
 `forward_step(data_iterator, model)` returns the model's output and a function of it: the loss function with all other
-arguments bound. It is called once for each micro-batch. How the steps are run: step_run.py.
+arguments bound. It is called once for each micro-batch. How the steps are run: run.py.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from megalith.common.errors import ConfigError, problem
 from megalith.config.flags.text import Words
 from megalith.integrations.accelerate.batches import IGNORED, IndexedBatch, to_batch
 from megalith.integrations.accelerate.collectives import avg_losses_across_data_parallel_group
-from megalith.integrations.accelerate.megatron_models import visible_in
-from megalith.integrations.accelerate.step_arguments import StepArguments
+from megalith.integrations.accelerate.steps.arguments import StepArguments
+from megalith.integrations.accelerate.steps.megatron_models import visible_in
 from megalith.training.tasks import Batch
 
 LossFunction = Callable[..., tuple]

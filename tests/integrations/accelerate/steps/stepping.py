@@ -10,8 +10,8 @@ from torch import Tensor
 from megalith.integrations.accelerate.collectives import avg_losses_across_data_parallel_group, set_mesh
 from megalith.integrations.accelerate.plugin import MegatronLMPlugin
 from megalith.integrations.accelerate.session import Session
-from megalith.integrations.accelerate.step_run import call, step_of
-from megalith.integrations.accelerate.train_steps import GPTTrainStep
+from megalith.integrations.accelerate.steps.run import call, step_of
+from megalith.integrations.accelerate.steps.train_steps import GPTTrainStep
 from megalith.optim.loss_scale import build_loss_scale
 from megalith.runtime.build import build_runtime, init_mesh
 from megalith.runtime.load import weights_of

@@ -1,0 +1,1 @@
+"""What a session writes and reads: states, and Hugging Face folders."""

@@ -1,0 +1,1 @@
+"""Train steps of a script's own, and models of its own."""
