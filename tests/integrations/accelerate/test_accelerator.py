@@ -156,6 +156,7 @@ def described() -> dict[str, Any]:
         }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_processes() -> None:
     for rank, found in enumerate(run_ranks(described, 4)):
         assert found["ranks"] == (rank % 2, rank // 2, 0, 0, 0) and found["numbers"] == (4, rank, rank)

@@ -74,7 +74,7 @@ def test_the_default_steps_have_transformers_loss(kind: str, head: str | None) -
     check(found, reference(kind, head, "own"))
 
 
-SOME = [("one", 1), ("one", 2), ("tp2", 1), ("pp2", 2)]
+SOME = [("one", 2), ("pp2", 2)]
 MORE = [(layout, number) for layout in LAYOUTS for number in (1, 2, 4) if (layout, number) not in SOME]
 CASES = [pytest.param(*each, marks=pytest.mark.slow if each in MORE else ()) for each in (*SOME, *MORE)]
 
