@@ -30,19 +30,22 @@ def gradients(named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> lis
 
 @torch.no_grad()
 def global_norm(
-    tensors: NamedTensors, *, not_owned: Collection[int] = (), stages: int = 1, group: dist.ProcessGroup | None = None
-) -> torch.Tensor:
+    tensors: NamedTensors, *, not_owned: Collection[int] = (), stages: int = 1, group: dist.ProcessGroup | None = None,
+    device: torch.device | None = None,
+) -> torch.Tensor:  # fmt: skip
     """L2 norm over the whole model: a 0-dimensional tensor on the tensors' device, equal on all ranks.
 
     Nothing here waits for the device. Every rank of `group` must call.
     not_owned: positions in `tensors` of those that another stage owns (the second copy of a tied embedding) and counts.
-    stages: number of pipeline stages. group: the ranks that hold the model (default: all).
+    stages: number of pipeline stages. group: the ranks that hold the model (default: all). device: of the norm where
+        there are no tensors on this rank.
     Tensors that are not DTensors are taken to be equal on all ranks of a stage. The norm is infinite or NaN if any
     element is.
     """
     counted = _owned(tensors, not_owned)
     squares = _square_sums([_local(tensor) for _, tensor in counted])
-    return _sum_over_ranks(counted, squares, _device(tensors), stages, group).sqrt()
+    where = _device(tensors) if tensors or device is None else device
+    return _sum_over_ranks(counted, squares, where, stages, group).sqrt()
 
 
 @torch.no_grad()
@@ -54,6 +57,7 @@ def clip(
     not_owned: Collection[int] = (),
     stages: int = 1,
     group: dist.ProcessGroup | None = None,
+    device: torch.device | None = None,
 ) -> torch.Tensor:
     """Multiply the gradients in place so that their global norm is at most `max_norm`; return the norm before that.
 
@@ -63,7 +67,7 @@ def clip(
     An overflow shows in the norm (not finite, on every rank), so fp16 needs no check and no all-reduce of its own. The
     gradients are then useless: skip the step. `not_owned` applies to the norm; all of `grads` are multiplied.
     """
-    norm = global_norm(grads, not_owned=not_owned, stages=stages, group=group) * inverse_scale
+    norm = global_norm(grads, not_owned=not_owned, stages=stages, group=group, device=device) * inverse_scale
     if grads and (max_norm > 0.0 or inverse_scale != 1.0):
         factor = (
             torch.clamp(max_norm / (norm + 1e-6), max=1.0) * inverse_scale

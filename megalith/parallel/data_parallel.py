@@ -123,6 +123,18 @@ def upcast_gradients(model: nn.Module) -> None:
                     parameter.to_accumulated_grad_if_needed()
 
 
+def discard_unsharded_gradients(model: nn.Module) -> None:
+    """Forget the gradients of a wrapped model that its passes have accumulated and not reduced yet."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            state = module._get_fsdp_state()
+            for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
+                for parameter in group.fsdp_params if group is not None else ():
+                    parameter.unsharded_accumulated_grad = None
+                    if getattr(parameter, "_unsharded_param", None) is not None:
+                        parameter._unsharded_param.grad = None
+
+
 class Replicas:
     """All-reduces the float32 gradients of replicas, bucket by bucket, during the last backward pass of a step.
 

@@ -91,6 +91,11 @@ class StageModule:
     def _fully_sharded(self) -> Iterator[FSDPModule]:
         return (module for module in self.model.modules() if isinstance(module, FSDPModule))
 
+    def discard_gradients(self) -> None:
+        """Forget gradients that fully_shard has accumulated and not reduced yet."""
+        if self.wrapped:
+            data_parallel.discard_unsharded_gradients(self.model)
+
     def finish_gradients(self, sum_replicas: bool = True) -> None:
         """After the last backward pass: complete the sums over the other axes (dp, cp, tp).
 

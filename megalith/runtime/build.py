@@ -111,7 +111,7 @@ class Runtime:
     def seed_device(self, iteration: int) -> None:
         """Seed the device's generator for a training step. Only dropout inside fused attention draws from it."""
         if self.mesh.device.type != "cpu":
-            torch.manual_seed(key(self.config.batch.seed, "step", iteration))
+            torch.get_device_module(self.mesh.device).manual_seed(key(self.config.batch.seed, "step", iteration))
 
     def prepare_batch(self, batch: Mapping[str, Tensor], sequences: Mapping[str, str]) -> dict[str, Tensor]:
         """A micro-batch on the device, under context parallelism this rank's shard of it.
@@ -171,6 +171,8 @@ class Runtime:
 
         Every process of the axis calls it.
         """
+        if self.mesh.device.type != "cpu":
+            return None
         found = shared_memory_sum(Ranks(self.mesh.device_mesh.get_group("tp")), self.mesh.device)
         axes = [getattr(module, "axis", None) for stage in self.stages for module in stage.model.modules()]
         for axis in axes:

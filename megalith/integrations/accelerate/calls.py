@@ -19,9 +19,8 @@ from megalith.integrations.accelerate.gradients import (
     DetachedLogits,
     LocalLogits,
     LocalLoss,
-    Pending,
-    ScheduledLoss,
     put_gradients,
+    scheduled_loss,
     take_gradients,
 )
 from megalith.integrations.accelerate.session import Session
@@ -109,10 +108,11 @@ def call(
     runtime, task = session.runtime, task or session.task
     batches = [runtime.prepare_batch(batch, task.sequences) for batch in batches]
     if training:
-        runtime.seed_device(session.steps)
+        runtime.seed_device(session.consumed_samples)
     if logits or not labelled:
         task = WithLogits(task, labelled)
-    trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in session.parameters)
+    session.reshard()
+    trains = torch.is_grad_enabled() and session.trains
     graph = runtime.pipeline is None and (len(batches) == 1 or isinstance(task, WithLogits))
     counts = global_counts(runtime, task, batches) if labelled else {}
     if runtime.pipeline is not None:
@@ -125,11 +125,11 @@ def call(
         return Result(loss, None)
     kept = _gathered_logits(session, task, batches)
     if not trains:
-        return Result(loss, tuple(each.detach() for each in kept))
+        return Result(loss, tuple(each.detach().float() for each in kept))
     if graph and runtime.mesh.size("cp") == 1:
         return Result(loss, tuple(LocalLogits.apply(each, session) for each in kept))
     anchor = torch.zeros((), device=runtime.mesh.device, requires_grad=True)
-    return Result(loss, tuple(DetachedLogits.apply(each, anchor) for each in kept))
+    return Result(loss, tuple(DetachedLogits.apply(each.float(), anchor) for each in kept))
 
 
 def _arguments(session: Session, task: Task, batch: Batch, counts: dict[str, Tensor]) -> Batch:
@@ -173,9 +173,9 @@ def _one_after_the_other(
     if not trains:
         _reshard(session)
         return value
-    pending = Pending(session, take_gradients(parameters), local=True)
+    gradients = take_gradients(parameters)
     put_gradients(parameters, before)
-    return ScheduledLoss.apply(value, pending, *parameters)
+    return scheduled_loss(session, value, gradients, local=True)
 
 
 def _scheduled(
@@ -199,9 +199,9 @@ def _scheduled(
     for stage in runtime.stages:
         if stage.replicas is not None:
             stage.replicas.finish()
-    pending = Pending(session, take_gradients(parameters), local=False)
+    gradients = take_gradients(parameters)
     put_gradients(parameters, before)
-    return ScheduledLoss.apply(value, pending, *parameters)
+    return scheduled_loss(session, value, gradients, local=False)
 
 
 def _reshard(session: Session) -> None:
@@ -221,7 +221,7 @@ def _gathered_logits(session: Session, task: WithLogits, batches: Sequence[Batch
     joined = [torch.cat(parts) for parts in zip(*task.kept)]
     if runtime.pipeline is not None:
         joined = _from_last_stage(session, joined)
-    if mesh.size("cp") == 1 or task.classifies:
+    if mesh.size("cp") == 1:
         return tuple(joined)
     name = "decoder_coordinates" if model.decoder_layers else "coordinates"
     positions = batches[0][name]

@@ -13,9 +13,8 @@ from accelerate.utils import DistributedType, DynamoBackend
 from megalith.common import environment as variables
 from megalith.common.errors import ConfigError, problem
 from megalith.config.flags.text import Words
-from megalith.config.flags.values import fields
-from megalith.config.sections.parallel import ParallelConfig
 from megalith.integrations.accelerate import collectives
+from megalith.integrations.accelerate.config import parallel_config
 from megalith.integrations.accelerate.plugin import MegatronLMPlugin
 from megalith.runtime.build import init_mesh
 
@@ -130,7 +129,7 @@ def activate(plugin: MegatronLMPlugin, state: AcceleratorState) -> None:
             rule = "must be all processes of the run"
             cure = "Make the Accelerator before Accelerate's PartialState() and its like, or start with megalith launch"
             raise ConfigError(problem("Accelerate's processes", state.num_processes, f"{rule}, {started}", cure))
-        collectives.set_mesh(init_mesh(parallel_config(plugin, state.device.type)))
+        collectives.set_mesh(init_mesh(parallel_config(plugin, state.device)))
     except Exception:
         AcceleratorState._reset_state()
         raise
@@ -138,12 +137,6 @@ def activate(plugin: MegatronLMPlugin, state: AcceleratorState) -> None:
     # Accelerate's method of this name waits for nobody in this mode; main_process_first and loggers call it.
     PartialState._shared_state["wait_for_everyone"] = state.wait_for_everyone = collectives.barrier
     state.megatron_lm_plugin = plugin
-
-
-def parallel_config(plugin: MegatronLMPlugin, device: str) -> ParallelConfig:
-    """The layout that a plugin asks for. device: the kind of this run's devices."""
-    given = {name: value for name, value in plugin.run_fields().items() if fields()[name].section == "parallel"}
-    return ParallelConfig(**given | {"device": device})
 
 
 def notices(accelerator: accelerate.Accelerator) -> Iterator[str]:

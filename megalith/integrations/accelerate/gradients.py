@@ -42,11 +42,17 @@ def put_gradients(parameters: list[nn.Parameter], gradients: list[Tensor | None]
         parameter.grad = gradient
 
 
+def scheduled_loss(session: Session, value: Tensor, gradients: list[Tensor | None], *, local: bool) -> Tensor:
+    """A loss whose backward pass is done. gradients: of session.parameters. local: see Pending."""
+    anchor = torch.zeros((), device=value.device, requires_grad=True)  # a stage may have no parameter that is trained
+    return ScheduledLoss.apply(value, Pending(session, gradients, local=local), *session.parameters, anchor)
+
+
 class ScheduledLoss(torch.autograd.Function):
-    """A loss whose backward pass is done: apply(value, pending, *parameters)."""
+    """See scheduled_loss: apply(value, pending, *parameters, anchor)."""
 
     @staticmethod
-    def forward(ctx, value: Tensor, pending: Pending, *parameters: nn.Parameter) -> Tensor:
+    def forward(ctx, value: Tensor, pending: Pending, *parameters: Tensor) -> Tensor:
         """value: the loss. parameters: those of this process, in the order of `pending.gradients`."""
         ctx.pending = pending
         return value.clone()
@@ -69,7 +75,7 @@ class ScheduledLoss(torch.autograd.Function):
         gradients = [gradient for gradient in pending.gradients if gradient is not None]
         if gradients and float(factor) != 1.0:
             torch._foreach_mul_([to_local(gradient) for gradient in gradients], float(factor))
-        return None, None, *pending.gradients
+        return None, None, *pending.gradients, None
 
 
 def _require_backward(ctx) -> None:
@@ -117,17 +123,18 @@ class LocalLoss(torch.autograd.Function):
 
 
 class LocalLogits(torch.autograd.Function):
-    """Logits from which a script computes the loss of its own samples; such losses are averaged over the processes."""
+    """Float32 logits from which a script computes the loss of its samples; these are averaged over the processes."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, session: Session) -> Tensor:
-        ctx.session = session
-        return logits.view_as(logits)
+        ctx.session, ctx.dtype = session, logits.dtype
+        return logits.float() if logits.dtype != torch.float32 else logits.view_as(logits)
 
     @staticmethod
     def backward(ctx, upstream: Tensor):  # type: ignore[override]
         begin_backward(ctx.session)
-        return upstream * (ctx.session.loss_scale.scale / ctx.session.runtime.mesh.data_size), None
+        factor = ctx.session.loss_scale.scale / ctx.session.runtime.mesh.data_size
+        return (upstream * factor).to(ctx.dtype), None  # fp16's scale comes before the cast, which would lose them
 
 
 class DetachedLogits(torch.autograd.Function):
@@ -140,8 +147,9 @@ class DetachedLogits(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor):  # type: ignore[override]
         raise TrainingError(
-            "A loss computed from the logits of a pipeline, or of a call with several micro-batches, has no gradient: "
-            f"the backward pass is run by the schedule within the call. {CURE}, or use outputs.loss."
+            "A loss computed from the logits of a pipeline, of a call with several micro-batches, or of sequences that "
+            f"context parallelism splits, has no gradient: the passes are run within the call. {CURE}, or use "
+            "outputs.loss."
         )
 
 

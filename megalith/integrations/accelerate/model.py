@@ -39,7 +39,11 @@ class MegatronModel(nn.Module):
         Raises ConfigError for an empty batch, or arguments that the model does not have.
         """
         session, return_dict = self.session, batch.pop("return_dict", None)
-        batch |= dict(zip(("input_ids", "attention_mask"), inputs))
+        if len(inputs) > 1:
+            rule = "must be given by name, but for input_ids: transformers' classes order them differently"
+            cure = "Write model(input_ids, attention_mask=...), or model(**batch)"
+            raise ConfigError(problem("model(...)", Words(f"{len(inputs)} arguments without a name"), rule, cure))
+        batch |= dict(zip(("input_ids",), inputs))
         if not batch:
             cure = "Iterate over the prepared loader, which is there on every process: `batch = next(loader)`"
             raise ConfigError(problem("model(**batch)", Words("an empty batch"), "must have samples", cure))

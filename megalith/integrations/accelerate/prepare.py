@@ -50,6 +50,11 @@ def prepare(accelerator: Any, objects: Sequence[Any]) -> list[Any]:
         _say(accelerator, notices)
     if models:
         accelerator.session = build_session(accelerator, models[0], loaders)
+    new = {id(each) for each in objects if isinstance(each, Optimizer) and not hasattr(each, "session")}
+    before = accelerator.session is not None and accelerator.session.optimizer is not None
+    if new and len(new) + before > 1:
+        rule, cure = "must be one for a model", "Give parameters that differ groups of one optimizer"
+        raise ConfigError(problem("accelerator.prepare", Words("several optimizers"), rule, cure))
     made: dict[int, Any] = {}
     for each in objects:  # optimizers before schedulers, which are bound to them
         if isinstance(each, Optimizer):
@@ -137,8 +142,14 @@ def build_session(accelerator: Any, model: nn.Module, loaders: Sequence[Any]) ->
 @torch.no_grad()
 def share_weights(model: nn.Module) -> list[str]:
     """Give all processes the weights of process 0, as DistributedDataParallel does; a line where theirs differed."""
-    ranks, tensors = Ranks(), [each for each in model.state_dict().values() if not each.is_meta]
-    sums = [each.double().sum().item() for each in tensors]
+    ranks, state = Ranks(), model.state_dict()
+    meta = ranks.collect(lambda: [each.is_meta for each in state.values()])
+    if any(each != meta[0] for each in meta):
+        cure = "Load them on every process, or make the model with init_empty_weights on every process"
+        found = Words("weights on some processes and none on others")
+        raise ConfigError(problem("The model", found, "must be the same on all processes", cure))
+    tensors = [each for each in state.values() if not each.is_meta]
+    sums = [str(each.double().sum().item()) for each in tensors]  # as text, where nan is nan
     if ranks.collect(lambda: sums, lambda found: all(each == found[0] for each in found)):
         return []
     for each in tensors:
@@ -167,6 +178,7 @@ def prepare_optimizer(accelerator: Any, given: Optimizer, models: Sequence[nn.Mo
         cure = "Give it to accelerator.prepare together with the model"
         raise ConfigError(problem("accelerator.prepare", Words("an optimizer alone"), "needs its model", cure))
     _say(accelerator, optimizer.adopt(given, models[0], session.runtime, session.plugin))
+    session.trains = Ranks().collect(lambda: any(each.requires_grad for each in session.parameters), any)
     session.optimizer = optimizer.MegatronOptimizer(given, session)
     return session.optimizer
 

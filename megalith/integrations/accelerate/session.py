@@ -46,6 +46,7 @@ class Session:
     generation_config: Any | None = None
     tokenizer_folder: pathlib.Path | None = None
     optimizer: MegatronOptimizer | None = None
+    trains: bool = True  # whether any parameter is trained, of all processes
     steps: int = 0
     consumed_samples: int = 0
     has_gradients: bool = False  # whether a backward pass of this step has added any; the same on every process
@@ -60,6 +61,11 @@ class Session:
     def parameters(self) -> list[nn.Parameter]:
         """Those of this process."""
         return [parameter for _, parameter in self.runtime.named_parameters()]
+
+    def reshard(self) -> None:
+        """Let fully_shard register the parameters that it trains, and not what it has gathered for a pass."""
+        for stage in self.runtime.stages:
+            stage.reshard()
 
     def add_gradients(self, *, local: bool) -> None:
         """Note that a backward pass is about to add gradients. local: of this data-parallel replica alone.
@@ -81,6 +87,7 @@ class Session:
         finite where one of them is not.
         """
         if self.norm is None:
+            self.reshard()
             self.runtime.finish_gradients(sum_replicas=self.local)
             self.norm = self._clip(max_norm, self.loss_scale.inverse)
         return self.norm
@@ -93,7 +100,10 @@ class Session:
     def _clip(self, max_norm: float, inverse_scale: float) -> Tensor:
         gradients, not_owned = self.runtime.gradients()
         stages = self.runtime.mesh.size("pp")
-        return clip(gradients, max_norm, inverse_scale=inverse_scale, not_owned=not_owned, stages=stages)
+        return clip(
+            gradients, max_norm, inverse_scale=inverse_scale, not_owned=not_owned, stages=stages,
+            device=self.runtime.mesh.device,
+        )  # fmt: skip
 
     def gradients_finite(self) -> bool:
         """Whether all gradients of this step are finite; waits for the device."""
@@ -101,6 +111,9 @@ class Session:
 
     def discard_gradients(self) -> None:
         """Forget the gradients of this step."""
+        self.reshard()
+        for stage in self.runtime.stages:
+            stage.discard_gradients()
         for parameter in self.parameters:
             parameter.grad = None
         self.norm, self.clipped, self.local, self.has_gradients = None, False, False, False

@@ -237,6 +237,10 @@ def test_norms_and_clipping_do_not_depend_on_the_layout(layout: str) -> None:
 def misuse(accelerator: Accelerator, model: Any, optimizer: Any, batch: dict[str, Tensor]) -> None:
     with pytest.raises(ConfigError, match="empty batch"):
         model()
+    with pytest.raises(ConfigError, match="by name"):
+        model(batch["input_ids"], batch["labels"])
+    with pytest.raises(ConfigError, match="several optimizers"):
+        accelerator.prepare(torch.optim.SGD(toy_model("gpt2").parameters(), lr=1.0))
     with pytest.raises(ConfigError, match="get_state_dict"):
         model.state_dict()
     with pytest.raises(ConfigError, match="before accelerator"):
@@ -245,6 +249,8 @@ def misuse(accelerator: Accelerator, model: Any, optimizer: Any, batch: dict[str
     accelerator.clip_grad_norm_(model.parameters(), 1.0)
     with pytest.raises(TrainingError, match="mix two steps"):
         model(**batch).loss.backward()
+    model.zero_grad()
+    model(batch["input_ids"], labels=batch["labels"]).loss.backward()
 
 
 def test_misuse_says_what_to_do() -> None:
@@ -265,3 +271,60 @@ def test_all_processes_have_the_weights_of_the_first() -> None:
     (_, first), (printed, last) = run_ranks(seeds_that_differ, 2)
     assert "weights differed between processes" in printed
     assert first == last == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+
+
+def freeze(model: Any) -> list[Tensor]:
+    """Freeze the embeddings and the lower half, as finetuning does; returns what is trained."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(("transformer.h.2", "transformer.h.3", "transformer.ln_f")))
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def frozen(layout: str) -> tuple[list[float], dict[str, Tensor]]:
+    with accelerating():
+        plugin = {"tp_degree": 1, **LAYOUTS[layout][1]}
+        accelerator = Accelerator(megatron_lm_plugin=MegatronLMPlugin(gradient_clipping=0.0, **plugin))
+        model = toy_model("gpt2")
+        optimizer = torch.optim.SGD(freeze(model), lr=0.1)
+        size = ROWS // plugin.get("num_micro_batches", 1)
+        model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(rows(), batch_size=size))
+        (batch,), losses = loader, []
+        for _ in range(3):
+            loss = model(**batch).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses, gather(model.session.runtime)
+
+
+@pytest.mark.parametrize("layout", ["one", "pp2"])
+def test_a_stage_without_a_parameter_that_is_trained(layout: str) -> None:
+    model, batch = plain()
+    optimizer, expected = torch.optim.SGD(freeze(model), lr=0.1), []
+    for _ in range(3):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+    for losses, _ in run_ranks(frozen, LAYOUTS[layout][0], layout):
+        assert losses == pytest.approx(expected, rel=1e-5) and losses[-1] < losses[0]
+
+
+def classes(layout: str) -> Tensor:
+    with accelerating():
+        accelerator = Accelerator(megatron_lm_plugin=MegatronLMPlugin(**{"tp_degree": 1, **LAYOUTS[layout][1]}))
+        data = [{"input_ids": row["input_ids"], "labels": number % 2} for number, row in enumerate(rows())]
+        model, loader = accelerator.prepare(toy_model("bert", "classification"), DataLoader(data, batch_size=ROWS))
+        (batch,) = loader
+        return model(**batch).logits.detach()
+
+
+@pytest.mark.parametrize("layout", ["cp2", pytest.param("tp2", marks=pytest.mark.slow)])
+def test_logits_of_classes_are_on_every_process(layout: str) -> None:
+    ids = torch.stack([row["input_ids"] for row in rows()])
+    with torch.no_grad():
+        expected = toy_model("bert", "classification")(input_ids=ids).logits
+    for found in run_ranks(classes, LAYOUTS[layout][0], layout):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -68,6 +68,7 @@ def save_state(
     session.run = ranks.on_rank_0(lambda: session.run)
     for hook in accelerator._save_model_state_pre_hook.values():
         hook(accelerator._models, [], str(folder))  # without weights, as with Accelerate's own Megatron-LM plugin
+    session.reshard()
     tensors = [state.weights(stage) for stage in session.runtime.stages]
     if session.optimizer is not None and not session.config.checkpoint.no_save_optim:
         tensors = _with_optimizer_state(session, tensors)
@@ -248,6 +249,7 @@ def _load_tensors(session: Session, path: pathlib.Path, stored: dict[str, Any], 
 
     Raises CheckpointError where the checkpoint has the state of another optimizer.
     """
+    session.reshard()
     tensors = [state.weights(stage) for stage in session.runtime.stages]
     if session.optimizer is None or session.config.checkpoint.no_load_optim:
         checkpoint.load(path, tensors)
@@ -311,6 +313,7 @@ def _load_files(
 
 def _load_weights(accelerator: Any, session: Session, folder: pathlib.Path, ranks: Ranks) -> None:
     """Load the weights that another program, or another verb of megalith, wrote into `folder`."""
+    session.reshard()
     tensors = [state.weights(stage) for stage in session.runtime.stages]
     if is_megalith(folder):
         path: pathlib.Path = ranks.on_rank_0(lambda: checkpoint.find(folder))

@@ -99,6 +99,7 @@ def state_dict(session: Session) -> dict[str, Tensor]:
     options = HuggingFaceOptions(architecture=session.hf_config.model_type)
     weights = Weights(config=session.config, tensors={})
     _, family = huggingface.choose_family(weights, options)
+    session.reshard()
     tensors = {f"model/{name}": Lazy.of(tensor) for name, tensor in gather(session.runtime).items()}
     if not tensors:
         return {}
@@ -177,6 +178,7 @@ def _begin(folder: pathlib.Path, held: contextlib.ExitStack) -> str:
 
 def _whole_weights(session: Session, folder: pathlib.Path, ranks: Ranks) -> functools.partial[Weights]:
     """A function that gives process 0 the weights: of one process from memory, else from a checkpoint in `folder`."""
+    session.reshard()
     tensors = [state.weights(stage) for stage in session.runtime.stages]
     if ranks.size == 1:
         lazies = {name: _on_cpu(local(tensor)) for part in tensors for name, tensor in part.items()}

@@ -21,9 +21,8 @@ from megalith.integrations.accelerate.batches import IndexedBatch
 from megalith.integrations.accelerate.gradients import (
     DetachedLogits,
     LocalLoss,
-    Pending,
-    ScheduledLoss,
     put_gradients,
+    scheduled_loss,
     take_gradients,
 )
 from megalith.integrations.accelerate.session import Session
@@ -68,8 +67,7 @@ class StepRun:
     def __init__(self, session: Session, step: AbstractTrainStep, training: bool, number: int):
         """training: the model's mode. number: of micro-batches."""
         self.session, self.step, self.training = session, step, training
-        parameters = session.parameters
-        self.trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
+        self.trains = torch.is_grad_enabled() and session.trains
         self.shares = number * session.runtime.mesh.data_size
         self.tokens_of_sample = session.config.data.seq_length or 1  # keeps sums of losses within float16
         self.returned: list[Returned] = []
@@ -189,7 +187,8 @@ def call(
         on_device = IndexedBatch(on_device)
     batches = split_rows(on_device, samples.to(device), session)
     if training:
-        runtime.seed_device(session.steps)
+        runtime.seed_device(session.consumed_samples)
+    session.reshard()
     run = StepRun(session, step, training, len(batches))
     if runtime.pipeline is None and run.trains and len(batches) == 1:
         done = run.forward(StepModel, batches[0])
@@ -226,7 +225,7 @@ def run_within_call(run: StepRun, batches: Sequence[MicroBatch]) -> Tensor:
     existing = [to_local(gradient) for gradient in gradients if gradient is not None]
     if existing and float(factor) != 1.0:
         torch._foreach_mul_(existing, float(factor))
-    return ScheduledLoss.apply(value, Pending(session, gradients, local=runtime.pipeline is None), *parameters)
+    return scheduled_loss(session, value, gradients, local=runtime.pipeline is None)
 
 
 def run_one_after_the_other(run: StepRun, batches: Sequence[MicroBatch]) -> None:
