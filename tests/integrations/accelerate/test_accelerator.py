@@ -176,6 +176,7 @@ def misplaced() -> str:
         return "Accelerate's processes must be all processes of the run, 2; found 1"
 
 
+@pytest.mark.slow
 def test_a_state_that_was_made_wrong_before() -> None:
     for text in run_ranks(misplaced, 2):
         assert text.startswith("Accelerate's processes must be all processes of the run, 2; found 1")

@@ -35,7 +35,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {  # name -> processes, fields 
     "dp2 sharded": (2, {"use_distributed_optimizer": True}),
     "dp2 pp2 sharded": (4, {"pp_degree": 2, "num_micro_batches": 2, "use_distributed_optimizer": True}),
 }
-FAST = ("one", "dp2", "tp2", "pp2")
+FAST = ("dp2", "tp2", "pp2")
 every_layout = pytest.mark.parametrize(
     "layout", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS]
 )
@@ -134,7 +134,9 @@ def from_logits(accelerator: Accelerator, model: Any, optimizer: Any, batch: dic
     return gradients(model)
 
 
-@pytest.mark.parametrize("layout", ["one", "dp2", "tp2", pytest.param("dp2 sharded", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "layout", ["tp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("one", "dp2", "dp2 sharded"))]
+)
 def test_a_loss_from_logits_without_a_pipeline(layout: str) -> None:
     expected = expected_gradients(lambda model, batch: own_loss(model(**batch).logits, batch["input_ids"]))
     found = in_layout(from_logits, layout, False)[-1]
