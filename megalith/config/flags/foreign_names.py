@@ -28,7 +28,10 @@ _JOBS = (
     "starts N processes, and `megalith launch` those of a script"
 )
 _PLAN = "planning is not there yet; --dry-run with --world-size N checks a layout and prints its numbers"
-_ACCELERATE = "it is in megalith.accelerate, or megalith.accelerate.utils, here (docs/accelerate.md)"
+_ACCELERATE = (
+    "scripts import it from megalith.accelerate here, or megalith.accelerate.utils; the commands are `megalith config "
+    "--accelerate` and `megalith launch` (docs/accelerate.md)"
+)
 _DETOXIFY = "detoxification is not there yet; megalith generate --out-file writes the texts that it begins with"
 _REPORT = (
     "reports that compare runs are not there yet; each run folder has metrics.jsonl and loss.png, and "
