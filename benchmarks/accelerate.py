@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+sys.path[0] = str(pathlib.Path(__file__).parents[1])  # not this folder, where `import accelerate` would find this file
 
 import accelerate
 import torch
