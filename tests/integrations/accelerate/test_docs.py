@@ -36,25 +36,15 @@ def run(command: list[str], folder: pathlib.Path) -> str:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_five_steps(layout: str, tmp_path: pathlib.Path) -> None:
     processes, tp, pp = LAYOUTS[layout]
-    toy_model("llama").save_pretrained(tmp_path / "model")
-    before = tmp_path / "before.py"
-    before.write_text(script())
-    assert "loss" in run([sys.executable, before.name], tmp_path)
+    (before := tmp_path / "before").mkdir()
+    for folder in (tmp_path, before):
+        toy_model("llama").save_pretrained(folder / "model")
+    (before / "train.py").write_text(script())
+    assert "loss" in run([sys.executable, "train.py"], before)
     (tmp_path / "train.py").write_text(script().replace("from accelerate import", "from megalith.accelerate import"))
     megalith = [sys.executable, "-m", "megalith"]
-    answers = [
-        "0",
-        "1",
-        "",
-        "no",
-        "no",
-        "yes",
-        str(tp),
-        *(["yes"] if tp > 1 else []),
-        str(pp),
-        *(["2"] if pp > 1 else []),
-    ]
-    answers += ["no", "no", "1.0", str(processes), "no"]
+    layout_answers = [str(tp), *["yes"] * (tp > 1), str(pp), *["2"] * (pp > 1)]
+    answers = ["0", "2", "", "no", "no", "yes", *layout_answers, "no", "no", "1.0", str(processes), "no"]
     asked = subprocess.run(
         [*megalith, "config", "--accelerate", "--config_file", "layout.yaml"], cwd=tmp_path, text=True,
         input="\n".join(answers) + "\n", capture_output=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
