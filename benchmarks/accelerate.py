@@ -21,7 +21,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-sys.path[0] = str(pathlib.Path(__file__).parents[1])  # not this folder, where `import accelerate` would find this file
+sys.path.pop(0)  # this folder, where `import accelerate` would find this file
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import accelerate
 import torch
