@@ -200,15 +200,8 @@ def main() -> None:
         for batch in eval_dataloader:
             with torch.no_grad():
                 loss = model(**batch).loss
-            if accelerator.distributed_type == DistributedType.MEGATRON_LM:
-                losses.append(loss)  # the mean over all data-parallel processes already
-            else:
-                losses.append(accelerator.gather_for_metrics(loss.repeat(args.per_device_eval_batch_size)))
-        if accelerator.distributed_type == DistributedType.MEGATRON_LM:
-            losses = torch.tensor(losses)
-        else:
-            losses = torch.cat(losses)
-        eval_loss = torch.mean(losses)
+            losses.append(accelerator.gather_for_metrics(loss.repeat(len(batch["input_ids"]))))
+        eval_loss = torch.cat(losses).mean()
         perplexity = math.exp(eval_loss) if eval_loss < 100 else float("inf")
         logger.info(f"epoch {epoch}: perplexity: {perplexity} eval_loss: {eval_loss}")
         if args.with_tracking:
@@ -217,8 +210,6 @@ def main() -> None:
         if args.checkpointing_steps == "epoch":
             save_state(f"epoch_{epoch}")
 
-    if args.with_tracking:
-        accelerator.end_training()
     if args.output_dir:
         accelerator.wait_for_everyone()
         unwrapped_model = accelerator.unwrap_model(model)
@@ -227,6 +218,7 @@ def main() -> None:
         )
         if accelerator.is_main_process:
             tokenizer.save_pretrained(args.output_dir)
+    accelerator.end_training()  # last, because the processes part here
 
 
 if __name__ == "__main__":

@@ -136,6 +136,7 @@ def main() -> None:
         )
         if accelerator.is_main_process:
             tokenizer.save_pretrained(args.output_dir)
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

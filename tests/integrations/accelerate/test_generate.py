@@ -78,7 +78,7 @@ def stripped(row: list[int], pad: int = 0) -> list[int]:
     return row
 
 
-FAST = {("gpt2", "tp2"), ("gpt2", "dp2 sharded"), ("llama", "one"), ("t5", "pp2")}
+FAST = {("gpt2", "dp2 sharded"), ("llama", "tp2"), ("t5", "one")}
 LAYOUTS = ("one", "tp2", "pp2", "dp2", "dp2 sharded", "tp2 pp2", "virtual")
 
 

@@ -295,11 +295,10 @@ def _load_files(
 ) -> None:  # fmt: skip
     """Load Accelerate's own files, and its counts."""
     record, processes = stored[NAME], accelerator.num_processes
-    number = accelerator.process_index
-    if stored["world_size"] != processes:
-        number = -1  # Accelerate passes over random states whose file it does not find
-        saved = f"{stored['world_size']} processes saved theirs"
-        _say(accelerator, f"{folder}: random states are not loaded, as {saved}, and here are {processes}")
+    number = accelerator.process_index % stored["world_size"]
+    if stored["world_size"] != processes:  # process 0, whose state decides on the order of samples, keeps its own
+        saved = f"{stored['world_size']} processes saved theirs, and here are {processes}"
+        _say(accelerator, f"{folder}: random states: {saved}, so that some go on in several processes, or in none")
     schedulers = [] if accelerator.session.config.checkpoint.no_load_optim else accelerator._schedulers
     checkpointing.load_accelerator_state(
         str(folder), [], [], schedulers, accelerator._dataloaders, number, None, map_location, load_kwargs
