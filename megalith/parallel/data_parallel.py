@@ -7,7 +7,8 @@ docs/architecture.md, section 2, has the bytes per parameter that a rank holds b
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -114,25 +115,26 @@ def upcast_gradients(model: nn.Module) -> None:
     fully_shard does so after each of its own backward passes; deferred gradients would accumulate in 16 bits until the
     next one.
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            state = module._get_fsdp_state()
-            for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
-                for parameter in group.fsdp_params if group is not None else ():
-                    parameter.accumulate_unsharded_grad_if_needed()
-                    parameter.to_accumulated_grad_if_needed()
+    for parameter in _fsdp_parameters(model):
+        parameter.accumulate_unsharded_grad_if_needed()
+        parameter.to_accumulated_grad_if_needed()
 
 
 def discard_unsharded_gradients(model: nn.Module) -> None:
     """Forget the gradients of a wrapped model that its passes have accumulated and not reduced yet."""
+    for parameter in _fsdp_parameters(model):
+        parameter.unsharded_accumulated_grad = None
+        if getattr(parameter, "_unsharded_param", None) is not None:
+            parameter._unsharded_param.grad = None
+
+
+def _fsdp_parameters(model: nn.Module) -> Iterator[Any]:
+    """fully_shard's own records of a wrapped model's parameters."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             state = module._get_fsdp_state()
             for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
-                for parameter in group.fsdp_params if group is not None else ():
-                    parameter.unsharded_accumulated_grad = None
-                    if getattr(parameter, "_unsharded_param", None) is not None:
-                        parameter._unsharded_param.grad = None
+                yield from group.fsdp_params if group is not None else ()
 
 
 class Replicas:

@@ -92,20 +92,12 @@ def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
             * weights.flatten()).sum()  # fmt: skip
 
 
-def call(
-    session: Session,
-    batches: Sequence[Batch],
-    *,
-    labelled: bool,
-    logits: bool,
-    training: bool,
-    task: Task | None = None,
-) -> Result:
+def call(session: Session, batches: Sequence[Batch], *, labelled: bool, logits: bool, training: bool) -> Result:
     """Run the micro-batches of one call, which have labels or not. Every process calls it.
 
-    logits: whether they are wanted. training: the model's mode. task: a custom train step's.
+    logits: whether they are wanted. training: the model's mode.
     """
-    runtime, task = session.runtime, task or session.task
+    runtime, task = session.runtime, session.task
     batches = [runtime.prepare_batch(batch, task.sequences) for batch in batches]
     if training:
         runtime.seed_device(session.consumed_samples)
@@ -148,7 +140,7 @@ def _part(session: Session, task: Task, batch: Batch, counts: dict[str, Tensor])
 def _graph(session: Session, task: Task, batches: Sequence[Batch], counts: dict, trains: bool) -> Tensor | None:
     parts = [_part(session, task, batch, counts) for batch in batches]
     if not trains:
-        _reshard(session)
+        session.reshard()
     if not counts:
         return None
     part = torch.stack(parts).sum()
@@ -171,7 +163,7 @@ def _one_after_the_other(
         parts.append(part.detach())
     value = _total(session, torch.stack(parts).sum())
     if not trains:
-        _reshard(session)
+        session.reshard()
         return value
     gradients = take_gradients(parameters)
     put_gradients(parameters, before)
@@ -202,11 +194,6 @@ def _scheduled(
     gradients = take_gradients(parameters)
     put_gradients(parameters, before)
     return scheduled_loss(session, value, gradients, local=False)
-
-
-def _reshard(session: Session) -> None:
-    for stage in session.runtime.stages:
-        stage.reshard()
 
 
 def _total(session: Session, part: Tensor) -> Tensor:
