@@ -23,7 +23,7 @@ from megalith.generation.parallel.driver import Driver
 from megalith.generation.parallel.replicas import ReplicatedEngine, engine_of
 from megalith.generation.params import GenerationParams
 from megalith.generation.prompts import Completion, Prompts, prompt_list, tokenize_prompt
-from megalith.generation.request import Event, Request
+from megalith.generation.request import BeamRequest, Event, Hypothesis, Request
 from megalith.runtime.build import Runtime
 
 OnToken = Callable[[int, int, str], None]  # (number of the completion, new token, text that is now certain)
@@ -89,7 +89,7 @@ def complete(
     Raises ConfigError for options that cannot work and for prompts too long for the model, DataError for unknown
     tokens, both before anything is generated.
     """
-    call = _Call(model, prompts, params, options)
+    call = Call(model, prompts, params, options)
     if on_token is not None:
         call.refuse_beams()
     for piece in call.run(batch_size, batch_invariant, compile):
@@ -108,7 +108,7 @@ def stream(
     The pieces of text of one completion add up to its continuation. Closing the generator cancels what is left. Raises
     the errors of `complete`, and ConfigError for beam search, which knows its texts only at the end.
     """
-    call = _Call(model, prompts, params, options)
+    call = Call(model, prompts, params, options)
     call.refuse_beams()
     return call.run(batch_size, batch_invariant, compile)
 
@@ -205,7 +205,7 @@ class PendingCompletion:
         )  # fmt: skip
 
 
-class _Call:
+class Call:
     """The prompts and options of one call, and what is generated for each."""
 
     def __init__(self, model: Model, prompts: Prompts, params: Params, options: dict[str, Any]):
@@ -234,17 +234,20 @@ class _Call:
             rule = "must be left out where texts are streamed: beam search knows them only at the end"
             raise ConfigError(problem("--beam-width", widths[0], rule, "Leave out the one or the other"))
 
-    def run(self, batch_size: int, batch_invariant: bool, compile: bool) -> Iterator[Piece]:
-        """Generate all that is sampled."""
-        if batch_size < 1:
-            raise ConfigError(problem("--batch-size", batch_size, "must be at least 1", "Give 1 or more"))
-        rows = [
+    def sampled(self) -> list[PendingCompletion]:
+        """What is to be sampled, or scored, by an engine."""
+        return [
             row
             for group, each in zip(self.rows, self.params)
             for row in group
             if each.beam_width is None and (each.max_new_tokens or each.prompt_logprobs)
         ]
-        engine = self.engine
+
+    def run(self, batch_size: int, batch_invariant: bool, compile: bool) -> Iterator[Piece]:
+        """Generate all that is sampled."""
+        if batch_size < 1:
+            raise ConfigError(problem("--batch-size", batch_size, "must be at least 1", "Give 1 or more"))
+        rows, engine = self.sampled(), self.engine
         if engine is None and rows:
             lengths = [(len(row.request.prompt_ids), row.params.max_new_tokens) for row in rows]
             answers = bool(self.model.config.decoder_layers)
@@ -254,6 +257,21 @@ class _Call:
                 batch_invariant=batch_invariant, compile=compile,
             )  # fmt: skip
         return _run(engine, rows)
+
+    def requests(self) -> Iterator[tuple[int, PendingCompletion | BeamRequest]]:
+        """What an engine is to do, each with the number of its (first) completion."""
+        sampled = set(map(id, self.sampled()))
+        for prompt, params, rows in zip(self.prompts, self.params, self.rows):
+            if params.beam_width is not None:
+                yield rows[0].number, self._beam_request(prompt, params)
+            yield from ((row.number, row) for row in rows if id(row) in sampled)
+
+    def take_beams(self, number: int, beams: Sequence[Hypothesis]) -> None:
+        """What the beam search of completion `number` has found."""
+        raise NotImplementedError
+
+    def _beam_request(self, prompt: Completion, params: GenerationParams) -> BeamRequest:
+        raise NotImplementedError
 
     def completions(self) -> list[Completion]:
         """All completions, once `run` has ended."""

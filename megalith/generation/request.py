@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from megalith.generation.params import SamplingParams
 
@@ -25,6 +25,27 @@ class Request:
     banned_after: Mapping[int, Sequence[int]] = dataclasses.field(default_factory=dict)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BeamRequest:
+    """A prompt whose likeliest continuations are searched for; see `beam_search` for the options."""
+
+    prompt_ids: Sequence[int]
+    beam_width: int
+    num_samples: int
+    max_new_tokens: int
+    length_penalty: float = 1.0
+    stop_token_ids: Sequence[int] = ()
+
+
+class Hypothesis(NamedTuple):
+    """A finished beam: its score, new tokens, their log-probabilities, and why it ended."""
+
+    score: float
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish: str
+
+
 @dataclasses.dataclass(frozen=True)
 class PromptLogprobs:
     """Natural logarithms of the probabilities of a prompt's tokens after the first: one fewer than it has.
@@ -43,7 +64,8 @@ class Event:
     token: None where no new token was requested (max_new_tokens 0). logprob: natural logarithm of the probability that
     the model gave the token, before penalties, temperature and filters, where requested; top_logprobs: the likeliest
     tokens with theirs. finish: why the request ended with this event, "stop" or "length"; None where it continues.
-    prompt: with the first event of a request that asked for prompt_logprobs.
+    prompt: with the first event of a request that asked for prompt_logprobs. beams: of a BeamRequest, whose only event
+    has all of them, best first.
     """
 
     id: int
@@ -52,3 +74,4 @@ class Event:
     top_logprobs: TopLogprobs = ()
     finish: str | None = None
     prompt: PromptLogprobs | None = None
+    beams: tuple[Hypothesis, ...] = ()

@@ -1,0 +1,7 @@
+"""To be written."""
+
+from fastapi import APIRouter
+
+
+def router(service):
+    return APIRouter()

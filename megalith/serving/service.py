@@ -1,0 +1,204 @@
+"""The model that a server offers: requests in, texts out, from the event loop's side."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+
+from megalith.common.errors import MegalithError
+from megalith.generation.generate import AnyEngine, Call
+from megalith.generation.params import GenerationParams
+from megalith.generation.prompts import Completion, Prompts
+from megalith.serving.engine_thread import EngineThread, Job, Update
+from megalith.serving.errors import Busy, Failed, TimedOut, Unavailable
+from megalith.serving.metrics import Metrics
+from megalith.serving.options import ServeOptions
+
+
+class Service:
+    """An engine in its thread, the queue before it, and whether both are well.
+
+    All methods are for the event loop that `start` was called in.
+    """
+
+    def __init__(self, engine: AnyEngine, name: str, options: ServeOptions, metrics: Metrics):
+        """name: of the model, for clients."""
+        self.engine, self.model, self.name, self.options, self.metrics = (
+            engine,
+            engine.text_model,
+            name,
+            options,
+            metrics,
+        )
+        self.created, self.active = int(time.time()), set[Submission]()
+        self.thread = EngineThread(engine, after_step=self._flush, on_failure=self._failed)
+        self.outbox: list[tuple[Submission, Update | MegalithError]] = []  # of the engine's thread, until its step ends
+        self.failure: str | None = None  # why the model is lost
+        self.draining = False
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self) -> None:
+        """Start to work."""
+        self.loop = asyncio.get_running_loop()
+        self.thread.start()
+
+    @property
+    def trouble(self) -> str | None:
+        """Why no request is taken now; None where all is well."""
+        if self.failure is not None:
+            return self.failure
+        if self.thread.seconds_since_sign() > self.options.stall_timeout:
+            return f"the model has not ended a step in {self.options.stall_timeout:g} seconds (--stall-timeout)"
+        return "the server is ending" if self.draining else None
+
+    @property
+    def unfinished(self) -> int:
+        """Texts that run or wait."""
+        return sum(submission.unfinished for submission in self.active)
+
+    async def submit(self, prompts: Prompts, params: GenerationParams | Sequence[GenerationParams]) -> Submission:
+        """Queue texts; see `complete` for prompts and params. The submission must be entered by `with`.
+
+        Raises Unavailable where the model is lost or the server is ending, Busy where too many texts wait, and the
+        errors of `complete` for what the model cannot do.
+        """
+        self._check_open()
+        call = await run_in_threadpool(
+            Call, self.engine, prompts, params, {}
+        )  # a long prompt takes a while to tokenize
+        for row in call.sampled():
+            self.engine_check(row.request)
+        self._check_open()
+        submission = Submission(self, call)
+        waiting = self.unfinished + submission.unfinished - self.options.max_batch_size
+        if submission.unfinished and self.unfinished and waiting > self.options.max_waiting:
+            rule = f"at most {self.options.max_waiting} texts may wait (--max-waiting)"
+            raise Busy(f"the server is busy: {rule}; try again later.", retry_after=self.metrics.seconds_per_text())
+        return submission
+
+    def engine_check(self, request: Any) -> None:
+        """Raise what the engine would raise for a request, before anything of its call is generated."""
+        getattr(self.engine, "engine", self.engine).check(request)
+
+    def _check_open(self) -> None:
+        if (trouble := self.trouble) is not None:
+            raise Unavailable(f"{trouble}; ask another server, or this one later.", retry_after=5)
+
+    def fail(self, why: str) -> None:
+        """The model is lost: end every submission. Callable from any thread."""
+        self.loop.call_soon_threadsafe(self._fail, why)
+
+    def _fail(self, why: str) -> None:
+        if self.failure is None:
+            self.failure = why
+            for submission in list(self.active):
+                submission.end(Unavailable(why, retry_after=5))
+
+    def _failed(self, error: BaseException) -> None:
+        self._flush()
+        self.fail(f"the engine has failed: {type(error).__name__}: {error}")
+
+    def deliver(self, submission: Submission, update: Update | MegalithError) -> None:
+        """Keep what the engine's thread has for a submission until its step ends."""
+        self.outbox.append((submission, update))
+
+    def _flush(self) -> None:
+        if self.outbox:
+            outbox, self.outbox = self.outbox, []
+            self.loop.call_soon_threadsafe(self._hand_out, outbox)
+
+    @staticmethod
+    def _hand_out(outbox: list[tuple[Submission, Update | MegalithError]]) -> None:
+        for submission, update in outbox:
+            submission.put(update)
+
+
+class Submission:
+    """The texts of one request. As a context manager it is given to the engine, and cancelled if left early.
+
+    `async for updates in submission` gives lists of updates, all since the last; `completions` waits for all texts.
+    """
+
+    def __init__(self, service: Service, call: Call):
+        self.service, self.call = service, call
+        self.jobs = [Job(number, each, self._deliver) for number, each in call.requests()]
+        self.running = {job.number: job for job in self.jobs}
+        self.updates, self.arrived, self.error = list[Update](), asyncio.Event(), None
+        self.started, self.seen = time.monotonic(), dict[int, float]()  # number -> when its last token came
+
+    @property
+    def unfinished(self) -> int:
+        """How many of its texts run or wait."""
+        return len(self.running)
+
+    def _deliver(self, update: Update | MegalithError) -> None:
+        self.service.deliver(self, update)
+
+    def __enter__(self) -> Submission:
+        self.service.active.add(self)
+        self.timer = asyncio.get_running_loop().call_later(self.service.options.request_timeout, self._time_out)
+        for job in self.jobs:
+            self.service.thread.add(job)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.timer.cancel()
+        if self.running:
+            self.service.metrics.cancelled(len(self.running))
+        self._cancel()
+        self.service.active.discard(self)
+
+    def _cancel(self) -> None:
+        for job in self.running.values():
+            self.service.thread.cancel(job)
+        self.running.clear()
+
+    def _time_out(self) -> None:
+        rule = f"took longer than the {self.service.options.request_timeout:g} seconds of --request-timeout"
+        self.end(TimedOut(f"the request {rule}; ask for fewer tokens."))
+
+    def end(self, error: MegalithError) -> None:
+        """End all of its texts with an error."""
+        self.error = self.error or error
+        self._cancel()
+        self.arrived.set()
+
+    def put(self, update: Update | MegalithError) -> None:
+        """Take what came from the engine; in the event loop."""
+        if isinstance(update, MegalithError):
+            self.end(Failed(str(update)))
+            return
+        if update.number not in self.running:  # cancelled meanwhile
+            return
+        now, last = time.monotonic(), self.seen.get(update.number)
+        if update.token is not None:
+            self.service.metrics.token(now - (last or self.started), first=last is None)
+            self.seen[update.number] = now
+        if update.beams:
+            self.call.take_beams(update.number, update.beams)
+        if update.done:
+            del self.running[update.number]
+            self.service.metrics.finished(now - self.started)
+        self.updates.append(update)
+        self.arrived.set()
+
+    async def __aiter__(self) -> AsyncIterator[list[Update]]:
+        """Lists of updates, until all texts are complete. Raises what ended them."""
+        while self.running or self.updates or self.error:
+            await self.arrived.wait() if not (self.updates or self.error) else None
+            self.arrived.clear()
+            if self.updates:
+                updates, self.updates = self.updates, []
+                yield updates
+            elif self.error:
+                raise self.error
+
+    async def completions(self) -> list[Completion]:
+        """All texts, as `complete` returns them."""
+        async for _ in self:
+            pass
+        return self.call.completions()
