@@ -14,11 +14,17 @@ FIRST = ("tests/test_readme.py", "tests/test_examples.py", "tests/resume/", "tes
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files go first (`make test` gives whole files to processes in this order).
+    """Long files go first (`make test` gives whole files to processes in this order), and slow tests get 15 minutes.
+
+    On a machine that others use too they take several times as long as alone; a test that is stopped for its time takes
+    its whole process with it.
 
     Tests marked `gpu` are skipped where there is no GPU; torch is imported only if there is such a test.
     """
     items.sort(key=lambda item: not item.nodeid.startswith(FIRST))
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(900))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
