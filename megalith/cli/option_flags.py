@@ -46,7 +46,8 @@ def add_option_flags(group: argparse._ActionsContainer, cls: type, left_out: Col
 
 def given_options(args: argparse.Namespace, cls: type) -> dict[str, Any]:
     """What was typed of the flags of `add_option_flags`."""
-    return {each.name: getattr(args, each.name) for each in dataclasses.fields(cls) if hasattr(args, each.name)}
+    typed = {each.name: getattr(args, each.name) for each in dataclasses.fields(cls) if hasattr(args, each.name)}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in typed.items()}
 
 
 def add_sampling_flags(group: argparse._ActionsContainer, left_out: Collection[str] = ()) -> None:
