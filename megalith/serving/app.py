@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from megalith import __version__
 from megalith.common.errors import MegalithError
 from megalith.serving import megatron_api, observability
-from megalith.serving.errors import ServingError, with_fields
+from megalith.serving.errors import ServingError
 from megalith.serving.openai import routes as openai_routes
 from megalith.serving.page import routes as page_routes
 from megalith.serving.service import Service
@@ -40,6 +40,5 @@ async def _answer(request: Request, error: Exception) -> JSONResponse:
     status = error.status if isinstance(error, ServingError) else 400
     kind = "invalid_request_error" if status < 500 else "server_error"
     headers = {"Retry-After": str(error.retry_after)} if getattr(error, "retry_after", None) else {}
-    text = str(error) if isinstance(error, ServingError) else with_fields(str(error))
-    body = {"message": text, "error": {"message": text, "type": kind, "param": None, "code": None}}
+    body = {"message": str(error), "error": {"message": str(error), "type": kind, "param": None, "code": None}}
     return JSONResponse(body, status, headers)

@@ -2,19 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import re
-
 from megalith.common.errors import MegalithError
-from megalith.config.flags.text import flag
-from megalith.generation.params import GenerationParams
-
-FIELDS = {flag(each.name): each.name for each in dataclasses.fields(GenerationParams)}
-
-
-def with_fields(text: str) -> str:
-    """A message on options of a text with the fields of a request in place of flags."""
-    return re.sub(r"--[a-z][a-z-]*", lambda found: FIELDS.get(found[0], found[0]), text)
 
 
 class ServingError(MegalithError):
