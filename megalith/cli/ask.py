@@ -30,12 +30,7 @@ Ctrl-C stops a text, Ctrl-D ends. Of a completion the new text alone is shown.
 --megatron is Megatron's tools/text_generation_cli.py: it asks for a prompt and for a number of tokens, again and again
 until its input ends, and prints what PUT /api answers.
 """
-NOT_SHOWN = (
-    "logprobs",
-    "top_logprobs",
-    "prompt_logprobs",
-    "echo",
-)  # options whose results this command has no place for
+NOT_SHOWN = ("logprobs", "top_logprobs", "prompt_logprobs", "echo")  # options for whose results there is no place here
 
 
 def register(subparsers: argparse._SubParsersAction) -> None:
