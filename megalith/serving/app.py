@@ -29,6 +29,7 @@ def create_app(service: Service) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.start()
         yield
+        await service.stop()
 
     # FastAPI's own pages of the schema load scripts of another site; /openapi.json remains.
     app = FastAPI(
@@ -54,5 +55,7 @@ async def _answer(request: Request, error: Exception) -> JSONResponse:
     status = error.status if isinstance(error, ServingError) else 400
     kind = "invalid_request_error" if status < 500 else "server_error"
     headers = {"Retry-After": str(error.retry_after)} if getattr(error, "retry_after", None) else {}
+    if status == 503:  # this server is ending
+        headers["Connection"] = "close"
     body = {"message": str(error), "error": {"message": str(error), "type": kind, "param": None, "code": None}}
     return JSONResponse(body, status, headers)
