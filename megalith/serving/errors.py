@@ -21,6 +21,18 @@ class Unauthorized(ServingError):
     status = 401
 
 
+class Forbidden(ServingError):
+    """The request comes from a page of another site, or is meant for another host."""
+
+    status = 403
+
+
+class TooSlow(ServingError):
+    """The body took too long to arrive."""
+
+    status = 408
+
+
 class TooLarge(ServingError):
     """The body is larger than --max-body-bytes."""
 

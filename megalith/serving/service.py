@@ -9,14 +9,19 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
-from megalith.common.errors import MegalithError
+from megalith.common.errors import ConfigError, MegalithError, problem
+from megalith.generation.cache import KVCache
+from megalith.generation.engine import Engine
 from megalith.generation.generate import AnyEngine, Call
 from megalith.generation.params import GenerationParams
-from megalith.generation.prompts import Completion, Prompts
+from megalith.generation.prompts import Completion, Prompts, prompt_list
+from megalith.serving.access_log import count_tokens
 from megalith.serving.engine_thread import EngineThread, Job, Update
 from megalith.serving.errors import Busy, Failed, TimedOut, Unavailable
 from megalith.serving.metrics import Metrics
 from megalith.serving.options import ServeOptions
+
+MOST_TEXTS = 1024  # of one request, beyond Megatron's 128 prompts with OpenAI's 8 or so samples
 
 
 class Service:
@@ -60,6 +65,24 @@ class Service:
         """Texts that run or wait."""
         return sum(submission.unfinished for submission in self.active)
 
+    @property
+    def waiting(self) -> int:
+        """Texts that wait until others end."""
+        return max(0, self.unfinished - self.engine.max_batch_size)
+
+    @property
+    def running(self) -> int:
+        """Texts that are being read or written."""
+        return self.unfinished - self.waiting
+
+    @property
+    def cache(self) -> KVCache:
+        """Keys and values of this process."""
+        engine = self.engine
+        while not isinstance(engine, Engine):
+            engine = engine.engine
+        return engine.cache
+
     async def submit(self, prompts: Prompts, params: GenerationParams | Sequence[GenerationParams]) -> Submission:
         """Queue texts; see `complete` for prompts and params. The submission must be entered by `with`.
 
@@ -67,6 +90,7 @@ class Service:
         errors of `complete` for what the model cannot do.
         """
         self._check_open()
+        _check_number(prompts, params)
         call = await run_in_threadpool(
             Call, self.engine, prompts, params, {}
         )  # a long prompt takes a while to tokenize
@@ -74,10 +98,11 @@ class Service:
             self.engine_check(row.request)
         self._check_open()
         submission = Submission(self, call)
-        waiting = self.unfinished + submission.unfinished - self.options.max_batch_size
+        waiting = self.unfinished + submission.unfinished - self.engine.max_batch_size
         if submission.unfinished and self.unfinished and waiting > self.options.max_waiting:
             rule = f"at most {self.options.max_waiting} texts may wait (--max-waiting)"
-            raise Busy(f"the server is busy: {rule}; try again later.", retry_after=self.metrics.seconds_per_text())
+            retry_after = self.metrics.seconds_per_text(self.unfinished)
+            raise Busy(f"the server is busy: {rule}; try again later.", retry_after)
         return submission
 
     def engine_check(self, request: Any) -> None:
@@ -117,6 +142,15 @@ class Service:
             submission.put(update)
 
 
+def _check_number(prompts: Prompts, params: GenerationParams | Sequence[GenerationParams]) -> None:
+    """Raise ConfigError for more texts than a request may ask for, before each takes memory."""
+    number, each = len(prompt_list(prompts)), params
+    texts = number * params.num_samples if isinstance(params, GenerationParams) else sum(p.num_samples for p in each)
+    if texts > MOST_TEXTS:
+        rule, cure = f"must be at most {MOST_TEXTS} for one request", "Send several requests"
+        raise ConfigError(problem("the number of texts (prompts times num_samples)", texts, rule, cure))
+
+
 class Submission:
     """The texts of one request. As a context manager it is given to the engine, and cancelled if left early.
 
@@ -127,6 +161,7 @@ class Submission:
         self.service, self.call = service, call
         self.jobs = [Job(number, each, self._deliver) for number, each in call.requests()]
         self.running = {job.number: job for job in self.jobs}
+        self.tokens = count_tokens()
         self.updates, self.arrived, self.error = list[Update](), asyncio.Event(), None
         self.started, self.seen = time.monotonic(), dict[int, float]()  # number -> when its last token came
 
@@ -140,6 +175,9 @@ class Submission:
 
     def __enter__(self) -> Submission:
         self.service.active.add(self)
+        prompt_tokens = sum(len(prompt.prompt_ids) for prompt in self.call.prompts)
+        self.service.metrics.prompt(prompt_tokens)
+        self.tokens.prompt += prompt_tokens
         self.timer = asyncio.get_running_loop().call_later(self.service.options.request_timeout, self._time_out)
         for job in self.jobs:
             self.service.thread.add(job)
@@ -178,7 +216,11 @@ class Submission:
         if update.token is not None:
             self.service.metrics.token(now - (last or self.started), first=last is None)
             self.seen[update.number] = now
+            self.tokens.new += 1
         if update.beams:
+            new_tokens = sum(len(beam.ids) for beam in update.beams)
+            self.service.metrics.tokens(new_tokens)
+            self.tokens.new += new_tokens
             self.call.take_beams(update.number, update.beams)
         if update.done:
             del self.running[update.number]
