@@ -33,9 +33,9 @@ examples:
   curl localhost:5000/api -X PUT -H 'Content-Type: application/json' -d '{"prompts": ["Once"], "tokens_to_generate": 9}'
   megalith ask localhost:5000 --prompt 'Once upon a time'
 
-A browser at the same address shows a page to try the model. /docs describes every route, /health says whether the model
-is well, /metrics is for Prometheus. SIGTERM lets running requests end. Flags of Megatron's text generation server work
-as typed; those without a meaning here are named in a line.
+A browser at the same address shows a page to try the model. /openapi.json describes every route, /health says whether
+the model is well, /metrics is for Prometheus. SIGTERM lets running requests end. Flags of Megatron's text generation
+server work as typed; those without a meaning here are named in a line.
 """
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 # Flags of Megatron's server that pretrain does not have: how many values they take, and what to do instead.
