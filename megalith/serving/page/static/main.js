@@ -123,10 +123,12 @@ function askForToken(words) {
   $("token").focus();
 }
 
-/** Ask for something that needs the token, so that it is asked for before anything is written. */
+/** What the model can do. This needs the token, which so is asked for before anything is written. */
 async function greet() {
   try {
-    await request("v1/models");
+    const [model] = (await (await request("v1/models")).json()).data;
+    $("no-chat").hidden = model.chat_template;
+    document.querySelector("[value=chat]").disabled = !model.chat_template;
     $("forget").hidden = !token.get();
   } catch (error) {
     explain(error);
@@ -172,8 +174,6 @@ async function start() {
   $("model").textContent = server.model;
   document.title = `${server.model} · megalith`;
   settings.start(server);
-  $("no-chat").hidden = server.chat;
-  document.querySelector("[value=chat]").disabled = !server.chat;
   $("theme").value = settings.stored("megalith.theme") ?? "";
   follow();
   await greet();
