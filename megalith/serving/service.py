@@ -185,12 +185,11 @@ class Submission:
 
     def __exit__(self, *error: object) -> None:
         self.timer.cancel()
-        if self.running:
-            self.service.metrics.cancelled(len(self.running))
         self._cancel()
         self.service.active.discard(self)
 
     def _cancel(self) -> None:
+        self.service.metrics.cancelled(len(self.running))
         for job in self.running.values():
             self.service.thread.cancel(job)
         self.running.clear()
