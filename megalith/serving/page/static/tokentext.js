@@ -44,8 +44,9 @@ export class TokenText {
     const { tokens, points } = this;
     for (let i = this.placed; i < tokens.length; i++) {
       const last = i + 1 === tokens.length;
-      const end = final && last ? points.length : this.end(i);
-      if (end > points.length && !final) break;
+      let end = this.end(i);
+      if (final) end = last ? points.length : Math.min(end, points.length);
+      if (end > points.length) break;
       if (end > this.shown || (final && last)) this.add(points.slice(this.shown, end).join(""), i + 1);
     }
     this.tail.textContent = points.slice(this.shown).join("");
