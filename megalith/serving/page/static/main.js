@@ -43,8 +43,8 @@ async function generate() {
     const stopped = error.name === "AbortError";
     results.forEach((result) => result.end(stopped ? "stopped" : "broken off"));
     say(stopped ? "Stopped." : "");
-    $("again").hidden = talking && results.length > 0; // the message has left the box; "Take back" returns it
-    if (!stopped) explain(error);
+    // A message of a chat whose reply has begun is no longer in the box; "Take back" returns it.
+    if (!stopped) explain(error, !talking || !results.length);
   } finally {
     running = null;
     busy(false);
@@ -91,13 +91,15 @@ function busy(is) {
   if (!is && focused === $("abort")) $("generate").focus();
 }
 
-/** Say what went wrong where it belongs: at the token, at a setting, or below the buttons. */
-function explain(error) {
+/** Say what went wrong where it belongs: at the token, at a setting, or below the buttons. again: whether generating
+ * once more is what to offer, if the error is one that may pass. */
+function explain(error, again = false) {
   if (!(error instanceof Problem)) console.error(error);
   if (error.status === 401) return askForToken(error.message);
   if (settings.showProblem(error)) return;
   $("problem-words").textContent = error.message;
   $("problem").hidden = false;
+  $("again").hidden = !again || (error.status >= 400 && error.status < 429);
   clearInterval(countdown);
   let left = error.wait ?? 0;
   const tick = () => {
