@@ -15,13 +15,7 @@ FOLDER = pathlib.Path(__file__).parent / "static"
 FILES = {path.name: path for path in FOLDER.iterdir()}
 # Said here, because a machine's own table may call scripts plain text, which browsers refuse to run.
 MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; object-src 'none'; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'",
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "no-cache",  # a new server may bring a new page
-}
+HEADERS = {"Cache-Control": "no-cache"}  # a new server may bring a new page; security.py adds more
 
 
 def router(service: Service) -> APIRouter:
@@ -34,12 +28,10 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/page/server.json")
     async def server() -> dict[str, Any]:
-        names = ("temperature", "top_k", "top_p")
-        return {
-            "model": service.name,
-            "chat": True,
-            "defaults": {name: getattr(service.options, name) for name in names},
-        }
+        options = service.options
+        top_p = options.top_p or 1.0  # as OpenAI's fields have it, in which 0 is not off
+        defaults = {"temperature": options.temperature, "top_k": options.top_k, "top_p": top_p}
+        return {"model": service.name, "defaults": defaults}
 
     @routes.get("/page/{name}")
     async def file(name: str) -> FileResponse:

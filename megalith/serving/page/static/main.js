@@ -43,8 +43,8 @@ async function generate() {
     const stopped = error.name === "AbortError";
     results.forEach((result) => result.end(stopped ? "stopped" : "broken off"));
     say(stopped ? "Stopped." : "");
-    $("again").hidden = talking && results.length > 0; // the message has left the box; "Take back" returns it
-    if (!stopped) explain(error);
+    // A message of a chat whose reply has begun is no longer in the box; "Take back" returns it.
+    if (!stopped) explain(error, !talking || !results.length);
   } finally {
     running = null;
     busy(false);
@@ -91,13 +91,15 @@ function busy(is) {
   if (!is && focused === $("abort")) $("generate").focus();
 }
 
-/** Say what went wrong where it belongs: at the token, at a setting, or below the buttons. */
-function explain(error) {
+/** Say what went wrong where it belongs: at the token, at a setting, or below the buttons. again: whether generating
+ * once more is what to offer, if the error is one that may pass. */
+function explain(error, again = false) {
   if (!(error instanceof Problem)) console.error(error);
   if (error.status === 401) return askForToken(error.message);
   if (settings.showProblem(error)) return;
   $("problem-words").textContent = error.message;
   $("problem").hidden = false;
+  $("again").hidden = !again || (error.status >= 400 && error.status < 429);
   clearInterval(countdown);
   let left = error.wait ?? 0;
   const tick = () => {
@@ -123,10 +125,12 @@ function askForToken(words) {
   $("token").focus();
 }
 
-/** Ask for something that needs the token, so that it is asked for before anything is written. */
+/** What the model can do. This needs the token, which so is asked for before anything is written. */
 async function greet() {
   try {
-    await request("v1/models");
+    const [model] = (await (await request("v1/models")).json()).data;
+    $("no-chat").hidden = model.chat_template;
+    document.querySelector("[value=chat]").disabled = !model.chat_template;
     $("forget").hidden = !token.get();
   } catch (error) {
     explain(error);
@@ -172,8 +176,6 @@ async function start() {
   $("model").textContent = server.model;
   document.title = `${server.model} · megalith`;
   settings.start(server);
-  $("no-chat").hidden = server.chat;
-  document.querySelector("[value=chat]").disabled = !server.chat;
   $("theme").value = settings.stored("megalith.theme") ?? "";
   follow();
   await greet();

@@ -7,8 +7,8 @@ const LEVELS = [0.8, 0.5, 0.2, 0.05]; // probabilities at which the tint changes
 /** Shows text in an element with class `text`.
  *
  * Text and tokens do not come in step: a character may take several tokens, and text that may become a stop text is
- * held back. So a token is shown once the text up to the start of the token after it is there; tokens without text of
- * their own join the next. What is ahead of that is shown as mere text. Positions count code points.
+ * held back. So a token gets its span once all of its text is there, and tokens without text of their own join the
+ * next. Text ahead of that is shown as mere text. Positions count code points.
  */
 export class TokenText {
   constructor(element) {
@@ -19,7 +19,6 @@ export class TokenText {
     this.shown = 0; // code points within spans of tokens
     this.placed = 0; // tokens that have a span
     this.decoder = new TextDecoder("utf-8", { ignoreBOM: true });
-    this.decoded = 0;
     element.addEventListener("keydown", (event) => this.move(event));
   }
 
@@ -29,7 +28,10 @@ export class TokenText {
 
   push(text, tokens) {
     this.points.push(...text);
-    for (const token of tokens) this.tokens.push({ ...token, start: this.start(token) });
+    for (const token of tokens) {
+      const said = token.bytes ? this.decoder.decode(Uint8Array.from(token.bytes), { stream: true }) : token.name;
+      this.tokens.push({ ...token, points: [...said] });
+    }
     this.show(false);
   }
 
@@ -38,24 +40,26 @@ export class TokenText {
     this.show(true);
   }
 
-  start(token) {
-    if (token.offset !== undefined) return token.offset - (this.tokens[0] ?? token).offset;
-    const start = this.decoded;
-    const text = token.bytes ? this.decoder.decode(Uint8Array.from(token.bytes), { stream: true }) : token.name;
-    this.decoded += [...text].length;
-    return start;
-  }
-
   show(final) {
     const { tokens, points } = this;
     for (let i = this.placed; i < tokens.length; i++) {
       const last = i + 1 === tokens.length;
-      let end = last ? Infinity : Math.max(tokens[i + 1].start, this.shown);
+      let end = this.end(i);
       if (final) end = last ? points.length : Math.min(end, points.length);
       if (end > points.length) break;
       if (end > this.shown || (final && last)) this.add(points.slice(this.shown, end).join(""), i + 1);
     }
     this.tail.textContent = points.slice(this.shown).join("");
+  }
+
+  /** Where the text of token `i` ends, which starts at `shown`; Infinity where that is not known yet. */
+  end(i) {
+    const token = this.tokens[i];
+    if (token.offset !== undefined) return (this.tokens[i + 1]?.offset ?? Infinity) - this.tokens[0].offset;
+    const end = this.shown + token.points.length;
+    if (end > this.points.length) return Infinity;
+    // A special token has a name, of which the text has nothing.
+    return token.points.every((point, k) => this.points[this.shown + k] === point) ? end : this.shown;
   }
 
   /** A span for the tokens from `placed` to `end`; without text it marks what ended the text. */
