@@ -34,7 +34,7 @@ from megalith.common.errors import CheckpointError, ConfigError, DataError, Mega
 from megalith.config.flags.text import Words
 from megalith.generation.beam import BeamSearch, check_options
 from megalith.generation.logprobs import measure, top_of
-from megalith.generation.model import TextModel, check_length
+from megalith.generation.model import TextModel, TooLong, check_length
 from megalith.generation.parallel.runner import bytes_per_row, runner_of
 from megalith.generation.penalties import all_banned, check_tokens
 from megalith.generation.prefill import Prefill
@@ -167,7 +167,7 @@ class Engine:
                 what, found = "the prompt, and the new tokens after a start token,", f"{prompt} and {new + 1}"
             rule = f"must be at most {self.max_length}, the max_length of this engine"
             cure = f"Ask for fewer, or make an engine with max_length={need}"
-            raise ConfigError(problem(what, Words(found), rule, cure))
+            raise TooLong(problem(what, Words(found), rule, cure))
         if self.encoder_decoder:
             self.text_model.decoder_start  # noqa: B018 raises where no tokenizer knows it
             if isinstance(request, Request) and request.params.prompt_logprobs:

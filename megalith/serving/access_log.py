@@ -10,10 +10,10 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from megalith.serving.answers import CLIENT_CLOSED
 from megalith.serving.metrics import Metrics
 
 LOG = logging.getLogger("megalith.serving")
-CLIENT_LEFT = 499  # no answer was sent; nginx's number, in the log and the metrics alone
 PROBES = ("/health", "/metrics")  # asked every few seconds, so their lines are for debugging
 LOGGING: dict[str, Any] = {  # for uvicorn's log_config
     "version": 1,
@@ -53,7 +53,7 @@ class AccessLog:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started, status, tokens = time.monotonic(), CLIENT_LEFT, Tokens()
+        started, status, tokens = time.monotonic(), CLIENT_CLOSED, Tokens()
         tokens_of_request.set(tokens)  # each request has a task, and so a context, of its own
 
         async def watched(message: Message) -> None:

@@ -1,19 +1,15 @@
-"""The FastAPI application: routes, what stands before them, and how errors become answers."""
+"""The FastAPI application: routes, and what stands before them."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi import FastAPI
 
 from megalith import __version__
-from megalith.common.errors import MegalithError
 from megalith.serving import megatron_api, observability
-from megalith.serving.access_log import CLIENT_LEFT
-from megalith.serving.disconnects import ClientLeft
-from megalith.serving.errors import ServingError
+from megalith.serving.answers import add_error_handlers
 from megalith.serving.openai import routes as openai_routes
 from megalith.serving.page import routes as page_routes
 from megalith.serving.security import guard
@@ -38,24 +34,7 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     for module in (megatron_api, openai_routes, observability, page_routes):
         app.include_router(module.router(service))
-    app.add_exception_handler(MegalithError, _answer)
-    app.add_exception_handler(ClientLeft, _no_answer)
+    add_error_handlers(app)
     service.metrics.watch(service)
     guard(app, service)
     return app
-
-
-async def _no_answer(request: Request, error: Exception) -> Response:
-    """For the log: nobody is there to read it."""
-    return Response(status_code=CLIENT_LEFT)
-
-
-async def _answer(request: Request, error: Exception) -> JSONResponse:
-    """An error as JSON: {"error": {...}} as OpenAI's, and `message` as Megatron's clients read it."""
-    status = error.status if isinstance(error, ServingError) else 400
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    headers = {"Retry-After": str(error.retry_after)} if getattr(error, "retry_after", None) else {}
-    if status == 503:  # this server is ending
-        headers["Connection"] = "close"
-    body = {"message": str(error), "error": {"message": str(error), "type": kind, "param": None, "code": None}}
-    return JSONResponse(body, status, headers)

@@ -225,8 +225,7 @@ class Submission:
         self.service.active.discard(self)
 
     def _cancel(self) -> None:
-        if self.running:
-            self.service.metrics.cancelled(len(self.running))
+        self.service.metrics.cancelled(len(self.running))
         for job in self.running.values():
             self.service.thread.cancel(job)
         self.running.clear()

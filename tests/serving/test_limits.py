@@ -11,7 +11,7 @@ import uvicorn
 
 from megalith.serving import bodies, connections
 from tests.serving.conftest import serving
-from tests.serving.requests import call, connect, held, raw, until
+from tests.serving.plain_http import call, connect, held, raw, until
 
 BODY = {"prompts": ["Once upon"], "tokens_to_generate": 100}
 RAW = raw("PUT", "/api", json.dumps(BODY).encode())

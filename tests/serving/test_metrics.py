@@ -10,7 +10,7 @@ import pytest
 from megalith.serving import metrics
 from megalith.serving.metrics import LONGEST_RETRY, Metrics
 from tests.serving.conftest import serving
-from tests.serving.requests import call, connect, held, raw, until
+from tests.serving.plain_http import call, connect, held, raw, until
 
 
 def shown(url):

@@ -9,7 +9,7 @@ import pytest
 from megalith.common.errors import ConfigError
 from megalith.serving.options import ServeOptions
 from tests.serving.conftest import serving
-from tests.serving.requests import call
+from tests.serving.plain_http import call
 
 TOKEN, BODY = "s3cret-of-this-test", {"prompts": ["Once"], "tokens_to_generate": 2}
 
