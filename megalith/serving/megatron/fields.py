@@ -259,7 +259,7 @@ def _field_problems(body: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} is no longer used: write {REPLACED[name]} instead."
         elif name not in FIELDS:
             near = nearest(name[:SHOWN], ["prompts", *FIELDS])
-            hint = HINTS.get(name) or (f"did you mean {near}?" if near else f"there are prompts, {', '.join(FIELDS)}")
+            hint = HINTS.get(name) or (f"did you mean {near}?" if near else "/openapi.json describes all fields")
             yield f"unknown field {name[:SHOWN]}: {hint}"
         elif not FIELDS[name].accepts(value):
             yield problem(name, _shown(value), FIELDS[name].rule, f"It is: {FIELDS[name].help}")
