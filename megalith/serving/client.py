@@ -5,22 +5,29 @@ from __future__ import annotations
 import contextlib
 import http.client
 import ipaddress
+import itertools
 import json
 import sys
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from megalith.common.errors import ConfigError, MegalithError, problem
-from megalith.config.flags.text import Words
 
 PORT = 5000  # where a host is named without one
 ATTEMPTS = 5  # at a server that is busy
 LONGEST_WAIT = 60  # seconds between two attempts
-OPENAI_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}  # what /v1 calls options of a text
+NEVER = -100.0  # for a bias of -inf, which JSON does not have: the lowest of OpenAI, whose clients ban tokens by it
+OPENAI_NAMES = {  # options that /v1 has, which streams; PUT /api has all
+    "max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "stop_at_eod": "ignore_eos",
+    **{name: name for name in (
+        "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+        "logit_bias", "seed", "stop", "stop_token_ids", "add_bos",
+    )},
+}  # fmt: skip
 
 
 class ServerError(MegalithError):
@@ -46,26 +53,28 @@ class Client:
             handlers.append(urllib.request.ProxyHandler({}))  # no proxy leads there
         self.opener = urllib.request.build_opener(*handlers)
 
-    def texts(self, body: dict[str, Any]) -> list[str]:
-        """The texts of PUT /api for a body of its fields."""
-        with self._open("PUT", "/api", body) as answer, self._reading():
+    def texts(self, prompt: str, options: dict[str, Any]) -> list[str]:
+        """The texts of PUT /api for a prompt, all at once. options: of GenerationParams, by name."""
+        with self._open("PUT", "/api", {"prompts": [prompt], **_megatron(prompt, options)}) as answer, self._reading():
             return json.load(answer)["text"]
 
     def complete(self, prompt: str, options: dict[str, Any]) -> Iterator[str]:
-        """The continuation of a prompt, in pieces as they come. options: of GenerationParams, by name."""
-        for choice in self._stream("/v1/completions", {"prompt": prompt, **_openai(options)}):
-            yield choice["text"]
+        """The continuation of a prompt, in pieces as they come. options: those of OPENAI_NAMES."""
+        body = {"prompt": prompt, **_openai(options)}
+        return self._stream("/v1/completions", body, lambda choice: choice["text"])
 
     def chat(self, messages: Sequence[dict[str, str]], options: dict[str, Any]) -> Iterator[str]:
         """The answer to a conversation of {"role": ..., "content": ...}, in pieces as they come."""
-        for choice in self._stream("/v1/chat/completions", {"messages": list(messages), **_openai(options)}):
-            yield choice["delta"].get("content") or ""
+        body = {"messages": list(messages), **_openai(options)}
+        return self._stream("/v1/chat/completions", body, lambda choice: choice["delta"].get("content") or "")
 
-    def _stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The first choice of each event. Closing the generator closes the connection, and the server stops."""
+    def _stream(self, path: str, body: dict[str, Any], text: Callable[[Any], str]) -> Iterator[str]:
+        """The text of each event's first choice. Closing the generator closes the connection, and the server stops."""
         with self._open("POST", path, {**body, "stream": True}) as answer, self._reading():
             for line in answer:
                 name, _, data = line.decode().partition(":")
+                if not line.endswith(b"\n"):  # cut off
+                    break
                 if name != "data":  # an empty line, or a comment that keeps the connection open
                     continue
                 if data.strip() == "[DONE]":
@@ -73,7 +82,7 @@ class Client:
                 event = json.loads(data)
                 if "error" in event:
                     raise ServerError(f"{self.url} ended the text: {event['error']['message']}")
-                yield from event["choices"][:1]
+                yield from map(text, event["choices"][:1])
         raise ServerError(f"{self.url} closed the connection before the text was complete.")
 
     @contextlib.contextmanager
@@ -90,7 +99,7 @@ class Client:
     def _open(self, method: str, path: str, body: dict[str, Any]) -> http.client.HTTPResponse:
         """A response with status 200; a busy server is asked again."""
         data = json.dumps(body).encode()
-        for attempt in range(1, ATTEMPTS + 1):
+        for attempt in itertools.count(1):
             request = urllib.request.Request(self.url + path, data, self.headers, method=method)
             try:
                 return self.opener.open(request, timeout=self.timeout)
@@ -104,7 +113,6 @@ class Client:
             except (OSError, http.client.HTTPException) as error:
                 cure = "Is the server running (megalith serve PATH), and are host and port right?"
                 raise ServerError(f"{self.url} cannot be reached: {_reason(error)}. {cure}") from None
-        raise AssertionError("the last attempt returns or raises")
 
     def _refusal(self, error: urllib.error.HTTPError) -> str:
         """What an answer with an error says, in words."""
@@ -151,6 +159,24 @@ def _seconds(text: str | None) -> float:
 
 
 def _openai(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of a text under the names that /v1 has for them."""
-    named = {OPENAI_NAMES.get(name, name): value for name, value in options.items() if name != "stop_at_eod"}
-    return named | ({"ignore_eos": not options["stop_at_eod"]} if "stop_at_eod" in options else {})
+    """Options of a text as /v1 has them."""
+    found = {OPENAI_NAMES[name]: value for name, value in _for_json(options).items()}
+    if "ignore_eos" in found:
+        found["ignore_eos"] = not found["ignore_eos"]
+    if found.get("top_p") == 0.0:  # off here, and the likeliest token alone there
+        found["top_p"] = 1.0
+    return found
+
+
+def _megatron(prompt: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a text as PUT /api has them."""
+    found = _for_json(options)
+    if found.get("temperature") == 0.0:  # Megatron's greedy is top_k
+        filters = ("temperature", "top_k", "top_p", "top_p_decay", "top_p_bound")
+        found = {name: value for name, value in found.items() if name not in filters} | {"top_k": 1}
+    return found if prompt else {**found, "add_bos": True}  # it wants to be told that an empty prompt is meant
+
+
+def _for_json(options: dict[str, Any]) -> dict[str, Any]:
+    bias = options.get("logit_bias")
+    return options | ({"logit_bias": {token: max(value, NEVER) for token, value in bias.items()}} if bias else {})
