@@ -12,7 +12,8 @@ from typing import Any
 from megalith.cli.option_flags import add_sampling_flags, given_sampling
 from megalith.common.errors import ConfigError, problem
 from megalith.config.flags.text import Words, flag
-from megalith.serving.client import Client, ServerError
+from megalith.generation.params import GenerationParams
+from megalith.serving.client import OPENAI_NAMES, Client, ServerError
 from megalith.workflows.text_output import SEPARATOR
 
 EXAMPLE = """\
@@ -29,13 +30,7 @@ Ctrl-C stops a text, Ctrl-D ends. Of a completion the new text alone is shown.
 --megatron is Megatron's tools/text_generation_cli.py: it asks for a prompt and for a number of tokens, again and again
 until its input ends, and prints what PUT /api answers.
 """
-NOT_SHOWN = (
-    "logprobs",
-    "top_logprobs",
-    "prompt_logprobs",
-    "echo",
-)  # options whose results this command has no place for
-NOT_STREAMED = ("beam_width", "num_samples")  # texts that are known at the end, or several at a time
+NOT_SHOWN = ("logprobs", "top_logprobs", "prompt_logprobs", "echo")  # options for whose results there is no place here
 
 
 def register(subparsers: argparse._SubParsersAction) -> None:
@@ -82,28 +77,32 @@ def ask(args: argparse.Namespace) -> int:
 
 
 class Conversation:
-    """Prompts to one server, and its texts, printed as they come. With chat, each message has those before it."""
+    """Prompts to one server, and its texts, printed as they come. In a chat each message has those before it."""
 
     def __init__(self, client: Client, chat: bool, system: str | None, options: dict[str, Any]):
-        """Raises ConfigError for options whose texts cannot be streamed as part of a conversation."""
-        if chat and (given := [name for name in NOT_STREAMED if options.get(name) is not None]):
-            found = options[given[0]]
-            raise ConfigError(problem(flag(given[0]), found, "must be left out with --chat", "Leave out one of both"))
-        self.client, self.with_messages, self.options = client, chat, options
+        """options: of GenerationParams. Raises ConfigError for those that a chat cannot have."""
+        self.client, self.chat, self.options = client, chat, options
         self.messages = [{"role": "system", "content": system}] if system is not None else []
+        self.streams = options.keys() <= OPENAI_NAMES.keys()
+        if chat and not self.streams:
+            name = min(options.keys() - OPENAI_NAMES.keys())
+            raise ConfigError(
+                problem(flag(name), options[name], "must be left out with --chat", "Leave out one of both")
+            )
 
     def say(self, prompt: str) -> None:
         """Send a prompt, print the answer. What was printed before an interruption stays part of a chat."""
-        if any(self.options.get(name) is not None for name in NOT_STREAMED):
-            texts = self.client.texts({"prompts": [prompt], **_api_options(self.options, prompt), "echo": False})
+        if not self.streams:
+            texts = self.client.texts(prompt, {**self.options, "echo": False})
             print(f"\n{SEPARATOR}\n".join(texts), flush=True)
             return
         pieces = list[str]()
-        if self.with_messages:
+        if self.chat:
             self.messages.append({"role": "user", "content": prompt})
             stream = self.client.chat(self.messages, self.options)
         else:
-            stream = self.client.complete(prompt, self.options)
+            default = {"max_new_tokens": GenerationParams().max_new_tokens}  # the server has OpenAI's, which is small
+            stream = self.client.complete(prompt, default | self.options)
         try:
             with contextlib.closing(stream):
                 for piece in stream:
@@ -112,7 +111,7 @@ class Conversation:
         finally:
             if pieces:
                 print(flush=True)
-            if self.with_messages:
+            if self.chat:
                 self._remember("".join(pieces))
 
     def _remember(self, answer: str) -> None:
@@ -147,15 +146,9 @@ def _ask_as_megatron(client: Client, options: dict[str, Any]) -> int:
         if not number.strip().isdecimal():
             print(f"megalith: the number of tokens must be a whole number; found {number!r}", file=sys.stderr)
             continue
-        body = {"prompts": [prompt], **_api_options(options, prompt), "tokens_to_generate": int(number)}
-        body.pop("max_new_tokens", None)
-        print("Megatron Response: " + client.texts(body)[0], flush=True)
+        text = client.texts(prompt, {**options, "max_new_tokens": int(number)})[0]
+        print(f"Megatron Response: {text}", flush=True)
     return 0
-
-
-def _api_options(options: dict[str, Any], prompt: str) -> dict[str, Any]:
-    """Options of a text as PUT /api takes them, which wants to be told that an empty prompt is meant."""
-    return options if prompt else {**options, "add_bos": True}
 
 
 def _lines(question: str) -> Iterator[str]:
@@ -178,7 +171,7 @@ def _token(path: str | None) -> str | None:
     file = pathlib.Path(path)
     if not file.is_file():
         raise ConfigError(problem("--token-file", path, "must name a file that exists", "Correct the path"))
-    token = file.read_text(encoding="utf-8").strip()
+    token = file.read_text(encoding="utf-8", errors="replace").strip()
     if not token or not token.isascii() or not token.isprintable():
         found = Words(f"{len(token)} characters")
         raise ConfigError(problem("--token-file", found, "must hold one line of ASCII characters", "Correct the file"))

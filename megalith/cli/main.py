@@ -101,8 +101,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def parse_known_args(self, args=None, namespace=None):
-        """As argparse, but underscores of flags count as dashes, and what is left over is an error here, where the flags
-        it may have meant are known.
+        """As argparse, but underscores in flags count as dashes, and what is left over is an error here, where the
+        flags that it may have meant are known.
         """
         reads = self.get_default("reads")
         if reads:

@@ -67,5 +67,5 @@ def given_sampling(args: argparse.Namespace) -> dict[str, Any]:
     given = given_options(args, GenerationParams)
     if hasattr(args, "greedy"):
         given["temperature"] = 0.0
-    GenerationParams().replace(**given)
-    return given
+    params = GenerationParams().replace(**given)
+    return {name: getattr(params, name) for name in given}

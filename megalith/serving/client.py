@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import ipaddress
+import itertools
 import json
 import sys
 import time
@@ -15,12 +16,18 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megalith.common.errors import ConfigError, MegalithError, problem
-from megalith.config.flags.text import Words
 
 PORT = 5000  # where a host is named without one
 ATTEMPTS = 5  # at a server that is busy
 LONGEST_WAIT = 60  # seconds between two attempts
-OPENAI_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}  # what /v1 calls options of a text
+NEVER = -1e6  # the lowest bias, for -inf, which JSON does not have
+OPENAI_NAMES = {  # options that /v1 has, which streams; PUT /api has all
+    "max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "stop_at_eod": "ignore_eos",
+    **{name: name for name in (
+        "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+        "logit_bias", "seed", "stop", "stop_token_ids", "add_bos",
+    )},
+}  # fmt: skip
 
 
 class ServerError(MegalithError):
@@ -46,13 +53,13 @@ class Client:
             handlers.append(urllib.request.ProxyHandler({}))  # no proxy leads there
         self.opener = urllib.request.build_opener(*handlers)
 
-    def texts(self, body: dict[str, Any]) -> list[str]:
-        """The texts of PUT /api for a body of its fields."""
-        with self._open("PUT", "/api", body) as answer, self._reading():
+    def texts(self, prompt: str, options: dict[str, Any]) -> list[str]:
+        """The texts of PUT /api for a prompt, all at once. options: of GenerationParams, by name."""
+        with self._open("PUT", "/api", {"prompts": [prompt], **_megatron(prompt, options)}) as answer, self._reading():
             return json.load(answer)["text"]
 
     def complete(self, prompt: str, options: dict[str, Any]) -> Iterator[str]:
-        """The continuation of a prompt, in pieces as they come. options: of GenerationParams, by name."""
+        """The continuation of a prompt, in pieces as they come. options: those of OPENAI_NAMES."""
         for choice in self._stream("/v1/completions", {"prompt": prompt, **_openai(options)}):
             yield choice["text"]
 
@@ -90,7 +97,7 @@ class Client:
     def _open(self, method: str, path: str, body: dict[str, Any]) -> http.client.HTTPResponse:
         """A response with status 200; a busy server is asked again."""
         data = json.dumps(body).encode()
-        for attempt in range(1, ATTEMPTS + 1):
+        for attempt in itertools.count(1):
             request = urllib.request.Request(self.url + path, data, self.headers, method=method)
             try:
                 return self.opener.open(request, timeout=self.timeout)
@@ -104,7 +111,6 @@ class Client:
             except (OSError, http.client.HTTPException) as error:
                 cure = "Is the server running (megalith serve PATH), and are host and port right?"
                 raise ServerError(f"{self.url} cannot be reached: {_reason(error)}. {cure}") from None
-        raise AssertionError("the last attempt returns or raises")
 
     def _refusal(self, error: urllib.error.HTTPError) -> str:
         """What an answer with an error says, in words."""
@@ -151,6 +157,24 @@ def _seconds(text: str | None) -> float:
 
 
 def _openai(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of a text under the names that /v1 has for them."""
-    named = {OPENAI_NAMES.get(name, name): value for name, value in options.items() if name != "stop_at_eod"}
-    return named | ({"ignore_eos": not options["stop_at_eod"]} if "stop_at_eod" in options else {})
+    """Options of a text as /v1 has them."""
+    found = {OPENAI_NAMES[name]: value for name, value in _for_json(options).items()}
+    if "ignore_eos" in found:
+        found["ignore_eos"] = not found["ignore_eos"]
+    if found.get("top_p") == 0.0:  # off here, and the likeliest token alone there
+        found["top_p"] = 1.0
+    return found
+
+
+def _megatron(prompt: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a text as PUT /api has them."""
+    found = _for_json(options)
+    if found.get("temperature") == 0.0:  # Megatron's greedy is top_k
+        filters = ("temperature", "top_k", "top_p", "top_p_decay", "top_p_bound")
+        found = {name: value for name, value in found.items() if name not in filters} | {"top_k": 1}
+    return found if prompt else {**found, "add_bos": True}  # it wants to be told that an empty prompt is meant
+
+
+def _for_json(options: dict[str, Any]) -> dict[str, Any]:
+    bias = options.get("logit_bias")
+    return options | ({"logit_bias": {token: max(value, NEVER) for token, value in bias.items()}} if bias else {})

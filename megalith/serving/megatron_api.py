@@ -7,15 +7,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
+from megalith.common.errors import MegalithError
 from megalith.generation.model import TextModel
 from megalith.generation.prompts import Completion
-from megalith.serving.disconnects import ClientLeft, while_connected
-from megalith.serving.megatron_fields import ApiRequest, body_schema, read
-from megalith.serving.segments import segments
+from megalith.serving.disconnects import while_connected
+from megalith.serving.megatron_fields import ApiRequest, body_schema, in_fields, read
 from megalith.serving.service import Service
+from megalith.serving.token_texts import TokenTexts
 
 ABOUT = """\
 Texts for up to 128 prompts at once, as Megatron-LM's server writes them, for clients that were written for that. Every
@@ -56,9 +57,10 @@ STATUSES = {
 
 def router(service: Service) -> APIRouter:
     """The routes."""
-    routes = APIRouter(tags=["Megatron-LM"])
+    routes, tokenizer = APIRouter(tags=["Megatron-LM"]), service.model.tokenizer
+    texts = None if tokenizer is None else TokenTexts(tokenizer)  # no request without one gets as far as an answer
 
-    async def api(request: Request) -> Response:
+    async def api(request: Request) -> JSONResponse:
         wanted = read(await request.body(), service.options)
         params = dataclasses.replace(
             wanted.params, logprobs=wanted.logprobs,
@@ -66,12 +68,13 @@ def router(service: Service) -> APIRouter:
             prompt_logprobs=wanted.logprobs and not service.model.config.decoder_layers,
         )  # fmt: skip
         try:
-            with await service.submit(wanted.prompts, params) as submission:
-                async with while_connected(request):
-                    completions = await submission.completions()
-        except ClientLeft:
-            return Response(status_code=499)  # for the log alone
-        return JSONResponse(await run_in_threadpool(_answer, service.model, wanted, completions))
+            submission = await service.submit(wanted.prompts, params)
+        except MegalithError as error:
+            raise in_fields(error) from None
+        with submission:
+            async with while_connected(request):
+                completions = await submission.completions()
+        return JSONResponse(await run_in_threadpool(_answer, service.model, texts, wanted, completions))
 
     for add in (routes.put, routes.post):
         add(
@@ -87,11 +90,13 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-def _answer(model: TextModel, wanted: ApiRequest, completions: Sequence[Completion]) -> dict[str, Any]:
+def _answer(
+    model: TextModel, texts: TokenTexts, wanted: ApiRequest, completions: Sequence[Completion]
+) -> dict[str, Any]:  # fmt: skip
     """The answer's JSON; decoding each token by itself takes its time, in which others are served."""
     answer: dict[str, Any] = {
         "text": [each.text for each in completions],
-        "segments": [segments(model.tokenizer, _tokens(model, each)) for each in completions],
+        "segments": [[_segment(texts, token) for token in _tokens(model, each)] for each in completions],
     }
     if wanted.params.beam_width is not None:
         return answer | {"scores": [each.score for each in completions]}
@@ -101,7 +106,7 @@ def _answer(model: TextModel, wanted: ApiRequest, completions: Sequence[Completi
     if wanted.params.top_logprobs:
         answer["top_logprobs"] = [
             [
-                [[model.tokenizer.decode([token]), logprob] for token, logprob in likeliest]
+                [[_segment(texts, token), logprob] for token, logprob in likeliest]
                 for likeliest in (*(each.prompt_top_logprobs or ()), *(each.top_logprobs or ()))
             ]
             for each in completions
@@ -112,3 +117,9 @@ def _answer(model: TextModel, wanted: ApiRequest, completions: Sequence[Completi
 def _tokens(model: TextModel, completion: Completion) -> list[int]:
     """The tokens that a completion's log-probabilities are of, after the first."""
     return [*([model.decoder_start] if completion.answer else completion.prompt_ids), *completion.ids]
+
+
+def _segment(texts: TokenTexts, token: int) -> str:
+    """The text of a token; bytes that are no whole character are replacement characters, as Megatron shows them."""
+    text, raw = texts(token)
+    return raw.decode("utf-8", "replace") if raw else text

@@ -7,14 +7,16 @@ by its own name. What Megatron refuses with a text and status 200 is an error he
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import orjson
 
-from megalith.common.errors import ConfigError, problem
-from megalith.config.flags.text import Words, fail, nearest
+from megalith.common.errors import ConfigError, MegalithError, problem
+from megalith.config.flags.text import Words, fail, flag, nearest
 from megalith.generation.params import EXPECTED, GenerationParams
+from megalith.serving.errors import ServingError
 from megalith.serving.options import ServeOptions
 
 MAX_TEXTS = 128  # of one request: prompts, and results
@@ -207,7 +209,18 @@ def read(raw: bytes, defaults: ServeOptions) -> ApiRequest:
     ):  # fmt: skip
         if not holds:
             raise ConfigError(problem(what, found, rule, cure))
-    return ApiRequest(prompts, GenerationParams().replace(**values), logprobs)
+    try:
+        return ApiRequest(prompts, GenerationParams().replace(**values), logprobs)
+    except ConfigError as error:
+        raise in_fields(error) from None
+
+
+def in_fields(error: MegalithError) -> MegalithError:
+    """An error about options of a text, as one that names fields of a body where it named flags."""
+    if isinstance(error, ServingError):
+        return error
+    names = {flag(name): name for name in FIELDS}
+    return type(error)(re.sub(r"--[a-z][a-z-]*", lambda found: names.get(found[0], found[0]), str(error)))
 
 
 def _json_object(raw: bytes) -> dict[str, Any]:
