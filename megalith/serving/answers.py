@@ -19,6 +19,7 @@ from megalith.serving.disconnects import ClientLeft
 from megalith.serving.errors import BadRequest, NotFound, ServingError
 
 SHOWN = 60  # characters of a wrong value that an error repeats
+RULES = {"missing": "must be given", "extra_forbidden": "must be left out: there is no such field"}
 CLIENT_CLOSED = 499  # nginx's status for a client that left; nobody reads the answer
 
 
@@ -61,12 +62,11 @@ def status_of(error: Exception) -> int:
 
 def error_body(error: Exception) -> dict[str, Any]:
     """The body of an error's answer."""
+    if isinstance(error, ServingError):
+        return _body(str(error), error.status, error.param, error.code)
     if isinstance(error, MegalithError):
-        text = str(error)
-    else:  # a mistake of this program: what it says is for the log
-        text = "the server has failed at this request; its log says why."
-    code = "context_length_exceeded" if isinstance(error, TooLong) else getattr(error, "code", None)
-    return _body(text, status_of(error), getattr(error, "param", None), code)
+        return _body(str(error), 400, None, "context_length_exceeded" if isinstance(error, TooLong) else None)
+    return _body("the server has failed at this request; its log says why.", 500, None, None)
 
 
 def shown(value: object) -> Words:
@@ -79,7 +79,7 @@ def invalid(error: RequestValidationError) -> MegalithError:
     """The error of a body that its schema refuses: of the first of its problems."""
     first = error.errors()[0]
     cause = first.get("ctx", {}).get("error")
-    where = first["loc"][1:] if first["loc"][:1] == ("body",) else first["loc"]
+    where = [each for each in first["loc"] if each not in ("body", "[key]")]
     name = "".join(f"[{each}]" if isinstance(each, int) else f".{each}" for each in where).removeprefix(".")
     if isinstance(cause, ServingError):  # a validator's own text
         cause.param = f"{name}.{cause.param}" if name and cause.param else cause.param or name or None
@@ -91,7 +91,7 @@ def invalid(error: RequestValidationError) -> MegalithError:
         rule, cure = "must be a JSON object", "Send one, with the header Content-Type: application/json"
         return BadRequest(problem("the body", Words(found), rule, cure))
     found = Words("nothing") if first["type"] == "missing" else shown(first["input"])
-    rule = "must be given" if first["type"] == "missing" else re.sub(r"^\w+ should", "must", first["msg"])
+    rule = RULES.get(first["type"]) or re.sub(r"^\w+ should", "must", first["msg"])
     cure = first.get("ctx", {}).get("cure", "/openapi.json describes every field")
     return BadRequest(problem(name, found, rule, cure), param=name)
 

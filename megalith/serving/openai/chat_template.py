@@ -61,7 +61,9 @@ class ChatTemplate:
         """
         given = {"tools": None, "documents": None, "add_generation_prompt": True, **variables, "messages": messages}
         try:
-            return self.template.render(**{**self.special_tokens, **given})
+            text = self.template.render({**self.special_tokens, **given})
+            text.encode()  # the variables may bring halves of characters
+            return text
         except Exception as error:  # a template is a program of its own, with errors of every kind
             reason = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
             what, rule = "messages", "must be such as the model's chat template takes"

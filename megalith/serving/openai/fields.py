@@ -56,20 +56,20 @@ def _is_token(value: Any) -> bool:
     return type(value) is int and 0 <= value <= LARGEST_TOKEN
 
 
-def _is_text(value: Any) -> bool:
+def is_text(value: Any) -> bool:
     """Whether it is a text that has a form in UTF-8: JSON can hold halves of surrogate pairs."""
     return isinstance(value, str) and (value.isascii() or value.encode("utf-8", "ignore").decode() == value)
 
 
 def _check_text(value: str) -> str:
-    return value if _is_text(value) else _refuse("must be Unicode text", "Correct its \\u escapes")
+    return value if is_text(value) else _refuse("must be Unicode text", "Correct its \\u escapes")
 
 
 def _check_prompt(value: Any) -> Any:
-    if value is None or _is_text(value):
+    if value is None or is_text(value):
         return value or ""
     if isinstance(value, list) and value:
-        if all(map(_is_text, value)) or all(map(_is_token, value)):
+        if all(map(is_text, value)) or all(map(_is_token, value)):
             return value
         if all(isinstance(each, list) and all(map(_is_token, each)) for each in value):
             return value
@@ -79,7 +79,7 @@ def _check_prompt(value: Any) -> Any:
 
 def _check_stop(value: Any) -> tuple[str, ...]:
     texts = [value] if isinstance(value, str) else value
-    if value is None or (isinstance(texts, list) and len(texts) <= 64 and all(t and _is_text(t) for t in texts)):
+    if value is None or (isinstance(texts, list) and len(texts) <= 64 and all(t and is_text(t) for t in texts)):
         return tuple(texts or ())
     rule = "must be a text or a list of at most 64 texts, each of at least one character"
     return _refuse(rule, "Correct it, or leave it out")
@@ -91,8 +91,8 @@ def _check_content(value: Any) -> Any:
         if any(not isinstance(each, dict) or each.get("type") != "text" for each in value):
             return _refuse("must have parts of type text alone", "Leave out the others")
         value = [each.get("text") for each in value]
-        value = "".join(value) if all(map(_is_text, value)) else None
-    return value if _is_text(value) else _refuse("must be a text, or a list of parts of type text", "Correct it")
+        value = "".join(value) if all(map(is_text, value)) else None
+    return value if is_text(value) else _refuse("must be a text, or a list of parts of type text", "Correct it")
 
 
 def _refuse(rule: str, cure: str) -> Any:

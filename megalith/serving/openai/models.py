@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 
 class Usage(BaseModel):
@@ -77,7 +77,6 @@ class ChatAnswer(BaseModel):
 class ServedModel(BaseModel):
     """The model. max_model_len: most tokens of a prompt and its text together. chat_template: whether it has one."""
 
-    model_config = ConfigDict(protected_namespaces=())
     id: str
     object: Literal["model"]
     created: int

@@ -28,7 +28,6 @@ from megalith.serving.options import ServeOptions
 
 FIELDS_OF_OPTIONS = {  # where the field of a request has another name than GenerationParams' option
     "max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "num_samples": "n", "stop_at_eod": "ignore_eos",
-    "top_logprobs": "logprobs",
 }  # fmt: skip
 SAME_NAMES = (
     "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
@@ -240,12 +239,12 @@ def in_fields(error: MegalithError) -> MegalithError:
         return error
     named = list[str]()
 
-    def field(flag: re.Match[str]) -> str:
-        option = flag[0][2:].replace("-", "_")
+    def field(found: re.Match[str]) -> str:
+        option = found[0].removeprefix("--").replace("-", "_")
         named.append(FIELDS_OF_OPTIONS.get(option, option))
         return named[-1]
 
-    text = re.sub(r"--[a-z][a-z-]+", field, str(error))
+    text = re.sub(rf"--[a-z][a-z-]+|\b({'|'.join(FIELDS_OF_OPTIONS)})\b", field, str(error))
     return BadRequest(text, param=named[0] if named else None)
 
 

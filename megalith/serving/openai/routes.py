@@ -125,4 +125,8 @@ class OpenAI:
         with submission:
             async with while_connected(request):
                 completions = await submission.completions()
-        return Response(await run_in_threadpool(answer.whole, completions), media_type="application/json")
+        if params.logprobs:  # the places of a long prompt's tokens take a while
+            content = await run_in_threadpool(answer.whole, completions)
+        else:
+            content = answer.whole(completions)
+        return Response(content, media_type="application/json")

@@ -1,5 +1,6 @@
 """/v1/completions: what OpenAI's client, curl and plain HTTP get is what `complete` and `score` give."""
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -7,7 +8,7 @@ import subprocess
 import openai
 import pytest
 
-from megalith.generation.generate import complete, score
+from megalith.generation.generate import complete, score, stream
 from tests.serving.openai.conftest import post
 
 TEXT = "Zürich, 東京 😀 once"
@@ -61,12 +62,12 @@ def test_stop_texts_end_the_text_and_are_no_part_of_it(served, make):
     status, got = post(served[0], {"prompt": "Once", "max_tokens": 12, "temperature": 0, "stop": stop})
     choice = got["choices"][0]
     assert status == 200 and choice["text"] == whole[: whole.index(stop)] and choice["finish_reason"] == "stop"
-    assert post(served[0], {"prompt": "Once", "max_tokens": 12, "temperature": 0, "stop": [stop, "\0"]})[1][
-        "choices"
-    ] == [choice]
+    _, got = post(served[0], {"prompt": "Once", "max_tokens": 12, "temperature": 0, "stop": ["never so", stop]})
+    assert got["choices"] == [choice]
     token = complete(make(), "Once", max_new_tokens=12, temperature=0.0)[0].ids[3]
-    got = post(served[0], {"prompt": "Once", "temperature": 0, "stop_token_ids": [token]})[1]["choices"][0]
-    assert got["text"] == complete(make(), "Once", temperature=0.0, stop_token_ids=[token])[0].continuation
+    got = post(served[0], {"prompt": "Once", "max_tokens": 12, "temperature": 0, "stop_token_ids": [token]})[1]
+    wanted = complete(make(), "Once", max_new_tokens=12, temperature=0.0, stop_token_ids=[token])[0]
+    assert got["choices"][0]["text"] == wanted.continuation and wanted.finish == "stop"
 
 
 @pytest.mark.parametrize("new", [0, 1, 5])
@@ -79,17 +80,21 @@ def test_echo_and_logprobs_are_those_of_score(served, make, new):
         assert choice["text"] == completion.text and choice["finish_reason"] == "length"
         assert found["token_logprobs"] == [None, *logprobs, *(completion.logprobs or [])]
         assert all(len(values) == len(ids) for values in found.values())
-        said, at = b"", 0
-        for token, place, top in zip(found["tokens"], found["text_offset"], found["top_logprobs"]):
-            assert place == len(said.decode(errors="ignore")) and place >= at
-            at = place
+        said, prompt = b"", len(completion.prompt_ids)
+        for token, place in zip(found["tokens"][:prompt], found["text_offset"]):
+            assert place == len(said.decode(errors="ignore"))
             if token.startswith("bytes:"):
                 said += bytes.fromhex(token.removeprefix("bytes:").replace("\\x", ""))
             else:
                 assert choice["text"][place:].startswith(token)
                 said += token.encode()
-            assert top is None or (token in top and 2 <= len(top) <= 3)
-        assert new or said.decode() == choice["text"]
+        assert said.decode() == completion.prompt
+        pieces = [len(piece) for *_, piece in stream(model, completion.prompt, max_new_tokens=new, temperature=0.0)]
+        starts = list(itertools.accumulate(pieces, initial=len(completion.prompt)))
+        assert found["text_offset"][prompt:] == starts[:new]
+        assert found["top_logprobs"][0] is None
+        for token, top in zip(found["tokens"][1:], found["top_logprobs"][1:]):
+            assert token in top and 2 <= len(top) <= 3
         best = [max(top.values()) for top in found["top_logprobs"][-new:]] if new else []
         assert best == found["token_logprobs"][len(ids) - new :]  # greedy, and the very same numbers
     assert any(token.startswith("bytes:") for token in got["choices"][0]["logprobs"]["tokens"])
