@@ -16,6 +16,10 @@ from megalith.data.tokenizers.tokenizer import Tokenizer
 from megalith.runtime.build import Runtime
 
 
+class TooLong(ConfigError):
+    """A prompt and its new tokens are more than the model, or its engine, has positions for."""
+
+
 @dataclasses.dataclass(eq=False)
 class TextModel:
     """A trained model, its tokenizer, and what is known about its origin.
@@ -111,7 +115,7 @@ class TextModel:
 
 
 def check_length(config: ModelConfig, prompt: int, new: int, name: str = "the prompt") -> None:
-    """Raise ConfigError where a prompt of so many tokens, called `name`, and so many new ones exceed the positions.
+    """Raise TooLong where a prompt of so many tokens, called `name`, and so many new ones exceed the positions.
 
     ALiBi and relative positions have no limit.
     """
@@ -121,10 +125,10 @@ def check_length(config: ModelConfig, prompt: int, new: int, name: str = "the pr
     which = f"the model's limit (max_position_embeddings) is {limit}"
     if config.decoder_layers:
         if prompt > limit:
-            raise ConfigError(f"too long: {name} has {prompt} tokens; {which}. Shorten it to {limit} tokens.")
+            raise TooLong(f"too long: {name} has {prompt} tokens; {which}. Shorten it to {limit} tokens.")
         if new >= limit:
             found = f"an answer of {new} new tokens after its start token has {new + 1}"
-            raise ConfigError(f"too long: {found}; {which}. Ask for at most {limit - 1} new tokens.")
+            raise TooLong(f"too long: {found}; {which}. Ask for at most {limit - 1} new tokens.")
     elif prompt + new > limit:
         if prompt < limit:
             cure = f"Shorten the prompt or ask for at most {limit - prompt} new tokens"
@@ -135,4 +139,4 @@ def check_length(config: ModelConfig, prompt: int, new: int, name: str = "the pr
         found = f"{name} has {prompt} tokens" + (
             f" and {new} new ones are asked for, together {prompt + new}" if new else ""
         )
-        raise ConfigError(f"too long: {found}; {which}. {cure}.")
+        raise TooLong(f"too long: {found}; {which}. {cure}.")

@@ -90,15 +90,14 @@ def tokenize_prompt(
             "an empty prompt starts from the end-of-document token, which only a tokenizer knows: "
             "give at least one token."
         )
-    if isinstance(prompt, str):
-        ids, text = list(map(int, tokenizer.encode(prompt))), prompt
-    else:
-        ids, text = [int(i) for i in prompt], None if tokenizer is None else tokenizer.decode(prompt)
-        ids = ids or list(map(int, tokenizer.encode("")))
+    ids = list(map(int, tokenizer.encode(prompt))) if isinstance(prompt, str) else [int(i) for i in prompt]
+    if not ids and not isinstance(prompt, str):
+        ids = list(map(int, tokenizer.encode("")))
     if add_bos or not ids:
         ids = [tokenizer.require("eod"), *ids]
     if wrong := [i for i in ids if not 0 <= i < config.vocab_size]:
         raise DataError(_unknown_token(model, prompt, number, wrong[0]))
+    text = prompt if isinstance(prompt, str) else None if tokenizer is None else tokenizer.decode(prompt)
     return Completion(
         prompt_ids=ids, prompt=text, continuation=None if text is None else "", answer=bool(config.decoder_layers)
     )

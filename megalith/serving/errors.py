@@ -6,19 +6,50 @@ from megalith.common.errors import MegalithError
 
 
 class ServingError(MegalithError):
-    """An answer with a status of its own. retry_after: seconds after which to try again, where that may help."""
+    """An answer with a status of its own.
+
+    retry_after: seconds after which to try again, where that may help. param: the field that is wrong, as the client
+    wrote it. code: OpenAI's word for what is wrong.
+    """
 
     status = 500
+    code: str | None = None
 
-    def __init__(self, message: str, retry_after: int | None = None):
+    def __init__(
+        self, message: str, retry_after: int | None = None, *, param: str | None = None, code: str | None = None
+    ):
         super().__init__(message)
-        self.retry_after = retry_after
+        self.retry_after, self.param, self.code = retry_after, param, code or self.code
+
+
+class BadRequest(ServingError):
+    """A field of the request cannot be as it is."""
+
+    status = 400
 
 
 class Unauthorized(ServingError):
     """The request brings no token, or a wrong one."""
 
-    status = 401
+    status, code = 401, "invalid_api_key"
+
+
+class NotFound(ServingError):
+    """The request names something that this server does not have."""
+
+    status = 404
+
+
+class Forbidden(ServingError):
+    """The request comes from a page of another site, or is meant for another host."""
+
+    status = 403
+
+
+class TooSlow(ServingError):
+    """The body took too long to arrive."""
+
+    status = 408
 
 
 class TooLarge(ServingError):
@@ -30,7 +61,7 @@ class TooLarge(ServingError):
 class Busy(ServingError):
     """As many texts wait as may wait (--max-waiting)."""
 
-    status = 429
+    status, code = 429, "rate_limit_exceeded"
 
 
 class Failed(ServingError):

@@ -38,6 +38,7 @@ BARE_CLASSES = (
     "GPTNeoXTokenizer",
 )  # fmt: skip
 CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+CHAT_TEMPLATE = "chat_template.jinja"  # of newer versions of transformers, instead of the setting chat_template
 
 
 class LibraryTokenizer(Tokenizer):
@@ -257,7 +258,7 @@ class HuggingFaceTokenizer(LibraryTokenizer):
         folder = pathlib.Path(folder)
         if not self.files():
             self.backend.save(str(folder / "tokenizer.json"))
-        for file in _config_files(self.source):
+        for file in _files_beside(self.source, (*CONFIG_FILES, CHAT_TEMPLATE)):
             if file.resolve() != (folder / file.name).resolve():
                 shutil.copyfile(file, folder / file.name)
 
@@ -330,26 +331,28 @@ def byte_level_bpe(vocab_file: pathlib.Path, merge_file: pathlib.Path) -> tokeni
     return backend
 
 
-def _config_files(source: pathlib.Path | None) -> list[pathlib.Path]:
-    """The configuration files beside a tokenizer.json (or vocab.json), the one that takes precedence first."""
+def _files_beside(source: pathlib.Path | None, names: Sequence[str]) -> list[pathlib.Path]:
+    """Those of the named files that lie beside a tokenizer.json (or vocab.json)."""
     folder = source if source is None or source.is_dir() else source.parent
-    return [] if folder is None else [folder / name for name in CONFIG_FILES if (folder / name).is_file()]
+    return [] if folder is None else [folder / name for name in names if (folder / name).is_file()]
 
 
 def _settings(source: pathlib.Path | None) -> dict[str, Any]:
-    """The settings of tokenizer_config.json, and for the rest those of special_tokens_map.json."""
+    """The settings of tokenizer_config.json, for the rest those of special_tokens_map.json; the chat template's file."""
     settings: dict[str, Any] = {}
-    for file in _config_files(source):
+    for file in _files_beside(source, (CHAT_TEMPLATE, *CONFIG_FILES)):
         refuse_pointer(file)
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
+            text = file.read_text(encoding="utf-8")
+            content = {"chat_template": text} if file.name == CHAT_TEMPLATE else json.loads(text)
             settings = {key: value for key, value in content.items() if value is not None} | settings
         except (OSError, ValueError, AttributeError) as error:
-            found = Words(f"{type(error).__name__}: {error}")
-            raise DataError(problem(str(file), found, "must be a JSON object", "Copy or download it again")) from None
-    if not settings and source is not None and source.is_dir():
+            found, rule = Words(f"{type(error).__name__}: {error}"), "must be a JSON object"
+            rule = "must be text in UTF-8" if file.name == CHAT_TEMPLATE else rule
+            raise DataError(problem(str(file), found, rule, "Copy or download it again")) from None
+    if not settings.keys() - {"chat_template"} and source is not None and source.is_dir():
         # as GPT2Tokenizer, which reads such folders
-        settings = dict.fromkeys(("bos_token", "eos_token"), "<|endoftext|>")
+        settings |= dict.fromkeys(("bos_token", "eos_token"), "<|endoftext|>")
     return settings
 
 

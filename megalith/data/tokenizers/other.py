@@ -80,7 +80,7 @@ class TikTokenizer(Tokenizer):
 
     def to_huggingface(self) -> tokenizers.Tokenizer:
         """Byte-level BPE of the same ranks: a merge for every way to cut a token in two, in the order of the ranks."""
-        first, characters = len(self._special), _characters_of_bytes()
+        first, characters = len(self._special), characters_of_bytes()
         names = {token: "".join(characters[byte] for byte in token) for token in self._ranks}
         vocabulary = {name: i for i, name in enumerate(self._special)}
         if repeated := sorted(vocabulary.keys() & set(names.values())):
@@ -107,7 +107,7 @@ class TikTokenizer(Tokenizer):
         return backend
 
 
-def _characters_of_bytes() -> list[str]:
+def characters_of_bytes() -> list[str]:
     """The character that stands for each byte in byte-level vocabularies (GPT-2's encoder.py, bytes_to_unicode)."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     spare = iter(range(256, 512))
