@@ -8,6 +8,7 @@ import subprocess
 import openai
 import pytest
 
+from megalith.generation.engine import Engine
 from megalith.generation.generate import complete, score, stream
 from tests.serving.openai.conftest import post
 
@@ -103,7 +104,7 @@ def test_echo_and_logprobs_are_those_of_score(served, make, new):
 
 def test_logprobs_without_echo_count_from_the_new_text(served, make):
     _, got = post(served[0], {"prompt": "Once", "max_tokens": 4, "logprobs": 0, "seed": 2})
-    wanted = complete(make(), "Once", max_new_tokens=4, logprobs=True, seed=2)[0]
+    wanted = complete(Engine(make()), "Once", max_new_tokens=4, logprobs=True, seed=2)[0]  # of as many rows
     found = got["choices"][0]["logprobs"]
     assert found["token_logprobs"] == wanted.logprobs and found["text_offset"][0] == 0
     assert found["top_logprobs"] == [{t: p} for t, p in zip(found["tokens"], wanted.logprobs)]
