@@ -52,7 +52,7 @@ WRONG = [
     ({"logprobs": 1, "modalities": ["audio"]}, "modalities", "does not support"),
     ({"\ud800": 1}, None, "half a character"),
     ({"logit_bias": {"\ud800": 1}}, "logit_bias.\ufffd\ufffd\ufffd", "valid string"),
-    ({"stream": True, "stream_options": {"\ud800": 1}}, None, "half a character"),
+    ({"stream": True, "stream_options": {"\ud800": 1}}, "stream_options", "valid string"),
     ({"user": "\ud800"}, "user", "valid string"),
     ({"model": "\ud800"}, "model", "valid string"),
 ]  # fmt: skip
