@@ -23,6 +23,7 @@ EXPECTED = {
     r"needs .*\.\./shared": lambda: not (pathlib.Path(__file__).parents[2] / "shared").exists(),
     r"reads /proc, which only Linux has": lambda: sys.platform != "linux",
     r"needs curl": lambda: shutil.which("curl") is None,
+    r"needs Chromium": lambda: shutil.which("chromium") is None,
     # Two families whose original refuses num_key_value_heads null, so that it cannot be compared.
     r"transformers refuses null here": lambda: True,
 }

@@ -6,6 +6,7 @@ What would take minutes is left to the slow tests.
 import json
 import pathlib
 import re
+import socket
 import subprocess
 import sys
 
@@ -16,8 +17,11 @@ from tests.toy import ROOT, make_corpus, run
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-# `make` only says what it would do here; test_fresh_clone does it.
-PRELUDE = f"set -euo pipefail\nmake() {{ command make --dry-run --directory '{ROOT}' \"$@\"; }}\n"
+# `make` only says what it would do here; test_fresh_clone does it. A server must not outlive a command that failed.
+PRELUDE = (
+    "set -euo pipefail\ntrap 'kill $(jobs -p) 2>/dev/null || true' EXIT\n"
+    f"make() {{ command make --dry-run --directory '{ROOT}' \"$@\"; }}\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +45,10 @@ def test_every_block_says_what_it_is() -> None:
 def test_every_command_runs(folder: pathlib.Path) -> None:
     for language, body in BLOCKS:
         if language == "sh":
+            with socket.create_server(("127.0.0.1", 0)) as listener:
+                port = listener.getsockname()[1]
+            # Port 5000 may be another test's.
+            body = re.sub(r"\b5000\b", str(port), body)
             run(["bash", "-c", PRELUDE + body], folder)
         elif language == "python":
             run([sys.executable, "-c", body], folder)

@@ -4,36 +4,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import json
 import pathlib
 import sys
-from typing import Any
 
-from megalith.cli.checkpoint_convert import MEGATRON_FLAGS
-from megalith.common.errors import CheckpointError, ConfigError, problem
+from megalith.cli.load_flags import WHAT_TO_LOAD, add_format_flags, add_load_flags, check_paths, load_model
+from megalith.cli.option_flags import add_sampling_flags, given_sampling
+from megalith.common.errors import ConfigError, problem
 from megalith.common.files import write_text
 from megalith.common.orphans import ends_with_launcher
 from megalith.common.outputs import writing
-from megalith.common.urls import is_url
 from megalith.config import environment
-from megalith.config.flags.text import Words, fail, flag, value_text
-from megalith.config.flags.values import fields
+from megalith.config.flags.text import Words
 from megalith.generation.params import GenerationParams
 from megalith.workflows.prompt_files import read_prompts
 from megalith.workflows.text_output import StreamPrinter, print_texts, to_record
 
-# Flags for a tokenizer's files, where no folder is named
-TOKENIZER = {"tokenizer_type": "TYPE", "vocab_file": "FILE", "merge_file": "FILE", "tokenizer_model": "PATH"}
-# The processes that these leave hold replicas, which share the prompts.
-LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
-# Fields of the model that files of other programs lack most often
-MODEL_HELP = ("num_attention_heads", "vocab_size", "position_embedding_type")
-NAME_TOKENIZER = (
-    "Name its folder with --tokenizer, or its files: --vocab-file FILE --merge-file FILE of GPT-2, "
-    "--tokenizer-model FILE"
-)
 EXAMPLE = """\
 examples:
   megalith generate --load runs/demo/run --prompt 'def ' --max-new-tokens 100 --temperature 0.8 --top-k 40
@@ -48,41 +35,14 @@ where the tokenizer puts it before every text.
 """
 
 
-def bias(text: str) -> tuple[int, float]:
-    """A token and its bias: 50256=-inf."""
-    token, _, value = text.rpartition("=")
-    return int(token), float(value)
-
-
-ARGUMENTS: dict[str, dict[str, Any]] = {  # how the flag of an option is read, by the type of its field
-    "float": {"type": float, "metavar": "X"},
-    "int": {"type": int, "metavar": "N"},
-    "int | None": {"type": int, "metavar": "N"},
-    "bool": {"action": "store_true"},
-    "tuple[str, ...]": {"action": "append", "metavar": "TEXT"},
-    "tuple[int, ...]": {"type": int, "nargs": "+", "metavar": "N"},
-    "Mapping[int, float]": {"type": bias, "nargs": "+", "metavar": "TOKEN=X"},
-}
-
-
 def register(subparsers: argparse._SubParsersAction) -> None:
     """Add the verb to the command line."""
     parser = subparsers.add_parser(
         "generate", help="text out of a trained model", description="Text out of a trained model.", epilog=EXAMPLE
     )
     add = parser.add_argument
-    add(
-        "--load",
-        required=True,
-        metavar="PATH",
-        help="a run's folder, a checkpoint, or weights of Hugging Face or Megatron",
-    )
-    add("--ckpt-step", type=int, metavar="N", help="the checkpoint of this step (default: the latest)")
-    add("--dtype", default="float32", metavar="TYPE", help="float32, bfloat16 or float16")
-    add("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or xpu")
-    for name in LAYOUT:
-        help = f"under torchrun: {fields()[name].metadata['help']} (default: 1)"
-        add(flag(name), *fields()[name].metadata["flags"], type=int, metavar="N", help=help)
+    add("--load", required=True, metavar="PATH", help=WHAT_TO_LOAD)
+    add_load_flags(parser)
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--prompt", action="append", metavar="TEXT", help="what the text begins with; may be given several times"
@@ -103,46 +63,9 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         help="texts do not depend on the batch; without, one text alone is a third faster (default: on)",
     )
     add("--compile", action="store_true", help="decode by a compiled graph; compiling takes a minute, once")
-    _add_options(parser.add_argument_group("how texts are written"))
-    group = parser.add_argument_group(
-        "what files of another format do not say (every flag of the model that `pretrain` has is known)"
-    )
-    add = group.add_argument
-    add("--tokenizer", metavar="FOLDER", help="folder of tokenizer files (default: those that the checkpoint has)")
-    for name, metavar in TOKENIZER.items():
-        help = f"as in `megalith pretrain`: {fields()[name].metadata['help']}"
-        add(flag(name), *fields()[name].metadata["flags"], metavar=metavar, help=help)
-    for each in MEGATRON_FLAGS:
-        add(each.name, default=each.choices[0], choices=each.choices, help=each.help)
-    for name in _model_fields():
-        field = fields()[name]
-        help = f"as in `megalith pretrain`: {field.metadata['help']}".replace("%", "%%")
-        options: dict[str, Any] = {list: {"nargs": "*"}, bool: {"nargs": "?", "const": "true"}}.get(field.kind, {})
-        metavar = "N" if field.kind is int else "TEXT"
-        help = help if name in MODEL_HELP else argparse.SUPPRESS
-        add(flag(name), default=argparse.SUPPRESS, metavar=metavar, help=help, **options)
+    add_sampling_flags(parser.add_argument_group("how texts are written"))
+    add_format_flags(parser)
     parser.set_defaults(handler=generate)
-
-
-def _add_options(group: argparse._ArgumentGroup) -> None:
-    """A flag for each field of GenerationParams, and two short ones."""
-    default = GenerationParams()
-    for each in dataclasses.fields(GenerationParams):
-        value, help = getattr(default, each.name), str(each.metadata["help"]).replace("%", "%%")
-        how = {"action": argparse.BooleanOptionalAction} if value is True else ARGUMENTS[str(each.type)]
-        if value not in (None, False, (), {}):
-            help += f" (default: {'on' if value is True else value_text(value)})"
-        if each.type == "tuple[str, ...]":
-            help += "; may be given several times"
-        group.add_argument(flag(each.name), default=argparse.SUPPRESS, help=help, **how)
-    group.add_argument("--greedy", action="store_true", default=argparse.SUPPRESS, help="as --temperature 0")
-    group.add_argument(
-        "--ignore-eod", dest="stop_at_eod", action="store_false", default=argparse.SUPPRESS, help="as --no-stop-at-eod"
-    )
-
-
-def _model_fields() -> list[str]:
-    return [name for name, each in fields().items() if each.section == "model"]
 
 
 def generate(args: argparse.Namespace) -> int:
@@ -159,16 +82,8 @@ def generate(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    named = {name: getattr(args, name) for name in ("load", "tokenizer", "vocab_file", "merge_file")}
-    absent = [name for name, path in named.items() if path and not is_url(path) and not pathlib.Path(path).exists()]
-    texts = [
-        problem(flag(name), named[name], "must name a file or folder that exists", "Correct the path")
-        for name in absent
-    ]
-    fail(texts, CheckpointError)
-    options = [each.name for each in dataclasses.fields(GenerationParams)]
-    given = {name: value for name, value in vars(args).items() if name in ("greedy", *options)}
-    common, is_main_process = GenerationParams().replace(**given), environment.rank() == 0
+    check_paths(args)
+    common, is_main_process = GenerationParams().replace(**given_sampling(args)), environment.rank() == 0
     # One process reads for all, as it may be from standard input.
     read = read_prompts(args.prompt, args.prompt_file, common) if is_main_process else ([], [])
     if args.out_file is None and any(each.logprobs or each.top_logprobs or each.prompt_logprobs for each in read[1]):
@@ -178,16 +93,9 @@ def _generate(args: argparse.Namespace) -> int:
 
     from megalith.checkpoint.ranks import Ranks
     from megalith.generation.generate import complete
-    from megalith.generation.load import load
 
     owns_group = not dist.is_initialized()
-    typed = {name: getattr(args, name) for name in _model_fields() if hasattr(args, name)}
-    typed |= {name: getattr(args, name) for name in (*TOKENIZER, "tokenizer", "qkv_layout", "swiglu_order", "replicas")}
-    if environment.world_size() > 1 or any(getattr(args, name) for name in LAYOUT):
-        typed |= {name: getattr(args, name) or 1 for name in LAYOUT}
-    model = load(args.load, device=args.device, dtype=args.dtype, iteration=args.ckpt_step, **typed)
-    if model.tokenizer is None:
-        raise ConfigError(f"--load {args.load}: the checkpoint has no tokenizer; text needs one. {NAME_TOKENIZER}")
+    model = load_model(args)
     prompts, params = Ranks().on_rank_0(lambda: read)
     samples = [
         (prompt if each.echo and not model.config.decoder_layers else "", each)

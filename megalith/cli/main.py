@@ -63,6 +63,8 @@ VERBS = {  # verb -> one line; the module is megalith.cli.VERB, with register(su
     "data": "raw text to indexed datasets, and what is done with those",
     "pretrain": "train a model",
     "generate": "text out of a trained model",
+    "serve": "text out of a trained model over HTTP: Megatron's and OpenAI's interfaces, and a page",
+    "ask": "write to a text server and read what it answers",
     "checkpoint": "inspect, verify, edit and convert checkpoints",
     "parity": "does a layout give the gradients of one process",
     "config": "answer a few questions, get a YAML file for pretrain or launch",
@@ -99,13 +101,16 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def parse_known_args(self, args=None, namespace=None):
-        """As argparse, but what is left over is an error here, where the flags it may have meant are known."""
+        """As argparse, but underscores in flags count as dashes, and what is left over is an error here, where the
+        flags that it may have meant are known.
+        """
         reads = self.get_default("reads")
         if reads:
             if {"-h", "--help"}.intersection((self.get_default("own") or list)(args)):
                 self.print_help()
                 self.exit()
             return argparse.Namespace(handler=self.get_default("handler"), reading=reads(args)), []
+        args = [self._dashed(word) for word in args]
         try:
             found, extra = super().parse_known_args(args, namespace)
         except ConfigError as error:
@@ -114,6 +119,12 @@ class Parser(argparse.ArgumentParser):
         if extra:
             self.error("; ".join(self._unknown_flags(extra)) or f"unexpected {' '.join(extra)}")
         return found, extra
+
+    def _dashed(self, word: str) -> str:
+        """--top_p as --top-p, where that is a flag."""
+        name, equals, value = word.partition("=")
+        dashed, known = name.replace("_", "-"), self._option_string_actions
+        return dashed + equals + value if name not in known and dashed in known else word
 
     def _unknown_flags(self, words: Sequence[str]) -> list[str]:
         """A line for each flag among the words, up to a `--`, that this parser does not have."""

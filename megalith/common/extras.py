@@ -19,6 +19,12 @@ EXTRAS = {  # package -> what pip installs, and the extra of pyproject.toml that
     "ray": ("ray>=2.40", "ray"),
     "transformers": ("transformers>=5.0", "hf"),
     "accelerate": ("accelerate>=1.10", "hf"),
+    "fastapi": ("fastapi>=0.115", "serve"),
+    "uvicorn": ("uvicorn>=0.34", "serve"),
+    "httptools": ("httptools>=0.6", "serve"),
+    "uvloop": ("uvloop>=0.21", "serve"),
+    "prometheus_client": ("prometheus_client>=0.21", "serve"),
+    "jinja2": ("jinja2>=3.1", "serve"),
 }
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,10 +14,14 @@ from megalith.common.errors import ConfigError, problem
 from megalith.generation.cached_attention import PrefillChunk
 from megalith.generation.model import TextModel, check_length
 from megalith.generation.parallel.runner import runner_of
+from megalith.generation.prefix import CHUNK
 from megalith.generation.prompts import Completion, tokenize_prompts
+from megalith.generation.request import BeamRequest, Hypothesis
 from megalith.generation.runner import ModelRunner
 from megalith.generation.sampling import not_numbers
 from megalith.runtime.build import Runtime
+
+READ_AT_ONCE = 4 * CHUNK  # tokens of a prompt; an engine's other requests wait so long
 
 
 class Beam(NamedTuple):
@@ -51,6 +56,100 @@ class BeamHypotheses:
         return len(self.best) == self.size and self.best[-1][0] >= self.score(total, length)
 
 
+class BeamSearch:
+    """A search, step by step, on a cache of its own, which is allocated with the first step.
+
+    Every process of a model makes the same steps.
+    """
+
+    def __init__(self, model: TextModel, request: BeamRequest):
+        """Raises ConfigError for options that cannot work."""
+        check_options(request)
+        self.model, self.request, self.stops = model, request, set(request.stop_token_ids)
+        self.prompt, self.source = list(request.prompt_ids), list[int]()  # of the decoder, of an encoder
+        if model.config.decoder_layers:
+            self.prompt, self.source = [model.decoder_start], self.prompt
+        self.finished = BeamHypotheses(request.beam_width, request.length_penalty)
+        self.runner: ModelRunner | None = None
+        # Of the newest beams: those before them that they continue, and how many positions all rows have in common.
+        self.beams, self.parents, self.common = [Beam()], list[int](), 0
+        self.filled = 0  # tokens of the prompt that have been read
+
+    @torch.no_grad()
+    def step(self) -> bool:
+        """Read a part of the prompt, or find one more token of each beam. Returns whether the search has ended.
+
+        Raises CheckpointError where the model's logits are not numbers.
+        """
+        width, new = self.request.beam_width, self.request.max_new_tokens
+        if self.runner is None:  # no other requests share its cache
+            lengths = len(self.prompt) + new, len(self.source)
+            self.runner = runner_of(self.model, width, *lengths, batch_invariant=False)
+        if self.filled == len(self.prompt):
+            return self._choose(self.runner, self._decode(self.runner))
+        start, self.filled = self.filled, min(self.filled + READ_AT_ONCE, len(self.prompt))
+        complete = self.filled == len(self.prompt)
+        chunk = PrefillChunk(0, self.prompt[start : self.filled], start, source=self.source, keep=int(complete))
+        logits = self.runner.prefill([chunk])  # read once; the rows of the other beams are copies
+        return complete and self._choose(self.runner, logits)
+
+    @property
+    def best(self) -> tuple[Hypothesis, ...]:
+        """The best num_samples finished hypotheses, best first."""
+        found = self.finished.best[: self.request.num_samples]
+        return tuple(Hypothesis(score, beam.ids, beam.logprobs, finish) for score, beam, finish in found)
+
+    def _decode(self, runner: ModelRunner) -> Tensor | None:
+        """The logits after the newest beams."""
+        count, position = len(self.beams), len(self.prompt) + len(self.beams[0].ids) - 1  # of their newest tokens
+        runner.cache.select(torch.tensor(self.parents, device=runner.cache.device), position, start=self.common)
+        sources = [len(self.source)] * count if self.source else []
+        return runner.decode(range(count), [beam.ids[-1] for beam in self.beams], [position] * count, sources)
+
+    def _choose(self, runner: ModelRunner, logits: Tensor | None) -> bool:
+        """Replace the beams by their likeliest continuations; whether the search has ended."""
+        width, vocabulary = self.request.beam_width, self.model.config.vocab_size
+        length = len(self.beams[0].ids) + 1
+        # A beam has len(stops) continuations that stop: among so many at least `width` go on.
+        number = min((1 + max(1, len(self.stops))) * width, len(self.beams) * vocabulary)
+        compute = functools.partial(_likeliest, logits, [beam.total for beam in self.beams], number)
+        best = runner.broadcast(compute, (number, 3)).tolist()
+        continued, parents = list[Beam](), list[int]()
+        for rank, (total, index, logprob) in enumerate(best):
+            parent, token = divmod(int(index), vocabulary)
+            before = self.beams[parent]
+            beam = Beam(total, (*before.ids, token), (*before.logprobs, logprob))
+            if token not in self.stops:
+                continued.append(beam)
+                parents.append(parent)
+            elif rank < width:
+                self.finished.add(beam, "stop")
+            if len(continued) == width:
+                break
+        if self.finished.is_done(best[0][0], length):
+            return True
+        self.common = len(self.prompt) if len(continued) <= len(self.beams) else 0  # new rows need the prompt's too
+        self.beams, self.parents = continued, parents
+        if length < self.request.max_new_tokens and continued:
+            return False
+        for beam in continued:
+            self.finished.add(beam, "length")
+        return True
+
+
+def check_options(request: BeamRequest) -> None:
+    """Raise ConfigError for options of a search that cannot work."""
+    width, new, samples = request.beam_width, request.max_new_tokens, request.num_samples
+    for name, value, holds, rule, cure in (
+        ("--beam-width", width, width >= 1, "must be at least 1", "Try 4"),
+        ("--max-new-tokens", new, new >= 1, "must be at least 1 for beam search", "Ask for more"),
+        ("--num-samples", samples, 1 <= samples <= width, f"must lie between 1 and {width}, the number of beams",
+         "Ask for fewer, or for more beams"),
+    ):  # fmt: skip
+        if not holds:
+            raise ConfigError(problem(name, value, rule, cure))
+
+
 def beam_search(
     model: TextModel | Runtime | nn.Module, prompt_ids: list[int], *, prompt: str | None = None, beam_width: int = 4,
     num_samples: int | None = None, max_new_tokens: int = 64, length_penalty: float = 1.0,
@@ -70,83 +169,48 @@ def beam_search(
 
     Raises ConfigError for options that cannot work and for a prompt that is too long for the model.
     """
-    num_samples = beam_width if num_samples is None else num_samples
-    for name, value, holds, rule, cure in (
-        ("beam_width", beam_width, beam_width >= 1, "must be at least 1", "Try 4"),
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "must be at least 1 for beam search", "Ask for more"),
-        ("num_samples", num_samples, 1 <= num_samples <= beam_width,
-         f"must lie between 1 and {beam_width}, the number of beams", "Ask for fewer, or for more beams"),
-    ):  # fmt: skip
-        if not holds:
-            raise ConfigError(problem(f"--{name.replace('_', '-')}", value, rule, cure))
     model = TextModel.of(model)
-    if not prompt_ids:
-        prompt_ids = tokenize_prompts(model, None)[0].prompt_ids
-    check_length(model.config, len(prompt_ids), max_new_tokens)
-    tokenizer, encoder_decoder = model.tokenizer, bool(model.config.decoder_layers)
     if stop_token_ids is None:
         stop_token_ids = () if model.end_token is None else (model.end_token,)
-    if encoder_decoder:
-        lengths = max_new_tokens + 1, len(prompt_ids)
-        first = PrefillChunk(0, [model.decoder_start], source=prompt_ids)
-    else:
-        lengths = len(prompt_ids) + max_new_tokens, 0
-        first = PrefillChunk(0, prompt_ids)
-    runner = runner_of(model, beam_width, *lengths, batch_invariant=False)  # no other requests share the cache
-    finished = BeamHypotheses(beam_width, length_penalty)
+    request = BeamRequest(
+        prompt_ids=prompt_ids or tokenize_prompts(model, None)[0].prompt_ids, beam_width=beam_width,
+        num_samples=beam_width if num_samples is None else num_samples, max_new_tokens=max_new_tokens,
+        length_penalty=length_penalty, stop_token_ids=stop_token_ids,
+    )  # fmt: skip
+    best = search(model, request)
+    if prompt is None and model.tokenizer is not None:
+        prompt = model.tokenizer.decode(request.prompt_ids)
+    answer = bool(model.config.decoder_layers)
+    read = Completion(prompt_ids=list(request.prompt_ids), prompt=prompt, answer=answer)
+    return completions_of(best, read, model, logprobs)
+
+
+def search(model: TextModel, request: BeamRequest) -> tuple[Hypothesis, ...]:
+    """The results of a search, from its first step to its last. Raises the errors of `beam_search`."""
+    beams = BeamSearch(model, request)
+    check_length(model.config, len(request.prompt_ids), request.max_new_tokens)
     with model.evaluating():
-        _search(runner, first, finished, max_new_tokens, set(stop_token_ids))
-    completions = []
-    if prompt is None and tokenizer is not None:
-        prompt = tokenizer.decode(prompt_ids)
-    for score, beam, finish in finished.best[:num_samples]:
-        completion = Completion(
-            prompt_ids=prompt_ids, ids=list(beam.ids), prompt=prompt, score=score, finish=finish,
-            logprobs=list(beam.logprobs) if logprobs else None, answer=encoder_decoder,
+        while not beams.step():
+            pass
+    return beams.best
+
+
+def completions_of(
+    best: Sequence[Hypothesis], prompt: Completion, model: TextModel, logprobs: bool
+) -> list[Completion]:  # fmt: skip
+    """A Completion of each hypothesis. prompt: one without continuation."""
+    completions, tokenizer = list[Completion](), model.tokenizer
+    for each in best:
+        completion = dataclasses.replace(
+            prompt, ids=list(each.ids), score=each.score, finish=each.finish,
+            logprobs=list(each.logprobs) if logprobs else None,
         )  # fmt: skip
         if tokenizer is not None:
             stream = completion.stream(tokenizer)
-            text_ids = beam.ids[:-1] if finish == "stop" else beam.ids
+            text_ids = each.ids[:-1] if each.finish == "stop" else each.ids
             completion.continuation = "".join(map(stream.push, text_ids)) + stream.finish()
         completions.append(completion)
     return completions
-
-
-@torch.no_grad()
-def _search(
-    runner: ModelRunner, first: PrefillChunk, finished: BeamHypotheses, max_new_tokens: int, stops: Set[int]
-) -> None:
-    width, prompt_length, vocabulary = finished.size, len(first.ids), runner.model.config.vocab_size
-    source_lengths = [len(first.source)] * width if first.source else []
-    beams, logits = [Beam()], runner.prefill([first])  # read once; the rows of the other beams are copies
-    for length in range(1, max_new_tokens + 1):
-        # A beam has len(stops) continuations that stop: among so many at least `width` go on.
-        number = min((1 + max(1, len(stops))) * width, len(beams) * vocabulary)
-        compute = functools.partial(_likeliest, logits, [beam.total for beam in beams], number)
-        best = runner.broadcast(compute, (number, 3)).tolist()
-        continued, parents = list[Beam](), list[int]()
-        for rank, (total, index, logprob) in enumerate(best):
-            parent, token = divmod(int(index), vocabulary)
-            beam = Beam(total, (*beams[parent].ids, token), (*beams[parent].logprobs, logprob))
-            if token not in stops:
-                continued.append(beam)
-                parents.append(parent)
-            elif rank < width:
-                finished.add(beam, "stop")
-            if len(continued) == width:
-                break
-        if finished.is_done(best[0][0], length):
-            return
-        kept = prompt_length if len(continued) <= len(beams) else 0  # rows that are new need the prompt's keys too
-        beams = continued
-        if length == max_new_tokens:
-            break
-        position = prompt_length + length - 1  # of the beams' newest tokens
-        runner.cache.select(torch.tensor(parents, device=runner.cache.device), position, start=kept)
-        tokens = [beam.ids[-1] for beam in beams]
-        logits = runner.decode(range(len(beams)), tokens, [position] * len(beams), source_lengths[: len(beams)])
-    for beam in beams:
-        finished.add(beam, "length")
 
 
 def _likeliest(logits: Tensor | None, totals: Sequence[float], number: int) -> Tensor:

@@ -86,7 +86,8 @@ class KVCache:
     @property
     def bytes_in_use(self) -> int:
         """Memory of the positions that requests have reserved."""
-        return sum(map(self.bytes_of, self.reserved))
+        lengths = list(self.reserved.values())  # a copy, because a server asks from another thread
+        return sum(self._bytes(*each) for each in lengths)
 
     def bytes_of(self, request: int) -> int:
         """Memory of the positions that one request has reserved."""

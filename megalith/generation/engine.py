@@ -14,6 +14,8 @@ results (runner.py). Measured to hold bit for bit on CPUs in float32 with PyTorc
 An engine for one request at a time uses the faster products of one row, whose results agree with the others to
 rounding.
 
+A beam search makes a step beside each step of the others, on a cache of its own, one search after the other.
+
 Over several processes each runs the same Engine on the same requests, so that no commands are sent; what is drawn,
 where logits are, is broadcast (parallel/runner.py).
 """
@@ -28,25 +30,28 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from megalith.common.errors import ConfigError, DataError, problem
+from megalith.common.errors import CheckpointError, ConfigError, DataError, MegalithError, problem
 from megalith.config.flags.text import Words
+from megalith.generation.beam import BeamSearch, check_options
 from megalith.generation.logprobs import measure, top_of
 from megalith.generation.model import TextModel, TooLong, check_length
 from megalith.generation.parallel.runner import bytes_per_row, runner_of
-from megalith.generation.penalties import check_tokens
+from megalith.generation.penalties import all_banned, check_tokens
 from megalith.generation.prefill import Prefill
 from megalith.generation.prefix import CHUNK, Prompt
-from megalith.generation.request import Event, PromptLogprobs, Request
-from megalith.generation.sampling import SamplingState, sample
+from megalith.generation.request import BeamRequest, Event, PromptLogprobs, Request
+from megalith.generation.sampling import SamplingState, not_numbers, sample
 from megalith.layers import random
 from megalith.runtime.build import Runtime
 
 __all__ = ["Engine", "Event", "Request"]
 
+NOT_NUMBERS, ALL_BANNED = -1, -2  # in place of a token that could not be drawn
+
 
 @dataclasses.dataclass(eq=False)
 class _ActiveRequest:
-    """A request that waits or runs. row: of the cache, once it runs."""
+    """A request that waits or runs. row: of the cache, once it runs. error: why its prompt could not be scored."""
 
     id: int
     request: Request
@@ -54,6 +59,7 @@ class _ActiveRequest:
     prompt: Prompt
     row: int = -1
     prompt_logprobs: PromptLogprobs = dataclasses.field(default_factory=PromptLogprobs)
+    error: MegalithError | None = None
 
 
 class Engine:
@@ -71,7 +77,8 @@ class Engine:
 
         max_batch_size: requests that run at one time; others wait. max_length: most tokens of a request, prompt and
         new ones together (for an encoder-decoder: of each); by default the model's max_position_embeddings.
-        max_cache_bytes: most memory for keys and values on a process; fewer requests then run at one time.
+        max_cache_bytes: most memory for keys and values on a process; fewer requests then run at one time. (Beam search
+        takes as much again, at most: a search has no more beams than requests run at one time.)
         prefill_tokens: of prompts read in one step, at least one chunk (of CHUNK tokens, or an encoder's whole text):
         running requests wait so long for their next token. prefix_caching: whether a prompt, or its beginning, that a
         row of the cache holds is copied instead of read again. compile: steps of as many rows run as one compiled
@@ -110,6 +117,7 @@ class Engine:
             self.runner, prefill_tokens, prefix_caching, lambda: self.text_model.decoder_start
         )
         self.running: list[_ActiveRequest] = []  # in the order of the cache's rows
+        self.searches: collections.deque[tuple[int, BeamSearch]] = collections.deque()  # the first runs, others wait
         self.pending_events: list[Event] = []  # events that no step has returned yet, because an error ended it
         self.next_id = 0
 
@@ -120,35 +128,37 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self.waiting or self.prefill.reading or self.running or self.pending_events)
+        return bool(self.waiting or self.prefill.reading or self.running or self.searches or self.pending_events)
 
-    def add(self, request: Request) -> int:
+    def add(self, request: Request | BeamRequest) -> int:
         """Queue a request and return its id. It waits while no row is free, and is refused where it could never fit.
 
-        Raises ConfigError for a request that is too long, DataError for unknown tokens.
+        Raises ConfigError for a request that is too long or has too many beams, DataError for unknown tokens.
         """
         self.check(request)
+        self.next_id += 1
+        if isinstance(request, BeamRequest):
+            self.searches.append((self.next_id - 1, BeamSearch(self.text_model, request)))
+            return self.next_id - 1
         ids, params = tuple(request.prompt_ids), request.params
         seed = self.runner.draw_seed() if params.seed is None else params.seed
         state = SamplingState(
             params=params, key=random.key(seed, "sample", request.index), banned_after=request.banned_after,
             prompt_ids=() if self.encoder_decoder else ids, first_position=1 if self.encoder_decoder else len(ids),
         )  # fmt: skip
-        self.next_id += 1
         self.waiting.append(_ActiveRequest(self.next_id - 1, request, state, Prompt(ids, whole=self.encoder_decoder)))
         return self.next_id - 1
 
-    def check(self, request: Request) -> None:
-        """Raise ConfigError or DataError for a request that `add` would refuse."""
-        params, c = request.params, self.text_model.config
-        prompt, new = len(request.prompt_ids), params.max_new_tokens
+    def check(self, request: Request | BeamRequest) -> None:
+        """Raise ConfigError or DataError for a request that `add` would refuse. Callable from any thread."""
+        c, prompt = self.text_model.config, len(request.prompt_ids)
+        new = (request if isinstance(request, BeamRequest) else request.params).max_new_tokens
         if not prompt:
             rule = "must hold at least one token"
             raise ConfigError(problem("prompt_ids", Words("none"), rule, "Give the end-of-document token"))
         if wrong := [i for i in request.prompt_ids if not 0 <= i < c.vocab_size]:
             rule = f"must be among the {c.vocab_size} tokens of the model's vocabulary, numbered from 0"
             raise DataError(problem("prompt_ids", wrong[0], rule, "Use the tokenizer that it was trained with"))
-        check_tokens(params, request.banned_after, c.vocab_size)
         check_length(c, prompt, new)
         need = max(prompt, new + 1) if self.encoder_decoder else prompt + new
         if need > self.max_length:
@@ -160,13 +170,25 @@ class Engine:
             raise TooLong(problem(what, Words(found), rule, cure))
         if self.encoder_decoder:
             self.text_model.decoder_start  # noqa: B018 raises where no tokenizer knows it
-            if params.prompt_logprobs:
+            if isinstance(request, Request) and request.params.prompt_logprobs:
                 rule = "must be off for an encoder-decoder, whose encoder predicts no token of the prompt"
                 raise ConfigError(problem("prompt_logprobs", True, rule, "Ask for logprobs"))
+        if isinstance(request, Request):
+            check_tokens(request.params, request.banned_after, c.vocab_size)
+            return
+        check_options(request)
+        if request.beam_width > self.max_batch_size:
+            rule = f"must be at most {self.max_batch_size}, the requests that the engine runs at one time"
+            cure = "Ask for fewer beams, or make an engine with a larger max_batch_size"
+            raise ConfigError(problem("--beam-width", request.beam_width, rule, cure))
 
     def cancel(self, id: int) -> bool:
         """Remove a request, waiting or running, and return whether there was one."""
         self.pending_events = [event for event in self.pending_events if event.id != id]
+        for search in self.searches:
+            if search[0] == id:
+                self.searches.remove(search)
+                return True
         for active in self.waiting:
             if active.id == id:
                 self.waiting.remove(active)
@@ -178,9 +200,11 @@ class Engine:
         return False
 
     def step(self) -> list[Event]:
-        """One more token for every running request, and the next chunks of the prompts of those that join them.
+        """One more token for every running request, the next chunks of the prompts of those that join them, and one
+        step of a beam search.
 
-        An error while prompts are read removes their requests; the tokens of the others come with the next step.
+        A request whose logits are not numbers ends, alone, with an event that has the error. Any other error while
+        prompts are read, or in a search, removes their requests; the tokens of the others come with the next step.
         """
         if self.running:
             logits = self.runner.decode(
@@ -193,6 +217,8 @@ class Engine:
         self._admit()
         if self.prefill.reading:
             self._read_prompts()
+        if self.searches:
+            self._search()
         events, self.pending_events = self.pending_events, []
         return events
 
@@ -208,6 +234,8 @@ class Engine:
         """Read chunks of prompts, and draw the first tokens of the requests whose prompts are complete."""
         try:
             self.prefill.read()
+            for active in [active for active in self.prefill.reading if active.error is not None]:
+                self._end_by_error(active, active.error)
             if complete := self.prefill.complete():
                 self._start(complete)
         except BaseException:  # the rows hold nothing from which the next step could continue
@@ -231,6 +259,25 @@ class Engine:
                 self.prefill.reading.remove(active)
                 bisect.insort(self.running, active, key=lambda each: each.row)
 
+    def _search(self) -> None:
+        """A step of the first beam search."""
+        id, search = self.searches.popleft()
+        try:
+            ended = search.step()
+        except CheckpointError as error:  # on all processes of the model
+            self.pending_events.append(Event(id=id, token=None, finish="error", error=error))
+            return
+        if ended:
+            self.pending_events.append(Event(id=id, token=None, finish=search.best[0].finish, beams=search.best))
+        else:
+            self.searches.appendleft((id, search))
+
+    def _end_by_error(self, active: _ActiveRequest, error: MegalithError | None) -> None:
+        """End a request whose row holds nothing that another could use."""
+        self.prefill.drop(active)
+        self._release(active)
+        self.pending_events.append(Event(id=active.id, token=None, finish="error", error=error))
+
     def _release(self, active: _ActiveRequest) -> None:
         self.cache.remove(active.id)
         (self.running if active in self.running else self.prefill.reading).remove(active)
@@ -243,13 +290,19 @@ class Engine:
 
         def compute() -> Tensor:
             assert logits is not None
-            tokens = sample(logits, states)
+            tokens, numbers = _draw(logits, states), logits
+            if wanted and tokens.amin() < 0:  # what is measured there is not used
+                numbers = logits.nan_to_num()
             columns = [tokens[:, None].double()]
-            return torch.cat(columns + [measure(logits, tokens, top)], dim=1) if wanted else columns[0]
+            return torch.cat(columns + [measure(numbers, tokens.clamp(min=0), top)], dim=1) if wanted else columns[0]
 
         results = self.runner.broadcast(compute, (len(rows), 2 + 2 * top if wanted else 1)).tolist()
         for active, (number, *numbers) in zip(rows, results):
             params, token, new_ids = active.state.params, int(number), active.state.new_ids
+            if token < 0:
+                banned = token == ALL_BANNED
+                self._end_by_error(active, all_banned(params, active.state.banned_after) if banned else not_numbers())
+                continue
             new_ids.append(token)
             last = len(new_ids) == params.max_new_tokens
             finish = "stop" if token in params.stop_token_ids else "length" if last else None
@@ -263,3 +316,13 @@ class Engine:
                 prompt=active.prompt_logprobs if wanted_prompt else None,
             )  # fmt: skip
             self.pending_events.append(event)
+
+
+def _draw(logits: Tensor, states: Sequence[SamplingState]) -> Tensor:
+    """As `sample`, with NOT_NUMBERS or ALL_BANNED for a row of which it raises that error."""
+    try:
+        return sample(logits, states)
+    except MegalithError as error:
+        if len(states) > 1:  # a row's token does not depend on the others
+            return torch.cat([_draw(logits[row : row + 1], [state]) for row, state in enumerate(states)])
+        return torch.tensor([ALL_BANNED if isinstance(error, ConfigError) else NOT_NUMBERS], device=logits.device)

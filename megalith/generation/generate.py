@@ -14,7 +14,7 @@ from torch import nn
 
 from megalith.common.errors import ConfigError, DataError, problem
 from megalith.config.flags.text import Words
-from megalith.generation.beam import beam_search
+from megalith.generation.beam import check_options, completions_of, search
 from megalith.generation.engine import Engine
 from megalith.generation.load import load
 from megalith.generation.model import TextModel, check_length
@@ -219,6 +219,7 @@ class Call:
             raise ConfigError(problem("params", found, "must be one for all prompts, or one for each", "Give so many"))
         self.params = [each.replace(**options) for each in params]
         self.prompts, self.rows, first = list[Completion](), list[list[PendingCompletion]](), 0
+        self.searches, self.found = dict[int, BeamRequest](), dict[int, Sequence[Hypothesis]]()
         for number, (prompt, each) in enumerate(zip(each_prompt, self.params)):
             completion = tokenize_prompt(self.model, prompt, number, each.add_bos)
             name = f"prompt {number}" if len(each_prompt) > 1 else "the prompt"
@@ -226,6 +227,8 @@ class Call:
             numbers = range(first, first + each.num_samples)
             self.prompts.append(completion)
             self.rows.append([PendingCompletion(row, completion, each, self.model) for row in numbers])
+            if each.beam_width is not None:
+                self.searches[first] = self._beam_request(completion, each)
             first += each.num_samples
 
     def refuse_beams(self) -> None:
@@ -260,35 +263,34 @@ class Call:
 
     def requests(self) -> Iterator[tuple[int, PendingCompletion | BeamRequest]]:
         """What an engine is to do, each with the number of its (first) completion."""
-        sampled = set(map(id, self.sampled()))
-        for prompt, params, rows in zip(self.prompts, self.params, self.rows):
-            if params.beam_width is not None:
-                yield rows[0].number, self._beam_request(prompt, params)
-            yield from ((row.number, row) for row in rows if id(row) in sampled)
+        yield from self.searches.items()
+        yield from ((row.number, row) for row in self.sampled())
 
     def take_beams(self, number: int, beams: Sequence[Hypothesis]) -> None:
-        """What the beam search of completion `number` has found."""
-        raise NotImplementedError
-
-    def _beam_request(self, prompt: Completion, params: GenerationParams) -> BeamRequest:
-        raise NotImplementedError
+        """Keep what an engine has found for the search of completion `number`."""
+        self.found[number] = beams
 
     def completions(self) -> list[Completion]:
-        """All completions, once `run` has ended."""
-        found = []
-        for prompt, each, rows in zip(self.prompts, self.params, self.rows):
-            found += [row.completion for row in rows] if each.beam_width is None else self._beams(prompt, each)
+        """All completions, once `run`, or an engine, has ended; searches that no engine did are done here."""
+        found = list[Completion]()
+        for prompt, params, rows in zip(self.prompts, self.params, self.rows):
+            if params.beam_width is None:
+                found += [row.completion for row in rows]
+                continue
+            number = rows[0].number
+            best = self.found.get(number) or search(self.model, self.searches[number])
+            found += completions_of(best, dataclasses.replace(prompt, echo=params.echo), self.model, params.logprobs)
         return found
 
-    def _beams(self, prompt: Completion, params: GenerationParams) -> list[Completion]:
+    def _beam_request(self, prompt: Completion, params: GenerationParams) -> BeamRequest:
         end_token = self.model.end_token if params.stop_at_eod else None
-        best = beam_search(
-            self.model, prompt.prompt_ids, prompt=prompt.prompt, beam_width=params.beam_width,
-            num_samples=params.num_samples, max_new_tokens=params.max_new_tokens,
-            length_penalty=params.length_penalty, logprobs=params.logprobs,
+        request = BeamRequest(
+            prompt_ids=prompt.prompt_ids, beam_width=params.beam_width or 1, num_samples=params.num_samples,
+            max_new_tokens=params.max_new_tokens, length_penalty=params.length_penalty,
             stop_token_ids=(*params.stop_token_ids, *(() if end_token is None else (end_token,))),
         )  # fmt: skip
-        return [dataclasses.replace(completion, echo=params.echo) for completion in best]
+        check_options(request)
+        return request
 
 
 def _run(engine: AnyEngine | None, rows: Sequence[PendingCompletion]) -> Iterator[Piece]:
@@ -310,6 +312,8 @@ def _run(engine: AnyEngine | None, rows: Sequence[PendingCompletion]) -> Iterato
                 for event in engine.step():
                     if event.id not in rows_by_id:
                         raise ConfigError(shared)
+                    if event.error is not None:
+                        raise event.error
                     row = rows_by_id[event.id]
                     text = row.push(event)
                     if row.done and event.finish is None:  # ended by its text, of which the engine does not know

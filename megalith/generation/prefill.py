@@ -8,6 +8,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from megalith.common.errors import CheckpointError, MegalithError
 from megalith.generation.cached_attention import PrefillChunk
 from megalith.generation.logprobs import measure, top_of
 from megalith.generation.prefix import Prompt
@@ -23,6 +24,7 @@ class Reading(Protocol):
     prompt: Prompt
     row: int
     prompt_logprobs: PromptLogprobs
+    error: MegalithError | None
 
 
 Active = TypeVar("Active", bound=Reading)
@@ -66,9 +68,9 @@ class Prefill(Generic[Active]):
         self.reading.append(active)
 
     def read(self) -> None:
-        """Read the next chunks of prompts, in order of arrival.
+        """Read the next chunks of prompts, in order of arrival. Those that cannot be scored get an `error`.
 
-        An error leaves the prompts that were being read unusable: `drop` their requests.
+        An error raised leaves the prompts that were being read unusable: `drop` their requests.
         """
         chunks, readers = self._next_chunks()
         if chunks:
@@ -81,7 +83,10 @@ class Prefill(Generic[Active]):
                 if active.prompt.complete and kept is not None:
                     active.prompt.logits = kept[-1].clone()  # not a view, which would keep the others alive
                 if active.request.params.prompt_logprobs:
-                    self._score(active, chunk, kept)
+                    try:
+                        self._score(active, chunk, kept)
+                    except CheckpointError as error:  # on all processes of the model
+                        active.error = error
             for active in self.reading:
                 self._copy(active)
 

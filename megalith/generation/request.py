@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
+from megalith.common.errors import MegalithError
 from megalith.generation.params import SamplingParams
 
 TopLogprobs: TypeAlias = tuple[tuple[int, float], ...]  # (token, natural logarithm of its probability), likeliest first
@@ -27,7 +28,10 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BeamRequest:
-    """A prompt whose likeliest continuations are searched for; see `beam_search` for the options."""
+    """A prompt whose likeliest continuations are searched for; see `beam_search` for the options.
+
+    num_samples: how many of them are wanted, at most beam_width.
+    """
 
     prompt_ids: Sequence[int]
     beam_width: int
@@ -63,9 +67,9 @@ class Event:
 
     token: None where no new token was requested (max_new_tokens 0). logprob: natural logarithm of the probability that
     the model gave the token, before penalties, temperature and filters, where requested; top_logprobs: the likeliest
-    tokens with theirs. finish: why the request ended with this event, "stop" or "length"; None where it continues.
-    prompt: with the first event of a request that asked for prompt_logprobs. beams: of a BeamRequest, whose only event
-    has all of them, best first.
+    tokens with theirs. finish: why the request ended with this event, "stop", "length" or "error"; None where it
+    continues. error: why it could not be continued; other requests are not concerned. prompt: with the first event of a
+    request that asked for prompt_logprobs. beams: of a BeamRequest, whose only event has all of them, best first.
     """
 
     id: int
@@ -75,3 +79,4 @@ class Event:
     finish: str | None = None
     prompt: PromptLogprobs | None = None
     beams: tuple[Hypothesis, ...] = ()
+    error: MegalithError | None = None

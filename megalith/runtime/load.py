@@ -104,8 +104,10 @@ def open_weights(
     format, options = formats.recognise(source), as_mapping(options)
     if format != "megalith":
         return formats.read(source, format, options if iteration is None else {**options, "iteration": iteration})
-    check_no_overrides(source, options.get("overrides", {}))
     found = checkpoint.find(source, iteration)
+    if overrides := options.get("overrides"):
+        stored = read_megalith(found).config.flat()
+        check_no_overrides(source, [name for name, value in overrides.items() if stored[name] != value])
     verify_on_all_ranks(found, Ranks())
     return read_megalith(found)
 
@@ -116,11 +118,11 @@ def model_tensors(source: Weights) -> dict[str, Lazy]:
 
 
 def check_no_overrides(source: pathlib.Path, overrides: Collection[str]) -> None:
-    """Raise ConfigError where fields of the config are overridden for a checkpoint of megalith."""
+    """Raise ConfigError where fields of the config of a checkpoint of megalith are given other values."""
     if overrides:
         flags = ", ".join(map(flag, sorted(overrides)))
-        rule = "is a checkpoint of megalith, which holds all fields of its model and takes none"
-        cure = "Leave it out; it is for other formats, whose files may lack it"
+        rule = "is a checkpoint of megalith, which holds all fields of its model and takes no others"
+        cure = "Leave it out, or give the value that the checkpoint has"
         raise ConfigError(problem(f"{source}", Words(flags), rule, cure))
 
 

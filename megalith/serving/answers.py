@@ -105,6 +105,8 @@ def _body(text: str, status: int, param: str | None, code: str | None) -> dict[s
 async def _on_error(request: Request, error: Exception) -> Response:
     retry_after = getattr(error, "retry_after", None)
     headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
+    if status_of(error) == 503:  # the server is about to end
+        headers["Connection"] = "close"
     return JSONResponse(error_body(error), status_of(error), headers)
 
 

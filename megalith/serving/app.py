@@ -12,6 +12,7 @@ from megalith.serving import megatron_api, observability
 from megalith.serving.answers import add_error_handlers
 from megalith.serving.openai import routes as openai_routes
 from megalith.serving.page import routes as page_routes
+from megalith.serving.security import guard
 from megalith.serving.service import Service
 
 DESCRIPTION = "Text out of a trained model: Megatron's PUT /api, and OpenAI's completions and chat completions."
@@ -24,10 +25,16 @@ def create_app(service: Service) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.start()
         yield
+        await service.stop()
 
-    app = FastAPI(title="megalith", version=__version__, description=DESCRIPTION, lifespan=lifespan)
+    # FastAPI's own pages of the schema load scripts of another site; /openapi.json remains.
+    app = FastAPI(
+        title="megalith", version=__version__, description=DESCRIPTION, lifespan=lifespan, docs_url=None, redoc_url=None
+    )  # fmt: skip
     app.state.service = service
     for module in (megatron_api, openai_routes, observability, page_routes):
         app.include_router(module.router(service))
     add_error_handlers(app)
+    service.metrics.watch(service)
+    guard(app, service)
     return app

@@ -40,6 +40,18 @@ class NotFound(ServingError):
     status = 404
 
 
+class Forbidden(ServingError):
+    """The request comes from a page of another site, or is meant for another host."""
+
+    status = 403
+
+
+class TooSlow(ServingError):
+    """The body took too long to arrive."""
+
+    status = 408
+
+
 class TooLarge(ServingError):
     """The body is larger than --max-body-bytes."""
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
+import re
 
 from megalith.common.errors import ConfigError, problem
 from megalith.config.flags.text import flag
 from megalith.config.options import option
+from megalith.serving.token_file import read_token
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,9 @@ class ServeOptions:
                 raise ConfigError(problem(flag(each.name), value, rule, cure))
         if self.port > 65535:
             raise ConfigError(problem("--port", self.port, "must be at most 65535", "Try 5000"))
-        if self.token_file is not None and not pathlib.Path(self.token_file).is_file():
-            rule = "must name a file that exists"
-            raise ConfigError(problem("--token-file", self.token_file, rule, "Correct the path"))
+        if self.token_file is not None:
+            read_token(self.token_file)  # refused now, and not after minutes of loading a model
+        for origin in self.allow_origins:
+            if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/\sA-Z]+", origin):
+                rule = "must be an origin as browsers send it: scheme://host or scheme://host:port, in small letters"
+                raise ConfigError(problem("--allow-origins", origin, rule, "Try https://example.com, or * for all"))

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
-from megalith.common.errors import MegalithError
+from megalith.common.errors import ConfigError, MegalithError, problem
+from megalith.generation.cache import KVCache
+from megalith.generation.engine import Engine
 from megalith.generation.generate import AnyEngine, Call
 from megalith.generation.params import GenerationParams
-from megalith.generation.prompts import Completion, Prompts
+from megalith.generation.prompts import Completion, Prompts, prompt_list
+from megalith.generation.request import BeamRequest
+from megalith.serving.access_log import count_tokens
 from megalith.serving.engine_thread import EngineThread, Job, Update
-from megalith.serving.errors import Busy, Failed, TimedOut, Unavailable
+from megalith.serving.errors import Busy, TimedOut, Unavailable
 from megalith.serving.metrics import Metrics
 from megalith.serving.options import ServeOptions
+from megalith.serving.ranks import first_line
+
+LONGEST_STEP = 10.0  # seconds that the end of a server waits for the engine's current step
+MOST_TEXTS = 1024  # of one request, beyond Megatron's 128 prompts with OpenAI's 8 or so samples
 
 
 class Service:
@@ -27,38 +36,63 @@ class Service:
 
     def __init__(self, engine: AnyEngine, name: str, options: ServeOptions, metrics: Metrics):
         """name: of the model, for clients."""
-        self.engine, self.model, self.name, self.options, self.metrics = (
-            engine,
-            engine.text_model,
-            name,
-            options,
-            metrics,
-        )
+        self.engine, self.model, self.name = engine, engine.text_model, name
+        self.options, self.metrics = options, metrics
         self.created, self.active = int(time.time()), set[Submission]()
         self.thread = EngineThread(engine, after_step=self._flush, on_failure=self._failed)
         self.outbox: list[tuple[Submission, Update | MegalithError]] = []  # of the engine's thread, until its step ends
         self.failure: str | None = None  # why the model is lost
-        self.draining = False
+        self.draining, self.lost = False, asyncio.Event()
         self.loop: asyncio.AbstractEventLoop | None = None
+        self.watcher: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Start to work."""
         self.loop = asyncio.get_running_loop()
+        self.watcher = self.loop.create_task(self._watch())
         self.thread.start()
+
+    async def stop(self) -> bool:
+        """End what still runs, and the engine's thread; whether that has ended, too."""
+        if self.watcher is not None:
+            self.watcher.cancel()
+        self.give_up()
+        return await asyncio.to_thread(self.thread.stop, LONGEST_STEP if self.failure is None else 1.0)
 
     @property
     def trouble(self) -> str | None:
         """Why no request is taken now; None where all is well."""
-        if self.failure is not None:
-            return self.failure
-        if self.thread.seconds_since_sign() > self.options.stall_timeout:
-            return f"the model has not ended a step in {self.options.stall_timeout:g} seconds (--stall-timeout)"
-        return "the server is ending" if self.draining else None
+        return self.failure or ("the server is ending" if self.draining else None)
+
+    async def _watch(self) -> None:
+        """Notice an engine that hangs."""
+        limit = self.options.stall_timeout
+        while self.thread.seconds_since_sign() <= limit:
+            await asyncio.sleep(1.0)
+        self._fail(f"the model has not ended a step in {limit:g} seconds (--stall-timeout)")
 
     @property
     def unfinished(self) -> int:
         """Texts that run or wait."""
         return sum(submission.unfinished for submission in self.active)
+
+    @property
+    def waiting(self) -> int:
+        """Texts that wait until others end."""
+        return max(0, self.unfinished - self.engine.max_batch_size)
+
+    @property
+    def running(self) -> int:
+        """Texts that are being read or written."""
+        return self.unfinished - self.waiting
+
+    @property
+    def cache(self) -> KVCache:
+        """Keys and values of this process."""
+        engine = self.engine
+        while not isinstance(engine, Engine):
+            engine = engine.engine
+        return engine.cache
 
     async def submit(self, prompts: Prompts, params: GenerationParams | Sequence[GenerationParams]) -> Submission:
         """Queue texts; see `complete` for prompts and params. The submission must be entered by `with`.
@@ -67,40 +101,64 @@ class Service:
         errors of `complete` for what the model cannot do.
         """
         self._check_open()
-        call = await run_in_threadpool(
-            Call, self.engine, prompts, params, {}
-        )  # a long prompt takes a while to tokenize
-        for row in call.sampled():
-            self.engine_check(row.request)
+        _check_number(prompts, params)
+        self._check_room(1)
+        call = await run_in_threadpool(self._prepare, prompts, params)  # a long prompt takes a while to tokenize
         self._check_open()
         submission = Submission(self, call)
-        waiting = self.unfinished + submission.unfinished - self.options.max_batch_size
-        if submission.unfinished and self.unfinished and waiting > self.options.max_waiting:
-            rule = f"at most {self.options.max_waiting} texts may wait (--max-waiting)"
-            raise Busy(f"the server is busy: {rule}; try again later.", retry_after=self.metrics.seconds_per_text())
+        self._check_room(submission.unfinished)
         return submission
 
-    def engine_check(self, request: Any) -> None:
-        """Raise what the engine would raise for a request, before anything of its call is generated."""
-        getattr(self.engine, "engine", self.engine).check(request)
+    def _prepare(self, prompts: Prompts, params: GenerationParams | Sequence[GenerationParams]) -> Call:
+        """A call of which the engine refuses nothing."""
+        call = Call(self.engine, prompts, params, {})
+        for _, each in call.requests():
+            self.engine.check(each if isinstance(each, BeamRequest) else each.request)
+        return call
 
     def _check_open(self) -> None:
-        if (trouble := self.trouble) is not None:
-            raise Unavailable(f"{trouble}; ask another server, or this one later.", retry_after=5)
+        if self.trouble is not None:
+            raise Unavailable(f"{self.trouble}; ask another server, or this one later.", retry_after=5)
+
+    def _check_room(self, texts: int) -> None:
+        waiting = self.unfinished + texts - self.engine.max_batch_size
+        if texts and self.unfinished and waiting > self.options.max_waiting:
+            rule = f"at most {self.options.max_waiting} texts may wait (--max-waiting)"
+            retry_after = self.metrics.seconds_per_text(self.unfinished)
+            raise Busy(f"the server is busy: {rule}; try again later.", retry_after)
 
     def fail(self, why: str) -> None:
         """The model is lost: end every submission. Callable from any thread."""
-        self.loop.call_soon_threadsafe(self._fail, why)
+        self._call(self._fail, why)
 
     def _fail(self, why: str) -> None:
         if self.failure is None:
             self.failure = why
-            for submission in list(self.active):
-                submission.end(Unavailable(why, retry_after=5))
+            self._end_all(self.unavailable())
+            self.lost.set()
+
+    def unavailable(self) -> Unavailable:
+        """What texts get that the lost model has not completed."""
+        return Unavailable(f"the model is lost: {self.failure}.", retry_after=5)
+
+    def give_up(self) -> None:
+        """Take nothing more, and end every submission that is not complete."""
+        self.draining = True
+        self._end_all(Unavailable("the server has ended before this text was complete; ask again.", retry_after=5))
+
+    def _end_all(self, error: MegalithError) -> None:
+        for submission in list(self.active):
+            submission.end(error)
 
     def _failed(self, error: BaseException) -> None:
         self._flush()
-        self.fail(f"the engine has failed: {type(error).__name__}: {error}")
+        self.fail(f"the engine has failed: {type(error).__name__}: {first_line(error)}")
+
+    def _call(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Call a function in the event loop, if that still runs; nobody waits for anything after its end."""
+        if self.loop is not None:
+            with contextlib.suppress(RuntimeError):
+                self.loop.call_soon_threadsafe(function, *arguments)
 
     def deliver(self, submission: Submission, update: Update | MegalithError) -> None:
         """Keep what the engine's thread has for a submission until its step ends."""
@@ -109,7 +167,7 @@ class Service:
     def _flush(self) -> None:
         if self.outbox:
             outbox, self.outbox = self.outbox, []
-            self.loop.call_soon_threadsafe(self._hand_out, outbox)
+            self._call(self._hand_out, outbox)
 
     @staticmethod
     def _hand_out(outbox: list[tuple[Submission, Update | MegalithError]]) -> None:
@@ -117,16 +175,26 @@ class Service:
             submission.put(update)
 
 
+def _check_number(prompts: Prompts, params: GenerationParams | Sequence[GenerationParams]) -> None:
+    """Raise ConfigError for more texts than a request may ask for, before each takes memory."""
+    number, each = len(prompt_list(prompts)), params
+    texts = number * params.num_samples if isinstance(params, GenerationParams) else sum(p.num_samples for p in each)
+    if texts > MOST_TEXTS:
+        rule, cure = f"must be at most {MOST_TEXTS} for one request", "Send several requests"
+        raise ConfigError(problem("the number of texts (prompts times num_samples)", texts, rule, cure))
+
+
 class Submission:
     """The texts of one request. As a context manager it is given to the engine, and cancelled if left early.
 
     `async for updates in submission` gives lists of updates, all since the last; `completions` waits for all texts.
+    Texts of which nothing is asked for, neither new tokens nor scores, are complete from the start.
     """
 
     def __init__(self, service: Service, call: Call):
         self.service, self.call = service, call
-        self.jobs = [Job(number, each, self._deliver) for number, each in call.requests()]
-        self.running = {job.number: job for job in self.jobs}
+        self.running = {number: Job(number, each, self._deliver) for number, each in call.requests()}
+        self.tokens = count_tokens()
         self.updates, self.arrived, self.error = list[Update](), asyncio.Event(), None
         self.started, self.seen = time.monotonic(), dict[int, float]()  # number -> when its last token came
 
@@ -140,19 +208,23 @@ class Submission:
 
     def __enter__(self) -> Submission:
         self.service.active.add(self)
+        prompt_tokens = sum(len(prompt.prompt_ids) for prompt in self.call.prompts)
+        self.service.metrics.prompt(prompt_tokens)
+        self.tokens.prompt += prompt_tokens
         self.timer = asyncio.get_running_loop().call_later(self.service.options.request_timeout, self._time_out)
-        for job in self.jobs:
+        if self.service.failure is not None:  # since `submit`
+            self.end(self.service.unavailable())
+        for job in self.running.values():
             self.service.thread.add(job)
         return self
 
     def __exit__(self, *error: object) -> None:
         self.timer.cancel()
-        if self.running:
-            self.service.metrics.cancelled(len(self.running))
         self._cancel()
         self.service.active.discard(self)
 
     def _cancel(self) -> None:
+        self.service.metrics.cancelled(len(self.running))
         for job in self.running.values():
             self.service.thread.cancel(job)
         self.running.clear()
@@ -162,15 +234,16 @@ class Submission:
         self.end(TimedOut(f"the request {rule}; ask for fewer tokens."))
 
     def end(self, error: MegalithError) -> None:
-        """End all of its texts with an error."""
-        self.error = self.error or error
-        self._cancel()
-        self.arrived.set()
+        """End all of its texts with an error, unless they are complete."""
+        if self.running:
+            self.error = error
+            self._cancel()
+            self.arrived.set()
 
     def put(self, update: Update | MegalithError) -> None:
         """Take what came from the engine; in the event loop."""
         if isinstance(update, MegalithError):
-            self.end(Failed(str(update)))
+            self.end(update)
             return
         if update.number not in self.running:  # cancelled meanwhile
             return
@@ -178,7 +251,11 @@ class Submission:
         if update.token is not None:
             self.service.metrics.token(now - (last or self.started), first=last is None)
             self.seen[update.number] = now
+            self.tokens.new += 1
         if update.beams:
+            new_tokens = sum(len(beam.ids) for beam in update.beams)
+            self.service.metrics.tokens(new_tokens)
+            self.tokens.new += new_tokens
             self.call.take_beams(update.number, update.beams)
         if update.done:
             del self.running[update.number]
@@ -189,7 +266,8 @@ class Submission:
     async def __aiter__(self) -> AsyncIterator[list[Update]]:
         """Lists of updates, until all texts are complete. Raises what ended them."""
         while self.running or self.updates or self.error:
-            await self.arrived.wait() if not (self.updates or self.error) else None
+            if not (self.updates or self.error):
+                await self.arrived.wait()
             self.arrived.clear()
             if self.updates:
                 updates, self.updates = self.updates, []

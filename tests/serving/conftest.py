@@ -12,6 +12,7 @@ import uvicorn
 from megalith.generation.model import TextModel
 from megalith.generation.parallel.replicas import engine_of
 from megalith.serving.app import create_app
+from megalith.serving.connections import Connection
 from megalith.serving.metrics import Metrics
 from megalith.serving.options import ServeOptions
 from megalith.serving.service import Service
@@ -25,7 +26,9 @@ def serving(model: TextModel, **options: Any) -> Iterator[tuple[str, Service]]:
     names = ("max_batch_size", "max_length", "max_cache_bytes")
     engine = engine_of(model, **{name: getattr(given, name) for name in names})
     service = Service(engine, given.model_name or "tiny", given, Metrics())
-    server = uvicorn.Server(uvicorn.Config(create_app(service), port=0, log_level="warning"))
+    server = uvicorn.Server(
+        uvicorn.Config(create_app(service), port=0, log_level="warning", access_log=False, http=Connection)
+    )
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

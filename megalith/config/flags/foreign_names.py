@@ -16,10 +16,6 @@ _FINETUNING = (
     "finetuning on tasks and instructions is not there yet; megalith pretrain MODEL --load X --save Y --finetune "
     "trains those weights on new text"
 )
-_SERVER = (
-    "a text server is not there yet; megalith generate writes text, and a folder of `megalith checkpoint export "
-    "--to huggingface` can be served by vLLM"
-)
 _RETRIEVAL = "retrieval models (ICT, REALM, open-domain question answering) are not there yet; only the ICT dataset is"
 _RETRO = "Retro is not there yet; a GPT is trained by megalith pretrain gpt"
 _CORPUS = "cleaning and deduplicating a corpus is not there yet; megalith data preprocess takes JSON lines as they are"
@@ -81,6 +77,11 @@ _ANSWERS = (
         "inference "
         "text_generation complete run_generation",
     ),
+    (
+        "it is `megalith serve PATH` here (and examples/run_text_generation_server_345M.sh)",
+        "server run_text_generation_server text_generation_server run_text_generation_server_345m",
+    ),
+    ("it is `megalith ask HOST` here; with --megatron it asks and prints as that script", "text_generation_cli"),
     ("it is megalith.generate_tokens here (megalith.generate for texts)", "megatron_generate"),
     ("it is `megalith config` here", "init wizard new"),
     (
@@ -145,11 +146,6 @@ _ANSWERS = (
         _FINETUNING,
         "finetune sft chat lora race mnli qqp --train-data --pretrained-checkpoint --epochs --lora-rank --lora-alpha "
         "peft",
-    ),
-    (
-        _SERVER,
-        "serve server run_text_generation_server text_generation_server text_generation_cli ask "
-        "run_text_generation_server_345m --port",
     ),
     (
         _RETRIEVAL,

@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from megalith.common.errors import MegalithError
 from megalith.generation.parallel.replicas import AnyEngine
-from megalith.generation.request import Event, Request
+from megalith.generation.request import BeamRequest, Event, Request
 
 FOREVER = datetime.timedelta(days=365)  # an idle driver calls no step
 CLOSED = -1  # in place of a number of bytes
@@ -48,9 +48,14 @@ class Driver:
         """Whether a step would do anything."""
         return self.engine.busy
 
-    def add(self, request: Request) -> int:
+    def check(self, request: Request | BeamRequest) -> None:
+        """As Engine.check."""
+        self.engine.check(request)
+
+    def add(self, request: Request | BeamRequest) -> int:
         """As Engine.add."""
-        if request.params.seed is None:  # which the engine would draw together with the others
+        # The engine would draw it together with the others.
+        if isinstance(request, Request) and request.params.seed is None:
             seeded = dataclasses.replace(request.params, seed=secrets.randbits(63))
             request = dataclasses.replace(request, params=seeded)
         id = self.engine.add(request)

@@ -16,7 +16,7 @@ from torch import nn
 from megalith.generation.engine import Engine
 from megalith.generation.model import TextModel
 from megalith.generation.parallel.runner import Seeds, as_error, as_text
-from megalith.generation.request import Event, Request
+from megalith.generation.request import BeamRequest, Event, Request
 from megalith.runtime.build import Runtime
 
 MESSAGE_BYTES, EVENT_BYTES = 256, 96  # of a usual message, besides its events, and of each of these
@@ -35,7 +35,7 @@ class ReplicatedEngine:
         self.engine = Engine(self.text_model, max_batch_size=-(-max_batch_size // self.number), **options)
         self.max_length = self.engine.max_length
         self.max_batch_size = min(max_batch_size, self.engine.max_batch_size * self.number)
-        self.waiting: collections.deque[tuple[int, Request]] = collections.deque()
+        self.waiting: collections.deque[tuple[int, Request | BeamRequest]] = collections.deque()
         self.running: dict[int, int] = {}  # request -> its replica
         self.pending_events: list[Event] = []  # events that no step has returned yet, because an error ended it
         self.seeds, self.next_id = Seeds(mesh, mesh.device_mesh.mesh_dim_names or ()), 0
@@ -49,10 +49,14 @@ class ReplicatedEngine:
         """Whether a step would do anything."""
         return bool(self.waiting or self.running or self.pending_events)
 
-    def add(self, request: Request) -> int:
-        """As Engine.add."""
+    def check(self, request: Request | BeamRequest) -> None:
+        """As Engine.check. A replica does a beam search as a whole."""
         self.engine.check(request)
-        if request.params.seed is None:
+
+    def add(self, request: Request | BeamRequest) -> int:
+        """As Engine.add."""
+        self.check(request)
+        if isinstance(request, Request) and request.params.seed is None:
             request = dataclasses.replace(request, params=dataclasses.replace(request.params, seed=self.seeds.draw()))
         self.waiting.append((self.next_id, request))
         self.next_id += 1
@@ -109,7 +113,8 @@ class ReplicatedEngine:
 def _held(engine: Engine) -> set[int]:
     """The requests of which an engine still returns events."""
     active = (*engine.waiting, *engine.prefill.reading, *engine.running)
-    return {each.id for each in active} | {event.id for event in engine.pending_events}
+    others = (*(id for id, _ in engine.searches), *(event.id for event in engine.pending_events))
+    return {each.id for each in active}.union(others)
 
 
 AnyEngine: TypeAlias = Engine | ReplicatedEngine

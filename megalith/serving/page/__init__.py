@@ -1,1 +1,1 @@
-"""To be written."""
+"""The page at `/`, on which people try the model; static/ has its files."""

@@ -59,7 +59,7 @@ def test_nothing_that_exists_is_called_missing():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["serve"], "unknown verb serve: a text server is not there yet"),
+        (["tools/run_text_generation_server.py"], "it is `megalith serve PATH` here"),
         (["tools/preprocess_data.py"], "it is `megalith data preprocess` here"),
         (["data", "dedup"], "unknown verb dedup: cleaning and deduplicating"),
         (["data", "preproces"], "unknown verb preproces: did you mean preprocess?"),

@@ -1,6 +1,6 @@
 """What a training step costs through megalith.accelerate: beside `pretrain`'s own step, and plain Accelerate.
 
-    python benchmarks/accelerate.py          writes benchmarks/results/accelerate.txt (a quiet machine)
+    python benchmarks/accelerate_step.py     writes benchmarks/results/accelerate.txt (a quiet machine)
 
 The same GPT-2, weights and batches, AdamW, float32, one process. "door": the loop of a script with megalith.accelerate.
 "pretrain": train_step of megalith.training, which `megalith pretrain` runs. "accelerate": the same script with
@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-sys.path.pop(0)  # this folder, where `import accelerate` would find this file
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import accelerate

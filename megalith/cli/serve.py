@@ -1,0 +1,150 @@
+"""megalith serve: text out of a trained model over HTTP."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import sys
+from typing import Any
+
+from megalith.cli.load_flags import (
+    WHAT_TO_LOAD,
+    add_format_flags,
+    add_load_flags,
+    check_paths,
+    load_model,
+    model_fields,
+)
+from megalith.cli.option_flags import add_option_flags, given_options
+from megalith.common.errors import ConfigError, problem
+from megalith.common.extras import require
+from megalith.common.orphans import ends_with_launcher
+from megalith.config import environment
+from megalith.config.flags import flags
+from megalith.config.flags.text import Words
+from megalith.generation.params import GenerationParams
+from megalith.serving.options import ServeOptions
+
+EXAMPLE = """\
+examples:
+  megalith serve runs/demo/run
+  megalith serve Llama-3-8B --dtype bfloat16 --host 0.0.0.0 --token-file token.txt --max-length 8192
+  torchrun --nproc-per-node 4 -m megalith serve Llama-3-8B --tensor-model-parallel-size 4
+  curl localhost:5000/api -X PUT -H 'Content-Type: application/json' -d '{"prompts": ["Once"], "tokens_to_generate": 9}'
+  megalith ask localhost:5000 --prompt 'Once upon a time'
+
+A browser at the same address shows a page to try the model. /openapi.json describes every route, /health says whether
+the model is well, /metrics is for Prometheus. SIGTERM lets running requests end. Flags of Megatron's text generation
+server work as typed; those without a meaning here are named in a line.
+"""
+PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
+# Flags of Megatron's server that pretrain does not have: how many values they take, and what to do instead.
+OF_MEGATRONS_SERVER = {
+    "--out-seq-length": (1, "each request says tokens_to_generate, which is 64 by default"),
+    "--inference-batch-times-seqlen-threshold": (1, ""),
+    "--max-tokens-to-oom": (1, "--max-length and --max-cache-bytes bound the memory"),
+}
+INSTEAD = {"--seed": "each request may say random_seed", "--seq-length": "--max-length bounds prompt and text"}
+
+
+class ForTraining(argparse.Action):
+    """A flag that pretrain or Megatron's server has: one of the model's is kept, another is remembered to be named."""
+
+    def __init__(self, *args: Any, config_flag: flags.Flag, **options: Any):
+        super().__init__(*args, **options)
+        self.config_flag = config_flag
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:  # fmt: skip
+        known = self.config_flag
+        if known.refused and values not in known.harmless:
+            raise ConfigError(f"{option} cannot be used: {known.refused}")
+        sets = known.by_value.get(str(values), known.sets)
+        if sets and set(sets) <= set(model_fields()):
+            for name, value in sets.items():
+                setattr(namespace, name, values if value is flags.VALUE else str(value))
+        else:
+            namespace.unused = [*namespace.unused, option]
+
+
+def register(subparsers: argparse._SubParsersAction) -> None:
+    """Add the verb to the command line."""
+    parser = subparsers.add_parser(
+        "serve",
+        help="text out of a trained model over HTTP",
+        usage="megalith serve PATH [--FLAG VALUE ...]",
+        description="Text out of a trained model over HTTP: Megatron's PUT /api, OpenAI's completions and chat "
+        "completions, and a page to try them.",
+        epilog=EXAMPLE,
+    )
+    parser.add_argument("path", nargs="?", metavar="PATH", help=WHAT_TO_LOAD)
+    parser.add_argument("--load", metavar="PATH", help="the same, as Megatron names it")
+    add_load_flags(parser)
+    for name, dtype in (("--fp16", "float16"), ("--bf16", "bfloat16")):
+        parser.add_argument(name, action="store_const", dest="dtype", const=dtype, help=argparse.SUPPRESS)
+    add_option_flags(parser.add_argument_group("the server"), ServeOptions)
+    add_format_flags(parser)
+    _add_flags_for_training(parser)
+    parser.set_defaults(handler=serve, unused=[])
+
+
+def _add_flags_for_training(parser: argparse.ArgumentParser) -> None:
+    known = {name: flags.Flag(name, {}, nargs) for name, (nargs, _) in OF_MEGATRONS_SERVER.items()}
+    for name, each in {**flags.config_flags(), **known}.items():
+        if name not in parser._option_string_actions:
+            parser.add_argument(
+                name, dest="unused", action=ForTraining, config_flag=each, default=argparse.SUPPRESS,
+                nargs=None if each.nargs == 1 else each.nargs, help=argparse.SUPPRESS,
+            )  # fmt: skip
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Load a model and serve it; the exit status."""
+    if None not in (args.path, args.load) and args.path != args.load:
+        found = Words(f"{args.path} and {args.load}")
+        raise ConfigError(problem("PATH and --load", found, "must be one path", "Leave one of them out"))
+    args.load = args.load if args.path is None else args.path
+    if args.load is None:
+        cure = "Write megalith serve PATH: " + WHAT_TO_LOAD
+        raise ConfigError(problem("PATH", Words("nothing"), "must name what is served", cure))
+    options = ServeOptions(**given_options(args, ServeOptions))
+    GenerationParams(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)  # raises what is wrong
+    check_paths(args)
+    for package in PACKAGES:
+        require(package, "megalith serve")
+    if environment.rank() == 0:
+        for line in _notices(args, options):
+            print(f"megalith: {line}", file=sys.stderr, flush=True)
+    with ends_with_launcher():
+        from megalith.serving.server import serve_model  # here, because it imports torch
+
+        model = load_model(args)
+        return serve_model(model, options.model_name or _name(args.load), options)
+
+
+def _notices(args: argparse.Namespace, options: ServeOptions) -> list[str]:
+    lines = []
+    if unused := list(dict.fromkeys(args.unused)):
+        instead = {name: why for name, (_, why) in OF_MEGATRONS_SERVER.items()} | INSTEAD
+        texts = [f"{name} ({instead[name]})" if instead.get(name) else name for name in unused]
+        lines.append(f"flags that have no meaning for a server, and no effect: {', '.join(texts)}")
+    if options.token_file is None and not _is_loopback(options.host):
+        lines.append(
+            f"everybody who reaches {options.host} may use this server: --token-file FILE asks for a token, and "
+            "--host 127.0.0.1 is this machine alone"
+        )
+    return lines
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _name(path: str) -> str:
+    """The last part of a path or URL that says something."""
+    parts = [part for part in path.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+    return parts[-1] if parts else "model"
