@@ -132,3 +132,15 @@ def test_models(served):
     assert model.max_model_len == 200 and model.chat_template is False
     with pytest.raises(openai.NotFoundError, match="'other'"):
         client.models.retrieve("other")
+
+
+def test_beams(served, make):
+    wanted = complete(make(), "Once", beam_width=3, num_samples=2, max_new_tokens=5, logprobs=True, length_penalty=0.7)
+    body = {"prompt": "Once", "n": 2, "max_tokens": 5, "logprobs": 0, "temperature": 0, "length_penalty": 0.7}
+    got = post(served[0], {**body, "beam_width": 3})[1]["choices"]
+    assert [each["text"] for each in got] == [each.continuation for each in wanted]
+    for choice, each in zip(got, wanted):
+        assert choice["logprobs"]["token_logprobs"] == pytest.approx(each.logprobs, abs=1e-5)
+    two = complete(make(), "Once", beam_width=2, num_samples=2, max_new_tokens=5, length_penalty=0.7)
+    got = post(served[0], {**body, "use_beam_search": True})[1]["choices"]
+    assert [each["text"] for each in got] == [each.continuation for each in two]
