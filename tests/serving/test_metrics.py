@@ -85,6 +85,15 @@ def test_health_says_why_not(make):
             status, headers, _ = call(url, "PUT", "/api", {"prompts": ["a"]})
             assert status == 503 and int(headers["Retry-After"]) >= 1
             assert shown(url)["megalith_up"] == 0
+    with serving(make()) as (url, service):  # a model that hung once is lost for good
+        assert call(url, "GET", "/health")[0] == 200
+        service.draining = True
+        assert json.loads(call(url, "GET", "/health")[2])["reason"] == "the server is ending"
+        service.draining = False
+        service.fail("rank 1 is lost")
+        until(lambda: service.failure is not None)
+        status, _, body = call(url, "GET", "/health")
+        assert (status, json.loads(body)["reason"]) == (503, "rank 1 is lost")
 
 
 @pytest.mark.parametrize(
