@@ -6,10 +6,10 @@
 One model in a Hugging Face folder, with random weights, and the same requests for all, greedy and past the end of
 documents; each round has other prompts, because equal ones would be read once. "engine": all requests are queued at
 once in an Engine in this process, tokens in and tokens out. "megalith serve": the command, in a process of its own;
-clients in another (benchmarks/serve_clients.py) post all requests at once to /v1/completions and read streams. "h11 and
-asyncio": the same without httptools and uvloop. "transformers": benchmarks/serve_transformers.py, with the faster of
-that library's two caches; it answers when a batch is complete, so that its first token comes with its last. All have
-the same cores, the clients too. They take turns; each has a round that is not timed.
+clients in another (benchmarks/serve_clients.py) post all requests at once to /v1/completions and read streams.
+"transformers": benchmarks/serve_transformers.py, with the faster of that library's two caches; it answers when a batch
+is complete, so that its first token comes with its last. All have the same cores, the clients too. They take turns;
+each has a round that is not timed.
 
 tokens/s: new tokens over the time from the first connection to the end of the last answer; medians of the rounds. Times
 to the first token count from a request's connection, times between tokens from one event of a stream to the next; both
@@ -49,10 +49,8 @@ from megalith.generation.params import SamplingParams
 
 FOLDER = pathlib.Path(__file__).parent
 RESULT = FOLDER / "results" / "serve.txt"
-ENGINE, SERVER, PLAIN, PEER = "engine", "megalith serve", "megalith serve, h11 and asyncio", "transformers"
+ENGINE, SERVER, PEER = "engine", "megalith serve", "transformers"
 ASKED = {ENGINE: 0.90, PEER: 2.0}  # the server's tokens a second over those of the other, at least
-WITHOUT = "import sys; sys.modules |= dict.fromkeys(['httptools', 'uvloop']); "  # an import of them is an ImportError
-RUN = "from megalith.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
 
 class Ask(NamedTuple):
@@ -92,10 +90,9 @@ def main() -> None:
         write_model(args, folder)
         model = load(folder)
         engine = Engine(model, max_batch_size=args.rows)
-        serve = ["serve", folder, "--port", "0", "--max-batch-size", str(args.rows)]
+        serve = ["-m", "megalith", "serve", folder, "--port", "0", "--max-batch-size", str(args.rows)]
         peer = [str(FOLDER / "serve_transformers.py"), folder, "--rows", str(args.rows), "--cache"]
-        commands = {SERVER: ["-m", "megalith", *serve], PLAIN: ["-c", WITHOUT + RUN, *serve]}
-        commands |= {cache: [*peer, cache] for cache in CACHES}
+        commands = {SERVER: serve} | {cache: [*peer, cache] for cache in CACHES}
         urls = {name: stack.enter_context(server(each, args.threads)) for name, each in commands.items()}
         seeds = itertools.count(1)  # other prompts each time
         taken = {
@@ -109,7 +106,6 @@ def main() -> None:
         candidates = {
             ENGINE: lambda asks: alone(engine, asks),
             SERVER: lambda asks: through_server(urls[SERVER], asks),
-            PLAIN: lambda asks: through_server(urls[PLAIN], asks),
             PEER: lambda asks: through_peer(urls[cache], asks),
         }
         for run in candidates.values():
@@ -239,8 +235,8 @@ def table(lengths: str, clients: int, asked: Sequence[int], rounds: dict[str, li
     lines = [
         f"{clients} requests at once, {lengths} lengths; {statistics.mean(asked):.0f} new tokens a round, "
         f"{len(asked)} rounds",
-        f"{'':36}{'tokens/s':>9}{'ratio':>8}{'first token, ms':>20}{'between tokens, ms':>20}   same texts",
-        f"{'':36}{'':>17}" + f"{'p50':>10}{'p95':>10}" * 2,
+        f"{'':20}{'tokens/s':>9}{'ratio':>8}{'first token, ms':>20}{'between tokens, ms':>20}   same texts",
+        f"{'':20}{'':>17}" + f"{'p50':>10}{'p95':>10}" * 2,
     ]
     expected = [answer.text for each in rounds[ENGINE] for answer in each.answers]
     for name, runs in rounds.items():
@@ -253,7 +249,7 @@ def table(lengths: str, clients: int, asked: Sequence[int], rounds: dict[str, li
             for share in (0.5, 0.95)
         )
         same = sum(answer.text == text for answer, text in zip(answers, expected))
-        lines.append(f"{name:36}{rate[name]:9.1f}{rate[SERVER] / rate[name]:8.2f}{shown}   {same} of {len(answers)}")
+        lines.append(f"{name:20}{rate[name]:9.1f}{rate[SERVER] / rate[name]:8.2f}{shown}   {same} of {len(answers)}")
     told = (f"{rate[SERVER] / rate[name]:.2f} of {name} (at least {least:.2f})" for name, least in ASKED.items())
     return [*lines, f"megalith serve: {', '.join(told)}"]
 

@@ -25,7 +25,8 @@ examples:
   printf 'Once upon a time\\n20\\n' | megalith ask localhost:5000 --megatron
 
 Standard input, where it is not a terminal, is one prompt. At a terminal the arrow keys bring back earlier prompts,
-Ctrl-C stops a text, Ctrl-D ends. Of a completion the new text alone is shown.
+Ctrl-C stops a text, Ctrl-D ends. Of a completion the new text alone is shown. temperature, top-k and top-p are the
+server's where they are not given.
 
 --megatron is Megatron's tools/text_generation_cli.py: it asks for a prompt and for a number of tokens, again and again
 until its input ends, and prints what PUT /api answers.
@@ -93,7 +94,7 @@ class Conversation:
     def say(self, prompt: str) -> None:
         """Send a prompt, print the answer. What was printed before an interruption stays part of a chat."""
         if not self.streams:
-            texts = self.client.texts(prompt, {**self.options, "echo": False})
+            texts = self.client.texts(prompt, {"num_samples": 1, **self.options, "echo": False})
             print(f"\n{SEPARATOR}\n".join(texts), flush=True)
             return
         pieces = list[str]()

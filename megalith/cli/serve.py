@@ -37,7 +37,7 @@ A browser at the same address shows a page to try the model. /openapi.json descr
 the model is well, /metrics is for Prometheus. SIGTERM lets running requests end. Flags of Megatron's text generation
 server work as typed; those without a meaning here are named in a line.
 """
-PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
+PACKAGES = ("fastapi", "uvicorn", "httptools", "prometheus_client", "jinja2")
 # Flags of Megatron's server that pretrain does not have: how many values they take, and what to do instead.
 OF_MEGATRONS_SERVER = {
     "--out-seq-length": (1, "each request says tokens_to_generate, which is 64 by default"),

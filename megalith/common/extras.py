@@ -22,7 +22,6 @@ EXTRAS = {  # package -> what pip installs, and the extra of pyproject.toml that
     "fastapi": ("fastapi>=0.115", "serve"),
     "uvicorn": ("uvicorn>=0.34", "serve"),
     "httptools": ("httptools>=0.6", "serve"),
-    "uvloop": ("uvloop>=0.21", "serve"),
     "prometheus_client": ("prometheus_client>=0.21", "serve"),
     "jinja2": ("jinja2>=3.1", "serve"),
 }

@@ -246,12 +246,6 @@ class Call:
             if each.beam_width is None and (each.max_new_tokens or each.prompt_logprobs)
         ]
 
-    def idle(self) -> list[int]:
-        """The numbers of the completions for which nothing is to be done: without new tokens and scores."""
-        busy = {row.number for row in self.sampled()}
-        groups = [rows for rows, each in zip(self.rows, self.params) if each.beam_width is None]
-        return [row.number for rows in groups for row in rows if row.number not in busy]
-
     def run(self, batch_size: int, batch_invariant: bool, compile: bool) -> Iterator[Piece]:
         """Generate all that is sampled."""
         if batch_size < 1:

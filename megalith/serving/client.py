@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from megalith.common.errors import ConfigError, MegalithError, problem
@@ -60,19 +60,21 @@ class Client:
 
     def complete(self, prompt: str, options: dict[str, Any]) -> Iterator[str]:
         """The continuation of a prompt, in pieces as they come. options: those of OPENAI_NAMES."""
-        for choice in self._stream("/v1/completions", {"prompt": prompt, **_openai(options)}):
-            yield choice["text"]
+        body = {"prompt": prompt, **_openai(options)}
+        return self._stream("/v1/completions", body, lambda choice: choice["text"])
 
     def chat(self, messages: Sequence[dict[str, str]], options: dict[str, Any]) -> Iterator[str]:
         """The answer to a conversation of {"role": ..., "content": ...}, in pieces as they come."""
-        for choice in self._stream("/v1/chat/completions", {"messages": list(messages), **_openai(options)}):
-            yield choice["delta"].get("content") or ""
+        body = {"messages": list(messages), **_openai(options)}
+        return self._stream("/v1/chat/completions", body, lambda choice: choice["delta"].get("content") or "")
 
-    def _stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The first choice of each event. Closing the generator closes the connection, and the server stops."""
+    def _stream(self, path: str, body: dict[str, Any], text: Callable[[Any], str]) -> Iterator[str]:
+        """The text of each event's first choice. Closing the generator closes the connection, and the server stops."""
         with self._open("POST", path, {**body, "stream": True}) as answer, self._reading():
             for line in answer:
                 name, _, data = line.decode().partition(":")
+                if not line.endswith(b"\n"):  # cut off
+                    break
                 if name != "data":  # an empty line, or a comment that keeps the connection open
                     continue
                 if data.strip() == "[DONE]":
@@ -80,7 +82,7 @@ class Client:
                 event = json.loads(data)
                 if "error" in event:
                     raise ServerError(f"{self.url} ended the text: {event['error']['message']}")
-                yield from event["choices"][:1]
+                yield from map(text, event["choices"][:1])
         raise ServerError(f"{self.url} closed the connection before the text was complete.")
 
     @contextlib.contextmanager

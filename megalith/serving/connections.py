@@ -8,14 +8,14 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEAD_SECONDS = 30.0  # until the head of a request is there, from its first byte or from the connection's start
 HEAD_BYTES = 64 * 1024
 UNREAD_SECONDS = 60.0  # in which a client that has stopped reading must take something
 
 
-class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+class Connection(HttpToolsProtocol):
     """uvicorn's protocol of a connection, with these limits; for `uvicorn.Config(http=...)`."""
 
     def __init__(self, *arguments: Any, **options: Any):

@@ -57,7 +57,7 @@ class Service:
         if self.watcher is not None:
             self.watcher.cancel()
         self.give_up()
-        return await asyncio.to_thread(self.thread.stop, LONGEST_STEP if self.failure is None else 0.0)
+        return await asyncio.to_thread(self.thread.stop, LONGEST_STEP if self.failure is None else 1.0)
 
     @property
     def trouble(self) -> str | None:
@@ -188,15 +188,14 @@ class Submission:
     """The texts of one request. As a context manager it is given to the engine, and cancelled if left early.
 
     `async for updates in submission` gives lists of updates, all since the last; `completions` waits for all texts.
+    Texts of which nothing is asked for, neither new tokens nor scores, are complete from the start.
     """
 
     def __init__(self, service: Service, call: Call):
         self.service, self.call = service, call
         self.running = {number: Job(number, each, self._deliver) for number, each in call.requests()}
         self.tokens = count_tokens()
-        # Nothing is to be done for texts without new tokens and scores.
-        self.updates = [Update(number, None, "", done=True) for number in call.idle()]
-        self.arrived, self.error = asyncio.Event(), None
+        self.updates, self.arrived, self.error = list[Update](), asyncio.Event(), None
         self.started, self.seen = time.monotonic(), dict[int, float]()  # number -> when its last token came
 
     @property

@@ -48,6 +48,20 @@ def test_what_is_not_there_is_named(run, tmp_path: pathlib.Path) -> None:
         megalith.load(run[0], iteration=30)
 
 
+@pytest.mark.parametrize("files", [
+    {"config.json": "{}"}, {"run/config.yaml": "num_layers: 2"}, {"checkpoints/iter_0000010/empty": ""},
+    {"config.json": "{}", "model.safetensors.index.json": '{"weight_map": {"a": "b.safetensors"}}'},
+    {"latest_checkpointed_iteration.txt": "10", "iter_0000010/mp_rank_00/empty": ""},
+])  # fmt: skip
+def test_a_folder_without_weights_is_refused(files: dict[str, str], tmp_path: pathlib.Path) -> None:
+    """Megatron's server starts with random weights there, and answers garbage."""
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    with pytest.raises(CheckpointError, match=r"must have|must be in one of the known formats"):
+        megalith.load(tmp_path, device="cpu")
+
+
 def test_texts_of_a_loaded_model(run) -> None:
     folder, model = run
     loaded = megalith.load(folder, device="cpu")

@@ -16,6 +16,7 @@ from megalith.cli.serve import _name
 from megalith.generation.generate import complete, load
 from megalith.serving import server
 from megalith.serving.options import ServeOptions
+from tests.generation.conftest import run  # noqa: F401 a fixture
 from tests.toy import ROOT, make_corpus
 from tests.toy import run as run_command
 
@@ -39,7 +40,7 @@ def served_with(monkeypatch: pytest.MonkeyPatch):
     return command
 
 
-def test_a_path_and_options(run, served_with, capsys) -> None:
+def test_a_path_and_options(run, served_with, capsys) -> None:  # noqa: F811
     folder, model = run
     for words in ((folder,), ("--load", folder), (folder, "--load", folder)):
         status, served, name, options = served_with("--device", "cpu", *words)
@@ -68,7 +69,7 @@ MEGATRONS = (
 )
 
 
-def test_megatrons_flags(run, served_with, tokenizer_file, capsys) -> None:
+def test_megatrons_flags(run, served_with, tokenizer_file, capsys) -> None:  # noqa: F811
     folder, _ = run
     line = MEGATRONS.format(folder=folder, tokenizer=tokenizer_file)
     status, model, _, options = served_with(*shlex.split(line), "--device", "cpu")

@@ -18,33 +18,41 @@ from megalith.generation.model import TextModel
 from megalith.generation.parallel.driver import Driver, follow
 from megalith.generation.parallel.replicas import engine_of
 from megalith.generation.parallel.runner import bytes_per_row
+from megalith.generation.request import BeamRequest
 from megalith.generation.sampling import SamplingParams
 from megalith.optim.build import build_optimizer
 from megalith.parallel.sharding import to_local
 from megalith.runtime.build import Runtime
 from megalith.testing import parity
 from megalith.testing.ranks import run_ranks
-from tests.generation.parallel.layouts import config_of, mixed_requests, model_of, results, runtime_of
+from tests.generation.parallel.layouts import PROMPTS, config_of, mixed_requests, model_of, results, runtime_of
 
 LAYOUT = "tp2 pp2"
 
 
-def drive(config: RunConfig, seed: int) -> dict[int, tuple[Request, list[tuple], bool]] | None:
+def described(event: Event) -> tuple:
+    return event.token, event.finish, [each.ids for each in event.beams]
+
+
+def drive(config: RunConfig, seed: int) -> dict[int, tuple[Request | BeamRequest, list[tuple], bool]] | None:
     """On rank 0: requests that come and are cancelled at random, their events, and whether they were cancelled."""
     engine, rng = engine_of(runtime_of(config), max_batch_size=3), random.Random(seed)
     engine.text_model.eval()
     if torch.distributed.get_rank():
         follow(engine)
         return None
-    arriving = mixed_requests(prompt_logprobs=True) * 3
-    given: dict[int, tuple[Request, list[tuple], bool]] = {}
+    arriving: list[Request | BeamRequest] = [*mixed_requests(prompt_logprobs=True) * 3]
+    for number in (4, 9):
+        search = BeamRequest(prompt_ids=PROMPTS[0], beam_width=2, num_samples=2, max_new_tokens=number)
+        arriving.insert(number, search)
+    given: dict[int, tuple[Request | BeamRequest, list[tuple], bool]] = {}
     with Driver(engine) as driver:
         while arriving or driver.busy:
             for _ in range(min(len(arriving), rng.choice((0, 0, 1, 3)))):
                 request = arriving.pop()
                 given[driver.add(request)] = request, [], False
             for event in driver.step():
-                given[event.id][1].append((event.token, event.finish))
+                given[event.id][1].append(described(event))
             unfinished = [id for id, (_, events, gone) in given.items() if not (gone or (events and events[-1][1]))]
             if unfinished and rng.random() < 0.3:
                 chosen = rng.choice(unfinished)
@@ -60,11 +68,11 @@ def drive(config: RunConfig, seed: int) -> dict[int, tuple[Request, list[tuple],
 def test_a_driven_engine_gives_each_request_what_it_gives_alone(layout: str) -> None:
     ranks, model = 4 if " " in layout else 2, model_of(config_of("learned"))
     given, *others = run_ranks(drive, ranks, config_of("learned", layout), 3)
-    assert others == [None] * (ranks - 1) and len(given) == 15
+    assert others == [None] * (ranks - 1) and len(given) == 17
     alone = Engine(model, max_batch_size=3)
     for request, events, cancelled in given.values():
         ((*expected,),) = results(alone, [request])
-        expected = [(event.token, event.finish) for event in expected]
+        expected = [described(event) for event in expected]
         assert events == (expected[: len(events)] if cancelled else expected)
     assert 1 < sum(cancelled for *_, cancelled in given.values()) < 12
 
@@ -98,9 +106,9 @@ def test_a_driver_that_raises_or_dies_leaves_nobody_waiting(tmp_path: pathlib.Pa
     assert file.read_text() and time.monotonic() - start < 60
 
 
-def failing(config: RunConfig) -> tuple[list[str], list[list[tuple]], list[bool]]:
+def failing(config: RunConfig) -> tuple[list[str], list[list[tuple]], bool]:
     """Errors that a request of seed 13 causes with its third token, where that is drawn, and the events of all."""
-    original, found = engine_module.sample, []
+    original = engine_module.sample
 
     def sample(logits: torch.Tensor, states: list) -> torch.Tensor:
         if any(state.params.seed == 13 and len(state.new_ids) == 2 for state in states):
@@ -112,21 +120,17 @@ def failing(config: RunConfig) -> tuple[list[str], list[list[tuple]], list[bool]
     engine.text_model.eval()
     params = [SamplingParams(max_new_tokens=6, seed=seed) for seed in (1, 13, 2, 3)]
     ids, events = [engine.add(Request(prompt_ids=[7, 8], params=each)) for each in params], list[Event]()
-    known = list[bool]()
     try:
         while engine.busy:
-            try:
-                events += engine.step()
-            except CheckpointError as error:
-                found.append(str(error))
-                known.append(engine.cancel(ids[1]))
+            events += engine.step()
     finally:
         engine_module.sample = original
-    return found, [[event.token for event in events if event.id == id] for id in ids], known
+    errors = [str(event.error) for event in events if event.error is not None]
+    return errors, [[event.token for event in events if event.id == id] for id in ids], engine.cancel(ids[1])
 
 
 @pytest.mark.parametrize("layout", ["pp2", "dp2"])
-def test_an_error_is_raised_on_all_processes_and_costs_nobody_else_a_token(layout: str) -> None:
+def test_a_request_that_fails_does_so_on_all_processes_and_costs_nobody_else_a_token(layout: str) -> None:
     model = model_of(config_of("learned"))
     expected = [
         [event.token for event in events]
@@ -134,9 +138,10 @@ def test_an_error_is_raised_on_all_processes_and_costs_nobody_else_a_token(layou
             Request(prompt_ids=[7, 8], params=SamplingParams(max_new_tokens=6, seed=seed)) for seed in (1, 13, 2, 3)
         ])
     ]  # fmt: skip
-    expected[1] = expected[1][:2]
-    found = run_ranks(failing, 2, config_of("learned", layout))
-    assert found == [(["NaN, says the test"], expected, [True])] * 2
+    expected[1] = [*expected[1][:2], None]
+    (errors, tokens, cancelled), second = run_ranks(failing, 2, config_of("learned", layout))
+    assert second == (errors, tokens, cancelled) and tokens == expected and not cancelled
+    assert len(errors) == 1 and "not numbers" in errors[0]
 
 
 def damaged(config: RunConfig) -> tuple[str, list[list[int | None]]]:
@@ -150,13 +155,14 @@ def damaged(config: RunConfig) -> tuple[str, list[list[int | None]]]:
     engine, params = engine_of(runtime, max_batch_size=4), SamplingParams(max_new_tokens=6, temperature=0.0)
     engine.text_model.eval()
     ids, events = [engine.add(Request(prompt_ids=[7, 8], params=params))], engine.step()
-    engine.add(Request(prompt_ids=[7, token], params=params))
-    with pytest.raises(CheckpointError) as caught:
-        engine.step()
+    bad = [engine.add(Request(prompt_ids=[7, token], params=params))]
+    bad.append(engine.add(BeamRequest(prompt_ids=[7, token], beam_width=2, num_samples=1, max_new_tokens=3)))
+    events += engine.step()
     ids.append(engine.add(Request(prompt_ids=[7, 8], params=params)))
     while engine.busy:
         events += engine.step()
-    return str(caught.value), [[event.token for event in events if event.id == id] for id in ids]
+    (error,) = {str(event.error) for event in events if event.id in bad}
+    return error, [[event.token for event in events if event.id == id] for id in ids]
 
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
