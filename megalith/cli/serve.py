@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ipaddress
 import sys
 from typing import Any
 
@@ -23,7 +22,7 @@ from megalith.config import environment
 from megalith.config.flags import flags
 from megalith.config.flags.text import Words
 from megalith.generation.params import GenerationParams
-from megalith.serving.options import ServeOptions
+from megalith.serving.options import ServeOptions, is_loopback
 
 EXAMPLE = """\
 examples:
@@ -129,19 +128,12 @@ def _notices(args: argparse.Namespace, options: ServeOptions) -> list[str]:
         instead = {name: why for name, (_, why) in OF_MEGATRONS_SERVER.items()} | INSTEAD
         texts = [f"{name} ({instead[name]})" if instead.get(name) else name for name in unused]
         lines.append(f"flags that have no meaning for a server, and no effect: {', '.join(texts)}")
-    if options.token_file is None and not _is_loopback(options.host):
+    if options.token_file is None and not is_loopback(options.host):
         lines.append(
             f"everybody who reaches {options.host} may use this server: --token-file FILE asks for a token, and "
             "--host 127.0.0.1 is this machine alone"
         )
     return lines
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _name(path: str) -> str:

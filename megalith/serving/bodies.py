@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
-from typing import TypeAlias
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
@@ -17,7 +17,7 @@ from megalith.serving.errors import ServingError, TooLarge, TooSlow, Unauthorize
 BODY_SECONDS = 60.0  # for a whole body; 4 MiB come in that time at half a megabit per second
 LINGER_SECONDS = 2.0  # for which the rest of a refused body is thrown away
 
-Answer: TypeAlias = Callable[[Request, Exception], Awaitable[Response]]
+Answer: TypeAlias = Callable[[Request, Any], Any]  # an exception handler that is awaited for its Response
 
 
 class WholeBody:
@@ -71,7 +71,7 @@ async def refuse(error: ServingError, answer: Answer, scope: Scope, receive: Rec
     What the client still sends is read and thrown away for a while: one that sends everything before it reads would
     find a closed connection, and not the answer.
     """
-    response = await answer(Request(scope), error)
+    response: Response = await answer(Request(scope), error)
     response.headers["Connection"] = "close"
     if isinstance(error, Unauthorized):
         response.headers["WWW-Authenticate"] = "Bearer"

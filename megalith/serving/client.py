@@ -20,7 +20,7 @@ from megalith.common.errors import ConfigError, MegalithError, problem
 PORT = 5000  # where a host is named without one
 ATTEMPTS = 5  # at a server that is busy
 LONGEST_WAIT = 60  # seconds between two attempts
-NEVER = -1e6  # the lowest bias, for -inf, which JSON does not have
+NEVER = -100.0  # for a bias of -inf, which JSON does not have: the lowest of OpenAI, whose clients ban tokens by it
 OPENAI_NAMES = {  # options that /v1 has, which streams; PUT /api has all
     "max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "stop_at_eod": "ignore_eos",
     **{name: name for name in (

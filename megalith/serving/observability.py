@@ -10,8 +10,9 @@ from fastapi.responses import JSONResponse, Response
 from megalith.serving.service import Service
 
 TEXT_FORMAT = "text/plain; version=0.0.4; charset=utf-8"  # of Prometheus
-OK = {"status": "ok", "model": "gpt2", "running": 3, "waiting": 0, "uptime_seconds": 86400.0}
-UNAVAILABLE = {**OK, "status": "unavailable", "reason": "the model has not ended a step in 300 seconds"}
+STATE = {"model": "gpt2", "running": 3, "waiting": 0, "uptime_seconds": 86400.0}
+OK = {"status": "ok", **STATE}
+UNAVAILABLE = {"status": "unavailable", "reason": "the model has not ended a step in 300 seconds", **STATE}
 
 
 def router(service: Service) -> APIRouter:
@@ -28,11 +29,16 @@ def router(service: Service) -> APIRouter:
 
         Needs no token. running, waiting: texts.
         """
-        trouble = service.trouble
-        state = {"status": "ok" if trouble is None else "unavailable", "model": service.name}
-        state |= {"running": service.running, "waiting": service.waiting}
-        state["uptime_seconds"] = round(time.monotonic() - started, 3)
-        return JSONResponse(state if trouble is None else {**state, "reason": trouble}, 200 if trouble is None else 503)
+        trouble, uptime = service.trouble, round(time.monotonic() - started, 3)
+        state = {
+            "model": service.name,
+            "running": service.running,
+            "waiting": service.waiting,
+            "uptime_seconds": uptime,
+        }
+        if trouble is None:
+            return JSONResponse({"status": "ok", **state})
+        return JSONResponse({"status": "unavailable", "reason": trouble, **state}, 503)
 
     @routes.get(
         "/metrics", response_class=Response, summary="For Prometheus",

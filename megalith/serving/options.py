@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import re
 
 from megalith.common.errors import ConfigError, problem
@@ -51,3 +52,11 @@ class ServeOptions:
             if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/\sA-Z]+", origin):
                 rule = "must be an origin as browsers send it: scheme://host or scheme://host:port, in small letters"
                 raise ConfigError(problem("--allow-origins", origin, rule, "Try https://example.com, or * for all"))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

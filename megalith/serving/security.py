@@ -13,7 +13,6 @@ In the order in which a request meets them (all are pure ASGI, so that streams a
 from __future__ import annotations
 
 import hmac
-import ipaddress
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI
@@ -25,6 +24,7 @@ from megalith.common.errors import MegalithError
 from megalith.serving.access_log import AccessLog
 from megalith.serving.bodies import Answer, WholeBody, refuse
 from megalith.serving.errors import Forbidden, Unauthorized
+from megalith.serving.options import is_loopback
 from megalith.serving.service import Service
 from megalith.serving.token_file import read_token
 
@@ -36,7 +36,7 @@ BROWSER_HEADERS = {
         "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; object-src 'none'"
     ),
     "Cross-Origin-Resource-Policy": "same-origin",
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "same-origin",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",  # for browsers without frame-ancestors
 }
@@ -98,9 +98,8 @@ class SameSite:
             return None
         if origin.lower().partition("://")[2] == host.lower():
             return None
-        return Forbidden(
-            f"pages of {origin[:200]!r} may not use this server. Start it with --allow-origins {origin!r}."
-        )
+        cure = "Where they should, start it with --allow-origins and this origin"
+        return Forbidden(f"pages of {origin[:200]!r} may not use this server. {cure}.")
 
 
 class TokenRequired:
@@ -120,14 +119,6 @@ class TokenRequired:
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         scheme, _, token = given.partition(b" ")
         return hmac.compare_digest(token.strip(), self.token) and scheme.lower() == b"bearer"
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _hostname(url: str) -> str | None:

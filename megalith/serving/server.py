@@ -115,8 +115,9 @@ class _Server(uvicorn.Server):
         self.host, self.listener = service.options.host, listener
         super().__init__(
             uvicorn.Config(
-                create_app(service), http=Connection, log_config=LOGGING, access_log=False, server_header=False,
-                timeout_graceful_shutdown=int(CLOSING),
+                create_app(service), http=Connection, ws="none", log_config=LOGGING, access_log=False,
+                server_header=False, timeout_graceful_shutdown=int(CLOSING),
+                timeout_keep_alive=75,  # longer than proxies keep theirs, so that none sends into one that closes
             )
         )  # fmt: skip
 

@@ -177,8 +177,8 @@ class Service:
 
 def _check_number(prompts: Prompts, params: GenerationParams | Sequence[GenerationParams]) -> None:
     """Raise ConfigError for more texts than a request may ask for, before each takes memory."""
-    number, each = len(prompt_list(prompts)), params
-    texts = number * params.num_samples if isinstance(params, GenerationParams) else sum(p.num_samples for p in each)
+    each = [params] * len(prompt_list(prompts)) if isinstance(params, GenerationParams) else params
+    texts = sum(one.num_samples for one in each)
     if texts > MOST_TEXTS:
         rule, cure = f"must be at most {MOST_TEXTS} for one request", "Send several requests"
         raise ConfigError(problem("the number of texts (prompts times num_samples)", texts, rule, cure))

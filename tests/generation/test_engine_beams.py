@@ -23,7 +23,7 @@ def beams(prompt: list[int], width: int, new: int = 6, **options) -> BeamRequest
 
 
 SEARCHES = [
-    beams(list(range(60, 100)), 4), beams([3], 3, 9, stop_token_ids=tuple(range(0, 300, 7))),
+    beams(list(range(60, 100)), 4), beams([3], 3, 9, stop_token_ids=tuple(range(0, 300, 2))),
     beams([3] * 16, 2, 5, length_penalty=0.0),
 ]  # fmt: skip
 

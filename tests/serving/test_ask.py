@@ -40,7 +40,7 @@ def test_one_text_is_that_of_the_library(served, capsys, monkeypatch) -> None:
     assert asked(capsys, url, "--prompt", "Once", "--greedy", "--max-new-tokens", 8) == (0, expected + "\n", "")
     monkeypatch.setattr("sys.stdin", io.StringIO("Once\n"))
     assert asked(capsys, url, "--greedy", "--max-new-tokens", 8)[:2] == (0, expected + "\n")
-    options = {"seed": 3, "max_new_tokens": 6, "top_k": 40, "stop": ("e",), "logit_bias": {70: 3.0, 71: -1e6}}
+    options = {"seed": 3, "max_new_tokens": 6, "top_k": 40, "stop": ("e",), "logit_bias": {70: 3.0, 71: -100.0}}
     words = ("--seed", 3, "--max-new-tokens", 6, "--top-k", 40, "--stop", "e", "--logit-bias", "70=3", "71=-inf")
     for more, added in (((), {}), (("--num-samples", 2, "--stop-on-eol"), {"num_samples": 2, "stop_on_eol": True})):
         texts = [each.continuation for each in complete(service.model, "Zürich", **options, **added)]

@@ -72,19 +72,16 @@ def test_a_client_that_leaves(make):
 @pytest.mark.parametrize("how", ["declared", "chunked", "all sent"])
 def test_large_bodies(make, how):
     with serving(make(), max_body_bytes=1000) as (url, service):
-        if how == "declared":  # refused before the body is there
-            client = connect(url)
-            client.sendall(b"PUT /api HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1001\r\n\r\n")
-            assert client.recv(1000).startswith(b"HTTP/1.1 413")
-        elif how == "chunked":
-            client = connect(url)
-            client.sendall(b"PUT /api HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
-            for _ in range(3):
-                client.sendall(b"190\r\n" + b"x" * 400 + b"\r\n")
-            assert client.recv(1000).startswith(b"HTTP/1.1 413")
-        else:  # one that sends everything before it reads gets the answer too, and not a closed connection
+        if how == "all sent":  # one that sends everything before it reads gets the answer too, and no closed connection
             status, _, body = call(url, "PUT", "/api", b"x" * 20_000_000)
             assert status == 413 and "--max-body-bytes" in json.loads(body)["message"]
+        else:
+            header = "Content-Length: 1001" if how == "declared" else "Transfer-Encoding: chunked"
+            with connect(url) as client:
+                client.sendall(f"PUT /api HTTP/1.1\r\nHost: localhost\r\n{header}\r\n\r\n".encode())
+                for _ in range(0 if how == "declared" else 3):  # a declared one is refused before it is there
+                    client.sendall(b"190\r\n" + b"x" * 400 + b"\r\n")
+                assert client.recv(1000).startswith(b"HTTP/1.1 413")
         fits = json.dumps(BODY).encode().ljust(1000)
         assert call(url, "PUT", "/api", fits)[0] == 200
         assert service.metrics.texts._value.get() == 1
