@@ -154,7 +154,6 @@ async function useToken(event) {
 /** Bring the page in line with the mode and the conversation. */
 function follow() {
   const talking = chatting();
-  $("ask").classList.toggle("chat", talking);
   $("turns").hidden = $("system-part").hidden = !talking;
   $("results").hidden = talking;
   $("take-back").hidden = $("new-chat").hidden = !talking || !chat.turns.length;

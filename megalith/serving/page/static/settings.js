@@ -57,6 +57,7 @@ export function showProblem({ field, message }) {
   control.setAttribute("aria-describedby", line.id);
   if (panel.contains(control)) panel.open = true;
   control.focus();
+  line.scrollIntoView({ block: "nearest" }); // the focus brings only the control into view
   return true;
 }
 
