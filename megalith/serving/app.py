@@ -8,8 +8,9 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 
 from megalith import __version__
-from megalith.serving import megatron_api, observability
+from megalith.serving import observability
 from megalith.serving.answers import add_error_handlers
+from megalith.serving.megatron import routes as megatron_routes
 from megalith.serving.openai import routes as openai_routes
 from megalith.serving.page import routes as page_routes
 from megalith.serving.security import guard
@@ -32,7 +33,7 @@ def create_app(service: Service) -> FastAPI:
         title="megalith", version=__version__, description=DESCRIPTION, lifespan=lifespan, docs_url=None, redoc_url=None
     )  # fmt: skip
     app.state.service = service
-    for module in (megatron_api, openai_routes, observability, page_routes):
+    for module in (megatron_routes, openai_routes, observability, page_routes):
         app.include_router(module.router(service))
     add_error_handlers(app)
     service.metrics.watch(service)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import http.client
 import ipaddress
-import itertools
 import json
 import sys
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 from megalith.common.errors import ConfigError, MegalithError, problem
@@ -58,17 +57,17 @@ class Client:
         with self._open("PUT", "/api", {"prompts": [prompt], **_megatron(prompt, options)}) as answer, self._reading():
             return json.load(answer)["text"]
 
-    def complete(self, prompt: str, options: dict[str, Any]) -> Iterator[str]:
+    def complete(self, prompt: str, options: dict[str, Any]) -> Generator[str]:
         """The continuation of a prompt, in pieces as they come. options: those of OPENAI_NAMES."""
         body = {"prompt": prompt, **_openai(options)}
         return self._stream("/v1/completions", body, lambda choice: choice["text"])
 
-    def chat(self, messages: Sequence[dict[str, str]], options: dict[str, Any]) -> Iterator[str]:
+    def chat(self, messages: Sequence[dict[str, str]], options: dict[str, Any]) -> Generator[str]:
         """The answer to a conversation of {"role": ..., "content": ...}, in pieces as they come."""
         body = {"messages": list(messages), **_openai(options)}
         return self._stream("/v1/chat/completions", body, lambda choice: choice["delta"].get("content") or "")
 
-    def _stream(self, path: str, body: dict[str, Any], text: Callable[[Any], str]) -> Iterator[str]:
+    def _stream(self, path: str, body: dict[str, Any], text: Callable[[Any], str]) -> Generator[str]:
         """The text of each event's first choice. Closing the generator closes the connection, and the server stops."""
         with self._open("POST", path, {**body, "stream": True}) as answer, self._reading():
             for line in answer:
@@ -99,7 +98,8 @@ class Client:
     def _open(self, method: str, path: str, body: dict[str, Any]) -> http.client.HTTPResponse:
         """A response with status 200; a busy server is asked again."""
         data = json.dumps(body).encode()
-        for attempt in itertools.count(1):
+        attempt = 1
+        while True:
             request = urllib.request.Request(self.url + path, data, self.headers, method=method)
             try:
                 return self.opener.open(request, timeout=self.timeout)
@@ -108,11 +108,12 @@ class Client:
                     if error.code != 429 or attempt == ATTEMPTS:
                         raise ServerError(self._refusal(error)) from None
                     seconds = _seconds(error.headers.get("Retry-After"))
-                print(f"megalith: the server is busy; asking again in {seconds:g} s", file=sys.stderr, flush=True)
-                time.sleep(seconds)
             except (OSError, http.client.HTTPException) as error:
                 cure = "Is the server running (megalith serve PATH), and are host and port right?"
                 raise ServerError(f"{self.url} cannot be reached: {_reason(error)}. {cure}") from None
+            print(f"megalith: the server is busy; asking again in {seconds:g} s", file=sys.stderr, flush=True)
+            time.sleep(seconds)
+            attempt += 1
 
     def _refusal(self, error: urllib.error.HTTPError) -> str:
         """What an answer with an error says, in words."""

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,7 +39,7 @@ class Ranks:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         on_one_machine = environment.local_world_size() in (None, self.size)
         host = "127.0.0.1" if on_one_machine else environment.main_address() or "127.0.0.1"
-        options = {"world_size": None, "wait_for_workers": False}
+        options: dict[str, Any] = {"world_size": None, "wait_for_workers": False}
         port = torch.zeros((), dtype=torch.int64, device=device)
         if self.rank == 0:  # of one machine: for nobody else to reach
             listener = socket.create_server((host if on_one_machine else "", 0))
@@ -80,11 +81,17 @@ class Ranks:
         while error is None and time.monotonic() < deadline and self.store.add("ended", 0) < len(self.others):
             time.sleep(0.05)
 
-    def lost(self) -> str | None:
-        """What is known of processes that are lost, as a sentence's beginning; None where all live."""
+    def lost(self, named: bool = False) -> str | None:
+        """What is known of processes that are lost, as a sentence's beginning; None where all live.
+
+        named: with process and machine, which are not for every client to know.
+        """
         if silent := self.silent():
-            names = " and ".join(f"rank {rank} of {self.size} ({self._read(f'name {rank}')})" for rank in silent)
-            return f"{names} gave no sign of life for {SILENCE * INTERVAL:g} s: killed, stopped, or cut off"
+            names = [f"rank {rank} of {self.size}" for rank in silent]
+            if named:
+                names = [f"{name} ({self._read(f'name {rank}')})" for name, rank in zip(names, silent)]
+            seconds = SILENCE * INTERVAL
+            return f"{' and '.join(names)} gave no sign of life for {seconds:g} s: killed, stopped, or cut off"
         reports = [(rank, text) for rank in self.others if (text := self._read(f"error {rank}")) is not None]
         return "; ".join(f"rank {rank} of {self.size} has failed: {text}" for rank, text in reports) or None
 

@@ -22,10 +22,11 @@ import uvicorn
 from megalith.common.environment import started_by_torchrun
 from megalith.common.errors import ConfigError, RankError, problem
 from megalith.common.orphans import GRACE
+from megalith.generation.engine import Engine
 from megalith.generation.generate import AnyEngine
 from megalith.generation.model import TextModel
 from megalith.generation.parallel.driver import Driver, follow
-from megalith.generation.parallel.replicas import engine_of
+from megalith.generation.parallel.replicas import ReplicatedEngine, engine_of
 from megalith.serving.access_log import LOGGING
 from megalith.serving.app import create_app
 from megalith.serving.connections import Connection
@@ -95,7 +96,7 @@ def _not_bound(host: str, port: int, error: OSError) -> ConfigError:
     return ConfigError(problem("--host and --port", f"{host}:{port}", rule, "Try another --port, or --port 0"))
 
 
-def _follow(engine: AnyEngine, ranks: Ranks) -> int:
+def _follow(engine: Engine | ReplicatedEngine, ranks: Ranks) -> int:
     """Do what the first process does until it ends; the exit status."""
     for each in SIGNALS:  # the first process gets them too, and ends all when its texts are complete
         signal.signal(each, signal.SIG_IGN)
@@ -204,7 +205,7 @@ async def _show_loss(service: Service, ranks: Ranks | None) -> None:
     start = time.monotonic()
     while (passed := time.monotonic() - start) < RED or (ranks is not None and passed < NAMING and not ranks.silent()):
         await asyncio.sleep(0.1)
-    lost = (ranks and ranks.lost()) or service.failure
+    lost = (ranks and ranks.lost(named=True)) or service.failure
     print(f"megalith: the server has lost its model and ends: {lost}. {AGAIN}.", file=sys.stderr, flush=True)
 
 

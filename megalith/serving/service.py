@@ -177,8 +177,8 @@ class Service:
 
 def _check_number(prompts: Prompts, params: GenerationParams | Sequence[GenerationParams]) -> None:
     """Raise ConfigError for more texts than a request may ask for, before each takes memory."""
-    each = [params] * len(prompt_list(prompts)) if isinstance(params, GenerationParams) else params
-    texts = sum(one.num_samples for one in each)
+    each_prompt = [params] * len(prompt_list(prompts)) if isinstance(params, GenerationParams) else params
+    texts = sum(each.num_samples for each in each_prompt)
     if texts > MOST_TEXTS:
         rule, cure = f"must be at most {MOST_TEXTS} for one request", "Send several requests"
         raise ConfigError(problem("the number of texts (prompts times num_samples)", texts, rule, cure))
@@ -195,7 +195,8 @@ class Submission:
         self.service, self.call = service, call
         self.running = {number: Job(number, each, self._deliver) for number, each in call.requests()}
         self.tokens = count_tokens()
-        self.updates, self.arrived, self.error = list[Update](), asyncio.Event(), None
+        self.updates, self.arrived = list[Update](), asyncio.Event()
+        self.error: MegalithError | None = None  # what ended it
         self.started, self.seen = time.monotonic(), dict[int, float]()  # number -> when its last token came
 
     @property

@@ -91,7 +91,8 @@ class Pending(threading.Thread):
             time.sleep(0.02)
 
     def run(self) -> None:
-        self.status, _, self.answer = self.server.put(self.body)
+        with contextlib.suppress(ConnectionError):  # status stays None
+            self.status, _, self.answer = self.server.put(self.body)
         self.ended = time.monotonic()
 
 

@@ -15,7 +15,6 @@ its connections close, and their wait or step fails at once.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import pickle
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalith.common.errors import MegalithError
+from megalith.common.errors import MegalithError, RankError
 from megalith.generation.parallel.replicas import AnyEngine
 from megalith.generation.request import BeamRequest, Event, Request
 
@@ -68,7 +67,9 @@ class Driver:
         return self.engine.cancel(id)
 
     def step(self) -> list[Event]:
-        """As Engine.step. After an error other than a MegalithError, which all processes have, the others are lost."""
+        """As Engine.step. The others are lost after an error that not all processes have: one that is no MegalithError,
+        or that says so.
+        """
         message, self.calls = pickle.dumps(self.calls) if self.calls else b"", []
         self.following = False
         _broadcast(torch.tensor(len(message)), self.group)
@@ -76,8 +77,8 @@ class Driver:
             _broadcast(torch.frombuffer(bytearray(message), dtype=torch.uint8), self.group)
         try:
             events = self.engine.step()
-        except MegalithError:
-            self.following = True
+        except MegalithError as error:
+            self.following = not isinstance(error, RankError)
             raise
         self.following = True
         return events
@@ -104,8 +105,11 @@ def follow(engine: AnyEngine) -> None:
         message = _broadcast(torch.empty(length, dtype=torch.uint8), group) if length else None
         for name, argument in pickle.loads(message.numpy().tobytes()) if message is not None else ():
             getattr(engine, name)(argument)
-        with contextlib.suppress(MegalithError):  # the driver has it too
+        try:
             engine.step()
+        except MegalithError as error:
+            if isinstance(error, RankError):
+                raise  # other errors the driver has too
 
 
 def _control_group() -> dist.ProcessGroup | None:

@@ -7,6 +7,7 @@ by its own name. What Megatron refuses with a text and status 200 is an error he
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -21,6 +22,7 @@ from megalith.serving.options import ServeOptions
 
 MAX_TEXTS = 128  # of one request: prompts, and results
 MAX_STOPS = 64  # each is searched for in every text after every token
+MAX_PROBLEMS = 9  # that an error lists: there may be a hundred thousand, and looking for names takes time
 SHOWN = 60  # characters of a wrong value that an error shows
 
 INTEGER, NUMBER, BOOLEAN, TEXT = {"type": "integer"}, {"type": "number"}, {"type": "boolean"}, {"type": "string"}
@@ -178,7 +180,7 @@ def read(raw: bytes, defaults: ServeOptions) -> ApiRequest:
     Raises ConfigError for everything that cannot work, whatever the model is.
     """
     body = _json_object(raw)
-    fail(_field_problems(body))
+    fail(itertools.islice(_field_problems(body), MAX_PROBLEMS))
     prompts, values = body.pop("prompts"), _values(body)
     logprobs = bool(values.pop("prompt_logprobs", False) or values.get("top_logprobs"))
     if (beams := values.get("beam_width")) is not None:
@@ -251,13 +253,13 @@ def _field_problems(body: Mapping[str, Any]) -> Iterator[str]:
             if not isinstance(value, list) or not all(isinstance(prompt, str) for prompt in value):
                 yield problem(name, _shown(value), "must be a list of strings", 'Write ["Hello world"]')
             elif not 1 <= len(value) <= MAX_TEXTS:
-                rule, cure = f"must be at least 1 prompt, and at most {MAX_TEXTS}", "Send several requests, or none"
-                yield problem(name, Words(f"{len(value)} prompts"), rule, cure)
+                rule = f"must be at least 1 text, and at most {MAX_TEXTS}"
+                yield problem(name, Words(len(value)), rule, "Send more with another request")
         elif name in REPLACED:
             yield f"{name} is no longer used: write {REPLACED[name]} instead."
         elif name not in FIELDS:
             near = nearest(name[:SHOWN], ["prompts", *FIELDS])
-            hint = HINTS.get(name) or (f"did you mean {near}?" if near else f"there are prompts, {', '.join(FIELDS)}")
+            hint = HINTS.get(name) or (f"did you mean {near}?" if near else "/openapi.json describes all fields")
             yield f"unknown field {name[:SHOWN]}: {hint}"
         elif not FIELDS[name].accepts(value):
             yield problem(name, _shown(value), FIELDS[name].rule, f"It is: {FIELDS[name].help}")

@@ -13,8 +13,9 @@ from starlette.concurrency import run_in_threadpool
 from megalith.common.errors import MegalithError
 from megalith.generation.model import TextModel
 from megalith.generation.prompts import Completion
+from megalith.serving.answers import ERROR_RESPONSES
 from megalith.serving.disconnects import while_connected
-from megalith.serving.megatron_fields import ApiRequest, body_schema, in_fields, read
+from megalith.serving.megatron.fields import ApiRequest, body_schema, in_fields, read
 from megalith.serving.service import Service
 from megalith.serving.token_texts import TokenTexts
 
@@ -48,11 +49,6 @@ ANSWER = {
     },
     "example": {"text": ["Hello world!"], "segments": [["Hello", " world", "!"]], "logprobs": None},
 }
-STATUSES = {
-    400: "the request cannot work; `message` says why", 401: "a token is needed", 413: "the body is too large",
-    429: "too many texts wait; Retry-After says when to try again", 500: "the model failed on this text",
-    503: "the model is lost, or the server is ending", 504: "it took longer than --request-timeout",
-}  # fmt: skip
 
 
 def router(service: Service) -> APIRouter:
@@ -81,8 +77,7 @@ def router(service: Service) -> APIRouter:
             "/api",
             summary="Generate text, as Megatron-LM's server does",
             description=ABOUT,
-            responses={200: {"content": {"application/json": {"schema": ANSWER}}}}
-            | {status: {"description": text} for status, text in STATUSES.items()},
+            responses={200: {"content": {"application/json": {"schema": ANSWER}}}, **ERROR_RESPONSES},
             openapi_extra={
                 "requestBody": {"required": True, "content": {"application/json": {"schema": body_schema()}}}
             },

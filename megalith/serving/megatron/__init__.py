@@ -1,0 +1,1 @@
+"""Routes of Megatron-LM's text generation server."""
