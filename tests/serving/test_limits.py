@@ -111,7 +111,8 @@ def test_connections_live_on_between_requests(served, monkeypatch):
         client.sendall(raw("GET", "/health"))
         answer = b""
         while b'"ok"' not in answer:  # head and body may come one after the other
-            assert (piece := client.recv(2000))
+            piece = client.recv(2000)
+            assert piece
             answer += piece
         time.sleep(0.3)
 
