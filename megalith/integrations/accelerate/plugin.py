@@ -52,8 +52,8 @@ def option(
     """A field of the plugin.
 
     otherwise: the value where neither the script nor the environment gives one. run: the field of RunConfig that it
-    sets. least: its smallest value, where it sets none. no_effect: why it does nothing here, which is told where its
-    value is not among the harmless.
+    sets. least: its smallest value, where it sets none. no_effect: why it does nothing here; a line says so where
+    its value is not among the harmless.
     """
     metadata = {
         "help": help, "otherwise": otherwise, "run": run, "least": least, "no_effect": no_effect, "harmless": harmless,
