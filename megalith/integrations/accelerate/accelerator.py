@@ -366,7 +366,7 @@ class Accelerator(accelerate.Accelerator):
         for tracker in self.trackers:
             tracker.finish()
         self.wait_for_everyone()
-        atexit.register(collectives.destroy_group)  # without which NCCL warns
+        atexit.register(collectives.destroy_group)  # NCCL warns of a group that is left
 
     def free_memory(self, *objects: Any) -> Any:
         """Forget the prepared objects, also those given, in whose places None is returned; a model may follow."""

@@ -20,8 +20,8 @@ from megalith.parallel.sharding import to_local
 
 CURE = "Compute it in the loss function of a custom train step (custom_train_step_class)"
 ONCE = (
-    "The loss of a call can be differentiated once, as its gradients are made with it. Add losses up and call backward "
-    f"on the sum, or call the model again. {CURE} where a loss needs more."
+    "The loss of a call can be differentiated once. Add losses up and call backward on the sum, or call the model "
+    f"again. {CURE} where a loss needs more."
 )
 
 
