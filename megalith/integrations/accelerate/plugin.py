@@ -174,6 +174,14 @@ class MegatronLMPlugin:
     micro_batch_size: int | None = dataclasses.field(default=None, init=False, repr=False)
     data_parallel_size: int | None = dataclasses.field(default=None, init=False, repr=False)
 
+    def __new__(cls, *_: Any, **given: Any) -> MegatronLMPlugin:
+        """Raises ConfigError for a name that is no option."""
+        if cls is MegatronLMPlugin and (unknown := [name for name in given if name not in cls.__dataclass_fields__]):
+            near = nearest(unknown[0], cls.__dataclass_fields__)
+            cure = f"Write {near}" if near else "Leave it out"
+            raise ConfigError(problem("MegatronLMPlugin", unknown[0], "has no such option", cure))
+        return super().__new__(cls)
+
     def __post_init__(self, *other_spellings: Any) -> None:
         problems = []
         for (other, name), value in zip(OTHER_SPELLINGS.items(), other_spellings, strict=True):
