@@ -363,3 +363,29 @@ def test_logits_of_classes_are_on_every_process(layout: str) -> None:
         expected = toy_model("bert", "classification")(input_ids=ids).logits
     for found in run_ranks(classes, LAYOUTS[layout][0], layout):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def pretraining(layout: str) -> tuple[float, Tensor, Tensor]:
+    with accelerating():
+        plugin = {"tp_degree": 1, **LAYOUTS[layout][1]}
+        accelerator = Accelerator(megatron_lm_plugin=MegatronLMPlugin(return_logits=True, **plugin))
+        size = ROWS // plugin.get("num_micro_batches", 1)
+        model, loader = accelerator.prepare(toy_model("bert"), DataLoader(ordered_rows(), batch_size=size))
+        (batch,) = loader
+        output = model(**batch)
+        return output.loss.item(), output.prediction_logits.detach(), output.seq_relationship_logits.detach()
+
+
+def ordered_rows() -> list[dict[str, Tensor]]:
+    return [row | {"next_sentence_label": torch.tensor(number % 2)} for number, row in enumerate(rows())]
+
+
+@pytest.mark.parametrize("layout", ["one", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cp2", "pp2"))])
+def test_both_losses_of_pretraining_beside_logits(layout: str) -> None:
+    batch = torch.utils.data.default_collate(ordered_rows())
+    with torch.no_grad():
+        expected = toy_model("bert")(**batch)
+    for loss, *logits in run_ranks(pretraining, LAYOUTS[layout][0], layout):
+        assert loss == pytest.approx(expected.loss.item(), rel=1e-5)
+        for each, theirs in zip(logits, (expected.prediction_logits, expected.seq_relationship_logits), strict=True):
+            torch.testing.assert_close(each, theirs, rtol=1e-4, atol=1e-5)
