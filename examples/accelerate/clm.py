@@ -218,7 +218,7 @@ def main() -> None:
         )
         if accelerator.is_main_process:
             tokenizer.save_pretrained(args.output_dir)
-    accelerator.end_training()  # last, because the processes part here
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

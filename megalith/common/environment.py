@@ -141,7 +141,7 @@ def megatron_lm_options() -> dict[str, str]:
 
 
 def accelerate_config_file() -> pathlib.Path:
-    """Where `accelerate config` writes its YAML unless told otherwise: below HF_HOME, or the user's cache."""
+    """Where `accelerate config` writes its YAML by default: below HF_HOME, or the user's cache."""
     user_cache = variable("XDG_CACHE_HOME") or "~/.cache"
     home = pathlib.Path(variable("HF_HOME") or pathlib.Path(user_cache) / "huggingface").expanduser()
     return home / "accelerate" / "default_config.yaml"

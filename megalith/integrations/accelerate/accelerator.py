@@ -5,6 +5,7 @@ What is inherited works as it does in Accelerate; what depends on the layout is 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import os
@@ -52,7 +53,7 @@ class Accelerator(accelerate.Accelerator):
         fail(construction.problems(arguments))
         plugin = construction.plugin_of(arguments)
         arguments |= {"megatron_lm_plugin": None}
-        # Without an accelerator Accelerate would take processes of torchrun for single ones unless told.
+        # Where there is no accelerator, Accelerate takes processes of torchrun for single ones without cpu=True.
         arguments["cpu"] = arguments.get("cpu", False) or not torch.accelerator.is_available()
         with variables.hidden("ACCELERATE_USE_MEGATRON_LM"):  # Accelerate would look for Megatron-LM
             super().__init__(**arguments)
@@ -355,6 +356,17 @@ class Accelerator(accelerate.Accelerator):
     def load_checkpoint(self, input_dir: Any = None, **kwargs: Any) -> None:
         """As `load_state`; the name that Accelerate's guide to Megatron-LM uses."""
         self.load_state(input_dir, **kwargs)
+
+    def end_training(self) -> None:
+        """End the trackers, and wait for all processes; every process calls it.
+
+        The process group stays until the process ends, so that a model can be saved, or evaluated, afterwards.
+        (Accelerate destroys it, also while another process is saving.)
+        """
+        for tracker in self.trackers:
+            tracker.finish()
+        self.wait_for_everyone()
+        atexit.register(collectives.destroy_group)  # NCCL warns of a group that is left
 
     def free_memory(self, *objects: Any) -> Any:
         """Forget the prepared objects, also those given, in whose places None is returned; a model may follow."""

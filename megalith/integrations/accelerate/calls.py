@@ -20,10 +20,12 @@ from megalith.integrations.accelerate.gradients import (
     LocalLogits,
     LocalLoss,
     put_gradients,
+    run_one_after_the_other,
     scheduled_loss,
     take_gradients,
 )
 from megalith.integrations.accelerate.session import Session
+from megalith.models.bert import sequence_loss
 from megalith.training.forward_backward import global_counts, model_arguments, run_micro_batches
 from megalith.training.tasks import Batch, Task
 from megalith.training.tasks_classification import Classification
@@ -80,9 +82,9 @@ class WithLogits(Task):
         arguments = self.task.inputs(batch, counts)
         losses = [cross_entropy(outputs[0], arguments["labels"], arguments["loss_weights"])]
         if "sentence_order" in arguments:
-            first = "coordinates" not in batch or bool(batch["coordinates"][0] == 0)
-            weights = arguments["order_weights"] * float(first)
-            losses.append(cross_entropy(outputs[1], arguments["sentence_order"], weights))
+            coordinates = batch.get("coordinates", outputs[1].new_zeros(1))
+            order, weights = arguments["sentence_order"], arguments["order_weights"]
+            losses.append(sequence_loss(outputs[1], order, weights, coordinates).sum())
         return dict(zip(counts, losses, strict=True))
 
 
@@ -151,19 +153,11 @@ def _graph(session: Session, task: Task, batches: Sequence[Batch], counts: dict,
 def _one_after_the_other(
     session: Session, task: Task, batches: Sequence[Batch], counts: dict, trains: bool
 ) -> Tensor | None:  # fmt: skip
-    parameters, (stage,) = session.parameters, session.runtime.stages
+    parameters = session.parameters
     before = take_gradients(parameters) if trains else []
-    parts = []
-    for number, batch in enumerate(batches):
-        part = _part(session, task, batch, counts)
-        if trains:
-            if stage.wrapped:
-                stage.set_gradient_sync(last=number == len(batches) - 1)
-            (part * session.loss_scale.scale).backward()
-        parts.append(part.detach())
+    parts = run_one_after_the_other(session, batches, lambda batch: _part(session, task, batch, counts), trains)
     value = _total(session, torch.stack(parts).sum())
     if not trains:
-        session.reshard()
         return value
     gradients = take_gradients(parameters)
     put_gradients(parameters, before)

@@ -48,6 +48,12 @@ def barrier() -> None:
         dist.barrier(device_ids=None if device.type == "cpu" else [device.index or 0])
 
 
+def destroy_group() -> None:
+    """Destroy the process group, where there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 @contextlib.contextmanager
 def goes_first(first: bool) -> Iterator[None]:
     """Processes with `first` run the block before the others, which do not wait for ever where it raises there."""

@@ -7,6 +7,9 @@ the gradients that they left.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -16,6 +19,10 @@ from megalith.integrations.accelerate.session import Session
 from megalith.parallel.sharding import to_local
 
 CURE = "Compute it in the loss function of a custom train step (custom_train_step_class)"
+ONCE = (
+    "The loss of a call can be differentiated once. Add losses up and call backward on the sum, or call the model "
+    f"again. {CURE} where a loss needs more."
+)
 
 
 class Pending:
@@ -42,6 +49,26 @@ def put_gradients(parameters: list[nn.Parameter], gradients: list[Tensor | None]
         parameter.grad = gradient
 
 
+def run_one_after_the_other(
+    session: Session, batches: Sequence[Any], part_of: Callable[[Any], Tensor], trains: bool
+) -> list[Tensor]:  # fmt: skip
+    """Run micro-batches without a pipeline, so that the activations of one of them exist at a time.
+
+    part_of: runs one forward, and returns this process's part of its loss. Returns the values of the parts.
+    """
+    parts, (stage,) = list[Tensor](), session.runtime.stages
+    for number, batch in enumerate(batches, start=1):
+        part = part_of(batch)
+        if trains:
+            if stage.wrapped:
+                stage.set_gradient_sync(last=number == len(batches))
+            (part * session.loss_scale.scale).backward()
+        parts.append(part.detach())
+    if not trains:
+        stage.reshard()
+    return parts
+
+
 def scheduled_loss(session: Session, value: Tensor, gradients: list[Tensor | None], *, local: bool) -> Tensor:
     """A loss whose backward pass is done. gradients: of session.parameters. local: see Pending."""
     anchor = torch.zeros((), device=value.device, requires_grad=True)  # a stage may have no parameter that is trained
@@ -61,13 +88,9 @@ class ScheduledLoss(torch.autograd.Function):
     def backward(ctx, upstream: Tensor):  # type: ignore[override]
         pending, ctx.pending = ctx.pending, None
         if pending is None:
-            raise TrainingError(
-                "The loss of a call can be differentiated once: its gradients are made within the call. Add losses up "
-                f"and call backward on the sum, or call the model again. {CURE} where a loss needs more."
-            )
-        if torch.is_grad_enabled():
-            raise TrainingError(f"create_graph=True needs a graph, which calls with micro-batches do not keep. {CURE}.")
-        _require_backward(ctx)
+            raise TrainingError(ONCE)
+        _refuse_create_graph()
+        _require_backward(node for node, _ in ctx.next_functions)
         session = pending.session
         factor = upstream.double()
         _check_equal(factor, session)
@@ -78,19 +101,26 @@ class ScheduledLoss(torch.autograd.Function):
         return None, None, *pending.gradients, None
 
 
-def _require_backward(ctx) -> None:
-    """Raise TrainingError within torch.autograd.grad on parameters, whose result would be one process's part."""
-    for node, _ in ctx.next_functions:
-        if node is None:
-            continue
+def _refuse_create_graph() -> None:
+    """Raise TrainingError within a backward pass with create_graph=True."""
+    if torch.is_grad_enabled():
+        raise TrainingError(f"create_graph=True needs gradients of gradients, which a call does not have. {CURE}.")
+
+
+def _require_backward(nodes: Iterable[Any]) -> None:
+    """Raise TrainingError within torch.autograd.grad on parameters, whose result would be one process's part.
+
+    nodes: those that add gradients up in parameters; None for others.
+    """
+    for node in nodes:
         try:
-            torch._C._will_engine_execute_node(node)
-        except RuntimeError as error:
+            if node is not None and torch._C._will_engine_execute_node(node):
+                return  # in a backward pass alone
+        except RuntimeError as error:  # of a parameter whose gradient is to be returned
             raise TrainingError(
                 f"torch.autograd.grad on parameters would give this process's part of the gradients alone. Call "
                 f"accelerator.backward(loss) and read parameter.grad after accelerator.clip_grad_norm_. {CURE}."
             ) from error
-        return
 
 
 def _check_equal(factor: Tensor, session: Session) -> None:
@@ -118,8 +148,11 @@ class LocalLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor):  # type: ignore[override]
-        begin_backward(ctx.session)
-        return upstream * ctx.session.loss_scale.scale, None, None
+        session, ctx.session = ctx.session, None
+        if session is None:
+            raise TrainingError(ONCE)
+        begin_backward(session)
+        return upstream * session.loss_scale.scale, None, None
 
 
 class LocalLogits(torch.autograd.Function):
@@ -154,7 +187,14 @@ class DetachedLogits(torch.autograd.Function):
 
 
 def begin_backward(session: Session) -> None:
-    """Before gradients of an ordinary graph are added: announce the pass to fully_shard and to the session."""
+    """Before gradients of an ordinary graph are added: announce the pass to fully_shard and to the session.
+
+    Raises TrainingError for create_graph, and for torch.autograd.grad where its result would be a part, or scaled.
+    """
+    _refuse_create_graph()
+    if session.runtime.mesh.world_size > 1 or session.loss_scale.scale != 1.0:
+        trained = (each for each in session.parameters if each.requires_grad)
+        _require_backward(torch.autograd.graph.get_gradient_edge(each).node for each in trained)
     session.add_gradients(local=True)
     (stage,) = session.runtime.stages
     if stage.wrapped:

@@ -52,8 +52,8 @@ def option(
     """A field of the plugin.
 
     otherwise: the value where neither the script nor the environment gives one. run: the field of RunConfig that it
-    sets. least: its smallest value, where it sets none. no_effect: why it does nothing here, which is told where its
-    value is not among the harmless.
+    sets. least: its smallest value, where it sets none. no_effect: why it does nothing here; a line says so where
+    its value is not among the harmless.
     """
     metadata = {
         "help": help, "otherwise": otherwise, "run": run, "least": least, "no_effect": no_effect, "harmless": harmless,
@@ -173,6 +173,14 @@ class MegatronLMPlugin:
     megatron_lm_default_args: dict[str, Any] = dataclasses.field(default_factory=dict, init=False, repr=False)
     micro_batch_size: int | None = dataclasses.field(default=None, init=False, repr=False)
     data_parallel_size: int | None = dataclasses.field(default=None, init=False, repr=False)
+
+    def __new__(cls, *_: Any, **given: Any) -> MegatronLMPlugin:
+        """Raises ConfigError for a name that is no option."""
+        if cls is MegatronLMPlugin and (unknown := [name for name in given if name not in cls.__dataclass_fields__]):
+            near = nearest(unknown[0], cls.__dataclass_fields__)
+            cure = f"Write {near}" if near else "Leave it out"
+            raise ConfigError(problem("MegatronLMPlugin", unknown[0], "has no such option", cure))
+        return super().__new__(cls)
 
     def __post_init__(self, *other_spellings: Any) -> None:
         problems = []

@@ -64,6 +64,11 @@ def prepare(given: Any, session: Session, step_with_optimizer: bool = True) -> t
             "The scheduler moves once per optimizer step; Accelerate moves one num_processes times, and a script must "
             "not multiply the steps of its scheduler by accelerator.num_processes here"
         )
+    if (fewer := plugin.num_micro_batches * mesh.data_size) > 1:
+        lines.append(
+            f"A prepared loader has {fewer} times fewer batches than the script's (num_micro_batches x data-parallel "
+            "processes): a scheduler whose steps were counted before accelerator.prepare(loader) ends too late"
+        )
     return MegatronScheduler(given, optimizer, step_with_optimizer), lines
 
 

@@ -1,6 +1,9 @@
 """The Accelerator: Accelerate's own without a plugin; with one, its state, its processes, backward passes, clipping."""
 
 import os
+import pathlib
+import time
+import types
 from typing import Any
 
 import accelerate
@@ -74,8 +77,6 @@ def test_one_process_with_a_plugin() -> None:
         assert isinstance(second, Accelerator) and second.mesh is accelerator.mesh and second.session is None
         with pytest.raises(ConfigError, match="must be that of the first Accelerator of a process"):
             Accelerator(megatron_lm_plugin=MegatronLMPlugin())
-        accelerator.end_training()
-        assert not dist.is_initialized()
 
 
 def test_the_environment_asks_for_it() -> None:
@@ -262,6 +263,22 @@ def test_unsuitable_objects() -> None:
             accelerator.prepare(spread)
         with pytest.raises(ConfigError, match="slice_fn_for_dispatch must be None"):
             accelerator.prepare_data_loader([], slice_fn_for_dispatch=len)
+
+
+def ended(folder: pathlib.Path) -> tuple[list[str], bool, float]:
+    """What the tracker was asked for, whether the main process was waited for, and a sum over processes."""
+    with accelerating():
+        accelerator, asked = started(), list[str]()
+        accelerator.trackers = [types.SimpleNamespace(finish=lambda: asked.append("finish"))]
+        if accelerator.is_main_process:
+            time.sleep(0.5)
+            (folder / "saved").touch()
+        accelerator.end_training()
+        return asked, (folder / "saved").exists(), float(accelerator.reduce(torch.ones(())))
+
+
+def test_processes_work_together_after_the_end_of_training(tmp_path: pathlib.Path) -> None:
+    assert run_ranks(ended, 2, tmp_path) == [(["finish"], True, 2.0)] * 2
 
 
 def uneven() -> str:

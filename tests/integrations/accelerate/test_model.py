@@ -197,6 +197,7 @@ def refusals(accelerator: Accelerator, model: Any, optimizer: Any, batch: dict[s
     raises(lambda: model(**batch).loss.backward(create_graph=True))
     trained = [each for each in model.parameters() if each.requires_grad]
     raises(lambda: torch.autograd.grad(model(**batch).loss, trained))
+    raises(lambda: torch.autograd.grad(model(**batch).loss, trained[-1:]))
     if dist.get_world_size() > 1:
         raises(lambda: (model(**batch).loss * (1 + dist.get_rank())).backward())
     if model.session.runtime.pipeline is not None:
@@ -209,7 +210,39 @@ def refusals(accelerator: Accelerator, model: Any, optimizer: Any, batch: dict[s
 )
 def test_what_needs_a_graph_says_what_to_do(layout: str) -> None:
     for texts in in_layout(refusals, layout):
-        assert all("custom train step" in text for text in texts) and len(texts) >= 3
+        assert all("custom train step" in text for text in texts) and len(texts) >= 4
+
+
+def graph_refusals(accelerator: Accelerator, model: Any, optimizer: Any, batch: dict[str, Tensor]) -> list[str]:
+    """What the loss of an ordinary graph says, and a loss of one's own from logits."""
+    texts = []
+    loss, trained = model(**batch).loss, [each for each in model.parameters() if each.requires_grad]
+    loss.backward(retain_graph=True)
+    whole = trained[-1].grad
+    for work in (
+        loss.backward,
+        lambda: model(**batch).loss.backward(create_graph=True),
+        lambda: own_loss(model(input_ids=batch["input_ids"]).logits, batch["input_ids"]).backward(create_graph=True),
+    ):
+        with pytest.raises(TrainingError) as caught:
+            work()
+        texts.append(str(caught.value))
+    for wanted in (trained, trained[-1:]):
+        if dist.get_world_size() > 1:
+            with pytest.raises(TrainingError, match="this process's part"):
+                torch.autograd.grad(model(**batch).loss, wanted)
+        else:
+            torch.testing.assert_close(torch.autograd.grad(model(**batch).loss, wanted)[-1], whole)
+    model.zero_grad()
+    model(**batch).loss.backward(inputs=trained[-1:])
+    assert [each.grad is not None for each in trained] == [False] * (len(trained) - 1) + [True]
+    return texts
+
+
+@pytest.mark.parametrize("layout", ["one", "dp2", pytest.param("tp2", marks=pytest.mark.slow)])
+def test_what_a_graph_has_not(layout: str) -> None:
+    for texts in in_layout(graph_refusals, layout):
+        assert all("custom train step" in text for text in texts) and "create_graph" in texts[1] and "once" in texts[0]
 
 
 def norms(accelerator: Accelerator, model: Any, optimizer: Any, batch: dict[str, Tensor]) -> list[float]:
@@ -330,3 +363,29 @@ def test_logits_of_classes_are_on_every_process(layout: str) -> None:
         expected = toy_model("bert", "classification")(input_ids=ids).logits
     for found in run_ranks(classes, LAYOUTS[layout][0], layout):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def pretraining(layout: str) -> tuple[float, Tensor, Tensor]:
+    with accelerating():
+        plugin = {"tp_degree": 1, **LAYOUTS[layout][1]}
+        accelerator = Accelerator(megatron_lm_plugin=MegatronLMPlugin(return_logits=True, **plugin))
+        size = ROWS // plugin.get("num_micro_batches", 1)
+        model, loader = accelerator.prepare(toy_model("bert"), DataLoader(ordered_rows(), batch_size=size))
+        (batch,) = loader
+        output = model(**batch)
+        return output.loss.item(), output.prediction_logits.detach(), output.seq_relationship_logits.detach()
+
+
+def ordered_rows() -> list[dict[str, Tensor]]:
+    return [row | {"next_sentence_label": torch.tensor(number % 2)} for number, row in enumerate(rows())]
+
+
+@pytest.mark.parametrize("layout", ["one", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cp2", "pp2"))])
+def test_both_losses_of_pretraining_beside_logits(layout: str) -> None:
+    batch = torch.utils.data.default_collate(ordered_rows())
+    with torch.no_grad():
+        expected = toy_model("bert")(**batch)
+    for loss, *logits in run_ranks(pretraining, LAYOUTS[layout][0], layout):
+        assert loss == pytest.approx(expected.loss.item(), rel=1e-5)
+        for each, theirs in zip(logits, (expected.prediction_logits, expected.seq_relationship_logits), strict=True):
+            torch.testing.assert_close(each, theirs, rtol=1e-4, atol=1e-5)

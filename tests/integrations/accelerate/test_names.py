@@ -1,6 +1,8 @@
 """Every public name of Accelerate is here: the same, megalith's own, or an error that says what to use instead."""
 
 import importlib
+import pathlib
+import re
 import sys
 
 import accelerate
@@ -19,62 +21,38 @@ GUIDE = {  # names that a script of the guide imports, and where from
         "gather_across_data_parallel_groups", "gather_object", "set_seed",
     ],
 }  # fmt: skip
-# What each public name of Accelerate's Accelerator is here. Those of the first list are inherited and work as there.
-SAME = [
-    "accumulate", "autocast", "clear", "deepspeed_plugin", "deepspeed_ulysses_dl_adapter", "device", "dispatch_batches",
-    "distributed_type", "end_training", "even_batches", "fp8_backend", "get_tracker", "gradient_accumulation_steps",
-    "init_trackers", "is_composable_parallelism_enabled", "is_fsdp2", "is_last_process", "is_local_main_process",
-    "is_main_process", "local_process_index", "log", "logging_dir", "mixed_precision", "multi_device", "no_sync",
-    "non_blocking", "num_processes", "on_last_process", "on_local_main_process", "on_local_process", "on_main_process",
-    "on_process", "optimizer_step_was_skipped", "parallelism_config", "print", "process_index", "profile",
-    "project_dir", "register_for_checkpointing", "register_load_state_pre_hook", "register_save_state_pre_hook", "save",
-    "save_iteration", "set_trigger", "should_save_model", "split_batches", "sync_gradients",
-    "trigger_sync_in_backward", "unwrap_model", "use_distributed", "use_seedable_sampler", "use_stateful_dataloader",
-    "verify_device_map", "wait_for_everyone",
-]  # fmt: skip
-DIFFERENT = {
-    "backward": "refuses a loss without a gradient",
-    "check_trigger": "any process's trigger counts, tp and pp copies' too",
-    "clip_grad_norm_": "of the whole model, by its L2 norm",
-    "clip_grad_value_": "of the whole model's complete gradients",
-    "context_parallel_rank": "by the plugin",
-    "data_parallel_rank": "by the plugin",
-    "data_parallel_shard_rank": "by the plugin",
-    "free_memory": "another model can be prepared afterwards",
-    "gather": "over data-parallel processes",
-    "gather_for_metrics": "over data-parallel processes",
-    "get_state_dict": "transformers' names, on the main process",
-    "join_uneven_inputs": "inputs are even: nothing to do, or an error",
-    "load_state": "of any layout",
-    "local_main_process_first": "a barrier; the last process of each machine goes first",
-    "main_process_first": "a barrier",
-    "maybe_context_parallel": "nothing to do",
-    "pad_across_processes": "over data-parallel processes",
-    "pipeline_parallel_rank": "by the plugin",
-    "prepare": "places the model in the plugin's layout",
-    "prepare_data_loader": "batches of num_micro_batches, by data-parallel process",
-    "prepare_model": "as prepare",
-    "prepare_optimizer": "as prepare",
-    "prepare_scheduler": "as prepare",
-    "reduce": "over data-parallel processes",
-    "save_model": "a Hugging Face folder, written by all processes",
-    "save_state": "for any layout",
-    "skip_first_batches": "of prepared loaders too",
-    "split_between_processes": "between data-parallel processes",
-    "tensor_parallel_rank": "by the plugin",
-    "torch_device_mesh": "axes pp, dp_replicate, dp_shard, cp, tp",
-    "unscale_gradients": "completes the gradients",
-}
-REFUSED = ["lomo_backward"]
+DOCS = pathlib.Path(__file__).parents[3] / "docs/accelerate.md"
 
 
-def test_every_method_of_accelerates_accelerator_is_accounted_for() -> None:
+def documented() -> dict[str, tuple[str, str]]:
+    """{name: (same, different, refused or added; how, or what to use instead)}, of both tables of the docs."""
+    section = DOCS.read_text(encoding="utf-8").split("## Accelerate's API, name by name")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| `")]
+    listed = [(name, (state, how)) for names, state, how in rows for name in re.findall(r"`([\w.]+)`", names)]
+    assert len(listed) == len(dict(listed)), "a name is in two rows"
+    assert all(how or state == "same" for _, (state, how) in listed)
+    return dict(listed)
+
+
+def names_of(*states: str) -> set[str]:
+    return {name for name, (state, _) in documented().items() if state in states}
+
+
+def test_the_docs_say_what_became_of_each_member_of_the_accelerator() -> None:
     public = {name for name in dir(accelerate.Accelerator) if not name.startswith("_")}
-    listed = [*SAME, *DIFFERENT, *REFUSED]
-    assert len(listed) == len(set(listed)) and public <= set(listed)
+    listed = {name for name in documented() if "." not in name}
+    assert public == listed - names_of("added") and not public & names_of("added")
     own = {name for name in vars(Accelerator) if not name.startswith("_")}
-    assert own == {*DIFFERENT, *REFUSED} | {"session", "mesh", "load_checkpoint"}
-    assert len(REFUSED) + len(names.INSTEAD) <= 15
+    assert own == {name for name in names_of("different", "refused", "added") if "." not in name}
+
+
+def test_the_docs_say_what_became_of_the_modules_names() -> None:
+    own = {f"{module}.{name}" for module, found in names.OWN.items() for name in found}
+    refused = {f"accelerate.utils.{name}": instead for name, instead in names.INSTEAD.items()}
+    listed = {name for name in documented() if "." in name}
+    assert listed & names_of("different") == own and listed & names_of("refused") == set(refused)
+    assert listed == own | set(refused) and len(names_of("refused")) <= 15
+    assert {name: documented()[name][1] for name in refused} == refused
 
 
 @pytest.mark.parametrize("module", names.OWN)

@@ -249,6 +249,11 @@ def test_a_mistyped_attribute_is_an_error_and_others_are_free():
     plugin.mesh = "anything of others"
 
 
+def test_a_mistyped_name_is_an_error():
+    with pytest.raises(ConfigError, match=r"^MegatronLMPlugin has no such option; found 'tp_degre'\. Write tp_degree"):
+        MegatronLMPlugin(tp_degre=2)  # type: ignore[call-arg]
+
+
 def test_what_is_changed_later_is_checked_again():
     plugin = MegatronLMPlugin()
     plugin.tp_degree, plugin.num_micro_batches = -1, None

@@ -36,7 +36,10 @@ def state():
 def plugin_of(**fields: Any) -> Any:
     """What build_schedule reads of a MegatronLMPlugin."""
     return types.SimpleNamespace(
-        schedule_fields=lambda: {**DEFAULTS, **fields}, global_batch_size=8, megatron_lm_default_args={}
+        schedule_fields=lambda: {**DEFAULTS, **fields},
+        global_batch_size=8,
+        num_micro_batches=1,
+        megatron_lm_default_args={},
     )
 
 
@@ -204,6 +207,8 @@ def test_what_the_user_is_told() -> None:
     _, (unused, moves) = prepare(own, session_of(optimizer, processes=2, **fields))
     assert unused.startswith("lr_decay_style, lr_warmup_iters of MegatronLMPlugin has no effect")
     assert moves.startswith("The scheduler moves once per optimizer step; Accelerate moves one num_processes times")
+    _, (_, counted) = prepare(own, session_of(optimizer, processes=4, data=2))
+    assert counted.startswith("A prepared loader has 2 times fewer batches than the script's")
     assert prepare(own, session_of(optimizer))[1] == []
 
 

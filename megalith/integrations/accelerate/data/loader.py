@@ -104,7 +104,7 @@ class MegatronDataLoader(DataLoaderShard):
 
     @property
     def iteration(self) -> int:
-        """Epochs that are done: what samplers and datasets with `set_epoch` are told."""
+        """Epochs that are done; `set_epoch` of samplers and datasets gets it."""
         return self.position.epoch
 
     @iteration.setter

@@ -73,8 +73,8 @@ def read(args: Mapping[str, Any], where: str = "other_megatron_args") -> Megatro
         else:
             values[name] = value
     idle = dict.fromkeys(wandb, WANDB) | {name: why for name in values if (why := reason(name))}
-    told = [_replaced(line, OTHER_REASONS) for line in reading.notices]
-    notices = told + [f"{name} has no effect: {why}" for name, why in idle.items()]
+    notices = [_replaced(line, OTHER_REASONS) for line in reading.notices]
+    notices += [f"{name} has no effect: {why}" for name, why in idle.items()]
     problems, notices = ([f"{where}: {without_dashes(line)}" for line in lines] for lines in (problems, notices))
     return MegatronArgs(values, problems, notices)
 

@@ -22,6 +22,7 @@ from megalith.integrations.accelerate.gradients import (
     DetachedLogits,
     LocalLoss,
     put_gradients,
+    run_one_after_the_other,
     scheduled_loss,
     take_gradients,
 )
@@ -89,6 +90,11 @@ class StepRun:
             rule = "must return what the model returned, as it is, with a pipeline"
             raise TrainingError(problem("forward_step", Words(type(found[0]).__name__), rule, CURE))
         return Forward(model, *found)
+
+    def local_share(self, batch: MicroBatch) -> Tensor:
+        """`share_of` a micro-batch, without a pipeline."""
+        done = self.forward(StepModel, batch)
+        return self.share_of(done.loss_func, done.output)
 
     def share_of(self, loss_func: Callable, output: Any) -> Tensor:
         """The share of a micro-batch in the loss of the call, to be differentiated; its value is kept."""
@@ -191,8 +197,7 @@ def call(
     session.reshard()
     run = StepRun(session, step, training, len(batches))
     if runtime.pipeline is None and run.trains and len(batches) == 1:
-        done = run.forward(StepModel, batches[0])
-        share = run.share_of(done.loss_func, done.output)
+        share = run.local_share(batches[0])
         value, factor = run.total()
         loss = LocalLoss.apply(share * factor.to(share.dtype), value, session)
     else:
@@ -214,7 +219,7 @@ def run_within_call(run: StepRun, batches: Sequence[MicroBatch]) -> Tensor:
     before = take_gradients(parameters) if run.trains else []
     with torch.set_grad_enabled(run.trains):
         if runtime.pipeline is None:
-            run_one_after_the_other(run, batches)
+            run_one_after_the_other(session, batches, run.local_share, run.trains)
         else:
             run_pipeline(run, batches)
     value, factor = run.total()
@@ -226,20 +231,6 @@ def run_within_call(run: StepRun, batches: Sequence[MicroBatch]) -> Tensor:
     if existing and float(factor) != 1.0:
         torch._foreach_mul_(existing, float(factor))
     return scheduled_loss(session, value, gradients, local=runtime.pipeline is None)
-
-
-def run_one_after_the_other(run: StepRun, batches: Sequence[MicroBatch]) -> None:
-    """The micro-batches without a pipeline, so that the activations of one of them exist at a time."""
-    (stage,) = run.session.runtime.stages
-    for number, batch in enumerate(batches):
-        done = run.forward(StepModel, batch)
-        share = run.share_of(done.loss_func, done.output)
-        if run.trains:
-            if stage.wrapped:
-                stage.set_gradient_sync(last=number == len(batches) - 1)
-            (share * run.session.loss_scale.scale).backward()
-    if not run.trains:
-        stage.reshard()
 
 
 def run_pipeline(run: StepRun, batches: Sequence[MicroBatch]) -> None:
