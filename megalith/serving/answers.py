@@ -51,6 +51,7 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(MegalithError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(UnicodeEncodeError, _on_half_characters)
     app.add_exception_handler(ClientLeft, _on_client_left)
     app.add_exception_handler(Exception, _on_bug)
 
@@ -70,8 +71,8 @@ def error_body(error: Exception) -> dict[str, Any]:
 
 
 def shown(value: object) -> Words:
-    """A value of a request as an error repeats it: short, and whatever characters it has."""
-    text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    """A value of a request as an error repeats it, cut where it is long."""
+    text = repr(value)
     return Words(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")
 
 
@@ -98,8 +99,6 @@ def invalid(error: RequestValidationError) -> MegalithError:
 
 def _body(text: str, status: int, param: str | None, code: str | None) -> dict[str, Any]:
     kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
-    text = text.encode("utf-8", "backslashreplace").decode()  # JSON may bring half characters, and keys are repeated
-    param = param and param.encode("utf-8", "backslashreplace").decode()
     return {"message": text, "error": {"message": text, "type": kind, "param": param, "code": code}}
 
 
@@ -126,6 +125,13 @@ async def _on_http(request: Request, error: Exception) -> Response:
     else:
         text = str(error.detail)
     return JSONResponse(_body(text, error.status_code, None, None), error.status_code, error.headers)
+
+
+async def _on_half_characters(request: Request, error: Exception) -> Response:
+    """JSON can hold halves of surrogate pairs, wherever it has texts; no other text has them."""
+    return await _on_error(
+        request, BadRequest("the body must be Unicode text; found a \\u escape of half a character.")
+    )
 
 
 async def _on_client_left(request: Request, error: Exception) -> Response:

@@ -26,13 +26,13 @@ from megalith.generation.engine import Engine
 from megalith.generation.generate import AnyEngine
 from megalith.generation.model import TextModel
 from megalith.generation.parallel.driver import Driver, follow
+from megalith.generation.parallel.ranks import Ranks, first_line
 from megalith.generation.parallel.replicas import ReplicatedEngine, engine_of
 from megalith.serving.access_log import LOGGING
 from megalith.serving.app import create_app
 from megalith.serving.connections import Connection
 from megalith.serving.metrics import Metrics
 from megalith.serving.options import ServeOptions
-from megalith.serving.ranks import Ranks, first_line
 from megalith.serving.service import Service
 
 CLOSING = 5.0  # seconds in which the last answers are written to clients that read them

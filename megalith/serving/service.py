@@ -14,6 +14,7 @@ from megalith.common.errors import ConfigError, MegalithError, problem
 from megalith.generation.cache import KVCache
 from megalith.generation.engine import Engine
 from megalith.generation.generate import AnyEngine, Call
+from megalith.generation.parallel.ranks import first_line
 from megalith.generation.params import GenerationParams
 from megalith.generation.prompts import Completion, Prompts, prompt_list
 from megalith.generation.request import BeamRequest
@@ -22,7 +23,6 @@ from megalith.serving.engine_thread import EngineThread, Job, Update
 from megalith.serving.errors import Busy, TimedOut, Unavailable
 from megalith.serving.metrics import Metrics
 from megalith.serving.options import ServeOptions
-from megalith.serving.ranks import first_line
 
 LONGEST_STEP = 10.0  # seconds that the end of a server waits for the engine's current step
 MOST_TEXTS = 1024  # of one request, beyond Megatron's 128 prompts with OpenAI's 8 or so samples

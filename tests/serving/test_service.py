@@ -1,6 +1,7 @@
 """What routes stand on: texts of a service equal those of `complete`; a model that is lost ends them all, at once."""
 
 import asyncio
+import concurrent.futures
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -40,7 +41,8 @@ def with_service(model, work: Callable[[Service], Awaitable[Any]], **options: An
         finally:
             assert await service.stop()
 
-    return asyncio.run(run())
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:  # the main one may have a loop of Playwright's
+        return thread.submit(asyncio.run, run()).result()
 
 
 def test_texts_are_those_of_complete(make) -> None:

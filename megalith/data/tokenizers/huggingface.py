@@ -338,7 +338,7 @@ def _files_beside(source: pathlib.Path | None, names: Sequence[str]) -> list[pat
 
 
 def _settings(source: pathlib.Path | None) -> dict[str, Any]:
-    """The settings of tokenizer_config.json, for the rest those of special_tokens_map.json; the chat template's file."""
+    """The settings of tokenizer_config.json, for the rest those of special_tokens_map.json; and the chat template."""
     settings: dict[str, Any] = {}
     for file in _files_beside(source, (CHAT_TEMPLATE, *CONFIG_FILES)):
         refuse_pointer(file)

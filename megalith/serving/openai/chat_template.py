@@ -62,12 +62,12 @@ class ChatTemplate:
         given = {"tools": None, "documents": None, "add_generation_prompt": True, **variables, "messages": messages}
         try:
             text = self.template.render({**self.special_tokens, **given})
-            text.encode()  # the variables may bring halves of characters
-            return text
         except Exception as error:  # a template is a program of its own, with errors of every kind
             reason = str(error) if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: {error}"
             what, rule = "messages", "must be such as the model's chat template takes"
             raise BadRequest(problem(what, Words(reason), rule, "Correct them"), param="messages") from None
+        text.encode()  # raises UnicodeEncodeError where the variables have brought halves of characters
+        return text
 
     def encode(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> list[int]:
         """The tokens of `render`. The template writes special tokens itself, so that none are added."""

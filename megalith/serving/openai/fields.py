@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, WithJsonSchema
+from pydantic import BeforeValidator, Field, StringConstraints, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from megalith.common.errors import problem
@@ -61,10 +61,6 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) and (value.isascii() or value.encode("utf-8", "ignore").decode() == value)
 
 
-def _check_text(value: str) -> str:
-    return value if is_text(value) else _refuse("must be Unicode text", "Correct its \\u escapes")
-
-
 def _check_prompt(value: Any) -> Any:
     if value is None or is_text(value):
         return value or ""
@@ -107,7 +103,6 @@ TEXT_PART = {
     "required": ["type", "text"],
 }
 Token = Annotated[int, Field(ge=0, le=LARGEST_TOKEN)]
-Text = Annotated[str, AfterValidator(_check_text)]
 # Checked by hand: pydantic's unions would try each form on each token, and report every form that does not fit.
 Prompt = Annotated[Any, BeforeValidator(_check_prompt), WithJsonSchema({"anyOf": [
     {"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}, TOKENS | {"minItems": 1},

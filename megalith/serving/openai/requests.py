@@ -20,7 +20,6 @@ from megalith.serving.openai.fields import (
     LogitBias,
     Prompt,
     Stop,
-    Text,
     Token,
     known_fields,
 )  # fmt: skip
@@ -47,7 +46,7 @@ class Options(BaseModel):
     """What both kinds of completions have. A field that is null is one left out."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    model: Text | None = Field(None, description="The served model's name, as /v1/models has it, or nothing.")
+    model: str | None = Field(None, description="The served model's name, as /v1/models has it, or nothing.")
     max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = Field(None, description="Most new tokens.")
     max_completion_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = Field(
         None, description="The newer name of max_tokens."
@@ -72,7 +71,7 @@ class Options(BaseModel):
     )
     stream: bool | None = Field(None, description="Send the text as it is written, as server-sent events.")
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
-    user: Text | None = Field(None, description="Ignored.")
+    user: str | None = Field(None, description="Ignored.")
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = Field(
         None, description="Choose among the k likeliest tokens; 0 or -1: all. Not OpenAI's, as all that follow."
     )
@@ -195,7 +194,7 @@ class Message(BaseModel):
         description="Who wrote it; developer is OpenAI's newer name of system, and templates get it as system."
     )
     content: Content = Field(description="A text, or a list of parts of type text.")
-    name: Text | None = Field(None, description="Of who wrote it, for templates that use it.")
+    name: str | None = Field(None, description="Of who wrote it, for templates that use it.")
     refusal: None = None
 
     @model_validator(mode="before")

@@ -23,10 +23,11 @@ from megalith.serving.service import Service
 from megalith.serving.token_texts import TokenTexts
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's, of completions
+EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}  # each by itself
 STREAMED: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "A JSON object; with stream server-sent events, the last of them [DONE]",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": {"text/event-stream": {"schema": EVENT}},
     }
 }
 

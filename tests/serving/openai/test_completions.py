@@ -8,6 +8,7 @@ import subprocess
 import openai
 import pytest
 
+from megalith.generation.engine import Engine
 from megalith.generation.generate import complete, score, stream
 from tests.serving.openai.conftest import post
 
@@ -103,7 +104,7 @@ def test_echo_and_logprobs_are_those_of_score(served, make, new):
 
 def test_logprobs_without_echo_count_from_the_new_text(served, make):
     _, got = post(served[0], {"prompt": "Once", "max_tokens": 4, "logprobs": 0, "seed": 2})
-    wanted = complete(make(), "Once", max_new_tokens=4, logprobs=True, seed=2)[0]
+    wanted = complete(Engine(make()), "Once", max_new_tokens=4, logprobs=True, seed=2)[0]  # of as many rows
     found = got["choices"][0]["logprobs"]
     assert found["token_logprobs"] == wanted.logprobs and found["text_offset"][0] == 0
     assert found["top_logprobs"] == [{t: p} for t, p in zip(found["tokens"], wanted.logprobs)]
@@ -131,3 +132,15 @@ def test_models(served):
     assert model.max_model_len == 200 and model.chat_template is False
     with pytest.raises(openai.NotFoundError, match="'other'"):
         client.models.retrieve("other")
+
+
+def test_beams(served, make):
+    wanted = complete(make(), "Once", beam_width=3, num_samples=2, max_new_tokens=5, logprobs=True, length_penalty=0.7)
+    body = {"prompt": "Once", "n": 2, "max_tokens": 5, "logprobs": 0, "temperature": 0, "length_penalty": 0.7}
+    got = post(served[0], {**body, "beam_width": 3})[1]["choices"]
+    assert [each["text"] for each in got] == [each.continuation for each in wanted]
+    for choice, each in zip(got, wanted):
+        assert choice["logprobs"]["token_logprobs"] == pytest.approx(each.logprobs, abs=1e-5)
+    two = complete(make(), "Once", beam_width=2, num_samples=2, max_new_tokens=5, length_penalty=0.7)
+    got = post(served[0], {**body, "use_beam_search": True})[1]["choices"]
+    assert [each["text"] for each in got] == [each.continuation for each in two]

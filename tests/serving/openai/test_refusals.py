@@ -50,7 +50,9 @@ WRONG = [
     ({"tools": [{}]}, "tools", "does not support"),
     ({"response_format": {"type": "json_object"}}, "response_format", "does not support"),
     ({"logprobs": 1, "modalities": ["audio"]}, "modalities", "does not support"),
-    ({"\ud800": 1}, "\\ud800", "unknown field"),
+    ({"\ud800": 1}, None, "half a character"),
+    ({"logit_bias": {"\ud800": 1}}, "logit_bias.\ufffd\ufffd\ufffd", "valid string"),
+    ({"stream": True, "stream_options": {"\ud800": 1}}, "stream_options", "valid string"),
 ]  # fmt: skip
 ASK_FOR_NOTHING = {
     "tools": None, "tool_choice": "none", "response_format": {"type": "text"}, "store": False, "suffix": None,

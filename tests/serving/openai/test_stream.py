@@ -46,7 +46,9 @@ def test_pieces_add_up_to_the_whole(served, body):
     assert "usage" not in events(served[0], body)[0]
 
 
-def test_openai_client_streams(served):
+def test_openai_client_streams(served, monkeypatch):
+    step = served[1].engine.step
+    monkeypatch.setattr(served[1].engine, "step", lambda: time.sleep(0.05) or step())
     client = openai.OpenAI(base_url=f"{served[0]}/v1", api_key="none", max_retries=0)
     options = {"model": "tiny", "prompt": "Once", "temperature": 0, "max_tokens": 8}
     pieces = list(client.completions.create(**options, stream=True))
@@ -82,10 +84,13 @@ def test_client_that_leaves_while_its_prompt_is_read_frees_the_cache(make, servi
     engine = service.engine
     steps = slowed(engine, monkeypatch)
     body = json.dumps({"prompt": [5] * 1900, "max_tokens": 3, "stream": stream}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     host, _, port = url.removeprefix("http://").partition(":")
+    lines = (
+        "POST /v1/completions HTTP/1.1", f"Host: {host}:{port}", "Content-Type: application/json",
+        f"Content-Length: {len(body)}", "", "",
+    )  # fmt: skip
     with socket.create_connection((host, int(port)), timeout=10) as client:
-        client.sendall(f"{head}\r\n\r\n".encode() + body)
+        client.sendall("\r\n".join(lines).encode() + body)
         wait_for(lambda: engine.prefill.reading and engine.prefill.reading[0].prompt.filled)
         assert engine.cache.bytes_in_use > 0
         [reading] = engine.prefill.reading
@@ -117,9 +122,9 @@ def test_failure_ends_the_stream_with_an_error(served, monkeypatch):
 
     monkeypatch.setattr(service.engine, "step", failing)
     *pieces, error = events(url, {"prompt": "Once", "max_tokens": 50, "temperature": 0})
-    assert pieces and error["error"]["message"] == "numbers without sense" and error["error"]["type"] == "server_error"
+    assert pieces and "numbers without sense" in error["error"]["message"] and error["error"]["type"] == "server_error"
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     with pytest.raises(openai.APIError, match="numbers without sense"):
         list(client.completions.create(model="tiny", prompt="Once", stream=True, max_tokens=50))
     status, got = post(url, {"prompt": "Once", "max_tokens": 50})
-    assert status == 500 and got["error"]["message"] == "numbers without sense"
+    assert status == 500 and "numbers without sense" in got["error"]["message"]

@@ -28,7 +28,8 @@ def said(tokenizer: Tokenizer, ids: list[int]) -> bytes:
 
 
 def places(tokenizer: Tokenizer, ids: list[int], text: str) -> list[int]:
-    return [each.offset for each in prompt_scores(tokenizer, Completion(prompt_ids=ids, prompt=text))]
+    completion = Completion(prompt_ids=ids, prompt=text, prompt_logprobs=[0.0] * (len(ids) - 1))
+    return [each.offset for each in prompt_scores(tokenizer, completion)]
 
 
 @pytest.fixture(scope="module")
