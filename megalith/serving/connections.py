@@ -20,10 +20,11 @@ class Connection(HttpToolsProtocol):
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
-        self.head_bytes, self.head_timer = 0, None
+        self.head_bytes = 0
+        self.head_timer: asyncio.TimerHandle | None = None
         self.unread_timer: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for a request."""
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=0)  # pause at the first byte that the system's own buffer cannot take
