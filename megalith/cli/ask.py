@@ -125,13 +125,14 @@ class Conversation:
 def _ask_at_terminal(client: Client, talk: Conversation) -> int:
     _edit_lines()
     print(f"megalith: {client.url}; Ctrl-C stops a text, Ctrl-D ends", file=sys.stderr)
-    for prompt in _lines("> "):
-        if not prompt:
-            continue
+    while True:
         try:
-            talk.say(prompt)
-        except KeyboardInterrupt:
-            print("megalith: stopped", file=sys.stderr)
+            if prompt := input("> "):
+                talk.say(prompt)
+        except EOFError:
+            break
+        except KeyboardInterrupt:  # at the question it drops the line: one that came too late must not end the talk
+            print("\nmegalith: stopped; Ctrl-D ends", file=sys.stderr)
         except ServerError as error:
             print(f"megalith: {error}", file=sys.stderr)
     print()

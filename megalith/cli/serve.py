@@ -116,8 +116,10 @@ def serve(args: argparse.Namespace) -> int:
         for line in _notices(args, options):
             print(f"megalith: {line}", file=sys.stderr, flush=True)
     with ends_with_launcher():
-        from megalith.serving.server import serve_model  # here, because it imports torch
+        from megalith.serving.server import bind, serve_model  # here, because it imports torch
 
+        if environment.rank() == 0:
+            bind(options.host, options.port).close()  # one that is taken is said now, not after minutes of loading
         model = load_model(args)
         return serve_model(model, options.model_name or _name(args.load), options)
 

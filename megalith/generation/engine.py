@@ -166,7 +166,7 @@ class Engine:
             if self.encoder_decoder:
                 what, found = "the prompt, and the new tokens after a start token,", f"{prompt} and {new + 1}"
             rule = f"must be at most {self.max_length}, the max_length of this engine"
-            cure = f"Ask for fewer, or make an engine with max_length={need}"
+            cure = f"Ask for fewer, or raise max_length (--max-length of a server) to {need}"
             raise TooLong(problem(what, Words(found), rule, cure))
         if self.encoder_decoder:
             self.text_model.decoder_start  # noqa: B018 raises where no tokenizer knows it

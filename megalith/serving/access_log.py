@@ -53,14 +53,15 @@ class AccessLog:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started, status, tokens = time.monotonic(), CLIENT_CLOSED, Tokens()
+        started, status, complete, tokens = time.monotonic(), CLIENT_CLOSED, False, Tokens()
         tokens_of_request.set(tokens)  # each request has a task, and so a context, of its own
 
         async def watched(message: Message) -> None:
-            nonlocal status
+            nonlocal status, complete
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
+            complete = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         try:
             await self.app(scope, receive, watched)
@@ -68,6 +69,8 @@ class AccessLog:
             status = 500
             raise
         finally:
+            if not complete and status < 500:
+                status = CLIENT_CLOSED  # in mid-stream, whatever the stream began with
             seconds = time.monotonic() - started
             self.metrics.request(getattr(scope.get("route"), "path", "other"), status, seconds)
             _log(scope, status, seconds, tokens)

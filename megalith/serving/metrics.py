@@ -34,7 +34,7 @@ class Metrics:
             return prometheus.Histogram(f"megalith_{name}", help, labels, buckets=buckets, registry=registry)
 
         self.requests = counter(
-            "requests", "Ended requests; 429: refused by --max-waiting, 499: the client left before an answer",
+            "requests", "Ended requests; 429: refused by --max-waiting, 499: the client left before its end",
             ("route", "status"),
         )  # fmt: skip
         self.request_seconds = histogram("request_seconds", "From a request's start to its end", REQUEST, ("route",))

@@ -49,6 +49,10 @@ def serve_model(model: TextModel, name: str, options: ServeOptions) -> int:
     name: of the model, for clients. Prints the server's URL when it answers. Raises ConfigError where it cannot listen,
     or the model cannot be served so, RankError where another process was lost.
     """
+    context = model.config.max_position_embeddings
+    if options.max_length is not None and context is not None and options.max_length > context:
+        rule = f"must be at most {context}, the model's context (max_position_embeddings)"
+        raise ConfigError(problem("--max-length", options.max_length, rule, "Give fewer, or leave it out"))
     several = model.runtime is not None and dist.get_world_size() > 1
     listener = bind(options.host, options.port) if not several or dist.get_rank() == 0 else None
     limits = {each: getattr(options, each) for each in ("max_batch_size", "max_length", "max_cache_bytes", "compile")}
@@ -93,7 +97,9 @@ def bind(host: str, port: int) -> socket.socket:
 
 def _not_bound(host: str, port: int, error: OSError) -> ConfigError:
     rule = f"must be an address of this machine that nothing else listens on ({error.strerror})"
-    return ConfigError(problem("--host and --port", f"{host}:{port}", rule, "Try another --port, or --port 0"))
+    return ConfigError(
+        problem("--host and --port", f"{host}:{port}", rule, "Try another --port (0: a free one), or correct --host")
+    )
 
 
 def _follow(engine: Engine | ReplicatedEngine, ranks: Ranks) -> int:

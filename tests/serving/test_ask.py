@@ -76,6 +76,23 @@ def test_a_conversation_goes_on_after_an_error(served, capsys, monkeypatch) -> N
     assert "Ctrl-D ends" in errors and "(max_position_embeddings) is 200" in errors
 
 
+def test_an_interruption_at_the_question_does_not_end_the_conversation(served, capsys, monkeypatch) -> None:
+    typed = iter([KeyboardInterrupt, "Once", EOFError])
+
+    def line(question: str) -> str:
+        word = next(typed)
+        if isinstance(word, str):
+            return word
+        raise word
+
+    monkeypatch.setattr("sys.stdin", Terminal())
+    monkeypatch.setattr("builtins.input", line)
+    url, service = served
+    status, out, errors = asked(capsys, url, "--greedy", "--max-new-tokens", 4)
+    text = complete(service.model, "Once", max_new_tokens=4, temperature=0.0)[0].continuation
+    assert (status, out) == (0, f"{text}\n\n") and "Ctrl-D ends" in errors.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

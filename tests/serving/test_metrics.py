@@ -12,6 +12,8 @@ from megalith.serving.metrics import LONGEST_RETRY, Metrics
 from tests.serving.conftest import serving
 from tests.serving.plain_http import call, connect, held, raw, until
 
+JSON = "Content-Type: application/json"
+
 
 def shown(url):
     """Name with labels -> number."""
@@ -40,6 +42,16 @@ def test_counts(served):
     assert after["megalith_up"] == 1 and after["megalith_texts_running"] == after["megalith_texts_waiting"] == 0
     assert after["megalith_cache_allocated_bytes"] == service.cache.bytes_allocated > 0
     assert all(re.match("megalith_[a-z_]+", name) for name in after)
+
+
+def test_a_stream_that_its_client_leaves_is_not_counted_as_done(served):
+    url, service = served
+    with held(service), connect(url) as client:
+        client.sendall(raw("POST", "/v1/completions", b'{"prompt": "Once", "stream": true}', JSON))
+        assert client.recv(1000).startswith(b"HTTP/1.1 200")
+        client.close()
+        until(lambda: shown(url).get('megalith_requests_total{route="/v1/completions",status="499"}') == 1)
+    assert 'megalith_requests_total{route="/v1/completions",status="200"}' not in shown(url)
 
 
 def test_every_path_is_not_a_series(served):

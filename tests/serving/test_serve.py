@@ -5,6 +5,7 @@ import os
 import pathlib
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -31,6 +32,7 @@ def served_with(monkeypatch: pytest.MonkeyPatch):
         return 7
 
     monkeypatch.setattr(server, "serve_model", serve_model, raising=False)
+    monkeypatch.setattr(server, "bind", lambda host, port: socket.socket())
 
     def command(*words: object):
         calls.clear()
@@ -59,6 +61,13 @@ def test_a_path_and_options(run, served_with, capsys) -> None:  # noqa: F811
     for host in ("::1", "127.0.0.2", "localhost"):
         assert served_with(folder, "--device", "cpu", "--host", host)[0] == 7
     assert "everybody" not in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("megalith.cli.serve.load_model", lambda args: pytest.fail("it is loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        assert main(["serve", str(tmp_path), "--port", str(other.getsockname()[1])]) == 2
+    assert "nothing else listens on" in capsys.readouterr().err
 
 
 MEGATRONS = (

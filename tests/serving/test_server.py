@@ -10,7 +10,8 @@ import pytest
 from megalith.common.errors import ConfigError
 from megalith.generation.generate import complete
 from megalith.generation.load import load
-from megalith.serving.server import bind
+from megalith.serving.options import ServeOptions
+from megalith.serving.server import bind, serve_model
 from tests.serving.plain_http import call, until
 from tests.serving.server_processes import LONG, TEXT, saved, server
 
@@ -43,6 +44,13 @@ def test_an_address_that_is_taken_or_not_ours() -> None:
             bind(host, 0)
     with bind("::1", 0) as six, bind("localhost", 0) as four:
         assert six.getsockname()[1] != four.getsockname()[1]
+
+
+def test_a_length_beyond_the_models_context(make) -> None:
+    model = make()
+    limit = model.config.max_position_embeddings
+    with pytest.raises(ConfigError, match=f"--max-length must be at most {limit}, .*; found {limit + 1}"):
+        serve_model(model, "tiny", ServeOptions(port=0, max_length=limit + 1))
 
 
 @pytest.mark.slow
