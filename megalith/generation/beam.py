@@ -14,6 +14,7 @@ from megalith.common.errors import ConfigError, problem
 from megalith.generation.cached_attention import PrefillChunk
 from megalith.generation.model import TextModel, check_length
 from megalith.generation.parallel.runner import runner_of
+from megalith.generation.params import LARGEST_PENALTY
 from megalith.generation.prefix import CHUNK
 from megalith.generation.prompts import Completion, tokenize_prompts
 from megalith.generation.request import BeamRequest, Hypothesis
@@ -140,11 +141,13 @@ class BeamSearch:
 def check_options(request: BeamRequest) -> None:
     """Raise ConfigError for options of a search that cannot work."""
     width, new, samples = request.beam_width, request.max_new_tokens, request.num_samples
+    penalty, limits = request.length_penalty, f"must lie between -{LARGEST_PENALTY:g} and {LARGEST_PENALTY:g}"
     for name, value, holds, rule, cure in (
         ("--beam-width", width, width >= 1, "must be at least 1", "Try 4"),
         ("--max-new-tokens", new, new >= 1, "must be at least 1 for beam search", "Ask for more"),
         ("--num-samples", samples, 1 <= samples <= width, f"must lie between 1 and {width}, the number of beams",
          "Ask for fewer, or for more beams"),
+        ("--length-penalty", penalty, abs(penalty) <= LARGEST_PENALTY, limits, "Try 1"),
     ):  # fmt: skip
         if not holds:
             raise ConfigError(problem(name, value, rule, cure))

@@ -160,14 +160,7 @@ class Engine:
             rule = f"must be among the {c.vocab_size} tokens of the model's vocabulary, numbered from 0"
             raise DataError(problem("prompt_ids", wrong[0], rule, "Use the tokenizer that it was trained with"))
         check_length(c, prompt, new)
-        need = max(prompt, new + 1) if self.encoder_decoder else prompt + new
-        if need > self.max_length:
-            what, found = "prompt and new tokens together", f"{need} ({prompt} and {new})"
-            if self.encoder_decoder:
-                what, found = "the prompt, and the new tokens after a start token,", f"{prompt} and {new + 1}"
-            rule = f"must be at most {self.max_length}, the max_length of this engine"
-            cure = f"Ask for fewer, or raise max_length (--max-length of a server) to {need}"
-            raise TooLong(problem(what, Words(found), rule, cure))
+        self.check_length(prompt, new)
         if self.encoder_decoder:
             self.text_model.decoder_start  # noqa: B018 raises where no tokenizer knows it
             if isinstance(request, Request) and request.params.prompt_logprobs:
@@ -181,6 +174,17 @@ class Engine:
             rule = f"must be at most {self.max_batch_size}, the requests that the engine runs at one time"
             cure = "Ask for fewer beams, or make an engine with a larger max_batch_size"
             raise ConfigError(problem("--beam-width", request.beam_width, rule, cure))
+
+    def check_length(self, prompt: int, new: int) -> None:
+        """Raise TooLong for a prompt of so many tokens, with so many new ones, that no row of the cache can hold."""
+        need = max(prompt, new + 1) if self.encoder_decoder else prompt + new
+        if need > self.max_length:
+            what, found = "prompt and new tokens together", f"{need} ({prompt} and {new})"
+            if self.encoder_decoder:
+                what, found = "the prompt, and the new tokens after a start token,", f"{prompt} and {new + 1}"
+            rule = f"must be at most {self.max_length}, the max_length of this engine"
+            cure = f"Ask for fewer, or raise max_length (--max-length of a server) to {need}"
+            raise TooLong(problem(what, Words(found), rule, cure))
 
     def cancel(self, id: int) -> bool:
         """Remove a request, waiting or running, and return whether there was one."""

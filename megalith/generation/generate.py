@@ -224,6 +224,8 @@ class Call:
             completion = tokenize_prompt(self.model, prompt, number, each.add_bos)
             name = f"prompt {number}" if len(each_prompt) > 1 else "the prompt"
             check_length(self.model.config, len(completion.prompt_ids), each.max_new_tokens, name)
+            if self.engine is not None:  # before each of many texts has a copy of a prompt that is too long
+                self.engine.check_length(len(completion.prompt_ids), each.max_new_tokens)
             numbers = range(first, first + each.num_samples)
             self.prompts.append(completion)
             self.rows.append([PendingCompletion(row, completion, each, self.model) for row in numbers])

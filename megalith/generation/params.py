@@ -17,8 +17,8 @@ from megalith.config.flags.foreign_names import megalith_name
 from megalith.config.flags.text import Words, fail, flag, unknown
 from megalith.config.options import option
 
-LARGEST = 2.0**128 - 2.0**104  # the largest number of float32
-SMALLEST = 2.0**-126  # its smallest normal one
+SMALLEST = 2.0**-126  # the smallest normal number of float32
+LARGEST_PENALTY = 30.0  # the power of a length of up to 10^10 that a double holds, and so does its reciprocal
 EXPECTED = {  # type of a field -> what its values must be
     "float": "a number",
     "int": "a whole number",
@@ -150,10 +150,11 @@ class GenerationParams(SamplingParams):
     length_penalty: float = option(1.0, "beams are ranked by log-probability / length^length_penalty")
 
     def _rules(self) -> list[tuple[str, bool, str, str]]:
+        limits = f"must lie between -{LARGEST_PENALTY:g} and {LARGEST_PENALTY:g}"
         rules = [
             *super()._rules(),
             ("stop", all(self.stop), "must be texts of at least one character", "Leave out the empty one"),
-            ("length_penalty", abs(self.length_penalty) <= LARGEST, "must be finite", "Try 1"),
+            ("length_penalty", abs(self.length_penalty) <= LARGEST_PENALTY, limits, "Try 1"),
         ]
         if self.beam_width is not None:
             default = GenerationParams()

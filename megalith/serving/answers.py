@@ -72,7 +72,10 @@ def error_body(error: Exception) -> dict[str, Any]:
 
 def shown(value: object) -> Words:
     """A value of a request as an error repeats it, cut where it is long."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        return Words("lists in lists in lists")
     return Words(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")
 
 
@@ -80,7 +83,7 @@ def invalid(error: RequestValidationError) -> MegalithError:
     """The error of a body that its schema refuses: of the first of its problems."""
     first = error.errors()[0]
     cause = first.get("ctx", {}).get("error")
-    where = [each for each in first["loc"] if each not in ("body", "[key]")]
+    where = [each if isinstance(each, int) else each[:SHOWN] for each in first["loc"] if each != "body"]
     name = "".join(f"[{each}]" if isinstance(each, int) else f".{each}" for each in where).removeprefix(".")
     if isinstance(cause, ServingError):  # a validator's own text
         cause.param = f"{name}.{cause.param}" if name and cause.param else cause.param or name or None

@@ -31,14 +31,20 @@ class Connection(HttpToolsProtocol):
         self._wait_for_head()
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes; what comes while no request is being answered is of a head."""
+        """Take bytes; what is not of a request's body is of a head, also while an earlier request is answered."""
+        cycle = self.cycle
+        in_body = cycle is not None and cycle.more_body
         super().data_received(data)
         if self.transport.is_closing():
             return
-        if self.cycle is not None and not self.cycle.response_complete:
+        if in_body or self.cycle is not cycle:  # which a complete head has brought
             self._stop_waiting()
             return
         self.head_bytes += len(data)
+        if cycle is not None and not cycle.response_complete:
+            if self.head_bytes > HEAD_BYTES:
+                self.transport.abort()  # nothing can be said within the other answer
+            return
         if self.head_bytes > HEAD_BYTES:
             self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r\n\r\n")
             self.transport.close()

@@ -11,6 +11,10 @@ from megalith.config.flags.text import flag
 from megalith.config.options import option
 from megalith.serving.token_file import read_token
 
+# Stop texts of a request, and characters of each: after every token the end of the text is compared with all their
+# beginnings.
+MOST_STOPS, LONGEST_STOP = 64, 256
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServeOptions:

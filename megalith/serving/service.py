@@ -65,10 +65,14 @@ class Service:
         return self.failure or ("the server is ending" if self.draining else None)
 
     async def _watch(self) -> None:
-        """Notice an engine that hangs."""
-        limit = self.options.stall_timeout
-        while self.thread.seconds_since_sign() <= limit:
+        """Notice an engine that hangs. Looks are counted, not seconds: while all of this process was stopped (Ctrl-Z,
+        a paused container) nobody has looked.
+        """
+        limit, silent, sign = self.options.stall_timeout, 0, self.thread.last_sign
+        while silent <= limit:
             await asyncio.sleep(1.0)
+            last, sign = sign, self.thread.last_sign
+            silent = silent + 1 if sign == last else 0
         self._fail(f"the model has not ended a step in {limit:g} seconds (--stall-timeout)")
 
     @property

@@ -63,6 +63,12 @@ def test_a_beam_goes_on_where_all_likely_tokens_stop(small) -> None:
     assert [one.ids for one in made] == [[rare, rare, token] for token in likeliest]
 
 
+def test_penalties_beyond_a_double_are_refused(small) -> None:
+    for penalty in (31.0, -31.0, float("nan")):
+        with pytest.raises(ConfigError, match="--length-penalty must lie between -30 and 30"):
+            beam_search(small, [1], length_penalty=penalty)
+
+
 def test_one_beam_is_greedy(make) -> None:
     model = make(torch.float64)
     greedy = complete(model, "Once upon", top_k=1, max_new_tokens=12, stop_at_eod=False)[0]

@@ -87,7 +87,7 @@ def test_values_of_other_types_are_named(field: dataclasses.Field) -> None:
         ({"num_samples": 0}, "--num-samples must be at least 1"),
         ({"stop": ["a", ""]}, "--stop must be texts of at least one character"),
         ({"beam_width": 0}, "--beam-width must be at least 1"),
-        ({"length_penalty": math.inf}, "--length-penalty must be finite"),
+        ({"length_penalty": math.inf}, "--length-penalty must lie between -30 and 30"),
         ({"beam_width": 2, "top_k": 3, "stop": "x"}, "--beam-width must be given without .*; found 2 and top_k, stop"),
         ({"beam_width": 2, "top_logprobs": 1}, "--beam-width must be given without"),
     ],

@@ -103,6 +103,21 @@ def test_slow_clients(served, monkeypatch):
     assert service.unfinished == 0
 
 
+def test_a_large_head_while_an_earlier_request_is_answered(served):
+    """One after an answered request may come before the answer; it has the limit of all heads."""
+    url, service = served
+    with held(service), connect(url) as client:
+        client.sendall(RAW)
+        until(lambda: service.unfinished == 1)
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: ")
+        client.sendall(b"x" * (connections.HEAD_BYTES + 1))
+        until(lambda: service.unfinished == 0, 5.0)  # the connection is gone, and so is its request
+    with connect(url) as client:  # smaller ones are answered in their order
+        client.sendall(RAW + raw("GET", "/health", b"", "X: " + "x" * 30000, "Connection: close"))
+        answer = b"".join(iter(lambda: client.recv(65536), b""))
+    assert answer.count(b"HTTP/1.1 200 OK") == 2 and b'"text"' in answer and b'"uptime_seconds"' in answer
+
+
 def test_connections_live_on_between_requests(served, monkeypatch):
     url, _ = served
     monkeypatch.setattr(connections, "HEAD_SECONDS", 0.1)  # counts from the first byte of a head

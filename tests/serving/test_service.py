@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from megalith.common.errors import MegalithError
+from megalith.generation import generate as generate_module
 from megalith.generation.generate import complete
+from megalith.generation.model import TooLong
 from megalith.generation.parallel.replicas import engine_of
 from megalith.generation.params import GenerationParams
 from megalith.serving import service as service_module
@@ -54,6 +56,26 @@ def test_texts_are_those_of_complete(make) -> None:
             return await submission.completions()
 
     assert with_service(model, submit) == complete(model, PROMPTS, params=PARAMS)
+
+
+def test_a_process_that_was_stopped_has_not_lost_its_model(make) -> None:
+    """After a long Ctrl-Z the engine's last sign is old when the event loop looks first."""
+
+    async def stopped(service: Service) -> str | None:
+        for _ in range(30):  # whenever it looks
+            service.thread.last_sign -= 1000.0
+            await asyncio.sleep(0.05)
+        return service.failure
+
+    assert with_service(make(), stopped, stall_timeout=300.0) is None
+
+
+def test_too_long_for_the_engine_is_known_before_each_text_copies_the_prompt(make, monkeypatch) -> None:
+    model = make(position_embedding_type="alibi", max_position_embeddings=None)
+    engine = engine_of(model, max_batch_size=2, max_length=100)
+    monkeypatch.setattr(generate_module, "PendingCompletion", None)
+    with pytest.raises(TooLong, match="at most 100, the max_length of this engine"):
+        generate_module.Call(engine, [5] * 101, GenerationParams(num_samples=100), {})
 
 
 def test_nothing_is_asked_for(make) -> None:

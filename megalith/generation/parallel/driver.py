@@ -51,6 +51,10 @@ class Driver:
         """As Engine.check."""
         self.engine.check(request)
 
+    def check_length(self, prompt: int, new: int) -> None:
+        """As Engine.check_length."""
+        self.engine.check_length(prompt, new)
+
     def add(self, request: Request | BeamRequest) -> int:
         """As Engine.add."""
         # The engine would draw it together with the others.

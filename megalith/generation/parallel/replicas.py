@@ -53,6 +53,10 @@ class ReplicatedEngine:
         """As Engine.check. A replica does a beam search as a whole."""
         self.engine.check(request)
 
+    def check_length(self, prompt: int, new: int) -> None:
+        """As Engine.check_length."""
+        self.engine.check_length(prompt, new)
+
     def add(self, request: Request | BeamRequest) -> int:
         """As Engine.add."""
         self.check(request)

@@ -16,21 +16,21 @@ import orjson
 
 from megalith.common.errors import ConfigError, MegalithError, problem
 from megalith.config.flags.text import Words, fail, flag, nearest
-from megalith.generation.params import EXPECTED, GenerationParams
+from megalith.generation.params import EXPECTED, LARGEST_PENALTY, GenerationParams
+from megalith.serving.answers import SHOWN, shown
 from megalith.serving.errors import ServingError
-from megalith.serving.options import ServeOptions
+from megalith.serving.options import LONGEST_STOP, MOST_STOPS, ServeOptions
 
 MAX_TEXTS = 128  # of one request: prompts, and results
-MAX_STOPS = 64  # each is searched for in every text after every token
 MAX_PROBLEMS = 9  # that an error lists: there may be a hundred thousand, and looking for names takes time
-SHOWN = 60  # characters of a wrong value that an error shows
 
 INTEGER, NUMBER, BOOLEAN, TEXT = {"type": "integer"}, {"type": "number"}, {"type": "boolean"}, {"type": "string"}
+STOP = TEXT | {"maxLength": LONGEST_STOP}
 SCHEMAS: dict[str, dict[str, Any]] = {  # type of a field, as GenerationParams has it -> JSON Schema of its values
     "int": INTEGER,
     "float": NUMBER,
     "bool": BOOLEAN,
-    "tuple[str, ...]": {"anyOf": [TEXT, {"type": "array", "items": TEXT, "maxItems": MAX_STOPS}]},
+    "tuple[str, ...]": {"anyOf": [STOP, {"type": "array", "items": STOP, "maxItems": MOST_STOPS}]},
     "tuple[int, ...]": {"type": "array", "items": INTEGER},
     "Mapping[int, float]": {"type": "object", "additionalProperties": NUMBER},
 }
@@ -86,10 +86,14 @@ def _is(kind: str, value: Any) -> bool:
         return isinstance(value, int if kind == "int" else (int, float)) and not isinstance(value, bool)
     if kind == "tuple[str, ...]":
         texts = [value] if isinstance(value, str) else value
-        return isinstance(texts, list) and len(texts) <= MAX_STOPS and all(isinstance(text, str) for text in texts)
+        return isinstance(texts, list) and len(texts) <= MOST_STOPS and all(map(_is_stop, texts))
     if kind == "tuple[int, ...]":
         return isinstance(value, list) and all(_is("int", each) for each in value)
     return isinstance(value, dict) and all(token.isdecimal() and _is("float", value[token]) for token in value)
+
+
+def _is_stop(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= LONGEST_STOP
 
 
 def _switch(name: str, help: str, sets: str | None = None) -> Field:
@@ -126,7 +130,8 @@ MEGATRON = (
     Field("stop_token", "int", "of beam search alone: the token that ends a text, in place of end of document; "
           "stop_token_ids is for all", "must be an integer that numbers a token", low=0),
     Field("length_penalty", "float", "of beam search alone: beams are ranked by log-probability / "
-          "length^length_penalty", "must be a number", "length_penalty", 1.0),
+          "length^length_penalty", f"must be a number from -{LARGEST_PENALTY:g} to {LARGEST_PENALTY:g}",
+          "length_penalty", 1.0, low=-LARGEST_PENALTY, high=LARGEST_PENALTY),
 )  # fmt: skip
 REPLACED = {"max_len": "tokens_to_generate", "sentences": "prompts"}  # fields of older servers -> what took their place
 HINTS = {"stream": "texts are streamed by POST /v1/completions", "messages": "chats are for POST /v1/chat/completions"}
@@ -143,7 +148,7 @@ def _own_field(each: dataclasses.Field) -> Field:
     if limits:
         rule += f" from {limits['low']} to {limits['high']}"
     if kind == "tuple[str, ...]":
-        rule += f", at most {MAX_STOPS}"
+        rule += f", at most {MOST_STOPS}, of at most {LONGEST_STOP} characters each"
     default = default if isinstance(default, (int, float)) else None
     return Field(each.name, kind, str(each.metadata["help"]), rule, each.name, default, **limits)
 
@@ -230,17 +235,11 @@ def _json_object(raw: bytes) -> dict[str, Any]:
     try:
         body = orjson.loads(raw)  # which refuses NaN, numbers beyond a double and halves of characters
     except orjson.JSONDecodeError as error:
-        found = _shown(raw.decode("utf-8", "replace"))
+        found = shown(raw.decode("utf-8", "replace"))
         raise ConfigError(problem("The body", found, f"must be JSON ({error})", cure)) from None
     if not isinstance(body, dict):
-        raise ConfigError(problem("The body", _shown(body), "must be a JSON object", cure))
+        raise ConfigError(problem("The body", shown(body), "must be a JSON object", cure))
     return body
-
-
-def _shown(value: object) -> Words:
-    """A value as an error shows it, which may be as large as a body."""
-    text = repr(value)
-    return Words(text if len(text) <= SHOWN else f"{text[:SHOWN]}...")
 
 
 def _field_problems(body: Mapping[str, Any]) -> Iterator[str]:
@@ -251,7 +250,7 @@ def _field_problems(body: Mapping[str, Any]) -> Iterator[str]:
     for name, value in body.items():
         if name == "prompts":
             if not isinstance(value, list) or not all(isinstance(prompt, str) for prompt in value):
-                yield problem(name, _shown(value), "must be a list of strings", 'Write ["Hello world"]')
+                yield problem(name, shown(value), "must be a list of strings", 'Write ["Hello world"]')
             elif not 1 <= len(value) <= MAX_TEXTS:
                 rule = f"must be at least 1 text, and at most {MAX_TEXTS}"
                 yield problem(name, Words(len(value)), rule, "Send more with another request")
@@ -262,7 +261,7 @@ def _field_problems(body: Mapping[str, Any]) -> Iterator[str]:
             hint = HINTS.get(name) or (f"did you mean {near}?" if near else "/openapi.json describes all fields")
             yield f"unknown field {name[:SHOWN]}: {hint}"
         elif not FIELDS[name].accepts(value):
-            yield problem(name, _shown(value), FIELDS[name].rule, f"It is: {FIELDS[name].help}")
+            yield problem(name, shown(value), FIELDS[name].rule, f"It is: {FIELDS[name].help}")
 
 
 def _values(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -274,7 +273,7 @@ def _values(body: Mapping[str, Any]) -> dict[str, Any]:
         value = None if name == "random_seed" and value == -1 else value
         if option in names and values[option] != value:
             both = f"{names[option]} and {name}"
-            found = Words(f"{_shown(values[option])} and {_shown(value)}")
+            found = Words(f"{shown(values[option])} and {shown(value)}")
             raise ConfigError(problem(both, found, "are two names of one option, and must agree", "Leave one out"))
         values[option], names[option] = value, name
     return values

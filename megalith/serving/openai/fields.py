@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, StringConstraints, WithJsonSchema
+from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from megalith.common.errors import problem
 from megalith.config.flags.text import unknown
-from megalith.serving.answers import shown
+from megalith.serving.answers import SHOWN, shown
 from megalith.serving.errors import BadRequest
+from megalith.serving.options import LONGEST_STOP, MOST_STOPS
 
 LARGEST_TOKEN = 2**31 - 1  # of any vocabulary; the model's own is checked later
-MAX_TEXTS = 2048  # prompts of a request, times the texts for each
+MAX_MESSAGES = 2048
 
 # Fields that OpenAI's clients may send and this server has nothing for -> values that ask for nothing.
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
@@ -48,6 +49,7 @@ def known_fields(fields: Any, names: Iterable[str], unsupported: Mapping[str, tu
             raise BadRequest(problem(name, shown(value), rule, "Leave it out"), param=name)
         if name not in (*names, *unsupported, *IGNORED):
             otherwise = "/openapi.json lists the fields that there are"
+            name = name[:SHOWN]  # it may be as large as a body, and looking for names takes time
             raise BadRequest(unknown("field", name, names, otherwise), param=name)
     return {name: value for name, value in fields.items() if name in names}
 
@@ -75,10 +77,14 @@ def _check_prompt(value: Any) -> Any:
 
 def _check_stop(value: Any) -> tuple[str, ...]:
     texts = [value] if isinstance(value, str) else value
-    if value is None or (isinstance(texts, list) and len(texts) <= 64 and all(t and is_text(t) for t in texts)):
+    if value is None or (isinstance(texts, list) and len(texts) <= MOST_STOPS and all(map(_is_stop, texts))):
         return tuple(texts or ())
-    rule = "must be a text or a list of at most 64 texts, each of at least one character"
+    rule = f"must be a text or a list of at most {MOST_STOPS} texts, each of 1 to {LONGEST_STOP} characters"
     return _refuse(rule, "Correct it, or leave it out")
+
+
+def _is_stop(value: Any) -> bool:
+    return is_text(value) and 0 < len(value) <= LONGEST_STOP
 
 
 def _check_content(value: Any) -> Any:
@@ -89,6 +95,19 @@ def _check_content(value: Any) -> Any:
         value = [each.get("text") for each in value]
         value = "".join(value) if all(map(is_text, value)) else None
     return value if is_text(value) else _refuse("must be a text, or a list of parts of type text", "Correct it")
+
+
+def _check_bias(value: Any) -> Any:
+    if value is None:
+        return None
+    if isinstance(value, dict) and all(map(_is_bias, value.items())):
+        return {int(token): float(bias) for token, bias in value.items()}
+    return _refuse("must be an object of token numbers, each with a number from -100 to 100", "Correct it")
+
+
+def _is_bias(item: tuple[str, Any]) -> bool:
+    token, bias = item
+    return token.isascii() and token.isdecimal() and len(token) < 10 and type(bias) in (int, float) and abs(bias) <= 100
 
 
 def _refuse(rule: str, cure: str) -> Any:
@@ -102,21 +121,26 @@ TEXT_PART = {
     "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
     "required": ["type", "text"],
 }
+STOP = {"type": "string", "minLength": 1, "maxLength": LONGEST_STOP}
 Token = Annotated[int, Field(ge=0, le=LARGEST_TOKEN)]
-# Checked by hand: pydantic's unions would try each form on each token, and report every form that does not fit.
+# Checked by hand: pydantic's unions would try each form on each token, and report every form that does not fit; of an
+# object it would report every entry that is wrong, of which a body has room for a hundred thousand.
 Prompt = Annotated[Any, BeforeValidator(_check_prompt), WithJsonSchema({"anyOf": [
     {"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}, TOKENS | {"minItems": 1},
     {"type": "array", "items": TOKENS, "minItems": 1}, {"type": "null"},
 ]})]  # fmt: skip
 Stop = Annotated[Any, BeforeValidator(_check_stop), WithJsonSchema({"anyOf": [
-    {"type": "string", "minLength": 1},
-    {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": 64},
+    STOP,
+    {"type": "array", "items": STOP, "maxItems": MOST_STOPS},
     {"type": "null"},
 ]})]  # fmt: skip
 Content = Annotated[Any, BeforeValidator(_check_content), WithJsonSchema({"anyOf": [
     {"type": "string"}, {"type": "array", "items": TEXT_PART, "minItems": 1}
 ]})]  # fmt: skip
-# JSON has only texts as keys.
-LogitBias = dict[
-    Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100.0, le=100.0)]
-]
+LogitBias = Annotated[Any, BeforeValidator(_check_bias), WithJsonSchema({"anyOf": [
+    {
+        "type": "object", "patternProperties": {"^[0-9]{1,9}$": {"type": "number", "minimum": -100, "maximum": 100}},
+        "additionalProperties": False,
+    },
+    {"type": "null"},
+]})]  # fmt: skip

@@ -10,10 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from megalith.common.errors import MegalithError, problem
 from megalith.config.flags.text import Words
 from megalith.generation.model import TooLong
-from megalith.generation.params import GenerationParams
+from megalith.generation.params import LARGEST_PENALTY, GenerationParams
 from megalith.serving.errors import BadRequest, ServingError
 from megalith.serving.openai.fields import (
-    MAX_TEXTS,
+    MAX_MESSAGES,
     UNSUPPORTED,
     UNSUPPORTED_OF_MESSAGES,
     Content,
@@ -41,6 +41,11 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     include_usage: bool | None = False
 
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, fields: Any) -> Any:
+        return known_fields(fields, cls.model_fields, {})
+
 
 class Options(BaseModel):
     """What both kinds of completions have. A field that is null is one left out."""
@@ -65,7 +70,7 @@ class Options(BaseModel):
     frequency_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] | None = Field(
         None, description="The same, times how often the new text has them."
     )
-    logit_bias: LogitBias | None = Field(None, description="Added to the logits of these tokens, by their numbers.")
+    logit_bias: LogitBias = Field(None, description="Added to the logits of these tokens, by their numbers.")
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = Field(
         None, description="The same seed gives the same texts."
     )
@@ -93,7 +98,7 @@ class Options(BaseModel):
         None, description="Beam search with so many beams; the best n are the texts. Not with stream."
     )
     use_beam_search: bool | None = Field(None, description="Beam search with n beams.")
-    length_penalty: Annotated[float, Field(ge=-100.0, le=100.0)] | None = Field(
+    length_penalty: Annotated[float, Field(ge=-LARGEST_PENALTY, le=LARGEST_PENALTY)] | None = Field(
         None, description="Beams are ranked by log-probability / length^length_penalty; default 1."
     )
 
@@ -149,12 +154,11 @@ class Options(BaseModel):
             given["top_k"] = max(self.top_k, 0)
         if self.top_p == 0.0:  # off in GenerationParams
             given["top_p"] = NUCLEUS_OF_ONE
-        bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
         try:
             return GenerationParams(
                 max_new_tokens=max_new_tokens, min_new_tokens=self.min_tokens or 0, num_samples=self.texts,
-                stop=self.stop, logit_bias=bias, stop_at_eod=not self.ignore_eos, beam_width=self.beams,
-                **given, **options,
+                stop=self.stop, stop_at_eod=not self.ignore_eos, logit_bias=self.logit_bias or {},
+                beam_width=self.beams, **given, **options,
             )  # fmt: skip
         except MegalithError as error:
             raise in_fields(error) from None
@@ -179,10 +183,6 @@ class CompletionRequest(Options):
     def _can_be_answered(self) -> Any:
         if self.best_of not in (None, self.texts):
             _refuse("best_of", self.best_of, f"must equal n, {self.texts}: all texts are returned", "Leave it out")
-        prompts = self.prompt if isinstance(self.prompt, list) and not isinstance(self.prompt[0], int) else [""]
-        if len(prompts) * self.texts > MAX_TEXTS:
-            rule = f"must be at most {MAX_TEXTS} prompts, times n"
-            _refuse("prompt", f"{len(prompts)} times {self.texts}", rule, "Send several requests")
         return self
 
 
@@ -214,7 +214,7 @@ class ChatRequest(Options):
     model_config = ConfigDict(json_schema_extra={"examples": [
         {"messages": [{"role": "user", "content": "Tell me a tale."}], "max_tokens": 32, "temperature": 0.8},
     ]})  # fmt: skip
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_TEXTS)] = Field(
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] = Field(
         description="The chat so far; the model writes the next message of the assistant."
     )
     logprobs: bool | None = Field(None, description="Return the log-probability of each token.")
