@@ -77,6 +77,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         metavar="PATH",
         help="a run's folder, a checkpoint, or weights of Hugging Face or Megatron",
     )
+    add("--adapter", metavar="PATH", help="low-rank adapters that were trained on it: a LoRA run or a PEFT folder")
     add("--ckpt-step", type=int, metavar="N", help="the checkpoint of this step (default: the latest)")
     add("--dtype", default="float32", metavar="TYPE", help="float32, bfloat16 or float16")
     add("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or xpu")
@@ -159,7 +160,7 @@ def generate(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    named = {name: getattr(args, name) for name in ("load", "tokenizer", "vocab_file", "merge_file")}
+    named = {name: getattr(args, name) for name in ("load", "adapter", "tokenizer", "vocab_file", "merge_file")}
     absent = [name for name, path in named.items() if path and not is_url(path) and not pathlib.Path(path).exists()]
     texts = [
         problem(flag(name), named[name], "must name a file or folder that exists", "Correct the path")
@@ -185,7 +186,9 @@ def _generate(args: argparse.Namespace) -> int:
     typed |= {name: getattr(args, name) for name in (*TOKENIZER, "tokenizer", "qkv_layout", "swiglu_order", "replicas")}
     if environment.world_size() > 1 or any(getattr(args, name) for name in LAYOUT):
         typed |= {name: getattr(args, name) or 1 for name in LAYOUT}
-    model = load(args.load, device=args.device, dtype=args.dtype, iteration=args.ckpt_step, **typed)
+    model = load(
+        args.load, device=args.device, dtype=args.dtype, iteration=args.ckpt_step, adapter=args.adapter, **typed
+    )
     if model.tokenizer is None:
         raise ConfigError(f"--load {args.load}: the checkpoint has no tokenizer; text needs one. {NAME_TOKENIZER}")
     prompts, params = Ranks().on_rank_0(lambda: read)
