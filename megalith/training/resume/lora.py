@@ -17,11 +17,12 @@ from megalith.training.resume.source import source_of, weights_only
 
 def read_start(config: RunConfig) -> Weights | None:
     """The weights that the model of a LoRA run is built from: the base's, with adapters if it does not begin with new
-    ones. None without LoRA.
+    ones. None without LoRA. Raises as `check_kind` too.
 
     The base is what --load names, else what the run's own checkpoint, or that of --load, says. Raises ConfigError where
     there is none, CheckpointError where it is not there or has changed, or adapters differ from those of the config.
     """
+    check_kind(config)
     if not config.lora.lora_rank:
         return None
     source, load, step = source_of(config), load_path(config), config.checkpoint.ckpt_step

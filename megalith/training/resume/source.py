@@ -72,8 +72,9 @@ def read_source(config: RunConfig, source: str | os.PathLike) -> Source:
 def infer_finetune(config: RunConfig) -> tuple[RunConfig, str]:
     """The config, with --finetune set where --load names weights that belong to no step of a run, and a line saying so.
 
-    With LoRA those are all but the checkpoints of a LoRA run. Without, such are a Hugging Face folder, a release of Megatron, and what was converted from them; and what
-    Accelerator.save_state saved, whose schedule is the script's. Called by the main process.
+    With LoRA those are all but the checkpoints of a LoRA run. Without, such are a Hugging Face folder, a release of
+    Megatron, and what was converted from them; and what Accelerator.save_state saved, whose schedule is the script's.
+    Called by the main process.
     """
     load, of_script = load_path(config), False
     if load is None or config.checkpoint.finetune or config.validation.skip_train:
