@@ -109,10 +109,9 @@ def read_adapter(path: pathlib.Path, base: Weights) -> Weights:
     given = files.read_json(path / CONFIG)
     for name, values in SUPPORTED.items():
         if name in given and given[name] not in values:
+            rule = f"must be {json.dumps(values[0])}, as nothing else is implemented"
             cure = "Merge the adapters with peft (merge_and_unload()), and load what that saves"
-            raise CheckpointError(
-                problem(f"{path / CONFIG}: {name}", given[name], f"must be {json.dumps(values[0])}", cure)
-            )
+            raise CheckpointError(problem(f"{path / CONFIG}: {name}", given[name], rule, cure))
     stored, pairs = _open(path), dict[str, tuple[Tensor, Tensor, float]]()  # our layer: A, B, scale
     for layer in layers_of(base):
         names = [layer.name, layer.name.removeprefix(layer.prefix)]
