@@ -107,10 +107,12 @@ def open_weights(
 
     Of a checkpoint of megalith all files are read, to compare checksums, but not of the base that adapters name.
     """
+    options = as_mapping(options)
     if isinstance(path, (nn.Module, Weights)):
-        return path if isinstance(path, Weights) else weights_of(path)
+        found, adapter = path if isinstance(path, Weights) else weights_of(path), options.get("adapter")
+        return found if adapter is None else adapters.attach(found, adapters.read_adapter(adapter, found))
     source = sources.local(path)
-    format, options = formats.recognise(source), as_mapping(options)
+    format = formats.recognise(source)
     if format != "megalith":
         return formats.read(source, format, options if iteration is None else {**options, "iteration": iteration})
     check_no_overrides(source, options.get("overrides", {}))

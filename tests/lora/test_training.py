@@ -11,7 +11,7 @@ import megalith
 from megalith import checkpoint
 from megalith.checkpoint import formats
 from megalith.checkpoint.formats.adapters import merge
-from megalith.common.errors import CheckpointError, ConfigError
+from megalith.common.errors import CheckpointError
 from megalith.config.adapters import adapter_shapes, is_adapter
 from megalith.config.run import RunConfig
 from megalith.generation.generate import complete
@@ -115,7 +115,7 @@ def test_a_run_is_resumed_with_its_own_adapters(base, tmp_path, changes: dict, m
 
 
 def test_lora_needs_a_base_and_a_folder_of_its_own(base, tmp_path) -> None:
-    with pytest.raises(ConfigError, match=r"--load must name the model that the adapters are trained on"):
+    with pytest.raises(CheckpointError, match=r"--load must name the model that the adapters are trained on"):
         train(lora_config(base, tmp_path, load=None))
     shutil.copytree(base[1], tmp_path / "full")
     with pytest.raises(CheckpointError, match=r"must be of a LoRA run to resume with --lora-rank; found a whole model"):

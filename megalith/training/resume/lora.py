@@ -8,7 +8,7 @@ from megalith import checkpoint
 from megalith.checkpoint.formats import adapters, foreign
 from megalith.checkpoint.store.folder import checkpoint_folder, is_megalith, load_path
 from megalith.checkpoint.weights import Weights, read_megalith
-from megalith.common.errors import CheckpointError, ConfigError, problem
+from megalith.common.errors import CheckpointError, problem
 from megalith.config.adapters import adapted_modules, is_adapter
 from megalith.config.flags.text import Words, flag, value_text
 from megalith.config.run import RunConfig
@@ -19,8 +19,8 @@ def read_start(config: RunConfig) -> Weights | None:
     """The weights that the model of a LoRA run is built from: the base's, with adapters if it does not begin with new
     ones. None without LoRA. Raises as `check_kind` too.
 
-    The base is what --load names, else what the run's own checkpoint, or that of --load, says. Raises ConfigError where
-    there is none, CheckpointError where it is not there or has changed, or adapters differ from those of the config.
+    The base is what --load names, else what the run's own checkpoint, or that of --load, says. Raises CheckpointError
+    where there is none, or it is not there or has changed, or adapters differ from those of the config.
     """
     check_kind(config)
     if not config.lora.lora_rank:
@@ -28,7 +28,7 @@ def read_start(config: RunConfig) -> Weights | None:
     source, load, step = source_of(config), load_path(config), config.checkpoint.ckpt_step
     if source is None:
         rule = "must name the model that the adapters are trained on, as random weights would stay as they are"
-        raise ConfigError(problem("--load", Words("nothing"), rule, "Name it: --load MODEL"))
+        raise CheckpointError(problem("--load", Words("nothing"), rule, "Name it: --load MODEL"))
     if source != checkpoint_folder(config):
         adapter = config.lora.adapter if weights_only(config) else None
         found = foreign.read(load or "", foreign.read_options(config, adapter=adapter))
