@@ -6,11 +6,11 @@ The linear layer `layers.0.attention.q` of weight W [out, in] gets A [rank, in] 
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 
 from megalith.config.parameter_kinds import ADAPTERS
 from megalith.config.parameters import Shapes, parameter_kind, parameter_shapes
+from megalith.config.run import RunConfig
 from megalith.config.sections.lora import LoraConfig
 from megalith.config.sections.model import ModelConfig
 
@@ -24,7 +24,7 @@ def is_adapter(name: str) -> bool:
 
 def adaptable_modules(model: ModelConfig) -> Shapes:
     """{linear layer: shape of its weight} of all that can have adapters: those of the transformer blocks, in order."""
-    shapes = parameter_shapes(dataclasses.replace(model, vocab_size=model.vocab_size or 1))
+    shapes = parameter_shapes(RunConfig(model=model).replace(vocab_size=model.vocab_size or 1).model)
     return {
         name.removesuffix(".weight"): shape
         for name, shape in shapes.items()

@@ -61,9 +61,9 @@ def attach(base: Weights, adapter: Weights) -> Weights:
     return dataclasses.replace(
         adapter,
         config=dataclasses.replace(adapter.config, model=base.config.model),
-        tensors=own | adapter.tensors,
+        tensors={**own, **adapter.tensors},
         train_state={**adapter.train_state, BASE: record_of(base, found)},
-        files=files | adapter.files,
+        files={**files, **adapter.files},
         notes=(*base.notes, *adapter.notes, f"adapters of rank {adapter.config.lora.lora_rank} on {base.source}"),
     )
 

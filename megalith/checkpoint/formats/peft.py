@@ -29,7 +29,7 @@ from megalith.common.errors import CheckpointError, problem
 from megalith.common.files import write_text
 from megalith.config.adapters import A, B, adaptable_modules, adapted_modules
 from megalith.config.flags.text import Words
-from megalith.config.sections.lora import LoraConfig
+from megalith.config.run import RunConfig
 from megalith.config.sections.model import ModelConfig
 
 CONFIG, TENSORS, PREFIX = files.ADAPTER, "adapter_model", "base_model.model."
@@ -136,11 +136,11 @@ def read_adapter(path: pathlib.Path, base: Weights) -> Weights:
         missing = rank - len(a)
         tensors[f"model/{module}{A}"] = Lazy.of(F.pad(a, (0, 0, 0, missing)))
         tensors[f"model/{module}{B}"] = Lazy.of(F.pad(b, (0, missing)) * (own_scale / scale))
-    lora = LoraConfig(
+    config = base.config.replace(
         lora_rank=rank, lora_alpha=scale * rank, lora_dropout=float(given.get("lora_dropout") or 0.0),
-        lora_target_modules=_patterns(pairs, base.config.model),
+        lora_target_modules=_patterns(pairs, base.config.model), adapter=None,
     )  # fmt: skip
-    return Weights(config=dataclasses.replace(base.config, lora=lora), tensors=tensors, source=str(path))
+    return Weights(config=config, tensors=tensors, source=str(path))
 
 
 def _open(path: pathlib.Path) -> dict[str, Lazy]:
@@ -174,9 +174,9 @@ def _split(layer: Layer, a: Tensor, b: Tensor, rank: int) -> dict[str, tuple[Ten
 
 def _patterns(modules: Collection[str], model: ModelConfig) -> list[str]:
     """--lora-target-modules that name just these layers: none for all, ends of names, or whole names."""
-    ends = sorted({module.split(".", 2)[-1] for module in modules})
+    ends, one = sorted({module.split(".", 2)[-1] for module in modules}), RunConfig().replace(lora_rank=1)
     for patterns in ([], ends, sorted(modules)):
-        if adapted_modules(model, LoraConfig(lora_rank=1, lora_target_modules=patterns)).keys() == set(modules):
+        if adapted_modules(model, one.replace(lora_target_modules=patterns).lora).keys() == set(modules):
             break
     return patterns
 

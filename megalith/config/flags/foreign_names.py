@@ -143,7 +143,7 @@ _ANSWERS = (
     ),
     (
         _FINETUNING,
-        "finetune sft chat lora race mnli qqp --train-data --pretrained-checkpoint --epochs --lora-rank --lora-alpha "
+        "finetune sft chat lora race mnli qqp --train-data --pretrained-checkpoint --epochs "
         "peft",
     ),
     (

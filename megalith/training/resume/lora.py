@@ -17,14 +17,15 @@ from megalith.training.resume.source import source_of, weights_only
 
 def read_start(config: RunConfig) -> Weights | None:
     """The weights that the model of a LoRA run is built from: the base's, with adapters if it does not begin with new
-    ones. None without LoRA. Raises as `check_kind` too.
+    ones. None without LoRA.
 
     The base is what --load names, else what the run's own checkpoint, or that of --load, says. Raises CheckpointError
-    where there is none, or it is not there or has changed, or adapters differ from those of the config.
+    where there is none, or it is not there or has changed, or adapters differ from those of the config, and as
+    `check_kind` does.
     """
-    check_kind(config)
     if not config.lora.lora_rank:
         return None
+    check_kind(config)
     source, load, step = source_of(config), load_path(config), config.checkpoint.ckpt_step
     if source is None:
         rule = "must name the model that the adapters are trained on, as random weights would stay as they are"

@@ -23,6 +23,7 @@ from megalith.config.flags.text import Words, flag
 from megalith.config.run import RunConfig
 from megalith.runtime import state
 from megalith.training.finite import check_before_saving, check_loaded
+from megalith.training.resume.lora import check_kind
 from megalith.training.resume.source import check_save_folder, is_foreign, read_foreign, source_of, weights_only
 from megalith.training.resume.state import Progress
 from megalith.training.step import Trainer
@@ -127,7 +128,9 @@ def resume(trainer: Trainer) -> Progress:
     only_measures = config.validation.skip_train  # which needs neither optimizer nor schedule
     with_optimizer = not (only_weights or options.no_load_optim or only_measures)
     ranks, weights = Ranks(), None
-    if config.lora.lora_rank and only_weights:  # the model was built from them
+    if not config.lora.lora_rank:
+        ranks.on_rank_0(lambda: check_kind(config))
+    elif only_weights:  # the model was built from them
         check_loaded([state.weights(part) for part in trainer.runtime.stages], source, 0)
         return Progress()
     if with_optimizer and not is_foreign(source):
