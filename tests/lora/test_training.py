@@ -160,7 +160,7 @@ def test_resumed_in_another_layout(base, tmp_path, size: int, layout: dict) -> N
     loose = 2e-2 if "bf16" in layout else 1e-4
     train(lora_config(base, tmp_path / "whole"))
     train(lora_config(base, tmp_path / "run", exit_interval=2))
-    run_ranks(resume, size, lora_config(base, tmp_path / "run", exit_interval=4, **layout))
+    run_ranks(resume, size, lora_config(base, tmp_path / "run", exit_interval=4, **layout), timeout=600)
     train(lora_config(base, tmp_path / "run"))
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=loose)
     apart, merged = (megalith.load(tmp_path / "run", device="cpu", merge_adapter=flag) for flag in (False, True))
