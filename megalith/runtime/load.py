@@ -19,7 +19,7 @@ from megalith.checkpoint.formats.options import Options, as_mapping
 from megalith.checkpoint.ranks import Ranks
 from megalith.checkpoint.store.loading import verify_on_all_ranks
 from megalith.checkpoint.tensors.lazy import Lazy, check_range
-from megalith.checkpoint.weights import Weights
+from megalith.checkpoint.weights import Weights, read_megalith
 from megalith.common.environment import local_rank
 from megalith.common.errors import CheckpointError, ConfigError, problem
 from megalith.common.urls import is_url
