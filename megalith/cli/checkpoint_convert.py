@@ -28,6 +28,7 @@ examples:
   megalith checkpoint export runs/gpt gpt-hf --to huggingface --max-shard-size 2GB
   megalith checkpoint export runs/gpt gpt-megatron --to megatron --tensor-model-parallel-size 2 \\
       --pipeline-model-parallel-size 2
+  megalith checkpoint export runs/lora adapters --to peft             # of a run with --lora-rank; without: merged
   megalith checkpoint export megatron/iter_0005000 gpt-hf --to huggingface --dtype bfloat16
 
 SOURCE may be in any format that `import` reads.
@@ -62,6 +63,8 @@ COMMON = (
     Flag("--dtype", {"dtype": VALUE}, choices=tuple(DTYPES),
          help="number format of the weights written (default: the source's)"),
     *MEGATRON_FLAGS,
+    Flag("--adapter", {"adapter": VALUE},
+         help="low-rank adapters of SOURCE, a LoRA run or a PEFT folder: merged into its weights (--to peft: written)"),
     Flag("--tokenizer", {"tokenizer": VALUE}, help="folder of tokenizer files to copy along (default: the source's)"),
     Flag("--with-optimizer", {"with_optimizer": True}, 0,
          help="convert the optimizer's state too, where both formats can hold it"),
@@ -117,7 +120,7 @@ FLAGS = {
         Flag("--no-checking", {}, 0, notice="--no-checking is not needed: names and shapes are always checked"),
     ),
     "export": (
-        Flag("--to", {"to": VALUE}, help="format to write: huggingface, megatron, ..."),
+        Flag("--to", {"to": VALUE}, help="format to write: huggingface, megatron, peft (adapters alone), ..."),
         Flag("--max-shard-size", {"max_shard_size": VALUE}, help="largest size of one file: 200MB, 5GB (default: 5GB)"),
         Flag("--bin", {"safetensors": False}, 0, help="pytorch_model.bin instead of safetensors"),
         Flag(

@@ -32,6 +32,7 @@ WHAT_TO_LOAD = "a run's folder, a checkpoint, or weights of Hugging Face or Mega
 def add_load_flags(parser: argparse.ArgumentParser) -> None:
     """How the model is loaded; which one, --load, is the verb's."""
     add = parser.add_argument
+    add("--adapter", metavar="PATH", help="low-rank adapters that were trained on it: a LoRA run or a PEFT folder")
     add("--ckpt-step", type=int, metavar="N", help="the checkpoint of this step (default: the latest)")
     add("--dtype", default="float32", metavar="TYPE", help="float32, bfloat16 or float16")
     add("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or xpu")
@@ -68,7 +69,7 @@ def model_fields() -> list[str]:
 
 def check_paths(args: argparse.Namespace) -> None:
     """Raise CheckpointError for each path that names nothing, before anything slow begins."""
-    named = {name: getattr(args, name) for name in ("load", "tokenizer", "vocab_file", "merge_file")}
+    named = {name: getattr(args, name) for name in ("load", "adapter", "tokenizer", "vocab_file", "merge_file")}
     absent = [name for name, path in named.items() if path and not is_url(path) and not pathlib.Path(path).exists()]
     texts = [
         problem(flag(name), named[name], "must name a file or folder that exists", "Correct the path")
@@ -85,7 +86,9 @@ def load_model(args: argparse.Namespace) -> TextModel:
     typed |= {name: getattr(args, name) for name in (*TOKENIZER, "tokenizer", "qkv_layout", "swiglu_order", "replicas")}
     if environment.world_size() > 1 or any(getattr(args, name) for name in LAYOUT):
         typed |= {name: getattr(args, name) or 1 for name in LAYOUT}
-    model = load(args.load, device=args.device, dtype=args.dtype, iteration=args.ckpt_step, **typed)
+    model = load(
+        args.load, device=args.device, dtype=args.dtype, iteration=args.ckpt_step, adapter=args.adapter, **typed
+    )  # fmt: skip
     if model.tokenizer is None:
         raise ConfigError(f"--load {args.load}: the checkpoint has no tokenizer; text needs one. {NAME_TOKENIZER}")
     return model

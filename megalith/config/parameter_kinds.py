@@ -19,7 +19,8 @@ class ParameterKind:
 
     initial: zeros, ones, norm (ones, or zeros where weights of norms are stored minus one), embedding (normal),
         matrix (normal, or Xavier's where the config asks for it),
-        residual (a matrix that writes to the residual stream: a smaller normal).
+        residual (a matrix that writes to the residual stream: a smaller normal),
+        kaiming (uniform in +- 1 / sqrt(inputs), whatever the config).
     decays: whether weight decay applies. multiplies: whether each token is multiplied with it, for FLOPs.
     sizes: fields of the config that its sizes come from, the likeliest first.
     presence: fields that decide whether it is there.
@@ -34,6 +35,11 @@ class ParameterKind:
 
 
 Kinds = dict[str, ParameterKind]
+# Low-rank adapters of linear layers, by the end of their names, whatever the model (config/adapters.py).
+ADAPTERS: Kinds = {
+    ".lora.a": ParameterKind(name="adapter A", initial="kaiming"),
+    ".lora.b": ParameterKind(name="adapter B", initial="zeros"),
+}
 WIDTH = ("hidden_size",)
 KEYS = ("hidden_size", "num_query_groups", "kv_channels")
 QUERIES = ("hidden_size", "num_attention_heads", "kv_channels")

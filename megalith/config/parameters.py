@@ -6,7 +6,7 @@ import math
 
 from megalith.common.errors import ConfigError, problem
 from megalith.config.flags.text import fail, field_problem, flag
-from megalith.config.parameter_kinds import OUTPUT_LAYER, ParameterKind, pattern_of
+from megalith.config.parameter_kinds import ADAPTERS, OUTPUT_LAYER, ParameterKind, pattern_of
 from megalith.config.sections.model import ModelConfig
 
 Shapes = dict[str, tuple[int, ...]]
@@ -59,6 +59,8 @@ def parameter_shapes(model: ModelConfig) -> Shapes:
 
 def parameter_kind(model: ModelConfig, name: str) -> ParameterKind:
     """What the parameter of this name is. Raises ConfigError where the model's record does not say it."""
+    if adapter := next((kind for end, kind in ADAPTERS.items() if name.endswith(end)), None):
+        return adapter
     kinds = model.architecture.find("kinds")
     if (pattern := pattern_of(name)) not in kinds:
         rule = f"must be among the kinds of {model.model_type} ({model.architecture.kinds})"
@@ -72,7 +74,7 @@ def weight_decays(model: ModelConfig, name: str, parameter: object = None) -> bo
 
 
 def initial(model: ModelConfig, name: str) -> tuple[str, float]:
-    """How a parameter starts: ("normal", standard deviation), ("xavier", 1.0) or ("constant", value).
+    """How a parameter starts: ("normal", standard deviation), ("xavier", 1.0), ("kaiming", 1.0) or ("constant", value).
 
     Megatron's rules, by what the parameter is (parameter_kinds.py): matrices from N(0, std), those that write to the
     residual stream from N(0, std / sqrt(2 layers)).
@@ -80,6 +82,8 @@ def initial(model: ModelConfig, name: str) -> tuple[str, float]:
     start, std = parameter_kind(model, name).initial, model.init_method_std
     if start in CONSTANT:
         return "constant", CONSTANT[start]
+    if start == "kaiming":
+        return "kaiming", 1.0
     if start == "norm":
         return "constant", 0.0 if model.apply_layernorm_1p else 1.0
     if model.init_method_xavier_uniform and start != "embedding":

@@ -8,6 +8,7 @@ from megalith.config.sections.batch import BatchConfig
 from megalith.config.sections.checkpoint import CheckpointConfig
 from megalith.config.sections.data import DataConfig
 from megalith.config.sections.logging import LoggingConfig
+from megalith.config.sections.lora import LoraConfig
 from megalith.config.sections.model import ModelConfig
 from megalith.config.sections.optimizer import OptimizerConfig
 from megalith.config.sections.parallel import ParallelConfig
@@ -34,6 +35,7 @@ class RunConfig:
     validation: ValidationConfig = dataclasses.field(default_factory=ValidationConfig)
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
     resilience: ResilienceConfig = dataclasses.field(default_factory=ResilienceConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
 
     @property
     def run_folder(self) -> str:

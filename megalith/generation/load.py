@@ -29,6 +29,8 @@ def load(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype | None = None,
     iteration: int | None = None,
+    adapter: str | os.PathLike | None = None,
+    merge_adapter: bool = True,
     qkv_layout: str = "auto",
     swiglu_order: str = "auto",
     replicas: str = "equal",
@@ -46,13 +48,15 @@ def load(
     path: a run's folder, a folder of checkpoints, one checkpoint, a Hugging Face folder, a Megatron directory or a zip
     archive of one, or its URL; or a model in memory, of megalith or of transformers. device: auto, cpu, cuda or xpu.
     dtype: of the weights and of the computation, float32 by default (bfloat16 halves the memory). iteration: which
-    checkpoint (default: the latest). qkv_layout, swiglu_order, replicas, model_fields (num_attention_heads=16, ...):
-    what other formats lack, or state wrongly, by the names of the options of `megalith checkpoint import`. tokenizer:
-    a folder of tokenizer files to use instead of the checkpoint's; or the files themselves, as for `pretrain`
-    (vocab_file and merge_file of GPT-2, vocab_file of BERT, tokenizer_model). tensor_model_parallel_size,
-    pipeline_model_parallel_size: with one of them (1 too) all processes of torchrun load the model together, each its
-    part of it; what they leave are data-parallel replicas. The result generates and scores text, on all processes at
-    once. Without them each process loads a model of its own.
+    checkpoint (default: the latest). adapter: low-rank adapters that were trained on it, a LoRA run's folder or one of
+    PEFT; path may also be such a folder, where the base that it names is on this machine. merge_adapter: whether they
+    are added to the weights, which is faster; False keeps them apart, which is what was trained. qkv_layout,
+    swiglu_order, replicas, model_fields (num_attention_heads=16, ...): what other formats lack, or state wrongly, by
+    the names of the options of `megalith checkpoint import`. tokenizer: a folder of tokenizer files to use instead of
+    the checkpoint's; or the files themselves, as for `pretrain` (vocab_file and merge_file of GPT-2, vocab_file of
+    BERT, tokenizer_model). tensor_model_parallel_size, pipeline_model_parallel_size: with one of them (1 too) all
+    processes of torchrun load the model together, each its part of it; what they leave are data-parallel replicas. The
+    result generates and scores text, on all processes at once. Without them each process loads a model of its own.
 
     The result is a TextModel; it has `.config` (its ModelConfig), `.run_config` (the whole RunConfig), `.tokenizer`
     (None where the checkpoint has none) and `.notes`, messages about files of another format, which are also printed to
@@ -73,6 +77,7 @@ def load(
     flags = {name: str(value) for name, value in tokenizer_flags.items() if value is not None}
     given = TokenizerOverride(tokenizer, flags)
     options = format_options(qkv_layout, swiglu_order, replicas, model_fields) | {"vocabulary_size": given.vocab_size}
+    options |= {} if adapter is None else {"adapter": adapter}
     path = path.model if isinstance(path, TextModel) else path
     sizes = tensor_model_parallel_size, pipeline_model_parallel_size
     runtime = None
@@ -82,14 +87,16 @@ def load(
             device=device.type if isinstance(device, torch.device) else device,
         )  # fmt: skip
         runtime, source = load_runtime(
-            path, layout.parallel, dtype=dtype or torch.float32, iteration=iteration, options=options
-        )
+            path, layout.parallel, dtype=dtype or torch.float32, iteration=iteration, options=options,
+            merge_adapter=merge_adapter,
+        )  # fmt: skip
         model, run_config, tokenizer_folder = runtime.stages[0].model, source.config, source.tokenizer
         notes = source.notes
     else:
         model, run_config, tokenizer_folder = load_model(
-            path, device=device, dtype=dtype or torch.float32, iteration=iteration, options=options
-        )
+            path, device=device, dtype=dtype or torch.float32, iteration=iteration, options=options,
+            merge_adapter=merge_adapter,
+        )  # fmt: skip
         notes = vars(model).pop("notes", ())  # the module itself keeps no extra attribute
     text_tokenizer = None
     if given:

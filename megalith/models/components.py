@@ -54,7 +54,8 @@ def build_dropout_keys(
     model: nn.Module, samples: Tensor | None, step: Tensor | None, coordinates: Tensor
 ) -> Tensor | None:  # fmt: skip
     """Dropout keys int32 [b, s] for `model` (with .config and .seed), or None where nothing is dropped."""
-    if not model.training or (model.config.hidden_dropout == 0.0 and model.config.attention_dropout == 0.0):
+    adapters = getattr(model, "lora_dropout", 0.0)  # parallel/lora.py
+    if not model.training or not (model.config.hidden_dropout or model.config.attention_dropout or adapters):
         return None
     if samples is None or step is None:
         raise ValueError(

@@ -74,7 +74,7 @@ class T5(nn.Module):
         """
         c, factor = self.config, self.config.initializer_factor
         kind = parameter_kind(c, name)
-        if factor is None or kind.initial in ("zeros", "ones", "norm"):
+        if factor is None or kind.initial in ("zeros", "ones", "norm", "kaiming"):
             return initial(c, name)
         widths = {
             "embedding": 1, "output layer": 1, "query": c.hidden_size * c.head_dim,

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from megalith.parallel.collectives import Axis
 from megalith.parallel.mappings import copy_to_tensor_model_parallel_region, reduce_from_tensor_model_parallel_region
-from megalith.parallel.matmul import Linear, linear, linears_of_one_input
+from megalith.parallel.matmul import Linear, layer_outputs
 from megalith.parallel.sharding import to_local
 
 
@@ -54,10 +54,6 @@ class ParallelLinear(Linear):
     def __init__(self, old: nn.Linear, axis: Axis):
         super().__init__(old)
         self.axis = axis
-
-    def local_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias as local tensors."""
-        return to_local(self.weight), to_local(self.bias)
 
 
 class ColumnParallelLinear(ParallelLinear):
@@ -90,6 +86,11 @@ class KeyValueParallelLinear(ColumnParallelLinear):
         weight, bias = super().local_parameters()
         return weight.narrow(0, *self.rows), None if bias is None else bias.narrow(0, *self.rows)
 
+    def local_adapter(self) -> tuple[Tensor, Tensor]:
+        """A, and the rows of B of this rank's head."""
+        a, b = super().local_adapter()
+        return a, b.narrow(0, *self.rows)
+
 
 class RowParallelLinear(ParallelLinear):
     """Split by inputs: rank r holds the r-th block of columns of the weight, and has those columns of X.
@@ -103,8 +104,8 @@ class RowParallelLinear(ParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [b, s, in/t] -> [b, s, out], under sequence parallelism [b, s/t, out]."""
-        weight, bias = self.local_parameters()
-        y = reduce_from_tensor_model_parallel_region(linear(x, weight, None, self.matmul), self.axis)
+        (partial,) = layer_outputs(x, [self], biased=False)
+        y, bias = reduce_from_tensor_model_parallel_region(partial, self.axis), to_local(self.bias)
         return y if bias is None else y + bias
 
 
@@ -115,10 +116,6 @@ class ReplicatedLinear(ParallelLinear):
         """partial: whether the ranks have different tokens as input, so that gradients are summed over the ranks."""
         super().__init__(old, axis)
         self.partial_gradients = ("weight", "bias") if partial else ()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]."""
-        return linear(x, *self.local_parameters(), self.matmul)
 
 
 class SharedInput(nn.Module):
@@ -139,8 +136,7 @@ class SharedInput(nn.Module):
 
 def column_parallel_outputs(x: Tensor, axis: Axis, layers: Sequence[ColumnParallelLinear]) -> tuple[Tensor, ...]:
     """The outputs of several column-parallel layers of one input: shapes as `SharedInput.forward`."""
-    weights, biases = zip(*(layer.local_parameters() for layer in layers))
-    return linears_of_one_input(x, weights, biases, layers[0].matmul, axis)
+    return layer_outputs(x, layers, axis)
 
 
 class CopyToTensorParallelRegion(nn.Module):
@@ -167,4 +163,4 @@ class SharedInputInRegion(SharedInput):
 
     def forward(self, x: Tensor, *layers: ColumnParallelLinear) -> tuple[Tensor, ...]:
         """x [b, s, h] -> one [b, s, out/t] of each layer."""
-        return tuple(linear(x, *layer.local_parameters(), layer.matmul) for layer in layers)
+        return layer_outputs(x, layers)

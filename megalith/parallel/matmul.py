@@ -7,14 +7,14 @@ with a `sink`. Without `set_matmul`, layers that no plan names stay torch's.
 Not covered: the head with its loss (layers/loss.py), which uses up its logits chunk by chunk; the products of queries,
 keys and values in attention.
 Shapes: b batch, s sequence, t ranks of the axis, m = b x s tokens. in, out: features, in a split layer this rank's.
-What is split and which collective runs where: the table in linear.py.
+What is split and which collective runs where: the table in linear.py. Layers may have adapters (lora.py).
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,8 @@ from megalith.parallel.collectives import (
     start_reduce_scatter,
     wait,
 )
+from megalith.parallel.mappings import copy_to_tensor_model_parallel_region
+from megalith.parallel.sharding import to_local
 
 
 class Sink(Protocol):
@@ -189,10 +191,49 @@ class Linear(nn.Linear):
     def __init__(self, old: nn.Linear):
         nn.Module.__init__(self)
         self.__dict__.update(old.__dict__)  # parameters, hooks, training
+        self.lora: Any = None  # an adapter (lora.py, Adapter)
+
+    def local_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias as local tensors."""
+        return to_local(self.weight), to_local(self.bias)
+
+    def local_adapter(self) -> tuple[Tensor, Tensor]:
+        """A and B of the adapter as local tensors."""
+        return to_local(self.lora.a), to_local(self.lora.b)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        return linear(x, self.weight, self.bias, self.matmul)
+        return layer_outputs(x, [self])[0]
+
+
+def layer_outputs(
+    x: Tensor, layers: Sequence[Linear], axis: Axis | None = None, biased: bool = True
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The outputs of several layers of one input, with those of their adapters: shapes as `linears_of_one_input`.
+
+    The products A x are those of more layers of this input, which so share its collectives. With dropout they have
+    inputs of their own: then x is gathered before, is kept whole under sequence parallelism, and nothing overlaps.
+    biased: False leaves out the layers' biases.
+    """
+    matmul = layers[0].matmul
+    weights, biases = zip(*(layer.local_parameters() for layer in layers))
+    biases = biases if biased else (None,) * len(layers)
+    adapted = [layer for layer in layers if layer.lora is not None]
+    if not adapted:
+        return linears_of_one_input(x, weights, biases, matmul, axis)
+    down, up = zip(*(layer.local_adapter() for layer in adapted))
+    if adapted[0].lora.drops:
+        if axis is not None:
+            x, axis = copy_to_tensor_model_parallel_region(x, axis), None
+        outputs = linears_of_one_input(x, weights, biases, matmul)
+        inner = tuple(linear(layer.lora.dropped(x), a, None, matmul) for layer, a in zip(adapted, down))
+    else:
+        unbiased = (None,) * len(adapted)
+        both = linears_of_one_input(x, (*weights, *down), (*biases, *unbiased), matmul, axis)
+        outputs, inner = both[: len(layers)], both[len(layers) :]
+    scaled = (each * layer.lora.scale for each, layer in zip(inner, adapted))
+    added = iter([linear(each, b, None, matmul) for each, b in zip(scaled, up)])
+    return tuple(y if layer.lora is None else y + next(added) for y, layer in zip(outputs, layers))
 
 
 def set_matmul(matmul: Matmul, model: nn.Module) -> None:

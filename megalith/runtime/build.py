@@ -17,14 +17,20 @@ from megalith.checkpoint.store.dcp import fill
 from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError
 from megalith.common.registry import load
+from megalith.config.adapters import adapted_modules, adapter_shapes, is_adapter
 from megalith.config.architectures import ARCHITECTURES, architecture
+from megalith.config.checks.lora import stage_problems
 from megalith.config.flags.loading import to_yaml
+from megalith.config.flags.text import fail
 from megalith.config.run import RunConfig
+from megalith.config.sections.lora import LoraConfig
 from megalith.config.sections.model import ModelConfig
 from megalith.config.stages import SPLIT_BACKWARD, layers_of, schedule_of, stages_of
+from megalith.layers.dropout import Dropout
 from megalith.layers.random import key
 from megalith.models import protocol
 from megalith.parallel import context, data_parallel, matmul, plan, recompute
+from megalith.parallel import lora as low_rank
 from megalith.parallel.collectives import Axis
 from megalith.parallel.mesh import Mesh, build_mesh, init_distributed, init_mesh
 from megalith.parallel.pipeline.deferred import WeightGradientQueue
@@ -249,24 +255,29 @@ def build_runtime(
 
     dtype: of the weights; float64 is for checks of layouts against one another.
     weights: a checkpoint of any format, or a model that exists (runtime/load.py, `weights_of`). Each process reads only
-        the part that it holds. None draws initial weights.
-    Raises CheckpointError where the weights are of another model than `config` describes.
+        the part that it holds. None draws initial weights. With LoRA adapters that they lack are drawn.
+    Raises CheckpointError where the weights are of another model than `config` describes, ConfigError where a pipeline
+    stage would have no adapter.
     """
     full_model = meta_model(config.model, config.batch.seed)
     if weights is not None:
-        check_weights(weights, full_model)
+        check_weights(weights, full_model, config.lora)
+    fail(each.text for each in stage_problems(config))
     names, number = canonical_names(full_model), sum(parameter.numel() for parameter in full_model.parameters())
+    own_dtype = dtype
+    if config.lora.lora_rank and dtype == torch.float32:  # what is frozen needs no master wider than the computation
+        own_dtype = getattr(torch, config.precision.compute_dtype)
     if mesh.size("pp") == 1:
-        stage = build_stage(config, mesh, cast(full_model, dtype), 0, names, weights=weights)
+        stage = build_stage(config, mesh, cast(full_model, own_dtype), 0, names, weights=weights, dtype=dtype)
         return Runtime(config, mesh, (stage,), number)
     cut = Cut(config.model.architecture.find("stages"), layers_of(config), config.model)
     indices, schedule = stages_of(config, mesh.rank("pp")), schedule_of(config.parallel)
     queues = [WeightGradientQueue() if schedule in SPLIT_BACKWARD else None for _ in indices]
     stages = []
     for index, queue in zip(indices, queues, strict=True):
-        model = cast(meta_model(config.model, config.batch.seed), dtype)
+        model = cast(meta_model(config.model, config.batch.seed), own_dtype)
         cut.apply(model, index)
-        stages.append(build_stage(config, mesh, model, index, names, queue, weights))
+        stages.append(build_stage(config, mesh, model, index, names, queue, weights, dtype))
     ranks = {index: rank for rank in range(mesh.size("pp")) for index in stages_of(config, rank)}
     shared = SharedParameters(cut.copies(names), stages, ranks, mesh)
     sequence_shards, compute = mesh.size("tp") if config.parallel.sequence_parallel else 1, stages[0].compute_dtype
@@ -277,31 +288,35 @@ def build_runtime(
     return Runtime(config, mesh, tuple(stages), number, pipeline, shared)
 
 
-def check_weights(weights: Weights, model: nn.Module) -> None:
+def check_weights(weights: Weights, model: nn.Module, lora: LoraConfig | None = None) -> None:
     """Raise CheckpointError where weights are another model's, with both values of what differs.
 
-    model: may be on meta.
+    model: may be on meta. lora: of adapters that the weights may have, all of them or none.
     """
     if another := fit.describe_model_difference(weights.source, model.config, weights.config.model):
         raise CheckpointError(another)
     found = {name: list(lazy.shape) for name, lazy in weights.tensors.items() if name.startswith("model/")}
     expected = {f"model/{name}": list(parameter.shape) for name, parameter in model.named_parameters()}
+    if lora is not None and any(map(is_adapter, found)):
+        expected |= {f"model/{name}": list(shape) for name, shape in adapter_shapes(model.config, lora).items()}
     if lines := fit.differences(expected, found, fit.model_section(to_yaml(weights.config))):
         raise CheckpointError(fit.report(weights.source, lines))
 
 
 def build_stage(
     config: RunConfig, mesh: Mesh, model: nn.Module, stage_index: int, names: Mapping[str, str],
-    queue: WeightGradientQueue | None = None, weights: Weights | None = None,
+    queue: WeightGradientQueue | None = None, weights: Weights | None = None, dtype: torch.dtype = torch.float32,
 ) -> StageModule:  # fmt: skip
     """Split a model on meta, or a stage of one, over the other axes; give it memory and weights.
 
-    queue: takes weight gradients where the schedule defers them. weights: see `build_runtime`.
+    dtype: of adapters. queue: takes weight gradients where the schedule defers them. weights: see `build_runtime`.
     """
     if mesh.size("tp") > 1:
         plan.apply(model, plan_of(config), Axis(mesh.device_mesh["tp"], config.parallel.sequence_parallel))
     if queue is not None:
         matmul.set_matmul(matmul.Matmul(queue), model)
+    if config.lora.lora_rank:
+        add_adapters(model, config.lora, dtype)
     if mesh.size("cp") > 1:
         context.apply(model, Axis(mesh.device_mesh["cp"]))
     recompute.apply(model, config.recompute)
@@ -311,11 +326,13 @@ def build_stage(
             block.forward = torch.compile(block.forward, fullgraph=True)
     wrapped = data_parallel.wrap(model, blocks, mesh, config.parallel, config.precision)
     materialize(model, mesh.device)
-    if weights is None:
-        initialize(model, config.batch.seed, names)
-    else:
-        local = {f"model/{names.get(name, name)}": parameter for name, parameter in model.named_parameters()}
-        Ranks().on_every_rank(lambda: fill(weights.tensors, local))
+    given = {}
+    if weights is not None:
+        local = {names.get(name, name): parameter for name, parameter in model.named_parameters()}
+        given = {name: parameter for name, parameter in local.items() if f"model/{name}" in weights.tensors}
+        named = {f"model/{name}": parameter for name, parameter in given.items()}
+        Ranks().on_every_rank(lambda: fill(weights.tensors, named))
+    initialize(model, config.batch.seed, names, except_for=given)
     replicas = None
     if not wrapped and mesh.data_size * mesh.size("cp") > 1:
         replicas = data_parallel.Replicas(model, mesh.flat("dp_replicate", "dp_shard", "cp"))
@@ -330,11 +347,22 @@ def plan_of(config: RunConfig) -> plan.Plan:
     return load("tensor-parallel plan", named)
 
 
+def add_adapters(model: nn.Module, lora: LoraConfig, dtype: torch.dtype) -> None:
+    """Freeze a model on meta, or a stage of one, split or not, and give it adapters of this dtype."""
+    low_rank.apply(model, adapted_modules(model.config, lora), lora, Dropout, dtype)
+
+
 def build_model(
-    config: ModelConfig, device: torch.device, dtype: torch.dtype = torch.float32, seed: int | None = None
-) -> nn.Module:
-    """The model on one device, in evaluation mode. Its weights are drawn from `seed`; None leaves them to be loaded."""
+    config: ModelConfig, device: torch.device, dtype: torch.dtype = torch.float32, seed: int | None = None,
+    lora: LoraConfig | None = None,
+) -> nn.Module:  # fmt: skip
+    """The model on one device, in evaluation mode. Its weights are drawn from `seed`; None leaves them to be loaded.
+
+    lora: the adapters that it gets.
+    """
     model = cast(meta_model(config, seed or 0), dtype)
+    if lora is not None:
+        add_adapters(model, lora, dtype)
     materialize(model, device)
     if seed is not None:
         initialize(model, seed)

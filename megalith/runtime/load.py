@@ -13,7 +13,7 @@ from torch import nn
 
 from megalith import checkpoint
 from megalith.checkpoint import formats
-from megalith.checkpoint.formats import sources
+from megalith.checkpoint.formats import adapters, sources
 from megalith.checkpoint.formats.huggingface import conversion as huggingface
 from megalith.checkpoint.formats.options import Options, as_mapping
 from megalith.checkpoint.ranks import Ranks
@@ -44,6 +44,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     iteration: int | None = None,
     options: Options | Mapping[str, Any] | None = None,
+    merge_adapter: bool = True,
 ) -> tuple[nn.Module, RunConfig, pathlib.Path | None]:
     """The model of a checkpoint in evaluation mode, the config of its run, and the folder of its tokenizer or None.
 
@@ -52,12 +53,15 @@ def load_model(
         megalith; or Weights.
     device: auto, cpu, cuda, xpu or a torch.device.
     options: how another format is read (checkpoint/formats/options.py), an Options or {name: value}.
+    merge_adapter: add low-rank adapters to the weights; False keeps them apart, as they were trained.
     Notes for the user on another format are in the model's `.notes`.
     Raises CheckpointError where there is no checkpoint, it is damaged, or `dtype` cannot hold its weights.
     """
     device = device if isinstance(device, torch.device) else pick_device(device)
     source = open_weights(path, iteration, options)
-    model = build_model(source.config.model, device, dtype)
+    source = adapters.merge(source, widen=True) if merge_adapter else source
+    lora = source.config.lora
+    model = build_model(source.config.model, device, dtype, lora=lora if lora.lora_rank else None)
     check_range(model_tensors(source), dtype)
     checkpoint.fill(source, weights(model))
     model.notes = source.notes
@@ -71,6 +75,7 @@ def load_runtime(
     dtype: torch.dtype = torch.float32,
     iteration: int | None = None,
     options: Options | Mapping[str, Any] | None = None,
+    merge_adapter: bool = True,
 ) -> tuple[Runtime, Weights]:
     """As `load_model`, in a layout: each process reads the part of the weights that it holds. Every process calls it.
 
@@ -82,6 +87,7 @@ def load_runtime(
         # One process of each machine fetches it, or unpacks it.
         ranks.on_every_rank(lambda: None if local_rank() else sources.local(path))
     source = open_weights(path, iteration, options)
+    source = adapters.merge(source, widen=True) if merge_adapter else source
     config = dataclasses.replace(
         source.config, parallel=parallel, precision=PrecisionConfig(), recompute=RecomputeConfig()
     )  # without what only training needs
@@ -97,11 +103,16 @@ def open_weights(
     path: str | os.PathLike | nn.Module | Weights, iteration: int | None = None,
     options: Options | Mapping[str, Any] | None = None,
 ) -> Weights:  # fmt: skip
-    """The weights that `load_model` reads. Of a checkpoint of megalith all files are read, to compare checksums."""
+    """The weights that `load_model` reads, those of adapters apart (formats/adapters.py: merge).
+
+    Of a checkpoint of megalith all files are read, to compare checksums, but not of the base that adapters name.
+    """
+    options = as_mapping(options)
     if isinstance(path, (nn.Module, Weights)):
-        return path if isinstance(path, Weights) else weights_of(path)
+        found, adapter = path if isinstance(path, Weights) else weights_of(path), options.get("adapter")
+        return found if adapter is None else adapters.attach(found, adapters.read_adapter(adapter, found))
     source = sources.local(path)
-    format, options = formats.recognise(source), as_mapping(options)
+    format = formats.recognise(source)
     if format != "megalith":
         return formats.read(source, format, options if iteration is None else {**options, "iteration": iteration})
     found = checkpoint.find(source, iteration)
@@ -109,7 +120,7 @@ def open_weights(
         stored = read_megalith(found).config.flat()
         check_no_overrides(source, [name for name, value in overrides.items() if stored[name] != value])
     verify_on_all_ranks(found, Ranks())
-    return read_megalith(found)
+    return formats.read(found, format, {name: value for name, value in options.items() if name == "adapter"})
 
 
 def model_tensors(source: Weights) -> dict[str, Lazy]:

@@ -13,9 +13,16 @@ from megalith.parallel.stage_module import StageModule
 RATES = ("lr", "weight_decay")  # of a parameter group; where they are 0, a step without gradients changes no weights
 
 
-def weights(model: nn.Module | StageModule) -> dict[str, Tensor]:
-    """{model/<parameter>: tensor}; a shared parameter appears once, under its first name."""
-    return {f"model/{name}": parameter.detach() for name, parameter in model.named_parameters()}
+def weights(model: nn.Module | StageModule, trained: bool = False) -> dict[str, Tensor]:
+    """{model/<parameter>: tensor}; a shared parameter appears once, under its first name.
+
+    trained: leave out frozen ones.
+    """
+    return {
+        f"model/{name}": parameter.detach()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad or not trained
+    }
 
 
 def optimizer_state(model: nn.Module | StageModule, optimizer: Optimizer) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -17,10 +18,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from megalith.config.adapters import B
 from megalith.config.run import RunConfig
 from megalith.parallel import mesh as meshes
 from megalith.parallel.mesh import Mesh
 from megalith.runtime.build import Runtime, build_runtime
+from megalith.runtime.initialize import fill
 from megalith.training.forward_backward import forward_backward
 from megalith.training.tasks import build_task
 
@@ -96,11 +99,20 @@ def measure(
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     torch.manual_seed(0)
     runtime = build_runtime(config, meshes.init_mesh(config.parallel), dtype)
+    draw_adapters(runtime)
     weights = {name: full_tensor(parameter) for name, parameter in runtime.named_parameters()}
     loss = forward_backward_once(runtime)
     named = [(name, parameter.grad) for name, parameter in runtime.named_parameters() if parameter.grad is not None]
     gradients = {name: full_tensor(gradient) for name, gradient in named}
     return LayoutResult(loss, weights, gradients, extra(runtime) if extra else None)
+
+
+@torch.no_grad()
+def draw_adapters(runtime: Runtime) -> None:
+    """Draw every adapter's B, which begins as zeros, with which the gradient of A would be zero in any layout."""
+    for name, parameter in runtime.named_parameters():
+        if name.endswith(B):
+            fill(parameter, "normal", 0.1, zlib.crc32(name.encode()))
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from megalith.checkpoint.formats import adapters
+from megalith.checkpoint.ranks import Ranks
 from megalith.common.errors import ConfigError
 from megalith.config.batch_math import global_batch
 from megalith.config.parameters import weight_decays
@@ -29,6 +31,7 @@ from megalith.training.reporting.peaks import peak_flops
 from megalith.training.reporting.profile import ProfilePipeline
 from megalith.training.reporting.reporters import reporters
 from megalith.training.resume import saving
+from megalith.training.resume.lora import read_start
 from megalith.training.resume.state import Progress
 from megalith.training.step import Trainer
 from megalith.training.tasks import build_task
@@ -46,18 +49,21 @@ def set_determinism(config: RunConfig) -> None:
 def build_trainer(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Trainer:
     """A parallelized model with its task, optimizer, schedule and loss scale, none of them resumed.
 
+    With LoRA the model has the weights that the run starts from (resume/lora.py).
     config.model.vocab_size must be known; see pretrain.with_vocabulary.
     """
     batch = global_batch(config, mesh.data_size)
-    runtime = build_runtime(config, mesh)
+    start = Ranks().on_every_rank(lambda: read_start(config))
+    runtime = build_runtime(config, mesh, weights=start)
     only_measures = config.validation.skip_train  # with neither rate nor length
     rates = RunConfig().replace(lr=0.0, train_iters=1) if only_measures else config
     decays = functools.partial(weight_decays, config.model)
     optimizer = build_optimizer(rates.optimizer, runtime.named_parameters(), decays)
     schedule = Schedule(rates.optimizer, rates.schedule, batch)
     return Trainer(
-        runtime, build_task(config, mesh, tokenizer), optimizer, schedule, build_loss_scale(config.precision)
-    )
+        runtime, build_task(config, mesh, tokenizer), optimizer, schedule, build_loss_scale(config.precision),
+        None if start is None else start.train_state.get(adapters.BASE) or adapters.record_of(start),
+    )  # fmt: skip
 
 
 def open_datasets(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -91,6 +97,8 @@ def run_info(config: RunConfig, mesh: Mesh, start_step: int, train_iters: int) -
     """
     lengths = config.data.seq_length, config.data.decoder_seq_length
     full, half = (flops_per_token(config.model, lengths[0], causal, lengths[1]) for causal in (False, True))
+    if config.lora.lora_rank:  # frozen weights have no gradients; the same is left out of attention, a little too much
+        full, half = full * 2 / 3, half * 2 / 3
     peak = peak_flops(device_name(mesh.device), config.precision.compute_dtype, config.logging.peak_tflops)
     return RunInfo(
         config=config, folder=pathlib.Path(config.run_folder), start_step=start_step, train_iters=train_iters,

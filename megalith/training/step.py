@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -27,6 +27,7 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     loss_scale: StaticLossScale
+    base: Mapping[str, str] | None = None  # with LoRA, what a checkpoint says of the weights that are not trained
 
     @property
     def device(self) -> torch.device:

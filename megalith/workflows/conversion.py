@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megalith.checkpoint import formats
-from megalith.checkpoint.formats import FORMATS, HuggingFaceOptions, sources
+from megalith.checkpoint.formats import FORMATS, HuggingFaceOptions, adapters, sources
 from megalith.checkpoint.formats.huggingface import conversion as huggingface
 from megalith.checkpoint.formats.huggingface import files as huggingface_files
 from megalith.checkpoint.formats.huggingface.family import architecture_fields
@@ -22,6 +22,7 @@ from megalith.checkpoint.tensors.lazy import check_range
 from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError, ConfigError, problem
 from megalith.common.extras import require
+from megalith.config.adapters import is_adapter
 from megalith.config.flags.text import Words
 from megalith.data.tokenizers.given import FIELDS, TokenizerOverride
 from megalith.runtime.load import check_no_overrides
@@ -54,6 +55,8 @@ def run_request(request: ConversionRequest, notice: Callable[[str], None]) -> No
     )
     everything = request.writes_optimizer
     written = {name: lazy for name, lazy in weights.tensors.items() if everything or name.startswith("model/")}
+    if request.to == "peft":
+        written = {name: lazy for name, lazy in written.items() if is_adapter(name)}
     if request.print_structure:
         for name, lazy in written.items():
             notice(f"{name:<60} {list(lazy.shape)} {str(lazy.dtype).removeprefix('torch.')}")
@@ -78,9 +81,10 @@ def convert(
     """Write what is at `source` (in `format`, or the one recognised) into the new `folder` in the format `to`.
 
     Returns what was read. Works tensor by tensor; the folder appears when it is complete. options: {name: value} of
-    options of both formats (formats/options.py); each takes those that it has. overwrite: replace an earlier
-    conversion in `folder`. Raises CheckpointError where the source is damaged or incomplete, or the target format
-    cannot hold it; LockedError while another process writes there.
+    options of both formats (formats/options.py); each takes those that it has. overwrite: replace an earlier conversion
+    in `folder`. Adapters of the source are merged into its weights, but for the format peft. Raises CheckpointError
+    where the source is damaged or incomplete, or the target format cannot hold it; LockedError while another process
+    writes there.
     """
     options = as_mapping(options)
     target = FORMATS.find(to)
@@ -89,7 +93,7 @@ def convert(
         raise ConfigError(problem("--to", to, "must name a format that can be written: this one is only read", cure))
     folder_of_tokenizer, overrides = options.get("tokenizer"), options.get("overrides", {})
     given = TokenizerOverride(folder_of_tokenizer, overrides)
-    inputs = [source, *([folder_of_tokenizer] if folder_of_tokenizer else [])]
+    inputs = [source, *filter(None, [folder_of_tokenizer, options.get("adapter")])]
     with (
         new_folder(folder, inputs=inputs, overwrite=overwrite, notice=notice) as unfinished,
         tempfile.TemporaryDirectory() as temporary,
@@ -105,6 +109,8 @@ def convert(
                 source,
                 [name for name, value in overrides.items() if name not in FIELDS and stored[name] != value],
             )
+        if to != "peft":
+            weights = adapters.merge(weights, widen=bool(options.get("dtype")))
         write_options: Any = target.options.select(options)
         if holds_tokenizer:
             weights, write_options = with_tokenizer(weights, write_options, given, pathlib.Path(temporary) / "given")
@@ -154,7 +160,7 @@ def verify(source: pathlib.Path, result: pathlib.Path, options: Options | Mappin
     """
     options = as_mapping(options)
     # What was written states the whole model, and is the only checkpoint there.
-    for_result = {name: value for name, value in options.items() if name not in ("overrides", "iteration")}
+    for_result = {name: value for name, value in options.items() if name not in ("overrides", "iteration", "adapter")}
     sides = {formats.recognise(path): (path, given) for path, given in ((source, options), (result, for_result))}
     with tempfile.TemporaryDirectory() as temporary:
         if "huggingface" not in sides:
@@ -180,7 +186,7 @@ def _check_difference(original: Side, converted: Side) -> float:
 
 def _cause(original: Side, converted: Side) -> str:
     """Why logits differ, as far as the two sides show it, and what to do."""
-    one, other = (formats.read(path, options=options) for path, options in (original, converted))
+    one, other = (adapters.merge(formats.read(path, options=options)) for path, options in (original, converted))
     forms = architecture_fields(one.config.model), architecture_fields(other.config.model)
     if wrong := [f"{name} {value} and {forms[1][name]}" for name, value in forms[0].items() if forms[1][name] != value]:
         cure = "convert once more, with the flags of the model that are wrong"

@@ -26,6 +26,7 @@ UNCONVERTED = (  # options that are taken as they were typed
     "safetensors",
     "architecture",
     "with_optimizer",
+    "adapter",
 )
 LAYOUT = (
     "tensor_model_parallel_size",

@@ -1,6 +1,7 @@
 """Bytes on a rank per parameter of the model, from the storages that are alive: at most those of docs/memory.md."""
 
 import gc
+import math
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megalith.config.adapters import adapter_shapes
+from megalith.config.parameters import parameter_count
 from megalith.config.run import RunConfig
 from megalith.optim.build import build_optimizer
 from megalith.parallel import mesh as meshes
@@ -78,6 +81,19 @@ def measured(config: RunConfig) -> dict[str, float]:
             optimizer.zero_grad(set_to_none=True)
         found["after step"] = storages.live() / number
     return found
+
+
+@pytest.mark.parametrize(("precision", "of_base", "of_adapters"), [("fp32", 4, 16), ("bf16", 4, 18)])
+def test_bytes_with_lora(precision: str, of_base: int, of_adapters: int) -> None:
+    """As docs/lora.md says; without LoRA they are 16 and 18."""
+    config = CONFIG.replace(global_batch_size=2, lora_rank=4, **PRECISIONS[precision])
+    adapters = sum(map(math.prod, adapter_shapes(config.model, config.lora).values()))
+    base = parameter_count(config.model)
+    limit = (of_base * base + of_adapters * adapters) / (base + adapters)
+    found = run_ranks(measured, 1, config)[0]
+    assert adapters > 5000 and limit < 6
+    for moment, value in found.items():
+        assert value <= limit * SLACK, (moment, value, limit)
 
 
 @pytest.mark.parametrize("d", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])

@@ -82,6 +82,16 @@ FORMS: dict[str, dict] = {
         **T5_RELATIVE, "relu": True, "scale_output": True, "hidden_dropout": 0.1, "attention_dropout": 0.1,
         "vocab_size": 67,
     },
+    "lora": {
+        "position_embedding_type": "rope", "group_query_attention": True, "num_query_groups": 2, "swiglu": True,
+        "normalization": "RMSNorm", "lora_rank": 4, "lora_alpha": 8.0,
+    },
+    "lora dropout": {
+        "hidden_dropout": 0.1, "lora_rank": 3, "lora_dropout": 0.2,
+        "lora_target_modules": ["q", "v", "layers.*.mlp.*"],
+    },
+    "lora bert": {"model_type": "bert", "lora_rank": 4, "lora_dropout": 0.1},
+    "lora t5": {**T5_RELATIVE, "num_query_groups": 2, "lora_rank": 4},
 }  # fmt: skip
 
 # name -> (ranks, what differs from one process)

@@ -52,7 +52,9 @@ COVERING = {
      ("t5 relative", "cp2 dp2"),
     ("t5 dropout", "cp2 pp2"), ("t5 dropout", "cp2 selective"), ("rotary", "cp2 full uniform"), ("dropout",
      "cp2 zbv selective"),
-    ("t5 dropout", "pp2 interleaved"), ("t5 dropout", "zbv selective"), ("t5 dropout", "zbv dp2 full"),
+    ("lora", "tp2 sp dp2 full"), ("lora", "tp2 pp2"), ("lora dropout", "tp2 sp"), ("lora dropout", "cp2"),
+    ("lora t5", "tp2 sp zbv"), ("t5 dropout", "pp2 interleaved"), ("t5 dropout", "zbv selective"),
+    ("t5 dropout", "zbv dp2 full"),
 }  # fmt: skip
 CASES = [
     pytest.param(form, layout, id=f"{form}-{layout}", marks=() if (form, layout) in COVERING else pytest.mark.slow)

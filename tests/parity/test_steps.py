@@ -47,6 +47,7 @@ def on_one_process(form: str) -> tuple[dict[str, torch.Tensor], list[float]]:
         ("odd vocabulary", "tp2 sp dp2 full"),
         ("rotary", "tp2 dp2"),
         ("absolute", "tp2 dp2 optimizer"),
+        pytest.param("lora", "tp2 sp dp2 full", marks=pytest.mark.slow),
         pytest.param("absolute", "dp 2x2", marks=pytest.mark.slow),
         pytest.param("dropout", "dp2 none", marks=pytest.mark.slow),
     ],

@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
-from megalith.checkpoint import weights as own_format
 from megalith.checkpoint.formats.huggingface import tokenizer
 from megalith.checkpoint.formats.options import (
     QKV_LAYOUTS,
@@ -25,10 +24,10 @@ from megalith.checkpoint.formats.options import (
     MegatronOptions,
     MegatronReadOptions,
     Options,
+    PeftOptions,
     TorchDistOptions,
 )
-from megalith.checkpoint.store.folder import describe_runs, is_megalith
-from megalith.checkpoint.store.manifest import NAME as MANIFEST
+from megalith.checkpoint.store.folder import describe_runs
 from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError, problem
 from megalith.common.pointers import pointers_below
@@ -47,6 +46,7 @@ __all__ = [
     "MegatronOptions",
     "MegatronReadOptions",
     "Options",
+    "PeftOptions",
     "TorchDistOptions",
     "read",
     "recognise",
@@ -69,21 +69,11 @@ class Format(NamedTuple):
     write: Callable[[Weights, pathlib.Path, Any], None] | None = None
 
 
-def _write_megalith(weights: Weights, folder: pathlib.Path, options: MegalithOptions) -> None:
-    own_format.write(weights, folder)
-
-
-MEGALITH = Format(
-    f"megalith: a folder with {MANIFEST}, or one of iter_NNNNNNN folders that have it",
-    is_megalith,
-    MegalithOptions,
-    lambda path, options: own_format.read_megalith(path, options.iteration),
-    _write_megalith,
-)
 FORMATS = Registry(
     "checkpoint format",
     {
-        "megalith": "megalith.checkpoint.formats:MEGALITH",
+        "megalith": "megalith.checkpoint.formats.megalith:FORMAT",
+        "peft": "megalith.checkpoint.formats.peft:FORMAT",
         "huggingface": "megalith.checkpoint.formats.huggingface.conversion:FORMAT",
         "megatron": "megalith.checkpoint.formats.megatron.legacy:FORMAT",
         "deepspeed": "megalith.checkpoint.formats.deepspeed.tree:FORMAT",
@@ -120,7 +110,7 @@ def refuse_pointers(path: pathlib.Path) -> None:
 def read(
     path: str | os.PathLike, format: str | None = None, options: Options | Mapping[str, Any] | None = None
 ) -> Weights:
-    """The weights at `path`, in `format` or the one recognised.
+    """The weights at `path`, in `format` or the one recognised, with adapters where it or an option names them.
 
     options: of the format's own class; or {name: value} of options of any format, where the caller does not know the
     format: those that this format has no use for are without effect. Raises CheckpointError for options of another
@@ -132,6 +122,10 @@ def read(
     with _naming_pointers(pathlib.Path(path)):
         weights = FORMATS.find(name).read(pathlib.Path(path), own_options)
     weights = replace(weights, source=os.fspath(path)) if weights.source == Weights.source else weights
+    if own_options.adapter is not None:
+        from megalith.checkpoint.formats.adapters import attach, read_adapter  # which imports this module
+
+        weights = attach(weights, read_adapter(own_options.adapter, weights))
     if own_options.tokenizer is None:
         return weights
     others = {name: file for name, file in weights.files.items() if not name.startswith(tokenizer.FOLDER)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -25,9 +26,11 @@ class Options:
     """For every format.
 
     tokenizer: folder of the tokenizer files to take instead of the source's.
+    adapter: folder of low-rank adapters (formats/adapters.py) that are read together with the source, their base.
     """
 
     tokenizer: pathlib.Path | None = None
+    adapter: str | os.PathLike | None = None
 
     @classmethod
     def select(cls, given: Mapping[str, Any]) -> Self:
@@ -84,6 +87,17 @@ class HuggingFaceOptions(ModelOptions):
     dtype: str | None = None
     max_shard_size: int = 5_000_000_000
     safetensors: bool = True
+    architecture: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftOptions(Options):
+    """Folders of adapters, as peft has them. The fields say how one is written.
+
+    dtype, architecture: as of HuggingFaceOptions.
+    """
+
+    dtype: str | None = None
     architecture: str | None = None
 
 

@@ -37,9 +37,14 @@ FOREIGN_FILES = (  # what lies in checkpoints of other programs
 CONVERSION_FILES = (  # what a conversion writes into its folder
     "iter_*", "release", POINTER, "latest_checkpointed_iteration.txt", "config.json", "generation_config.json",
     "*.safetensors", "*.safetensors.index.json", "pytorch_model*", "tokenizer*", "vocab*", "merges.txt",
-    "special_tokens_map.json", "added_tokens.json", "*.model", "*.jinja",
+    "special_tokens_map.json", "added_tokens.json", "*.model", "*.jinja", "adapter_config.json",
 )  # fmt: skip
-WRITTEN_LAST = (POINTER, "latest_checkpointed_iteration.txt", "config.json")  # these mark a folder as complete
+WRITTEN_LAST = (
+    POINTER,
+    "latest_checkpointed_iteration.txt",
+    "config.json",
+    "adapter_config.json",
+)  # these mark a folder as complete
 ABANDONED_SECONDS = 24 * 3600.0  # after which a writer is taken for dead on a filesystem without locks
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from megalith.common.errors import ConfigError
 from megalith.common.extras import missing_package
 from megalith.config.architectures import architecture
+from megalith.config.checks.lora import lora_problems
 from megalith.config.checks.masking import masking_problems
 from megalith.config.checks.model import model_problems
 from megalith.config.checks.parallel import parallel_problems
@@ -23,8 +24,8 @@ TOKENIZER_PACKAGES = {  # tokenizer -> the package that it needs
     "TikTokenizer": "tiktoken",
 }
 BELOW_ONE = (
-    "hidden_dropout", "attention_dropout", "classifier_dropout", "lr_warmup_fraction", "adam_beta1", "adam_beta2",
-    "mask_prob",
+    "hidden_dropout", "attention_dropout", "classifier_dropout", "lora_dropout", "lr_warmup_fraction", "adam_beta1",
+    "adam_beta2", "mask_prob",
 )  # fmt: skip
 
 
@@ -51,6 +52,7 @@ def find_problems(
     if one_step:
         config = config.replace(rampup_batch_size=[])
     rules = [*model_problems(config), *parallel_problems(config, world_size), *recompute_problems(config)]
+    rules += lora_problems(config)
     if not one_step:
         rules += [*schedule_problems(config), *_files(config)]
     if data:

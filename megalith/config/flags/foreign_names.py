@@ -142,10 +142,10 @@ _ANSWERS = (
         "evaluate eval main lambada wikitext103 --task --valid-data --overlapping-eval --strict-lambada ppl lm_eval "
         "lm-eval",
     ),
+    (_FINETUNING, "finetune sft chat race mnli qqp --train-data --pretrained-checkpoint --epochs"),
     (
-        _FINETUNING,
-        "finetune sft chat lora race mnli qqp --train-data --pretrained-checkpoint --epochs --lora-rank --lora-alpha "
-        "peft",
+        "it is `megalith pretrain --lora-rank 8` here (docs/lora.md)",
+        "lora peft --lora-r --lora-dim --use-lora --use-peft",
     ),
     (
         _RETRIEVAL,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megalith.config.adapters import adapter_shapes
 from megalith.config.stages import layers_of, schedule_of
 from megalith.data.build import blend_summary, why_no_validation
 from megalith.training.build import device_name
@@ -33,6 +35,14 @@ def announce(
         f"activation {config.model.activation}; run folder {config.run_folder}",
         flush=True,
     )
+    if config.lora.lora_rank:
+        shapes = adapter_shapes(config.model, config.lora)
+        number, layers = sum(map(math.prod, shapes.values())), len(shapes) // 2
+        print(
+            f"LoRA: {number:,} parameters of rank {config.lora.lora_rank} on {layers} linear layers are trained, on "
+            f"{(trainer.base or {}).get('path')}",
+            flush=True,
+        )
     if mesh.size("pp") > 1:
         stages = ", ".join(f"{layers.start}-{layers.stop - 1}" for layers in layers_of(config))
         print(f"pipeline: {schedule_of(config.parallel)}, layers by stage {stages}", flush=True)

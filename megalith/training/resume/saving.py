@@ -11,7 +11,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from megalith import checkpoint
-from megalith.checkpoint.formats import foreign
+from megalith.checkpoint.formats import adapters, foreign
 from megalith.checkpoint.ranks import Ranks
 from megalith.checkpoint.store import folder
 from megalith.checkpoint.store.facts import part_of, written_by_another_run
@@ -23,6 +23,7 @@ from megalith.config.flags.text import Words, flag
 from megalith.config.run import RunConfig
 from megalith.runtime import state
 from megalith.training.finite import check_before_saving, check_loaded
+from megalith.training.resume.lora import check_kind
 from megalith.training.resume.source import check_save_folder, is_foreign, read_foreign, source_of, weights_only
 from megalith.training.resume.state import Progress
 from megalith.training.step import Trainer
@@ -41,7 +42,7 @@ def save(
     """
     Ranks().on_rank_0(check_locks)
     config = trainer.runtime.config
-    tensors = [state.weights(part) for part in trainer.runtime.stages]
+    tensors = stored_weights(trainer)
     if not config.checkpoint.no_save_optim:
         tensors = with_optimizer_state(trainer, tensors)
     check_before_saving(tensors, progress.iteration, next_start)
@@ -51,10 +52,18 @@ def save(
         "world_size": trainer.runtime.mesh.world_size,
         "data": data,
     }
+    if trainer.base is not None:
+        train_state[adapters.BASE] = trainer.base
     checkpoint.save(
         checkpoint_folder(config), progress.iteration, tensors, train_state=train_state, config_yaml=config_yaml,
         files=files, keep_last=0,
     )  # fmt: skip
+
+
+def stored_weights(trainer: Trainer) -> list[dict[str, Tensor]]:
+    """The weights that a checkpoint has, of each pipeline stage: all, or with LoRA those that are trained."""
+    trained = trainer.runtime.config.lora.lora_rank > 0
+    return [state.weights(part, trained=trained) for part in trainer.runtime.stages]
 
 
 def prune(config: RunConfig, progress: Progress, start: int) -> None:
@@ -119,6 +128,11 @@ def resume(trainer: Trainer) -> Progress:
     only_measures = config.validation.skip_train  # which needs neither optimizer nor schedule
     with_optimizer = not (only_weights or options.no_load_optim or only_measures)
     ranks, weights = Ranks(), None
+    if not config.lora.lora_rank:
+        ranks.on_rank_0(lambda: check_kind(config))
+    elif only_weights:  # the model was built from them
+        check_loaded([state.weights(part) for part in trainer.runtime.stages], source, 0)
+        return Progress()
     if with_optimizer and not is_foreign(source):
         ranks.on_rank_0(lambda: check_schedule(checkpoint.find(source, options.ckpt_step)))
     if is_foreign(source):
@@ -126,7 +140,7 @@ def resume(trainer: Trainer) -> Progress:
         weights = ranks.on_every_rank(read)
         if ranks.rank == 0:
             print("".join(f"{options.load}: {note}\n" for note in weights.notes), end="", flush=True)
-    tensors = [state.weights(part) for part in trainer.runtime.stages]
+    tensors = stored_weights(trainer)
     if with_optimizer:
         state.create_optimizer_state(trainer.optimizer)
         complete = with_optimizer_state(trainer, tensors)

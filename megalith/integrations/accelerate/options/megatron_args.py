@@ -25,9 +25,11 @@ OPTIMIZER = "the optimizer given to accelerator.prepare has its own"
 LOADERS = "data loaders give batches of their own size, num_micro_batches times in each call of the model"
 PROCESSES = "the Accelerator has found the device and connected the processes"
 BY_CLASS = "the class of the model given to accelerator.prepare decides it"
+BY_MODEL = "the model given to accelerator.prepare decides what is trained"
 NO_EFFECT: dict[str, str] = {  # section or field of RunConfig -> why an argument of it does nothing here
     "optimizer": OPTIMIZER, "batch": LOADERS, "checkpoint": STATE, "logging": TRACKERS, "validation": LOOP,
-    "resilience": LOOP, **dict.fromkeys(("device", "distributed_backend", "distributed_timeout_minutes"), PROCESSES),
+    "resilience": LOOP, "lora": BY_MODEL,
+    **dict.fromkeys(("device", "distributed_backend", "distributed_timeout_minutes"), PROCESSES),
     **dict.fromkeys(("dataset", "loss", "model_type"), BY_CLASS),
     **dict.fromkeys(("override_opt_param_scheduler", "use_checkpoint_opt_param_scheduler"), STATE),
 }  # fmt: skip

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from megalith import checkpoint
 from megalith.checkpoint import formats
-from megalith.checkpoint.formats import foreign
+from megalith.checkpoint.formats import adapters, foreign
 from megalith.checkpoint.formats.huggingface import conversion as huggingface
 from megalith.checkpoint.formats.huggingface import files as huggingface_files
 from megalith.checkpoint.ranks import Ranks
@@ -338,4 +338,4 @@ def _read(session: Session, folder: pathlib.Path, ranks: Ranks) -> Weights:
     options = foreign.read_options(session.config)
     if ranks.rank and options["replicas"] == "equal":  # process 0 compares for all
         options["replicas"] = "first"
-    return formats.read(folder, None, options)
+    return adapters.merge(formats.read(folder, None, options))

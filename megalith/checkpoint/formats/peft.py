@@ -1,0 +1,242 @@
+"""Adapters in the form of the library peft: a folder with adapter_config.json and adapter_model.safetensors.
+
+Names are those of transformers' modules, from the base's table (huggingface/families/). Where transformers has one
+layer for several of ours (q, k and v of GPT-2), its adapter has their A one above the other, and the B of each in
+columns of its own. That computes the same, and is of so many times the rank (rank_pattern and alpha_pattern say it).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megalith.checkpoint.formats import Format, HuggingFaceOptions, PeftOptions
+from megalith.checkpoint.formats.adapters import BASE, attach, open_base
+from megalith.checkpoint.formats.huggingface import conversion, files
+from megalith.checkpoint.formats.huggingface.family import Rule
+from megalith.checkpoint.tensors.lazy import Lazy
+from megalith.checkpoint.weights import Weights
+from megalith.common.errors import CheckpointError, problem
+from megalith.common.files import write_text
+from megalith.config.adapters import A, B, adaptable_modules, adapted_modules
+from megalith.config.flags.text import Words
+from megalith.config.run import RunConfig
+from megalith.config.sections.model import ModelConfig
+
+CONFIG, TENSORS, PREFIX = files.ADAPTER, "adapter_model", "base_model.model."
+ENDS = (".lora_A.weight", ".lora_B.weight")
+# Fields of adapter_config.json -> the values with which an adapter adds alpha / r B A x and nothing else.
+SUPPORTED: dict[str, tuple] = {
+    "peft_type": ("LORA",), "bias": ("none", None), "use_dora": (False, None), "lora_bias": (False, None),
+    "use_qalora": (False, None), "use_bdlora": (None,), "layer_replication": (None,),
+    "alora_invocation_tokens": (None,), "trainable_token_indices": (None,), "target_parameters": (None, []),
+    "modules_to_save": (None, []),
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A linear layer of transformers, and ours whose outputs it computes.
+
+    name: in a model with a head; a model without one may leave out the prefix. outputs: of each of ours.
+    """
+
+    name: str
+    prefix: str
+    modules: tuple[str, ...]
+    outputs: tuple[int, ...]
+    rule: Rule
+    model: ModelConfig
+
+    @property
+    def transposed(self) -> bool:
+        """Whether its weight is [in, out], as of transformers' Conv1D. A and B never are."""
+        columns = [Lazy.empty((size, 1)) for size in self.outputs]
+        return self.rule.conversion.to_hf(columns, self.model).shape[0] == 1
+
+    def split(self, b: Tensor) -> list[Tensor]:
+        """Of B [out, rank] the rows of each of our layers."""
+        whole = Lazy.of(b.t() if self.transposed else b)
+        return [part.read() for part in self.rule.conversion.from_hf(whole, self.model)]
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """B [out, rank] from the rows of our layers."""
+        whole = self.rule.conversion.to_hf([Lazy.of(part) for part in parts], self.model).read()
+        return whole.t() if self.transposed else whole
+
+
+def layers_of(weights: Weights, architecture: str | None = None) -> list[Layer]:
+    """The linear layers that can have adapters, of transformers' model with these weights.
+
+    architecture: its family; None is the one that an export chooses. Raises CheckpointError where there is none.
+    """
+    model, known = weights.config.model, adaptable_modules(weights.config.model)
+    _, family = conversion.choose_family(weights, HuggingFaceOptions(architecture=architecture))
+    found = []
+    for rule, name, ours in conversion.parameter_rules(family, model):
+        modules = tuple(each.removesuffix(".weight") for each in ours)
+        if name.endswith(".weight") and all(each in known for each in modules):
+            outputs = tuple(known[each][0] for each in modules)
+            found.append(Layer(name.removesuffix(".weight"), family.prefix, modules, outputs, rule, model))
+    return found
+
+
+def recognises(path: pathlib.Path) -> bool:
+    """Whether this is a folder of adapters, and not also of a model."""
+    return (path / CONFIG).is_file() and not any((path / name).exists() for name in files.WEIGHT_FILES)
+
+
+def read(path: pathlib.Path, options: PeftOptions) -> Weights:
+    """Adapters, and the weights of the base that adapter_config.json names, which has to be on this machine."""
+    base = open_base(files.read_json(path / CONFIG).get("base_model_name_or_path"), str(path))
+    return attach(base, read_adapter(path, base))
+
+
+def read_adapter(path: pathlib.Path, base: Weights) -> Weights:
+    """The adapters of a folder alone, under megalith's names. Raises CheckpointError for what is not implemented.
+
+    Where ranks differ, the smaller ones get rows and columns of zeros; where scales differ, B gets a factor.
+    """
+    given = files.read_json(path / CONFIG)
+    for name, values in SUPPORTED.items():
+        if name in given and given[name] not in values:
+            rule = f"must be {json.dumps(values[0])}, as nothing else is implemented"
+            cure = "Merge the adapters with peft (merge_and_unload()), and load what that saves"
+            raise CheckpointError(problem(f"{path / CONFIG}: {name}", given[name], rule, cure))
+    stored, pairs = _open(path), dict[str, tuple[Tensor, Tensor, float]]()  # our layer: A, B, scale
+    for layer in layers_of(base):
+        names = [layer.name, layer.name.removeprefix(layer.prefix)]
+        if (name := next((each for each in names if f"{each}{ENDS[0]}" in stored), None)) is None:
+            continue
+        a, b = (stored.pop(f"{name}{end}", Lazy.empty(())) for end in ENDS)
+        inputs = adaptable_modules(base.config.model)[layer.modules[0]][1]
+        if len(a.shape) != 2 or a.shape[1] != inputs or b.shape != (sum(layer.outputs), a.shape[0]):
+            rule = f"must be A [rank, {inputs}] and B [{sum(layer.outputs)}, rank] for this base"
+            found = [list(a.shape), list(b.shape)]
+            raise CheckpointError(problem(f"{path}: {name}", found, rule, "Name the base that they were trained on"))
+        alpha = _by_pattern(given, "alpha_pattern", name, given.get("lora_alpha", 8))
+        scale = alpha / (a.shape[0] ** 0.5 if given.get("use_rslora") else a.shape[0])
+        pairs |= {each: (*pair, scale) for each, pair in _split(layer, a.read(), b.read(), given.get("r", 8)).items()}
+    if stored or not pairs:
+        rule = "must be of linear layers of the transformer blocks of this base alone"
+        cure = f"Name the base that they were trained on: --load BASE --adapter {path}"
+        raise CheckpointError(problem(f"{path}: adapters", sorted(stored)[:4] or Words("none"), rule, cure))
+    rank, scale = max(len(a) for a, _, _ in pairs.values()), next(iter(pairs.values()))[2]
+    tensors = {}
+    for module, (a, b, own_scale) in pairs.items():
+        missing = rank - len(a)
+        tensors[f"model/{module}{A}"] = Lazy.of(F.pad(a, (0, 0, 0, missing)))
+        tensors[f"model/{module}{B}"] = Lazy.of(F.pad(b, (0, missing)) * (own_scale / scale))
+    config = base.config.replace(
+        lora_rank=rank, lora_alpha=scale * rank, lora_dropout=float(given.get("lora_dropout") or 0.0),
+        lora_target_modules=_patterns(pairs, base.config.model), adapter=None,
+    )  # fmt: skip
+    return Weights(config=config, tensors=tensors, source=str(path))
+
+
+def _open(path: pathlib.Path) -> dict[str, Lazy]:
+    """{name without peft's prefix: tensor} of the folder's file of tensors."""
+    there = [file for ending in ("safetensors", "bin") if (file := path / f"{TENSORS}.{ending}").is_file()]
+    if not there:
+        rule = f"must hold {TENSORS}.safetensors, or {TENSORS}.bin"
+        raise CheckpointError(problem(f"{path}", Words("neither"), rule, "Copy or download it as well"))
+    return {name.removeprefix(PREFIX): lazy for name, lazy in files.open_tensors(there[:1]).items()}
+
+
+def _by_pattern(given: Mapping[str, Any], field: str, module: str, otherwise: Any) -> Any:
+    """The value for a module of a field such as alpha_pattern: {regular expression of the end of a name: value}."""
+    patterns = (given.get(field) or {}).items()
+    return next((value for pattern, value in patterns if re.match(rf"(.*\.)?({pattern})$", module)), otherwise)
+
+
+def _split(layer: Layer, a: Tensor, b: Tensor, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """{our layer: its A and B} of an adapter of transformers' layer; rank: of most adapters of the folder.
+
+    As `_joined` makes it, each has its own rows of A and columns of B; else all have the same A.
+    """
+    parts, count = layer.split(b), len(layer.modules)
+    if count > 1 and len(a) == count * rank:
+        blocks = [part.chunk(count, dim=1) for part in parts]
+        if not any(bool(block.any()) for n, row in enumerate(blocks) for m, block in enumerate(row) if n != m):
+            own = {each: (a.chunk(count)[n], blocks[n][n]) for n, each in enumerate(layer.modules)}
+            return {each: pair for each, pair in own.items() if bool(pair[0].any())}  # zeros: it has none
+    return {each: (a, part) for each, part in zip(layer.modules, parts, strict=True)}
+
+
+def _patterns(modules: Collection[str], model: ModelConfig) -> list[str]:
+    """--lora-target-modules that name just these layers: none for all, ends of names, or whole names."""
+    ends, one = sorted({module.split(".", 2)[-1] for module in modules}), RunConfig().replace(lora_rank=1)
+    for patterns in ([], ends, sorted(modules)):
+        if adapted_modules(model, one.replace(lora_target_modules=patterns).lora).keys() == set(modules):
+            break
+    return patterns
+
+
+def write(weights: Weights, folder: pathlib.Path, options: PeftOptions) -> None:
+    """Write a folder that peft loads onto the base. Raises CheckpointError where there are no adapters."""
+    if not weights.config.lora.lora_rank:
+        rule, cure = "must have adapters, which --to peft writes", "Export the model: --to huggingface"
+        raise CheckpointError(problem(weights.source, Words("a whole model"), rule, cure))
+    lora, layers = weights.config.lora, layers_of(weights, options.architecture)
+    tensors, ranks = dict[str, Tensor](), dict[str, int]()
+    for layer in layers:
+        if any(f"model/{each}{A}" in weights.tensors for each in layer.modules):
+            a, b = _joined(layer, weights)
+            for end, tensor in zip(ENDS, (a, b), strict=True):
+                tensor = tensor.to(getattr(torch, options.dtype)) if options.dtype else tensor
+                tensors[f"{PREFIX}{layer.name}{end}"] = tensor.clone(memory_format=torch.contiguous_format)
+            ranks[layer.name] = len(a)
+    ends = {name.rpartition(".")[2] for name in ranks}
+    if any(layer.name.rpartition(".")[2] in ends for layer in layers if layer.name not in ranks):
+        named = {name: name for name in ranks}  # an end of it would name other layers too
+    else:
+        named = {name: name.rpartition(".")[2] for name in ranks}
+    larger = {named[name]: rank for name, rank in ranks.items() if rank != lora.lora_rank}
+    scale = lora.scale
+    kind = "SEQ_2_SEQ_LM" if weights.config.model.architecture.decoder else "CAUSAL_LM"
+    content = {
+        "peft_type": "LORA", "task_type": kind if weights.config.model.architecture.causal else None,
+        "base_model_name_or_path": weights.train_state.get(BASE, {}).get("path"), "inference_mode": True,
+        "r": lora.lora_rank, "lora_alpha": _number(scale * lora.lora_rank), "lora_dropout": lora.lora_dropout,
+        "target_modules": sorted(set(named.values())), "bias": "none", "use_dora": False, "use_rslora": False,
+        "fan_in_fan_out": any(layer.transposed for layer in layers), "modules_to_save": None,
+        "rank_pattern": larger, "alpha_pattern": {name: _number(scale * rank) for name, rank in larger.items()},
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / f"{TENSORS}.safetensors", {"format": "pt"})
+    write_text(folder / CONFIG, json.dumps(content, indent=2) + "\n")  # last, as it makes the folder an adapter
+
+
+def _joined(layer: Layer, weights: Weights) -> tuple[Tensor, Tensor]:
+    """A and B of transformers' layer from those of ours; zeros for one of several that has no adapter."""
+    rank, count, pairs = weights.config.lora.lora_rank, len(layer.modules), []
+    inputs = adaptable_modules(layer.model)[layer.modules[0]][1]
+    for module, outputs in zip(layer.modules, layer.outputs, strict=True):
+        named = [weights.tensors.get(f"model/{module}{end}") for end in (A, B)]
+        none = torch.zeros(rank, inputs), torch.zeros(outputs, rank)
+        pairs.append([zeros if lazy is None else lazy.read() for lazy, zeros in zip(named, none, strict=True)])
+    parts = [F.pad(b, (n * rank, (count - 1 - n) * rank)) for n, (_, b) in enumerate(pairs)]
+    return torch.cat([a for a, _ in pairs]), layer.join(parts)
+
+
+def _number(value: float) -> float | int:
+    """The value, an int where it is one."""
+    return int(value) if value == int(value) else value
+
+
+FORMAT = Format(
+    "peft: a folder of adapters, with adapter_config.json and adapter_model.safetensors",
+    recognises,
+    PeftOptions,
+    read,
+    write,
+)
