@@ -67,12 +67,20 @@ def model_fields() -> list[str]:
     return [name for name, each in fields().items() if each.section == "model"]
 
 
-def check_paths(args: argparse.Namespace) -> None:
-    """Raise CheckpointError for each path that names nothing, before anything slow begins."""
+def check_paths(args: argparse.Namespace, load: str = "--load") -> None:
+    """Raise CheckpointError for each path that names nothing, before anything slow begins.
+
+    load: what the user calls that of the model.
+    """
     named = {name: getattr(args, name) for name in ("load", "adapter", "tokenizer", "vocab_file", "merge_file")}
     absent = [name for name, path in named.items() if path and not is_url(path) and not pathlib.Path(path).exists()]
     texts = [
-        problem(flag(name), named[name], "must name a file or folder that exists", "Correct the path")
+        problem(
+            load if name == "load" else flag(name),
+            named[name],
+            "must name a file or folder that exists",
+            "Correct the path",
+        )
         for name in absent
     ]
     fail(texts, CheckpointError)

@@ -109,7 +109,7 @@ def serve(args: argparse.Namespace) -> int:
         raise ConfigError(problem("PATH", Words("nothing"), "must name what is served", cure))
     options = ServeOptions(**given_options(args, ServeOptions))
     GenerationParams(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)  # raises what is wrong
-    check_paths(args)
+    check_paths(args, "--load" if args.path is None else "PATH")
     for package in PACKAGES:
         require(package, "megalith serve")
     if environment.rank() == 0:

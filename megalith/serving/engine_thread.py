@@ -149,7 +149,8 @@ class EngineThread:
 
     def _fail(self, job: Job, error: BaseException) -> None:
         self._remove(job)
-        text = str(error) if isinstance(error, MegalithError) else f"{type(error).__name__}: {error}"
+        foreign = f"{type(error).__name__} in the engine; the server's log says more"  # its text may hold paths
+        text = str(error) if isinstance(error, MegalithError) else foreign
         job.deliver(Failed(f"this text could not be written: {text}"))
 
     def _step(self) -> None:

@@ -57,7 +57,8 @@ class Service:
         if self.watcher is not None:
             self.watcher.cancel()
         self.give_up()
-        return await asyncio.to_thread(self.thread.stop, LONGEST_STEP if self.failure is None else 1.0)
+        first = self.failure is None and not self.thread.stopping  # the application's end and the server's both call it
+        return await asyncio.to_thread(self.thread.stop, LONGEST_STEP if first else 1.0)
 
     @property
     def trouble(self) -> str | None:

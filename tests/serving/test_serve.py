@@ -98,7 +98,7 @@ def test_megatrons_flags(run, served_with, tokenizer_file, capsys) -> None:  # n
     [
         ((), 2, "PATH must name what is served; found nothing"),
         (("a", "--load", "b"), 2, "PATH and --load must be one path; found a and b"),
-        (("none",), 1, "--load must name a file or folder that exists"),
+        (("none",), 1, "PATH must name a file or folder that exists"),
         ((".", "--top-p", 3), 2, "--top-p must lie between 0 (off) and 1; found 3.0"),
         ((".", "--temperature", -1), 2, "--temperature must be at least 0"),
         ((".", "--port", 70000), 2, "--port must be at most 65535"),
