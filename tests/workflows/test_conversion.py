@@ -65,7 +65,7 @@ def test_dtype_and_targets(theirs: pathlib.Path, tmp_path: pathlib.Path) -> None
 
 def test_a_read_only_format_names_those_that_are_written(theirs: pathlib.Path, tmp_path: pathlib.Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"only read; found 'torch_dist'. Write --to megalith, huggingface, megatron\b(?!,)"
+        ConfigError, match=r"only read; found 'torch_dist'. Write --to megalith, peft, huggingface, megatron\b(?!,)"
     ):
         conversion.convert(theirs, tmp_path / "ours", to="torch_dist")
 

@@ -47,7 +47,7 @@ def test_a_format_takes_its_own_options_of_those_given() -> None:
     given = {"dtype": "bfloat16", "qkv_layout": "thirds", "iteration": 5}
     assert HuggingFaceOptions.select(given) == HuggingFaceOptions(dtype="bfloat16")
     names = {name: {each.name for each in fields(FORMATS.find(name).options)} for name in FORMATS}
-    assert {name for name, own in names.items() if "iteration" in own} == {*FORMATS} - {"huggingface"}
+    assert {name for name, own in names.items() if "iteration" in own} == {*FORMATS} - {"huggingface", "peft"}
     assert {name for name, own in names.items() if "tensor_model_parallel_size" in own} == {"megatron"}
 
 
