@@ -163,7 +163,7 @@ def verify(source: pathlib.Path, result: pathlib.Path, options: Options | Mappin
     for_result = {name: value for name, value in options.items() if name not in ("overrides", "iteration", "adapter")}
     sides = {formats.recognise(path): (path, given) for path, given in ((source, options), (result, for_result))}
     with tempfile.TemporaryDirectory() as temporary:
-        if "huggingface" not in sides or "peft" in sides:  # a base is not what it computes with adapters
+        if "huggingface" not in sides or formats.recognise(result) == "peft":  # its base computes something else
             exported = pathlib.Path(temporary)
             whole = adapters.merge(formats.read(result), widen=True)
             FORMATS.find("huggingface").write(whole, exported, HuggingFaceOptions())
