@@ -108,7 +108,7 @@ def apply(
             adapters.append(layer.lora)
         if lora.lora_dropout and adapters:
             _pass_dropout_keys(block, adapters)
-    model.lora_dropout = lora.lora_dropout  # for models/components.py, build_dropout_keys
+    model.lora = lora  # for models/components.py, build_dropout_keys, and runtime/load.py, weights_of
 
 
 def _pass_dropout_keys(block: nn.Module, adapters: Sequence[Adapter]) -> None:

@@ -28,6 +28,7 @@ from megalith.config.checks.parallel import layout_problems
 from megalith.config.flags.text import Problem, Words, fail, flag, unknown
 from megalith.config.flags.values import convert, fields
 from megalith.config.run import RunConfig
+from megalith.config.sections.lora import LoraConfig
 from megalith.config.sections.model import ModelConfig
 from megalith.config.sections.parallel import ParallelConfig
 from megalith.config.sections.precision import PrecisionConfig
@@ -141,7 +142,8 @@ def weights_of(model: nn.Module) -> Weights:
     """The weights of a model of megalith or of transformers, whose memory they share; CheckpointError for others."""
     if isinstance(config := getattr(model, "config", None), ModelConfig):
         tensors = {name: Lazy.of(tensor) for name, tensor in weights(model).items()}
-        return Weights(config=RunConfig(model=config), tensors=tensors, source=type(model).__name__)
+        run = RunConfig(model=config, lora=getattr(model, "lora", LoraConfig()))
+        return Weights(config=run, tensors=tensors, source=type(model).__name__)
     if hasattr(config, "to_json_string"):
         return huggingface.weights_of_module(model)
     rule = "must have an attribute `config` that is a ModelConfig, or a configuration of transformers"

@@ -18,7 +18,7 @@ from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError
 from megalith.config.adapters import A, B, adapter_shapes, is_adapter
 from megalith.runtime.load import load_model
-from tests.originals.families import MODELS, t5
+from tests.originals.families import BERTS, MODELS, t5
 
 TOLERANCE = 1e-5  # of the largest element
 FAST = ("gpt2", "llama, groups, tied")
@@ -31,7 +31,7 @@ FAMILIES = [
 def original(name: str, folder: pathlib.Path) -> transformers.PreTrainedModel:
     """transformers' model without dropout, saved in `folder`."""
     torch.manual_seed(1)
-    model = {**MODELS, "t5": t5(feed_forward_proj="gated-gelu")}[name]().eval()
+    model = {**MODELS, **BERTS, "t5": t5(feed_forward_proj="gated-gelu")}[name]().eval()
     model.save_pretrained(folder)
     return model
 
@@ -153,6 +153,7 @@ def test_what_peft_has_saved_is_read(name: str, settings: dict[str, Any], tmp_pa
         ({"use_dora": True}, r"use_dora must be false, as nothing else is implemented; found True. Merge"),
         ({"base_model_name_or_path": "nowhere"}, r"the base must be on this machine.*found 'nowhere'. Name the base"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save must be null"),
+        ({"init_lora_weights": "pissa"}, r"init_lora_weights must be true, as nothing else is implemented"),
     ],
 )
 def test_what_cannot_be_read_is_named(settings: dict[str, Any], message: str, tmp_path: pathlib.Path) -> None:
@@ -164,6 +165,20 @@ def test_what_cannot_be_read_is_named(settings: dict[str, Any], message: str, tm
     file.write_text(peft_format.json.dumps(content))
     with pytest.raises(CheckpointError, match=message):
         formats.read(tmp_path / "adapters")
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_peft_adapts_the_layers_that_were_exported_alone(name: str, tmp_path: pathlib.Path) -> None:
+    """Not others whose names end alike: `dense` of BERT's heads, `c_proj` of GPT-2's attention."""
+    reference = original(name, tmp_path / "base")
+    weights = draw_adapters(formats.read(tmp_path / "base"), lora_target_modules=["mlp.*"])
+    formats.FORMATS.find("peft").write(weights, tmp_path / "adapters", PeftOptions())
+    theirs = peft.PeftModel.from_pretrained(reference, tmp_path / "adapters")
+    adapted = {name for name, module in theirs.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
+    layers = [each for each in peft_format.layers_of(weights) if f"model/{each.modules[0]}{A}" in weights.tensors]
+    assert adapted == {f"{peft_format.PREFIX}{each.name}" for each in layers}
+    again = formats.read(tmp_path / "adapters")
+    assert again.keys() == weights.keys() and all(torch.equal(again[each], weights[each]) for each in weights)
 
 
 def test_an_adapter_of_another_base_is_refused(tmp_path: pathlib.Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 
 import pytest
@@ -75,6 +76,7 @@ def test_merged_and_unmerged_models_and_exports_agree(base, tmp_path) -> None:
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["rank_pattern"] == {"c_attn": 12}
     models = [merged, *(megalith.load(tmp_path / target, device="cpu") for target in ("huggingface", "megalith"))]
     models += [megalith.load(tmp_path / "peft", device="cpu", merge_adapter=False)]
+    models += [megalith.load(apart, device="cpu", merge_adapter=flag) for flag in (False, True)]  # a model in memory
     ids = torch.arange(22).view(2, 11)
     for model in models:
         torch.testing.assert_close(model(ids), apart(ids), rtol=0, atol=1e-5)
@@ -104,6 +106,7 @@ def test_a_base_that_is_missing_or_differs_is_named(base, tmp_path) -> None:
     ("changes", "message"),
     [
         ({"lora_rank": 0, "lora_alpha": None, "lora_dropout": 0.0}, r"must be resumed with the flags of its adapters"),
+        ({"lora_alpha": None}, r"--lora-rank 4 --lora-alpha 8 no --lora-target-modules; found no --lora-alpha\. Give"),
         ({"lora_rank": 2}, r"LoRA's flags must be those of the adapters .*: --lora-rank 4 --lora-alpha 8"),
         ({"lora_target_modules": ["q"]}, r"no --lora-target-modules; found --lora-target-modules q. Give these"),
     ],
@@ -112,6 +115,20 @@ def test_a_run_is_resumed_with_its_own_adapters(base, tmp_path, changes: dict, m
     train(lora_config(base, tmp_path, train_iters=1))
     with pytest.raises(CheckpointError, match=message):
         train(lora_config(base, tmp_path, **{"load": None, **changes}))
+
+
+def test_a_run_is_measured_with_its_own_adapters(base, tmp_path, capsys) -> None:
+    """With --skip-train beside the flags of the run, which name the base too; its merged model has the same loss."""
+    train(lora_config(base, tmp_path / "run"))
+    convert(tmp_path / "run", tmp_path / "merged", to="megalith")
+    measured, only = [], {"skip_train": True, "eval_iters": 2}
+    merged = tiny_config(base[0], str(tmp_path / "other"), load=str(tmp_path / "merged"), **only)
+    for config in (lora_config(base, tmp_path / "run", **only), merged):
+        capsys.readouterr()
+        train(config)
+        measured.append([float(each) for each in re.findall(r"lm loss value: (\S+)", capsys.readouterr().out)])
+    # Of the test data, which both begin at their first sample; validation goes on where the step of a run leaves it.
+    assert measured[0][-1] == pytest.approx(measured[1][-1], rel=1e-5)
 
 
 def test_lora_needs_a_base_and_a_folder_of_its_own(base, tmp_path) -> None:
@@ -124,11 +141,13 @@ def test_lora_needs_a_base_and_a_folder_of_its_own(base, tmp_path) -> None:
 
 def test_adapters_of_another_run_or_of_peft_are_a_start(base, tmp_path) -> None:
     train(lora_config(base, tmp_path / "first", train_iters=2))
+    train(lora_config(base, tmp_path / "second", train_iters=1))
     convert(tmp_path / "first", tmp_path / "peft", to="peft")
     expected = stored(tmp_path / "first")
     for name, changes in {
         "adapter": {"adapter": str(tmp_path / "first")}, "peft": {"adapter": str(tmp_path / "peft")},
         "load": {"load": str(tmp_path / "first"), "finetune": True},
+        "both": {"load": str(tmp_path / "second"), "adapter": str(tmp_path / "first")},
     }.items():  # fmt: skip
         train(lora_config(base, tmp_path / name, train_iters=1, lr=0.0, **changes))
         found = stored(tmp_path / name)

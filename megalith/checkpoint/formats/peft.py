@@ -22,7 +22,7 @@ from torch import Tensor
 from megalith.checkpoint.formats import Format, HuggingFaceOptions, PeftOptions
 from megalith.checkpoint.formats.adapters import BASE, attach, open_base
 from megalith.checkpoint.formats.huggingface import conversion, files
-from megalith.checkpoint.formats.huggingface.family import Rule
+from megalith.checkpoint.formats.huggingface.family import Family, Rule
 from megalith.checkpoint.tensors.lazy import Lazy
 from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError, problem
@@ -39,7 +39,8 @@ SUPPORTED: dict[str, tuple] = {
     "peft_type": ("LORA",), "bias": ("none", None), "use_dora": (False, None), "lora_bias": (False, None),
     "use_qalora": (False, None), "use_bdlora": (None,), "layer_replication": (None,),
     "alora_invocation_tokens": (None,), "trainable_token_indices": (None,), "target_parameters": (None, []),
-    "modules_to_save": (None, []),
+    "modules_to_save": (None, []), "arrow_config": (None,), "kasa_config": (None,), "monteclora_config": (None,),
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # PiSSA, OLoRA, ... change the base too
 }  # fmt: skip
 
 
@@ -74,14 +75,18 @@ class Layer:
         return whole.t() if self.transposed else whole
 
 
+def _family_of(weights: Weights, architecture: str | None) -> Family:
+    """The family of transformers' model with these weights; architecture: as of `layers_of`."""
+    return conversion.choose_family(weights, HuggingFaceOptions(architecture=architecture))[1]
+
+
 def layers_of(weights: Weights, architecture: str | None = None) -> list[Layer]:
     """The linear layers that can have adapters, of transformers' model with these weights.
 
     architecture: its family; None is the one that an export chooses. Raises CheckpointError where there is none.
     """
     model, known = weights.config.model, adaptable_modules(weights.config.model)
-    _, family = conversion.choose_family(weights, HuggingFaceOptions(architecture=architecture))
-    found = []
+    family, found = _family_of(weights, architecture), []
     for rule, name, ours in conversion.parameter_rules(family, model):
         modules = tuple(each.removesuffix(".weight") for each in ours)
         if name.endswith(".weight") and all(each in known for each in modules):
@@ -195,11 +200,7 @@ def write(weights: Weights, folder: pathlib.Path, options: PeftOptions) -> None:
                 tensor = tensor.to(getattr(torch, options.dtype)) if options.dtype else tensor
                 tensors[f"{PREFIX}{layer.name}{end}"] = tensor.clone(memory_format=torch.contiguous_format)
             ranks[layer.name] = len(a)
-    ends = {name.rpartition(".")[2] for name in ranks}
-    if any(layer.name.rpartition(".")[2] in ends for layer in layers if layer.name not in ranks):
-        named = {name: name for name in ranks}  # an end of it would name other layers too
-    else:
-        named = {name: name.rpartition(".")[2] for name in ranks}
+    named = _shortest(ranks, _family_of(weights, options.architecture), weights.config.model)
     larger = {named[name]: rank for name, rank in ranks.items() if rank != lora.lora_rank}
     scale = lora.scale
     kind = "SEQ_2_SEQ_LM" if weights.config.model.architecture.decoder else "CAUSAL_LM"
@@ -214,6 +215,17 @@ def write(weights: Weights, folder: pathlib.Path, options: PeftOptions) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / f"{TENSORS}.safetensors", {"format": "pt"})
     write_text(folder / CONFIG, json.dumps(content, indent=2) + "\n")  # last, as it makes the folder an adapter
+
+
+def _shortest(names: Collection[str], family: Family, model: ModelConfig) -> dict[str, str]:
+    """{layer: what peft finds it by}: the last part of its name, or all of it where that would name other layers too.
+
+    Such are `dense` in the heads of BERT.
+    """
+    rules = conversion.parameter_rules(family, model)
+    others = {name.removesuffix(".weight") for _, name, _ in rules if name.endswith(".weight")} - set(names)
+    ends = {name: name.rpartition(".")[2] for name in names}
+    return {name: name for name in names} if {each.rpartition(".")[2] for each in others} & {*ends.values()} else ends
 
 
 def _joined(layer: Layer, weights: Weights) -> tuple[Tensor, Tensor]:

@@ -75,7 +75,11 @@ def _check_same(config: RunConfig, found: Weights) -> None:
     }
     if differing := [name for name, (one, other) in pairs.items() if one != other]:
         values = {**{name: pair[1] for name, pair in pairs.items()}, "lora_target_modules": then.lora_target_modules}
-        flags = [f"{flag(name)} {value_text(values[name])}" if values[name] else f"no {flag(name)}" for name in values]
-        rule = f"must be those of the adapters in {found.source}: {' '.join(flags)}"
-        now_text = [f"{flag(name)} {value_text(getattr(now, name))}" for name in differing]
-        raise CheckpointError(problem("LoRA's flags", Words(" ".join(now_text)), rule, "Give these"))
+        rule = f"must be those of the adapters in {found.source}: {' '.join(_typed(*each) for each in values.items())}"
+        now_text = " ".join(_typed(name, getattr(now, name)) for name in differing)
+        raise CheckpointError(problem("LoRA's flags", Words(now_text), rule, "Give these"))
+
+
+def _typed(name: str, value: object) -> str:
+    """A flag with its value, as they are typed."""
+    return f"{flag(name)} {value_text(value)}" if value else f"no {flag(name)}"

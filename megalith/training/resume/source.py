@@ -36,14 +36,14 @@ def is_foreign(source: str | os.PathLike) -> bool:
 
 
 def read_foreign(config: RunConfig, *, with_optimizer: bool = False, check_replicas: bool = True) -> Weights:
-    """The weights of a foreign source; adapters are merged into theirs.
+    """The weights of a foreign source; adapters are merged into theirs, in float32.
 
     check_replicas: whether copies of one parameter in it are compared, which one process does for all.
     """
     options = foreign.read_options(config, with_optimizer=with_optimizer)
     if not check_replicas and options["replicas"] == "equal":
         options["replicas"] = "first"
-    return adapters.merge(foreign.read(config.checkpoint.load or "", options))
+    return adapters.merge(foreign.read(config.checkpoint.load or "", options), widen=True)
 
 
 class Source(NamedTuple):
@@ -72,28 +72,29 @@ def read_source(config: RunConfig, source: str | os.PathLike) -> Source:
 def infer_finetune(config: RunConfig) -> tuple[RunConfig, str]:
     """The config, with --finetune set where --load names weights that belong to no step of a run, and a line saying so.
 
-    With LoRA those are all but the checkpoints of a LoRA run. Without, such are a Hugging Face folder, a release of
-    Megatron, and what was converted from them; and what Accelerator.save_state saved, whose schedule is the script's.
-    Called by the main process.
+    With LoRA those are all but the checkpoints of a LoRA run, and these too where --adapter names other adapters.
+    Without, such are a Hugging Face folder, a release of Megatron, and what was converted from them; and what
+    Accelerator.save_state saved, whose schedule is the script's. Called by the main process.
     """
-    load, of_script = load_path(config), False
-    if load is None or config.checkpoint.finetune or config.validation.skip_train:
+    load, lora, of_script = load_path(config), config.lora, False
+    if load is None or config.checkpoint.finetune or (config.validation.skip_train and not lora.lora_rank):
         return config, ""
     try:
         source = foreign.local_path(load, notice=lambda line: print(f"megalith: {line}", flush=True))
         if is_foreign(source):
-            begins = bool(config.lora.lora_rank) or foreign.format_of(source) in ("huggingface", "peft")
+            begins = lora.lora_rank > 0 or foreign.format_of(source) in ("huggingface", "peft")
             begins = begins or foreign.is_weights_only(read_foreign(config, check_replicas=False))
         else:
             path = checkpoint.find(source, config.checkpoint.ckpt_step)
             facts, state = checkpoint.describe(path), checkpoint.read_train_state(path)
             of_script = "accelerate" in state
             begins = facts["iteration"] == 0 and set(facts["parameters"]) == {"model"} and "schedule" not in state
-            begins = begins or (config.lora.lora_rank > 0 and not any(map(is_adapter, facts["tensors"])))
+            of_base = lora.adapter is not None or not any(map(is_adapter, facts["tensors"]))
+            begins = begins or (lora.lora_rank > 0 and of_base)
     except MegalithError:  # it is raised again where the source is used, if it is
         return config, ""
     held = "weights that belong to no step of a run"
-    if config.lora.lora_rank:
+    if lora.lora_rank:
         held = "the weights that adapters are trained on"
     if of_script:
         held = "what Accelerator.save_state saved, of which a run takes the weights"
