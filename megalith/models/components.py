@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from megalith.config.sections.lora import LoraConfig
 from megalith.config.sections.model import ModelConfig
 from megalith.layers.attention import CoreAttention, CrossAttention, SelfAttention
 from megalith.layers.block import Block
@@ -55,8 +54,9 @@ def build_dropout_keys(
     model: nn.Module, samples: Tensor | None, step: Tensor | None, coordinates: Tensor
 ) -> Tensor | None:  # fmt: skip
     """Dropout keys int32 [b, s] for `model` (with .config and .seed), or None where nothing is dropped."""
-    lora = getattr(model, "lora", LoraConfig())  # parallel/lora.py
-    if not model.training or not (model.config.hidden_dropout or model.config.attention_dropout or lora.lora_dropout):
+    lora = getattr(model, "lora", None)  # parallel/lora.py
+    adapters = 0.0 if lora is None else lora.lora_dropout
+    if not model.training or not (model.config.hidden_dropout or model.config.attention_dropout or adapters):
         return None
     if samples is None or step is None:
         raise ValueError(
