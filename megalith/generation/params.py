@@ -14,7 +14,7 @@ from typing import Any
 
 from megalith.common.errors import ConfigError, problem
 from megalith.config.flags.foreign_names import megalith_name
-from megalith.config.flags.text import Words, fail, flag, unknown
+from megalith.config.flags.text import Words, check_minimum, fail, flag, unknown
 from megalith.config.options import option
 
 SMALLEST = 2.0**-126  # the smallest normal number of float32
@@ -86,10 +86,7 @@ class SamplingParams:
                 rule = f"must be {EXPECTED[kind.removesuffix(' | None')]}"
                 raise ConfigError(problem(flag(each.name), value, rule, f"It is: {each.metadata['help']}")) from None
             object.__setattr__(self, each.name, value)
-            smallest = each.metadata["minimum"]
-            if smallest is not None and value is not None and not value >= smallest:
-                cure = f"Give {smallest:g} or more"
-                raise ConfigError(problem(flag(each.name), value, f"must be at least {smallest:g}", cure))
+            check_minimum(each.name, value, each.metadata["minimum"])
         for name, holds, rule, cure in self._rules():
             if not holds:
                 raise ConfigError(problem(flag(name), getattr(self, name), rule, cure))

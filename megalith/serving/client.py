@@ -175,7 +175,7 @@ def _megatron(prompt: str, options: dict[str, Any]) -> dict[str, Any]:
     if found.get("temperature") == 0.0:  # Megatron's greedy is top_k
         filters = ("temperature", "top_k", "top_p", "top_p_decay", "top_p_bound")
         found = {name: value for name, value in found.items() if name not in filters} | {"top_k": 1}
-    return found if prompt else {**found, "add_bos": True}  # it wants to be told that an empty prompt is meant
+    return found if prompt else {**found, "add_bos": True}  # Megatron refuses an empty prompt without it
 
 
 def _for_json(options: dict[str, Any]) -> dict[str, Any]:

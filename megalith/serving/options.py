@@ -7,7 +7,7 @@ import ipaddress
 import re
 
 from megalith.common.errors import ConfigError, problem
-from megalith.config.flags.text import flag
+from megalith.config.flags.text import check_minimum
 from megalith.config.options import option
 from megalith.serving.token_file import read_token
 
@@ -44,10 +44,7 @@ class ServeOptions:
 
     def __post_init__(self):
         for each in dataclasses.fields(self):
-            value, smallest = getattr(self, each.name), each.metadata["minimum"]
-            if smallest is not None and value is not None and not value >= smallest:
-                rule, cure = f"must be at least {smallest:g}", f"Give {smallest:g} or more"
-                raise ConfigError(problem(flag(each.name), value, rule, cure))
+            check_minimum(each.name, getattr(self, each.name), each.metadata["minimum"])
         if self.port > 65535:
             raise ConfigError(problem("--port", self.port, "must be at most 65535", "Try 5000"))
         if self.token_file is not None:

@@ -186,8 +186,8 @@ async def _again(signals: asyncio.Queue[signal.Signals]) -> None:
     signals.put_nowait(await signals.get())
 
 
-async def _drain(service: Service, ranks: Ranks | None, told: float) -> None:
-    """Take nothing more and wait for what runs. told: when the signal came."""
+async def _drain(service: Service, ranks: Ranks | None, since: float) -> None:
+    """Take nothing more and wait for what runs. since: when the signal came."""
     service.draining = True
     seconds = service.options.drain_timeout
     if started_by_torchrun():  # which would kill this process before
@@ -202,7 +202,7 @@ async def _drain(service: Service, ranks: Ranks | None, told: float) -> None:
             while service.active:
                 await asyncio.sleep(0.05)
     # The signal may be torchrun's, because another process has died: then the model is lost, and this is no drain.
-    while ranks is not None and not ranks.all_seen_since(told):
+    while ranks is not None and not ranks.all_seen_since(since):
         await asyncio.sleep(0.05)
 
 

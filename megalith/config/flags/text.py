@@ -82,6 +82,12 @@ def choose(kind: str, name: str, known: Iterable[str]) -> str:
     return name
 
 
+def check_minimum(name: str, value: float | None, smallest: float | None) -> None:
+    """Raise ConfigError where the value of an option is less than its `minimum`; None is no value, or no limit."""
+    if smallest is not None and value is not None and not value >= smallest:
+        raise ConfigError(problem(flag(name), value, f"must be at least {smallest:g}", f"Give {smallest:g} or more"))
+
+
 def fail(problems: Iterable[str], error: type[MegalithError] = ConfigError) -> None:
     """Raise one error that holds all problems, each once; nothing happens where there are none."""
     texts = list(dict.fromkeys(problems))

@@ -111,7 +111,7 @@ class Ranks:
         return self.store.get(key).decode() if self.store.check([key]) else None
 
     def _watch(self, on_loss: Callable[[str], None]) -> None:
-        told = False
+        reported = False
         while not self.done.wait(INTERVAL):
             for rank in self.others:
                 count = self.store.add(f"signs {rank}", 0)
@@ -119,8 +119,8 @@ class Ranks:
                     self.counts[rank], self.unread[rank], self.seen[rank] = count, 0, time.monotonic()
                 else:
                     self.unread[rank] += 1
-            if not told and (why := self.lost()) is not None:
-                told = True
+            if not reported and (why := self.lost()) is not None:
+                reported = True
                 on_loss(why)
 
     def _give_signs(self) -> None:
