@@ -128,7 +128,7 @@ def test_a_peft_folder_is_read_back_and_merged(name: str, tmp_path: pathlib.Path
             "llama, groups, tied",
             {
                 "target_modules": ["q_proj", "up_proj"], "r": 6, "use_rslora": True,
-                "rank_pattern": {"up_proj": 3}, "alpha_pattern": {"layers.1.self_attn.q_proj": 2},
+                "rank_pattern": {"up_proj": 3}, "alpha_pattern": {"layers.1.self_attn.q_proj": 2, "up_proj": 0},
             },
         ),
     ],
@@ -153,6 +153,10 @@ def test_what_peft_has_saved_is_read(name: str, settings: dict[str, Any], tmp_pa
         ({"use_dora": True}, r"use_dora must be false, as nothing else is implemented; found True. Merge"),
         ({"base_model_name_or_path": "nowhere"}, r"the base must be on this machine.*found 'nowhere'. Name the base"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save must be null"),
+        (
+            {"lora_alpha": 0, "alpha_pattern": {}},
+            r"lora_alpha must be above 0, or the adapters change nothing; found 0. Load the base",
+        ),
         ({"init_lora_weights": "pissa"}, r"init_lora_weights must be true, as nothing else is implemented"),
     ],
 )

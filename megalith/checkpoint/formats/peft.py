@@ -135,7 +135,10 @@ def read_adapter(path: pathlib.Path, base: Weights) -> Weights:
         rule = "must be of linear layers of the transformer blocks of this base alone"
         cure = f"Name the base that they were trained on: --load BASE --adapter {path}"
         raise CheckpointError(problem(f"{path}: adapters", sorted(stored)[:4] or Words("none"), rule, cure))
-    rank, scale = max(len(a) for a, _, _ in pairs.values()), next(iter(pairs.values()))[2]
+    rank, scale = max(len(a) for a, _, _ in pairs.values()), max(scale for _, _, scale in pairs.values())
+    if scale <= 0.0:
+        rule, cure = "must be above 0, or the adapters change nothing", "Load the base alone"
+        raise CheckpointError(problem(f"{path / CONFIG}: lora_alpha", given.get("lora_alpha", 8), rule, cure))
     tensors = {}
     for module, (a, b, own_scale) in pairs.items():
         missing = rank - len(a)
