@@ -16,11 +16,16 @@ from megalith.config.flags.loading import from_yaml
 from megalith.config.flags.text import Problem, field_problem, flag
 from megalith.config.flags.yaml_text import about
 from megalith.config.run import RunConfig
-from megalith.config.sections.data import MADE_FROM, TOKENIZER_FILES, DataConfig, missing_tokenizer_files
+from megalith.config.sections.data import (
+    CORPUS_DATASETS,
+    MADE_FROM,
+    TOKENIZER_FILES,
+    DataConfig,
+    missing_tokenizer_files,
+)
 
 ON_THE_HUB = ("HuggingFaceTokenizer", "HFTokenizer")
 CORPORA = ("data_path", "train_data_path", "valid_data_path", "test_data_path", "data_file_list", "titles_data_path")
-BUILT_IN = ("gpt", "bert", "t5", "ict")  # datasets made from a corpus; a user's dataset may need none
 
 
 def number_of_processes(
@@ -123,7 +128,10 @@ def _corpus_fields(data: DataConfig) -> list[tuple[str, Callable[[], list[Any]]]
 
 def unnamed(data: DataConfig) -> Iterator[str]:
     """A line for each thing that a run needs and that the config does not name, or that is not on this machine."""
-    if not any(getattr(data, name) for name in CORPORA if name != "titles_data_path") and data.dataset in BUILT_IN:
+    if (
+        not any(getattr(data, name) for name in CORPORA if name != "titles_data_path")
+        and data.dataset in CORPUS_DATASETS
+    ):
         yield "--data-path is not given: the name of a corpus, as `megalith data preprocess` gave it"
     if data.tokenizer_type is None:
         yield (
