@@ -23,6 +23,7 @@ from megalith.config.megatron.counts import embedding_rows
 from megalith.config.run import RunConfig
 from megalith.data.tokenizers.tokenizer import Tokenizer, tokenizer_from_config
 from megalith.runtime.build import Mesh, build_mesh, init_distributed
+from megalith.training.best import best_so_far
 from megalith.training.build import (
     build_callbacks,
     build_loaders,
@@ -31,7 +32,6 @@ from megalith.training.build import (
     run_info,
     set_determinism,
 )
-from megalith.training.best import best_so_far
 from megalith.training.callbacks import print_lines
 from megalith.training.duties import StopSignal
 from megalith.training.failures import check_same_config

@@ -14,6 +14,7 @@ from megalith.data.samples.dataset_factory import FilesFactory
 from megalith.data.tasks.description import TaskDescription, read_description
 from megalith.data.tasks.examples import SHOWN, Examples, read_examples
 from megalith.data.tasks.files import files_of
+from megalith.data.tasks.tables import label_names, write_predictions
 
 
 class TaskDataset:
@@ -91,6 +92,10 @@ class TaskDataset:
             lines.append(f"  and {len(self.bad) - SHOWN} more rows left out, {len(self.bad)} in all")
         return lines
 
+    def write_predictions(self, path: pathlib.Path, rows: Sequence[Sequence[float]]) -> dict[str, Any]:
+        """Write uid, label, prediction and probabilities of each example; see tables.py."""
+        return write_predictions(path, self.task, self.uids, self.labels if self.labelled else None, rows)
+
     def _label_counts(self) -> str:
         if not self.labelled:
             return "without labels: they are predicted and not scored"
@@ -98,11 +103,6 @@ class TaskDataset:
             return f"labels from {self.labels.min():g} to {self.labels.max():g}"
         counts = np.bincount(self.labels.astype(np.int64), minlength=self.task.classes)
         return ", ".join(f"{count} {name}" for name, count in zip(label_names(self.task), counts))
-
-
-def label_names(task: TaskDescription) -> list[str]:
-    """The name of each class: its label, or the letter of a choice."""
-    return list(task.labels) or [chr(ord("A") + number) for number in range(task.classes)]
 
 
 def open_files(config: RunConfig, tokenizer: Any) -> tuple[TaskDataset | None, dict[str, TaskDataset]]:

@@ -21,7 +21,11 @@ from megalith.config.flags.yaml_text import load_yaml
 
 FOLDER = pathlib.Path(__file__).parent
 METRICS = ("accuracy", "f1", "matthews", "pearson")
-KINDS = {"classification": "bert_classification", "regression": "bert_classification", "multiple_choice": "bert_multiple_choice"}  # fmt: skip
+KINDS = {  # kind -> the model that learns it
+    "classification": "bert_classification",
+    "regression": "bert_classification",
+    "multiple_choice": "bert_multiple_choice",
+}
 COLUMNS = {  # kind -> columns of a task, those that it must have first
     "classification": ("text_a", "label", "text_b", "uid"),
     "regression": ("text_a", "label", "text_b", "uid"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 import pathlib
@@ -16,15 +17,23 @@ from megalith.checkpoint.ranks import Ranks
 from megalith.checkpoint.store import folder
 from megalith.checkpoint.store.facts import part_of, written_by_another_run
 from megalith.checkpoint.store.folder import checkpoint_folder, checkpoint_paths, iteration_of, load_path
-from megalith.checkpoint.weights import Weights
+from megalith.checkpoint.weights import Weights, read_megalith
 from megalith.common.errors import CheckpointError, ConfigError, problem
 from megalith.config.checks.checks import needs_checkpoint
 from megalith.config.flags.text import Words, flag
+from megalith.config.heads import is_of_head, new_head
 from megalith.config.run import RunConfig
 from megalith.runtime import state
 from megalith.training.finite import check_before_saving, check_loaded
 from megalith.training.resume.lora import check_kind
-from megalith.training.resume.source import check_save_folder, is_foreign, read_foreign, source_of, weights_only
+from megalith.training.resume.source import (
+    check_save_folder,
+    is_foreign,
+    read_foreign,
+    read_source,
+    source_of,
+    weights_only,
+)
 from megalith.training.resume.state import Progress
 from megalith.training.step import Trainer
 
@@ -142,6 +151,11 @@ def resume(trainer: Trainer) -> Progress:
         if ranks.rank == 0:
             print("".join(f"{options.load}: {note}\n" for note in weights.notes), end="", flush=True)
     tensors = stored_weights(trainer)
+    if only_weights and (
+        head := ranks.on_rank_0(lambda: new_head(config.model, read_source(config, source).config.model))
+    ):
+        weights = ranks.on_every_rank(lambda: weights or read_megalith(source, options.ckpt_step))
+        return begin_with_encoder(weights, tensors, head)
     if with_optimizer:
         state.create_optimizer_state(trainer.optimizer)
         complete = with_optimizer_state(trainer, tensors)
@@ -166,6 +180,16 @@ def resume(trainer: Trainer) -> Progress:
     progress = Progress.resumed(stored)
     ranks.on_rank_0(lambda: check_later_checkpoints(own, progress))
     return progress
+
+
+def begin_with_encoder(weights: Weights, tensors: list[dict[str, Tensor]], head: tuple[str, ...]) -> Progress:
+    """Fill all but the head, which stays as it was drawn, from weights that have another head or none."""
+    encoder = [{name: each for name, each in part.items() if not is_of_head(name, head)} for part in tensors]
+    asked = set().union(*Ranks().collect(lambda: {name for part in encoder for name in part}))
+    taken = {name: lazy for name, lazy in weights.tensors.items() if name in asked}
+    checkpoint.fill(dataclasses.replace(weights, tensors=taken), encoder)
+    check_loaded(encoder, weights.source, weights.iteration)
+    return Progress()
 
 
 def check_schedule(path: pathlib.Path) -> None:
