@@ -37,7 +37,9 @@ def test_validation_is_whole_by_name_and_where_epochs_end(files, whole):
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
     matched, mismatched = (validations(whole, f"validation/dev_{name}") for name in ("matched", "mismatched"))
     for (_, loss, accuracy), (_, one, right), (_, other, also) in zip(validations(whole), matched, mismatched):
-        assert loss == pytest.approx((9 * one + 5 * other) / 14) and accuracy == pytest.approx((9 * right + 5 * also) / 14)
+        assert loss == pytest.approx((9 * one + 5 * other) / 14) and accuracy == pytest.approx(
+            (9 * right + 5 * also) / 14
+        )
 
 
 def test_predictions_are_those_that_were_scored(whole):

@@ -86,8 +86,7 @@ class TaskDataset:
         lines = [f"{name}: {len(self)} examples, {self._label_counts()}"]
         if self.truncated:
             lines[0] += f"; {self.truncated} are longer than --seq-length {self.seq_length} and lose their end"
-        for row in self.bad[:SHOWN]:
-            lines.append(f"  left out: {row.file}, line {row.line}: {row.why}")
+        lines += [f"  left out: {row.file}, line {row.line}: {row.why}" for row in self.bad[:SHOWN]]
         if len(self.bad) > SHOWN:
             lines.append(f"  and {len(self.bad) - SHOWN} more rows left out, {len(self.bad)} in all")
         return lines

@@ -43,6 +43,7 @@ def draw_loss(metrics: pathlib.Path, picture: pathlib.Path, title: str) -> bool:
     matplotlib is imported here because it takes half a second, and without pyplot because that keeps global state.
     """
     training, validation, test, tokens, seconds = [], [], [], 0, 0.0
+    named: dict[str, list[tuple[int, float]]] = {}  # of validation data that are measured by name
     for line in read_metrics(metrics):
         if line.get("loss") is not None:
             training.append((line["step"], line["loss"]))
@@ -51,6 +52,9 @@ def draw_loss(metrics: pathlib.Path, picture: pathlib.Path, title: str) -> bool:
             validation.append((line["step"], line["validation_loss"]))
         elif line.get("test_loss") is not None:
             test.append((line["step"], line["test_loss"]))
+        for key, value in line.items():
+            if key.startswith("validation/") and key.endswith("_loss") and value is not None:
+                named.setdefault(key.removesuffix("_loss"), []).append((line["step"], value))
     if not training:
         return False
 
@@ -76,6 +80,10 @@ def draw_loss(metrics: pathlib.Path, picture: pathlib.Path, title: str) -> bool:
             marker="o",
             markersize=4,
             label=f"validation: {validation[-1][1]:.3f}",
+        )
+    for style, (name, points) in zip(("--", ":", "-.") * len(named), named.items()):
+        axes.plot(
+            *zip(*points), color=ORANGE, alpha=0.7, linewidth=1.0, linestyle=style, label=f"{name}: {points[-1][1]:.3f}"
         )
     if test:
         axes.plot(*test[-1], color=GREEN, marker="D", markersize=5, linestyle="none", label=f"test: {test[-1][1]:.3f}")

@@ -20,7 +20,7 @@ from megalith.checkpoint.store.folder import checkpoint_folder, checkpoint_paths
 from megalith.checkpoint.weights import Weights, read_megalith
 from megalith.common.errors import CheckpointError, ConfigError, problem
 from megalith.config.checks.checks import needs_checkpoint
-from megalith.config.flags.text import Words, flag
+from megalith.config.flags.text import Words
 from megalith.config.heads import is_of_head, new_head
 from megalith.config.run import RunConfig
 from megalith.runtime import state
@@ -266,6 +266,6 @@ def check_folder(config: RunConfig) -> None:
     check_save_folder(config)
     if not has_checkpoints and config.checkpoint.load is None and (given := needs_checkpoint(config)):
         raise ConfigError(
-            f"{flag(given)} needs a checkpoint to load, and {own} holds none. "
-            f"Name its folder with --load, or leave {flag(given)} out."
+            f"{given} needs a checkpoint to load, and {own} holds none. "
+            f"Name its folder with --load, or leave {given} out."
         )
