@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -53,7 +54,7 @@ class WritePredictions(Callback):
         Ranks().on_rank_0(lambda: write_text(run.folder / RESULTS_FILE, text))
 
     def numbers_of(self, split: str) -> dict[str, Any]:
-        """Losses and metrics that were measured last."""
+        """Losses and metrics that this process measured last; of one file, those of all."""
         record = self.measured.get(split) or self.measured.get("validation")
         return {} if record is None else {**record.losses, **record.metrics}
 
@@ -112,6 +113,14 @@ def _keeper(
         return torch.zeros((), device=trainer.device)
 
     return keep
+
+
+def predicted_step(folder: pathlib.Path) -> int | None:
+    """The step whose predictions a run's folder has; None where it has none."""
+    try:
+        return orjson.loads((folder / RESULTS_FILE).read_bytes())["step"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def can_predict(loaders: Mapping[str, Loader]) -> dict[str, Loader]:

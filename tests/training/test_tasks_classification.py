@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalith.config.run import RunConfig
@@ -29,6 +29,7 @@ def measured(task, outputs, labels, cuts, mask=None):
     return task.metrics_of([number for each in sums.values() for number in each.tolist()])
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=20), st.integers(0, 20))
 def test_two_classes(pairs, cut):
     labels, predicted = (torch.tensor(column) for column in zip(*pairs))

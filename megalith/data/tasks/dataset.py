@@ -16,6 +16,8 @@ from megalith.data.tasks.examples import SHOWN, Examples, read_examples
 from megalith.data.tasks.files import files_of
 from megalith.data.tasks.tables import label_names, write_predictions
 
+SHORTEST = 4  # tokens of a sample
+
 
 class TaskDataset:
     """Samples are dicts over s = seq_length tokens, with c choices in front of s where the task has choices:
@@ -85,7 +87,7 @@ class TaskDataset:
         """Lines for the user: how many examples, of which labels, what was left out."""
         lines = [f"{name}: {len(self)} examples, {self._label_counts()}"]
         if self.truncated:
-            lines[0] += f"; {self.truncated} are longer than --seq-length {self.seq_length} and lose their end"
+            lines[0] += f"; longer than --seq-length {self.seq_length}, and cut at their end: {self.truncated}"
         lines += [f"  left out: {row.file}, line {row.line}: {row.why}" for row in self.bad[:SHOWN]]
         if len(self.bad) > SHOWN:
             lines.append(f"  and {len(self.bad) - SHOWN} more rows left out, {len(self.bad)} in all")
@@ -113,6 +115,10 @@ def open_files(config: RunConfig, tokenizer: Any) -> tuple[TaskDataset | None, d
         raise ConfigError(
             problem("--num-classes", classes, rule, f"Write --num-classes {task.classes}, or leave it out")
         )
+
+    if (config.data.seq_length or 0) < SHORTEST:
+        rule = f"must be at least {SHORTEST}, for [CLS], [SEP], [SEP] and a token"
+        raise ConfigError(problem("--seq-length", config.data.seq_length, rule, "Write --seq-length 128"))
 
     def dataset(files: Sequence[pathlib.Path], training: bool) -> TaskDataset:
         found = read_examples(files, task, training=training)

@@ -157,4 +157,4 @@ def defaults(task: str) -> dict[str, Any]:
     d = read_description(task)
     classes = {} if d.kind == "multiple_choice" else {"num_classes": d.classes}
     loss = "regression" if d.kind == "regression" else "classification"
-    return {"model_type": KINDS[d.kind], "dataset": "classification", "loss": loss, **classes}
+    return {"model_type": KINDS[d.kind], "dataset": "classification", "loss": loss, "name": d.name, **classes}

@@ -23,6 +23,7 @@ from megalith.config.checks.checks import needs_checkpoint
 from megalith.config.flags.text import Words
 from megalith.config.heads import is_of_head, new_head
 from megalith.config.run import RunConfig
+from megalith.config.sections.model import ModelConfig
 from megalith.runtime import state
 from megalith.training.finite import check_before_saving, check_loaded
 from megalith.training.resume.lora import check_kind
@@ -151,9 +152,8 @@ def resume(trainer: Trainer) -> Progress:
         if ranks.rank == 0:
             print("".join(f"{options.load}: {note}\n" for note in weights.notes), end="", flush=True)
     tensors = stored_weights(trainer)
-    if only_weights and (
-        head := ranks.on_rank_0(lambda: new_head(config.model, read_source(config, source).config.model))
-    ):
+    can_have_new_head = only_weights and config.model.architecture.head
+    if can_have_new_head and (head := ranks.on_rank_0(lambda: new_head(config.model, model_of(config, source)))):
         weights = ranks.on_every_rank(lambda: weights or read_megalith(source, options.ckpt_step))
         return begin_with_encoder(weights, tensors, head)
     if with_optimizer:
@@ -180,6 +180,11 @@ def resume(trainer: Trainer) -> Progress:
     progress = Progress.resumed(stored)
     ranks.on_rank_0(lambda: check_later_checkpoints(own, progress))
     return progress
+
+
+def model_of(config: RunConfig, source: str | os.PathLike) -> ModelConfig:
+    """The model whose weights a source holds."""
+    return read_source(config, source).config.model
 
 
 def begin_with_encoder(weights: Weights, tensors: list[dict[str, Tensor]], head: tuple[str, ...]) -> Progress:
@@ -263,6 +268,13 @@ def check_folder(config: RunConfig) -> None:
         )
     if load is not None and not has_checkpoints:
         foreign.format_of(load)
+    pretrained = config.finetuning.pretrained_checkpoint
+    if pretrained is not None and has_checkpoints and config.finetuning.epochs == 0:
+        raise ConfigError(
+            f"--epochs 0 measures one model, and there are two: --pretrained-checkpoint {pretrained}, and iteration "
+            f"{checkpoint.latest(own)} of {own}. Name another --save for what is measured, or leave out "
+            f"--pretrained-checkpoint to measure the run's own."
+        )
     check_save_folder(config)
     if not has_checkpoints and config.checkpoint.load is None and (given := needs_checkpoint(config)):
         raise ConfigError(

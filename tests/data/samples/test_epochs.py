@@ -1,7 +1,7 @@
 """Every sample once per epoch, in an order of seed and epoch; what fills a last batch counts for nothing."""
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalith.data.loader import Loader
@@ -21,6 +21,7 @@ class Numbers:
         return {"number": np.array(index), "loss_mask": np.ones(2, np.float32)}
 
 
+@settings(deadline=None)
 @given(
     length=st.integers(1, 12), epochs=st.integers(1, 3), micro=st.integers(1, 3), accumulated=st.integers(1, 2),
     ranks=st.integers(1, 3), consumed=st.integers(0, 3),
@@ -53,6 +54,7 @@ def test_orders_differ_by_epoch_and_by_seed():
     assert len({tuple(order) for order in orders}) == 4
 
 
+@settings(deadline=None)
 @given(length=st.integers(1, 12), batch=st.integers(1, 5))
 def test_a_validation_dataset_is_read_whole(length, batch):
     dataset = Whole(Numbers(length), batch)

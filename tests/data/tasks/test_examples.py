@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalith.common.errors import DataError
@@ -43,6 +43,7 @@ def test_a_blank_is_filled_in_or_the_option_comes_behind():
     assert fill_in("What?", "That") == "What? That"
 
 
+@settings(deadline=None)
 @given(a=st.text("xyz", max_size=9), b=st.text("xyz", max_size=9), s=st.integers(3, 24))
 def test_packing_is_megatrons(a, b, s):
     """Against its rule in its own words: [CLS] A [SEP] B, cut to s - 1 where it has s or more, then [SEP], padding."""
