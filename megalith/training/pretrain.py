@@ -105,7 +105,7 @@ def run(
     trainer = build_trainer(config, mesh, tokenizer)
     progress = saving.resume(trainer)
     train_iters = 0 if config.validation.skip_train else total_steps(config, mesh.data_size)
-    if train_iters and config.finetuning.epochs is not None:  # whatever batches the steps before had
+    if config.finetuning.epochs:  # whatever batches the steps before had
         train_iters = progress.iteration + steps_left(config, mesh.data_size, progress.consumed_train_samples)
     loaders = build_loaders(config, mesh, datasets)
     measured_before = already_measured(config, mesh, progress.iteration)

@@ -56,7 +56,7 @@ def find_problems(
     rules = [*model_problems(config), *parallel_problems(config, world_size), *recompute_problems(config)]
     rules += lora_problems(config)
     if not one_step:
-        rules += [*schedule_problems(config), *_files(config), *finetune_problems(config)]
+        rules += [*schedule_problems(config), *_files(config), *finetune_problems(config, data and corpus)]
     if data:
         rules += [*_data(config, corpus), *masking_problems(config), *_packages(config)]
     return found + [each for each in rules if not wrong.intersection(each.fields)]

@@ -73,7 +73,13 @@ def compare(config: RunConfig, tokenizer: Tokenizer, data: Mapping[str, str]) ->
 def _compare(source: Source, config: RunConfig, tokenizer: Tokenizer, data: Mapping[str, str]) -> list[str]:
     then = source.config
     new_run = weights_only(config)  # a new run begins with the weights, so its data and rates are its own
-    head = describe_new_head(config.model, then.model) if new_run else ""
+    head = describe_new_head(config.model, then.model)
+    if head and not new_run:
+        rule, cure = (
+            "must be of a run of this task to resume it",
+            f"--pretrained-checkpoint {source.path} begins with it",
+        )
+        raise CheckpointError(problem(f"--load {source.path}", Words(head), rule, cure))
     if head and config.validation.skip_train:
         rule = f"must be of a {config.model.model_type} with its head to be measured"
         cure = "Name a finetuned model, or train this one first: --epochs 3"

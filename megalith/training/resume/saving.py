@@ -17,6 +17,7 @@ from megalith.checkpoint.ranks import Ranks
 from megalith.checkpoint.store import folder
 from megalith.checkpoint.store.facts import part_of, written_by_another_run
 from megalith.checkpoint.store.folder import checkpoint_folder, checkpoint_paths, iteration_of, load_path
+from megalith.checkpoint.store.loading import verify_on_all_ranks
 from megalith.checkpoint.weights import Weights, read_megalith
 from megalith.common.errors import CheckpointError, ConfigError, problem
 from megalith.config.checks.checks import needs_checkpoint
@@ -154,7 +155,9 @@ def resume(trainer: Trainer) -> Progress:
     tensors = stored_weights(trainer)
     can_have_new_head = only_weights and config.model.architecture.head
     if can_have_new_head and (head := ranks.on_rank_0(lambda: new_head(config.model, model_of(config, source)))):
-        weights = ranks.on_every_rank(lambda: weights or read_megalith(source, options.ckpt_step))
+        if weights is None:
+            verify_on_all_ranks(checkpoint.find(source, options.ckpt_step), ranks)
+            weights = ranks.on_every_rank(lambda: read_megalith(source, options.ckpt_step))
         return begin_with_encoder(weights, tensors, head)
     if with_optimizer:
         state.create_optimizer_state(trainer.optimizer)
