@@ -16,12 +16,14 @@ from megalith.common.errors import ConfigError, DataError, problem
 from megalith.common.memory import available_memory
 from megalith.common.registry import Registry
 from megalith.config.batch_math import global_batch
+from megalith.config.finetuning import in_samples
 from megalith.config.flags.text import Words
 from megalith.config.run import RunConfig
 from megalith.config.sections.data import DataConfig, split_fractions
 from megalith.data.indexed.tntidx import open_indexed
 from megalith.data.samples.blend import normalize, requested_samples
 from megalith.data.samples.blended import BlendedDataset, CorpusDataset, EndlessDataset, prepare
+from megalith.data.samples.epochs import Epochs, Whole
 from megalith.data.samples.index_cache import default_folders
 from megalith.data.samples.splits import SPLIT_NAMES, split_bounds
 from megalith.data.source_checks import check_not_empty, check_source
@@ -30,6 +32,9 @@ from megalith.data.sources import Source, parse_data_path, read_file_list
 # A dataset is made by a function or class called with (indexed, documents, num_samples) and the keywords of
 # `_DatasetBuilder.build`. Its attribute `splits_documents`, if any, says that `documents` counts documents (BERT, T5)
 # and not sequences (GPT). Without a corpus the first two are None.
+# A dataset of the files of a task has the attribute `open_files` instead, a function (config, tokenizer) -> (training
+# dataset or None, {name: validation dataset}) whose datasets have a length, are read whole, and have a `loss_mask` in
+# each sample; see samples/epochs.py.
 DATASETS = Registry(
     "dataset",
     {
@@ -37,6 +42,7 @@ DATASETS = Registry(
         "bert": "megalith.data.samples.bert_dataset:from_config",
         "t5": "megalith.data.samples.t5_dataset:from_config",
         "ict": "megalith.data.samples.ict_dataset:from_config",
+        "classification": "megalith.data.tasks.dataset:from_files",
     },
 )
 THREADS = 16
@@ -52,8 +58,10 @@ def build_datasets(
     tokenizer: as megalith.data.tokenizers.tokenizer makes them (vocab_size, eod, ...). rank, size: data-parallel rank,
     which decides what this process builds first, and number of ranks. run_folder: another folder for index files, used
     where the data's own is read-only. Raises ConfigError or DataError naming the flag or file; corpora are opened,
-    checked and indexed before this returns.
+    checked and indexed before this returns. Of the files of a task, "train" is an Epochs and "valid" {name: Whole}.
     """
+    if (open_files := getattr(DATASETS.find(config.data.dataset), "open_files", None)) is not None:
+        return task_datasets(config, *open_files(config, tokenizer), global_batch(config, size))
     builder, data = _DatasetBuilder(config, tokenizer, run_folder), config.data
     sizes = dict(zip(SPLIT_NAMES, sample_counts(config, size)))
     check_memory(config, sizes)
@@ -81,11 +89,23 @@ def build_datasets(
     return built
 
 
+def task_datasets(config: RunConfig, train: Any, valid: Mapping[str, Any], batch: int) -> dict[str, Any]:
+    """What `build_datasets` returns, of the datasets of a task's files. batch: the global batch."""
+    epochs, whole = None, {name: Whole(dataset, batch) for name, dataset in valid.items()}
+    if train is not None and not config.validation.skip_train:
+        if config.finetuning.epochs is not None:
+            config = in_samples(config, len(train), batch)
+        total = config.schedule.train_samples or (config.schedule.train_iters or 0) * batch
+        # Padding for the last batch, wherever batches begin: a run may be resumed with another one.
+        epochs = Epochs(train, total, seed=config.batch.seed, padding=batch - 1)
+    return {"train": epochs, "valid": whole or None, "test": None}
+
+
 def sample_counts(config: RunConfig, size: int = 1) -> tuple[int, int, int]:
     """Samples of training, validation and test that the run requests, as Megatron's. size: data-parallel ranks."""
     batch, schedule, validation = global_batch(config, size), config.schedule, config.validation
     train = schedule.train_samples if schedule.train_samples is not None else (schedule.train_iters or 0) * batch
-    rounds = train // batch // validation.eval_interval + 1
+    rounds = train // batch // validation.interval + 1
     return train, rounds * validation.eval_iters * batch, validation.eval_iters * batch
 
 
@@ -130,6 +150,8 @@ def blend_summary(dataset: Any, max_lines: int = 20) -> list[str]:
 def why_no_validation(data: DataConfig, train: Any) -> str:
     """Why there is no validation data beside these training data, and the cure."""
     none = "no validation data, so nothing is validated"
+    if isinstance(train, Epochs):
+        return f"{none}; name some with --valid-data"
     if data.train_data_path:
         return f"{none}; name some with --valid-data-path"
     otherwise = "name other data with --train-data-path and --valid-data-path instead of --data-path"

@@ -15,12 +15,18 @@ from megalith.config.flags import flags
 from megalith.config.flags.loading import from_yaml
 from megalith.config.flags.text import Problem, field_problem, flag
 from megalith.config.flags.yaml_text import about
+from megalith.config.heads import with_head
 from megalith.config.run import RunConfig
-from megalith.config.sections.data import MADE_FROM, TOKENIZER_FILES, DataConfig, missing_tokenizer_files
+from megalith.config.sections.data import (
+    CORPUS_DATASETS,
+    MADE_FROM,
+    TOKENIZER_FILES,
+    DataConfig,
+    missing_tokenizer_files,
+)
 
 ON_THE_HUB = ("HuggingFaceTokenizer", "HFTokenizer")
 CORPORA = ("data_path", "train_data_path", "valid_data_path", "test_data_path", "data_file_list", "titles_data_path")
-BUILT_IN = ("gpt", "bert", "t5", "ict")  # datasets made from a corpus; a user's dataset may need none
 
 
 def number_of_processes(
@@ -61,7 +67,7 @@ def number_of_processes(
 
 def faults(config: RunConfig) -> list[str]:
     """A line for each corpus, tokenizer file or checkpoint that the config names and that is not there, or damaged."""
-    return [*_corpora(config.data), *_tokenizer(config.data), *_checkpoint(config)]
+    return [*_corpora(config.data), *_tokenizer(config.data), *_task(config), *_checkpoint(config)]
 
 
 def wrong_paths(config: RunConfig) -> Iterator[Problem]:
@@ -87,6 +93,11 @@ def wrong_paths(config: RunConfig) -> Iterator[Problem]:
                 "must name a file that exists",
                 f"Correct the path after {flag(name)}",
             )
+    for name in ("train_data", "valid_data"):
+        for path in getattr(config.finetuning, name):
+            if not pathlib.Path(path).exists():
+                rule, cure = "must name files or folders that exist", "Correct the path"
+                yield field_problem((name,), flag(name), path, rule, cure)
     if c.load and not c.use_checkpoint_args:  # with --use-checkpoint-args it has been read already
         yield from _wrong_load(config)
 
@@ -123,7 +134,10 @@ def _corpus_fields(data: DataConfig) -> list[tuple[str, Callable[[], list[Any]]]
 
 def unnamed(data: DataConfig) -> Iterator[str]:
     """A line for each thing that a run needs and that the config does not name, or that is not on this machine."""
-    if not any(getattr(data, name) for name in CORPORA if name != "titles_data_path") and data.dataset in BUILT_IN:
+    if (
+        not any(getattr(data, name) for name in CORPORA if name != "titles_data_path")
+        and data.dataset in CORPUS_DATASETS
+    ):
         yield "--data-path is not given: the name of a corpus, as `megalith data preprocess` gave it"
     if data.tokenizer_type is None:
         yield (
@@ -171,6 +185,13 @@ def _corpora(data: DataConfig) -> Iterator[str]:
         yield f"--data-weights-schedule: there is no file {data.data_weights_schedule}"
 
 
+def _task(config: RunConfig) -> Iterator[str]:
+    for name in ("train_data", "valid_data"):
+        for path in getattr(config.finetuning, name):
+            if not pathlib.Path(path).exists():
+                yield f"{flag(name)}: there is no {path} here"
+
+
 def _tokenizer(data: DataConfig) -> Iterator[str]:
     for name in TOKENIZER_FILES:
         if _absent(name, data):
@@ -194,7 +215,7 @@ def _checkpoint(config: RunConfig) -> Iterator[str]:
             from megalith.checkpoint.formats import foreign
 
             then = foreign.read(load, foreign.read_options(config)).config
-        if another := fit.describe_model_difference(load, config.model, then.model):
+        if another := fit.describe_model_difference(load, config.model, with_head(then.model, config.model)):
             yield f"--load: {another}"
     except MegalithError as error:
         yield f"--load: {error}"

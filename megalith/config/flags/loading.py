@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from megalith.common.encodings import conversion_advice, reason
 from megalith.common.errors import ConfigError, MegalithError, problem
+from megalith.config import finetuning
 from megalith.config.architectures import architecture
 from megalith.config.checks.checks import find_problems, violated_limit
 from megalith.config.checks.masking import masking_notices
@@ -17,7 +19,7 @@ from megalith.config.flags.values import convert, fields
 from megalith.config.flags.yaml_text import parse_yaml
 from megalith.config.megatron.counts import vocab_size_of_rows
 from megalith.config.run import RunConfig
-from megalith.config.sections.data import TOKENIZER_FILES
+from megalith.config.sections.data import CORPUS_DATASETS, TOKENIZER_FILES
 
 OF_DATASETS = {  # field -> the built-in datasets that read it
     "mask_prob": ("bert", "t5"),
@@ -78,6 +80,10 @@ def resolve(
         notices += [
             f"the model is {model}, where {source} says {other}" for other, source in models.items() if other != model
         ]
+    try:
+        values |= finetuning.conclusions(values, notices)
+    except ConfigError as error:  # what the task would have set is not missing as well
+        problems.append(Problem(("task", "epochs", "train_iters", "dataset", "train_data", "valid_data"), str(error)))
     if values.get("use_checkpoint_args") and values.get("load"):
         values |= _model_of_checkpoint(values, read_checkpoint, problems, notices)
         values |= _tokenizer_of_checkpoint(values, read_tokenizer, problems, notices)
@@ -87,7 +93,7 @@ def resolve(
     notices += [
         f"{flag(name)} has no effect: only the dataset {' or '.join(readers)} reads it"
         for name, readers in OF_DATASETS.items()
-        if name in values and config.data.dataset in ("gpt", "bert", "t5", "ict") and config.data.dataset not in readers
+        if name in values and config.data.dataset in CORPUS_DATASETS and config.data.dataset not in readers
     ]
     notices += masking_notices(config)
     wrong = {field for each in problems for field in each.fields}
@@ -155,6 +161,12 @@ def _model_of_checkpoint(
     except MegalithError as error:
         problems.append(Problem(tuple(fields()), str(error)))  # what it would have set is not missing as well
         return {}
+    if (
+        asked is not None
+        and asked != model.model_type
+        and architecture(asked).head_of == (model.architecture.head_of or model.model_type)
+    ):
+        model = dataclasses.replace(model, model_type=asked, num_classes=values.get("num_classes", model.num_classes))
     if asked not in (None, model.model_type):
         rule = f"must be {model.model_type}, that of {folder}, because of --use-checkpoint-args"
         cure = f"Write megalith pretrain {model.model_type}"

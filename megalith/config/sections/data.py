@@ -13,6 +13,7 @@ TOKENIZERS = (
     "SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer", "NullTokenizer",
 )  # fmt: skip
 
+CORPUS_DATASETS = ("gpt", "bert", "t5", "ict")  # datasets that are made from corpora, not from the files of a task
 TOKENIZER_FILES = ("vocab_file", "merge_file", "tokenizer_model")  # fields that name what a tokenizer is made from
 MADE_FROM = {  # tokenizer -> fields of files; HuggingFaceTokenizer takes --vocab-file too
     "GPT2BPETokenizer": ("vocab_file", "merge_file"),
@@ -51,12 +52,12 @@ class DataConfig:
     )
     seq_length: int | None = option(None, "tokens of a sample", minimum=1)
     dataset: str = option(
-        "gpt", "dataset by registry name, or module:name of your own", names=("gpt", "bert", "t5", "ict")
+        "gpt", "dataset by registry name, or module:name of your own", names=(*CORPUS_DATASETS, "classification")
     )
     loss: str = option(
         "lm",
         "loss by registry name, or module:name of your own",
-        names=("lm", "bert", "t5", "classification"),
+        names=("lm", "bert", "t5", "classification", "regression"),
     )
     tokenizer_type: str | None = option(
         None,

@@ -52,7 +52,8 @@ def announce(
         left = "nothing is left to do"
         if unmeasured:
             left = f"what is left is the loss of its {' and '.join(unmeasured)} data"
-        more = "raise --train-iters, with --override-opt-param-scheduler, to train longer"
+        length = "--train-iters" if config.finetuning.epochs is None else "--epochs"
+        more = f"raise {length}, with --override-opt-param-scheduler, to train longer"
         done = f"; that is all of them, {left} ({more})" if progress.iteration >= train_iters > 0 else ""
         step = progress.iteration
         doing = f"resuming after step {step} of {train_iters}{done}" if train_iters else f"measuring step {step}"
@@ -60,5 +61,10 @@ def announce(
     for line in changed:
         print(f"  changed since that checkpoint: {line}", flush=True)
     print("".join(f"  {line}\n" for line in blend_summary(datasets["train"])), end="", flush=True)
+    described = {"training data": getattr(datasets["train"], "dataset", None)}
+    if isinstance(datasets["valid"], Mapping):
+        described |= {f"validation data {name}": whole.dataset for name, whole in datasets["valid"].items()}
+    for name, dataset in described.items():
+        print("".join(f"{line}\n" for line in getattr(dataset, "describe", lambda name: ())(name)), end="", flush=True)
     if datasets["valid"] is None and config.validation.eval_iters:
         print(why_no_validation(config.data, datasets["train"]), flush=True)

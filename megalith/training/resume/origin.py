@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import pathlib
@@ -12,23 +13,26 @@ from typing import Any
 from megalith import checkpoint
 from megalith.checkpoint.ranks import Ranks
 from megalith.checkpoint.store.fit import describe_model_difference
-from megalith.common.errors import CheckpointError, ConfigError, DataError
+from megalith.common.errors import CheckpointError, ConfigError, DataError, problem
 from megalith.common.files import sampled_digest
+from megalith.config.flags.text import Words
 from megalith.config.flags.values import fields
+from megalith.config.heads import describe_new_head, with_head
 from megalith.config.identity import changes, differences
 from megalith.config.run import RunConfig
 from megalith.config.sections.data import TOKENIZER_FILES, DataConfig
 from megalith.data.build import source_usage
 from megalith.data.indexed.format import dataset_files, resolve_prefix
+from megalith.data.samples.epochs import Epochs, Whole
 from megalith.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megalith.training.resume.source import Source, is_foreign, read_source, source_of, weights_only
 
 # Sections of the config that decide, with the model, what a step reads and computes.
-COMPARED_SECTIONS = ("data", "batch", "optimizer", "precision", "lora")
+COMPARED_SECTIONS = ("data", "batch", "optimizer", "precision", "lora", "finetuning")
 # Their fields that do not change that, except for rounding. Tokenizers are compared by their vocabularies instead.
 IGNORED_FIELDS = (
     "data_cache_path", "num_workers", "mmap_bin_files", "micro_batch_size", "compile", "deterministic_mode",
-    "adapter", "tokenizer_type", *TOKENIZER_FILES,
+    "adapter", "pretrained_checkpoint", "keep_best", "tokenizer_type", *TOKENIZER_FILES,
 )  # fmt: skip
 CORPUS_FIELDS = (
     "data_path", "train_data_path", "valid_data_path", "test_data_path", "data_file_list", "titles_data_path",
@@ -69,9 +73,23 @@ def compare(config: RunConfig, tokenizer: Tokenizer, data: Mapping[str, str]) ->
 def _compare(source: Source, config: RunConfig, tokenizer: Tokenizer, data: Mapping[str, str]) -> list[str]:
     then = source.config
     new_run = weights_only(config)  # a new run begins with the weights, so its data and rates are its own
+    head = describe_new_head(config.model, then.model)
+    if head and not new_run:
+        rule, cure = (
+            "must be of a run of this task to resume it",
+            f"--pretrained-checkpoint {source.path} begins with it",
+        )
+        raise CheckpointError(problem(f"--load {source.path}", Words(head), rule, cure))
+    if head and config.validation.skip_train:
+        rule = f"must be of a {config.model.model_type} with its head to be measured"
+        cure = "Name a finetuned model, or train this one first: --epochs 3"
+        raise CheckpointError(problem(f"{source.path}", Words(head), rule, cure))
+    if head:
+        then = dataclasses.replace(then, model=with_head(then.model, config.model))
     if another := describe_model_difference(source.path, config.model, then.model):
         raise CheckpointError(another)
-    lines = differences(config.model, then.model).noted + _tokenizer_changes(source, tokenizer, new_run)
+    lines = [head] * bool(head) + differences(config.model, then.model).noted
+    lines += _tokenizer_changes(source, tokenizer, new_run)
     if new_run:
         return lines
     paths_now, paths_then = (
@@ -153,10 +171,19 @@ def fingerprints(datasets: Iterable[Any], config: DataConfig) -> dict[str, str]:
 
     It costs a few small reads for each.
     """
+    datasets = list(datasets)
     named = {row["prefix"]: None for dataset in datasets for row in source_usage(dataset)}
     found = {str(prefix): _fingerprint(str(prefix)) for prefix in [*named, *filter(None, [config.titles_data_path])]}
+    files = [file for dataset in task_datasets(datasets) for file in getattr(dataset, "files", ())]
+    found |= {file: sampled_digest(pathlib.Path(file), SAMPLED_BLOCKS) for file in files}
     lists = [path for path in (config.data_file_list, config.data_weights_schedule) if path]
     return found | {path: hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest() for path in lists}
+
+
+def task_datasets(datasets: Iterable[Any]) -> list[Any]:
+    """The datasets of a task's files among those of data/build.py, without what counts their epochs."""
+    each = [part for found in datasets for part in (found.values() if isinstance(found, Mapping) else [found])]
+    return [part.dataset for part in each if isinstance(part, (Epochs, Whole))]
 
 
 def _fingerprint(prefix: str) -> str:
