@@ -29,7 +29,8 @@ from megalith.data.sources import Source, parse_data_path, read_file_list
 
 # A dataset is made by a function or class called with (indexed, documents, num_samples) and the keywords of
 # `_DatasetBuilder.build`. Its attribute `splits_documents`, if any, says that `documents` counts documents (BERT, T5)
-# and not sequences (GPT). Without a corpus the first two are None.
+# and not sequences (GPT). Without a corpus the first two are None. Where it has `open`, that opens a source instead of
+# `open_indexed`, and where it has `prepare_tokenizer`, that changes the run's tokenizer (see instruction_factory.py).
 DATASETS = Registry(
     "dataset",
     {
@@ -37,6 +38,8 @@ DATASETS = Registry(
         "bert": "megalith.data.samples.bert_dataset:from_config",
         "t5": "megalith.data.samples.t5_dataset:from_config",
         "ict": "megalith.data.samples.ict_dataset:from_config",
+        "chat": "megalith.data.samples.instruction_factory:chat",
+        "completion": "megalith.data.samples.instruction_factory:completion",
     },
 )
 THREADS = 16
@@ -79,6 +82,15 @@ def build_datasets(
             )
     builder.prepare_all(rank)
     return built
+
+
+def prepare_tokenizer(config: RunConfig, tokenizer: Any) -> list[str]:
+    """Change the tokenizer where the dataset asks for it; lines on what has changed.
+
+    Chats bring their template, and the token that ends a turn. Raises ConfigError or DataError where they cannot.
+    """
+    prepare = getattr(DATASETS.find(config.data.dataset), "prepare_tokenizer", None)
+    return prepare(config, tokenizer) if prepare else []
 
 
 def sample_counts(config: RunConfig, size: int = 1) -> tuple[int, int, int]:
@@ -186,6 +198,8 @@ class _DatasetBuilder:
         reader = "mmap" if data.mmap_bin_files else "pread"
 
         def open_and_check(source: Source) -> Any:
+            if hasattr(self.factory, "open"):
+                return self.factory.open(source.prefix, self.config, self.tokenizer, self._folders(source.prefix))
             indexed = open_indexed(source.prefix, reader)
             return check_source(indexed, self.tokenizer, data, not self.splits_documents, probes)
 
@@ -198,7 +212,7 @@ class _DatasetBuilder:
         self, indexed: Any, documents: tuple[int, int] | None, num_samples: int | None, repetition: int = 0
     ) -> Any:
         """One dataset; a `repetition` above 0 is shuffled anew."""
-        folders = self._folders(indexed) if indexed is not None else []
+        folders = self._folders(indexed.prefix) if indexed is not None else []
         seed = (self.config.batch.seed + repetition) % 2**32
         dataset = self.factory(
             indexed,
@@ -213,11 +227,11 @@ class _DatasetBuilder:
             self.datasets.append(dataset)
         return dataset
 
-    def _folders(self, indexed: Any) -> list[pathlib.Path]:
-        parent = os.path.dirname(indexed.prefix)
+    def _folders(self, prefix: str) -> list[pathlib.Path]:
+        parent = os.path.dirname(prefix)
         if parent not in self.cache_folders:  # kept, because there may be many sources and making paths is slow
             chosen = self.config.data.data_cache_path
-            self.cache_folders[parent] = default_folders(indexed.prefix, chosen, self.run_folder)
+            self.cache_folders[parent] = default_folders(prefix, chosen, self.run_folder)
         return self.cache_folders[parent]
 
     def prepare_all(self, rank: int) -> None:
@@ -282,7 +296,7 @@ class _DatasetBuilder:
         datasets = [
             self._endless(indexed, bounds, num_samples) for (_, indexed, bounds, _), num_samples in zip(parts, requests)
         ]
-        folders = self._folders(parts[0][1])
+        folders = self._folders(parts[0][1].prefix)
         names = list(dict.fromkeys(usage.source.corpus for usage in usages))
         schedule = self._schedule(scheduled, usages) if scheduled else []
         if names == [""]:

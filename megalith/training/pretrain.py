@@ -20,6 +20,7 @@ from megalith.config.checks.checks import check
 from megalith.config.flags.loading import to_yaml
 from megalith.config.megatron.counts import embedding_rows
 from megalith.config.run import RunConfig
+from megalith.data.build import prepare_tokenizer
 from megalith.data.tokenizers.tokenizer import Tokenizer, tokenizer_from_config
 from megalith.runtime.build import Mesh, build_mesh, init_distributed
 from megalith.training.build import (
@@ -51,6 +52,9 @@ def train(config: RunConfig) -> Progress:
     owns_group = not dist.is_initialized()
     check(config, environment.world_size() if owns_group else dist.get_world_size())
     tokenizer = tokenizer_from_config(config.data, vocab_size=config.model.vocab_size)
+    changes = prepare_tokenizer(config, tokenizer)
+    if environment.rank() == 0:
+        print("".join(f"{line}\n" for line in changes), end="", flush=True)
     with ends_with_launcher():
         return _train(config, tokenizer, owns_group)
 

@@ -17,7 +17,7 @@ from megalith.config.checks.schedule import schedule_problems
 from megalith.config.flags.text import Problem, Words, around, fail, field_problem, flag, multiples, nearest, value_text
 from megalith.config.flags.values import TYPE_NAMES, fields
 from megalith.config.run import RunConfig
-from megalith.config.sections.data import missing_tokenizer_files, split_fractions
+from megalith.config.sections.data import DATASETS, missing_tokenizer_files, split_fractions
 
 TOKENIZER_PACKAGES = {  # tokenizer -> the package that it needs
     **dict.fromkeys(("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer"), "sentencepiece"),
@@ -184,7 +184,7 @@ def _data(config: RunConfig, corpus: bool) -> Iterator[Problem]:
     if apart and "train_data_path" not in apart and not config.validation.skip_train:
         rule = "needs --train-data-path beside it, because a run that trains needs data"
         yield field_problem(("train_data_path",), flag(apart[0]), None, rule, "Write --train-data-path too")
-    elif d.dataset in ("gpt", "bert", "t5", "ict") and not given and corpus:
+    elif d.dataset in DATASETS and not given and corpus:
         cure = "Write --data-path PREFIX, the name without .bin and .idx that `megalith data preprocess` gave"
         yield field_problem(("data_path",), "--data-path", None, "must name the corpus of the dataset", cure)
     elif len(given) > 1:

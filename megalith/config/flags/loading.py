@@ -17,15 +17,18 @@ from megalith.config.flags.values import convert, fields
 from megalith.config.flags.yaml_text import parse_yaml
 from megalith.config.megatron.counts import vocab_size_of_rows
 from megalith.config.run import RunConfig
-from megalith.config.sections.data import TOKENIZER_FILES
+from megalith.config.sections.data import DATASETS, INSTRUCTIONS, TOKENIZER_FILES
 
 OF_DATASETS = {  # field -> the built-in datasets that read it
     "mask_prob": ("bert", "t5"),
     "short_seq_prob": ("bert", "t5"),
-    "decoder_seq_length": ("t5",),
+    "decoder_seq_length": ("t5", *INSTRUCTIONS),
     "titles_data_path": ("ict",),
     "use_one_sent_docs": ("ict",),
     "query_in_block_prob": ("ict",),
+    **dict.fromkeys(("reset_position_ids", "reset_attention_mask", "eod_mask_loss"), ("gpt",)),
+    "chat_template": ("chat",),
+    **dict.fromkeys(("packing", "excess_length_strategy", "assistant_only_loss", "max_unusable"), INSTRUCTIONS),
 }
 ReadRecipe = Callable[[str], str]  # name -> YAML text
 Values = Mapping[str, Any]  # of fields that recipe, file and flags set: --load, what a source may leave unsaid
@@ -87,7 +90,7 @@ def resolve(
     notices += [
         f"{flag(name)} has no effect: only the dataset {' or '.join(readers)} reads it"
         for name, readers in OF_DATASETS.items()
-        if name in values and config.data.dataset in ("gpt", "bert", "t5", "ict") and config.data.dataset not in readers
+        if name in values and config.data.dataset in DATASETS and config.data.dataset not in readers
     ]
     notices += masking_notices(config)
     wrong = {field for each in problems for field in each.fields}

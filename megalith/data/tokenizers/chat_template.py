@@ -38,7 +38,8 @@ class ChatTemplate:
         self.source = source
         self.special_tokens = dict[str, str]()
         if isinstance(tokenizer, HuggingFaceTokenizer):
-            self.backend, settings = tokenizer.to_huggingface(), tokenizer.settings
+            self.backend = tokenizer.to_huggingface() if tokenizer.split_special_tokens else tokenizer.backend
+            settings = tokenizer.settings
         else:
             self.backend, settings = tokenizer.to_huggingface(), {}
             listed = tokenizer.tokens()
@@ -56,13 +57,8 @@ class ChatTemplate:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer | None) -> ChatTemplate | None:
-        """The template of a tokenizer's files: chat_template.jinja, or chat_template in tokenizer_config.json."""
-        if not isinstance(tokenizer, HuggingFaceTokenizer):
-            return None
-        source = tokenizer.settings.get("chat_template")
-        if isinstance(source, list):  # several by name
-            source = {each.get("name"): each.get("template") for each in source}.get("default")
-        return cls(tokenizer, source) if isinstance(source, str) else None
+        """The template of a tokenizer: of its files chat_template.jinja or tokenizer_config.json, or given to it."""
+        return None if tokenizer is None or tokenizer.chat_template is None else cls(tokenizer, tokenizer.chat_template)
 
     @functools.cached_property
     def template(self) -> jinja2.Template:

@@ -17,9 +17,16 @@ import tokenizers
 
 from megalith.common.errors import DataError, problem
 from megalith.common.extras import MissingPackage, require
+from megalith.common.files import write_text
 from megalith.common.pointers import refuse_pointer
 from megalith.config.flags.text import Words
-from megalith.data.tokenizers.tokenizer import SPECIAL_TOKEN_NAMES, Tokenizer, TokenizerOptions, check_file
+from megalith.data.tokenizers.tokenizer import (
+    CHAT_TEMPLATE,
+    SPECIAL_TOKEN_NAMES,
+    Tokenizer,
+    TokenizerOptions,
+    check_file,
+)
 
 # A tokenizer.json alone does not say which of its added tokens has which role; these are the usual names.
 USUAL_SPECIAL_TOKENS = {
@@ -38,7 +45,6 @@ BARE_CLASSES = (
     "GPTNeoXTokenizer",
 )  # fmt: skip
 CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
-CHAT_TEMPLATE = "chat_template.jinja"  # of newer versions of transformers, instead of the setting chat_template
 
 
 class LibraryTokenizer(Tokenizer):
@@ -195,6 +201,7 @@ class HuggingFaceTokenizer(LibraryTokenizer):
         """Load the file and find the special tokens, by the configuration beside it or by their usual names."""
         self.source = _locate(options)
         self.settings = _settings(self.source)
+        self.chat_template = default_template(self.settings.get("chat_template"))
         backend = _load(options, self.source)
         backend.add_tokens(_missing_added_tokens(backend, self.settings))
         backend.encode_special_tokens = bool(self.settings.get("split_special_tokens"))
@@ -248,19 +255,36 @@ class HuggingFaceTokenizer(LibraryTokenizer):
     def add_missing_special_tokens(self) -> None:
         """Add special tokens that the file lacks; here none."""
 
+    def end_texts_with(self, number: int) -> None:
+        """Make this id eos and eod; what is saved says so."""
+        self.settings = self.settings | {"eos_token": self.backend.id_to_token(number)}
+        self.eos = self.eod = number
+
     def files(self) -> dict[str, pathlib.Path]:
         """The tokenizer.json, where it is a file."""
         return {"tokenizer_model": self.source} if self.source and self.source.is_file() else {}
 
     def save(self, folder: str | pathlib.Path) -> None:
         """Write tokenizer.json and the configuration files beside it, which transformers reads as well."""
-        super().save(folder)
         folder = pathlib.Path(folder)
+        super().save(folder)
         if not self.files():
             self.backend.save(str(folder / "tokenizer.json"))
-        for file in _files_beside(self.source, (*CONFIG_FILES, CHAT_TEMPLATE)):
+        for file in _files_beside(self.source, CONFIG_FILES):
             if file.resolve() != (folder / file.name).resolve():
                 shutil.copyfile(file, folder / file.name)
+        self._save_changes(folder / CONFIG_FILES[0])
+
+    def _save_changes(self, file: pathlib.Path) -> None:
+        """Write another eos token than that of the source, and leave out its template where another is used."""
+        stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        kept = dict(stored)
+        if (eos := self.settings.get("eos_token")) != _settings(self.source).get("eos_token"):
+            kept["eos_token"] = eos
+        if default_template(stored.get("chat_template")) not in (None, self.chat_template):
+            del kept["chat_template"]
+        if kept != stored:
+            write_text(file, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
 
     def fingerprint(self) -> str:
         """Digest of the resulting tokenizer, not of its files: saving turns vocab.json and merges.txt into one file."""
@@ -354,6 +378,13 @@ def _settings(source: pathlib.Path | None) -> dict[str, Any]:
         # as GPT2Tokenizer, which reads such folders
         settings |= dict.fromkeys(("bos_token", "eos_token"), "<|endoftext|>")
     return settings
+
+
+def default_template(template: Any) -> str | None:
+    """The template of tokenizer_config.json, which may have several by name."""
+    if isinstance(template, list):
+        template = {each.get("name"): each.get("template") for each in template}.get("default")
+    return template if isinstance(template, str) else None
 
 
 def _content(token: Any) -> str:

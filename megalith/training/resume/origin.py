@@ -160,6 +160,8 @@ def fingerprints(datasets: Iterable[Any], config: DataConfig) -> dict[str, str]:
 
 
 def _fingerprint(prefix: str) -> str:
+    if os.path.isfile(prefix):  # a file of instructions
+        return sampled_digest(prefix, SAMPLED_BLOCKS)
     with contextlib.suppress(DataError):
         prefix = resolve_prefix(prefix)
     found = []
