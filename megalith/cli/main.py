@@ -62,6 +62,7 @@ VERBS = {  # verb -> one line; the module is megalith.cli.VERB, with register(su
     "demo": "corpus to trained model to text, on what every machine has",
     "data": "raw text to indexed datasets, and what is done with those",
     "pretrain": "train a model",
+    "finetune": "train a model further, on a task",
     "generate": "text out of a trained model",
     "serve": "text out of a trained model over HTTP: Megatron's and OpenAI's interfaces, and a page",
     "ask": "write to a text server and read what it answers",
@@ -237,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, ConfigError) else 1
     except OSError as error:
         if isinstance(error, BrokenPipeError):  # `megalith ... | head`
-            if verb == "pretrain" and "--dry-run" not in argv:
+            if verb in ("pretrain", "finetune") and "--dry-run" not in argv:
                 print(
                     "megalith: standard output was closed by what read it, so the run has ended too",
                     file=sys.stderr,

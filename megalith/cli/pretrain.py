@@ -55,18 +55,23 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 
 def pretrain(args: argparse.Namespace) -> int:
     """Resolve and check the config, print it, and train unless --dry-run is given; the exit status."""
-    reading, notice = args.reading, _print_notice if environment.rank() == 0 else lambda line: None
+    for name in args.reading.words[:1]:
+        if name not in ARCHITECTURES and ":" not in name:
+            otherwise = f"there are {', '.join(ARCHITECTURES)}, and your own by module:name"
+            every = tuple(fields())  # fields that the model's defaults would have set are not reported as missing too
+            args.reading.problems.append(Problem(every, unknown("model", name, ARCHITECTURES, otherwise)))
+    return run(args.reading)
+
+
+def run(reading: flags.CommandLine) -> int:
+    """Resolve and check the config of a command line, print it, and train unless --dry-run is given."""
+    notice = _print_notice if environment.rank() == 0 else lambda line: None
     dry = bool(reading.values.get("dry_run"))
     for line in environment.notices() if not dry else ():
         notice(line)
     # What is wrong with the texts is reported by `resolve`.
     texts = source_texts(reading.values.get("recipe"), reading.values.get("config"), recipes.text, [])
     processes = dry_run.number_of_processes(reading, texts)
-    for name in reading.words[:1]:
-        if name not in ARCHITECTURES and ":" not in name:
-            otherwise = f"there are {', '.join(ARCHITECTURES)}, and your own by module:name"
-            every = tuple(fields())  # fields that the model's defaults would have set are not reported as missing too
-            reading.problems.append(Problem(every, unknown("model", name, ARCHITECTURES, otherwise)))
 
     def world_size(config: RunConfig) -> int:
         number, origin = processes(config)

@@ -6,6 +6,7 @@ Rules as Megatron's (megatron/microbatches.py, megatron/training.py), which a re
 from __future__ import annotations
 
 from megalith.common.errors import ConfigError, problem
+from megalith.config.finetuning import describe_length
 from megalith.config.flags.text import flag
 from megalith.config.run import RunConfig
 
@@ -62,9 +63,14 @@ def total_steps(config: RunConfig, dp: int) -> int:
     return steps + max(0, config.schedule.train_samples - consumed) // global_batch(config, dp)
 
 
+def steps_left(config: RunConfig, dp: int, consumed: int) -> int:
+    """Steps after `consumed` samples of a run of --train-samples that reads each of them: the last may be less full."""
+    return -(-max(0, (config.schedule.train_samples or 0) - consumed) // global_batch(config, dp))
+
+
 def check_length(config: RunConfig, dp: int) -> None:
     """Raise ConfigError where a run that is to train is shorter than one step."""
-    if config.validation.skip_train or total_steps(config, dp):
+    if config.validation.skip_train or config.finetuning.epochs or total_steps(config, dp):
         return
     name = "train_iters" if config.schedule.train_samples is None else "train_samples"
     rule = "must be at least one step, because the run is to train"
@@ -81,6 +87,8 @@ def run_summary(config: RunConfig, world_size: int) -> str:
     length = f"{steps} steps, each of {full} samples"
     if config.validation.skip_train:
         length = "no training steps (--skip-train)"
+    elif config.finetuning.epochs is not None:
+        length = f"{describe_length(config)} in steps of {full} samples"
     elif growing:
         first = batch_size_at(config, dp, 0)
         length = f"{steps} steps: {growing} while the batch grows from {first} to {full} samples, "

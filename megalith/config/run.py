@@ -7,6 +7,7 @@ import dataclasses
 from megalith.config.sections.batch import BatchConfig
 from megalith.config.sections.checkpoint import CheckpointConfig
 from megalith.config.sections.data import DataConfig
+from megalith.config.sections.finetune import FinetuneConfig
 from megalith.config.sections.logging import LoggingConfig
 from megalith.config.sections.lora import LoraConfig
 from megalith.config.sections.model import ModelConfig
@@ -36,6 +37,7 @@ class RunConfig:
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
     resilience: ResilienceConfig = dataclasses.field(default_factory=ResilienceConfig)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    finetuning: FinetuneConfig = dataclasses.field(default_factory=FinetuneConfig)
 
     @property
     def run_folder(self) -> str:

@@ -16,12 +16,14 @@ from megalith.common.errors import ConfigError, DataError, problem
 from megalith.common.memory import available_memory
 from megalith.common.registry import Registry
 from megalith.config.batch_math import global_batch
+from megalith.config.finetuning import in_samples
 from megalith.config.flags.text import Words
 from megalith.config.run import RunConfig
 from megalith.config.sections.data import DataConfig, split_fractions
 from megalith.data.indexed.tntidx import open_indexed
 from megalith.data.samples.blend import normalize, requested_samples
 from megalith.data.samples.blended import BlendedDataset, CorpusDataset, EndlessDataset, prepare
+from megalith.data.samples.epochs import Epochs, Whole
 from megalith.data.samples.index_cache import default_folders
 from megalith.data.samples.splits import SPLIT_NAMES, split_bounds
 from megalith.data.source_checks import check_not_empty, check_source
@@ -29,8 +31,10 @@ from megalith.data.sources import Source, parse_data_path, read_file_list
 
 # A dataset is made by a function or class called with (indexed, documents, num_samples) and the keywords of
 # `_DatasetBuilder.build`. Its attribute `splits_documents`, if any, says that `documents` counts documents (BERT, T5)
-# and not sequences (GPT). Without a corpus the first two are None. Where it has `open`, that opens a source instead of
-# `open_indexed`, and where it has `prepare_tokenizer`, that changes the run's tokenizer (see instruction_factory.py).
+# and not sequences (GPT). Without a corpus the first two are None.
+# A dataset of the files of a task has the attribute `open_files` instead, a function (config, tokenizer) -> (training
+# dataset or None, {name: validation dataset}) whose datasets have a length, are read whole, and have a `loss_mask` in
+# each sample; see samples/epochs.py. Such a factory may have `prepare_tokenizer`, see below.
 DATASETS = Registry(
     "dataset",
     {
@@ -38,8 +42,9 @@ DATASETS = Registry(
         "bert": "megalith.data.samples.bert_dataset:from_config",
         "t5": "megalith.data.samples.t5_dataset:from_config",
         "ict": "megalith.data.samples.ict_dataset:from_config",
-        "chat": "megalith.data.samples.instruction_factory:chat",
-        "completion": "megalith.data.samples.instruction_factory:completion",
+        "classification": "megalith.data.tasks.dataset:from_files",
+        "chat": "megalith.data.instructions.factory:chat",
+        "completion": "megalith.data.instructions.factory:completion",
     },
 )
 THREADS = 16
@@ -55,8 +60,10 @@ def build_datasets(
     tokenizer: as megalith.data.tokenizers.tokenizer makes them (vocab_size, eod, ...). rank, size: data-parallel rank,
     which decides what this process builds first, and number of ranks. run_folder: another folder for index files, used
     where the data's own is read-only. Raises ConfigError or DataError naming the flag or file; corpora are opened,
-    checked and indexed before this returns.
+    checked and indexed before this returns. Of the files of a task, "train" is an Epochs and "valid" {name: Whole}.
     """
+    if (open_files := getattr(DATASETS.find(config.data.dataset), "open_files", None)) is not None:
+        return task_datasets(config, *open_files(config, tokenizer), global_batch(config, size))
     builder, data = _DatasetBuilder(config, tokenizer, run_folder), config.data
     sizes = dict(zip(SPLIT_NAMES, sample_counts(config, size)))
     check_memory(config, sizes)
@@ -84,6 +91,18 @@ def build_datasets(
     return built
 
 
+def task_datasets(config: RunConfig, train: Any, valid: Mapping[str, Any], batch: int) -> dict[str, Any]:
+    """What `build_datasets` returns, of the datasets of a task's files. batch: the global batch."""
+    epochs, whole = None, {name: Whole(dataset, batch) for name, dataset in valid.items()}
+    if train is not None and not config.validation.skip_train:
+        if config.finetuning.epochs is not None:
+            config = in_samples(config, len(train), batch)
+        total = config.schedule.train_samples or (config.schedule.train_iters or 0) * batch
+        # Padding for the last batch, wherever batches begin: a run may be resumed with another one.
+        epochs = Epochs(train, total, seed=config.batch.seed, padding=batch - 1)
+    return {"train": epochs, "valid": whole or None, "test": None}
+
+
 def prepare_tokenizer(config: RunConfig, tokenizer: Any) -> list[str]:
     """Change the tokenizer where the dataset asks for it; lines on what has changed.
 
@@ -97,7 +116,7 @@ def sample_counts(config: RunConfig, size: int = 1) -> tuple[int, int, int]:
     """Samples of training, validation and test that the run requests, as Megatron's. size: data-parallel ranks."""
     batch, schedule, validation = global_batch(config, size), config.schedule, config.validation
     train = schedule.train_samples if schedule.train_samples is not None else (schedule.train_iters or 0) * batch
-    rounds = train // batch // validation.eval_interval + 1
+    rounds = train // batch // validation.interval + 1
     return train, rounds * validation.eval_iters * batch, validation.eval_iters * batch
 
 
@@ -142,6 +161,8 @@ def blend_summary(dataset: Any, max_lines: int = 20) -> list[str]:
 def why_no_validation(data: DataConfig, train: Any) -> str:
     """Why there is no validation data beside these training data, and the cure."""
     none = "no validation data, so nothing is validated"
+    if isinstance(train, Epochs):
+        return f"{none}; name some with --valid-data"
     if data.train_data_path:
         return f"{none}; name some with --valid-data-path"
     otherwise = "name other data with --train-data-path and --valid-data-path instead of --data-path"
@@ -198,8 +219,6 @@ class _DatasetBuilder:
         reader = "mmap" if data.mmap_bin_files else "pread"
 
         def open_and_check(source: Source) -> Any:
-            if hasattr(self.factory, "open"):
-                return self.factory.open(source.prefix, self.config, self.tokenizer, self._folders(source.prefix))
             indexed = open_indexed(source.prefix, reader)
             return check_source(indexed, self.tokenizer, data, not self.splits_documents, probes)
 
@@ -212,7 +231,7 @@ class _DatasetBuilder:
         self, indexed: Any, documents: tuple[int, int] | None, num_samples: int | None, repetition: int = 0
     ) -> Any:
         """One dataset; a `repetition` above 0 is shuffled anew."""
-        folders = self._folders(indexed.prefix) if indexed is not None else []
+        folders = self._folders(indexed) if indexed is not None else []
         seed = (self.config.batch.seed + repetition) % 2**32
         dataset = self.factory(
             indexed,
@@ -227,11 +246,11 @@ class _DatasetBuilder:
             self.datasets.append(dataset)
         return dataset
 
-    def _folders(self, prefix: str) -> list[pathlib.Path]:
-        parent = os.path.dirname(prefix)
+    def _folders(self, indexed: Any) -> list[pathlib.Path]:
+        parent = os.path.dirname(indexed.prefix)
         if parent not in self.cache_folders:  # kept, because there may be many sources and making paths is slow
             chosen = self.config.data.data_cache_path
-            self.cache_folders[parent] = default_folders(prefix, chosen, self.run_folder)
+            self.cache_folders[parent] = default_folders(indexed.prefix, chosen, self.run_folder)
         return self.cache_folders[parent]
 
     def prepare_all(self, rank: int) -> None:
@@ -296,7 +315,7 @@ class _DatasetBuilder:
         datasets = [
             self._endless(indexed, bounds, num_samples) for (_, indexed, bounds, _), num_samples in zip(parts, requests)
         ]
-        folders = self._folders(parts[0][1].prefix)
+        folders = self._folders(parts[0][1])
         names = list(dict.fromkeys(usage.source.corpus for usage in usages))
         schedule = self._schedule(scheduled, usages) if scheduled else []
         if names == [""]:

@@ -18,12 +18,14 @@ from megalith.config.parameters import weight_decays
 from megalith.config.run import RunConfig
 from megalith.data.build import build_datasets
 from megalith.data.loader import Loader
+from megalith.data.samples.epochs import Epochs
 from megalith.data.tokenizers.tokenizer import Tokenizer
 from megalith.optim.build import build_optimizer
 from megalith.optim.loss_scale import build_loss_scale
 from megalith.optim.schedule import Schedule
 from megalith.planner.flops import flops_per_token
 from megalith.runtime.build import Mesh, build_runtime
+from megalith.training.best import KeepBest
 from megalith.training.callbacks import Callback, RunInfo
 from megalith.training.duties import CountValidation, ExitInterval, SaveCheckpoints, SaveFirst, Validate
 from megalith.training.guards import PruneCheckpoints, StopDiverged, StopEmptyBatches
@@ -35,7 +37,7 @@ from megalith.training.resume.lora import read_start
 from megalith.training.resume.state import Progress
 from megalith.training.step import Trainer
 from megalith.training.tasks import build_task
-from megalith.training.validation import Validation
+from megalith.training.validation import PART, Validation
 
 
 def set_determinism(config: RunConfig) -> None:
@@ -79,14 +81,19 @@ def open_datasets(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> dict[s
 
 
 def build_loaders(config: RunConfig, mesh: Mesh, datasets: Mapping[str, Any]) -> dict[str, Loader]:
-    """A loader of this data-parallel rank's micro-batches for every dataset that there is, by the same name."""
+    """A loader of this data-parallel rank's micro-batches for every dataset that there is, by the same name.
+
+    Those of validation data that come by name are "validation/NAME".
+    """
+    named = datasets["valid"] if isinstance(datasets["valid"], Mapping) else {}
+    whole = {PART + name: dataset for name, dataset in named.items()}
     return {
         split: Loader(
             dataset, micro_batch_size=config.batch.micro_batch_size, rank=mesh.data_rank, size=mesh.data_size,
-            order=config.data.dataloader_type if split == "train" else "single", seed=config.batch.seed,
-            num_workers=config.data.num_workers,
+            order=config.data.dataloader_type if split == "train" and not isinstance(dataset, Epochs) else "single",
+            seed=config.batch.seed, num_workers=config.data.num_workers,
         )
-        for split, dataset in datasets.items() if dataset is not None
+        for split, dataset in (datasets | whole).items() if dataset is not None and dataset is not named
     }  # fmt: skip
 
 
@@ -109,12 +116,12 @@ def run_info(config: RunConfig, mesh: Mesh, start_step: int, train_iters: int) -
 
 def build_callbacks(
     trainer: Trainer, progress: Progress, validation: Validation, measured_before: Collection[str],
-    save: Callable[[], None], next_start: Callable[[], str],
+    save: Callable[[], None], next_start: Callable[[], str], epoch: int | None = None,
 ) -> list[Callback]:  # fmt: skip
     """The callbacks of a run, in the order in which they must be called: guards, then saving, then validation.
 
     measured_before: the splits that were measured at the present step before this process started.
-    save: writes a checkpoint. next_start: what the next start does, as text.
+    save: writes a checkpoint. next_start: what the next start does, as text. epoch: samples of one, where it is known.
     """
     config, mesh = trainer.runtime.config, trainer.runtime.mesh
     reporting = reporters(config)
@@ -128,8 +135,12 @@ def build_callbacks(
 
     pruning = PruneCheckpoints(prune, progress)
     saver = SaveCheckpoints(save, progress)
-    count: Sequence[Callback] = [CountValidation(validation.cursor)] if validation.splits else []
-    measure = Validate(validation.measure, progress, [*reporting, pruning], validation.splits, measured_before)
+    count: Sequence[Callback] = [CountValidation(validation.cursor)] if validation.cursor else []
+    best: list[Callback] = []
+    if validation.whole and config.finetuning.keep_best and not config.validation.skip_train:
+        best = [KeepBest(saver, progress, trainer.task.best_metric)]
+    listeners = [*reporting, *best, pruning]
+    measure = Validate(validation.measure, progress, listeners, validation.splits, measured_before, epoch)
     guards: list[Callback] = [StopDiverged(next_start), StopEmptyBatches(), pruning]
     return [*reporting, *guards, *count, saver, measure, ExitInterval(progress), SaveFirst(saver)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import sys
@@ -33,7 +34,9 @@ class CountValidation(Callback):
 
 
 class Validate(Callback):
-    """Every eval_interval steps, and before and after the run, measure the losses and pass them to other callbacks.
+    """Measure the losses and pass them to other callbacks: every eval_interval steps, and before and after the run.
+
+    With an epoch of a known length this is where each ends, and every eval_interval steps where that is given.
 
     It comes after SaveCheckpoints: a validation that fails or is killed loses no step. One that fails is reported and
     training continues; at the end of the run it is a TrainingError, when everything is saved.
@@ -41,25 +44,37 @@ class Validate(Callback):
 
     def __init__(
         self, measure: Callable[[str], Evaluation], progress: Progress, listeners: Sequence[Callback],
-        splits: Sequence[str], known: Collection[str] = (),
+        splits: Sequence[str], known: Collection[str] = (), epoch: int | None = None,
     ):  # fmt: skip
         """measure: losses and metrics of a split by name ("validation", "test"); may raise ValidationIncomplete.
 
         splits: those that have data. known: those that were measured at the present step before this process started.
+        epoch: samples of an epoch.
         """
         self.measure, self.progress, self.listeners, self.splits = measure, progress, listeners, splits
+        self.epoch = epoch
         self.done = {(split, progress.iteration) for split in known}
 
     def on_start(self, run: RunInfo) -> None:
         """Measure before the first step, so that the curve has a beginning; after a resume, where one is missing."""
-        done = self.progress.iteration
-        if done == 0 or (done < run.train_iters and done % run.config.validation.eval_interval == 0):
+        done, consumed = self.progress.iteration, self.progress.consumed_train_samples
+        batch = consumed // max(1, done)  # as all steps of an epoch have the same
+        if done == 0 or (done < run.train_iters and self.due(run, done, consumed, batch)):
             self.validate(run, "validation")
 
     def on_step(self, run: RunInfo, record: StepRecord) -> None:
         """Validate where the interval ends."""
-        if record.step % run.config.validation.eval_interval == 0 and self.progress.stop is None:
+        due = self.due(run, record.step, record.consumed_samples, record.global_batch_size)
+        if due and self.progress.stop is None:
             self.validate(run, "validation")
+
+    def due(self, run: RunInfo, step: int, consumed: int, batch: int) -> bool:
+        """Whether a validation is due after this step, with which the run has consumed so many samples."""
+        c = run.config.validation
+        if self.epoch is None:
+            return step % c.interval == 0
+        ends = consumed // self.epoch > (consumed - batch) // self.epoch
+        return ends or (c.eval_interval is not None and step % c.eval_interval == 0)
 
     def on_end(self, run: RunInfo) -> None:
         """Measure at the end, where the last step was not measured; then the test data."""
@@ -87,7 +102,7 @@ class Validate(Callback):
             return None
         started = time.perf_counter()
         try:
-            losses, metrics = self.measure(split)
+            losses, metrics, *parts = self.measure(split)
         except ValidationIncomplete as error:
             self.progress.stop = self.progress.stop or error.reason
             return None if error.reason else error
@@ -105,8 +120,13 @@ class Validate(Callback):
             step=step, consumed_samples=self.progress.consumed_train_samples, losses=losses, metrics=metrics,
             split=split, at_end=at_end, seconds=time.perf_counter() - started,
         )  # fmt: skip
-        for listener in self.listeners:
-            listener.on_validation(run, record)
+        named = [
+            dataclasses.replace(record, split=name, losses=part.losses, metrics=part.metrics)
+            for name, part in (parts[0] if parts else {}).items()
+        ]
+        for each in (*named, record):
+            for listener in self.listeners:
+                listener.on_validation(run, each)
         return None
 
 

@@ -6,7 +6,6 @@ Losses and metrics are added up over micro-batches and processes; nothing here w
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,29 +16,29 @@ from megalith.common.errors import TrainingError, problem
 from megalith.config.flags.text import Words
 from megalith.runtime.build import Runtime
 from megalith.training import pooled
-from megalith.training.tasks import Batch, PooledTask, Ratio, Task
+from megalith.training.tasks import Batch, MetricSums, PooledTask, Task
 
 
 @dataclasses.dataclass
 class Sums:
-    """Running sums on one process, float64: its parts of the losses, and the sum and the count of each metric."""
+    """Running sums on one process, float64: its parts of the losses, and the sums of each metric."""
 
     losses: dict[str, Tensor]
     metrics: dict[str, Tensor]
 
-    def add(self, task: Task, losses: Mapping[str, Tensor], metrics: Mapping[str, Ratio]) -> None:
+    def add(self, task: Task, losses: Mapping[str, Tensor], metrics: Mapping[str, MetricSums]) -> None:
         """Add those of a micro-batch. Raises TrainingError where a name is not declared, or a loss is missing."""
         rule = "must return the names of `counts` (what is not to be minimised is for `metrics`)"
         _check_names(task, "losses", losses, self.losses, rule, self.losses)
         _check_names(task, "metrics", metrics, self.metrics, "must return the names of `metric_names`")
         for name, part in losses.items():
             self.losses[name] += part.detach().double()
-        for name, (total, count) in metrics.items():
-            self.metrics[name][0] += total
-            self.metrics[name][1] += count
+        for name, sums in metrics.items():
+            for number, value in enumerate(sums):
+                self.metrics[name][number] += value
 
     def flat(self) -> Tensor:
-        """All of them, one after the other: a number for each loss, two for each metric."""
+        """All of them, one after the other: a number for each loss, and the sums of each metric."""
         return torch.cat((torch.stack(list(self.losses.values())), *self.metrics.values()))
 
 
@@ -62,7 +61,7 @@ def forward_backward(
     batches: this process's micro-batches, as `runtime.prepare_batch` gives them. iteration: keys the dropout masks.
     loss_scale: factor on the gradients. extra: numbers to be summed over all processes.
     Returns (counts, sums): what the losses were divided by, and float64 numbers that are equal on every process: a
-    loss for each of `counts`, a sum and a count for each of `task.metric_names`, then those of `extra`.
+    loss for each of `counts`, the sums of each of `task.metric_names`, then those of `extra`.
     """
     counts = global_counts(runtime, task, batches)
     runtime.begin_step(iteration)
@@ -87,9 +86,10 @@ def run_micro_batches(
         raise TrainingError(
             problem(f"{type(task).__name__}.metric_names", Words(", ".join(both)), rule, "Rename the metric")
         )
+    sizes = task.metric_sizes
     sums = Sums(
         {name: torch.zeros((), dtype=torch.float64, device=device) for name in counts},
-        {name: torch.zeros(2, dtype=torch.float64, device=device) for name in task.metric_names},
+        {name: torch.zeros(sizes.get(name, 2), dtype=torch.float64, device=device) for name in task.metric_names},
     )
 
     def loss(output: Any, batch: Batch) -> Tensor:
@@ -126,9 +126,3 @@ def global_counts(runtime: Runtime, task: Task, batches: Sequence[Batch]) -> dic
     sums = [torch.stack([counts[name] for counts in all_counts]).sum().double() for name in names]
     total = torch.stack(sums).to(runtime.mesh.device)
     return dict(zip(names, runtime.mesh.sum_over_data(total).float(), strict=True))
-
-
-def ratios(names: Sequence[str], numbers: Sequence[float]) -> dict[str, float]:
-    """Metrics by name, of a sum and a count for each; not a number where nothing was counted."""
-    pairs = zip(numbers[::2], numbers[1::2], strict=True)
-    return {name: total / count if count else math.nan for name, (total, count) in zip(names, pairs, strict=True)}

@@ -15,14 +15,16 @@ from megalith.common.errors import ConfigError, MegalithError
 from megalith.common.files import write_text
 from megalith.common.orphans import ends_with_launcher
 from megalith.config import environment
-from megalith.config.batch_math import batch_size_at, check_length, total_steps
+from megalith.config.batch_math import batch_size_at, check_length, global_batch, steps_left, total_steps
 from megalith.config.checks.checks import check
+from megalith.config.finetuning import completed, in_samples
 from megalith.config.flags.loading import to_yaml
 from megalith.config.megatron.counts import embedding_rows
 from megalith.config.run import RunConfig
 from megalith.data.build import prepare_tokenizer
 from megalith.data.tokenizers.tokenizer import Tokenizer, tokenizer_from_config
 from megalith.runtime.build import Mesh, build_mesh, init_distributed
+from megalith.training.best import best_so_far
 from megalith.training.build import (
     build_callbacks,
     build_loaders,
@@ -49,7 +51,7 @@ def train(config: RunConfig) -> Progress:
     Under a launcher every process calls it with the same config. Raises ConfigError, DataError or CheckpointError
     before the first step where something cannot work.
     """
-    owns_group = not dist.is_initialized()
+    config, owns_group = completed(config), not dist.is_initialized()
     check(config, environment.world_size() if owns_group else dist.get_world_size())
     tokenizer = tokenizer_from_config(config.data, vocab_size=config.model.vocab_size)
     changes = prepare_tokenizer(config, tokenizer)
@@ -97,12 +99,17 @@ def run(
 ) -> Progress:
     """The run itself, on a mesh. check_locks: raises CheckpointError where another run has taken the run's folders."""
     set_determinism(config)
-    datasets = open_datasets(config, mesh, tokenizer)
+    given, datasets = config, open_datasets(config, mesh, tokenizer)
+    epoch = getattr(datasets["train"], "samples_per_epoch", None)
+    if epoch is not None and config.finetuning.epochs is not None:
+        config = in_samples(config, epoch, global_batch(config, mesh.data_size))
     data = origin.fingerprints(filter(None, datasets.values()), config.data)
     changed = origin.compare(config, tokenizer, data)
     trainer = build_trainer(config, mesh, tokenizer)
     progress = saving.resume(trainer)
     train_iters = 0 if config.validation.skip_train else total_steps(config, mesh.data_size)
+    if train_iters and config.finetuning.epochs is not None:  # whatever batches the steps before had
+        train_iters = progress.iteration + steps_left(config, mesh.data_size, progress.consumed_train_samples)
     loaders = build_loaders(config, mesh, datasets)
     measured_before = already_measured(config, mesh, progress.iteration)
     unmeasured = [split for split in measured_splits(config, loaders) if split not in measured_before]
@@ -112,12 +119,15 @@ def run(
         return progress
     signals = StopSignal(config.resilience.exit_signal_handler, config.resilience.exit_duration_in_mins)
     validation = Validation(trainer, progress, loaders, signals)
+    if validation.whole and config.finetuning.keep_best:
+        best = functools.partial(best_so_far, config, progress.iteration, trainer.task.best_metric)
+        progress.best = Ranks().collect(best, lambda found: next(filter(None, found), None))
     next_start = functools.partial(describe_next_start, config, progress)
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save(scratch)
         files = {f"tokenizer/{path.name}": str(path) for path in pathlib.Path(scratch).iterdir()}
-        save = functools.partial(saving.save, trainer, progress, to_yaml(config), files, data, next_start, check_locks)
-        callbacks = build_callbacks(trainer, progress, validation, measured_before, save, next_start)
+        save = functools.partial(saving.save, trainer, progress, to_yaml(given), files, data, next_start, check_locks)
+        callbacks = build_callbacks(trainer, progress, validation, measured_before, save, next_start, epoch)
         try:
             batches = functools.partial(batch_size_at, config, mesh.data_size)
             info = run_info(config, mesh, progress.iteration, train_iters)

@@ -13,7 +13,7 @@ from megalith.optim.groups import set_rates
 from megalith.optim.loss_scale import StaticLossScale
 from megalith.optim.schedule import Schedule
 from megalith.runtime.build import Runtime
-from megalith.training.forward_backward import forward_backward, ratios
+from megalith.training.forward_backward import forward_backward
 from megalith.training.resume.state import STOP_REASONS, Progress
 from megalith.training.tasks import Batch, Task
 
@@ -86,7 +86,7 @@ def train_step(
     *numbers, grad_norm = numbers.tolist()  # the step's one wait for the device
     last, stop_at = 2 * len(counts), -len(STOP_REASONS)
     counted, losses, stops = numbers[: len(counts)], numbers[len(counts) : last], numbers[stop_at:]
-    metrics = ratios(task.metric_names, numbers[last:stop_at])
+    metrics = task.metrics_of(numbers[last:stop_at])
     finite = all(map(math.isfinite, losses))
     updated = finite and math.isfinite(grad_norm)
     # A smaller scale helps where gradients of float16 overflow, but never where the loss does, which is not scaled.

@@ -8,6 +8,8 @@ processes.
 from __future__ import annotations
 
 import abc
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -24,18 +26,24 @@ from megalith.runtime.build import Mesh
 
 # One micro-batch: b samples of s tokens (with context parallelism, this process's part of the tokens).
 Batch = dict[str, Tensor]
-Ratio = tuple[Tensor | float, Tensor | float]  # a sum and what it is divided by, both of one micro-batch
+MetricSums = Sequence[
+    Tensor | float
+]  # a sum and what it is divided by, or more (see Task.metric_sizes), of one micro-batch
 
 
 class Task(abc.ABC):
     """A loss, or several, by name, and what is reported beside them. One object lasts for the whole run.
 
     metric_names: what `metrics` returns, the same in every batch and on every process.
+    metric_sizes: {name: number of sums} of the metrics that are not a ratio of two.
+    best_metric: the metric whose highest value on validation data marks the best checkpoint; None: the lowest loss.
     sequences: {array of ids [b, s] in a batch: name of the positions of its tokens}; the model is given these positions
         with context parallelism (parallel/context.py).
     """
 
     metric_names: Sequence[str] = ()
+    metric_sizes: Mapping[str, int] = MappingProxyType({})
+    best_metric: str | None = None
     sequences: Mapping[str, str] = MappingProxyType(
         {"input_ids": "coordinates", "decoder_input_ids": "decoder_coordinates"}
     )  # fmt: skip
@@ -70,8 +78,10 @@ class Task(abc.ABC):
         output: what the model returned. The parts are added up, and what is minimised is the sum of the losses.
         """
 
-    def metrics(self, output: Any, batch: Batch) -> dict[str, Ratio]:
+    def metrics(self, output: Any, batch: Batch) -> dict[str, MetricSums]:
         """What is reported and never minimised: {name: (sum, count)} of this micro-batch, without gradient.
+
+        Where metric_sizes has the name, there are as many sums as it says, of which `metric` makes the number.
 
         Sums and counts are added up over the global batch: over micro-batches, data- and context-parallel processes,
         and once where tensor-parallel processes have the same. With context parallelism each process returns what its
@@ -79,6 +89,24 @@ class Task(abc.ABC):
         [s] say which tokens a process has.
         """
         return {}
+
+    def metric(self, name: str, sums: Sequence[float]) -> float:
+        """A metric, of its sums over the global batch; not a number where nothing was counted."""
+        total, count = sums
+        return total / count if count else math.nan
+
+    def metrics_of(self, numbers: Sequence[float]) -> dict[str, float]:
+        """All metrics by name, of the sums of each, one after the other."""
+        rest = iter(numbers)
+        sums = {name: list(itertools.islice(rest, self.metric_sizes.get(name, 2))) for name in self.metric_names}
+        return {name: self.metric(name, each) for name, each in sums.items()}
+
+    def predictions(self, output: Any, batch: Batch) -> Tensor | None:
+        """What the model predicts of each sample, float [b, ...], for the file of predictions; None where there is none.
+
+        With context parallelism it is asked of the process that has the samples' first tokens.
+        """
+        return None
 
 
 class PooledTask(Task):
@@ -189,6 +217,7 @@ TASKS = Registry(
         "bert": "megalith.training.tasks:MaskedLanguageModelling",
         "t5": "megalith.training.tasks:SpanCorruption",
         "classification": "megalith.training.tasks_classification:Classification",
+        "regression": "megalith.training.tasks_classification:Regression",
     },
 )
 

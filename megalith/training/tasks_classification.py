@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megalith.training.tasks import Batch, Ratio, Task, sample_mask
+from megalith.training.tasks import Batch, MetricSums, Task, sample_mask
 
 
 class Classification(Task):
@@ -32,7 +32,7 @@ class Classification(Task):
         """output: weighted losses [b], and logits [b, classes]."""
         return {"classification loss": output[0].sum()}
 
-    def metrics(self, output: tuple[Tensor, Tensor], batch: Batch) -> dict[str, Ratio]:
+    def metrics(self, output: tuple[Tensor, Tensor], batch: Batch) -> dict[str, MetricSums]:
         """The fraction of samples whose largest logit is that of their label."""
         counted = sample_mask(batch, "loss_mask") * first_token_is_here(batch)
         right = output[1].argmax(dim=-1) == batch["labels"]

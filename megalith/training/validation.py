@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -13,19 +14,25 @@ import torch
 from megalith.config.batch_math import global_batch
 from megalith.config.run import RunConfig
 from megalith.data.loader import Loader
-from megalith.training.forward_backward import global_counts, ratios, run_micro_batches
+from megalith.training.forward_backward import global_counts, run_micro_batches
 from megalith.training.resume.state import Progress
 from megalith.training.step import Trainer, decode_stop, encode_stop
+from megalith.training.tasks import Task
 
 StopReason = Callable[[], str | None]  # why this process asks that the run end, if it does
 SPLITS = {"validation": "valid", "test": "test"}  # what is measured -> the dataset's name
+PART = "validation/"  # what the names of validation data begin with that is measured whole, by name
 
 
 class Evaluation(NamedTuple):
-    """What was measured, by name, equal on every process: mean losses, and metrics."""
+    """What was measured, by name, equal on every process: mean losses, and metrics.
+
+    parts: of all of --valid-data, what was measured of each of several files.
+    """
 
     losses: dict[str, float]
     metrics: dict[str, float]
+    parts: Mapping[str, Evaluation] = MappingProxyType({})
 
 
 class ValidationIncomplete(Exception):
@@ -69,28 +76,69 @@ class Cursor:
 
 def measured_splits(config: RunConfig, loaders: Mapping[str, Loader]) -> list[str]:
     """What is measured, "validation" and "test": where there is such data, and --eval-iters asks for it."""
-    return [split for split, name in SPLITS.items() if config.validation.eval_iters and name in loaders]
+    found = {split for split, name in SPLITS.items() if name in loaders}
+    found |= {"validation"} if whole_sets(loaders) else set()
+    return [split for split in SPLITS if config.validation.eval_iters and split in found]
+
+
+def whole_sets(loaders: Mapping[str, Loader]) -> dict[str, Loader]:
+    """{name: loader} of the validation data that is measured whole, that without labels left out."""
+    sets = {name: loader for name, loader in loaders.items() if name.startswith(PART)}
+    return {name: loader for name, loader in sets.items() if getattr(loader.dataset.dataset, "labelled", True)}
 
 
 class Validation:
-    """Measures a model on validation data, each time on other samples of it, and on test data, always the same."""
+    """Measures a model on validation data, each time on other samples of it, and on test data, always the same.
+
+    Validation data of a task's files (data/samples/epochs.py) are measured whole each time, all together and by name.
+    """
 
     def __init__(self, trainer: Trainer, progress: Progress, loaders: Mapping[str, Loader], stop: StopReason):
-        """loaders: "valid" and "test", where there is such data."""
+        """loaders: "valid" and "test", or "validation/NAME" for each file, where there is such data."""
         config = trainer.runtime.config
         self.trainer, self.loaders, self.stop = trainer, loaders, stop
-        self.splits = measured_splits(config, loaders)
+        self.splits, self.whole = measured_splits(config, loaders), whole_sets(loaders)
         self.batches, self.batch = config.validation.eval_iters, global_batch(config, trainer.runtime.mesh.data_size)
-        length = len(loaders["valid"].dataset) if "validation" in self.splits else 0
-        self.cursor = Cursor(progress, self.batches * self.batch, config.validation.eval_interval, length)
+        self.cursor: Cursor | None = None
+        if "validation" in self.splits and not self.whole:
+            samples, length = self.batches * self.batch, len(loaders["valid"].dataset)
+            self.cursor = Cursor(progress, samples, config.validation.interval, length)
 
     def measure(self, split: str) -> Evaluation:
         """Losses and metrics of "validation" or "test"; see evaluate."""
-        first = self.cursor.first if split == "validation" else 0
+        if split == "validation" and self.whole:
+            return self.measure_whole()
+        first = self.cursor.first if split == "validation" and self.cursor else 0
         return evaluate(self.trainer, self.loaders[SPLITS[split]], first, self.batches, self.batch, self.stop)
 
+    def measure_whole(self) -> Evaluation:
+        """Of all files together, each sample of them once; `parts` where there are several."""
+        task = self.trainer.task
+        found = {
+            name: add_up(self.trainer, loader, 0, len(loader.dataset) // self.batch, self.batch, self.stop)
+            for name, loader in self.whole.items()
+        }
+        parts = {name: each.evaluation(task) for name, each in found.items()} if len(found) > 1 else {}
+        names = next(iter(found.values())).names
+        columns = ([each.counts for each in found.values()], [each.sums for each in found.values()])
+        counts, sums = ([sum(column) for column in zip(*rows)] for rows in columns)
+        return Totals(names, counts, sums).evaluation(task)._replace(parts=parts)
 
-@torch.no_grad()
+
+class Totals(NamedTuple):
+    """Sums over some samples. sums: those of the losses by name, then those of the metrics."""
+
+    names: list[str]
+    counts: Sequence[float]
+    sums: Sequence[float]
+
+    def evaluation(self, task: Task) -> Evaluation:
+        """Means and metrics."""
+        losses = zip(self.names, self.sums, self.counts)
+        means = {name: value / count if count else math.nan for name, value, count in losses}
+        return Evaluation(means, task.metrics_of(self.sums[len(self.names) :]))
+
+
 def evaluate(
     trainer: Trainer, loader: Loader, start: int, batches: int, global_batch_size: int, stop: StopReason = lambda: None
 ) -> Evaluation:  # fmt: skip
@@ -99,6 +147,14 @@ def evaluate(
     They do not depend on the number of processes. A loss without unmasked tokens is not a number. stop: called before
     every batch. Raises ValidationIncomplete on all processes where any gives a reason, or cannot read its part.
     """
+    return add_up(trainer, loader, start, batches, global_batch_size, stop).evaluation(trainer.task)
+
+
+@torch.no_grad()
+def add_up(
+    trainer: Trainer, loader: Loader, start: int, batches: int, global_batch_size: int, stop: StopReason
+) -> Totals:  # fmt: skip
+    """The sums that `evaluate` divides, equal on every process."""
     runtime, task = trainer.runtime, trainer.task
     runtime.train(False)
     sums, totals = torch.zeros((), dtype=torch.float64, device=trainer.device), dict[str, torch.Tensor]()
@@ -106,9 +162,10 @@ def evaluate(
         micro_batches = read_batches(trainer, loader, start + number * global_batch_size, global_batch_size, stop())
         parts = [runtime.prepare_batch(batch, task.sequences) for batch in micro_batches]
         counts = global_counts(runtime, task, parts)
+        found = run_micro_batches(runtime, task, parts, counts, 0, train=False)
         counted = torch.stack(list(counts.values())).double()
-        weights = torch.cat((counted, counted.new_ones(2 * len(task.metric_names))))
-        sums = sums + run_micro_batches(runtime, task, parts, counts, 0, train=False) * weights
+        weights = torch.cat((counted, counted.new_ones(len(found) - len(counted))))
+        sums = sums + found * weights
         for name, count in counts.items():
             totals[name] = totals.get(name, 0.0) + count.double()
     numbers = runtime.mesh.all_reduce(sums).tolist()
@@ -117,9 +174,7 @@ def evaluate(
         samples = batches * global_batch_size
         print(f"megalith: no token of {samples} samples counts for the {name} (all are masked): it is not a number",
               file=sys.stderr, flush=True)  # fmt: skip
-    counted = [float(total) for total in totals.values()]
-    means = {name: value / total if total else math.nan for name, value, total in zip(totals, numbers, counted)}
-    return Evaluation(means, ratios(task.metric_names, numbers[len(totals) :]))
+    return Totals(list(totals), [float(total) for total in totals.values()], numbers)
 
 
 def read_batches(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from megalith.common.environment import has_launcher
-from megalith.common.errors import DataError, MegalithError, problem
+from megalith.common.errors import MegalithError, problem
 from megalith.common.urls import is_url
 from megalith.config import environment
 from megalith.config.flags import flags
@@ -17,8 +17,7 @@ from megalith.config.flags.text import Problem, field_problem, flag
 from megalith.config.flags.yaml_text import about
 from megalith.config.run import RunConfig
 from megalith.config.sections.data import (
-    DATASETS,
-    INSTRUCTIONS,
+    CORPUS_DATASETS,
     MADE_FROM,
     TOKENIZER_FILES,
     DataConfig,
@@ -77,10 +76,7 @@ def wrong_paths(config: RunConfig) -> Iterator[Problem]:
 
         try:
             for source in sources():
-                if config.data.dataset in INSTRUCTIONS:
-                    _require_file(source.prefix)
-                else:
-                    resolve_prefix(source.prefix)
+                resolve_prefix(source.prefix)
         except MegalithError as error:
             text = str(error)
             yield Problem(
@@ -132,7 +128,10 @@ def _corpus_fields(data: DataConfig) -> list[tuple[str, Callable[[], list[Any]]]
 
 def unnamed(data: DataConfig) -> Iterator[str]:
     """A line for each thing that a run needs and that the config does not name, or that is not on this machine."""
-    if not any(getattr(data, name) for name in CORPORA if name != "titles_data_path") and data.dataset in DATASETS:
+    if (
+        not any(getattr(data, name) for name in CORPORA if name != "titles_data_path")
+        and data.dataset in CORPUS_DATASETS
+    ):
         yield "--data-path is not given: the name of a corpus, as `megalith data preprocess` gave it"
     if data.tokenizer_type is None:
         yield (
@@ -160,11 +159,6 @@ def _absent(name: str, data: DataConfig) -> bool:
     return value is not None and not pathlib.Path(value).exists() and not _is_hub_name(name, data)
 
 
-def _require_file(path: str) -> None:
-    if not pathlib.Path(path).is_file():
-        raise DataError(problem("The data", path, "must name a file of JSON lines that exists", "Correct the path"))
-
-
 def _corpora(data: DataConfig) -> Iterator[str]:
     from megalith.data.indexed.tntidx import open_indexed  # here, because numpy takes a moment
 
@@ -177,9 +171,7 @@ def _corpora(data: DataConfig) -> Iterator[str]:
             continue
         for source in found:
             try:
-                if data.dataset in INSTRUCTIONS:
-                    _require_file(source.prefix)
-                elif not open_indexed(source.prefix).num_documents:  # its header and the sizes of both files are judged
+                if not open_indexed(source.prefix).num_documents:  # its header and the sizes of both files are judged
                     yield f"{name}: {source.prefix} has no documents"
             except MegalithError as error:
                 yield f"{name}: {error}"

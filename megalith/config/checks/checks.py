@@ -9,6 +9,7 @@ from typing import Any
 from megalith.common.errors import ConfigError
 from megalith.common.extras import missing_package
 from megalith.config.architectures import architecture
+from megalith.config.checks.finetune import finetune_problems
 from megalith.config.checks.lora import lora_problems
 from megalith.config.checks.masking import masking_problems
 from megalith.config.checks.model import model_problems
@@ -17,7 +18,7 @@ from megalith.config.checks.schedule import schedule_problems
 from megalith.config.flags.text import Problem, Words, around, fail, field_problem, flag, multiples, nearest, value_text
 from megalith.config.flags.values import TYPE_NAMES, fields
 from megalith.config.run import RunConfig
-from megalith.config.sections.data import DATASETS, missing_tokenizer_files, split_fractions
+from megalith.config.sections.data import CORPUS_DATASETS, missing_tokenizer_files, split_fractions
 
 TOKENIZER_PACKAGES = {  # tokenizer -> the package that it needs
     **dict.fromkeys(("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer"), "sentencepiece"),
@@ -54,7 +55,7 @@ def find_problems(
     rules = [*model_problems(config), *parallel_problems(config, world_size), *recompute_problems(config)]
     rules += lora_problems(config)
     if not one_step:
-        rules += [*schedule_problems(config), *_files(config)]
+        rules += [*schedule_problems(config), *_files(config), *finetune_problems(config)]
     if data:
         rules += [*_data(config, corpus), *masking_problems(config), *_packages(config)]
     return found + [each for each in rules if not wrong.intersection(each.fields)]
@@ -162,7 +163,11 @@ def _files(config: RunConfig) -> Iterator[Problem]:
     given = needs_checkpoint(config)
     if given and not (c.load or c.save or config.logging.run_dir):
         rule = "needs a checkpoint to load"
-        yield field_problem((given, "load"), flag(given), Words("none"), rule, "Name its folder with --load")
+        typed = "--epochs 0" if given == "skip_train" and config.finetuning.epochs == 0 else flag(given)
+        cure = (
+            "Name its folder with --load" if config.finetuning.task is None else "Name it with --pretrained-checkpoint"
+        )
+        yield field_problem((given, "load"), typed, Words("none"), rule, cure)
     if c.use_checkpoint_args and not c.load:
         both, rule = ("use_checkpoint_args", "load"), "needs a checkpoint to read"
         yield field_problem(both, "--use-checkpoint-args", Words("no --load"), rule, "Name its folder with --load")
@@ -184,7 +189,7 @@ def _data(config: RunConfig, corpus: bool) -> Iterator[Problem]:
     if apart and "train_data_path" not in apart and not config.validation.skip_train:
         rule = "needs --train-data-path beside it, because a run that trains needs data"
         yield field_problem(("train_data_path",), flag(apart[0]), None, rule, "Write --train-data-path too")
-    elif d.dataset in DATASETS and not given and corpus:
+    elif d.dataset in CORPUS_DATASETS and not given and corpus:
         cure = "Write --data-path PREFIX, the name without .bin and .idx that `megalith data preprocess` gave"
         yield field_problem(("data_path",), "--data-path", None, "must name the corpus of the dataset", cure)
     elif len(given) > 1:

@@ -23,7 +23,7 @@ def schedule_problems(config: RunConfig) -> Iterator[Problem]:
         yield from _other_unit(config, "train_iters", IN_SAMPLES)
     elif s.train_samples is not None:
         yield from _other_unit(config, "train_samples", IN_STEPS)
-    elif training:
+    elif training and config.finetuning.epochs is None:
         about, cure = ("train_iters", "train_samples"), "Write --train-iters 1000 (steps), or --train-samples"
         yield field_problem(about, "The length of the run", None, "must be given", cure)
     if s.train_iters is not None and config.batch.rampup_batch_size:

@@ -8,6 +8,7 @@ from typing import Any
 
 from megalith.common.encodings import conversion_advice, reason
 from megalith.common.errors import ConfigError, MegalithError, problem
+from megalith.config import finetuning
 from megalith.config.architectures import architecture
 from megalith.config.checks.checks import find_problems, violated_limit
 from megalith.config.checks.masking import masking_notices
@@ -17,7 +18,7 @@ from megalith.config.flags.values import convert, fields
 from megalith.config.flags.yaml_text import parse_yaml
 from megalith.config.megatron.counts import vocab_size_of_rows
 from megalith.config.run import RunConfig
-from megalith.config.sections.data import DATASETS, INSTRUCTIONS, TOKENIZER_FILES
+from megalith.config.sections.data import CORPUS_DATASETS, INSTRUCTIONS, TOKENIZER_FILES
 
 OF_DATASETS = {  # field -> the built-in datasets that read it
     "mask_prob": ("bert", "t5"),
@@ -26,7 +27,6 @@ OF_DATASETS = {  # field -> the built-in datasets that read it
     "titles_data_path": ("ict",),
     "use_one_sent_docs": ("ict",),
     "query_in_block_prob": ("ict",),
-    **dict.fromkeys(("reset_position_ids", "reset_attention_mask", "eod_mask_loss"), ("gpt",)),
     "chat_template": ("chat",),
     **dict.fromkeys(("packing", "excess_length_strategy", "assistant_only_loss", "max_unusable"), INSTRUCTIONS),
 }
@@ -81,6 +81,10 @@ def resolve(
         notices += [
             f"the model is {model}, where {source} says {other}" for other, source in models.items() if other != model
         ]
+    try:
+        values |= finetuning.conclusions(values, notices)
+    except ConfigError as error:  # what the task would have set is not missing as well
+        problems.append(Problem(("task", "epochs", "train_iters", "dataset", "train_data", "valid_data"), str(error)))
     if values.get("use_checkpoint_args") and values.get("load"):
         values |= _model_of_checkpoint(values, read_checkpoint, problems, notices)
         values |= _tokenizer_of_checkpoint(values, read_tokenizer, problems, notices)
@@ -90,7 +94,7 @@ def resolve(
     notices += [
         f"{flag(name)} has no effect: only the dataset {' or '.join(readers)} reads it"
         for name, readers in OF_DATASETS.items()
-        if name in values and config.data.dataset in DATASETS and config.data.dataset not in readers
+        if name in values and config.data.dataset in CORPUS_DATASETS and config.data.dataset not in readers
     ]
     notices += masking_notices(config)
     wrong = {field for each in problems for field in each.fields}

@@ -8,13 +8,13 @@ import re
 from megalith.common.errors import ConfigError, problem
 from megalith.config.options import option, section
 
-INSTRUCTIONS = ("chat", "completion")  # datasets made from files of JSON lines, and not from indexed ones
-DATASETS = ("gpt", "bert", "t5", "ict", *INSTRUCTIONS)
 TOKENIZERS = (
     "GPT2BPETokenizer", "BertWordPieceLowerCase", "BertWordPieceCase", "HuggingFaceTokenizer", "HFTokenizer",
     "SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer", "NullTokenizer",
 )  # fmt: skip
 
+CORPUS_DATASETS = ("gpt", "bert", "t5", "ict")  # datasets that are made from corpora, not from the files of a task
+INSTRUCTIONS = ("chat", "completion")  # datasets of supervised finetuning
 TOKENIZER_FILES = ("vocab_file", "merge_file", "tokenizer_model")  # fields that name what a tokenizer is made from
 MADE_FROM = {  # tokenizer -> fields of files; HuggingFaceTokenizer takes --vocab-file too
     "GPT2BPETokenizer": ("vocab_file", "merge_file"),
@@ -54,13 +54,13 @@ class DataConfig:
     seq_length: int | None = option(None, "tokens of a sample", minimum=1)
     dataset: str = option(
         "gpt",
-        "dataset by registry name, or module:name of your own; chat and completion are for supervised finetuning",
-        names=DATASETS,
+        "dataset by registry name, or module:name of your own",
+        names=(*CORPUS_DATASETS, "classification", *INSTRUCTIONS),
     )
     loss: str = option(
         "lm",
         "loss by registry name, or module:name of your own",
-        names=("lm", "bert", "t5", "classification"),
+        names=("lm", "bert", "t5", "classification", "regression"),
     )
     tokenizer_type: str | None = option(
         None,

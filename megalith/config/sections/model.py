@@ -98,7 +98,7 @@ class ModelConfig:
         False, "bert: norm after each residual and after the embeddings, no final norm, as Google's BERT"
     )
     bert_no_binary_head: bool = option(False, "bert: one segment, without the prediction of the order of two")
-    num_classes: int = option(2, "bert_classification: number of classes", minimum=2)
+    num_classes: int = option(2, "bert_classification: number of classes; 1 for a number (regression)", minimum=1)
     classifier_dropout: float | None = option(
         None,
         "dropout before the head of bert_classification and bert_multiple_choice (default: --hidden-dropout)",

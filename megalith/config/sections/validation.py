@@ -9,6 +9,17 @@ from megalith.config.options import option, section
 class ValidationConfig:
     """Validation inside the run, and the test set after it."""
 
-    eval_interval: int = option(1000, "steps between validations", minimum=1)
-    eval_iters: int = option(100, "global batches per validation; 0 for none", minimum=0)
+    eval_interval: int | None = option(
+        None,
+        "steps between validations (default: 1000; with --epochs there is one at the end of each anyway)",
+        minimum=1,
+    )
+    eval_iters: int = option(
+        100, "global batches per validation; 0 for none. Files of --valid-data are read whole", minimum=0
+    )
     skip_train: bool = option(False, "only validate and test what --load gives")
+
+    @property
+    def interval(self) -> int:
+        """Steps between the validations of a run that is not measured in epochs."""
+        return self.eval_interval or 1000

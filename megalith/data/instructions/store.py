@@ -1,4 +1,4 @@
-"""A file of instructions as tokens: read and tokenized once, and mapped from the index cache from then on."""
+"""Files of instructions as tokens: read and tokenized once, and mapped from the index cache from then on."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Report:
 
 
 class InstructionStore:
-    """The samples of one file, in its order, with what data/build.py asks of a source.
+    """The samples of one file, in its order.
 
     Attributes: ids int32 [tokens] and trained bool [tokens], of all samples end to end; ends int64 [samples + 1], where
     each begins and the last ends; weights float32 [samples]; lines int64 [samples], of the file, from 1; report.
@@ -65,24 +65,50 @@ class InstructionStore:
 
     def __init__(self, path: str, arrays: Sequence[np.ndarray]):
         """arrays: as LAYOUT names them."""
-        self.prefix = path
+        self.path = path
         self.ids, self.trained, self.ends, self.weights, self.lines, report = arrays
         self.report = Report(**json.loads(bytes(report)))
-        self.lengths = np.diff(self.ends)
-        self.num_tokens, self.num_documents = int(self.ends[-1]), len(self.weights)
 
     def __len__(self) -> int:
         """Samples."""
-        return self.num_documents
+        return len(self.weights)
 
-    def tokens_between(self, begin: int, end: int) -> int:
-        """Tokens of samples begin to end - 1."""
-        return int(self.ends[end] - self.ends[begin])
+
+class Stores:
+    """The samples of several files as one, file after file.
+
+    Attributes: files, their paths; lengths int64 and weights float32 [samples]; num_trained int64 [samples], tokens
+    that are trained and have one before them; notes, lines on how the files were read.
+    """
+
+    def __init__(self, stores: Sequence[InstructionStore], notes: Sequence[str] = ()):
+        self.stores, self.notes, self.files = stores, notes, [store.path for store in stores]
+        self._ends = np.cumsum([len(store) for store in stores])
+        self.lengths = np.concatenate([np.diff(store.ends) for store in stores])
+        self.weights = np.concatenate([store.weights for store in stores])
+        self.num_trained = np.concatenate([
+            np.add.reduceat(store.trained, store.ends[:-1], dtype=np.int64) - store.trained[store.ends[:-1]]
+            for store in stores
+        ])  # fmt: skip
+
+    def __len__(self) -> int:
+        """Samples."""
+        return len(self.lengths)
 
     def sample(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids int32 [n], trained bool [n]) of a sample."""
-        where = slice(self.ends[number], self.ends[number + 1])
-        return self.ids[where], self.trained[where]
+        store, number = self._locate(number)
+        where = slice(store.ends[number], store.ends[number + 1])
+        return store.ids[where], store.trained[where]
+
+    def where(self, number: int) -> str:
+        """The `file:line` of a sample."""
+        store, number = self._locate(number)
+        return f"{store.path}:{store.lines[number]}"
+
+    def _locate(self, number: int) -> tuple[InstructionStore, int]:
+        file = int(np.searchsorted(self._ends, number, side="right"))
+        return self.stores[file], number - int(self._ends[file - 1] if file else 0)
 
 
 def open_store(path: str, reader: Reader, folders: Sequence[str | os.PathLike]) -> InstructionStore:

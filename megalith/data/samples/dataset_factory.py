@@ -39,3 +39,14 @@ class DatasetFactory:
             cache_folders=cache_folders,
             **self.options(config, tokenizer),
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class FilesFactory:
+    """How the datasets of a task's files are made; see DATASETS in data/build.py.
+
+    open_files: (config, tokenizer) -> (training dataset or None, {name: validation dataset}). Such a dataset has a
+    length and may have `labelled`, `files` (what it was read from) and `describe` (lines for the user).
+    """
+
+    open_files: Callable[[RunConfig, Any], tuple[Any, dict[str, Any]]]

@@ -60,5 +60,10 @@ def announce(
     for line in changed:
         print(f"  changed since that checkpoint: {line}", flush=True)
     print("".join(f"  {line}\n" for line in blend_summary(datasets["train"])), end="", flush=True)
+    described = {"training data": getattr(datasets["train"], "dataset", None)}
+    if isinstance(datasets["valid"], Mapping):
+        described |= {f"validation data {name}": whole.dataset for name, whole in datasets["valid"].items()}
+    for name, dataset in described.items():
+        print("".join(f"{line}\n" for line in getattr(dataset, "describe", lambda name: ())(name)), end="", flush=True)
     if datasets["valid"] is None and config.validation.eval_iters:
         print(why_no_validation(config.data, datasets["train"]), flush=True)

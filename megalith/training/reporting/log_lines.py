@@ -82,11 +82,10 @@ def speed_fields(run: RunInfo, records: list[StepRecord]) -> str:
 
 def validation_line(record: ValidationRecord) -> str:
     """Megatron's line on a validation; the perplexity of a loss above 20 is that of 20."""
-    where = (
-        f"the end of training for {'val' if record.split == 'validation' else record.split} data"
-        if record.at_end
-        else f"iteration {record.step}"
-    )
+    name = "val" if record.split == "validation" else record.split
+    where = f"iteration {record.step}" + (f" for {name} data" if "/" in name else "")
+    if record.at_end:
+        where = f"the end of training for {name} data"
     line = f" validation loss at {where} | "
     for name, value in record.losses.items():
         line += f"{name} value: {value:.6E} | {name} PPL: {perplexity(value):.6E} | "

@@ -20,6 +20,7 @@ from megalith.config.run import RunConfig
 from megalith.config.sections.data import TOKENIZER_FILES, DataConfig
 from megalith.data.build import source_usage
 from megalith.data.indexed.format import dataset_files, resolve_prefix
+from megalith.data.samples.epochs import Epochs, Whole
 from megalith.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megalith.training.resume.source import Source, is_foreign, read_source, source_of, weights_only
 
@@ -153,15 +154,22 @@ def fingerprints(datasets: Iterable[Any], config: DataConfig) -> dict[str, str]:
 
     It costs a few small reads for each.
     """
+    datasets = list(datasets)
     named = {row["prefix"]: None for dataset in datasets for row in source_usage(dataset)}
     found = {str(prefix): _fingerprint(str(prefix)) for prefix in [*named, *filter(None, [config.titles_data_path])]}
+    files = [file for dataset in task_datasets(datasets) for file in getattr(dataset, "files", ())]
+    found |= {file: sampled_digest(pathlib.Path(file), SAMPLED_BLOCKS) for file in files}
     lists = [path for path in (config.data_file_list, config.data_weights_schedule) if path]
     return found | {path: hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest() for path in lists}
 
 
+def task_datasets(datasets: Iterable[Any]) -> list[Any]:
+    """The datasets of a task's files among those of data/build.py, without what counts their epochs."""
+    each = [part for found in datasets for part in (found.values() if isinstance(found, Mapping) else [found])]
+    return [part.dataset for part in each if isinstance(part, (Epochs, Whole))]
+
+
 def _fingerprint(prefix: str) -> str:
-    if os.path.isfile(prefix):  # a file of instructions
-        return sampled_digest(prefix, SAMPLED_BLOCKS)
     with contextlib.suppress(DataError):
         prefix = resolve_prefix(prefix)
     found = []

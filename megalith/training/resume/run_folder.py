@@ -164,4 +164,7 @@ def describe_outputs(config: RunConfig, progress: Progress) -> str:
     trained = progress.iteration and not config.validation.skip_train  # the picture is drawn of training steps
     drawn = trained or (folder / "loss.png").exists()
     picture = [f"picture {folder / 'loss.png'}"] if drawn and (folder / METRICS_FILE).exists() else []
+    if best := progress.best:
+        where = checkpoint_folder(config) / folder_name(best.step)
+        newest.append(f"best checkpoint {where} ({best.metric} {best.value:.6g} on validation data)")
     return ", ".join([*newest, *picture, f"numbers of every step {folder / METRICS_FILE}"])

@@ -74,9 +74,10 @@ def prune(config: RunConfig, progress: Progress, start: int) -> None:
     """
     c, own = config.checkpoint, checkpoint_folder(config)
     newest = start if progress.saved is None else progress.saved
+    best = None if progress.best is None else progress.best.step
 
     def deletable(path: pathlib.Path) -> bool:
-        return not written_by_another_run(path, progress.run)
+        return iteration_of(path) != best and not written_by_another_run(path, progress.run)
 
     with contextlib.suppress(OSError):  # what could not be deleted is tried again next time
         folder.prune(own, newest, c.keep_last, c.keep_every, deletable)

@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 
 SIGNAL, TIME_LIMIT = "asked by a signal", "--exit-duration-in-mins is over"
 STOP_REASONS = (SIGNAL, TIME_LIMIT)  # why a process may ask that the run end; every process has the same list
 FAILED = "an error"  # reason of a stop after which nothing may be saved: the step was interrupted
+
+
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """The best validation of a run: its step, and the value of a metric (or the loss) there."""
+
+    step: int
+    metric: str
+    value: float
+    highest: bool  # whether the highest value is the best, not the lowest
+
+    def better_than(self, other: Best | None) -> bool:
+        """Whether it is better; of equals the first is kept. What is not a number is never better."""
+        if math.isnan(self.value):
+            return False
+        if other is None:
+            return True
+        return self.value > other.value if self.highest else self.value < other.value
 
 
 @dataclasses.dataclass
@@ -25,10 +44,13 @@ class Progress:
     run: str = dataclasses.field(default_factory=lambda: os.urandom(8).hex())
     stop: str | None = None  # why the run is to end before its time; set by callbacks and signals
     saved: int | None = None  # the last step that this process took part in saving
+    best: Best | None = None  # its checkpoint is not deleted; metrics.jsonl tells the next start of it
 
     def numbers(self) -> dict:
         """The fields that a checkpoint keeps."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in ("stop", "saved")}
+        return {
+            name: value for name, value in dataclasses.asdict(self).items() if name not in ("stop", "saved", "best")
+        }
 
     @classmethod
     def resumed(cls, stored: dict, same_run: bool = True) -> Progress:

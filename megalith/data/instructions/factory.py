@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,12 +12,15 @@ from megalith.common.encodings import conversion_advice
 from megalith.common.errors import ConfigError, DataError, problem
 from megalith.config.flags.text import Words
 from megalith.config.run import RunConfig
+from megalith.data.corpus.inputs import format_by_name
 from megalith.data.corpus.unusable import parse_limit, require_usable
+from megalith.data.instructions.dataset import InstructionDataset, PackedDataset, PairDataset, WeightedDataset
 from megalith.data.instructions.encode import ChatEncoder, CompletionEncoder, turn_end
 from megalith.data.instructions.records import Chat, read_chat, read_completion
-from megalith.data.instructions.store import InstructionStore, Reader, open_store
-from megalith.data.samples.index_cache import cache_key
-from megalith.data.samples.instruction_dataset import InstructionDataset, PackedDataset, PairDataset
+from megalith.data.instructions.store import InstructionStore, Reader, Stores, open_store
+from megalith.data.samples.index_cache import cache_key, default_folders
+from megalith.data.sources import parse_weighted
+from megalith.data.tasks.dataset import names_of
 from megalith.data.tokenizers.chat_template import ChatTemplate
 from megalith.data.tokenizers.tokenizer import Tokenizer
 
@@ -57,22 +59,54 @@ class InstructionFactory:
         now, then = (None if i is None else template.backend.id_to_token(i) for i in (end, before))
         return [f"the chat template ends a turn with {now}: it takes the place of {then} as the token that ends a text"]
 
-    def open(
-        self, path: str, config: RunConfig, tokenizer: Tokenizer, folders: Sequence[str | os.PathLike]
-    ) -> InstructionStore:
-        """The samples of a file; lines that cannot be used are told, or are an error beyond --max-unusable."""
-        store = open_store(path, self._reader(config, tokenizer), folders)
-        report, limit = store.report, parse_limit(config.data.max_unusable)
-        require_usable(report.unusable, report.total, limit, report.examples, path, "Correct the file")
-        for line in report.told:
-            warnings.warn(f"{path}: {line}", stacklevel=2)
-        for line in report.examples:
-            warnings.warn(f"skipped {line}", stacklevel=2)
-        if report.unusable:
-            advice = conversion_advice(report.examples)
-            skipped = f"{path}: {report.unusable} of {report.total} lines cannot be used and are skipped. {advice}"
-            warnings.warn(skipped.rstrip(". "), stacklevel=2)
-        return store
+    def open_files(self, config: RunConfig, tokenizer: Tokenizer) -> tuple[Any, dict[str, InstructionDataset]]:
+        """The dataset of --train-data, None where nothing is trained, and one for each path of --valid-data by name.
+
+        Files to train on without weights are one dataset, each sample once an epoch; with weights they are blended.
+        """
+        f, reader = config.finetuning, self._reader(config, tokenizer)
+
+        def dataset(paths: Sequence[str]) -> InstructionDataset:
+            return self._dataset([file for path in paths for file in files_of(path)], reader, config, tokenizer)
+
+        train = None
+        if not config.validation.skip_train:
+            sources = parse_weighted(f.train_data, "--train-data")
+            if not sources:
+                rule, cure = "must name the files to train on", "Write --train-data FILE"
+                raise ConfigError(problem("--train-data", Words("nothing"), rule, cure))
+            if sources[0].weight is None:
+                train = dataset([source.prefix for source in sources])
+            else:
+                train = WeightedDataset([dataset([each.prefix]) for each in sources], [each.weight for each in sources])
+        return train, {name: dataset([path]) for name, path in zip(names_of(f.valid_data), f.valid_data)}
+
+    def _dataset(
+        self, files: Sequence[str], reader: Reader, config: RunConfig, tokenizer: Tokenizer
+    ) -> InstructionDataset:  # fmt: skip
+        """The dataset of some files as one; lines that cannot be used are told, or an error beyond --max-unusable."""
+        data, stores, notes = config.data, list[InstructionStore](), list[str]()
+        limit = parse_limit(data.max_unusable)
+        for file in files:
+            store = open_store(file, reader, default_folders(file, data.data_cache_path, config.run_folder))
+            report = store.report
+            require_usable(report.unusable, report.total, limit, report.examples, file, "Correct the file")
+            notes += [f"{file}: {line}" for line in report.told] + [f"skipped {line}" for line in report.examples]
+            if report.unusable:
+                advice = conversion_advice(report.examples)
+                skipped = f"{file}: {report.unusable} of {report.total} lines cannot be used and are skipped. {advice}"
+                notes.append(skipped.rstrip(". "))
+            stores.append(store)
+        pad = next(i for i in (tokenizer.pad, tokenizer.eod, tokenizer.eos, 0) if i is not None)
+        options = {
+            "seq_length": data.seq_length or 0, "seed": config.batch.seed, "pad": pad, "decode": tokenizer.decode,
+            "excess_length_strategy": data.excess_length_strategy,
+        }  # fmt: skip
+        if config.model.architecture.decoder:
+            length = data.decoder_seq_length or data.seq_length
+            pair = {"decoder_seq_length": length, "start": tokenizer.decoder_start}
+            return PairDataset(Stores(stores, notes), **options, **pair)
+        return PackedDataset(Stores(stores, notes), **options, pack=data.packing)
 
     def _reader(self, config: RunConfig, tokenizer: Tokenizer) -> Reader:
         decoder, answers = config.model.architecture.decoder, config.data.assistant_only_loss
@@ -92,22 +126,16 @@ class InstructionFactory:
 
         return Reader(parse, encoder, key)
 
-    def __call__(
-        self, indexed: InstructionStore, documents: tuple[int, int] | None, num_samples: int | None, *,
-        config: RunConfig, tokenizer: Tokenizer, seed: int, cache_folders: Sequence[str | os.PathLike] = (),
-    ) -> InstructionDataset:  # fmt: skip
-        """The dataset over these samples of a store."""
-        data = config.data
-        pad = next(i for i in (tokenizer.pad, tokenizer.eod, tokenizer.eos, 0) if i is not None)
-        options = {
-            "seq_length": data.seq_length or 0, "seed": seed, "pad": pad, "decode": tokenizer.decode,
-            "excess_length_strategy": data.excess_length_strategy,
-        }  # fmt: skip
-        if config.model.architecture.decoder:
-            length = data.decoder_seq_length or data.seq_length
-            pair = {"decoder_seq_length": length, "start": tokenizer.decoder_start}
-            return PairDataset(indexed, documents, num_samples, **options, **pair)
-        return PackedDataset(indexed, documents, num_samples, **options, pack=data.packing)
+
+def files_of(path: str) -> list[str]:
+    """The file, or those of a folder whose names say that they hold JSON lines, in order."""
+    if not os.path.isdir(path):
+        return [path]
+    found = sorted(str(each) for each in pathlib.Path(path).iterdir() if format_by_name(each.name)[0] == "json")
+    if not found:
+        rule, cure = "must name a file of JSON lines, or a folder with some", "Correct the path"
+        raise DataError(problem("The data", Words(f"the folder {path}, with none"), rule, cure))
+    return found
 
 
 def turns(chat: Chat) -> list[Chat]:
