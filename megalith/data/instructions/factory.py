@@ -66,8 +66,9 @@ class InstructionFactory:
         """
         f, reader = config.finetuning, self._reader(config, tokenizer)
 
-        def dataset(paths: Sequence[str]) -> InstructionDataset:
-            return self._dataset([file for path in paths for file in files_of(path)], reader, config, tokenizer)
+        def dataset(paths: Sequence[str], **options: Any) -> InstructionDataset:
+            stores = self._stores([file for path in paths for file in files_of(path)], reader, config)
+            return self._dataset(stores, config, tokenizer, options)
 
         train = None
         if not config.validation.skip_train:
@@ -76,20 +77,19 @@ class InstructionFactory:
                 rule, cure = "must name the files to train on", "Write --train-data FILE"
                 raise ConfigError(problem("--train-data", Words("nothing"), rule, cure))
             if sources[0].weight is None:
-                train = dataset([source.prefix for source in sources])
+                train = dataset([source.prefix for source in sources], decode=tokenizer.decode)
             else:
-                train = WeightedDataset([dataset([each.prefix]) for each in sources], [each.weight for each in sources])
+                parts = [dataset([source.prefix], decode=tokenizer.decode) for source in sources]
+                train = WeightedDataset(parts, [source.weight or 0.0 for source in sources])
         return train, {name: dataset([path]) for name, path in zip(names_of(f.valid_data), f.valid_data)}
 
-    def _dataset(
-        self, files: Sequence[str], reader: Reader, config: RunConfig, tokenizer: Tokenizer
-    ) -> InstructionDataset:  # fmt: skip
-        """The dataset of some files as one; lines that cannot be used are told, or an error beyond --max-unusable."""
+    def _stores(self, files: Sequence[str], reader: Reader, config: RunConfig) -> Stores:
+        """Some files as one; lines that cannot be used are told, or an error beyond --max-unusable."""
         data, stores, notes = config.data, list[InstructionStore](), list[str]()
-        limit = parse_limit(data.max_unusable)
         for file in files:
             store = open_store(file, reader, default_folders(file, data.data_cache_path, config.run_folder))
             report = store.report
+            limit = parse_limit(data.max_unusable)
             require_usable(report.unusable, report.total, limit, report.examples, file, "Correct the file")
             notes += [f"{file}: {line}" for line in report.told] + [f"skipped {line}" for line in report.examples]
             if report.unusable:
@@ -97,16 +97,23 @@ class InstructionFactory:
                 skipped = f"{file}: {report.unusable} of {report.total} lines cannot be used and are skipped. {advice}"
                 notes.append(skipped.rstrip(". "))
             stores.append(store)
+        return Stores(stores, notes)
+
+    def _dataset(
+        self, stores: Stores, config: RunConfig, tokenizer: Tokenizer, options: dict[str, Any]
+    ) -> InstructionDataset:  # fmt: skip
+        """The dataset that fits the model: rows of a decoder, or pairs for an encoder and a decoder."""
+        data = config.data
         pad = next(i for i in (tokenizer.pad, tokenizer.eod, tokenizer.eos, 0) if i is not None)
-        options = {
-            "seq_length": data.seq_length or 0, "seed": config.batch.seed, "pad": pad, "decode": tokenizer.decode,
+        options |= {
+            "seq_length": data.seq_length or 0, "seed": config.batch.seed, "pad": pad,
             "excess_length_strategy": data.excess_length_strategy,
         }  # fmt: skip
         if config.model.architecture.decoder:
             length = data.decoder_seq_length or data.seq_length
             pair = {"decoder_seq_length": length, "start": tokenizer.decoder_start}
-            return PairDataset(Stores(stores, notes), **options, **pair)
-        return PackedDataset(Stores(stores, notes), **options, pack=data.packing)
+            return PairDataset(stores, **options, **pair)
+        return PackedDataset(stores, **options, pack=data.packing)
 
     def _reader(self, config: RunConfig, tokenizer: Tokenizer) -> Reader:
         decoder, answers = config.model.architecture.decoder, config.data.assistant_only_loss

@@ -14,7 +14,8 @@ def preview(ids: np.ndarray, trained: np.ndarray, decode: Callable[[Iterable[int
     """Lines of text, each of tokens that are all trained or all not. ids: int [n]. trained: bool [n]."""
     edges = np.flatnonzero(np.diff(trained)) + 1
     runs = zip(np.split(ids, edges), np.split(trained, edges))
-    lines = [MARKS[bool(mask[0])] + part for run, mask in runs for part in decode(run.tolist()).split("\n")]
+    texts = [(MARKS[bool(mask[0])], decode(run.tolist()).removesuffix("\n")) for run, mask in runs]
+    lines = [mark + part for mark, text in texts for part in text.split("\n")]
     for line in lines[:MOST_LINES]:
         yield line if len(line) <= MOST_CHARACTERS else f"{line[:MOST_CHARACTERS]} ..."
     if len(lines) > MOST_LINES:
