@@ -10,7 +10,7 @@ from megalith.common.errors import problem
 from megalith.config.batch_math import data_parallel_size, global_batch
 from megalith.config.flags.text import Words, fail
 from megalith.config.run import RunConfig
-from megalith.testing.finetuning import STEPS, measure_steps
+from megalith.testing.finetuning import STEPS, Steps, measure_steps
 from megalith.testing.parity import TOLERANCE, Difference, LayoutResult, compare, measure, merge
 from megalith.testing.ranks import MAX_RANKS, RankPool
 from megalith.training.build import open_tokenizer
@@ -93,7 +93,7 @@ def check(config: RunConfig, processes: int, dtype: torch.dtype = torch.float64,
         parts = pool.run(measure, processes, config, dtype, timeout=timeout)
     finally:
         pool.close()
-    return _compared(expected, parts, dtype, TOLERANCE[dtype])
+    return compare_ranks(expected, parts, dtype, TOLERANCE[dtype])
 
 
 def check_finetuning(
@@ -117,12 +117,18 @@ def check_finetuning(
         ranks = pool.run(measure_steps, processes, config, dtype, timeout=timeout)
     finally:
         pool.close()
+    return compare_steps(one, ranks, dtype)
+
+
+def compare_steps(one: Steps, ranks: list[Steps], dtype: torch.dtype) -> list[Result]:
+    """What every rank measured of some steps, against one process; see check_finetuning."""
     results = []
     for number, expected in enumerate(one.steps):
         allowed = TOLERANCE[dtype] * (100 if number else 1)
-        result = _compared(expected, [rank.steps[number] for rank in ranks], dtype, allowed)
+        result = compare_ranks(expected, [rank.steps[number] for rank in ranks], dtype, allowed)
         if number < len(one.masks):
-            result = dataclasses.replace(result, masks=_same_masks(one.masks[number], [r.masks[number] for r in ranks]))
+            masks = _same_masks(one.masks[number], [rank.masks[number] for rank in ranks])
+            result = dataclasses.replace(result, masks=masks)
         results.append(result)
     return results
 
@@ -137,7 +143,7 @@ def _same_masks(expected: dict[int, torch.Tensor], found: list[dict[int, torch.T
     return Masks(len(expected), sum(int((mask != 0).sum()) for mask in expected.values()), sorted(wrong))
 
 
-def _compared(expected: LayoutResult, parts: list[LayoutResult], dtype: torch.dtype, tolerance: float) -> Result:
+def compare_ranks(expected: LayoutResult, parts: list[LayoutResult], dtype: torch.dtype, tolerance: float) -> Result:
     """What one process computed against what each rank holds, and all of them together."""
     found = merge(parts)
     worst: dict[str, Difference] = {}

@@ -1,10 +1,10 @@
 """Files of chats to rows: packed and not, for a decoder and for an encoder with one; what is left out is told."""
 
 import json
-import pathlib
 
 import numpy as np
 import pytest
+import transformers
 
 from megalith.common.errors import ConfigError, DataError
 from megalith.config.run import RunConfig
@@ -12,27 +12,7 @@ from megalith.data.build import build_datasets, prepare_tokenizer
 from megalith.data.instructions import store
 from megalith.data.instructions.factory import chat, completion
 from megalith.data.tokenizers.tokenizer import load_tokenizer, tokenizer_from_config
-from tests.data.instructions.templates import CHATML, GEMMA, LLAMA3, unmarked, write_tokenizer
-
-USER = {"role": "user", "content": "What is two and two?"}
-LENGTHS = (1, 4, 2, 9, 1, 3, 12, 5)
-
-
-def write_chats(path: pathlib.Path, lengths=LENGTHS, **more) -> str:
-    """A file of chats whose answers have so many words."""
-    lines = [{"messages": [USER, {"role": "assistant", "content": " ".join(["four"] * n)}], **more} for n in lengths]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return str(path)
-
-
-def make_config(folder: pathlib.Path, template: str = unmarked(CHATML), **changes) -> RunConfig:
-    write_tokenizer(folder / "tokenizer", template)
-    values = {
-        "tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(folder / "tokenizer"), "dataset": "chat",
-        "seq_length": 64, "max_position_embeddings": 64, "num_layers": 2, "hidden_size": 32, "num_attention_heads": 4,
-        "micro_batch_size": 1, "global_batch_size": 2, "train_iters": 4, "lr": 1e-2,
-    }  # fmt: skip
-    return RunConfig().replace(**(values | changes))
+from tests.chats import CHATML, GEMMA, LENGTHS, LLAMA3, USER, make_config, write_chats, write_tokenizer
 
 
 def opened(config: RunConfig):
@@ -46,10 +26,10 @@ def opened(config: RunConfig):
 def samples_of(row) -> list[tuple[list[int], list[int]]]:
     """Each sample's (inputs, labels that count) of a packed row."""
     found = []
-    for number in range(int(row["documents"].max())):
+    for number in range(int(row["documents"].max()) + 1):
         here = row["documents"] == number
         found.append((row["input_ids"][here].tolist(), row["labels"][here & (row["loss_mask"] > 0)].tolist()))
-    return found
+    return [(inputs, labels) for inputs, labels in found if labels]  # padding has none
 
 
 def test_rows_hold_every_sample_once_and_positions_begin_anew(tmp_path):
@@ -64,8 +44,6 @@ def test_rows_hold_every_sample_once_and_positions_begin_anew(tmp_path):
             starts = np.flatnonzero(np.diff(row["documents"], prepend=-1))
             assert (row["positions"][starts] == 0).all() and row["positions"].max() < 64
             assert set(np.diff(row["positions"])) <= {1, *(-row["positions"][starts - 1][1:])}
-            padding = row["documents"] == row["documents"].max()
-            assert not row["loss_mask"][padding].any() or not padding.any()
     assert 1 < len(dataset) < len(LENGTHS)
     alone, _, _ = opened(config.replace(packing=False))
     assert len(alone) == len(LENGTHS) and "documents" not in alone[0]
@@ -135,7 +113,9 @@ def test_pairs_for_an_encoder_and_a_decoder(tmp_path):
         assert row["decoder_input_ids"][1:size].tolist() == row["labels"][: size - 1].tolist()
         assert (row["labels"][size:] == -1).all() and len(row["labels"]) == 8
     assert set(found) == {"four<|im_end|>", "Because<|im_end|>"}
-    assert found["Because<|im_end|>"].endswith("four<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n")
+    assert found["Because<|im_end|>"].endswith(
+        "four<|im_end|>\n<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    )
     config = make_config(tmp_path, train_data=[str(pairs)], **shape | {"dataset": "completion"})
     dataset, _, tokenizer = opened(config)
     row = dataset[0]
@@ -152,9 +132,9 @@ def test_lines_that_cannot_be_used_are_listed_or_an_error(tmp_path):
     told = "\n".join(dataset.describe("training data"))
     assert "a.jsonl:31: 'messages' is no list" in told and "a.jsonl:33: malformed JSON" in told
     assert "2 of 32 lines cannot be used and are skipped" in told
-    with pytest.raises(DataError, match=r"may have at most 1 unusable documents .*a.jsonl|a.jsonl:31.*"):
+    with pytest.raises(DataError, match=r"a.jsonl:31: (.|\n)*a.jsonl may have at most 1 unusable documents"):
         opened(config.replace(max_unusable="1"))
-    with pytest.raises(DataError, match="a.jsonl:1: System role not supported|System role not supported"):
+    with pytest.raises(DataError, match="s.jsonl:1: .*System role not supported"):
         messages = [{"role": "system", "content": "B"}, USER, {"role": "assistant", "content": "x"}]
         (tmp_path / "s.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
         opened(make_config(tmp_path / "g", GEMMA, train_data=[str(tmp_path / "s.jsonl")]))
@@ -188,7 +168,7 @@ def test_templates_that_fail_name_the_line(tmp_path):
     with pytest.raises(DataError, match=r"a.jsonl:1: The chat template must write a chat so that it begins"):
         opened(config)
     with pytest.raises(ConfigError, match="--chat-template must name a file"):
-        opened(make_config(tmp_path / "none", None, train_data=[path]))
+        opened(make_config(tmp_path / "none", "", train_data=[path]))
     (tmp_path / "wrong.jinja").write_text("{% for %}")
     with pytest.raises(DataError, match="a.jsonl:1: messages must be such as"):
         opened(config.replace(chat_template=str(tmp_path / "wrong.jinja")))
@@ -210,8 +190,6 @@ def test_template_and_end_of_turn_are_the_tokenizers_and_are_saved(tmp_path):
     assert again.fingerprint() == tokenizer.fingerprint() and again.bos == tokenizer.bos
     stored = json.loads((tmp_path / "saved/tokenizer_config.json").read_text())
     assert stored["eos_token"] == "<|im_end|>" and stored["pad_token"] == "<pad>"
-    import transformers
-
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert theirs.eos_token == "<|im_end|>" and theirs.chat_template == CHATML
 

@@ -1,7 +1,7 @@
 """Packing: every sample once an epoch, no row too long, few rows, and an order of (seed, epoch)."""
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalith.data.instructions.packing import Packer, best_fit
@@ -9,6 +9,7 @@ from megalith.data.instructions.packing import Packer, best_fit
 CASES = st.lists(st.integers(1, 50), min_size=1, max_size=60)
 
 
+@settings(deadline=None)
 @given(CASES, st.integers(0, 2**32 - 1), st.integers(0, 5))
 def test_every_sample_is_in_one_row_of_each_epoch_and_rows_are_not_too_long(lengths, seed, epoch):
     for pack in (True, False):
@@ -20,13 +21,14 @@ def test_every_sample_is_in_one_row_of_each_epoch_and_rows_are_not_too_long(leng
         assert pack or packer.num_rows == len(lengths)
 
 
+@settings(deadline=None)
 @given(CASES)
 def test_rows_are_few(lengths):
-    """First-fit and best-fit decreasing take at most 11/9 of the least, and 6/9 (Dosa, 2007)."""
+    """Of two rows that are half empty one would do, so there is at most one."""
     falling = np.sort(lengths)[::-1]
-    rows = int(best_fit(falling, 50).max()) + 1
-    assert rows <= 11 / 9 * len(lengths) + 1 and -(-sum(lengths) // 50) <= rows
-    assert sum(2 * np.bincount(best_fit(falling, 50), falling) <= 50) <= 1  # of two rows half empty one would do
+    rows = best_fit(falling, 50)
+    filled = np.bincount(rows, falling)
+    assert -(-sum(lengths) // 50) <= len(filled) and (2 * filled <= 50).sum() <= 1
 
 
 def test_epochs_differ_in_rows_and_order_and_are_the_same_each_time():

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalith.data.instructions.records import read_chat, read_completion, read_object
@@ -121,6 +121,7 @@ def test_lines_that_are_no_objects(line, words):
         read_object(line)
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text(), st.text()))
 def test_every_object_is_read(record):
     assert read_object(json.dumps(record).encode()) == record

@@ -1,10 +1,14 @@
-"""Chat templates in the form of public models', written here, plain and with marks, and a tokenizer that has their tokens."""
+"""Chats to finetune on: templates in the form of public models', a tokenizer that has their tokens, and toy data."""
 
 import json
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from megalith.config.run import RunConfig
 
 CHATML = """\
 {% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}\
@@ -19,11 +23,13 @@ LLAMA2 = """\
 {{ raise_exception('roles must alternate user/assistant/user/assistant/...') }}{% endif %}\
 {% if message['role'] == 'user' %}\
 {{ bos_token + '[INST] ' + (system if loop.index0 == 0 else '') + message['content'] | trim + ' [/INST]' }}\
-{% else %}{% generation %}{{ ' ' + message['content'] | trim }}{% endgeneration %}{{ ' ' + eos_token }}{% endif %}{% endfor %}"""
+{% else %}{% generation %}{{ ' ' + message['content'] | trim }}{% endgeneration %}{{ ' ' + eos_token }}{% endif %}\
+{% endfor %}"""
 LLAMA3 = """\
 {{ bos_token }}{% for message in messages %}\
 {{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}\
-{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] | trim + '<|eot_id|>' }}{% endgeneration %}\
+{% if message['role'] == 'assistant' %}\
+{% generation %}{{ message['content'] | trim + '<|eot_id|>' }}{% endgeneration %}\
 {% else %}{{ message['content'] | trim + '<|eot_id|>' }}{% endif %}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
 GEMMA = """\
@@ -38,7 +44,8 @@ ZEPHYR = """\
 {% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{% else %}{{ message['content'] + eos_token }}\
 {% endif %}{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"""
 MISTRAL = """\
-{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}\
+{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}\
+{{ '[INST] ' + message['content'] + ' [/INST]' }}\
 {% else %}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"""
 TEMPLATES = {  # name -> (template with marks, what ends a turn, whether it takes a system's turn)
     "chatml": (CHATML, "<|im_end|>", True), "llama2": (LLAMA2, "</s>", True), "llama3": (LLAMA3, "<|eot_id|>", True),
@@ -77,3 +84,26 @@ def write_tokenizer(folder: pathlib.Path, template: str | None = None, **setting
     if template is not None:
         (folder / "chat_template.jinja").write_text(template)
     return folder
+
+
+USER = {"role": "user", "content": "What is two and two?"}
+LENGTHS = (1, 4, 2, 9, 1, 3, 12, 5)
+
+
+def write_chats(path: pathlib.Path, lengths: Sequence[int] = LENGTHS, **more: Any) -> str:
+    """A file of chats whose answers have so many words. more: further keys of each line."""
+    lines = [{"messages": [USER, {"role": "assistant", "content": " ".join(["four"] * n)}], **more} for n in lengths]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def make_config(folder: pathlib.Path, template: str | None = None, **changes: Any) -> RunConfig:
+    """A tiny GPT that is finetuned on chats, with a tokenizer that has this template (default: ChatML, without marks)."""
+    write_tokenizer(folder / "tokenizer", unmarked(CHATML) if template is None else template or None)
+    values = {
+        "tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(folder / "tokenizer"), "dataset": "chat",
+        "seq_length": 64, "max_position_embeddings": 64, "num_layers": 2, "hidden_size": 32, "num_attention_heads": 4,
+        "micro_batch_size": 1, "global_batch_size": 2, "train_iters": 4, "lr": 1e-2, "device": "cpu",
+        "progress": "none",
+    }  # fmt: skip
+    return RunConfig().replace(**(values | changes))
