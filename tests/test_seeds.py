@@ -2,7 +2,7 @@
 
 What exists runs; what does not is answered. The scripts of examples/ are in test_examples.py, transformers' converter
 of GPT-2 in cli/test_checkpoint_convert.py, NVIDIA's releases in workflows/test_release.py, continued training in
-test_continue_llama.py.
+test_continue_llama.py, finetuning in finetune/test_command.py.
 """
 
 import functools
@@ -174,7 +174,7 @@ def test_megatron_generate(tmp_path) -> None:
 ANSWERED = {  # a command of the documents that has no counterpart, or another name -> a word of the answer
     "pretrain_ict.py --num-layers 12 --ict-head-size 128 --bert-load /path/to/pretrained_bert": "not there yet",
     "tools/create_doc_index.py --num-layers 12 --ict-load /path/to/pretrained_ict": "not there yet",
-    "tasks/main.py --task RACE --train-data data/RACE/train/middle --epochs 3": "not there yet",
+    "tasks/main.py --task RACE --train-data data/RACE/train/middle --epochs 3": "megalith finetune TASK",
     "tools/run_text_generation_server.py": "megalith serve PATH",
     "tools/text_generation_cli.py localhost:5000": "megalith ask HOST",
     "accelerate config --config_file megatron_gpt_config.yaml": "megalith config --accelerate",

@@ -40,6 +40,7 @@ class Architecture:
         one of FAMILIES), megatron (checkpoint/formats/megatron/names.py: Table).
     checks: RunConfig -> problems that this model alone can have.
     activations: RunConfig -> {tensor: bytes} that embedding and head keep (planner/activations.py); None: not known.
+    head_of: the model that this one is a head on: it begins with that one's weights. head: the modules of the head.
     rank_parameters: (RunConfig, process) -> parameters as Megatron counts them; None: not counted.
     """
 
@@ -57,6 +58,8 @@ class Architecture:
     causal: bool = True
     decoder: bool = False
     head_transform: bool = False
+    head_of: str | None = None
+    head: tuple[str, ...] = ()
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     checks: str | None = None
     activations: str | None = None
@@ -128,6 +131,8 @@ BERT_CLASSIFICATION = dataclasses.replace(
     loss="classification",
     batch="megalith.testing.batches:classification",
     head_transform=False,
+    head_of="bert",
+    head=("classifier",),
     names={"megatron": "megalith.checkpoint.formats.megatron.names:BERT_CLASSIFICATION"},
     checks="megalith.config.checks.architectures:classification_problems",
 )

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from megalith.common.registry import Registry, load
+from megalith.config.architectures import architecture
 from megalith.config.flags.text import flag, value_text
 from megalith.config.run import RunConfig
 from megalith.config.sections.data import INSTRUCTIONS
 
+CORPORA = ("data_path", "train_data_path", "valid_data_path", "test_data_path", "data_file_list")
 DESCRIBED = "megalith.data.tasks.description:defaults"  # of a task that a YAML file describes
 # Task -> a function of its name that gives the fields of RunConfig that follow from it ({"model_type": ...}), in which
 # model_type, dataset and loss are those of a run whose --train-data and --valid-data are of this task.
@@ -46,7 +48,11 @@ def conclusions(values: Mapping[str, Any], notices: list[str]) -> dict[str, Any]
     found: dict[str, Any] = {}
     task, epochs = values.get("task"), values.get("epochs")
     if task is not None:
-        found = {name: value for name, value in task_defaults(task).items() if values.get(name) is None}
+        of_task = task_defaults(task)
+        found = {name: value for name, value in of_task.items() if values.get(name) is None}
+        found |= _head_for_its_base(of_task, values, notices)
+        if corpora := [name for name in CORPORA if values.get(name)]:
+            notices.append(f"{' and '.join(map(flag, corpora))} has no effect: --train-data is read")
         if values.get("dataloader_type") == "cyclic":
             notices.append("--dataloader-type has no effect: the samples of a task are shuffled anew each epoch")
     if task is not None and "eval_iters" in values and values["eval_iters"]:
@@ -57,6 +63,18 @@ def conclusions(values: Mapping[str, Any], notices: list[str]) -> dict[str, Any]
     if epochs == 0:
         found["skip_train"] = True
     return found
+
+
+def _head_for_its_base(of_task: Mapping[str, Any], values: Mapping[str, Any], notices: list[str]) -> dict[str, Any]:
+    """The task's model, where a file of pretraining has the one that it is a head on, with its data and loss."""
+    record, given = architecture(of_task["model_type"]), values.get("model_type")
+    if record.head_of is None or given != record.head_of:
+        return {}
+    base = architecture(given)
+    notices.append(f"the model is {record.name}, a {given} with the head of the task")
+    usual = {"model_type": given, "dataset": base.dataset, "loss": base.loss, "name": base.name}
+    usual |= {"num_classes": RunConfig().model.num_classes}  # which a BERT has no use for
+    return {name: of_task[name] for name, value in usual.items() if values.get(name) == value and name in of_task}
 
 
 def completed(config: RunConfig) -> RunConfig:

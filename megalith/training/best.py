@@ -35,7 +35,7 @@ class KeepBest(Callback):
 
 
 def best_so_far(config: RunConfig, step: int, metric: str | None) -> Best | None:
-    """The best validation up to a step, as metrics.jsonl has it, of those whose checkpoint is there. None: there is none.
+    """The best validation up to a step, as metrics.jsonl has it, of those whose checkpoint is there; None: no such.
 
     For the process that sees the run's folders.
     """

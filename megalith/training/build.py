@@ -30,6 +30,7 @@ from megalith.training.best import KeepBest
 from megalith.training.callbacks import Callback, RunInfo
 from megalith.training.duties import CountValidation, ExitInterval, SaveCheckpoints, SaveFirst, Validate
 from megalith.training.guards import PruneCheckpoints, StopDiverged, StopEmptyBatches
+from megalith.training.predictions import WritePredictions, can_predict
 from megalith.training.reporting.peaks import peak_flops
 from megalith.training.reporting.profile import ProfilePipeline
 from megalith.training.reporting.reporters import reporters
@@ -161,10 +162,15 @@ def build_callbacks(
     best: list[Callback] = []
     if validation.whole and config.finetuning.keep_best and not config.validation.skip_train:
         best = [KeepBest(saver, progress, trainer.task.best_metric)]
-    listeners = [*reporting, *best, pruning]
+    predictions: list[Callback] = []
+    if files := can_predict(validation.loaders):
+        train = getattr(validation.loaders.get("train"), "dataset", None)
+        predictions = [WritePredictions(trainer, progress, files, validation.batch, getattr(train, "dataset", None))]
+    listeners = [*reporting, *best, *predictions, pruning]
     measure = Validate(validation.measure, progress, listeners, validation.splits, measured_before, epoch)
     guards: list[Callback] = [StopDiverged(next_start), StopEmptyBatches(), pruning]
-    return [*reporting, *guards, *count, saver, measure, ExitInterval(progress), SaveFirst(saver)]
+    # Ends come in reverse order: the run is saved, measured, and then predicts.
+    return [*reporting, *guards, *count, saver, *predictions, measure, ExitInterval(progress), SaveFirst(saver)]
 
 
 def device_name(device: torch.device) -> str:

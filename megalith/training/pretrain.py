@@ -37,6 +37,7 @@ from megalith.training.callbacks import print_lines
 from megalith.training.duties import StopSignal
 from megalith.training.failures import check_same_config
 from megalith.training.loop import train_loop
+from megalith.training.predictions import can_predict, predicted_step
 from megalith.training.reporting.announce import announce
 from megalith.training.reporting.metrics import METRICS_FILE, splits_measured_at
 from megalith.training.resume import origin, run_folder, saving, source
@@ -107,10 +108,15 @@ def run(
     trainer = build_trainer(config, mesh, tokenizer)
     progress = saving.resume(trainer)
     train_iters = 0 if config.validation.skip_train else total_steps(config, mesh.data_size)
-    if train_iters and config.finetuning.epochs is not None:  # whatever batches the steps before had
+    if config.finetuning.epochs:  # whatever batches the steps before had
         train_iters = progress.iteration + steps_left(config, mesh.data_size, progress.consumed_train_samples)
     loaders = build_loaders(config, mesh, datasets)
     measured_before = already_measured(config, mesh, progress.iteration)
+    predicted = not can_predict(loaders) or progress.iteration == Ranks().on_rank_0(
+        lambda: predicted_step(pathlib.Path(config.run_folder))
+    )
+    # A run that was ended before it had predicted measures its end again, for the file of results.
+    measured_before = measured_before if predicted or progress.iteration < train_iters else set()
     unmeasured = [split for split in measured_splits(config, loaders) if split not in measured_before]
     if mesh.is_main_process:
         announce(trainer, progress, train_iters, datasets, changed, unmeasured)

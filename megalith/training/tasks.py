@@ -102,7 +102,7 @@ class Task(abc.ABC):
         return {name: self.metric(name, each) for name, each in sums.items()}
 
     def predictions(self, output: Any, batch: Batch) -> Tensor | None:
-        """What the model predicts of each sample, float [b, ...], for the file of predictions; None where there is none.
+        """What the model predicts of each sample, float [b, n], for the file of predictions; None where there is none.
 
         With context parallelism it is asked of the process that has the samples' first tokens.
         """

@@ -15,6 +15,7 @@ from megalith.config.flags import flags
 from megalith.config.flags.loading import from_yaml
 from megalith.config.flags.text import Problem, field_problem, flag
 from megalith.config.flags.yaml_text import about
+from megalith.config.heads import with_head
 from megalith.config.run import RunConfig
 from megalith.config.sections.data import (
     CORPUS_DATASETS,
@@ -66,7 +67,7 @@ def number_of_processes(
 
 def faults(config: RunConfig) -> list[str]:
     """A line for each corpus, tokenizer file or checkpoint that the config names and that is not there, or damaged."""
-    return [*_corpora(config.data), *_tokenizer(config.data), *_checkpoint(config)]
+    return [*_corpora(config.data), *_tokenizer(config.data), *_task(config), *_checkpoint(config)]
 
 
 def wrong_paths(config: RunConfig) -> Iterator[Problem]:
@@ -92,6 +93,11 @@ def wrong_paths(config: RunConfig) -> Iterator[Problem]:
                 "must name a file that exists",
                 f"Correct the path after {flag(name)}",
             )
+    for name in ("train_data", "valid_data"):
+        for path in getattr(config.finetuning, name):
+            if not pathlib.Path(path).exists():
+                rule, cure = "must name files or folders that exist", "Correct the path"
+                yield field_problem((name,), flag(name), path, rule, cure)
     if c.load and not c.use_checkpoint_args:  # with --use-checkpoint-args it has been read already
         yield from _wrong_load(config)
 
@@ -179,6 +185,13 @@ def _corpora(data: DataConfig) -> Iterator[str]:
         yield f"--data-weights-schedule: there is no file {data.data_weights_schedule}"
 
 
+def _task(config: RunConfig) -> Iterator[str]:
+    for name in ("train_data", "valid_data"):
+        for path in getattr(config.finetuning, name):
+            if not pathlib.Path(path).exists():
+                yield f"{flag(name)}: there is no {path} here"
+
+
 def _tokenizer(data: DataConfig) -> Iterator[str]:
     for name in TOKENIZER_FILES:
         if _absent(name, data):
@@ -202,7 +215,7 @@ def _checkpoint(config: RunConfig) -> Iterator[str]:
             from megalith.checkpoint.formats import foreign
 
             then = foreign.read(load, foreign.read_options(config)).config
-        if another := fit.describe_model_difference(load, config.model, then.model):
+        if another := fit.describe_model_difference(load, config.model, with_head(then.model, config.model)):
             yield f"--load: {another}"
     except MegalithError as error:
         yield f"--load: {error}"

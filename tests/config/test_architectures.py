@@ -10,7 +10,7 @@ import pytest
 
 from megalith.common.errors import ConfigError
 from megalith.common.registry import load
-from megalith.config.architectures import ARCHITECTURES, GPT, architecture
+from megalith.config.architectures import ARCHITECTURES, BERT_CLASSIFICATION, GPT, architecture
 from megalith.config.checks.checks import find_problems
 from megalith.config.parameter_kinds import pattern_of
 from megalith.config.parameters import parameter_kind, parameter_shapes
@@ -63,10 +63,16 @@ def test_a_class_that_carries_a_record_is_its_model(monkeypatch: pytest.MonkeyPa
         dataclasses.replace(GPT, name="mine", plan="of_this_test:PLAN").find("plan")
 
 
-def test_a_model_without_samples_asks_for_ones_own() -> None:
-    config = RunConfig().replace(model_type="bert_classification", **SMALL, seq_length=16, loss="classification")
+def test_a_model_without_samples_asks_for_ones_own(monkeypatch) -> None:
+    class Mine:
+        architecture = dataclasses.replace(BERT_CLASSIFICATION, name="mine", dataset=None)
+
+    module = types.ModuleType("of_this_test")
+    module.Mine = Mine  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "of_this_test", module)
+    config = RunConfig().replace(model_type="of_this_test:Mine", **SMALL, seq_length=16, loss="classification")
     (problem,) = [each for each in find_problems(config, data=False) if "dataset" in each.fields]
-    rule = "must be module:name of your own for bert_classification, because megalith has no dataset for it"
+    rule = "must be module:name of your own for of_this_test:Mine, because megalith has no dataset for it"
     assert problem.text == f"--dataset {rule}; found 'gpt'. Write --dataset module:name."
     problems = find_problems(config.replace(dataset="my:Own"), data=False)
     assert not [each for each in problems if "dataset" in each.fields]

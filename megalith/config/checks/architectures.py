@@ -67,7 +67,14 @@ def _positions_problem(config: RunConfig, rule: str, cure: str) -> Problem:
 
 def classification_problems(config: RunConfig) -> Iterator[Problem]:
     """What a BERT with a classification head cannot work with."""
-    return bert_problems(config, "bert_classification")
+    classes, loss = config.model.num_classes, config.data.loss
+    if loss in ("classification", "regression") and (classes == 1) != (loss == "regression"):
+        rule = "must be 1, a number for each sample" if classes > 1 else "must be at least 2"
+        cure = "Write --num-classes 1" if classes > 1 else "Write --loss regression, or --num-classes 2"
+        yield field_problem(("num_classes", "loss"), f"--num-classes, for --loss {loss},", classes, rule, cure)
+    if loss == "regression":  # of the same model
+        config = config.replace(loss="classification")
+    yield from bert_problems(config, "bert_classification")
 
 
 def multiple_choice_problems(config: RunConfig) -> Iterator[Problem]:

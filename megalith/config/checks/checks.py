@@ -28,6 +28,7 @@ BELOW_ONE = (
     "hidden_dropout", "attention_dropout", "classifier_dropout", "lora_dropout", "lr_warmup_fraction", "adam_beta1",
     "adam_beta2", "mask_prob",
 )  # fmt: skip
+NEEDS_CHECKPOINT = ("finetune", "no_load_optim", "ckpt_step", "skip_train")
 
 
 def check(config: RunConfig, world_size: int = 1, *, data: bool = True) -> None:
@@ -55,7 +56,7 @@ def find_problems(
     rules = [*model_problems(config), *parallel_problems(config, world_size), *recompute_problems(config)]
     rules += lora_problems(config)
     if not one_step:
-        rules += [*schedule_problems(config), *_files(config), *finetune_problems(config)]
+        rules += [*schedule_problems(config), *_files(config), *finetune_problems(config, data and corpus)]
     if data:
         rules += [*_data(config, corpus), *masking_problems(config), *_packages(config)]
     return found + [each for each in rules if not wrong.intersection(each.fields)]
@@ -146,11 +147,15 @@ def recompute_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def needs_checkpoint(config: RunConfig) -> str | None:
-    """A field that has a meaning only where a checkpoint is loaded, if one is set."""
+    """The flag that has a meaning only where a checkpoint is loaded, if one is set."""
     values = config.flat()
-    names = ("finetune", "no_load_optim", "ckpt_step", "skip_train")
-    set_names = (name for name in names if values[name] is not None and values[name] is not False)  # step 0 is one too
-    return next(set_names, None)
+    set_names = (
+        name for name in NEEDS_CHECKPOINT if values[name] is not None and values[name] is not False
+    )  # step 0 is one too
+    name = next(set_names, None)
+    if name == "skip_train" and config.finetuning.epochs == 0:
+        return "--epochs 0"
+    return None if name is None else flag(name)
 
 
 def _files(config: RunConfig) -> Iterator[Problem]:
@@ -163,11 +168,10 @@ def _files(config: RunConfig) -> Iterator[Problem]:
     given = needs_checkpoint(config)
     if given and not (c.load or c.save or config.logging.run_dir):
         rule = "needs a checkpoint to load"
-        typed = "--epochs 0" if given == "skip_train" and config.finetuning.epochs == 0 else flag(given)
         cure = (
             "Name its folder with --load" if config.finetuning.task is None else "Name it with --pretrained-checkpoint"
         )
-        yield field_problem((given, "load"), typed, Words("none"), rule, cure)
+        yield field_problem((*NEEDS_CHECKPOINT, "load"), given, Words("none"), rule, cure)
     if c.use_checkpoint_args and not c.load:
         both, rule = ("use_checkpoint_args", "load"), "needs a checkpoint to read"
         yield field_problem(both, "--use-checkpoint-args", Words("no --load"), rule, "Name its folder with --load")

@@ -9,9 +9,12 @@ from megalith.config.run import RunConfig
 from megalith.config.sections.data import CORPUS_DATASETS, INSTRUCTIONS
 
 
-def finetune_problems(config: RunConfig) -> Iterator[Problem]:
-    """What of a task, its data and its epochs cannot work together."""
+def finetune_problems(config: RunConfig, corpus: bool = True) -> Iterator[Problem]:
+    """What of a task, its data and its epochs cannot work together. corpus: whether data have to be named."""
     f, c = config.finetuning, config.checkpoint
+    if f.task is None and config.data.dataset == "classification" and corpus:
+        rule, cure = "must be named, as it says what the files hold", "Write --task mnli, or a YAML file of your own"
+        yield field_problem(("task", "dataset"), "The task", None, rule, cure)
     if f.task is None:
         for name in ("train_data", "valid_data", "epochs"):
             if getattr(f, name) not in (None, []) and config.data.dataset in CORPUS_DATASETS:

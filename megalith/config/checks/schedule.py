@@ -25,6 +25,7 @@ def schedule_problems(config: RunConfig) -> Iterator[Problem]:
         yield from _other_unit(config, "train_samples", IN_STEPS)
     elif training and config.finetuning.epochs is None:
         about, cure = ("train_iters", "train_samples"), "Write --train-iters 1000 (steps), or --train-samples"
+        cure = cure if config.finetuning.task is None else "Write --epochs 3, or --train-iters 1000 (steps)"
         yield field_problem(about, "The length of the run", None, "must be given", cure)
     if s.train_iters is not None and config.batch.rampup_batch_size:
         cure = "Write --train-samples N --train-iters none, and give the schedule in samples too"

@@ -12,10 +12,7 @@ _EVALUATION = (
     "evaluation tasks are not there yet; until then: megalith checkpoint export RUN FOLDER --to huggingface, and "
     "lm-evaluation-harness on that folder"
 )
-_FINETUNING = (
-    "finetuning on tasks and instructions is not there yet; megalith pretrain MODEL --load X --save Y --finetune "
-    "trains those weights on new text"
-)
+_FINETUNING = "it is `megalith finetune TASK` here (docs/finetune_tasks.md)"
 _RETRIEVAL = "retrieval models (ICT, REALM, open-domain question answering) are not there yet; only the ICT dataset is"
 _RETRO = "Retro is not there yet; a GPT is trained by megalith pretrain gpt"
 _CORPUS = "cleaning and deduplicating a corpus is not there yet; megalith data preprocess takes JSON lines as they are"
@@ -125,7 +122,7 @@ _ANSWERS = (
         "--gradient-accumulation-steps --num-microbatches-in-minibatch --num-micro-batches",
     ),
     (
-        "it is --train-iters or --train-samples here: a run is so many steps or samples long",
+        "it is --train-iters or --train-samples here: a run is so many steps or samples long (--epochs for tasks)",
         "--num-train-epochs --max-train-steps --max-steps",
     ),
     ("it is --save here", "--output-dir"),
@@ -139,10 +136,10 @@ _ANSWERS = (
     ("it is --tensorboard-dir here", "--report-to --with-tracking"),
     (
         _EVALUATION,
-        "evaluate eval main lambada wikitext103 --task --valid-data --overlapping-eval --strict-lambada ppl lm_eval "
-        "lm-eval",
+        "evaluate eval lambada wikitext103 --overlapping-eval --strict-lambada ppl lm_eval lm-eval",
     ),
-    (_FINETUNING, "finetune sft chat race mnli qqp --train-data --pretrained-checkpoint --epochs"),
+    (_FINETUNING, "sft chat race mnli qqp rte glue"),
+    ("it is `megalith finetune TASK` here for RACE, MNLI and QQP; other tasks are not there yet", "main"),
     (
         "it is `megalith pretrain --lora-rank 8` here (docs/lora.md)",
         "lora peft --lora-r --lora-dim --use-lora --use-peft",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -162,6 +163,12 @@ def _model_of_checkpoint(
     except MegalithError as error:
         problems.append(Problem(tuple(fields()), str(error)))  # what it would have set is not missing as well
         return {}
+    if (
+        asked is not None
+        and asked != model.model_type
+        and architecture(asked).head_of == (model.architecture.head_of or model.model_type)
+    ):
+        model = dataclasses.replace(model, model_type=asked, num_classes=values.get("num_classes", model.num_classes))
     if asked not in (None, model.model_type):
         rule = f"must be {model.model_type}, that of {folder}, because of --use-checkpoint-args"
         cure = f"Write megalith pretrain {model.model_type}"

@@ -14,6 +14,9 @@ from megalith.data.samples.dataset_factory import FilesFactory
 from megalith.data.tasks.description import TaskDescription, read_description
 from megalith.data.tasks.examples import SHOWN, Examples, read_examples
 from megalith.data.tasks.files import files_of
+from megalith.data.tasks.tables import label_names, write_predictions
+
+SHORTEST = 4  # tokens of a sample
 
 
 class TaskDataset:
@@ -84,12 +87,15 @@ class TaskDataset:
         """Lines for the user: how many examples, of which labels, what was left out."""
         lines = [f"{name}: {len(self)} examples, {self._label_counts()}"]
         if self.truncated:
-            lines[0] += f"; {self.truncated} are longer than --seq-length {self.seq_length} and lose their end"
-        for row in self.bad[:SHOWN]:
-            lines.append(f"  left out: {row.file}, line {row.line}: {row.why}")
+            lines[0] += f"; longer than --seq-length {self.seq_length}, and cut at their end: {self.truncated}"
+        lines += [f"  left out: {row.file}, line {row.line}: {row.why}" for row in self.bad[:SHOWN]]
         if len(self.bad) > SHOWN:
             lines.append(f"  and {len(self.bad) - SHOWN} more rows left out, {len(self.bad)} in all")
         return lines
+
+    def write_predictions(self, path: pathlib.Path, rows: Sequence[Sequence[float]]) -> dict[str, Any]:
+        """Write uid, label, prediction and probabilities of each example; see tables.py."""
+        return write_predictions(path, self.task, self.uids, self.labels if self.labelled else None, rows)
 
     def _label_counts(self) -> str:
         if not self.labelled:
@@ -98,11 +104,6 @@ class TaskDataset:
             return f"labels from {self.labels.min():g} to {self.labels.max():g}"
         counts = np.bincount(self.labels.astype(np.int64), minlength=self.task.classes)
         return ", ".join(f"{count} {name}" for name, count in zip(label_names(self.task), counts))
-
-
-def label_names(task: TaskDescription) -> list[str]:
-    """The name of each class: its label, or the letter of a choice."""
-    return list(task.labels) or [chr(ord("A") + number) for number in range(task.classes)]
 
 
 def open_files(config: RunConfig, tokenizer: Any) -> tuple[TaskDataset | None, dict[str, TaskDataset]]:
@@ -114,6 +115,10 @@ def open_files(config: RunConfig, tokenizer: Any) -> tuple[TaskDataset | None, d
         raise ConfigError(
             problem("--num-classes", classes, rule, f"Write --num-classes {task.classes}, or leave it out")
         )
+
+    if (config.data.seq_length or 0) < SHORTEST:
+        rule = f"must be at least {SHORTEST}, for [CLS], [SEP], [SEP] and a token"
+        raise ConfigError(problem("--seq-length", config.data.seq_length, rule, "Write --seq-length 128"))
 
     def dataset(files: Sequence[pathlib.Path], training: bool) -> TaskDataset:
         found = read_examples(files, task, training=training)

@@ -21,7 +21,11 @@ from megalith.config.flags.yaml_text import load_yaml
 
 FOLDER = pathlib.Path(__file__).parent
 METRICS = ("accuracy", "f1", "matthews", "pearson")
-KINDS = {"classification": "bert_classification", "regression": "bert_classification", "multiple_choice": "bert_multiple_choice"}  # fmt: skip
+KINDS = {  # kind -> the model that learns it
+    "classification": "bert_classification",
+    "regression": "bert_classification",
+    "multiple_choice": "bert_multiple_choice",
+}
 COLUMNS = {  # kind -> columns of a task, those that it must have first
     "classification": ("text_a", "label", "text_b", "uid"),
     "regression": ("text_a", "label", "text_b", "uid"),
@@ -153,4 +157,4 @@ def defaults(task: str) -> dict[str, Any]:
     d = read_description(task)
     classes = {} if d.kind == "multiple_choice" else {"num_classes": d.classes}
     loss = "regression" if d.kind == "regression" else "classification"
-    return {"model_type": KINDS[d.kind], "dataset": "classification", "loss": loss, **classes}
+    return {"model_type": KINDS[d.kind], "dataset": "classification", "loss": loss, "name": d.name, **classes}

@@ -132,7 +132,7 @@ def _number(value: Any) -> float:
 def clean_text(text: str) -> str:
     """Megatron's: line ends and runs of spaces become one space, and a full stop has none before it."""
     text = re.sub(r"\s+", " ", text)
-    for _ in range(3):  # of " . . . " each pass joins one
+    for _ in range(3):
         text = text.replace(" . ", ". ")
     return text.strip()
 

@@ -52,7 +52,8 @@ def announce(
         left = "nothing is left to do"
         if unmeasured:
             left = f"what is left is the loss of its {' and '.join(unmeasured)} data"
-        more = "raise --train-iters, with --override-opt-param-scheduler, to train longer"
+        length = "--train-iters" if config.finetuning.epochs is None else "--epochs"
+        more = f"raise {length}, with --override-opt-param-scheduler, to train longer"
         done = f"; that is all of them, {left} ({more})" if progress.iteration >= train_iters > 0 else ""
         step = progress.iteration
         doing = f"resuming after step {step} of {train_iters}{done}" if train_iters else f"measuring step {step}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import pathlib
@@ -12,9 +13,11 @@ from typing import Any
 from megalith import checkpoint
 from megalith.checkpoint.ranks import Ranks
 from megalith.checkpoint.store.fit import describe_model_difference
-from megalith.common.errors import CheckpointError, ConfigError, DataError
+from megalith.common.errors import CheckpointError, ConfigError, DataError, problem
 from megalith.common.files import sampled_digest
+from megalith.config.flags.text import Words
 from megalith.config.flags.values import fields
+from megalith.config.heads import describe_new_head, with_head
 from megalith.config.identity import changes, differences
 from megalith.config.run import RunConfig
 from megalith.config.sections.data import TOKENIZER_FILES, DataConfig
@@ -25,11 +28,11 @@ from megalith.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megalith.training.resume.source import Source, is_foreign, read_source, source_of, weights_only
 
 # Sections of the config that decide, with the model, what a step reads and computes.
-COMPARED_SECTIONS = ("data", "batch", "optimizer", "precision", "lora")
+COMPARED_SECTIONS = ("data", "batch", "optimizer", "precision", "lora", "finetuning")
 # Their fields that do not change that, except for rounding. Tokenizers are compared by their vocabularies instead.
 IGNORED_FIELDS = (
     "data_cache_path", "num_workers", "mmap_bin_files", "micro_batch_size", "compile", "deterministic_mode",
-    "adapter", "tokenizer_type", *TOKENIZER_FILES,
+    "adapter", "pretrained_checkpoint", "keep_best", "tokenizer_type", *TOKENIZER_FILES,
 )  # fmt: skip
 CORPUS_FIELDS = (
     "data_path", "train_data_path", "valid_data_path", "test_data_path", "data_file_list", "titles_data_path",
@@ -70,9 +73,23 @@ def compare(config: RunConfig, tokenizer: Tokenizer, data: Mapping[str, str]) ->
 def _compare(source: Source, config: RunConfig, tokenizer: Tokenizer, data: Mapping[str, str]) -> list[str]:
     then = source.config
     new_run = weights_only(config)  # a new run begins with the weights, so its data and rates are its own
+    head = describe_new_head(config.model, then.model)
+    if head and not new_run:
+        rule, cure = (
+            "must be of a run of this task to resume it",
+            f"--pretrained-checkpoint {source.path} begins with it",
+        )
+        raise CheckpointError(problem(f"--load {source.path}", Words(head), rule, cure))
+    if head and config.validation.skip_train:
+        rule = f"must be of a {config.model.model_type} with its head to be measured"
+        cure = "Name a finetuned model, or train this one first: --epochs 3"
+        raise CheckpointError(problem(f"{source.path}", Words(head), rule, cure))
+    if head:
+        then = dataclasses.replace(then, model=with_head(then.model, config.model))
     if another := describe_model_difference(source.path, config.model, then.model):
         raise CheckpointError(another)
-    lines = differences(config.model, then.model).noted + _tokenizer_changes(source, tokenizer, new_run)
+    lines = [head] * bool(head) + differences(config.model, then.model).noted
+    lines += _tokenizer_changes(source, tokenizer, new_run)
     if new_run:
         return lines
     paths_now, paths_then = (

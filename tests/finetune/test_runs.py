@@ -1,0 +1,125 @@
+"""Runs of `finetune` tasks: every sample once in every layout, validation by name, the best checkpoint, predictions."""
+
+import json
+import pathlib
+import re
+
+import numpy as np
+import pytest
+
+from megalith import checkpoint
+from megalith.testing import run_ranks
+from megalith.training.pretrain import train
+from tests.finetune.files import table, task_config
+from tests.tiny import losses, records
+
+
+def validations(run: pathlib.Path, name: str = "validation") -> list[tuple[int, float, float]]:
+    """(step, loss, accuracy) of each validation."""
+    return [
+        (line["step"], line[f"{name}_loss"], line[f"{name}_metrics"]["accuracy"])
+        for line in records(str(run)) if f"{name}_loss" in line
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(files, tmp_path_factory) -> pathlib.Path:
+    """A run in one process."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    train(task_config(files, run))
+    return run
+
+
+def test_validation_is_whole_by_name_and_where_epochs_end(files, whole):
+    """Two epochs of 23 samples in batches of 8 end in steps 3 and 6, the last of which has 6 samples."""
+    assert [step for step, *_ in validations(whole)] == [0, 3, 6]
+    steps = [line for line in records(str(whole)) if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    matched, mismatched = (validations(whole, f"validation/dev_{name}") for name in ("matched", "mismatched"))
+    for (_, loss, accuracy), (_, one, right), (_, other, also) in zip(validations(whole), matched, mismatched):
+        assert loss == pytest.approx((9 * one + 5 * other) / 14) and accuracy == pytest.approx(
+            (9 * right + 5 * also) / 14
+        )
+
+
+def test_predictions_are_those_that_were_scored(whole):
+    results = json.loads((whole / "results.json").read_text())
+    for name, count in (("dev_matched", 9), ("dev_mismatched", 5)):
+        rows, found = table(whole / f"predictions_{name}.tsv"), results[f"validation/{name}"]
+        assert [row[0] for row in rows] == [str(number) for number in range(count)]
+        probabilities = np.array([[float(cell) for cell in row[3:]] for row in rows])
+        assert probabilities.shape == (count, 3) and np.allclose(probabilities.sum(1), 1, atol=1e-5)
+        labels = ["contradiction", "entailment", "neutral"]
+        assert [row[2] for row in rows] == [labels[column] for column in probabilities.argmax(1)]
+        right = sum(row[1] == row[2] for row in rows)
+        assert found["examples"] == count and found["accuracy"] == pytest.approx(right / count)
+        loss = -np.log([probabilities[at, labels.index(row[1])] for at, row in enumerate(rows)]).mean()
+        assert found["classification loss"] == pytest.approx(loss, abs=1e-4)
+        matrix = np.array(found["confusion"]["rows_are_labels"])
+        assert matrix.trace() == right and matrix.sum() == count
+
+
+LAYOUTS = {
+    "tp2": (2, {"tensor_model_parallel_size": 2}),
+    "pp2": (2, {"pipeline_model_parallel_size": 2}),
+    "dp2": (2, {}),
+    "dp2 sharded": (2, {"data_parallel_sharding": "full"}),
+    "one micro-batch": (1, {"micro_batch_size": 8}),
+}
+SLOW = ("tp2", "dp2 sharded", "one micro-batch")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in LAYOUTS])
+def test_a_layout_gives_the_losses_and_predictions_of_one_process(files, whole, tmp_path, name):
+    ranks, layout = LAYOUTS[name]
+    run_ranks(train, ranks, task_config(files, tmp_path / "run", **layout))
+    assert losses(str(tmp_path / "run")) == pytest.approx(losses(str(whole)), rel=1e-4)
+    for each in ("validation", "validation/dev_matched"):
+        assert np.allclose(validations(tmp_path / "run", each), validations(whole, each), rtol=1e-4)
+    for each in ("dev_matched", "dev_mismatched"):
+        mine, theirs = (table(run / f"predictions_{each}.tsv") for run in (tmp_path / "run", whole))
+        assert [row[:2] for row in mine] == [row[:2] for row in theirs]
+        columns = [[[float(cell) for cell in row[3:]] for row in rows] for rows in (mine, theirs)]
+        assert np.allclose(*columns, atol=2e-5)
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_multiple_choices(files, tmp_path, ranks):
+    """10 questions in batches of 4."""
+    run_ranks(train, ranks, task_config(files, tmp_path / "run", "race", global_batch_size=4))
+    assert [step for step, *_ in validations(tmp_path / "run")] == [0, 3, 5]
+    rows = table(tmp_path / "run/predictions_high.tsv")
+    assert len(rows) == 6 and all(len(row) == 7 and row[1] in "ABCD" for row in rows)
+
+
+def test_a_stopped_run_resumes_with_other_processes_and_loses_no_sample(files, whole, tmp_path):
+    """Stopped after 16 of 46 samples, resumed with batches of 4: 8 steps are left, and the same samples."""
+    config = task_config(files, tmp_path / "run")
+    assert train(config.replace(exit_interval=2)).iteration == 2
+    run_ranks(train, 2, config.replace(global_batch_size=4))
+    lines = [line for line in records(str(tmp_path / "run")) if "loss" in line]
+    assert [line["consumed_samples"] for line in lines] == [8, 16, 20, 24, 28, 32, 36, 40, 44, 48]
+    assert losses(str(tmp_path / "run"))[:2] == losses(str(whole))[:2]
+
+
+def test_the_best_checkpoint_is_kept_and_a_resumed_run_compares_with_it(files, tmp_path, capsys, monkeypatch):
+    config = task_config(files, tmp_path / "run", epochs=6.0, keep_last=1, save_interval=3, lr=1e-2)
+    train(config.replace(exit_interval=12))
+    train(config)
+    said = re.search(r"best checkpoint \S+iter_(\d+) \(accuracy (\S+) on validation data\)", capsys.readouterr().out)
+    measured = {step: accuracy for step, _, accuracy in validations(tmp_path / "run") if step}
+    best = max(measured, key=lambda step: (measured[step], -step))  # the first of equals
+    assert int(said[1]) == best and float(said[2]) == pytest.approx(measured[best], rel=1e-5)
+    assert checkpoint.iterations(tmp_path / "run/checkpoints") == sorted({best, 18})
+
+
+def test_files_without_labels_are_predicted_and_not_scored(files, tmp_path, capsys):
+    data = [str(files / "dev_matched.tsv"), str(files / "test.tsv")]
+    train(task_config(files, tmp_path / "run", valid_data=data, epochs=1.0))
+    assert "validation data test: 4 examples, without labels" in capsys.readouterr().out
+    assert not validations(tmp_path / "run", "validation/test")
+    rows = table(tmp_path / "run/predictions_test.tsv")
+    assert len(rows) == 4 and all(row[1] == "" and row[2] for row in rows)
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["validation/test"].keys() == {"examples", "predictions"}
+    assert results["validation/dev_matched"]["accuracy"] == results["validation"]["accuracy"]
