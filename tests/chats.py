@@ -98,7 +98,7 @@ def write_chats(path: pathlib.Path, lengths: Sequence[int] = LENGTHS, **more: An
 
 
 def make_config(folder: pathlib.Path, template: str | None = None, **changes: Any) -> RunConfig:
-    """A tiny GPT that is finetuned on chats, with a tokenizer that has this template (default: ChatML, without marks)."""
+    """A tiny GPT finetuned on chats. template: of its tokenizer, "" for none (default: ChatML without marks)."""
     write_tokenizer(folder / "tokenizer", unmarked(CHATML) if template is None else template or None)
     values = {
         "tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(folder / "tokenizer"), "dataset": "chat",

@@ -1,4 +1,4 @@
-"""Is a layout right for a user's own data? Some training steps on it: masks, losses, gradients, and the weights after."""
+"""Is a layout right for a user's own data? Some training steps on it: masks, losses, gradients, and weights after."""
 
 from __future__ import annotations
 

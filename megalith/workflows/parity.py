@@ -1,4 +1,4 @@
-"""The parity check: a user's config in its layout against one process, on this machine, with random data or their own."""
+"""The parity check: a config in its layout against one process, on this machine, with random data or a user's own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/finetune.md and examples/finetune_chat.sh run as typed, at toy size, on a Hugging Face folder; what they leave."""
+"""docs/finetune.md and examples/finetune_chat.sh run as typed, at toy size, on a Hugging Face folder."""
 
 import json
 import pathlib
@@ -47,7 +47,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def ends(folder: pathlib.Path) -> list:
     """The tokens at which an exported folder says that a text ends: of its tokenizer, and its two configs."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    ids = [json.loads((folder / f"{name}.json").read_text())["eos_token_id"] for name in ("config", "generation_config")]
+    ids = [
+        json.loads((folder / f"{name}.json").read_text())["eos_token_id"] for name in ("config", "generation_config")
+    ]
     return [tokenizer.eos_token, *(tokenizer.convert_ids_to_tokens(each) for each in ids)]
 
 
@@ -84,7 +86,8 @@ def test_the_documents_adapters(folder):
 def test_the_example_and_its_adapters(folder):
     variables = {
         "MODEL": "Llama-3-8B", "TRAIN_DATA": "chats.jsonl", "CHECKPOINT_PATH": "runs/script", "SEQ_LENGTH": "64",
-        "GLOBAL_BATCH": "4", "EPOCHS": "2", "PRECISION": "", "GPUS_PER_NODE": "2", "TENSOR": "2", "MASTER_PORT": "29561",
+        "GLOBAL_BATCH": "4", "EPOCHS": "2", "PRECISION": "", "GPUS_PER_NODE": "2", "TENSOR": "2",
+        "MASTER_PORT": "29561",
     }  # fmt: skip
     script = [str(ROOT / "examples/finetune_chat.sh"), "--valid-data", "valid.jsonl", "--save-interval", "1"]
     run([*script, "--exit-interval", "1"], folder, **variables)

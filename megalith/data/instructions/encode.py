@@ -50,6 +50,11 @@ class _Refused(Exception):
     """The template does not take this chat."""
 
 
+def special_tokens(template: ChatTemplate) -> set[int]:
+    """The ids of the tokenizer's special tokens."""
+    return {number for number, token in template.backend.get_added_tokens_decoder().items() if token.special}
+
+
 def turn_end(template: ChatTemplate) -> int | None:
     """The special token with which the template ends a turn of the assistant; None where it writes none."""
     try:
@@ -58,7 +63,7 @@ def turn_end(template: ChatTemplate) -> int | None:
         return None
     encoding = template.backend.encode(text, add_special_tokens=False)
     after = text.rfind(PROBE[1]["content"]) + len(PROBE[1]["content"])
-    special = {number for number, token in template.backend.get_added_tokens_decoder().items() if token.special}
+    special = special_tokens(template)
     found = (i for i, (begin, _) in zip(encoding.ids, encoding.offsets) if begin >= after and i in special)
     return next(found, None)
 
@@ -171,7 +176,9 @@ class ChatEncoder:
         (after,) = np.nonzero(ids[stop:] == self.end)
         if len(after) and not text[offsets[stop - 1, 1] : offsets[stop + int(after[0]), 0]].strip():
             return stop + int(after[0]) + 1, True
-        return stop, False
+        return stop, int(ids[stop - 1]) in special_tokens(
+            self.template
+        )  # as of a call of a tool (Llama 3.1: <|eom_id|>)
 
 
 class CompletionEncoder:

@@ -8,7 +8,8 @@ from typing import Any
 
 from megalith.common.errors import DataError, problem
 from megalith.config.flags.text import Words
-from megalith.data.tokenizers.huggingface import HuggingFaceTokenizer, default_template, template_processing
+from megalith.data.tokenizers.huggingface import HuggingFaceTokenizer, template_processing
+from megalith.data.tokenizers.settings import default_template
 from megalith.data.tokenizers.tokenizer import Tokenizer
 
 EXPORTED_SPECIAL_TOKENS = ("bos", "eos", "pad", "cls", "sep", "mask")

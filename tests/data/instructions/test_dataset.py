@@ -134,7 +134,7 @@ def test_lines_that_cannot_be_used_are_listed_or_an_error(tmp_path):
     assert "2 of 32 lines cannot be used and are skipped" in told
     with pytest.raises(DataError, match=r"a.jsonl:31: (.|\n)*a.jsonl may have at most 1 unusable documents"):
         opened(config.replace(max_unusable="1"))
-    with pytest.raises(DataError, match="s.jsonl:1: .*System role not supported"):
+    with pytest.raises(DataError, match=r"s.jsonl:1: .*System role not supported"):
         messages = [{"role": "system", "content": "B"}, USER, {"role": "assistant", "content": "x"}]
         (tmp_path / "s.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
         opened(make_config(tmp_path / "g", GEMMA, train_data=[str(tmp_path / "s.jsonl")]))
@@ -170,7 +170,7 @@ def test_templates_that_fail_name_the_line(tmp_path):
     with pytest.raises(ConfigError, match="--chat-template must name a file"):
         opened(make_config(tmp_path / "none", "", train_data=[path]))
     (tmp_path / "wrong.jinja").write_text("{% for %}")
-    with pytest.raises(DataError, match="a.jsonl:1: messages must be such as"):
+    with pytest.raises(DataError, match=r"a.jsonl:1: messages must be such as"):
         opened(config.replace(chat_template=str(tmp_path / "wrong.jinja")))
     with pytest.raises(ConfigError, match="must name a text file with a template"):
         opened(config.replace(chat_template=str(tmp_path / "absent.jinja")))

@@ -279,18 +279,11 @@ def write(weights: Weights, folder: pathlib.Path, options: HuggingFaceOptions) -
     stored = weights.files.get(f"{SOURCE_FOLDER}{GENERATION}")
     generation = files.read_json(stored) if stored else {"_from_model_config": True, **ids}
     if f"{SOURCE_FOLDER}{CONFIG}" in weights.files and options.tokenizer:  # not the source's: finetuned on chats, say
-        end = tokenizer.token_ids(tokenizer_files, content)["eos_token_id"]
         for each in (content, generation):
-            each |= _ending_with(each.get("eos_token_id"), end)
+            each |= tokenizer.end_of_text(tokenizer_files, each)
     write_text(folder / GENERATION, json.dumps(generation, indent=2) + "\n")
     # Last: without a config.json nobody takes the folder for a complete one.
     write_text(folder / CONFIG, json.dumps(content, indent=2) + "\n")
-
-
-def _ending_with(known: Any, end: int | None) -> dict[str, Any]:
-    """The setting of the tokens that end a text, with the tokenizer's own among them. known: one, several or None."""
-    others = [] if known is None else known if isinstance(known, list) else [known]
-    return {} if end is None or end in others else {"eos_token_id": [end, *others] if others else end}
 
 
 def tensors_of_family(weights: Weights, family: Family, options: HuggingFaceOptions) -> dict[str, Lazy]:
