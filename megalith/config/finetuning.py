@@ -9,14 +9,24 @@ from megalith.common.registry import Registry, load
 from megalith.config.architectures import architecture
 from megalith.config.flags.text import flag, value_text
 from megalith.config.run import RunConfig
+from megalith.config.sections.data import INSTRUCTIONS
 
 CORPORA = ("data_path", "train_data_path", "valid_data_path", "test_data_path", "data_file_list")
 DESCRIBED = "megalith.data.tasks.description:defaults"  # of a task that a YAML file describes
 # Task -> a function of its name that gives the fields of RunConfig that follow from it ({"model_type": ...}), in which
 # model_type, dataset and loss are those of a run whose --train-data and --valid-data are of this task.
 TASKS = Registry(
-    "task", dict.fromkeys(("cola", "mnli", "mrpc", "qnli", "qqp", "race", "rte", "sst2", "stsb"), DESCRIBED)
+    "task",
+    {
+        **dict.fromkeys(INSTRUCTIONS, "megalith.config.finetuning:instruction_defaults"),
+        **dict.fromkeys(("cola", "mnli", "mrpc", "qnli", "qqp", "race", "rte", "sst2", "stsb"), DESCRIBED),
+    },
 )
+
+
+def instruction_defaults(task: str) -> dict[str, Any]:
+    """Of chats and completions: their dataset, with the loss that the model has anyway."""
+    return {"dataset": task}
 
 
 def task_defaults(task: str) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from megalith.data.sources import Source, parse_data_path, read_file_list
 # and not sequences (GPT). Without a corpus the first two are None.
 # A dataset of the files of a task has the attribute `open_files` instead, a function (config, tokenizer) -> (training
 # dataset or None, {name: validation dataset}) whose datasets have a length, are read whole, and have a `loss_mask` in
-# each sample; see samples/epochs.py.
+# each sample; see samples/epochs.py. Such a factory may have `prepare_tokenizer`, see below.
 DATASETS = Registry(
     "dataset",
     {
@@ -43,6 +43,8 @@ DATASETS = Registry(
         "t5": "megalith.data.samples.t5_dataset:from_config",
         "ict": "megalith.data.samples.ict_dataset:from_config",
         "classification": "megalith.data.tasks.dataset:from_files",
+        "chat": "megalith.data.instructions.factory:chat",
+        "completion": "megalith.data.instructions.factory:completion",
     },
 )
 THREADS = 16
@@ -99,6 +101,15 @@ def task_datasets(config: RunConfig, train: Any, valid: Mapping[str, Any], batch
         # Padding for the last batch, wherever batches begin: a run may be resumed with another one.
         epochs = Epochs(train, total, seed=config.batch.seed, padding=batch - 1)
     return {"train": epochs, "valid": whole or None, "test": None}
+
+
+def prepare_tokenizer(config: RunConfig, tokenizer: Any) -> list[str]:
+    """Change the tokenizer where the dataset asks for it; lines on what has changed.
+
+    Chats bring their template, and the token that ends a turn. Raises ConfigError or DataError where they cannot.
+    """
+    prepare = getattr(DATASETS.find(config.data.dataset), "prepare_tokenizer", None)
+    return prepare(config, tokenizer) if prepare else []
 
 
 def sample_counts(config: RunConfig, size: int = 1) -> tuple[int, int, int]:

@@ -33,6 +33,11 @@ def parse_data_path(paths: Sequence[str], flag: str = "--data-path", keep_unused
             rule = "must name a directory with .idx files, or a prefix"
             raise DataError(problem(flag, items[0], rule, "Name a directory of indexed datasets, or a prefix"))
         return [Source(str(path)) for path in found]
+    return parse_weighted(items, flag, keep_unused)
+
+
+def parse_weighted(items: Sequence[str], flag: str, keep_unused: bool = False) -> list[Source]:
+    """Sources named by `weight prefix ...` pairs, or by prefixes alone. keep_unused: also those of weight 0."""
     weights = [_number(item) for item in items[::2]]
     if len(items) % 2 or all(weight is None for weight in weights):
         return [Source(item) for item in items]

@@ -12,14 +12,15 @@ import torch
 
 from megalith.checkpoint.formats import adapters
 from megalith.checkpoint.ranks import Ranks
+from megalith.checkpoint.weights import Weights
 from megalith.common.errors import ConfigError
 from megalith.config.batch_math import global_batch
 from megalith.config.parameters import weight_decays
 from megalith.config.run import RunConfig
-from megalith.data.build import build_datasets
+from megalith.data.build import build_datasets, prepare_tokenizer
 from megalith.data.loader import Loader
 from megalith.data.samples.epochs import Epochs
-from megalith.data.tokenizers.tokenizer import Tokenizer
+from megalith.data.tokenizers.tokenizer import Tokenizer, tokenizer_from_config
 from megalith.optim.build import build_optimizer
 from megalith.optim.loss_scale import build_loss_scale
 from megalith.optim.schedule import Schedule
@@ -35,6 +36,7 @@ from megalith.training.reporting.profile import ProfilePipeline
 from megalith.training.reporting.reporters import reporters
 from megalith.training.resume import saving
 from megalith.training.resume.lora import read_start
+from megalith.training.resume.source import read_foreign
 from megalith.training.resume.state import Progress
 from megalith.training.step import Trainer
 from megalith.training.tasks import build_task
@@ -55,9 +57,23 @@ def build_trainer(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Traine
     With LoRA the model has the weights that the run starts from (resume/lora.py).
     config.model.vocab_size must be known; see pretrain.with_vocabulary.
     """
-    batch = global_batch(config, mesh.data_size)
     start = Ranks().on_every_rank(lambda: read_start(config))
-    runtime = build_runtime(config, mesh, weights=start)
+    return trainer_from(start, config, mesh, tokenizer)
+
+
+def starting_weights(config: RunConfig) -> Weights | None:
+    """What --load names, with the adapters of a LoRA run; None where it names nothing. For a check: a run resumes."""
+    if config.checkpoint.load is None:
+        return None
+    return read_start(config) if config.lora.lora_rank else read_foreign(config)
+
+
+def trainer_from(
+    start: Weights | None, config: RunConfig, mesh: Mesh, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32
+) -> Trainer:  # fmt: skip
+    """As build_trainer, from given weights (None: random ones). dtype: of the model; see build_runtime."""
+    batch = global_batch(config, mesh.data_size)
+    runtime = build_runtime(config, mesh, dtype, start)
     only_measures = config.validation.skip_train  # with neither rate nor length
     rates = RunConfig().replace(lr=0.0, train_iters=1) if only_measures else config
     decays = functools.partial(weight_decays, config.model)
@@ -67,6 +83,12 @@ def build_trainer(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Traine
         runtime, build_task(config, mesh, tokenizer), optimizer, schedule, build_loss_scale(config.precision),
         None if start is None else start.train_state.get(adapters.BASE) or adapters.record_of(start),
     )  # fmt: skip
+
+
+def open_tokenizer(config: RunConfig) -> tuple[Tokenizer, list[str]]:
+    """The tokenizer of a run, with what its data change in it, and lines on that."""
+    tokenizer = tokenizer_from_config(config.data, vocab_size=config.model.vocab_size)
+    return tokenizer, prepare_tokenizer(config, tokenizer)
 
 
 def open_datasets(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> dict[str, Any]:

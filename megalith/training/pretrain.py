@@ -21,7 +21,7 @@ from megalith.config.finetuning import completed, in_samples
 from megalith.config.flags.loading import to_yaml
 from megalith.config.megatron.counts import embedding_rows
 from megalith.config.run import RunConfig
-from megalith.data.tokenizers.tokenizer import Tokenizer, tokenizer_from_config
+from megalith.data.tokenizers.tokenizer import Tokenizer
 from megalith.runtime.build import Mesh, build_mesh, init_distributed
 from megalith.training.best import best_so_far
 from megalith.training.build import (
@@ -29,6 +29,7 @@ from megalith.training.build import (
     build_loaders,
     build_trainer,
     open_datasets,
+    open_tokenizer,
     run_info,
     set_determinism,
 )
@@ -53,7 +54,9 @@ def train(config: RunConfig) -> Progress:
     """
     config, owns_group = completed(config), not dist.is_initialized()
     check(config, environment.world_size() if owns_group else dist.get_world_size())
-    tokenizer = tokenizer_from_config(config.data, vocab_size=config.model.vocab_size)
+    tokenizer, changes = open_tokenizer(config)
+    if environment.rank() == 0:
+        print("".join(f"{line}\n" for line in changes), end="", flush=True)
     with ends_with_launcher():
         return _train(config, tokenizer, owns_group)
 

@@ -1,4 +1,4 @@
-"""The parity check: a user's config in its layout against one process, on this machine, with random data."""
+"""The parity check: a config in its layout against one process, on this machine, with random data or a user's own."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from megalith.common.errors import problem
 from megalith.config.batch_math import data_parallel_size, global_batch
 from megalith.config.flags.text import Words, fail
 from megalith.config.run import RunConfig
+from megalith.testing.finetuning import STEPS, Steps, measure_steps
 from megalith.testing.parity import TOLERANCE, Difference, LayoutResult, compare, measure, merge
 from megalith.testing.ranks import MAX_RANKS, RankPool
+from megalith.training.build import open_tokenizer
+from megalith.training.pretrain import with_vocabulary
 
 # The fields that make a layout, with the values of one process.
 ONE_PROCESS = {
@@ -31,19 +34,32 @@ ONE_PROCESS = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Masks:
+    """Loss masks compared: of how many samples, with how many tokens that count, and the samples where they differ."""
+
+    samples: int
+    tokens: int
+    wrong: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
 class Result:
-    """The outcome. differences: of the loss first, then of every gradient, the worst first."""
+    """The outcome. differences: of the loss first, then of every gradient, the worst first. masks: of a user's data."""
 
     expected: LayoutResult
     found: LayoutResult
     differences: list[Difference]
     tolerance: float
     same_weights: bool
+    masks: Masks | None = None
 
     @property
     def equal(self) -> bool:
         """Whether the layout is right."""
-        return self.same_weights and all(difference.error <= self.tolerance for difference in self.differences)
+        masks = self.masks is None or not self.masks.wrong
+        return (
+            masks and self.same_weights and all(difference.error <= self.tolerance for difference in self.differences)
+        )
 
 
 def check_possible(config: RunConfig, processes: int) -> None:
@@ -77,6 +93,58 @@ def check(config: RunConfig, processes: int, dtype: torch.dtype = torch.float64,
         parts = pool.run(measure, processes, config, dtype, timeout=timeout)
     finally:
         pool.close()
+    return compare_ranks(expected, parts, dtype, TOLERANCE[dtype])
+
+
+def check_finetuning(
+    config: RunConfig, processes: int, dtype: torch.dtype = torch.float64, timeout: float = 3600.0
+) -> list[Result]:
+    """The first steps of `config` on its --train-data, on `processes` ranks of this machine's CPU and on one.
+
+    A result for each step (masks, loss, gradients), and one of the weights after all, with adapters merged, in which
+    they take the place of the gradients. A step begins with weights that differ by rounding, which an optimizer makes
+    larger, so that 100 times as much is allowed from the second on.
+    Raises ConfigError or DataError where the machine cannot run it, or the data cannot be used.
+    """
+    samples = global_batch(config, data_parallel_size(config, processes))
+    rates = {"lr": config.optimizer.lr or 1e-4, "train_iters": STEPS, "train_samples": None, "epochs": None}
+    config = config.replace(device="cpu", bf16=False, fp16=False, global_batch_size=samples, **rates)
+    config = with_vocabulary(config, open_tokenizer(config)[0])
+    check_possible(config, processes)
+    pool = RankPool()
+    try:
+        (one,) = pool.run(measure_steps, 1, config.replace(**ONE_PROCESS), dtype, timeout=timeout)
+        ranks = pool.run(measure_steps, processes, config, dtype, timeout=timeout)
+    finally:
+        pool.close()
+    return compare_steps(one, ranks, dtype)
+
+
+def compare_steps(one: Steps, ranks: list[Steps], dtype: torch.dtype) -> list[Result]:
+    """What every rank measured of some steps, against one process; see check_finetuning."""
+    results = []
+    for number, expected in enumerate(one.steps):
+        allowed = TOLERANCE[dtype] * (100 if number else 1)
+        result = compare_ranks(expected, [rank.steps[number] for rank in ranks], dtype, allowed)
+        if number < len(one.masks):
+            masks = _same_masks(one.masks[number], [rank.masks[number] for rank in ranks])
+            result = dataclasses.replace(result, masks=masks)
+        results.append(result)
+    return results
+
+
+def _same_masks(expected: dict[int, torch.Tensor], found: list[dict[int, torch.Tensor]]) -> Masks:
+    """The masks of one process against those of every rank, which together must have all samples."""
+    wrong = {
+        sample for masks in found for sample, mask in masks.items()
+        if sample not in expected or not torch.equal(mask, expected[sample])
+    }  # fmt: skip
+    wrong |= expected.keys() - {sample for masks in found for sample in masks}
+    return Masks(len(expected), sum(int((mask != 0).sum()) for mask in expected.values()), sorted(wrong))
+
+
+def compare_ranks(expected: LayoutResult, parts: list[LayoutResult], dtype: torch.dtype, tolerance: float) -> Result:
+    """What one process computed against what each rank holds, and all of them together."""
     found = merge(parts)
     worst: dict[str, Difference] = {}
     for part in [*parts, found]:  # a gradient that several ranks hold must be right on each
@@ -90,4 +158,4 @@ def check(config: RunConfig, processes: int, dtype: torch.dtype = torch.float64,
     same = all(
         torch.equal(found.weights.get(name, torch.empty(0)), weight) for name, weight in expected.weights.items()
     )
-    return Result(expected, found, [loss, *ordered], TOLERANCE[dtype], same)
+    return Result(expected, found, [loss, *ordered], tolerance, same)

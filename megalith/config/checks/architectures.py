@@ -9,6 +9,7 @@ from megalith.config.architectures import ARCHITECTURES
 from megalith.config.flags.text import Problem, Words, field_problem, flag
 from megalith.config.flags.values import fields
 from megalith.config.run import RunConfig
+from megalith.config.sections.data import INSTRUCTIONS
 
 BERTS = ("bert", "bert_classification", "bert_multiple_choice")
 MODEL_ONLY_FIELDS: dict[str, tuple[str, ...]] = {  # field -> the models that have it
@@ -31,7 +32,7 @@ def gpt_problems(config: RunConfig) -> Iterator[Problem]:
         what = "--position-embedding-type relative"
         yield field_problem(("position_embedding_type",), what, Words(f"it with {m.model_type}"), rule, cure)
     for name, value, usual in (("dataset", d.dataset, "gpt"), ("loss", d.loss, "lm")):
-        if value != usual and value in fields()[name].metadata["names"]:
+        if value not in (usual, *INSTRUCTIONS) and value in fields()[name].metadata["names"]:
             rule = f"must be {usual!r} for {m.model_type}"
             cure = "Leave it out" + f", or train {value}" * (value in ARCHITECTURES)
             yield field_problem((name,), flag(name), value, rule, cure)
@@ -124,7 +125,8 @@ def mismatched_training_data(config: RunConfig) -> Iterator[Problem]:
     architecture, kind = config.model.architecture, config.model.model_type
     for name, usual in (("dataset", architecture.dataset), ("loss", architecture.loss)):
         value = getattr(config.data, name)
-        if value == usual or value not in fields()[name].metadata["names"]:
+        taken = (usual, *INSTRUCTIONS) if architecture.decoder else (usual,)
+        if value in taken or value not in fields()[name].metadata["names"]:
             continue
         if usual is None:
             rule = f"must be module:name of your own for {kind}, because megalith has no {name} for it"

@@ -19,15 +19,17 @@ from megalith.config.flags.values import convert, fields
 from megalith.config.flags.yaml_text import parse_yaml
 from megalith.config.megatron.counts import vocab_size_of_rows
 from megalith.config.run import RunConfig
-from megalith.config.sections.data import CORPUS_DATASETS, TOKENIZER_FILES
+from megalith.config.sections.data import CORPUS_DATASETS, INSTRUCTIONS, TOKENIZER_FILES
 
 OF_DATASETS = {  # field -> the built-in datasets that read it
     "mask_prob": ("bert", "t5"),
     "short_seq_prob": ("bert", "t5"),
-    "decoder_seq_length": ("t5",),
+    "decoder_seq_length": ("t5", *INSTRUCTIONS),
     "titles_data_path": ("ict",),
     "use_one_sent_docs": ("ict",),
     "query_in_block_prob": ("ict",),
+    "chat_template": ("chat",),
+    **dict.fromkeys(("packing", "excess_length_strategy", "assistant_only_loss", "max_unusable"), INSTRUCTIONS),
 }
 ReadRecipe = Callable[[str], str]  # name -> YAML text
 Values = Mapping[str, Any]  # of fields that recipe, file and flags set: --load, what a source may leave unsaid

@@ -14,6 +14,7 @@ TOKENIZERS = (
 )  # fmt: skip
 
 CORPUS_DATASETS = ("gpt", "bert", "t5", "ict")  # datasets that are made from corpora, not from the files of a task
+INSTRUCTIONS = ("chat", "completion")  # datasets of supervised finetuning
 TOKENIZER_FILES = ("vocab_file", "merge_file", "tokenizer_model")  # fields that name what a tokenizer is made from
 MADE_FROM = {  # tokenizer -> fields of files; HuggingFaceTokenizer takes --vocab-file too
     "GPT2BPETokenizer": ("vocab_file", "merge_file"),
@@ -52,7 +53,9 @@ class DataConfig:
     )
     seq_length: int | None = option(None, "tokens of a sample", minimum=1)
     dataset: str = option(
-        "gpt", "dataset by registry name, or module:name of your own", names=(*CORPUS_DATASETS, "classification")
+        "gpt",
+        "dataset by registry name, or module:name of your own",
+        names=(*CORPUS_DATASETS, "classification", *INSTRUCTIONS),
     )
     loss: str = option(
         "lm",
@@ -88,6 +91,23 @@ class DataConfig:
     titles_data_path: str | None = option(None, "ict: indexed dataset with the title of each document")
     use_one_sent_docs: bool = option(False, "ict: allow blocks of a single sentence")
     query_in_block_prob: float = option(0.1, "ict: how often the query stays in its block", minimum=0.0)
+    chat_template: str | None = option(
+        None, "chat: file with a chat template in Jinja, instead of the tokenizer's; kept in checkpoints"
+    )
+    packing: bool = option(
+        True, "chat, completion: several samples in a row of --seq-length, none of which sees another"
+    )
+    excess_length_strategy: str = option(
+        "drop",
+        "chat, completion: leave samples out that are longer than --seq-length, cut them, or stop",
+        choices=("drop", "truncate", "raise"),
+    )
+    assistant_only_loss: bool = option(
+        True, "chat, completion: train what the assistant writes alone; --no-...: prompts too"
+    )
+    max_unusable: str = option(
+        "10%", "chat, completion: lines of a file that may be left out, as malformed: a count (25), or a fraction"
+    )
     dataloader_type: str = option(
         "single", "sample order: as the dataset has it, or reshuffled each epoch", choices=("single", "cyclic")
     )

@@ -39,15 +39,18 @@ def check_limit(value: float, found: object = None) -> float:
     return value
 
 
-def require_usable(unusable: int, total: int, limit: float, examples: Sequence[str]) -> None:
+def require_usable(
+    unusable: int, total: int, limit: float, examples: Sequence[str], what: str = "--input",
+    cure: str = "Correct the input or --json-keys",
+) -> None:  # fmt: skip
     """Raise DataError where more than `limit` (int: a count; float: a fraction) of `total` documents are unusable.
 
-    examples: `file:line: reason` of some of them.
+    examples: `file:line: reason` of some of them. what, cure: of the message.
     """
     if unusable <= (limit if isinstance(limit, int) else limit * total):
         return
     allowed = f"{limit} unusable documents" if isinstance(limit, int) else f"{limit:.4g} of its documents unusable"
     found = Words(f"{unusable} unusable documents of {total} ({unusable / total:.2%})")
-    cure = f"{conversion_advice(examples)}Correct the input or --json-keys, or allow them: --max-unusable {unusable}"
+    cure = f"{conversion_advice(examples)}{cure}, or allow them: --max-unusable {unusable}"
     lines = "".join(f"{line}\n" for line in ["documents that cannot be used:", *examples[:5]])
-    raise DataError(lines + problem("--input", found, f"may have at most {allowed} (--max-unusable)", cure))
+    raise DataError(lines + problem(what, found, f"may have at most {allowed} (--max-unusable)", cure))

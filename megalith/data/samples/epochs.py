@@ -16,6 +16,7 @@ class Epochs:
     """A training dataset for some epochs, each in its own order, a function of (seed, epoch) alone.
 
     Epochs follow one another without a gap, so that a batch may hold the end of one and the beginning of the next.
+    A dataset with a method `in_epoch` (epoch, index) draws the order of each itself: it may pack samples anew.
     """
 
     def __init__(self, dataset: Any, total: int, *, seed: int = 1234, padding: int = 0):
@@ -37,6 +38,8 @@ class Epochs:
         if index >= self.total:
             return uncounted(self.dataset[0])
         epoch, place = divmod(index, len(self.dataset))
+        if hasattr(self.dataset, "in_epoch"):  # it draws its epochs itself
+            return self.dataset.in_epoch(epoch, place)
         return self.dataset[int(self.order(epoch)[place])]
 
     def order(self, epoch: int) -> np.ndarray:

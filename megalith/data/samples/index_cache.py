@@ -55,9 +55,8 @@ def load_or_build(
     A file of the wrong shape (an older format, a full disk) counts as absent. Where no folder can be written to, the
     arrays stay in memory.
     """
-    for folder in folders:
-        with contextlib.suppress(OSError, ValueError, EOFError):
-            return _load(pathlib.Path(folder), key, layout)
+    if (found := load_built(key, layout, folders)) is not None:
+        return found
     arrays = build()
     for folder in folders:
         try:
@@ -71,6 +70,14 @@ def load_or_build(
         except (OSError, ValueError) as error:
             warnings.warn(f"index cache {folder} cannot be used ({error}); trying the next one", stacklevel=2)
     return list(arrays)
+
+
+def load_built(key: str, layout: Layout, folders: Sequence[str | os.PathLike]) -> list[np.ndarray] | None:
+    """The arrays of `layout`, memory-mapped from the first folder that has them; None where none has."""
+    for folder in folders:
+        with contextlib.suppress(OSError, ValueError, EOFError):
+            return _load(pathlib.Path(folder), key, layout)
+    return None
 
 
 def _load(folder: pathlib.Path, key: str, layout: Layout) -> list[np.ndarray]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from megalith.common.errors import DataError, problem
 from megalith.config.flags.text import Words
 from megalith.data.tokenizers.huggingface import HuggingFaceTokenizer, template_processing
+from megalith.data.tokenizers.settings import default_template
 from megalith.data.tokenizers.tokenizer import Tokenizer
 
 EXPORTED_SPECIAL_TOKENS = ("bos", "eos", "pad", "cls", "sep", "mask")
 # copied from the tokenizer_config.json of the source
-KEPT_SETTINGS = ("chat_template", "model_max_length", "padding_side", "truncation_side", "unk_token")
+KEPT_SETTINGS = ("model_max_length", "padding_side", "truncation_side", "unk_token")
 # What is compared: runs of spaces, controls, composed characters, scripts, names of special tokens.
 SAMPLES = (
     "", " ", "Hello world, it is 12.5!", "  two  spaces ", "a\tb\nc\r\n", "na\u00efve e\u0301 \ufb01 \uff21",
@@ -55,12 +58,19 @@ def transformers_files(tokenizer: Tokenizer, *, causal: bool = True, decoder: bo
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": tokenizer.split_special_tokens,
         **{key: settings[key] for key in KEPT_SETTINGS if key in settings},
+        **({} if tokenizer.chat_template is None else {"chat_template": _template(tokenizer, settings)}),
         **{f"{part}_token": token for part, token in special.items()},
     }
     files = {"tokenizer.json": json.loads(backend.to_str()), "tokenizer_config.json": config}
     return {
         name: (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode() for name, content in files.items()
     }
+
+
+def _template(tokenizer: Tokenizer, settings: Mapping[str, Any]) -> Any:
+    """The tokenizer's template, with others beside it where its source has several by name."""
+    several = settings.get("chat_template")
+    return several if default_template(several) == tokenizer.chat_template else tokenizer.chat_template
 
 
 def _samples(tokenizer: Tokenizer) -> list[str]:

@@ -17,9 +17,21 @@ import tokenizers
 
 from megalith.common.errors import DataError, problem
 from megalith.common.extras import MissingPackage, require
-from megalith.common.pointers import refuse_pointer
 from megalith.config.flags.text import Words
-from megalith.data.tokenizers.tokenizer import SPECIAL_TOKEN_NAMES, Tokenizer, TokenizerOptions, check_file
+from megalith.data.tokenizers.settings import (
+    CONFIG_FILES,
+    default_template,
+    files_beside,
+    read_settings,
+    save_changes,
+    token_content,
+)
+from megalith.data.tokenizers.tokenizer import (
+    SPECIAL_TOKEN_NAMES,
+    Tokenizer,
+    TokenizerOptions,
+    check_file,
+)
 
 # A tokenizer.json alone does not say which of its added tokens has which role; these are the usual names.
 USUAL_SPECIAL_TOKENS = {
@@ -37,8 +49,6 @@ BARE_CLASSES = (
     GENERIC_CLASS, "TokenizersBackend", "GPT2Tokenizer", "LlamaTokenizer", "GemmaTokenizer", "BloomTokenizer",
     "GPTNeoXTokenizer",
 )  # fmt: skip
-CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
-CHAT_TEMPLATE = "chat_template.jinja"  # of newer versions of transformers, instead of the setting chat_template
 
 
 class LibraryTokenizer(Tokenizer):
@@ -194,13 +204,14 @@ class HuggingFaceTokenizer(LibraryTokenizer):
     def __init__(self, options: TokenizerOptions):
         """Load the file and find the special tokens, by the configuration beside it or by their usual names."""
         self.source = _locate(options)
-        self.settings = _settings(self.source)
+        self.settings = read_settings(self.source)
+        self.chat_template = default_template(self.settings.get("chat_template"))
         backend = _load(options, self.source)
         backend.add_tokens(_missing_added_tokens(backend, self.settings))
         backend.encode_special_tokens = bool(self.settings.get("split_special_tokens"))
         vocabulary = backend.get_vocab(with_added_tokens=True)
         named = {
-            part: _content(self.settings[key])
+            part: token_content(self.settings[key])
             for part in USUAL_SPECIAL_TOKENS
             if self.settings.get(key := f"{part}_token")
         }
@@ -248,19 +259,25 @@ class HuggingFaceTokenizer(LibraryTokenizer):
     def add_missing_special_tokens(self) -> None:
         """Add special tokens that the file lacks; here none."""
 
+    def end_texts_with(self, number: int) -> None:
+        """Make this id eos and eod; what is saved says so."""
+        self.settings = self.settings | {"eos_token": self.backend.id_to_token(number)}
+        self.eos = self.eod = number
+
     def files(self) -> dict[str, pathlib.Path]:
         """The tokenizer.json, where it is a file."""
         return {"tokenizer_model": self.source} if self.source and self.source.is_file() else {}
 
     def save(self, folder: str | pathlib.Path) -> None:
         """Write tokenizer.json and the configuration files beside it, which transformers reads as well."""
-        super().save(folder)
         folder = pathlib.Path(folder)
+        super().save(folder)
         if not self.files():
             self.backend.save(str(folder / "tokenizer.json"))
-        for file in _files_beside(self.source, (*CONFIG_FILES, CHAT_TEMPLATE)):
+        for file in files_beside(self.source, CONFIG_FILES):
             if file.resolve() != (folder / file.name).resolve():
                 shutil.copyfile(file, folder / file.name)
+        save_changes(folder, self.source, self.settings.get("eos_token"), self.chat_template)
 
     def fingerprint(self) -> str:
         """Digest of the resulting tokenizer, not of its files: saving turns vocab.json and merges.txt into one file."""
@@ -331,35 +348,6 @@ def byte_level_bpe(vocab_file: pathlib.Path, merge_file: pathlib.Path) -> tokeni
     return backend
 
 
-def _files_beside(source: pathlib.Path | None, names: Sequence[str]) -> list[pathlib.Path]:
-    """Those of the named files that lie beside a tokenizer.json (or vocab.json)."""
-    folder = source if source is None or source.is_dir() else source.parent
-    return [] if folder is None else [folder / name for name in names if (folder / name).is_file()]
-
-
-def _settings(source: pathlib.Path | None) -> dict[str, Any]:
-    """The settings of tokenizer_config.json, for the rest those of special_tokens_map.json; and the chat template."""
-    settings: dict[str, Any] = {}
-    for file in _files_beside(source, (CHAT_TEMPLATE, *CONFIG_FILES)):
-        refuse_pointer(file)
-        try:
-            text = file.read_text(encoding="utf-8")
-            content = {"chat_template": text} if file.name == CHAT_TEMPLATE else json.loads(text)
-            settings = {key: value for key, value in content.items() if value is not None} | settings
-        except (OSError, ValueError, AttributeError) as error:
-            found, rule = Words(f"{type(error).__name__}: {error}"), "must be a JSON object"
-            rule = "must be text in UTF-8" if file.name == CHAT_TEMPLATE else rule
-            raise DataError(problem(str(file), found, rule, "Copy or download it again")) from None
-    if not settings.keys() - {"chat_template"} and source is not None and source.is_dir():
-        # as GPT2Tokenizer, which reads such folders
-        settings |= dict.fromkeys(("bos_token", "eos_token"), "<|endoftext|>")
-    return settings
-
-
-def _content(token: Any) -> str:
-    return token["content"] if isinstance(token, dict) else str(token)
-
-
 def _missing_added_tokens(backend: tokenizers.Tokenizer, settings: dict[str, Any]) -> list[tokenizers.AddedToken]:
     """The tokens that transformers adds to a tokenizer.json because of its configuration, in its order.
 
@@ -377,7 +365,7 @@ def _missing_added_tokens(backend: tokenizers.Tokenizer, settings: dict[str, Any
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     missing: dict[str, tokenizers.AddedToken] = {}
     others = [
-        {"special": True, "content": _content(token)} | (token if isinstance(token, dict) else {})
+        {"special": True, "content": token_content(token)} | (token if isinstance(token, dict) else {})
         for token in (*named, *(more.values() if isinstance(more, dict) else more))
     ]
     for token in listed + others:

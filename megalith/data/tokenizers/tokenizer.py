@@ -41,6 +41,7 @@ TOKENIZERS = Registry(
         "NullTokenizer": "megalith.data.tokenizers.other:NullTokenizer",
     },
 )
+CHAT_TEMPLATE = "chat_template.jinja"  # of newer versions of transformers, instead of the setting chat_template
 RECORD = "megalith_tokenizer.json"  # what `save` leaves beside the vocabulary files
 WORDPIECE_TYPES = ("BertWordPieceLowerCase", "BertWordPieceCase")
 SENTENCEPIECE_TYPES = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
@@ -104,6 +105,7 @@ class Tokenizer:
     sep: int | None = None
     mask: int | None = None
     extra_ids: Sequence[int] = ()  # sentinels <extra_id_0>, <extra_id_1>, ...
+    chat_template: str | None = None  # in Jinja
     notes: tuple[str, ...] = ()  # for the user: where its files disagree, and which is followed
 
     def __init__(self, options: TokenizerOptions):
@@ -165,6 +167,14 @@ class Tokenizer:
             raise DataError(problem(what, found, f"must have the {name} token, which is needed here", cure))
         return value
 
+    def end_texts_with(self, number: int) -> None:
+        """Make this id the one that ends a text; DataError where the tokenizer's class says which it is."""
+        if number not in (self.eod, self.eos):
+            token, kind = self.tokens()[number], self.options.tokenizer_type
+            rule = f"must be the one that ends a text of a {kind}, {self.tokens()[self.require('eod')]}"
+            cure = "Write {{ eos_token }} in the template, or use a HuggingFaceTokenizer, which takes others"
+            raise DataError(problem("The token that ends a turn in the chat template", token, rule, cure))
+
     def files(self) -> dict[str, pathlib.Path]:
         """The files it was made from, by option name."""
         named = {name: getattr(self.options, name) for name in TOKENIZER_FILES}
@@ -194,6 +204,8 @@ class Tokenizer:
                 shutil.copyfile(path, folder / path.name)
             record[name] = path.name
         write_text(folder / RECORD, json.dumps(record, indent=2) + "\n")
+        if self.chat_template is not None:
+            write_text(folder / CHAT_TEMPLATE, self.chat_template)
 
 
 def build_tokenizer(tokenizer_type: str, **options: Any) -> Tokenizer:
@@ -230,7 +242,10 @@ def tokenizer_from_config(data: Any, vocab_size: int | None = None) -> Tokenizer
 
 def load_tokenizer(folder: str | pathlib.Path, data: Any = None) -> Tokenizer:
     """The tokenizer that `save` saved in `folder`, or that of its vocabulary files; data: see `saved_options`."""
-    return build_tokenizer(**saved_options(folder, data))
+    tokenizer, template = build_tokenizer(**saved_options(folder, data)), pathlib.Path(folder) / CHAT_TEMPLATE
+    if tokenizer.chat_template is None and template.is_file():
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    return tokenizer
 
 
 def saved_options(folder: str | pathlib.Path, data: Any = None) -> dict[str, Any]:

@@ -8,14 +8,14 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from megalith.common.errors import ConfigError, MegalithError
+from megalith.common.errors import ConfigError, DataError, MegalithError
+from megalith.data.tokenizers.chat_template import ChatTemplate
 from megalith.generation.params import GenerationParams
 from megalith.generation.prompts import Prompts
 from megalith.serving.answers import ERROR_RESPONSES, check_model
 from megalith.serving.disconnects import while_connected
 from megalith.serving.errors import BadRequest
 from megalith.serving.openai.answer import CHAT, COMPLETION, Answer, Form
-from megalith.serving.openai.chat_template import ChatTemplate
 from megalith.serving.openai.events import EventStream
 from megalith.serving.openai.models import ChatAnswer, CompletionAnswer, ServedModel, ServedModels
 from megalith.serving.openai.requests import ChatRequest, CompletionRequest, Options, in_fields
@@ -98,7 +98,10 @@ class OpenAI:
         if self.template is None:
             raise BadRequest("this model's tokenizer has no chat template: use /v1/completions, with a text as prompt.")
         messages = [message.for_template() for message in body.messages]
-        ids = await run_in_threadpool(self.template.encode, messages, body.chat_template_kwargs or {})
+        try:
+            ids = await run_in_threadpool(self.template.encode, messages, body.chat_template_kwargs or {})
+        except DataError as error:
+            raise BadRequest(str(error), param="messages") from None
         most = self._room(len(ids)) if body.most_tokens is None else body.most_tokens
         params = body.params(
             self.service.options, most, echo=False, logprobs=bool(body.logprobs), top_logprobs=body.top_logprobs or 0

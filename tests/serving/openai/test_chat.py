@@ -4,9 +4,9 @@ import openai
 import pytest
 import transformers
 
+from megalith.data.tokenizers.chat_template import ChatTemplate
 from megalith.data.tokenizers.tokenizer import load_tokenizer
 from megalith.generation.generate import complete
-from megalith.serving.openai.chat_template import ChatTemplate
 from tests.serving.conftest import serving
 from tests.serving.openai.conftest import events, post
 

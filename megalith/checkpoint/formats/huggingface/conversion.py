@@ -275,10 +275,13 @@ def write(weights: Weights, folder: pathlib.Path, options: HuggingFaceOptions) -
         (folder / each).write_bytes(data)
     if f"{SOURCE_FOLDER}{CONFIG}" not in weights.files:
         content |= tokenizer.token_ids(tokenizer_files, content)
-    generation = weights.files.get(f"{SOURCE_FOLDER}{GENERATION}")
     ids = {key: content[key] for key in tokenizer.TOKEN_IDS if key in content}
-    default = json.dumps({"_from_model_config": True, **ids}, indent=2) + "\n"
-    write_text(folder / GENERATION, generation.read_text(encoding="utf-8") if generation else default)
+    stored = weights.files.get(f"{SOURCE_FOLDER}{GENERATION}")
+    generation = files.read_json(stored) if stored else {"_from_model_config": True, **ids}
+    if f"{SOURCE_FOLDER}{CONFIG}" in weights.files and options.tokenizer:  # not the source's: finetuned on chats, say
+        for each in (content, generation):
+            each |= tokenizer.end_of_text(tokenizer_files, each)
+    write_text(folder / GENERATION, json.dumps(generation, indent=2) + "\n")
     # Last: without a config.json nobody takes the folder for a complete one.
     write_text(folder / CONFIG, json.dumps(content, indent=2) + "\n")
 

@@ -94,6 +94,16 @@ def token_ids(files: Mapping[str, bytes], content: Mapping[str, Any]) -> dict[st
     }
 
 
+def end_of_text(files: Mapping[str, bytes], content: Mapping[str, Any]) -> dict[str, Any]:
+    """{"eos_token_id": ...} of config.json or generation_config.json, with that of the tokenizer's files among them.
+
+    content: the file so far, with one id, several or none. {} where nothing changes.
+    """
+    end, known = token_ids(files, {})["eos_token_id"], content.get("eos_token_id")
+    others = known if isinstance(known, list) else [known] * (known is not None)
+    return {} if end is None or end in others else {"eos_token_id": [end, *others] if others else end}
+
+
 def _content(token: Any) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
 
