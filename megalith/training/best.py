@@ -39,7 +39,8 @@ def best_so_far(config: RunConfig, step: int, metric: str | None) -> Best | None
 
     For the process that sees the run's folders.
     """
-    path, best = pathlib.Path(config.run_folder) / METRICS_FILE, None
+    path = pathlib.Path(config.run_folder) / METRICS_FILE
+    best: Best | None = None
     there = {iteration_of(each) for each in checkpoint_paths(checkpoint_folder(config))}
     for line in read_metrics(path) if path.exists() else ():
         measured = line.get("validation_loss") if metric is None else line.get("validation_metrics", {}).get(metric)

@@ -116,7 +116,7 @@ def build_loaders(config: RunConfig, mesh: Mesh, datasets: Mapping[str, Any]) ->
             order=config.data.dataloader_type if split == "train" and not isinstance(dataset, Epochs) else "single",
             seed=config.batch.seed, num_workers=config.data.num_workers,
         )
-        for split, dataset in (datasets | whole).items() if dataset is not None and dataset is not named
+        for split, dataset in {**datasets, **whole}.items() if dataset is not None and dataset is not named
     }  # fmt: skip
 
 

@@ -7,8 +7,9 @@ import shlex
 import pytest
 
 from megalith.cli.main import main
+from megalith.training.pretrain import train
 from tests.finetune.files import table
-from tests.tiny import records
+from tests.tiny import records, tiny_bert, write_sentences
 
 TOY = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 24 --max-position-embeddings 24 "
@@ -16,9 +17,10 @@ TOY = (
 )
 EXT = (
     "--activations-checkpoint-method uniform --save-interval 10000 --log-interval 100 --eval-interval 1000 "
-    "--eval-iters 10 --weight-decay 1.0e-1 --tokenizer-type BertWordPieceLowerCase"
+    "--eval-iters 10 --weight-decay 1.0e-1 --tokenizer-type BertWordPieceLowerCase --fp16 "
+    "--pretrained-checkpoint checkpoints/bert_345m"
 )
-COMMANDS = {  # as in Megatron's README, with smaller numbers and other paths; the precision is a GPU's there
+COMMANDS = {  # as in Megatron's README, with smaller numbers and other paths
     "race": f"--task RACE {TOY} --train-data RACE/train/middle --valid-data RACE/dev/middle RACE/dev/high {EXT} "
     "--epochs 3 --micro-batch-size 4 --lr 1.0e-5 --lr-warmup-fraction 0.06",
     "mnli": f"--task MNLI {TOY} --train-data train.tsv --valid-data dev_matched.tsv dev_mismatched.tsv {EXT} "
@@ -36,14 +38,23 @@ def run(line: str, capsys: pytest.CaptureFixture) -> tuple[int, str]:
     return status, said.out + said.err
 
 
+@pytest.fixture(scope="module")
+def pretrained(files) -> pathlib.Path:
+    """The files, and beside them a pretrained BERT of the same vocabulary."""
+    few = {"train_iters": 1, "lr_warmup_iters": 0, "eval_iters": 0, "vocab_file": str(files / "vocab.txt")}
+    train(tiny_bert(write_sentences(str(files / "tiny")), str(files / "checkpoints/bert_345m"), **few))
+    return files
+
+
 @pytest.mark.parametrize("task", COMMANDS)
-def test_megatrons_commands(files, tmp_path, monkeypatch, capsys, task):
-    monkeypatch.chdir(files)
+def test_megatrons_commands(pretrained, tmp_path, monkeypatch, capsys, task):
+    monkeypatch.chdir(pretrained)
     status, said = run(f"finetune {COMMANDS[task]} --save {tmp_path / task}", capsys)
     assert status == 0, said
     steps = [line["step"] for line in records(str(tmp_path / task)) if "loss" in line]
     assert steps == list(range(1, 9 if task == "race" else 16))  # 30 questions by 4; 115 pairs by 8
-    assert "--activations-checkpoint-method uniform is read as --recompute-granularity full" in said
+    assert "--activations-checkpoint-method is read as --recompute-granularity full" in said
+    assert "the head (classifier) is new and untrained" in said
     assert "--eval-iters has no effect but for 0" in said and "rows are labels, columns are predictions" in said
     assert ("--keep-last without a number is not needed" in said) == (task == "mnli")
     names = {"race": ("middle", "high"), "mnli": ("dev_matched", "dev_mismatched")}[task]

@@ -138,7 +138,7 @@ _ANSWERS = (
         _EVALUATION,
         "evaluate eval lambada wikitext103 --overlapping-eval --strict-lambada ppl lm_eval lm-eval",
     ),
-    (_FINETUNING, "sft chat race mnli qqp rte glue"),
+    (_FINETUNING, "sft chat race mnli qqp rte glue finetune_race finetune_mnli"),
     ("it is `megalith finetune TASK` here for RACE, MNLI and QQP; other tasks are not there yet", "main"),
     (
         "it is `megalith pretrain --lora-rank 8` here (docs/lora.md)",

@@ -92,8 +92,8 @@ def parse_description(text: str, source: str, name: str) -> TaskDescription:
         rule, cure = "must map names to values, as in 'metrics: [accuracy]'", "docs/finetune_tasks.md has an example"
         raise ConfigError(problem(source, raw, rule, cure))
     known = {field.name: field.default for field in dataclasses.fields(TaskDescription) if field.name != "name"}
-    types = {"columns": Mapping, "unlabelled": Mapping, "labels": list, "metrics": list}
-    problems, values = [], {"name": name}
+    types: dict[str, Any] = {"columns": Mapping, "unlabelled": Mapping, "labels": list, "metrics": list}
+    problems, values = list[str](), dict[str, Any](name=name)
     for key, value in raw.items():
         if key == "about":
             continue
@@ -102,7 +102,12 @@ def parse_description(text: str, source: str, name: str) -> TaskDescription:
             rule = f"must be one of {', '.join(known)}"
             problems.append(problem(f"A key of {source}", key, rule, "Correct it, or leave it out"))
         elif not isinstance(value, wanted) or isinstance(value, bool) != (wanted is bool):
-            kind = {Mapping: "names below it", list: "a list", bool: "true or false", int: "a whole number"}
+            kind: dict[Any, str] = {
+                Mapping: "names below it",
+                list: "a list",
+                bool: "true or false",
+                int: "a whole number",
+            }
             rule = f"must be {kind.get(wanted, 'text')}"
             problems.append(problem(f"{source}: {key}", value, rule, "docs/finetune_tasks.md has an example"))
         else:

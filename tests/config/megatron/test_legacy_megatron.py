@@ -85,6 +85,7 @@ biencoder: --ict-head-size 128; --biencoder-projection-dim 0; --biencoder-shared
  --retriever-report-topk-accuracies 1 5;
  --retriever-score-scaling; --block-data-path a; --embedding-path a; --indexer-batch-size 128;
  --indexer-log-interval 1000
+tasks: --task RACE; --train-data a b; --valid-data a b; --epochs 3; --pretrained-checkpoint a
 old names: --batch-size 2; --warmup 0.01; --model-parallel-size 1
 """
 WORDS = [
@@ -106,12 +107,7 @@ ELSEWHERE = {  # flags of other programs in the same documents
     "--workers",
     "--dataset-impl",
     "--append-eod",
-    "--task",
-    "--valid-data",
-    "--train-data",
     "--strict-lambada",
-    "--epochs",
-    "--pretrained-checkpoint",
     "--model-type",
     "--load-dir",
     "--save-dir",
