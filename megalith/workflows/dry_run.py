@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -19,12 +20,14 @@ from megalith.config.heads import with_head
 from megalith.config.run import RunConfig
 from megalith.config.sections.data import (
     CORPUS_DATASETS,
+    INSTRUCTIONS,
     MADE_FROM,
     TOKENIZER_FILES,
     DataConfig,
     missing_tokenizer_files,
 )
 
+NUMBER = re.compile(r"[0-9.]+(e-?[0-9]+)?")  # a weight before a path
 ON_THE_HUB = ("HuggingFaceTokenizer", "HFTokenizer")
 CORPORA = ("data_path", "train_data_path", "valid_data_path", "test_data_path", "data_file_list", "titles_data_path")
 
@@ -93,11 +96,10 @@ def wrong_paths(config: RunConfig) -> Iterator[Problem]:
                 "must name a file that exists",
                 f"Correct the path after {flag(name)}",
             )
-    for name in ("train_data", "valid_data"):
-        for path in getattr(config.finetuning, name):
-            if not pathlib.Path(path).exists():
-                rule, cure = "must name files or folders that exist", "Correct the path"
-                yield field_problem((name,), flag(name), path, rule, cure)
+    for name, path in _task_files(config):
+        if not pathlib.Path(path).exists():
+            rule, cure = "must name files or folders that exist", "Correct the path"
+            yield field_problem((name,), flag(name), path, rule, cure)
     if c.load and not c.use_checkpoint_args:  # with --use-checkpoint-args it has been read already
         yield from _wrong_load(config)
 
@@ -186,10 +188,19 @@ def _corpora(data: DataConfig) -> Iterator[str]:
 
 
 def _task(config: RunConfig) -> Iterator[str]:
-    for name in ("train_data", "valid_data"):
-        for path in getattr(config.finetuning, name):
-            if not pathlib.Path(path).exists():
-                yield f"{flag(name)}: there is no {path} here"
+    for name, path in _task_files(config):
+        if not pathlib.Path(path).exists():
+            yield f"{flag(name)}: there is no {path} here"
+
+
+def _task_files(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """(field, path) of the files that a task reads; those to train on may have weights between them (chats)."""
+    f = config.finetuning
+    weighted = config.data.dataset in INSTRUCTIONS
+    yield from (("train_data", path) for path in f.train_data if not (weighted and NUMBER.fullmatch(path)))
+    yield from (("valid_data", path) for path in f.valid_data)
+    if config.data.chat_template is not None:
+        yield "chat_template", config.data.chat_template
 
 
 def _tokenizer(data: DataConfig) -> Iterator[str]:

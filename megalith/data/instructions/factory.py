@@ -27,7 +27,7 @@ from megalith.data.tokenizers.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class InstructionFactory:
-    """Called by data/build.py as any dataset of the registry is, on what its own `open` made of a path."""
+    """What data/build.py asks of the dataset of a task's files, and how their chats or completions are read."""
 
     chats: bool  # else completions
 
@@ -35,7 +35,7 @@ class InstructionFactory:
         """Give the tokenizer the template of --chat-template, and make the token that ends a turn its end of text.
 
         So checkpoints have both, generation stops there, and exports name it. Lines that say what has changed.
-        Raises ConfigError where there is no template, DataError where it ends no turn or the tokenizer cannot change.
+        Raises ConfigError where there is no template, DataError where it is no Jinja or the tokenizer cannot change.
         """
         file = config.data.chat_template
         if file is not None:
@@ -48,10 +48,8 @@ class InstructionFactory:
             return []
         template = _template(tokenizer)
         name = "--chat-template" if file is not None else "The tokenizer's chat template"
-        try:
-            end = turn_end(template)
-        except DataError as error:
-            raise DataError(f"{name}: {error}") from None
+        template.check(name)
+        end = turn_end(template)
         before = tokenizer.eos if config.model.architecture.decoder else tokenizer.eod
         if end is None or end == before:
             return []

@@ -97,7 +97,7 @@ def read_completion(record: Mapping[str, Any], told: Told) -> Completion:
         told(f"{prompts[0]!r}{joined} is read as the prompt, and {answers[0]!r} as its completion")
     if not texts[1]:
         raise ValueError(f"{answers[0]!r} is empty, so there is nothing to learn")
-    return Completion(*texts, weight=_weight(record))
+    return Completion(texts[0], texts[1], _weight(record))
 
 
 def read_chat(record: Mapping[str, Any], told: Told) -> Chat:

@@ -75,6 +75,14 @@ class ChatTemplate:
         """Whether the template marks what an assistant writes, by {% generation %}."""
         return GENERATION.search(self.source) is not None
 
+    def check(self, what: str) -> None:
+        """Raise DataError where it is no template in Jinja. what: its description in the message."""
+        try:
+            _ = self.template, self.marked
+        except jinja2.TemplateError as error:
+            found = Words(f"{error} in line {getattr(error, 'lineno', '?')}")
+            raise DataError(problem(what, found, "must be a template in Jinja", "Correct it")) from None
+
     def render(
         self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], *, prompt: bool = True
     ) -> str:  # fmt: skip

@@ -275,13 +275,10 @@ def write(weights: Weights, folder: pathlib.Path, options: HuggingFaceOptions) -
         (folder / each).write_bytes(data)
     if f"{SOURCE_FOLDER}{CONFIG}" not in weights.files:
         content |= tokenizer.token_ids(tokenizer_files, content)
-    ids = {key: content[key] for key in tokenizer.TOKEN_IDS if key in content}
-    stored = weights.files.get(f"{SOURCE_FOLDER}{GENERATION}")
-    generation = files.read_json(stored) if stored else {"_from_model_config": True, **ids}
-    if f"{SOURCE_FOLDER}{CONFIG}" in weights.files and options.tokenizer:  # not the source's: finetuned on chats, say
-        for each in (content, generation):
-            each |= tokenizer.end_of_text(tokenizer_files, each)
-    write_text(folder / GENERATION, json.dumps(generation, indent=2) + "\n")
+    elif options.tokenizer:  # not the source's: finetuned on chats, say
+        content |= tokenizer.end_of_text(tokenizer_files, content)
+    stored, made = weights.files.get(f"{SOURCE_FOLDER}{GENERATION}"), tokenizer_files if options.tokenizer else {}
+    write_text(folder / GENERATION, tokenizer.generation_config(stored, content, made))
     # Last: without a config.json nobody takes the folder for a complete one.
     write_text(folder / CONFIG, json.dumps(content, indent=2) + "\n")
 

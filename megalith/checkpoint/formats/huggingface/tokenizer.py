@@ -97,11 +97,24 @@ def token_ids(files: Mapping[str, bytes], content: Mapping[str, Any]) -> dict[st
 def end_of_text(files: Mapping[str, bytes], content: Mapping[str, Any]) -> dict[str, Any]:
     """{"eos_token_id": ...} of config.json or generation_config.json, with that of the tokenizer's files among them.
 
-    content: the file so far, with one id, several or none. {} where nothing changes.
+    content: the file so far, with one id or several. {} where it has none, or nothing changes.
     """
     end, known = token_ids(files, {})["eos_token_id"], content.get("eos_token_id")
-    others = known if isinstance(known, list) else [known] * (known is not None)
-    return {} if end is None or end in others else {"eos_token_id": [end, *others] if others else end}
+    others = known if isinstance(known, list) else [known]
+    return {} if None in (end, known) or end in others else {"eos_token_id": [end, *others]}
+
+
+def generation_config(source: pathlib.Path | None, content: Mapping[str, Any], files: Mapping[str, bytes]) -> str:
+    """The text of generation_config.json: the source's, with the end of text of these tokenizer files, if any.
+
+    Without a source it has the tokens of `content`, which is config.json.
+    """
+    if source is None:
+        ids = {key: content[key] for key in TOKEN_IDS if key in content}
+        return json.dumps({"_from_model_config": True, **ids}, indent=2) + "\n"
+    text = source.read_text(encoding="utf-8")
+    changes = end_of_text(files, json.loads(text)) if files else {}
+    return json.dumps({**json.loads(text), **changes}, indent=2) + "\n" if changes else text
 
 
 def _content(token: Any) -> str | None:
