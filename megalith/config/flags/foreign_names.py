@@ -9,8 +9,8 @@ from __future__ import annotations
 import pathlib
 
 _EVALUATION = (
-    "evaluation tasks are not there yet; until then: megalith checkpoint export RUN FOLDER --to huggingface, and "
-    "lm-evaluation-harness on that folder"
+    "it is `megalith evaluate` here, with the same flags: wikitext103, lambada, ppl, or --harness TASKS "
+    "(docs/evaluation.md); finetuning tasks (RACE, MNLI, QQP) are not there yet"
 )
 _FINETUNING = (
     "finetuning on tasks and instructions is not there yet; megalith pretrain MODEL --load X --save Y --finetune "
@@ -139,8 +139,7 @@ _ANSWERS = (
     ("it is --tensorboard-dir here", "--report-to --with-tracking"),
     (
         _EVALUATION,
-        "evaluate eval main lambada wikitext103 --task --valid-data --overlapping-eval --strict-lambada ppl lm_eval "
-        "lm-eval",
+        "eval main lambada wikitext103 --task --valid-data --overlapping-eval --strict-lambada ppl lm_eval lm-eval",
     ),
     (_FINETUNING, "finetune sft chat race mnli qqp --train-data --pretrained-checkpoint --epochs"),
     (

@@ -65,7 +65,7 @@ def test_nothing_that_exists_is_called_missing():
         (["data", "preproces"], "unknown verb preproces: did you mean preprocess?"),
         (["checkpoint", "exprot"], "unknown verb exprot: did you mean export?"),
         (["generate", "--load", "x", "--max_length", "3"], "unknown flag --max_length: it is --max-new-tokens here"),
-        (["pretrain", "gpt", "--task", "RACE"], "unknown flag --task: evaluation tasks are not there yet"),
+        (["pretrain", "gpt", "--task", "RACE"], "unknown flag --task: it is `megalith evaluate` here"),
     ],
 )
 def test_the_command_line_answers(argv, message, capsys):
