@@ -1,4 +1,4 @@
-"""Evaluation speed and memory against transformers: the same weights and tokens, each candidate in processes of its own.
+"""Evaluation speed and memory against transformers: the same weights and tokens, each candidate in its own process.
 
     python benchmarks/evaluate.py --out benchmarks/results/evaluate.txt      CPU: 6 layers, hidden 384, vocabulary 50304
     python benchmarks/evaluate.py --device cuda --dtype bfloat16 --num-layers 24 --hidden-size 1024 --heads 16
@@ -111,8 +111,8 @@ def measure(args: argparse.Namespace) -> dict:
         if args.task == "lambada" and args.candidate == "transformers":
             batch = 1
         run = lambda chosen: theirs(model, chosen, batch)  # noqa: E731
-    run(samples[: args.batch])  # what the first call allocates and compiles
     before = memory(device, reset=True)
+    run(samples[: args.batch])  # what only the first call does
     synchronize(device)
     started = time.perf_counter()
     loss, hits = run(samples)
@@ -151,9 +151,8 @@ def theirs(model, samples: Sequence[Sample], batch: int) -> list[float]:
     for first in range(0, len(samples), batch):
         chosen = samples[first : first + batch]
         longest = max(len(sample.ids) for sample in chosen)
-        ids = torch.tensor(
-            [[*sample.ids, *[0] * (longest - len(sample.ids))] for sample in chosen], device=model.device
-        )
+        rows = [[*sample.ids, *[0] * (longest - len(sample.ids))] for sample in chosen]
+        ids = torch.tensor(rows, device=model.device)
         logits = model(ids[:, :-1]).logits
         for row, (tokens, scored) in enumerate(chosen):
             end = len(tokens) - 1
@@ -167,8 +166,8 @@ def header(args: argparse.Namespace) -> list[str]:
     import transformers
 
     return [
-        f"{datetime.date.today()}, {platform.machine()}, {args.device}, {args.threads} threads, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}",
+        f"{datetime.date.today()}, {platform.machine()}, {args.device}, {args.threads} threads, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}",
         f"{args.num_layers} layers, hidden {args.hidden_size}, vocabulary {args.vocab_size}, {args.dtype}; "
         f"{args.tokens} tokens in windows of {args.seq_length}, {args.stride} apart; {args.passages} passages; "
         f"batches of {args.batch}; medians of {args.rounds} rounds",
