@@ -86,10 +86,13 @@ class HarnessModel(TemplateLM):
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **options: Any
     ) -> list[tuple[float, bool]]:
         """(log-likelihood, whether each token is the likeliest) of the second tokens after the first."""
-        samples = [self.sample(context, continuation) for _, context, continuation in requests]
+        answers = [(0.0, True)] * len(requests)  # of an empty continuation
+        numbers = [number for number, (_, _, continuation) in enumerate(requests) if continuation]
+        samples = [self.sample(*requests[number][1:]) for number in numbers]
         with progress("log-likelihoods", len(samples), self.show and not disable_tqdm) as advance:
             scores = self.scorer(samples, advance)
-        answers = [(-loss, hits == sample.scored) for (loss, hits), sample in zip(scores.tolist(), samples)]
+        for number, sample, (loss, hits) in zip(numbers, samples, scores.tolist()):
+            answers[number] = (-loss, hits == sample.scored)
         for (texts, *_), answer in zip(requests, answers):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, answer)
@@ -136,8 +139,7 @@ class HarnessModel(TemplateLM):
             prompts.append(ids[-room:])
         if not prompts:
             return []
-        with progress("texts", len(prompts), False):
-            answers = complete(self.model, prompts, params=params, batch_size=self.batch_size)
+        answers = complete(self.model, prompts, params=params, batch_size=self.batch_size)
         texts = [answer.continuation or "" for answer in answers]
         for request, text in zip(requests, texts):
             self.cache_hook.add_partial("generate_until", request.args, text)

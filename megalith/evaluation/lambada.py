@@ -53,7 +53,8 @@ class Lambada(EvaluationTask):
         def conclude(scores: np.ndarray) -> Result:
             right = scores[:, 1] == [sample.scored for sample in samples]
             rows = zip(self.texts, pairs, cut, scores, right)
-            return Result(self.metrics(scores, right), notes=notes, examples=[
+            settings = {"seq_length": seq_length}
+            return Result(self.metrics(scores, right), notes=notes, settings=settings, examples=[
                 {"text": text.where, "answer": tokenizer.decode(answer), "answer_ids": list(map(int, answer)),
                  "right": bool(is_right), "right_tokens": int(hits), "loss": float(loss), "cut_off": was_cut}
                 for text, (_, answer), was_cut, (loss, hits), is_right in rows

@@ -49,9 +49,10 @@ class WikiText(EvaluationTask):
             split = "the text before detokenization, split at each space"
             size = len(self.text.encode("utf-8"))
             metrics = perplexities(scores[:, 0].sum(), len(ids) - 1, words - 1, size, split)
-            return Result(metrics, examples=examples(samples, scores, stride), notes=notes)
+            return Result(metrics, examples=examples(samples, scores, stride), notes=notes, settings=settings)
 
         notes = [*self.notes, *window_notes(len(ids), samples, seq_length, stride)]
+        settings = {"seq_length": seq_length, "overlapping_eval": stride, "detokenizer": self.detokenizer}
         return Prepared(samples, conclude)
 
 
@@ -92,7 +93,7 @@ class Perplexity(EvaluationTask):
                     {"text": text.where, "source": text.source, "tokens": int(count), "loss": float(loss)}
                     for text, count, loss in zip(self.texts, tokens, losses)
                 ],
-                notes,
+                notes, {"seq_length": seq_length, "overlapping_eval": stride},
             )  # fmt: skip
 
         return Prepared(samples, conclude)
@@ -116,14 +117,13 @@ class Perplexity(EvaluationTask):
 
 
 def window_notes(tokens: int, samples: Sequence[Sample], seq_length: int, stride: int) -> list[str]:
-    """What the overlap costs, where it does."""
+    """How the text was cut, and what the overlap costs, where it does."""
     read = sum(len(sample.ids) for sample in samples)
-    if read < 2 * tokens:
-        return []
-    return [
-        f"{len(samples)} windows of {seq_length} tokens, {stride} apart: each token is read {read / tokens:.0f} times; "
-        f"--overlapping-eval {seq_length} reads it once, with less before it"
-    ]
+    text = f"{len(samples)} windows of at most {seq_length} tokens, {stride} apart"
+    if read >= 2 * tokens:
+        text += f": each token is read {read / tokens:.0f} times; --overlapping-eval {seq_length} reads it once, with "
+        text += "less before it"
+    return [text]
 
 
 def examples(samples: Sequence[Sample], scores: np.ndarray, stride: int) -> list[dict]:

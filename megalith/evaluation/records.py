@@ -21,11 +21,13 @@ from megalith.reports.page import Bars, Lines, Part, page
 from megalith.reports.table import Table, number_text
 
 Record = dict[str, Any]
-MAIN = ("perplexity", "accuracy")  # of which the page has a picture
+# Metrics of which the page has a picture
+MAIN = ("perplexity", "accuracy", "acc,none", "exact_match,none", "word_perplexity,none")
 
 
 def record_of(result: Result, **about: Any) -> Record:
-    """about: the other fields of the record."""
+    """about: the other fields of the record; to its settings those of the result are added."""
+    about["settings"] = about.get("settings", {}) | result.settings
     sources = {name: _plain(metrics) for name, metrics in result.sources.items()}
     return {**about, "metrics": _plain(result.metrics), "sources": sources, "notes": list(result.notes)}
 
@@ -60,7 +62,8 @@ def tables(records: Sequence[Record]) -> list[Table]:
         # By name and definition: what is defined otherwise is another row
         names = dict.fromkeys((name, each["definition"]) for r in group for name, each in r["metrics"].items())
         rows = [[name, *(_value(r["metrics"], name, text) for r in group), text] for name, text in names]
-        found.append(Table(f"{task}: {', '.join(files)}", columns, rows, numeric))
+        title = f"{task}: {', '.join(files)}" if files else task
+        found.append(Table(title, columns, rows, numeric))
         sources = dict.fromkeys(source for record in group for source in record["sources"])
         for name in ("perplexity", "adjusted perplexity", "predicted tokens") if sources else ():
             rows = [[source, *(_value(r["sources"].get(source, {}), name) for r in group)] for source in sources]

@@ -24,13 +24,14 @@ Metrics = dict[str, Metric]
 class Result:
     """The metrics of a model on a task; those of each source, where there are several; what is known of each example.
 
-    notes: lines that the user should know.
+    notes: lines that the user should know. settings: what was chosen where the options left it open.
     """
 
     metrics: Metrics
     sources: dict[str, Metrics] = dataclasses.field(default_factory=dict)
     examples: Sequence[dict[str, Any]] = ()
     notes: Sequence[str] = ()
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def perplexities(loss: float, tokens: int, words: int, text_bytes: int, split: str) -> Metrics:

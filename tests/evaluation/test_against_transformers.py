@@ -79,6 +79,7 @@ def test_lambada(strict: bool, one_process: list[Result], gpt2: pathlib.Path, te
     assert values(result)["accuracy"] == right / len(expected) and 0 < right < len(expected)
     assert [example["cut_off"] for example in result.examples] == [False] * (len(expected) - 1) + [True]
     assert "1 of 12 passages are longer than 32 tokens and were cut off at the left" in result.notes[0]
+    assert result.settings == {"seq_length": POSITIONS}
 
 
 @pytest.mark.parametrize(
