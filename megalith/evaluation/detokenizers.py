@@ -28,8 +28,8 @@ def detokenize(text: str, name: str) -> str:
     """The text without the spaces that a data set added. name: wikitext, ptb or none."""
     if name == "wikitext":
         text = _replace(text, _WIKITEXT)
-        for (left, right), pattern in _BRACKETS.items():
-            text = re.sub(pattern, rf"{left}\1{right}", text)
+        for pair, pattern in _BRACKETS.items():
+            text = re.sub(pattern, rf"{pair[0]}\1{pair[1]}", text)
         return _replace(text, _WIKITEXT_END)
     return _replace(text, _PTB) if name == "ptb" else text
 

@@ -174,7 +174,9 @@ def run_tasks(
     tasks: names of the harness's tasks and groups, or of those in the folder include_path, or YAML files. num_fewshot,
     limit: examples before each question; questions of each task, or a share of them below 1.
     """
-    manager = TaskManager(include_path=include_path)
+    manager = None if include_path is None else TaskManager(include_path=include_path, include_defaults=False)
+    if manager is None or not set(tasks) <= set(manager.all_tasks):  # the harness's own are thousands of files to read
+        manager = TaskManager(include_path=include_path)
     known = manager.all_tasks
     if unknown := [name for name in tasks if name not in known and not name.endswith((".yaml", ".yml"))]:
         cure = "Correct the name (`lm_eval ls tasks` lists them), or name the folder of yours by --include-path"

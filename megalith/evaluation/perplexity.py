@@ -29,12 +29,12 @@ class WikiText(EvaluationTask):
         self.notes = list[str]()
         self.detokenizer = options.detokenizer
         if self.detokenizer is None:
-            if (found := detokenizer_of(files[0])) is None:
+            if (chosen := detokenizer_of(files[0])) is None:
                 rule = "must be given, because the path says none ('wiki', 'ptb' or 'lambada' in it would)"
                 cure = "Write --detokenizer wikitext, or --detokenizer none for text as people write it"
                 raise ConfigError(problem("--detokenizer", Words(f"{FLAG} {files[0]}"), rule, cure))
-            self.detokenizer = found
-            self.notes = [f"--detokenizer {found}, because of the path {files[0]}"]
+            self.detokenizer = chosen
+            self.notes = [f"--detokenizer {chosen}, because of the path {files[0]}"]
 
     def prepare(self, tokenizer: Tokenizer, seq_length: int) -> Prepared:
         """See EvaluationTask."""

@@ -27,11 +27,12 @@ def read_text(path: str) -> str:
     refuse_pointer(path)
     try:
         text = pathlib.Path(path).read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        undecodable = isinstance(error, UnicodeDecodeError)
-        cure = conversion_advice([reason(error)]).rstrip(". ") if undecodable else "Correct the path"
-        why = getattr(error, "strerror", None) or str(error)
-        raise DataError(problem(FLAG, path, f"must be a readable UTF-8 file ({why})", cure)) from None
+    except UnicodeDecodeError as error:
+        why, cure = reason(error), conversion_advice([reason(error)]).rstrip(". ")
+        raise DataError(problem(FLAG, path, f"must be a UTF-8 file; it is {why}", cure)) from None
+    except OSError as error:
+        rule = f"must be a readable file ({error.strerror or error})"
+        raise DataError(problem(FLAG, path, rule, "Correct the path")) from None
     if not text.strip():
         raise DataError(problem(FLAG, path, "must hold text, and this file holds none", "Name another file"))
     return text

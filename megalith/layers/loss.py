@@ -117,7 +117,7 @@ def _at_least_float32(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def block_losses(logits, labels, z_loss, vocabulary):
+def _block_loss(logits, labels, z_loss, vocabulary):
     """Losses [t], and overwriting the logits [t, V] the softmax's numerators, with their sums [t] and log Z [t]."""
     row, local = vocabulary.local_labels(labels, logits.shape[1])
     at_label = torch.where(local, logits.gather(1, row[:, None])[:, 0], 0.0)
@@ -180,7 +180,7 @@ class _WeightedLoss(torch.autograd.Function):
         gradients = _Gradients(flat, weight, bias, ctx.needs_input_grad)
         for rows, logits in logit_chunks(flat, weight, bias, chunk):
             for tokens, block in logit_blocks(rows, logits, vocabulary):
-                losses[tokens], exponentials, total, log_z = block_losses(block, targets[tokens], z_loss, vocabulary)
+                losses[tokens], exponentials, total, log_z = _block_loss(block, targets[tokens], z_loss, vocabulary)
                 if any(ctx.needs_input_grad):
                     _block_gradient(exponentials, total, log_z, targets[tokens], scale[tokens], z_loss, vocabulary)
             if any(ctx.needs_input_grad):
@@ -225,7 +225,7 @@ class _UnweightedLoss(torch.autograd.Function):
         losses = torch.empty(targets.shape, device=flat.device, dtype=_at_least_float32(flat))
         for rows, logits in logit_chunks(flat, weight, bias, chunk):
             for tokens, block in logit_blocks(rows, logits, vocabulary):
-                losses[tokens] = block_losses(block, targets[tokens], z_loss, vocabulary)[0]
+                losses[tokens] = _block_loss(block, targets[tokens], z_loss, vocabulary)[0]
         return losses.view(labels.shape)
 
     @staticmethod
@@ -235,7 +235,7 @@ class _UnweightedLoss(torch.autograd.Function):
         gradients = _Gradients(flat, weight, bias, ctx.needs_input_grad)
         for rows, logits in logit_chunks(flat, weight, bias, ctx.chunk):
             for tokens, block in logit_blocks(rows, logits, ctx.vocabulary):
-                _, exponentials, total, log_z = block_losses(block, targets[tokens], ctx.z_loss, ctx.vocabulary)
+                _, exponentials, total, log_z = _block_loss(block, targets[tokens], ctx.z_loss, ctx.vocabulary)
                 _block_gradient(exponentials, total, log_z, targets[tokens], scale[tokens], ctx.z_loss, ctx.vocabulary)
             gradients.add(rows, logits, flat, weight)
         return (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from megalith.layers.loss import TokenLoss, Vocabulary, block_losses, logit_blocks, logit_chunks
+from megalith.layers.loss import TokenLoss, Vocabulary, logit_blocks, logit_chunks
 
 
 class TokenScores(nn.Module):
@@ -37,15 +37,21 @@ class TokenScores(nn.Module):
         rows = scores.new_empty(len(targets), 2)
         for chunk, logits in logit_chunks(flat, weight, bias, self.chunk):
             for tokens, block in logit_blocks(chunk, logits, vocabulary):
-                rows[tokens, 1] = (likeliest(block, vocabulary) == targets[tokens]).to(rows.dtype)
-                rows[tokens, 0] = block_losses(block, targets[tokens], 0.0, vocabulary)[0]  # overwrites the logits
+                rows[tokens] = score(block, targets[tokens], vocabulary)
         return scores.index_put((labelled,), rows)
 
 
-def likeliest(logits: Tensor, vocabulary: Vocabulary) -> Tensor:
-    """The token with the largest of the logits [t, V / ranks] of each row, int64 [t]; of equal ones the first."""
-    values, columns = logits.max(dim=1)
-    largest = vocabulary.all_reduce_max(values)
-    none = torch.iinfo(torch.int64).max
-    tokens = torch.where(values == largest, columns + vocabulary.first, none)
-    return -vocabulary.all_reduce_max(-tokens)
+def score(logits: Tensor, labels: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """[t, 2]: the loss of each of the labels [t], and whether it is the likeliest; two collectives over the ranks.
+
+    logits: [t, V / ranks], which are overwritten.
+    """
+    row, local = vocabulary.local_labels(labels, logits.shape[1])
+    at_label = torch.where(local, logits.gather(1, row[:, None])[:, 0], 0.0)
+    maximum = vocabulary.all_reduce_max(logits.amax(dim=1))
+    before = torch.arange(logits.shape[1], device=logits.device) < (labels - vocabulary.first)[:, None]
+    earlier = (before & (logits == maximum[:, None])).sum(dim=1).to(logits.dtype)  # as likely, lower numbers
+    total = logits.sub_(maximum[:, None]).exp_().sum(dim=1)
+    total, at_label, earlier = vocabulary.all_reduce_sum(torch.stack((total, at_label, earlier)))
+    likeliest = (at_label == maximum) & (earlier == 0)
+    return torch.stack((total.log() + maximum - at_label, likeliest.to(logits.dtype)), dim=1)

@@ -53,8 +53,10 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def texts(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """wiki.txt, lambada.jsonl, and a.txt and mixed.jsonl for ppl."""
     folder = tmp_path_factory.mktemp("texts")
-    (folder / "wiki.txt").write_text(SENTENCE * 5)
-    (folder / "lambada.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in LAMBADA))
+    (folder / "wiki.txt").write_text(SENTENCE * 2)
+    unknown = ["the boat went over the roof", *(text.rpartition(" ")[0] + " roof" for text in LAMBADA[8:11])]
+    passages = [*LAMBADA[:8], *unknown, LAMBADA[11]]
+    (folder / "lambada.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in passages))
     (folder / "a.txt").write_text("The first text is a file.\nIt has two lines.\n")
     lines = [{"text": text, "from": "songs" if "song" in text else "rest"} for text in LAMBADA]
     (folder / "mixed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

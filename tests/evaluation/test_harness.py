@@ -100,6 +100,13 @@ def test_the_harness_and_its_own_command_line(gpt2: pathlib.Path, tasks: pathlib
     assert record["task"] == "choices" and record["metrics"]["sample_len"]["value"] == 3
 
 
+def test_tasks_that_there_are_not(gpt2: pathlib.Path) -> None:
+    from megalith.evaluation.harness import run_tasks
+
+    with pytest.raises(ConfigError, match=r"--harness must name tasks of lm-evaluation-harness; found 'nothing-such'"):
+        run_tasks(megalith.load(gpt2, device="cpu"), ["nothing-such"])
+
+
 def test_generation_options() -> None:
     from megalith.evaluation.harness import NEW_TOKENS, generation_params
 
