@@ -142,6 +142,37 @@ def test_reshaping(folder, monkeypatch, tmp_path, capsys) -> None:
     convert(folder / "checkpoints/gpt3_tp2_pp2", tmp_path / "ours", to="megalith")
 
 
+EVALUATION = (  # of tasks/main.py; the paths and the sizes of the model are changed
+    "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16 --fp16 "
+    "--vocab-file gpt2-vocab.json --valid-data {data} --tokenizer-type GPT2BPETokenizer {strict}"
+    "--merge-file gpt2-merges.txt --load checkpoints/gpt2_345m --micro-batch-size 8 "
+    "--activations-checkpoint-method uniform --log-interval 10 --no-load-optim --no-load-rng"
+)
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "strict", "number"),
+    [
+        ("WIKITEXT103", "wikitext.txt", "", "adjusted perplexity"),
+        ("LAMBADA", "lambada.json", "", "an answer is the last token"),
+        ("LAMBADA", "lambada.json", "--strict-lambada ", "an answer is the last word"),
+    ],
+)
+def test_evaluation(task, data, strict, number, folder, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "wikitext.txt").write_text(
+        " \n = The title = \n \n It is 3 @.@ 5 m long , and is of 1 @,@ 200 words . \n" * 3
+    )
+    (folder / "lambada.json").write_text('{"text": "the value of the object is the name"}\n{"text": "a name"}\n' * 3)
+    if not (folder / "checkpoints/gpt2_345m").exists():
+        config, tensors = model_of(vocab_size=512, bias_gelu_fusion=True)
+        write(folder / "checkpoints/gpt2_345m", config, tensors, args={"bias_gelu_fusion": True})
+    status, said = run(f"evaluate --task {task} {EVALUATION.format(data=data, strict=strict)}", capsys)
+    assert status == 0 and number in said, said
+    for flag in ("--activations-checkpoint-method (", "--log-interval (", "--no-load-optim (", "--no-load-rng ("):
+        assert flag in said, said
+
+
 def test_megatron_generate(tmp_path) -> None:
     """The calls of megatron_generate as they stand there, on the model's own tensors."""
     from megalith.training.pretrain import train

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from megalith.cli.checkpoint_convert import MEGATRON_FLAGS
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 TOKENIZER = {"tokenizer_type": "TYPE", "vocab_file": "FILE", "merge_file": "FILE", "tokenizer_model": "PATH"}
 # The processes that these leave hold replicas, which share the prompts.
 LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+CONTEXT = "context_parallel_size"  # splits sequences in evaluation; in generation it would only be replicas
 # Fields of the model that files of other programs lack most often
 MODEL_HELP = ("num_attention_heads", "vocab_size", "position_embedding_type")
 NAME_TOKENIZER = (
@@ -29,14 +31,14 @@ NAME_TOKENIZER = (
 WHAT_TO_LOAD = "a run's folder, a checkpoint, or weights of Hugging Face or Megatron"
 
 
-def add_load_flags(parser: argparse.ArgumentParser) -> None:
-    """How the model is loaded; which one, --load, is the verb's."""
+def add_load_flags(parser: argparse.ArgumentParser, layout: Sequence[str] = LAYOUT) -> None:
+    """How the model is loaded; which one, --load, is the verb's. layout: the fields that the verb can use."""
     add = parser.add_argument
     add("--adapter", metavar="PATH", help="low-rank adapters that were trained on it: a LoRA run or a PEFT folder")
     add("--ckpt-step", type=int, metavar="N", help="the checkpoint of this step (default: the latest)")
     add("--dtype", default="float32", metavar="TYPE", help="float32, bfloat16 or float16")
     add("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or xpu")
-    for name in LAYOUT:
+    for name in layout:
         help = f"under torchrun: {fields()[name].metadata['help']} (default: 1)"
         add(flag(name), *fields()[name].metadata["flags"], type=int, metavar="N", help=help)
 
@@ -92,8 +94,9 @@ def load_model(args: argparse.Namespace) -> TextModel:
 
     typed = {name: getattr(args, name) for name in model_fields() if hasattr(args, name)}
     typed |= {name: getattr(args, name) for name in (*TOKENIZER, "tokenizer", "qkv_layout", "swiglu_order", "replicas")}
-    if environment.world_size() > 1 or any(getattr(args, name) for name in LAYOUT):
-        typed |= {name: getattr(args, name) or 1 for name in LAYOUT}
+    sizes = {name: getattr(args, name, None) for name in (*LAYOUT, CONTEXT)}
+    if environment.world_size() > 1 or any(sizes.values()):
+        typed |= {name: size or 1 for name, size in sizes.items()}
     model = load(
         args.load, device=args.device, dtype=args.dtype, iteration=args.ckpt_step, adapter=args.adapter, **typed
     )  # fmt: skip

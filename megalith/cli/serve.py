@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any
 
-from megalith.cli.load_flags import (
-    WHAT_TO_LOAD,
-    add_format_flags,
-    add_load_flags,
-    check_paths,
-    load_model,
-    model_fields,
-)
+from megalith.cli.load_flags import WHAT_TO_LOAD, add_format_flags, add_load_flags, check_paths, load_model
 from megalith.cli.option_flags import add_option_flags, given_options
+from megalith.cli.training_flags import add_dtype_flags, add_training_flags, unused_flags
 from megalith.common.errors import ConfigError, problem
 from megalith.common.extras import require
 from megalith.common.orphans import ends_with_launcher
 from megalith.config import environment
-from megalith.config.flags import flags
 from megalith.config.flags.text import Words
 from megalith.generation.params import GenerationParams
 from megalith.serving.options import ServeOptions, is_loopback
@@ -46,27 +38,6 @@ OF_MEGATRONS_SERVER = {
 INSTEAD = {"--seed": "each request may say random_seed", "--seq-length": "--max-length bounds prompt and text"}
 
 
-class ForTraining(argparse.Action):
-    """A flag that pretrain or Megatron's server has: one of the model's is kept, another is remembered to be named."""
-
-    def __init__(self, *args: Any, config_flag: flags.Flag, **options: Any):
-        super().__init__(*args, **options)
-        self.config_flag = config_flag
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
-    ) -> None:  # fmt: skip
-        known = self.config_flag
-        if known.refused and values not in known.harmless:
-            raise ConfigError(f"{option} cannot be used: {known.refused}")
-        sets = known.by_value.get(str(values), known.sets)
-        if sets and set(sets) <= set(model_fields()):
-            for name, value in sets.items():
-                setattr(namespace, name, values if value is flags.VALUE else str(value))
-        else:
-            namespace.unused = [*namespace.unused, option]
-
-
 def register(subparsers: argparse._SubParsersAction) -> None:
     """Add the verb to the command line."""
     parser = subparsers.add_parser(
@@ -80,22 +51,11 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("path", nargs="?", metavar="PATH", help=WHAT_TO_LOAD)
     parser.add_argument("--load", metavar="PATH", help="the same, as Megatron names it")
     add_load_flags(parser)
-    for name, dtype in (("--fp16", "float16"), ("--bf16", "bfloat16")):
-        parser.add_argument(name, action="store_const", dest="dtype", const=dtype, help=argparse.SUPPRESS)
+    add_dtype_flags(parser)
     add_option_flags(parser.add_argument_group("the server"), ServeOptions)
     add_format_flags(parser)
-    _add_flags_for_training(parser)
-    parser.set_defaults(handler=serve, unused=[])
-
-
-def _add_flags_for_training(parser: argparse.ArgumentParser) -> None:
-    known = {name: flags.Flag(name, {}, nargs) for name, (nargs, _) in OF_MEGATRONS_SERVER.items()}
-    for name, each in {**flags.config_flags(), **known}.items():
-        if name not in parser._option_string_actions:
-            parser.add_argument(
-                name, dest="unused", action=ForTraining, config_flag=each, default=argparse.SUPPRESS,
-                nargs=None if each.nargs == 1 else each.nargs, help=argparse.SUPPRESS,
-            )  # fmt: skip
+    add_training_flags(parser, {name: nargs for name, (nargs, _) in OF_MEGATRONS_SERVER.items()})
+    parser.set_defaults(handler=serve)
 
 
 def serve(args: argparse.Namespace) -> int:
@@ -125,11 +85,8 @@ def serve(args: argparse.Namespace) -> int:
 
 
 def _notices(args: argparse.Namespace, options: ServeOptions) -> list[str]:
-    lines = []
-    if unused := list(dict.fromkeys(args.unused)):
-        instead = {name: why for name, (_, why) in OF_MEGATRONS_SERVER.items()} | INSTEAD
-        texts = [f"{name} ({instead[name]})" if instead.get(name) else name for name in unused]
-        lines.append(f"flags that have no meaning for a server, and no effect: {', '.join(texts)}")
+    instead = {name: why for name, (_, why) in OF_MEGATRONS_SERVER.items()} | INSTEAD
+    lines = unused_flags(args, "a server", instead)
     if options.token_file is None and not is_loopback(options.host):
         lines.append(
             f"everybody who reaches {options.host} may use this server: --token-file FILE asks for a token, and "

@@ -24,6 +24,7 @@ EXTRAS = {  # package -> what pip installs, and the extra of pyproject.toml that
     "httptools": ("httptools>=0.6", "serve"),
     "prometheus_client": ("prometheus_client>=0.21", "serve"),
     "jinja2": ("jinja2>=3.1", "serve"),
+    "lm_eval": ("lm_eval>=0.4.9", "eval"),
 }
 
 

@@ -41,6 +41,7 @@ def load(
     tokenizer_model: str | os.PathLike | None = None,
     tensor_model_parallel_size: int | None = None,
     pipeline_model_parallel_size: int | None = None,
+    context_parallel_size: int | None = None,
     **model_fields: Any,
 ) -> TextModel:
     """A trained model, in evaluation mode; called with ids it gives logits [batch, sequence, vocabulary].
@@ -54,8 +55,9 @@ def load(
     swiglu_order, replicas, model_fields (num_attention_heads=16, ...): what other formats lack, or state wrongly, by
     the names of the options of `megalith checkpoint import`. tokenizer: a folder of tokenizer files to use instead of
     the checkpoint's; or the files themselves, as for `pretrain` (vocab_file and merge_file of GPT-2, vocab_file of
-    BERT, tokenizer_model). tensor_model_parallel_size, pipeline_model_parallel_size: with one of them (1 too) all
-    processes of torchrun load the model together, each its part of it; what they leave are data-parallel replicas. The
+    BERT, tokenizer_model). tensor_model_parallel_size, pipeline_model_parallel_size, context_parallel_size: with one of
+    them (1 too) all processes of torchrun load the model together, each its part of it; what they leave are
+    data-parallel replicas (and so are, for generation, the context-parallel ones, which only evaluation uses). The
     result generates and scores text, on all processes at once. Without them each process loads a model of its own.
 
     The result is a TextModel; it has `.config` (its ModelConfig), `.run_config` (the whole RunConfig), `.tokenizer`
@@ -79,11 +81,15 @@ def load(
     options = format_options(qkv_layout, swiglu_order, replicas, model_fields) | {"vocabulary_size": given.vocab_size}
     options |= {} if adapter is None else {"adapter": adapter}
     path = path.model if isinstance(path, TextModel) else path
-    sizes = tensor_model_parallel_size, pipeline_model_parallel_size
-    runtime = None
-    if sizes != (None, None) and (environment.world_size() > 1 or max(size or 1 for size in sizes) > 1):
+    sizes = {
+        "tensor_model_parallel_size": tensor_model_parallel_size,
+        "pipeline_model_parallel_size": pipeline_model_parallel_size,
+        "context_parallel_size": context_parallel_size,
+    }
+    given_sizes, runtime = [size for size in sizes.values() if size is not None], None
+    if given_sizes and (environment.world_size() > 1 or max(given_sizes) > 1):
         layout = RunConfig().replace(
-            tensor_model_parallel_size=sizes[0] or 1, pipeline_model_parallel_size=sizes[1] or 1,
+            **{name: size or 1 for name, size in sizes.items()},
             device=device.type if isinstance(device, torch.device) else device,
         )  # fmt: skip
         runtime, source = load_runtime(

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 class Vocabulary:
     """The rows of the head's weight on this process: all of them. A plan gives `TokenLoss` one that holds a part."""
 
-    block: int | None = 16  # tokens of which gradients are computed at a time; None: the whole chunk (see `_blocks`)
+    first: int = 0  # the token of the first local row
+    block: int | None = 16  # tokens of which gradients are computed at a time; None: the whole chunk (`logit_blocks`)
 
     def copy_hidden(self, hidden: Tensor) -> Tensor:
         """The hidden states of all tokens; their gradient is summed over the ranks."""
@@ -90,7 +91,7 @@ def chunk_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, spare: Ten
     return logits if bias is None else logits.add_(bias.to(logits.dtype))
 
 
-def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, size: int) -> Iterator[tuple[slice, Tensor]]:
+def logit_chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, size: int) -> Iterator[tuple[slice, Tensor]]:
     """The tokens of each chunk and their logits, which are overwritten by the next chunk's."""
     logits = None
     for start in range(0, len(hidden), size):
@@ -99,7 +100,7 @@ def _chunks(hidden: Tensor, weight: Tensor, bias: Tensor | None, size: int) -> I
         yield rows, logits
 
 
-def _blocks(rows: slice, logits: Tensor, vocabulary: Vocabulary) -> Iterator[tuple[slice, Tensor]]:
+def logit_blocks(rows: slice, logits: Tensor, vocabulary: Vocabulary) -> Iterator[tuple[slice, Tensor]]:
     """The tokens of a chunk and their logits, block by block.
 
     From logits to gradients takes some eight passes. Meanwhile a block of a few rows stays in a CPU's cache, whereas
@@ -177,8 +178,8 @@ class _WeightedLoss(torch.autograd.Function):
         scale = loss_weights.flatten().float()
         losses = torch.empty(targets.shape, device=flat.device, dtype=_at_least_float32(flat))
         gradients = _Gradients(flat, weight, bias, ctx.needs_input_grad)
-        for rows, logits in _chunks(flat, weight, bias, chunk):
-            for tokens, block in _blocks(rows, logits, vocabulary):
+        for rows, logits in logit_chunks(flat, weight, bias, chunk):
+            for tokens, block in logit_blocks(rows, logits, vocabulary):
                 losses[tokens], exponentials, total, log_z = _block_loss(block, targets[tokens], z_loss, vocabulary)
                 if any(ctx.needs_input_grad):
                     _block_gradient(exponentials, total, log_z, targets[tokens], scale[tokens], z_loss, vocabulary)
@@ -222,8 +223,8 @@ class _UnweightedLoss(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, bias, labels)
         ctx.chunk, ctx.z_loss, ctx.vocabulary = chunk, z_loss, vocabulary
         losses = torch.empty(targets.shape, device=flat.device, dtype=_at_least_float32(flat))
-        for rows, logits in _chunks(flat, weight, bias, chunk):
-            for tokens, block in _blocks(rows, logits, vocabulary):
+        for rows, logits in logit_chunks(flat, weight, bias, chunk):
+            for tokens, block in logit_blocks(rows, logits, vocabulary):
                 losses[tokens] = _block_loss(block, targets[tokens], z_loss, vocabulary)[0]
         return losses.view(labels.shape)
 
@@ -232,8 +233,8 @@ class _UnweightedLoss(torch.autograd.Function):
         hidden, weight, bias, labels = ctx.saved_tensors
         flat, targets, scale = hidden.flatten(0, 1), labels.flatten(), upstream.flatten()
         gradients = _Gradients(flat, weight, bias, ctx.needs_input_grad)
-        for rows, logits in _chunks(flat, weight, bias, ctx.chunk):
-            for tokens, block in _blocks(rows, logits, ctx.vocabulary):
+        for rows, logits in logit_chunks(flat, weight, bias, ctx.chunk):
+            for tokens, block in logit_blocks(rows, logits, ctx.vocabulary):
                 _, exponentials, total, log_z = _block_loss(block, targets[tokens], ctx.z_loss, ctx.vocabulary)
                 _block_gradient(exponentials, total, log_z, targets[tokens], scale[tokens], ctx.z_loss, ctx.vocabulary)
             gradients.add(rows, logits, flat, weight)

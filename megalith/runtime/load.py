@@ -91,7 +91,7 @@ def load_runtime(
     source = adapters.merge(source, widen=True) if merge_adapter else source
     config = dataclasses.replace(
         source.config, parallel=parallel, precision=PrecisionConfig(), recompute=RecomputeConfig()
-    )  # without what only training needs
+    ).replace(seq_length=None)  # without what only training needs
     fail(each.text for each in layout_problems(config, mesh.world_size))
     tensors = list(model_tensors(source).items())[ranks.rank :: ranks.size]
     ranks.on_every_rank(lambda: check_range(dict(tensors), dtype))  # which reads all of them, divided among processes

@@ -9,8 +9,12 @@ from __future__ import annotations
 import pathlib
 
 _EVALUATION = (
-    "evaluation tasks are not there yet; until then: megalith checkpoint export RUN FOLDER --to huggingface, and "
-    "lm-evaluation-harness on that folder"
+    "it is `megalith evaluate` here, with the same flags: wikitext103, lambada, ppl, or --harness TASKS "
+    "(docs/evaluation.md)"
+)
+_TASKS = (
+    "WIKITEXT103 and LAMBADA are `megalith evaluate` here, and RACE, MNLI and QQP `megalith finetune TASK`, with the "
+    "same flags; other tasks are not there yet"
 )
 _FINETUNING = "it is `megalith finetune TASK` here (docs/finetune_tasks.md)"
 _RETRIEVAL = "retrieval models (ICT, REALM, open-domain question answering) are not there yet; only the ICT dataset is"
@@ -136,10 +140,10 @@ _ANSWERS = (
     ("it is --tensorboard-dir here", "--report-to --with-tracking"),
     (
         _EVALUATION,
-        "evaluate eval lambada wikitext103 --overlapping-eval --strict-lambada ppl lm_eval lm-eval",
+        "eval lambada wikitext103 --overlapping-eval --strict-lambada ppl lm_eval lm-eval",
     ),
     (_FINETUNING, "sft chat race mnli qqp rte glue finetune_race finetune_mnli"),
-    ("it is `megalith finetune TASK` here for RACE, MNLI and QQP; other tasks are not there yet", "main"),
+    (_TASKS, "main"),
     (
         "it is `megalith pretrain --lora-rank 8` here (docs/lora.md)",
         "lora peft --lora-r --lora-dim --use-lora --use-peft",

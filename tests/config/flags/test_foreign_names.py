@@ -65,7 +65,7 @@ def test_nothing_that_exists_is_called_missing():
         (["data", "preproces"], "unknown verb preproces: did you mean preprocess?"),
         (["checkpoint", "exprot"], "unknown verb exprot: did you mean export?"),
         (["generate", "--load", "x", "--max_length", "3"], "unknown flag --max_length: it is --max-new-tokens here"),
-        (["pretrain", "gpt", "--strict-lambada"], "unknown flag --strict-lambada: evaluation tasks are not there yet"),
+        (["pretrain", "gpt", "--strict-lambada"], "unknown flag --strict-lambada: it is `megalith evaluate` here"),
         (["race"], "unknown verb race: it is `megalith finetune TASK` here"),
     ],
 )

@@ -1,0 +1,199 @@
+"""megalith evaluate: perplexity, LAMBADA, and the tasks of lm-evaluation-harness, of one or several models."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from megalith.cli.load_flags import (
+    CONTEXT,
+    LAYOUT,
+    WHAT_TO_LOAD,
+    add_format_flags,
+    add_load_flags,
+    check_paths,
+    load_model,
+)
+from megalith.cli.option_flags import add_option_flags, given_options
+from megalith.cli.training_flags import add_dtype_flags, add_training_flags, unused_flags
+from megalith.common.errors import ConfigError, problem
+from megalith.common.extras import require
+from megalith.common.files import write_text
+from megalith.common.orphans import ends_with_launcher
+from megalith.common.outputs import writing
+from megalith.config import environment
+from megalith.config.flags.text import Words, choose
+from megalith.evaluation.options import TASKS, EvaluationOptions
+
+EXAMPLE = """\
+examples:
+  megalith evaluate wikitext103 runs/first --valid-data wiki.test.tokens
+  megalith evaluate lambada gpt2 runs/first --valid-data lambada_test.jsonl --strict-lambada --html lambada.html
+  megalith evaluate ppl runs/first --valid-data law.txt news.jsonl --json ppl.json
+  megalith evaluate --harness hellaswag,piqa runs/first
+  torchrun --nproc-per-node 4 -m megalith evaluate lambada Llama-3-8B --tensor-model-parallel-size 2 --valid-data ...
+
+wikitext103 is any WikiText file, as Megatron measures it. lambada is JSON lines of passages. ppl is any text:
+plain-text files, each one text, and JSON lines (.jsonl, .json), each line one. The flags of Megatron's tasks/main.py
+work as typed; those without a meaning here are named in a line.
+"""
+EXAMPLE_CURE = "Write megalith evaluate wikitext103 MODEL --valid-data FILE"
+RECOMPUTED = "nothing is recomputed where there is no backward pass"
+WEIGHTS = "the weights alone are read"
+INSTEAD = {
+    "--activations-checkpoint-method": RECOMPUTED, "--recompute-activations": RECOMPUTED,
+    "--recompute-granularity": RECOMPUTED, "--recompute-method": RECOMPUTED, "--checkpoint-activations": RECOMPUTED,
+    "--no-load-optim": WEIGHTS, "--no-load-rng": WEIGHTS, "--log-interval": "a bar shows every batch on a terminal",
+    "--global-batch-size": "--micro-batch-size is what a process reads at a time", "--seed": "nothing is drawn",
+    "--num-workers": "the files are read as a whole",
+}  # fmt: skip
+
+
+def register(subparsers: argparse._SubParsersAction) -> None:
+    """Add the verb to the command line."""
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="perplexity, LAMBADA, tasks of lm-evaluation-harness",
+        usage="megalith evaluate TASK MODEL [MODEL ...] --valid-data FILE [--FLAG VALUE ...]",
+        description="How well trained models predict text. MODEL is " + WHAT_TO_LOAD + "; several are compared.",
+        epilog=EXAMPLE,
+    )
+    add = parser.add_argument
+    add("words", nargs="*", metavar="TASK MODEL", help="wikitext103, lambada, ppl or module:name; then the models")
+    add("--task", metavar="NAME", help="the task, as Megatron names it (WIKITEXT103, LAMBADA)")
+    add("--harness", metavar="TASKS", help="instead of a task: names of lm-evaluation-harness, with commas between")
+    add("--load", metavar="PATH", help="the model, as Megatron names it")
+    add("--valid-data", nargs="+", default=[], metavar="FILE", help="what is read")
+    add_load_flags(parser, (*LAYOUT, CONTEXT))
+    add_dtype_flags(parser)
+    add_option_flags(parser.add_argument_group("what is measured"), EvaluationOptions)
+    add("--batch-size", dest="micro_batch_size", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    harness = parser.add_argument_group("lm-evaluation-harness").add_argument
+    harness("--include-path", metavar="FOLDER", help="a folder of tasks of your own, in YAML")
+    harness("--num-fewshot", type=int, metavar="N", help="examples before each question (default: as the task says)")
+    harness("--limit", type=float, metavar="N", help="questions of each task; below 1 a share (default: all)")
+    output = parser.add_argument_group("what is written").add_argument
+    output("--json", metavar="FILE", help="the numbers, their definitions and the settings")
+    output("--html", metavar="FILE", help="a page that compares the models")
+    output("--examples", metavar="FILE", help="each window, text, passage or question, a JSON line each")
+    output("--compare", nargs="+", default=[], metavar="FILE", help="results of earlier --json to show beside these")
+    output("--overwrite", action="store_true", help="replace these files if they exist")
+    add_format_flags(parser)
+    add_training_flags(parser)
+    parser.set_defaults(handler=evaluate)
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Measure each model, and show and write what was found; the exit status."""
+    task, models = _words(args)
+    options = EvaluationOptions(**given_options(args, EvaluationOptions))
+    for args.load in models:
+        check_paths(args, "MODEL" if args.words else "--load")
+    if args.harness:
+        require("lm_eval", "--harness")
+    if environment.rank() == 0:
+        for line in unused_flags(args, "an evaluation", INSTEAD):
+            print(f"megalith: {line}", file=sys.stderr, flush=True)
+    with ends_with_launcher(), _files(args):
+        return _evaluate(args, task, models, options)
+
+
+def _words(args: argparse.Namespace) -> tuple[str | None, list[str]]:
+    """The task (None: those of --harness) and the models."""
+    words, task = list(args.words), args.task
+    if task and args.harness:
+        found = Words(f"--task {task} and --harness {args.harness}")
+        raise ConfigError(problem("The task", found, "must be one", "Leave one of them out"))
+    if not task and not args.harness:
+        if not words:
+            raise ConfigError(problem("TASK", Words("nothing"), f"must be one of {', '.join(TASKS)}", EXAMPLE_CURE))
+        task = words.pop(0)
+    if args.load is not None:
+        words.append(args.load)
+    if not words:
+        cure = "Add its path after the task"
+        raise ConfigError(problem("MODEL", Words("nothing"), f"must name {WHAT_TO_LOAD}", cure))
+    if task and ":" not in task:
+        task = choose("task", task.lower(), TASKS)
+    return task, list(dict.fromkeys(words))
+
+
+@contextlib.contextmanager
+def _files(args: argparse.Namespace) -> Iterator[None]:
+    """Hold the locks of the files that are written, on the process that writes them."""
+    notice = functools.partial(print, file=sys.stderr, flush=True)
+    with contextlib.ExitStack() as stack:
+        for name in ("json", "html", "examples") if environment.rank() == 0 else ():
+            if path := getattr(args, name):
+                inputs = [*args.valid_data, *args.compare]
+                held = writing(path, inputs=inputs, overwrite=args.overwrite, flag=f"--{name}", notice=notice)
+                stack.enter_context(held)
+        yield
+
+
+def _evaluate(args: argparse.Namespace, task: str | None, models: Sequence[str], options: EvaluationOptions) -> int:
+    from megalith.evaluation.records import Record, read_records, record_of, tables, to_html, to_json
+    from megalith.reports.table import print_table
+
+    writes, lines = environment.rank() == 0, list[str]()
+    earlier = [record for path in args.compare for record in read_records(path)]
+    made = None if task is None else TASKS.find(task)(args.valid_data, options)  # what is wrong is told before loading
+    import torch.distributed as dist  # here, because it imports torch
+
+    owns_group, records = not dist.is_initialized(), list[Record]()
+    for args.load in models:
+        started = time.monotonic()
+        model = load_model(args)
+        results = measured(model, task, made, options, args)
+        settings = {name: value for name, value in dataclasses.asdict(options).items() if value is not None}
+        settings["dtype"] = args.dtype
+        settings |= {name: getattr(args, name) for name in (*LAYOUT, CONTEXT) if getattr(args, name)}
+        for name, result in results.items():
+            about = {"model": args.load, "task": name, "files": args.valid_data, "settings": settings}
+            record = record_of(result, **about, seconds=round(time.monotonic() - started, 3))
+            records.append(record)
+            for note in record["notes"] if writes else ():
+                print(f"megalith: {args.load}: {note}", file=sys.stderr, flush=True)
+            if args.examples:
+                about = {"model": args.load, "task": name}
+                lines += [json.dumps(about | each, ensure_ascii=False, default=str) + "\n" for each in result.examples]
+        if writes:  # after each model, so that a later one that fails takes nothing with it
+            texts = {
+                args.json: to_json(records), args.html: to_html([*earlier, *records]), args.examples: "".join(lines)
+            }  # fmt: skip
+            for path, text in texts.items():
+                if path:
+                    write_text(pathlib.Path(path), text)
+        has_group = model.runtime is not None
+        del model  # its memory is the next one's
+    if has_group and owns_group:
+        dist.destroy_process_group()
+    if writes:
+        for table in tables([*earlier, *records]):
+            print_table(table)
+    return 0
+
+
+def measured(
+    model: Any, task: str | None, made: Any, options: EvaluationOptions, args: argparse.Namespace
+) -> dict[str, Any]:
+    """The Result of each task, by its name."""
+    show = environment.rank() == 0
+    if task is not None:
+        from megalith.evaluation.evaluate import measure
+
+        return {task: measure(model, made, options, f"{task}, {args.load}", show)}
+    from megalith.evaluation.harness import run_tasks
+
+    return run_tasks(
+        model, args.harness.split(","), include_path=args.include_path, num_fewshot=args.num_fewshot,
+        limit=args.limit, batch_size=options.micro_batch_size, max_length=options.seq_length, show=show,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Evaluation of trained models: perplexity, LAMBADA, lm-evaluation-harness, in any layout."""
