@@ -61,7 +61,8 @@ def test_each_size_is_the_published_one(name):
 
 def test_continued_training_has_a_list_of_files():
     for name in FAMILIES["tinyllama"]:
-        assert load(name, world_size=8).data.data_file_list == "data_list.txt"
+        processes = recipes.about(recipes.text(name))["processes"]
+        assert load(name, world_size=processes).data.data_file_list == "data_list.txt"
 
 
 def test_ramp_up_of_gpt3():
@@ -69,7 +70,12 @@ def test_ramp_up_of_gpt3():
     assert load("gpt3-tiny").batch.rampup_batch_size == [8, 8, 2000]
 
 
-@pytest.mark.parametrize("name", recipes.names())
+LARGE = ("39b", "76b", "145b", "310b", "530b", "1t", "405b")  # seconds each, for their thousands of modules
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * name.endswith(LARGE)) for name in recipes.names()]
+)
 def test_each_recipe_builds_on_the_meta_device(name):
     import torch
 

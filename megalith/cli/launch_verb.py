@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import itertools
 import pathlib
+import shlex
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megalith.common.errors import ConfigError
+from megalith.common.errors import ConfigError, problem
 from megalith.config.flags.flags import CommandLine
-from megalith.config.flags.text import Problem, fail, flag
+from megalith.config.flags.text import Problem, Words, fail, flag
 from megalith.config.flags.values import Field
-from megalith.launcher import accelerate_config, local, options, processes, tasks
+from megalith.launcher import accelerate_config, hosts, jobs, local, options, processes, tasks
 from megalith.launcher.accelerate_config import typed
 from megalith.launcher.local import LaunchOptions, launch_options
 from megalith.launcher.options import JobOptions, NodeOptions, job_options, node_options
@@ -51,34 +54,104 @@ def launch(reading: CommandLine) -> int:
     problems = list(reading.problems)
     nodes = NodeOptions(**_values(node_options(), reading, problems))
     job = JobOptions(**_values(job_options(), reading, problems))
-    launch_values = LaunchOptions(**_values(launch_options(), reading, problems))
+    start = LaunchOptions(**_values(launch_options(), reading, problems))
     problems += _conflicts(reading, nodes)
     verb = reading.words[0] if _is_verb(reading) else None
-    if verb is None and (text := local.script_problem(launch_values, reading.words)):
+    if verb is None and (text := local.script_problem(start, reading.words)):
         problems.append(Problem((), text.replace("--num_processes", "--nproc-per-node")))
+    kind, on_cpu = jobs.scheduler(job), _on_cpu(reading.words)
+    if kind:
+        problems += [Problem((), text) for text in jobs.problems(job, nodes)]
+    elif given := [flag(name) for name in job_options() if name in reading.values]:
+        text = problem(given[0], Words("no job"), "must be given with --slurm or --pbs", "Add one, or leave it out")
+        problems.append(Problem((), text))
     fail(each.text for each in problems)
-    for line in reading.notices:
+    for line in dict.fromkeys(reading.notices):
         _tell(line)
-    several, on_cpu = verb in (*SEVERAL, None), _on_cpu(reading.words)
-    plan, lines = processes.make_plan(nodes, several, on_cpu)
-    words = _words_of_process(verb, launch_values, reading.words)
-    added, more = processes.variables_of_options(nodes, launch_values, plan)
+    dry = bool(reading.values.get("dry_run"))
+    if kind:
+        _one_process(verb, nodes)
+        return _write_job(job, nodes, start, reading, verb, on_cpu, dry)
+    if nodes.hostfile:
+        return _on_hosts(nodes, start, reading.words, dry)
+    plan, lines = processes.make_plan(nodes, verb in (*SEVERAL, None), on_cpu)
+    words = _words_of_process(verb, start, reading.words)
+    added, more = processes.variables_of_options(nodes, start, plan)
     for line in [*lines, *more]:
         _tell(line)
     processes.check_port(plan)
-    if plan.task or (not plan.several_nodes and plan.processes == 1 and not launch_values.max_restarts):
-        if reading.values.get("dry_run"):
-            print(local.text(words, added))
-            return 0
-        local.start(words, added)
+    watched = plan.several_nodes or plan.processes > 1 or start.max_restarts or nodes.stop_with_stdin
+    alone = plan.task is not None or not watched
     run_id = tasks.job() or "megalith"
-    if reading.values.get("dry_run"):
-        print(local.text(processes.torchrun(plan, launch_values, words, run_id, None), added))
+    if dry:
+        command = words if alone else processes.torchrun(plan, start, words, run_id, None)
+        print(local.text(command, added))
         return 0
+    several = plan.several_nodes if plan.task is None else plan.task.nodes > 1
+    if nodes.preflight in ("always", "only") or (nodes.preflight == "auto" and several and not nodes.elastic):
+        from megalith.workflows import preflight  # here, because few starts need it
+
+        preflight.run(plan, start, reading.words, added, nodes.preflight_timeout, on_cpu, print)
+        if nodes.preflight == "only":
+            return 0
+    if alone:
+        local.start(words, added)
     with tempfile.TemporaryDirectory(prefix="megalith-launch-") as log_dir:
-        command = processes.torchrun(plan, launch_values, words, run_id, log_dir)
-        supervisor = Supervisor(pathlib.Path(launch_values.log_dir or log_dir))
-        return supervisor.run(command, added, nodes.stop_with_stdin)
+        command = processes.torchrun(plan, start, words, run_id, log_dir)
+        return Supervisor(pathlib.Path(start.log_dir or log_dir)).run(command, added, nodes.stop_with_stdin)
+
+
+def _one_process(verb: str | None, nodes: NodeOptions) -> None:
+    """Raise ConfigError where a verb that is one process is to have more."""
+    if verb in ONE and (nodes.node_range not in (None, (1, 1)) or (nodes.nproc_per_node or 1) > 1):
+        given = "--nproc-per-node" if (nodes.nproc_per_node or 1) > 1 else "--nnodes"
+        cure = "Leave it out; data preprocess takes --workers, and --engine ray for several nodes"
+        found = nodes.nproc_per_node if given == "--nproc-per-node" else nodes.nnodes
+        raise ConfigError(problem(given, found, f"must be 1 for {verb}, which is one process", cure))
+
+
+def _write_job(
+    job: JobOptions, nodes: NodeOptions, start: LaunchOptions, reading: CommandLine, verb: str | None, on_cpu: bool,
+    dry: bool,
+) -> int:  # fmt: skip
+    """Write the job script and send it where --submit asks for it; the exit status."""
+    name = job.job_name or _name(reading.words)
+    kind = jobs.scheduler(job) or ""
+    file = pathlib.Path(job.output or f"{name}.{kind}").absolute()
+    as_module = ["--module"] if start.module else ["--no-python"] if start.no_python else []
+    text = jobs.script(
+        job, nodes, dataclasses.replace(start, module=False, no_python=False), [*as_module, *reading.words],
+        resumes=verb in ("pretrain", None), on_cpu=on_cpu or verb in ONE, name=name, folder=pathlib.Path.cwd(),
+        file=file, typed=reading.typed,
+    )  # fmt: skip
+    if dry:
+        print(text, end="")
+        return 0
+    jobs.write(file, text, job.overwrite)
+    if job.submit:
+        return jobs.submit(kind, file)
+    print(f"wrote {file}; to send it:\n  {jobs.SUBMIT[kind]} {shlex.quote(str(file))}")
+    return 0
+
+
+def _name(words: Sequence[str]) -> str:
+    """A name for a job: the run's or its recipe's, else the first words."""
+    for name in ("--name", "--recipe"):
+        if name in words[:-1]:
+            return words[words.index(name) + 1]
+    plain = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+    return "-".join(pathlib.PurePath(word).stem for word in plain[:2]) or "megalith"
+
+
+def _on_hosts(nodes: NodeOptions, start: LaunchOptions, words: Sequence[str], dry: bool) -> int:
+    """Start a launch on every host of the hostfile; the exit status of the first that fails."""
+    found = hosts.read_hostfile(pathlib.Path(nodes.hostfile or ""))
+    hosts.check(nodes)
+    commands = hosts.commands(found, nodes, start, words, pathlib.Path.cwd())
+    if dry:
+        print("\n".join(shlex.join(command) for command in commands))
+        return 0
+    return hosts.run(found, commands)
 
 
 def _tell(line: str) -> None:

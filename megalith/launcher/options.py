@@ -61,7 +61,8 @@ class JobOptions:
     directive: str | None = option(
         None, "further #SBATCH or #PBS lines, as in --directive='--exclusive; --constraint=h100'"
     )
-    nodelist: str | None = option(None, "nodes to run on, as Slurm or PBS writes them")
+    nodelist: str | None = option(None, "nodes to run on: as Slurm writes them, or for PBS with commas in between")
+    select: str | None = option(None, "PBS: what each node must have, as in ngpus=8:ncpus=64")
     modules: str | None = option(None, "environment modules to load, with commas in between (module load)")
     venv: str | None = option(None, "virtual environment to activate")
     container_image: str | None = option(None, "container of all processes")
