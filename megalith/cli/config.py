@@ -51,8 +51,8 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         help="a YAML file for pretrain or launch, from questions, a script or a checkpoint",
         usage="megalith config [--from-script FILE | --from-huggingface PATH | --from-checkpoint PATH | --accelerate] "
         "[--output FILE] [--force] [-- ARG ...]",
-        description="Write a YAML file for `megalith pretrain --config`, or `megalith launch`: from a few questions, or "
-        "from a script, a config.json or a checkpoint.",
+        description="Write a YAML file for `megalith pretrain --config`, or `megalith launch`: from a few questions, "
+        "or from a script, a config.json or a checkpoint.",
         epilog=EXAMPLE,
     )
     parser.add_argument(
@@ -106,9 +106,8 @@ def _of_source(name: str, args: argparse.Namespace, output: pathlib.Path) -> tup
     if name == "from_script":
         per_node = max(number for number in range(1, 9) if processes % number == 0)
         return _yaml(config, processes), wizard.next_commands(wizard.Answers(config, processes, per_node), str(output))
-    model, file = config.model.model_type, shlex.quote(str(output))
-    missing = "megalith pretrain {} --config {} --dry-run names what a run still needs".format(model, file)
-    return _yaml(config, processes), f"wrote {output}; next:\n  {missing}"
+    command = f"megalith pretrain {config.model.model_type} --config {shlex.quote(str(output))} --dry-run"
+    return _yaml(config, processes), f"wrote {output}; to see what a run of it still needs:\n  {command}"
 
 
 def _yaml(config: RunConfig, processes: int) -> str:

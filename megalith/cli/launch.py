@@ -35,9 +35,9 @@ examples:
   megalith launch --cpu --num_processes 2 -m megalith pretrain gpt --config run.yaml
 
 All after the verb or script is its own. Flags are written with - or _. A script is started as by Accelerate, unless a
-flag of nodes or jobs is given: flags override the file, which is that of --config_file, or else the one that `accelerate
-config` wrote. `megalith config --accelerate` writes such a file. On several machines the same command is given on each,
-with its own --machine_rank (for a verb, --node-rank).
+flag of nodes or jobs is given: flags override the file, which is that of --config_file, or else the one that
+`accelerate config` wrote. `megalith config --accelerate` writes such a file. On several machines the same command is
+given on each, with its own --machine_rank (for a verb, --node-rank).
 
 The exit status is that of the process that failed first. SIGTERM, SIGUSR1 or Ctrl-C reach the processes, so that a run
 saves; a second one ends them.
@@ -90,7 +90,9 @@ def _of_fields(fields: Iterable[Field]) -> list[Flag]:
     for field in fields:
         switch = field.kind is bool and not field.name.startswith("megatron_lm_")
         if field.default is True:  # a switch that is on
-            found.append(Flag(f"--no-{flag(field.name)[2:]}", {field.name: False}, 0, help=f"not: {field.metadata['help']}"))
+            found.append(
+                Flag(f"--no-{flag(field.name)[2:]}", {field.name: False}, 0, help=f"not: {field.metadata['help']}")
+            )
             continue
         choices = field.metadata["choices"]
         about = field.metadata["help"] + (f": {', '.join(choices)}" if choices else "")

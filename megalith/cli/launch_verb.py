@@ -171,9 +171,9 @@ def _values(fields: Mapping[str, Field], reading: CommandLine, problems: list[Pr
 
 def _conflicts(reading: CommandLine, nodes: NodeOptions) -> list[Problem]:
     """What cannot be given here: flags of Accelerate, and values that cannot be read."""
-    found = []
+    found, known = [], {*accelerate_config.keys()}
     for name in reading.values:
-        if name in accelerate_config.keys() or name == "config_file":
+        if name in known or name == "config_file":
             cure = f"Write {INSTEAD[name]}" if name in INSTEAD else "Leave it out"
             found.append(
                 Problem((), f"{flag(name)} configures scripts for Accelerate, and has no meaning with a verb or with "

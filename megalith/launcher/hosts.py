@@ -42,7 +42,9 @@ def read_hostfile(file: pathlib.Path) -> list[Host]:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(problem("--hostfile", str(file), f"must name a readable file ({why})", "Correct the path")) from error
+        raise ConfigError(
+            problem("--hostfile", str(file), f"must name a readable file ({why})", "Correct the path")
+        ) from error
     hosts, problems = [], []
     for number, line in enumerate(lines, 1):
         text = line.partition("#")[0].strip()
@@ -53,7 +55,9 @@ def read_hostfile(file: pathlib.Path) -> list[Host]:
             rule = "must be a host, and its processes as in `node01 slots=8`"
             problems.append(problem(f"{file}, line {number}", line, rule, "Correct it"))
         elif found[1] in [host.name for host in hosts]:
-            problems.append(problem(f"{file}, line {number}", line, "must name another host than lines before", "Keep one"))
+            problems.append(
+                problem(f"{file}, line {number}", line, "must name another host than lines before", "Keep one")
+            )
         else:
             hosts.append(Host(found[1], int(found[2]) if found[2] else None))
     if not hosts and not problems:
@@ -121,7 +125,11 @@ def run(hosts: Sequence[Host], words: Sequence[Sequence[str]]) -> int:
     name, status = failed
     status = 128 - status if status < 0 else status
     reason = "its messages are above" if status != 255 else "ssh could not reach it, or lost it"
-    print(f"megalith: the run has ended with status {status}: node {name} has failed; {reason}", file=sys.stderr, flush=True)
+    print(
+        f"megalith: the run has ended with status {status}: node {name} has failed; {reason}",
+        file=sys.stderr,
+        flush=True,
+    )
     return status
 
 
@@ -144,7 +152,11 @@ def _told_by_signals(running: dict[str, subprocess.Popen]) -> Iterator[None]:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM)
 
-    taken = [number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    taken = [
+        number
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        if signal.getsignal(number) != signal.SIG_IGN
+    ]
     previous = {number: signal.signal(number, handle) for number in taken}
     try:
         yield

@@ -36,7 +36,9 @@ def scheduler(job: JobOptions) -> str | None:
 def problems(job: JobOptions, nodes: NodeOptions) -> Iterator[str]:
     """What keeps a job script from being written."""
     if nodes.hostfile:
-        yield problem("--hostfile", nodes.hostfile, "must be left out of a job, whose nodes are its own", "Leave it out")
+        yield problem(
+            "--hostfile", nodes.hostfile, "must be left out of a job, whose nodes are its own", "Leave it out"
+        )
     if job.time is None:
         cure = "Write for example --time 4:00:00"
         yield problem("--time", Words("nothing"), "must be given, because the job has a time limit", cure)
@@ -185,9 +187,19 @@ def _stopping_step(job: JobOptions, kind: str, step: Sequence[str], number: str,
     else:
         again = [f"qsub {shlex.quote(str(file))}"]
         asked = [f"# The time limit is {seconds(job.time)} s; the run is told to stop {job.signal_seconds} s before."]
-        watch = [f"    if [[ -z $limit ]] && ((SECONDS >= {limit})); then", "        limit=yes", "        stop", "    fi"]
+        watch = [
+            f"    if [[ -z $limit ]] && ((SECONDS >= {limit})); then",
+            "        limit=yes",
+            "        stop",
+            "    fi",
+        ]
     lines = ["# The run saves, stops and exits with status 0 when it is told to."]
-    lines += ["limit= step=", f'stop() {{ [[ -z $step ]] || kill -{number} "$step" || true; }}', "trap stop TERM", *asked]
+    lines += [
+        "limit= step=",
+        f'stop() {{ [[ -z $step ]] || kill -{number} "$step" || true; }}',
+        "trap stop TERM",
+        *asked,
+    ]
     lines += ["", _broken(step) + " &", "step=$!"]
     lines += ['while kill -0 "$step" 2>/dev/null; do', *watch, "    sleep 1 &", "    wait $! || true", "done"]
     lines += ["status=0", 'wait "$step" || status=$?']

@@ -18,11 +18,15 @@ class NodeOptions:
         None, "processes of this node (default: one for each accelerator, and one where there is none)", minimum=1
     )
     nnodes: str | None = option(None, "nodes: a number, or the fewest and the most, as in 1:2 (elastic; default: 1)")
-    node_rank: int | None = option(None, "number of this node, counted from 0; node 0 is the one where all meet", minimum=0)
+    node_rank: int | None = option(
+        None, "number of this node, counted from 0; node 0 is the one where all meet", minimum=0
+    )
     rdzv_endpoint: str | None = option(None, "HOST:PORT of node 0, where the nodes meet (rendezvous)")
     hostfile: str | None = option(None, "file with a line `host slots=N` for each node; they are reached by ssh")
     env_file: str | None = option(None, "file with lines NAME=VALUE: environment variables of the processes")
-    proxy: str | None = option(None, "URL of the proxy to the internet: http_proxy, https_proxy and the like are set to it")
+    proxy: str | None = option(
+        None, "URL of the proxy to the internet: http_proxy, https_proxy and the like are set to it"
+    )
     preflight: str = option(
         "auto",
         "compare the nodes before the start (auto: where there are several), or do nothing else (only)",
@@ -70,9 +74,13 @@ class JobOptions:
     container: str | None = option(
         None, "what runs the container (default: pyxis with --slurm, else apptainer)", choices=("pyxis", "apptainer")
     )
-    signal_seconds: int = option(300, "seconds before the time limit at which the run is told to save and stop", minimum=1)
+    signal_seconds: int = option(
+        300, "seconds before the time limit at which the run is told to save and stop", minimum=1
+    )
     requeue: bool = option(True, "queue the job again where the time limit has stopped the run")
-    mpiexec: str | None = option(None, "PBS: command that starts one process on each node (default: mpiexec -n NODES -ppn 1)")
+    mpiexec: str | None = option(
+        None, "PBS: command that starts one process on each node (default: mpiexec -n NODES -ppn 1)"
+    )
 
 
 NNODES = re.compile(r"([1-9]\d*)(?::([1-9]\d*))?")

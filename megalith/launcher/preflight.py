@@ -148,10 +148,14 @@ def compare(reports: Sequence[Mapping[str, Any]], wanted: Wanted, count: int) ->
 
     ranks = collections.Counter(report["number"] for report in reports)
     missing = [str(number) for number in range(count) if number not in ranks]
-    wrong = [f"node {number} came {times} times: each has its own --node-rank" for number, times in ranks.items() if times > 1]
+    wrong = [
+        f"node {number} came {times} times: each has its own --node-rank"
+        for number, times in ranks.items()
+        if times > 1
+    ]
     if missing:
         wrong.append(f"{len(reports)} of {count} nodes came ({', '.join(names)}); missing: {', '.join(missing)}")
-    nodes, other_nodes = differing(lambda report: report["nodes"], "--nnodes")
+    _, other_nodes = differing(lambda report: report["nodes"], "--nnodes")
     yield Row("nodes", f"{len(reports)} of {count}", [*wrong, *other_nodes])
     processes, lines = differing(lambda report: report["processes"], "the number of processes")
     world = sum(report["processes"] for report in reports)
@@ -174,7 +178,8 @@ def compare(reports: Sequence[Mapping[str, Any]], wanted: Wanted, count: int) ->
     least = min(report["memory"] for report in reports)
     most = max(report["memory"] for report in reports)
     short = [
-        f"memory on {name}: {report['memory'] / 2**30:.1f} GiB are free, less than half of the {most / 2**30:.1f} elsewhere"
+        f"memory on {name}: {report['memory'] / 2**30:.1f} GiB are free, "
+        f"less than half of the {most / 2**30:.1f} elsewhere"
         for name, report in zip(names, reports)
         if 2 * report["memory"] < most
     ]
@@ -185,7 +190,11 @@ def compare(reports: Sequence[Mapping[str, Any]], wanted: Wanted, count: int) ->
         if abs(report["late"]) > CLOCK
     ]
     yield Row("clock", f"within {max(abs(report['late']) for report in reports):.1f} s", late)
-    lost = [f"{name} cannot resolve the name of node 0: {report['names']}" for name, report in zip(names, reports) if report["names"]]
+    lost = [
+        f"{name} cannot resolve the name of node 0: {report['names']}"
+        for name, report in zip(names, reports)
+        if report["names"]
+    ]
     yield Row("names", "node 0 is resolved", lost)
     lines = of_paths("folders", lambda why: None if why is None else f"cannot be written: {why}")
     lines += of_paths("same", lambda seen: None if seen else "is not the folder that node 0 has there")

@@ -75,7 +75,11 @@ def make_plan(options: NodeOptions, several: bool, on_cpu: bool) -> tuple[Plan, 
         if options.node_rank not in (None, task.node_rank):
             rule = f"must be {task.node_rank}, which {task.source} says"
             raise ConfigError(problem("--node-rank", options.node_rank, rule, "Leave it out"))
-        nodes, node_rank, meeting = nodes or (task.nodes, task.nodes), task.node_rank, meeting or tasks.meeting_point(task)
+        nodes, node_rank, meeting = (
+            nodes or (task.nodes, task.nodes),
+            task.node_rank,
+            meeting or tasks.meeting_point(task),
+        )
         if task.local_size > 1:
             _check_task(options, task)
             return Plan(task.local_size, (task.nodes, task.nodes), node_rank, meeting, task), lines
@@ -169,9 +173,7 @@ def variables_of_task(plan: Plan) -> dict[str, str]:
     }
 
 
-def variables_of_options(
-    options: NodeOptions, launch: LaunchOptions, plan: Plan
-) -> tuple[dict[str, str], list[str]]:
+def variables_of_options(options: NodeOptions, launch: LaunchOptions, plan: Plan) -> tuple[dict[str, str], list[str]]:
     """The environment variables that are set for the processes, and a line on each that nobody asked for."""
     found, lines = {}, []
     if options.env_file:
@@ -215,5 +217,3 @@ def read_env_file(file: pathlib.Path) -> dict[str, str]:
         if words:
             found[name] = value
     return found
-
-

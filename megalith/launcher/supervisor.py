@@ -147,5 +147,3 @@ def _reason(first: Record) -> Iterator[str]:
         return
     yield f"{what} failed with this message:"
     yield first.message
-
-

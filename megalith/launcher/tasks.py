@@ -72,7 +72,9 @@ def current() -> Task | None:
     if local_rank is None:
         local_rank = rank % local_size
     nodes = nodes or -(-size // local_size)
-    return Task(source, rank, size, local_rank, local_size, rank // local_size if node_rank is None else node_rank, nodes)
+    return Task(
+        source, rank, size, local_rank, local_size, rank // local_size if node_rank is None else node_rank, nodes
+    )
 
 
 def _numbers(names: tuple[str | None, ...]) -> list[int | None]:

@@ -115,7 +115,9 @@ def _split_commands(text: str) -> list[list[str]]:
             else:
                 parts[-1].append(word)
     except ValueError as error:
-        raise ConfigError(problem("--from-script", text, f"must have commands that can be read ({error})", "Correct it")) from error
+        raise ConfigError(
+            problem("--from-script", text, f"must have commands that can be read ({error})", "Correct it")
+        ) from error
     if any(re.search(r"\$[A-Za-z_{(]", word) for part in parts for word in part if find_training(part)):
         cure = "Put the text into double quotes, or pass the command alone by --from-script -"
         raise ConfigError(problem("--from-script", text, "must not leave variables to an inner shell", cure))

@@ -59,7 +59,9 @@ trap '
         elif [[ $__skip == leave ]]; then ! true
         elif [[ $__first == exec ]]; then
             __text=${__text#exec}
-            if [[ $__text =~ ^[[:space:]]*([0-9]*[\<\>]|$) ]]; then ! true; else eval "__write $__text"; builtin exit 0; fi
+            if [[ $__text =~ ^[[:space:]]*([0-9]*[\<\>]|$) ]]; then ! true
+            else eval "__write $__text"; builtin exit 0
+            fi
         else eval "__write $__text"; ! true
         fi
     fi' DEBUG

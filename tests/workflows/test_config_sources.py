@@ -121,7 +121,10 @@ def test_scripts_of_the_examples(script, tmp_path, monkeypatch):
     path, more = str(ROOT / "examples" / script), ["--train-iters", "1000"]
     assert main(["config", "--from-script", path, "--output", "run.yaml", "--", *more]) == 0
     shown = subprocess.run(
-        [path, *more, "--dry-run", "--print-config", "all"], env=environment(**variables), capture_output=True, text=True
+        [path, *more, "--dry-run", "--print-config", "all"],
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
     )
     assert from_yaml(shown.stdout) == from_yaml((tmp_path / "run.yaml").read_text())
 

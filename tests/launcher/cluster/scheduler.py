@@ -86,11 +86,13 @@ if "PBS_JOBID" in os.environ:
     (STATE / "again").touch()
     sys.exit(0)
 text = pathlib.Path(script).read_text()
-assert re.search(r"^#PBS -l select=\d+", text, re.MULTILINE) and re.search(r"^#PBS -l walltime=\d\d:\d\d:\d\d$", text, re.MULTILINE)
+for line in (r"-l select=\d+", r"-l walltime=\d\d:\d\d:\d\d$"):
+    assert re.search("^#PBS " + line, text, re.MULTILINE), line
 clock, nodes, spooled = STATE / "clock", STATE / "nodes", STATE / "spooled"
 nodes.write_text("localhost\n127.0.0.1\n")
 # A job runs a copy of its script; its clock is this file.
-spooled.write_text("trap 'rm -f " + str(clock) + "' EXIT\n" + text.replace("SECONDS", f"$(cat {clock} 2>/dev/null || echo 0)"))
+read_clock = f"$(cat {clock} 2>/dev/null || echo 0)"
+spooled.write_text(f"trap 'rm -f {clock}' EXIT\n" + text.replace("SECONDS", read_clock))
 print("77.pbs", flush=True)
 run_job(str(spooled), {"PBS_JOBID": "77.pbs", "PBS_NODEFILE": str(nodes)}, lambda job: clock.write_text("999999"))
 """

@@ -1,4 +1,4 @@
-"""Job scripts: shellcheck has nothing to say, every option is in them, and they run under stand-ins for Slurm and PBS."""
+"""Job scripts: shellcheck has nothing to say, every option is in them, and they run under stand-ins for schedulers."""
 
 import pathlib
 import shutil
@@ -58,7 +58,9 @@ def test_shellcheck(form, capsys, tmp_path):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_bash_reads_every_form(form, capsys):
-    found = subprocess.run(["bash", "-n"], input=written(capsys, FORMS[form]), capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        ["bash", "-n"], input=written(capsys, FORMS[form]), capture_output=True, text=True, check=False
+    )
     assert found.returncode == 0 and found.stderr == ""
 
 
@@ -136,7 +138,19 @@ def test_a_job_of_two_nodes_stops_is_queued_again_and_resumes(kind, tmp_path):
 def test_a_job_of_data(tmp_path):
     (tmp_path / "text.jsonl").write_text('{"text": "1 2 3"}\n')
     variables = environment() | install(tmp_path, tmp_path / "none")
-    words = [sys.executable, "-m", "megalith", "launch", "--pbs", "--submit", "--time", "0:10:00", "data", "inspect", "gone"]
+    words = [
+        sys.executable,
+        "-m",
+        "megalith",
+        "launch",
+        "--pbs",
+        "--submit",
+        "--time",
+        "0:10:00",
+        "data",
+        "inspect",
+        "gone",
+    ]
     done = subprocess.run(words, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=250)
     assert done.returncode == 1 and (tmp_path / "state/jobs").read_text() == "1 done\n", done.stderr
     assert done.stderr.splitlines()[-1].startswith("megalith: ")

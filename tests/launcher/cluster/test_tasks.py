@@ -86,7 +86,10 @@ def test_launchers_that_disagree(variables):
 
 def test_nodes_that_nobody_names(variables):
     variables(
-        OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_SIZE="4", OMPI_COMM_WORLD_LOCAL_RANK="0", OMPI_COMM_WORLD_LOCAL_SIZE="2"
+        OMPI_COMM_WORLD_RANK="0",
+        OMPI_COMM_WORLD_SIZE="4",
+        OMPI_COMM_WORLD_LOCAL_RANK="0",
+        OMPI_COMM_WORLD_LOCAL_SIZE="2",
     )
     with pytest.raises(ConfigError, match="started processes on 2 nodes, and no variable names the first"):
         tasks.meeting_point(tasks.current())
