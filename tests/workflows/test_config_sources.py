@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import shlex
 import subprocess
 import sys
 
@@ -109,6 +111,44 @@ EXAMPLES = {  # script -> what it needs set
     "pretrain_bert.sh": {"VOCAB_FILE": "vocab.txt", "DATA_PATH": "a_text_sentence"},
     "pretrain_t5.sh": {"VOCAB_FILE": "vocab.txt", "DATA_PATH": "a_text_sentence"},
 }
+OF_JOBS = {  # those that write a job, whose training command is in the script that they print
+    "pretrain_gpt3_175B.sh": {"VOCAB_FILE": "v.json", "MERGE_FILE": "m.txt", "DATA_PATH": "0.7 web 0.3 books"},
+    "pretrain_gpt_pbs.sh": {"TOKENIZER": "tokenizer.model", "DATA_FILE_LIST": "list.txt"},
+    "pretrain_gpt_ssh.sh": {"HOSTFILE": "hosts", "VOCAB_FILE": "v.json", "MERGE_FILE": "m.txt", "DATA_PATH": "a"},
+}
+
+
+@pytest.mark.parametrize("script", OF_JOBS)
+def test_scripts_of_the_examples_that_start_jobs(script, tmp_path, monkeypatch):
+    """The config is that of the command in the job, which says `megalith pretrain` last."""
+    variables = OF_JOBS[script] | {"CHECKPOINT_PATH": "checkpoints"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hosts").write_text("a slots=1\nb slots=1\n")
+    path = str(ROOT / "examples" / script)
+    config, processes, _ = config_sources.from_script(path, [])
+    more = [] if script.endswith("ssh.sh") else ["--dry-run"]
+    shown = subprocess.run([path, *more], env=environment(**variables, PATH=without_ssh(tmp_path)), capture_output=True,
+                           text=True)  # fmt: skip
+    if script.endswith("ssh.sh"):
+        assert (tmp_path / "hosts.log").read_text().count("megalith launch") == 2, shown.stderr
+        text = (tmp_path / "hosts.log").read_text().splitlines()[0]
+    else:
+        text = " ".join(shown.stdout.replace("\\\n", " ").split()).partition(" & step=")[0]
+        text = text[text.index("-m megalith launch") :]
+    words = shlex.split(text)
+    again, _, _ = config_sources.from_words(words[words.index("pretrain") + 1 :], processes)
+    assert again == config
+    assert processes == {"pretrain_gpt3_175B.sh": 1024, "pretrain_gpt_pbs.sh": 8, "pretrain_gpt_ssh.sh": 1}[script]
+
+
+def without_ssh(folder):
+    """A path whose ssh writes down what it is asked for."""
+    (folder / "bin").mkdir()
+    (folder / "bin" / "ssh").write_text(f'#!/bin/bash\necho "${{@: -1}}" >>{folder}/hosts.log\n')
+    (folder / "bin" / "ssh").chmod(0o755)
+    return os.pathsep.join([str(folder / "bin"), environment()["PATH"]])
 
 
 @pytest.mark.parametrize("script", EXAMPLES)
