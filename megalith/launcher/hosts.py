@@ -25,7 +25,7 @@ from megalith.launcher.tasks import PORT
 LINE = re.compile(r"(\S+)(?:\s+slots\s*=\s*(\d+))?")  # as DeepSpeed and Open MPI write it
 SSH = ("ssh", "-o", "BatchMode=yes")  # without a password, which nobody could type
 INTERVAL = 0.2  # seconds between two looks at the nodes
-GRACE = 45.0  # seconds in which the other nodes may end by themselves after one has failed
+GRACE = 30.0  # seconds in which the other nodes may end by themselves after one has failed
 OF_EACH = ("nnodes", "node_rank", "rdzv_endpoint", "nproc_per_node", "hostfile", "stop_with_stdin")  # set for each node
 
 
@@ -108,6 +108,7 @@ def run(hosts: Sequence[Host], words: Sequence[Sequence[str]]) -> int:
         for host, each in zip(hosts, words)
     }  # fmt: skip
     failed: tuple[str, int] | None = None
+    ended = False
     with _told_by_signals(running):
         deadline = float("inf")
         while any(process.poll() is None for process in running.values()):
@@ -115,8 +116,11 @@ def run(hosts: Sequence[Host], words: Sequence[Sequence[str]]) -> int:
             bad = [(name, process.returncode) for name, process in running.items() if process.returncode]
             if bad and failed is None:
                 failed, deadline = bad[0], time.monotonic() + GRACE
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline and not ended:
                 _end_input(running)
+                ended, deadline = True, time.monotonic() + GRACE / 3
+            elif time.monotonic() > deadline:  # those that still wait for the one that has failed
+                _end(running)
                 deadline = float("inf")
     bad = [(name, process.returncode) for name, process in running.items() if process.returncode]
     failed = failed or (bad[0] if bad else None)
@@ -139,6 +143,13 @@ def _end_input(running: dict[str, subprocess.Popen]) -> None:
             process.stdin.close()
 
 
+def _end(running: dict[str, subprocess.Popen]) -> None:
+    for process in running.values():
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+
+
 @contextlib.contextmanager
 def _told_by_signals(running: dict[str, subprocess.Popen]) -> Iterator[None]:
     told: list[int] = []
@@ -148,9 +159,7 @@ def _told_by_signals(running: dict[str, subprocess.Popen]) -> Iterator[None]:
         if len(told) == 1:
             _end_input(running)
             return
-        for process in running.values():
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
+        _end(running)
 
     taken = [
         number

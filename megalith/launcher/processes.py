@@ -80,6 +80,9 @@ def make_plan(options: NodeOptions, several: bool, on_cpu: bool) -> tuple[Plan, 
             task.node_rank,
             meeting or tasks.meeting_point(task),
         )
+        if not several:
+            rule = f"must be started once; {task.source} started it {task.size} times"
+            raise ConfigError(problem("A verb that is one process", Words("several"), rule, "Start it by itself"))
         if task.local_size > 1:
             _check_task(options, task)
             return Plan(task.local_size, (task.nodes, task.nodes), node_rank, meeting, task), lines
@@ -175,9 +178,8 @@ def variables_of_task(plan: Plan) -> dict[str, str]:
 
 def variables_of_options(options: NodeOptions, launch: LaunchOptions, plan: Plan) -> tuple[dict[str, str], list[str]]:
     """The environment variables that are set for the processes, and a line on each that nobody asked for."""
-    found, lines = {}, []
-    if options.env_file:
-        found |= read_env_file(pathlib.Path(options.env_file))
+    from_file = read_env_file(pathlib.Path(options.env_file)) if options.env_file else {}
+    found, lines = dict(from_file), list[str]()
     if options.proxy:
         found |= dict.fromkeys(PROXY, options.proxy)
     if launch.num_cpu_threads_per_process is not None:
@@ -192,6 +194,10 @@ def variables_of_options(options: NodeOptions, launch: LaunchOptions, plan: Plan
         )
     if plan.task:
         found |= variables_of_task(plan)
+    own = [f"{name}={value}" for name, value in found.items() if name not in from_file]
+    shown = own + [f"{name} (of {options.env_file})" for name in from_file]  # whose values may be secrets
+    if shown and (plan.task is None or plan.task.rank == 0):
+        lines.append(f"environment variables that are set: {', '.join(shown)}")
     return found, lines
 
 

@@ -12,7 +12,6 @@ import time
 import pytest
 
 from megalith.config.flags.loading import to_yaml
-
 from tests.launcher.cluster.standins import environment
 from tests.tiny import losses, tiny_config, write_corpus
 
