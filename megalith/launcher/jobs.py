@@ -179,13 +179,14 @@ def _broken(words: Sequence[str], indent: str = "    ") -> str:
 def _stopping_step(job: JobOptions, kind: str, step: Sequence[str], number: str, file: pathlib.Path) -> list[str]:
     """The lines that run the step, tell it to stop before the time limit, and queue the job again."""
     limit = (seconds(job.time) or 0) - job.signal_seconds
+    mark = "limit=yes; " if job.requeue or kind == "pbs" else ""  # whether the time limit has stopped it
     if kind == "slurm":
-        again = ['scontrol requeue "$SLURM_JOB_ID"']
+        again = 'scontrol requeue "$SLURM_JOB_ID"'
         asked = [f"# Slurm sends USR1 to this script {job.signal_seconds} s before the time limit."]
-        asked += ["trap 'limit=yes; stop' USR1"]
+        asked += [f"trap '{mark}stop' USR1"]
         watch: list[str] = []
     else:
-        again = [f"qsub {shlex.quote(str(file))}"]
+        again = f"qsub {shlex.quote(str(file))}"
         asked = [f"# The time limit is {seconds(job.time)} s; the run is told to stop {job.signal_seconds} s before."]
         watch = [
             f"    if [[ -z $limit ]] && ((SECONDS >= {limit})); then",
@@ -194,19 +195,14 @@ def _stopping_step(job: JobOptions, kind: str, step: Sequence[str], number: str,
             "    fi",
         ]
     lines = ["# The run saves, stops and exits with status 0 when it is told to."]
-    lines += [
-        "limit= step=",
-        f'stop() {{ [[ -z $step ]] || kill -{number} "$step" || true; }}',
-        "trap stop TERM",
-        *asked,
-    ]
+    lines += ["step=''", *(["limit=''"] if mark else []), "# shellcheck disable=SC2329 # a trap calls it"]
+    lines += [f'stop() {{ [[ -z $step ]] || kill -{number} "$step" || true; }}', "trap stop TERM", *asked]
     lines += ["", _broken(step) + " &", "step=$!"]
     lines += ['while kill -0 "$step" 2>/dev/null; do', *watch, "    sleep 1 &", "    wait $! || true", "done"]
     lines += ["status=0", 'wait "$step" || status=$?']
     if job.requeue:
         lines += ["# 143: SIGTERM came before the first step. A run whose steps are all done ends at once."]
-        lines += ["if [[ -n $limit ]] && ((status == 0 || status == 143)); then"]
-        lines += [f"    {line}" for line in again] + ["fi"]
+        lines += ["if [[ -n $limit ]] && ((status == 0 || status == 143)); then", f"    {again}", "fi"]
     return [*lines, 'exit "$status"']
 
 

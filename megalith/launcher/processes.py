@@ -214,7 +214,7 @@ def read_env_file(file: pathlib.Path) -> dict[str, str]:
         try:
             words = shlex.split(line, comments=True)
         except ValueError:
-            words = [line]
+            words = [line, "is not closed"]
         words = words[1:] if words[:1] == ["export"] else words
         name, equals, value = words[0].partition("=") if words else ("", "", "")
         if words and (len(words) > 1 or not equals or not name.isidentifier()):
