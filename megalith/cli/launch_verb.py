@@ -73,6 +73,7 @@ def launch(reading: CommandLine) -> int:
         _one_process(verb, nodes)
         return _write_job(job, nodes, start, reading, verb, on_cpu, dry)
     if nodes.hostfile:
+        _one_process(verb, nodes)
         return _on_hosts(nodes, start, reading.words, dry)
     plan, lines = processes.make_plan(nodes, verb in (*SEVERAL, None), on_cpu)
     words = _words_of_process(verb, start, reading.words)
@@ -80,7 +81,8 @@ def launch(reading: CommandLine) -> int:
     for line in [*lines, *more]:
         _tell(line)
     processes.check_port(plan)
-    watched = plan.several_nodes or plan.processes > 1 or start.max_restarts or nodes.stop_with_stdin
+    in_job = tasks.job() is not None and verb in ("pretrain", None)  # whose job script sends USR1, for the supervisor
+    watched = plan.several_nodes or plan.processes > 1 or start.max_restarts or nodes.stop_with_stdin or in_job
     alone = plan.task is not None or not watched
     run_id = tasks.job() or "megalith"
     if dry:

@@ -83,9 +83,7 @@ def script(
         lines += ["# shellcheck disable=SC1091 # it is on the cluster", f"source {shlex.quote(job.venv)}/bin/activate"]
     several = nodes.node_range is not None and nodes.node_range[1] > 1
     step = _starter(job, nodes, kind, several, folder, on_cpu) + _launch_words(job, nodes, launch, words)
-    # srun passes SIGTERM on to the processes; mpiexec ends them upon it, but passes on SIGUSR1.
-    number = "USR1" if kind == "pbs" and several else "TERM"
-    lines += ["", *(_stopping_step(job, kind, step, number, file) if resumes else [_broken(step)])]
+    lines += ["", *(_stopping_step(job, kind, step, file) if resumes else [_broken(step)])]
     return "\n".join(lines) + "\n"
 
 
@@ -176,7 +174,7 @@ def _broken(words: Sequence[str], indent: str = "    ") -> str:
     return " \\\n".join([*lines, line])
 
 
-def _stopping_step(job: JobOptions, kind: str, step: Sequence[str], number: str, file: pathlib.Path) -> list[str]:
+def _stopping_step(job: JobOptions, kind: str, step: Sequence[str], file: pathlib.Path) -> list[str]:
     """The lines that run the step, tell it to stop before the time limit, and queue the job again."""
     limit = (seconds(job.time) or 0) - job.signal_seconds
     mark = "limit=yes; " if job.requeue or kind == "pbs" else ""  # whether the time limit has stopped it
@@ -196,7 +194,8 @@ def _stopping_step(job: JobOptions, kind: str, step: Sequence[str], number: str,
         ]
     lines = ["# The run saves, stops and exits with status 0 when it is told to."]
     lines += ["step=''", *(["limit=''"] if mark else []), "# shellcheck disable=SC2329 # a trap calls it"]
-    lines += [f'stop() {{ [[ -z $step ]] || kill -{number} "$step" || true; }}', "trap stop TERM", *asked]
+    # Not TERM, upon which mpiexec ends the processes, and Slurm ends torchrun too (supervisor.py).
+    lines += ['stop() { [[ -z $step ]] || kill -USR1 "$step" || true; }', "trap stop TERM", *asked]
     lines += ["", _broken(step) + " &", "step=$!"]
     lines += ['while kill -0 "$step" 2>/dev/null; do', *watch, "    sleep 1 &", "    wait $! || true", "done"]
     lines += ["status=0", 'wait "$step" || status=$?']

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -70,7 +69,7 @@ class Supervisor:
         with (
             subprocess.Popen(
                 words, env=os.environ | added, stdin=subprocess.DEVNULL, process_group=0,
-                preexec_fn=functools.partial(end_with_parent, signal.SIGTERM),
+                preexec_fn=_before_torchrun,
             ) as torchrun,
             self._handled(torchrun),
         ):  # fmt: skip
@@ -130,6 +129,12 @@ class Supervisor:
             print(line if line.startswith("megalith: ") else f"megalith: {line}", file=sys.stderr)
         sys.stderr.flush()
         return status
+
+
+def _before_torchrun() -> None:
+    """In the new process. Slurm sends a job's signal to all processes of a step; USR1 is for the supervisor alone."""
+    end_with_parent(signal.SIGTERM)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # which torchrun and the ranks inherit
 
 
 def _reason(first: Record) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Why a run ended is said last, with the status of what failed first; signals reach the processes, which may save."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ for rank in range(2):
     added = {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_ERROR_FILE": f"{folder}/error.json"}
     words = [sys.executable, "-m", "megalith.launcher.rank", sys.executable, *command]
     ranks.append(subprocess.Popen(words, env=os.environ | added, start_new_session=True))
+print(*(rank.pid for rank in ranks), os.getpid(), file=open("pids", "w"), flush=True)
 while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
     time.sleep(0.02)
 for rank in ranks:
@@ -97,6 +99,17 @@ def test_a_signal_lets_all_save(start, number):
     process.send_signal(number)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and out == "saved\nsaved\n" and "megalith" not in err
+
+
+def test_a_signal_to_all_processes_of_a_job(start, tmp_path):
+    """As Slurm sends it: torchrun and its ranks do not see USR1, and the supervisor lets all save."""
+    process = start(SAVES)
+    assert [process.stdout.readline() for _ in range(2)] == ["ready\n", "ready\n"]
+    for pid in (tmp_path / "pids").read_text().split():
+        os.kill(int(pid), signal.SIGUSR1)
+    process.send_signal(signal.SIGUSR1)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and out == "saved\nsaved\n"
 
 
 def test_a_second_signal_does_not_wait(start):
