@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from megalith.config.flags.loading import from_yaml
 from tests.toy import ROOT, make_corpus, run
 
 TOY = {
@@ -102,6 +103,10 @@ def test_continued_training_of_a_llama(tmp_path: pathlib.Path) -> None:
     output = run([script], tmp_path, **variables)
     assert "resuming after step 4" in output and (tmp_path / "work/llama-continued/config.json").exists()
     assert steps(tmp_path / "work", "run") == [1, 2, 3, 4, 5, 6]
+    run(["megalith", "config", "--from-script", script, "--output", "llama.yaml"], tmp_path, **variables)
+    config = from_yaml((tmp_path / "llama.yaml").read_text())
+    trained = from_yaml((tmp_path / "work/run/config.yaml").read_text())
+    assert (config.model, config.batch, config.schedule) == (trained.model, trained.batch, trained.schedule)
 
 
 def test_the_scripts_of_examples_pass_shellcheck() -> None:

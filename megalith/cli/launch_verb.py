@@ -80,7 +80,6 @@ def launch(reading: CommandLine) -> int:
     added, more = processes.variables_of_options(nodes, start, plan)
     for line in [*lines, *more]:
         _tell(line)
-    processes.check_port(plan)
     in_job = tasks.job() is not None and verb in ("pretrain", None)  # whose job script sends USR1, for the supervisor
     watched = plan.several_nodes or plan.processes > 1 or start.max_restarts or nodes.stop_with_stdin or in_job
     alone = plan.task is not None or not watched
@@ -89,6 +88,7 @@ def launch(reading: CommandLine) -> int:
         command = words if alone else processes.torchrun(plan, start, words, run_id, None)
         print(local.text(command, added))
         return 0
+    processes.check_port(plan)
     several = plan.several_nodes if plan.task is None else plan.task.nodes > 1
     if nodes.preflight in ("always", "only") or (nodes.preflight == "auto" and several and not nodes.elastic):
         from megalith.workflows import preflight  # here, because few starts need it

@@ -143,6 +143,13 @@ def test_scripts_of_the_examples_that_start_jobs(script, tmp_path, monkeypatch):
     assert processes == {"pretrain_gpt3_175B.sh": 1024, "pretrain_gpt_pbs.sh": 8, "pretrain_gpt_ssh.sh": 1}[script]
 
 
+def test_a_script_that_trains_nothing(monkeypatch):
+    for name in ("CHECKPOINT_PATH", "VOCAB_FILE", "MERGE_FILE"):
+        monkeypatch.setenv(name, "x")
+    with pytest.raises(ConfigError, match=r"must start a training.*it starts python"):
+        config_sources.from_script(str(ROOT / "examples/run_text_generation_server_345M.sh"), [])
+
+
 def without_ssh(folder):
     """A path whose ssh writes down what it is asked for."""
     (folder / "bin").mkdir()
