@@ -14,7 +14,7 @@ COMMON=(
     --clip-grad 1.0
     --data-path "$DATA_PATH"
     --vocab-file "$VOCAB_FILE"
-    --split 949,50,1
+    --split "949,50,1"
     --log-interval 100
     --save-interval 10000
     --eval-interval 1000

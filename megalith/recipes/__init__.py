@@ -1,4 +1,8 @@
-"""Complete runs as YAML files, by name. Under `about` each has a summary and the number of processes it runs on."""
+"""Complete runs as YAML files, by name.
+
+Under `about` each says what it is, where its shape comes from, the size published for it and the number of processes it
+runs on.
+"""
 
 from __future__ import annotations
 
@@ -21,5 +25,7 @@ def text(name: str) -> str:
 
 
 def about(yaml_text: str) -> dict:
-    """The `about` of a recipe: summary, processes, vocab_size and parameters."""
+    """The `about` of a recipe: summary, source, published (parameters as its source says), processes, vocab_size and
+    parameters.
+    """
     return yaml_reader.about(yaml_text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import pathlib
 import re
@@ -102,6 +103,28 @@ def wrong_paths(config: RunConfig) -> Iterator[Problem]:
             yield field_problem((name,), flag(name), path, rule, cure)
     if c.load and not c.use_checkpoint_args:  # with --use-checkpoint-args it has been read already
         yield from _wrong_load(config)
+
+
+def named_files(config: RunConfig) -> list[str]:
+    """Every file that a run of the config reads: corpora, lists, the tokenizer's files and what --load names."""
+    data, found = config.data, list[str]()
+    for name, sources in _corpus_fields(data):
+        if name == "data_file_list":
+            found.append(data.data_file_list or "")
+        with contextlib.suppress(MegalithError, OSError):  # a list that is missing is found by its own name
+            found += [f"{source.prefix}{end}" for source in sources() for end in (".bin", ".idx")]
+    found += [getattr(data, name) for name in TOKENIZER_FILES if getattr(data, name) and not _is_hub_name(name, data)]
+    found += [data.data_weights_schedule] if data.data_weights_schedule else []
+    load = config.checkpoint.load
+    if load and not is_url(load) and load not in (config.checkpoint.save, config.run_folder):
+        found.append(load)
+    return list(dict.fromkeys(found))
+
+
+def written_folders(config: RunConfig) -> list[str]:
+    """The folders that a run writes: its record, its checkpoints, the index cache where one is named."""
+    folders = [config.run_folder, config.checkpoint.save, config.data.data_cache_path]
+    return list(dict.fromkeys(str(each) for each in folders if each))
 
 
 def _wrong_load(config: RunConfig) -> Iterator[Problem]:

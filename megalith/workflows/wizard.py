@@ -85,9 +85,12 @@ def ask() -> Answers:
     config = from_yaml(text, f"recipe {name}")
     kind = config.model.architecture.dataset
     prefix = "dataset prefix, as `megalith data preprocess` names it"
-    config = questions.field(
-        config, "data_path", prefix if kind == "gpt" else f"{prefix} with --split-sentences (..._text_sentence)"
-    )
+    if config.data.data_file_list:
+        config = questions.field(config, "data_file_list")
+    else:
+        config = questions.field(
+            config, "data_path", prefix if kind == "gpt" else f"{prefix} with --split-sentences (..._text_sentence)"
+        )
     config = config.replace(**_tokenizer(questions, kind))
     for field in (
         "name",
@@ -114,7 +117,7 @@ def ask() -> Answers:
 def _recipe(questions: Questions) -> str:
     print("recipes to start from:")
     for name in recipes.names():
-        print(f"  {name:18} {recipes.about(recipes.text(name))['summary']}")
+        print(f"  {name:24} {recipes.about(recipes.text(name))['summary']}")
     while (name := questions.text("recipe", "cpu-tiny")) not in recipes.names():
         print(f"  there is no recipe {name!r}")
     return name

@@ -65,8 +65,16 @@ def kind_of(recipe):
     return from_yaml(recipes.text(recipe)).model.model_type
 
 
+# One of each kind; the others are as these.
+KINDS = (
+    "cpu-tiny", "bert-tiny", "t5-tiny", "gpt2-345m", "gpt3-1.3b", "gpt3-175b", "llama-3-8b", "tinyllama-tiny-continued",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(("processes", "length"), [("", ""), ("1", ""), ("2", "30"), ("6", "30"), ("1024", "")])
-@pytest.mark.parametrize("recipe", recipes.names())
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=[pytest.mark.slow] * (name not in KINDS)) for name in recipes.names()]
+)
 def test_every_recipe_becomes_a_file_that_pretrain_accepts(
     recipe, processes, length, answer, tmp_path, capsys, monkeypatch
 ):

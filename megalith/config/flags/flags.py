@@ -48,12 +48,13 @@ class Flag:
 
 @dataclasses.dataclass
 class CommandLine:
-    """What a command line says: raw values by field, positional words, problems, notices."""
+    """What a command line says: raw values by field, positional words, problems, notices; the words as typed."""
 
     values: dict[str, Any] = dataclasses.field(default_factory=dict)
     words: list[str] = dataclasses.field(default_factory=list)
     problems: list[Problem] = dataclasses.field(default_factory=list)
     notices: list[str] = dataclasses.field(default_factory=list)
+    typed: list[str] = dataclasses.field(default_factory=list)
 
 
 RUN_FLAGS = (  # flags that every command with a RunConfig has beside its fields
@@ -133,7 +134,7 @@ def read_against(
     wrong is in the problems of the result, all of it.
     until_word: the first word that is neither flag nor value, and all after it, are not read but are `words`.
     """
-    result, at = CommandLine(), 0
+    result, at = CommandLine(typed=list(argv)), 0
     while at < len(argv):
         word = argv[at]
         at += 1

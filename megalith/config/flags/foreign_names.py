@@ -21,8 +21,8 @@ _RETRIEVAL = "retrieval models (ICT, REALM, open-domain question answering) are 
 _RETRO = "Retro is not there yet; a GPT is trained by megalith pretrain gpt"
 _CORPUS = "cleaning and deduplicating a corpus is not there yet; megalith data preprocess takes JSON lines as they are"
 _JOBS = (
-    "job scripts of clusters are not there yet; on each machine, torchrun --nproc-per-node N -m megalith pretrain ... "
-    "starts N processes, and `megalith launch` those of a script"
+    "it is `megalith launch` here: `launch --nproc-per-node 8 pretrain gpt ...` on this machine, `launch --slurm` and "
+    "`launch --pbs` write job scripts, --hostfile reaches machines by ssh"
 )
 _PLAN = "planning is not there yet; --dry-run with --world-size N checks a layout and prints its numbers"
 _ACCELERATE = (
@@ -48,7 +48,10 @@ _ANSWERS = (
     ("it is `megalith pretrain MODEL` here", "train training pretrain_model run_pretraining"),
     ("it is `megalith data preprocess` here", "preprocess preprocess_data tokenize preprocess_data_many_cores"),
     ("it is `megalith data merge` here", "merge merge_datasets merge_preprocessed_data merge_dataset"),
-    ("it is `megalith data split` here (and `megalith data merge`)", "split merge_datasets_split merge_dataset_qsub"),
+    (
+        "it is `megalith data split` here (and `megalith data merge`); `megalith launch --pbs data merge ...` as a job",
+        "split merge_datasets_split merge_dataset_qsub",
+    ),
     ("it is `megalith data inspect` here", "get_meta_data"),
     ("it is `megalith data weights` here", "gen_file_list weights"),
     ("it is `megalith data bpe` here", "bpe train_tokenizer"),
@@ -85,6 +88,10 @@ _ANSWERS = (
     ("it is `megalith ask HOST` here; with --megatron it asks and prints as that script", "text_generation_cli"),
     ("it is megalith.generate_tokens here (megalith.generate for texts)", "megatron_generate"),
     ("it is `megalith config` here", "init wizard new"),
+    ("it is the recipe gpt2-345m here", "gpt2-medium-345m gpt2-medium 345m"),
+    ("it is the recipe llama-3-8b here", "llama-8b llama3-8b"),
+    ("it is the recipe llama-3.2-1b here", "llama-1b llama3.2-1b"),
+    ("it is the recipe t5-base here", "t5-base-220m t5-220m"),
     (
         "it is megalith.load here",
         "automodel automodelforcausallm automodelforpretraining gpt2lmheadmodel from_pretrained load_model",
