@@ -15,6 +15,7 @@ from megalith.config.sections.parallel import ParallelConfig
 from megalith.config.sections.precision import PrecisionConfig
 from megalith.config.sections.recompute import RecomputeConfig
 from megalith.config.sections.resilience import ResilienceConfig
+from megalith.config.sections.retriever import RetrieverConfig
 from megalith.config.sections.schedule import ScheduleConfig
 from megalith.config.sections.validation import ValidationConfig
 
@@ -36,6 +37,7 @@ class RunConfig:
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
     resilience: ResilienceConfig = dataclasses.field(default_factory=ResilienceConfig)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    retriever: RetrieverConfig = dataclasses.field(default_factory=RetrieverConfig)
 
     @property
     def run_folder(self) -> str:

@@ -33,6 +33,7 @@ from megalith.training.reporting.reporters import reporters
 from megalith.training.resume import saving
 from megalith.training.resume.lora import read_start
 from megalith.training.resume.state import Progress
+from megalith.training.resume.towers import projections, read_towers
 from megalith.training.step import Trainer
 from megalith.training.tasks import build_task
 from megalith.training.validation import Validation
@@ -54,7 +55,9 @@ def build_trainer(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Traine
     """
     batch = global_batch(config, mesh.data_size)
     start = Ranks().on_every_rank(lambda: read_start(config))
-    runtime = build_runtime(config, mesh, weights=start)
+    towers = Ranks().on_every_rank(lambda: read_towers(config))
+    drawn = () if towers is None else projections(config)
+    runtime = build_runtime(config, mesh, weights=start or towers, drawn=drawn)
     only_measures = config.validation.skip_train  # with neither rate nor length
     rates = RunConfig().replace(lr=0.0, train_iters=1) if only_measures else config
     decays = functools.partial(weight_decays, config.model)

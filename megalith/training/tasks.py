@@ -189,6 +189,7 @@ TASKS = Registry(
         "bert": "megalith.training.tasks:MaskedLanguageModelling",
         "t5": "megalith.training.tasks:SpanCorruption",
         "classification": "megalith.training.tasks_classification:Classification",
+        "ict": "megalith.training.tasks_retrieval:InverseCloze",
     },
 )
 

@@ -10,11 +10,12 @@ from megalith.config.flags.text import Problem, Words, field_problem, flag
 from megalith.config.flags.values import fields
 from megalith.config.run import RunConfig
 
-BERTS = ("bert", "bert_classification", "bert_multiple_choice")
+BERTS = ("bert", "bert_classification", "bert_multiple_choice", "ict")
 MODEL_ONLY_FIELDS: dict[str, tuple[str, ...]] = {  # field -> the models that have it
     **dict.fromkeys(("embed_layernorm", "parallel_attn", "sliding_window", "scale_embeddings"), ("gpt",)),
-    "norm_after_residual": BERTS, "bert_no_binary_head": ("bert",),
+    "norm_after_residual": BERTS, "bert_no_binary_head": ("bert", "ict"),
     "num_classes": ("bert_classification",), "classifier_dropout": ("bert_classification", "bert_multiple_choice"),
+    **dict.fromkeys(("biencoder_projection_dim", "biencoder_shared_query_context_model"), ("ict",)),
     **dict.fromkeys(("decoder_num_layers", "initializer_factor", "scale_output"), ("t5",)),
 }  # fmt: skip
 NO_SENTINELS = ("BertWordPieceLowerCase", "BertWordPieceCase")  # tokenizers without sentinels
@@ -72,6 +73,20 @@ def classification_problems(config: RunConfig) -> Iterator[Problem]:
 def multiple_choice_problems(config: RunConfig) -> Iterator[Problem]:
     """What a BERT with a multiple-choice head cannot work with."""
     return bert_problems(config, "bert_multiple_choice")
+
+
+def ict_problems(config: RunConfig) -> Iterator[Problem]:
+    """What a bi-encoder cannot work with."""
+    yield from bert_problems(config, "ict")
+    ks = config.retriever.retriever_report_topk_accuracies
+    if wrong := [k for k in ks if k < 1]:
+        name = "retriever_report_topk_accuracies"
+        rule, cure = "must be whole numbers above 0", f"Write {flag(name)} 1 5"
+        yield field_problem((name,), flag(name), wrong[0], rule, cure)
+    if config.retriever.bert_load and config.lora.lora_rank:
+        both, rule = ("bert_load", "lora_rank"), "must be 0, because towers that begin with a BERT are trained whole"
+        cure = "Train the towers first, then adapters on them with --load"
+        yield field_problem(both, "--lora-rank", config.lora.lora_rank, rule, cure)
 
 
 def t5_problems(config: RunConfig) -> Iterator[Problem]:

@@ -26,6 +26,12 @@ OF_DATASETS = {  # field -> the built-in datasets that read it
     "titles_data_path": ("ict",),
     "use_one_sent_docs": ("ict",),
     "query_in_block_prob": ("ict",),
+    "block_samples_mapping": ("ict",),
+    "bert_load": ("ict",),
+    "retriever_score_scaling": ("ict",),
+    "retriever_report_topk_accuracies": ("ict",),
+    "retriever_mask_same_document": ("ict",),
+    "retriever_chunk_queries": ("ict",),
 }
 ReadRecipe = Callable[[str], str]  # name -> YAML text
 Values = Mapping[str, Any]  # of fields that recipe, file and flags set: --load, what a source may leave unsaid

@@ -56,7 +56,7 @@ class DataConfig:
     loss: str = option(
         "lm",
         "loss by registry name, or module:name of your own",
-        names=("lm", "bert", "t5", "classification"),
+        names=("lm", "bert", "t5", "classification", "ict"),
     )
     tokenizer_type: str | None = option(
         None,
@@ -87,6 +87,9 @@ class DataConfig:
     titles_data_path: str | None = option(None, "ict: indexed dataset with the title of each document")
     use_one_sent_docs: bool = option(False, "ict: allow blocks of a single sentence")
     query_in_block_prob: float = option(0.1, "ict: how often the query stays in its block", minimum=0.0)
+    block_samples_mapping: str | None = option(
+        None, "ict: module:name of your own function that says which sentences make a block, instead of Megatron's"
+    )
     dataloader_type: str = option(
         "single", "sample order: as the dataset has it, or reshuffled each epoch", choices=("single", "cyclic")
     )
