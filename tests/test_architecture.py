@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {  # folder -> folders it may import; the table o
     "generation": {"runtime", "data", "layers"} | BASE,
     "serving": {"generation", "runtime", "data"} | BASE,
     "evaluation": {"training", "generation", "runtime", "data", "checkpoint"} | BASE,
-    "retrieval": {"training", "runtime", "data"} | BASE,
+    "retrieval": {"training", "runtime", "data", "checkpoint"} | BASE,
     "planner": BASE,
     "launcher": BASE,
     "recipes": {"config"},

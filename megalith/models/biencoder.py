@@ -151,5 +151,5 @@ class Projection(nn.Module):
 
 
 def unflatten(x: Tensor | None, shape: torch.Size | None) -> Tensor | None:
-    """[b c, ...] -> [b, c, ...], or as it is where each query has one context. No view, as fully_shard hooks outputs."""
+    """[b c, ...] -> [b, c, ...], or as it is where each query has one context. No view: fully_shard hooks outputs."""
     return x if x is None or shape is None or len(shape) == 1 else x.unflatten(0, shape).clone()

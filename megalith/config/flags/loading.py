@@ -212,6 +212,21 @@ def _typed(raw: Mapping[str, tuple[Any, str]], problems: list[Problem]) -> dict[
     return values
 
 
+def typed_config(reading: flags.CommandLine) -> tuple[RunConfig, dict[str, Any]]:
+    """The config that the words of a verb without recipe, YAML and training describe, and the fields that they set.
+
+    What follows from them is not filled in. Raises ConfigError with all that is wrong with each of them.
+    """
+    problems = list(reading.problems)
+    values = _typed({key: (value, flag(key)) for key, value in reading.values.items()}, problems)
+    for name, value in values.items():
+        if name in fields() and (violated := violated_limit(name, value)):
+            problems.append(Problem((name,), problem(flag(name), value, *violated)))
+    fail(each.text for each in problems)
+    values = {name: value for name, value in values.items() if name in fields()}
+    return RunConfig().replace(**values), values
+
+
 def complete(values: Mapping[str, Any], notices: list[str]) -> RunConfig:
     """A RunConfig of these values, with what follows from them filled in; each conclusion is added to the notices."""
     defaults, tokenizer_of_vocabulary = model_defaults(values.get("model_type", fields()["model_type"].default))

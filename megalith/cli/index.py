@@ -1,0 +1,252 @@
+"""megalith index build|search|verify|import: block embeddings of a bi-encoder, and their nearest neighbours."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from megalith.common.errors import ConfigError, DataError, problem
+from megalith.config.flags import flags
+from megalith.config.flags.loading import typed_config
+from megalith.config.flags.text import Words, fail, flag, value_text
+
+EXAMPLE = """\
+examples:
+  megalith index build --load runs/ict --data-path wiki_text_sentence --titles-data-path wiki_title_sentence \\
+      --output wiki.store --index-string HNSW32
+  torchrun --nproc-per-node 8 -m megalith index build --load runs/ict --evidence psgs_w100.tsv --output nq.store --bf16
+  megalith index search wiki.store "who wrote war and peace" --top-k 5
+
+The flags of Megatron's create_doc_index.py work as typed: those of the model must be what --load holds.
+"""
+MODEL = "the bi-encoder: a run of megalith pretrain ict, or a checkpoint"
+BUILD_FLAGS = (
+    flags.Flag("--output", {"output": flags.VALUE}, help="the folder of embeddings, new or to be resumed"),
+    flags.Flag("--block-data-path", {"output": flags.VALUE}, help="as --output"),
+    flags.Flag("--embedding-path", {"output": flags.VALUE}, help="as --output"),
+    flags.Flag("--evidence", {"evidence": flags.VALUE}, help="passages instead of blocks: TSV (id, text, title) or JSON lines"),
+    flags.Flag("--evidence-data-path", {"evidence": flags.VALUE}, help="as --evidence"),
+    flags.Flag("--indexer-batch-size", {"batch_size": flags.VALUE}, number=True, help="texts of a batch (default: 128)"),
+    flags.Flag("--retriever-seq-length", {"seq_length": flags.VALUE}, number=True, help="as --seq-length"),
+    flags.Flag("--shard-rows", {"shard_rows": flags.VALUE}, number=True, help="vectors of a file (default: 65536)"),
+    flags.Flag(
+        "--index-string", {"index_string": flags.VALUE},
+        help="also build this index of FAISS (Flat, IVF256,Flat, HNSW32, IVF1024,PQ32), and print its recall",
+    ),
+    flags.Flag(
+        "--train-rows", {"train_rows": flags.VALUE}, number=True,
+        help="vectors that --index-string is trained on (default: 100000)",
+    ),
+    flags.Flag(
+        "--indexer-log-interval", {}, number=True, notice="--indexer-log-interval is not needed: progress is shown every "
+        "few seconds", help="accepted: progress is shown every few seconds",
+    ),
+)  # fmt: skip
+
+
+def register(subparsers: argparse._SubParsersAction) -> None:
+    """Add the verb and its own verbs."""
+    parser = subparsers.add_parser(
+        "index",
+        help="an index of block embeddings: build, search, verify",
+        description="Blocks of text as vectors of a bi-encoder, and which of them are nearest to a question.",
+        epilog=EXAMPLE,
+    )
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    build = verbs.add_parser("build", help="embed blocks or passages", epilog=EXAMPLE, usage="megalith index build --load RUN --output FOLDER ...")  # fmt: skip
+    flags.add_help(build, BUILD_FLAGS)
+    build.set_defaults(handler=run_build, reads=functools.partial(flags.read, command_flags=BUILD_FLAGS))
+    search = verbs.add_parser("search", help="show the blocks that are nearest to a text", epilog=EXAMPLE)
+    search.add_argument("index", metavar="FOLDER", help="what `megalith index build` wrote")
+    search.add_argument("text", nargs="+", metavar="TEXT", help="a question; each argument is one")
+    search.add_argument("--top-k", type=int, default=5, metavar="N", help="blocks to show")
+    search.add_argument("--index-string", metavar="NAME", help="search this index of FAISS (default: exactly)")
+    search.add_argument("--load", metavar="PATH", help=f"{MODEL} (default: that which made the index)")
+    search.add_argument("--device", default="auto", help="auto, cpu, cuda or xpu")
+    search.add_argument("--json", action="store_true", help="print a JSON line for each question")
+    search.set_defaults(handler=run_search)
+    verify = verbs.add_parser("verify", help="read every byte and compare checksums", epilog="example: megalith index verify wiki.store")  # fmt: skip
+    verify.add_argument("index", nargs="+", metavar="FOLDER")
+    verify.set_defaults(handler=run_verify)
+    imported = verbs.add_parser(
+        "import", help="a store of Megatron's pickle of embeddings", epilog="example: megalith index import embedded_blocks.pkl blocks.store"
+    )  # fmt: skip
+    imported.add_argument("pickle", metavar="PICKLE", help="read without running what it may contain")
+    imported.add_argument("output", metavar="FOLDER")
+    imported.set_defaults(handler=run_import)
+
+
+def run_build(args: argparse.Namespace) -> int:
+    """Embed, and build the approximate index that is asked for."""
+    reading = args.reading
+    numbers = {name: flags.whole_number(reading, name) for name in ("batch_size", "shard_rows", "train_rows")}
+    config, given = typed_config(reading)
+    output, evidence = (reading.values.get(name) for name in ("output", "evidence"))
+    missing = [
+        problem(name, None, rule, cure)
+        for name, value, rule, cure in (
+            ("--load", config.checkpoint.load, f"must name {MODEL}", "Write --load runs/ict"),
+            ("--output", output, "must name the folder that is written", "Write --output blocks.store"),
+            ("--data-path", config.data.data_path or evidence, "must name what is embedded", "Write --data-path PREFIX, or --evidence FILE"),
+        )
+        if not value
+    ]  # fmt: skip
+    if config.data.data_path and evidence:
+        missing.append(problem("--evidence", evidence, "must not be given beside --data-path", "Leave one of them out"))
+    if len(config.data.data_path) > 1:
+        rule = "must name one dataset, as an index is of one"
+        missing.append(problem("--data-path", " ".join(config.data.data_path), rule, "Build one index for each"))
+    missing += [f"unexpected {word!r}: a value follows its flag" for word in reading.words]
+    fail(missing)
+    return _build(config, given, output, evidence, reading.values.get("index_string"), numbers, reading.notices)
+
+
+def _build(
+    config: Any, given: dict[str, Any], output: str, evidence: str | None, index_string: str | None,
+    numbers: dict[str, int | None], notices: Sequence[str],
+) -> int:  # fmt: skip
+    import torch  # here, because they import torch
+    import torch.distributed as dist
+
+    from megalith.common.extras import require
+    from megalith.data.tokenizers.tokenizer import tokenizer_from_config
+    from megalith.retrieval.embed import Embedder, build
+    from megalith.retrieval.sources import Blocks, Passages, Source
+
+    def notice(line: str) -> None:
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(f"megalith: {line}", file=sys.stderr, flush=True)
+
+    if index_string:
+        require("faiss", f"--index-string {index_string}")
+    tokenizer = None
+    if config.data.vocab_file and not config.data.tokenizer_type:
+        config = config.replace(tokenizer_type="BertWordPieceLowerCase")
+        notices = [*notices, "--tokenizer-type is not given: the file is of a BertWordPieceLowerCase"]
+    if config.data.tokenizer_type:
+        tokenizer = tokenizer_from_config(config.data)
+    owns_group, c = not dist.is_initialized(), config.checkpoint
+    dtype = getattr(torch, config.precision.compute_dtype)
+    try:
+        embedder = Embedder.load(c.load, config.parallel, dtype=dtype, iteration=c.ckpt_step, tokenizer=tokenizer)
+        for line in notices:
+            notice(line)
+        check_model(c.load, embedder.model, given)
+        length = config.data.seq_length or embedder.config.data.seq_length or embedder.model.max_position_embeddings
+        if length > embedder.model.max_position_embeddings:
+            rule = f"must be at most the model's --max-position-embeddings, {embedder.model.max_position_embeddings}"
+            raise ConfigError(problem("--seq-length", length, rule, "Write a smaller number, or leave it out"))
+        if evidence:
+            source: Source = Passages(evidence, embedder.tokenizer, length)
+        else:
+            source = Blocks(
+                config.data.data_path[0], config.data.titles_data_path, embedder.tokenizer, length,
+                one_sentence=config.data.use_one_sent_docs, seed=config.batch.seed,
+            )  # fmt: skip
+        options = {name: numbers[name] for name in ("batch_size", "shard_rows") if numbers[name]}
+        plan = build(embedder, source, output, notice=notice, **options)
+        if embedder.runtime.mesh.is_main_process:
+            print(f"{output}: {plan.rows} vectors of {plan.width} in {plan.shards} shards", flush=True)
+            if index_string:
+                _build_faiss(output, index_string, numbers["train_rows"], notice)
+    finally:
+        if owns_group and dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def _build_faiss(folder: str, index_string: str, train_rows: int | None, notice: Any) -> None:
+    from megalith.retrieval.search import build_faiss, measure_recall
+    from megalith.retrieval.store import Store
+
+    store = Store(folder)
+    options = {"train_rows": train_rows} if train_rows else {}
+    index = build_faiss(store, index_string, notice=notice, **options)
+    found = measure_recall(store, index)
+    print(f"{index.path}: recall of the 20 nearest {found:.3f}, against an exact search", flush=True)
+
+
+def check_model(load: str, model: Any, given: dict[str, Any]) -> None:
+    """Raise ConfigError where flags of the model are not what the checkpoint holds."""
+    known = vars(model)
+    differing = [name for name in given if name in known and given[name] != known[name] and name != "model_type"]
+    fail(
+        problem(flag(name), given[name], f"must be {value_text(known[name])}, that of {load}", "Leave it out")
+        for name in differing
+    )
+
+
+def run_search(args: argparse.Namespace) -> int:
+    """Print the nearest blocks of each text, with their scores."""
+    if args.top_k < 1:
+        raise ConfigError(problem("--top-k", args.top_k, "must be above 0", "Write --top-k 5"))
+    import torch.distributed as dist  # here, because they import torch
+
+    from megalith.config.run import RunConfig
+    from megalith.retrieval.embed import Embedder
+    from megalith.retrieval.search import ExactIndex, FaissIndex
+    from megalith.retrieval.sources import open_source
+    from megalith.retrieval.store import Store, check_probe
+
+    store = Store(args.index)
+    load = args.load or store.plan.model
+    if not load:
+        rule = f"must be named, as {args.index} does not say which model made it"
+        raise ConfigError(problem("--load", None, rule, "Write --load RUN"))
+    index = FaissIndex(store, args.index_string) if args.index_string else ExactIndex(store, cache=len(args.text) > 1)
+    owns_group = not dist.is_initialized()
+    try:
+        embedder = Embedder.load(load, RunConfig().replace(device=args.device).parallel)
+        check_probe(store, embedder.probe(), load)
+        source = open_source(store.plan.source, embedder.tokenizer)
+        vectors = embedder.queries(args.text)
+        assert vectors is not None  # one process has the whole model
+        for text, scores, rows in zip(args.text, *index.search(vectors, args.top_k)):
+            found = []
+            for score, row in zip(scores.tolist(), rows.tolist()):
+                if row >= 0:
+                    title, body = source.text(store.row(row))
+                    found.append({"score": round(score, 4), "row": row, "title": title, "text": body})
+            if args.json:
+                print(json.dumps({"query": text, "results": found}, ensure_ascii=False))
+                continue
+            print(text)
+            for place, each in enumerate(found, 1):
+                heading = f"{each['title']}: " if each["title"] else ""
+                print(f"{place:3}. {each['score']:9.4f}  {heading}{each['text'][:300]}")
+    finally:
+        if owns_group and dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """Print what is damaged; a DataError where anything is."""
+    from megalith.retrieval.store import read_plan, verify
+
+    damaged = []
+    for folder in args.index:
+        wrong = [f"{folder}/{name} {what}" for name, what in verify(folder)]
+        plan = read_plan(folder)
+        if not wrong:
+            print(f"{folder}: {plan.rows} vectors of {plan.width} in {plan.shards} shards, undamaged")
+        damaged += wrong
+    if damaged:
+        cure = (
+            "Delete these shards with their .json, and give the same megalith index build command: it makes them again"
+        )
+        raise DataError("\n".join([*damaged, f"{cure}."]))
+    return 0
+
+
+def run_import(args: argparse.Namespace) -> int:
+    """Make a store of Megatron's pickle."""
+    from megalith.retrieval.megatron import import_pickle
+
+    plan = import_pickle(args.pickle, args.output)
+    print(f"{args.output}: {plan.rows} vectors of {plan.width} in {plan.shards} shards")
+    return 0
