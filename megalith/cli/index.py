@@ -12,7 +12,7 @@ from typing import Any
 from megalith.common.errors import ConfigError, DataError, problem
 from megalith.config.flags import flags
 from megalith.config.flags.loading import typed_config
-from megalith.config.flags.text import Words, fail, flag, value_text
+from megalith.config.flags.text import fail, flag, value_text
 
 EXAMPLE = """\
 examples:
@@ -24,28 +24,36 @@ examples:
 The flags of Megatron's create_doc_index.py work as typed: those of the model must be what --load holds.
 """
 MODEL = "the bi-encoder: a run of megalith pretrain ict, or a checkpoint"
+NO_INTERVAL = "progress is shown every few seconds"
+
+
+def _option(name: str, sets: str, help: str, number: bool = False) -> flags.Flag:
+    return flags.Flag(name, {sets: flags.VALUE}, help=help, number=number)
+
+
 BUILD_FLAGS = (
-    flags.Flag("--output", {"output": flags.VALUE}, help="the folder of embeddings, new or to be resumed"),
-    flags.Flag("--block-data-path", {"output": flags.VALUE}, help="as --output"),
-    flags.Flag("--embedding-path", {"output": flags.VALUE}, help="as --output"),
-    flags.Flag("--evidence", {"evidence": flags.VALUE}, help="passages instead of blocks: TSV (id, text, title) or JSON lines"),
-    flags.Flag("--evidence-data-path", {"evidence": flags.VALUE}, help="as --evidence"),
-    flags.Flag("--indexer-batch-size", {"batch_size": flags.VALUE}, number=True, help="texts of a batch (default: 128)"),
-    flags.Flag("--retriever-seq-length", {"seq_length": flags.VALUE}, number=True, help="as --seq-length"),
-    flags.Flag("--shard-rows", {"shard_rows": flags.VALUE}, number=True, help="vectors of a file (default: 65536)"),
-    flags.Flag(
-        "--index-string", {"index_string": flags.VALUE},
-        help="also build this index of FAISS (Flat, IVF256,Flat, HNSW32, IVF1024,PQ32), and print its recall",
+    _option("--output", "output", "the folder of embeddings, new or to be resumed"),
+    _option("--block-data-path", "output", "as --output"),
+    _option("--embedding-path", "output", "as --output"),
+    _option("--evidence", "evidence", "passages instead of blocks: TSV (id, text, title) or JSON lines"),
+    _option("--evidence-data-path", "evidence", "as --evidence"),
+    _option("--indexer-batch-size", "batch_size", "texts of a batch (default: 128)", number=True),
+    _option("--retriever-seq-length", "seq_length", "as --seq-length", number=True),
+    _option("--shard-rows", "shard_rows", "vectors of a file (default: 65536)", number=True),
+    _option("--train-rows", "train_rows", "vectors that --index-string is trained on (default: 100000)", number=True),
+    _option(
+        "--index-string",
+        "index_string",
+        "also build this index of FAISS (Flat, IVF256,Flat, HNSW32, IVF1024,PQ32), and print its recall",
     ),
     flags.Flag(
-        "--train-rows", {"train_rows": flags.VALUE}, number=True,
-        help="vectors that --index-string is trained on (default: 100000)",
+        "--indexer-log-interval",
+        {},
+        help=f"accepted: {NO_INTERVAL}",
+        notice=f"--indexer-log-interval is not needed: {NO_INTERVAL}",
+        number=True,
     ),
-    flags.Flag(
-        "--indexer-log-interval", {}, number=True, notice="--indexer-log-interval is not needed: progress is shown every "
-        "few seconds", help="accepted: progress is shown every few seconds",
-    ),
-)  # fmt: skip
+)
 
 
 def register(subparsers: argparse._SubParsersAction) -> None:
@@ -57,7 +65,8 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         epilog=EXAMPLE,
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    build = verbs.add_parser("build", help="embed blocks or passages", epilog=EXAMPLE, usage="megalith index build --load RUN --output FOLDER ...")  # fmt: skip
+    usage = "megalith index build --load RUN --output FOLDER ..."
+    build = verbs.add_parser("build", help="embed blocks or passages", epilog=EXAMPLE, usage=usage)
     flags.add_help(build, BUILD_FLAGS)
     build.set_defaults(handler=run_build, reads=functools.partial(flags.read, command_flags=BUILD_FLAGS))
     search = verbs.add_parser("search", help="show the blocks that are nearest to a text", epilog=EXAMPLE)
@@ -69,12 +78,12 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     search.add_argument("--device", default="auto", help="auto, cpu, cuda or xpu")
     search.add_argument("--json", action="store_true", help="print a JSON line for each question")
     search.set_defaults(handler=run_search)
-    verify = verbs.add_parser("verify", help="read every byte and compare checksums", epilog="example: megalith index verify wiki.store")  # fmt: skip
+    example = "example: megalith index verify wiki.store"
+    verify = verbs.add_parser("verify", help="read every byte and compare checksums", epilog=example)
     verify.add_argument("index", nargs="+", metavar="FOLDER")
     verify.set_defaults(handler=run_verify)
-    imported = verbs.add_parser(
-        "import", help="a store of Megatron's pickle of embeddings", epilog="example: megalith index import embedded_blocks.pkl blocks.store"
-    )  # fmt: skip
+    example = "example: megalith index import embedded_blocks.pkl blocks.store"
+    imported = verbs.add_parser("import", help="a store of Megatron's pickle of embeddings", epilog=example)
     imported.add_argument("pickle", metavar="PICKLE", help="read without running what it may contain")
     imported.add_argument("output", metavar="FOLDER")
     imported.set_defaults(handler=run_import)
@@ -86,15 +95,13 @@ def run_build(args: argparse.Namespace) -> int:
     numbers = {name: flags.whole_number(reading, name) for name in ("batch_size", "shard_rows", "train_rows")}
     config, given = typed_config(reading)
     output, evidence = (reading.values.get(name) for name in ("output", "evidence"))
-    missing = [
-        problem(name, None, rule, cure)
-        for name, value, rule, cure in (
-            ("--load", config.checkpoint.load, f"must name {MODEL}", "Write --load runs/ict"),
-            ("--output", output, "must name the folder that is written", "Write --output blocks.store"),
-            ("--data-path", config.data.data_path or evidence, "must name what is embedded", "Write --data-path PREFIX, or --evidence FILE"),
-        )
-        if not value
-    ]  # fmt: skip
+    embedded, named = config.data.data_path or evidence, "Write --data-path PREFIX, or --evidence FILE"
+    needed = (
+        ("--load", config.checkpoint.load, f"must name {MODEL}", "Write --load runs/ict"),
+        ("--output", output, "must name the folder that is written", "Write --output blocks.store"),
+        ("--data-path", embedded, "must name what is embedded", named),
+    )
+    missing = [problem(name, None, rule, cure) for name, value, rule, cure in needed if not value]
     if config.data.data_path and evidence:
         missing.append(problem("--evidence", evidence, "must not be given beside --data-path", "Leave one of them out"))
     if len(config.data.data_path) > 1:
@@ -236,9 +243,7 @@ def run_verify(args: argparse.Namespace) -> int:
             print(f"{folder}: {plan.rows} vectors of {plan.width} in {plan.shards} shards, undamaged")
         damaged += wrong
     if damaged:
-        cure = (
-            "Delete these shards with their .json, and give the same megalith index build command: it makes them again"
-        )
+        cure = "Delete these files and the .json of their shards, and give the same megalith index build command again"
         raise DataError("\n".join([*damaged, f"{cure}."]))
     return 0
 
