@@ -190,6 +190,7 @@ TASKS = Registry(
         "t5": "megalith.training.tasks:SpanCorruption",
         "classification": "megalith.training.tasks_classification:Classification",
         "ict": "megalith.training.tasks_retrieval:InverseCloze",
+        "nq": "megalith.training.tasks_retrieval:PassageRetrieval",
     },
 )
 

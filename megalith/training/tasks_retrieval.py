@@ -28,7 +28,8 @@ class InverseCloze(PooledTask):
 
     Batches have `query_ids` [b, s], `context_ids` [b, t], or [b, c, t] with the own context first and c - 1 that are
     known to be wrong, their padding masks, and may have `document` [b] or [b, c], equal for contexts of one document,
-    and `context_mask` [b, c], 0 where a query has no such context. Reports top-k accuracies: how often the own context
+    and `context_mask` [b, c], 0 where a query has no such context, and `loss_mask` [b], 0 for samples that only fill a
+    batch: they are no queries, and their contexts no candidates. Reports top-k accuracies: how often the own context
     is among the k best. A context of equal score counts as better, so that equal vectors earn nothing.
     """
 
@@ -43,12 +44,12 @@ class InverseCloze(PooledTask):
         self.scale = (config.model.hidden_size or 1) ** -0.5 if options.retriever_score_scaling else 1.0
         self.top = tuple(sorted(set(options.retriever_report_topk_accuracies)))
         self.mask_same_document, self.chunk = options.retriever_mask_same_document, options.retriever_chunk_queries
-        self.metric_names = [f"top{k}_acc" for k in self.top]
+        self.top_names = [f"top{k}_acc" for k in self.top]
+        self.metric_names = [*self.top_names]
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Queries, each counted on the process that has its first token."""
-        ids = batch["query_ids"]
-        return {self.loss_name: torch.full((), float(len(ids)), device=ids.device) * first_token_is_here(batch)}
+        return {self.loss_name: counted(batch).sum() * first_token_is_here(batch)}
 
     def inputs(self, batch: Batch, counts: dict[str, Tensor]) -> Batch:
         """Queries are the model's `inputs`."""
@@ -67,6 +68,10 @@ class InverseCloze(PooledTask):
         for name in ("document", "context_mask"):
             if name in batch:
                 found[name] = batch[name].view(shape[0], -1).long()
+        if "loss_mask" in batch:
+            there = found.get("context_mask", torch.ones_like(found["contexts"][..., 0], dtype=torch.long))
+            found["context_mask"] = there * batch["loss_mask"].long()[:, None]
+            found["counted"] = batch["loss_mask"].long()
         return found
 
     def losses(self, output: dict[str, Tensor], batch: Batch, counts: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -82,7 +87,8 @@ class InverseCloze(PooledTask):
 
     def loss_of(self, output: dict[str, Tensor], rows: slice, queries: Tensor, contexts: Tensor) -> Tensor:
         """The sum of the cross entropies of the queries `rows`."""
-        return F.cross_entropy(self.scores(output, rows, queries, contexts), own(output, rows), reduction="sum")
+        losses = F.cross_entropy(self.scores(output, rows, queries, contexts), own(output, rows), reduction="none")
+        return (losses * output["counted"][rows]).sum() if "counted" in output else losses.sum()
 
     def scores(self, output: dict[str, Tensor], rows: slice, queries: Tensor, contexts: Tensor) -> Tensor:
         """[queries of `rows`, C]: dot products, -inf where a context is no candidate for a query."""
@@ -97,12 +103,13 @@ class InverseCloze(PooledTask):
         """
         found = None
         if "context_mask" in output:
-            found = (output["context_mask"].flatten() == 0)[None]
+            found = (output["context_mask"].flatten() == 0).expand(rows.stop - rows.start, -1)
         if self.mask_same_document and "document" in output:
             documents = output["document"]
             same = documents[rows, :1] == documents.flatten()[None]
-            same[torch.arange(len(same), device=same.device), own(output, rows)] = False
             found = same if found is None else same | found
+        if found is not None:  # the own one always is: that of a sample that does not count must give finite numbers
+            found = found.scatter(1, own(output, rows)[:, None], False)
         return found
 
     def chunks(self, output: dict[str, Tensor]) -> Iterator[slice]:
@@ -112,8 +119,8 @@ class InverseCloze(PooledTask):
 
     def metrics(self, output: dict[str, Tensor], batch: Batch) -> dict[str, Ratio]:
         """Top-k accuracies."""
-        ranks = self.ranks(output)
-        return {name: ((ranks < k).sum(), len(ranks)) for name, k in zip(self.metric_names, self.top)}
+        ranks, weights = self.ranks(output), output.get("counted", torch.ones_like(output["queries"][:, 0]))
+        return {name: (((ranks < k) * weights).sum(), weights.sum()) for name, k in zip(self.top_names, self.top)}
 
     def ranks(self, output: dict[str, Tensor]) -> Tensor:
         """[B]: how many other contexts score at least as high as a query's own."""
@@ -124,6 +131,32 @@ class InverseCloze(PooledTask):
             mine = scores.gather(1, own(output, rows)[:, None])
             parts.append((scores >= mine).sum(dim=1) - 1)
         return torch.cat(parts)
+
+
+class PassageRetrieval(InverseCloze):
+    """InverseCloze for questions with passages that are known to be wrong, as RET-FINETUNE-NQ trains.
+
+    Reports the average rank too: how many passages of the batch score at least as high as the right one, 0 at best
+    (Karpukhin et al.'s average-rank validation, whose batch is as large as a validation batch here).
+    """
+
+    loss_name = "retrieval loss"
+
+    def setup(self, config: RunConfig, mesh: Mesh, tokenizer: Tokenizer | None) -> None:
+        """As InverseCloze."""
+        super().setup(config, mesh, tokenizer)
+        self.metric_names = [*self.top_names, "average rank"]
+
+    def metrics(self, output: dict[str, Tensor], batch: Batch) -> dict[str, Ratio]:
+        """Top-k accuracies and the average rank."""
+        ranks, weights = self.ranks(output), output.get("counted", torch.ones_like(output["queries"][:, 0]))
+        return super().metrics(output, batch) | {"average rank": ((ranks * weights).sum(), weights.sum())}
+
+
+def counted(batch: Batch) -> Tensor:
+    """float32 [b]: 1 for the samples that count."""
+    ids = batch["query_ids"]
+    return batch.get("loss_mask", torch.ones(len(ids), dtype=torch.float32, device=ids.device))
 
 
 def vectors(output: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

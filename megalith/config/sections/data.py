@@ -56,7 +56,7 @@ class DataConfig:
     loss: str = option(
         "lm",
         "loss by registry name, or module:name of your own",
-        names=("lm", "bert", "t5", "classification", "ict"),
+        names=("lm", "bert", "t5", "classification", "ict", "nq"),
     )
     tokenizer_type: str | None = option(
         None,
