@@ -1,12 +1,13 @@
-"""megalith index build|search|verify|import: block embeddings of a bi-encoder, and their nearest neighbours."""
+"""megalith index build|search|evaluate|verify|import: block embeddings of a bi-encoder, and their nearest neighbours."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megalith.common.errors import ConfigError, DataError, problem
@@ -78,6 +79,19 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     search.add_argument("--device", default="auto", help="auto, cpu, cuda or xpu")
     search.add_argument("--json", action="store_true", help="print a JSON line for each question")
     search.set_defaults(handler=run_search)
+    evaluate = verbs.add_parser("evaluate", help="top-k recall of answers to questions", epilog=EXAMPLE)
+    evaluate.add_argument("index", metavar="FOLDER", help="what `megalith index build` wrote")
+    evaluate.add_argument(
+        "--qa-data-dev", nargs="+", default=[], metavar="FILE", help="questions: TSV, JSON lines, DPR"
+    )
+    evaluate.add_argument("--qa-data-test", nargs="+", default=[], metavar="FILE", help="more questions")
+    evaluate.add_argument("--faiss-match", default="string", metavar="HOW", help="string or regex")
+    evaluate.add_argument("--faiss-topk-retrievals", type=int, default=100, metavar="K", help="passages of a question")
+    evaluate.add_argument("--faiss-use-gpu", action="store_true", help="accepted: exact search is on the CPU's cores")
+    evaluate.add_argument("--index-string", metavar="NAME", help="search this index of FAISS (default: exactly)")
+    evaluate.add_argument("--load", metavar="PATH", help=f"{MODEL} (default: that which made the index)")
+    evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda or xpu")
+    evaluate.set_defaults(handler=run_evaluate)
     example = "example: megalith index verify wiki.store"
     verify = verbs.add_parser("verify", help="read every byte and compare checksums", epilog=example)
     verify.add_argument("index", nargs="+", metavar="FOLDER")
@@ -191,25 +205,7 @@ def run_search(args: argparse.Namespace) -> int:
     """Print the nearest blocks of each text, with their scores."""
     if args.top_k < 1:
         raise ConfigError(problem("--top-k", args.top_k, "must be above 0", "Write --top-k 5"))
-    import torch.distributed as dist  # here, because they import torch
-
-    from megalith.config.run import RunConfig
-    from megalith.retrieval.embed import Embedder
-    from megalith.retrieval.search import ExactIndex, FaissIndex
-    from megalith.retrieval.sources import open_source
-    from megalith.retrieval.store import Store, check_probe
-
-    store = Store(args.index)
-    load = args.load or store.plan.model
-    if not load:
-        rule = f"must be named, as {args.index} does not say which model made it"
-        raise ConfigError(problem("--load", None, rule, "Write --load RUN"))
-    index = FaissIndex(store, args.index_string) if args.index_string else ExactIndex(store, cache=len(args.text) > 1)
-    owns_group = not dist.is_initialized()
-    try:
-        embedder = Embedder.load(load, RunConfig().replace(device=args.device).parallel)
-        check_probe(store, embedder.probe(), load)
-        source = open_source(store.plan.source, embedder.tokenizer)
+    with _opened(args, cache=len(args.text) > 1) as (store, index, embedder, source):
         vectors = embedder.queries(args.text)
         assert vectors is not None  # one process has the whole model
         for text, scores, rows in zip(args.text, *index.search(vectors, args.top_k)):
@@ -225,9 +221,58 @@ def run_search(args: argparse.Namespace) -> int:
             for place, each in enumerate(found, 1):
                 heading = f"{each['title']}: " if each["title"] else ""
                 print(f"{place:3}. {each['score']:9.4f}  {heading}{each['text'][:300]}")
+    return 0
+
+
+@contextlib.contextmanager
+def _opened(args: argparse.Namespace, cache: bool) -> Iterator[tuple[Any, Any, Any, Any]]:
+    """(store, index, embedder, source) of a folder and the flags of a search."""
+    import torch.distributed as dist  # here, because they import torch
+
+    from megalith.config.run import RunConfig
+    from megalith.retrieval.embed import Embedder
+    from megalith.retrieval.search import ExactIndex, FaissIndex
+    from megalith.retrieval.sources import open_source
+    from megalith.retrieval.store import Store, check_probe
+
+    store = Store(args.index)
+    load = args.load or store.plan.model
+    if not load:
+        rule = f"must be named, as {args.index} does not say which model made it"
+        raise ConfigError(problem("--load", None, rule, "Write --load RUN"))
+    index = FaissIndex(store, args.index_string) if args.index_string else ExactIndex(store, cache=cache)
+    owns_group = not dist.is_initialized()
+    try:
+        embedder = Embedder.load(load, RunConfig().replace(device=args.device).parallel)
+        check_probe(store, embedder.probe(), load)
+        yield store, index, embedder, open_source(store.plan.source, embedder.tokenizer)
     finally:
         if owns_group and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    """Print for each file of questions how often the best k passages hold an answer."""
+    from megalith.data.questions import Matcher, read_questions
+
+    if args.faiss_topk_retrievals < 1:
+        rule = "must be above 0"
+        raise ConfigError(problem("--faiss-topk-retrievals", args.faiss_topk_retrievals, rule, "Write 100"))
+    Matcher(args.faiss_match)  # a mistake is told before anything slow begins
+    files = [*args.qa_data_dev, *args.qa_data_test]
+    if not files:
+        raise ConfigError(
+            problem("--qa-data-dev", None, "must name files of questions", "Write --qa-data-dev nq-dev.csv")
+        )
+    questions = {path: read_questions(path) for path in files}
+    from megalith.retrieval.recall import measure, retrieve
+
+    with _opened(args, cache=True) as (store, index, embedder, source):
+        for path, asked in questions.items():
+            found = retrieve(embedder, index, asked, args.faiss_topk_retrievals)
+            assert found is not None  # one process has the whole model
+            recall = measure(asked, found[1], lambda row: source.text(store.row(row))[1], args.faiss_match)
+            print("\n".join([f"{path}, match by {args.faiss_match}:", *(f"  {line}" for line in recall.lines())]))
     return 0
 
 

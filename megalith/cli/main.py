@@ -62,7 +62,7 @@ VERBS = {  # verb -> one line; the module is megalith.cli.VERB, with register(su
     "demo": "corpus to trained model to text, on what every machine has",
     "data": "raw text to indexed datasets, and what is done with those",
     "pretrain": "train a model",
-    "index": "an index of block embeddings: build, search, verify",
+    "index": "an index of block embeddings: build, search, evaluate, verify",
     "generate": "text out of a trained model",
     "serve": "text out of a trained model over HTTP: Megatron's and OpenAI's interfaces, and a page",
     "ask": "write to a text server and read what it answers",

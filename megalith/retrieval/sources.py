@@ -50,7 +50,7 @@ class Source(Protocol):
 class Blocks:
     """Blocks of an indexed dataset of sentences, in the order of their numbers."""
 
-    columns = ("first", "last", "document", "block")
+    columns: tuple[str, ...] = ("first", "last", "document", "block")
 
     def __init__(self, data_path: str, titles_data_path: str | None, tokenizer: Any, seq_length: int, **options: Any):
         """options: numbers that IctDataset takes."""
@@ -99,7 +99,7 @@ class Passages:
     The file is read once to find its lines (8 bytes of memory for each), and a line again when it is needed.
     """
 
-    columns = ("id", "offset")
+    columns: tuple[str, ...] = ("id", "offset")
 
     def __init__(self, path: str | os.PathLike, tokenizer: Any, seq_length: int):
         """Raises DataError where the file cannot be read by lines, or has no passage."""

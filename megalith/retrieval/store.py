@@ -112,7 +112,9 @@ def write_shard(folder: str | os.PathLike, shard: int, vectors: np.ndarray, rows
 
     Raises DataError for vectors that float16 cannot hold.
     """
-    folder, stored = pathlib.Path(folder), vectors.astype(np.float16)
+    folder = pathlib.Path(folder)
+    with np.errstate(over="ignore"):  # it is found below
+        stored = vectors.astype(np.float16)
     if not np.isfinite(stored).all():
         row = int(np.flatnonzero(~np.isfinite(stored).all(axis=1))[0])
         rule, largest = "must be finite numbers below 65504, as float16 holds", float(np.abs(vectors[row]).max())

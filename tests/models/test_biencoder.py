@@ -53,7 +53,7 @@ def test_loss_and_gradients_are_those_of_the_definition(changes) -> None:
 
 @pytest.mark.parametrize("changes", [{}, {"norm_after_residual": True}, {"bert_no_binary_head": True}])
 def test_a_tower_is_a_bert(changes) -> None:
-    """The vector of a text is the last hidden state of its first token in models/bert.py, which equals transformers'."""
+    """A text's vector is the last hidden state of its first token in models/bert.py (equal to transformers')."""
     config = dataclasses.replace(CONFIG.model, biencoder_projection_dim=0, **changes)
     model, bert = build_model(config, torch.device("cpu"), seed=3), Encoder(config)
     batch = batches.ict(CONFIG)

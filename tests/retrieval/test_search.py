@@ -29,7 +29,7 @@ def clustered(tmp_path_factory) -> Store:
 
 
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 7), st.integers(0, 3))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_exact_search_is_brute_force(tmp_path_factory, rows, k, shard_rows, kinds):
     """With few different vectors most scores are equal: then the smaller row comes first."""
     random = np.random.RandomState(rows * 100 + k)

@@ -6,6 +6,7 @@ import dataclasses
 import re
 
 from megalith.checkpoint.formats import foreign
+from megalith.checkpoint.tensors.lazy import Lazy
 from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError, problem
 from megalith.config.architectures import BERT
@@ -41,14 +42,13 @@ def read_towers(config: RunConfig) -> Weights | None:
     if record.causal or record.decoder:
         rule, cure = "must be a BERT, as the towers are", "Name the run, or the folder, of one"
         raise CheckpointError(problem(f"--bert-load {load}", Words(f"a {record.name}"), rule, cure))
-    tensors = {}
+    tensors: dict[str, Lazy] = {}
     for name, lazy in bert.tensors.items():
         part, _, parameter = name.partition("/")
         if part == "model" and not parameter.startswith(OWN_HEADS):
             tensors |= {f"model/{tower_name(tower, parameter)}": lazy for tower in towers(config.model)}
     own = {name: getattr(config.model, name) for name in NOT_COMPARED}
-    model = dataclasses.replace(bert.config.model, **own)
-    return dataclasses.replace(bert, config=dataclasses.replace(bert.config, model=model), tensors=tensors)
+    return dataclasses.replace(bert, config=bert.config.replace(**own), tensors=tensors)
 
 
 def projections(config: RunConfig) -> list[str]:
