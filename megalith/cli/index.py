@@ -1,4 +1,4 @@
-"""megalith index build|search|evaluate|verify|import: block embeddings of a bi-encoder, and their nearest neighbours."""
+"""megalith index build|search|evaluate|verify|import: block embeddings, and which of them are nearest to a text."""
 
 from __future__ import annotations
 
