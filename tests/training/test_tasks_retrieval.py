@@ -1,4 +1,4 @@
-"""A bi-encoder in training: one curve in every layout, weights of a BERT to begin with, the same queries on resuming."""
+"""A bi-encoder in training: one curve in every layout, a BERT to begin with, the same queries on resuming."""
 
 import pytest
 import torch
