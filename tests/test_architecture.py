@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {  # folder -> folders it may import; the table o
     "serving": {"generation", "runtime", "data"} | BASE,
     "reports": {"common"},
     "evaluation": {"training", "generation", "runtime", "data", "checkpoint", "layers", "reports"} | BASE,
-    "retrieval": {"training", "runtime", "data"} | BASE,
+    "retrieval": {"training", "runtime", "data", "checkpoint"} | BASE,
     "planner": BASE,
     "launcher": BASE,
     "recipes": {"config"},

@@ -203,8 +203,8 @@ def test_megatron_generate(tmp_path) -> None:
 
 
 ANSWERED = {  # a command of the documents that has no counterpart, or another name -> a word of the answer
-    "pretrain_ict.py --num-layers 12 --ict-head-size 128 --bert-load /path/to/pretrained_bert": "not there yet",
-    "tools/create_doc_index.py --num-layers 12 --ict-load /path/to/pretrained_ict": "not there yet",
+    "pretrain_ict.py --num-layers 12 --ict-head-size 128 --bert-load /path/to/pretrained_bert": "megalith pretrain ict",
+    "tools/create_doc_index.py --num-layers 12 --ict-load /path/to/pretrained_ict": "megalith index",
     "tasks/main.py --task RACE --train-data data/RACE/train/middle --epochs 3": "megalith finetune TASK",
     "tools/run_text_generation_server.py": "megalith serve PATH",
     "tools/text_generation_cli.py localhost:5000": "megalith ask HOST",

@@ -82,6 +82,12 @@ def tiny_bert(prefix: str, folder: str, **changes) -> RunConfig:
     )
 
 
+def tiny_ict(prefix: str, folder: str, **changes) -> RunConfig:
+    """The run of `tiny_config` with a bi-encoder, on what `write_sentences` wrote."""
+    values = dict(model_type="ict", dataset="ict", loss="ict", biencoder_projection_dim=16, use_one_sent_docs=True)
+    return tiny_bert(prefix, folder, **(values | changes))
+
+
 def tiny_t5(prefix: str, folder: str, **changes) -> RunConfig:
     """The run of `tiny_config` with a T5, on what `write_sentences` wrote."""
     values = dict(model_type="t5", dataset="t5", loss="t5", vocab_extra_ids=20, decoder_seq_length=16)

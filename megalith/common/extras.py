@@ -16,6 +16,7 @@ EXTRAS = {  # package -> what pip installs, and the extra of pyproject.toml that
     "sentencepiece": ("sentencepiece>=0.2", "data"),
     "tiktoken": ("tiktoken>=0.8", "data"),
     "tensorboard": ("tensorboard>=2.18", "track"),
+    "faiss": ("faiss-cpu>=1.9", "retrieval"),
     "ray": ("ray>=2.40", "ray"),
     "transformers": ("transformers>=5.0", "hf"),
     "accelerate": ("accelerate>=1.10", "hf"),

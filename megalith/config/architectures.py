@@ -145,8 +145,24 @@ BERT_MULTIPLE_CHOICE = dataclasses.replace(
     names={"megatron": "megalith.checkpoint.formats.megatron.names:BERT_MULTIPLE_CHOICE"},
     checks="megalith.config.checks.architectures:multiple_choice_problems",
 )
+ICT = dataclasses.replace(
+    BERT,
+    name="ict",
+    model="megalith.models.biencoder:BiEncoder",
+    plan="megalith.parallel.plans.biencoder:PLAN",
+    stages="megalith.parallel.plans.biencoder:STAGES",
+    shapes="megalith.config.parameters:biencoder_shapes",
+    kinds="megalith.config.parameter_kinds:BIENCODER",
+    dataset="ict",
+    loss="ict",
+    batch="megalith.testing.batches:ict",
+    flops="megalith.planner.flops:two_towers",
+    head_transform=False,
+    names={},
+    checks="megalith.config.checks.architectures:ict_problems",
+)
 ARCHITECTURES = Registry("model", {name.lower(): f"{__name__}:{name}" for name in (
-    "GPT", "BERT", "T5", "BERT_CLASSIFICATION", "BERT_MULTIPLE_CHOICE",
+    "GPT", "BERT", "T5", "BERT_CLASSIFICATION", "BERT_MULTIPLE_CHOICE", "ICT",
 )})  # fmt: skip
 
 

@@ -49,6 +49,8 @@ IDENTITY: tuple[tuple[tuple[str, ...], Callable[[ModelConfig], Any]], ...] = (
     (("norm_after_residual",), lambda m: m.norm_after_residual),
     (("bert_no_binary_head",), lambda m: m.bert_no_binary_head),
     (("num_classes",), lambda m: m.num_classes if sized_by(m, "num_classes") else None),
+    (("biencoder_projection_dim",), lambda m: m.biencoder_projection_dim),
+    (("biencoder_shared_query_context_model",), lambda m: m.biencoder_shared_query_context_model),
     (
         ("openai_gelu", "bias_gelu_fusion", "relu", "squared_relu", "swiglu", "glu_activation"),
         lambda m: (m.activation, m.head_activation if m.architecture.head_transform else None),

@@ -130,6 +130,35 @@ BERT: Kinds = {
     **linear_kinds("head", OUTPUT_LAYER, "model_type"),
     **linear_kinds("order_head", present_if(POOLED, "bert_no_binary_head"), "bert_no_binary_head"),
 }
+PROJECTION = dataclasses.replace(
+    POOLED, name="projection", sizes=("biencoder_projection_dim", "hidden_size"), presence=("biencoder_projection_dim",)
+)
+
+
+def tower_kinds(tower: str, *presence: str) -> Kinds:
+    """Of a tower of a bi-encoder: a BERT without pooler, and a projection. presence: what decides on the tower."""
+    found: Kinds = {}
+    for name, kind in BERT_ENCODER.items():
+        if not name.startswith("pooler."):
+            found[tower_name(tower, name)] = kind
+    found |= linear_kinds(f"{tower}_head.projection", PROJECTION, *PROJECTION.presence)
+    return {name: present_if(kind, *kind.presence, *presence) for name, kind in found.items()}
+
+
+def tower_name(tower: str, name: str) -> str:
+    """The name of a BERT's parameter in a tower of a bi-encoder.
+
+    layers.3.mlp.up.weight -> layers.3.query.mlp.up.weight, embedding.weight -> query_embeddings.embedding.weight,
+    final_norm.weight -> query_head.final_norm.weight.
+    """
+    if name.startswith("layers."):
+        layers, number, rest = name.split(".", 2)
+        return f"{layers}.{number}.{tower}.{rest}"
+    return f"{tower}_{'head' if name.startswith('final_norm.') else 'embeddings'}.{name}"
+
+
+SHARED_TOWER = "biencoder_shared_query_context_model"
+BIENCODER: Kinds = {**tower_kinds("query"), **tower_kinds("context", SHARED_TOWER)}
 CLASSIFIER = dataclasses.replace(
     present_if(POOLED, "model_type"), name="classifier", sizes=("num_classes", "hidden_size")
 )

@@ -6,7 +6,7 @@ import math
 
 from megalith.common.errors import ConfigError, problem
 from megalith.config.flags.text import fail, field_problem, flag
-from megalith.config.parameter_kinds import ADAPTERS, OUTPUT_LAYER, ParameterKind, pattern_of
+from megalith.config.parameter_kinds import ADAPTERS, OUTPUT_LAYER, ParameterKind, pattern_of, tower_name
 from megalith.config.sections.model import ModelConfig
 
 Shapes = dict[str, tuple[int, ...]]
@@ -30,10 +30,14 @@ def matrix_parameters(model: ModelConfig) -> int:
     return matrices + (math.prod(shapes["embedding.weight"]) if tied_output(model) else 0)
 
 
+def has_output_layer(model: ModelConfig) -> bool:
+    """Whether there is an output layer over the vocabulary."""
+    return any(kind.name == OUTPUT_LAYER.name for kind in model.architecture.find("kinds").values())
+
+
 def tied_output(model: ModelConfig) -> bool:
     """Whether there is an output layer over the vocabulary that has the embedding's weight."""
-    outputs = any(kind.name == OUTPUT_LAYER.name for kind in model.architecture.find("kinds").values())
-    return outputs and not model.untie_embeddings_and_output_weights
+    return has_output_layer(model) and not model.untie_embeddings_and_output_weights
 
 
 def attention_parameters(model: ModelConfig) -> int:
@@ -138,6 +142,22 @@ def bert_classification_shapes(model: ModelConfig) -> Shapes:
 def bert_multiple_choice_shapes(model: ModelConfig) -> Shapes:
     """Shapes of a BERT with a multiple-choice head (models/bert_multiple_choice.py)."""
     return bert_encoder_shapes(model) | linear_shapes({"classifier": (1, sizes(model)[1], True)})
+
+
+def towers(model: ModelConfig) -> tuple[str, ...]:
+    """The towers of a bi-encoder; a shared one is called as the query's."""
+    return ("query",) if model.biencoder_shared_query_context_model else ("query", "context")
+
+
+def biencoder_shapes(model: ModelConfig) -> Shapes:
+    """Shapes of a bi-encoder's parameters (models/biencoder.py): a BERT without pooler, and a projection, a tower."""
+    bert = {name: shape for name, shape in bert_encoder_shapes(model).items() if not name.startswith("pooler.")}
+    width, found = model.biencoder_projection_dim, Shapes()
+    for tower in towers(model):
+        found |= {tower_name(tower, name): shape for name, shape in bert.items()}
+        if width:
+            found |= linear_shapes({f"{tower}_head.projection": (width, sizes(model)[1], True)})
+    return found
 
 
 def t5_shapes(model: ModelConfig) -> Shapes:

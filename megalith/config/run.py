@@ -16,6 +16,7 @@ from megalith.config.sections.parallel import ParallelConfig
 from megalith.config.sections.precision import PrecisionConfig
 from megalith.config.sections.recompute import RecomputeConfig
 from megalith.config.sections.resilience import ResilienceConfig
+from megalith.config.sections.retriever import RetrieverConfig
 from megalith.config.sections.schedule import ScheduleConfig
 from megalith.config.sections.validation import ValidationConfig
 
@@ -38,6 +39,7 @@ class RunConfig:
     resilience: ResilienceConfig = dataclasses.field(default_factory=ResilienceConfig)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     finetuning: FinetuneConfig = dataclasses.field(default_factory=FinetuneConfig)
+    retriever: RetrieverConfig = dataclasses.field(default_factory=RetrieverConfig)
 
     @property
     def run_folder(self) -> str:

@@ -11,7 +11,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 
-from megalith.config.parameters import attention_parameters, mlp_parameters, sizes
+from megalith.config.parameters import attention_parameters, has_output_layer, mlp_parameters, sizes
 from megalith.config.run import RunConfig
 from megalith.config.sections.model import ModelConfig
 from megalith.config.sections.parallel import ParallelConfig
@@ -113,7 +113,8 @@ def end_costs(model: ModelConfig, seq_length: int) -> tuple[float, float]:
     _, h, heads, vocabulary = sizes(model)
     attention = 2 * h * model.head_dim * (heads + model.num_kv_heads) + 2 * heads * model.head_dim * seq_length / 2
     layer = attention + (3 if model.gated else 2) * h * model.ffn_size
-    return 0.1 * vocabulary * h / layer, vocabulary * h / layer
+    head = vocabulary * h / layer if has_output_layer(model) else 0.0
+    return 0.1 * vocabulary * h / layer, head
 
 
 def layer_costs(

@@ -22,26 +22,42 @@ from megalith.layers.norm import NORMS
 from megalith.models.components import build_dropout_keys, make_layer
 
 
-class Encoder(nn.Module):
-    """The same in every BERT: embeddings, layers, norm. On a pipeline stage some of them are None."""
+class Embeddings(nn.Module):
+    """Word, position and type embeddings with norm and dropout."""
 
-    def __init__(self, config: ModelConfig, seed: int = 0):
-        """config.vocab_size must be known. `seed` keys the dropout masks. Parameters are left as torch draws them."""
+    def __init__(self, config: ModelConfig):
+        """config.vocab_size must be known. Parameters are left as torch draws them."""
         super().__init__()
-        self.config, self.seed = config, seed
+        self.config = config
         h, vocab = config.hidden_size, config.vocab_size
         self.embedding = nn.Embedding(vocab, h)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, h)
         self.token_type_embedding = None if config.bert_no_binary_head else nn.Embedding(2, h)
         self.embedding_norm = self.make_norm() if config.norm_after_residual else None
         self.embedding_dropout = Dropout(config.hidden_dropout, "embedding")
-        self.layers = nn.ModuleDict({str(i): make_layer(config, i) for i in range(config.num_layers)})
-        self.run_layers = run_in_order
-        self.final_norm = None if config.norm_after_residual else self.make_norm()
 
     def make_norm(self) -> nn.Module:
         """A norm of the residual stream."""
         return NORMS[self.config.norm](self.config.hidden_size, self.config.layernorm_epsilon)
+
+    def embed(self, ids: Tensor, positions: Tensor, token_types: Tensor | None, dropout_keys: Tensor | None) -> Tensor:
+        """ids, positions, token_types (default: 0), dropout_keys [b, s] -> [b, s, h]."""
+        x = self.embedding(ids) + self.position_embedding(positions)
+        if self.token_type_embedding is not None:
+            x = x + self.token_type_embedding(torch.zeros_like(ids) if token_types is None else token_types)
+        return self.embedding_dropout(x if self.embedding_norm is None else self.embedding_norm(x), dropout_keys)
+
+
+class Encoder(Embeddings):
+    """The same in every BERT: embeddings, layers, norm. On a pipeline stage some of them are None."""
+
+    def __init__(self, config: ModelConfig, seed: int = 0):
+        """config.vocab_size must be known. `seed` keys the dropout masks. Parameters are left as torch draws them."""
+        super().__init__(config)
+        self.seed = seed
+        self.layers = nn.ModuleDict({str(i): make_layer(config, i) for i in range(config.num_layers)})
+        self.run_layers = run_in_order
+        self.final_norm = None if config.norm_after_residual else self.make_norm()
 
     def restore(self) -> None:
         """Nothing is tied, and there are no buffers."""
@@ -62,13 +78,6 @@ class Encoder(nn.Module):
         mask = AttentionMask(causal=False, padding=padding, dropout_keys=dropout_keys)
         x = self.run_layers(list(self.layers.values()), x, mask, None, dropout_keys)
         return x if self.final_norm is None else self.final_norm(x)
-
-    def embed(self, ids: Tensor, positions: Tensor, token_types: Tensor | None, dropout_keys: Tensor | None) -> Tensor:
-        """Word, position and type embeddings with norm and dropout: [b, s] -> [b, s, h]."""
-        x = self.embedding(ids) + self.position_embedding(positions)
-        if self.token_type_embedding is not None:
-            x = x + self.token_type_embedding(torch.zeros_like(ids) if token_types is None else token_types)
-        return self.embedding_dropout(x if self.embedding_norm is None else self.embedding_norm(x), dropout_keys)
 
 
 class BERT(Encoder):

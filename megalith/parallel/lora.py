@@ -96,7 +96,8 @@ def apply(
     """
     model.requires_grad_(False)
     for number, block in model.layers.items():
-        prefix, adapters = f"layers.{number}.", []
+        prefix = f"layers.{number}."
+        adapters: dict[nn.Module, list[Adapter]] = {}  # by the module that is called with their dropout keys
         for name in (each.removeprefix(prefix) for each in modules if each.startswith(prefix)):
             parent_name, _, attribute = name.rpartition(".")
             parent = block.get_submodule(parent_name)
@@ -105,10 +106,19 @@ def apply(
                 layer = Linear(layer)
                 setattr(parent, attribute, layer)
             layer.lora = Adapter(layer, lora, make_dropout(lora.lora_dropout, f"{prefix}{name}.lora"), dtype)
-            adapters.append(layer.lora)
-        if lora.lora_dropout and adapters:
-            _pass_dropout_keys(block, adapters)
+            adapters.setdefault(_called_with_keys(block, parent_name), []).append(layer.lora)
+        for module, its_adapters in adapters.items() if lora.lora_dropout else ():
+            _pass_dropout_keys(module, its_adapters)
     model.lora = lora  # for models/components.py, build_dropout_keys, and runtime/load.py, weights_of
+
+
+def _called_with_keys(block: nn.Module, name: str) -> nn.Module:
+    """The innermost module around a submodule that is called with dropout keys: the block, or one of two towers."""
+    found = module = block
+    for step in filter(None, name.split(".")):
+        module = getattr(module, step)
+        found = module if "dropout_keys" in inspect.signature(module.forward).parameters else found
+    return found
 
 
 def _pass_dropout_keys(block: nn.Module, adapters: Sequence[Adapter]) -> None:

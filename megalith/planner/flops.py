@@ -20,6 +20,8 @@ stricter number. BERT's attention is not causal, so that both are the same. Its 
 and is left out. With a sliding window the length of the window replaces the sequence's, and half leaves out what the
 first tokens lack.
 
+Of a bi-encoder the FLOPs of a query and its context are counted for each of the query's tokens.
+
 Of an encoder-decoder model the FLOPs of a sample (an encoder's and a decoder's sequence) are counted for each of the
 encoder's tokens, because these are the tokens of a step. Only the decoder's self-attention is causal.
 """
@@ -47,6 +49,13 @@ def one_stack(model: ModelConfig, seq_length: int, causal_half: bool, decoder_se
     keys = sum(keys_seen(seq_length, model.window(layer), causal_half and model.causal) for layer in range(layers))
     attention = 4 * heads * model.head_dim * keys
     return 3 * (2 * matrix_parameters(model) + attention)
+
+
+def two_towers(model: ModelConfig, seq_length: int, causal_half: bool, decoder_seq_length: int) -> float:
+    """As flops_per_token, for a bi-encoder: for each token of a query also that of a context, which is as long."""
+    layers, _, heads, _ = sizes(model)
+    matrices = matrix_parameters(model) * (2 if model.biencoder_shared_query_context_model else 1)
+    return 3 * (2 * matrices + 2 * 4 * layers * heads * model.head_dim * seq_length)
 
 
 def two_stacks(model: ModelConfig, seq_length: int, causal_half: bool, decoder_seq_length: int) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -249,19 +249,21 @@ def meta_model(config: ModelConfig, seed: int = 0) -> nn.Module:
 
 
 def build_runtime(
-    config: RunConfig, mesh: Mesh, dtype: torch.dtype = torch.float32, weights: Weights | None = None
+    config: RunConfig, mesh: Mesh, dtype: torch.dtype = torch.float32, weights: Weights | None = None,
+    drawn: Collection[str] = (),
 ) -> Runtime:  # fmt: skip
     """Build the model on meta, split it, give it memory and weights. No process holds more of it than it needs.
 
     dtype: of the weights; float64 is for checks of layouts against one another.
     weights: a checkpoint of any format, or a model that exists (runtime/load.py, `weights_of`). Each process reads only
         the part that it holds. None draws initial weights. With LoRA adapters that they lack are drawn.
+    drawn: parameters that `weights` lack, and that are drawn.
     Raises CheckpointError where the weights are of another model than `config` describes, ConfigError where a pipeline
     stage would have no adapter.
     """
     full_model = meta_model(config.model, config.batch.seed)
     if weights is not None:
-        check_weights(weights, full_model, config.lora)
+        check_weights(weights, full_model, config.lora, drawn)
     fail(each.text for each in stage_problems(config))
     names, number = canonical_names(full_model), sum(parameter.numel() for parameter in full_model.parameters())
     own_dtype = dtype
@@ -288,15 +290,20 @@ def build_runtime(
     return Runtime(config, mesh, tuple(stages), number, pipeline, shared)
 
 
-def check_weights(weights: Weights, model: nn.Module, lora: LoraConfig | None = None) -> None:
+def check_weights(
+    weights: Weights, model: nn.Module, lora: LoraConfig | None = None, drawn: Collection[str] = ()
+) -> None:  # fmt: skip
     """Raise CheckpointError where weights are another model's, with both values of what differs.
 
     model: may be on meta. lora: of adapters that the weights may have, all of them or none.
+    drawn: parameters that they lack.
     """
     if another := fit.describe_model_difference(weights.source, model.config, weights.config.model):
         raise CheckpointError(another)
     found = {name: list(lazy.shape) for name, lazy in weights.tensors.items() if name.startswith("model/")}
     expected = {f"model/{name}": list(parameter.shape) for name, parameter in model.named_parameters()}
+    for name in drawn:
+        del expected[f"model/{name}"]
     if lora is not None and any(map(is_adapter, found)):
         expected |= {f"model/{name}": list(shape) for name, shape in adapter_shapes(model.config, lora).items()}
     if lines := fit.differences(expected, found, fit.model_section(to_yaml(weights.config))):

@@ -55,6 +55,18 @@ def bert(config: RunConfig, step: int = 0) -> Batch:
     return batch
 
 
+def ict(config: RunConfig, step: int = 0, contexts: int = 1) -> Batch:
+    """Random ids and lengths of queries and of their contexts; the first and the last are of one document."""
+    generator = torch.Generator().manual_seed(config.batch.seed + step)
+    b, s = config.batch.global_batch_size, config.data.seq_length
+    batch = {"samples": torch.arange(b) + step * b}
+    for name, shape in (("query", (b,)), ("context", (b,) if contexts == 1 else (b, contexts))):
+        length = (s * (0.5 + 0.5 * torch.rand(*shape, 1, generator=generator))).long()
+        batch[f"{name}_ids"] = torch.randint(config.model.vocab_size, (*shape, s), generator=generator)
+        batch[f"{name}_padding_mask"] = (torch.arange(s) < length).long()
+    return batch | {"document": torch.arange(b) % (b - 1)}
+
+
 def classification(config: RunConfig, step: int = 0) -> Batch:
     """Random ids, lengths, second segments and classes."""
     return _classes(config, step, (), config.model.num_classes)

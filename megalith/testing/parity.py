@@ -73,7 +73,7 @@ def micro_batches(global_batch: Batch, size: int, mesh: Mesh) -> list[Batch]:
 
     The m-th micro-batches of all ranks are the samples from m x size x ranks on.
     """
-    step, samples = size * mesh.data_size, len(global_batch["input_ids"])
+    step, samples = size * mesh.data_size, len(global_batch["samples"])
     firsts = range(mesh.data_rank * size, samples, step)
     return [{name: value[first : first + size] for name, value in global_batch.items()} for first in firsts]
 

@@ -38,6 +38,7 @@ from megalith.training.resume import saving
 from megalith.training.resume.lora import read_start
 from megalith.training.resume.source import read_foreign
 from megalith.training.resume.state import Progress
+from megalith.training.resume.towers import projections, read_towers
 from megalith.training.step import Trainer
 from megalith.training.tasks import build_task
 from megalith.training.validation import PART, Validation
@@ -73,7 +74,9 @@ def trainer_from(
 ) -> Trainer:  # fmt: skip
     """As build_trainer, from given weights (None: random ones). dtype: of the model; see build_runtime."""
     batch = global_batch(config, mesh.data_size)
-    runtime = build_runtime(config, mesh, dtype, start)
+    towers = Ranks().on_every_rank(lambda: read_towers(config))
+    drawn = () if towers is None else projections(config)
+    runtime = build_runtime(config, mesh, dtype, start or towers, drawn=drawn)
     only_measures = config.validation.skip_train  # with neither rate nor length
     rates = RunConfig().replace(lr=0.0, train_iters=1) if only_measures else config
     decays = functools.partial(weight_decays, config.model)

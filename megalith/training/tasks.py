@@ -218,6 +218,8 @@ TASKS = Registry(
         "t5": "megalith.training.tasks:SpanCorruption",
         "classification": "megalith.training.tasks_classification:Classification",
         "regression": "megalith.training.tasks_classification:Regression",
+        "ict": "megalith.training.tasks_retrieval:InverseCloze",
+        "nq": "megalith.training.tasks_retrieval:PassageRetrieval",
     },
 )
 

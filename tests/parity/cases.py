@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from megalith.config.architectures import GPT
+from megalith.config.architectures import GPT, ICT
 from megalith.config.run import RunConfig
 from megalith.testing import batches
 
@@ -17,6 +17,16 @@ def padded(config: RunConfig, step: int = 0) -> batches.Batch:
     return batch | {"padding_mask": mask.repeat(len(batch["input_ids"]) // 4, 1)}
 
 
+def hard_negatives(config: RunConfig, step: int = 0) -> batches.Batch:
+    """As `batches.ict`, with two contexts that are wrong for each query, of which some are not there."""
+    batch = batches.ict(config, step, contexts=3)
+    b = len(batch["query_ids"])
+    mask = torch.ones(b, 3, dtype=torch.long)
+    mask[1::2, 2] = 0
+    return batch | {"context_mask": mask, "document": torch.arange(3 * b).view(b, 3) % (2 * b)}
+
+
+HARD_NEGATIVES = dataclasses.replace(ICT, name="hard negatives", batch="tests.parity.cases:hard_negatives")
 PADDED = dataclasses.replace(GPT, name="padded", batch="tests.parity.cases:padded")
 
 SMALL = RunConfig().replace(
@@ -82,6 +92,18 @@ FORMS: dict[str, dict] = {
         **T5_RELATIVE, "relu": True, "scale_output": True, "hidden_dropout": 0.1, "attention_dropout": 0.1,
         "vocab_size": 67,
     },
+    "ict": {
+        "model_type": "ict", "biencoder_projection_dim": 12, "vocab_size": 67, "retriever_mask_same_document": True,
+        "hidden_dropout": 0.1, "attention_dropout": 0.1,
+    },
+    "ict shared": {
+        "model_type": "ict", "biencoder_shared_query_context_model": True, "norm_after_residual": True,
+        "retriever_score_scaling": True, "hidden_dropout": 0.1,
+    },
+    "ict hard": {
+        "model_type": "tests.parity.cases:HARD_NEGATIVES", "bert_no_binary_head": True, "hidden_dropout": 0.1,
+        "retriever_chunk_queries": 3, "retriever_mask_same_document": True,
+    },
     "lora": {
         "position_embedding_type": "rope", "group_query_attention": True, "num_query_groups": 2, "swiglu": True,
         "normalization": "RMSNorm", "lora_rank": 4, "lora_alpha": 8.0,
@@ -90,6 +112,7 @@ FORMS: dict[str, dict] = {
         "hidden_dropout": 0.1, "lora_rank": 3, "lora_dropout": 0.2,
         "lora_target_modules": ["q", "v", "layers.*.mlp.*"],
     },
+    "lora ict": {"model_type": "ict", "lora_rank": 4, "lora_dropout": 0.1},
     "lora bert": {"model_type": "bert", "lora_rank": 4, "lora_dropout": 0.1},
     "lora t5": {**T5_RELATIVE, "num_query_groups": 2, "lora_rank": 4},
 }  # fmt: skip

@@ -27,7 +27,8 @@ SHAPE_FIELDS = (
     "kv_channels", "attention_head_type", "num_query_groups", "max_position_embeddings", "position_embedding_type",
     "relative_attention_num_buckets", "normalization", "swiglu", "glu_activation", "embed_layernorm", "parallel_attn",
     "parallel_layernorm", "add_bias_linear", "add_qkv_bias", "qk_layernorm", "norm_after_residual",
-    "bert_no_binary_head", "num_classes", "untie_embeddings_and_output_weights", "vocab_size",
+    "bert_no_binary_head", "num_classes", "biencoder_projection_dim",
+    "biencoder_shared_query_context_model", "untie_embeddings_and_output_weights", "vocab_size",
 )  # fmt: skip
 
 

@@ -11,11 +11,12 @@ from megalith.config.flags.values import fields
 from megalith.config.run import RunConfig
 from megalith.config.sections.data import INSTRUCTIONS
 
-BERTS = ("bert", "bert_classification", "bert_multiple_choice")
+BERTS = ("bert", "bert_classification", "bert_multiple_choice", "ict")
 MODEL_ONLY_FIELDS: dict[str, tuple[str, ...]] = {  # field -> the models that have it
     **dict.fromkeys(("embed_layernorm", "parallel_attn", "sliding_window", "scale_embeddings"), ("gpt",)),
-    "norm_after_residual": BERTS, "bert_no_binary_head": ("bert",),
+    "norm_after_residual": BERTS, "bert_no_binary_head": ("bert", "ict"),
     "num_classes": ("bert_classification",), "classifier_dropout": ("bert_classification", "bert_multiple_choice"),
+    **dict.fromkeys(("biencoder_projection_dim", "biencoder_shared_query_context_model"), ("ict",)),
     **dict.fromkeys(("decoder_num_layers", "initializer_factor", "scale_output"), ("t5",)),
 }  # fmt: skip
 NO_SENTINELS = ("BertWordPieceLowerCase", "BertWordPieceCase")  # tokenizers without sentinels
@@ -50,7 +51,8 @@ def bert_problems(config: RunConfig, kind: str = "bert") -> Iterator[Problem]:
         cure = "Leave out --apply-residual-connection-post-layernorm"
         rule = "excludes --apply-residual-connection-post-layernorm, because a layer has one form"
         yield field_problem(both, "--norm-after-residual", Words("both"), rule, cure)
-    yield from mismatched_training_data(config)
+    if (kind, d.loss) != ("ict", "nq"):  # which a bi-encoder is finetuned by
+        yield from mismatched_training_data(config)
     yield from multi_document_fields(config, "BERT")
     if d.dataset == "bert" and d.seq_length is not None and d.seq_length < 8:
         rule = "must be at least 8, because a sample has [CLS], two segments and a [SEP] after each"
@@ -80,6 +82,20 @@ def classification_problems(config: RunConfig) -> Iterator[Problem]:
 def multiple_choice_problems(config: RunConfig) -> Iterator[Problem]:
     """What a BERT with a multiple-choice head cannot work with."""
     return bert_problems(config, "bert_multiple_choice")
+
+
+def ict_problems(config: RunConfig) -> Iterator[Problem]:
+    """What a bi-encoder cannot work with."""
+    yield from bert_problems(config, "ict")
+    ks = config.retriever.retriever_report_topk_accuracies
+    if wrong := [k for k in ks if k < 1]:
+        name = "retriever_report_topk_accuracies"
+        rule, cure = "must be whole numbers above 0", f"Write {flag(name)} 1 5"
+        yield field_problem((name,), flag(name), wrong[0], rule, cure)
+    if config.retriever.bert_load and config.lora.lora_rank:
+        both, rule = ("bert_load", "lora_rank"), "must be 0, because towers that begin with a BERT are trained whole"
+        cure = "Train the towers first, then adapters on them with --load"
+        yield field_problem(both, "--lora-rank", config.lora.lora_rank, rule, cure)
 
 
 def t5_problems(config: RunConfig) -> Iterator[Problem]:

@@ -17,7 +17,7 @@ _TASKS = (
     "same flags; other tasks are not there yet"
 )
 _FINETUNING = "it is `megalith finetune TASK` here (docs/finetune_tasks.md)"
-_RETRIEVAL = "retrieval models (ICT, REALM, open-domain question answering) are not there yet; only the ICT dataset is"
+_RETRIEVAL = "it is `megalith pretrain ict` here (docs/retrieval.md)"
 _RETRO = "Retro is not there yet; a GPT is trained by megalith pretrain gpt"
 _CORPUS = "cleaning and deduplicating a corpus is not there yet; megalith data preprocess takes JSON lines as they are"
 _JOBS = (
@@ -157,9 +157,12 @@ _ANSWERS = (
     ),
     (
         _RETRIEVAL,
-        "ict pretrain_ict create_doc_index blockdata faissmipsindex ictbertmodel biencodermodel realm nq "
-        "--qa-data-dev --qa-data-test --faiss-use-gpu --faiss-match --faiss-topk-retrievals indexbuilder "
-        "ictdataset",
+        "ict pretrain_ict ictbertmodel biencodermodel ictdataset realm",
+    ),
+    (
+        "it is `megalith index` here: build embeds blocks, search and evaluate use them (docs/retrieval.md)",
+        "create_doc_index blockdata faissmipsindex indexbuilder nq --qa-data-dev --qa-data-test --faiss-use-gpu "
+        "--faiss-match --faiss-topk-retrievals",
     ),
     (
         _RETRO,

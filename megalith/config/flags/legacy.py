@@ -19,6 +19,7 @@ RENAMED: dict[str, dict[str, Any]] = {
     "--activations-checkpoint-method": {"recompute_granularity": "full", "recompute_method": VALUE},
     "--activations-checkpoint-num-layers": {"recompute_num_layers": VALUE},
     "--no-query-key-layer-scaling": {"apply_query_key_layer_scaling": False},
+    "--ict-load": {"load": VALUE},
     "--encoder-num-layers": {"num_layers": VALUE},
     "--encoder-seq-length": {"seq_length": VALUE},
     # Megatron core

@@ -30,6 +30,12 @@ OF_DATASETS = {  # field -> the built-in datasets that read it
     "query_in_block_prob": ("ict",),
     "chat_template": ("chat",),
     **dict.fromkeys(("packing", "excess_length_strategy", "assistant_only_loss", "max_unusable"), INSTRUCTIONS),
+    "block_samples_mapping": ("ict",),
+    "bert_load": ("ict",),
+    "retriever_score_scaling": ("ict",),
+    "retriever_report_topk_accuracies": ("ict",),
+    "retriever_mask_same_document": ("ict",),
+    "retriever_chunk_queries": ("ict",),
 }
 ReadRecipe = Callable[[str], str]  # name -> YAML text
 Values = Mapping[str, Any]  # of fields that recipe, file and flags set: --load, what a source may leave unsaid
@@ -218,6 +224,21 @@ def _typed(raw: Mapping[str, tuple[Any, str]], problems: list[Problem]) -> dict[
             problems.append(failure)
             del values[key]
     return values
+
+
+def typed_config(reading: flags.CommandLine) -> tuple[RunConfig, dict[str, Any]]:
+    """The config that the words of a verb without recipe, YAML and training describe, and the fields that they set.
+
+    What follows from them is not filled in. Raises ConfigError with all that is wrong with each of them.
+    """
+    problems = list(reading.problems)
+    values = _typed({key: (value, flag(key)) for key, value in reading.values.items()}, problems)
+    for name, value in values.items():
+        if name in fields() and (violated := violated_limit(name, value)):
+            problems.append(Problem((name,), problem(flag(name), value, *violated)))
+    fail(each.text for each in problems)
+    values = {name: value for name, value in values.items() if name in fields()}
+    return RunConfig().replace(**values), values
 
 
 def complete(values: Mapping[str, Any], notices: list[str]) -> RunConfig:

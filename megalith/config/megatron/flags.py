@@ -19,7 +19,7 @@ PIPELINE = "stages exchange contiguous activations directly; there is nothing to
 SPLIT = (
     "encoder and decoder share one layout, and stages are cut where they cost the same (or by --pipeline-split even)"
 )
-RETRIEVAL = "only the retrieval models (ICT, REALM, Retro) read it; it has no effect on gpt"
+RETRIEVAL = "training does not read it; `megalith index` makes and searches an index of block embeddings"
 DEEPSPEED = (
     "DeepSpeed is not used; --data-parallel-sharding takes the place of ZeRO, "
     "and what its config file set belongs in flags"
@@ -97,11 +97,8 @@ _NOT_NEEDED: dict[str, dict[int | str, str]] = {  # reason -> how many values ("
         1: "--sample-rate --img-h --img-w --num-channels --patch-dim"
     },
     RETRIEVAL: {
-        0: "--biencoder-shared-query-context-model --retriever-score-scaling",
-        1: "--ict-head-size --biencoder-projection-dim --ict-load --bert-load "
-        "--evidence-data-path --retriever-seq-length --block-data-path --embedding-path --indexer-batch-size "
+        1: "--evidence-data-path --retriever-seq-length --block-data-path --embedding-path --indexer-batch-size "
         "--indexer-log-interval",
-        "+": "--retriever-report-topk-accuracies",
     },
 }
 
@@ -135,7 +132,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "--onnx-safe": ("True", "False", "true", "false"),
 }  # fmt: skip
 PATHS = (  # flags that are not needed here and take any word; what follows all others is a number
-    "--ict-load", "--bert-load", "--evidence-data-path", "--block-data-path", "--embedding-path", "--deepspeed-config",
+    "--evidence-data-path", "--block-data-path", "--embedding-path", "--deepspeed-config",
     "--deepscale-config",
 )  # fmt: skip
 

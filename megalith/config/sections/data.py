@@ -60,7 +60,7 @@ class DataConfig:
     loss: str = option(
         "lm",
         "loss by registry name, or module:name of your own",
-        names=("lm", "bert", "t5", "classification", "regression"),
+        names=("lm", "bert", "t5", "classification", "regression", "ict", "nq"),
     )
     tokenizer_type: str | None = option(
         None,
@@ -91,6 +91,9 @@ class DataConfig:
     titles_data_path: str | None = option(None, "ict: indexed dataset with the title of each document")
     use_one_sent_docs: bool = option(False, "ict: allow blocks of a single sentence")
     query_in_block_prob: float = option(0.1, "ict: how often the query stays in its block", minimum=0.0)
+    block_samples_mapping: str | None = option(
+        None, "ict: module:name of your own function that says which sentences make a block, instead of Megatron's"
+    )
     chat_template: str | None = option(
         None, "chat: file with a chat template in Jinja, instead of the tokenizer's; kept in checkpoints"
     )

@@ -104,6 +104,13 @@ class ModelConfig:
         "dropout before the head of bert_classification and bert_multiple_choice (default: --hidden-dropout)",
         minimum=0.0,
     )
+    biencoder_projection_dim: int = option(
+        0,
+        "ict: width of the vectors of queries and contexts, by a projection (default: none, --hidden-size)",
+        flags=("--ict-head-size",),
+        minimum=0,
+    )
+    biencoder_shared_query_context_model: bool = option(False, "ict: one BERT for queries and contexts instead of two")
     openai_gelu: bool = option(False, "GELU by its tanh approximation everywhere, as GPT-2 has it")
     bias_gelu_fusion: bool = option(
         True,

@@ -17,12 +17,15 @@ from megalith.parallel.styles import (
     vocab_parallel_loss,
 )
 
-ENCODER: Plan = {  # of every model with a BERT in it
+EMBEDDINGS: Plan = {
     "embedding": vocab_parallel_embedding,
     "position_embedding": sequence_parallel_embedding,
     "token_type_embedding": sequence_parallel_embedding,
     "embedding_norm": replicated_norm,
     "embedding_dropout": sequence_parallel_dropout,
+}
+ENCODER: Plan = {  # of every model with a BERT in it
+    **EMBEDDINGS,
     **LAYERS,
     "final_norm": replicated_norm,
     "first_token": first_token,

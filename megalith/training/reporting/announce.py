@@ -43,6 +43,8 @@ def announce(
             f"{(trainer.base or {}).get('path')}",
             flush=True,
         )
+    if config.retriever.bert_load and not progress.iteration and saving.source_of(config) is None:
+        print(f"both towers begin with the BERT of {config.retriever.bert_load}", flush=True)
     if mesh.size("pp") > 1:
         stages = ", ".join(f"{layers.start}-{layers.stop - 1}" for layers in layers_of(config))
         print(f"pipeline: {schedule_of(config.parallel)}, layers by stage {stages}", flush=True)

@@ -28,11 +28,12 @@ from megalith.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megalith.training.resume.source import Source, is_foreign, read_source, source_of, weights_only
 
 # Sections of the config that decide, with the model, what a step reads and computes.
-COMPARED_SECTIONS = ("data", "batch", "optimizer", "precision", "lora", "finetuning")
+COMPARED_SECTIONS = ("data", "batch", "optimizer", "precision", "lora", "finetuning", "retriever")
 # Their fields that do not change that, except for rounding. Tokenizers are compared by their vocabularies instead.
 IGNORED_FIELDS = (
     "data_cache_path", "num_workers", "mmap_bin_files", "micro_batch_size", "compile", "deterministic_mode",
-    "adapter", "pretrained_checkpoint", "keep_best", "tokenizer_type", *TOKENIZER_FILES,
+    "adapter", "pretrained_checkpoint", "keep_best", "tokenizer_type", *TOKENIZER_FILES, "bert_load",
+    "retriever_report_topk_accuracies", "retriever_chunk_queries",
 )  # fmt: skip
 CORPUS_FIELDS = (
     "data_path", "train_data_path", "valid_data_path", "test_data_path", "data_file_list", "titles_data_path",

@@ -75,7 +75,7 @@ def test_the_command_line_answers(argv, message, capsys):
 
 
 def test_python_answers():
-    with pytest.raises(AttributeError, match="FaissMIPSIndex'; retrieval models"):
+    with pytest.raises(AttributeError, match="FaissMIPSIndex'; it is `megalith index` here"):
         megalith.FaissMIPSIndex  # noqa: B018
     with pytest.raises(AttributeError, match=r"it has GenerationParams, complete, .*, load, stream, train"):
         megalith.something_else  # noqa: B018

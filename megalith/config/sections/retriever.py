@@ -1,0 +1,22 @@
+"""The section `retriever`: how a bi-encoder learns to find passages. Names are Megatron's."""
+
+from __future__ import annotations
+
+from megalith.config.options import option, section
+
+
+@section
+class RetrieverConfig:
+    """What the loss of a bi-encoder compares, and what it begins with."""
+
+    bert_load: str | None = option(
+        None, "ict: a BERT in any format that --load takes, with whose weights both towers begin"
+    )
+    retriever_score_scaling: bool = option(False, "ict: divide scores by the square root of --hidden-size")
+    retriever_report_topk_accuracies: list[int] = option(
+        [1, 5], "ict: report how often a query's own context is among the k best, for each of these k"
+    )
+    retriever_mask_same_document: bool = option(
+        False, "ict: other contexts of a query's own document are no negatives for it (Megatron takes them for wrong)"
+    )
+    retriever_chunk_queries: int = option(1024, "ict: queries whose scores exist at one time", minimum=1)

@@ -1,0 +1,1 @@
+"""Stores of embedded text and their nearest neighbours: an index of block embeddings, questions and their answers."""

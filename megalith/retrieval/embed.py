@@ -1,0 +1,181 @@
+"""Texts to vectors by a trained bi-encoder, and a store of them by any number of processes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megalith.checkpoint.ranks import Ranks
+from megalith.common import units
+from megalith.common.errors import ConfigError, problem
+from megalith.common.files import remove_leftovers_in
+from megalith.common.locks import locked
+from megalith.config.flags.text import Words
+from megalith.config.sections.model import ModelConfig
+from megalith.config.sections.parallel import ParallelConfig
+from megalith.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from megalith.retrieval import store
+from megalith.retrieval.sources import Source, pack_queries
+from megalith.runtime.build import Runtime
+from megalith.runtime.load import load_runtime
+
+ROUND = 8  # texts of a batch are padded to a multiple of this
+LINE_SECONDS = 5.0  # between lines of progress
+
+
+class Embedder:
+    """A bi-encoder in a layout, in evaluation mode. Every process of a model (tp, pp) calls the same methods."""
+
+    def __init__(self, runtime: Runtime, tokenizer: Tokenizer, name: str, config: Any):
+        """name: of the checkpoint. config: the RunConfig that it was trained with."""
+        self.runtime, self.tokenizer, self.name, self.config = runtime, tokenizer, name, config
+        self.pad = tokenizer.require("pad")
+
+    @property
+    def model(self) -> ModelConfig:
+        """The config of the model."""
+        return self.runtime.config.model
+
+    @property
+    def width(self) -> int:
+        """Elements of a vector."""
+        return self.model.biencoder_projection_dim or self.model.hidden_size or 0
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike, parallel: ParallelConfig | None = None, *, dtype: torch.dtype = torch.float32,
+        iteration: int | None = None, tokenizer: Tokenizer | None = None,
+    ) -> Embedder:  # fmt: skip
+        """The bi-encoder of a run or checkpoint. Raises ConfigError where it is another model, or has no tokenizer.
+
+        tokenizer: must have the tokens of the checkpoint's, where that has one.
+        """
+        runtime, source = load_runtime(path, parallel or ParallelConfig(), dtype=dtype, iteration=iteration)
+        if not all(hasattr(stage.model, "context_head") for stage in runtime.stages):
+            rule, found = "must be a bi-encoder, as megalith pretrain ict trains", source.config.model.model_type
+            raise ConfigError(problem(str(path), Words(f"a {found}"), rule, "Name another run"))
+        if runtime.mesh.size("cp") > 1:
+            rule = "must be 1, because texts are embedded whole"
+            raise ConfigError(problem("--context-parallel-size", runtime.mesh.size("cp"), rule, "Leave it out"))
+        stored = None if source.tokenizer is None else load_tokenizer(source.tokenizer, source.config.data)
+        if stored is not None and tokenizer is not None and stored.tokens() != tokenizer.tokens():
+            rule = f"must have the tokens of the one in {source.tokenizer}"
+            raise ConfigError(problem("The tokenizer", Words("others"), rule, "Leave it out: the checkpoint has it"))
+        words = tokenizer or stored
+        if words is None:
+            rule = "must be named, as the checkpoint has none"
+            raise ConfigError(problem("The tokenizer", None, rule, "Give --vocab-file FILE"))
+        return cls(runtime, words, str(path), source.config)
+
+    @torch.no_grad()
+    def embed(self, rows: Sequence[Sequence[int]], kind: str = "context") -> Tensor | None:
+        """Vectors float32 [n, p], on the CPU, of ids of contexts, or of queries; None on processes without the end of
+        the model.
+        """
+        longest = -(-max(map(len, rows)) // ROUND) * ROUND
+        longest = min(longest, self.model.max_position_embeddings or longest)
+        ids = torch.full((len(rows), longest), self.pad)
+        mask = torch.zeros(len(rows), longest, dtype=torch.long)
+        for number, row in enumerate(rows):
+            ids[number, : len(row)] = torch.tensor(row)
+            mask[number, : len(row)] = 1
+        ids, mask = ids.to(self.runtime.mesh.device), mask.to(self.runtime.mesh.device)
+        if kind == "query":
+            output = self.runtime.forward(ids, context_ids=None, padding_mask=mask)
+        else:
+            output = self.runtime.forward(None, context_ids=ids, context_padding_mask=mask)
+        return None if output is None else output[kind == "context"].float().cpu()
+
+    def queries(self, texts: Sequence[str], batch_size: int = 128) -> Tensor | None:
+        """Vectors [n, p] of questions, or None as `embed`."""
+        rows = pack_queries(self.tokenizer, texts, self.model.max_position_embeddings or 512)
+        parts = [self.embed(rows[first : first + batch_size], "query") for first in range(0, len(rows), batch_size)]
+        return None if parts[0] is None else torch.cat(parts)
+
+    def probe(self) -> tuple[float, ...]:
+        """The vector of the empty text, on every process: what tells one model from another."""
+        vector = self.embed([[self.tokenizer.require("cls"), self.tokenizer.require("sep")]])
+        values = torch.zeros(self.width) if vector is None else vector[0]
+        shared = self.runtime.from_last_stage(values.to(self.runtime.mesh.device))
+        return tuple(round(float(value), 6) for value in shared)
+
+
+def build(
+    embedder: Embedder, source: Source, folder: str | os.PathLike, *, batch_size: int = 128, shard_rows: int = 65536,
+    notice: Callable[[str], None] = lambda line: None,
+) -> store.Plan:  # fmt: skip
+    """Embed a source into a store, or resume that. Every process calls it.
+
+    Shard n is written by data-parallel rank n modulo their number. A vector depends on its batch alone, which lies
+    within a shard, so that any number of processes writes the same files. Memory: a shard's vectors.
+    """
+    mesh, ranks = embedder.runtime.mesh, Ranks()
+    dtype = str(next(embedder.runtime.stages[0].model.parameters()).dtype).removeprefix("torch.")
+    settings = {"batch_size": batch_size, "dtype": dtype}
+    plan = store.Plan(
+        len(source), embedder.width, shard_rows, source.columns, source.describe(),
+        os.path.abspath(embedder.name) if os.path.exists(embedder.name) else embedder.name, embedder.probe(), settings,
+    )  # fmt: skip
+    with contextlib.ExitStack() as held:
+        if mesh.is_main_process:
+            lock = locked(folder, inside=True, notice=notice)
+        ranks.on_rank_0(lambda: held.enter_context(lock) and None)
+        missing = ranks.on_rank_0(lambda: _begin(folder, plan, notice))
+        if len(missing) < plan.shards and mesh.is_main_process:
+            notice(f"{folder}: {plan.shards - len(missing)} of {plan.shards} shards are there, the others follow")
+        progress = Progress(sum(len(plan.range_of(shard)) for shard in missing), mesh.is_main_process)
+        mine = missing[mesh.data_rank :: mesh.data_size]
+        writes = embedder.runtime.has_last_stage and mesh.rank("tp") == 0
+        ranks.on_every_rank(lambda: _write(embedder, source, folder, plan, mine, batch_size, writes, progress))
+    return plan
+
+
+def _begin(folder: str | os.PathLike, plan: store.Plan, notice: Callable[[str], None]) -> list[int]:
+    missing = store.begin(folder, plan)
+    remove_leftovers_in(folder, notice)
+    return missing
+
+
+def _write(
+    embedder: Embedder, source: Source, folder: str | os.PathLike, plan: store.Plan, shards: Sequence[int],
+    batch_size: int, writes: bool, progress: Progress,
+) -> None:  # fmt: skip
+    for shard in shards:
+        numbers, parts = plan.range_of(shard), list[np.ndarray]()
+        for first in range(numbers.start, numbers.stop, batch_size):
+            batch = range(first, min(first + batch_size, numbers.stop))
+            vectors = embedder.embed(source.ids(batch))
+            if writes and vectors is not None:
+                parts.append(vectors.numpy())
+            progress.add(len(batch) * embedder.runtime.mesh.data_size)
+        if writes:
+            store.write_shard(folder, shard, np.concatenate(parts), source.rows(numbers))
+
+
+@dataclasses.dataclass
+class Progress:
+    """Lines on stderr: how many texts of how many are embedded. Other processes are taken to be as far as this one."""
+
+    total: int
+    shown: bool
+
+    def __post_init__(self) -> None:
+        self.done, self.started = 0, time.monotonic()
+        self.printed = self.started
+
+    def add(self, count: int) -> None:
+        """Count texts, and print a line every few seconds."""
+        self.done, now = min(self.total, self.done + count), time.monotonic()
+        if self.shown and now - self.printed >= LINE_SECONDS:
+            self.printed, rate = now, self.done / (now - self.started)
+            left = units.duration((self.total - self.done) / rate)
+            print(f"{self.done} of {self.total} texts, {rate:.0f} a second, {left} left", file=sys.stderr, flush=True)

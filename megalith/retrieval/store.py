@@ -1,0 +1,229 @@
+"""A folder of embeddings: shards of numpy arrays, mapped into memory, and JSON beside them. No pickle.
+
+    store.json            what was embedded, by which model, and how: written first, compared when work is resumed
+    00003.vectors.npy     float16 [rows of the shard, p]: the vectors
+    00003.rows.npy        int64 [rows of the shard, columns]: which text each vector is of (sources.py)
+    00003.json            the shard's facts and checksums: written last, so that a shard with it is complete
+    faiss-NAME.index      an approximate index of all of it (faiss_index.py)
+
+Every shard but the last has as many rows, and a row's place does not depend on how many processes wrote.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from megalith.common.errors import DataError, problem
+from megalith.common.files import atomic_path, sha256, write_text
+from megalith.config.flags.text import Words, value_text
+
+VERSION = 1
+DESCRIPTION = "store.json"
+BUILD_AGAIN = "Build it again, or name another folder"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a store holds, known before the first vector is computed.
+
+    rows, width: number of vectors and elements of each. shard_rows: rows of a shard. columns: names of what `rows`
+    has of each. source: what the texts are of, see sources.py. model: the checkpoint. probe: what that makes of a
+    short text, by which another model is noticed. settings: what else decides on the values.
+    """
+
+    rows: int
+    width: int
+    shard_rows: int
+    columns: tuple[str, ...]
+    source: Mapping[str, Any]
+    model: str = ""
+    probe: tuple[float, ...] = ()
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return -(-self.rows // self.shard_rows)
+
+    def range_of(self, shard: int) -> range:
+        """Rows of a shard."""
+        return range(shard * self.shard_rows, min(self.rows, (shard + 1) * self.shard_rows))
+
+
+def begin(folder: str | os.PathLike, plan: Plan) -> list[int]:
+    """Write store.json, or compare it where work is resumed; the shards that are still to be written.
+
+    The lock of the folder must be held. Raises DataError where the folder holds anything else, or a store of another
+    plan; nothing is replaced.
+    """
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / DESCRIPTION).exists():
+        check_same(folder, read_plan(folder), plan)
+    elif found := sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")):
+        rule = "must be a new folder, or a store whose building is resumed"
+        raise DataError(problem(str(folder), Words(f"one with {found[0]}"), rule, "Name another --output"))
+    else:
+        write_text(folder / DESCRIPTION, json.dumps({"version": VERSION, **dataclasses.asdict(plan)}, indent=1) + "\n")
+    return [shard for shard in range(plan.shards) if not (folder / f"{shard:05d}.json").exists()]
+
+
+def check_same(folder: pathlib.Path, then: Plan, now: Plan) -> None:
+    """Raise DataError that names what is not as it was when the folder was begun."""
+    for field in dataclasses.fields(Plan):
+        old, new = getattr(then, field.name), getattr(now, field.name)
+        if field.name == "probe":
+            if not same_probe(old, new):
+                raise DataError(another_model(str(folder), now.model))
+            continue
+        if field.name == "model":  # a checkpoint may have moved; the probe says whether it is another one
+            continue
+        if json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True):
+            rule = f"must be built with one {field.name}, which was {value_text(old)} when it was begun"
+            raise DataError(problem(str(folder), Words(value_text(new)), rule, "Give the same, or another --output"))
+
+
+def same_probe(then: Sequence[float], now: Sequence[float]) -> bool:
+    """Whether two probes are of one model, in whatever format it computed."""
+    return len(then) == len(now) and np.allclose(then, now, rtol=5e-2, atol=5e-2 * float(np.abs(then).max(initial=0)))
+
+
+def another_model(folder: str, model: str) -> str:
+    """The message on a model that did not make a store."""
+    rule = f"must be the model that made {folder}: it makes another vector of the same text"
+    return problem("--load", model, rule, "Name that model, or build an index of this one")
+
+
+def check_probe(store: Store, probe: Sequence[float], model: str) -> None:
+    """Raise DataError where a model did not make a store that says what its model makes of a text."""
+    if store.plan.probe and not same_probe(store.plan.probe, probe):
+        raise DataError(another_model(str(store.folder), model))
+
+
+def write_shard(folder: str | os.PathLike, shard: int, vectors: np.ndarray, rows: np.ndarray) -> None:
+    """Write a complete shard. vectors [n, p] in any format, stored as float16; rows: int64 [n, columns].
+
+    Raises DataError for vectors that float16 cannot hold.
+    """
+    folder = pathlib.Path(folder)
+    with np.errstate(over="ignore"):  # it is found below
+        stored = vectors.astype(np.float16)
+    if not np.isfinite(stored).all():
+        row = int(np.flatnonzero(~np.isfinite(stored).all(axis=1))[0])
+        rule, largest = "must be finite numbers below 65504, as float16 holds", float(np.abs(vectors[row]).max())
+        cure = "Train with --retriever-score-scaling or a smaller --lr, whose vectors are smaller"
+        raise DataError(problem(f"Vectors of shard {shard}", Words(f"{largest:g} in row {row}"), rule, cure))
+    facts: dict[str, Any] = {"rows": len(stored), "files": {}}
+    for name, array in ((f"{shard:05d}.vectors.npy", stored), (f"{shard:05d}.rows.npy", rows.astype(np.int64))):
+        with atomic_path(folder / name) as temporary:
+            with open(temporary, "wb") as file:
+                np.save(file, array, allow_pickle=False)
+            facts["files"][name] = sha256(temporary)
+    write_text(folder / f"{shard:05d}.json", json.dumps(facts) + "\n")
+
+
+def read_plan(folder: str | os.PathLike) -> Plan:
+    """The plan in store.json. Raises DataError where there is none, or it cannot be read."""
+    path = pathlib.Path(folder) / DESCRIPTION
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version = content.pop("version")
+        plan = Plan(**content | {name: tuple(content[name]) for name in ("columns", "probe")})
+        sound = version == VERSION and min(plan.rows, plan.width, plan.shard_rows) > 0
+    except FileNotFoundError:
+        rule = f"must be the folder of a store ({DESCRIPTION})"
+        raise DataError(problem("The index", str(folder), rule, "Build one with megalith index build")) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is damaged ({type(error).__name__}: {error}). {BUILD_AGAIN}.") from None
+    if not sound:
+        rule = f"must be of version {VERSION}, with rows and a width above 0"
+        raise DataError(problem(str(path), Words(f"version {version}, {plan.rows} rows"), rule, BUILD_AGAIN))
+    return plan
+
+
+class Store:
+    """A complete store, read through memory maps."""
+
+    def __init__(self, folder: str | os.PathLike):
+        """Raises DataError where shards are missing, or a file has not the size of its rows."""
+        self.folder, self.plan = pathlib.Path(folder), read_plan(folder)
+        missing = [shard for shard in range(self.plan.shards) if not self._path(shard, "json").exists()]
+        if missing:
+            found = Words(f"{len(missing)} of {self.plan.shards} missing, first {missing[0]}")
+            cure = "Give the same megalith index build command again: what was finished is kept"
+            raise DataError(problem(f"The shards of {folder}", found, "must be complete", cure))
+        self._vectors = [self._open(shard, "vectors", np.float16, self.plan.width) for shard in range(self.plan.shards)]
+        self._rows = [self._open(shard, "rows", np.int64, len(self.plan.columns)) for shard in range(self.plan.shards)]
+
+    def _path(self, shard: int, end: str) -> pathlib.Path:
+        return self.folder / f"{shard:05d}.{end}"
+
+    def _open(self, shard: int, kind: str, dtype: type, columns: int) -> np.ndarray:
+        path, shape = self._path(shard, f"{kind}.npy"), (len(self.plan.range_of(shard)), columns)
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} cannot be read ({error}). Copy it again, or build the index again.") from None
+        if array.dtype != dtype or array.shape != shape:
+            found = Words(f"{array.dtype} {array.shape}")
+            rule = f"must hold {np.dtype(dtype).name} {shape}, as {DESCRIPTION} says"
+            raise DataError(problem(str(path), found, rule, "Copy it again, or build the index again"))
+        return array
+
+    def __len__(self) -> int:
+        """Number of vectors."""
+        return self.plan.rows
+
+    @property
+    def width(self) -> int:
+        """Elements of a vector."""
+        return self.plan.width
+
+    def chunks(self, rows: int) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, float16 [n, p]) over all vectors, at most `rows` at a time, which are read when touched."""
+        for shard, vectors in enumerate(self._vectors):
+            for first in range(0, len(vectors), rows):
+                yield shard * self.plan.shard_rows + first, vectors[first : first + rows]
+
+    def vectors(self, rows: np.ndarray) -> np.ndarray:
+        """float32 [n, p] of these rows."""
+        rows = np.asarray(rows, np.int64)
+        found, shards = np.empty((len(rows), self.width), np.float32), rows // self.plan.shard_rows
+        for shard in np.unique(shards):
+            here = shards == shard
+            found[here] = self._vectors[shard][rows[here] - shard * self.plan.shard_rows]
+        return found
+
+    def row(self, number: int) -> dict[str, int]:
+        """Which text vector `number` is of, by the names of the plan's columns."""
+        shard, place = divmod(int(number), self.plan.shard_rows)
+        return dict(zip(self.plan.columns, self._rows[shard][place].tolist()))
+
+
+def verify(folder: str | os.PathLike) -> Iterator[tuple[str, str]]:
+    """(file, what is wrong with it), after all bytes were read; nothing for an undamaged store."""
+    folder, plan = pathlib.Path(folder), read_plan(folder)
+    for shard in range(plan.shards):
+        facts = folder / f"{shard:05d}.json"
+        try:
+            files = json.loads(facts.read_text(encoding="utf-8"))["files"]
+            found = dict(files)
+        except FileNotFoundError:
+            yield facts.name, "is missing: this shard was never finished"
+            continue
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            yield facts.name, f"cannot be read ({type(error).__name__}: {error})"
+            continue
+        for name in (f"{shard:05d}.vectors.npy", f"{shard:05d}.rows.npy"):
+            try:
+                if sha256(folder / name) != found.get(name):
+                    yield name, "has another checksum than when it was written"
+            except OSError as error:
+                yield name, f"cannot be read ({error.strerror})"
