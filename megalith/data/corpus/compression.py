@@ -41,6 +41,7 @@ NOT_TEXT = {  # first bytes -> (a file that holds no lines of text, the cure)
 }
 PARQUET_SIGNATURE = b"PAR1"
 TAR_SIGNATURE, TAR_OFFSET = b"ustar", 257
+SKIPPED_BYTES = 1 << 20  # of a line that is too long, at once
 HEAD_BYTES = 512  # enough to recognize every format above
 
 
@@ -93,18 +94,38 @@ def open_decompressed(path: str, raw: BinaryIO | None = None) -> Any:
     return io.BufferedReader(_ConcatenatedStreams(raw, decompressors[kind])) if kind else raw
 
 
-def read_checked(stream: Any, count: int, path: str, whole_lines: bool = False) -> bytes:
-    """About `count` bytes (all with -1), with `whole_lines` to the end of a line; empty at the end.
+def read_checked(stream: Any, count: int, path: str, method: str = "read") -> bytes:
+    """About `count` bytes (all with -1), empty at the end. method: `read`, or `readline` for a line's bytes.
 
     Raises DataError where the file is damaged.
     """
     try:
-        block = stream.read(count)
-        return block + stream.readline() if whole_lines and block and not block.endswith(b"\n") else block
+        return getattr(stream, method)(count)
     except Exception as error:  # zlib, gzip, zstd and the operating system each raise their own
         found = Words(f"the error {str(error)!r}")
         cure = "Fetch it again; it is damaged or cut off"
         raise DataError(problem(path, found, "must decompress to its end", cure)) from error
+
+
+def read_lines(stream: Any, count: int, path: str, max_line: int | None = None) -> tuple[bytes, int]:
+    """About `count` bytes and what their last line still has, and how many bytes were consumed; b"" at the end.
+
+    max_line: a last line of more bytes is cut after max_line + 1 of them, and the rest is passed over, so that a line
+    (a zip bomb, a file of another kind) takes no more memory than that. Who reads the lines finds it by its length.
+    Raises DataError where the file is damaged.
+    """
+    block = read_checked(stream, count, path)
+    if count and (not block or block.endswith(b"\n")):
+        return block, len(block)
+    if max_line is None:
+        block += read_checked(stream, -1, path, "readline")
+        return block, len(block)
+    room = max(0, max_line + 1 - (len(block) - block.rfind(b"\n") - 1))
+    rest = read_checked(stream, room, path, "readline")
+    block, size, last = block + rest, len(block) + len(rest), rest
+    while not last.endswith(b"\n") and (last := read_checked(stream, SKIPPED_BYTES, path, "readline")):
+        size += len(last)
+    return block if block.endswith(b"\n") else block + b"\n", size
 
 
 class _ConcatenatedStreams(io.RawIOBase):

@@ -1,0 +1,372 @@
+"""One run of corpus work: inputs, lock, working folder, passes over the parts, output and report.
+
+    files -> parts (readers.split_into_parts) -> workers (parts.PartRunner) -> a small file for each part -> output
+
+As `data preprocess` does it: the split into parts depends on the input alone and parts are put together in order, so
+the bytes of the output are the same for any engine, any number of workers, and a run that is resumed after a kill.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from megalith.common.encodings import conversion_advice
+from megalith.common.errors import ConfigError, DataError, problem
+from megalith.common.extras import require
+from megalith.common.files import atomic_path, remove_leftovers, sampled_digest, temporary_path, write_text
+from megalith.common.locks import locked
+from megalith.common.outputs import check
+from megalith.config.flags.text import Words
+from megalith.curation.documents import MAX_DOCUMENT_BYTES
+from megalith.curation.parts import OUTPUT, Step, StepJob, finished_parts, part_file
+from megalith.curation.report import REPORTS, merged_rules, step_report, write_report
+from megalith.data.corpus.inputs import STANDARD_INPUT, Inputs, resolve_inputs, spooled
+from megalith.data.corpus.preprocess_options import MAX_PART_BYTES, MIN_PART_BYTES, update_with_inputs
+from megalith.data.corpus.preprocess_pool import ENGINES
+from megalith.data.corpus.readers import Part, split_into_parts
+from megalith.data.corpus.unusable import MAX_UNUSABLE, check_limit, require_usable
+
+PARTS_VERSION = 1  # raise when the meaning of stored parts changes
+SAMPLES = 64  # blocks of 4 KiB whose digest shows whether an output is still the file that was written
+Notice = Callable[[str], None]
+
+
+def quiet(line: str) -> None:
+    """A notice that nobody sees."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What all verbs have: where documents come from and go to, and how the work is done."""
+
+    input: Sequence[str]
+    output: str
+    json_key: str = "text"
+    dropped: str = ""  # a file for the documents that are dropped
+    workers: int = 0  # 0: one for each core
+    partitions: int = 1
+    engine: str = "processes"
+    on_error: str = "skip"
+    max_unusable: float = MAX_UNUSABLE  # an int counts documents, a float is a fraction of them
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
+    overwrite: bool = False
+    owned: bool = False  # the output is a file between two steps: one of other settings is replaced
+
+
+class Command:
+    """The settings of one verb, a dataclass whose fields are its flags; `run` does the work.
+
+    output_kind: what it writes, for messages. lines: a line of a text file is a document.
+    """
+
+    name = ""
+    lines = False
+
+    def check(self) -> None:
+        """Raise ConfigError for settings that cannot work."""
+
+    def files(self) -> Iterable[str]:
+        """Files whose content the result depends on, beside the input."""
+        return ()
+
+    def run(self, run: Run) -> dict[str, Any]:
+        """Do the work, and write the output by `run.assemble`. Returns what the report says beside the counts."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass
+class Pass:
+    """What one pass over the parts gave: the records of the parts, in order."""
+
+    job: StepJob
+    records: list[dict]
+
+    def file(self, record: Mapping, name: str) -> pathlib.Path | None:
+        """A file of a part; None where the part has written none of that name."""
+        return part_file(self.job, record["part"], name) if name in record["sums"] else None
+
+    def array(self, record: Mapping, name: str, dtype: Any) -> np.ndarray:
+        """The numbers that a part has written, mapped into memory."""
+        path = self.file(record, name)
+        return np.memmap(path, dtype, "r") if path is not None else np.zeros(0, dtype)
+
+    def arrays(self, name: str, dtype: Any) -> Iterator[np.ndarray]:
+        """The numbers of each part, in order."""
+        return (self.array(record, name, dtype) for record in self.records)
+
+    def total(self, name: str) -> int:
+        """The sum of a count over the parts."""
+        return sum(record[name] for record in self.records)
+
+    def values(self) -> dict[str, float]:
+        """The sums of what the step has counted itself."""
+        names = dict.fromkeys(name for record in self.records for name in record["values"])
+        return {name: sum(record["values"].get(name, 0) for record in self.records) for name in names}
+
+
+class Run:
+    """A run in progress; made by `execute`."""
+
+    def __init__(self, command: Command, options: RunOptions, notice: Notice, progress: Callable[[dict, int], None]):
+        """Name the files; nothing is touched."""
+        self.command, self.options, self.notice, self.progress = command, options, notice, progress
+        self.output = options.output
+        self.folder = pathlib.Path(f"{self.output}.parts")
+        self.seconds: dict[str, float] = {}
+        self.key, self.part_bytes, self.size = "", 1, 0
+        self.inputs: Inputs = None  # type: ignore[assignment]  # known once `execute` has found them
+        self.still_held: Callable[[], None] = lambda: None
+        self.reading: Pass = None  # type: ignore[assignment]  # the first pass: what was read
+        self._slices: dict[int, list[str]] = {}
+
+    def beside(self, end: str) -> str:
+        """A file that lies beside the output: evidence, an index."""
+        return f"{self.output}.{end}"
+
+    def step_pass(self, step: Step, name: str, *, final: bool = False) -> Pass:
+        """Run a step over all parts of the input. final: its documents are those of the output."""
+        options = self.options
+        suffix = pathlib.Path(self.output).suffix
+        job = StepJob(
+            step,
+            str((self.folder / name).resolve()),
+            self.key,
+            options.json_key,
+            options.max_document_bytes,
+            suffix if final and suffix in (".gz", ".zst") else "",
+            self.command.lines,
+            bool(options.dropped) and final,
+        )
+        done = finished_parts(self._made(job))
+        if done:
+            self.notice(f"resuming: {len(done)} parts are finished")
+        parts = split_into_parts(
+            self.inputs.files,
+            self.part_bytes,
+            frozenset(done),
+            max_line=options.max_document_bytes,
+            whole_texts=not self.command.lines,
+        )
+        result = self.execute(job, self._noted(parts), done, name)
+        if self.reading is None:
+            self.reading = result
+            self._check_usable(result)
+        return result
+
+    def execute(self, job: Any, parts: Iterable[Any], done: dict[int, dict], name: str) -> Pass:
+        """The records of a job over parts, those of `done` as they are; other parts go to the engine."""
+        started = time.monotonic()
+        total = self.size or 1
+        for record in done.values():
+            self.progress(record, total)
+        missing = (part for part in parts if part.number not in done)
+        records = dict(done)
+        for record in ENGINES.find(self.options.engine)(job, missing, self.options.workers):
+            records[record["part"]] = record
+            self.progress(record, total)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+        return Pass(job, [records[number] for number in sorted(records)])
+
+    def _made(self, job: StepJob) -> StepJob:
+        pathlib.Path(job.folder).mkdir(parents=True, exist_ok=True)
+        return job
+
+    def _noted(self, parts: Iterator[Part]) -> Iterator[Part]:
+        for part in parts:
+            self._slices[part.number] = [piece.path for piece in part.slices]
+            yield part
+
+    def assemble(self, done: Pass, name: str = OUTPUT, target: str = "") -> None:
+        """Put a file of all parts together as the output, or as another file."""
+        with atomic_path(target or self.output, self.still_held) as temporary, open(temporary, "wb") as out:
+            for record in done.records:
+                if (path := done.file(record, name)) is not None:
+                    with open(path, "rb") as part:
+                        shutil.copyfileobj(part, out, 1 << 20)
+
+    def locator(self) -> Callable[[int, int, int], str]:
+        """A function of part, slice and line in the slice that gives `file:line`."""
+        before: dict[str, int] = {}
+        starts: dict[tuple[int, int], tuple[str, int]] = {}
+        for record in self.reading.records:
+            for index, (path, lines) in enumerate(zip(self._slices[record["part"]], record["lines"])):
+                starts[record["part"], index] = path, before.get(path, 0)
+                before[path] = before.get(path, 0) + lines
+        return lambda part, index, line: self.inputs.location(starts[part, index][0], starts[part, index][1] + line)
+
+    def rules(self, *passes: Pass) -> dict[str, dict]:
+        """What the rules of passes did, with examples that name the file and line."""
+        locate = self.locator()
+        return {
+            rule: found for each in passes for rule, found in merged_rules(each.records, locate).items()
+        }
+
+    def _check_usable(self, done: Pass) -> None:
+        """Raise DataError where lines that are no documents are too many, or where --on-error fail forbids any."""
+        locate, bad = self.locator(), done.total("num_problems")
+        listed = [
+            f"{locate(record['part'], index, line)}: {reason}"
+            for record in done.records
+            for index, line, reason in record["problems"]
+        ]
+        if bad and self.options.on_error == "fail":
+            cure = f"{conversion_advice(listed)}Correct it, or use --on-error skip"
+            raise DataError(f"{listed[0]}; --on-error fail stops at such a document. {cure}.")
+        total = done.total("documents") + bad
+        require_usable(bad, total, self.options.max_unusable, listed)
+        if not done.total("documents"):
+            rule, cure = "must hold documents", "Check the files and --json-key"
+            raise DataError(problem("--input", Words("nothing"), rule, cure))
+        for line in listed[:10]:
+            self.notice(f"skipped {line}")
+        if bad:
+            self.notice(f"skipped {bad} lines of {total} that hold no document; the report lists some")
+        self.problems = listed
+
+
+def execute(
+    command: Command,
+    options: RunOptions,
+    *,
+    notice: Notice = quiet,
+    progress: Callable[[dict, int], None] = lambda record, total: None,
+) -> dict[str, Any]:
+    """Do what `command` says; returns the report, which lies beside the output too.
+
+    Raises DataError for unusable input and for outputs that exist, ConfigError for impossible settings, LockedError
+    while another process writes the same. After a kill at any time, the same call resumes.
+    """
+    check_options(command, options)
+    if options.output != STANDARD_INPUT:
+        return _execute(command, options, notice, progress)
+    with tempfile.TemporaryDirectory(prefix="megalith-") as folder:
+        path = os.path.join(folder, "output.jsonl")
+        report = _execute(command, dataclasses.replace(options, output=path), notice, progress)
+        with open(path, "rb") as file:
+            shutil.copyfileobj(file, sys.stdout.buffer, 1 << 20)
+        sys.stdout.buffer.flush()
+        return report
+
+
+def check_options(command: Command, options: RunOptions) -> None:
+    """Raise ConfigError for settings that cannot work."""
+    if options.workers < 0 or options.partitions < 1 or options.max_document_bytes < 1:
+        rule = "must be 0 (one for each core) or more, --partitions and --max-document-bytes 1 or more"
+        found = Words(f"{options.workers}, {options.partitions} and {options.max_document_bytes}")
+        raise ConfigError(problem("--workers", found, rule, "Correct them"))
+    check_limit(options.max_unusable)
+    if options.on_error not in ("skip", "fail"):
+        raise ConfigError(problem("--on-error", options.on_error, "must be skip or fail", "Choose one"))
+    ENGINES.find(options.engine)
+    if options.engine == "ray":
+        require("ray", "--engine ray")
+    if options.output.endswith(".zst"):
+        require("zstandard", options.output)
+    command.check()
+
+
+def _execute(command: Command, options: RunOptions, notice: Notice, progress: Callable) -> dict[str, Any]:
+    started = time.monotonic()
+    run = Run(command, options, notice, progress)
+    outputs = [run.output, *([options.dropped] if options.dropped else [])]
+    reports = [run.beside(end) for end in REPORTS]
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(locked(output, notice=notice)) for output in outputs]
+        run.still_held = lambda: [check_lock() for check_lock in held] and None
+        for file in (*outputs, *reports):
+            remove_leftovers(file, notice)
+        found = resolve_inputs(options.input)
+        spool = temporary_path(pathlib.Path(run.output))
+        run.inputs = stack.enter_context(spooled(found, lambda: spool, notice))
+        run.size = sum(os.path.getsize(path) for path in run.inputs.files)
+        default = max(MIN_PART_BYTES, min(run.size // 4096, MAX_PART_BYTES))
+        run.part_bytes = max(1, min(default, -(-run.size // options.partitions)))
+        run.key = fingerprint(run)
+        if report := _existing(run, [*outputs, *reports]):
+            notice(f"{run.output}: already made from this input with these settings (--overwrite makes it again)")
+            return report
+        found.report_not_read(notice)
+        _begin(run)
+        facts = command.run(run)
+        if fingerprint(run) != run.key:
+            what, rule = "The files of --input, and those that settings name", "must not change meanwhile"
+            found_now = Words(f"a change, and --input {' '.join(map(str, options.input))}")
+            raise DataError(problem(what, found_now, rule, "Give the same command again when nothing writes there"))
+        report = step_report(run, facts, time.monotonic() - started)
+        report |= {"key": run.key, "samples": {name: sampled_digest(name, SAMPLES) for name in outputs}}
+        write_report(run.output, [report])
+        shutil.rmtree(run.folder)
+        return report
+
+
+def fingerprint(run: Run) -> str:
+    """Digest of what the parts depend on: settings, files that settings name, and the input."""
+    options = run.options
+    settings = {name: value for name, value in dataclasses.asdict(run.command).items()}  # type: ignore[call-overload]
+    content = [PARTS_VERSION, run.command.name, settings, options.json_key, options.max_document_bytes]
+    content += [run.part_bytes, options.dropped, options.on_error, pathlib.Path(run.output).suffix]
+    digest = hashlib.sha256(json.dumps(content, default=str).encode())
+    for path in run.command.files():
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    update_with_inputs(digest, run.inputs)
+    return digest.hexdigest()
+
+
+def _existing(run: Run, files: Sequence[str]) -> dict | None:
+    """The report of a run with these settings whose outputs are as it wrote them, else None.
+
+    Raises DataError where other files are in the way.
+    """
+    overwrite = run.options.overwrite
+    check(files, inputs=run.inputs.files, overwrite=True, flag="--output")
+    existing = [file for file in files if os.path.lexists(file)]
+    finishing = _text(run.folder / "key") == run.key  # killed while it put its own files in place
+    if overwrite or not existing or finishing:
+        return None
+    try:
+        report = json.loads(_text(pathlib.Path(run.beside(REPORTS[0]))))["steps"][-1]
+        if report["key"] == run.key and all(
+            sampled_digest(name, SAMPLES) == digest for name, digest in report["samples"].items()
+        ):
+            return report
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        pass
+    if run.options.owned:
+        return None
+    rule = "names files made from other input or with other settings, which only --overwrite replaces"
+    raise DataError(problem("--output", existing[0], rule, "Add --overwrite, or choose another output"))
+
+
+def _begin(run: Run) -> None:
+    """Make the working folder, emptied where it belongs to other settings."""
+    folder, marker = run.folder, run.folder / "key"
+    if os.path.lexists(folder) and _text(marker) != run.key:
+        if not marker.exists() and (not folder.is_dir() or os.listdir(folder)):
+            rule = f"needs the folder {folder} for unfinished parts, but something else is there"
+            found = Words("a folder of other files" if folder.is_dir() else "a file")
+            raise DataError(problem("--output", found, rule, "Move it away, or choose another output"))
+        run.notice(f"{folder} has parts of another input or other settings; starting anew")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(marker, run.key)
+
+
+def _text(path: pathlib.Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        return ""
