@@ -8,6 +8,7 @@ COMMANDS = Registry(
     "step",
     {
         "clean": "megalith.curation.clean.command:Clean",
+        "dedup": "megalith.curation.dedup.command:Dedup",
     },
 )
 HELP = {

@@ -166,6 +166,17 @@ class Run:
             self._check_usable(result)
         return result
 
+    @contextlib.contextmanager
+    def clock(self, name: str) -> Iterator[None]:
+        """Count the time of the block as that of `name`."""
+        started = time.monotonic()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+
+    def paths(self, part: int) -> list[str]:
+        """The files that the slices of a part are of."""
+        return self._slices[part]
+
     def execute(self, job: Any, parts: Iterable[Any], done: dict[int, dict], name: str) -> Pass:
         """The records of a job over parts, those of `done` as they are; other parts go to the engine."""
         started = time.monotonic()

@@ -7,7 +7,7 @@ from typing import Any
 
 from megalith.common.extras import require
 
-SAMPLE = 2000  # characters that are looked at: the beginning, the middle and the end of a longer text
+SAMPLE = 1000  # characters that are looked at: the beginning, the middle and the end of a longer text
 
 
 @functools.cache

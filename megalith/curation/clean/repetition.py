@@ -63,10 +63,11 @@ def top_ngrams(text: Text) -> str:
     lengths = text.word_lengths
     total = int(lengths.sum())
     for size, most in TOP_NGRAMS.items():
-        found, first, counts = np.unique(ngram_hashes(text.hashed.hashes, size), return_index=True, return_counts=True)
+        ngrams = ngram_hashes(text.hashed.hashes, size)
+        found, counts = np.unique(ngrams, return_counts=True)
         if not len(found) or (count := int(counts.max())) < 2:
             break  # no longer one can be there twice either
-        start = int(first[counts == count].min())
+        start = int(np.flatnonzero(ngrams == found[counts.argmax()])[0])
         share = count * int(lengths[start : start + size].sum()) / total
         if share > most:
             return f"one {size}-gram has {share:.1%}"
@@ -79,9 +80,10 @@ def duplicate_ngrams(text: Text) -> str:
     total = int(lengths.sum())
     for size, most in DUPLICATE_NGRAMS.items():
         ngrams = ngram_hashes(text.hashed.hashes, size)
-        _, first = np.unique(ngrams, return_index=True)
-        if len(first) == len(ngrams):
+        in_order = np.sort(ngrams)
+        if not (in_order[1:] == in_order[:-1]).any():
             break
+        _, first = np.unique(ngrams, return_index=True)  # slow: it sorts positions
         covered = np.zeros(len(lengths) + 1, np.int64)
         repeated = np.setdiff1d(np.arange(len(ngrams)), first, assume_unique=True)
         np.add.at(covered, repeated, 1)
