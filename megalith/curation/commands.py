@@ -7,8 +7,15 @@ from megalith.common.registry import Registry
 COMMANDS = Registry(
     "step",
     {
+        "wiki": "megalith.curation.wiki.command:Wiki",
+        "urls": "megalith.curation.urls:Urls",
         "clean": "megalith.curation.clean.command:Clean",
         "dedup": "megalith.curation.dedup.command:Dedup",
+        "decontaminate": "megalith.curation.decontaminate.command:Decontaminate",
+        "ids": "megalith.curation.ids:Ids",
+        "shuffle": "megalith.curation.shuffle:Shuffle",
+        "sample": "megalith.curation.sample:Sample",
+        "stats": "megalith.curation.stats:Stats",
     },
 )
 HELP = {

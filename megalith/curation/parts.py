@@ -14,14 +14,14 @@ import json
 import pathlib
 import time
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from megalith.common.extras import require
 from megalith.common.files import write_text
-from megalith.curation.documents import Document, dump, read_documents
+from megalith.curation.documents import Document, DocumentBatch, dump, read_documents
 from megalith.data.corpus.readers import Part
 
 EXAMPLES = 3  # kept of each rule in a part, and in a report
@@ -39,12 +39,12 @@ class Step:
     name = ""
     writes = True
 
-    def files(self) -> Iterable[str]:
-        """Files whose content the result depends on, beside the input."""
-        return ()
-
     def load(self) -> None:
         """Load what all parts need; called once in each worker."""
+
+    def read(self, part: Part, job: StepJob) -> Iterator[tuple[int, DocumentBatch]]:
+        """The documents of a part in batches, each with the index of its slice."""
+        return read_documents(part, job.text_key, job.max_document_bytes, job.lines)
 
     def process(self, documents: Sequence[Document], out: PartOutput) -> None:
         """Say of each document what becomes of it, by the methods of `out`."""
@@ -114,27 +114,33 @@ class PartOutput:
     def write(self, name: str, content: bytes) -> None:
         """Append to a file of the part."""
         if name not in self._open:
-            self._open[name] = self._files.enter_context(self._opened(name))
+            path = part_file(self.job, self.number, name)
+            self._open[name] = self._files.enter_context(opened(path, self.job.compression if name == OUTPUT else ""))
         self._open[name].write(content)
 
     def add(self, name: str, values: np.ndarray) -> None:
         """Append numbers to a file of the part; their kind must be the same in all parts."""
         self.write(name, np.ascontiguousarray(values).tobytes())
 
-    def _opened(self, name: str) -> Any:
-        path = part_file(self.job, self.number, name)
-        kind = self.job.compression if name == OUTPUT else ""
-        if kind == ".gz":
-            return gzip.GzipFile("", "wb", 6, self._files.enter_context(open(path, "wb")), mtime=0)
-        if kind == ".zst":
-            compressor = require("zstandard", "--output in zstd").ZstdCompressor(level=3)
-            return compressor.stream_writer(self._files.enter_context(open(path, "wb")))
-        return open(path, "wb")
-
     @property
     def names(self) -> list[str]:
         """Of the files that were written."""
         return list(self._open)
+
+
+@contextlib.contextmanager
+def opened(path: pathlib.Path, compression: str) -> Iterator[Any]:
+    """A file to write bytes into, compressed by ".gz", ".zst" or not (""): equal bytes give equal files."""
+    with open(path, "wb") as file:
+        if compression == ".gz":
+            with gzip.GzipFile("", "wb", 6, file, mtime=0) as packed:
+                yield packed
+        elif compression == ".zst":
+            compressor = require("zstandard", "--output in zstd").ZstdCompressor(level=3)
+            with compressor.stream_writer(file, closefd=False) as packed:
+                yield packed
+        else:
+            yield file
 
 
 def _excerpts(before: str, after: str | None) -> dict[str, str]:
@@ -162,7 +168,7 @@ class PartRunner:
         num_problems = 0
         with contextlib.ExitStack() as files:
             out = PartOutput(job, part.number, files)
-            for index, batch in read_documents(part, job.text_key, job.max_document_bytes, job.lines):
+            for index, batch in job.step.read(part, job):
                 job.step.process(batch.documents, out)
                 out.position += len(batch.documents)
                 lines[index], size = batch.num_lines, size + batch.size

@@ -69,7 +69,7 @@ class RunOptions:
 class Command:
     """The settings of one verb, a dataclass whose fields are its flags; `run` does the work.
 
-    output_kind: what it writes, for messages. lines: a line of a text file is a document.
+    lines: a line of a text file is a document.
     """
 
     name = ""
@@ -78,9 +78,23 @@ class Command:
     def check(self) -> None:
         """Raise ConfigError for settings that cannot work."""
 
-    def files(self) -> Iterable[str]:
+    def files(self, output: str) -> Iterable[str]:
         """Files whose content the result depends on, beside the input."""
         return ()
+
+    def find_inputs(self, patterns: Sequence[str]) -> Inputs:
+        """The files that --input names."""
+        return resolve_inputs(patterns)
+
+    def parts(self, run: Run, done: frozenset[int]) -> Iterator[Part]:
+        """The parts of the input, those in `done` without content."""
+        return split_into_parts(
+            run.inputs.files,
+            run.part_bytes,
+            done,
+            max_line=run.options.max_document_bytes,
+            whole_texts=not self.lines,
+        )
 
     def run(self, run: Run) -> dict[str, Any]:
         """Do the work, and write the output by `run.assemble`. Returns what the report says beside the counts."""
@@ -138,28 +152,11 @@ class Run:
 
     def step_pass(self, step: Step, name: str, *, final: bool = False) -> Pass:
         """Run a step over all parts of the input. final: its documents are those of the output."""
-        options = self.options
-        suffix = pathlib.Path(self.output).suffix
-        job = StepJob(
-            step,
-            str((self.folder / name).resolve()),
-            self.key,
-            options.json_key,
-            options.max_document_bytes,
-            suffix if final and suffix in (".gz", ".zst") else "",
-            self.command.lines,
-            bool(options.dropped) and final,
-        )
-        done = finished_parts(self._made(job))
+        job = self.step_job(step, name, final)
+        done = finished_parts(self.made(job))
         if done:
             self.notice(f"resuming: {len(done)} parts are finished")
-        parts = split_into_parts(
-            self.inputs.files,
-            self.part_bytes,
-            frozenset(done),
-            max_line=options.max_document_bytes,
-            whole_texts=not self.command.lines,
-        )
+        parts = self.command.parts(self, frozenset(done))
         result = self.execute(job, self._noted(parts), done, name)
         if self.reading is None:
             self.reading = result
@@ -191,7 +188,22 @@ class Run:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
         return Pass(job, [records[number] for number in sorted(records)])
 
-    def _made(self, job: StepJob) -> StepJob:
+    def step_job(self, step: Step, name: str, final: bool = False) -> StepJob:
+        """What workers need for a step. name: of its folder. final: its documents are those of the output."""
+        options, suffix = self.options, pathlib.Path(self.output).suffix
+        return StepJob(
+            step,
+            str((self.folder / name).resolve()),
+            self.key,
+            options.json_key,
+            options.max_document_bytes,
+            suffix if final and suffix in (".gz", ".zst") else "",
+            self.command.lines,
+            bool(options.dropped) and final,
+        )
+
+    def made(self, job: StepJob) -> StepJob:
+        """The job, with its folder made."""
         pathlib.Path(job.folder).mkdir(parents=True, exist_ok=True)
         return job
 
@@ -216,7 +228,13 @@ class Run:
             for index, (path, lines) in enumerate(zip(self._slices[record["part"]], record["lines"])):
                 starts[record["part"], index] = path, before.get(path, 0)
                 before[path] = before.get(path, 0) + lines
-        return lambda part, index, line: self.inputs.location(starts[part, index][0], starts[part, index][1] + line)
+
+        def locate(part: int, index: int, line: int) -> str:
+            path, lines = starts[part, index]
+            name = self.inputs.names.get(path, path)
+            return f"{name}:{lines + line}" if self.command.lines else self.inputs.location(path, lines + line)
+
+        return locate
 
     def rules(self, *passes: Pass) -> dict[str, dict]:
         """What the rules of passes did, with examples that name the file and line."""
@@ -299,7 +317,7 @@ def _execute(command: Command, options: RunOptions, notice: Notice, progress: Ca
         run.still_held = lambda: [check_lock() for check_lock in held] and None
         for file in (*outputs, *reports):
             remove_leftovers(file, notice)
-        found = resolve_inputs(options.input)
+        found = command.find_inputs(options.input)
         spool = temporary_path(pathlib.Path(run.output))
         run.inputs = stack.enter_context(spooled(found, lambda: spool, notice))
         run.size = sum(os.path.getsize(path) for path in run.inputs.files)
@@ -330,7 +348,7 @@ def fingerprint(run: Run) -> str:
     content = [PARTS_VERSION, run.command.name, settings, options.json_key, options.max_document_bytes]
     content += [run.part_bytes, options.dropped, options.on_error, pathlib.Path(run.output).suffix]
     digest = hashlib.sha256(json.dumps(content, default=str).encode())
-    for path in run.command.files():
+    for path in run.command.files(run.output):
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     update_with_inputs(digest, run.inputs)

@@ -68,7 +68,7 @@ class Clean(Command):
         if problems:
             raise ConfigError("\n".join(problems))
 
-    def files(self) -> Iterable[str]:
+    def files(self, output: str) -> Iterable[str]:
         """Those of the tokenizer, and the list of bad words."""
         return [*tokenizer_files(self.tokenizer), *([self.bad_words] if self.bad_words else [])]
 

@@ -17,7 +17,7 @@ from megalith.common.errors import ConfigError, problem
 from megalith.common.files import atomic_path
 from megalith.config.options import option
 from megalith.curation.dedup.choose import NEAR, STAYS, Verdicts, choose, over_budget, source_table, stop_over_budget
-from megalith.curation.dedup.index import Generation, add_generation, generations
+from megalith.curation.dedup.index import MANIFEST, Generation, add_generation, generations
 from megalith.curation.dedup.links import Groups, find_groups
 from megalith.curation.dedup.occurrences import DropParagraphs, SignParagraphs, first_occurrences
 from megalith.curation.dedup.signatures import DIGEST, Sign
@@ -80,6 +80,11 @@ class Dedup(Command):
         names = ("by", "ngram_size", "ngram_unit", "bands", "rows", "seed")
         return {name: getattr(self, name) for name in names}
 
+    def files(self, output: str) -> Iterable[str]:
+        """The manifests of the index, as far as other outputs have written them."""
+        earlier = generations(self.index, self.signature_settings, output) if self.index else []
+        return [str(each.path / MANIFEST) for each in earlier]
+
     def run(self, run: Run) -> dict[str, Any]:
         """Sign, find groups, filter."""
         if self.by == "paragraph":
@@ -133,7 +138,7 @@ class Dedup(Command):
     def _filter(self, run: Run, verdicts: Verdicts, indexed: int, signed: Pass) -> Pass:
         paths = {}
         for name in ("verdict", "similarity"):
-            paths[name] = str((run.folder / name).resolve())
+            paths[name] = str((run.folder / f"{name}.bin").resolve())
             getattr(verdicts, name)[indexed:].tofile(paths[name])
         starts = _starts(signed, "documents")
         return run.step_pass(Filter(paths["verdict"], paths["similarity"], starts), "filter", final=True)
@@ -143,7 +148,7 @@ class Dedup(Command):
         signed = run.step_pass(SignParagraphs(self.min_paragraph_words), "sign")
         count = int(signed.values().get("paragraphs", 0))
         with run.clock("groups"):
-            path = (run.folder / "first").resolve()
+            path = (run.folder / "first.bin").resolve()
             first = first_occurrences(lambda: signed.arrays("paragraphs", np.uint64), count, path)
             start = 0
             for piece in signed.arrays("paragraphs", np.uint64):  # short ones, and empty lines, stay
