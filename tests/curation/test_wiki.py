@@ -37,8 +37,8 @@ MARKUP = [
     ("It is {{convert|5|km|mi}} {{lang|fr|loin}}{{nbsp}}away.", "It is 5 km loin away."),
     ("[[File:a.jpg|thumb|A [[nested]] caption]]Text[[Datei:b.png]] and [[Kategorie:X]].", "Text and."),
     ("[[:Category:Shown]] and [https://a.org a site] and [https://b.org].", "Category:Shown and a site and."),
-    ("A\n{| class=x\n! h\n|-\n| cell {{t}}\n|}\nB", "A\nB"),
-    ("== One ==\n== Two ==\nText\n=== Three ===\n== Links ==\n* [[Category:X]]\n", "Two\nText"),
+    ("A\n{| class=x\n! h\n|-\n| cell {{t}}\n|}\nB", "A\n\nB"),
+    ("== One ==\n== Two ==\nText\n=== Three ===\n== Links ==\n* [[Category:X]]\n", "Two\n\nText"),
     ("* a\n* [[b]]\n** c\n# d", "- a\n- b\n- c\n- d"),
     ("x<!-- hidden --> &amp; y&nbsp;z &lt;b&gt; __NOTOC__", "x & y z <b>"),
     ("E = <math>mc^2</math> holds", "E = holds"),
@@ -57,7 +57,7 @@ def test_markup(wikitext, text):
 def test_choices():
     source = "A\n== H ==\n* i\n{|\n| x || y\n|-\n| z\n|}\n<math>a</math>"
     assert to_text(source, Choices(headings=False, lists=False)) == "A"
-    assert to_text(source, Choices(tables=True, formulas=True)) == "A\nH\n- i\nx y\nz\n\n$a$"
+    assert to_text(source, Choices(tables=True, formulas=True)) == "A\n\nH\n\n- i\nx y\nz\n\n$a$"
 
 
 @settings(max_examples=40, deadline=None)
