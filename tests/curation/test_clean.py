@@ -29,7 +29,9 @@ def words(count):
     return " ".join(f"word{i}" for i in range(count))
 
 
+PAGE = f"<html><head><script>var x = 1</script></head><body><nav><a>Home</a></nav><article><p>{PROSE * 3}</p></article></body></html>"
 CHANGES = {  # rule -> (text, what it becomes), (a near text that stays)
+    "html": ((PAGE, (PROSE * 3).strip()), "a < b and c > d"),
     "ftfy": (("It\xe2\x80\x99s d\xc3\xa9j\xc3\xa0 vu", "It's déjà vu"), "It's déjà vu"),
     "unicode": (("cafe\u0301", "café"), "ﬁne café"),
     "unicode_nfkc": (("ﬁne ①", "fine 1"), "fine 1 — café"),

@@ -19,6 +19,7 @@ QUOTES = {
 PUNCTUATION = str.maketrans(QUOTES)
 EMAIL = re.compile(r"(?<![\w.+-])[A-Za-z0-9][\w.+-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24}(?![\w-])")
 IP_ADDRESS = re.compile(r"(?<![\w.:])(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9A-Fa-f:]*:[0-9A-Fa-f:]+(?:\.\d+){0,3})(?![\w:]|\.\d)")
+HTML = re.compile(r"<(?:!doctype html|html|head|body|article|div|p|br)\b[^<]*>", re.IGNORECASE)
 SPACES = re.compile(r"[^\S\n]+\n")
 MANY_NEWLINES = re.compile(r"\n{3,}")
 GENERAL = re.compile(r"  +|\b\n+ |\b\n+")
@@ -40,6 +41,13 @@ def fix_encoding(text: str) -> str:
         return _ftfy().fix_text(text)
     fix = _ftfy().fix_text
     return "\n".join(line if PLAIN.fullmatch(line) else fix(line) for line in text.split("\n"))
+
+
+def extract_html(text: str) -> str:
+    """The text of a page's article, by trafilatura (Barbaresi, 2021); a text that is no HTML stays."""
+    if not HTML.search(text):
+        return text
+    return require("trafilatura", "the rule html").extract(text, include_comments=False) or ""
 
 
 def normalize(text: str) -> str:

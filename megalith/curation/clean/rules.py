@@ -20,6 +20,7 @@ from megalith.curation.words import Words, split_words
 
 HERE = "megalith.curation.clean"
 CORRECTIONS = {  # name -> address of text -> text
+    "html": f"{HERE}.corrections:extract_html",
     "ftfy": f"{HERE}.corrections:fix_encoding",
     "unicode": f"{HERE}.corrections:normalize",
     "unicode_nfkc": f"{HERE}.corrections:normalize_compatible",

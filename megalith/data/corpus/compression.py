@@ -42,6 +42,8 @@ NOT_TEXT = {  # first bytes -> (a file that holds no lines of text, the cure)
 PARQUET_SIGNATURE = b"PAR1"
 TAR_SIGNATURE, TAR_OFFSET = b"ustar", 257
 SKIPPED_BYTES = 1 << 20  # of a line that is too long, at once
+COMPRESSED_BYTES, DECOMPRESSED = 1 << 16, 1 << 18  # read, and asked of a decompressor, at once
+ZSTD_BYTES = 1 << 10  # given to zstandard at once: a block of 128 KiB may be 4 bytes, so that 64 KiB could hold 2 GiB
 HEAD_BYTES = 512  # enough to recognize every format above
 
 
@@ -138,6 +140,9 @@ class _ConcatenatedStreams(io.RawIOBase):
     def __init__(self, raw: BinaryIO, new_decompressor: Callable[[], Any]):
         """Read `raw`; new_decompressor: makes the decompressor of one stream."""
         self._raw, self._new_decompressor = raw, new_decompressor
+        # bz2 and lzma give as much at once as they are asked for; zstandard gives all that its input holds.
+        self._limits = isinstance(new_decompressor(), (bz2.BZ2Decompressor, lzma.LZMADecompressor))
+        self._piece = COMPRESSED_BYTES if self._limits else ZSTD_BYTES
         self._decompressed = self._unread = b""
         self._decompressor: Any = None  # none before the first stream
 
@@ -148,8 +153,12 @@ class _ConcatenatedStreams(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Fill the buffer, or some of it; 0 at the end."""
         while not self._decompressed:
-            block, self._unread = self._unread or self._raw.read(1 << 16), b""
             in_stream = self._decompressor is not None and not self._decompressor.eof
+            if in_stream and self._limits and not self._decompressor.needs_input:
+                self._decompress(b"")
+                continue
+            held, self._unread = self._unread or self._raw.read(COMPRESSED_BYTES), b""
+            block, self._unread = held[: self._piece], held[self._piece :]
             if not block:
                 if in_stream:
                     raise EOFError("the file ends inside a compressed stream")
@@ -159,11 +168,16 @@ class _ConcatenatedStreams(io.RawIOBase):
                 if not block:
                     continue
                 self._decompressor = self._new_decompressor()
-            self._decompressed = self._decompressor.decompress(block)
-            self._unread = self._decompressor.unused_data if self._decompressor.eof else b""
+            self._decompress(block)
         count = min(len(buffer), len(self._decompressed))
         buffer[:count], self._decompressed = self._decompressed[:count], self._decompressed[count:]
         return count
+
+    def _decompress(self, block: bytes) -> None:
+        decompressor = self._decompressor
+        self._decompressed = decompressor.decompress(block, DECOMPRESSED) if self._limits else decompressor.decompress(block)
+        if decompressor.eof:
+            self._unread = decompressor.unused_data + self._unread
 
     def close(self) -> None:
         """Close the file too."""
