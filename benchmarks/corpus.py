@@ -2,10 +2,10 @@
 
     python benchmarks/corpus.py [--documents 1000000] [--recall 2000] > benchmarks/results/corpus.txt
 
-dedup: synthetic documents of some 170 words (a Zipf distribution over 50,000 words), a tenth of them planted copies with
-1 to 10 % of their words replaced; ours is the whole command (two workers by default), from file to file. datasketch's
-MinHash (128 values, as many bands) with the same shingles runs on a part of them, in one process, texts in memory,
-nothing written: documents a second of one core. Published on other machines: fastdedup 1,227 documents/s/core,
+dedup: synthetic documents of some 170 words (a Zipf distribution over 50,000 words), a tenth of them planted copies
+with 1 to 10 % of their words replaced; ours is the whole command (two workers by default), from file to file.
+datasketch's MinHash of 128 values and its LSH, with the same shingles, run on a part of them, in one process, texts in
+memory, nothing written: documents a second of one core. Published on other machines: fastdedup 1,227 documents/s/core,
 marin 4,152.
 
 recall: copies of texts with 1 to 30 % of their words replaced, at the default threshold; beside it datasketch's LSH
@@ -88,9 +88,7 @@ def removed(folder: pathlib.Path) -> list[dict]:
     """The evidence, with numbers of documents."""
     lines = (folder / "out.jsonl.removed.jsonl").read_text().splitlines()
     found = map(json.loads, lines)
-    return [
-        each | {side: int(each[side].rpartition(":")[2]) - 1 for side in ("document", "kept")} for each in found
-    ]
+    return [each | {side: int(each[side].rpartition(":")[2]) - 1 for side in ("document", "kept")} for each in found]
 
 
 def datasketch_rate(texts: list[str]) -> float:
@@ -200,7 +198,8 @@ def main() -> None:
         folder = pathlib.Path(name)
         path = folder / "documents.jsonl"
         planted = synthetic(path, args.documents)
-        print(f"\ndedup: {args.documents:,} documents, {path.stat().st_size / 1e6:,.0f} MB, {len(planted):,} planted copies")
+        size = path.stat().st_size / 1e6
+        print(f"\ndedup: {args.documents:,} documents, {size:,.0f} MB, {len(planted):,} planted copies")
         used = ours(path, folder, args.workers)
         rate = args.documents / used["cpu"]
         print(f"ours: {used['seconds']:.1f} s with {args.workers} workers, {used['cpu']:.1f} s of CPU, "
@@ -208,7 +207,8 @@ def main() -> None:
         found = {each["document"] for each in removed(folder)}
         for low, high in ((0.01, 0.03), (0.03, 0.06), (0.06, 0.1)):
             own = [copy for copy, (_, share) in planted.items() if low <= share < high]
-            print(f"  planted with {low:.0%} to {high:.0%} of words replaced: {sum(c in found for c in own) / max(1, len(own)):.1%} found")
+            share = sum(copy in found for copy in own) / max(1, len(own))
+            print(f"  planted with {low:.0%} to {high:.0%} of words replaced: {share:.1%} found")
         print(f"  not planted, removed: {len(found - set(planted))}")
         with open(path) as file:
             texts = [json.loads(next(file))["text"] for _ in range(min(5000, args.documents))]
@@ -217,7 +217,8 @@ def main() -> None:
         print("\nrecall of copies with a share of their words replaced, at the default threshold")
         print("\n".join(recall(args.recall, folder)))
     fast, plain = clean_rates()
-    print(f"\nclean (encoding and language): {fast:.0f} documents/s/core; ftfy + langdetect {plain:.0f}; {fast / plain:.1f} times")
+    peer = f"ftfy + langdetect {plain:.0f}; {fast / plain:.1f} times"
+    print(f"\nclean (encoding and language): {fast:.0f} documents/s/core; {peer}")
     print(f"peak memory of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
 
 

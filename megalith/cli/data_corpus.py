@@ -22,7 +22,9 @@ KINDS: dict[str, dict[str, Any]] = {  # how the flag of a field is read, by the 
 def register(verbs) -> None:
     """Add the verbs."""
     for name in COMMANDS:
-        parser = verbs.add_parser(name, help=HELP[name], epilog=f"example: megalith data {name} --input {EXAMPLES[name]}")
+        parser = verbs.add_parser(
+            name, help=HELP[name], epilog=f"example: megalith data {name} --input {EXAMPLES[name]}"
+        )
         _add_run_flags(parser, name)
         add_command_flags(parser, COMMANDS.find(name))
         parser.set_defaults(handler=run, step=name)
@@ -129,10 +131,9 @@ def summary(report: dict) -> list[str]:
     from megalith.common import units
 
     seconds = report["seconds"]["all"]
-    lines = [
-        f"{report['step']}: {report['kept']:,} of {report['documents']:,} documents, {units.size(report['kept_bytes'])} "
-        f"of {units.size(report['bytes'])}, in {units.duration(seconds)}"
-    ]
+    kept = f"{report['kept']:,} of {report['documents']:,} documents"
+    sizes = f"{units.size(report['kept_bytes'])} of {units.size(report['bytes'])}"
+    lines = [f"{report['step']}: {kept}, {sizes}, in {units.duration(seconds)}"]
     for rule, found in sorted(report["rules"].items(), key=lambda item: -item[1]["documents"]):
         lines.append(f"  {rule}: {found['documents']:,} {'changed' if found['changed'] else 'dropped'}")
     lines += [f"  {line}" for line in report.get("lines", ())]

@@ -61,7 +61,9 @@ class Number(Step):
         prefix = f"{settings.id_prefix}-" if settings.id_prefix else ""
         for number, document in enumerate(documents, self.starts[out.number] + out.position):
             if not settings.replace and settings.id_key in document.record:
-                rule = f"must be a key that documents do not have yet; one has {document.record[settings.id_key]!r} there"
+                rule = (
+                    f"must be a key that documents do not have yet; one has {document.record[settings.id_key]!r} there"
+                )
                 cure = "Give another key, or add --replace"
                 raise DataError(problem("--id-key", settings.id_key, rule, cure))
             out.keep(document.replaced(**{settings.id_key: f"{prefix}{number:010d}"}))

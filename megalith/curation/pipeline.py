@@ -106,7 +106,9 @@ def read_pipeline(path: str) -> Pipeline:
     for entry in content["steps"]:
         entry = {entry: {}} if isinstance(entry, str) else entry
         if not isinstance(entry, dict) or len(entry) != 1 or not isinstance(next(iter(entry.values())) or {}, dict):
-            problems.append(problem("a step", entry, "must be a verb and its settings", "Write `- clean: {language: en}`"))
+            problems.append(
+                problem("a step", entry, "must be a verb and its settings", "Write `- clean: {language: en}`")
+            )
             continue
         ((name, settings),) = entry.items()
         settings = dict(settings or {})

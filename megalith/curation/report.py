@@ -19,7 +19,6 @@ from megalith.common import units
 from megalith.common.files import write_text
 from megalith.curation.parts import EXAMPLES
 
-
 if TYPE_CHECKING:
     from megalith.curation.run import Run
 

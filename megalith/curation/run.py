@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import os
 import pathlib
 import shutil
@@ -26,21 +24,19 @@ import numpy as np
 from megalith.common.encodings import conversion_advice
 from megalith.common.errors import ConfigError, DataError, problem
 from megalith.common.extras import require
-from megalith.common.files import atomic_path, remove_leftovers, sampled_digest, temporary_path, write_text
+from megalith.common.files import atomic_path, remove_leftovers, sampled_digest, temporary_path
 from megalith.common.locks import locked
-from megalith.common.outputs import check
 from megalith.config.flags.text import Words
 from megalith.curation.documents import MAX_DOCUMENT_BYTES
 from megalith.curation.parts import OUTPUT, Step, StepJob, finished_parts, part_file
 from megalith.curation.report import REPORTS, merged_rules, step_report, write_report
+from megalith.curation.run_state import SAMPLES, begin_work, existing_report, fingerprint
 from megalith.data.corpus.inputs import STANDARD_INPUT, Inputs, resolve_inputs, spooled
-from megalith.data.corpus.preprocess_options import MAX_PART_BYTES, MIN_PART_BYTES, update_with_inputs
+from megalith.data.corpus.preprocess_options import MAX_PART_BYTES, MIN_PART_BYTES
 from megalith.data.corpus.preprocess_pool import ENGINES
 from megalith.data.corpus.readers import Part, split_into_parts
 from megalith.data.corpus.unusable import MAX_UNUSABLE, check_limit, require_usable
 
-PARTS_VERSION = 1  # raise when the meaning of stored parts changes
-SAMPLES = 64  # blocks of 4 KiB whose digest shows whether an output is still the file that was written
 Notice = Callable[[str], None]
 
 
@@ -239,9 +235,7 @@ class Run:
     def rules(self, *passes: Pass) -> dict[str, dict]:
         """What the rules of passes did, with examples that name the file and line."""
         locate = self.locator()
-        return {
-            rule: found for each in passes for rule, found in merged_rules(each.records, locate).items()
-        }
+        return {rule: found for each in passes for rule, found in merged_rules(each.records, locate).items()}
 
     def _check_usable(self, done: Pass) -> None:
         """Raise DataError where lines that are no documents are too many, or where --on-error fail forbids any."""
@@ -324,11 +318,11 @@ def _execute(command: Command, options: RunOptions, notice: Notice, progress: Ca
         default = max(MIN_PART_BYTES, min(run.size // 4096, MAX_PART_BYTES))
         run.part_bytes = max(1, min(default, -(-run.size // options.partitions)))
         run.key = fingerprint(run)
-        if report := _existing(run, [*outputs, *reports]):
+        if report := existing_report(run, [*outputs, *reports]):
             notice(f"{run.output}: already made from this input with these settings (--overwrite makes it again)")
             return report
         found.report_not_read(notice)
-        _begin(run)
+        begin_work(run)
         facts = command.run(run)
         if fingerprint(run) != run.key:
             what, rule = "The files of --input, and those that settings name", "must not change meanwhile"
@@ -339,63 +333,3 @@ def _execute(command: Command, options: RunOptions, notice: Notice, progress: Ca
         write_report(run.output, [report])
         shutil.rmtree(run.folder)
         return report
-
-
-def fingerprint(run: Run) -> str:
-    """Digest of what the parts depend on: settings, files that settings name, and the input."""
-    options = run.options
-    settings = {name: value for name, value in dataclasses.asdict(run.command).items()}  # type: ignore[call-overload]
-    content = [PARTS_VERSION, run.command.name, settings, options.json_key, options.max_document_bytes]
-    content += [run.part_bytes, options.dropped, options.on_error, pathlib.Path(run.output).suffix]
-    digest = hashlib.sha256(json.dumps(content, default=str).encode())
-    for path in run.command.files(run.output):
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    update_with_inputs(digest, run.inputs)
-    return digest.hexdigest()
-
-
-def _existing(run: Run, files: Sequence[str]) -> dict | None:
-    """The report of a run with these settings whose outputs are as it wrote them, else None.
-
-    Raises DataError where other files are in the way.
-    """
-    overwrite = run.options.overwrite
-    check(files, inputs=run.inputs.files, overwrite=True, flag="--output")
-    existing = [file for file in files if os.path.lexists(file)]
-    finishing = _text(run.folder / "key") == run.key  # killed while it put its own files in place
-    if overwrite or not existing or finishing:
-        return None
-    try:
-        report = json.loads(_text(pathlib.Path(run.beside(REPORTS[0]))))["steps"][-1]
-        if report["key"] == run.key and all(
-            sampled_digest(name, SAMPLES) == digest for name, digest in report["samples"].items()
-        ):
-            return report
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        pass
-    if run.options.owned:
-        return None
-    rule = "names files made from other input or with other settings, which only --overwrite replaces"
-    raise DataError(problem("--output", existing[0], rule, "Add --overwrite, or choose another output"))
-
-
-def _begin(run: Run) -> None:
-    """Make the working folder, emptied where it belongs to other settings."""
-    folder, marker = run.folder, run.folder / "key"
-    if os.path.lexists(folder) and _text(marker) != run.key:
-        if not marker.exists() and (not folder.is_dir() or os.listdir(folder)):
-            rule = f"needs the folder {folder} for unfinished parts, but something else is there"
-            found = Words("a folder of other files" if folder.is_dir() else "a file")
-            raise DataError(problem("--output", found, rule, "Move it away, or choose another output"))
-        run.notice(f"{folder} has parts of another input or other settings; starting anew")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(marker, run.key)
-
-
-def _text(path: pathlib.Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError:
-        return ""

@@ -44,7 +44,8 @@ class Sample(Command):
         seen = run.step_pass(Strata(self.by), "strata")
         known: dict[str, int] = {}
         numbers = [
-            np.array([known.setdefault(name, len(known)) for name in record["strata"]], np.int64) for record in seen.records
+            np.array([known.setdefault(name, len(known)) for name in record["strata"]], np.int64)
+            for record in seen.records
         ]
         strata = [own[seen.array(record, "numbers", np.int32)] for own, record in zip(numbers, seen.records)]
         keys = [random_keys(self.seed, record["part"], 0, record["documents"]) for record in seen.records]

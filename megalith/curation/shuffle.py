@@ -1,8 +1,8 @@
 """`megalith data shuffle`: a global random order, out of core.
 
-Each document gets a random key of its own, a function of the seed and of its place in the input. A first pass writes the
-documents of a part by ranges of keys; a second one collects each range from all parts and sorts it. So memory holds one
-range, whatever the size of the corpus, and the order does not depend on the number of workers.
+Each document gets a random key of its own, a function of the seed and of its place in the input. A first pass writes
+the documents of a part by ranges of keys; a second one collects each range from all parts and sorts it. So memory holds
+one range, whatever the size of the corpus, and the order does not depend on the number of workers.
 """
 
 from __future__ import annotations

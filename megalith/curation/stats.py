@@ -81,7 +81,10 @@ class Count(Step):
 
     def _reset(self) -> None:
         self.histogram = np.zeros(BINS, np.int64)
-        self.groups: dict[str, collections.Counter[str]] = {"language": collections.Counter(), "source": collections.Counter()}
+        self.groups: dict[str, collections.Counter[str]] = {
+            "language": collections.Counter(),
+            "source": collections.Counter(),
+        }
 
     def process(self, documents: Sequence[Document], out: PartOutput) -> None:
         """Count a batch."""

@@ -1,5 +1,6 @@
-"""Planted n-grams are found and cut at the right characters; what has none keeps its bytes; every published form reads."""
+"""Planted n-grams are found and cut at the right characters; others keep their bytes; published forms are read."""
 
+import itertools
 import json
 import pathlib
 import random
@@ -19,8 +20,8 @@ FILES = {  # task -> (file, content, its texts)
     "lambada": ("l.jsonl", '{"text": "a b"}\n{"text": "c"}\n', ["a b", "c"]),
     "squad": (
         "s.json",
-        '{"version": "1.1", "data": [{"title": "T", "paragraphs": [{"context": "c", "qas": [{"question": "q", "id": "1",'
-        ' "answers": [{"text": "c", "answer_start": 0}]}]}]}]}',
+        '{"version": "1.1", "data": [{"title": "T", "paragraphs": [{"context": "c", "qas": [{"question": "q",'
+        ' "id": "1", "answers": [{"text": "c", "answer_start": 0}]}]}]}]}',
         ["c", "q"],
     ),
     "natural_questions": ("n.jsonl", '{"question": "q", "answer": ["a"]}\n{"question_text": "r"}\n', ["q", "r"]),
@@ -28,9 +29,17 @@ FILES = {  # task -> (file, content, its texts)
     "triviaqa": ("t.json", '{"Data": [{"Question": "q", "Answer": {}}], "Domain": "unfiltered-web"}', ["q"]),
     "webqs": ("w.json", '[{"url": "u", "targetValue": "(list)", "utterance": "q"}]', ["q"]),
     "webqa": ("w.jsonl", '{"question": "q", "answers": ["a"]}\n', ["q"]),
-    "race": ("high/1.txt", '{"answers": ["A"], "options": [["a"]], "questions": ["q", "r"], "article": "a"}', ["a", "q", "r"]),
+    "race": (
+        "high/1.txt",
+        '{"answers": ["A"], "options": [["a"]], "questions": ["q", "r"], "article": "a"}',
+        ["a", "q", "r"],
+    ),
     "drop": ("d.json", '{"nfl_1": {"passage": "p", "qa_pairs": [{"question": "q", "answer": {}}]}}', ["p", "q"]),
-    "coqa": ("c.json", '{"version": "1.0", "data": [{"story": "s", "questions": [{"input_text": "q", "turn_id": 1}]}]}', ["s", "q"]),
+    "coqa": (
+        "c.json",
+        '{"version": "1.0", "data": [{"story": "s", "questions": [{"input_text": "q", "turn_id": 1}]}]}',
+        ["s", "q"],
+    ),
     "piqa": ("p.jsonl", '{"goal": "g", "sol1": "x", "sol2": "y"}\n', ["g", "x", "y"]),
 }
 
@@ -48,7 +57,10 @@ def test_every_published_form(task, tmp_path):
 
 
 def sentences(draw, count):
-    return " ".join("".join(draw.choice(string.ascii_lowercase) for _ in range(7)) + draw.choice([",", "", "."]) for _ in range(count))
+    return " ".join(
+        "".join(draw.choice(string.ascii_lowercase) for _ in range(7)) + draw.choice([",", "", "."])
+        for _ in range(count)
+    )
 
 
 def test_planted_leaks(write, step, tmp_path):
@@ -56,7 +68,11 @@ def test_planted_leaks(write, step, tmp_path):
     task = write("lambada.jsonl", [{"text": LEAK}, {"text": "too short to be searched for"}])
     before, behind = sentences(draw, 100) + ". ", ". " + sentences(draw, 100)
     leaked = before + LEAK.upper().replace(" ", ",  ") + behind
-    rows = [{"text": sentences(draw, 60), "id": "clean", "other": 1.50}, {"text": leaked, "id": "leak"}, {"text": LEAK, "id": "all"}]
+    rows = [
+        {"text": sentences(draw, 60), "id": "clean", "other": 1.50},
+        {"text": leaked, "id": "leak"},
+        {"text": LEAK, "id": "all"},
+    ]
     path = write("a.jsonl", rows)
     records, report = step("decontaminate", path, {"tasks": (f"lambada={task}",)})
     assert (tmp_path / "out.jsonl").read_bytes().startswith((tmp_path / "a.jsonl").read_bytes().splitlines(True)[0])
@@ -103,7 +119,11 @@ def test_overlapping_and_many():
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text(alphabet="ab. \n", max_size=80), st.lists(st.tuples(st.integers(0, 80), st.integers(1, 10)), max_size=4), st.integers(0, 9))
+@given(
+    st.text(alphabet="ab. \n", max_size=80),
+    st.lists(st.tuples(st.integers(0, 80), st.integers(1, 10)), max_size=4),
+    st.integers(0, 9),
+)
 def test_pieces_are_what_the_rule_says(text, spans, margin):
     spans = [(a, min(a + size, len(text))) for a, size in spans if a < len(text)]
     pieces = split_around(text, spans, margin)
@@ -112,9 +132,11 @@ def test_pieces_are_what_the_rule_says(text, spans, margin):
         assert text[start:end].strip() == text[start:end] != ""
         gone -= set(range(start, end))
     for a, b in spans:
-        assert set(range(max(0, a - margin), min(len(text), b + margin))) <= gone | {i for i in range(len(text)) if text[i].isspace()}
-    assert pieces == sorted(pieces) and all(x[1] <= y[0] for x, y in zip(pieces, pieces[1:]))
-    for start, end in pieces[:-1]:
+        assert set(range(max(0, a - margin), min(len(text), b + margin))) <= gone | {
+            i for i in range(len(text)) if text[i].isspace()
+        }
+    assert pieces == sorted(pieces) and all(x[1] <= y[0] for x, y in itertools.pairwise(pieces))
+    for _, end in pieces[:-1]:
         assert text[end - 1] in SENTENCE_ENDS
 
 
@@ -122,7 +144,9 @@ def test_too_many_pieces_and_any_partition(write, step, tmp_path):
     draw = random.Random(2)
     task = write("t.jsonl", [{"text": LEAK}])
     parts = [sentences(draw, 40) + "." for _ in range(5)]
-    rows = [{"text": f". {LEAK}. ".join(parts), "id": i} for i in range(8)] + [{"text": sentences(draw, 50)} for _ in range(30)]
+    rows = [{"text": f". {LEAK}. ".join(parts), "id": i} for i in range(8)] + [
+        {"text": sentences(draw, 50)} for _ in range(30)
+    ]
     path = write("a.jsonl", rows)
     base = {"tasks": (f"lambada={task}",), "max_frequency": 0, "margin": 20, "min_piece": 50}
     records, report = step("decontaminate", path, base | {"max_pieces": 4}, "a.out")
@@ -134,7 +158,11 @@ def test_too_many_pieces_and_any_partition(write, step, tmp_path):
 
 @pytest.mark.parametrize(
     ("task", "message"),
-    [("lambada", "must be NAME=PATH"), ("lambda=x", "unknown task lambda: did you mean lambada"), ("lambada=/nowhere", "must name a file")],
+    [
+        ("lambada", "must be NAME=PATH"),
+        ("lambda=x", "unknown task lambda: did you mean lambada"),
+        ("lambada=/nowhere", "must name a file"),
+    ],
 )
 def test_tasks_that_are_none(task, message):
     with pytest.raises(ConfigError, match=message):
@@ -147,11 +175,20 @@ SHARED = pathlib.Path(__file__).parents[3] / "shared/data"
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the real data in ../shared")
 def test_real_task_files(write, step):
     """Every passage of LAMBADA that is put into a book is found; a real corpus without them loses nothing else."""
-    passages = [json.loads(line)["text"] for line in (SHARED / "lambada/lambada_test_even.jsonl").read_text().splitlines()[:200]]
+    passages = [
+        json.loads(line)["text"] for line in (SHARED / "lambada/lambada_test_even.jsonl").read_text().splitlines()[:200]
+    ]
     rows = [json.loads(line) for line in (SHARED / "loose_json/wikitext2_test_articles.jsonl").read_text().splitlines()]
     rows = [{"text": row["text"], "id": str(row["id"])} for row in rows]
-    leaky = [{"text": f"{rows[i % len(rows)]['text'][:3000]}. {passage}. {rows[-i]['text'][:3000]}", "id": f"p{i}"} for i, passage in enumerate(passages)]
-    tasks = (f"lambada={SHARED}/lambada/lambada_test_even.jsonl", f"nq={SHARED}/nq/nq-dev.csv", f"nq={SHARED}/nq/NQ-open.efficientqa.dev.1.1.jsonl")
+    leaky = [
+        {"text": f"{rows[i % len(rows)]['text'][:3000]}. {passage}. {rows[-i]['text'][:3000]}", "id": f"p{i}"}
+        for i, passage in enumerate(passages)
+    ]
+    tasks = (
+        f"lambada={SHARED}/lambada/lambada_test_even.jsonl",
+        f"nq={SHARED}/nq/nq-dev.csv",
+        f"nq={SHARED}/nq/NQ-open.efficientqa.dev.1.1.jsonl",
+    )
     records, report = step("decontaminate", write("a.jsonl", rows + leaky), {"tasks": tasks, "max_frequency": 0})
     kept = [record for record in records if str(record["id"]).startswith("p")]
     assert report["tasks"]["lambada"]["documents"] >= 200

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-
 import subprocess
 import sys
 
@@ -15,12 +14,20 @@ from megalith.data.corpus.compression import read_lines
 
 GOOD = b'{"text": "a good document"}\n'
 
+
+MEASURE = (
+    "import resource, subprocess, sys; done = subprocess.run(sys.argv[1:]);"
+    "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(done.returncode)"
+)
+
+
 def run(path, output, *words):
-    """The command in a process of its own: its result, and its peak memory in MB (it is the only child that is waited for)."""
-    command = [sys.executable, "-m", "megalith", "data", "ids", "--input", str(path), "--output", str(output), "--engine", "inline"]
-    script = "import resource, subprocess, sys; r = subprocess.run(sys.argv[1:]); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(r.returncode)"
-    done = subprocess.run([sys.executable, "-c", script, *command, *words], capture_output=True, text=True)
+    """The command in a process of its own: its result, and its peak memory in MB."""
+    verb = ["data", "ids", "--input", str(path), "--output", str(output), "--engine", "inline"]
+    command = [sys.executable, "-c", MEASURE, sys.executable, "-m", "megalith", *verb, *words]
+    done = subprocess.run(command, capture_output=True, text=True)
     return done, int(done.stdout.split()[-1]) / 1024
+
 
 @pytest.mark.parametrize("kind", [".gz", ".zst"])
 def test_a_bomb(kind, tmp_path):
@@ -41,6 +48,7 @@ def test_a_bomb(kind, tmp_path):
     assert f"{path}:2: longer than 16.00 MiB" in done.stderr
     assert peak < 250
 
+
 @pytest.mark.slow
 def test_a_line_of_a_gigabyte(tmp_path):
     path = tmp_path / "a.jsonl"
@@ -52,6 +60,7 @@ def test_a_line_of_a_gigabyte(tmp_path):
     done, peak = run(path, tmp_path / "out.jsonl", "--max-unusable", "0.5", "--partitions", "40")
     assert done.returncode == 0 and len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
     assert peak < 250
+
 
 def test_lines_that_are_no_documents(tmp_path, step):
     lines = [
@@ -78,6 +87,7 @@ def test_lines_that_are_no_documents(tmp_path, step):
     with pytest.raises(DataError, match=r"a.jsonl:2: malformed JSON.*--on-error fail stops"):
         step("clean", str(path), {"rules": ("newlines",)}, "c.out", on_error="fail")
 
+
 @pytest.mark.parametrize("content", [b"abc", b"abc\n", b"a\nbcdefghij\nk\n", b"", b"0123456789" * 3 + b"\nx"])
 @pytest.mark.parametrize("count", [1, 4, 100])
 def test_cut_lines_keep_their_number(content, count, tmp_path):
@@ -96,15 +106,19 @@ def test_cut_lines_keep_their_number(content, count, tmp_path):
     for line, whole in zip(found_lines, expected):
         assert line == whole or (len(line) >= 6 and whole.startswith(line))
 
+
 def test_the_report_escapes(tmp_path, step):
     evil = "<script>alert('x')</script>" + "long enough " * 50
     name = "<img src=x onerror=y>"
     path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps({"text": text, "source": name}) + "\n" for text in (evil, "short" + evil[:27], evil)))
+    path.write_text(
+        "".join(json.dumps({"text": text, "source": name}) + "\n" for text in (evil, "short" + evil[:27], evil))
+    )
     _, report = step("dedup", str(path), {"source_key": "source", "over_budget": "warn"})
     html = (tmp_path / "out.jsonl.report.html").read_text()
     assert "<script" not in html and "<img" not in html and "&lt;script&gt;" in html
     assert "http" not in page("<b>", [report | {"problems": ["<i>"]}]).replace("http-equiv", "")
+
 
 def test_a_damaged_file_is_an_error(tmp_path, step):
     path = tmp_path / "a.jsonl.gz"

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import itertools
 import json
 import pathlib
 import random
@@ -119,7 +120,7 @@ def test_a_pipeline_is_its_steps(write, step, tmp_path, capsys):
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "4.jsonl").read_bytes()
     steps = json.loads((tmp_path / "out.jsonl.report.json").read_text())["steps"]
     assert [each["step"] for each in steps] == ["clean", "dedup", "ids", "shuffle"]
-    assert all(a["kept"] == b["documents"] for a, b in zip(steps, steps[1:]))
+    assert all(a["kept"] == b["documents"] for a, b in itertools.pairwise(steps))
     assert not (tmp_path / "out.jsonl.steps").exists()
 
 
@@ -161,8 +162,15 @@ def test_compressed_output(end, write, step, tmp_path):
     from megalith.curation.run import RunOptions, execute
 
     output = tmp_path / f"out.jsonl{end}"
-    execute(build_command("ids", {}), RunOptions(input=[write("a.jsonl", rows())], output=str(output), engine="inline", partitions=3))
-    plain = gzip.decompress(output.read_bytes()) if end == ".gz" else zstandard.ZstdDecompressor().stream_reader(io.BytesIO(output.read_bytes()), read_across_frames=True).read()
+    execute(
+        build_command("ids", {}),
+        RunOptions(input=[write("a.jsonl", rows())], output=str(output), engine="inline", partitions=3),
+    )
+    plain = (
+        gzip.decompress(output.read_bytes())
+        if end == ".gz"
+        else zstandard.ZstdDecompressor().stream_reader(io.BytesIO(output.read_bytes()), read_across_frames=True).read()
+    )
     assert len(plain.splitlines()) == 50
     assert len(step("ids", str(output), {"id_key": "n"})[0]) == 50
 
@@ -170,7 +178,21 @@ def test_compressed_output(end, write, step, tmp_path):
 def test_workers_give_the_same_bytes_and_a_pipe(write, step, tmp_path):
     path = write("a.jsonl", rows(300))
     step("shuffle", path, {}, "one.out", partitions=6)
-    command = [sys.executable, "-m", "megalith", "data", "shuffle", "--input", path, "--output", "-", "--workers", "2", "--partitions", "6"]
+    command = [
+        sys.executable,
+        "-m",
+        "megalith",
+        "data",
+        "shuffle",
+        "--input",
+        path,
+        "--output",
+        "-",
+        "--workers",
+        "2",
+        "--partitions",
+        "6",
+    ]
     done = subprocess.run(command, capture_output=True, check=True)
     assert done.stdout == (tmp_path / "one.out").read_bytes() and b"shuffle: 300 of 300 documents" in done.stderr
 

@@ -47,7 +47,15 @@ def test_rules(rules, url, rule):
 
 
 def test_a_list(tmp_path, step):
-    lines = ["http://b.org/1", "http://a.org/x.pdf", "https://www.b.org/1/", "", "http://a.org/2", "http://b.org/1#top", "http://a.org/3"]
+    lines = [
+        "http://b.org/1",
+        "http://a.org/x.pdf",
+        "https://www.b.org/1/",
+        "",
+        "http://a.org/2",
+        "http://b.org/1#top",
+        "http://a.org/3",
+    ]
     (tmp_path / "urls.txt").write_text("\n".join(lines))
     from megalith.curation.pipeline import build_command
     from megalith.curation.run import RunOptions, execute
@@ -63,7 +71,11 @@ def test_a_list(tmp_path, step):
 def test_lists_are_replaceable_and_records_too(write, step, tmp_path):
     (tmp_path / "domains").write_text("# mine\nexample.org\n")
     (tmp_path / "ends").write_text(".xyz\n")
-    rows = [{"url": "http://youtube.com/a.pdf", "n": 1}, {"url": "http://x.example.org/"}, {"url": "http://a.com/b.xyz"}]
+    rows = [
+        {"url": "http://youtube.com/a.pdf", "n": 1},
+        {"url": "http://x.example.org/"},
+        {"url": "http://a.com/b.xyz"},
+    ]
     settings = {"domains": str(tmp_path / "domains"), "extensions": str(tmp_path / "ends")}
     records, _ = step("urls", write("a.jsonl", rows), settings, json_key="url")
     assert records == rows[:1]

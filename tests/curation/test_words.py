@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from megalith.curation.words import mix, ngram_hashes, split_words, within_texts
 
-TEXTS = st.lists(st.text(alphabet=st.one_of(st.sampled_from("aB éÉ.猫は_1\n-\0İß"), st.characters()), max_size=20), max_size=8)
+TEXTS = st.lists(
+    st.text(alphabet=st.one_of(st.sampled_from("aB éÉ.猫は_1\n-\0İß"), st.characters()), max_size=20), max_size=8
+)
 HAN = "\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
 
 

@@ -44,7 +44,11 @@ class Clean(Command):
     def chosen(self) -> list[str]:
         """The names of the rules, groups expanded."""
         if not self.rules:
-            return [*DEFAULT_RULES, *(["language"] if self.language else []), *(["bad_words"] if self.bad_words else [])]
+            return [
+                *DEFAULT_RULES,
+                *(["language"] if self.language else []),
+                *(["bad_words"] if self.bad_words else []),
+            ]
         return expand(self.rules)
 
     def check(self) -> None:
@@ -98,11 +102,17 @@ class CleanStep(Step):
         settings = self.settings
         match name:
             case "language":
-                return Rule(name, test=functools.partial(_other_language, settings.language, settings.min_language_score))
+                return Rule(
+                    name, test=functools.partial(_other_language, settings.language, settings.min_language_score)
+                )
             case "min_characters":
-                return Rule(name, test=_limits(lambda text: len(text.text), settings.min_characters, None, "characters"))
+                return Rule(
+                    name, test=_limits(lambda text: len(text.text), settings.min_characters, None, "characters")
+                )
             case "max_characters":
-                return Rule(name, test=_limits(lambda text: len(text.text), None, settings.max_characters, "characters"))
+                return Rule(
+                    name, test=_limits(lambda text: len(text.text), None, settings.max_characters, "characters")
+                )
             case "min_tokens":
                 return Rule(name, test=_limits(lambda text: text.length, settings.min_tokens, None, "tokens"))
             case "max_tokens":

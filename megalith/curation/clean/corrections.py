@@ -18,7 +18,9 @@ QUOTES = {
 }  # fmt: skip
 PUNCTUATION = str.maketrans(QUOTES)
 EMAIL = re.compile(r"(?<![\w.+-])[A-Za-z0-9][\w.+-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24}(?![\w-])")
-IP_ADDRESS = re.compile(r"(?<![\w.:])(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9A-Fa-f:]*:[0-9A-Fa-f:]+(?:\.\d+){0,3})(?![\w:]|\.\d)")
+IP_ADDRESS = re.compile(
+    r"(?<![\w.:])(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9A-Fa-f:]*:[0-9A-Fa-f:]+(?:\.\d+){0,3})(?![\w:]|\.\d)"
+)
 HTML = re.compile(r"<(?:!doctype html|html|head|body|article|div|p|br)\b[^<]*>", re.IGNORECASE)
 SPACES = re.compile(r"[^\S\n]+\n")
 MANY_NEWLINES = re.compile(r"\n{3,}")

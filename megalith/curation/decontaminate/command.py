@@ -1,7 +1,7 @@
 """`megalith data decontaminate`: two passes: how often each n-gram of the tasks is there, then the cuts.
 
-An n-gram that is in the corpus more than --max-frequency times is a phrase of the language, and stays. Around each other
-one, --margin characters are removed on both sides, and what is left of a sentence there. The pieces between are
+An n-gram that is in the corpus more than --max-frequency times is a phrase of the language, and stays. Around each
+other one, --margin characters are removed on both sides, and what is left of a sentence there. The pieces between are
 documents of their own (`split_id`); those that are too short are dropped, and documents that fall into too many pieces.
 """
 
@@ -38,7 +38,9 @@ class Decontaminate(Command):
     max_ngram: int = option(13, "words of an n-gram", minimum=1)
     min_ngram: int = option(8, "fewest words of a task text that is searched for as a whole", minimum=1)
     max_frequency: int = option(10, "an n-gram that occurs more often is no leak; 0: every one is", minimum=0)
-    margin: int = option(200, "characters removed on each side of an n-gram, then to the end of the sentence", minimum=0)
+    margin: int = option(
+        200, "characters removed on each side of an n-gram, then to the end of the sentence", minimum=0
+    )
     min_piece: int = option(200, "fewest characters of a piece that stays", minimum=0)
     max_pieces: int = option(10, "a document that falls into more pieces is dropped", minimum=1)
 

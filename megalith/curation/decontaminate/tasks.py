@@ -73,7 +73,11 @@ def webqs(path: str) -> Iterator[str]:
 
 def race(path: str) -> Iterator[str]:
     """A folder of .txt files, or lines: {"article", "questions": [...]} each."""
-    files = sorted(glob.glob(os.path.join(glob.escape(path), "**", "*.txt"), recursive=True)) if os.path.isdir(path) else [path]
+    files = (
+        sorted(glob.glob(os.path.join(glob.escape(path), "**", "*.txt"), recursive=True))
+        if os.path.isdir(path)
+        else [path]
+    )
     for file in files:
         for record in _lines(file):
             yield record["article"]
@@ -125,8 +129,8 @@ def parse_task(text: str) -> tuple[str, str, str]:
         rule = "must be NAME=PATH, or NAME=PATH:KEY for the texts under a key of JSON lines"
         raise ConfigError(problem("--tasks", text, rule, "Write lambada=lambada_test.jsonl"))
     if name not in TASKS and not key:
-        cure = f"{unknown('task', name, TASKS, f'there are {list(TASKS)}')}; any other file needs its key, {name}={path}:KEY"
-        raise ConfigError(cure)
+        near = unknown("task", name, TASKS, f"there are {', '.join(TASKS)}")
+        raise ConfigError(f"{near}; any other file needs its key, {name}={path}:KEY")
     if not os.path.exists(path):
         raise ConfigError(problem("--tasks", text, "must name a file that exists", "Correct the path"))
     return name, path, key

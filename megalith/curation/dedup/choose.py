@@ -46,7 +46,9 @@ def choose(
     size = np.bincount(label, minlength=number)
     members = np.flatnonzero(size[label] > 1)
     kept = np.arange(number)
-    preference = {"first": members, "longest": -store.lengths[members].astype(np.int64), "source": source[members]}[rule]
+    preference = {"first": members, "longest": -store.lengths[members].astype(np.int64), "source": source[members]}[
+        rule
+    ]
     digests = store.digests[members]
     # Ties of length or source go by content, so that the order of the input does not matter; of copies the first stays.
     tie = (members, digests["low"], digests["high"]) if rule == "longest" else (members,)

@@ -1,8 +1,8 @@
 """`megalith data dedup`: two passes over the input, and between them the search for groups.
 
-    sign (workers)  -> digests, shingles, bands of each document
-    groups (here)   -> which document of each group stays, the evidence, what each source loses
-    filter (workers) -> the documents that stay
+sign (workers)  -> digests, shingles, bands of each document
+groups (here)   -> which document of each group stays, the evidence, what each source loses
+filter (workers) -> the documents that stay
 """
 
 from __future__ import annotations
@@ -37,11 +37,15 @@ class Dedup(Command):
     name = "dedup"
 
     by: str = option(
-        "near", "near: similar texts, and equal ones; exact: equal words; paragraph; url", choices=("near", "exact", "paragraph", "url")
+        "near",
+        "near: similar texts, and equal ones; exact: equal words; paragraph; url",
+        choices=("near", "exact", "paragraph", "url"),
     )
     threshold: float = option(0.7, "similarity of near-duplicates, 0 to 1", minimum=0.0)
     jaccard: str = option(
-        "union", "common shingles over those of the union, the smaller or the larger text", choices=("union", "min", "max")
+        "union",
+        "common shingles over those of the union, the smaller or the larger text",
+        choices=("union", "min", "max"),
     )
     ngram_size: int = option(5, "words (or characters) of a shingle", minimum=1)
     ngram_unit: str = option("word", "what a shingle is made of", choices=("word", "character"))
@@ -132,7 +136,14 @@ class Dedup(Command):
         preference = np.array([places.get(name, len(places)) for name in names], np.int64)
         of_documents = np.concatenate([np.zeros(indexed, np.int64), preference[source] if len(source) else source])
         return choose(
-            store, groups, indexed, self.keep, of_documents, kind=self.jaccard, threshold=self.threshold, direct=self.direct
+            store,
+            groups,
+            indexed,
+            self.keep,
+            of_documents,
+            kind=self.jaccard,
+            threshold=self.threshold,
+            direct=self.direct,
         )
 
     def _filter(self, run: Run, verdicts: Verdicts, indexed: int, signed: Pass) -> Pass:

@@ -23,10 +23,10 @@ MAX_REMEMBERED = 1 << 25  # pairs that were found dissimilar; more are compared 
 
 @dataclasses.dataclass
 class Groups:
-    """label: int64 [documents], the group of each, by its lowest unique document. twin, similarity: of each document the
-    verified neighbour that it was first linked with (-1: none).
+    """Which documents belong together.
 
-    order: documents sorted by digest; unique: of each distinct digest the first in `order`.
+    label: int64 [documents], the group of each. twin, similarity: of each document the verified neighbour that it was
+    first linked with (-1: none). compared: pairs whose similarity was computed.
     """
 
     label: np.ndarray

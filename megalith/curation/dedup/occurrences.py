@@ -45,7 +45,7 @@ def paragraphs_of(text: str) -> list[str]:
 
 @dataclasses.dataclass
 class SignParagraphs(Step):
-    """Writes the hash of each paragraph of at least `fewest` words, 0 for shorter ones, and the number of each document."""
+    """Writes the hash of each paragraph of at least `fewest` words, 0 for shorter ones; a paragraph is a line."""
 
     fewest: int
     name = "paragraphs"
@@ -59,11 +59,12 @@ class SignParagraphs(Step):
             totals = np.zeros(len(counts), np.uint64)
             place = np.arange(len(words.hashes)) - np.repeat(words.first[:-1], counts)
             with np.errstate(over="ignore"):
-                np.add.at(totals, np.repeat(np.arange(len(counts)), counts), mix(words.hashes + place.astype(np.uint64)))
+                np.add.at(
+                    totals, np.repeat(np.arange(len(counts)), counts), mix(words.hashes + place.astype(np.uint64))
+                )
             hashes = mix(totals)
             hashes[(counts < self.fewest) | (counts == 0)] = 0
             out.add("paragraphs", hashes)
-            out.add("numbers", np.array([len(counts)], np.int32))
             out.count("paragraphs", len(counts))
 
 
@@ -100,5 +101,7 @@ class DropParagraphs(Step):
             if not text.strip():
                 out.drop(document, "paragraphs", "all of its paragraphs are repeated")
                 continue
-            out.note(document, "repeated_paragraph", f"{len(gone)} of {len(paragraphs)}: {gone[0][:80]}", document.text, text)
+            out.note(
+                document, "repeated_paragraph", f"{len(gone)} of {len(paragraphs)}: {gone[0][:80]}", document.text, text
+            )
             out.keep(document.with_text(text))

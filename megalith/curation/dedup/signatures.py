@@ -87,7 +87,10 @@ class Sign(Step):
         words = split_words(texts)
         first, hashes = words.first, words.hashes.astype("<u8", copy=False)
         ends = first.tolist()
-        contents = [hashes[start:end].tobytes() or text.encode("utf-8", "surrogatepass") for text, start, end in zip(texts, ends, ends[1:])]
+        contents = [
+            hashes[start:end].tobytes() or text.encode("utf-8", "surrogatepass")
+            for text, start, end in zip(texts, ends, ends[1:])
+        ]
         out.write("digests", b"".join(map(digest, contents)))
         if not self.near:
             return
@@ -102,7 +105,9 @@ class Sign(Step):
         settings = self.settings
         size = settings.bands * settings.rows
         starts = np.concatenate([[0], np.cumsum(counts)])
-        rows = self.rensa.digest_matrix_from_flat_token_hashes(mix(values.astype(np.uint64)), starts, size, settings.seed)
+        rows = self.rensa.digest_matrix_from_flat_token_hashes(
+            mix(values.astype(np.uint64)), starts, size, settings.seed
+        )
         signatures = np.array(rows.to_rows(), np.uint64).reshape(len(counts), settings.bands, settings.rows)
         total = np.zeros(signatures.shape[:2], np.uint64)
         for row in range(settings.rows):
@@ -150,7 +155,9 @@ def shingles(
     inside = within_texts(first, size)
     documents, values = own[: len(ngrams)][inside], ngrams[inside].astype(np.uint32)
     short = np.flatnonzero(np.diff(first) < size)
-    whole = [digest(hashes[first[i] : first[i + 1]].tobytes() or texts[i].encode("utf-8", "surrogatepass")) for i in short]
+    whole = [
+        digest(hashes[first[i] : first[i + 1]].tobytes() or texts[i].encode("utf-8", "surrogatepass")) for i in short
+    ]
     values = np.concatenate([values, np.frombuffer(b"".join(each[:4] for each in whole), "<u4")])
     documents = np.concatenate([documents, short])
     keys = np.sort((documents.astype(np.uint64) << np.uint64(32)) | values)

@@ -95,7 +95,13 @@ class WikiStep(Step):
         """What links are dropped depends on the dump's language."""
         settings = self.settings
         self.choices = {
-            path: Choices(settings.headings, settings.lists, settings.tables, settings.formulas, dropped_namespaces(site.namespaces))
+            path: Choices(
+                settings.headings,
+                settings.lists,
+                settings.tables,
+                settings.formulas,
+                dropped_namespaces(site.namespaces),
+            )
             for path, site in self.sites.items()
         }
         self.wanted = frozenset(map(int, settings.namespaces))

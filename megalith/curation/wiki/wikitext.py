@@ -51,7 +51,9 @@ class Choices:
 
 def dropped_namespaces(names: Mapping[int, str]) -> frozenset[str]:
     """The namespaces, in lower case, whose links show a picture or nothing, in the wiki's own language too."""
-    return DEFAULT_NAMESPACES | {names[number].lower() for number in (*FILE_NAMESPACES, CATEGORY, MEDIA) if number in names}
+    return DEFAULT_NAMESPACES | {
+        names[number].lower() for number in (*FILE_NAMESPACES, CATEGORY, MEDIA) if number in names
+    }
 
 
 def to_text(wikitext: str, choices: Choices) -> str:

@@ -175,7 +175,9 @@ class _ConcatenatedStreams(io.RawIOBase):
 
     def _decompress(self, block: bytes) -> None:
         decompressor = self._decompressor
-        self._decompressed = decompressor.decompress(block, DECOMPRESSED) if self._limits else decompressor.decompress(block)
+        self._decompressed = (
+            decompressor.decompress(block, DECOMPRESSED) if self._limits else decompressor.decompress(block)
+        )
         if decompressor.eof:
             self._unread = decompressor.unused_data + self._unread
 

@@ -205,7 +205,10 @@ def explain_line(line: bytes, keys: Sequence[str]) -> str:
 
 
 def line_batches(piece: Slice, max_line: int | None = None) -> Iterator[tuple[list[bytes], int]]:
-    """Lines of the slice in batches of about BATCH_BYTES, with the bytes they took. max_line: as `read_lines` takes it."""
+    """Lines of the slice in batches of about BATCH_BYTES, with the bytes they took.
+
+    max_line: as `read_lines` takes it.
+    """
     if piece.block is not None:
         stream: Any = io.BytesIO(piece.block)
     else:
