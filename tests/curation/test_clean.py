@@ -3,6 +3,7 @@
 import itertools
 import json
 import pathlib
+import random
 import re
 
 import ftfy
@@ -19,9 +20,14 @@ WORDS = "It was the best of times and it was the worst of times that people have
 PROSE = f"{WORDS}, said nobody in particular to anyone who would listen. "
 
 
-def varied(count):
-    """So many different words, with stop words among them."""
-    return " ".join(f"the word{i} and" if i % 5 == 0 else f"thing{i}" for i in range(count))
+def varied(count, seed=1):
+    """So many different sentences of random words, with stop words among them."""
+    draw = random.Random(seed)
+    sentences = (
+        [draw.choice(["the", "of", "and"]) if draw.random() < 0.2 else f"w{draw.randrange(9999)}" for _ in range(9)]
+        for _ in range(count)
+    )
+    return " ".join(" ".join(words) + "." for words in sentences)
 
 
 def words(count):
@@ -140,13 +146,13 @@ TEXTS = st.lists(
 def corpus():
     texts = [
         PROSE * 3,
-        PROSE * 9 + "\r\n\r\n\r\nIt\xe2\x80\x99s",
+        "\r\n\r\n\r\nIt\xe2\x80\x99s good.",
         "Home\n" * 30,
-        varied(90),
-        varied(90) + "\nHome | x",
+        varied(9),
+        varied(8, "x") + "\nHome | x",
         "kurz",
     ]
-    texts += [" ".join(pair) for pair in itertools.permutations(texts, 2)]
+    texts += ["\n".join(pair) for pair in itertools.permutations(texts, 2)]
     return [{"text": text, "id": i} for i, text in enumerate(texts)]
 
 
@@ -159,8 +165,6 @@ def test_many_rules_are_each_in_turn(write, step):
         in_turn, one = step("clean", path, {"rules": (rule,)}, f"{number}.jsonl")
         path = one["output"]
         dropped |= {name: found["documents"] for name, found in one["rules"].items()}
-        if not in_turn:
-            break
     assert at_once == in_turn and 0 < len(at_once) < len(corpus())
     assert {name: found["documents"] for name, found in report["rules"].items()} == dropped
 

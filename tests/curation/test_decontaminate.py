@@ -181,7 +181,10 @@ def test_real_task_files(write, step):
     rows = [json.loads(line) for line in (SHARED / "loose_json/wikitext2_test_articles.jsonl").read_text().splitlines()]
     rows = [{"text": row["text"], "id": str(row["id"])} for row in rows]
     leaky = [
-        {"text": f"{rows[i % len(rows)]['text'][:3000]}. {passage}. {rows[-i]['text'][:3000]}", "id": f"p{i}"}
+        {
+            "text": f"{rows[i % len(rows)]['text'][:3000]}. {passage}. {rows[-1 - i % len(rows)]['text'][:3000]}",
+            "id": f"p{i}",
+        }
         for i, passage in enumerate(passages)
     ]
     tasks = (

@@ -191,8 +191,6 @@ def split_around(text: str, spans: Sequence[tuple[int, int]], margin: int) -> li
     """
     pieces, start = [], 0
     for begin, end in sorted(spans):
-        if end <= start:
-            continue  # gone with a span before
         left = max(start, begin - margin)
         while left > start and text[left - 1] not in SENTENCE_ENDS:
             left -= 1
