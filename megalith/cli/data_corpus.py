@@ -9,7 +9,7 @@ from typing import Any
 
 from megalith.cli.data_preprocess import add_limit, add_tokenizer_arguments, tokenizer_options
 from megalith.config.flags.text import flag, value_text
-from megalith.curation.commands import COMMANDS, EXAMPLES, HELP
+from megalith.curation.commands import EXAMPLES, HELP, SETTINGS
 
 KINDS: dict[str, dict[str, Any]] = {  # how the flag of a field is read, by the type of the field
     "str": {"metavar": "TEXT"},
@@ -21,12 +21,12 @@ KINDS: dict[str, dict[str, Any]] = {  # how the flag of a field is read, by the 
 
 def register(verbs) -> None:
     """Add the verbs."""
-    for name in COMMANDS:
+    for name in SETTINGS:
         parser = verbs.add_parser(
             name, help=HELP[name], epilog=f"example: megalith data {name} --input {EXAMPLES[name]}"
         )
         _add_run_flags(parser, name)
-        add_command_flags(parser, COMMANDS.find(name))
+        add_command_flags(parser, SETTINGS.find(name))
         parser.set_defaults(handler=run, step=name)
     parser = verbs.add_parser(
         "pipeline",
@@ -51,8 +51,9 @@ def _add_run_flags(parser: argparse.ArgumentParser, name: str) -> None:
     group.add_argument(
         "--output", required=True, metavar="FILE", help="the result; .gz or .zst compresses it; - is standard output"
     )
-    group.add_argument("--json-key", default="url" if name == "urls" else "text", metavar="KEY", help="key of the text")
-    group.add_argument("--dropped", default="", metavar="FILE", help="write documents that are dropped there, with why")
+    key = "url" if name == "urls" else "text"
+    group.add_argument("--json-key", default=key, metavar="KEY", help="key of the text")
+    group.add_argument("--dropped", metavar="FILE", help="write documents that are dropped there, with why")
     group.add_argument("--on-error", choices=("skip", "fail"), default="skip", help="on a line that is no document")
     add_limit(group)
     _add_work_flags(parser)
@@ -93,8 +94,7 @@ def run(args: argparse.Namespace) -> int:
     from megalith.curation.progress import Progress
     from megalith.curation.run import execute
 
-    command_class = COMMANDS.find(args.step)
-    names = {each.name for each in dataclasses.fields(command_class)}
+    names = {each.name for each in dataclasses.fields(SETTINGS.find(args.step))}
     settings = {name: value for name, value in vars(args).items() if name in names}
     if "tokenizer" in names and args.tokenizer_type:
         settings["tokenizer"] = tokenizer_options(args)

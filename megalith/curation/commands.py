@@ -18,6 +18,7 @@ COMMANDS = Registry(
         "stats": "megalith.curation.stats:Stats",
     },
 )
+SETTINGS = Registry("step", {name: f"megalith.curation.settings:{name.capitalize()}Settings" for name in COMMANDS})
 HELP = {
     "wiki": "a MediaWiki dump, or WikiExtractor's output, to JSON lines",
     "urls": "lists of URLs without those of no use",

@@ -7,22 +7,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from megalith.common.errors import DataError, problem
-from megalith.config.options import option
 from megalith.curation.documents import Document
 from megalith.curation.parts import PartOutput, Step
 from megalith.curation.run import Command, Run
+from megalith.curation.settings import IdsSettings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Ids(Command):
-    """Settings of `megalith data ids`."""
+class Ids(IdsSettings, Command):
+    """The step `megalith data ids`."""
 
     name = "ids"
-
-    id_key: str = option("adlr_id", "key under which the id is written")
-    id_prefix: str = option("", "what ids begin with: PREFIX-0000000001")
-    first: int = option(1, "the first number", minimum=0)
-    replace: bool = option(False, "replace ids that documents have under that key")
 
     def run(self, run: Run) -> dict[str, Any]:
         """Count, then number."""

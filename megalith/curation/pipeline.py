@@ -13,7 +13,10 @@ step that is done is not done again. One report holds all of them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
+import json
 import os
 import pathlib
 import shutil
@@ -22,12 +25,15 @@ from typing import Any
 
 import yaml
 
-from megalith.common.errors import ConfigError, problem
+from megalith.common.errors import ConfigError, DataError, problem
+from megalith.common.files import sampled_digest
 from megalith.common.locks import locked
 from megalith.config.flags.text import Words, flag, unknown
 from megalith.curation.commands import COMMANDS
 from megalith.curation.report import REPORTS, write_report
 from megalith.curation.run import Command, Notice, RunOptions, check_options, execute, quiet
+from megalith.curation.run_state import SAMPLES
+from megalith.data.corpus.preprocess_options import update_with_inputs
 from megalith.data.tokenizers.tokenizer import TokenizerOptions
 
 RUN_KEYS = ("json_key", "on_error", "max_unusable", "dropped")  # of RunOptions, that a step may have
@@ -57,7 +63,17 @@ def build_command(name: str, settings: Mapping[str, Any]) -> Command:
         if isinstance(value, list):
             values[key] = tuple(map(str, value))
         if key == "tokenizer" and isinstance(value, Mapping):
-            values[key] = TokenizerOptions(**value)
+            names = [each.name for each in dataclasses.fields(TokenizerOptions)]
+            wrong = [
+                unknown("setting", name, names, f"a tokenizer has {', '.join(names)}")
+                for name in value
+                if name not in names
+            ]
+            problems += wrong
+            if "tokenizer_type" not in value:
+                problems.append("tokenizer: tokenizer_type must be given")
+            elif not wrong:
+                values[key] = TokenizerOptions(**value)
             continue
         minimum, choices = each.metadata.get("minimum"), each.metadata.get("choices")
         if minimum is not None and value < minimum:
@@ -81,6 +97,13 @@ class Pipeline:
         """The file that each step writes."""
         names = [f"{self.output}.steps/{i}-{step.name}.jsonl" for i, (step, _) in enumerate(self.steps)]
         return [*names[:-1], self.output]
+
+    def fingerprint(self) -> str:
+        """Digest of the input, and of the steps with their settings."""
+        steps = [(step.name, dataclasses.asdict(step), own) for step, own in self.steps]  # type: ignore[call-overload]
+        digest = hashlib.sha256(json.dumps(steps, default=str).encode())
+        update_with_inputs(digest, self.steps[0][0].find_inputs(self.input))
+        return digest.hexdigest()
 
     def plan(self) -> list[str]:
         """What would be done, a line for each step."""
@@ -130,15 +153,19 @@ def run_pipeline(
     *,
     notice: Notice = quiet,
     progress: Callable[[str], Any] | None = None,
-    keep: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """The report of each step, as it is done. work: what of RunOptions all steps have.
 
-    keep: files between the steps stay. Raises what `execute` raises; the same call resumes.
+    Raises what `execute` raises; the same call resumes, and does nothing where all is done.
     """
     inputs: Sequence[str] = pipeline.input
     reports: list[dict] = []
     folder = pathlib.Path(f"{pipeline.output}.steps")
+    key = pipeline.fingerprint()
+    if os.path.lexists(pipeline.output) and not work.get("overwrite") and not folder.exists():
+        yield from _made_before(pipeline.output, key)
+        notice(f"{pipeline.output}: already made from this input with these steps (--overwrite makes it again)")
+        return
     with locked(folder, notice=notice):
         folder.mkdir(parents=True, exist_ok=True)
         for (command, own), output in zip(pipeline.steps, pipeline.outputs()):
@@ -153,11 +180,17 @@ def run_pipeline(
                     shown.close()
             yield reports[-1]
             inputs = [output]
+        reports[-1]["pipeline"] = key
         write_report(pipeline.output, reports)
-        if not keep:
-            shutil.rmtree(folder)
+        shutil.rmtree(folder)
 
 
-def has_reports(output: str) -> bool:
-    """Whether an output lies beside its reports."""
-    return all(os.path.exists(f"{output}.{end}") for end in REPORTS)
+def _made_before(output: str, key: str) -> list[dict[str, Any]]:
+    """The reports of a pipeline that has made `output`. Raises DataError where another one, or something else, has."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
+        steps = json.loads(pathlib.Path(f"{output}.{REPORTS[0]}").read_text(encoding="utf-8"))["steps"]
+        samples = steps[-1]["samples"]
+        if steps[-1]["pipeline"] == key and all(sampled_digest(name, SAMPLES) == samples[name] for name in samples):
+            return steps
+    rule = "names a file made from other input or by other steps, which only --overwrite replaces"
+    raise DataError(problem("output", output, rule, "Add --overwrite, or choose another output"))

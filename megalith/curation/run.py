@@ -30,7 +30,7 @@ from megalith.config.flags.text import Words
 from megalith.curation.documents import MAX_DOCUMENT_BYTES
 from megalith.curation.parts import OUTPUT, Step, StepJob, finished_parts, part_file
 from megalith.curation.report import REPORTS, merged_rules, step_report, write_report
-from megalith.curation.run_state import SAMPLES, begin_work, existing_report, fingerprint
+from megalith.curation.run_state import FINISHING, SAMPLES, begin_work, existing_report, fingerprint
 from megalith.data.corpus.inputs import STANDARD_INPUT, Inputs, resolve_inputs, spooled
 from megalith.data.corpus.preprocess_options import MAX_PART_BYTES, MIN_PART_BYTES
 from megalith.data.corpus.preprocess_pool import ENGINES
@@ -50,7 +50,7 @@ class RunOptions:
 
     input: Sequence[str]
     output: str
-    json_key: str = "text"
+    json_key: str = ""  # "": that of the command, mostly "text"
     dropped: str = ""  # a file for the documents that are dropped
     workers: int = 0  # 0: one for each core
     partitions: int = 1
@@ -65,11 +65,14 @@ class RunOptions:
 class Command:
     """The settings of one verb, a dataclass whose fields are its flags; `run` does the work.
 
-    lines: a line of a text file is a document.
+    text_key: where the text is, unless --json-key says. lines: a line of a text file is a document. beside: the ends of
+    the names of files that it writes beside the output.
     """
 
     name = ""
+    text_key = "text"
     lines = False
+    beside: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Raise ConfigError for settings that cannot work."""
@@ -138,7 +141,7 @@ class Run:
         self.seconds: dict[str, float] = {}
         self.key, self.part_bytes, self.size = "", 1, 0
         self.inputs: Inputs = None  # type: ignore[assignment]  # known once `execute` has found them
-        self.still_held: Callable[[], None] = lambda: None
+        self.locks: list[Callable[[], None]] = []
         self.reading: Pass = None  # type: ignore[assignment]  # the first pass: what was read
         self._slices: dict[int, list[str]] = {}
 
@@ -158,6 +161,11 @@ class Run:
             self.reading = result
             self._check_usable(result)
         return result
+
+    def still_held(self) -> None:
+        """LockedError where a lock was lost while this process was suspended."""
+        for check_lock in self.locks:
+            check_lock()
 
     @contextlib.contextmanager
     def clock(self, name: str) -> Iterator[None]:
@@ -191,7 +199,7 @@ class Run:
             step,
             str((self.folder / name).resolve()),
             self.key,
-            options.json_key,
+            options.json_key or self.command.text_key,
             options.max_document_bytes,
             suffix if final and suffix in (".gz", ".zst") else "",
             self.command.lines,
@@ -210,11 +218,17 @@ class Run:
 
     def assemble(self, done: Pass, name: str = OUTPUT, target: str = "") -> None:
         """Put a file of all parts together as the output, or as another file."""
+        self.begin_finish()
         with atomic_path(target or self.output, self.still_held) as temporary, open(temporary, "wb") as out:
             for record in done.records:
                 if (path := done.file(record, name)) is not None:
                     with open(path, "rb") as part:
                         shutil.copyfileobj(part, out, 1 << 20)
+
+    def begin_finish(self) -> None:
+        """Mark that outputs are being put in place: after a kill, those that exist are this run's."""
+        self.still_held()
+        (self.folder / FINISHING).touch()
 
     def locator(self) -> Callable[[int, int, int], str]:
         """A function of part, slice and line in the slice that gives `file:line`."""
@@ -305,11 +319,11 @@ def _execute(command: Command, options: RunOptions, notice: Notice, progress: Ca
     started = time.monotonic()
     run = Run(command, options, notice, progress)
     outputs = [run.output, *([options.dropped] if options.dropped else [])]
-    reports = [run.beside(end) for end in REPORTS]
+    others = [run.beside(end) for end in (*command.beside, *REPORTS)]
     with contextlib.ExitStack() as stack:
         held = [stack.enter_context(locked(output, notice=notice)) for output in outputs]
-        run.still_held = lambda: [check_lock() for check_lock in held] and None
-        for file in (*outputs, *reports):
+        run.locks = held
+        for file in (*outputs, *others):
             remove_leftovers(file, notice)
         found = command.find_inputs(options.input)
         spool = temporary_path(pathlib.Path(run.output))
@@ -318,7 +332,7 @@ def _execute(command: Command, options: RunOptions, notice: Notice, progress: Ca
         default = max(MIN_PART_BYTES, min(run.size // 4096, MAX_PART_BYTES))
         run.part_bytes = max(1, min(default, -(-run.size // options.partitions)))
         run.key = fingerprint(run)
-        if report := existing_report(run, [*outputs, *reports]):
+        if report := existing_report(run, [*outputs, *others]):
             notice(f"{run.output}: already made from this input with these settings (--overwrite makes it again)")
             return report
         found.report_not_read(notice)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from megalith.curation.run import Run
 
 PARTS_VERSION = 1  # raise when the meaning of stored parts changes
+FINISHING = "finishing"  # marks, in the working folder, that outputs are being put in place
 SAMPLES = 64  # blocks of 4 KiB whose digest shows whether an output is still the file that was written
 
 
@@ -29,7 +30,13 @@ def fingerprint(run: Run) -> str:
     """Digest of what the parts depend on: settings, files that settings name, and the input."""
     options = run.options
     settings = dataclasses.asdict(run.command)  # type: ignore[call-overload]
-    content = [PARTS_VERSION, run.command.name, settings, options.json_key, options.max_document_bytes]
+    content = [
+        PARTS_VERSION,
+        run.command.name,
+        settings,
+        options.json_key or run.command.text_key,
+        options.max_document_bytes,
+    ]
     content += [run.part_bytes, options.dropped, options.on_error, pathlib.Path(run.output).suffix]
     digest = hashlib.sha256(json.dumps(content, default=str).encode())
     for path in run.command.files(run.output):
@@ -47,8 +54,8 @@ def existing_report(run: Run, files: Sequence[str]) -> dict | None:
     overwrite = run.options.overwrite
     check(files, inputs=run.inputs.files, overwrite=True, flag="--output")
     existing = [file for file in files if os.path.lexists(file)]
-    finishing = _text(run.folder / "key") == run.key  # killed while it put its own files in place
-    if overwrite or not existing or finishing:
+    killed_while_finishing = _text(run.folder / "key") == run.key and (run.folder / FINISHING).exists()
+    if overwrite or not existing or killed_while_finishing:
         return None
     try:
         report = json.loads(_text(pathlib.Path(run.beside(REPORTS[0]))))["steps"][-1]

@@ -14,23 +14,18 @@ import numpy as np
 
 from megalith.common.errors import ConfigError, problem
 from megalith.config.flags.text import Words
-from megalith.config.options import option
 from megalith.curation.documents import Document
 from megalith.curation.parts import PartOutput, Step
 from megalith.curation.run import Command, Run
+from megalith.curation.settings import SampleSettings
 from megalith.curation.shuffle import random_keys
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sample(Command):
-    """Settings of `megalith data sample`."""
+class Sample(SampleSettings, Command):
+    """The step `megalith data sample`."""
 
     name = "sample"
-
-    rate: float = option(0.0, "share of the documents of each stratum, rounded up", minimum=0.0)
-    documents: int = option(0, "documents of each stratum, or all that it has", minimum=0)
-    by: str = option("", "key whose values are the strata (default: all documents are one)")
-    seed: int = option(1234, "of the choice", minimum=0)
 
     def check(self) -> None:
         """Raise ConfigError unless the size is given once."""

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from megalith.config.options import option
 from megalith.curation.documents import Document
 from megalith.curation.parts import (
     OUTPUT,
@@ -28,6 +27,7 @@ from megalith.curation.parts import (
     write_record,
 )
 from megalith.curation.run import Command, Pass, Run
+from megalith.curation.settings import ShuffleSettings
 from megalith.curation.words import mix
 
 RANGE_BYTES = 64 << 20  # of documents, about, that are sorted at once
@@ -41,12 +41,10 @@ def random_keys(seed: int, part: int, first: int, count: int) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Shuffle(Command):
-    """Settings of `megalith data shuffle`."""
+class Shuffle(ShuffleSettings, Command):
+    """The step `megalith data shuffle`."""
 
     name = "shuffle"
-
-    seed: int = option(1234, "of the order", minimum=0)
 
     def run(self, run: Run) -> dict[str, Any]:
         """Scatter, then gather."""

@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 
 from megalith.common.files import atomic_path, write_text
-from megalith.config.options import option
 from megalith.curation.clean.language import identify
 from megalith.curation.documents import Document
 from megalith.curation.parts import PartOutput, Step
 from megalith.curation.run import Command, Run
+from megalith.curation.settings import StatsSettings
 from megalith.curation.tokens import token_counter, tokenizer_files
-from megalith.data.tokenizers.tokenizer import TokenizerOptions
 
 MAX_SOURCES = 10_000  # of a part, and of the report; others are counted together
 OTHER = "(other)"
@@ -27,14 +26,11 @@ BINS = 40  # of lengths: powers of the square root of 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Stats(Command):
-    """Settings of `megalith data stats`."""
+class Stats(StatsSettings, Command):
+    """The step `megalith data stats`."""
 
     name = "stats"
-
-    languages: bool = option(False, "identify the language of each document")
-    source_key: str = option("", "key whose values are counted as sources")
-    tokenizer: TokenizerOptions | None = None
+    beside = ("lengths.png",)
 
     def files(self, output: str) -> Iterable[str]:
         """Those of the tokenizer."""
@@ -51,7 +47,7 @@ class Stats(Command):
                 table[f"{kind}s"] = dict(sorted(own.items(), key=lambda item: (-item[1], item[0]))[:MAX_SOURCES])
         lengths = sum(done.arrays("histogram", np.int64), np.zeros(BINS, np.int64))
         table["lengths"] = {str(round(2 ** (i / 2))): int(n) for i, n in enumerate(lengths.tolist()) if n}
-        run.still_held()
+        run.begin_finish()
         write_text(run.output, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
         picture = histogram(lengths)
         with atomic_path(run.beside("lengths.png"), run.still_held) as temporary:

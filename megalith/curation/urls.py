@@ -19,27 +19,24 @@ from typing import Any
 import numpy as np
 
 from megalith.common.extras import require
-from megalith.config.options import option
 from megalith.curation.dedup.occurrences import first_occurrences
 from megalith.curation.dedup.signatures import digest, normal_url
 from megalith.curation.documents import Document
 from megalith.curation.parts import OUTPUT, PartOutput, Step
 from megalith.curation.run import Command, Run
+from megalith.curation.settings import UrlsSettings
 
 HOST = re.compile(r"(?=.{1,253}$)(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.)+[^\W\d_][\w-]{1,62}")
 FORBIDDEN = re.compile(r"[\s\x00-\x1f<>\"{}|\\^`]")  # RFC 3986, appendix A: in no URL unescaped
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Urls(Command):
-    """Settings of `megalith data urls`."""
+class Urls(UrlsSettings, Command):
+    """The step `megalith data urls`."""
 
     name = "urls"
+    text_key = "url"
     lines = True
-
-    domains: str = option("", "file of domains that are left out, in place of megalith's list")
-    extensions: str = option("", "file of ends of paths that are left out, in place of megalith's list")
-    min_length: int = option(9, "fewest characters of a URL", minimum=1)
 
     def check(self) -> None:
         """Raise MissingPackage without tldextract."""

@@ -149,7 +149,7 @@ def test_a_source_that_loses_too_much(write, step, tmp_path):
     path = write("a.jsonl", rows)
     with pytest.raises(DataError, match=r"1 sources that lose more.*\n  bad: 119 of 120 documents") as stopped:
         step("dedup", path, {"source_key": "source"})
-    assert not (tmp_path / "out.jsonl").exists() and "out.jsonl.removed.jsonl" in str(stopped.value)
+    assert not (tmp_path / "out.jsonl").exists() and "out.jsonl.parts/removed.jsonl" in str(stopped.value)
     records, report = step("dedup", path, {"source_key": "source", "over_budget": "warn"})
     assert len(records) == 121 and report["over_budget"] and report["sources"]["bad"]["removed"] == 119
     assert report["clusters"][0] == {"documents": 120, "kept": f"{path}:1"}

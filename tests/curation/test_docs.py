@@ -18,6 +18,7 @@ from tests.curation.test_wiki import HEAD, page
 from tests.toy import make_corpus
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
+WORDS = ["river", "music", "stone", "engine", "garden", "letter", "winter", "market", "island", "history", "painter"]
 
 
 def commands(name):
@@ -28,54 +29,42 @@ def commands(name):
 
 
 def article(draw, number):
-    words = [
-        "river",
-        "music",
-        "stone",
-        "engine",
-        "garden",
-        "letter",
-        "winter",
-        "market",
-        "island",
-        "history",
-        "painter",
-    ]
     sentences = (
-        f"The {draw.choice(words)} of {draw.choice(words)} number {draw.randrange(10**6)} was near the {draw.choice(words)}"
-        f" and people have seen it with their own eyes in {draw.randrange(1000, 2000)}."
+        f"The {draw.choice(WORDS)} of {draw.choice(WORDS)} number {draw.randrange(10**6)} was near a "
+        f"{draw.choice(WORDS)}, and people have seen it with their own eyes in {draw.randrange(1000, 2000)}."
         for _ in range(14)
     )
     return f"Article {number}. " + " ".join(sentences)
 
 
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with what the pages name; workers are this process, to save the time of starting them."""
+    """A folder with what the pages name; work is done in this process, to save the start of others."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(preprocess_pool.ENGINES.addresses, "processes", preprocess_pool.ENGINES.addresses["inline"])
+    addresses = preprocess_pool.ENGINES.addresses
+    monkeypatch.setitem(addresses, "processes", addresses["inline"])
     make_corpus(tmp_path)
     (tmp_path / "bert-vocab.txt").write_bytes((tmp_path / "vocab.txt").read_bytes())
     draw = random.Random(1)
     texts = [article(draw, i) for i in range(40)]
-    rows = [
-        {"url": f"http://example.org/{i}", "text": text} for i, text in enumerate([*texts, *texts[:5], "too short"])
-    ]
+    pages = [*texts, *texts[:5], "too short"]
     for name in ("crawl.jsonl", "pages.jsonl"):
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write(tmp_path / name, ({"url": f"http://example.org/{i}", "text": text} for i, text in enumerate(pages)))
     (tmp_path / "urls.txt").write_text("http://example.org/a\nhttp://youtube.com/b\nhttp://example.org/a\n")
-    (tmp_path / "lambada_test.jsonl").write_text(json.dumps({"text": texts[3][200:400]}) + "\n")
-    (tmp_path / "questions.jsonl").write_text(
-        json.dumps({"question": "Who met the dog at the old stone bridge in May?"}) + "\n"
-    )
+    write(tmp_path / "lambada_test.jsonl", [{"text": texts[3][200:400]}])
+    write(tmp_path / "questions.jsonl", [{"question": "Who met the dog at the old stone bridge in May?"}])
     squad = {"data": [{"paragraphs": [{"context": "Nothing of it is in there at all, I think.", "qas": []}]}]}
     (tmp_path / "dev-v1.1.json").write_text(json.dumps(squad))
-    pages = "".join(page(i, f"'''{i}''' {text}<ref>r</ref>") for i, text in enumerate(texts))
+    content = "".join(page(i, f"'''{i}''' {text}<ref>r</ref>") for i, text in enumerate(texts))
     dump = tmp_path / "enwiki-latest-pages-articles-multistream.xml.bz2"
-    dump.write_bytes(bz2.compress(HEAD.encode()) + bz2.compress(pages.encode()) + bz2.compress(b"</mediawiki>"))
+    dump.write_bytes(bz2.compress(HEAD.encode()) + bz2.compress(content.encode()) + bz2.compress(b"</mediawiki>"))
     folder = tmp_path / "extracted/AA"
     folder.mkdir(parents=True)
-    (folder / "wiki_00").write_text(json.dumps({"id": "1", "url": "u", "title": "t", "text": "x"}) + "\n")
+    write(folder / "wiki_00", [{"id": "1", "url": "u", "title": "t", "text": "x"}])
     return tmp_path
 
 
@@ -100,37 +89,30 @@ def test_openwebtext_to_gpt(place):
     assert len((place / "unique.jsonl").read_text().splitlines()) == 40
     report = json.loads((place / "filtered.jsonl.report.json").read_text())["steps"][0]
     assert report["tasks"]["lambada"]["documents"] == 1
-    assert IndexedDataset("my-gpt2_text_document").num_documents == len(
-        (place / "train.jsonl").read_text().splitlines()
-    )
+    number = len((place / "train.jsonl").read_text().splitlines())
+    assert IndexedDataset("my-gpt2_text_document").num_documents == number
 
 
 def test_corpus_page(place):
-    (place / "steps.yaml").write_text(
-        re.search(r"^```yaml\n(.*?)^```", (DOCS / "corpus.md").read_text(), re.M | re.S)[1]
-    )
+    """Commands that write what one before has written have --overwrite added, and the pipe goes through a shell."""
+    steps = re.search(r"^```yaml\n(.*?)^```", (DOCS / "corpus.md").read_text(), re.MULTILINE | re.DOTALL)[1]
+    (place / "steps.yaml").write_text(steps)
+    made = set()
     for line in commands("corpus.md"):
+        output = re.search(r"--output (\S+)", line)
+        name = output[1] if output else "train.jsonl" if "pipeline" in line else ""
         if "|" in line:
             command = line.replace("megalith ", f"{sys.executable} -m megalith ")
             subprocess.run(["bash", "-o", "pipefail", "-c", command], check=True, capture_output=True)
             assert IndexedDataset("train_text_document").num_documents > 30
         else:
-            if (
-                "pipeline" in line or line.endswith("longest") or "squad" in line
-            ):  # outputs that a command before has made
-                line += "" if "pipeline" not in line else " --overwrite"
-                for path in place.glob("unique.jsonl*") if "longest" in line else place.glob("train.jsonl*"):
-                    path.unlink()
-            run(line)
+            run(f"{line} --overwrite" if name in made else line)
+        made.add(name)
     assert len((place / "train.jsonl.report.html").read_text()) > 1000
 
 
-def test_the_map_of_pages():
-    readme = (DOCS.parent / "README.md").read_text()
-    assert "docs/corpus.md" in readme
-    links = [
-        link
-        for name in ("corpus.md", "wikipedia.md", "openwebtext.md")
-        for link in re.findall(r"\]\(([^)#]+)\)", (DOCS / name).read_text())
-    ]
-    assert all("://" in link or (DOCS / link).exists() for link in links)
+def test_links_lead_somewhere():
+    assert "docs/corpus.md" in (DOCS.parent / "README.md").read_text()
+    for name in ("corpus.md", "wikipedia.md", "openwebtext.md"):
+        links = re.findall(r"\]\(([^)#]+)\)", (DOCS / name).read_text())
+        assert links and all("://" in link or (DOCS / link).exists() for link in links)

@@ -10,35 +10,20 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from megalith.common.errors import ConfigError, problem
-from megalith.config.options import option
 from megalith.curation.clean import language as languages
 from megalith.curation.clean.rules import Rule, Text, build_rule, expand
 from megalith.curation.documents import Document
 from megalith.curation.parts import PartOutput, Step
 from megalith.curation.run import Command, Run
+from megalith.curation.settings import DEFAULT_RULES, CleanSettings
 from megalith.curation.tokens import token_counter, tokenizer_files
-from megalith.data.tokenizers.tokenizer import TokenizerOptions
-
-DEFAULT_RULES = ("ftfy", "unicode", "newlines", "min_characters")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Clean(Command):
-    """Settings of `megalith data clean`."""
+class Clean(CleanSettings, Command):
+    """The step `megalith data clean`."""
 
     name = "clean"
-
-    rules: tuple[str, ...] = option(
-        (), f"rules and groups of rules, in the order in which they are applied (default: {' '.join(DEFAULT_RULES)})"
-    )
-    language: str = option("", "language that documents must be in, by ISO 639 code: en")
-    min_language_score: float = option(0.5, "least probability of that language")
-    min_characters: int = option(512, "fewest characters of a document, for the rule min_characters", minimum=0)
-    max_characters: int = option(1_000_000, "most characters, for the rule max_characters", minimum=1)
-    min_tokens: int = option(128, "fewest tokens, for the rule min_tokens; needs --tokenizer-type", minimum=0)
-    max_tokens: int = option(100_000, "most tokens, for the rule max_tokens; needs --tokenizer-type", minimum=1)
-    bad_words: str = option("", "file of words, one a line, that no document may have (rule bad_words)")
-    tokenizer: TokenizerOptions | None = None
 
     @property
     def chosen(self) -> list[str]:

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from megalith.common.errors import ConfigError, problem
-from megalith.config.options import option
 from megalith.curation.decontaminate.ngrams import Match, TaskNgrams, find_matches, task_ngrams
 from megalith.curation.decontaminate.tasks import parse_task, read_task, task_files
 from megalith.curation.documents import Document
 from megalith.curation.parts import PartOutput, Step
 from megalith.curation.run import Command, Run
+from megalith.curation.settings import DecontaminateSettings
 
 SENTENCE_ENDS = frozenset(".!?。！？")
 EXAMPLES = 5  # of each task in the report
@@ -29,20 +29,10 @@ GROUP = 1 << 20  # characters searched at once
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Decontaminate(Command):
-    """Settings of `megalith data decontaminate`."""
+class Decontaminate(DecontaminateSettings, Command):
+    """The step `megalith data decontaminate`."""
 
     name = "decontaminate"
-
-    tasks: tuple[str, ...] = option((), "NAME=PATH of task files, or NAME=PATH:KEY for any JSON lines")
-    max_ngram: int = option(13, "words of an n-gram", minimum=1)
-    min_ngram: int = option(8, "fewest words of a task text that is searched for as a whole", minimum=1)
-    max_frequency: int = option(10, "an n-gram that occurs more often is no leak; 0: every one is", minimum=0)
-    margin: int = option(
-        200, "characters removed on each side of an n-gram, then to the end of the sentence", minimum=0
-    )
-    min_piece: int = option(200, "fewest characters of a piece that stays", minimum=0)
-    max_pieces: int = option(10, "a document that falls into more pieces is dropped", minimum=1)
 
     def check(self) -> None:
         """Raise ConfigError for tasks that are not there, and sizes that cannot be."""

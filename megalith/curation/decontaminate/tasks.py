@@ -13,6 +13,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from megalith.common.errors import ConfigError, DataError, problem
 from megalith.common.json_lines import parse
@@ -20,7 +21,7 @@ from megalith.config.flags.text import Words, unknown
 from megalith.data.corpus.compression import open_decompressed
 
 
-def _json(path: str) -> object:
+def _json(path: str) -> Any:
     with open_decompressed(path) as stream:
         return json.loads(stream.read().decode("utf-8"))
 
@@ -39,7 +40,7 @@ def lambada(path: str) -> Iterator[str]:
 
 def squad(path: str) -> Iterator[str]:
     """{"data": [{"paragraphs": [{"context", "qas": [{"question"}]}]}]}."""
-    for article in _json(path)["data"]:  # type: ignore[index]
+    for article in _json(path)["data"]:
         for paragraph in article["paragraphs"]:
             yield paragraph["context"]
             yield from (each["question"] for each in paragraph["qas"])
@@ -60,14 +61,14 @@ def natural_questions(path: str) -> Iterator[str]:
 
 def triviaqa(path: str) -> Iterator[str]:
     """{"Data": [{"Question"}]}."""
-    return (each["Question"] for each in _json(path)["Data"])  # type: ignore[index]
+    return (each["Question"] for each in _json(path)["Data"])
 
 
 def webqs(path: str) -> Iterator[str]:
     """A list of {"utterance"} (WebQuestions as published), or lines of {"question"} or {"utterance"}."""
     with open_decompressed(path) as stream:
         is_list = stream.read(64).lstrip().startswith(b"[")
-    for each in _json(path) if is_list else _lines(path):  # type: ignore[union-attr]
+    for each in _json(path) if is_list else _lines(path):
         yield each["utterance"] if "utterance" in each else each["question"]
 
 
@@ -86,14 +87,14 @@ def race(path: str) -> Iterator[str]:
 
 def drop(path: str) -> Iterator[str]:
     """{passage id: {"passage", "qa_pairs": [{"question"}]}}."""
-    for each in _json(path).values():  # type: ignore[attr-defined]
+    for each in _json(path).values():
         yield each["passage"]
         yield from (pair["question"] for pair in each["qa_pairs"])
 
 
 def coqa(path: str) -> Iterator[str]:
     """{"data": [{"story", "questions": [{"input_text"}]}]}."""
-    for each in _json(path)["data"]:  # type: ignore[index]
+    for each in _json(path)["data"]:
         yield each["story"]
         yield from (question["input_text"] for question in each["questions"])
 

@@ -8,6 +8,7 @@ filter (workers) -> the documents that stay
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -15,7 +16,6 @@ import numpy as np
 
 from megalith.common.errors import ConfigError, problem
 from megalith.common.files import atomic_path
-from megalith.config.options import option
 from megalith.curation.dedup.choose import NEAR, STAYS, Verdicts, choose, over_budget, source_table, stop_over_budget
 from megalith.curation.dedup.index import MANIFEST, Generation, add_generation, generations
 from megalith.curation.dedup.links import Groups, find_groups
@@ -25,43 +25,19 @@ from megalith.curation.dedup.store import Piece, Store
 from megalith.curation.documents import Document, dump
 from megalith.curation.parts import PartOutput, Step
 from megalith.curation.run import Command, Pass, Run
+from megalith.curation.settings import DedupSettings
 
+EVIDENCE = "removed.jsonl"
 CLUSTERS = 20  # largest ones that the report names
 RULES = {1: "exact", 2: "near"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Dedup(Command):
-    """Settings of `megalith data dedup`."""
+class Dedup(DedupSettings, Command):
+    """The step `megalith data dedup`."""
 
     name = "dedup"
-
-    by: str = option(
-        "near",
-        "near: similar texts, and equal ones; exact: equal words; paragraph; url",
-        choices=("near", "exact", "paragraph", "url"),
-    )
-    threshold: float = option(0.7, "similarity of near-duplicates, 0 to 1", minimum=0.0)
-    jaccard: str = option(
-        "union",
-        "common shingles over those of the union, the smaller or the larger text",
-        choices=("union", "min", "max"),
-    )
-    ngram_size: int = option(5, "words (or characters) of a shingle", minimum=1)
-    ngram_unit: str = option("word", "what a shingle is made of", choices=("word", "character"))
-    bands: int = option(32, "bands of a signature: more find more candidates", minimum=1)
-    rows: int = option(4, "values of a band: more find fewer candidates", minimum=1)
-    seed: int = option(1234, "of the hash functions", minimum=0)
-    keep: str = option("first", "which document of a group stays", choices=("first", "longest", "source"))
-    best_sources: tuple[str, ...] = option((), "for --keep source: sources, the best first; others come behind")
-    source_key: str = option("", "key that says which source a document is of (default: its file)")
-    source_budget: float = option(0.95, "share of its documents that a source may lose", minimum=0.0)
-    budget_documents: int = option(100, "documents that a source needs to have a budget", minimum=1)
-    over_budget: str = option("stop", "what happens where a source loses more", choices=("stop", "warn"))
-    direct: bool = option(False, "remove only what is itself similar to the document that stays")
-    url_key: str = option("url", "key of the URL, for --by url")
-    min_paragraph_words: int = option(3, "shorter paragraphs are no repetition", minimum=1)
-    index: str = option("", "folder of signatures of earlier output: compare with them, and add these")
+    beside = (EVIDENCE,)
 
     def check(self) -> None:
         """Raise ConfigError that lists all mistakes."""
@@ -107,7 +83,7 @@ class Dedup(Command):
             verdicts = self._choose(store, groups, indexed, names, source)
             removed = verdicts.verdict[indexed:] != STAYS
         with run.clock("evidence"):
-            evidence = run.beside("removed.jsonl")
+            evidence = str(run.folder / EVIDENCE)
             name = _Names(run, signed, earlier)
             _write_evidence(evidence, store, groups, verdicts, indexed, name, names, source)
         table = source_table(names, source, removed)
@@ -122,6 +98,7 @@ class Dedup(Command):
             run.assemble(done, "dropped", run.options.dropped)
         if self.index:
             _add_to_index(self, run, pieces, ~removed, name, indexed, len(earlier))
+        os.replace(evidence, evidence := run.beside(EVIDENCE))
         clusters = _clusters(groups, verdicts, indexed, name)
         facts = {"lines": [f"evidence of each removal: {evidence}", *lines]}
         facts |= {"evidence": evidence, "sources": dict(list(table.items())[:1000]), "over_budget": lines}
@@ -242,16 +219,18 @@ class _Names:
 
     def __init__(self, run: Run, signed: Pass, earlier: Sequence[Generation]):
         self.locate, self.signed = run.locator(), signed
-        self.earlier = [name for each in earlier for name in each.names()]
-        counts = [record["documents"] for record in signed.records]
-        self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64) + len(self.earlier)
+        self.earlier = [each.names() for each in earlier]
+        counts = [*map(len, self.earlier), *(record["documents"] for record in signed.records)]
+        self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self.places = [signed.array(record, "places", np.int32).reshape(-1, 2) for record in signed.records]
 
     def __call__(self, document: int) -> str:
-        if document < len(self.earlier):
-            return self.earlier[document]
         at = int(np.searchsorted(self.starts, document, "right")) - 1
-        piece, line = self.places[at][document - int(self.starts[at])].tolist()
+        inside = document - int(self.starts[at])
+        if at < len(self.earlier):
+            return self.earlier[at][inside]
+        at -= len(self.earlier)
+        piece, line = self.places[at][inside].tolist()
         return self.locate(self.signed.records[at]["part"], piece, line)
 
 

@@ -12,10 +12,10 @@ from typing import Any
 from megalith.common.errors import DataError, problem
 from megalith.common.extras import require
 from megalith.config.flags.text import Words
-from megalith.config.options import option
 from megalith.curation.documents import Document, DocumentBatch, read_documents
 from megalith.curation.parts import PartOutput, Step, StepJob
 from megalith.curation.run import Command, Run
+from megalith.curation.settings import WikiSettings
 from megalith.curation.wiki.dump import Damage, Page, Site, read_pages, read_site
 from megalith.curation.wiki.wikitext import Choices, dropped_namespaces, to_text
 from megalith.data.corpus.compression import compression, first_bytes
@@ -32,16 +32,10 @@ def is_dump(path: str) -> bool:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Wiki(Command):
-    """Settings of `megalith data wiki`."""
+class Wiki(WikiSettings, Command):
+    """The step `megalith data wiki`."""
 
     name = "wiki"
-
-    namespaces: tuple[str, ...] = option(("0",), "numbers of the namespaces whose pages are read; 0: articles")
-    headings: bool = option(True, "keep headings, a line each")
-    lists: bool = option(True, "keep lists, a line that begins with a dash for each item")
-    tables: bool = option(False, "keep the cells of tables, a line for each row")
-    formulas: bool = option(False, "keep formulas, as LaTeX between dollar signs")
 
     def check(self) -> None:
         """Raise MissingPackage without the parser."""
