@@ -98,7 +98,8 @@ class Dedup(DedupSettings, Command):
             run.assemble(done, "dropped", run.options.dropped)
         if self.index:
             _add_to_index(self, run, pieces, ~removed, name, indexed, len(earlier))
-        os.replace(evidence, evidence := run.beside(EVIDENCE))
+        os.replace(evidence, run.beside(EVIDENCE))
+        evidence = run.beside(EVIDENCE)
         clusters = _clusters(groups, verdicts, indexed, name)
         facts = {"lines": [f"evidence of each removal: {evidence}", *lines]}
         facts |= {"evidence": evidence, "sources": dict(list(table.items())[:1000]), "over_budget": lines}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -108,7 +109,8 @@ class Sign(Step):
         rows = self.rensa.digest_matrix_from_flat_token_hashes(
             mix(values.astype(np.uint64)), starts, size, settings.seed
         )
-        signatures = np.array(rows.to_rows(), np.uint64).reshape(len(counts), settings.bands, settings.rows)
+        flat = np.fromiter(itertools.chain.from_iterable(rows.to_rows()), np.uint64, len(counts) * size)
+        signatures = flat.reshape(len(counts), settings.bands, settings.rows)
         total = np.zeros(signatures.shape[:2], np.uint64)
         for row in range(settings.rows):
             total = mix(total ^ signatures[:, :, row])
