@@ -100,7 +100,7 @@ class Pipeline:
 
     def fingerprint(self) -> str:
         """Digest of the input, and of the steps with their settings."""
-        steps = [(step.name, dataclasses.asdict(step), own) for step, own in self.steps]  # type: ignore[call-overload]
+        steps = [(step.name, dataclasses.asdict(step), own) for step, own in self.steps]
         digest = hashlib.sha256(json.dumps(steps, default=str).encode())
         update_with_inputs(digest, self.steps[0][0].find_inputs(self.input))
         return digest.hexdigest()

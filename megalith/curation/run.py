@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -62,6 +62,7 @@ class RunOptions:
     owned: bool = False  # the output is a file between two steps: one of other settings is replaced
 
 
+@dataclasses.dataclass(frozen=True)
 class Command:
     """The settings of one verb, a dataclass whose fields are its flags; `run` does the work.
 
@@ -72,7 +73,7 @@ class Command:
     name = ""
     text_key = "text"
     lines = False
-    beside: tuple[str, ...] = ()
+    beside: ClassVar[tuple[str, ...]] = ()
 
     def check(self) -> None:
         """Raise ConfigError for settings that cannot work."""

@@ -29,7 +29,7 @@ SAMPLES = 64  # blocks of 4 KiB whose digest shows whether an output is still th
 def fingerprint(run: Run) -> str:
     """Digest of what the parts depend on: settings, files that settings name, and the input."""
     options = run.options
-    settings = dataclasses.asdict(run.command)  # type: ignore[call-overload]
+    settings = dataclasses.asdict(run.command)
     content = [
         PARTS_VERSION,
         run.command.name,
