@@ -1,8 +1,8 @@
-"""`megalith data`: corpora to indexed datasets, and the care of those."""
+"""`megalith data`: corpora made, turned into indexed datasets, and the care of those."""
 
 from __future__ import annotations
 
-from megalith.cli import data_care, data_preprocess
+from megalith.cli import data_care, data_corpus, data_preprocess
 
 
 def register(subparsers) -> None:
@@ -17,4 +17,5 @@ def register(subparsers) -> None:
     preprocess = verbs.add_parser("preprocess", help="raw files to .bin/.idx")
     data_preprocess.add_arguments(preprocess)
     preprocess.set_defaults(handler=data_preprocess.run)
+    data_corpus.register(verbs)
     data_care.register(verbs)

@@ -150,3 +150,8 @@ def accelerate_config_file() -> pathlib.Path:
 def threads() -> str | None:
     """OMP_NUM_THREADS: the threads of each process on the CPU, as text."""
     return variable("OMP_NUM_THREADS")
+
+
+def one_thread_of_rensa() -> None:
+    """Set RAYON_NUM_THREADS to 1 where it is not set: rensa starts a thread for each core when it is first used."""
+    os.environ.setdefault("RAYON_NUM_THREADS", "1")

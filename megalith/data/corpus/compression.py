@@ -41,6 +41,9 @@ NOT_TEXT = {  # first bytes -> (a file that holds no lines of text, the cure)
 }
 PARQUET_SIGNATURE = b"PAR1"
 TAR_SIGNATURE, TAR_OFFSET = b"ustar", 257
+SKIPPED_BYTES = 1 << 20  # of a line that is too long, at once
+COMPRESSED_BYTES, DECOMPRESSED = 1 << 16, 1 << 18  # read, and asked of a decompressor, at once
+ZSTD_BYTES = 1 << 10  # given to zstandard at once: a block of 128 KiB may be 4 bytes, so that 64 KiB could hold 2 GiB
 HEAD_BYTES = 512  # enough to recognize every format above
 
 
@@ -93,18 +96,38 @@ def open_decompressed(path: str, raw: BinaryIO | None = None) -> Any:
     return io.BufferedReader(_ConcatenatedStreams(raw, decompressors[kind])) if kind else raw
 
 
-def read_checked(stream: Any, count: int, path: str, whole_lines: bool = False) -> bytes:
-    """About `count` bytes (all with -1), with `whole_lines` to the end of a line; empty at the end.
+def read_checked(stream: Any, count: int, path: str, method: str = "read") -> bytes:
+    """About `count` bytes (all with -1), empty at the end. method: `read`, or `readline` for a line's bytes.
 
     Raises DataError where the file is damaged.
     """
     try:
-        block = stream.read(count)
-        return block + stream.readline() if whole_lines and block and not block.endswith(b"\n") else block
+        return getattr(stream, method)(count)
     except Exception as error:  # zlib, gzip, zstd and the operating system each raise their own
         found = Words(f"the error {str(error)!r}")
         cure = "Fetch it again; it is damaged or cut off"
         raise DataError(problem(path, found, "must decompress to its end", cure)) from error
+
+
+def read_lines(stream: Any, count: int, path: str, max_line: int | None = None) -> tuple[bytes, int]:
+    """About `count` bytes and what their last line still has, and how many bytes were consumed; b"" at the end.
+
+    max_line: a last line of more bytes is cut after max_line + 1 of them, and the rest is passed over, so that a line
+    (a zip bomb, a file of another kind) takes no more memory than that. Who reads the lines finds it by its length.
+    Raises DataError where the file is damaged.
+    """
+    block = read_checked(stream, count, path)
+    if count and (not block or block.endswith(b"\n")):
+        return block, len(block)
+    if max_line is None:
+        block += read_checked(stream, -1, path, "readline")
+        return block, len(block)
+    room = max(0, max_line + 1 - (len(block) - block.rfind(b"\n") - 1))
+    rest = read_checked(stream, room, path, "readline")
+    block, size, last = block + rest, len(block) + len(rest), rest
+    while not last.endswith(b"\n") and (last := read_checked(stream, SKIPPED_BYTES, path, "readline")):
+        size += len(last)
+    return block if block.endswith(b"\n") else block + b"\n", size
 
 
 class _ConcatenatedStreams(io.RawIOBase):
@@ -117,6 +140,9 @@ class _ConcatenatedStreams(io.RawIOBase):
     def __init__(self, raw: BinaryIO, new_decompressor: Callable[[], Any]):
         """Read `raw`; new_decompressor: makes the decompressor of one stream."""
         self._raw, self._new_decompressor = raw, new_decompressor
+        # bz2 and lzma give as much at once as they are asked for; zstandard gives all that its input holds.
+        self._limits = isinstance(new_decompressor(), (bz2.BZ2Decompressor, lzma.LZMADecompressor))
+        self._piece = COMPRESSED_BYTES if self._limits else ZSTD_BYTES
         self._decompressed = self._unread = b""
         self._decompressor: Any = None  # none before the first stream
 
@@ -127,8 +153,12 @@ class _ConcatenatedStreams(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Fill the buffer, or some of it; 0 at the end."""
         while not self._decompressed:
-            block, self._unread = self._unread or self._raw.read(1 << 16), b""
             in_stream = self._decompressor is not None and not self._decompressor.eof
+            if in_stream and self._limits and not self._decompressor.needs_input:
+                self._decompress(b"")
+                continue
+            held, self._unread = self._unread or self._raw.read(COMPRESSED_BYTES), b""
+            block, self._unread = held[: self._piece], held[self._piece :]
             if not block:
                 if in_stream:
                     raise EOFError("the file ends inside a compressed stream")
@@ -138,11 +168,18 @@ class _ConcatenatedStreams(io.RawIOBase):
                 if not block:
                     continue
                 self._decompressor = self._new_decompressor()
-            self._decompressed = self._decompressor.decompress(block)
-            self._unread = self._decompressor.unused_data if self._decompressor.eof else b""
+            self._decompress(block)
         count = min(len(buffer), len(self._decompressed))
         buffer[:count], self._decompressed = self._decompressed[:count], self._decompressed[count:]
         return count
+
+    def _decompress(self, block: bytes) -> None:
+        decompressor = self._decompressor
+        self._decompressed = (
+            decompressor.decompress(block, DECOMPRESSED) if self._limits else decompressor.decompress(block)
+        )
+        if decompressor.eof:
+            self._unread = decompressor.unused_data + self._unread
 
     def close(self) -> None:
         """Close the file too."""

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from megalith.common.errors import ConfigError, problem
 from megalith.common.extras import missing_package
@@ -153,6 +154,12 @@ def fingerprint(options: PreprocessOptions, inputs: Inputs, part_bytes: int, tok
     )
     content = [PARTS_VERSION, part_bytes, list(options.json_keys), settings, tokenizer]
     digest = hashlib.sha256(json.dumps(content).encode())
+    update_with_inputs(digest, inputs)
+    return digest.hexdigest()
+
+
+def update_with_inputs(digest: Any, inputs: Inputs) -> None:
+    """Add name, size, time and samples of each input to a digest of hashlib."""
     for path in inputs.files:
         if path in inputs.digests:
             digest.update(inputs.digests[path].encode())
@@ -163,4 +170,3 @@ def fingerprint(options: PreprocessOptions, inputs: Inputs, part_bytes: int, tok
             for offset in (0, stat.st_size // 2, max(0, stat.st_size - 4096)):
                 file.seek(offset)
                 digest.update(file.read(4096))
-    return digest.hexdigest()

@@ -45,6 +45,10 @@ class Job:
     keep_empty: bool = False  # documents without text are kept
     key: str = ""  # digest of everything that the parts depend on: a part of another key is another job's
 
+    def worker(self) -> PartEncoder:
+        """What encodes parts, with the tokenizer loaded."""
+        return PartEncoder(self)
+
 
 class BadDocument(DataError):
     """With --on-error fail: the first document that cannot be used."""

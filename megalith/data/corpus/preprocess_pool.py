@@ -1,6 +1,7 @@
 """The engines that run the parts: processes of this machine, or Ray workers of many.
 
-Each engine is a function `engine(job, parts, workers) -> records`.
+Each engine is a function `engine(job, parts, workers) -> records`. A job is a picklable object whose `worker()` gives
+what handles a part: `data preprocess` and the steps of curation/ have one each.
 """
 
 from __future__ import annotations
@@ -9,21 +10,20 @@ import concurrent.futures
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 from megalith.common.environment import ray_address
 from megalith.common.errors import DataError
 from megalith.common.extras import require
 from megalith.common.registry import Registry
-from megalith.data.corpus.preprocess_part import Job, PartEncoder
-from megalith.data.corpus.readers import Part
 
 ENGINES = Registry(
     "engine",
     {
         "processes": "megalith.data.corpus.preprocess_pool:run_processes",
         "ray": "megalith.data.corpus.preprocess_pool:run_ray",
+        "inline": "megalith.data.corpus.preprocess_pool:run_inline",
     },
 )
 LOST_WORKER = (
@@ -32,32 +32,39 @@ LOST_WORKER = (
 )
 
 
-class Worker:
-    """The encoder of one worker process."""
+class Job(Protocol):
+    """What the workers of an engine are given, pickled."""
 
-    encoder: PartEncoder
+    def worker(self) -> Callable[[Any], dict]:
+        """What makes the record of a part; called once in each worker, to load what all parts need."""
+
+
+class Worker:
+    """What one worker process does with a part."""
+
+    handle: Callable[[Any], dict]
     # What `start` raised; `run` raises it, because the pool would report a worker that ends in `start` as killed, and
     # print its traceback.
     failure: Exception | None = None
 
     @classmethod
     def start(cls, job: Job) -> None:
-        """Load the encoder, and make this process end when its parent does, even by kill -9."""
+        """Load what the job needs, and make this process end when its parent does, even by kill -9."""
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         parent = multiprocessing.parent_process()
         if parent is not None:
             threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
         try:
-            cls.encoder = PartEncoder(job)
+            cls.handle = staticmethod(job.worker())
         except Exception as error:
             cls.failure = error
 
     @classmethod
-    def run(cls, part: Part) -> dict:
-        """Encode one part. Raises what the start of this process raised."""
+    def run(cls, part: Any) -> dict:
+        """The record of one part. Raises what the start of this process raised."""
         if cls.failure is not None:
             raise cls.failure
-        return cls.encoder(part)
+        return cls.handle(part)
 
 
 def _exit_with_parent(parent: Any) -> None:
@@ -65,7 +72,7 @@ def _exit_with_parent(parent: Any) -> None:
     os._exit(1)
 
 
-def run_processes(job: Job, parts: Iterator[Part], workers: int) -> Iterator[dict]:
+def run_processes(job: Job, parts: Iterator[Any], workers: int) -> Iterator[dict]:
     """Records of the parts as they finish, from `workers` spawned processes (0: one for each core).
 
     They are not forked: a fork would copy the encoder's threads, dead.
@@ -88,20 +95,26 @@ def run_processes(job: Job, parts: Iterator[Part], workers: int) -> Iterator[dic
             pool.shutdown(wait=True, cancel_futures=True)
 
 
+def run_inline(job: Job, parts: Iterator[Any], workers: int) -> Iterator[dict]:
+    """Records of the parts, one after another in this process: to debug, and for inputs too small for processes."""
+    handle = job.worker()
+    return (handle(part) for part in parts)
+
+
 class RayWorker:
-    """The encoder of one actor."""
+    """What one actor does with a part."""
 
     def __init__(self, job: Job):
-        """Load the encoder."""
+        """Load what the job needs."""
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        self.encoder = PartEncoder(job)
+        self.handle = job.worker()
 
-    def run(self, part: Part) -> dict:
-        """Encode one part."""
-        return self.encoder(part)
+    def run(self, part: Any) -> dict:
+        """The record of one part."""
+        return self.handle(part)
 
 
-def run_ray(job: Job, parts: Iterator[Part], workers: int) -> Iterator[dict]:
+def run_ray(job: Job, parts: Iterator[Any], workers: int) -> Iterator[dict]:
     """Records of the parts as they finish, from `workers` actors on a Ray cluster (0: one for each of its cores).
 
     Its nodes have megalith installed and see the same input and output folders. RAY_ADDRESS says which cluster;

@@ -12,8 +12,8 @@ from megalith.common import units
 class Progress:
     """Called with the record of each finished part; shows the fraction done, MB/s, tokens/s and time left."""
 
-    def __init__(self, stream: TextIO | None = None, interval: float = 5.0):
-        """stream: stderr by default. interval: seconds between lines where there is no bar."""
+    def __init__(self, stream: TextIO | None = None, interval: float = 5.0, title: str = "encoding"):
+        """stream: stderr by default. interval: seconds between lines where there is no bar. title: of the bar."""
         self.stream = stream or sys.stderr
         self.interval, self.started, self.last_printed = interval, time.monotonic(), time.monotonic()
         self.bytes = self.size = self.tokens = 0
@@ -23,7 +23,7 @@ class Progress:
             from rich.progress import BarColumn, TextColumn
             from rich.progress import Progress as Bar
 
-            columns = (TextColumn("encoding"), BarColumn(), TextColumn("{task.description}"))
+            columns = (TextColumn(title), BarColumn(), TextColumn("{task.description}"))
             self.bar = Bar(*columns, console=Console(file=self.stream), transient=True)
             self.task = self.bar.add_task("", total=None)
             self.bar.start()

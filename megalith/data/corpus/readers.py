@@ -23,7 +23,7 @@ from megalith.common.errors import DataError, problem
 from megalith.common.extras import require
 from megalith.common.json_lines import LONE_SURROGATE, parse
 from megalith.config.flags.text import Words
-from megalith.data.corpus.compression import open_decompressed, read_checked
+from megalith.data.corpus.compression import open_decompressed, read_checked, read_lines
 from megalith.data.corpus.inputs import Notice, file_format, resolve_inputs, spooled
 from megalith.data.corpus.unusable import require_usable
 
@@ -73,10 +73,14 @@ def split_into_parts(
     inputs: Sequence[str],
     part_bytes: int,
     finished: frozenset[int] = frozenset(),
+    *,
+    max_line: int | None = None,
+    whole_texts: bool = True,
 ) -> Iterator[Part]:
     """The parts of the input in order.
 
-    Parts whose numbers are in `finished` come without blocks: nobody will read them.
+    Parts whose numbers are in `finished` come without blocks: nobody will read them. max_line: as `read_lines` takes
+    it. whole_texts: a text file is one document; otherwise its lines are documents.
     """
     compressed = [path for path in inputs if file_format(path)[1]]
     decompress_here = len(compressed) < MANY_COMPRESSED
@@ -84,15 +88,16 @@ def split_into_parts(
     number = waiting_size = 0
     for path in inputs:
         size = os.path.getsize(path)
-        if file_format(path)[1] and decompress_here and file_format(path)[0] != "text":
+        whole = whole_texts and file_format(path)[0] == "text"
+        if file_format(path)[1] and decompress_here and not whole:
             if waiting:
                 yield Part(number, tuple(waiting), waiting_size)
                 number, waiting, waiting_size = number + 1, [], 0
-            for block, compressed_bytes in _stream_blocks(path, min(part_bytes, STREAM_BLOCK_BYTES), size):
+            for block, compressed_bytes in _stream_blocks(path, min(part_bytes, STREAM_BLOCK_BYTES), size, max_line):
                 yield Part(number, (Slice(path, block=None if number in finished else block),), compressed_bytes)
                 number += 1
             continue
-        for piece, piece_size in _slices(path, size, part_bytes):
+        for piece, piece_size in _slices(path, size, part_bytes, whole_texts):
             if waiting and waiting_size + piece_size > part_bytes:
                 yield Part(number, tuple(waiting), waiting_size)
                 number, waiting, waiting_size = number + 1, [], 0
@@ -102,24 +107,24 @@ def split_into_parts(
         yield Part(number, tuple(waiting), waiting_size)
 
 
-def _slices(path: str, size: int, part_bytes: int) -> Iterator[tuple[Slice, int]]:
+def _slices(path: str, size: int, part_bytes: int, whole_texts: bool = True) -> Iterator[tuple[Slice, int]]:
     kind, compression = file_format(path)
     if kind == "parquet":
-        groups = _open_parquet(path).metadata
+        groups = open_parquet(path).metadata
         for group in range(groups.num_row_groups):
             yield Slice(path, group, group + 1), groups.row_group(group).total_byte_size
-    elif kind == "text" or compression:
+    elif (kind == "text" and whole_texts) or compression:
         yield Slice(path), size * (GUESSED_EXPANSION if compression else 1)
     else:
         for start in range(0, size, part_bytes):
             yield Slice(path, start, min(start + part_bytes, size)), min(part_bytes, size - start)
 
 
-def _stream_blocks(path: str, part_bytes: int, size: int) -> Iterator[tuple[bytes, int]]:
+def _stream_blocks(path: str, part_bytes: int, size: int, max_line: int | None) -> Iterator[tuple[bytes, int]]:
     """Blocks of whole lines of a compressed file, and how many compressed bytes each stands for."""
     with open(path, "rb") as raw, open_decompressed(path, raw) as stream:
         counted = 0
-        while block := read_checked(stream, part_bytes, path, whole_lines=True):
+        while block := read_lines(stream, part_bytes, path, max_line)[0]:
             position = min(raw.tell(), size)
             yield block, position - counted
             counted = position
@@ -136,7 +141,7 @@ def read_part(part: Part, keys: Sequence[str]) -> Iterator[tuple[int, Batch]]:
 
 def _read_json(piece: Slice, keys: Sequence[str]) -> Iterator[Batch]:
     consumed = 0
-    for lines, size in _line_batches(piece):
+    for lines, size in line_batches(piece):
         batch = Batch({key: [] for key in keys}, [], [], consumed, size)
         columns = [(key, batch.texts[key]) for key in keys]
         for line in lines:
@@ -199,8 +204,11 @@ def explain_line(line: bytes, keys: Sequence[str]) -> str:
     return ""
 
 
-def _line_batches(piece: Slice) -> Iterator[tuple[list[bytes], int]]:
-    """Lines of the slice in batches of about BATCH_BYTES, with the bytes they took."""
+def line_batches(piece: Slice, max_line: int | None = None) -> Iterator[tuple[list[bytes], int]]:
+    """Lines of the slice in batches of about BATCH_BYTES, with the bytes they took.
+
+    max_line: as `read_lines` takes it.
+    """
     if piece.block is not None:
         stream: Any = io.BytesIO(piece.block)
     else:
@@ -210,13 +218,16 @@ def _line_batches(piece: Slice) -> Iterator[tuple[list[bytes], int]]:
         if piece.start:
             # The line that holds byte start - 1 belongs to the part before, even when it ends exactly there.
             stream.seek(piece.start - 1)
-            left -= len(stream.readline()) - 1
-        while left > 0 and (block := read_checked(stream, int(min(BATCH_BYTES, left)), piece.path, whole_lines=True)):
-            left -= len(block)
+            left -= read_lines(stream, 0, piece.path, max_line)[1] - 1
+        while left > 0:
+            block, size = read_lines(stream, int(min(BATCH_BYTES, left)), piece.path, max_line)
+            if not block:
+                break
+            left -= size
             lines = block.split(b"\n")
             if not lines[-1]:
                 lines.pop()
-            yield lines, len(block)
+            yield lines, size
 
 
 def _read_text(piece: Slice, keys: Sequence[str]) -> Iterator[Batch]:
@@ -232,7 +243,8 @@ def _read_text(piece: Slice, keys: Sequence[str]) -> Iterator[Batch]:
     yield batch
 
 
-def _open_parquet(path: str) -> Any:
+def open_parquet(path: str) -> Any:
+    """The file, opened. Raises DataError where it is no parquet, MissingPackage without pyarrow."""
     parquet = require("pyarrow.parquet", path)
     try:
         return parquet.ParquetFile(path)
@@ -242,7 +254,7 @@ def _open_parquet(path: str) -> Any:
 
 
 def _read_parquet(piece: Slice, keys: Sequence[str]) -> Iterator[Batch]:
-    with _open_parquet(piece.path) as file:
+    with open_parquet(piece.path) as file:
         missing = [key for key in keys if key not in file.schema_arrow.names]
         if missing:
             rule = f"must be among the columns {', '.join(file.schema_arrow.names)} of {piece.path}"

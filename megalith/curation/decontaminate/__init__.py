@@ -1,0 +1,1 @@
+"""Decontamination: the texts of evaluation tasks taken out of a corpus."""

@@ -1,0 +1,1 @@
+"""Deduplication: what repeats, exactly or nearly; which copy stays; the evidence of every removal."""

@@ -1,0 +1,100 @@
+"""Which document of a group stays, what is removed, and what a source may lose."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from megalith.common.errors import DataError, problem
+from megalith.config.flags.text import Words
+from megalith.curation.dedup.links import Groups
+from megalith.curation.dedup.store import Store
+
+STAYS, EXACT, NEAR = 0, 1, 2  # verdicts
+
+
+@dataclasses.dataclass
+class Verdicts:
+    """verdict: uint8 [documents]. kept: int64, the document that stays of its group. similarity: float32, with that."""
+
+    verdict: np.ndarray
+    kept: np.ndarray
+    similarity: np.ndarray
+
+
+def choose(
+    store: Store,
+    groups: Groups,
+    indexed: int,
+    rule: str,
+    source: np.ndarray,
+    *,
+    kind: str,
+    threshold: float,
+    direct: bool,
+) -> Verdicts:
+    """One document of each group stays.
+
+    indexed: the first so many documents are those of an index, which stay before all others and are never removed.
+    rule: first, longest, or source. source: int [documents], the place of its source in the list of the best ones.
+    direct: what is not itself similar to the document that stays (a link of links) stays too.
+    """
+    number = len(store)
+    label = groups.label
+    size = np.bincount(label, minlength=number)
+    members = np.flatnonzero(size[label] > 1)
+    kept = np.arange(number)
+    preference = {"first": members, "longest": -store.lengths[members].astype(np.int64), "source": source[members]}[
+        rule
+    ]
+    digests = store.digests[members]
+    # Ties of length or source go by content, so that the order of the input does not matter; of copies the first stays.
+    tie = (members, digests["low"], digests["high"]) if rule == "longest" else (members,)
+    order = np.lexsort((*tie, preference, members >= indexed, label[members]))
+    in_order = members[order]
+    if len(in_order):
+        first = np.concatenate([[True], label[in_order][1:] != label[in_order][:-1]])
+        kept[in_order] = in_order[first][np.cumsum(first) - 1]
+    verdict = np.zeros(number, np.uint8)
+    similarity = np.ones(number, np.float32)
+    gone = np.flatnonzero((kept != np.arange(number)) & (np.arange(number) >= indexed))
+    equal = store.digests[gone] == store.digests[kept[gone]]
+    verdict[gone[equal]] = EXACT
+    near = gone[~equal]
+    if len(near):
+        similarity[near] = store.similarity(near, kept[near], kind)
+        verdict[near] = NEAR
+        if direct:
+            verdict[near[similarity[near] < threshold]] = STAYS
+    return Verdicts(verdict, kept, similarity)
+
+
+def source_table(names: Sequence[str], source: np.ndarray, removed: np.ndarray) -> dict[str, dict[str, float]]:
+    """{source: its documents, those that are removed, their share}, the largest loss first."""
+    total, lost = np.bincount(source, minlength=len(names)), np.bincount(source[removed], minlength=len(names))
+    rows = [
+        (name, {"documents": int(all_), "removed": int(gone), "share": round(gone / all_, 4)})
+        for name, all_, gone in zip(names, total, lost)
+        if all_
+    ]
+    return dict(sorted(rows, key=lambda row: (-row[1]["share"], row[0])))
+
+
+def over_budget(table: Mapping[str, Mapping[str, float]], budget: float, fewest: int) -> list[str]:
+    """Lines on the sources of at least `fewest` documents that lose more than `budget` of them."""
+    return [
+        f"{name}: {row['removed']:.0f} of {row['documents']:.0f} documents would be removed ({row['share']:.1%})"
+        for name, row in table.items()
+        if row["documents"] >= fewest and row["share"] > budget
+    ]
+
+
+def stop_over_budget(lines: Sequence[str], budget: float, evidence: str) -> None:
+    """Raise DataError on sources that lose too much."""
+    if lines:
+        what, rule = "--source-budget", f"allows each source to lose {budget:.0%} of its documents"
+        cure = f"Look at {evidence}, then raise it, give another --threshold, or add --over-budget warn"
+        listed = "".join(f"\n  {line}" for line in lines[:20])
+        raise DataError(problem(what, Words(f"{len(lines)} sources that lose more"), rule, cure) + listed)

@@ -1,0 +1,268 @@
+"""`megalith data dedup`: two passes over the input, and between them the search for groups.
+
+sign (workers)  -> digests, shingles, bands of each document
+groups (here)   -> which document of each group stays, the evidence, what each source loses
+filter (workers) -> the documents that stay
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from megalith.common.errors import ConfigError, problem
+from megalith.common.files import atomic_path
+from megalith.curation.dedup.choose import NEAR, STAYS, Verdicts, choose, over_budget, source_table, stop_over_budget
+from megalith.curation.dedup.index import MANIFEST, Generation, add_generation, generations
+from megalith.curation.dedup.links import Groups, find_groups
+from megalith.curation.dedup.occurrences import DropParagraphs, SignParagraphs, first_occurrences
+from megalith.curation.dedup.signatures import DIGEST, Sign
+from megalith.curation.dedup.store import Piece, Store
+from megalith.curation.documents import Document, dump
+from megalith.curation.parts import PartOutput, Step
+from megalith.curation.run import Command, Pass, Run
+from megalith.curation.settings import DedupSettings
+
+EVIDENCE = "removed.jsonl"
+CLUSTERS = 20  # largest ones that the report names
+RULES = {1: "exact", 2: "near"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dedup(DedupSettings, Command):
+    """The step `megalith data dedup`."""
+
+    name = "dedup"
+    beside = (EVIDENCE,)
+
+    def check(self) -> None:
+        """Raise ConfigError that lists all mistakes."""
+        problems = []
+        if not 0 < self.threshold <= 1:
+            problems.append(problem("--threshold", self.threshold, "must be above 0 and at most 1", "Correct it"))
+        if (self.keep == "source") != bool(self.best_sources):
+            rule = "must be given with --keep source, and with it alone"
+            problems.append(problem("--best-sources", list(self.best_sources), rule, "Give both"))
+        if self.index and self.by == "paragraph":
+            problems.append(problem("--index", self.index, "holds documents, not paragraphs", "Leave it out"))
+        if problems:
+            raise ConfigError("\n".join(problems))
+
+    @property
+    def signature_settings(self) -> dict[str, Any]:
+        """What signatures depend on: documents of an index must have been signed alike."""
+        if self.by != "near":
+            return {"by": self.by, "url_key": self.url_key if self.by == "url" else ""}
+        names = ("by", "ngram_size", "ngram_unit", "bands", "rows", "seed")
+        return {name: getattr(self, name) for name in names}
+
+    def files(self, output: str) -> Iterable[str]:
+        """The manifests of the index, as far as other outputs have written them."""
+        earlier = generations(self.index, self.signature_settings, output) if self.index else []
+        return [str(each.path / MANIFEST) for each in earlier]
+
+    def run(self, run: Run) -> dict[str, Any]:
+        """Sign, find groups, filter."""
+        if self.by == "paragraph":
+            return self._paragraphs(run)
+        earlier = generations(self.index, self.signature_settings, run.output) if self.index else []
+        if self.index:
+            run.notice(f"{self.index}: {len(earlier)} earlier runs are compared with")
+        signed = run.step_pass(Sign(self), "sign")
+        near = self.by == "near"
+        pieces = [_piece(signed, record, self.bands if near else 0) for record in signed.records]
+        store = Store([*(each.piece() for each in earlier), *pieces])
+        indexed = len(store) - signed.total("documents")
+        with run.clock("groups"):
+            groups = find_groups(store, self.bands if near else 0, self.threshold, self.jaccard)
+            names, source = _sources(run, signed, self.source_key)
+            verdicts = self._choose(store, groups, indexed, names, source)
+            removed = verdicts.verdict[indexed:] != STAYS
+        with run.clock("evidence"):
+            evidence = str(run.folder / EVIDENCE)
+            name = _Names(run, signed, earlier)
+            _write_evidence(evidence, store, groups, verdicts, indexed, name, names, source)
+        table = source_table(names, source, removed)
+        lines = over_budget(table, self.source_budget, self.budget_documents)
+        if self.over_budget == "stop":
+            stop_over_budget(lines, self.source_budget, evidence)
+        for line in lines:
+            run.notice(f"--source-budget: {line}")
+        done = self._filter(run, verdicts, indexed, signed)
+        run.assemble(done)
+        if run.options.dropped:
+            run.assemble(done, "dropped", run.options.dropped)
+        if self.index:
+            _add_to_index(self, run, pieces, ~removed, name, indexed, len(earlier))
+        os.replace(evidence, run.beside(EVIDENCE))
+        evidence = run.beside(EVIDENCE)
+        clusters = _clusters(groups, verdicts, indexed, name)
+        facts = {"lines": [f"evidence of each removal: {evidence}", *lines]}
+        facts |= {"evidence": evidence, "sources": dict(list(table.items())[:1000]), "over_budget": lines}
+        facts |= {"clusters": clusters, "compared": groups.compared, "not_compared": groups.unfinished}
+        if near:
+            below = (verdicts.verdict == NEAR) & (verdicts.similarity < self.threshold)
+            facts["below_threshold_to_kept"] = int(below.sum())  # linked through others; --direct keeps them
+        return facts | {"kept": done.total("kept"), "kept_bytes": done.total("kept_bytes"), "rules": run.rules(done)}
+
+    def _choose(self, store, groups, indexed, names, source) -> Verdicts:
+        places = {name: place for place, name in enumerate(self.best_sources)}
+        preference = np.array([places.get(name, len(places)) for name in names], np.int64)
+        of_documents = np.concatenate([np.zeros(indexed, np.int64), preference[source] if len(source) else source])
+        return choose(
+            store,
+            groups,
+            indexed,
+            self.keep,
+            of_documents,
+            kind=self.jaccard,
+            threshold=self.threshold,
+            direct=self.direct,
+        )
+
+    def _filter(self, run: Run, verdicts: Verdicts, indexed: int, signed: Pass) -> Pass:
+        paths = {}
+        for name in ("verdict", "similarity"):
+            paths[name] = str((run.folder / f"{name}.bin").resolve())
+            getattr(verdicts, name)[indexed:].tofile(paths[name])
+        starts = _starts(signed, "documents")
+        return run.step_pass(Filter(paths["verdict"], paths["similarity"], starts), "filter", final=True)
+
+    def _paragraphs(self, run: Run) -> dict[str, Any]:
+        """Sign paragraphs, find those that are there for the first time, take out the others."""
+        signed = run.step_pass(SignParagraphs(self.min_paragraph_words), "sign")
+        count = int(signed.values().get("paragraphs", 0))
+        with run.clock("groups"):
+            path = (run.folder / "first.bin").resolve()
+            first = first_occurrences(lambda: signed.arrays("paragraphs", np.uint64), count, path)
+            start = 0
+            for piece in signed.arrays("paragraphs", np.uint64):  # short ones, and empty lines, stay
+                first[start : start + len(piece)] |= piece == 0
+                start += len(piece)
+            first.base.flush() if hasattr(first.base, "flush") else None
+        starts, total = {}, 0
+        for record in signed.records:
+            starts[record["part"]] = total
+            total += int(record["values"].get("paragraphs", 0))
+        done = run.step_pass(DropParagraphs(str(path), starts), "filter", final=True)
+        run.assemble(done)
+        if run.options.dropped:
+            run.assemble(done, "dropped", run.options.dropped)
+        facts = {"values": signed.values() | done.values(), "rules": run.rules(done)}
+        return facts | {"kept": done.total("kept"), "kept_bytes": done.total("kept_bytes")}
+
+
+@dataclasses.dataclass
+class Filter(Step):
+    """The documents whose verdict is that they stay. starts: number of the first document of each part."""
+
+    verdict: str
+    similarity: str
+    starts: dict[int, int]
+    name = "filter"
+
+    def load(self) -> None:
+        """Map the files."""
+        self.verdicts = np.memmap(self.verdict, np.uint8, "r")
+        self.similarities = np.memmap(self.similarity, np.float32, "r")
+
+    def process(self, documents: Sequence[Document], out: PartOutput) -> None:
+        """Keep, or drop with the similarity to the one that stays."""
+        start = self.starts[out.number] + out.position
+        verdicts = self.verdicts[start : start + len(documents)].tolist()
+        for number, (document, verdict) in enumerate(zip(documents, verdicts), start):
+            if verdict == STAYS:
+                out.keep(document)
+            else:
+                out.drop(document, RULES[verdict], f"similarity {self.similarities[number]:.3f}")
+
+
+def _starts(done: Pass, name: str) -> dict[int, int]:
+    """Number of the first document of each part."""
+    starts, total = {}, 0
+    for record in done.records:
+        starts[record["part"]] = total
+        total += record[name]
+    return starts
+
+
+def _piece(signed: Pass, record: dict, bands: int) -> Piece:
+    shaped = signed.array(record, "bands", np.uint64)
+    return Piece(
+        signed.array(record, "digests", DIGEST),
+        signed.array(record, "lengths", np.int32),
+        signed.array(record, "shingles", np.uint32),
+        signed.array(record, "counts", np.int32),
+        shaped.reshape(bands, -1) if bands and len(shaped) else np.zeros((bands, 0), np.uint64),
+    )
+
+
+def _sources(run: Run, signed: Pass, key: str) -> tuple[list[str], np.ndarray]:
+    """(names, of each document the number of its source). Without a key the file is the source."""
+    known: dict[str, int] = {}
+    pieces = [np.zeros(0, np.int64)]
+    for record in signed.records:
+        names = record["sources"]
+        if not key:
+            paths = run.paths(record["part"])
+            names = [run.inputs.names.get(path, path) for path in (paths[int(name[1:])] for name in names)]
+        numbers = np.array([known.setdefault(name, len(known)) for name in names], np.int64)
+        pieces.append(numbers[signed.array(record, "sources", np.int32)])
+    return list(known), np.concatenate(pieces)
+
+
+class _Names:
+    """`file:line` of documents by number, those of the index first."""
+
+    def __init__(self, run: Run, signed: Pass, earlier: Sequence[Generation]):
+        self.locate, self.signed = run.locator(), signed
+        self.earlier = [each.names() for each in earlier]
+        counts = [*map(len, self.earlier), *(record["documents"] for record in signed.records)]
+        self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        self.places = [signed.array(record, "places", np.int32).reshape(-1, 2) for record in signed.records]
+
+    def __call__(self, document: int) -> str:
+        at = int(np.searchsorted(self.starts, document, "right")) - 1
+        inside = document - int(self.starts[at])
+        if at < len(self.earlier):
+            return self.earlier[at][inside]
+        at -= len(self.earlier)
+        piece, line = self.places[at][inside].tolist()
+        return self.locate(self.signed.records[at]["part"], piece, line)
+
+
+def _write_evidence(path, store, groups: Groups, verdicts: Verdicts, indexed, name: _Names, names, source) -> None:
+    """A line for each removal: the document, the rule, its kept twin, their similarity, the link that was verified."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as out:
+        for number in np.flatnonzero(verdicts.verdict).tolist():
+            kept, twin = int(verdicts.kept[number]), int(groups.twin[number])
+            line = {"document": name(number), "rule": RULES[int(verdicts.verdict[number])], "kept": name(kept)}
+            line["similarity"] = round(float(verdicts.similarity[number]), 4)
+            if line["rule"] == "near" and twin != kept and twin >= 0:
+                line |= {"linked_to": name(twin), "link_similarity": round(float(groups.similarity[number]), 4)}
+            out.write(dump(line | {"source": names[source[number - indexed]]}) + b"\n")
+
+
+def _clusters(groups: Groups, verdicts: Verdicts, indexed: int, name: _Names) -> list[dict[str, Any]]:
+    """The largest groups: many copies of one template are seen here."""
+    sizes = np.bincount(groups.label)
+    largest = np.argsort(-sizes, kind="stable")[:CLUSTERS]
+    found = []
+    for label in largest.tolist():
+        if sizes[label] > 1:
+            member = int(np.flatnonzero(groups.label == label)[0])
+            found.append({"documents": int(sizes[label]), "kept": name(int(verdicts.kept[member]))})
+    return found
+
+
+def _add_to_index(settings, run: Run, pieces: Sequence[Piece], stays, name: _Names, indexed: int, number: int) -> None:
+    ends = np.cumsum([0, *(len(piece.digests) for piece in pieces)])
+    parts: Iterable[tuple[Piece, np.ndarray]] = (
+        (piece, stays[start:end]) for piece, start, end in zip(pieces, ends, ends[1:])
+    )
+    names: Iterator[str] = (name(indexed + i) for i in np.flatnonzero(stays).tolist())
+    add_generation(settings.index, settings.signature_settings, run.output, number, parts, names, run.still_held)

@@ -1,0 +1,1 @@
+"""Lists that --domains and --extensions replace."""
