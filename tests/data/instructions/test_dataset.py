@@ -170,7 +170,7 @@ def test_templates_that_fail_name_the_line(tmp_path):
     with pytest.raises(ConfigError, match="--chat-template must name a file"):
         opened(make_config(tmp_path / "none", "", train_data=[path]))
     (tmp_path / "wrong.jinja").write_text("{% for %}")
-    with pytest.raises(DataError, match="--chat-template must be a template in Jinja; found .* in line 1"):
+    with pytest.raises(DataError, match=r"--chat-template must be a template in Jinja; found .* in line 1"):
         opened(config.replace(chat_template=str(tmp_path / "wrong.jinja")))
     with pytest.raises(ConfigError, match="must name a text file with a template"):
         opened(config.replace(chat_template=str(tmp_path / "absent.jinja")))
