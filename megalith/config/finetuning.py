@@ -66,7 +66,13 @@ def conclusions(values: Mapping[str, Any], notices: list[str]) -> dict[str, Any]
 
 
 def _head_for_its_base(of_task: Mapping[str, Any], values: Mapping[str, Any], notices: list[str]) -> dict[str, Any]:
-    """The task's model, where a file of pretraining has the one that it is a head on, with its data and loss."""
+    """The task's model, where a file of pretraining has the one that it is a head on, with its data and loss.
+
+    Of a task without a model of its own its data, where the file has the model's usual ones.
+    """
+    if "model_type" not in of_task:
+        usual_data = architecture(values.get("model_type", RunConfig().model.model_type)).dataset
+        return dict(of_task) if values.get("dataset") == usual_data else {}
     record, given = architecture(of_task["model_type"]), values.get("model_type")
     if record.head_of is None or given != record.head_of:
         return {}

@@ -108,7 +108,7 @@ def test_the_documents_parity(folder, capsys, monkeypatch):
 def test_chats_are_learned_and_generation_stops_at_the_end_of_a_turn(tmp_path):
     """A run of some epochs, resumed in the middle of one, answers as it was taught."""
     path = write_chats(tmp_path / "chats.jsonl", [2] * 16)
-    values = {"train_data": [path], "valid_data": [path], "epochs": 40.0, "train_iters": None, "lr": 5e-3}
+    values = {"train_data": [path], "valid_data": [path], "epochs": 20.0, "train_iters": None, "lr": 1e-2}
     config = make_config(tmp_path, **values, run_dir=str(tmp_path / "run"), global_batch_size=2)
     train(config.replace(exit_interval=21))
     progress = train(config)

@@ -161,4 +161,5 @@ def _template(tokenizer: Tokenizer) -> ChatTemplate:
     return template
 
 
-chat, completion = InstructionFactory(chats=True), InstructionFactory(chats=False)
+chat = InstructionFactory(chats=True)
+completion = InstructionFactory(chats=False)
