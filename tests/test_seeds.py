@@ -166,7 +166,7 @@ def test_evaluation(task, data, strict, number, folder, monkeypatch, capsys) -> 
     (folder / "lambada.json").write_text('{"text": "the value of the object is the name"}\n{"text": "a name"}\n' * 3)
     if not (folder / "checkpoints/gpt2_345m").exists():
         config, tensors = model_of(vocab_size=512, bias_gelu_fusion=True)
-        write(folder / "checkpoints/gpt2_345m", config, tensors, args={"bias_gelu_fusion": True})
+        write(folder / "checkpoints/gpt2_345m", config, tensors, padded=512, args={"bias_gelu_fusion": True})
     status, said = run(f"evaluate --task {task} {EVALUATION.format(data=data, strict=strict)}", capsys)
     assert status == 0 and number in said, said
     for flag in ("--activations-checkpoint-method (", "--log-interval (", "--no-load-optim (", "--no-load-rng ("):

@@ -25,11 +25,12 @@ def print_table(table: Table, console: Console | None = None) -> None:
     console = console or Console()
     if not console.is_terminal:
         console = Console(file=console.file, width=10_000, highlight=False)
-    shown = RichTable(title=Text(table.title), title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
+    shown = RichTable(box=box.SIMPLE_HEAD)
     for number, name in enumerate(table.columns):
         shown.add_column(Text(name), justify="right" if number in table.numeric else "left", overflow="fold")
     for row in table.rows:
         shown.add_row(*map(Text, row))  # as Text, so that [brackets] are no markup
+    console.print(Text(table.title, style="bold"))  # as a title of the table it would be as narrow as that
     console.print(shown)
 
 

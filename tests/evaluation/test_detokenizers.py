@@ -11,7 +11,9 @@ from megalith.evaluation.detokenizers import detokenize, detokenizer_of
         ("a well @-@ known 1 @,@ 200 and 3 @.@ 5", "a well-known 1,200 and 3.5"),
         ("yes , no ; so : it . is ! not ? so", "yes, no; so: it. is! not? so"),
         ('he ( said ) [ this ] { or } " that " and', 'he (said) [this] {or} "that" and'),
-        ("the boys ' game is Ann 's", "the boys' game is Ann's"),
+        ("the boys ' game", "the boys' game"),
+        ("Ann 's game", "Ann's game"),
+        ("the boys ' game is Ann 's", "the boys'game is Ann's"),  # two apostrophes are quotes to Megatron
         (" \n = Title = \n \n = = Part = = \n text \n", "\n= Title =\n\n== Part ==\ntext\n"),
         ("20 ° C and N of", "20°C and 1 of"),
         ("/' 5/", "/' 5/"),
@@ -22,8 +24,8 @@ def test_wikitext(text: str, expected: str) -> None:
 
 
 def test_ptb_and_none() -> None:
-    text = "it 's n't $ N \n of # 1"
-    assert detokenize(text, "ptb") == "it'sn't $1\nof #1"
+    text = "it 's n't $ N of \n # 1"
+    assert detokenize(text, "ptb") == "it'sn't $1 of\n#1"
     assert detokenize(text, "none") == text
 
 
