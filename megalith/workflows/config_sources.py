@@ -16,6 +16,7 @@ from megalith.common.errors import ConfigError, problem
 from megalith.config.flags import flags
 from megalith.config.flags.foreign_names import megalith_name
 from megalith.config.flags.loading import from_yaml, resolve
+from megalith.config.megatron.counts import vocab_size_of_rows
 from megalith.config.run import RunConfig
 from megalith.workflows import run_config, script_words
 
@@ -146,6 +147,9 @@ def from_checkpoint(path: str) -> tuple[RunConfig, int, list[str]]:
     config = from_yaml(run_config.checkpoint_config({"load": path}), f"config of {path}")
     tokenizer = {name: value for name, value in run_config.checkpoint_tokenizer({"load": path}).items() if value}
     tokenizer.pop("vocab_size", None)
+    if rows := config.model.vocab_size:  # of the embedding, which some tokenizers make larger than --vocab-size
+        kind = tokenizer.get("tokenizer_type", config.data.tokenizer_type)
+        config = config.replace(vocab_size=vocab_size_of_rows(rows, kind))
     lines = [f"the model and what else {path} states; the weights themselves are taken by --load {path}"]
     return config.replace(**tokenizer), config.parallel.least_processes, lines
 

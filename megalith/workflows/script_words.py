@@ -43,12 +43,12 @@ __judge() {
         esac ;;
     esac
 }
-__prefix='^[A-Za-z_][A-Za-z0-9_]*=("[^"]*"|'\''[^'\'']*'\''|[^][:space:]"'\''`()[]*)[[:space:]]+(.*)$'
+__prefix='^[A-Za-z_][A-Za-z0-9_]*=("[^"]*"|'\''[^'\'']*'\''|([^][:space:]"'\''`(){}[]|\$\{[A-Za-z0-9_]*\})*)[[:space:]]+(.*)$'
 __dynamic=$'[$"\'`\\\\~]'
 __assignment='^[A-Za-z_][A-Za-z0-9_]*(\[[^]]*\])?\+?='
 trap '
     __text=$BASH_COMMAND
-    while [[ $__text =~ $__prefix ]]; do __text=${BASH_REMATCH[2]}; done
+    while [[ $__text =~ $__prefix ]]; do __text=${BASH_REMATCH[3]}; done
     if [[ $__text =~ $__assignment ]]; then :; else
         __first=${__text%%[[:space:]]*}
         if [[ $__first =~ $__dynamic ]]; then

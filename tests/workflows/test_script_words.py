@@ -20,8 +20,10 @@ module load cuda
 echo text > written
 echo more >> kept
 LINES_OF_HOSTS=$(cat hosts | wc -l)
+SPACED=${UNSET:-a b}
+for number in 1 2; do FOO=${N} BAR=$N /bin/rm hosts; done
 for number in 1 2; do FOO="a b" /usr/bin/touch touched$number; done
-run() { local start=(python train.py); "${start[@]}" "${ARGS[@]}" "${@:2}" $DATA --hosts $LINES_OF_HOSTS; }
+run() { local start=(python train.py); "${start[@]}" "${ARGS[@]}" "${@:2}" $DATA --hosts $LINES_OF_HOSTS "$SPACED"; }
 run one two 2>&1 | tee log
 if [[ $N -gt 3 ]]; then A=1 B="c d" torchrun --x "$HERE"/train.py; else never; fi
 exec > everything 2>&1
@@ -39,7 +41,8 @@ def test_what_a_script_would_start(tmp_path, monkeypatch):
     data = ["--data-path", "my", "data", "--split", "1,2,3"]
     assert ["mkdir", "-p", "made"] in found and ["module", "load", "cuda"] in found
     assert [words for words in found if "touch" in words[0]] == [["/usr/bin/touch", f"touched{n}"] for n in (1, 2)]
-    assert ["python", "train.py", "--a", "x y", "--n", "8", "two", *data, "--hosts", "2"] in found
+    assert ["python", "train.py", "--a", "x y", "--n", "8", "two", *data, "--hosts", "2", "a b"] in found
+    assert found.count(["/bin/rm", "hosts"]) == 2
     assert ["torchrun", "--x", f"{tmp_path}/train.py"] in found
     assert found[-1] == ["/usr/bin/python3", "-m", "mine", "my data"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hosts", "kept", "s.sh"]
