@@ -101,7 +101,7 @@ class Dedup(DedupSettings, Command):
         os.replace(evidence, run.beside(EVIDENCE))
         evidence = run.beside(EVIDENCE)
         clusters = _clusters(groups, verdicts, indexed, name)
-        facts = {"lines": [f"evidence of each removal: {evidence}", *lines]}
+        facts: dict[str, Any] = {"lines": [f"evidence of each removal: {evidence}", *lines]}
         facts |= {"evidence": evidence, "sources": dict(list(table.items())[:1000]), "over_budget": lines}
         facts |= {"clusters": clusters, "compared": groups.compared, "not_compared": groups.unfinished}
         if near:
@@ -240,9 +240,10 @@ def _write_evidence(path, store, groups: Groups, verdicts: Verdicts, indexed, na
     with atomic_path(path) as temporary, open(temporary, "wb") as out:
         for number in np.flatnonzero(verdicts.verdict).tolist():
             kept, twin = int(verdicts.kept[number]), int(groups.twin[number])
-            line = {"document": name(number), "rule": RULES[int(verdicts.verdict[number])], "kept": name(kept)}
+            rule = RULES[int(verdicts.verdict[number])]
+            line: dict[str, Any] = {"document": name(number), "rule": rule, "kept": name(kept)}
             line["similarity"] = round(float(verdicts.similarity[number]), 4)
-            if line["rule"] == "near" and twin != kept and twin >= 0:
+            if rule == "near" and twin != kept and twin >= 0:
                 line |= {"linked_to": name(twin), "link_similarity": round(float(groups.similarity[number]), 4)}
             out.write(dump(line | {"source": names[source[number - indexed]]}) + b"\n")
 

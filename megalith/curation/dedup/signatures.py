@@ -156,12 +156,12 @@ def shingles(
     ngrams = ngram_hashes(hashes, size)
     inside = within_texts(first, size)
     documents, values = own[: len(ngrams)][inside], ngrams[inside].astype(np.uint32)
-    short = np.flatnonzero(np.diff(first) < size)
+    short = np.flatnonzero(np.diff(first) < size).tolist()
     whole = [
         digest(hashes[first[i] : first[i + 1]].tobytes() or texts[i].encode("utf-8", "surrogatepass")) for i in short
     ]
     values = np.concatenate([values, np.frombuffer(b"".join(each[:4] for each in whole), "<u4")])
-    documents = np.concatenate([documents, short])
+    documents = np.concatenate([documents, np.array(short, np.int64)])
     keys = np.sort((documents.astype(np.uint64) << np.uint64(32)) | values)
     keys = keys[np.concatenate([[True], keys[1:] != keys[:-1]])] if len(keys) else keys
     return (keys >> np.uint64(32)).astype(np.int64), keys.astype(np.uint32)
