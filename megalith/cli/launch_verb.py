@@ -121,8 +121,9 @@ def _write_job(
     kind = jobs.scheduler(job) or ""
     file = pathlib.Path(job.output or f"{name}.{kind}").absolute()
     as_module = ["--module"] if start.module else ["--no-python"] if start.no_python else []
+    plain = dataclasses.replace(start, module=False, no_python=False)  # type: ignore[type-var]
     text = jobs.script(
-        job, nodes, dataclasses.replace(start, module=False, no_python=False), [*as_module, *reading.words],
+        job, nodes, plain, [*as_module, *reading.words],
         resumes=verb in ("pretrain", None), on_cpu=on_cpu or verb in ONE, name=name, folder=pathlib.Path.cwd(),
         file=file, typed=reading.typed,
     )  # fmt: skip
@@ -162,7 +163,7 @@ def _tell(line: str) -> None:
 
 def _values(fields: Mapping[str, Field], reading: CommandLine, problems: list[Problem]) -> dict[str, Any]:
     """The typed values of those fields that are given."""
-    found = {}
+    found = dict[str, Any]()
     for name, field in fields.items():
         if name in reading.values:
             value, failure = typed(field, reading.values[name], flag(name))

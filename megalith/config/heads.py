@@ -25,7 +25,7 @@ def with_head(then: ModelConfig, now: ModelConfig) -> ModelConfig:
     """The model of a source with the head of `now`, where only that is new: what `now` is compared with."""
     if not new_head(now, then):
         return then
-    return dataclasses.replace(then, model_type=now.model_type, num_classes=now.num_classes)
+    return dataclasses.replace(then, model_type=now.model_type, num_classes=now.num_classes)  # type: ignore[type-var]
 
 
 def is_of_head(name: str, head: tuple[str, ...]) -> bool:

@@ -63,7 +63,8 @@ def build_datasets(
     checked and indexed before this returns. Of the files of a task, "train" is an Epochs and "valid" {name: Whole}.
     """
     if (open_files := getattr(DATASETS.find(config.data.dataset), "open_files", None)) is not None:
-        return task_datasets(config, *open_files(config, tokenizer), global_batch(config, size))
+        train, valid = open_files(config, tokenizer)
+        return task_datasets(config, train, valid, global_batch(config, size))
     builder, data = _DatasetBuilder(config, tokenizer, run_folder), config.data
     sizes = dict(zip(SPLIT_NAMES, sample_counts(config, size)))
     check_memory(config, sizes)

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from megalith.common.errors import CheckpointError, ConfigError, DataError, problem
-from megalith.config.sections.model import ModelConfig
-from megalith.generation.model import TextModel
+from megalith.generation.model import TextModel, most_positions
 from megalith.layers.scores import TokenScores
 
 Advance = Callable[[int], None]  # told how many samples have been read
@@ -107,11 +106,6 @@ class Scorer:
             return self.model.model(**arguments)
         arguments = self.runtime.prepare_batch(batch, {"inputs": "coordinates"})
         return self.runtime.forward(arguments.pop("inputs"), **arguments)
-
-
-def most_positions(config: ModelConfig) -> int | None:
-    """The most tokens that a model can read at a time; None where there is no limit."""
-    return None if config.positions in ("alibi", "relative") else config.max_position_embeddings
 
 
 def check_samples(samples: Sequence[Sample], vocab_size: int, limit: int | None) -> None:

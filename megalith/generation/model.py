@@ -114,13 +114,14 @@ class TextModel:
         return self.tokenizer.decoder_start
 
 
-def check_length(config: ModelConfig, prompt: int, new: int, name: str = "the prompt") -> None:
-    """Raise TooLong where a prompt of so many tokens, called `name`, and so many new ones exceed the positions.
+def most_positions(config: ModelConfig) -> int | None:
+    """The most tokens that a model can read at a time; None where there is no limit: ALiBi, relative positions."""
+    return None if config.positions in ("alibi", "relative") else config.max_position_embeddings
 
-    ALiBi and relative positions have no limit.
-    """
-    limit = config.max_position_embeddings
-    if config.positions in ("alibi", "relative") or limit is None:
+
+def check_length(config: ModelConfig, prompt: int, new: int, name: str = "the prompt") -> None:
+    """Raise TooLong where a prompt of so many tokens, called `name`, and so many new ones exceed the positions."""
+    if (limit := most_positions(config)) is None:
         return
     which = f"the model's limit (max_position_embeddings) is {limit}"
     if config.decoder_layers:

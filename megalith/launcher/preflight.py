@@ -7,6 +7,7 @@ the name, the port and the network on the way.
 from __future__ import annotations
 
 import collections
+import functools
 import contextlib
 import json
 import os
@@ -165,13 +166,13 @@ def compare(reports: Sequence[Mapping[str, Any]], wanted: Wanted, count: int) ->
     shown = []
     lines = []
     for name in sorted({name for report in reports for name in report["versions"]}):
-        usual, more = differing(lambda report, name=name: report["versions"].get(name), f"the version of {name}")
+        usual, more = differing(_under("versions", name), f"the version of {name}")
         shown.append(f"{name} {usual}")
         lines += more
     yield Row("versions", ", ".join(shown), lines)
     for key in ("prefix", "packages"):
         what = "the Python environment" if key == "prefix" else "the list of installed packages (a fingerprint)"
-        usual, lines = differing(lambda report, key=key: report["environment"][key], what)
+        usual, lines = differing(_under("environment", key), what)
         yield Row("environment" if key == "prefix" else "packages", str(usual), lines)
     usual, lines = differing(lambda report: report["devices"], "devices: what")
     yield Row("devices", usual, lines)
@@ -202,7 +203,7 @@ def compare(reports: Sequence[Mapping[str, Any]], wanted: Wanted, count: int) ->
     lines = of_paths("files", lambda size: "is missing" if size is None else None)
     for path in wanted.files:
         if all(report["files"].get(path) is not None for report in reports):
-            lines += differing(lambda report, path=path: report["files"][path], f"the size of {path} in bytes")[1]
+            lines += differing(_under("files", path), f"the size of {path} in bytes")[1]
     yield Row("files", f"{len(wanted.files)} files", lines)
 
 
@@ -219,3 +220,8 @@ def table(rows: Sequence[Row]) -> str:
 def check(wrong: Sequence[str]) -> None:
     """Raise ConfigError where something is wrong."""
     fail(f"preflight: {text}. Mend it, or add --preflight never." for text in wrong)
+
+
+def _under(*keys: str) -> Callable[[Mapping[str, Any]], Any]:
+    """Takes what is under these keys of a report, each within the last; None where it is not there."""
+    return lambda report: functools.reduce(lambda value, key: value.get(key), keys, report)

@@ -66,7 +66,8 @@ def make_plan(options: NodeOptions, several: bool, on_cpu: bool) -> tuple[Plan, 
     Raises ConfigError where options and variables cannot work together.
     """
     task, lines = tasks.current(), []
-    nodes, meeting, node_rank = options.node_range, options.rdzv_endpoint and endpoint(options.rdzv_endpoint), None
+    nodes, node_rank = options.node_range, None
+    meeting = endpoint(options.rdzv_endpoint) if options.rdzv_endpoint else None
     if task:
         lines.append(f"{task.source} started {task.size} processes on {task.nodes} nodes; this is rank {task.rank}")
         if nodes and not nodes[0] <= task.nodes <= nodes[1]:
@@ -194,8 +195,8 @@ def variables_of_options(options: NodeOptions, launch: LaunchOptions, plan: Plan
         )
     if plan.task:
         found |= variables_of_task(plan)
-    own = [f"{name}={value}" for name, value in found.items() if name not in from_file]
-    shown = own + [f"{name} (of {options.env_file})" for name in from_file]  # whose values may be secrets
+    set_here = [f"{name}={value}" for name, value in found.items() if name not in from_file]
+    shown = set_here + [f"{name} (of {options.env_file})" for name in from_file]  # whose values may be secrets
     if shown and (plan.task is None or plan.task.rank == 0):
         lines.append(f"environment variables that are set: {', '.join(shown)}")
     return found, lines

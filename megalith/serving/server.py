@@ -24,7 +24,7 @@ from megalith.common.errors import ConfigError, RankError, problem
 from megalith.common.orphans import GRACE
 from megalith.generation.engine import Engine
 from megalith.generation.generate import AnyEngine
-from megalith.generation.model import TextModel
+from megalith.generation.model import TextModel, most_positions
 from megalith.generation.parallel.driver import Driver, follow
 from megalith.generation.parallel.ranks import Ranks, first_line
 from megalith.generation.parallel.replicas import ReplicatedEngine, engine_of
@@ -49,7 +49,7 @@ def serve_model(model: TextModel, name: str, options: ServeOptions) -> int:
     name: of the model, for clients. Prints the server's URL when it answers. Raises ConfigError where it cannot listen,
     or the model cannot be served so, RankError where another process was lost.
     """
-    context = model.config.max_position_embeddings
+    context = most_positions(model.config)
     if options.max_length is not None and context is not None and options.max_length > context:
         rule = f"must be at most {context}, the model's context (max_position_embeddings)"
         raise ConfigError(problem("--max-length", options.max_length, rule, "Give fewer, or leave it out"))

@@ -121,8 +121,12 @@ def numbers(output: Tensor) -> Tensor:
 
 def counted_samples(batch: Batch) -> Tensor:
     """float32 [b]: 1 for each sample that counts, on the process that has its first token."""
-    mask = sample_mask(batch, "loss_mask")
-    return mask * (batch["coordinates"][0] == 0) if "coordinates" in batch else mask
+    return sample_mask(batch, "loss_mask") * first_token_is_here(batch)
+
+
+def first_token_is_here(batch: Batch) -> Tensor | float:
+    """1 where the first tokens of the sequences are on this process, else 0."""
+    return (batch["coordinates"][0] == 0).float() if "coordinates" in batch else 1.0
 
 
 def matthews(cells: Sequence[float], classes: int) -> float:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from megalith.config.run import RunConfig
 from megalith.data.tokenizers.tokenizer import Tokenizer
 from megalith.runtime.build import Mesh
-from megalith.training.tasks import Batch, PooledTask, Ratio
+from megalith.training.tasks import Batch, MetricSums, PooledTask
 from megalith.training.tasks_classification import first_token_is_here
 
 
@@ -117,7 +117,7 @@ class InverseCloze(PooledTask):
         number = len(output["queries"])
         return (slice(first, min(first + self.chunk, number)) for first in range(0, number, self.chunk))
 
-    def metrics(self, output: dict[str, Tensor], batch: Batch) -> dict[str, Ratio]:
+    def metrics(self, output: dict[str, Tensor], batch: Batch) -> dict[str, MetricSums]:
         """Top-k accuracies."""
         ranks, weights = self.ranks(output), output.get("counted", torch.ones_like(output["queries"][:, 0]))
         return {name: (((ranks < k) * weights).sum(), weights.sum()) for name, k in zip(self.top_names, self.top)}
@@ -147,7 +147,7 @@ class PassageRetrieval(InverseCloze):
         super().setup(config, mesh, tokenizer)
         self.metric_names = [*self.top_names, "average rank"]
 
-    def metrics(self, output: dict[str, Tensor], batch: Batch) -> dict[str, Ratio]:
+    def metrics(self, output: dict[str, Tensor], batch: Batch) -> dict[str, MetricSums]:
         """Top-k accuracies and the average rank."""
         ranks, weights = self.ranks(output), output.get("counted", torch.ones_like(output["queries"][:, 0]))
         return super().metrics(output, batch) | {"average rank": ((ranks * weights).sum(), weights.sum())}

@@ -174,7 +174,8 @@ def _model_of_checkpoint(
         and asked != model.model_type
         and architecture(asked).head_of == (model.architecture.head_of or model.model_type)
     ):
-        model = dataclasses.replace(model, model_type=asked, num_classes=values.get("num_classes", model.num_classes))
+        classes = values.get("num_classes", model.num_classes)
+        model = dataclasses.replace(model, model_type=asked, num_classes=classes)  # type: ignore[type-var]
     if asked not in (None, model.model_type):
         rule = f"must be {model.model_type}, that of {folder}, because of --use-checkpoint-args"
         cure = f"Write megalith pretrain {model.model_type}"

@@ -210,7 +210,9 @@ class PackedDataset(InstructionDataset):
             begin = end
         positions[begin:] -= begin
         documents[begin:] = number
-        row = {"input_ids": inputs, "labels": labels, "loss_mask": mask, "positions": positions}
+        row: dict[str, np.ndarray] = {
+            "input_ids": inputs, "labels": labels, "loss_mask": mask, "positions": positions
+        }  # fmt: skip
         return row | {"documents": documents} if self.pack else row
 
 
@@ -244,7 +246,7 @@ class PairDataset(InstructionDataset):
     def too_long(self) -> np.ndarray:
         """Of the prompt, or of the answer."""
         sizes = np.array([self._sizes(sample) for sample in range(len(self.stores))])
-        return (sizes > (self.seq_length, self.decoder_seq_length)).any(axis=1)
+        return np.any(sizes > (self.seq_length, self.decoder_seq_length), axis=1)
 
     def _sizes(self, sample: int) -> tuple[int, int]:
         trained = self.stores.sample(sample)[1]

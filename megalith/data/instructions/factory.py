@@ -68,7 +68,7 @@ class InstructionFactory:
             stores = self._stores([file for path in paths for file in files_of(path)], reader, config)
             return self._dataset(stores, config, tokenizer, options)
 
-        train = None
+        train: InstructionDataset | WeightedDataset | None = None
         if not config.validation.skip_train:
             sources = parse_weighted(f.train_data, "--train-data")
             if not sources:

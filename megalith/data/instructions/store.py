@@ -17,7 +17,7 @@ from megalith.common.errors import DataError, problem
 from megalith.common.files import sha256
 from megalith.common.locks import LockedError, locked
 from megalith.config.flags.text import Words
-from megalith.data.corpus.compression import check_readable, open_decompressed, read_checked
+from megalith.data.corpus.compression import check_readable, open_decompressed, read_lines
 from megalith.data.corpus.inputs import file_format
 from megalith.data.instructions.encode import Encoder, TemplateError
 from megalith.data.instructions.records import read_object
@@ -195,7 +195,7 @@ def _blocks(path: str) -> Iterator[list[tuple[int, bytes]]]:
     """The lines of a file that are not empty, with their numbers from 1, some at a time."""
     number = 0
     with open_decompressed(path) as stream:
-        while block := read_checked(stream, BLOCK_BYTES, path, whole_lines=True):
+        while block := read_lines(stream, BLOCK_BYTES, path)[0]:
             lines = block.removeprefix(BOM).split(b"\n") if number == 0 else block.split(b"\n")
             if not lines[-1]:
                 lines.pop()

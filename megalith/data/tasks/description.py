@@ -111,7 +111,7 @@ def parse_description(text: str, source: str, name: str) -> TaskDescription:
             rule = f"must be {kind.get(wanted, 'text')}"
             problems.append(problem(f"{source}: {key}", value, rule, "docs/finetune_tasks.md has an example"))
         else:
-            values[key] = tuple(map(_label, value)) if wanted is list else value
+            values[key] = tuple(_label(each) for each in value) if isinstance(value, list) else value
     fail(problems)
     description = TaskDescription(**values)
     fail(_problems(description, source))

@@ -10,6 +10,7 @@ from starlette.concurrency import run_in_threadpool
 
 from megalith.common.errors import ConfigError, DataError, MegalithError
 from megalith.data.tokenizers.chat_template import ChatTemplate
+from megalith.generation.model import most_positions
 from megalith.generation.params import GenerationParams
 from megalith.generation.prompts import Prompts
 from megalith.serving.answers import ERROR_RESPONSES, check_model
@@ -111,7 +112,7 @@ class OpenAI:
     def _room(self, prompt: int) -> int:
         """How many new tokens fit after a prompt of so many; at least 1, so that one that is too long is refused."""
         config, length = self.service.model.config, self.service.engine.max_length
-        length = min(length, config.max_position_embeddings or length)
+        length = min(length, most_positions(config) or length)
         return max(length - (1 if config.decoder_layers else prompt), 1)
 
     async def _answer(
