@@ -7,8 +7,8 @@ the name, the port and the network on the way.
 from __future__ import annotations
 
 import collections
-import functools
 import contextlib
+import functools
 import json
 import os
 import socket
