@@ -33,7 +33,7 @@ INSTEAD = {  # flags of Accelerate -> those for a verb
 
 
 def is_meant(reading: CommandLine) -> bool:
-    """Whether a verb is launched, or a script with flags that Accelerate does not have."""
+    """Whether a verb is started, or a script with flags that Accelerate does not have."""
     names = {**node_options(), **job_options()}.keys()
     return _is_verb(reading) or not names.isdisjoint(reading.values)
 

@@ -99,7 +99,7 @@ class Supervisor:
 
     def _await_stdin(self) -> None:
         with contextlib.suppress(OSError, ValueError):
-            while os.read(sys.stdin.fileno(), 1 << 16):
+            while sys.stdin.buffer.read(1):
                 pass
         self.signals += 1
 
