@@ -33,7 +33,7 @@ LAYOUTS: dict[str, dict] = {  # of two processes
     "dp2 sharded": {"data_parallel_sharding": "full"},
     "cp2": {"context_parallel_size": 2},
 }
-QUICK = (("alibi", "tp2 sp"), ("llama", "dp2 sharded"))  # the other pairs are slow
+QUICK = (("llama", "dp2 sharded"),)  # the other pairs are slow
 
 
 def config(name: str, corpus: str, folder: pathlib.Path) -> RunConfig:

@@ -86,7 +86,9 @@ def data_parallel(config):
     train(config)
 
 
-@pytest.mark.parametrize("sharding", ["none", pytest.param("optimizer", marks=pytest.mark.slow), "full"])
+@pytest.mark.parametrize(
+    "sharding", ["none", *(pytest.param(name, marks=pytest.mark.slow) for name in ("optimizer", "full"))]
+)
 def test_one_process_and_two_agree(ranks, sharding, corpus, tmp_path):
     """50 steps with dropout; the order of additions differs, nothing else."""
     long = tiny_config(corpus, str(tmp_path / "one"), train_iters=50, lr=2e-3)

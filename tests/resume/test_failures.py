@@ -83,6 +83,7 @@ def last_step(output: str, rank: int, world: int) -> int:
     return int(found[1])
 
 
+@pytest.mark.slow
 def test_the_other_ranks_end_when_one_is_killed(start, corpus, tmp_path):
     endless(corpus, tmp_path, pipeline_model_parallel_size=2, tensor_model_parallel_size=2, micro_batch_size=4)
     ranks = start_each(start, tmp_path, 4)

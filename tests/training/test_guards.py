@@ -89,6 +89,7 @@ def test_float16_stops_ten_steps_after_no_scale_can_help(corpus, tmp_path):
     assert train(config.replace(train_iters=9, ckpt_step=7)).iteration == 9, "the cure works"
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_right_after_a_save_deletes_nothing_that_may_be_the_last_good(corpus, tmp_path):
     """The next start's first step does that, so that short jobs, which save only at their end, do not fill the disk."""
     run = str(tmp_path / "run")

@@ -88,7 +88,7 @@ def saved(folder) -> list[int]:
     return checkpoint.iterations(pathlib.Path(folder) / "checkpoints")
 
 
-@pytest.mark.parametrize("batch", [1, 3, 4, 6, 7])
+@pytest.mark.parametrize("batch", [1, 3, 4, *(pytest.param(batch, marks=pytest.mark.slow) for batch in (6, 7))])
 def test_sigterm_in_a_validation_saves_and_the_same_command_measures_it(corpus, tmp_path, monkeypatch, capsys, batch):
     """Batches 1 and 2 are before the first step, 3 and 4 after step 6, 5 and 6 after step 12, 7 and 8 of the test data.
 

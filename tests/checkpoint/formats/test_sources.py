@@ -75,6 +75,7 @@ def test_a_cut_download_is_resumed(server):
     assert again == path and len(server.asked) == 3 and "already" in notes[-2]
 
 
+@pytest.mark.slow
 def test_a_later_command_resumes(server, monkeypatch):
     """The first one gave up: no server answers any more."""
     monkeypatch.setattr(sources, "MAX_FAILURES", 1)

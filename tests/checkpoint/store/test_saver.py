@@ -82,6 +82,7 @@ def train_and_save(folder):
     return weight.shape
 
 
+@pytest.mark.slow
 def test_beside_collectives(tmp_path, ranks):
     ranks(train_and_save, 2, str(tmp_path))
     for iteration in (1, 2, 3):

@@ -258,6 +258,7 @@ def check_everything(folder):
     return checkpoint.latest(folder)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "torch.distributed.tensor"])

@@ -75,6 +75,7 @@ def sources(tmp_path: pathlib.Path) -> dict[str, pathlib.Path]:
     return {name: tmp_path / name for name in ("huggingface", "megalith", "megatron")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["huggingface", "megalith", "megatron"])
 def test_no_conversion_writes_infinities(to: str, sources: dict, tmp_path: pathlib.Path) -> None:
     for source in sources.values():

@@ -230,6 +230,7 @@ def test_a_few_bytes_do_not_take_gigabytes(tmp_path, put: bytes) -> None:
         load(Window.of(tmp_path / "bomb.pt"))
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(
     st.lists(

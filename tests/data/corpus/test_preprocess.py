@@ -231,6 +231,7 @@ def test_done_work_is_not_done_again_and_other_work_not_overwritten(tmp_path):
     assert not (tmp_path / "out.parts").exists()
 
 
+@pytest.mark.slow
 def test_finished_parts_are_kept_only_for_the_same_job(tmp_path, monkeypatch):
     numbers(tmp_path / "a.jsonl")
     expected = content(run(tmp_path, tmp_path / "a.jsonl", "expected").prefixes["text"])
@@ -289,7 +290,7 @@ def test_killed_between_the_datasets_of_two_keys(tmp_path, monkeypatch):
         assert content(result.prefixes[key]) == content(expected.prefixes[key])
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_kill_and_go_on(tmp_path, packed):
     source = tmp_path / "a.jsonl"
     numbers(source, count=6000)

@@ -228,6 +228,7 @@ def test_open_many_keeps_the_order(tmp_path):
     assert [data.num_tokens for data in open_many(prefixes, threads=4)] == list(range(1, 21))
 
 
+@pytest.mark.slow
 def test_ten_thousand_damaged_indices(tmp_path):
     """Each gives a DataError or a correct read of what the file still says; none crashes, hangs, reads past the end."""
     random = np.random.default_rng(7)

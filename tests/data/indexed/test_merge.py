@@ -40,6 +40,7 @@ def content(prefix):
 CORPUS = st.lists(st.lists(st.lists(st.integers(0, 9), max_size=5), max_size=3), max_size=6)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.lists(CORPUS, min_size=1, max_size=4), st.sampled_from(["tokens", "documents", "size"]), st.integers(1, 30))
 def test_split_then_merge_gives_the_documents_back(corpora, unit, limit):
@@ -69,6 +70,7 @@ def test_modes_are_merged(tmp_path):
         merge_datasets([a, write(tmp_path / "d", [[[1]]])], str(tmp_path / "e"))
 
 
+@pytest.mark.slow
 def test_more_files_than_may_be_open(tmp_path):
     import resource
 

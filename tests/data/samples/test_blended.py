@@ -45,6 +45,7 @@ def test_a_corpus_takes_every_sample_once_a_round(sizes, blend, seed):
             assert got == sorted(got)
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.integers(0, 5), min_size=2, max_size=5).filter(any),
     st.lists(

@@ -128,7 +128,9 @@ def check(kind: str, layout: str, how: dict[str, Any]) -> None:
     assert max(expected["losses"]) - min(expected["losses"]) > 0.2 and all(map(math.isfinite, expected["losses"]))
 
 
-@pytest.mark.parametrize(("kind", "layout"), [("llama", "dp2"), ("megatron-bert", "tp2"), ("t5", "pp2")])
+@pytest.mark.parametrize(
+    ("kind", "layout"), [("llama", "dp2"), pytest.param("megatron-bert", "tp2", marks=pytest.mark.slow), ("t5", "pp2")]
+)
 def test_some_models_in_some_layouts(kind: str, layout: str) -> None:
     """Of the cases below, those that the covering set runs."""
     check(kind, layout, {})

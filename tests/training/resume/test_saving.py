@@ -203,6 +203,7 @@ def test_without_optimizer(run, tmp_path, corpus):
         )
 
 
+@pytest.mark.slow
 def test_a_run_resumes_from_before_its_first_update(tmp_path, corpus):
     """The first steps of float16 overflow and are skipped: a checkpoint then has no optimizer's state, nor needs it."""
     whole, parts = (str(tmp_path / name) for name in ("whole", "parts"))

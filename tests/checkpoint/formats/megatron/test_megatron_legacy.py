@@ -170,7 +170,7 @@ def test_without_arguments_what_is_assumed_is_said(tmp_path: pathlib.Path) -> No
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-@pytest.mark.parametrize("new", [True, False], ids=["zip", "before 1.6"])
+@pytest.mark.parametrize("new", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["zip", "before 1.6"])
 def test_the_zip_of_a_release(
     tmp_path: pathlib.Path, compression: int, new: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

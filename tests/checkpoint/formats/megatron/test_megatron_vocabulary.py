@@ -84,6 +84,7 @@ def test_a_vocabulary_of_another_model_is_told_as_generate_tells_it(tmp_path) ->
         )
 
 
+@pytest.mark.slow
 def test_a_run_with_null_tokenizer_goes_through_megatron_and_on(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture
 ) -> None:

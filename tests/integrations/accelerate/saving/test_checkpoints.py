@@ -167,6 +167,7 @@ def test_every_verb_opens_it(tmp_path: pathlib.Path) -> None:
     assert config.checkpoint.finetune and "Accelerator.save_state" in line
 
 
+@pytest.mark.slow
 def test_a_folder_is_written_again_and_an_interrupted_save_leaves_it(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
@@ -253,6 +254,7 @@ def test_weights_of_other_programs(tmp_path: pathlib.Path, capsys: pytest.Captur
             assert line in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_options_of_the_plugin(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
     with accelerator_of((toy_model("gpt2"),), {"no_save_optim": True}) as accelerator:
         train(accelerator.session, 1)
@@ -336,6 +338,7 @@ def loaded_by_one(folder: str) -> None:
         checkpoints.load_state(accelerator, folder)
 
 
+@pytest.mark.slow
 def test_random_states_of_other_processes_are_left(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
     run_ranks(saved_by_ranks, 2, str(tmp_path))
     files = {path.name for path in (checkpoint.find(tmp_path) / "accelerate").iterdir()}
