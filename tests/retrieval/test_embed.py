@@ -56,13 +56,13 @@ def test_any_number_of_processes_writes_the_same(one, ict_run, sentences, tmp_pa
 
 @pytest.mark.parametrize("layout", [{"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}])
 def test_a_split_model_gives_the_same_vectors(one, ict_run, sentences, tmp_path, layout):
-    run_ranks(lambda_free, 2, ict_run, sentences, str(tmp_path / "s"), layout)
+    run_ranks(build_in_layout, 2, ict_run, sentences, str(tmp_path / "s"), layout)
     expected, found = Store(one), Store(tmp_path / "s")
     rows = np.arange(len(expected))
     np.testing.assert_allclose(found.vectors(rows), expected.vectors(rows), rtol=2e-3, atol=2e-3)
 
 
-def lambda_free(run, sentences, folder, layout):
+def build_in_layout(run, sentences, folder, layout):
     build_here(run, sentences, folder, **layout)
 
 

@@ -150,7 +150,7 @@ BERT_CASES = [
     ({"dataset": "bert"}, "--dataset must be 'gpt' for gpt; found 'bert'. Leave it out, or train bert."),
     ({"loss": "t5"}, "--loss must be 'lm' for gpt; found 't5'. Leave it out, or train t5."),
     ({"loss": "classification"}, "--loss must be 'lm' for gpt; found 'classification'. Leave it out."),
-    ({"dataset": "ict"}, "--dataset must be 'gpt' for gpt; found 'ict'. Leave it out."),
+    ({"dataset": "ict"}, "--dataset must be 'gpt' for gpt; found 'ict'. Leave it out, or train ict."),
     (
         {**BERT, "tokenizer_type": "GPT2BPETokenizer"},
         "--tokenizer-type must have tokens for [CLS], [SEP], [MASK] and padding, which samples of bert need "
