@@ -84,7 +84,7 @@ def test_planted_leaks(write, step, tmp_path):
     assert records[1]["text"] == leaked[:left].strip() and records[2]["text"] == leaked[right:].strip()
     assert report["tasks"]["lambada"] == {"ngrams": 2, "leaked": 2, "occurrences": 4, "documents": 2}
     assert report["rules"]["no_piece_left"]["documents"] == 1
-    assert LEAK[:20].upper() in report["rules"]["leak_removed"]["examples"][0]["found"]
+    assert report["rules"]["leak_removed"]["examples"][0]["found"].startswith("lambada: 'ONLY,  ONE,  SOURCE")
 
 
 def test_phrases_of_the_language_stay(write, step):

@@ -18,7 +18,73 @@ from tests.curation.test_wiki import HEAD, page
 from tests.toy import make_corpus
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
-WORDS = ["river", "music", "stone", "engine", "garden", "letter", "winter", "market", "island", "history", "painter"]
+WORDS = [
+    "river",
+    "music",
+    "stone",
+    "engine",
+    "garden",
+    "letter",
+    "winter",
+    "market",
+    "island",
+    "history",
+    "painter",
+    "bridge",
+    "captain",
+    "doctor",
+    "evening",
+    "farmer",
+    "glass",
+    "harbour",
+    "kitchen",
+    "leader",
+    "mountain",
+    "north",
+    "office",
+    "people",
+    "quiet",
+    "road",
+    "school",
+    "teacher",
+    "under",
+    "village",
+    "window",
+    "young",
+    "about",
+    "before",
+    "carry",
+    "describe",
+    "every",
+    "follow",
+    "ground",
+    "house",
+    "inside",
+    "journey",
+    "keep",
+    "large",
+    "might",
+    "never",
+    "often",
+    "place",
+    "quickly",
+    "round",
+    "small",
+    "through",
+    "until",
+    "visit",
+    "water",
+    "years",
+    "answer",
+    "build",
+    "close",
+    "during",
+    "early",
+    "friend",
+    "great",
+    "hold",
+]
+COMMON = ["the", "of", "and", "to", "that", "with", "have", "be", "in", "it", "was"]
 
 
 def commands(name):
@@ -29,10 +95,10 @@ def commands(name):
 
 
 def article(draw, number):
+    """A page of English words that no rule takes for repetition."""
     sentences = (
-        f"The {draw.choice(WORDS)} of {draw.choice(WORDS)} number {draw.randrange(10**6)} was near a "
-        f"{draw.choice(WORDS)}, and people have seen it with their own eyes in {draw.randrange(1000, 2000)}."
-        for _ in range(14)
+        " ".join(draw.choice(COMMON if draw.random() < 0.4 else WORDS) for _ in range(12)).capitalize() + f" {number}."
+        for _ in range(16)
     )
     return f"Article {number}. " + " ".join(sentences)
 

@@ -144,6 +144,7 @@ class _ConcatenatedStreams(io.RawIOBase):
         self._limits = isinstance(new_decompressor(), (bz2.BZ2Decompressor, lzma.LZMADecompressor))
         self._piece = COMPRESSED_BYTES if self._limits else ZSTD_BYTES
         self._decompressed = self._unread = b""
+        self._given = 0  # bytes of `_decompressed` that are read; to cut them off would copy the rest each time
         self._decompressor: Any = None  # none before the first stream
 
     def readable(self) -> bool:
@@ -152,7 +153,7 @@ class _ConcatenatedStreams(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Fill the buffer, or some of it; 0 at the end."""
-        while not self._decompressed:
+        while self._given == len(self._decompressed):
             in_stream = self._decompressor is not None and not self._decompressor.eof
             if in_stream and self._limits and not self._decompressor.needs_input:
                 self._decompress(b"")
@@ -169,12 +170,13 @@ class _ConcatenatedStreams(io.RawIOBase):
                     continue
                 self._decompressor = self._new_decompressor()
             self._decompress(block)
-        count = min(len(buffer), len(self._decompressed))
-        buffer[:count], self._decompressed = self._decompressed[:count], self._decompressed[count:]
+        count = min(len(buffer), len(self._decompressed) - self._given)
+        buffer[:count] = memoryview(self._decompressed)[self._given : self._given + count]
+        self._given += count
         return count
 
     def _decompress(self, block: bytes) -> None:
-        decompressor = self._decompressor
+        decompressor, self._given = self._decompressor, 0
         self._decompressed = (
             decompressor.decompress(block, DECOMPRESSED) if self._limits else decompressor.decompress(block)
         )
