@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from megalith.cli.option_flags import add_sampling_flags, given_sampling
+from megalith.cli.flags.options import add_sampling_flags, given_sampling
 from megalith.common.errors import ConfigError, problem
 from megalith.config.flags.text import Words, flag
 from megalith.generation.params import GenerationParams

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from megalith.cli.load_flags import (
+from megalith.cli.flags.load import (
     CONTEXT,
     LAYOUT,
     WHAT_TO_LOAD,
@@ -22,8 +22,8 @@ from megalith.cli.load_flags import (
     check_paths,
     load_model,
 )
-from megalith.cli.option_flags import add_option_flags, given_options
-from megalith.cli.training_flags import add_dtype_flags, add_training_flags, unused_flags
+from megalith.cli.flags.options import add_option_flags, given_options
+from megalith.cli.flags.training import add_dtype_flags, add_training_flags, unused_flags
 from megalith.common.errors import ConfigError, problem
 from megalith.common.extras import require
 from megalith.common.files import write_text

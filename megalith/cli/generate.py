@@ -9,8 +9,8 @@ import json
 import pathlib
 import sys
 
-from megalith.cli.load_flags import WHAT_TO_LOAD, add_format_flags, add_load_flags, check_paths, load_model
-from megalith.cli.option_flags import add_sampling_flags, given_sampling
+from megalith.cli.flags.load import WHAT_TO_LOAD, add_format_flags, add_load_flags, check_paths, load_model
+from megalith.cli.flags.options import add_sampling_flags, given_sampling
 from megalith.common.errors import ConfigError, problem
 from megalith.common.files import write_text
 from megalith.common.orphans import ends_with_launcher

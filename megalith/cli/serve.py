@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megalith.cli.load_flags import WHAT_TO_LOAD, add_format_flags, add_load_flags, check_paths, load_model
-from megalith.cli.option_flags import add_option_flags, given_options
-from megalith.cli.training_flags import add_dtype_flags, add_training_flags, unused_flags
+from megalith.cli.flags.load import WHAT_TO_LOAD, add_format_flags, add_load_flags, check_paths, load_model
+from megalith.cli.flags.options import add_option_flags, given_options
+from megalith.cli.flags.training import add_dtype_flags, add_training_flags, unused_flags
 from megalith.common.errors import ConfigError, problem
 from megalith.common.extras import require
 from megalith.common.orphans import ends_with_launcher

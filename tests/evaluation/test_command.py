@@ -88,7 +88,7 @@ CASES = {
     "ppl MODEL --valid-data mixed.jsonl --overlaping-eval 3": (2, "did you mean --overlapping-eval?"),
     "ppl MODEL --valid-data mixed.jsonl --compare a.txt": (1, "--compare must be a file of `megalith evaluate --json`"),
     "lambda MODEL --valid-data mixed.jsonl": (2, "unknown task lambda: did you mean lambada?"),
-    "--task RACE --load MODEL": (2, "unknown task race: finetuning on tasks and instructions is not there yet"),
+    "--task RACE --load MODEL": (2, "unknown task race: it is `megalith finetune TASK` here"),
     "ppl --valid-data mixed.jsonl": (2, "MODEL must name a run's folder, a checkpoint"),
     "": (2, "TASK must be one of wikitext103, lambada, ppl; found nothing"),
     "ppl nowhere --valid-data mixed.jsonl": (1, "MODEL must name a file or folder that exists; found 'nowhere'"),

@@ -130,8 +130,8 @@ def test_mistakes_of_a_command(tmp_path, capsys):
     command = ["finetune", "chat", *shape.split(), "--tokenizer-model", config.data.tokenizer_model, "--epochs", "1"]
     assert main([*command, "--dry-run"]) == 2
     assert "--train-data must name the files to train on" in capsys.readouterr().err
-    assert main([*command, "--train-data", "x.jsonl", "--run-dir", str(tmp_path / "run"), "--device", "cpu"]) == 1
-    assert "x.jsonl" in capsys.readouterr().err
+    assert main([*command, "--train-data", "x.jsonl", "--run-dir", str(tmp_path / "run"), "--device", "cpu"]) == 2
+    assert "--train-data must name files or folders that exist; found 'x.jsonl'" in capsys.readouterr().err
     assert main([*command, "--train-data", "x.jsonl", "--no-pack", "--dry-run"]) == 2
     assert "--no-packing" in capsys.readouterr().err
     assert main(["finetune", "chats", *shape.split()]) == 2

@@ -62,10 +62,10 @@ def test_loss_and_gradients_are_those_of_each_chat_alone(config, ranks, packing)
     without_dropout = whole.replace(hidden_dropout=0.0, attention_dropout=0.0)
     (found,) = ranks(measure_steps, 1, without_dropout, torch.float64, 1, timeout=TIMEOUT)
     loss, gradients = by_hand(config, found.steps[0].weights)
-    assert found.steps[0].loss == pytest.approx(loss, abs=1e-10)
+    assert found.steps[0].loss == pytest.approx(loss, rel=1e-7)  # weights of tokens are float32
     assert found.steps[0].gradients.keys() == gradients.keys()
     for name, gradient in gradients.items():
-        assert torch.allclose(found.steps[0].gradients[name], gradient, rtol=1e-9, atol=1e-12), name
+        assert torch.allclose(found.steps[0].gradients[name], gradient, rtol=1e-6, atol=1e-9), name
     assert rows == len(found.masks[0]) and (rows == 10) != packing
 
 

@@ -1,5 +1,7 @@
 """The parity verb, as a user meets it."""
 
+import re
+
 import pytest
 
 from megalith import recipes
@@ -73,18 +75,15 @@ def test_what_cannot_run(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("name", recipes.names())
 def test_a_recipe_is_checked_without_its_schedule(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """One step is run, so a run's length, warm-up and ramp-up do not matter, and none of their numbers is an error."""
-    large = name == "gpt3-175b"
-    assert main(["parity", "--recipe", name, "--vocab-size", "128", "--dry-run"]) == (2 if large else 0)
+    command = ["parity", "--recipe", name, "--vocab-size", "128", "--dry-run"]
+    status = main(command)
     shown = capsys.readouterr()
-    if large:
-        assert (
-            "The number of processes (tensor 8 x pipeline 16 x context 1 x replicas 1) must be at most 8, "
-            "because one machine runs them all; found 128." in shown.err
-        )
+    if status:
+        assert "must be at most 8, because one machine runs them all" in shown.err
         smaller = ["--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "1"]
-        assert main(["parity", "--recipe", name, "--vocab-size", "128", "--dry-run", *smaller]) == 0
+        assert main([*command, *smaller]) == 0
     else:
-        assert shown.out == "2 processes would be compared with one\n"
+        assert re.fullmatch(r"[1-8] processes would be compared with one\n", shown.out)
 
 
 def test_a_config_whose_run_would_need_more(capsys: pytest.CaptureFixture[str], tmp_path) -> None:

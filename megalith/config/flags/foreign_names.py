@@ -19,7 +19,7 @@ _TASKS = (
 _FINETUNING = "it is `megalith finetune TASK` here (docs/finetune_tasks.md)"
 _RETRIEVAL = "it is `megalith pretrain ict` here (docs/retrieval.md)"
 _RETRO = "Retro is not there yet; a GPT is trained by megalith pretrain gpt"
-_CORPUS = "cleaning and deduplicating a corpus is not there yet; megalith data preprocess takes JSON lines as they are"
+_CORPUS = "it is `megalith data` here: wiki, urls, clean, dedup, decontaminate, ids and more (docs/corpus.md)"
 _JOBS = (
     "it is `megalith launch` here: `launch --nproc-per-node 8 pretrain gpt ...` on this machine, `launch --slurm` and "
     "`launch --pbs` write job scripts, --hostfile reaches machines by ssh"

@@ -50,7 +50,7 @@ class Epochs:
         return order[1]
 
 
-class Whole:
+class PaddedDataset:
     """A validation dataset whose length is rounded up to whole global batches."""
 
     def __init__(self, dataset: Any, batch: int):

@@ -61,7 +61,7 @@ def test_nothing_that_exists_is_called_missing():
     [
         (["tools/run_text_generation_server.py"], "it is `megalith serve PATH` here"),
         (["tools/preprocess_data.py"], "it is `megalith data preprocess` here"),
-        (["data", "dedup"], "unknown verb dedup: cleaning and deduplicating"),
+        (["dedup"], "unknown verb dedup: it is `megalith data` here"),
         (["data", "preproces"], "unknown verb preproces: did you mean preprocess?"),
         (["checkpoint", "exprot"], "unknown verb exprot: did you mean export?"),
         (["generate", "--load", "x", "--max_length", "3"], "unknown flag --max_length: it is --max-new-tokens here"),

@@ -171,7 +171,7 @@ def test_the_tokenizer_of_a_checkpoint():
 def test_what_the_dataset_does_not_read_is_reported():
     notices = load(*SHAPE, "--mask-prob", "0.3", "--decoder-seq-length", "12")[1]
     assert "--mask-prob has no effect: only the dataset bert or t5 reads it" in notices
-    assert "--decoder-seq-length has no effect: only the dataset t5 reads it" in notices
+    assert "--decoder-seq-length has no effect: only the dataset t5 or chat or completion reads it" in notices
     assert not any("no effect" in notice for notice in load(*SHAPE)[1])
 
 
@@ -181,7 +181,7 @@ def test_a_config_survives_yaml():
     assert set(fields()) == {
         line.split(":")[0].strip()
         for line in to_yaml(RunConfig()).splitlines()
-        if line.startswith("  ") and not line.startswith("  - ")
+        if line.startswith("  ") and not line.lstrip().startswith("- ")
     }
     assert to_yaml(RunConfig(), changed_only=True) == "" and from_yaml("") == RunConfig()
 

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from megalith.cli.load_flags import model_fields
+from megalith.cli.flags.load import model_fields
 from megalith.common.errors import ConfigError
 from megalith.config.flags import flags
 
