@@ -99,7 +99,7 @@ class Supervisor:
 
     def _await_stdin(self) -> None:
         with contextlib.suppress(OSError, ValueError):
-            while sys.stdin.buffer.read(1):
+            while os.read(0, 4096):  # not sys.stdin, whose lock this thread would hold when Python ends
                 pass
         self.signals += 1
 

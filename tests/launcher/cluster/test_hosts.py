@@ -87,8 +87,8 @@ def start(tmp_path, code, nodes="a slots=1\nb slots=1\n", port="29811"):
 
 
 def test_a_signal_lets_all_nodes_save(tmp_path):
-    code = "signal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), sys.exit(0)))\n"
-    process = start(tmp_path, code + "print('ready', flush=True)\ntime.sleep(200)")
+    code = "signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b'saved\\n'), sys.exit(0)))\n"
+    process = start(tmp_path, code + "os.write(1, b'ready\\n')\ntime.sleep(200)")
     assert [process.stdout.readline() for _ in range(2)] == ["ready\n", "ready\n"]
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=250)

@@ -40,8 +40,8 @@ sys.exit(supervisor.run([sys.executable, "torchrun.py", log_dir, *words[stdin:]]
 """
 RANK = "import os, signal, sys, time\nrank = int(os.environ['RANK'])\n"
 SAVES = (
-    "signal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), sys.exit(0)))\n"
-    "print('ready', flush=True)\ntime.sleep(60)\n"
+    "signal.signal(signal.SIGTERM, lambda *_: (os.write(1, b'saved\\n'), sys.exit(0)))\n"
+    "os.write(1, b'ready\\n')\ntime.sleep(60)\n"
 )
 
 
