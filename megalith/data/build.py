@@ -60,7 +60,7 @@ def build_datasets(
     tokenizer: as megalith.data.tokenizers.tokenizer makes them (vocab_size, eod, ...). rank, size: data-parallel rank,
     which decides what this process builds first, and number of ranks. run_folder: another folder for index files, used
     where the data's own is read-only. Raises ConfigError or DataError naming the flag or file; corpora are opened,
-    checked and indexed before this returns. Of the files of a task, "train" is an Epochs and "valid" {name: PaddedDataset}.
+    checked and indexed before this returns. Of the files of a task, "train" is an Epochs, and "valid" {name: dataset}.
     """
     if (open_files := getattr(DATASETS.find(config.data.dataset), "open_files", None)) is not None:
         train, valid = open_files(config, tokenizer)
