@@ -57,7 +57,10 @@ def test_chunks_change_nothing(clustered, monkeypatch):
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "least"), [("Flat", 1.0), ("HNSW32", 0.9), ("IVF16,Flat", 0.2), ("PQ8", 0.3)])
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [("Flat", 1.0), ("HNSW32", 0.9), ("IVF16,Flat", 0.2), pytest.param("PQ8", 0.3, marks=pytest.mark.slow)],
+)
 def test_faiss_finds_most_of_what_an_exact_search_finds(clustered, name, least):
     index = build_faiss(clustered, name)
     assert measure_recall(clustered, index) >= least

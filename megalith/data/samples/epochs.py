@@ -50,7 +50,7 @@ class Epochs:
         return order[1]
 
 
-class PaddedDataset:
+class OneEpoch:
     """A validation dataset whose length is rounded up to whole global batches."""
 
     def __init__(self, dataset: Any, batch: int):

@@ -52,7 +52,10 @@ def start(tmp_path):
             (tmp_path / name).write_text(text)
         words = [sys.executable, "launcher.py", str(tmp_path / "logs"), *first, "rank.py"]
         pipe = subprocess.PIPE
-        return subprocess.Popen(words, cwd=tmp_path, env=environment(), stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+        return subprocess.Popen(
+            words, cwd=tmp_path, env=environment(), stdin=pipe, stdout=pipe, stderr=pipe, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's is ignored
+        )  # fmt: skip
 
     return begin
 
