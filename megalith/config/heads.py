@@ -6,9 +6,8 @@ taken from there, and the head is new.
 
 from __future__ import annotations
 
-import dataclasses
-
 from megalith.config.identity import sized_by
+from megalith.config.run import RunConfig
 from megalith.config.sections.model import ModelConfig
 
 
@@ -25,7 +24,7 @@ def with_head(then: ModelConfig, now: ModelConfig) -> ModelConfig:
     """The model of a source with the head of `now`, where only that is new: what `now` is compared with."""
     if not new_head(now, then):
         return then
-    return dataclasses.replace(then, model_type=now.model_type, num_classes=now.num_classes)
+    return RunConfig(model=then).replace(model_type=now.model_type, num_classes=now.num_classes).model
 
 
 def is_of_head(name: str, head: tuple[str, ...]) -> bool:

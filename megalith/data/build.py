@@ -23,7 +23,7 @@ from megalith.config.sections.data import DataConfig, split_fractions
 from megalith.data.indexed.tntidx import open_indexed
 from megalith.data.samples.blend import normalize, requested_samples
 from megalith.data.samples.blended import BlendedDataset, CorpusDataset, EndlessDataset, prepare
-from megalith.data.samples.epochs import Epochs, Whole
+from megalith.data.samples.epochs import Epochs, OneEpoch
 from megalith.data.samples.index_cache import default_folders
 from megalith.data.samples.splits import SPLIT_NAMES, split_bounds
 from megalith.data.source_checks import check_not_empty, check_source
@@ -58,10 +58,11 @@ def build_datasets(
     tokenizer: as megalith.data.tokenizers.tokenizer makes them (vocab_size, eod, ...). rank, size: data-parallel rank,
     which decides what this process builds first, and number of ranks. run_folder: another folder for index files, used
     where the data's own is read-only. Raises ConfigError or DataError naming the flag or file; corpora are opened,
-    checked and indexed before this returns. Of the files of a task, "train" is an Epochs and "valid" {name: Whole}.
+    checked and indexed before this returns. Of the files of a task, "train" is an Epochs and "valid" {name: OneEpoch}.
     """
     if (open_files := getattr(DATASETS.find(config.data.dataset), "open_files", None)) is not None:
-        return task_datasets(config, *open_files(config, tokenizer), global_batch(config, size))
+        train, valid = open_files(config, tokenizer)
+        return task_datasets(config, train, valid, global_batch(config, size))
     builder, data = _DatasetBuilder(config, tokenizer, run_folder), config.data
     sizes = dict(zip(SPLIT_NAMES, sample_counts(config, size)))
     check_memory(config, sizes)
@@ -91,7 +92,7 @@ def build_datasets(
 
 def task_datasets(config: RunConfig, train: Any, valid: Mapping[str, Any], batch: int) -> dict[str, Any]:
     """What `build_datasets` returns, of the datasets of a task's files. batch: the global batch."""
-    epochs, whole = None, {name: Whole(dataset, batch) for name, dataset in valid.items()}
+    epochs, whole = None, {name: OneEpoch(dataset, batch) for name, dataset in valid.items()}
     if train is not None and not config.validation.skip_train:
         if config.finetuning.epochs is not None:
             config = in_samples(config, len(train), batch)

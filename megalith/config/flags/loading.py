@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -166,7 +165,8 @@ def _model_of_checkpoint(
         and asked != model.model_type
         and architecture(asked).head_of == (model.architecture.head_of or model.model_type)
     ):
-        model = dataclasses.replace(model, model_type=asked, num_classes=values.get("num_classes", model.num_classes))
+        classes = values.get("num_classes", model.num_classes)
+        model = RunConfig(model=model).replace(model_type=asked, num_classes=classes).model
     if asked not in (None, model.model_type):
         rule = f"must be {model.model_type}, that of {folder}, because of --use-checkpoint-args"
         cure = f"Write megalith pretrain {model.model_type}"

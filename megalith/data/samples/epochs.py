@@ -47,7 +47,7 @@ class Epochs:
         return order[1]
 
 
-class Whole:
+class OneEpoch:
     """A validation dataset whose length is rounded up to whole global batches."""
 
     def __init__(self, dataset: Any, batch: int):

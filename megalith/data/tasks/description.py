@@ -91,9 +91,12 @@ def parse_description(text: str, source: str, name: str) -> TaskDescription:
     if not isinstance(raw, Mapping):
         rule, cure = "must map names to values, as in 'metrics: [accuracy]'", "docs/finetune_tasks.md has an example"
         raise ConfigError(problem(source, raw, rule, cure))
-    known = {field.name: field.default for field in dataclasses.fields(TaskDescription) if field.name != "name"}
+    known: dict[str, Any] = {
+        field.name: field.default for field in dataclasses.fields(TaskDescription) if field.name != "name"
+    }
     types: dict[str, Any] = {"columns": Mapping, "unlabelled": Mapping, "labels": list, "metrics": list}
     problems, values = list[str](), dict[str, Any](name=name)
+    value: Any
     for key, value in raw.items():
         if key == "about":
             continue

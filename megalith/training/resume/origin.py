@@ -23,7 +23,7 @@ from megalith.config.run import RunConfig
 from megalith.config.sections.data import TOKENIZER_FILES, DataConfig
 from megalith.data.build import source_usage
 from megalith.data.indexed.format import dataset_files, resolve_prefix
-from megalith.data.samples.epochs import Epochs, Whole
+from megalith.data.samples.epochs import Epochs, OneEpoch
 from megalith.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megalith.training.resume.source import Source, is_foreign, read_source, source_of, weights_only
 
@@ -183,7 +183,7 @@ def fingerprints(datasets: Iterable[Any], config: DataConfig) -> dict[str, str]:
 def task_datasets(datasets: Iterable[Any]) -> list[Any]:
     """The datasets of a task's files among those of data/build.py, without what counts their epochs."""
     each = [part for found in datasets for part in (found.values() if isinstance(found, Mapping) else [found])]
-    return [part.dataset for part in each if isinstance(part, (Epochs, Whole))]
+    return [part.dataset for part in each if isinstance(part, (Epochs, OneEpoch))]
 
 
 def _fingerprint(prefix: str) -> str:

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalith.data.loader import Loader
-from megalith.data.samples.epochs import Epochs, Whole
+from megalith.data.samples.epochs import Epochs, OneEpoch
 
 
 class Numbers:
@@ -57,7 +57,7 @@ def test_orders_differ_by_epoch_and_by_seed():
 @settings(deadline=None)
 @given(length=st.integers(1, 12), batch=st.integers(1, 5))
 def test_a_validation_dataset_is_read_whole(length, batch):
-    dataset = Whole(Numbers(length), batch)
+    dataset = OneEpoch(Numbers(length), batch)
     assert len(dataset) == dataset.batches * batch < length + batch
     counted = [int(dataset[at]["number"]) for at in range(len(dataset)) if dataset[at]["loss_mask"].any()]
     assert counted == list(range(length))
