@@ -6,6 +6,7 @@ import argparse
 import pathlib
 import shlex
 import sys
+from collections.abc import Callable
 
 from megalith.common.environment import accelerate_config_file
 from megalith.common.errors import ConfigError, problem
@@ -37,7 +38,7 @@ default where it writes it, for `megalith launch`.
 the script's own, the flags are those of the training command that it would start. Flags that nobody knows are named and
 left out. What follows -- are the script's arguments.
 """
-SOURCES = {  # flag -> what makes a config of it
+SOURCES: dict[str, Callable[..., tuple[RunConfig, int, list[str]]]] = {  # flag -> what makes a config of it
     "from_script": config_sources.from_script,
     "from_huggingface": config_sources.from_huggingface,
     "from_checkpoint": config_sources.from_checkpoint,

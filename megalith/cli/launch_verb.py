@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import itertools
 import pathlib
@@ -122,7 +121,7 @@ def _write_job(
     file = pathlib.Path(job.output or f"{name}.{kind}").absolute()
     as_module = ["--module"] if start.module else ["--no-python"] if start.no_python else []
     text = jobs.script(
-        job, nodes, dataclasses.replace(start, module=False, no_python=False), [*as_module, *reading.words],
+        job, nodes, LaunchOptions(**{**vars(start), "module": False, "no_python": False}), [*as_module, *reading.words],
         resumes=verb in ("pretrain", None), on_cpu=on_cpu or verb in ONE, name=name, folder=pathlib.Path.cwd(),
         file=file, typed=reading.typed,
     )  # fmt: skip
@@ -162,7 +161,7 @@ def _tell(line: str) -> None:
 
 def _values(fields: Mapping[str, Field], reading: CommandLine, problems: list[Problem]) -> dict[str, Any]:
     """The typed values of those fields that are given."""
-    found = {}
+    found = dict[str, Any]()
     for name, field in fields.items():
         if name in reading.values:
             value, failure = typed(field, reading.values[name], flag(name))

@@ -45,7 +45,7 @@ def read_hostfile(file: pathlib.Path) -> list[Host]:
         raise ConfigError(
             problem("--hostfile", str(file), f"must name a readable file ({why})", "Correct the path")
         ) from error
-    hosts, problems = [], []
+    hosts, problems = list[Host](), list[str]()
     for number, line in enumerate(lines, 1):
         text = line.partition("#")[0].strip()
         if not text:
