@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import itertools
 import pathlib
@@ -121,9 +120,8 @@ def _write_job(
     kind = jobs.scheduler(job) or ""
     file = pathlib.Path(job.output or f"{name}.{kind}").absolute()
     as_module = ["--module"] if start.module else ["--no-python"] if start.no_python else []
-    plain = dataclasses.replace(start, module=False, no_python=False)  # type: ignore[type-var]
     text = jobs.script(
-        job, nodes, plain, [*as_module, *reading.words],
+        job, nodes, LaunchOptions(**{**vars(start), "module": False, "no_python": False}), [*as_module, *reading.words],
         resumes=verb in ("pretrain", None), on_cpu=on_cpu or verb in ONE, name=name, folder=pathlib.Path.cwd(),
         file=file, typed=reading.typed,
     )  # fmt: skip

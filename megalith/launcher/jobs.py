@@ -71,8 +71,8 @@ def script(
     the same command resumes. folder: where it runs. file: where the script will be. typed: the command that writes it.
     """
     kind = "slurm" if job.slurm else "pbs"
-    own = _slurm_lines(job, nodes, resumes, on_cpu, name) if kind == "slurm" else _pbs_lines(job, nodes, name)
-    directives = [*own, *(line.strip() for line in (job.directive or "").split(";") if line.strip())]
+    lines_of = _slurm_lines(job, nodes, resumes, on_cpu, name) if kind == "slurm" else _pbs_lines(job, nodes, name)
+    directives = [*lines_of, *(line.strip() for line in (job.directive or "").split(";") if line.strip())]
     mark = "#SBATCH" if kind == "slurm" else "#PBS"
     lines = ["#!/usr/bin/env bash", *(f"{mark} {line}" for line in directives)]
     written_by = shlex.join(["megalith", "launch", *typed]).replace("\n", " ")

@@ -123,6 +123,11 @@ def _report(stream: Any, token: str) -> dict[str, Any] | None:
         return None
 
 
+def _at(*keys: str) -> Callable[[Mapping[str, Any]], Any]:
+    """What a report has under these keys, each below the one before."""
+    return lambda report: functools.reduce(lambda found, key: found.get(key), keys, report)
+
+
 def compare(reports: Sequence[Mapping[str, Any]], wanted: Wanted, count: int) -> Iterator[Row]:
     """The rows of the table. wanted: of node 0. count: nodes that there should be."""
     names = [f"{report['host']} (node {report['number']})" for report in reports]
@@ -156,25 +161,25 @@ def compare(reports: Sequence[Mapping[str, Any]], wanted: Wanted, count: int) ->
     ]
     if missing:
         wrong.append(f"{len(reports)} of {count} nodes came ({', '.join(names)}); missing: {', '.join(missing)}")
-    _, other_nodes = differing(lambda report: report["nodes"], "--nnodes")
+    _, other_nodes = differing(_at("nodes"), "--nnodes")
     yield Row("nodes", f"{len(reports)} of {count}", [*wrong, *other_nodes])
-    processes, lines = differing(lambda report: report["processes"], "the number of processes")
+    processes, lines = differing(_at("processes"), "the number of processes")
     world = sum(report["processes"] for report in reports)
     yield Row("processes", f"{processes} on each, {world} together", lines)
-    words, lines = differing(lambda report: report["words"], "the command")
+    words, lines = differing(_at("words"), "the command")
     yield Row("command", " ".join(words[:3]) + (" ..." if len(words) > 3 else ""), lines)
     shown = []
     lines = []
     for name in sorted({name for report in reports for name in report["versions"]}):
-        usual, more = differing(_under("versions", name), f"the version of {name}")
+        usual, more = differing(_at("versions", name), f"the version of {name}")
         shown.append(f"{name} {usual}")
         lines += more
     yield Row("versions", ", ".join(shown), lines)
     for key in ("prefix", "packages"):
         what = "the Python environment" if key == "prefix" else "the list of installed packages (a fingerprint)"
-        usual, lines = differing(_under("environment", key), what)
+        usual, lines = differing(_at("environment", key), what)
         yield Row("environment" if key == "prefix" else "packages", str(usual), lines)
-    usual, lines = differing(lambda report: report["devices"], "devices: what")
+    usual, lines = differing(_at("devices"), "devices: what")
     yield Row("devices", usual, lines)
     least = min(report["memory"] for report in reports)
     most = max(report["memory"] for report in reports)
@@ -203,7 +208,7 @@ def compare(reports: Sequence[Mapping[str, Any]], wanted: Wanted, count: int) ->
     lines = of_paths("files", lambda size: "is missing" if size is None else None)
     for path in wanted.files:
         if all(report["files"].get(path) is not None for report in reports):
-            lines += differing(_under("files", path), f"the size of {path} in bytes")[1]
+            lines += differing(_at("files", path), f"the size of {path} in bytes")[1]
     yield Row("files", f"{len(wanted.files)} files", lines)
 
 
@@ -220,8 +225,3 @@ def table(rows: Sequence[Row]) -> str:
 def check(wrong: Sequence[str]) -> None:
     """Raise ConfigError where something is wrong."""
     fail(f"preflight: {text}. Mend it, or add --preflight never." for text in wrong)
-
-
-def _under(*keys: str) -> Callable[[Mapping[str, Any]], Any]:
-    """Takes what is under these keys of a report, each within the last; None where it is not there."""
-    return lambda report: functools.reduce(lambda value, key: value.get(key), keys, report)

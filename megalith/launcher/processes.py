@@ -66,8 +66,7 @@ def make_plan(options: NodeOptions, several: bool, on_cpu: bool) -> tuple[Plan, 
     Raises ConfigError where options and variables cannot work together.
     """
     task, lines = tasks.current(), []
-    nodes, node_rank = options.node_range, None
-    meeting = endpoint(options.rdzv_endpoint) if options.rdzv_endpoint else None
+    nodes, meeting, node_rank = options.node_range, endpoint(options.rdzv_endpoint or ""), None
     if task:
         lines.append(f"{task.source} started {task.size} processes on {task.nodes} nodes; this is rank {task.rank}")
         if nodes and not nodes[0] <= task.nodes <= nodes[1]:
@@ -187,11 +186,11 @@ def variables_of_options(options: NodeOptions, launch: LaunchOptions, plan: Plan
         found["OMP_NUM_THREADS"] = str(launch.num_cpu_threads_per_process)
     elif plan.processes > 1 and not variables.threads() and "OMP_NUM_THREADS" not in found:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        own = plan.task is not None and cores < (os.cpu_count() or 1)  # srun gave each process cores of its own
-        found["OMP_NUM_THREADS"] = str(max(1, cores // (1 if own else plan.processes)))
+        bound = plan.task is not None and cores < (os.cpu_count() or 1)  # srun gave each process cores of its own
+        found["OMP_NUM_THREADS"] = str(max(1, cores // (1 if bound else plan.processes)))
         lines.append(
             f"OMP_NUM_THREADS is {found['OMP_NUM_THREADS']}: {plan.processes} processes, {cores} cores"
-            f"{' for each' * own}; --num-cpu-threads-per-process says another"
+            f"{' for each' * bound}; --num-cpu-threads-per-process says another"
         )
     if plan.task:
         found |= variables_of_task(plan)

@@ -76,7 +76,7 @@ def _all_reduce(
     if plan.task:
         added = {**added, **processes.variables_of_task(plan)}
     with tempfile.TemporaryDirectory(prefix="megalith-preflight-") as folder:
-        quiet = dataclasses.replace(launch, max_restarts=None, log_dir=None, tee=None)  # type: ignore[type-var]
+        quiet = LaunchOptions(**{**vars(launch), "max_restarts": None, "log_dir": None, "tee": None})
         command = words if plan.task else processes.torchrun(plan, quiet, words, "preflight", folder)
         try:
             done = subprocess.run(command, env=os.environ | added, timeout=ALL_REDUCE_TIMEOUT, check=False)

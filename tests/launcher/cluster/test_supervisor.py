@@ -61,7 +61,7 @@ def start(tmp_path):
 
 
 def test_all_is_well(start):
-    process = start("print(os.environ['ADDED'])")
+    process = start("os.write(1, (os.environ['ADDED'] + '\\n').encode())")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and out == "1\n1\n" and err == "torchrun's own report\n"
 
@@ -116,7 +116,7 @@ def test_a_signal_to_all_processes_of_a_job(start, tmp_path):
 
 
 def test_a_second_signal_does_not_wait(start):
-    process = start("signal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('ready', flush=True)\ntime.sleep(60)")
+    process = start("signal.signal(signal.SIGTERM, signal.SIG_IGN)\nos.write(1, b'ready\\n')\ntime.sleep(60)")
     assert [process.stdout.readline() for _ in range(2)] == ["ready\n", "ready\n"]
     for _ in range(3):
         process.send_signal(signal.SIGINT)
