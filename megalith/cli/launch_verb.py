@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import pathlib
 import shlex
+import socket
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,8 @@ from megalith.launcher.local import LaunchOptions, launch_options
 from megalith.launcher.options import JobOptions, NodeOptions, job_options, node_options
 from megalith.launcher.supervisor import Supervisor
 
-SEVERAL = ("pretrain", "generate", "serve")  # verbs that run as several processes
+SEVERAL = ("pretrain", "finetune", "generate", "evaluate", "index", "serve")  # verbs that run as several processes
+RESUMED = ("pretrain", "finetune")  # those that save upon SIGTERM, and go on by the same command
 ONE = ("data", "demo", "checkpoint", "parity", "ask", "config")  # those that are one
 INSTEAD = {  # flags of Accelerate -> those for a verb
     "num_processes": "--nproc-per-node N (of each node)", "num_machines": "--nnodes N", "machine_rank": "--node-rank N",
@@ -79,7 +81,7 @@ def launch(reading: CommandLine) -> int:
     added, more = processes.variables_of_options(nodes, start, plan)
     for line in [*lines, *more]:
         _tell(line)
-    in_job = tasks.job() is not None and verb in ("pretrain", None)  # whose job script sends USR1, for the supervisor
+    in_job = tasks.job() is not None and verb in (*RESUMED, None)  # whose job script sends USR1, for the supervisor
     watched = plan.several_nodes or plan.processes > 1 or start.max_restarts or nodes.stop_with_stdin or in_job
     alone = plan.task is not None or not watched
     run_id = tasks.job() or "megalith"
@@ -98,8 +100,11 @@ def launch(reading: CommandLine) -> int:
     if alone:
         local.start(words, added)
     with tempfile.TemporaryDirectory(prefix="megalith-launch-") as log_dir:
+        if start.log_dir:  # a folder of this launcher's own: in another's records are processes that it must not signal
+            pathlib.Path(start.log_dir).mkdir(parents=True, exist_ok=True)
+            log_dir = tempfile.mkdtemp(prefix=f"{socket.gethostname()}-", dir=start.log_dir)
         command = processes.torchrun(plan, start, words, run_id, log_dir)
-        return Supervisor(pathlib.Path(start.log_dir or log_dir)).run(command, added, nodes.stop_with_stdin)
+        return Supervisor(pathlib.Path(log_dir)).run(command, added, nodes.stop_with_stdin)
 
 
 def _one_process(verb: str | None, nodes: NodeOptions) -> None:
@@ -122,7 +127,7 @@ def _write_job(
     as_module = ["--module"] if start.module else ["--no-python"] if start.no_python else []
     text = jobs.script(
         job, nodes, LaunchOptions(**{**vars(start), "module": False, "no_python": False}), [*as_module, *reading.words],
-        resumes=verb in ("pretrain", None), on_cpu=on_cpu or verb in ONE, name=name, folder=pathlib.Path.cwd(),
+        resumes=verb in (*RESUMED, None), on_cpu=on_cpu or verb in ONE, name=name, folder=pathlib.Path.cwd(),
         file=file, typed=reading.typed,
     )  # fmt: skip
     if dry:

@@ -68,9 +68,10 @@ class Lambada(EvaluationTask):
             ids = tokenizer.encode(text)
             return ids[:-1], ids[-1:]
         word = text.split()[-1]
-        begin = tokenizer.encode("")  # what it puts before every text (Llama's BOS), and so not before an answer
-        answer = tokenizer.encode(f" {word}")
-        return tokenizer.encode(text[: text.rindex(word)].strip()), answer[len(begin) :]
+        context = text[: text.rindex(word)].strip()
+        # Tokenized together: SentencePiece would begin a word alone with a space of its own.
+        ids, length = tokenizer.encode(f"{context} {word}"), len(tokenizer.encode(context))
+        return ids[:length], ids[length:]
 
     def metrics(self, scores: np.ndarray, right: np.ndarray) -> dict[str, Metric]:
         """Accuracy, and how likely the answers are."""

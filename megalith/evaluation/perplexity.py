@@ -68,7 +68,7 @@ class Perplexity(EvaluationTask):
     def prepare(self, tokenizer: Tokenizer, seq_length: int) -> Prepared:
         """See EvaluationTask."""
         stride = self.options.stride(seq_length)
-        rows = self.tokenize(tokenizer)
+        rows, begins = self.tokenize(tokenizer), self.options.add_bos or len(tokenizer.encode("")) > 0
         samples = list[Sample]()
         owners = list[int]()  # the text of each sample
         for number, ids in enumerate(rows):
@@ -86,9 +86,9 @@ class Perplexity(EvaluationTask):
             tokens = np.bincount(owners, [sample.scored for sample in samples], len(rows)).astype(int)
             names = list(dict.fromkeys(text.source for text in self.texts))
             chosen = {name: [n for n, text in enumerate(self.texts) if text.source == name] for name in names}
-            sources = {name: self.metrics(numbers, losses, tokens) for name, numbers in chosen.items()}
+            sources = {name: self.metrics(numbers, losses, tokens, begins) for name, numbers in chosen.items()}
             return Result(
-                self.metrics(range(len(rows)), losses, tokens), sources if len(sources) > 1 else {},
+                self.metrics(range(len(rows)), losses, tokens, begins), sources if len(sources) > 1 else {},
                 [
                     {"text": text.where, "source": text.source, "tokens": int(count), "loss": float(loss)}
                     for text, count, loss in zip(self.texts, tokens, losses)
@@ -100,17 +100,21 @@ class Perplexity(EvaluationTask):
 
     def tokenize(self, tokenizer: Tokenizer) -> list[np.ndarray]:
         """The tokens of each text."""
-        begin = [tokenizer.require("eod")] if self.options.add_bos else []
+        has_begin = len(tokenizer.encode("")) > 0  # the tokenizer puts a token before every text (Llama's BOS)
+        begin = [tokenizer.require("eod")] if self.options.add_bos and not has_begin else []
         texts = [detokenize(text.text, self.options.detokenizer or "none") for text in self.texts]
         return [np.asarray([*begin, *ids], dtype=np.int64) for ids in tokenizer.encode_batch(texts)]
 
-    def metrics(self, numbers: Sequence[int], losses: np.ndarray, tokens: np.ndarray) -> Metrics:
-        """Those of the texts of these numbers; none where no token of them is predicted."""
+    def metrics(self, numbers: Sequence[int], losses: np.ndarray, tokens: np.ndarray, begins: bool) -> Metrics:
+        """Those of the texts of these numbers; none where no token of them is predicted.
+
+        begins: whether a token stands before each text, so that its first word is predicted too.
+        """
         counted = [number for number in numbers if tokens[number]]
         texts: list[Text] = [self.texts[number] for number in counted]
         if not texts:
             return {}
-        words = sum(len(text.text.split()) - (not self.options.add_bos) for text in texts)
+        words = sum(len(text.text.split()) - (not begins) for text in texts)
         size = sum(len(text.text.encode("utf-8")) for text in texts)
         loss, count = float(losses[counted].sum()), int(tokens[counted].sum())
         return perplexities(loss, count, words, size, "split at white space")

@@ -103,7 +103,7 @@ def make_plan(options: NodeOptions, several: bool, on_cpu: bool) -> tuple[Plan, 
     if not several:
         if (options.nproc_per_node or 1) > 1 or nodes[1] > 1:
             given = "--nnodes" if nodes[1] > 1 else "--nproc-per-node"
-            cure = "Leave it out; megalith pretrain, generate, serve and scripts run as several"
+            cure = "Leave it out; pretrain, finetune, generate, evaluate, index, serve and scripts run as several"
             found = options.nnodes if nodes[1] > 1 else options.nproc_per_node
             raise ConfigError(problem(given, found or nodes[1], "must be 1 for a verb that is one process", cure))
         return Plan(1), lines
@@ -158,7 +158,7 @@ def torchrun(plan: Plan, launch: LaunchOptions, words: Sequence[str], run_id: st
         value = getattr(launch, name)
         if value is not None and name not in ("rdzv_conf", "log_dir"):
             command += [flag(name), str(value)]
-    if folder := launch.log_dir or log_dir:
+    if folder := log_dir or launch.log_dir:
         command += ["--log-dir", folder]
     return [*command, "-m", "megalith.launcher.rank", *words]
 

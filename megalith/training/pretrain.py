@@ -100,8 +100,8 @@ def run(
     """The run itself, on a mesh. check_locks: raises CheckpointError where another run has taken the run's folders."""
     set_determinism(config)
     given, datasets = config, open_datasets(config, mesh, tokenizer)
-    epoch = getattr(datasets["train"], "samples_per_epoch", None)
-    if epoch is not None and config.finetuning.epochs is not None:
+    epoch = getattr(datasets["train"], "samples_per_epoch", None) if config.finetuning.epochs is not None else None
+    if epoch is not None:
         config = in_samples(config, epoch, global_batch(config, mesh.data_size))
     data = origin.fingerprints(filter(None, datasets.values()), config.data)
     changed = origin.compare(config, tokenizer, data)

@@ -150,7 +150,7 @@ class LanguageModelling(Task):
         return {
             "inputs": batch["input_ids"],
             **passed,
-            "loss_weights": batch["loss_mask"] / counts["lm loss"].clamp(min=1.0),
+            "loss_weights": batch["loss_mask"] / divisor(counts["lm loss"]),
         }
 
     def losses(self, output: Tensor, batch: Batch, counts: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -202,6 +202,11 @@ class MaskedLanguageModelling(Task):
         """output: weighted losses of tokens [b, s], and of orders [b] where there are any."""
         parts = output if isinstance(output, tuple) else (output,)
         return {name: part.sum() for name, part in zip(counts, parts, strict=True)}
+
+
+def divisor(count: Tensor) -> Tensor:
+    """A count; 1 where nothing is counted. Weights of samples may add up to less than 1."""
+    return torch.where(count > 0, count, torch.ones_like(count))
 
 
 def sample_mask(batch: Batch, name: str) -> Tensor:

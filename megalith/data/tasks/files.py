@@ -61,11 +61,16 @@ def read_rows(path: pathlib.Path, task: TaskDescription) -> Rows:
     Raises DataError where the file is empty, or lacks a column that the task names.
     """
     lines = iter(_lines(path))
-    rows = _objects(lines, path, task) if path.suffix not in (".tsv", ".csv") else _table(lines, path, task)
+    rows = _objects(lines, path, task) if _suffix(path) not in (".tsv", ".csv") else _table(lines, path, task)
     if not rows.rows and not rows.bad:
         rule, cure = "must have rows of the task", "Name another file"
         raise DataError(problem(str(path), Words("an empty file, or one of a header alone"), rule, cure))
     return rows
+
+
+def _suffix(path: pathlib.Path) -> str:
+    """The end of a name that says what a file holds: .tsv of train.tsv.gz."""
+    return next((each for each in reversed(path.suffixes) if each not in (".gz", ".zst", ".bz2", ".xz")), "")
 
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, str | UnicodeDecodeError]]:
@@ -81,7 +86,7 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[int, str | UnicodeDecodeError]]
 def _table(lines: Iterator[tuple[int, Any]], path: pathlib.Path, task: TaskDescription) -> Rows:
     """Rows of a .tsv, in which quotes are text as in GLUE's, or of a .csv, in which they are not."""
     bad: list[BadRow] = []
-    cells = _csv_cells(lines, path, bad) if path.suffix == ".csv" else _tsv_cells(lines, path, bad)
+    cells = _csv_cells(lines, path, bad) if _suffix(path) == ".csv" else _tsv_cells(lines, path, bad)
     first = next(cells, None)
     if first is None:
         return Rows(True, [], bad)
