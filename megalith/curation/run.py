@@ -67,13 +67,14 @@ class Command:
     """The settings of one verb, a dataclass whose fields are its flags; `run` does the work.
 
     text_key: where the text is, unless --json-key says. lines: a line of a text file is a document. beside: the ends of
-    the names of files that it writes beside the output.
+    the names of files that it writes beside the output. drops: whether --dropped lists what it leaves out.
     """
 
     name = ""
     text_key = "text"
     lines = False
     beside: ClassVar[tuple[str, ...]] = ()
+    drops = False
 
     def check(self) -> None:
         """Raise ConfigError for settings that cannot work."""
@@ -115,7 +116,7 @@ class Pass:
     def array(self, record: Mapping, name: str, dtype: Any) -> np.ndarray:
         """The numbers that a part has written, mapped into memory."""
         path = self.file(record, name)
-        return np.memmap(path, dtype, "r") if path is not None else np.zeros(0, dtype)
+        return np.memmap(path, dtype, "r") if path is not None and path.stat().st_size else np.zeros(0, dtype)
 
     def arrays(self, name: str, dtype: Any) -> Iterator[np.ndarray]:
         """The numbers of each part, in order."""
@@ -306,6 +307,11 @@ def check_options(command: Command, options: RunOptions) -> None:
         found = Words(f"{options.workers}, {options.partitions} and {options.max_document_bytes}")
         raise ConfigError(problem("--workers", found, rule, "Correct them"))
     check_limit(options.max_unusable)
+    if options.dropped and not command.drops:
+        raise ConfigError(problem("--dropped", options.dropped, f"is not there for {command.name}", "Leave it out"))
+    if options.output == STANDARD_INPUT and command.drops and command.beside:
+        rule = f"must be a file for {command.name}, which lists beside it what it removes"
+        raise ConfigError(problem("--output", options.output, rule, "Name a file"))
     if options.on_error not in ("skip", "fail"):
         raise ConfigError(problem("--on-error", options.on_error, "must be skip or fail", "Choose one"))
     ENGINES.find(options.engine)

@@ -35,6 +35,7 @@ class Urls(UrlsSettings, Command):
     """The step `megalith data urls`."""
 
     name = "urls"
+    drops = True
     text_key = "url"
     lines = True
 

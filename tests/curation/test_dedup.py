@@ -304,3 +304,12 @@ def test_recall_by_share_of_edits(write, step, tmp_path):
         place, stays = (int(line[name].rpartition(":")[2]) - 1 for name in ("document", "kept"))
         both = rows + planted
         assert both[place]["of"] == both[stays]["of"], "two different texts"
+
+
+def test_documents_without_a_url_repeat_none(write, step):
+    rows = [
+        {"text": f"text {number}", "url": url}
+        for number, url in enumerate([None, None, "", "http://a?v=B", "http://a?v=b"])
+    ]
+    records, _ = step("dedup", write("a.jsonl", rows), {"by": "url"})
+    assert [record["text"] for record in records] == [f"text {number}" for number in range(5)]

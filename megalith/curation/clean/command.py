@@ -24,6 +24,7 @@ class Clean(CleanSettings, Command):
     """The step `megalith data clean`."""
 
     name = "clean"
+    drops = True
 
     @property
     def chosen(self) -> list[str]:

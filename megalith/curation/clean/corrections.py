@@ -22,7 +22,7 @@ IP_ADDRESS = re.compile(
     r"(?<![\w.:])(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9A-Fa-f:]*:[0-9A-Fa-f:]+(?:\.\d+){0,3})(?![\w:]|\.\d)"
 )
 HTML = re.compile(r"<(?:!doctype html|html|head|body|article|div|p|br)\b[^<]*>", re.IGNORECASE)
-SPACES = re.compile(r"[^\S\n]+\n")
+SPACES = re.compile(r"(?<![^\S\n])[^\S\n]+\n")  # from the first of them on: else quadratic in their number
 MANY_NEWLINES = re.compile(r"\n{3,}")
 GENERAL = re.compile(r"  +|\b\n+ |\b\n+")
 

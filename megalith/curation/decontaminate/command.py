@@ -33,6 +33,7 @@ class Decontaminate(DecontaminateSettings, Command):
     """The step `megalith data decontaminate`."""
 
     name = "decontaminate"
+    drops = True
 
     def check(self) -> None:
         """Raise ConfigError for tasks that are not there, and sizes that cannot be."""

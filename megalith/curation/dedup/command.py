@@ -37,6 +37,7 @@ class Dedup(DedupSettings, Command):
     """The step `megalith data dedup`."""
 
     name = "dedup"
+    drops = True
     beside = (EVIDENCE,)
 
     def check(self) -> None:

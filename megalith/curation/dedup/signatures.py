@@ -29,12 +29,14 @@ if TYPE_CHECKING:
 DIGEST = np.dtype([("high", "<u8"), ("low", "<u8")])
 BATCH_CHARACTERS = 1 << 20  # of texts worked on at once
 URL = re.compile(r"^(?:[a-z][a-z0-9+.-]*:)?//(?:www\.)?|#.*$|/+$", re.IGNORECASE)
+HOST = re.compile(r"[^/?]*")
 
 
 def normal_url(url: str) -> str:
     """A URL without scheme, www., fragment and slashes at its end, its host in lower case."""
-    host, slash, rest = URL.sub("", url.strip()).partition("/")
-    return host.lower() + slash + rest
+    url = URL.sub("", url.strip())
+    host = HOST.match(url)[0]  # type: ignore[index]
+    return host.lower() + url[len(host) :]
 
 
 def digest(content: bytes) -> bytes:
@@ -73,9 +75,13 @@ class Sign(Step):
             out.add("lengths", np.fromiter(map(len, texts), np.int32, len(texts)))
             out.add("places", np.array([document.where for document in group], np.int32))
             if self.settings.by == "url":
-                urls = [str(document.record.get(self.settings.url_key, "")) for document in group]
-                # One without a URL repeats none.
-                keys = [normal_url(url).encode() or repr((out.number, d.where)).encode() for url, d in zip(urls, group)]
+                urls = [document.record.get(self.settings.url_key) for document in group]
+                # One without a URL repeats none, neither of this run nor of those in an index.
+                keys = [
+                    (isinstance(url, str) and normal_url(url).encode())
+                    or repr((out.job.key, out.number, document.where)).encode()
+                    for url, document in zip(urls, group)
+                ]
                 out.write("digests", b"".join(map(digest, keys)))
             else:
                 self._sign(texts, out)
