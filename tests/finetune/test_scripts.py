@@ -48,9 +48,11 @@ def folder(tmp_path_factory) -> pathlib.Path:
 def test_script(name: str, folder: pathlib.Path) -> None:
     script, variables, steps = RUNS[name]
     command = [str(ROOT / "examples" / script), "--epochs", "2", "--device", "cpu"]
-    said = run(command, folder, **TOY, **variables, CHECKPOINT_PATH=name)
+    said = run(command, folder, **TOY, **variables, CHECKPOINT_PATH=f"runs/{name}")
     assert "the head (classifier) is new and untrained" in said
-    assert [line["step"] for line in records(str(folder / name)) if "loss" in line] == list(range(1, steps + 1))
+    assert [line["step"] for line in records(str(folder / "runs" / name)) if "loss" in line] == list(
+        range(1, steps + 1)
+    )
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ def test_the_loss_of_a_number_is_the_mean_squared_error():
     counts = task.counts(batch)
     assert task.inputs(batch, counts).keys() == {"inputs"}
     loss = task.losses(logits, batch, counts)["regression loss"]
-    assert float(loss) == pytest.approx((1 + 4) / 2)
+    assert loss.item() == pytest.approx((1 + 4) / 2)
     loss.backward()
     assert logits.grad.flatten().tolist() == pytest.approx([1.0, -2.0, 0.0])
 
