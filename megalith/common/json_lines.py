@@ -9,6 +9,8 @@ from typing import Any
 
 import orjson
 
+from megalith.common import encodings
+
 LONE_SURROGATE = re.compile("[\\ud800-\\udfff]")  # half a character: json reads \\ud800, no encoding can write it
 DEPTH = 10_000  # levels; the 8 MiB stack of a thread holds several times as many
 
@@ -31,3 +33,20 @@ def parse(line: bytes | str) -> Any:
         raise ValueError(f"nested deeper than {DEPTH} levels") from None
     finally:
         sys.setrecursionlimit(limit)
+
+
+def parse_object(line: bytes) -> dict[str, Any]:
+    """The JSON object of a line. Raises ValueError that says why there is none: not UTF-8, not JSON, not an object."""
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(encodings.reason(error)) from error
+    if line.lstrip().startswith(b"["):
+        raise ValueError("a JSON list; one object a line is needed (jq -c '.[]' makes lines of a list)")
+    try:
+        record = parse(line)
+    except ValueError as error:
+        raise ValueError(f"malformed JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"not a JSON object but {type(record).__name__}")
+    return record

@@ -21,7 +21,7 @@ import orjson
 from megalith.common import encodings
 from megalith.common.errors import DataError, problem
 from megalith.common.extras import require
-from megalith.common.json_lines import LONE_SURROGATE, parse
+from megalith.common.json_lines import LONE_SURROGATE, parse_object
 from megalith.config.flags.text import Words
 from megalith.data.corpus.compression import open_decompressed, read_checked, read_lines
 from megalith.data.corpus.inputs import Notice, file_format, resolve_inputs, spooled
@@ -171,18 +171,7 @@ def parse_document(line: bytes, keys: Sequence[str]) -> list[str]:
 
     Raises ValueError that says why the line is no document: not UTF-8, not JSON, not an object, no text under a key.
     """
-    try:
-        line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(encodings.reason(error)) from error
-    if line.lstrip().startswith(b"["):
-        raise ValueError("a JSON list; one object a line is needed (jq -c '.[]' makes lines of a list)")
-    try:
-        record = parse(line)
-    except ValueError as error:
-        raise ValueError(f"malformed JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"not a JSON object but {type(record).__name__}")
+    record = parse_object(line)
     missing = [key for key in keys if key not in record]
     if missing:
         raise ValueError(f"missing key {missing[0]!r} (it has {', '.join(map(repr, list(record)[:8]))})")

@@ -11,8 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from megalith.common import encodings
-from megalith.common.json_lines import LONE_SURROGATE, parse
+from megalith.common.json_lines import LONE_SURROGATE, parse, parse_object
 
 # Keys of the two texts of a line, the usual one first; `input` beside another prompt is appended to it (Alpaca's form).
 PROMPTS = ("prompt", "instruction", "question", "query", "input")
@@ -58,18 +57,7 @@ class Chat:
 
 def read_object(line: bytes) -> dict[str, Any]:
     """The JSON object of a line. Raises ValueError that says why there is none."""
-    try:
-        line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(encodings.reason(error)) from error
-    if line.lstrip().startswith(b"["):
-        raise ValueError("a JSON list; one object a line is needed (jq -c '.[]' makes lines of a list)")
-    try:
-        record = parse(line)
-    except ValueError as error:
-        raise ValueError(f"malformed JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"not a JSON object but {type(record).__name__}")
+    record = parse_object(line)
     # A half of a character, which no text has, is always written as an escape.
     if b"\\ud" in line.lower() and (half := LONE_SURROGATE.search(json.dumps(record, ensure_ascii=False))):
         raise ValueError(f"malformed JSON (it has {half[0]!a}, which is half of a character)")
