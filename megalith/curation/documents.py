@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import orjson
@@ -19,6 +19,7 @@ from megalith.data.corpus.compression import open_decompressed, read_checked
 from megalith.data.corpus.inputs import file_format
 from megalith.data.corpus.readers import BOM, Part, Slice, line_batches, open_parquet, parse_document
 
+BATCH_CHARACTERS = 1 << 20  # of texts worked on at once
 MAX_DOCUMENT_BYTES = 16 << 20  # the longest books have a quarter of it; work with one takes some 50 times its size
 
 
@@ -151,3 +152,16 @@ def _read_parquet(piece: Slice, index: int, key: str) -> Iterator[DocumentBatch]
                     batch.problems.append((batch.num_lines, f"column {key!r} is no text but {found}"))
             consumed = batch.num_lines
             yield batch
+
+
+def groups_of(documents: Sequence[Document]) -> Iterator[list[Document]]:
+    """Documents in groups of about BATCH_CHARACTERS, in their order."""
+    group, size = list[Document](), 0
+    for document in documents:
+        group.append(document)
+        size += len(document.text)
+        if size >= BATCH_CHARACTERS:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group

@@ -22,11 +22,7 @@ class Ids(IdsSettings, Command):
     def run(self, run: Run) -> dict[str, Any]:
         """Count, then number."""
         counted = run.step_pass(Count(), "count")
-        starts, number = {}, self.first
-        for record in counted.records:
-            starts[record["part"]] = number
-            number += record["documents"]
-        done = run.step_pass(Number(self, starts), "number", final=True)
+        done = run.step_pass(Number(self, counted.starts("documents", self.first)), "number", final=True)
         run.assemble(done)
         return {"kept": done.total("kept"), "kept_bytes": done.total("kept_bytes")}
 

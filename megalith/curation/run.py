@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import pathlib
 import shutil
@@ -125,6 +126,15 @@ class Pass:
     def total(self, name: str) -> int:
         """The sum of a count over the parts."""
         return sum(record[name] for record in self.records)
+
+    def starts(self, name: str, first: int = 0) -> dict[int, int]:
+        """{part: number of its first item}, of items counted on from `first` over all parts.
+
+        name: of a part's count, in its record or among what the step has counted itself.
+        """
+        counts = [int(record.get(name, record["values"].get(name, 0))) for record in self.records]
+        before = itertools.accumulate(counts, initial=first)
+        return {record["part"]: start for record, start in zip(self.records, before)}
 
     def values(self) -> dict[str, float]:
         """The sums of what the step has counted itself."""

@@ -47,11 +47,7 @@ class Sample(SampleSettings, Command):
         chosen = choose(np.concatenate(strata), np.concatenate(keys), self.rate, self.documents)
         path = (run.folder / "chosen.bin").resolve()
         chosen.tofile(path)
-        starts, total = {}, 0
-        for record in seen.records:
-            starts[record["part"]] = total
-            total += record["documents"]
-        done = run.step_pass(Chosen(str(path), starts), "chosen", final=True)
+        done = run.step_pass(Chosen(str(path), seen.starts("documents")), "chosen", final=True)
         run.assemble(done)
         sizes = np.bincount(np.concatenate(strata)[chosen], minlength=len(known))
         table = {name: int(sizes[number]) for name, number in list(known.items())[:1000]}

@@ -56,11 +56,7 @@ class Urls(UrlsSettings, Command):
             # Half of a digest of 16 bytes: two of 10^8 URLs share it with a probability of 0.03 %.
             first = first_occurrences(lambda: checked.arrays("hashes", np.uint64), count, path)
             first.base.flush() if hasattr(first.base, "flush") else None
-        starts, total = {}, 0
-        for record in checked.records:
-            starts[record["part"]] = total
-            total += record["kept"]
-        done = run.step_pass(FirstUrls(self, str(path), starts), "first", final=True)
+        done = run.step_pass(FirstUrls(self, str(path), checked.starts("kept")), "first", final=True)
         run.assemble(done, OUTPUT)
         if run.options.dropped:
             run.assemble(done, "dropped", run.options.dropped)

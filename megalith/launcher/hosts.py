@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 from megalith.common.errors import ConfigError, problem
 from megalith.config.flags.text import Words, fail, flag
-from megalith.launcher.local import LaunchOptions, launch_options
-from megalith.launcher.options import NodeOptions, node_options
+from megalith.launcher.local import LaunchOptions
+from megalith.launcher.options import NodeOptions, words_of
 from megalith.launcher.tasks import PORT
 
 LINE = re.compile(r"(\S+)(?:\s+slots\s*=\s*(\d+))?")  # as DeepSpeed and Open MPI write it
@@ -78,12 +78,7 @@ def commands(
             inner += ["--nnodes", str(len(hosts)), "--node-rank", str(number), "--rdzv-endpoint", meeting]
         slots = nodes.nproc_per_node or host.slots
         inner += ["--nproc-per-node", str(slots)] if slots else []
-        for fields, options in ((node_options(), nodes), (launch_options(), launch)):
-            for name, field in fields.items():
-                value = getattr(options, name)
-                if value != field.default and name not in OF_EACH:
-                    inner += [flag(name)] if value is True else [flag(name), str(value)]
-        inner += ["--stop-with-stdin", *words]
+        inner += [*words_of(nodes, launch, OF_EACH), "--stop-with-stdin", *words]
         found.append([*SSH, host.name, f"cd {shlex.quote(str(folder))} && exec {shlex.join(inner)}"])
     return found
 

@@ -19,8 +19,8 @@ from megalith.common.files import write_text
 from megalith.common.outputs import check as check_output
 from megalith.common.outputs import writing
 from megalith.config.flags.text import Words, flag
-from megalith.launcher.local import LaunchOptions, launch_options
-from megalith.launcher.options import JobOptions, NodeOptions, node_options, seconds
+from megalith.launcher.local import LaunchOptions
+from megalith.launcher.options import JobOptions, NodeOptions, seconds, words_of
 
 SUBMIT = {"slurm": "sbatch", "pbs": "qsub"}
 WIDTH = 100  # columns of a command in a script
@@ -152,13 +152,7 @@ def _starter(
 def _launch_words(job: JobOptions, nodes: NodeOptions, launch: LaunchOptions, words: Sequence[str]) -> list[str]:
     """`python -m megalith launch` with the options that act on a node, and what it starts."""
     found = ["python" if job.container_image or job.venv else sys.executable, "-m", "megalith", "launch"]
-    for fields, options in ((node_options(), nodes), (launch_options(), launch)):
-        for name, field in fields.items():
-            value = getattr(options, name)
-            if value == field.default or (name == "nnodes" and value == "1"):
-                continue
-            found += [flag(name)] if value is True else [flag(name), str(value)]
-    return [*found, *words]
+    return [*found, *words_of(nodes, launch, ("nnodes",) if nodes.nnodes == "1" else ()), *words]
 
 
 def _broken(words: Sequence[str], indent: str = "    ") -> str:

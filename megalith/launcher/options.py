@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Collection
 
 from megalith.common.errors import problem
+from megalith.config.flags.text import flag
 from megalith.config.flags.values import Field, fields_of
 from megalith.config.options import option, section
+from megalith.launcher.local import LaunchOptions, launch_options
 
 
 @section
@@ -97,6 +100,17 @@ def node_options() -> dict[str, Field]:
 def job_options() -> dict[str, Field]:
     """Every field of JobOptions by its name."""
     return fields_of(JobOptions(), "job")
+
+
+def words_of(nodes: NodeOptions, launch: LaunchOptions, left_out: Collection[str]) -> list[str]:
+    """The options that are not the default, as they are typed. left_out: names of those that are not wanted."""
+    words = list[str]()
+    for fields, options in ((node_options(), nodes), (launch_options(), launch)):
+        for name, field in fields.items():
+            value = getattr(options, name)
+            if value != field.default and name not in left_out:
+                words += [flag(name)] if value is True else [flag(name), str(value)]
+    return words
 
 
 def nnodes_problem(text: str) -> str | None:

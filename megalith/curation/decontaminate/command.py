@@ -17,7 +17,7 @@ import numpy as np
 from megalith.common.errors import ConfigError, problem
 from megalith.curation.decontaminate.ngrams import Match, TaskNgrams, find_matches, task_ngrams
 from megalith.curation.decontaminate.tasks import parse_task, read_task, task_files
-from megalith.curation.documents import Document
+from megalith.curation.documents import Document, groups_of
 from megalith.curation.parts import PartOutput, Step
 from megalith.curation.run import Command, Run
 from megalith.curation.settings import DecontaminateSettings
@@ -25,7 +25,6 @@ from megalith.curation.settings import DecontaminateSettings
 SENTENCE_ENDS = frozenset(".!?。！？")
 EXAMPLES = 5  # of each task in the report
 CONTEXT = 80  # characters around an example
-GROUP = 1 << 20  # characters searched at once
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,19 +97,6 @@ def _per_task(ngrams: TaskNgrams, counts, wanted, values: dict[str, float]) -> d
     }
 
 
-def _grouped(documents: Sequence[Document]) -> Iterable[list[Document]]:
-    group: list[Document] = []
-    size = 0
-    for document in documents:
-        group.append(document)
-        size += len(document.text)
-        if size > GROUP:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
-
-
 @dataclasses.dataclass
 class CountNgrams(Step):
     """Writes the number of each n-gram of the tasks that a document has."""
@@ -121,7 +107,7 @@ class CountNgrams(Step):
 
     def process(self, documents: Sequence[Document], out: PartOutput) -> None:
         """Search a batch."""
-        for group in _grouped(documents):
+        for group in groups_of(documents):
             matches = find_matches([document.text for document in group], self.ngrams)
             if matches:
                 out.add("matches", np.array([match.number for match in matches], np.int32))
@@ -142,7 +128,7 @@ class Cut(Step):
 
     def process(self, documents: Sequence[Document], out: PartOutput) -> None:
         """Cut each document of a batch."""
-        for group in _grouped(documents):
+        for group in groups_of(documents):
             matches: dict[int, list[Match]] = {}
             for match in find_matches([document.text for document in group], self.ngrams):
                 matches.setdefault(match.text, []).append(match)

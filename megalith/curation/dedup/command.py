@@ -130,7 +130,7 @@ class Dedup(DedupSettings, Command):
         for name in ("verdict", "similarity"):
             paths[name] = str((run.folder / f"{name}.bin").resolve())
             getattr(verdicts, name)[indexed:].tofile(paths[name])
-        starts = _starts(signed, "documents")
+        starts = signed.starts("documents")
         return run.step_pass(Filter(paths["verdict"], paths["similarity"], starts), "filter", final=True)
 
     def _paragraphs(self, run: Run) -> dict[str, Any]:
@@ -145,11 +145,7 @@ class Dedup(DedupSettings, Command):
                 first[start : start + len(piece)] |= piece == 0
                 start += len(piece)
             first.base.flush() if hasattr(first.base, "flush") else None
-        starts, total = {}, 0
-        for record in signed.records:
-            starts[record["part"]] = total
-            total += int(record["values"].get("paragraphs", 0))
-        done = run.step_pass(DropParagraphs(str(path), starts), "filter", final=True)
+        done = run.step_pass(DropParagraphs(str(path), signed.starts("paragraphs")), "filter", final=True)
         run.assemble(done)
         if run.options.dropped:
             run.assemble(done, "dropped", run.options.dropped)
@@ -180,15 +176,6 @@ class Filter(Step):
                 out.keep(document)
             else:
                 out.drop(document, RULES[verdict], f"similarity {self.similarities[number]:.3f}")
-
-
-def _starts(done: Pass, name: str) -> dict[int, int]:
-    """Number of the first document of each part."""
-    starts, total = {}, 0
-    for record in done.records:
-        starts[record["part"]] = total
-        total += record[name]
-    return starts
 
 
 def _piece(signed: Pass, record: dict, bands: int) -> Piece:

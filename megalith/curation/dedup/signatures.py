@@ -19,7 +19,7 @@ import numpy as np
 
 from megalith.common.environment import one_thread_of_rensa
 from megalith.common.extras import require
-from megalith.curation.documents import Document
+from megalith.curation.documents import Document, groups_of
 from megalith.curation.parts import PartOutput, Step
 from megalith.curation.words import mix, ngram_hashes, split_words, within_texts
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from megalith.curation.dedup.command import Dedup
 
 DIGEST = np.dtype([("high", "<u8"), ("low", "<u8")])
-BATCH_CHARACTERS = 1 << 20  # of texts worked on at once
 URL = re.compile(r"^(?:[a-z][a-z0-9+.-]*:)?//(?:www\.)?|#.*$|/+$", re.IGNORECASE)
 HOST = re.compile(r"[^/?]*")
 
@@ -68,7 +67,7 @@ class Sign(Step):
 
     def process(self, documents: Sequence[Document], out: PartOutput) -> None:
         """Of a batch."""
-        for group in _groups(documents):
+        for group in groups_of(documents):
             texts = [document.text for document in group]
             shown = [self._source(document) for document in group]
             out.add("sources", np.array([self.sources.setdefault(name, len(self.sources)) for name in shown], np.int32))
@@ -128,19 +127,6 @@ class Sign(Step):
             out.add("bands", np.concatenate(self.bands).T)
         out.record["sources"] = list(self.sources)
         self._reset()
-
-
-def _groups(documents: Sequence[Document]) -> list[list[Document]]:
-    """Documents in groups of about BATCH_CHARACTERS."""
-    groups: list[list[Document]] = []
-    size = BATCH_CHARACTERS
-    for document in documents:
-        if size >= BATCH_CHARACTERS:
-            groups.append([])
-            size = 0
-        groups[-1].append(document)
-        size += len(document.text)
-    return groups
 
 
 def _rensa() -> Any:
