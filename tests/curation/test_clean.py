@@ -8,7 +8,7 @@ import re
 
 import ftfy
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megalith.common.errors import ConfigError
@@ -171,6 +171,7 @@ def test_many_rules_are_each_in_turn(write, step):
 
 @settings(max_examples=100, deadline=None)
 @given(TEXTS)
+@example("a\r\nb\xe9\r\n")
 def test_our_short_cut_is_ftfy(text):
     assert corrections.fix_encoding(text) == ftfy.fix_text(text)
 

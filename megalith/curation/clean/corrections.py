@@ -12,6 +12,7 @@ from megalith.common.extras import require
 
 # ftfy changes no line of these characters alone: printable ASCII without what may be HTML or an escape.
 PLAIN = re.compile(r"[\t\n\x20-%'-~]*")
+LINES = re.compile(r"[^\n]*\n|[^\n]+")  # each with its end: ftfy makes one newline of \r\n
 QUOTES = {
     **dict.fromkeys("‘’‚‛′＇`´", "'"), **dict.fromkeys("“”„‟″«»＂", '"'), **dict.fromkeys("‐‑‒–−", "-"),
     "—": " - ", "―": " - ", "…": "...", "‹": "'", "›": "'", "\u00a0": " ", "\u2028": "\n", "\u2029": "\n\n",
@@ -42,7 +43,7 @@ def fix_encoding(text: str) -> str:
     if "<" in text:  # behind a line with <, ftfy takes entities for HTML's, so that lines depend on lines before
         return _ftfy().fix_text(text)
     fix = _ftfy().fix_text
-    return "\n".join(line if PLAIN.fullmatch(line) else fix(line) for line in text.split("\n"))
+    return "".join(line if PLAIN.fullmatch(line) else fix(line) for line in LINES.findall(text))
 
 
 def extract_html(text: str) -> str:
