@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2034,SC2154 # the variables are those of the scripts that source this file
-# What the finetune_*.sh scripts have in common: settings, how processes are started, the flags of a BERT on a task.
-# `finetune TASK FLAG ...` runs `megalith finetune TASK` in one process, or in GPUS_PER_NODE x NUM_NODES by torchrun.
+# What the finetune_*_distributed.sh scripts have in common: settings, and the flags of a BERT on a task.
+# `finetune TASK FLAG ...` runs `megalith finetune TASK` as common.sh says.
 
 CHECKPOINT_PATH=${CHECKPOINT_PATH:?folder of checkpoints, predictions and the record of the run}
 VOCAB_FILE=${VOCAB_FILE:?vocabulary of WordPiece, one token a line}
@@ -23,23 +23,15 @@ SEQ_LENGTH=${SEQ_LENGTH:-512}
 GLOBAL_BATCH=${GLOBAL_BATCH:-$((MICRO_BATCH * GPUS_PER_NODE * NUM_NODES / TENSOR))}
 PRECISION=${PRECISION---bf16} # PRECISION=--fp16 on devices without bf16; PRECISION= for float32
 
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
 finetune() {
-    local start=("${PYTHON:-python}") pretrained=()
-    if ((GPUS_PER_NODE * NUM_NODES > 1)); then
-        start+=(
-            -m torch.distributed.run
-            --nproc-per-node "$GPUS_PER_NODE"
-            --nnodes "$NUM_NODES"
-            --node-rank "$NODE_RANK"
-            --master-addr "$MASTER_ADDR"
-            --master-port "$MASTER_PORT"
-        )
-    fi
+    local pretrained=()
     if [ -n "$PRETRAINED_CHECKPOINT" ]; then
         pretrained=(--pretrained-checkpoint "$PRETRAINED_CHECKPOINT")
     fi
     # shellcheck disable=SC2086 # an empty PRECISION is no argument, and several files are several
-    exec "${start[@]}" -m megalith finetune "$1" \
+    run_megalith finetune "$1" \
         --tensor-model-parallel-size "$TENSOR" \
         --pipeline-model-parallel-size "$PIPELINE" \
         --num-layers "$NUM_LAYERS" \
