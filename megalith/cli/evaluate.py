@@ -145,7 +145,7 @@ def _evaluate(args: argparse.Namespace, task: str | None, models: Sequence[str],
 
     writes, lines = environment.rank() == 0, list[str]()
     earlier = [record for path in args.compare for record in read_records(path)]
-    made = None if task is None else TASKS.find(task)(args.valid_data, options)  # what is wrong is told before loading
+    made = None if task is None else TASKS.find(task)(args.valid_data, options)  # what is wrong is found before loading
     import torch.distributed as dist  # here, because it imports torch
 
     owns_group, records = not dist.is_initialized(), list[Record]()

@@ -258,7 +258,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
     if args.faiss_topk_retrievals < 1:
         rule = "must be above 0"
         raise ConfigError(problem("--faiss-topk-retrievals", args.faiss_topk_retrievals, rule, "Write 100"))
-    Matcher(args.faiss_match)  # a mistake is told before anything slow begins
+    Matcher(args.faiss_match)  # a mistake is found before anything slow begins
     files = [*args.qa_data_dev, *args.qa_data_test]
     if not files:
         raise ConfigError(

@@ -49,7 +49,7 @@ class Supervisor:
     def __init__(self, log_dir: pathlib.Path):
         """log_dir: torchrun's --log-dir, in which the processes' records are."""
         self.log_dir, self.began, self.signals = log_dir, time.time(), 0
-        self.told: set[int] = set()
+        self.signalled: set[int] = set()
 
     def records(self) -> list[Record]:
         """Of the processes of the newest attempt on this node."""
@@ -106,8 +106,8 @@ class Supervisor:
     def _stop_processes(self) -> None:
         """SIGTERM to each process once: a run finishes its step, saves, and exits with status 0."""
         for each in self.records():
-            if each.status is None and each.pid not in self.told:
-                self.told.add(each.pid)
+            if each.status is None and each.pid not in self.signalled:
+                self.signalled.add(each.pid)
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(each.pid, signal.SIGTERM)
 

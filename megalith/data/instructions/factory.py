@@ -82,14 +82,14 @@ class InstructionFactory:
         return train, {name: dataset([path]) for name, path in zip(names_of(f.valid_data), f.valid_data)}
 
     def _stores(self, files: Sequence[str], reader: Reader, config: RunConfig) -> Stores:
-        """Some files as one; lines that cannot be used are told, or an error beyond --max-unusable."""
+        """Some files as one; lines that cannot be used are listed, or an error beyond --max-unusable."""
         data, stores, notes = config.data, list[InstructionStore](), list[str]()
         for file in files:
             store = open_store(file, reader, default_folders(file, data.data_cache_path, config.run_folder))
             report = store.report
             limit = parse_limit(data.max_unusable)
             require_usable(report.unusable, report.total, limit, report.examples, file, "Correct the file")
-            notes += [f"{file}: {line}" for line in report.told] + [f"skipped {line}" for line in report.examples]
+            notes += [f"{file}: {line}" for line in report.notes] + [f"skipped {line}" for line in report.examples]
             if report.unusable:
                 advice = conversion_advice(report.examples)
                 skipped = f"{file}: {report.unusable} of {report.total} lines cannot be used and are skipped. {advice}"
@@ -118,15 +118,15 @@ class InstructionFactory:
         if not self.chats:
             completions = CompletionEncoder(tokenizer, decoder=decoder, assistant_only=answers or decoder)
             key = cache_key("completion", tokenizer.fingerprint(), completions.end, decoder, answers)
-            return Reader(lambda record, told: [read_completion(record, told)], completions, key)
+            return Reader(lambda record, notice: [read_completion(record, notice)], completions, key)
         template, end = _template(tokenizer), tokenizer.require("eos" if decoder else "eod")
         encoder = ChatEncoder(template, end, answers or decoder)
         key = cache_key(
             "chat", tokenizer.fingerprint(), template.source, template.special_tokens, end, decoder, answers
         )
 
-        def parse(record: dict[str, Any], told: Callable[[str], object]) -> Sequence[Chat]:
-            chat = read_chat(record, told)
+        def parse(record: dict[str, Any], notice: Callable[[str], object]) -> Sequence[Chat]:
+            chat = read_chat(record, notice)
             return turns(chat) if decoder else [chat]
 
         return Reader(parse, encoder, key)

@@ -29,7 +29,7 @@ BEFORE = {  # role -> the roles that its turn may follow; None: it may be the fi
     "assistant": ("user", "tool"),
     "tool": ("assistant", "tool"),
 }
-Told = Callable[[str], object]  # is given a line on how data of another form than the usual one are read
+Notice = Callable[[str], object]  # is given a line on how data of another form than the usual one are read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ def read_object(line: bytes) -> dict[str, Any]:
     return record
 
 
-def read_completion(record: Mapping[str, Any], told: Told) -> Completion:
+def read_completion(record: Mapping[str, Any], notice: Notice) -> Completion:
     """The prompt and the answer of a line. Raises ValueError where it has none, or several."""
     prompts = [key for key in PROMPTS if record.get(key) is not None]
     answers = [key for key in ANSWERS if record.get(key) is not None]
@@ -82,26 +82,26 @@ def read_completion(record: Mapping[str, Any], told: Told) -> Completion:
         texts[0] += "\n\n" + _text(record[CONTEXT], repr(CONTEXT))
         joined = f", followed by an empty line and {CONTEXT!r} where there is one,"
     if (prompts[0], answers[0]) != (PROMPTS[0], ANSWERS[0]) or joined:
-        told(f"{prompts[0]!r}{joined} is read as the prompt, and {answers[0]!r} as its completion")
+        notice(f"{prompts[0]!r}{joined} is read as the prompt, and {answers[0]!r} as its completion")
     if not texts[1]:
         raise ValueError(f"{answers[0]!r} is empty, so there is nothing to learn")
     return Completion(texts[0], texts[1], _weight(record))
 
 
-def read_chat(record: Mapping[str, Any], told: Told) -> Chat:
+def read_chat(record: Mapping[str, Any], notice: Notice) -> Chat:
     """The chat of a line. Raises ValueError where it has none, or turns in an order that no chat has."""
     keys = [key for key in ("messages", "conversations") if record.get(key) is not None]
     if len(keys) > 1:
         raise ValueError("two chats, 'messages' and 'conversations'")
     if not keys:
-        pair = read_completion(record, told)
-        told("lines with a prompt and an answer are read as chats of two turns")
+        pair = read_completion(record, notice)
+        notice("lines with a prompt and an answer are read as chats of two turns")
         turns = [{"role": "user", "content": pair.prompt}, {"role": "assistant", "content": pair.answer}]
         return Chat(turns, _variables(record), [True], pair.weight)
     turns = record[keys[0]]
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"{keys[0]!r} is no list of messages")
-    messages = [_message(turn, f"{keys[0]}[{number}]", told) for number, turn in enumerate(turns)]
+    messages = [_message(turn, f"{keys[0]}[{number}]", notice) for number, turn in enumerate(turns)]
     _check_order([message["role"] for message in messages])
     answers = [message for message in messages if message["role"] == "assistant"]
     trained = [_counts(message.pop("weight", 1)) for message in answers]
@@ -110,7 +110,7 @@ def read_chat(record: Mapping[str, Any], told: Told) -> Chat:
     return Chat(messages, _variables(record), trained, _weight(record))
 
 
-def _message(turn: Any, where: str, told: Told) -> dict[str, Any]:
+def _message(turn: Any, where: str, notice: Notice) -> dict[str, Any]:
     """A message with a role of BEFORE and, unless it calls tools, a text."""
     if not isinstance(turn, dict):
         raise ValueError(f"{where} is no object but {type(turn).__name__}")
@@ -120,9 +120,9 @@ def _message(turn: Any, where: str, told: Told) -> dict[str, Any]:
         raise ValueError(f"{where} has {role} {turn.get(role)!r}, and none of {', '.join(ROLES)}")
     name = ROLES[turn[role]]
     if shared:
-        told("turns with 'from' and 'value' (ShareGPT's) are read as messages: human as user, gpt as assistant")
+        notice("turns with 'from' and 'value' (ShareGPT's) are read as messages: human as user, gpt as assistant")
     elif name != turn[role]:
-        told(f"role {turn[role]!r} is read as {name!r}")
+        notice(f"role {turn[role]!r} is read as {name!r}")
     rest = {key: value for key, value in turn.items() if key not in (role, content) and value is not None}
     text = turn.get(content)
     if isinstance(text, list):

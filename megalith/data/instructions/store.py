@@ -37,7 +37,7 @@ LAYOUT: Layout = (
 class Reader:
     """How the lines of a file become samples.
 
-    parse: (object of a line, a function that is told how it is read) -> records to be encoded, usually one; raises
+    parse: (object of a line, a function for lines on how it is read) -> records to be encoded, usually one; raises
     ValueError for a line that has none. key: all that the tokens depend on but for the file.
     """
 
@@ -53,7 +53,7 @@ class Report:
     total: int  # lines that are not empty
     unusable: int
     examples: list[str]
-    told: list[str]  # how data of another form than the usual one were read
+    notes: list[str]  # how data of another form than the usual one were read
 
 
 class InstructionStore:
@@ -125,7 +125,7 @@ def open_store(path: str, reader: Reader, folders: Sequence[str | os.PathLike]) 
     if file_format(path)[0] in ("parquet", "text"):
         cure = "Write its rows as JSON lines (datasets: to_json; pandas: to_json(orient='records', lines=True))"
         raise DataError(problem("The data", path, "must be a file of JSON lines", cure))
-    key = cache_key("instructions 1", sha256(path), reader.key)
+    key = cache_key("instructions 2", sha256(path), reader.key)
 
     def build() -> list[np.ndarray]:
         return tokenize(path, reader)
@@ -155,7 +155,7 @@ def open_store(path: str, reader: Reader, folders: Sequence[str | os.PathLike]) 
 def tokenize(path: str, reader: Reader) -> list[np.ndarray]:
     """The arrays of LAYOUT, of every line that can be used."""
     ids, trained, lengths, weights, numbers = ([] for _ in range(5))  # type: ignore[var-annotated]
-    total, unusable, examples, told = 0, 0, list[str](), dict[str, None]()
+    total, unusable, examples, notes = 0, 0, list[str](), dict[str, None]()
 
     def refuse(number: int, reason: str) -> None:
         nonlocal unusable
@@ -168,7 +168,7 @@ def tokenize(path: str, reader: Reader) -> list[np.ndarray]:
         for number, line in block:
             total += 1
             try:
-                records += [(number, each) for each in reader.parse(read_object(line), told.setdefault)]
+                records += [(number, each) for each in reader.parse(read_object(line), notes.setdefault)]
             except ValueError as error:
                 refuse(number, str(error))
         try:
@@ -183,7 +183,7 @@ def tokenize(path: str, reader: Reader) -> list[np.ndarray]:
                 numbers.append(number)
         except TemplateError as error:
             raise DataError(f"{path}:{records[error.number][0]}: {error}") from None
-    report = json.dumps(dataclasses.asdict(Report(total, unusable, examples, list(told)))).encode()
+    report = json.dumps(dataclasses.asdict(Report(total, unusable, examples, list(notes)))).encode()
     return [
         np.concatenate([np.empty(0, np.int32), *ids]), np.concatenate([np.empty(0, bool), *trained]),
         np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))).astype(np.int64), np.array(weights, np.float32),

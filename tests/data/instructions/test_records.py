@@ -12,9 +12,9 @@ USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content
 
 
 def read(function, record):
-    """What is read, and what is told about it."""
-    told: list[str] = []
-    return function(record, told.append), told
+    """What is read, and the lines about it."""
+    notes: list[str] = []
+    return function(record, notes.append), notes
 
 
 @pytest.mark.parametrize(
@@ -28,9 +28,9 @@ def read(function, record):
     ],
 )
 def test_completions(record, prompt, words):
-    found, told = read(read_completion, record)
+    found, notes = read(read_completion, record)
     assert (found.prompt, found.answer, found.weight) == (prompt, "Hello", 1.0)
-    assert len(told) == len(words) and all(word in line for word, line in zip(words, told))
+    assert len(notes) == len(words) and all(word in line for word, line in zip(words, notes))
 
 
 @pytest.mark.parametrize(
@@ -52,16 +52,16 @@ def test_what_is_no_completion(record, words):
 
 
 def test_chats():
-    chat, told = read(read_chat, {"messages": [USER, ANSWER], "weight": 0.5})
-    assert list(chat.messages) == [USER, ANSWER] and chat.trained == [True] and chat.weight == 0.5 and not told
+    chat, notes = read(read_chat, {"messages": [USER, ANSWER], "weight": 0.5})
+    assert list(chat.messages) == [USER, ANSWER] and chat.trained == [True] and chat.weight == 0.5 and not notes
     shared = [{"from": "system", "value": "B"}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
-    chat, told = read(read_chat, {"conversations": shared})
+    chat, notes = read(read_chat, {"conversations": shared})
     assert list(chat.messages) == [{"role": "system", "content": "B"}, USER, ANSWER]
-    assert told and all("ShareGPT" in line for line in told)
-    chat, told = read(read_chat, {"prompt": "Hi", "completion": "Hello"})
-    assert list(chat.messages) == [USER, ANSWER] and any("two turns" in line for line in told)
-    chat, told = read(read_chat, {"messages": [{**USER, "role": "developer"}, USER, ANSWER]})
-    assert chat.messages[0]["role"] == "system" and told == ["role 'developer' is read as 'system'"]
+    assert notes and all("ShareGPT" in line for line in notes)
+    chat, notes = read(read_chat, {"prompt": "Hi", "completion": "Hello"})
+    assert list(chat.messages) == [USER, ANSWER] and any("two turns" in line for line in notes)
+    chat, notes = read(read_chat, {"messages": [{**USER, "role": "developer"}, USER, ANSWER]})
+    assert chat.messages[0]["role"] == "system" and notes == ["role 'developer' is read as 'system'"]
     parts = [{"type": "text", "text": "He"}, {"type": "text", "text": "llo"}]
     assert list(read(read_chat, {"messages": [USER, {**ANSWER, "content": parts}]})[0].messages) == [USER, ANSWER]
 
