@@ -237,6 +237,12 @@ class Run:
                     with open(path, "rb") as part:
                         shutil.copyfileobj(part, out, 1 << 20)
 
+    def assemble_documents(self, done: Pass) -> None:
+        """Put the documents that stay together as the output, and with --dropped those that do not as that file."""
+        self.assemble(done)
+        if self.options.dropped:
+            self.assemble(done, "dropped", self.options.dropped)
+
     def begin_finish(self) -> None:
         """Mark that outputs are being put in place: after a kill, those that exist are this run's."""
         self.still_held()

@@ -22,7 +22,7 @@ from megalith.common.extras import require
 from megalith.curation.dedup.occurrences import first_occurrences
 from megalith.curation.dedup.signatures import digest, normal_url
 from megalith.curation.documents import Document
-from megalith.curation.parts import OUTPUT, PartOutput, Step
+from megalith.curation.parts import PartOutput, Step
 from megalith.curation.run import Command, Run
 from megalith.curation.settings import UrlsSettings
 
@@ -57,9 +57,7 @@ class Urls(UrlsSettings, Command):
             first = first_occurrences(lambda: checked.arrays("hashes", np.uint64), count, path)
             first.base.flush() if hasattr(first.base, "flush") else None
         done = run.step_pass(FirstUrls(self, str(path), checked.starts("kept")), "first", final=True)
-        run.assemble(done, OUTPUT)
-        if run.options.dropped:
-            run.assemble(done, "dropped", run.options.dropped)
+        run.assemble_documents(done)
         return {"kept": done.total("kept"), "kept_bytes": done.total("kept_bytes"), "rules": run.rules(done)}
 
 

@@ -68,7 +68,9 @@ class Perplexity(EvaluationTask):
     def prepare(self, tokenizer: Tokenizer, seq_length: int) -> Prepared:
         """See EvaluationTask."""
         stride = self.options.stride(seq_length)
-        rows, begins = self.tokenize(tokenizer), self.options.add_bos or len(tokenizer.encode("")) > 0
+        has_begin = len(tokenizer.encode("")) > 0  # the tokenizer puts a token before every text (Llama's BOS)
+        begins = self.options.add_bos or has_begin
+        rows = self.tokenize(tokenizer, begins and not has_begin)
         samples = list[Sample]()
         owners = list[int]()  # the text of each sample
         for number, ids in enumerate(rows):
@@ -98,10 +100,9 @@ class Perplexity(EvaluationTask):
 
         return Prepared(samples, conclude)
 
-    def tokenize(self, tokenizer: Tokenizer) -> list[np.ndarray]:
-        """The tokens of each text."""
-        has_begin = len(tokenizer.encode("")) > 0  # the tokenizer puts a token before every text (Llama's BOS)
-        begin = [tokenizer.require("eod")] if self.options.add_bos and not has_begin else []
+    def tokenize(self, tokenizer: Tokenizer, add_begin: bool) -> list[np.ndarray]:
+        """The tokens of each text. add_begin: with the end-of-document token before each."""
+        begin = [tokenizer.require("eod")] if add_begin else []
         texts = [detokenize(text.text, self.options.detokenizer or "none") for text in self.texts]
         return [np.asarray([*begin, *ids], dtype=np.int64) for ids in tokenizer.encode_batch(texts)]
 

@@ -102,7 +102,7 @@ class Validate(Callback):
             return None
         started = time.perf_counter()
         try:
-            losses, metrics, *parts = self.measure(split)
+            found = self.measure(split)
         except ValidationIncomplete as error:
             self.progress.stop = self.progress.stop or error.reason
             return None if error.reason else error
@@ -117,12 +117,12 @@ class Validate(Callback):
             return error
         self.done.add((split, step))
         record = ValidationRecord(
-            step=step, consumed_samples=self.progress.consumed_train_samples, losses=losses, metrics=metrics,
-            split=split, at_end=at_end, seconds=time.perf_counter() - started,
+            step=step, consumed_samples=self.progress.consumed_train_samples, losses=found.losses,
+            metrics=found.metrics, split=split, at_end=at_end, seconds=time.perf_counter() - started,
         )  # fmt: skip
         named = [
             dataclasses.replace(record, split=name, losses=part.losses, metrics=part.metrics)
-            for name, part in (parts[0] if parts else {}).items()
+            for name, part in found.parts.items()
         ]
         for each in (*named, record):
             for listener in self.listeners:

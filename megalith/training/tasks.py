@@ -26,9 +26,8 @@ from megalith.runtime.build import Mesh
 
 # One micro-batch: b samples of s tokens (with context parallelism, this process's part of the tokens).
 Batch = dict[str, Tensor]
-MetricSums = Sequence[
-    Tensor | float
-]  # a sum and what it is divided by, or more (see Task.metric_sizes), of one micro-batch
+# Of a metric of one micro-batch: a sum and what it is divided by, or more (see Task.metric_sizes).
+MetricSums = Sequence[Tensor | float]
 
 
 class Task(abc.ABC):

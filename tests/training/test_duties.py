@@ -10,6 +10,7 @@ import pytest
 from megalith.training.callbacks import Callback, RunInfo, StepRecord
 from megalith.training.duties import ExitInterval, SaveCheckpoints, StopSignal, Validate
 from megalith.training.resume.state import FAILED, SIGNAL, TIME_LIMIT, Progress
+from megalith.training.validation import Evaluation
 from tests.tiny import tiny_config
 
 
@@ -64,7 +65,7 @@ def drive(callback: Callback, progress: Progress, run: RunInfo, steps: int, end:
 
 def test_validation_before_between_and_after():
     listener, progress = Listener(), Progress()
-    duty = Validate(lambda split: ({"lm loss": 2.0}, {}), progress, [listener], ["validation", "test"])
+    duty = Validate(lambda split: Evaluation({"lm loss": 2.0}, {}), progress, [listener], ["validation", "test"])
     drive(duty, progress, run_info(eval_interval=5), 12)
     assert [(number, split) for number, split, _ in listener.records] == [
         (0, "validation"),
@@ -78,11 +79,14 @@ def test_validation_before_between_and_after():
 def test_no_validation_twice_at_the_end_and_none_when_stopped():
     listener, progress = Listener(), Progress()
     drive(
-        Validate(lambda split: ({}, {}), progress, [listener], ["validation"]), progress, run_info(eval_interval=6), 12
+        Validate(lambda split: Evaluation({}, {}), progress, [listener], ["validation"]),
+        progress,
+        run_info(eval_interval=6),
+        12,
     )
     assert [number for number, *_ in listener.records] == [0, 6, 12]
     listener, progress = Listener(), Progress(iteration=3)
-    duty = Validate(lambda split: ({}, {}), progress, [listener], ["validation"])
+    duty = Validate(lambda split: Evaluation({}, {}), progress, [listener], ["validation"])
     drive(duty, progress, run_info(eval_interval=6), 4, end=False)
     progress.stop = "asked"
     duty.on_end(run_info())

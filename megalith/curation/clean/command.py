@@ -65,9 +65,7 @@ class Clean(CleanSettings, Command):
     def run(self, run: Run) -> dict[str, Any]:
         """One pass."""
         done = run.step_pass(CleanStep(self), "clean", final=True)
-        run.assemble(done)
-        if run.options.dropped:
-            run.assemble(done, "dropped", run.options.dropped)
+        run.assemble_documents(done)
         return {"rules": run.rules(done)}
 
 

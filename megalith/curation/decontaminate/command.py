@@ -67,9 +67,7 @@ class Decontaminate(DecontaminateSettings, Command):
         wanted = (counts > 0) & ((counts <= self.max_frequency) | (self.max_frequency == 0))
         # Of what the corpus does not have, nothing needs to be searched for again.
         done = run.step_pass(Cut(self, ngrams.only(wanted)), "cut", final=True)
-        run.assemble(done)
-        if run.options.dropped:
-            run.assemble(done, "dropped", run.options.dropped)
+        run.assemble_documents(done)
         values = done.values()
         per_task = _per_task(ngrams, counts, wanted, values)
         lines = [f"{name}: {row['leaked']} of {row['ngrams']} n-grams leaked" for name, row in per_task.items()]

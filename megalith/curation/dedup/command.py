@@ -94,9 +94,7 @@ class Dedup(DedupSettings, Command):
         for line in lines:
             run.notice(f"--source-budget: {line}")
         done = self._filter(run, verdicts, indexed, signed)
-        run.assemble(done)
-        if run.options.dropped:
-            run.assemble(done, "dropped", run.options.dropped)
+        run.assemble_documents(done)
         if self.index:
             _add_to_index(self, run, pieces, ~removed, name, indexed, len(earlier))
         os.replace(evidence, run.beside(EVIDENCE))
@@ -146,9 +144,7 @@ class Dedup(DedupSettings, Command):
                 start += len(piece)
             first.base.flush() if hasattr(first.base, "flush") else None
         done = run.step_pass(DropParagraphs(str(path), signed.starts("paragraphs")), "filter", final=True)
-        run.assemble(done)
-        if run.options.dropped:
-            run.assemble(done, "dropped", run.options.dropped)
+        run.assemble_documents(done)
         facts = {"values": signed.values() | done.values(), "rules": run.rules(done)}
         return facts | {"kept": done.total("kept"), "kept_bytes": done.total("kept_bytes")}
 
