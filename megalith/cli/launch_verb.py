@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import itertools
 import pathlib
@@ -9,10 +10,12 @@ import shlex
 import socket
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from megalith.cli import finetune, pretrain
 from megalith.common.errors import ConfigError, problem
+from megalith.config.flags import flags
 from megalith.config.flags.flags import CommandLine
 from megalith.config.flags.text import Problem, Words, fail, flag
 from megalith.config.flags.values import Field
@@ -24,6 +27,11 @@ from megalith.launcher.supervisor import Supervisor
 
 SEVERAL = ("pretrain", "finetune", "generate", "evaluate", "index", "serve")  # verbs that run as several processes
 RESUMED = ("pretrain", "finetune")  # those that save upon SIGTERM, and go on by the same command
+# Verbs whose words say what a run needs of each node -> what reads the words after the verb.
+TRAINING: dict[str | None, Callable[[Sequence[str]], CommandLine]] = {
+    "pretrain": functools.partial(flags.read, command_flags=pretrain.FLAGS),
+    "finetune": finetune.read,
+}
 ONE = ("data", "demo", "checkpoint", "parity", "ask", "config")  # those that are one
 INSTEAD = {  # flags of Accelerate -> those for a verb
     "num_processes": "--nproc-per-node N (of each node)", "num_machines": "--nnodes N", "machine_rank": "--node-rank N",
@@ -34,9 +42,14 @@ INSTEAD = {  # flags of Accelerate -> those for a verb
 
 
 def is_meant(reading: CommandLine) -> bool:
-    """Whether a verb is started, or a script with flags that Accelerate does not have."""
+    """Whether a verb is started, or a script with flags that Accelerate does not have.
+
+    Or a script that srun or mpiexec starts several times, without any flag of Accelerate: each would train by itself.
+    """
     names = {**node_options(), **job_options()}.keys()
-    return _is_verb(reading) or not names.isdisjoint(reading.values)
+    if _is_verb(reading) or not names.isdisjoint(reading.values):
+        return True
+    return {*accelerate_config.keys(), "config_file"}.isdisjoint(reading.values) and tasks.current() is not None
 
 
 def _is_verb(reading: CommandLine) -> bool:
@@ -87,14 +100,18 @@ def launch(reading: CommandLine) -> int:
     run_id = tasks.job() or "megalith"
     if dry:
         command = words if alone else processes.torchrun(plan, start, words, run_id, None)
-        print(local.text(command, added))
+        from_file = processes.read_env_file(pathlib.Path(nodes.env_file)) if nodes.env_file else {}  # maybe secrets
+        if from_file:
+            print(f"# and the variables of {nodes.env_file}")
+        print(local.text(command, {name: value for name, value in added.items() if name not in from_file}))
         return 0
     processes.check_port(plan)
     several = plan.several_nodes if plan.task is None else plan.task.nodes > 1
     if nodes.preflight in ("always", "only") or (nodes.preflight == "auto" and several and not nodes.elastic):
         from megalith.workflows import preflight  # here, because few starts need it
 
-        preflight.run(plan, start, reading.words, added, nodes.preflight_timeout, on_cpu, print)
+        of_verb = TRAINING[verb](reading.words[1:]) if verb in TRAINING else None
+        preflight.run(plan, start, reading.words, of_verb, added, nodes.preflight_timeout, on_cpu, print)
         if nodes.preflight == "only":
             return 0
     if alone:
@@ -124,11 +141,13 @@ def _write_job(
     name = job.job_name or _name(reading.words)
     kind = jobs.scheduler(job) or ""
     file = pathlib.Path(job.output or f"{name}.{kind}").absolute()
+    if verb in (*SEVERAL, None) and not on_cpu and (line := jobs.without_gpus(job, nodes)):
+        _tell(line)
     as_module = ["--module"] if start.module else ["--no-python"] if start.no_python else []
     text = jobs.script(
         job, nodes, LaunchOptions(**{**vars(start), "module": False, "no_python": False}), [*as_module, *reading.words],
-        resumes=verb in (*RESUMED, None), on_cpu=on_cpu or verb in ONE, name=name, folder=pathlib.Path.cwd(),
-        file=file, typed=reading.typed,
+        saved={**dict.fromkeys(RESUMED, (0, 143)), None: (0,)}.get(verb, ()), on_cpu=on_cpu or verb in ONE, name=name,
+        folder=pathlib.Path.cwd(), file=file, typed=reading.typed,
     )  # fmt: skip
     if dry:
         print(text, end="")

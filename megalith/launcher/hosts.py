@@ -12,14 +12,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from types import FrameType
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from megalith.common.errors import ConfigError, problem
 from megalith.config.flags.text import Words, fail, flag
 from megalith.launcher.local import LaunchOptions
 from megalith.launcher.options import NodeOptions, words_of
+from megalith.launcher.signals import ENDING, handled
 from megalith.launcher.tasks import PORT
 
 LINE = re.compile(r"(\S+)(?:\s+slots\s*=\s*(\d+))?")  # as DeepSpeed and Open MPI write it
@@ -70,7 +70,7 @@ def commands(
     hosts: Sequence[Host], nodes: NodeOptions, launch: LaunchOptions, words: Sequence[str], folder: pathlib.Path
 ) -> list[list[str]]:
     """What is typed for each host: ssh with `megalith launch` in this folder, by the Python of the same path."""
-    meeting = nodes.rdzv_endpoint or f"{hosts[0].name}:{PORT}"
+    meeting = nodes.rdzv_endpoint or f"{hosts[0].name.rpartition('@')[2]}:{PORT}"  # without the user that ssh is given
     found = []
     for number, host in enumerate(hosts):
         inner = [sys.executable, "-m", "megalith", "launch"]
@@ -96,7 +96,8 @@ def check(nodes: NodeOptions) -> None:
 def run(hosts: Sequence[Host], words: Sequence[Sequence[str]]) -> int:
     """Start all nodes and wait; the exit status of the node that failed first, or 0.
 
-    A signal ends the standard input of each node, upon which its processes save and stop; a second one ends ssh.
+    A signal reaches each node as a byte of its standard input, upon which its processes save and stop; a second one
+    too, upon which they end; a third one ends ssh.
     """
     running = {
         host.name: subprocess.Popen(list(each), stdin=subprocess.PIPE, process_group=0)
@@ -104,7 +105,16 @@ def run(hosts: Sequence[Host], words: Sequence[Sequence[str]]) -> int:
     }  # fmt: skip
     failed: tuple[str, int] | None = None
     ended = False
-    with _told_by_signals(running):
+    signals = 0
+
+    def stop(number: int) -> None:
+        nonlocal signals
+        signals += 1
+        if signals > 2:
+            _end(running)
+        _send_stop(running)
+
+    with handled(ENDING, stop):
         deadline = float("inf")
         while any(process.poll() is None for process in running.values()):
             time.sleep(INTERVAL)
@@ -112,7 +122,7 @@ def run(hosts: Sequence[Host], words: Sequence[Sequence[str]]) -> int:
             if bad and failed is None:
                 failed, deadline = bad[0], time.monotonic() + GRACE
             if time.monotonic() > deadline and not ended:
-                _end_input(running)
+                _send_stop(running)
                 ended, deadline = True, time.monotonic() + GRACE / 3
             elif time.monotonic() > deadline:  # those that still wait for the one that has failed
                 _end(running)
@@ -132,10 +142,11 @@ def run(hosts: Sequence[Host], words: Sequence[Sequence[str]]) -> int:
     return status
 
 
-def _end_input(running: dict[str, subprocess.Popen]) -> None:
+def _send_stop(running: dict[str, subprocess.Popen]) -> None:
     for process in running.values():
-        with contextlib.suppress(OSError):
-            process.stdin.close()
+        with contextlib.suppress(OSError):  # it has ended
+            process.stdin.write(b"\n")
+            process.stdin.flush()
 
 
 def _end(running: dict[str, subprocess.Popen]) -> None:
@@ -143,28 +154,3 @@ def _end(running: dict[str, subprocess.Popen]) -> None:
         if process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM)
-
-
-@contextlib.contextmanager
-def _told_by_signals(running: dict[str, subprocess.Popen]) -> Iterator[None]:
-    told: list[int] = []
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        told.append(number)
-        if len(told) == 1:
-            _end_input(running)
-            return
-        _end(running)
-
-    taken = [
-        number
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-        if signal.getsignal(number) != signal.SIG_IGN
-    ]
-    previous = {number: signal.signal(number, handle) for number in taken}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        _end_input(running)

@@ -39,6 +39,13 @@ def problems(job: JobOptions, nodes: NodeOptions) -> Iterator[str]:
         yield problem(
             "--hostfile", nodes.hostfile, "must be left out of a job, whose nodes are its own", "Leave it out"
         )
+    if nodes.node_rank is not None:
+        yield problem(
+            "--node-rank", nodes.node_rank, "must be left out of a job, whose nodes know theirs", "Leave it out"
+        )
+    if job.pbs and job.cpus_per_task:
+        rule = "must be left out with --pbs, which counts cores in --select"
+        yield problem("--cpus-per-task", job.cpus_per_task, rule, f"Write --select ncpus={job.cpus_per_task}")
     if job.time is None:
         cure = "Write for example --time 4:00:00"
         yield problem("--time", Words("nothing"), "must be given, because the job has a time limit", cure)
@@ -61,17 +68,27 @@ def problems(job: JobOptions, nodes: NodeOptions) -> Iterator[str]:
         yield problem("--nnodes", nodes.nnodes, rule, "Write one number")
 
 
+def without_gpus(job: JobOptions, nodes: NodeOptions) -> str | None:
+    """A line on a job that asks for no accelerators by any option; None where it does."""
+    named = f"{job.select} {job.directive}".lower()
+    if (job.slurm and nodes.nproc_per_node) or "gpu" in named or "gres" in named:
+        return None
+    cure = "--nproc-per-node N" if job.slurm else "--select ngpus=N"
+    return f"the job asks for no GPUs, and has those that its nodes have anyway, or a CPU; {cure} asks for N of them"
+
+
 def script(
     job: JobOptions, nodes: NodeOptions, launch: LaunchOptions, words: Sequence[str], *,
-    resumes: bool, on_cpu: bool, name: str, folder: pathlib.Path, file: pathlib.Path, typed: Sequence[str],
+    saved: Sequence[int], on_cpu: bool, name: str, folder: pathlib.Path, file: pathlib.Path, typed: Sequence[str],
 ) -> str:  # fmt: skip
     """The text of a job script.
 
-    words: the verb or script with its own words. resumes: whether it saves upon SIGTERM and exits with status 0, and
-    the same command resumes. folder: where it runs. file: where the script will be. typed: the command that writes it.
+    words: the verb or script with its own words. saved: exit statuses with which it has saved when told to stop, so
+    that the same command resumes; none of a verb that does not. folder: where it runs. file: where the script will be.
+    typed: the command that writes it.
     """
     kind = "slurm" if job.slurm else "pbs"
-    lines_of = _slurm_lines(job, nodes, resumes, on_cpu, name) if kind == "slurm" else _pbs_lines(job, nodes, name)
+    lines_of = _slurm_lines(job, nodes, bool(saved), on_cpu, name) if kind == "slurm" else _pbs_lines(job, nodes, name)
     directives = [*lines_of, *(line.strip() for line in (job.directive or "").split(";") if line.strip())]
     mark = "#SBATCH" if kind == "slurm" else "#PBS"
     lines = ["#!/usr/bin/env bash", *(f"{mark} {line}" for line in directives)]
@@ -83,7 +100,7 @@ def script(
         lines += ["# shellcheck disable=SC1091 # it is on the cluster", f"source {shlex.quote(job.venv)}/bin/activate"]
     several = nodes.node_range is not None and nodes.node_range[1] > 1
     step = _starter(job, nodes, kind, several, folder, on_cpu) + _launch_words(job, nodes, launch, words)
-    lines += ["", *(_stopping_step(job, kind, step, file) if resumes else [_broken(step)])]
+    lines += ["", *(_stopping_step(job, kind, step, file, saved) if saved else [_broken(step)])]
     return "\n".join(lines) + "\n"
 
 
@@ -94,6 +111,8 @@ def _slurm_lines(job: JobOptions, nodes: NodeOptions, resumes: bool, on_cpu: boo
     yield "--ntasks-per-node=1"
     if nodes.nproc_per_node and not on_cpu:
         yield f"--gpus-per-node={nodes.nproc_per_node}"
+    if job.cpus_per_task:
+        yield f"--cpus-per-task={job.cpus_per_task}"
     yield f"--time={job.time}"
     for option, value in (("partition", job.queue), ("account", job.account), ("nodelist", job.nodelist)):
         if value:
@@ -136,6 +155,7 @@ def _starter(
     words: list[str] = []
     if kind == "slurm":
         words = ["srun", f"--kill-on-bad-exit={int(not nodes.elastic)}", *(["--no-kill"] if nodes.elastic else [])]
+        words += [f"--cpus-per-task={job.cpus_per_task}"] if job.cpus_per_task else []  # srun does not take sbatch's
         if runner == "pyxis":
             words += [f"--container-image={job.container_image}", f"--container-workdir={folder}"]
             words += [f"--container-mounts={job.container_mounts}"] if job.container_mounts else []
@@ -152,7 +172,8 @@ def _starter(
 def _launch_words(job: JobOptions, nodes: NodeOptions, launch: LaunchOptions, words: Sequence[str]) -> list[str]:
     """`python -m megalith launch` with the options that act on a node, and what it starts."""
     found = ["python" if job.container_image or job.venv else sys.executable, "-m", "megalith", "launch"]
-    return [*found, *words_of(nodes, launch, ("nnodes",) if nodes.nnodes == "1" else ()), *words]
+    # --nnodes 1 too: a script with no flag of nodes would be started as by Accelerate, and saved by nobody.
+    return [*found, "--nnodes", nodes.nnodes or "1", *words_of(nodes, launch, ("nnodes",)), *words]
 
 
 def _broken(words: Sequence[str], indent: str = "    ") -> str:
@@ -168,7 +189,9 @@ def _broken(words: Sequence[str], indent: str = "    ") -> str:
     return " \\\n".join([*lines, line])
 
 
-def _stopping_step(job: JobOptions, kind: str, step: Sequence[str], file: pathlib.Path) -> list[str]:
+def _stopping_step(
+    job: JobOptions, kind: str, step: Sequence[str], file: pathlib.Path, saved: Sequence[int]
+) -> list[str]:  # fmt: skip
     """The lines that run the step, tell it to stop before the time limit, and queue the job again."""
     limit = (seconds(job.time) or 0) - job.signal_seconds
     mark = "limit=yes; " if job.requeue or kind == "pbs" else ""  # whether the time limit has stopped it
@@ -194,8 +217,10 @@ def _stopping_step(job: JobOptions, kind: str, step: Sequence[str], file: pathli
     lines += ['while kill -0 "$step" 2>/dev/null; do', *watch, "    sleep 1 &", "    wait $! || true", "done"]
     lines += ["status=0", 'wait "$step" || status=$?']
     if job.requeue:
-        lines += ["# 143: SIGTERM came before the first step. A run whose steps are all done ends at once."]
-        lines += ["if [[ -n $limit ]] && ((status == 0 || status == 143)); then", f"    {again}", "fi"]
+        said = "143: SIGTERM came before the first step. " if 143 in saved else ""
+        lines += [f"# {said}A run whose steps are all done ends at once."]
+        ended = " || ".join(f"status == {status}" for status in saved)
+        lines += [f"if [[ -n $limit ]] && (({ended})); then", f"    {again}", "fi"]
     return [*lines, 'exit "$status"']
 
 

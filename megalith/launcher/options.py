@@ -70,6 +70,9 @@ class JobOptions:
     )
     nodelist: str | None = option(None, "nodes to run on: as Slurm writes them, or for PBS with commas in between")
     select: str | None = option(None, "PBS: what each node must have, as in ngpus=8:ncpus=64")
+    cpus_per_task: int | None = option(
+        None, "Slurm: cores of each node, for all its processes (PBS: --select ncpus=N)", minimum=1
+    )
     modules: str | None = option(None, "environment modules to load, with commas in between (module load)")
     venv: str | None = option(None, "virtual environment to activate")
     container_image: str | None = option(None, "container of all processes")

@@ -11,14 +11,16 @@ import contextlib
 import functools
 import json
 import os
+import queue
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from megalith.common.errors import ConfigError, problem
 from megalith.config.environment import cannot_listen
-from megalith.config.flags.text import Words, fail
+from megalith.config.flags.text import fail
 from megalith.launcher import facts
 from megalith.launcher.facts import Wanted
 
@@ -43,15 +45,17 @@ def exchange(
     """
     if number == 0:
         return _as_first(wanted, count, meeting, timeout)
-    with _reach(meeting, timeout) as connection, connection.makefile("rw", encoding="utf-8") as stream:
-        token = json.loads(stream.readline())["token"]
-        _send(stream, facts.gather(wanted, number, meeting[0], token))
-        line = stream.readline()
-    if not line:
-        cure = "Read what node 0 says"
-        raise ConfigError(problem("The preflight", Words("no answer"), "must be answered by node 0", cure))
-    verdict = json.loads(line)
-    return [Row(*row) for row in verdict["rows"]], verdict["wrong"]
+    try:
+        with _reach(meeting, timeout) as connection, connection.makefile("rw", encoding="utf-8") as stream:
+            connection.settimeout(2 * timeout)  # node 0 may have come later, and waits for the last node
+            token = json.loads(stream.readline())["token"]
+            _send(stream, facts.gather(wanted, number, meeting[0], token))
+            verdict = json.loads(stream.readline())
+            return [Row(*row) for row in verdict["rows"]], verdict["wrong"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        found, rule = "{}:{}".format(*meeting), f"must answer with what the nodes are ({error or 'no answer'})"
+        cure = "Read what node 0 says, and see that nothing else listens at --rdzv-endpoint"
+        raise ConfigError(problem("The preflight of node 0", found, rule, cure)) from error
 
 
 def _send(stream: Any, content: Mapping[str, Any]) -> None:
@@ -87,19 +91,22 @@ def _as_first(
     try:
         with contextlib.ExitStack() as open_streams:
             streams, reports = [], [facts.gather(wanted, 0, meeting[0], token) | {"late": 0.0}]
+            answers = queue.SimpleQueue[tuple[Any, dict[str, Any]]]()
             with socket.create_server(("", port), backlog=max(count, 16)) as server:
                 deadline = time.monotonic() + timeout
-                while len(reports) < count and (left := deadline - time.monotonic()) > 0:
-                    server.settimeout(left)
+                server.settimeout(RETRY)
+                while len(reports) < count and time.monotonic() < deadline:
                     with contextlib.suppress(TimeoutError):
                         connection, _ = server.accept()
                         connection.settimeout(max(1.0, deadline - time.monotonic()))
-                        stream = connection.makefile("rw", encoding="utf-8")
-                        open_streams.callback(connection.close)
+                        open_streams.callback(_end, connection)
+                        # In a thread, so that neither a slow node nor a silent stranger keeps the others waiting.
+                        threading.Thread(target=_receive, args=(connection, token, answers), daemon=True).start()
+                    while not answers.empty():
+                        stream, report = answers.get()
                         open_streams.callback(stream.close)
-                        if (report := _report(stream, token)) is not None:
-                            streams.append(stream)
-                            reports.append(report)
+                        streams.append(stream)
+                        reports.append(report)
             # The port is free again when the others learn the verdict: torchrun listens there next.
             rows = list(compare(reports, wanted, count))
             wrong = [text for row in rows for text in row.wrong]
@@ -111,6 +118,18 @@ def _as_first(
         for probe in probes:
             with contextlib.suppress(OSError):
                 probe.unlink()
+
+
+def _receive(connection: socket.socket, token: str, answers: queue.SimpleQueue[tuple[Any, dict[str, Any]]]) -> None:
+    stream = connection.makefile("rw", encoding="utf-8")
+    if (report := _report(stream, token)) is not None:
+        answers.put((stream, report))
+
+
+def _end(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)  # close alone would leave a thread waiting that reads
+    connection.close()
 
 
 def _report(stream: Any, token: str) -> dict[str, Any] | None:

@@ -30,6 +30,7 @@ FORWARDED = tuple(
 
 def main(command: Sequence[str]) -> int:
     """Run the command; its exit status, and its signal where one ended it."""
+    end_with_parent(signal.SIGTERM)  # torchrun may be killed; the process then saves, or ends at once
     error_file = environment.error_file()
     folder = pathlib.Path(error_file).parent if error_file else None
     with subprocess.Popen(command, preexec_fn=functools.partial(end_with_parent, signal.SIGKILL)) as process:

@@ -16,13 +16,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from types import FrameType
 
 from megalith.common.orphans import end_with_parent
 from megalith.launcher.rank import RECORD
+from megalith.launcher.signals import ENDING, handled
 
 INTERVAL = 0.1  # seconds between two looks
-STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
+STOPPING = (*ENDING, signal.SIGUSR1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,37 +71,28 @@ class Supervisor:
                 words, env=os.environ | added, stdin=subprocess.DEVNULL, process_group=0,
                 preexec_fn=_before_torchrun,
             ) as torchrun,
-            self._handled(torchrun),
+            handled(STOPPING, lambda number: self._signalled(torchrun)),
         ):  # fmt: skip
             if stop_with_stdin:
-                threading.Thread(target=self._await_stdin, daemon=True).start()
+                threading.Thread(target=self._await_stdin, args=(torchrun,), daemon=True).start()
             while True:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     return self._report(torchrun.wait(INTERVAL))
                 if self.signals:
                     self._stop_processes()
 
-    @contextlib.contextmanager
-    def _handled(self, torchrun: subprocess.Popen) -> Iterator[None]:
-        def handle(number: int, frame: FrameType | None) -> None:
-            self.signals += 1
-            if self.signals > 1:  # who asks again does not want to wait: torchrun ends them, or is ended itself
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(torchrun.pid, signal.SIGTERM if self.signals == 2 else signal.SIGKILL)
-
-        taken = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]  # nohup
-        previous = {number: signal.signal(number, handle) for number in taken}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def _await_stdin(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            while os.read(0, 4096):  # not sys.stdin, whose lock this thread would hold when Python ends
-                pass
+    def _signalled(self, torchrun: subprocess.Popen) -> None:
         self.signals += 1
+        if self.signals > 1:  # who asks again does not want to wait: torchrun ends them, or is ended itself
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(torchrun.pid, signal.SIGTERM if self.signals == 2 else signal.SIGKILL)
+
+    def _await_stdin(self, torchrun: subprocess.Popen) -> None:
+        """Each byte is a signal (launcher/hosts.py), and so is the end."""
+        with contextlib.suppress(OSError, ValueError):
+            while os.read(0, 1):  # not sys.stdin, whose lock this thread would hold when Python ends
+                self._signalled(torchrun)
+        self._signalled(torchrun)
 
     def _stop_processes(self) -> None:
         """SIGTERM to each process once: a run finishes its step, saves, and exits with status 0."""

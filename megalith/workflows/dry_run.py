@@ -115,6 +115,7 @@ def named_files(config: RunConfig) -> list[str]:
             found += [f"{source.prefix}{end}" for source in sources() for end in (".bin", ".idx")]
     found += [getattr(data, name) for name in TOKENIZER_FILES if getattr(data, name) and not _is_hub_name(name, data)]
     found += [data.data_weights_schedule] if data.data_weights_schedule else []
+    found += [path for _, path in _task_files(config)]
     load = config.checkpoint.load
     if load and not is_url(load) and load not in (config.checkpoint.save, config.run_folder):
         found.append(load)

@@ -2,8 +2,8 @@
 each program that it would start is written down instead.
 
 bash itself reads the script, because nothing else expands arrays, arithmetic and functions as it does. Assignments,
-conditions, loops and functions act; programs do not, except a few that only print (READERS). Output redirected by the
-script's own echo and printf is left out too.
+conditions, loops and functions act; programs do not, except a few that only print (READERS). A command's output goes to
+no file, and noclobber keeps every file that a loop or a group of commands is redirected into.
 """
 
 from __future__ import annotations
@@ -27,41 +27,65 @@ END = "\n"  # after the words of a command, each of which ends with NUL
 # command's text before expansion, so that it is expanded here, where "$@" is the script's own.
 PRELUDE = r"""
 shopt -s extdebug
+set -o noclobber
 PATH=$1; __file=$2; shift 2
 __write() { printf '%s\0' "$@" $'\n' >>"$__file"; }
 command_not_found_handle() { __write "$@"; }
-# Sets __skip: run (bash does it), write (a program), leave (neither); of a command's text and its first word, expanded.
+# Sets __text to a command's text without redirections into files (but /dev/null). What is quoted is taken whole.
+__without_files() {
+    local rest=$1 found; __text=
+    while [[ -n $rest ]]; do
+        if [[ $rest =~ $__plain || $rest =~ ^\>\&[0-9-]+ || $rest =~ ^\&?\>\>?[[:space:]]*/dev/null ]]; then
+            found=${BASH_REMATCH[0]} __text+=${BASH_REMATCH[0]}
+        elif [[ $rest =~ $__into_file ]]; then
+            found=${BASH_REMATCH[0]}
+            if [[ $__text =~ (^|[[:space:]])([0-9]+)$ ]]; then __text=${__text%"${BASH_REMATCH[2]}"}; fi
+        else
+            found=${rest:0:1} __text+=${rest:0:1}
+        fi
+        rest=${rest:${#found}}
+    done
+}
+# Sets __skip: run (bash does it), write (a program), leave (neither). Takes a command's text, the same without
+# redirections into files, and its first word, expanded.
 __judge() {
     __skip=write
     case $1 in
-        '(('*|'[['*|for\ *|select\ *|case\ *) __skip=run ;;
-        *) case $2 in
-            exec|__write) ;;
-            echo|printf|cat) if [[ $1 =~ \>[^\&] ]]; then __skip=leave; else __skip=run; fi ;;
-            */*) ;;
-            *) if [[ -z $2 || -n $(type -t -- "$2") ]]; then __skip=run; fi ;;
+        '(('*|'[['*|for\ *|select\ *|case\ *) __skip=run; return ;;
+        kill\ *|enable\ *|sort\ *-o*|uniq\ [!-]*|date\ -s*|date\ --set*|hostname\ [!-]*) __skip=leave; return ;;
+    esac
+    case $3 in
+        exec|__write|*/*) ;;
+        *) case $(type -t -- "$3") in
+            function|keyword|alias) __skip=run ;;
+            builtin|file) if [[ $1 == "$2" ]]; then __skip=run; else __skip=leave; fi ;;
+            *) if [[ -z $3 ]]; then __skip=run; fi ;;
         esac ;;
     esac
 }
+__plain=$'^([^\'"\\\\<>&]+|\\\\.|\'[^\']*\'|"([^"\\\\]|\\\\.)*")'
+__into_file=$'^(&>>?|>[>|&]?)[[:space:]]*(>\\([^()]*\\)|\'[^\']*\'|"([^"\\\\]|\\\\.)*"|\\\\.|[^][:space:];|&()<>\'"\\\\])+'
 __prefix='^[A-Za-z_][A-Za-z0-9_]*=("[^"]*"|'\''[^'\'']*'\''|([^][:space:]"'\''`(){}[]|\$\{[A-Za-z0-9_]*\})*)[[:space:]]+(.*)$'
 __dynamic=$'[$"\'`\\\\~]'
 __assignment='^[A-Za-z_][A-Za-z0-9_]*(\[[^]]*\])?\+?='
 trap '
-    __text=$BASH_COMMAND
+    __match=("${BASH_REMATCH[@]}") __text=$BASH_COMMAND
     while [[ $__text =~ $__prefix ]]; do __text=${BASH_REMATCH[3]}; done
-    if [[ $__text =~ $__assignment ]]; then :; else
+    if [[ $__text =~ $__assignment ]]; then
+        BASH_REMATCH=("${__match[@]}") # the script has set it
+    else
         __first=${__text%%[[:space:]]*}
         if [[ $__first =~ $__dynamic ]]; then
             if eval "__words=($__first)" 2>/dev/null; then __first=${__words[0]-}; else __first=/; fi
         fi
-        __judge "$__text" "$__first"
+        __whole=$__text
+        __without_files "$__whole"
+        __judge "$__whole" "$__text" "$__first"
+        if [[ $__text =~ ^exec[[:space:]]*([0-9]*[\<\>].*)?$ ]]; then __skip=leave; fi
         if [[ $__skip == run ]]; then :
         elif [[ $__skip == leave ]]; then ! true
         elif [[ $__first == exec ]]; then
-            __text=${__text#exec}
-            if [[ $__text =~ ^[[:space:]]*([0-9]*[\<\>]|$) ]]; then ! true
-            else eval "__write $__text"; builtin exit 0
-            fi
+            eval "__write ${__text#exec}"; builtin exit 0
         else eval "__write $__text"; ! true
         fi
     fi' DEBUG

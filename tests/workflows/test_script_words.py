@@ -62,3 +62,27 @@ def test_a_script_that_is_none(tmp_path):
     (tmp_path / "s.sh").write_text("if then\n")
     with pytest.raises(ConfigError, match="must be a bash script that runs"):
         commands(tmp_path / "s.sh")
+
+
+def test_no_file_is_written(tmp_path, monkeypatch):
+    """Redirections of a program, a builtin, a reader, a loop and a group; a match in between is the script's own."""
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("log").write_text("kept\n")
+    pathlib.Path("s.sh").write_text(
+        "if [[ a12 =~ ([0-9]+) ]]; then n=${BASH_REMATCH[1]}; fi\n"
+        "lines=$(cat log 2>/dev/null | wc -l)\n"
+        "torchrun --n $n --lines $lines 'a > log' \"b > log\" 1> log 2>&1\n"
+        "python x.py >> log 2> errors &\n"
+        "echo one >| log; printf two > new; cat log > copy; sort -o log s.sh; kill $$; kill -9 $PPID\n"
+        "[ b \\> a ] && python y.py &> log\n"
+        "for i in 1 2; do python loop.py $i; done > log || python full.py\n"
+        "{ python group.py; } > log || true\n"
+        "exec > >(tee log) 2> errors\n"
+        "exec python end.py 3 > log\n"
+    )
+    found = commands(tmp_path / "s.sh")
+    assert [words for words in found if words[0] != "tee"] == [
+        ["torchrun", "--n", "12", "--lines", "1", "a > log", "b > log"], ["python", "x.py"], ["python", "y.py"],
+        ["python", "full.py"], ["python", "end.py", "3"],
+    ]  # fmt: skip
+    assert {path.name for path in tmp_path.iterdir()} == {"log", "s.sh"} and pathlib.Path("log").read_text() == "kept\n"

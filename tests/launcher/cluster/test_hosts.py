@@ -39,7 +39,7 @@ def test_wrong_hostfiles(text, message, tmp_path):
 
 def test_commands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    pathlib.Path("hosts").write_text("n1 slots=4\nn2 slots=4\n")
+    pathlib.Path("hosts").write_text("me@n1 slots=4\nn2 slots=4\n")
     words = [
         "launch",
         "--dry-run",
@@ -54,7 +54,7 @@ def test_commands(tmp_path, monkeypatch, capsys):
     ]
     assert main(words) == 0
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("ssh -o BatchMode=yes n1 ") and second.startswith("ssh -o BatchMode=yes n2 ")
+    assert first.startswith("ssh -o BatchMode=yes me@n1 ") and second.startswith("ssh -o BatchMode=yes n2 ")
     assert f"{sys.executable} -m megalith launch --nnodes 2 --node-rank 1 --rdzv-endpoint n1:29500" in second
     assert "--nproc-per-node 4" in second and "--max-restarts 2 --stop-with-stdin pretrain gpt" in second
     assert main(["launch", "--nnodes", "2", *words[1:]]) == 2
@@ -69,7 +69,7 @@ def start(tmp_path, code, nodes="a slots=1\nb slots=1\n", port="29811"):
     launcher = tmp_path / "megalith_node.py"
     launcher.write_text(
         "import pathlib, subprocess, sys\nwords = sys.argv[sys.argv.index('--stop-with-stdin') + 1:]\n"
-        "process = subprocess.Popen([sys.executable, *words])\nsys.stdin.read()\nprocess.terminate()\n"
+        "process = subprocess.Popen([sys.executable, *words])\nsys.stdin.read(1)\nprocess.terminate()\n"
         "sys.exit(process.wait())\n"
     )
     main_code = (

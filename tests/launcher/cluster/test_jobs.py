@@ -64,6 +64,23 @@ def test_bash_reads_every_form(form, capsys):
     assert found.returncode == 0 and found.stderr == ""
 
 
+def test_gpus_and_cores(capsys):
+    assert main(["launch", "--dry-run", *FORMS["slurm-one"]]) == 0
+    assert "the job asks for no GPUs" in capsys.readouterr().err
+    for words in (FORMS["slurm"], FORMS["pbs-all"], FORMS["slurm-data"], [*FORMS["slurm-one"], "--device", "cpu"]):
+        assert main(["launch", "--dry-run", *words]) == 0
+        assert "no GPUs" not in capsys.readouterr().err
+    text = written(capsys, ["--cpus-per-task", "96", *FORMS["slurm"]])
+    assert "\n#SBATCH --cpus-per-task=96\n" in text
+    assert "srun --kill-on-bad-exit=1 --cpus-per-task=96" in " ".join(text.replace("\\\n", "").split())
+
+
+def test_a_script_with_one_node_is_watched_and_not_sent_again_for_ever(capsys):
+    text = written(capsys, FORMS["pbs-script"])
+    assert "launch --nnodes 1 " in " ".join(text.replace("\\\n", "").split()) and "143" not in text
+    assert "status == 0 || status == 143" in written(capsys, FORMS["pbs"])
+
+
 def test_what_the_options_become(capsys):
     text = written(capsys, FORMS["slurm-all"])
     for line in (
