@@ -14,13 +14,14 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
 from megalith.common import environment
-from megalith.common.orphans import end_with_parent
+from megalith.common.orphans import GRACE, end_with_parent
 
 RECORD = "process.json"
 FORWARDED = tuple(
@@ -30,6 +31,7 @@ FORWARDED = tuple(
 
 def main(command: Sequence[str]) -> int:
     """Run the command; its exit status, and its signal where one ended it."""
+    torchrun = os.getppid()
     end_with_parent(signal.SIGTERM)  # torchrun may be killed; the process then saves, or ends at once
     error_file = environment.error_file()
     folder = pathlib.Path(error_file).parent if error_file else None
@@ -38,6 +40,10 @@ def main(command: Sequence[str]) -> int:
         def forward(number: int, frame: FrameType | None) -> None:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(number)
+            if os.getppid() != torchrun:  # nobody is left who would end what does not end by itself
+                timer = threading.Timer(GRACE, process.kill)
+                timer.daemon = True
+                timer.start()
 
         for number in FORWARDED:
             if signal.getsignal(number) != signal.SIG_IGN:  # nohup

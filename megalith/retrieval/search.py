@@ -48,9 +48,8 @@ class ExactIndex:
         for first, vectors in chunks:
             scores = queries @ vectors.t()
             found, where = scores.topk(min(k, scores.shape[1]), dim=1)
-            if bool(
-                ((scores >= found[:, -1:]).sum(dim=1) > found.shape[1]).any()
-            ):  # equal ones, of which topk takes any
+            as_good = (scores >= found[:, -1:]).sum(dim=1)
+            if (as_good > found.shape[1]).any():  # equal ones, of which topk takes any
                 found, where = (part[:, :k] for part in scores.sort(dim=1, descending=True, stable=True))
             best, rows = torch.cat((best, found), dim=1), torch.cat((rows, where + first), dim=1)
             # by row, then stably by score: of equal scores the smaller row comes first

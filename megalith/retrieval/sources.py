@@ -18,12 +18,12 @@ from megalith.common import json_lines
 from megalith.common.errors import DataError, problem
 from megalith.common.files import sampled_digest
 from megalith.config.flags.text import Words
+from megalith.data.corpus.compression import SUFFIXES
 from megalith.data.indexed import IndexedDataset
 from megalith.data.indexed.format import dataset_files
 from megalith.data.samples.ict_dataset import IctDataset
 
 SAMPLED_BLOCKS = 8  # of 4 KiB: how much of a file is read to notice that it has changed
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 FIELDS = ("id", "text", "title")
 
 
@@ -104,7 +104,7 @@ class Passages:
     def __init__(self, path: str | os.PathLike, tokenizer: Any, seq_length: int):
         """Raises DataError where the file cannot be read by lines, or has no passage."""
         self.path, self.tokenizer, self.seq_length = pathlib.Path(path), tokenizer, seq_length
-        if self.path.suffix in COMPRESSED:
+        if self.path.suffix in SUFFIXES:
             rule = "must not be compressed, as its lines are read where they lie"
             raise DataError(problem("The evidence", str(path), rule, "Decompress it first"))
         self.json = self.path.suffix in (".jsonl", ".json")

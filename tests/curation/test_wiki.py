@@ -63,7 +63,7 @@ def test_choices():
 @settings(max_examples=40, deadline=None)
 @given(st.text(alphabet="{}[]|='<>/refab \n*#!-", max_size=60))
 def test_any_markup_ends(source):
-    to_text(source, Choices())
+    assert isinstance(to_text(source, Choices()), str)
 
 
 def multistream(pages, per_stream=3):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from megalith.common.errors import DataError, problem
 from megalith.common.json_lines import parse
 from megalith.config.flags.text import Words
-from megalith.data.corpus.compression import open_decompressed
+from megalith.data.corpus.compression import SUFFIXES, open_decompressed
 from megalith.data.tasks.description import Columns, TaskDescription
 
 NO_LABELS = "Name a file with labels; one without is for --valid-data, where it is predicted"
@@ -70,7 +70,7 @@ def read_rows(path: pathlib.Path, task: TaskDescription) -> Rows:
 
 def _suffix(path: pathlib.Path) -> str:
     """The end of a name that says what a file holds: .tsv of train.tsv.gz."""
-    return next((each for each in reversed(path.suffixes) if each not in (".gz", ".zst", ".bz2", ".xz")), "")
+    return next((each for each in reversed(path.suffixes) if each not in SUFFIXES), "")
 
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, str | UnicodeDecodeError]]:

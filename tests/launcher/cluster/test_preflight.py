@@ -1,6 +1,7 @@
 """The preflight names the node that differs: each mistake is made on one of two nodes, which talk over a socket."""
 
 import concurrent.futures
+import contextlib
 import socket
 import subprocess
 import sys
@@ -165,6 +166,30 @@ def test_what_is_no_node_at_the_port_is_passed_over(wanted):
                 time.sleep(0.05)
         preflight.exchange(wanted, 1, 2, meeting, 10)
         assert first.result(20)[1] == []
+
+
+def test_a_silent_stranger_keeps_nobody_waiting(wanted):
+    meeting = ("127.0.0.1", free_port())
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as strangers:
+        first = pool.submit(preflight.exchange, wanted, 0, 2, meeting, 100)
+        while True:
+            try:
+                strangers.enter_context(socket.create_connection(meeting))
+                break
+            except ConnectionRefusedError:
+                time.sleep(0.05)
+        preflight.exchange(wanted, 1, 2, meeting, 100)
+        assert first.result(20)[1] == []
+
+
+def test_something_else_where_node_0_should_be(wanted):
+    with socket.create_server(("127.0.0.1", 0)) as other, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        node = pool.submit(preflight.exchange, wanted, 1, 2, other.getsockname(), 5.0)
+        connection, _ = other.accept()
+        with connection:
+            connection.sendall(b"HTTP/1.1 400 Bad Request\r\n")
+        with pytest.raises(ConfigError, match=r"must answer with what the nodes are .* nothing else listens"):
+            node.result(30)
 
 
 CLOCK = (

@@ -121,8 +121,7 @@ def test_a_second_signal_does_not_wait(start):
     for _ in range(3):
         process.send_signal(signal.SIGINT)
         time.sleep(0.5)
-    process.communicate(timeout=120)
-    assert process.returncode != 0
+    assert process.wait(20) != 0
 
 
 def test_the_end_of_standard_input_stops(start):
@@ -130,3 +129,24 @@ def test_the_end_of_standard_input_stops(start):
     assert [process.stdout.readline() for _ in range(2)] == ["ready\n", "ready\n"]
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and out == "saved\nsaved\n"
+
+
+def test_each_byte_of_standard_input_is_a_signal(start):
+    """As launcher/hosts.py sends them to a node: the first lets all save, a second one does not wait."""
+    process = start("signal.signal(signal.SIGTERM, signal.SIG_IGN)\nos.write(1, b'ready\\n')\ntime.sleep(60)", "stdin")
+    assert [process.stdout.readline() for _ in range(2)] == ["ready\n", "ready\n"]
+    process.stdin.write("\n")
+    process.stdin.flush()
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1.0)
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert process.wait(20) != 0
+
+
+def test_ranks_save_when_torchrun_is_killed(start, tmp_path):
+    process = start(SAVES)
+    assert [process.stdout.readline() for _ in range(2)] == ["ready\n", "ready\n"]
+    os.kill(int((tmp_path / "pids").read_text().split()[-1]), signal.SIGKILL)
+    out, err = process.communicate(timeout=50)
+    assert process.returncode == 137 and out == "saved\nsaved\n" and "with status 137" in err
