@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 
 from megalith.cli import pretrain
 from megalith.config.finetuning import TASKS
-from megalith.config.flags import flags
+from megalith.config.flags import flags, verbs
 from megalith.config.flags.text import Problem
 
 EXAMPLE = """\
@@ -33,26 +32,8 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         epilog=EXAMPLE + "\ntasks: " + ", ".join(TASKS),
     )
     parser.add_argument("task", nargs="?", metavar="TASK", help=f"{', '.join(TASKS)}, or FILE.yaml that describes one")
-    flags.add_help(parser, pretrain.FLAGS)
-    parser.set_defaults(handler=finetune, reads=read)
-
-
-def read(argv: Sequence[str]) -> flags.CommandLine:
-    """Read the words after the verb. In Megatron's tasks --keep-last is a switch; here it has a number."""
-    bare = [
-        at for at, word in enumerate(argv)
-        if word in ("--keep-last", "--keep_last") and (at + 1 == len(argv) or argv[at + 1].startswith("--"))
-    ]  # fmt: skip
-    reading = flags.read([word for at, word in enumerate(argv) if at not in bare], pretrain.FLAGS)
-    if bare:
-        reading.notices.append("--keep-last without a number is not needed: no sample of a last batch is ever dropped")
-    if "task" not in reading.values and reading.words:
-        reading.values["task"] = reading.words.pop(0)
-    if reading.words:
-        rule = "a value follows its flag, and one task follows the verb or --task"
-        reading.problems += [Problem((), f"unexpected {word!r}: {rule}") for word in reading.words]
-        reading.words = []
-    return reading
+    flags.add_help(parser, verbs.FLAGS)
+    parser.set_defaults(handler=finetune, reads=verbs.read_finetune)
 
 
 def finetune(args: argparse.Namespace) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import itertools
 import pathlib
@@ -10,12 +9,10 @@ import shlex
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megalith.cli import finetune, pretrain
 from megalith.common.errors import ConfigError, problem
-from megalith.config.flags import flags
 from megalith.config.flags.flags import CommandLine
 from megalith.config.flags.text import Problem, Words, fail, flag
 from megalith.config.flags.values import Field
@@ -27,11 +24,6 @@ from megalith.launcher.supervisor import Supervisor
 
 SEVERAL = ("pretrain", "finetune", "generate", "evaluate", "index", "serve")  # verbs that run as several processes
 RESUMED = ("pretrain", "finetune")  # those that save upon SIGTERM, and go on by the same command
-# Verbs whose words say what a run needs of each node -> what reads the words after the verb.
-TRAINING: dict[str | None, Callable[[Sequence[str]], CommandLine]] = {
-    "pretrain": functools.partial(flags.read, command_flags=pretrain.FLAGS),
-    "finetune": finetune.read,
-}
 ONE = ("data", "demo", "checkpoint", "parity", "ask", "config")  # those that are one
 INSTEAD = {  # flags of Accelerate -> those for a verb
     "num_processes": "--nproc-per-node N (of each node)", "num_machines": "--nnodes N", "machine_rank": "--node-rank N",
@@ -110,8 +102,7 @@ def launch(reading: CommandLine) -> int:
     if nodes.preflight in ("always", "only") or (nodes.preflight == "auto" and several and not nodes.elastic):
         from megalith.workflows import preflight  # here, because few starts need it
 
-        of_verb = TRAINING[verb](reading.words[1:]) if verb in TRAINING else None
-        preflight.run(plan, start, reading.words, of_verb, added, nodes.preflight_timeout, on_cpu, print)
+        preflight.run(plan, start, reading.words, added, nodes.preflight_timeout, on_cpu, print)
         if nodes.preflight == "only":
             return 0
     if alone:

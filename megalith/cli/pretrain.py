@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
 
 from megalith import recipes
 from megalith.config import environment
 from megalith.config.architectures import ARCHITECTURES
 from megalith.config.batch_math import check_length, data_parallel_size
-from megalith.config.flags import flags
+from megalith.config.flags import flags, verbs
 from megalith.config.flags.loading import resolve, source_texts
 from megalith.config.flags.text import Problem, unknown
 from megalith.config.flags.values import fields
@@ -30,12 +29,6 @@ as typed: old spellings and flags that are not needed here are accepted with a l
 that the config or recipe is for (its about: processes), else for the fewest that the layout allows. It lists the files
 that are missing, and ends with status 1 where one that is named is not there or cannot be used.
 """
-FLAGS = (
-    *flags.RUN_FLAGS,
-    flags.Flag(
-        "--world-size", {"world_size": flags.VALUE}, help="with --dry-run: number of processes to check the config for"
-    ),
-)
 
 
 def register(subparsers: argparse._SubParsersAction) -> None:
@@ -49,8 +42,8 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     )
     models = f"{', '.join(ARCHITECTURES)} (default gpt), or module:name of your own"
     parser.add_argument("model", nargs="?", metavar="MODEL", help=models)
-    flags.add_help(parser, FLAGS)
-    parser.set_defaults(handler=pretrain, reads=functools.partial(flags.read, command_flags=FLAGS))
+    flags.add_help(parser, verbs.FLAGS)
+    parser.set_defaults(handler=pretrain, reads=verbs.read_pretrain)
 
 
 def pretrain(args: argparse.Namespace) -> int:

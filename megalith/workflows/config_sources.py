@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from megalith import recipes
 from megalith.common.errors import ConfigError, problem
-from megalith.config.flags import flags
+from megalith.config.flags import flags, verbs
 from megalith.config.flags.foreign_names import megalith_name
 from megalith.config.flags.loading import from_yaml, resolve
 from megalith.config.megatron.counts import vocab_size_of_rows
@@ -28,8 +28,9 @@ SHELLS = ("sh", "bash")
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """A training command: the words after `megalith pretrain`, and the number of processes that its launcher starts."""
+    """A training command: `pretrain` or `finetune`, the words after it, and how many processes its launcher starts."""
 
+    verb: str
     words: list[str]
     processes: int | None
 
@@ -56,18 +57,18 @@ def _from_file(file: pathlib.Path, called: str, arguments: Sequence[str]) -> tup
     found = [training for words in commands if (training := find_training(words)) is not None]
     if not found:
         started = ", ".join(dict.fromkeys(pathlib.PurePath(words[0]).name for words in commands)) or "nothing"
-        rule = f"must start a training: pretrain_gpt.py and the like, or megalith pretrain; it starts {started}"
+        rule = f"must start a training: pretrain_gpt.py and the like, megalith pretrain, or finetune; it starts {started}"
         raise ConfigError(problem("--from-script", called, rule, "Name the script that does, with what it needs set"))
-    if any(each.words != found[0].words for each in found):
+    if any((each.verb, each.words) != (found[0].verb, found[0].words) for each in found):
         rule = f"must start one training; it starts {len(found)} that differ"
         raise ConfigError(problem("--from-script", called, rule, "Pass one by --from-script - on standard input"))
     directives = [word for line in re.findall(r"^#(?:SBATCH|PBS)\s+(.*)$", text, re.MULTILINE) for word in line.split()]
-    return from_words(found[0].words, found[0].processes or _processes(directives))
+    return from_words(found[0].verb, found[0].words, found[0].processes or _processes(directives))
 
 
-def from_words(words: Sequence[str], processes: int | None) -> tuple[RunConfig, int, list[str]]:
-    """As from_script, of the words after `megalith pretrain`. Flags that nobody knows are told and left out."""
-    reading = flags.read(words, (*flags.RUN_FLAGS, flags.Flag("--world-size", {"world_size": flags.VALUE})))
+def from_words(verb: str, words: Sequence[str], processes: int | None) -> tuple[RunConfig, int, list[str]]:
+    """As from_script, of the words after `megalith VERB`. Flags that nobody knows are told and left out."""
+    reading = verbs.READERS[verb](words)
     unknown = [each for each in reading.problems if each.text.startswith("unknown flag ")]
     reading.problems = [each for each in reading.problems if each not in unknown]
     asked = flags.whole_number(reading, "world_size") or processes
@@ -89,13 +90,15 @@ def find_training(words: Sequence[str]) -> Training | None:
         if name in SHELLS and (text := _shell_text(words[at + 1 :])) is not None:
             inner = [part for part in _split_commands(text) if (found := find_training(part)) is not None]
             if inner and (found := find_training(inner[0])) is not None:
-                return Training(found.words, found.processes or _processes(words[:at]))
-        if name == "megalith" and "pretrain" in words[at + 1 :]:
-            verb = words.index("pretrain", at + 1)
-            return Training(list(words[verb + 1 :]), _processes(words[:verb]))
+                return dataclasses.replace(found, processes=found.processes or _processes(words[:at]))
+        if name == "megalith" and (verb := next((each for each in words[at + 1 :] if each in verbs.READERS), None)):
+            begins = words.index(verb, at + 1) + 1
+            return Training(verb, list(words[begins:]), _processes(words[:begins]))
+        if name == "main.py" and "--task" in words[at + 1 :]:
+            return Training("finetune", list(words[at + 1 :]), _processes(words[:at]))
         if word.endswith(".py") and (model := re.search(r"`megalith pretrain (\w+)", megalith_name(word) or "")):
             model_words = [model[1]] if model[1] != "MODEL" else []
-            return Training([*model_words, *words[at + 1 :]], _processes(words[:at]))
+            return Training("pretrain", [*model_words, *words[at + 1 :]], _processes(words[:at]))
     return None
 
 

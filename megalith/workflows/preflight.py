@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from megalith import recipes
 from megalith.common.errors import ConfigError, problem
-from megalith.config.flags.flags import CommandLine
+from megalith.config.flags import verbs
 from megalith.config.flags.loading import resolve
 from megalith.config.flags.text import Words
 from megalith.launcher import preflight, processes
@@ -24,17 +24,17 @@ ALL_REDUCE_TIMEOUT = 180.0  # seconds in which the processes import torch, meet 
 MODULE = "megalith.runtime.all_reduce"
 
 
-def wanted(plan: Plan, words: Sequence[str], reading: CommandLine | None) -> Wanted:
+def wanted(plan: Plan, words: Sequence[str]) -> Wanted:
     """What the verb needs of every node; a run that trains is checked for its number of processes too.
 
-    reading: of the words after a verb that trains. Raises ConfigError with every problem of the config.
+    Raises ConfigError with every problem of the config.
     """
     count = plan.task.size if plan.task else plan.nodes[1]
     each = 1 if plan.task else plan.processes
-    if reading is None:
+    if words[0] not in verbs.READERS:
         return Wanted(words=words, processes=each, nodes=count)
     config, _ = resolve(
-        reading, read_recipe=recipes.text, read_checkpoint=run_config.checkpoint_config,
+        verbs.READERS[words[0]](words[1:]), read_recipe=recipes.text, read_checkpoint=run_config.checkpoint_config,
         read_tokenizer=run_config.checkpoint_tokenizer, world_size=plan.world_size,
     )  # fmt: skip
     return Wanted(
@@ -44,16 +44,16 @@ def wanted(plan: Plan, words: Sequence[str], reading: CommandLine | None) -> Wan
 
 
 def run(
-    plan: Plan, launch: LaunchOptions, words: Sequence[str], reading: CommandLine | None, added: Mapping[str, str],
-    timeout: float, on_cpu: bool, show: Callable[[str], None],
+    plan: Plan, launch: LaunchOptions, words: Sequence[str], added: Mapping[str, str], timeout: float, on_cpu: bool,
+    show: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """Compare the nodes, print the table on node 0, and measure an all-reduce. reading: as `wanted` takes it.
+    """Compare the nodes, print the table on node 0, and measure an all-reduce.
 
     Raises ConfigError where a node differs.
     """
     number, count = (plan.task.rank, plan.task.size) if plan.task else (plan.node_rank or 0, plan.nodes[1])
     host, port = plan.meeting or ("127.0.0.1", _free_port())
-    rows, wrong = preflight.exchange(wanted(plan, words, reading), number, count, (host, port), timeout)
+    rows, wrong = preflight.exchange(wanted(plan, words), number, count, (host, port), timeout)
     if number == 0:
         show(f"preflight of {count} {'processes' if plan.task else f'node{chr(115) * (count > 1)}'}")
         show(preflight.table(rows))

@@ -11,10 +11,11 @@ import pytest
 
 from megalith.cli.main import main
 from megalith.common.errors import ConfigError
-from megalith.config.flags.loading import from_yaml, load_config
+from megalith.config.flags.loading import from_yaml, load_config, to_yaml
 from megalith.config.parameters import parameter_count
 from megalith.workflows import config_sources
 from tests.launcher.cluster.standins import environment
+from tests.test_continue_llama import make_llama
 from tests.toy import ROOT
 
 MEGATRON = r"""#!/bin/bash
@@ -106,11 +107,45 @@ def test_what_cannot_be_read(text, message, monkeypatch):
         config_sources.from_script("-", [])
 
 
+TASK_FILES = {"VOCAB_FILE": "vocab.txt", "TRAIN_DATA": "train.tsv", "VALID_DATA": "valid.tsv"}
 EXAMPLES = {  # script -> what it needs set
     "pretrain_gpt.sh": {"VOCAB_FILE": "vocab.json", "MERGE_FILE": "merges.txt", "DATA_PATH": "a_text_document"},
     "pretrain_bert.sh": {"VOCAB_FILE": "vocab.txt", "DATA_PATH": "a_text_sentence"},
     "pretrain_t5.sh": {"VOCAB_FILE": "vocab.txt", "DATA_PATH": "a_text_sentence"},
+    "pretrain_ict.sh": {
+        "VOCAB_FILE": "vocab.txt", "DATA_PATH": "a_text_sentence", "TITLES_DATA_PATH": "a_title_sentence",
+        "GLOBAL_BATCH": "128",
+    },
+    "finetune_race_distributed.sh": TASK_FILES | {"PRETRAINED_CHECKPOINT": ""},
+    "finetune_mnli_distributed.sh": TASK_FILES | {"PRETRAINED_CHECKPOINT": ""},
+    "finetune_chat.sh": {"MODEL": "llama", "TRAIN_DATA": "chats.jsonl", "SEQ_LENGTH": "64"},
+}  # fmt: skip
+SEEDS = {  # a command of the documents of Megatron-LM with its own numbers and other paths -> the words of megalith
+    "python pretrain_ict.py --num-layers 12 --num-attention-heads 12 --hidden-size 768 --batch-size 128 "
+    "--seq-length 256 --max-position-embeddings 256 --ict-head-size 128 --train-iters 100000 "
+    "--activations-checkpoint-method uniform --load checkpoints --save checkpoints --data-path d_text_sentence "
+    "--titles-data-path d_title_sentence --vocab-file vocab.txt --lr 0.0001 --num-workers 2 --lr-decay-style linear "
+    "--weight-decay 1e-2 --clip-grad 1.0 --lr-warmup-fraction .01 --save-interval 3000 --query-in-block-prob 0.1 "
+    "--fp16": "pretrain ict",
+    "python tasks/main.py --task RACE --train-data RACE/train/middle --valid-data RACE/dev/middle RACE/dev/high "
+    "--tokenizer-type BertWordPieceLowerCase --vocab-file vocab.txt --epochs 3 --micro-batch-size 4 --lr 1.0e-5 "
+    "--lr-warmup-fraction 0.06 --num-layers 24 --hidden-size 1024 --num-attention-heads 16 --seq-length 512 "
+    "--max-position-embeddings 512 --fp16 --save-interval 10000 --save r --log-interval 100 --eval-interval 1000 "
+    "--eval-iters 10 --weight-decay 1.0e-1 --activations-checkpoint-method uniform": "finetune",
 }
+
+
+@pytest.mark.parametrize("command", SEEDS, ids=SEEDS.values())
+def test_commands_of_megatrons_documents(command, monkeypatch, capsys):
+    """The config is the one that megalith prints for the same words."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(command))
+    config, processes, _ = config_sources.from_script("-", [])
+    words = command.split(".py ")[1].split()
+    assert processes == 1
+    assert main([*SEEDS[command].split(), *words, "--dry-run", "--print-config", "all"]) in (0, 1)  # files are missing
+    assert from_yaml(capsys.readouterr().out) == from_yaml(to_yaml(config))
+
+
 OF_JOBS = {  # those that write a job, whose training command is in the script that they print
     "pretrain_gpt3_175B.sh": {"VOCAB_FILE": "v.json", "MERGE_FILE": "m.txt", "DATA_PATH": "0.7 web 0.3 books"},
     "pretrain_gpt_pbs.sh": {"TOKENIZER": "tokenizer.model", "DATA_FILE_LIST": "list.txt"},
@@ -138,7 +173,7 @@ def test_scripts_of_the_examples_that_start_jobs(script, tmp_path, monkeypatch):
         text = " ".join(shown.stdout.replace("\\\n", " ").split()).partition(" & step=")[0]
         text = text[text.index("-m megalith launch") :]
     words = shlex.split(text)
-    again, _, _ = config_sources.from_words(words[words.index("pretrain") + 1 :], processes)
+    again, _, _ = config_sources.from_words("pretrain", words[words.index("pretrain") + 1 :], processes)
     assert again == config
     assert processes == {"pretrain_gpt3_175B.sh": 1024, "pretrain_gpt_pbs.sh": 8, "pretrain_gpt_ssh.sh": 1}[script]
 
@@ -158,14 +193,21 @@ def without_ssh(folder):
     return os.pathsep.join([str(folder / "bin"), environment()["PATH"]])
 
 
-@pytest.mark.parametrize("script", EXAMPLES)
+SLOW = ("finetune_chat.sh",)  # it makes a model of Hugging Face
+
+
+@pytest.mark.parametrize(
+    "script", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in EXAMPLES]
+)
 def test_scripts_of_the_examples(script, tmp_path, monkeypatch):
     """The config is that which the script itself prints."""
     variables = EXAMPLES[script] | {"CHECKPOINT_PATH": "checkpoints", "NUM_LAYERS": "6"}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
-    path, more = str(ROOT / "examples" / script), ["--train-iters", "1000"]
+    if "MODEL" in variables:
+        make_llama(tmp_path)
+    path, more = str(ROOT / "examples" / script), ["--seed", "77"]
     assert main(["config", "--from-script", path, "--output", "run.yaml", "--", *more]) == 0
     shown = subprocess.run(
         [path, *more, "--dry-run", "--print-config", "all"],
