@@ -99,9 +99,13 @@ class Pipeline:
         return [*names[:-1], self.output]
 
     def fingerprint(self) -> str:
-        """Digest of the input, and of the steps with their settings."""
+        """Digest of the input, and of the steps with their settings and the files that these name."""
         steps = [(step.name, dataclasses.asdict(step), own) for step, own in self.steps]
         digest = hashlib.sha256(json.dumps(steps, default=str).encode())
+        for (step, _), output in zip(self.steps, self.outputs()):
+            for path in step.files(output):
+                with open(path, "rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
         update_with_inputs(digest, self.steps[0][0].find_inputs(self.input))
         return digest.hexdigest()
 

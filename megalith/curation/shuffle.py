@@ -2,7 +2,7 @@
 
 Each document gets a random key of its own, a function of the seed and of its place in the input. A first pass writes
 the documents of a part by ranges of keys; a second one collects each range from all parts and sorts it. So memory holds
-one range, whatever the size of the corpus, and the order does not depend on the number of workers.
+about one range, whatever the size of the corpus, and the order does not depend on the number of workers.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Shuffle(ShuffleSettings, Command):
 
 @dataclasses.dataclass
 class Scatter(Step):
-    """Writes the documents of a part by ranges of their keys, in each range by key; where each begins, and the keys."""
+    """Writes the documents of a part sorted by their keys, chunk by chunk, and how many each chunk has."""
 
     seed: int
     ranges: int
@@ -72,15 +72,20 @@ class Scatter(Step):
 
     def _reset(self) -> None:
         self.lines: list[bytes] = []
+        self.bytes = 0
         self.keys: list[np.ndarray] = [np.zeros(0, np.uint64)]
 
     def process(self, documents: Sequence[Document], out: PartOutput) -> None:
-        """Collect a batch."""
-        self.lines += [document.line() for document in documents]
+        """Collect a batch; a compressed file is one part, which may be large."""
+        lines = [document.line() for document in documents]
+        self.lines += lines
+        self.bytes += sum(map(len, lines))
         self.keys.append(random_keys(self.seed, out.number, out.position, len(documents)))
+        if self.bytes >= RANGE_BYTES:
+            self.finish(out)
 
     def finish(self, out: PartOutput) -> None:
-        """Write the part."""
+        """Write a chunk."""
         keys = np.concatenate(self.keys)
         order = np.argsort(keys, kind="stable")
         lengths = np.fromiter(map(len, self.lines), np.int64, len(self.lines))[order]
@@ -88,6 +93,7 @@ class Scatter(Step):
             out.write("documents", self.lines[number])
         out.add("keys", keys[order])
         out.add("lengths", lengths)
+        out.add("chunks", np.array([len(lengths)]))
         self._reset()
 
 
@@ -125,10 +131,14 @@ class GatherJob:
             path = self.scattered.file(record, "documents")
             if path is not None:
                 keys = self.scattered.array(record, "keys", np.uint64)
-                first = int(np.searchsorted(keys, np.uint64(low)))
-                last = len(keys) if high >= 1 << 64 else int(np.searchsorted(keys, np.uint64(high)))
-                found.append(keys[first:last])
-                lines += _read(path, self.scattered.array(record, "lengths", np.int64), first, last)
+                starts = np.concatenate([[0], np.cumsum(self.scattered.array(record, "lengths", np.int64))])
+                ends = np.cumsum(self.scattered.array(record, "chunks", np.int64)).tolist()
+                for begin, end in zip([0, *ends], ends):
+                    chunk = keys[begin:end]
+                    first = begin + int(np.searchsorted(chunk, np.uint64(low)))
+                    last = end if high >= 1 << 64 else begin + int(np.searchsorted(chunk, np.uint64(high)))
+                    found.append(keys[first:last])
+                    lines += _read(path, starts[first : last + 1])
         order = np.argsort(np.concatenate(found), kind="stable").tolist()
         record = {"key": self.output.key, "part": part.number, "size": 0, "bytes": 0, "documents": 0}
         record |= {"kept": len(lines), "kept_bytes": sum(map(len, lines)), "rules": {}, "values": {}}
@@ -139,10 +149,8 @@ class GatherJob:
         return write_record(self.output, part.number, record, [OUTPUT])
 
 
-def _read(path: pathlib.Path, lengths: np.ndarray, first: int, last: int) -> list[bytes]:
-    """Lines first to last of a file of lines with these lengths."""
-    ends = np.cumsum(lengths)
-    start = int(ends[first - 1]) if first else 0
+def _read(path: pathlib.Path, starts: np.ndarray) -> list[bytes]:
+    """The lines of a file that begin at these bytes, the last of which ends them."""
     with open(path, "rb") as file:
-        file.seek(start)
-        return [file.read(length) for length in lengths[first:last].tolist()]
+        file.seek(int(starts[0]))
+        return [file.read(length) for length in np.diff(starts).tolist()]

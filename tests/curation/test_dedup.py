@@ -5,11 +5,13 @@ import itertools
 import json
 import pathlib
 import random
+import shutil
 
 import numpy as np
 import pytest
 
 from megalith.common.errors import ConfigError, DataError
+from megalith.common.locks import LockedError, locked
 from megalith.curation.dedup.links import find_groups, unite
 from megalith.curation.dedup.occurrences import first_occurrences
 from megalith.curation.dedup.signatures import DIGEST, normal_url, shingles
@@ -112,6 +114,11 @@ def test_chains(write, step, tmp_path):
     if len(records) == 1:  # whether c is compared with b depends on the bands that they share
         assert report["below_threshold_to_kept"] == 1 and removed(tmp_path)[-1]["link_similarity"] >= 0.72
     assert [record["id"] for record in chained] == ["a", "c"]
+    copied, report = step(
+        "dedup", write("b.jsonl", [*rows, {"id": "copy", "text": c}]), settings | {"direct": True}, "d"
+    )
+    assert [record["id"] for record in copied] == ["a", "c"] and report["rules"]["exact"]["documents"] == 1
+    assert removed(tmp_path, "d")[-1]["kept"].endswith("b.jsonl:3")
 
 
 @pytest.mark.parametrize("kind", ["union", "min", "max"])
@@ -124,6 +131,25 @@ def test_jaccard(kind, write, step):
             "dedup", write("a.jsonl", rows), {"jaccard": kind, "threshold": threshold} | WARN, f"{threshold}.jsonl"
         )
         assert len(records) == size
+
+
+def test_an_index_is_added_to_in_turn_and_a_changed_one_is_noticed(write, step, tmp_path):
+    settings = {"index": str(tmp_path / "index")} | WARN
+    rows = corpus(7)
+    inputs = {
+        name: write(f"{name}.jsonl", rows[start : start + 30]) for name, start in (("a", 0), ("b", 30), ("c", 60))
+    }
+    for name, path in inputs.items():
+        step("dedup", path, settings, f"{name}.out")
+    shutil.rmtree(tmp_path / "index/000001")  # somebody drops what a run has added; numbers are not given again
+    step("dedup", write("d.jsonl", rows[90:]), settings, "d.out")
+    assert sorted(path.name for path in (tmp_path / "index").iterdir()) == ["000000", "000002", "000003"]
+    write("a.jsonl", rows[60:])
+    step("dedup", inputs["a"], settings, "a.out", overwrite=True)
+    again, _ = step("dedup", inputs["c"], settings, "c.out", overwrite=True)
+    assert again == []  # not taken for done: the first run's documents are others now
+    with locked(tmp_path / "index", inside=True), pytest.raises(LockedError):
+        step("dedup", inputs["b"], settings, "b.out", overwrite=True)
 
 
 def test_an_index_of_earlier_runs(write, step, tmp_path):
@@ -248,12 +274,15 @@ def test_a_bucket_of_very_many_costs_a_comparison_each():
 def test_first_occurrences_range_by_range(tmp_path, monkeypatch):
     from megalith.curation.dedup import occurrences
 
-    values = np.random.default_rng(1).integers(0, 300, 1000).astype(np.uint64)
+    values = np.random.default_rng(1).integers(1, 300, 1000).astype(np.uint64)
     monkeypatch.setattr(occurrences, "AT_ONCE", 130)
     first = first_occurrences(lambda: np.array_split(values, 7), 1000, tmp_path / "f")
     assert np.flatnonzero(first).tolist() == sorted(
         {value: i for i, value in reversed(list(enumerate(values.tolist())))}.values()
     )
+    values[100:900] = 0  # no value
+    first = first_occurrences(lambda: np.array_split(values, 7), 1000, tmp_path / "f")
+    assert first[100:900].all() and first[:100].sum() == len(set(values[:100].tolist()))
 
 
 @pytest.mark.parametrize(

@@ -113,10 +113,12 @@ def test_damage_costs_its_block(tmp_path, step):
 def test_a_damaged_page_and_a_cut_plain_dump(tmp_path, step):
     broken = page(1, "x").replace("<revision>", "<revision><bad>")
     path = tmp_path / "dump.xml"
-    path.write_text(HEAD + page(0, "a") + broken + page(2, "b") + page(3, "c")[:60])
+    other = page(4, "x").replace("<ns>0<", "<ns>none<")
+    path.write_text(HEAD + page(0, "a") + broken + page(2, "b") + other + page(3, "c")[:60])
     records, report = step("wiki", str(path), max_unusable=0.9)
     assert [record["text"] for record in records] == ["a", "b"]
-    assert "malformed page 'Page 1" in report["problems"][0] and "ends inside a page" in report["problems"][1]
+    assert "malformed page 'Page 1" in report["problems"][0] and "ends inside a page" in report["problems"][2]
+    assert "its namespace is 'none'" in report["problems"][1]
 
 
 def test_a_page_that_is_too_long(tmp_path):

@@ -20,8 +20,8 @@ QUOTES = {
 PUNCTUATION = str.maketrans(QUOTES)
 EMAIL = re.compile(r"(?<![\w.+-])[A-Za-z0-9][\w.+-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24}(?![\w-])")
 IP_ADDRESS = re.compile(
-    r"(?<![\w.:])(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9A-Fa-f:]*:[0-9A-Fa-f:]+(?:\.\d+){0,3})(?![\w:]|\.\d)"
-)
+    r"(?<![\w.:])(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9A-Fa-f:]{0,39}:[0-9A-Fa-f:]{1,39}(?:\.\d{1,3}){0,3})(?![\w:]|\.\d)"
+)  # IPv6 has up to 39 characters; without a limit a long row of colons takes quadratic time
 HTML = re.compile(r"<(?:!doctype html|html|head|body|article|div|p|br)\b[^<]*>", re.IGNORECASE)
 SPACES = re.compile(r"(?<![^\S\n])[^\S\n]+\n")  # from the first of them on: else quadratic in their number
 MANY_NEWLINES = re.compile(r"\n{3,}")

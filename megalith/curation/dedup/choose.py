@@ -67,8 +67,24 @@ def choose(
         similarity[near] = store.similarity(near, kept[near], kind)
         verdict[near] = NEAR
         if direct:
-            verdict[near[similarity[near] < threshold]] = STAYS
+            _keep_distant(
+                store, near[similarity[near] < threshold], members[members < indexed], verdict, kept, similarity
+            )
     return Verdicts(verdict, kept, similarity)
+
+
+def _keep_distant(store: Store, distant, of_index, verdict, kept, similarity) -> None:
+    """Documents that are not similar to the one that stays stay too, but of their exact copies only the first.
+
+    distant, of_index: int, rising; documents of the index among them were there before.
+    """
+    pool = np.concatenate([of_index, distant])
+    _, first, inverse = np.unique(store.digests[pool], return_index=True, return_inverse=True)
+    twin = pool[first[inverse]][len(of_index) :]
+    copies = twin != distant
+    verdict[distant] = np.where(copies, EXACT, STAYS)
+    kept[distant] = twin
+    similarity[distant] = 1.0
 
 
 def source_table(names: Sequence[str], source: np.ndarray, removed: np.ndarray) -> dict[str, dict[str, float]]:

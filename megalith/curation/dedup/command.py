@@ -16,6 +16,7 @@ import numpy as np
 
 from megalith.common.errors import ConfigError, problem
 from megalith.common.files import atomic_path
+from megalith.common.locks import locked
 from megalith.curation.dedup.choose import NEAR, STAYS, Verdicts, choose, over_budget, source_table, stop_over_budget
 from megalith.curation.dedup.index import MANIFEST, Generation, add_generation, generations
 from megalith.curation.dedup.links import Groups, find_groups
@@ -70,6 +71,14 @@ class Dedup(DedupSettings, Command):
         """Sign, find groups, filter."""
         if self.by == "paragraph":
             return self._paragraphs(run)
+        if not self.index:
+            return self._documents(run)
+        # One at a time: of two that run together neither would be compared with the other.
+        with locked(self.index, inside=True, notice=run.notice) as still_held:
+            run.locks.append(still_held)
+            return self._documents(run)
+
+    def _documents(self, run: Run) -> dict[str, Any]:
         earlier = generations(self.index, self.signature_settings, run.output) if self.index else []
         if self.index:
             run.notice(f"{self.index}: {len(earlier)} earlier runs are compared with")
@@ -96,7 +105,7 @@ class Dedup(DedupSettings, Command):
         done = self._filter(run, verdicts, indexed, signed)
         run.assemble_documents(done)
         if self.index:
-            _add_to_index(self, run, pieces, ~removed, name, indexed, len(earlier))
+            _add_to_index(self, run, pieces, ~removed, name, indexed)
         os.replace(evidence, run.beside(EVIDENCE))
         evidence = run.beside(EVIDENCE)
         clusters = _clusters(groups, verdicts, indexed, name)
@@ -138,10 +147,6 @@ class Dedup(DedupSettings, Command):
         with run.clock("groups"):
             path = (run.folder / "first.bin").resolve()
             first = first_occurrences(lambda: signed.arrays("paragraphs", np.uint64), count, path)
-            start = 0
-            for piece in signed.arrays("paragraphs", np.uint64):  # short ones, and empty lines, stay
-                first[start : start + len(piece)] |= piece == 0
-                start += len(piece)
             first.base.flush() if hasattr(first.base, "flush") else None
         done = run.step_pass(DropParagraphs(str(path), signed.starts("paragraphs")), "filter", final=True)
         run.assemble_documents(done)
@@ -244,10 +249,10 @@ def _clusters(groups: Groups, verdicts: Verdicts, indexed: int, name: _Names) ->
     return found
 
 
-def _add_to_index(settings, run: Run, pieces: Sequence[Piece], stays, name: _Names, indexed: int, number: int) -> None:
+def _add_to_index(settings, run: Run, pieces: Sequence[Piece], stays, name: _Names, indexed: int) -> None:
     ends = np.cumsum([0, *(len(piece.digests) for piece in pieces)])
     parts: Iterable[tuple[Piece, np.ndarray]] = (
         (piece, stays[start:end]) for piece, start, end in zip(pieces, ends, ends[1:])
     )
     names: Iterator[str] = (name(indexed + i) for i in np.flatnonzero(stays).tolist())
-    add_generation(settings.index, settings.signature_settings, run.output, number, parts, names, run.still_held)
+    add_generation(settings.index, settings.signature_settings, run.output, parts, names, run.still_held)

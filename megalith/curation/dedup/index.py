@@ -9,6 +9,7 @@ A run adds its own folder when its output is in place. Only runs with equal sett
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -90,27 +91,39 @@ def generations(folder: str, settings: dict[str, Any], output: str) -> list[Gene
     return found
 
 
+def _target(folder: pathlib.Path, output: str) -> pathlib.Path:
+    """Where a run with this output writes: where it has written before, or after the last."""
+    last = -1
+    for path in sorted(folder.glob("[0-9]*/" + MANIFEST)):
+        if json.loads(path.read_text(encoding="utf-8"))["output"] == os.path.realpath(output):
+            return path.parent
+        last = int(path.parent.name)
+    return folder / f"{last + 1:06d}"
+
+
 def add_generation(
     folder: str,
     settings: dict[str, Any],
     output: str,
-    number: int,
     pieces: Iterable[tuple[Piece, np.ndarray]],
     names: Iterator[str],
     ready: Callable[[], None],
 ) -> None:
-    """Write what a run adds, as number `number`; one of the same output is replaced.
+    """Write what a run adds, after all others; what a run of the same output has added is replaced.
 
     pieces: with the documents of each that stayed, bool [n]. names: of those documents, in order.
     """
-    target = pathlib.Path(folder, f"{number:06d}")
+    target = _target(pathlib.Path(folder), output)
     temporary = temporary_path(target)
     temporary.mkdir(parents=True)
     bands: list[np.ndarray] = []
     try:
         files = {name: open(temporary / name, "wb") for name in ("digests", "lengths", "counts", "shingles")}  # noqa: SIM115
+        content = hashlib.sha256()
         for piece, stays in pieces:
-            files["digests"].write(piece.digests[stays].tobytes())
+            digests = piece.digests[stays].tobytes()
+            content.update(digests)
+            files["digests"].write(digests)
             files["lengths"].write(piece.lengths[stays].tobytes())
             if len(piece.counts):
                 files["counts"].write(piece.counts[stays].tobytes())
@@ -123,6 +136,7 @@ def add_generation(
         np.concatenate(bands, 1).tofile(temporary / "bands") if bands else (temporary / "bands").touch()
         (temporary / "names").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
         manifest = {"version": VERSION, "settings": settings, "output": os.path.realpath(output)}
+        manifest["content"] = content.hexdigest()  # so that later runs notice a replaced one (Dedup.files)
         (temporary / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
         ready()
         if target.exists():

@@ -16,7 +16,7 @@ AT_ONCE = 1 << 24  # values in memory
 
 
 def first_occurrences(values: Callable[[], Iterable[np.ndarray]], count: int, path: pathlib.Path) -> np.ndarray:
-    """bool [count], in a file at `path`: whether a value was not there before.
+    """bool [count], in a file at `path`: whether a value was not there before; 0 is no value, and always new.
 
     values: called for the uint64 values in pieces, in order. They are sorted range by range, AT_ONCE of them or so, so
     that memory does not grow with their number.
@@ -27,7 +27,9 @@ def first_occurrences(values: Callable[[], Iterable[np.ndarray]], count: int, pa
         found, places, start = [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)], 0
         for piece in values():
             # Values may be anything, hashes too, so they are mixed before they are cut into ranges.
-            inside = np.flatnonzero(mix(piece) % np.uint64(ranges) == number) if ranges > 1 else np.arange(len(piece))
+            inside = np.flatnonzero((piece != 0) & (mix(piece) % np.uint64(ranges) == number))
+            if number == 0:
+                first[start : start + len(piece)] = piece == 0
             found.append(piece[inside])
             places.append(inside + start)
             start += len(piece)

@@ -137,12 +137,15 @@ def _page(content: bytes, max_bytes: int) -> Page | Damage:
         title = re.search(rb"<title>(.{0,80})", content)
         shown = title[1].decode(errors="replace") if title else "without a title"
         return Damage(f"malformed page {shown!r} ({error})")
+    namespace = page.findtext("ns") or "0"
+    if re.fullmatch(r"\s*-?\d{1,9}\s*", namespace) is None:
+        return Damage(f"malformed page {page.findtext('title', '')[:80]!r} (its namespace is {namespace[:20]!r})")
     redirect = page.find("redirect")
     text = page.find("revision/text")
     return Page(
         page.findtext("title", ""),
         page.findtext("id", ""),
-        int(page.findtext("ns") or 0),
+        int(namespace),
         redirect.get("title", "") if redirect is not None else "",
         (text.text or "") if text is not None else "",
     )
