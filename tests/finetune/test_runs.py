@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from megalith import checkpoint
+from megalith.data.samples.epochs import Epochs
 from megalith.testing import run_ranks
 from megalith.training.pretrain import train
 from tests.finetune.files import table, task_config
@@ -98,8 +99,29 @@ def test_a_stopped_run_resumes_with_other_processes_and_loses_no_sample(files, w
     assert train(config.replace(exit_interval=2)).iteration == 2
     run_ranks(train, 2, config.replace(global_batch_size=4))
     lines = [line for line in records(str(tmp_path / "run")) if "loss" in line]
-    assert [line["consumed_samples"] for line in lines] == [8, 16, 20, 24, 28, 32, 36, 40, 44, 48]
+    assert [line["consumed_samples"] for line in lines] == [8, 16, 20, 24, 28, 32, 36, 40, 44, 46]
     assert losses(str(tmp_path / "run"))[:2] == losses(str(whole))[:2]
+
+
+def test_a_longer_run_reads_each_sample_once_in_every_epoch(files, tmp_path, monkeypatch):
+    """The first run ends in the middle of a batch of 8, after 23 samples; the next one goes on with the 24th."""
+    read = list[int]()
+
+    def note(self: Epochs, index: int) -> dict:
+        read.append(index)
+        return original(self, index)
+
+    original = Epochs.__getitem__
+    monkeypatch.setattr(Epochs, "__getitem__", note)
+    for epochs in (1.0, 2.0):
+        config = task_config(
+            files, tmp_path / "run", epochs=epochs, valid_data=[], num_workers=0, override_opt_param_scheduler=True
+        )
+        assert train(config).consumed_train_samples == 23 * epochs
+    assert [index for index in read if index < 23] == list(
+        range(23)
+    )  # the rest of the first run's last batch is padding
+    assert read.count(23) == 2 and all(read.count(index) == 1 for index in range(24, 46))
 
 
 def test_the_best_checkpoint_is_kept_and_a_resumed_run_compares_with_it(files, tmp_path, capsys, monkeypatch):
