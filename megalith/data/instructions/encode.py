@@ -104,7 +104,7 @@ class ChatEncoder:
                 raise TemplateError(str(error), number) from None
 
     def _text_and_spans(self, chat: Chat) -> tuple[str, list[Span]]:
-        """The text of a chat, and the characters of the turns that are trained; of all others, where all are trained."""
+        """The text of a chat, and the characters of what is trained; where prompts are, too, of what is not."""
         if not self.assistant_only and all(chat.trained):
             return self._render(chat.messages, chat.variables, prompt=False), []
         if self.template.has_marks:

@@ -1,0 +1,64 @@
+"""What the model of a run is built from, where that is not random weights or a checkpoint that fits it name by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from megalith.checkpoint.weights import Weights, read_megalith
+from megalith.config.heads import is_of_head, new_head, with_head
+from megalith.config.parameters import parameter_shapes
+from megalith.config.run import RunConfig
+from megalith.config.sections.model import ModelConfig
+from megalith.training.resume import lora
+from megalith.training.resume.source import is_foreign, read_foreign, source_of, weights_only
+from megalith.training.resume.towers import projections, read_towers
+
+
+class Start(NamedTuple):
+    """Weights that a model is built from (None: random ones), and the parameters that they lack, which are drawn."""
+
+    weights: Weights | None = None
+    drawn: Sequence[str] = ()
+
+
+def read_start(config: RunConfig) -> Start:
+    """What the model is built from: a base with its adapters, an encoder for a new head, a BERT for two towers.
+
+    Of what is loaded name by name (saving.py: resume) nothing. Raises CheckpointError, see lora.py and towers.py.
+    """
+    if config.lora.lora_rank:
+        return Start(lora.read_start(config))
+    source = source_of(config)
+    if source is not None and weights_only(config) and config.model.architecture.head:
+        foreign = is_foreign(source)
+        weights = read_foreign(config) if foreign else read_megalith(source, config.checkpoint.ckpt_step)
+        if new_head(config.model, weights.config.model):
+            return for_head(weights, config.model)
+    return Start(towers, projections(config)) if (towers := read_towers(config)) is not None else Start()
+
+
+def read_weights(config: RunConfig) -> Start:
+    """All that --load names, with the adapters of a LoRA run; nothing where it names nothing.
+
+    For a check that takes no steps of a run: a run resumes.
+    """
+    if config.checkpoint.load is None:
+        return Start()
+    if config.lora.lora_rank:
+        return Start(lora.read_start(config))
+    return for_head(read_foreign(config), config.model)
+
+
+def for_head(weights: Weights, model: ModelConfig) -> Start:
+    """Weights as those of `model` but for its head, where they have another one or none; else as they are."""
+    head = new_head(model, weights.config.model)
+    if not head:
+        return Start(weights)
+    names = list(parameter_shapes(model))
+    kept = {f"model/{name}" for name in names if not is_of_head(name, head)}
+    config = dataclasses.replace(weights.config, model=with_head(weights.config.model, model))
+    tensors = {name: lazy for name, lazy in weights.tensors.items() if name in kept}
+    drawn = [name for name in names if is_of_head(name, head)]
+    return Start(dataclasses.replace(weights, config=config, tensors=tensors), drawn)
