@@ -28,8 +28,8 @@ def with_head(then: ModelConfig, now: ModelConfig) -> ModelConfig:
 
 
 def is_of_head(name: str, head: tuple[str, ...]) -> bool:
-    """Whether a parameter ("classifier.weight") is of one of these modules."""
-    return name.startswith(tuple(f"{module}." for module in head))
+    """Whether a parameter ("classifier.weight"), or a tensor of a checkpoint, is of one of these modules."""
+    return name.removeprefix("model/").startswith(tuple(f"{module}." for module in head))
 
 
 def describe_new_head(now: ModelConfig, then: ModelConfig) -> str:

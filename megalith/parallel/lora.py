@@ -88,13 +88,17 @@ def _split_of(layer: ParallelLinear) -> tuple[int | None, int | None, tuple[str,
 
 
 def apply(
-    model: nn.Module, modules: Collection[str], lora: LoraConfig, make_dropout: MakeDropout, dtype: torch.dtype
+    model: nn.Module, modules: Collection[str], lora: LoraConfig, make_dropout: MakeDropout, dtype: torch.dtype,
+    head: Collection[str] = (),
 ) -> None:  # fmt: skip
     """Freeze a model on meta, or a stage of one, and give adapters to those of its linear layers that `modules` names.
 
-    It may have been split by a plan. dtype: of the adapters.
+    It may have been split by a plan. dtype: of what is trained. head: modules of the model that are trained whole.
     """
     model.requires_grad_(False)
+    for whole in filter(None, (getattr(model, name) for name in head)):  # None on other stages
+        for parameter in whole.parameters():
+            parameter.requires_grad_(True).data = parameter.data.to(dtype)
     for number, block in model.layers.items():
         prefix = f"layers.{number}."
         adapters: dict[nn.Module, list[Adapter]] = {}  # by the module that is called with their dropout keys

@@ -70,11 +70,9 @@ def trainer_from(
     decays = functools.partial(weight_decays, config.model)
     optimizer = build_optimizer(rates.optimizer, runtime.named_parameters(), decays)
     schedule = Schedule(rates.optimizer, rates.schedule, batch)
-    base = None
-    if config.lora.lora_rank and start.weights is not None:
-        base = start.weights.train_state.get(adapters.BASE) or adapters.record_of(start.weights)
     return Trainer(
-        runtime, build_task(config, mesh, tokenizer), optimizer, schedule, build_loss_scale(config.precision), base
+        runtime, build_task(config, mesh, tokenizer), optimizer, schedule, build_loss_scale(config.precision),
+        start.weights.train_state.get(adapters.BASE) if config.lora.lora_rank and start.weights else None,
     )  # fmt: skip
 
 

@@ -10,7 +10,6 @@ from megalith.common.errors import problem
 from megalith.config.batch_math import data_parallel_size, global_batch
 from megalith.config.flags.text import Words, fail
 from megalith.config.run import RunConfig
-from megalith.config.sections.schedule import ScheduleConfig
 from megalith.testing.finetuning import STEPS, Steps, measure_steps
 from megalith.testing.parity import TOLERANCE, Difference, LayoutResult, compare, measure, merge
 from megalith.testing.ranks import MAX_RANKS, RankPool
@@ -108,7 +107,7 @@ def check_finetuning(
     Raises ConfigError or DataError where the machine cannot run it, or the data cannot be used.
     """
     samples = global_batch(config, data_parallel_size(config, processes))
-    schedule = ScheduleConfig(train_iters=STEPS)  # the run's warm-up may be longer
+    schedule = RunConfig().replace(train_iters=STEPS).schedule  # the run's warm-up may be longer
     config = dataclasses.replace(config, schedule=schedule).replace(
         device="cpu", bf16=False, fp16=False, global_batch_size=samples, lr=config.optimizer.lr or 1e-4, epochs=None
     )

@@ -38,9 +38,10 @@ def announce(
     if config.lora.lora_rank:
         shapes = adapter_shapes(config.model, config.lora)
         number, layers = sum(map(math.prod, shapes.values())), len(shapes) // 2
+        head = "".join(f" and the {name}" for name in config.model.architecture.head)
         print(
-            f"LoRA: {number:,} parameters of rank {config.lora.lora_rank} on {layers} linear layers are trained, on "
-            f"{(trainer.base or {}).get('path')}",
+            f"LoRA: {number:,} parameters of rank {config.lora.lora_rank} on {layers} linear layers{head} are trained, "
+            f"on {(trainer.base or {}).get('path')}",
             flush=True,
         )
     if config.retriever.bert_load and not progress.iteration and saving.source_of(config) is None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from megalith.checkpoint.weights import Weights, read_megalith
-from megalith.config.heads import is_of_head, new_head, with_head
+from megalith.checkpoint.weights import Weights, for_head, read_megalith
+from megalith.config.heads import is_of_head, new_head
 from megalith.config.parameters import parameter_shapes
 from megalith.config.run import RunConfig
 from megalith.config.sections.model import ModelConfig
@@ -29,13 +28,13 @@ def read_start(config: RunConfig) -> Start:
     Of what is loaded name by name (saving.py: resume) nothing. Raises CheckpointError, see lora.py and towers.py.
     """
     if config.lora.lora_rank:
-        return Start(lora.read_start(config))
+        return with_drawn_head(lora.read_start(config), config.model)
     source = source_of(config)
     if source is not None and weights_only(config) and config.model.architecture.head:
         foreign = is_foreign(source)
         weights = read_foreign(config) if foreign else read_megalith(source, config.checkpoint.ckpt_step)
         if new_head(config.model, weights.config.model):
-            return for_head(weights, config.model)
+            return with_drawn_head(weights, config.model)
     return Start(towers, projections(config)) if (towers := read_towers(config)) is not None else Start()
 
 
@@ -46,19 +45,12 @@ def read_weights(config: RunConfig) -> Start:
     """
     if config.checkpoint.load is None:
         return Start()
-    if config.lora.lora_rank:
-        return Start(lora.read_start(config))
-    return for_head(read_foreign(config), config.model)
+    return with_drawn_head(lora.read_start(config) if config.lora.lora_rank else read_foreign(config), config.model)
 
 
-def for_head(weights: Weights, model: ModelConfig) -> Start:
-    """Weights as those of `model` but for its head, where they have another one or none; else as they are."""
-    head = new_head(model, weights.config.model)
-    if not head:
+def with_drawn_head(weights: Weights | None, model: ModelConfig) -> Start:
+    """Weights for `model`, whose head is drawn where they have another one or none."""
+    if weights is None or not new_head(model, weights.config.model):
         return Start(weights)
-    names = list(parameter_shapes(model))
-    kept = {f"model/{name}" for name in names if not is_of_head(name, head)}
-    config = dataclasses.replace(weights.config, model=with_head(weights.config.model, model))
-    tensors = {name: lazy for name, lazy in weights.tensors.items() if name in kept}
-    drawn = [name for name in names if is_of_head(name, head)]
-    return Start(dataclasses.replace(weights, config=config, tensors=tensors), drawn)
+    found, head = for_head(weights, model), model.architecture.head
+    return Start(found, [name for name in parameter_shapes(model) if is_of_head(name, head)])
