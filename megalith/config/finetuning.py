@@ -67,9 +67,9 @@ def conclusions(values: Mapping[str, Any], notices: list[str]) -> dict[str, Any]
 
 
 def _instead(of_task: Mapping[str, Any], values: Mapping[str, Any], notices: list[str]) -> dict[str, Any]:
-    """What the task decides although `values` say otherwise: those of pretraining, or of another task.
+    """What the task decides although `values` say otherwise, as the YAML of pretraining or of another task does.
 
-    Such is the YAML of a run that the task follows. A line names what is neither. A user's own (module:name) stays.
+    Lines name what was another task's. A user's own (module:name) stays.
     """
     given = values.get("model_type", RunConfig().model.model_type)
     record, wanted = architecture(given), of_task.get("model_type", given)

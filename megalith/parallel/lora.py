@@ -96,9 +96,10 @@ def apply(
     It may have been split by a plan. dtype: of what is trained. head: modules of the model that are trained whole.
     """
     model.requires_grad_(False)
-    for whole in filter(None, (getattr(model, name) for name in head)):  # None on other stages
-        for parameter in whole.parameters():
-            parameter.requires_grad_(True).data = parameter.data.to(dtype)
+    for whole in (getattr(model, name) for name in head):
+        for module in [] if whole is None else whole.modules():  # None on other stages
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(parameter.detach().to(dtype)))
     for number, block in model.layers.items():
         prefix = f"layers.{number}."
         adapters: dict[nn.Module, list[Adapter]] = {}  # by the module that is called with their dropout keys

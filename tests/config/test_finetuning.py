@@ -2,6 +2,7 @@
 
 import pytest
 
+from megalith.config.checks.finetune import finetune_problems
 from megalith.config.finetuning import conclusions
 from megalith.config.flags.flags import read
 from megalith.config.flags.loading import resolve
@@ -58,3 +59,12 @@ def test_the_yaml_of_a_run_of_another_task(tmp_path):
     config, notices = resolve(reading)
     assert (config.data.dataset, config.finetuning.task) == ("completion", "completion")
     assert "--dataset is completion, as the task has it, and not chat" in notices
+
+
+def test_a_decoder_of_answers_alone_trains_no_prompts():
+    config = RunConfig().replace(model_type="t5", dataset="chat", assistant_only_loss=False)
+    texts = [each.text for each in finetune_problems(config)]
+    wanted = "--assistant-only-loss must be true for a t5, whose decoder reads nothing but answers; found False. Leave"
+    assert any(text.startswith(wanted) for text in texts)
+    others = finetune_problems(config.replace(model_type="gpt"))
+    assert not any("--assistant-only-loss" in each.text for each in others)

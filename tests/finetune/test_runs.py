@@ -11,10 +11,14 @@ from megalith import checkpoint
 from megalith.data.samples.epochs import Epochs
 from megalith.testing import run_ranks
 from megalith.training.best import best_so_far
+from megalith.training.callbacks import ValidationRecord
+from megalith.training.predictions import WritePredictions
 from megalith.training.pretrain import train
 from megalith.training.reporting.metrics import splits_measured_at
+from megalith.training.resume.state import Progress
 from tests.finetune.files import table, task_config
 from tests.tiny import losses, records
+from tests.training.records import run_info
 
 
 def validations(run: pathlib.Path, name: str = "validation") -> list[tuple[int, float, float]]:
@@ -170,6 +174,15 @@ def test_the_best_is_of_the_same_data_and_of_training(files, tmp_path):
     assert [best_so_far(config, 4, "accuracy", data).step for data in ("a", "b")] == [4, 2]
     assert best_so_far(config, 3, "accuracy", "a").step == 1
     assert splits_measured_at(run / "metrics.jsonl", 3, "a") == set()
+
+
+def test_results_have_no_numbers_of_an_earlier_step():
+    """As where the last validation failed."""
+    writer = WritePredictions(None, Progress(iteration=6), {}, 8, None)
+    for step in (3, 6):
+        assert writer.numbers_of("validation") == {}
+        writer.on_validation(run_info(), ValidationRecord(step=step, consumed_samples=8, losses={"loss": float(step)}))
+    assert writer.numbers_of("validation") == writer.numbers_of("validation/one") == {"loss": 6.0}
 
 
 def test_files_without_labels_are_predicted_and_not_scored(files, tmp_path, capsys):

@@ -11,6 +11,8 @@ from megalith.common.errors import CheckpointError
 from megalith.config.run import RunConfig
 from megalith.testing import run_ranks
 from megalith.training.pretrain import train
+from megalith.training.resume.labels import compare_labels
+from megalith.training.resume.source import Source
 from megalith.workflows.conversion import convert
 from megalith.workflows.parity import check_finetuning
 from tests.finetune.files import table, task_config
@@ -109,6 +111,19 @@ def test_a_head_of_other_labels_is_not_resumed_nor_measured(files, tmp_path, cap
     said = capsys.readouterr().out
     assert "the classes of the head were a, b, c, and are b, a, c now" in said
     assert "turned.yaml, and was " in said
+
+
+def test_a_head_of_another_task_with_the_same_labels_is_told(files, tmp_path):
+    """It may be meant: a head of QQP on pairs of MRPC."""
+    config = task_config(files, tmp_path, "mrpc", epochs=0.0, skip_train=True)
+    source = Source("run", task_config(files, tmp_path, "qqp"), None, {"labels": ["0", "1"]})
+    told = ["the task is mrpc, and was qqp when the head was trained"]
+    assert compare_labels(source, config, new_run=True) == told
+    assert compare_labels(source, source.config, new_run=True) == []
+    turned = source._replace(train_state={"labels": ["1", "0"]})
+    with pytest.raises(CheckpointError, match="labels of the task mrpc must be those that the head of run has learned"):
+        compare_labels(turned, config, new_run=True)
+    assert compare_labels(source._replace(train_state={}), config, new_run=True) == told  # of an older release
 
 
 def test_epochs_0_measures_a_finetuned_model_and_not_one_without_its_head(files, pretrained, tmp_path):

@@ -1,5 +1,6 @@
 """Adapters under the head of a classifier, which is trained whole beside them: against peft, and in runs."""
 
+import json
 import pathlib
 
 import peft
@@ -13,7 +14,6 @@ from megalith.checkpoint import formats
 from megalith.checkpoint.formats import HuggingFaceOptions, PeftOptions, adapters
 from megalith.checkpoint.tensors.lazy import Lazy
 from megalith.checkpoint.weights import Weights
-from megalith.common.errors import CheckpointError
 from megalith.config.adapters import adapter_shapes, is_adapter
 from megalith.runtime.load import load_model
 from megalith.testing import run_ranks
@@ -131,10 +131,10 @@ def test_a_run_trains_adapters_and_head_is_resumed_and_exported(files, tmp_path)
     convert(tmp_path / "whole", tmp_path / "peft", to="peft")
     apart = formats.read(tmp_path / "peft")
     assert all(torch.equal(apart[name], tensors[name]) for name in model)
-    other = config.replace(run_dir=str(tmp_path / "other"), pretrained_checkpoint=str(tmp_path / "whole"), lora_rank=0)
-    train(other.replace(epochs=0.0, lora_dropout=0.0))  # measures the merged model
-    with pytest.raises(CheckpointError, match="must be of a LoRA run to resume"):
-        train(config.replace(run_dir=str(files / "bert"), pretrained_checkpoint=None))
+    measure = {"run_dir": str(tmp_path / "measured"), "pretrained_checkpoint": str(tmp_path / "whole"), "epochs": 0.0}
+    train(config.replace(**measure))
+    before, after = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "measured"))
+    assert after["validation"] == pytest.approx(before["validation"], rel=1e-5)
 
 
 @pytest.mark.slow

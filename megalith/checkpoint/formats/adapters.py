@@ -57,13 +57,12 @@ def attach(base: Weights, adapter: Weights) -> Weights:
         cure = f"Name those: --load BASE --adapter {adapter.source}"
         raise CheckpointError(problem("The base of adapters", base.source, rule, cure))
     base = for_head(base, adapter.config.model)  # whose head was trained with the adapters
-    own = dict(base.tensors)
     tokenizer = [name for name in adapter.files if name.startswith("tokenizer/")]
     files = {name: file for name, file in base.files.items() if not (tokenizer and name.startswith("tokenizer/"))}
     return dataclasses.replace(
         adapter,
         config=dataclasses.replace(adapter.config, model=base.config.model),
-        tensors={**own, **adapter.tensors},
+        tensors={**base.tensors, **adapter.tensors},
         train_state={**adapter.train_state, BASE: record_of(base, found)},
         files={**files, **adapter.files},
         notes=(*base.notes, *adapter.notes, f"adapters of rank {adapter.config.lora.lora_rank} on {base.source}"),

@@ -1,9 +1,9 @@
 """Adapters in the form of the library peft: a folder with adapter_config.json and adapter_model.safetensors.
 
-Names are those of transformers' modules, from the base's table (huggingface/families/). The head of a classifier is
-trained whole, and is there under its own name (`modules_to_save`). Where transformers has one
+Names are those of transformers' modules, from the base's table (huggingface/families/). Where transformers has one
 layer for several of ours (q, k and v of GPT-2), its adapter has their A one above the other, and the B of each in
 columns of its own. That computes the same, and is of so many times the rank (rank_pattern and alpha_pattern say it).
+The head of a classifier is trained whole, and is there under its own name (modules_to_save).
 """
 
 from __future__ import annotations
@@ -45,8 +45,6 @@ SUPPORTED: dict[str, tuple] = {
     "arrow_config": (None,), "kasa_config": (None,), "monteclora_config": (None,),
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # PiSSA, OLoRA, ... change the base too
 }  # fmt: skip
-
-
 CLASSIFIER = "SEQ_CLS"  # the task of peft that brings these modules, as far as a model has them
 CLASSIFIER_MODULES = ("classifier", "score")
 
