@@ -146,7 +146,7 @@ def read_adapter(path: pathlib.Path, base: Weights) -> Weights:
         scale = alpha / (a.shape[0] ** 0.5 if given.get("use_rslora") else a.shape[0])
         pairs |= {each: (*pair, scale) for each, pair in _split(layer, a.read(), b.read(), given.get("r", 8)).items()}
     if stored or not pairs:
-        rule = "must be of linear layers of the transformer blocks of this base, and of its head, alone"
+        rule = "must be of linear layers of the transformer blocks of this base alone, or of its head"
         cure = f"Name the base that they were trained on: --load BASE --adapter {path}"
         raise CheckpointError(problem(f"{path}: adapters", sorted(stored)[:4] or Words("none"), rule, cure))
     rank, scale = max(len(a) for a, _, _ in pairs.values()), max(scale for _, _, scale in pairs.values())
