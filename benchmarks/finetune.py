@@ -133,11 +133,12 @@ class Candidate:
 
     def __init__(self, config, mesh):
         from megalith.training.build import build_loaders, open_datasets, open_tokenizer, trainer_from
+        from megalith.training.resume.start import Start
         from megalith.training.resume.state import Progress
 
         tokenizer, _ = open_tokenizer(config)
         self.loader = build_loaders(config, mesh, open_datasets(config, mesh, tokenizer))["train"]
-        self.trainer = trainer_from(None, config, mesh, tokenizer)
+        self.trainer = trainer_from(Start(), config, mesh, tokenizer)
         self.progress, self.batch = Progress(), config.batch.global_batch_size
         self.tokens = self.counted = 0  # of the last `steps`: of rows, and of them those that are not padding
 

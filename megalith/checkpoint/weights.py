@@ -8,10 +8,10 @@ A tensor is read when it is asked for, so that the memory needed is that of the 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,11 +26,15 @@ from megalith.checkpoint.store.saving import SaveRequest
 from megalith.checkpoint.store.saving import write as write_checkpoint
 from megalith.checkpoint.tensors.chunked import INDEX, DcpFolder
 from megalith.checkpoint.tensors.lazy import Lazy
+from megalith.config.adapters import is_adapter
 from megalith.config.flags.loading import stored_config, to_yaml
+from megalith.config.heads import is_of_head, new_head, with_head
+from megalith.config.parameters import parameter_shapes
 from megalith.config.run import RunConfig
+from megalith.config.sections.model import ModelConfig
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Weights(Mapping[str, Tensor]):
     """Tensors under megalith's canonical names, and what else a run needs to resume from them.
 
@@ -45,8 +49,8 @@ class Weights(Mapping[str, Tensor]):
     config: RunConfig
     tensors: Mapping[str, Lazy]
     iteration: int = 0
-    train_state: Mapping[str, Any] = field(default_factory=dict)
-    files: Mapping[str, pathlib.Path] = field(default_factory=dict)
+    train_state: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    files: Mapping[str, pathlib.Path] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     source: str = "the weights"
 
@@ -63,6 +67,20 @@ class Weights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.tensors)
+
+
+def for_head(weights: Weights, model: ModelConfig) -> Weights:
+    """Weights as those of `model` without its head, where they have another one or none (config/heads.py); else all.
+
+    The head's own tensors are then to be drawn, or to be added.
+    """
+    then = weights.config.model
+    if not (head := new_head(model, then)):
+        return weights
+    kept = {f"model/{name}" for name in parameter_shapes(model) if not is_of_head(name, head)}
+    config = dataclasses.replace(weights.config, model=with_head(then, model))
+    tensors = {name: lazy for name, lazy in weights.tensors.items() if name in kept or is_adapter(name)}
+    return dataclasses.replace(weights, config=config, tensors=tensors)
 
 
 def read_megalith(path: str | os.PathLike, iteration: int | None = None) -> Weights:

@@ -1,13 +1,15 @@
 """Low-rank adapters (LoRA): which linear layers have them, and the names and shapes of their parameters. No torch.
 
 The linear layer `layers.0.attention.q` of weight W [out, in] gets A [rank, in] and B [out, rank], as
-`layers.0.attention.q.lora.a` and `layers.0.attention.q.lora.b`, and computes W x + scale B A x.
+`layers.0.attention.q.lora.a` and `layers.0.attention.q.lora.b`, and computes W x + scale B A x. A model that is an
+encoder with a head (architectures.py: `head`) has its head trained whole beside them.
 """
 
 from __future__ import annotations
 
 import fnmatch
 
+from megalith.config.heads import is_of_head
 from megalith.config.parameter_kinds import ADAPTERS
 from megalith.config.parameters import Shapes, parameter_kind, parameter_shapes
 from megalith.config.run import RunConfig
@@ -20,6 +22,11 @@ A, B = ADAPTERS  # ends of names
 def is_adapter(name: str) -> bool:
     """Whether a parameter, or a tensor of a checkpoint, is an adapter's."""
     return name.endswith((A, B))
+
+
+def is_trained(name: str, model: ModelConfig) -> bool:
+    """Whether a LoRA run trains a parameter, or a tensor of a checkpoint: an adapter's, or one of the model's head."""
+    return is_adapter(name) or is_of_head(name, model.architecture.head)
 
 
 def adaptable_modules(model: ModelConfig) -> Shapes:

@@ -68,6 +68,13 @@ def steps_left(config: RunConfig, dp: int, consumed: int) -> int:
     return -(-max(0, (config.schedule.train_samples or 0) - consumed) // global_batch(config, dp))
 
 
+def counted_samples(config: RunConfig, samples: int, consumed: int) -> int:
+    """How many of a step's `samples` are data: what fills the last batch of a run in epochs is not."""
+    if not config.finetuning.epochs or config.schedule.train_samples is None:
+        return samples
+    return min(samples, config.schedule.train_samples - consumed)
+
+
 def check_length(config: RunConfig, dp: int) -> None:
     """Raise ConfigError where a run that is to train is shorter than one step."""
     if config.validation.skip_train or config.finetuning.epochs or total_steps(config, dp):

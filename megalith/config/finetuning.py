@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from megalith.common.registry import Registry, load
-from megalith.config.architectures import architecture
+from megalith.config.architectures import ARCHITECTURES, architecture
 from megalith.config.flags.text import flag, value_text
+from megalith.config.flags.values import fields
 from megalith.config.run import RunConfig
 from megalith.config.sections.data import INSTRUCTIONS
 
@@ -50,7 +51,7 @@ def conclusions(values: Mapping[str, Any], notices: list[str]) -> dict[str, Any]
     if task is not None:
         of_task = task_defaults(task)
         found = {name: value for name, value in of_task.items() if values.get(name) is None}
-        found |= _head_for_its_base(of_task, values, notices)
+        found |= _instead(of_task, values, notices)
         if corpora := [name for name in CORPORA if values.get(name)]:
             notices.append(f"{' and '.join(map(flag, corpora))} has no effect: --train-data is read")
         if values.get("dataloader_type") == "cyclic":
@@ -65,22 +66,29 @@ def conclusions(values: Mapping[str, Any], notices: list[str]) -> dict[str, Any]
     return found
 
 
-def _head_for_its_base(of_task: Mapping[str, Any], values: Mapping[str, Any], notices: list[str]) -> dict[str, Any]:
-    """The task's model, where a file of pretraining has the one that it is a head on, with its data and loss.
+def _instead(of_task: Mapping[str, Any], values: Mapping[str, Any], notices: list[str]) -> dict[str, Any]:
+    """What the task decides although `values` say otherwise, as the YAML of pretraining or of another task does.
 
-    Of a task without a model of its own its data, where the file has the model's usual ones.
+    Lines name what was another task's. A user's own (module:name) stays.
     """
-    if "model_type" not in of_task:
-        usual_data = architecture(values.get("model_type", RunConfig().model.model_type)).dataset
-        return dict(of_task) if values.get("dataset") == usual_data else {}
-    record, given = architecture(of_task["model_type"]), values.get("model_type")
-    if record.head_of is None or given != record.head_of:
-        return {}
-    base = architecture(given)
-    notices.append(f"the model is {record.name}, a {given} with the head of the task")
-    usual = {"model_type": given, "dataset": base.dataset, "loss": base.loss, "name": base.name}
-    usual |= {"num_classes": RunConfig().model.num_classes}  # which a BERT has no use for
-    return {name: of_task[name] for name, value in usual.items() if values.get(name) == value and name in of_task}
+    given = values.get("model_type", RunConfig().model.model_type)
+    record, wanted = architecture(given), of_task.get("model_type", given)
+    builtin: dict[str, Iterable[Any]] = {name: fields()[name].metadata["names"] for name in ("dataset", "loss")}
+    builtin["name"] = (*TASKS, *ARCHITECTURES)
+    if given != wanted and given in ARCHITECTURES and (record.head_of or given) == architecture(wanted).head_of:
+        builtin |= {"model_type": (given,), "num_classes": (RunConfig().model.num_classes,)}
+    found = {
+        name: value for name, value in of_task.items()
+        if values.get(name) not in (None, value) and values[name] in builtin.get(name, ())
+    }  # fmt: skip
+    if "model_type" in found and record.head_of is None:
+        notices.append(f"the model is {wanted}, a {given} with the head of the task")
+    usual = {} if record.head_of else {"model_type": given, "dataset": record.dataset, "loss": record.loss}
+    notices += [
+        f"{flag(name)} is {found[name]}, as the task has it, and not {values[name]}"
+        for name in ("model_type", "dataset", "loss") if name in found and values[name] != usual.get(name)
+    ]  # fmt: skip
+    return found
 
 
 def completed(config: RunConfig) -> RunConfig:

@@ -28,7 +28,7 @@ def with_head(then: ModelConfig, now: ModelConfig) -> ModelConfig:
 
 
 def is_of_head(name: str, head: tuple[str, ...]) -> bool:
-    """Whether a tensor of a checkpoint ("model/classifier.weight") is of one of these modules."""
+    """Whether a parameter ("classifier.weight"), or a tensor of a checkpoint, is of one of these modules."""
     return name.removeprefix("model/").startswith(tuple(f"{module}." for module in head))
 
 

@@ -88,13 +88,18 @@ def _split_of(layer: ParallelLinear) -> tuple[int | None, int | None, tuple[str,
 
 
 def apply(
-    model: nn.Module, modules: Collection[str], lora: LoraConfig, make_dropout: MakeDropout, dtype: torch.dtype
+    model: nn.Module, modules: Collection[str], lora: LoraConfig, make_dropout: MakeDropout, dtype: torch.dtype,
+    head: Collection[str] = (),
 ) -> None:  # fmt: skip
     """Freeze a model on meta, or a stage of one, and give adapters to those of its linear layers that `modules` names.
 
-    It may have been split by a plan. dtype: of the adapters.
+    It may have been split by a plan. dtype: of what is trained. head: modules of the model that are trained whole.
     """
     model.requires_grad_(False)
+    for whole in (getattr(model, name) for name in head):
+        for module in [] if whole is None else whole.modules():  # None on other stages
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(parameter.detach().to(dtype)))
     for number, block in model.layers.items():
         prefix = f"layers.{number}."
         adapters: dict[nn.Module, list[Adapter]] = {}  # by the module that is called with their dropout keys

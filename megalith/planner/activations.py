@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from megalith.common.errors import ConfigError, problem
 from megalith.config.run import RunConfig
+from megalith.config.sections.data import INSTRUCTIONS
 
 # Tensors of the MLP's inner width that are kept for the activation and the product with `up` (not the input of `down`).
 INNER = {"gelu": 1, "gelu_tanh": 1, "squared_relu": 1, "swiglu": 3, "geglu": 3, "geglu_tanh": 3, "reglu": 2, "liglu": 2}
@@ -121,10 +122,11 @@ def end_terms(config: RunConfig) -> dict[str, int]:
 
 def attention_path(config: RunConfig) -> str:
     """Kind of core attention on the CPU: explicit, fused, or blocks (fused on blocks of queries, each recomputed)."""
-    m = config.model
+    m, data = config.model, config.data
     if m.attention_backend in ("explicit", "unfused", "local") or m.attention_dropout:
         return "explicit"
-    return "blocks" if m.positions == "alibi" or m.sliding_window or config.data.reset_attention_mask else "fused"
+    documents = data.reset_attention_mask or (data.dataset in INSTRUCTIONS and data.packing)
+    return "blocks" if m.positions == "alibi" or m.sliding_window or documents else "fused"
 
 
 def _tokens(config: RunConfig) -> int:

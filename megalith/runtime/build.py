@@ -355,8 +355,8 @@ def plan_of(config: RunConfig) -> plan.Plan:
 
 
 def add_adapters(model: nn.Module, lora: LoraConfig, dtype: torch.dtype) -> None:
-    """Freeze a model on meta, or a stage of one, split or not, and give it adapters of this dtype."""
-    low_rank.apply(model, adapted_modules(model.config, lora), lora, Dropout, dtype)
+    """Freeze a model on meta, or a stage of one, but for its head, split or not, and give it adapters of this dtype."""
+    low_rank.apply(model, adapted_modules(model.config, lora), lora, Dropout, dtype, model.config.architecture.head)
 
 
 def build_model(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,10 +12,13 @@ from torch import Tensor
 from megalith.config.adapters import A, B, is_adapter
 from megalith.config.run import RunConfig
 from megalith.parallel import mesh as meshes
+from megalith.runtime.build import Runtime
 from megalith.testing.parity import LayoutResult, draw_adapters, full_tensor
-from megalith.training.build import build_loaders, open_datasets, open_tokenizer, starting_weights, trainer_from
+from megalith.training.build import build_loaders, open_datasets, open_tokenizer, trainer_from
+from megalith.training.resume.start import read_weights
 from megalith.training.resume.state import Progress
 from megalith.training.step import train_step
+from megalith.training.tasks import Batch, Task
 
 STEPS = 2
 
@@ -23,7 +28,8 @@ class Steps:
     """One rank's result of some steps.
 
     steps: of each, its loss and gradients, as of one step; in the last the place of the gradients is taken by the
-    weights after all steps, with the adapters merged into them. masks: {sample: its loss mask}, of each step.
+    weights after all steps, with the adapters merged into them. masks: {sample: its loss mask}, of each step, NaN where
+    another context-parallel rank has the token.
     """
 
     steps: list[LayoutResult]
@@ -39,7 +45,7 @@ def measure_steps(config: RunConfig, dtype: torch.dtype = torch.float64, steps: 
     mesh = meshes.init_mesh(config.parallel)
     tokenizer, _ = open_tokenizer(config)
     loader = build_loaders(config, mesh, open_datasets(config, mesh, tokenizer))["train"]
-    trainer = trainer_from(starting_weights(config), config, mesh, tokenizer, dtype)
+    trainer = trainer_from(read_weights(config), config, mesh, tokenizer, dtype)
     runtime = trainer.runtime
     if config.lora.adapter is None:
         draw_adapters(runtime)
@@ -48,7 +54,7 @@ def measure_steps(config: RunConfig, dtype: torch.dtype = torch.float64, steps: 
     batch = config.batch.global_batch_size or 1
     for number in range(steps):
         local = loader.step(number * batch, batch)
-        masks.append({int(i): mask for each in local for i, mask in zip(each["samples"], each["loss_mask"])})
+        masks.append(masks_of_rank(runtime, trainer.task, local))
         gradients: dict[str, Tensor] = {}
 
         def keep(gradients: dict[str, Tensor] = gradients) -> None:
@@ -64,6 +70,22 @@ def measure_steps(config: RunConfig, dtype: torch.dtype = torch.float64, steps: 
     weights = {name: full_tensor(parameter) for name, parameter in runtime.named_parameters()}
     found.append(LayoutResult(found[-1].loss, {}, merged(weights, config.lora.scale if config.lora.lora_rank else 0.0)))
     return Steps(found, masks)
+
+
+def masks_of_rank(runtime: Runtime, task: Task, batches: Sequence[Batch]) -> dict[int, Tensor]:
+    """{sample: its loss mask} of micro-batches as a step on this rank has them, as `Steps` describes."""
+    found: dict[int, Tensor] = {}
+    for batch in batches:
+        here, whole = runtime.prepare_batch(batch, task.sequences), batch["loss_mask"]
+        masks = here["loss_mask"]
+        if masks.shape != whole.shape:
+            (places, *_) = (
+                here[places] for name, places in task.sequences.items()
+                if name in batch and batch[name].shape[-1] == whole.shape[-1]
+            )  # fmt: skip
+            masks = torch.full_like(whole, math.nan).index_copy(1, places, masks)
+        found |= {int(number): mask for number, mask in zip(batch["samples"], masks)}
+    return found
 
 
 def merged(weights: dict[str, Tensor], scale: float) -> dict[str, Tensor]:

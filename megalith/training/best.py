@@ -8,7 +8,7 @@ from megalith.checkpoint.store.folder import checkpoint_folder, checkpoint_paths
 from megalith.config.run import RunConfig
 from megalith.training.callbacks import Callback, RunInfo, ValidationRecord
 from megalith.training.duties import SaveCheckpoints
-from megalith.training.reporting.metrics import METRICS_FILE, read_metrics
+from megalith.training.reporting.metrics import METRICS_FILE, measured
 from megalith.training.resume.state import Best, Progress
 
 
@@ -34,17 +34,18 @@ class KeepBest(Callback):
                 self.saver.write()
 
 
-def best_so_far(config: RunConfig, step: int, metric: str | None) -> Best | None:
+def best_so_far(config: RunConfig, step: int, metric: str | None, data: str | None = None) -> Best | None:
     """The best validation up to a step, as metrics.jsonl has it, of those whose checkpoint is there; None: no such.
 
-    For the process that sees the run's folders.
+    data: as `RunInfo.valid_data`; what was measured on other data is not compared with it. For the process that sees
+    the run's folders.
     """
     path = pathlib.Path(config.run_folder) / METRICS_FILE
     best: Best | None = None
     there = {iteration_of(each) for each in checkpoint_paths(checkpoint_folder(config))}
-    for line in read_metrics(path) if path.exists() else ():
-        measured = line.get("validation_loss") if metric is None else line.get("validation_metrics", {}).get(metric)
-        if measured is not None and line["step"] <= step and line["step"] in there:
-            found = Best(line["step"], metric or "loss", measured, highest=metric is not None)
+    for line in measured(path, data):
+        value = line.get("validation_loss") if metric is None else line.get("validation_metrics", {}).get(metric)
+        if value is not None and line["step"] <= step and line["step"] in there:
+            found = Best(line["step"], metric or "loss", value, highest=metric is not None)
             best = found if found.better_than(best) else best
     return best

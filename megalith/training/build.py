@@ -12,7 +12,6 @@ import torch
 
 from megalith.checkpoint.formats import adapters
 from megalith.checkpoint.ranks import Ranks
-from megalith.checkpoint.weights import Weights
 from megalith.common.errors import ConfigError
 from megalith.config.batch_math import global_batch
 from megalith.config.parameters import weight_decays
@@ -35,10 +34,8 @@ from megalith.training.reporting.peaks import peak_flops
 from megalith.training.reporting.profile import ProfilePipeline
 from megalith.training.reporting.reporters import reporters
 from megalith.training.resume import saving
-from megalith.training.resume.lora import read_start
-from megalith.training.resume.source import read_foreign
+from megalith.training.resume.start import Start, read_start
 from megalith.training.resume.state import Progress
-from megalith.training.resume.towers import projections, read_towers
 from megalith.training.step import Trainer
 from megalith.training.tasks import build_task
 from megalith.training.validation import PART, Validation
@@ -55,28 +52,19 @@ def set_determinism(config: RunConfig) -> None:
 def build_trainer(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Trainer:
     """A parallelized model with its task, optimizer, schedule and loss scale, none of them resumed.
 
-    With LoRA the model has the weights that the run starts from (resume/lora.py).
+    With LoRA, with a new head and of two towers the model has the weights that the run starts from (resume/start.py).
     config.model.vocab_size must be known; see pretrain.with_vocabulary.
     """
     start = Ranks().on_every_rank(lambda: read_start(config))
     return trainer_from(start, config, mesh, tokenizer)
 
 
-def starting_weights(config: RunConfig) -> Weights | None:
-    """What --load names, with the adapters of a LoRA run; None where it names nothing. For a check: a run resumes."""
-    if config.checkpoint.load is None:
-        return None
-    return read_start(config) if config.lora.lora_rank else read_foreign(config)
-
-
 def trainer_from(
-    start: Weights | None, config: RunConfig, mesh: Mesh, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32
+    start: Start, config: RunConfig, mesh: Mesh, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32
 ) -> Trainer:  # fmt: skip
-    """As build_trainer, from given weights (None: random ones). dtype: of the model; see build_runtime."""
+    """As build_trainer, from given weights. dtype: of the model; see build_runtime."""
     batch = global_batch(config, mesh.data_size)
-    towers = Ranks().on_every_rank(lambda: read_towers(config))
-    drawn = () if towers is None else projections(config)
-    runtime = build_runtime(config, mesh, dtype, start or towers, drawn=drawn)
+    runtime = build_runtime(config, mesh, dtype, start.weights, drawn=start.drawn)
     only_measures = config.validation.skip_train  # with neither rate nor length
     rates = RunConfig().replace(lr=0.0, train_iters=1) if only_measures else config
     decays = functools.partial(weight_decays, config.model)
@@ -84,7 +72,7 @@ def trainer_from(
     schedule = Schedule(rates.optimizer, rates.schedule, batch)
     return Trainer(
         runtime, build_task(config, mesh, tokenizer), optimizer, schedule, build_loss_scale(config.precision),
-        None if start is None else start.train_state.get(adapters.BASE) or adapters.record_of(start),
+        start.weights.train_state.get(adapters.BASE) if config.lora.lora_rank and start.weights else None,
     )  # fmt: skip
 
 
@@ -123,10 +111,13 @@ def build_loaders(config: RunConfig, mesh: Mesh, datasets: Mapping[str, Any]) ->
     }  # fmt: skip
 
 
-def run_info(config: RunConfig, mesh: Mesh, start_step: int, train_iters: int) -> RunInfo:
+def run_info(
+    config: RunConfig, mesh: Mesh, start_step: int, train_iters: int, valid_data: str | None = None
+) -> RunInfo:  # fmt: skip
     """The run, as callbacks see it.
 
-    start_step: steps done before this process started. train_iters: the step at which the run ends.
+    start_step: steps done before this process started. train_iters: the step at which the run ends. valid_data: a hash
+    of validation data that come by name.
     """
     lengths = config.data.seq_length, config.data.decoder_seq_length
     full, half = (flops_per_token(config.model, lengths[0], causal, lengths[1]) for causal in (False, True))
@@ -136,7 +127,7 @@ def run_info(config: RunConfig, mesh: Mesh, start_step: int, train_iters: int) -
     return RunInfo(
         config=config, folder=pathlib.Path(config.run_folder), start_step=start_step, train_iters=train_iters,
         rank=mesh.global_rank, world_size=mesh.world_size, flops_per_token_full=full, flops_per_token_half=half,
-        peak_flops=peak,
+        peak_flops=peak, valid_data=valid_data,
     )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ class RunInfo:
     flops_per_token_full: float = 0.0  # training FLOPs of the model per token, attention counted as if unmasked
     flops_per_token_half: float = 0.0  # the same with causal attention counted at half
     peak_flops: float | None = None  # FLOP/s of one device; None where unknown
+    valid_data: str | None = None  # a hash of validation data that come by name; None of others
 
     @property
     def writes(self) -> bool:

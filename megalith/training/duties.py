@@ -58,7 +58,7 @@ class Validate(Callback):
     def on_start(self, run: RunInfo) -> None:
         """Measure before the first step, so that the curve has a beginning; after a resume, where one is missing."""
         done, consumed = self.progress.iteration, self.progress.consumed_train_samples
-        batch = consumed // max(1, done)  # as all steps of an epoch have the same
+        batch = -(-consumed // max(1, done))  # as all steps have the same, but for the last of a run
         if done == 0 or (done < run.train_iters and self.due(run, done, consumed, batch)):
             self.validate(run, "validation")
 

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 
+from megalith.config.batch_math import counted_samples
 from megalith.data.loader import Loader
 from megalith.optim.clip import global_norm
 from megalith.training import failures
@@ -39,11 +40,18 @@ def train_loop(
                 except Exception as other:  # the first error is the one that is raised
                     error.add_note(f"and {type(callback).__name__}.on_error: {type(other).__name__}: {other}")
 
+        def end(callback: Callback) -> None:
+            try:
+                callback.on_end(run)
+            except BaseException:  # the ends that follow must not wait for processes on which there was no error
+                progress.stop = FAILED
+                raise
+
         ends.push(report_error)  # after every on_end, one of which may raise
         try:
             for callback in callbacks:
                 callback.on_start(run)
-                ends.callback(callback.on_end, run)
+                ends.callback(end, callback)
                 started.append(callback)
             while progress.iteration < run.train_iters and progress.stop is None:
                 record = step_and_record(trainer, loader, progress, batch_size, stop_reason(), run, callbacks)
@@ -68,7 +76,8 @@ def step_and_record(
             callback.on_before_optimizer_step(run, trainer)
 
     result = train_step(trainer, batches, progress, stop, before_optimizer_step)
-    advance(progress, result, samples, fp16=trainer.runtime.config.precision.fp16)
+    counted = counted_samples(run.config, samples, progress.consumed_train_samples)
+    advance(progress, result, counted, fp16=trainer.runtime.config.precision.fp16)
     return StepRecord(
         **vars(result), step=progress.iteration, consumed_samples=progress.consumed_train_samples,
         global_batch_size=samples, seconds=time.perf_counter() - started, params_norm=parameters_norm(trainer),
@@ -76,7 +85,7 @@ def step_and_record(
 
 
 def advance(progress: Progress, result: StepResult, samples: int, fp16: bool) -> None:
-    """Count a step. Samples that changed no weights are consumed, but the schedule does not move."""
+    """Count a step of so many samples. Those that changed no weights are consumed, but the schedule does not move."""
     progress.iteration += 1
     progress.consumed_train_samples += samples
     if not result.skipped:

@@ -43,7 +43,9 @@ class WritePredictions(Callback):
         """Predict and write, unless the run ends early."""
         if self.progress.stop is not None:
             return
-        results: dict[str, Any] = {"step": self.progress.iteration, "validation": self.numbers_of("validation")}
+        results: dict[str, Any] = {
+            "step": self.progress.iteration, "data": run.valid_data, "validation": self.numbers_of("validation")
+        }  # fmt: skip
         for name, loader in self.loaders.items():
             results[name] = self.write(run, name, loader)
         results["left_out"] = [
@@ -54,9 +56,11 @@ class WritePredictions(Callback):
         Ranks().on_rank_0(lambda: write_text(run.folder / RESULTS_FILE, text))
 
     def numbers_of(self, split: str) -> dict[str, Any]:
-        """Losses and metrics that this process measured last; of one file, those of all."""
+        """Losses and metrics of the present step, as far as they were measured; of one file, those of all."""
         record = self.measured.get(split) or self.measured.get("validation")
-        return {} if record is None else {**record.losses, **record.metrics}
+        if record is None or record.step != self.progress.iteration:
+            return {}
+        return {**record.losses, **record.metrics}
 
     def write(self, run: RunInfo, name: str, loader: Loader) -> dict[str, Any]:
         """Predict one file and write its table; what results.json has of it."""
@@ -115,12 +119,13 @@ def _keeper(
     return keep
 
 
-def predicted_step(folder: pathlib.Path) -> int | None:
-    """The step whose predictions a run's folder has; None where it has none."""
+def has_predicted(folder: pathlib.Path, step: int, data: str | None) -> bool:
+    """Whether a run's folder has the predictions of a step, of these data (`RunInfo.valid_data`)."""
     try:
-        return orjson.loads((folder / RESULTS_FILE).read_bytes())["step"]
-    except (OSError, ValueError, KeyError):
-        return None
+        found = orjson.loads((folder / RESULTS_FILE).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return (found.get("step"), found.get("data", data)) == (step, data)
 
 
 def can_predict(loaders: Mapping[str, Loader]) -> dict[str, Loader]:

@@ -37,7 +37,7 @@ from megalith.training.callbacks import print_lines
 from megalith.training.duties import StopSignal
 from megalith.training.failures import check_same_config
 from megalith.training.loop import train_loop
-from megalith.training.predictions import can_predict, predicted_step
+from megalith.training.predictions import can_predict, has_predicted
 from megalith.training.reporting.announce import announce
 from megalith.training.reporting.metrics import METRICS_FILE, splits_measured_at
 from megalith.training.resume import origin, run_folder, saving, source
@@ -111,21 +111,24 @@ def run(
     if config.finetuning.epochs:  # whatever batches the steps before had
         train_iters = progress.iteration + steps_left(config, mesh.data_size, progress.consumed_train_samples)
     loaders = build_loaders(config, mesh, datasets)
-    measured_before = already_measured(config, mesh, progress.iteration)
-    predicted = not can_predict(loaders) or progress.iteration == Ranks().on_rank_0(
-        lambda: predicted_step(pathlib.Path(config.run_folder))
+    valid_data = origin.validation_fingerprint(datasets["valid"], data)
+    measured_before = already_measured(config, mesh, progress.iteration, valid_data)
+    predicted = not can_predict(loaders) or Ranks().on_rank_0(
+        lambda: has_predicted(pathlib.Path(config.run_folder), progress.iteration, valid_data)
     )
     # A run that was ended before it had predicted measures its end again, for the file of results.
     measured_before = measured_before if predicted or progress.iteration < train_iters else set()
     unmeasured = [split for split in measured_splits(config, loaders) if split not in measured_before]
+    left = [f"the loss of its {' and '.join(unmeasured)} data"] if unmeasured else []
+    left += [] if predicted else ["its predictions"]
     if mesh.is_main_process:
-        announce(trainer, progress, train_iters, datasets, changed, unmeasured)
-    if progress.iteration >= train_iters > 0 and not unmeasured:
+        announce(trainer, progress, train_iters, datasets, changed, left)
+    if progress.iteration >= train_iters > 0 and not left:
         return progress
     signals = StopSignal(config.resilience.exit_signal_handler, config.resilience.exit_duration_in_mins)
     validation = Validation(trainer, progress, loaders, signals)
     if validation.whole and config.finetuning.keep_best:
-        best = functools.partial(best_so_far, config, progress.iteration, trainer.task.best_metric)
+        best = functools.partial(best_so_far, config, progress.iteration, trainer.task.best_metric, valid_data)
         progress.best = Ranks().collect(best, lambda found: next(filter(None, found), None))
     next_start = functools.partial(describe_next_start, config, progress)
     with tempfile.TemporaryDirectory() as scratch:
@@ -135,7 +138,7 @@ def run(
         callbacks = build_callbacks(trainer, progress, validation, measured_before, save, next_start, epoch)
         try:
             batches = functools.partial(batch_size_at, config, mesh.data_size)
-            info = run_info(config, mesh, progress.iteration, train_iters)
+            info = run_info(config, mesh, progress.iteration, train_iters, valid_data)
             train_loop(trainer, loaders.get("train"), progress, batches, info, callbacks, signals, next_start)
         finally:
             for loader in loaders.values():
@@ -177,13 +180,13 @@ def on_main_process(job: Callable[[], object]) -> None:
         raise error
 
 
-def already_measured(config: RunConfig, mesh: Mesh, step: int) -> set[str]:
+def already_measured(config: RunConfig, mesh: Mesh, step: int, valid_data: str | None = None) -> set[str]:
     """The splits that this run has measured at this step; none for --skip-train, which always measures.
 
-    All ranks call it.
+    valid_data: a hash of validation data that come by name. All ranks call it.
     """
     if config.validation.skip_train:
         return set()
     has_file = mesh.global_rank == mesh.world_size - 1  # the rank that wrote it may be the only one that sees it
-    splits = splits_measured_at(pathlib.Path(config.run_folder) / METRICS_FILE, step) if has_file else set()
+    splits = splits_measured_at(pathlib.Path(config.run_folder) / METRICS_FILE, step, valid_data) if has_file else set()
     return Ranks().collect(lambda: splits, lambda sets: set().union(*sets))

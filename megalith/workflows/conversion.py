@@ -22,7 +22,7 @@ from megalith.checkpoint.tensors.lazy import check_range
 from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError, ConfigError, problem
 from megalith.common.extras import require
-from megalith.config.adapters import is_adapter
+from megalith.config.adapters import is_trained
 from megalith.config.flags.text import Words
 from megalith.data.tokenizers.given import FIELDS, TokenizerOverride
 from megalith.runtime.load import check_no_overrides
@@ -56,7 +56,7 @@ def run_request(request: ConversionRequest, notice: Callable[[str], None]) -> No
     everything = request.writes_optimizer
     written = {name: lazy for name, lazy in weights.tensors.items() if everything or name.startswith("model/")}
     if request.to == "peft":
-        written = {name: lazy for name, lazy in written.items() if is_adapter(name)}
+        written = {name: lazy for name, lazy in written.items() if is_trained(name, weights.config.model)}
     if request.print_structure:
         for name, lazy in written.items():
             notice(f"{name:<60} {list(lazy.shape)} {str(lazy.dtype).removeprefix('torch.')}")

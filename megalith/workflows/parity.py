@@ -107,8 +107,10 @@ def check_finetuning(
     Raises ConfigError or DataError where the machine cannot run it, or the data cannot be used.
     """
     samples = global_batch(config, data_parallel_size(config, processes))
-    rates = {"lr": config.optimizer.lr or 1e-4, "train_iters": STEPS, "train_samples": None, "epochs": None}
-    config = config.replace(device="cpu", bf16=False, fp16=False, global_batch_size=samples, **rates)
+    schedule = RunConfig().replace(train_iters=STEPS).schedule  # the run's warm-up may be longer
+    config = dataclasses.replace(config, schedule=schedule).replace(
+        device="cpu", bf16=False, fp16=False, global_batch_size=samples, lr=config.optimizer.lr or 1e-4, epochs=None
+    )
     config = with_vocabulary(config, open_tokenizer(config)[0])
     check_possible(config, processes)
     pool = RankPool()
@@ -127,19 +129,21 @@ def compare_steps(one: Steps, ranks: list[Steps], dtype: torch.dtype) -> list[Re
         allowed = TOLERANCE[dtype] * (100 if number else 1)
         result = compare_ranks(expected, [rank.steps[number] for rank in ranks], dtype, allowed)
         if number < len(one.masks):
-            masks = _same_masks(one.masks[number], [rank.masks[number] for rank in ranks])
+            masks = same_masks(one.masks[number], [rank.masks[number] for rank in ranks])
             result = dataclasses.replace(result, masks=masks)
         results.append(result)
     return results
 
 
-def _same_masks(expected: dict[int, torch.Tensor], found: list[dict[int, torch.Tensor]]) -> Masks:
-    """The masks of one process against those of every rank, which together must have all samples."""
-    wrong = {
-        sample for masks in found for sample, mask in masks.items()
-        if sample not in expected or not torch.equal(mask, expected[sample])
-    }  # fmt: skip
-    wrong |= expected.keys() - {sample for masks in found for sample in masks}
+def same_masks(expected: dict[int, torch.Tensor], found: list[dict[int, torch.Tensor]]) -> Masks:
+    """The masks of one process against those of every rank, which together must have every token of all samples."""
+    wrong = set().union(*found) - expected.keys()
+    for sample, whole in expected.items():
+        parts = [masks[sample] for masks in found if sample in masks]
+        here = [~part.isnan() for part in parts]
+        complete = bool(parts) and bool(torch.stack(here).any(0).all())
+        if not complete or not all(torch.equal(part[has], whole[has]) for part, has in zip(parts, here)):
+            wrong.add(sample)
     return Masks(len(expected), sum(int((mask != 0).sum()) for mask in expected.values()), sorted(wrong))
 
 

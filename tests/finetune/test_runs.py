@@ -8,10 +8,17 @@ import numpy as np
 import pytest
 
 from megalith import checkpoint
+from megalith.data.samples.epochs import Epochs
 from megalith.testing import run_ranks
+from megalith.training.best import best_so_far
+from megalith.training.callbacks import ValidationRecord
+from megalith.training.predictions import WritePredictions
 from megalith.training.pretrain import train
+from megalith.training.reporting.metrics import splits_measured_at
+from megalith.training.resume.state import Progress
 from tests.finetune.files import table, task_config
 from tests.tiny import losses, records
+from tests.training.records import run_info
 
 
 def validations(run: pathlib.Path, name: str = "validation") -> list[tuple[int, float, float]]:
@@ -98,8 +105,29 @@ def test_a_stopped_run_resumes_with_other_processes_and_loses_no_sample(files, w
     assert train(config.replace(exit_interval=2)).iteration == 2
     run_ranks(train, 2, config.replace(global_batch_size=4))
     lines = [line for line in records(str(tmp_path / "run")) if "loss" in line]
-    assert [line["consumed_samples"] for line in lines] == [8, 16, 20, 24, 28, 32, 36, 40, 44, 48]
+    assert [line["consumed_samples"] for line in lines] == [8, 16, 20, 24, 28, 32, 36, 40, 44, 46]
     assert losses(str(tmp_path / "run"))[:2] == losses(str(whole))[:2]
+
+
+def test_a_longer_run_reads_each_sample_once_in_every_epoch(files, tmp_path, monkeypatch):
+    """The first run ends in the middle of a batch of 8, after 23 samples; the next one goes on with the 24th."""
+    read = list[int]()
+
+    def note(self: Epochs, index: int) -> dict:
+        read.append(index)
+        return original(self, index)
+
+    original = Epochs.__getitem__
+    monkeypatch.setattr(Epochs, "__getitem__", note)
+    for epochs in (1.0, 2.0):
+        config = task_config(
+            files, tmp_path / "run", epochs=epochs, valid_data=[], num_workers=0, override_opt_param_scheduler=True
+        )
+        assert train(config).consumed_train_samples == 23 * epochs
+    assert [index for index in read if index < 23] == list(
+        range(23)
+    )  # the rest of the first run's last batch is padding
+    assert read.count(23) == 2 and all(read.count(index) == 1 for index in range(24, 46))
 
 
 def test_the_best_checkpoint_is_kept_and_a_resumed_run_compares_with_it(files, tmp_path, capsys, monkeypatch):
@@ -111,6 +139,50 @@ def test_the_best_checkpoint_is_kept_and_a_resumed_run_compares_with_it(files, t
     best = max(measured, key=lambda step: (measured[step], -step))  # the first of equals
     assert int(said[1]) == best and float(said[2]) == pytest.approx(measured[best], rel=1e-5)
     assert checkpoint.iterations(tmp_path / "run/checkpoints") == sorted({best, 18})
+
+
+def test_a_finished_run_measures_other_data(files, tmp_path, capsys):
+    config = task_config(files, tmp_path / "run", epochs=1.0, valid_data=[str(files / "dev_matched.tsv")])
+    train(config)
+    capsys.readouterr()
+    other = config.replace(valid_data=[str(files / "dev_mismatched.tsv"), str(files / "test.tsv")])
+    train(other)
+    assert "what is left is the loss of its validation data and its predictions" in capsys.readouterr().out
+    assert len(table(tmp_path / "run/predictions_dev_mismatched.tsv")) == 5
+    train(other)
+    assert "nothing is left to do" in capsys.readouterr().out
+    measured = [line for line in records(str(tmp_path / "run")) if "validation_loss" in line]
+    assert [line["step"] for line in measured] == [0, 3, 3] and len({line["data"] for line in measured}) == 2
+
+
+def test_the_best_is_of_the_same_data_and_of_training(files, tmp_path):
+    """Not of what was measured on other data, nor by --epochs 0, which may have been with other settings."""
+    run = tmp_path / "run"
+    for step in (1, 2, 3, 4):
+        (run / f"checkpoints/iter_{step:07}").mkdir(parents=True)
+        (run / f"checkpoints/iter_{step:07}/manifest.json").write_text("{}")
+    lines = [
+        (1, 0.5, {"data": "a"}),
+        (2, 0.9, {"data": "b"}),
+        (3, 0.8, {"data": "a", "skip_train": True}),
+        (4, 0.6, {}),
+    ]
+    found = [{"step": step, "validation_loss": 1.0, "validation_metrics": {"accuracy": value}, **more}
+             for step, value, more in lines]  # fmt: skip
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
+    config = task_config(files, run)
+    assert [best_so_far(config, 4, "accuracy", data).step for data in ("a", "b")] == [4, 2]
+    assert best_so_far(config, 3, "accuracy", "a").step == 1
+    assert splits_measured_at(run / "metrics.jsonl", 3, "a") == set()
+
+
+def test_results_have_no_numbers_of_an_earlier_step():
+    """As where the last validation failed."""
+    writer = WritePredictions(None, Progress(iteration=6), {}, 8, None)
+    for step in (3, 6):
+        assert writer.numbers_of("validation") == {}
+        writer.on_validation(run_info(), ValidationRecord(step=step, consumed_samples=8, losses={"loss": float(step)}))
+    assert writer.numbers_of("validation") == writer.numbers_of("validation/one") == {"loss": 6.0}
 
 
 def test_files_without_labels_are_predicted_and_not_scored(files, tmp_path, capsys):

@@ -11,7 +11,10 @@ from megalith.common.errors import CheckpointError
 from megalith.config.run import RunConfig
 from megalith.testing import run_ranks
 from megalith.training.pretrain import train
+from megalith.training.resume.labels import compare_labels
+from megalith.training.resume.source import Source
 from megalith.workflows.conversion import convert
+from megalith.workflows.parity import check_finetuning
 from tests.finetune.files import table, task_config
 from tests.tiny import tiny_bert, write_sentences
 
@@ -66,6 +69,61 @@ def test_the_same_start_in_another_layout(files, pretrained, tmp_path):
     run_ranks(train, 2, still(config.replace(run_dir=str(tmp_path / "two"), pipeline_model_parallel_size=2)))
     one, two = stored(tmp_path / "one"), stored(tmp_path / "two")
     assert one.keys() == two.keys() and all(torch.allclose(one[name], two[name], atol=1e-7) for name in one)
+
+
+def test_parity_on_a_pretrained_encoder(files, pretrained, tmp_path):
+    """The head is drawn, the same in both layouts; two steps are checked, whatever warm-up the run has."""
+    config = task_config(
+        files, tmp_path / "run", vocab_size=64, load=str(pretrained), lr_warmup_iters=100, lr_warmup_fraction=None,
+        tensor_model_parallel_size=2,
+    )  # fmt: skip
+    results = check_finetuning(config, 2)
+    assert len(results) == 3 and all(result.equal for result in results)
+    assert "classifier.weight" in results[0].expected.weights
+    before = stored(pretrained)["model/embedding.weight"].double()
+    assert torch.equal(results[0].expected.weights["embedding.weight"], before)
+
+
+def test_a_head_of_other_labels_is_not_resumed_nor_measured(files, tmp_path, capsys):
+    """As many classes in another order: the head would be right by chance alone."""
+    for name, labels in (("mine", "a, b, c"), ("turned", "b, a, c")):
+        text = f"labels: [{labels}]\ncolumns: {{text_a: text, label: label}}\n"
+        (tmp_path / f"{name}.yaml").write_text(text)
+    rows = [json.dumps({"text": f"w{at}", "label": "abc"[at % 3]}) for at in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+
+    def config(name: str, run: str, **changes) -> RunConfig:
+        task, data = str(tmp_path / f"{name}.yaml"), [str(tmp_path / "rows.jsonl")]
+        values = {"train_data": data, "valid_data": data, "vocab_size": 64, **changes}
+        return task_config(files, tmp_path / run, task, **values)
+
+    train(still(config("mine", "run")))
+    state = checkpoint.read_train_state(checkpoint.find(tmp_path / "run"))
+    assert state["labels"] == ["a", "b", "c"] and str(tmp_path / "mine.yaml") in state["data"]
+    words = "The labels of the task .*turned.yaml must be those that the head of .* has learned, in this order: a, b, c"
+    with pytest.raises(CheckpointError, match=words):
+        train(still(config("turned", "run")).replace(train_iters=2))
+    start = {"pretrained_checkpoint": str(tmp_path / "run")}
+    with pytest.raises(CheckpointError, match=words):
+        train(config("turned", "measured", epochs=0.0, **start))
+    capsys.readouterr()
+    train(still(config("turned", "new", **start)))
+    said = capsys.readouterr().out
+    assert "the classes of the head were a, b, c, and are b, a, c now" in said
+    assert "turned.yaml, and was " in said
+
+
+def test_a_head_of_another_task_with_the_same_labels_is_told(files, tmp_path):
+    """It may be meant: a head of QQP on pairs of MRPC."""
+    config = task_config(files, tmp_path, "mrpc", epochs=0.0, skip_train=True)
+    source = Source("run", task_config(files, tmp_path, "qqp"), None, {"labels": ["0", "1"]})
+    told = ["the task is mrpc, and was qqp when the head was trained"]
+    assert compare_labels(source, config, new_run=True) == told
+    assert compare_labels(source, source.config, new_run=True) == []
+    turned = source._replace(train_state={"labels": ["1", "0"]})
+    with pytest.raises(CheckpointError, match="labels of the task mrpc must be those that the head of run has learned"):
+        compare_labels(turned, config, new_run=True)
+    assert compare_labels(source._replace(train_state={}), config, new_run=True) == told  # of an older release
 
 
 def test_epochs_0_measures_a_finetuned_model_and_not_one_without_its_head(files, pretrained, tmp_path):

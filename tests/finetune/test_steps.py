@@ -1,5 +1,7 @@
 """Steps on chats: the loss of a hand computation, packed or not, the same gradients and weights in every layout."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -8,10 +10,11 @@ from megalith.config.adapters import is_adapter
 from megalith.config.run import RunConfig
 from megalith.data.instructions.factory import chat
 from megalith.models.gpt import GPT
-from megalith.testing.finetuning import measure_steps
+from megalith.testing.finetuning import masks_of_rank, measure_steps
 from megalith.training.build import open_tokenizer
 from megalith.training.pretrain import with_vocabulary
-from megalith.workflows.parity import compare_ranks, compare_steps
+from megalith.training.tasks import Task
+from megalith.workflows.parity import compare_ranks, compare_steps, same_masks
 from tests.chats import make_config, write_chats
 
 ROTARY = {"position_embedding_type": "rope", "untie_embeddings_and_output_weights": True}
@@ -100,6 +103,25 @@ def test_weights_move(on_one_process):
             assert moved and all(name.startswith("layers.") for name in moved)
         else:
             assert moved == after.keys()
+
+
+class HalfOfEach:
+    """Stands for the runtime of a context-parallel rank. wrong: its masks are those of other tokens."""
+
+    def __init__(self, rank, wrong=False):
+        self.places, self.taken = torch.tensor([[0, 3], [1, 2]][rank]), torch.tensor([[0, 3], [1, 2]][rank ^ wrong])
+
+    def prepare_batch(self, batch, sequences):
+        return {"loss_mask": batch["loss_mask"][:, self.taken], "coordinates": self.places}
+
+
+def test_masks_are_compared_as_context_parallel_ranks_have_them():
+    batch = {"samples": torch.tensor([4]), "input_ids": torch.zeros(1, 4), "loss_mask": torch.tensor([[0.0, 1, 0, 1]])}
+    task, expected = SimpleNamespace(sequences=Task.sequences), {4: batch["loss_mask"][0]}
+    right, also, wrong = (masks_of_rank(HalfOfEach(*rank), task, [batch]) for rank in ((0,), (1,), (1, True)))
+    assert same_masks(expected, [right, also]).wrong == []
+    for found in ([right, wrong], [right], [right, also | {5: also[4]}]):  # of other tokens, missing, of no sample
+        assert same_masks(expected, found).wrong in ([4], [5])
 
 
 def test_a_wrong_mask_is_found(on_one_process):

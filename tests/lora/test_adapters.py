@@ -110,10 +110,6 @@ def test_merging_reads_boxes_and_leaves_a_plain_model() -> None:
             "--lora-target-modules must give every pipeline stage an adapter, as each trains what it has; "
             "found none in layers 0 to 0.",
         ),
-        (
-            {"lora_rank": 2, "model_type": "bert_classification", "num_classes": 3},
-            "--lora-rank must be 0 for bert_classification, whose head adapters do not train; found 2. Leave it out",
-        ),
         ({"lora_rank": 2, "lora_dropout": 1.0}, "--lora-dropout must be a fraction below 1; found 1.0."),
     ],
 )

@@ -114,6 +114,10 @@ FORMS: dict[str, dict] = {
     },
     "lora ict": {"model_type": "ict", "lora_rank": 4, "lora_dropout": 0.1},
     "lora bert": {"model_type": "bert", "lora_rank": 4, "lora_dropout": 0.1},
+    "lora classes": {
+        "model_type": "bert_classification", "num_classes": 3, "lora_rank": 4, "lora_dropout": 0.1,
+        "classifier_dropout": 0.3,
+    },
     "lora t5": {**T5_RELATIVE, "num_query_groups": 2, "lora_rank": 4},
 }  # fmt: skip
 

@@ -55,6 +55,7 @@ COVERING = {
     ("ict", "tp2 sp"), ("ict", "dp2 none"), ("ict", "pp2"), ("ict", "tp2 dp2"), ("ict", "cp2 pp2"), ("ict", "dp2 full"),
     ("ict shared", "tp2 sp zbv"), ("ict shared", "dp2 full"), ("ict shared", "cp2"), ("ict hard", "pp2 dp2"),
     ("ict hard", "tp2 sp dp2 full"), ("lora ict", "tp2"),
+    ("lora classes", "tp2 sp"), ("lora classes", "pp2"),
     ("lora", "tp2 sp dp2 full"), ("lora", "tp2 pp2"), ("lora dropout", "tp2 sp"), ("lora dropout", "cp2"),
     ("lora t5", "tp2 sp zbv"), ("t5 dropout", "pp2 interleaved"), ("t5 dropout", "zbv selective"),
     ("t5 dropout", "zbv dp2 full"),

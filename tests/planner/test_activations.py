@@ -72,8 +72,13 @@ def measure(config: RunConfig, model: torch.nn.Module) -> int:
 
     shape = config.batch.micro_batch_size, config.data.seq_length
     ids, samples = torch.arange(shape[0] * shape[1]).view(shape) % config.model.vocab_size, torch.arange(shape[0])
+    documents = {}
+    if config.data.dataset == "chat":  # packed rows of two samples
+        documents = {"documents": (torch.arange(shape[1]) >= shape[1] // 2).int().expand(shape)}
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        losses = model(ids, labels=ids, loss_weights=torch.ones(shape), samples=samples, step=torch.tensor(0))
+        losses = model(
+            ids, labels=ids, loss_weights=torch.ones(shape), samples=samples, step=torch.tensor(0), **documents
+        )
         made = losses.grad_fn.gradients
     return sum(storage.nbytes() for storage in kept.values()) + made.hidden.nbytes + made.weight.nbytes
 
@@ -99,6 +104,12 @@ def of_process(config: RunConfig) -> int:
 @pytest.mark.parametrize("form", FORMS)
 def test_one_process(form, bf16):
     config = BASE.replace(**FORMS[form], bf16=bf16)
+    assert activation_bytes(config) == pytest.approx(of_process(config), rel=0.02)
+
+
+def test_packed_rows_of_chats_have_a_mask_of_documents():
+    config = BASE.replace(**FORMS["llama"], dataset="chat")
+    assert attention_path(config) == "blocks" and attention_path(config.replace(packing=False)) == "fused"
     assert activation_bytes(config) == pytest.approx(of_process(config), rel=0.02)
 
 

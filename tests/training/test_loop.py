@@ -99,6 +99,19 @@ def test_an_error_at_the_end_is_reported_too():
     assert first.calls[-2:] == second.calls[-2:] == ["end", "error"]
 
 
+def test_ends_that_follow_an_error_at_the_end_know_of_it():
+    """What predicts at the end would wait for processes that measure still."""
+
+    def fail(*_):
+        raise OSError("of the last validation")
+
+    progress, found = Progress(), list[str | None]()
+    callbacks = [Spy(on_end=lambda: found.append(progress.stop)), Spy(on_end=fail)]
+    with pytest.raises(OSError, match="of the last validation"):
+        train_loop(trainer(), Batches(), progress, lambda consumed: 8, run_info(train_iters=1), callbacks, lambda: None)
+    assert found == [FAILED]
+
+
 def test_after_an_error_nothing_may_be_saved():
     def fail(*_):
         raise KeyboardInterrupt

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megalith.checkpoint import formats
 from megalith.checkpoint.tensors.lazy import Index, Lazy, slices
-from megalith.checkpoint.weights import Weights, read_megalith
+from megalith.checkpoint.weights import Weights, for_head, read_megalith
 from megalith.common.errors import CheckpointError, problem
 from megalith.config.adapters import A, B, is_adapter
 from megalith.config.flags.text import Words
@@ -56,12 +56,13 @@ def attach(base: Weights, adapter: Weights) -> Weights:
         rule = f"must have the weights that the adapters {adapter.source} were trained on, those of {record['path']}"
         cure = f"Name those: --load BASE --adapter {adapter.source}"
         raise CheckpointError(problem("The base of adapters", base.source, rule, cure))
+    base = for_head(base, adapter.config.model)  # whose head was trained with the adapters
     tokenizer = [name for name in adapter.files if name.startswith("tokenizer/")]
     files = {name: file for name, file in base.files.items() if not (tokenizer and name.startswith("tokenizer/"))}
     return dataclasses.replace(
         adapter,
         config=dataclasses.replace(adapter.config, model=base.config.model),
-        tensors={**own, **adapter.tensors},
+        tensors={**base.tensors, **adapter.tensors},
         train_state={**adapter.train_state, BASE: record_of(base, found)},
         files={**files, **adapter.files},
         notes=(*base.notes, *adapter.notes, f"adapters of rank {adapter.config.lora.lora_rank} on {base.source}"),

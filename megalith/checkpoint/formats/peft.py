@@ -3,6 +3,7 @@
 Names are those of transformers' modules, from the base's table (huggingface/families/). Where transformers has one
 layer for several of ours (q, k and v of GPT-2), its adapter has their A one above the other, and the B of each in
 columns of its own. That computes the same, and is of so many times the rank (rank_pattern and alpha_pattern say it).
+The head of a classifier is trained whole, and is there under its own name (modules_to_save).
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from megalith.checkpoint.formats.adapters import BASE, attach, open_base
 from megalith.checkpoint.formats.huggingface import conversion, files
 from megalith.checkpoint.formats.huggingface.family import Family, Rule
 from megalith.checkpoint.tensors.lazy import Lazy
-from megalith.checkpoint.weights import Weights
+from megalith.checkpoint.weights import Weights, for_head
 from megalith.common.errors import CheckpointError, problem
 from megalith.common.files import write_text
 from megalith.config.adapters import A, B, adaptable_modules, adapted_modules
+from megalith.config.architectures import BERT, BERT_CLASSIFICATION
 from megalith.config.flags.text import Words
+from megalith.config.heads import is_of_head
 from megalith.config.run import RunConfig
 from megalith.config.sections.model import ModelConfig
 
@@ -39,9 +42,11 @@ SUPPORTED: dict[str, tuple] = {
     "peft_type": ("LORA",), "bias": ("none", None), "use_dora": (False, None), "lora_bias": (False, None),
     "use_qalora": (False, None), "use_bdlora": (None,), "layer_replication": (None,),
     "alora_invocation_tokens": (None,), "trainable_token_indices": (None,), "target_parameters": (None, []),
-    "modules_to_save": (None, []), "arrow_config": (None,), "kasa_config": (None,), "monteclora_config": (None,),
+    "arrow_config": (None,), "kasa_config": (None,), "monteclora_config": (None,),
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),  # PiSSA, OLoRA, ... change the base too
 }  # fmt: skip
+CLASSIFIER = "SEQ_CLS"  # the task of peft that brings these modules, as far as a model has them
+CLASSIFIER_MODULES = ("classifier", "score")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +100,13 @@ def layers_of(weights: Weights, architecture: str | None = None) -> list[Layer]:
     return found
 
 
+def head_rules(weights: Weights, architecture: str | None = None) -> list[tuple[Rule, str, tuple[str, ...]]]:
+    """(rule, transformers' name, our names) of each tensor of a model's head; [] of a model without one."""
+    model = weights.config.model
+    rules = conversion.parameter_rules(_family_of(weights, architecture), model)
+    return [each for each in rules if all(is_of_head(name, model.architecture.head) for name in each[2])]
+
+
 def recognises(path: pathlib.Path) -> bool:
     """Whether this is a folder of adapters, and not also of a model."""
     return (path / CONFIG).is_file() and not any((path / name).exists() for name in files.WEIGHT_FILES)
@@ -118,6 +130,8 @@ def read_adapter(path: pathlib.Path, base: Weights) -> Weights:
             cure = "Merge the adapters with peft (merge_and_unload()), and load what that saves"
             raise CheckpointError(problem(f"{path / CONFIG}: {name}", given[name], rule, cure))
     stored, pairs = _open(path), dict[str, tuple[Tensor, Tensor, float]]()  # our layer: A, B, scale
+    base = _with_head(base, given, stored)
+    tensors = _read_head(path, base, given, stored)
     for layer in layers_of(base):
         names = [layer.name, layer.name.removeprefix(layer.prefix)]
         if (name := next((each for each in names if f"{each}{ENDS[0]}" in stored), None)) is None:
@@ -132,14 +146,13 @@ def read_adapter(path: pathlib.Path, base: Weights) -> Weights:
         scale = alpha / (a.shape[0] ** 0.5 if given.get("use_rslora") else a.shape[0])
         pairs |= {each: (*pair, scale) for each, pair in _split(layer, a.read(), b.read(), given.get("r", 8)).items()}
     if stored or not pairs:
-        rule = "must be of linear layers of the transformer blocks of this base alone"
+        rule = "must be of linear layers of the transformer blocks of this base alone, or of its head"
         cure = f"Name the base that they were trained on: --load BASE --adapter {path}"
         raise CheckpointError(problem(f"{path}: adapters", sorted(stored)[:4] or Words("none"), rule, cure))
     rank, scale = max(len(a) for a, _, _ in pairs.values()), max(scale for _, _, scale in pairs.values())
     if scale <= 0.0:
         rule, cure = "must be above 0, or the adapters change nothing", "Load the base alone"
         raise CheckpointError(problem(f"{path / CONFIG}: lora_alpha", given.get("lora_alpha", 8), rule, cure))
-    tensors = {}
     for module, (a, b, own_scale) in pairs.items():
         missing = rank - len(a)
         tensors[f"model/{module}{A}"] = Lazy.of(F.pad(a, (0, 0, 0, missing)))
@@ -149,6 +162,37 @@ def read_adapter(path: pathlib.Path, base: Weights) -> Weights:
         lora_target_modules=_patterns(pairs, base.config.model), adapter=None,
     )  # fmt: skip
     return Weights(config=config, tensors=tensors, source=str(path))
+
+
+def _with_head(base: Weights, given: Mapping[str, Any], stored: Mapping[str, Lazy]) -> Weights:
+    """The base, with the classifier that peft has put on it where its weights are an encoder's alone."""
+    found = stored.get("classifier.weight")
+    if given.get("task_type") != CLASSIFIER or found is None or base.config.model.model_type != BERT.name:
+        return base
+    changes = {"model_type": BERT_CLASSIFICATION.name, "num_classes": found.shape[0]}
+    return for_head(base, base.config.replace(**changes).model)
+
+
+def _read_head(
+    path: pathlib.Path, base: Weights, given: Mapping[str, Any], stored: dict[str, Lazy]
+) -> dict[str, Lazy]:  # fmt: skip
+    """{our name: tensor} of the head, whose tensors are taken out of those of the folder.
+
+    Raises CheckpointError where other modules are trained whole.
+    """
+    head = head_rules(base)
+    modules = {name.rpartition(".")[0] for _, name, _ in head}
+    usual = CLASSIFIER_MODULES if given.get("task_type") == CLASSIFIER else ()
+    if others := set(given.get("modules_to_save") or ()) - modules - {*usual}:
+        rule = f"must be {json.dumps(sorted(modules) or None)}, as nothing else is implemented"
+        cure = "Merge the adapters with peft (merge_and_unload()), and load what that saves"
+        raise CheckpointError(problem(f"{path / CONFIG}: modules_to_save", sorted(others), rule, cure))
+    found = dict[str, Lazy]()
+    for each_rule, name, ours in head:
+        if name in stored:
+            parts = each_rule.conversion.from_hf(stored.pop(name), base.config.model)
+            found |= {f"model/{each}": part for each, part in zip(ours, parts, strict=True)}
+    return found
 
 
 def _open(path: pathlib.Path) -> dict[str, Lazy]:
@@ -203,16 +247,26 @@ def write(weights: Weights, folder: pathlib.Path, options: PeftOptions) -> None:
                 tensor = tensor.to(getattr(torch, options.dtype)) if options.dtype else tensor
                 tensors[f"{PREFIX}{layer.name}{end}"] = tensor.clone(memory_format=torch.contiguous_format)
             ranks[layer.name] = len(a)
+    whole = set[str]()  # modules that are trained whole
+    for each_rule, name, ours in head_rules(weights, options.architecture):
+        parts = [weights.tensors[f"model/{each}"] for each in ours]
+        tensor = each_rule.conversion.to_hf(parts, weights.config.model).read()
+        tensor = tensor.to(getattr(torch, options.dtype)) if options.dtype else tensor
+        tensors[f"{PREFIX}{name}"] = tensor.clone(memory_format=torch.contiguous_format)
+        whole.add(name.rpartition(".")[0])
     named = _shortest(ranks, _family_of(weights, options.architecture), weights.config.model)
     larger = {named[name]: rank for name, rank in ranks.items() if rank != lora.lora_rank}
     scale = lora.scale
-    kind = "SEQ_2_SEQ_LM" if weights.config.model.architecture.decoder else "CAUSAL_LM"
+    record = weights.config.model.architecture
+    kind = CLASSIFIER if record.name == BERT_CLASSIFICATION.name else None
+    if record.causal:
+        kind = "SEQ_2_SEQ_LM" if record.decoder else "CAUSAL_LM"
     content = {
-        "peft_type": "LORA", "task_type": kind if weights.config.model.architecture.causal else None,
+        "peft_type": "LORA", "task_type": kind,
         "base_model_name_or_path": weights.train_state.get(BASE, {}).get("path"), "inference_mode": True,
         "r": lora.lora_rank, "lora_alpha": _number(scale * lora.lora_rank), "lora_dropout": lora.lora_dropout,
         "target_modules": sorted(set(named.values())), "bias": "none", "use_dora": False, "use_rslora": False,
-        "fan_in_fan_out": any(layer.transposed for layer in layers), "modules_to_save": None,
+        "fan_in_fan_out": any(layer.transposed for layer in layers), "modules_to_save": sorted(whole) or None,
         "rank_pattern": larger, "alpha_pattern": {name: _number(scale * rank) for name, rank in larger.items()},
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)

@@ -32,6 +32,11 @@ def finetune_problems(config: RunConfig, corpus: bool = True) -> Iterator[Proble
         rule = "excludes --rampup-batch-size, because every batch of an epoch has the same size"
         found = Words(value_text(config.batch.rampup_batch_size))
         yield field_problem(("epochs", "rampup_batch_size"), "--epochs", found, rule, "Leave out one of the two")
+    prompts = config.data.dataset in INSTRUCTIONS and not config.data.assistant_only_loss
+    if prompts and config.model.architecture.decoder:
+        rule = f"must be true for a {config.model.model_type}, whose decoder reads nothing but answers"
+        cure = "Leave --no-assistant-only-loss out"
+        yield field_problem(("assistant_only_loss",), "--assistant-only-loss", False, rule, cure)
     if f.pretrained_checkpoint is not None and c.load not in (None, f.pretrained_checkpoint, c.save):
         rule = "excludes --load of another folder, because a run starts from one"
         cure = "Keep --pretrained-checkpoint for a new run; a run that is in --save is resumed without either"

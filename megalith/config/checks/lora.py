@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 from megalith.config.adapters import adaptable_modules, adapted_modules, matches
 from megalith.config.flags.text import Problem, Words, field_problem, flag, nearest
-from megalith.config.parameter_kinds import CLASSIFIER
 from megalith.config.run import RunConfig
 from megalith.config.stages import layers_of, num_stages
 
@@ -27,10 +26,6 @@ def lora_problems(config: RunConfig) -> Iterator[Problem]:
         yield field_problem((ALPHA,), flag(ALPHA), 0, rule, f"Write {flag(ALPHA)} {lora.lora_rank}, or leave it out")
     if None in (model.num_layers, model.hidden_size, model.num_attention_heads):
         return  # it is said elsewhere
-    if any(kind.name == CLASSIFIER.name for kind in model.architecture.find("kinds").values()):
-        rule = f"must be 0 for {model.model_type}, whose head adapters do not train"
-        yield field_problem((RANK, "model_type"), flag(RANK), lora.lora_rank, rule, "Leave it out")
-        return
     known = adaptable_modules(model)
     for pattern in lora.lora_target_modules:
         if not any(matches(name, pattern) for name in known):

@@ -70,7 +70,10 @@ def turn_end(template: ChatTemplate) -> int | None:
 
 @dataclasses.dataclass(frozen=True)
 class ChatEncoder:
-    """Chats through a template. end: the token that ends a turn. assistant_only: False trains every token."""
+    """Chats through a template. end: the token that ends a turn.
+
+    assistant_only: False trains every token but those of the assistant's turns that are not to be learned.
+    """
 
     template: ChatTemplate
     end: int
@@ -101,10 +104,9 @@ class ChatEncoder:
                 raise TemplateError(str(error), number) from None
 
     def _text_and_spans(self, chat: Chat) -> tuple[str, list[Span]]:
-        """The text of a chat, and the characters that are trained."""
-        if not self.assistant_only:
-            text = self._render(chat.messages, chat.variables, prompt=False)
-            return text, [(0, len(text))]
+        """The text of a chat, and the characters of what is trained; where prompts are, too, of what is not."""
+        if not self.assistant_only and all(chat.trained):
+            return self._render(chat.messages, chat.variables, prompt=False), []
         if self.template.has_marks:
             try:
                 text, spans = self.template.render_marked(chat.messages, chat.variables)
@@ -116,7 +118,7 @@ class ChatEncoder:
             what, rule = "The chat template", "must mark what the assistant writes, in every chat that has such a turn"
             raise TemplateError(problem(what, Words(f"no mark in {_shown(text)}"), rule, f"To cure it, {MARK_IT}"))
         if len(spans) == len(chat.trained):
-            spans = [span for span, trained in zip(spans, chat.trained) if trained]
+            spans = [span for span, trained in zip(spans, chat.trained) if trained == self.assistant_only]
         elif not all(chat.trained):
             found = Words(f"{len(spans)} marks for {len(chat.trained)} turns in {_shown(text)}")
             rule = "must mark each turn of the assistant once, where some of them have weight 0"
@@ -125,7 +127,11 @@ class ChatEncoder:
         return text, spans
 
     def _by_prefixes(self, chat: Chat) -> tuple[str, list[Span]]:
-        """Each turn of the assistant is what is longer than the prompt before it, in a text that begins alike."""
+        """Each turn of the assistant is what is longer than the prompt before it, in a text that begins alike.
+
+        To prove that a text begins as its prompts do, each prompt is rendered, which is quadratic in turns. Marks are
+        linear.
+        """
         text, spans = self._render(chat.messages, chat.variables, prompt=False), list[Span]()
         for number, message in enumerate(chat.messages):
             if message["role"] != "assistant":
@@ -148,16 +154,15 @@ class ChatEncoder:
 
     def _encoded(self, text: str, spans: Sequence[Span], encoding: Any) -> Encoded:
         ids, offsets = np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int64).reshape(-1, 2)
-        trained, ended = np.zeros(len(ids), bool), False
+        trained, ended = np.full(len(ids), not self.assistant_only), False
         for first, last in spans:
             (inside,) = np.nonzero((offsets[:, 0] < last) & (offsets[:, 1] > first))
             if not len(inside):
                 continue
             begin, stop = int(inside[0]), int(inside[-1]) + 1
-            if self.assistant_only:
-                stop, complete = self._with_end(text, ids, offsets, begin, stop)
-                ended = ended or complete
-            trained[begin:stop] = True
+            stop, complete = self._with_end(text, ids, offsets, begin, stop)
+            ended = ended or complete
+            trained[begin:stop] = self.assistant_only
         if self.assistant_only and not ended:
             token = self.template.backend.id_to_token(self.end)
             rule = f"must end a turn of the assistant with {token}, at which generation stops"

@@ -116,11 +116,11 @@ class InstructionFactory:
     def _reader(self, config: RunConfig, tokenizer: Tokenizer) -> Reader:
         decoder, answers = config.model.architecture.decoder, config.data.assistant_only_loss
         if not self.chats:
-            completions = CompletionEncoder(tokenizer, decoder=decoder, assistant_only=answers or decoder)
+            completions = CompletionEncoder(tokenizer, decoder=decoder, assistant_only=answers)
             key = cache_key("completion", tokenizer.fingerprint(), completions.end, decoder, answers)
             return Reader(lambda record, notice: [read_completion(record, notice)], completions, key)
         template, end = _template(tokenizer), tokenizer.require("eos" if decoder else "eod")
-        encoder = ChatEncoder(template, end, answers or decoder)
+        encoder = ChatEncoder(template, end, answers)
         key = cache_key(
             "chat", tokenizer.fingerprint(), template.source, template.special_tokens, end, decoder, answers
         )

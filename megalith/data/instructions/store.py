@@ -51,7 +51,7 @@ class Report:
     """What was read of a file. examples: `file:line: reason` of some lines that cannot be used."""
 
     total: int  # lines that are not empty
-    unusable: int
+    unusable: int  # of these, lines of which something cannot be used
     examples: list[str]
     notes: list[str]  # how data of another form than the usual one were read
 
@@ -125,7 +125,7 @@ def open_store(path: str, reader: Reader, folders: Sequence[str | os.PathLike]) 
     if file_format(path)[0] in ("parquet", "text"):
         cure = "Write its rows as JSON lines (datasets: to_json; pandas: to_json(orient='records', lines=True))"
         raise DataError(problem("The data", path, "must be a file of JSON lines", cure))
-    key = cache_key("instructions 2", sha256(path), reader.key)
+    key = cache_key("instructions 3", sha256(path), reader.key)
 
     def build() -> list[np.ndarray]:
         return tokenize(path, reader)
@@ -155,11 +155,10 @@ def open_store(path: str, reader: Reader, folders: Sequence[str | os.PathLike]) 
 def tokenize(path: str, reader: Reader) -> list[np.ndarray]:
     """The arrays of LAYOUT, of every line that can be used."""
     ids, trained, lengths, weights, numbers = ([] for _ in range(5))  # type: ignore[var-annotated]
-    total, unusable, examples, notes = 0, 0, list[str](), dict[str, None]()
+    total, unusable, examples, notes = 0, set[int](), list[str](), dict[str, None]()
 
     def refuse(number: int, reason: str) -> None:
-        nonlocal unusable
-        unusable += 1
+        unusable.add(number)  # once, also where several of its turns, samples of a T5, cannot be used
         if len(examples) < EXAMPLES:
             examples.append(f"{path}:{number}: {reason}")
 
@@ -183,7 +182,7 @@ def tokenize(path: str, reader: Reader) -> list[np.ndarray]:
                 numbers.append(number)
         except TemplateError as error:
             raise DataError(f"{path}:{records[error.number][0]}: {error}") from None
-    report = json.dumps(dataclasses.asdict(Report(total, unusable, examples, list(notes)))).encode()
+    report = json.dumps(dataclasses.asdict(Report(total, len(unusable), examples, list(notes)))).encode()
     return [
         np.concatenate([np.empty(0, np.int32), *ids]), np.concatenate([np.empty(0, bool), *trained]),
         np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))).astype(np.int64), np.array(weights, np.float32),

@@ -29,7 +29,7 @@ class TaskDataset:
     def __init__(
         self, found: Examples, task: TaskDescription, tokenizer: Any, *, seq_length: int, files: Sequence[pathlib.Path]
     ):
-        """All texts are tokenized here, each once however many examples have it."""
+        """All texts are tokenized here, each once however many examples have it. files: what samples depend on."""
         self.task, self.seq_length, self.files = task, seq_length, [str(file) for file in files]
         self.labelled, self.bad = found.labelled, found.bad
         self.cls, self.sep, self.pad = (tokenizer.require(name) for name in ("cls", "sep", "pad"))
@@ -120,9 +120,12 @@ def open_files(config: RunConfig, tokenizer: Any) -> tuple[TaskDataset | None, d
         rule = f"must be at least {SHORTEST}, for [CLS], [SEP], [SEP] and a token"
         raise ConfigError(problem("--seq-length", config.data.seq_length, rule, "Write --seq-length 128"))
 
+    own = [pathlib.Path(f.task)] if f.task and f.task.endswith((".yaml", ".yml")) else []
+
     def dataset(files: Sequence[pathlib.Path], training: bool) -> TaskDataset:
         found = read_examples(files, task, training=training)
-        return TaskDataset(found, task, tokenizer, seq_length=config.data.seq_length or 0, files=files)
+        length = config.data.seq_length or 0
+        return TaskDataset(found, task, tokenizer, seq_length=length, files=[*files, *own])
 
     train = None
     if not config.validation.skip_train:

@@ -137,8 +137,12 @@ def _places(names: Sequence[str], path: pathlib.Path, task: TaskDescription) -> 
     """(whether the file has labels, {column of the task: its number}), from the first line of a table."""
     label = task.columns["label"]
     without = task.unlabelled or {name: place for name, place in task.columns.items() if name != "label"}
-    needs_names = [place for place in without.values() if isinstance(place, str)]
-    labelled = label in names if isinstance(label, str) else not (needs_names and set(needs_names) <= set(names))
+    # A label by number is there where that column is, unless the names are those of files without labels alone.
+    names_without = {place for place in without.values() if isinstance(place, str)} - set(task.columns.values())
+    if isinstance(label, str):
+        labelled = label in names
+    else:
+        labelled = -len(names) <= label < len(names) and not (names_without and names_without <= set(names))
     columns: Columns = task.columns if labelled else without
     missing = [
         place for place in columns.values()

@@ -21,12 +21,12 @@ def announce(
     train_iters: int,
     datasets: Mapping[str, Any],
     changed: Sequence[str],
-    unmeasured: Sequence[str],
+    left: Sequence[str],
 ) -> None:
     """Print what is about to run, in a few lines. Only the main process calls this.
 
     changed: how it differs from the checkpoint that it starts from.
-    unmeasured: the splits whose loss at the present step is not known.
+    left: what is to be done after the last step, "the loss of its test data".
     """
     config, mesh = trainer.runtime.config, trainer.runtime.mesh
     devices = f"{mesh.world_size} x {device_name(mesh.device)}, {config.precision.compute_dtype}"
@@ -38,9 +38,10 @@ def announce(
     if config.lora.lora_rank:
         shapes = adapter_shapes(config.model, config.lora)
         number, layers = sum(map(math.prod, shapes.values())), len(shapes) // 2
+        head = "".join(f" and the {name}" for name in config.model.architecture.head)
         print(
-            f"LoRA: {number:,} parameters of rank {config.lora.lora_rank} on {layers} linear layers are trained, on "
-            f"{(trainer.base or {}).get('path')}",
+            f"LoRA: {number:,} parameters of rank {config.lora.lora_rank} on {layers} linear layers{head} are trained, "
+            f"on {(trainer.base or {}).get('path')}",
             flush=True,
         )
     if config.retriever.bert_load and not progress.iteration and saving.source_of(config) is None:
@@ -51,12 +52,10 @@ def announce(
     if line := saving.describe_loaded(trainer):
         print(line, flush=True)
     if progress.iteration:
-        left = "nothing is left to do"
-        if unmeasured:
-            left = f"what is left is the loss of its {' and '.join(unmeasured)} data"
+        rest = f"what is left is {' and '.join(left)}" if left else "nothing is left to do"
         length = "--train-iters" if config.finetuning.epochs is None else "--epochs"
         more = f"raise {length}, with --override-opt-param-scheduler, to train longer"
-        done = f"; that is all of them, {left} ({more})" if progress.iteration >= train_iters > 0 else ""
+        done = f"; that is all of them, {rest} ({more})" if progress.iteration >= train_iters > 0 else ""
         step = progress.iteration
         doing = f"resuming after step {step} of {train_iters}{done}" if train_iters else f"measuring step {step}"
         print(doing, flush=True)

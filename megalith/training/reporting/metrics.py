@@ -62,12 +62,17 @@ class Metrics(Callback):
             self.file.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
 
     def on_validation(self, run: RunInfo, record: ValidationRecord) -> None:
-        """Append the validation; its keys begin with the name of the split, to tell them from a step's."""
+        """Append the validation; its keys begin with the name of the split, to tell them from a step's.
+
+        `data` is a hash of validation data that come by name; `skip_train` says that the run did nothing but measure.
+        """
         if self.file:
             line: dict[str, Any] = {"step": record.step, f"{record.split}_loss": record.total_loss}
             line |= {f"{record.split}_losses": record.losses} if len(record.losses) > 1 else {}
             line |= {f"{record.split}_metrics": record.metrics} if record.metrics else {}
             line |= {"seconds": record.seconds, "consumed_samples": record.consumed_samples}
+            line |= {"data": run.valid_data} if run.valid_data is not None else {}
+            line |= {"skip_train": True} if run.config.validation.skip_train else {}
             self.file.write(orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE))
 
     def on_end(self, run: RunInfo) -> None:
@@ -87,9 +92,19 @@ def read_metrics(path: pathlib.Path) -> Iterator[dict[str, Any]]:
                 continue
 
 
-def splits_measured_at(path: pathlib.Path, step: int) -> set[str]:
-    """The splits ("validation", "test") whose loss at this step the file has; none where it is missing."""
-    lines = [line for line in read_metrics(path) if line["step"] == step] if path.exists() else []
+def measured(path: pathlib.Path, data: str | None) -> Iterator[dict[str, Any]]:
+    """The validations that a training run made on these data (`RunInfo.valid_data`); none where the file is missing.
+
+    Lines that do not name their data count: of corpora, and of older releases.
+    """
+    for line in read_metrics(path) if path.exists() else ():
+        if "loss" not in line and line.get("data", data) == data and not line.get("skip_train"):
+            yield line
+
+
+def splits_measured_at(path: pathlib.Path, step: int, data: str | None = None) -> set[str]:
+    """The splits ("validation", "test") whose loss at this step the file has, of these data; see `measured`."""
+    lines = [line for line in measured(path, data) if line["step"] == step]
     return {split for line in lines for split in ("validation", "test") if f"{split}_loss" in line}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 from megalith import checkpoint
@@ -19,9 +20,9 @@ def read_start(config: RunConfig) -> Weights | None:
     """The weights that the model of a LoRA run is built from: the base's, with adapters if it does not begin with new
     ones. None without LoRA.
 
-    The base is what --load names, else what the run's own checkpoint, or that of --load, says. Raises CheckpointError
-    where there is none, or it is not there or has changed, or adapters differ from those of the config, and as
-    `check_kind` does.
+    Their train_state has the record of the base, which is what --load names, else what the run's own checkpoint, or
+    that of --load, says. Raises CheckpointError where there is none, or it is not there or has changed, or adapters
+    differ from those of the config, and as `check_kind` does.
     """
     if not config.lora.lora_rank:
         return None
@@ -40,7 +41,8 @@ def read_start(config: RunConfig) -> Weights | None:
         else:
             found = adapters.attach(foreign.read(load, foreign.read_options(config, iteration=None)), own)
     _check_same(config, found)
-    return found
+    record = found.train_state.get(adapters.BASE) or adapters.record_of(found)
+    return dataclasses.replace(found, train_state={**found.train_state, adapters.BASE: record})
 
 
 def check_kind(config: RunConfig) -> None:

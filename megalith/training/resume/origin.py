@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
@@ -25,6 +26,7 @@ from megalith.data.build import source_usage
 from megalith.data.indexed.format import dataset_files, resolve_prefix
 from megalith.data.samples.epochs import Epochs, OneEpoch
 from megalith.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from megalith.training.resume.labels import compare_labels
 from megalith.training.resume.source import Source, is_foreign, read_source, source_of, weights_only
 
 # Sections of the config that decide, with the model, what a step reads and computes.
@@ -74,7 +76,7 @@ def compare(config: RunConfig, tokenizer: Tokenizer, data: Mapping[str, str]) ->
 def _compare(source: Source, config: RunConfig, tokenizer: Tokenizer, data: Mapping[str, str]) -> list[str]:
     then = source.config
     new_run = weights_only(config)  # a new run begins with the weights, so its data and rates are its own
-    head = describe_new_head(config.model, then.model)
+    head, labels = describe_new_head(config.model, then.model), list[str]()
     if head and not new_run:
         rule, cure = (
             "must be of a run of this task to resume it",
@@ -89,7 +91,9 @@ def _compare(source: Source, config: RunConfig, tokenizer: Tokenizer, data: Mapp
         then = dataclasses.replace(then, model=with_head(then.model, config.model))
     if another := describe_model_difference(source.path, config.model, then.model):
         raise CheckpointError(another)
-    lines = [head] * bool(head) + differences(config.model, then.model).noted
+    elif config.model.architecture.head:
+        labels = compare_labels(source, config, new_run)
+    lines = [head] * bool(head) + labels + differences(config.model, then.model).noted
     lines += _tokenizer_changes(source, tokenizer, new_run)
     if new_run:
         return lines
@@ -179,6 +183,14 @@ def fingerprints(datasets: Iterable[Any], config: DataConfig) -> dict[str, str]:
     found |= {file: sampled_digest(pathlib.Path(file), SAMPLED_BLOCKS) for file in files}
     lists = [path for path in (config.data_file_list, config.data_weights_schedule) if path]
     return found | {path: hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest() for path in lists}
+
+
+def validation_fingerprint(valid: Any, data: Mapping[str, str]) -> str | None:
+    """A hash of validation data that come by name, {name: OneEpoch}; None of others. data: see `fingerprints`."""
+    if not isinstance(valid, Mapping):
+        return None
+    named = [[name, *(data[file] for file in getattr(each.dataset, "files", ()))] for name, each in valid.items()]
+    return hashlib.sha256(json.dumps(sorted(named)).encode()).hexdigest()[:16]
 
 
 def task_datasets(datasets: Iterable[Any]) -> list[Any]:

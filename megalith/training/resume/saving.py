@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import os
 import pathlib
@@ -18,15 +17,15 @@ from megalith.checkpoint.store import folder
 from megalith.checkpoint.store.facts import part_of, written_by_another_run
 from megalith.checkpoint.store.folder import checkpoint_folder, checkpoint_paths, iteration_of, load_path
 from megalith.checkpoint.store.loading import verify_on_all_ranks
-from megalith.checkpoint.weights import Weights, read_megalith
+from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError, ConfigError, problem
 from megalith.config.checks.checks import needs_checkpoint
 from megalith.config.flags.text import Words
-from megalith.config.heads import is_of_head, new_head
+from megalith.config.heads import new_head
 from megalith.config.run import RunConfig
-from megalith.config.sections.model import ModelConfig
 from megalith.runtime import state
 from megalith.training.finite import check_before_saving, check_loaded
+from megalith.training.resume.labels import LABELS, labels_of
 from megalith.training.resume.lora import check_kind
 from megalith.training.resume.source import (
     check_save_folder,
@@ -63,6 +62,8 @@ def save(
         "world_size": trainer.runtime.mesh.world_size,
         "data": data,
     }
+    if labels := labels_of(config):
+        train_state[LABELS] = labels
     if trainer.base is not None:
         train_state[adapters.BASE] = trainer.base
     checkpoint.save(
@@ -154,11 +155,11 @@ def resume(trainer: Trainer) -> Progress:
             print("".join(f"{options.load}: {note}\n" for note in weights.notes), end="", flush=True)
     tensors = stored_weights(trainer)
     can_have_new_head = only_weights and config.model.architecture.head
-    if can_have_new_head and (head := ranks.on_rank_0(lambda: new_head(config.model, model_of(config, source)))):
-        if weights is None:
+    if can_have_new_head and ranks.on_rank_0(lambda: new_head(config.model, read_source(config, source).config.model)):
+        if weights is None:  # the model was built from them (start.py)
             verify_on_all_ranks(checkpoint.find(source, options.ckpt_step), ranks)
-            weights = ranks.on_every_rank(lambda: read_megalith(source, options.ckpt_step))
-        return begin_with_encoder(weights, tensors, head)
+        check_loaded(tensors, source, 0)
+        return Progress()
     if with_optimizer:
         state.create_optimizer_state(trainer.optimizer)
         complete = with_optimizer_state(trainer, tensors)
@@ -183,21 +184,6 @@ def resume(trainer: Trainer) -> Progress:
     progress = Progress.resumed(stored)
     ranks.on_rank_0(lambda: check_later_checkpoints(own, progress))
     return progress
-
-
-def model_of(config: RunConfig, source: str | os.PathLike) -> ModelConfig:
-    """The model whose weights a source holds."""
-    return read_source(config, source).config.model
-
-
-def begin_with_encoder(weights: Weights, tensors: list[dict[str, Tensor]], head: tuple[str, ...]) -> Progress:
-    """Fill all but the head, which stays as it was drawn, from weights that have another head or none."""
-    encoder = [{name: each for name, each in part.items() if not is_of_head(name, head)} for part in tensors]
-    asked = set().union(*Ranks().collect(lambda: {name for part in encoder for name in part}))
-    taken = {name: lazy for name, lazy in weights.tensors.items() if name in asked}
-    checkpoint.fill(dataclasses.replace(weights, tensors=taken), encoder)
-    check_loaded(encoder, weights.source, weights.iteration)
-    return Progress()
 
 
 def check_schedule(path: pathlib.Path) -> None:

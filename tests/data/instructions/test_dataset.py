@@ -140,6 +140,17 @@ def test_lines_that_cannot_be_used_are_listed_or_an_error(tmp_path):
         opened(make_config(tmp_path / "g", GEMMA, train_data=[str(tmp_path / "s.jsonl")]))
 
 
+def test_a_line_of_several_turns_that_cannot_be_used_is_one_line(tmp_path):
+    """Of a T5 each turn is a sample."""
+    path = write_chats(tmp_path / "a.jsonl", [1] * 9)
+    answer = {"role": "assistant", "content": "x"}
+    with open(path, "a") as file:
+        file.write(json.dumps({"messages": [{"role": "system", "content": "B"}, USER, answer, USER, answer]}) + "\n")
+    shape = {"model_type": "t5", "loss": "t5", "decoder_seq_length": 8, "max_unusable": "1"}
+    dataset, _, _ = opened(make_config(tmp_path, GEMMA, train_data=[path], **shape))
+    assert "1 of 10 lines cannot be used" in "\n".join(dataset.describe("training data"))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [

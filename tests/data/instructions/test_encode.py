@@ -81,6 +81,16 @@ def test_turns_of_weight_0_are_not_trained(folder):
         assert runs(made, encode(made, MESSAGES, (False, True))) == [ANSWERS[1] + "<end_of_turn>"]
 
 
+def test_turns_of_weight_0_are_not_trained_where_prompts_are(folder):
+    """All but the turn and its end."""
+    for source in (GEMMA, unmarked(GEMMA)):
+        made = encoder(folder, source, assistant_only=False)
+        sample = encode(made, MESSAGES, (False, True))
+        alone = encode(encoder(folder, source), MESSAGES, (True, False))
+        assert runs(encoder(folder, source), alone) == [ANSWERS[0] + "<end_of_turn>"]
+        assert (sample.trained == ~alone.trained).all()
+
+
 def test_span_at_token_0_is_of_the_assistant_alone(folder):
     """A mask that begins at the first token: transformers#47325 took it for none, and trained the rest."""
     source = "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content + eos_token }}"

@@ -44,6 +44,18 @@ def test_glue_files_without_labels_are_known_by_their_first_line(tmp_path):
     assert row.values == {"text_a": "They drank the pub.", "label": "1"}
 
 
+def test_a_label_by_number_beside_texts_by_name(tmp_path):
+    """Names that a file with labels has too do not make it one without."""
+    by_number = "labels: [no, yes]\ncolumns: {text_a: sentence, label: 1}"
+    (tmp_path / "train.tsv").write_text("sentence\tanswer\na b\tyes\n")
+    (tmp_path / "test.tsv").write_text("sentence\na b\n")
+    for text in (by_number, by_number + "\nunlabelled: {text_a: sentence}"):
+        rows = read_rows(tmp_path / "train.tsv", task(text))
+        assert rows.labelled and rows.rows[0].values == {"text_a": "a b", "label": "yes"}
+        rows = read_rows(tmp_path / "test.tsv", task(text))
+        assert not rows.labelled and rows.rows[0].values == {"text_a": "a b"}
+
+
 cells = st.text(st.characters(blacklist_categories=("Cs", "Cc"), blacklist_characters="\u2028\u2029\x85"), max_size=8)
 
 
