@@ -7,7 +7,7 @@ from megalith.config.options import option, section
 
 @section
 class RetrieverConfig:
-    """What the loss of a bi-encoder compares, and what it begins with."""
+    """What the loss of a bi-encoder compares, what it begins with, and which passages a question comes with."""
 
     bert_load: str | None = option(
         None, "ict: a BERT in any format that --load takes, with whose weights both towers begin"
@@ -20,3 +20,12 @@ class RetrieverConfig:
         False, "ict: other contexts of a query's own document are no negatives for it (Megatron takes them for wrong)"
     )
     retriever_chunk_queries: int = option(1024, "ict: queries whose scores exist at one time", minimum=1)
+    retriever_seq_length: int | None = option(
+        None, "nq: tokens of a question and of a passage, in the place of --seq-length", minimum=1
+    )
+    train_with_neg: bool = option(False, "nq: train with --train-hard-neg passages that do not answer the question")
+    train_hard_neg: int = option(
+        0, "nq: hard negatives of a question; what the file lacks of them are other negatives", minimum=0
+    )
+    val_av_rank_hard_neg: int = option(30, "nq: hard negatives of a question in validation", minimum=0)
+    val_av_rank_other_neg: int = option(30, "nq: other negatives of a question in validation", minimum=0)
