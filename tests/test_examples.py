@@ -15,6 +15,7 @@ TOY = {
     "NUM_LAYERS": "2",
     "HIDDEN_SIZE": "32",
     "NUM_HEADS": "2",
+    "HEAD_SIZE": "16",
     "SEQ_LENGTH": "32",
     "MICRO_BATCH": "2",
     "DECAY_ITERS": "6",
@@ -23,7 +24,7 @@ TOY = {
 FLAGS = ["--train-iters", "6", "--eval-iters", "1", "--log-interval", "1"]
 BERT = {"VOCAB_FILE": "vocab.txt", "DATA_PATH": "my-bert_text_sentence"}
 T5 = BERT  # the same vocabulary and sentences
-ICT = BERT | {"TITLES_DATA_PATH": "my-bert_source_sentence", "HEAD_SIZE": "16"}
+ICT = BERT | {"TITLES_DATA_PATH": "my-bert_source_sentence"}
 GPT = {"VOCAB_FILE": "vocab.json", "MERGE_FILE": "merges.txt", "DATA_PATH": "my-gpt2_text_document"}
 RUNS = {  # name: script and the variables that make it small: one process, data parallelism, and a split model
     "gpt": ("pretrain_gpt.sh", GPT | {"GLOBAL_BATCH": "4"}),
@@ -52,6 +53,7 @@ SIZES = {  # of the defaults: words of the vocabulary that --vocab-size counts, 
     "gpt": ("50257", "354,823,168 parameters"),
     "bert": ("30524", "336,228,158 parameters"),
     "t5": ("30624", "222,421,920 parameters"),
+    "ict": ("30524", "217,590,016 parameters"),
 }
 
 
