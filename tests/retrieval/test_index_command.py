@@ -42,7 +42,7 @@ def test_blocks_of_ones_own(ict_run, sentences, tmp_path, capsys, monkeypatch):
     for words in (own, f"search {tmp_path}/s w3 {CPU}"):
         status, _, err = command(words, capsys)
         assert status == 1 and ("must be built with one source" in err or "cut into the blocks, that were" in err), err
-    status, _, err = command(f"{build}2 --block-samples-mapping tests.retrieval.blocks:absent", capsys)
+    status, _, err = command(f"{build} --block-samples-mapping tests.retrieval.blocks:absent", capsys)
     assert status == 2 and "define 'absent'" in err
 
 
