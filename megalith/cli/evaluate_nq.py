@@ -31,8 +31,7 @@ def add_nq_flags(parser: argparse.ArgumentParser) -> None:
 
 def unused_nq_flags(args: argparse.Namespace, nq: bool) -> list[str]:
     """What was typed of the flags of the other kind of task: of a model that writes text, or of nq."""
-    kind, shared = (EvaluationOptions, ("seq_length", "micro_batch_size")) if nq else (OpenDomainOptions, ())
-    return [flag(name) for name in given_options(args, kind) if name not in shared]
+    return [flag(name) for name in given_options(args, EvaluationOptions if nq else OpenDomainOptions)]
 
 
 def evaluate_nq(args: argparse.Namespace, models: Sequence[str], results: Results) -> None:

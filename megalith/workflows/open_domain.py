@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from megalith.common.errors import DataError, problem
 from megalith.data.questions import Question
 from megalith.evaluation.options import OpenDomainOptions
 from megalith.evaluation.result import Metric, Result
@@ -18,8 +19,6 @@ from megalith.retrieval.recall import Recall, measure
 from megalith.retrieval.search import open_index
 from megalith.retrieval.sources import Passages, PassagesById, Source, open_source
 from megalith.retrieval.store import Store, check_probe, is_complete
-
-MEGATRON = "megatron"  # the kind of a store whose texts are known by their ids alone
 
 
 def evaluate(
@@ -60,10 +59,13 @@ def evaluate(
 def source_of(store: Store, embedder: Embedder, evidence: str | None) -> Source:
     """The texts of a store. evidence: the passages, by their ids where the store is of Megatron's pickle."""
     described = store.plan.source
-    if evidence and described["kind"] == MEGATRON:
+    if evidence and described["kind"] == "megatron":
         return PassagesById(evidence, embedder.tokenizer, embedder.length(None))
-    if evidence:  # they may have moved, and must be those that were embedded
-        described = {**described, "kind": "passages", "path": os.path.abspath(evidence)}
+    if evidence and described["kind"] == "blocks":
+        rule = f"must not be given, as {store.folder} is of the blocks of {described['data_path']}"
+        raise DataError(problem("--evidence", evidence, rule, "Leave it out, or name another --index"))
+    if evidence:  # it may have moved, and must hold what was embedded
+        described = {**described, "path": os.path.abspath(evidence)}
     return open_source(described, embedder.tokenizer)
 
 
