@@ -5,8 +5,6 @@ import pathlib
 import re
 import shlex
 
-import pytest
-
 from megalith.cli.main import main
 from megalith.evaluation.records import read_records
 from tests.tiny import records
@@ -79,25 +77,3 @@ def test_what_the_page_says_runs(tmp_path, monkeypatch, capsys):
     assert "average rank" in list(records("runs/nq"))[-1]["validation_metrics"]
     (record,) = read_records("nq.json")
     assert record["metrics"]["top-48 accuracy"]["value"] == 1.0
-
-
-@pytest.mark.slow
-def test_a_trained_one_finds_the_article_that_answers(tmp_path, monkeypatch, capsys):
-    """After 150 steps a sentence of an article finds it among the best five of 48, where chance is a tenth."""
-    monkeypatch.chdir(tmp_path)
-    write_files(tmp_path)
-    preprocess, train, build, *_ = commands()
-    train = train.replace("--train-iters 3", "--train-iters 150").replace(
-        "--micro-batch-size 8", "--micro-batch-size 16"
-    )
-    for line in (preprocess, train.replace("--global-batch-size 8", "--global-batch-size 16"), build):
-        _, verb, *words = shlex.split(line)
-        extra = {"pretrain": "--device cpu --progress none", "index": "--device cpu"}.get(verb, "").split()
-        assert main([verb, *words, *extra]) == 0, capsys.readouterr().err
-    capsys.readouterr()
-    articles = [json.loads(line) for line in pathlib.Path("corpus.jsonl").read_text().splitlines()]
-    queries = [each["text"].split(".")[0] for each in articles]
-    assert main(["index", "search", "wiki.store", *queries, "--json", "--device", "cpu"]) == 0
-    found = [json.loads(line)["results"] for line in capsys.readouterr().out.splitlines()]
-    right = [any(each["title"] == best["title"] for best in results) for each, results in zip(articles, found)]
-    assert sum(right) / len(right) > 0.4
