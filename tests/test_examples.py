@@ -15,6 +15,7 @@ TOY = {
     "NUM_LAYERS": "2",
     "HIDDEN_SIZE": "32",
     "NUM_HEADS": "2",
+    "HEAD_SIZE": "16",
     "SEQ_LENGTH": "32",
     "MICRO_BATCH": "2",
     "DECAY_ITERS": "6",
@@ -23,6 +24,7 @@ TOY = {
 FLAGS = ["--train-iters", "6", "--eval-iters", "1", "--log-interval", "1"]
 BERT = {"VOCAB_FILE": "vocab.txt", "DATA_PATH": "my-bert_text_sentence"}
 T5 = BERT  # the same vocabulary and sentences
+ICT = BERT | {"TITLES_DATA_PATH": "my-bert_source_sentence"}
 GPT = {"VOCAB_FILE": "vocab.json", "MERGE_FILE": "merges.txt", "DATA_PATH": "my-gpt2_text_document"}
 RUNS = {  # name: script and the variables that make it small: one process, data parallelism, and a split model
     "gpt": ("pretrain_gpt.sh", GPT | {"GLOBAL_BATCH": "4"}),
@@ -43,12 +45,15 @@ RUNS = {  # name: script and the variables that make it small: one process, data
         "pretrain_t5.sh",
         T5 | {"GPUS_PER_NODE": "2", "PIPELINE": "2", "GLOBAL_BATCH": "8", "MASTER_PORT": "29536"},
     ),
+    "ict": ("pretrain_ict.sh", ICT | {"GLOBAL_BATCH": "4"}),
+    "ict-data": ("pretrain_ict.sh", ICT | {"GPUS_PER_NODE": "2", "GLOBAL_BATCH": "4", "MASTER_PORT": "29537"}),
 }
 SLOW = [name for name in RUNS if name != "gpt"]
 SIZES = {  # of the defaults: words of the vocabulary that --vocab-size counts, parameters
     "gpt": ("50257", "354,823,168 parameters"),
     "bert": ("30524", "336,228,158 parameters"),
     "t5": ("30624", "222,421,920 parameters"),
+    "ict": ("30524", "217,590,016 parameters"),
 }
 
 
@@ -60,6 +65,7 @@ def folder(tmp_path_factory) -> pathlib.Path:
     preprocess = "megalith data preprocess --input corpus.jsonl --workers 1 --output-prefix"
     gpt2 = "my-gpt2 --tokenizer-type GPT2BPETokenizer --vocab-file vocab.json --merge-file merges.txt --append-eod"
     bert = "my-bert --tokenizer-type BertWordPieceLowerCase --vocab-file vocab.txt --split-sentences"
+    bert += " --json-keys text source"  # what a text is from serves as its title
     for options in (gpt2, bert):
         run(f"{preprocess} {options}".split(), folder)
     return folder

@@ -1,4 +1,4 @@
-"""megalith evaluate: perplexity, LAMBADA, and the tasks of lm-evaluation-harness, of one or several models."""
+"""megalith evaluate: perplexity, LAMBADA, open-domain questions, lm-evaluation-harness, of one or several models."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import json
-import pathlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from megalith.cli.evaluate_nq import FILES, add_nq_flags, evaluate_nq, unused_nq_flags
+from megalith.cli.evaluate_results import Results
 from megalith.cli.flags.load import (
     CONTEXT,
     LAYOUT,
@@ -26,12 +26,11 @@ from megalith.cli.flags.options import add_option_flags, given_options
 from megalith.cli.flags.training import add_dtype_flags, add_training_flags, unused_flags
 from megalith.common.errors import ConfigError, problem
 from megalith.common.extras import require
-from megalith.common.files import write_text
 from megalith.common.orphans import ends_with_launcher
 from megalith.common.outputs import writing
 from megalith.config import environment
 from megalith.config.flags.text import Words, choose
-from megalith.evaluation.options import TASKS, EvaluationOptions
+from megalith.evaluation.options import OPEN_DOMAIN, TASKS, EvaluationOptions
 
 EXAMPLE = """\
 examples:
@@ -39,11 +38,13 @@ examples:
   megalith evaluate lambada gpt2 runs/first --valid-data lambada_test.jsonl --strict-lambada --html lambada.html
   megalith evaluate ppl runs/first --valid-data law.txt news.jsonl --json ppl.json
   megalith evaluate --harness hellaswag,piqa runs/first
+  megalith evaluate nq runs/ict --index wiki.store --qa-data-dev nq-dev.csv --faiss-match string
   torchrun --nproc-per-node 4 -m megalith evaluate lambada Llama-3-8B --tensor-model-parallel-size 2 --valid-data ...
 
 wikitext103 is any WikiText file, as Megatron measures it. lambada is JSON lines of passages. ppl is any text:
-plain-text files, each one text, and JSON lines (.jsonl, .json), each line one. The flags of Megatron's tasks/main.py
-work as typed; those without a meaning here are named in a line.
+plain-text files, each one text, and JSON lines (.jsonl, .json), each line one. nq is questions to a bi-encoder and its
+index (docs/retrieval.md). The flags of Megatron's tasks/main.py work as typed; those without a meaning here are named
+in a line.
 """
 EXAMPLE_CURE = "Write megalith evaluate wikitext103 MODEL --valid-data FILE"
 RECOMPUTED = "nothing is recomputed where there is no backward pass"
@@ -67,7 +68,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         epilog=EXAMPLE,
     )
     add = parser.add_argument
-    add("words", nargs="*", metavar="TASK MODEL", help="wikitext103, lambada, ppl or module:name; then the models")
+    add("words", nargs="*", metavar="TASK MODEL", help="wikitext103, lambada, ppl, nq or module:name; then the models")
     add("--task", metavar="NAME", help="the task, as Megatron names it (WIKITEXT103, LAMBADA)")
     add("--harness", metavar="TASKS", help="instead of a task: names of lm-evaluation-harness, with commas between")
     add("--load", metavar="PATH", help="the model, as Megatron names it")
@@ -75,6 +76,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     add_load_flags(parser, (*LAYOUT, CONTEXT))
     add_dtype_flags(parser)
     add_option_flags(parser.add_argument_group("what is measured"), EvaluationOptions)
+    add_nq_flags(parser)
     add("--batch-size", dest="micro_batch_size", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     harness = parser.add_argument_group("lm-evaluation-harness").add_argument
     harness("--include-path", metavar="FOLDER", help="a folder of tasks of your own, in YAML")
@@ -99,6 +101,7 @@ def evaluate(args: argparse.Namespace) -> int:
         check_paths(args, "MODEL" if args.words else "--load")
     if args.harness:
         require("lm_eval", "--harness")
+    args.unused += unused_nq_flags(args, nq=task in OPEN_DOMAIN)
     if environment.rank() == 0:
         for line in unused_flags(args, "an evaluation", INSTEAD):
             print(f"megalith: {line}", file=sys.stderr, flush=True)
@@ -114,15 +117,15 @@ def _words(args: argparse.Namespace) -> tuple[str | None, list[str]]:
         raise ConfigError(problem("The task", found, "must be one", "Leave one of them out"))
     if not task and not args.harness:
         if not words:
-            raise ConfigError(problem("TASK", Words("nothing"), f"must be one of {', '.join(TASKS)}", EXAMPLE_CURE))
+            raise ConfigError(problem("TASK", Words("nothing"), f"must be one of {', '.join(TASKS)}, nq", EXAMPLE_CURE))
         task = words.pop(0)
     if args.load is not None:
         words.append(args.load)
-    if not words:
+    if task and ":" not in task:
+        task = choose("task", task.lower(), (*TASKS, *OPEN_DOMAIN))
+    if not words and task not in OPEN_DOMAIN:
         cure = "Add its path after the task"
         raise ConfigError(problem("MODEL", Words("nothing"), f"must name {WHAT_TO_LOAD}", cure))
-    if task and ":" not in task:
-        task = choose("task", task.lower(), TASKS)
     return task, list(dict.fromkeys(words))
 
 
@@ -133,53 +136,34 @@ def _files(args: argparse.Namespace) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name in ("json", "html", "examples") if environment.rank() == 0 else ():
             if path := getattr(args, name):
-                inputs = [*args.valid_data, *args.compare]
+                inputs = [path for files in (*FILES, "compare") for path in getattr(args, files)]
                 held = writing(path, inputs=inputs, overwrite=args.overwrite, flag=f"--{name}", notice=notice)
                 stack.enter_context(held)
         yield
 
 
 def _evaluate(args: argparse.Namespace, task: str | None, models: Sequence[str], options: EvaluationOptions) -> int:
-    from megalith.evaluation.records import Record, read_records, record_of, tables, to_html, to_json
-    from megalith.reports.table import print_table
-
-    writes, lines = environment.rank() == 0, list[str]()
-    earlier = [record for path in args.compare for record in read_records(path)]
+    results = Results(args)
+    if task in OPEN_DOMAIN:
+        evaluate_nq(args, models, results)
+        return results.show()
     made = None if task is None else TASKS.find(task)(args.valid_data, options)  # what is wrong is found before loading
     import torch.distributed as dist  # here, because it imports torch
 
-    owns_group, records = not dist.is_initialized(), list[Record]()
+    owns_group = not dist.is_initialized()
     for args.load in models:
         started = time.monotonic()
         model = load_model(args)
-        results = measured(model, task, made, options, args)
+        found = measured(model, task, made, options, args)
         settings = {name: value for name, value in dataclasses.asdict(options).items() if value is not None}
-        settings["dtype"] = args.dtype
-        settings |= {name: getattr(args, name) for name in (*LAYOUT, CONTEXT) if getattr(args, name)}
-        for name, result in results.items():
-            about = {"model": args.load, "task": name, "files": args.valid_data, "settings": settings}
-            record = record_of(result, **about, seconds=round(time.monotonic() - started, 3))
-            records.append(record)
-            for note in record["notes"] if writes else ():
-                print(f"megalith: {args.load}: {note}", file=sys.stderr, flush=True)
-            if args.examples:
-                about = {"model": args.load, "task": name}
-                lines += [json.dumps(about | each, ensure_ascii=False, default=str) + "\n" for each in result.examples]
-        if writes:  # after each model, so that a later one that fails takes nothing with it
-            texts = {
-                args.json: to_json(records), args.html: to_html([*earlier, *records]), args.examples: "".join(lines)
-            }  # fmt: skip
-            for path, text in texts.items():
-                if path:
-                    write_text(pathlib.Path(path), text)
+        for name, result in found.items():
+            results.keep(result, args.load, name, args.valid_data, settings, started)
+        results.write()
         has_group = model.runtime is not None
         del model  # its memory is the next one's
     if has_group and owns_group:
         dist.destroy_process_group()
-    if writes:
-        for table in tables([*earlier, *records]):
-            print_table(table)
-    return 0
+    return results.show()
 
 
 def measured(

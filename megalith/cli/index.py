@@ -1,16 +1,16 @@
-"""megalith index build|search|evaluate|verify|import: block embeddings, and which of them are nearest to a text."""
+"""megalith index build|search|verify|import: block embeddings, and which of them are nearest to a text."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from megalith.common.errors import ConfigError, DataError, problem
+from megalith.config import environment
 from megalith.config.flags import flags
 from megalith.config.flags.loading import typed_config
 from megalith.config.flags.text import fail, flag, value_text
@@ -39,7 +39,6 @@ BUILD_FLAGS = (
     _option("--evidence", "evidence", "passages instead of blocks: TSV (id, text, title) or JSON lines"),
     _option("--evidence-data-path", "evidence", "as --evidence"),
     _option("--indexer-batch-size", "batch_size", "texts of a batch (default: 128)", number=True),
-    _option("--retriever-seq-length", "seq_length", "as --seq-length", number=True),
     _option("--shard-rows", "shard_rows", "vectors of a file (default: 65536)", number=True),
     _option("--train-rows", "train_rows", "vectors that --index-string is trained on (default: 100000)", number=True),
     _option(
@@ -79,19 +78,6 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     search.add_argument("--device", default="auto", help="auto, cpu, cuda or xpu")
     search.add_argument("--json", action="store_true", help="print a JSON line for each question")
     search.set_defaults(handler=run_search)
-    evaluate = verbs.add_parser("evaluate", help="top-k recall of answers to questions", epilog=EXAMPLE)
-    evaluate.add_argument("index", metavar="FOLDER", help="what `megalith index build` wrote")
-    evaluate.add_argument(
-        "--qa-data-dev", nargs="+", default=[], metavar="FILE", help="questions: TSV, JSON lines, DPR"
-    )
-    evaluate.add_argument("--qa-data-test", nargs="+", default=[], metavar="FILE", help="more questions")
-    evaluate.add_argument("--faiss-match", default="string", metavar="HOW", help="string or regex")
-    evaluate.add_argument("--faiss-topk-retrievals", type=int, default=100, metavar="K", help="passages of a question")
-    evaluate.add_argument("--faiss-use-gpu", action="store_true", help="accepted: exact search is on the CPU's cores")
-    evaluate.add_argument("--index-string", metavar="NAME", help="search this index of FAISS (default: exactly)")
-    evaluate.add_argument("--load", metavar="PATH", help=f"{MODEL} (default: that which made the index)")
-    evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda or xpu")
-    evaluate.set_defaults(handler=run_evaluate)
     example = "example: megalith index verify wiki.store"
     verify = verbs.add_parser("verify", help="read every byte and compare checksums", epilog=example)
     verify.add_argument("index", nargs="+", metavar="FOLDER")
@@ -131,42 +117,34 @@ def _build(
     numbers: dict[str, int | None], notices: Sequence[str],
 ) -> int:  # fmt: skip
     import torch  # here, because they import torch
-    import torch.distributed as dist
 
     from megalith.common.extras import require
-    from megalith.data.tokenizers.tokenizer import tokenizer_from_config
-    from megalith.retrieval.embed import Embedder, build
+    from megalith.data.tokenizers.given import TokenizerOverride
+    from megalith.retrieval.embed import Embedder, build, process_group
     from megalith.retrieval.sources import Blocks, Passages, Source
 
     def notice(line: str) -> None:
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if environment.rank() == 0:
             print(f"megalith: {line}", file=sys.stderr, flush=True)
 
     if index_string:
         require("faiss", f"--index-string {index_string}")
-    tokenizer = None
-    if config.data.vocab_file and not config.data.tokenizer_type:
-        config = config.replace(tokenizer_type="BertWordPieceLowerCase")
-        notices = [*notices, "--tokenizer-type is not given: the file is of a BertWordPieceLowerCase"]
-    if config.data.tokenizer_type:
-        tokenizer = tokenizer_from_config(config.data)
-    owns_group, c = not dist.is_initialized(), config.checkpoint
-    dtype = getattr(torch, config.precision.compute_dtype)
-    try:
-        embedder = Embedder.load(c.load, config.parallel, dtype=dtype, iteration=c.ckpt_step, tokenizer=tokenizer)
-        for line in notices:
-            notice(line)
+    c, data, dtype = config.checkpoint, config.data, getattr(torch, config.precision.compute_dtype)
+    for line in notices:
+        notice(line)
+    if config.parallel.sharding != "none":
+        notice("--data-parallel-sharding has no effect: every data-parallel process has a whole model")
+    named = {"iteration": c.ckpt_step, "tokenizer": TokenizerOverride(None, vars(data))}
+    with process_group():
+        embedder = Embedder.load(c.load, config.parallel, dtype=dtype, **named)
         check_model(c.load, embedder.model, given)
-        length = config.data.seq_length or embedder.config.data.seq_length or embedder.model.max_position_embeddings
-        if length > embedder.model.max_position_embeddings:
-            rule = f"must be at most the model's --max-position-embeddings, {embedder.model.max_position_embeddings}"
-            raise ConfigError(problem("--seq-length", length, rule, "Write a smaller number, or leave it out"))
+        length = embedder.length(config.retriever.retriever_seq_length or data.seq_length)
         if evidence:
             source: Source = Passages(evidence, embedder.tokenizer, length)
         else:
             source = Blocks(
-                config.data.data_path[0], config.data.titles_data_path, embedder.tokenizer, length,
-                one_sentence=config.data.use_one_sent_docs, seed=config.batch.seed,
+                data.data_path[0], data.titles_data_path, embedder.tokenizer, length, data.block_samples_mapping,
+                one_sentence=data.use_one_sent_docs, seed=config.batch.seed,
             )  # fmt: skip
         options = {name: numbers[name] for name in ("batch_size", "shard_rows") if numbers[name]}
         plan = build(embedder, source, output, notice=notice, **options)
@@ -174,9 +152,6 @@ def _build(
             print(f"{output}: {plan.rows} vectors of {plan.width} in {plan.shards} shards", flush=True)
             if index_string:
                 _build_faiss(output, index_string, numbers["train_rows"], notice)
-    finally:
-        if owns_group and dist.is_initialized():
-            dist.destroy_process_group()
     return 0
 
 
@@ -205,74 +180,32 @@ def run_search(args: argparse.Namespace) -> int:
     """Print the nearest blocks of each text, with their scores."""
     if args.top_k < 1:
         raise ConfigError(problem("--top-k", args.top_k, "must be above 0", "Write --top-k 5"))
-    with _opened(args, cache=len(args.text) > 1) as (store, index, embedder, source):
-        vectors = embedder.queries(args.text)
-        assert vectors is not None  # one process has the whole model
-        for text, scores, rows in zip(args.text, *index.search(vectors, args.top_k)):
-            found = []
-            for score, row in zip(scores.tolist(), rows.tolist()):
-                if row >= 0:
-                    title, body = source.text(store.row(row))
-                    found.append({"score": round(score, 4), "row": row, "title": title, "text": body})
-            if args.json:
-                print(json.dumps({"query": text, "results": found}, ensure_ascii=False))
-                continue
-            print(text)
-            for place, each in enumerate(found, 1):
-                heading = f"{each['title']}: " if each["title"] else ""
-                print(f"{place:3}. {each['score']:9.4f}  {heading}{each['text'][:300]}")
-    return 0
-
-
-@contextlib.contextmanager
-def _opened(args: argparse.Namespace, cache: bool) -> Iterator[tuple[Any, Any, Any, Any]]:
-    """(store, index, embedder, source) of a folder and the flags of a search."""
-    import torch.distributed as dist  # here, because they import torch
-
-    from megalith.config.run import RunConfig
-    from megalith.retrieval.embed import Embedder
-    from megalith.retrieval.search import ExactIndex, FaissIndex
+    from megalith.config.run import RunConfig  # here, because they import torch
+    from megalith.retrieval.embed import Embedder, process_group
+    from megalith.retrieval.search import open_index
     from megalith.retrieval.sources import open_source
     from megalith.retrieval.store import Store, check_probe
 
     store = Store(args.index)
-    load = args.load or store.plan.model
-    if not load:
-        rule = f"must be named, as {args.index} does not say which model made it"
-        raise ConfigError(problem("--load", None, rule, "Write --load RUN"))
-    index = FaissIndex(store, args.index_string) if args.index_string else ExactIndex(store, cache=cache)
-    owns_group = not dist.is_initialized()
-    try:
-        embedder = Embedder.load(load, RunConfig().replace(device=args.device).parallel)
-        check_probe(store, embedder.probe(), load)
-        yield store, index, embedder, open_source(store.plan.source, embedder.tokenizer)
-    finally:
-        if owns_group and dist.is_initialized():
-            dist.destroy_process_group()
-
-
-def run_evaluate(args: argparse.Namespace) -> int:
-    """Print for each file of questions how often the best k passages hold an answer."""
-    from megalith.data.questions import Matcher, read_questions
-
-    if args.faiss_topk_retrievals < 1:
-        rule = "must be above 0"
-        raise ConfigError(problem("--faiss-topk-retrievals", args.faiss_topk_retrievals, rule, "Write 100"))
-    Matcher(args.faiss_match)  # a mistake is found before anything slow begins
-    files = [*args.qa_data_dev, *args.qa_data_test]
-    if not files:
-        raise ConfigError(
-            problem("--qa-data-dev", None, "must name files of questions", "Write --qa-data-dev nq-dev.csv")
-        )
-    questions = {path: read_questions(path) for path in files}
-    from megalith.retrieval.recall import measure, retrieve
-
-    with _opened(args, cache=True) as (store, index, embedder, source):
-        for path, asked in questions.items():
-            found = retrieve(embedder, index, asked, args.faiss_topk_retrievals)
-            assert found is not None  # one process has the whole model
-            recall = measure(asked, found[1], lambda row: source.text(store.row(row))[1], args.faiss_match)
-            print("\n".join([f"{path}, match by {args.faiss_match}:", *(f"  {line}" for line in recall.lines())]))
+    index = open_index(store, args.index_string, cache=len(args.text) > 1)
+    with process_group():
+        embedder = Embedder.load(args.load or store.model, RunConfig().replace(device=args.device).parallel)
+        check_probe(store, embedder.probe(), embedder.name)
+        source = open_source(store.plan.source, embedder.tokenizer)
+        results = zip(args.text, *index.search(embedder.shared_queries(args.text), args.top_k))
+    for text, scores, rows in results:
+        found = []
+        for score, row in zip(scores.tolist(), rows.tolist()):
+            if row >= 0:
+                title, body = source.text(store.row(row))
+                found.append({"score": round(score, 4), "row": row, "title": title, "text": body})
+        if args.json:
+            print(json.dumps({"query": text, "results": found}, ensure_ascii=False))
+            continue
+        print(text)
+        for place, each in enumerate(found, 1):
+            heading = f"{each['title']}: " if each["title"] else ""
+            print(f"{place:3}. {each['score']:9.4f}  {heading}{each['text'][:300]}")
     return 0
 
 

@@ -158,7 +158,7 @@ ICT = dataclasses.replace(
     batch="megalith.testing.batches:ict",
     flops="megalith.planner.flops:two_towers",
     head_transform=False,
-    names={},
+    names={"megatron": "megalith.checkpoint.formats.megatron.names:BIENCODER"},
     checks="megalith.config.checks.architectures:ict_problems",
 )
 ARCHITECTURES = Registry("model", {name.lower(): f"{__name__}:{name}" for name in (

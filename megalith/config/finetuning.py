@@ -20,6 +20,7 @@ TASKS = Registry(
     "task",
     {
         **dict.fromkeys(INSTRUCTIONS, "megalith.config.finetuning:instruction_defaults"),
+        **dict.fromkeys(("nq", "ret-finetune-nq"), "megalith.config.finetuning:retrieval_defaults"),
         **dict.fromkeys(("cola", "mnli", "mrpc", "qnli", "qqp", "race", "rte", "sst2", "stsb"), DESCRIBED),
     },
 )
@@ -28,6 +29,11 @@ TASKS = Registry(
 def instruction_defaults(task: str) -> dict[str, Any]:
     """Of chats and completions: their dataset, with the loss that the model has anyway."""
     return {"dataset": task}
+
+
+def retrieval_defaults(task: str) -> dict[str, Any]:
+    """Of questions with passages: a bi-encoder."""
+    return {"model_type": "ict", "dataset": "nq", "loss": "nq", "name": "nq"}
 
 
 def task_defaults(task: str) -> dict[str, Any]:
@@ -58,6 +64,11 @@ def conclusions(values: Mapping[str, Any], notices: list[str]) -> dict[str, Any]
             notices.append("--dataloader-type has no effect: the samples of a task are shuffled anew each epoch")
     if task is not None and "eval_iters" in values and values["eval_iters"]:
         notices.append("--eval-iters has no effect but for 0: each file of --valid-data is measured whole")
+    length = values.get("retriever_seq_length")
+    if length is not None and values.get("dataset", found.get("dataset")) == "nq":
+        if values.get("seq_length", length) != length:
+            notices.append(f"--retriever-seq-length {length} takes the place of --seq-length {values['seq_length']}")
+        found["seq_length"] = length
     start = values.get("pretrained_checkpoint")
     if start is not None and values.get("load") in (None, start, values.get("save")):
         found |= {"load": start, "finetune": True}

@@ -43,6 +43,7 @@ DATASETS = Registry(
         "t5": "megalith.data.samples.t5_dataset:from_config",
         "ict": "megalith.data.samples.ict_dataset:from_config",
         "classification": "megalith.data.tasks.dataset:from_files",
+        "nq": "megalith.data.samples.nq_dataset:from_files",
         "chat": "megalith.data.instructions.factory:chat",
         "completion": "megalith.data.instructions.factory:completion",
     },
@@ -235,14 +236,9 @@ class _DatasetBuilder:
         folders = self._folders(indexed) if indexed is not None else []
         seed = (self.config.batch.seed + repetition) % 2**32
         dataset = self.factory(
-            indexed,
-            documents,
-            num_samples,
-            config=self.config,
-            tokenizer=self.tokenizer,
-            seed=seed,
+            indexed, documents, num_samples, config=self.config, tokenizer=self.tokenizer, seed=seed,
             cache_folders=folders,
-        )
+        )  # fmt: skip
         if repetition == 0:
             self.datasets.append(dataset)
         return dataset

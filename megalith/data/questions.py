@@ -11,20 +11,26 @@ import ast
 import csv
 import dataclasses
 import functools
+import io
 import json
 import os
 import pathlib
 import re
 import sys
 import unicodedata
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megalith.common import json_lines
 from megalith.common.errors import ConfigError, DataError, problem
 from megalith.config.flags.text import Words
+from megalith.data.corpus.compression import open_decompressed
 
 MATCHES = ("string", "regex")
+UNREADABLE = (
+    OSError, EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError, csv.Error, RecursionError
+)  # fmt: skip
 LONGEST = 1_000_000  # characters of a list of answers
 
 
@@ -53,20 +59,25 @@ def read_questions(path: str | os.PathLike) -> list[Question]:
     """All questions of a file, by its form. Raises DataError that names file and line."""
     path = pathlib.Path(path)
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with _open(path) as file:
             first = file.read(1)
             while first.isspace():
                 first = file.read(1)
-            file.seek(0)
+        with _open(path) as file:
             if first == "[":
                 found = list(_read_dpr(path, json.load(file)))
             else:
                 found = list(_read_json_lines(path, file) if first == "{" else _read_table(path, file))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error, RecursionError) as error:
+    except UNREADABLE as error:
         raise DataError(f"{path} cannot be read as questions ({error}). Correct the file.") from None
     if not found:
         raise DataError(problem(str(path), Words("no question"), "must have questions", "Name another file"))
     return found
+
+
+def _open(path: pathlib.Path) -> io.TextIOWrapper:
+    """The text of a file, also of a compressed one, as DPR's downloads are."""
+    return io.TextIOWrapper(open_decompressed(str(path)), encoding="utf-8", newline="")
 
 
 def _read_table(path: pathlib.Path, file: Any) -> Iterator[Question]:

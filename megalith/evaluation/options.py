@@ -20,6 +20,8 @@ TASKS = Registry(  # an EvaluationTask each (evaluation/task.py)
         "ppl": "megalith.evaluation.perplexity:Perplexity",
     },
 )
+# Of a bi-encoder and its index (workflows/open_domain.py), by what Megatron calls it too
+OPEN_DOMAIN = ("nq", "ict-zeroshot-nq", "retriever-eval")
 OVERLAPPING_EVAL = 32  # Megatron's default
 DETOKENIZERS = ("wikitext", "ptb", "none")
 
@@ -58,3 +60,33 @@ class EvaluationOptions:
             rule = f"must be at most {seq_length}, the length of a window, or tokens between two would not be counted"
             raise ConfigError(problem("--overlapping-eval", self.overlapping_eval, rule, f"Give {seq_length} or less"))
         return self.overlapping_eval
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OpenDomainOptions:
+    """What answers open-domain questions, and what counts as an answer. Raises ConfigError for what cannot work."""
+
+    index: str | None = option(None, "the folder that megalith index build wrote", flags=("--embedding-path",))
+    evidence: str | None = option(
+        None, "the passages, TSV (id, text, title) or JSON lines: an index that is not there is built of them",
+        flags=("--evidence-data-path",),
+    )  # fmt: skip
+    index_string: str | None = option(None, "search this index of FAISS (default: exactly)")
+    faiss_match: str = option(
+        "string", "an answer is words of the passage, or with regex a regular expression", choices=("string", "regex")
+    )
+    faiss_topk_retrievals: int = option(100, "passages of each question", minimum=1)
+    faiss_use_gpu: bool = option(False, "accepted: exact search is on the CPU's cores")
+    retriever_report_topk_accuracies: tuple[int, ...] = option((1, 5, 20, 100), "report these, as far as passages go")
+    retriever_seq_length: int | None = option(None, "tokens of a passage (default: as in training)", minimum=1)
+    indexer_batch_size: int = option(128, "passages or questions that are embedded at a time", minimum=1)
+
+    def __post_init__(self):
+        for name in ("faiss_topk_retrievals", "retriever_seq_length", "indexer_batch_size"):
+            check_minimum(name, getattr(self, name), 1)
+        if self.faiss_match not in ("string", "regex"):
+            rule = "must be string or regex"
+            raise ConfigError(problem("--faiss-match", self.faiss_match, rule, "Write --faiss-match string"))
+        if not self.retriever_report_topk_accuracies or min(self.retriever_report_topk_accuracies) < 1:
+            found, rule = self.retriever_report_topk_accuracies, "must be whole numbers above 0"
+            raise ConfigError(problem("--retriever-report-topk-accuracies", found, rule, "Write 1 5 20 100"))

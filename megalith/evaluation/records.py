@@ -22,7 +22,7 @@ from megalith.reports.table import Table, number_text
 
 Record = dict[str, Any]
 # Metrics of which the page has a picture
-MAIN = ("perplexity", "accuracy", "acc,none", "exact_match,none", "word_perplexity,none")
+MAIN = ("perplexity", "accuracy", "acc,none", "exact_match,none", "word_perplexity,none", "top-20 accuracy")
 
 
 def record_of(result: Result, **about: Any) -> Record:

@@ -66,10 +66,7 @@ def load(
     for an unknown device, dtype or field.
     """
     if isinstance(dtype, str):
-        if DTYPE_ALIASES.get(dtype, dtype) not in DTYPES:
-            cure = "Write --dtype float32, or --dtype bfloat16 for half of the memory"
-            raise ConfigError(problem("--dtype", dtype, f"must be one of {', '.join(DTYPES)}", cure))
-        dtype = DTYPES[DTYPE_ALIASES.get(dtype, dtype)]
+        dtype = torch_dtype(dtype)
     tokenizer_flags = {
         "tokenizer_type": tokenizer_type,
         "vocab_file": vocab_file,
@@ -119,6 +116,14 @@ def load(
     for note in notes if runtime is None or runtime.mesh.is_main_process else ():
         print(f"{name}: {note}", file=sys.stderr)
     return TextModel(model, text_tokenizer, run_config, notes, runtime)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The format of this name. Raises ConfigError for another."""
+    if DTYPE_ALIASES.get(name, name) not in DTYPES:
+        cure = "Write --dtype float32, or --dtype bfloat16 for half of the memory"
+        raise ConfigError(problem("--dtype", name, f"must be one of {', '.join(DTYPES)}", cure))
+    return DTYPES[DTYPE_ALIASES.get(name, name)]
 
 
 def _tokenizer_notes(given: Tokenizer, folder: pathlib.Path | None, data: DataConfig) -> list[str]:

@@ -7,11 +7,12 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megalith.checkpoint.ranks import Ranks
@@ -20,8 +21,10 @@ from megalith.common.errors import ConfigError, problem
 from megalith.common.files import remove_leftovers_in
 from megalith.common.locks import locked
 from megalith.config.flags.text import Words
+from megalith.config.run import RunConfig
 from megalith.config.sections.model import ModelConfig
 from megalith.config.sections.parallel import ParallelConfig
+from megalith.data.tokenizers.given import TokenizerOverride
 from megalith.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megalith.retrieval import store
 from megalith.retrieval.sources import Source, pack_queries
@@ -53,13 +56,20 @@ class Embedder:
     @classmethod
     def load(
         cls, path: str | os.PathLike, parallel: ParallelConfig | None = None, *, dtype: torch.dtype = torch.float32,
-        iteration: int | None = None, tokenizer: Tokenizer | None = None,
+        iteration: int | None = None, tokenizer: TokenizerOverride | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> Embedder:  # fmt: skip
         """The bi-encoder of a run or checkpoint. Raises ConfigError where it is another model, or has no tokenizer.
 
-        tokenizer: must have the tokens of the checkpoint's, where that has one.
+        parallel: every data-parallel process has a whole model, whatever it says of sharding: they embed other numbers
+        of texts, so that one that gathered shards would wait for the others. tokenizer: must have the tokens of the
+        checkpoint's, where that has one. options: how another format is read (runtime/load.py: format_options).
         """
-        runtime, source = load_runtime(path, parallel or ParallelConfig(), dtype=dtype, iteration=iteration)
+        layout = RunConfig(parallel=parallel or ParallelConfig())
+        parallel = layout.replace(use_distributed_optimizer=False, data_parallel_sharding="none").parallel
+        given = tokenizer or TokenizerOverride()
+        options = {**(options or {}), "vocabulary_size": given.vocab_size}
+        runtime, source = load_runtime(path, parallel, dtype=dtype, iteration=iteration, options=options)
         if not all(hasattr(stage.model, "context_head") for stage in runtime.stages):
             rule, found = "must be a bi-encoder, as megalith pretrain ict trains", source.config.model.model_type
             raise ConfigError(problem(str(path), Words(f"a {found}"), rule, "Name another run"))
@@ -67,14 +77,28 @@ class Embedder:
             rule = "must be 1, because texts are embedded whole"
             raise ConfigError(problem("--context-parallel-size", runtime.mesh.size("cp"), rule, "Leave it out"))
         stored = None if source.tokenizer is None else load_tokenizer(source.tokenizer, source.config.data)
-        if stored is not None and tokenizer is not None and stored.tokens() != tokenizer.tokens():
+        words = given.build(source.config.data) if given else stored
+        if stored is not None and words is not stored and stored.tokens() != words.tokens():
             rule = f"must have the tokens of the one in {source.tokenizer}"
             raise ConfigError(problem("The tokenizer", Words("others"), rule, "Leave it out: the checkpoint has it"))
-        words = tokenizer or stored
         if words is None:
             rule = "must be named, as the checkpoint has none"
             raise ConfigError(problem("The tokenizer", None, rule, "Give --vocab-file FILE"))
+        if runtime.mesh.is_main_process:
+            for note in (*source.notes, *given.notes):
+                print(f"{path}: {note}", file=sys.stderr, flush=True)
         return cls(runtime, words, str(path), source.config)
+
+    def length(self, given: int | None) -> int:
+        """Tokens of a text: what is given, or what the model was trained with. Raises ConfigError where it has fewer
+        positions.
+        """
+        most = self.model.max_position_embeddings or 0
+        found = given or self.config.data.seq_length or most
+        if found > most:
+            rule = f"must be at most the model's --max-position-embeddings, {most}"
+            raise ConfigError(problem("--seq-length", found, rule, "Write a smaller number, or leave it out"))
+        return found
 
     @torch.no_grad()
     def embed(self, rows: Sequence[Sequence[int]], kind: str = "context") -> Tensor | None:
@@ -101,12 +125,30 @@ class Embedder:
         parts = [self.embed(rows[first : first + batch_size], "query") for first in range(0, len(rows), batch_size)]
         return None if parts[0] is None else torch.cat(parts)
 
+    def shared_queries(self, texts: Sequence[str], batch_size: int = 128) -> Tensor:
+        """Vectors [n, p] of questions, on every process of the model."""
+        return self._shared(self.queries(texts, batch_size), len(texts))
+
     def probe(self) -> tuple[float, ...]:
         """The vector of the empty text, on every process: what tells one model from another."""
         vector = self.embed([[self.tokenizer.require("cls"), self.tokenizer.require("sep")]])
-        values = torch.zeros(self.width) if vector is None else vector[0]
-        shared = self.runtime.from_last_stage(values.to(self.runtime.mesh.device))
-        return tuple(round(float(value), 6) for value in shared)
+        return tuple(round(float(value), 6) for value in self._shared(vector, 1)[0])
+
+    def _shared(self, vectors: Tensor | None, count: int) -> Tensor:
+        """Vectors of the processes with the end of the model, on all of them."""
+        values = torch.zeros(count, self.width) if vectors is None else vectors
+        return self.runtime.from_last_stage(values.to(self.runtime.mesh.device)).cpu()
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """A process group that begins within the block ends with it."""
+    owned = not dist.is_initialized()
+    try:
+        yield
+    finally:
+        if owned and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def build(

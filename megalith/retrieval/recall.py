@@ -7,21 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
 
 import numpy as np
-import torch
 
 from megalith.common.errors import ConfigError, problem
 from megalith.data.questions import Matcher, Question
-
-REPORTED = (1, 5, 20, 100)
-
-
-class Index(Protocol):
-    """An ExactIndex or a FaissIndex."""
-
-    def search(self, queries: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +27,6 @@ class Recall:
     def at(self, k: int) -> float:
         """Top-k accuracy: the share of questions."""
         return self.hits[min(k, len(self.hits)) - 1] / self.questions
-
-    def lines(self) -> list[str]:
-        """A line for each k that is usual."""
-        ks = sorted({k for k in REPORTED if k < len(self.hits)} | {len(self.hits)})
-        return [f"top-{k}: {100 * self.at(k):.2f} % ({self.hits[k - 1]} of {self.questions})" for k in ks]
 
 
 def measure(
@@ -60,11 +45,3 @@ def measure(
         first.append(next(places, -1))
     counts = np.bincount([place for place in first if place >= 0], minlength=rows.shape[1])
     return Recall(len(questions), tuple(np.cumsum(counts).tolist()), tuple(first))
-
-
-def retrieve(
-    embedder: Any, index: Index, questions: Sequence[Question], k: int = 100
-) -> tuple[np.ndarray, np.ndarray] | None:  # fmt: skip
-    """(scores, rows) of the k best for each question; None on processes without the end of the model."""
-    vectors = embedder.queries([question.text for question in questions])
-    return None if vectors is None else index.search(vectors, k)

@@ -95,6 +95,11 @@ class FaissIndex:
         return self.index.search(queries.float().contiguous().numpy(), min(k, len(self.store)))
 
 
+def open_index(store: Store, index_string: str | None, cache: bool = True) -> ExactIndex | FaissIndex:
+    """The index of FAISS that is named, or an exact one."""
+    return FaissIndex(store, index_string) if index_string else ExactIndex(store, cache)
+
+
 def faiss_path(store: Store, index_string: str) -> pathlib.Path:
     """The file of an approximate index."""
     return store.folder / f"faiss-{re.sub('[^A-Za-z0-9_,.]', '-', index_string)}.index"

@@ -7,6 +7,7 @@ A source has `columns` and `rows(numbers)`, which say where each text is; `ids(n
 from __future__ import annotations
 
 import csv
+import hashlib
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ import numpy as np
 from megalith.common import json_lines
 from megalith.common.errors import DataError, problem
 from megalith.common.files import sampled_digest
+from megalith.common.registry import load
 from megalith.config.flags.text import Words
 from megalith.data.corpus.compression import SUFFIXES
 from megalith.data.indexed import IndexedDataset
@@ -52,13 +54,22 @@ class Blocks:
 
     columns: tuple[str, ...] = ("first", "last", "document", "block")
 
-    def __init__(self, data_path: str, titles_data_path: str | None, tokenizer: Any, seq_length: int, **options: Any):
-        """options: numbers that IctDataset takes."""
+    def __init__(
+        self, data_path: str, titles_data_path: str | None, tokenizer: Any, seq_length: int,
+        block_samples_mapping: str | None = None, **options: Any,
+    ):  # fmt: skip
+        """block_samples_mapping: module:name of what cuts the blocks instead of build_blocks (samples/ict_dataset.py).
+
+        options: numbers that IctDataset takes.
+        """
         self.paths = data_path, titles_data_path
         titles = IndexedDataset(titles_data_path) if titles_data_path else None
-        self.tokenizer, self.options = tokenizer, {"seq_length": seq_length, **options}
+        self.tokenizer, self.options, own = tokenizer, {"seq_length": seq_length, **options}, {}
+        if block_samples_mapping is not None:
+            self.options["block_samples_mapping"] = block_samples_mapping
+            own = {"make_blocks": load("block samples mapping", block_samples_mapping)}
         self.dataset = IctDataset(
-            IndexedDataset(data_path), titles=titles, tokenizer=tokenizer, seq_length=seq_length, **options
+            IndexedDataset(data_path), titles=titles, tokenizer=tokenizer, seq_length=seq_length, **options, **own
         )
         self.order = np.argsort(self.dataset.mapping[:, 3], kind="stable")
 
@@ -83,8 +94,14 @@ class Blocks:
         return {
             "kind": "blocks", "data_path": os.path.abspath(paths[0]),
             "titles_data_path": os.path.abspath(paths[1]) if len(paths) > 1 else None, "options": self.options,
-            "fingerprints": [sampled_digest(file, SAMPLED_BLOCKS) for file in files],
+            "fingerprints": [*(sampled_digest(file, SAMPLED_BLOCKS) for file in files), *self._own_blocks()],
         }  # fmt: skip
+
+    def _own_blocks(self) -> list[str]:
+        """A digest of the blocks that --block-samples-mapping cuts, as the function may change."""
+        if "block_samples_mapping" not in self.options:
+            return []
+        return [hashlib.sha256(self.dataset.mapping.tobytes()).hexdigest()]
 
     def text(self, row: Mapping[str, int]) -> tuple[str, str]:
         """See Source."""
@@ -188,6 +205,24 @@ class Passages:
         return DataError(problem(f"{self.path}, line {number},", Words(found), rule, "Correct the line"))
 
 
+class PassagesById(Passages):
+    """The passages of vectors of which the ids alone are known, as of Megatron's pickle."""
+
+    def __init__(self, path: str | os.PathLike, tokenizer: Any, seq_length: int):
+        """Reads every line once, for its id. Memory: 16 bytes for each."""
+        super().__init__(path, tokenizer, seq_length)
+        rows = self.rows(range(len(self)))
+        self.by_id = rows[np.argsort(rows[:, 0], kind="stable")]
+
+    def text(self, row: Mapping[str, int]) -> tuple[str, str]:
+        """See Source."""
+        place = int(np.searchsorted(self.by_id[:, 0], row["id"]))
+        if place == len(self) or self.by_id[place, 0] != row["id"]:
+            rule = "must have the passages of all vectors of the index"
+            raise DataError(problem(str(self.path), Words(f"none of id {row['id']}"), rule, "Name their file"))
+        return super().text({"offset": int(self.by_id[place, 1])})
+
+
 def pack(tokenizer: Any, texts: Sequence[tuple[str, str]], seq_length: int) -> list[list[int]]:
     """[CLS] title [SEP] text [SEP] of (title, text), cut to seq_length tokens, the last of them [SEP]."""
     cls, sep = tokenizer.require("cls"), tokenizer.require("sep")
@@ -215,6 +250,6 @@ def open_source(description: Mapping[str, Any], tokenizer: Any) -> Source:
         raise DataError(problem("The texts of the index", Words(str(kind)), rule, cure))
     if found.describe()["fingerprints"] != description["fingerprints"]:
         what = description.get("path") or description.get("data_path")
-        rule = "must be the files that were embedded, as the index points into them"
+        rule = "must be the files, cut into the blocks, that were embedded, as the index points into them"
         raise DataError(problem(str(what), Words("others"), rule, "Restore them, or build the index again"))
     return found

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from megalith.common.errors import DataError, problem
+from megalith.common.errors import ConfigError, DataError, problem
 from megalith.common.files import atomic_path, sha256, write_text
 from megalith.config.flags.text import Words, value_text
 
@@ -72,6 +72,17 @@ def begin(folder: str | os.PathLike, plan: Plan) -> list[int]:
         raise DataError(problem(str(folder), Words(f"one with {found[0]}"), rule, "Name another --output"))
     else:
         write_text(folder / DESCRIPTION, json.dumps({"version": VERSION, **dataclasses.asdict(plan)}, indent=1) + "\n")
+    return unfinished(folder, plan)
+
+
+def is_complete(folder: str | os.PathLike) -> bool:
+    """Whether the folder holds a store of which every shard was finished."""
+    folder = pathlib.Path(folder)
+    return (folder / DESCRIPTION).exists() and not unfinished(folder, read_plan(folder))
+
+
+def unfinished(folder: pathlib.Path, plan: Plan) -> list[int]:
+    """The shards that are still to be written."""
     return [shard for shard in range(plan.shards) if not (folder / f"{shard:05d}.json").exists()]
 
 
@@ -154,8 +165,7 @@ class Store:
     def __init__(self, folder: str | os.PathLike):
         """Raises DataError where shards are missing, or a file has not the size of its rows."""
         self.folder, self.plan = pathlib.Path(folder), read_plan(folder)
-        missing = [shard for shard in range(self.plan.shards) if not self._path(shard, "json").exists()]
-        if missing:
+        if missing := unfinished(self.folder, self.plan):
             found = Words(f"{len(missing)} of {self.plan.shards} missing, first {missing[0]}")
             cure = "Give the same megalith index build command again: what was finished is kept"
             raise DataError(problem(f"The shards of {folder}", found, "must be complete", cure))
@@ -185,6 +195,14 @@ class Store:
     def width(self) -> int:
         """Elements of a vector."""
         return self.plan.width
+
+    @property
+    def model(self) -> str:
+        """The path of the model that made it. Raises ConfigError where that is not known."""
+        if not self.plan.model:
+            rule = f"must be named, as {self.folder} does not say which model made it"
+            raise ConfigError(problem("--load", None, rule, "Write --load RUN"))
+        return self.plan.model
 
     def chunks(self, rows: int) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, float16 [n, p]) over all vectors, at most `rows` at a time, which are read when touched."""

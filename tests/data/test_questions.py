@@ -1,5 +1,6 @@
 """Questions and answers: every form of file, DPR's matching, and files that would rather run something."""
 
+import gzip
 import json
 import pathlib
 import re
@@ -36,6 +37,12 @@ def test_every_form_of_file_is_read(tmp_path):
         ("when", ("1999",)),
     ]
     assert [(each.text, each.answers) for each in read_questions(lines)] == [("who is it", ("Ann",)), ("b", ("c",))]
+    packed = tmp_path / "dev.json.gz"
+    packed.write_bytes(gzip.compress(dpr.read_bytes()))
+    assert read_questions(packed) == read_questions(dpr)
+    packed.write_bytes(packed.read_bytes()[:-12])
+    with pytest.raises(DataError, match="cannot be read as questions"):
+        read_questions(packed)
     (question,) = read_questions(dpr)
     assert question.positives[0].text == "words" and question.negatives == () and question.answers == ("a",)
 

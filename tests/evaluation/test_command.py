@@ -90,7 +90,7 @@ CASES = {
     "lambda MODEL --valid-data mixed.jsonl": (2, "unknown task lambda: did you mean lambada?"),
     "--task RACE --load MODEL": (2, "unknown task race: it is `megalith finetune TASK` here"),
     "ppl --valid-data mixed.jsonl": (2, "MODEL must name a run's folder, a checkpoint"),
-    "": (2, "TASK must be one of wikitext103, lambada, ppl; found nothing"),
+    "": (2, "TASK must be one of wikitext103, lambada, ppl, nq; found nothing"),
     "ppl nowhere --valid-data mixed.jsonl": (1, "MODEL must name a file or folder that exists; found 'nowhere'"),
     "--harness a --task ppl MODEL": (2, "The task must be one; found --task ppl and --harness a"),
 }  # fmt: skip

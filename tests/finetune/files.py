@@ -47,13 +47,18 @@ def write_articles(folder: pathlib.Path, count: int, seed: int, answers: bool = 
 
 
 def write_all(folder: pathlib.Path) -> pathlib.Path:
-    """train.tsv of 23 pairs, dev_matched.tsv of 9, dev_mismatched.tsv of 5, test.tsv of 4 without labels; RACE/..."""
+    """train.tsv of 23 pairs, dev_matched.tsv of 9, dev_mismatched.tsv of 5, test.tsv of 4 without labels; RACE/...
+
+    nq-train.json of 25 questions, 20 of which have an answer, and nq-dev.json of 10, 8 of which have one.
+    """
     write_vocabulary(folder)
     for name, count, seed in (("train", 23, 1), ("dev_matched", 9, 2), ("dev_mismatched", 5, 3)):
         write_pairs(folder / f"{name}.tsv", count, seed)
     write_pairs(folder / "test.tsv", 4, 4, labelled=False)
     for name, count, seed in (("train/middle", 5, 5), ("dev/middle", 2, 6), ("dev/high", 3, 7)):
         write_articles(folder / "RACE" / name, count, seed)
+    for name, count, seed in (("train", 25, 8), ("dev", 10, 9)):
+        write_questions(folder / f"nq-{name}.json", count, seed)
     return folder
 
 
@@ -67,6 +72,15 @@ def task_config(folder: pathlib.Path, run: pathlib.Path | str, task: str = "mnli
         "race": {
             "train_data": [str(folder / "RACE/train/middle")],
             "valid_data": [str(folder / "RACE/dev" / name) for name in ("middle", "high")],
+        },
+        "nq": {
+            "train_data": [str(folder / "nq-train.json")],
+            "valid_data": [str(folder / "nq-dev.json")],
+            "biencoder_projection_dim": 16,
+            "train_with_neg": True,
+            "train_hard_neg": 1,
+            "val_av_rank_hard_neg": 2,
+            "val_av_rank_other_neg": 1,
         },
     }
     values = dict(
@@ -96,3 +110,24 @@ def task_config(folder: pathlib.Path, run: pathlib.Path | str, task: str = "mnli
 def table(path: pathlib.Path) -> list[list[str]]:
     """The rows of a .tsv below its first line."""
     return [line.split("\t") for line in path.read_text().splitlines()[1:]]
+
+
+def write_questions(path: pathlib.Path, count: int, seed: int) -> None:
+    """DPR's JSON: a question of two words, which a passage with the answer has too; hard negatives have one of them.
+
+    Every third question has no hard negative, every fifth no passage with the answer.
+    """
+    random, entries = np.random.RandomState(seed), []
+
+    def passage(*words: int) -> dict[str, str]:
+        return {"title": WORDS[words[0]], "text": " ".join(WORDS[word] for word in words)}
+
+    for number in range(count):
+        one, two, *others = random.permutation(30).tolist()
+        entries.append({
+            "question": f"{WORDS[one]} {WORDS[two]}", "answers": [WORDS[others[0]]],
+            "positive_ctxs": [passage(one, two, others[0])] * (number % 5 > 0),
+            "hard_negative_ctxs": [passage(one, *others[1:4]), passage(two, *others[4:6])] * (number % 3 > 0),
+            "negative_ctxs": [passage(*others[6:9]), passage(*others[9:12]), passage(*others[12:15])],
+        })  # fmt: skip
+    path.write_text(json.dumps(entries))

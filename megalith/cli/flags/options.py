@@ -41,7 +41,7 @@ def add_option_flags(group: argparse._ActionsContainer, cls: type, left_out: Col
             help += f" (default: {'on' if value is True else value_text(value)})"
         if kind == "tuple[str, ...]":
             help += "; may be given several times"
-        group.add_argument(flag(each.name), default=argparse.SUPPRESS, help=help, **how)
+        group.add_argument(flag(each.name), *each.metadata["flags"], default=argparse.SUPPRESS, help=help, **how)
 
 
 def given_options(args: argparse.Namespace, cls: type) -> dict[str, Any]:

@@ -51,8 +51,7 @@ def bert_problems(config: RunConfig, kind: str = "bert") -> Iterator[Problem]:
         cure = "Leave out --apply-residual-connection-post-layernorm"
         rule = "excludes --apply-residual-connection-post-layernorm, because a layer has one form"
         yield field_problem(both, "--norm-after-residual", Words("both"), rule, cure)
-    if (kind, d.loss) != ("ict", "nq"):  # which a bi-encoder is finetuned by
-        yield from mismatched_training_data(config)
+    yield from mismatched_training_data(config)
     yield from multi_document_fields(config, "BERT")
     if d.dataset == "bert" and d.seq_length is not None and d.seq_length < 8:
         rule = "must be at least 8, because a sample has [CLS], two segments and a [SEP] after each"
@@ -92,6 +91,11 @@ def ict_problems(config: RunConfig) -> Iterator[Problem]:
         name = "retriever_report_topk_accuracies"
         rule, cure = "must be whole numbers above 0", f"Write {flag(name)} 1 5"
         yield field_problem((name,), flag(name), wrong[0], rule, cure)
+    r, both = config.retriever, ("train_with_neg", "train_hard_neg")
+    if r.train_with_neg != (r.train_hard_neg > 0):
+        found = Words(f"--train-hard-neg {r.train_hard_neg}" + " and --train-with-neg" * r.train_with_neg)
+        rule = "must be given with --train-hard-neg above 0, and not without"
+        yield field_problem(both, "--train-with-neg", found, rule, "Write --train-with-neg --train-hard-neg 1")
     if config.retriever.bert_load and config.lora.lora_rank:
         both, rule = ("bert_load", "lora_rank"), "must be 0, because towers that begin with a BERT are trained whole"
         cure = "Train the towers first, then adapters on them with --load"
@@ -141,7 +145,7 @@ def mismatched_training_data(config: RunConfig) -> Iterator[Problem]:
     architecture, kind = config.model.architecture, config.model.model_type
     for name, usual in (("dataset", architecture.dataset), ("loss", architecture.loss)):
         value = getattr(config.data, name)
-        taken = (usual, *INSTRUCTIONS) if architecture.decoder else (usual,)
+        taken = (usual, *(INSTRUCTIONS if architecture.decoder else ("nq",) if usual == "ict" else ()))
         if value in taken or value not in fields()[name].metadata["names"]:
             continue
         if usual is None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from megalith.config.flags.text import Problem, Words, field_problem, flag, value_text
 from megalith.config.run import RunConfig
-from megalith.config.sections.data import CORPUS_DATASETS, INSTRUCTIONS
+from megalith.config.sections.data import CORPUS_DATASETS, OF_FILES
 
 
 def finetune_problems(config: RunConfig, corpus: bool = True) -> Iterator[Problem]:
@@ -20,7 +20,7 @@ def finetune_problems(config: RunConfig, corpus: bool = True) -> Iterator[Proble
             if getattr(f, name) not in (None, []) and config.data.dataset in CORPUS_DATASETS:
                 rule, cure = "is of a task, and there is none", "Name one with --task, or leave it out"
                 yield field_problem((name, "task"), flag(name), getattr(f, name), rule, cure)
-    if f.task is not None or config.data.dataset in INSTRUCTIONS:
+    if f.task is not None or config.data.dataset in OF_FILES:
         yield from _data(config)
     for name in ("train_iters", "train_samples"):
         if f.epochs is not None and getattr(config.schedule, name) is not None:

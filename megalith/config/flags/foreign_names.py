@@ -160,9 +160,13 @@ _ANSWERS = (
         "ict pretrain_ict ictbertmodel biencodermodel ictdataset realm",
     ),
     (
-        "it is `megalith index` here: build embeds blocks, search and evaluate use them (docs/retrieval.md)",
-        "create_doc_index blockdata faissmipsindex indexbuilder nq --qa-data-dev --qa-data-test --faiss-use-gpu "
-        "--faiss-match --faiss-topk-retrievals",
+        "it is `megalith index` here: build embeds blocks, search finds the nearest (docs/retrieval.md)",
+        "create_doc_index blockdata faissmipsindex indexbuilder",
+    ),
+    (
+        "it is `megalith evaluate nq` here, with the same flags, of a bi-encoder that `megalith finetune nq` trains "
+        "(docs/retrieval.md)",
+        "nq orqa evaluate_orqa --qa-data-dev --qa-data-test --faiss-use-gpu --faiss-match --faiss-topk-retrievals",
     ),
     (
         _RETRO,

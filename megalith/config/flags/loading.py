@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from megalith.config.flags.yaml_text import parse_yaml
 from megalith.config.megatron.counts import vocab_size_of_rows
 from megalith.config.run import RunConfig
 from megalith.config.sections.data import CORPUS_DATASETS, INSTRUCTIONS, TOKENIZER_FILES
+from megalith.config.sections.retriever import RetrieverConfig
 
 OF_DATASETS = {  # field -> the built-in datasets that read it
     "mask_prob": ("bert", "t5"),
@@ -30,11 +32,11 @@ OF_DATASETS = {  # field -> the built-in datasets that read it
     "chat_template": ("chat",),
     **dict.fromkeys(("packing", "excess_length_strategy", "assistant_only_loss", "max_unusable"), INSTRUCTIONS),
     "block_samples_mapping": ("ict",),
-    "bert_load": ("ict",),
-    "retriever_score_scaling": ("ict",),
-    "retriever_report_topk_accuracies": ("ict",),
-    "retriever_mask_same_document": ("ict",),
-    "retriever_chunk_queries": ("ict",),
+    **{each.name: ("ict", "nq") for each in dataclasses.fields(RetrieverConfig)},
+    **dict.fromkeys(
+        ("retriever_seq_length", "train_with_neg", "train_hard_neg", "val_av_rank_hard_neg", "val_av_rank_other_neg"),
+        ("nq",),
+    ),
 }
 ReadRecipe = Callable[[str], str]  # name -> YAML text
 Values = Mapping[str, Any]  # of fields that recipe, file and flags set: --load, what a source may leave unsaid

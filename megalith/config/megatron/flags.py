@@ -97,9 +97,9 @@ _NOT_NEEDED: dict[str, dict[int | str, str]] = {  # reason -> how many values ("
         1: "--sample-rate --img-h --img-w --num-channels --patch-dim"
     },
     RETRIEVAL: {
-        1: "--evidence-data-path --retriever-seq-length --block-data-path --embedding-path --indexer-batch-size "
-        "--indexer-log-interval",
+        1: "--evidence-data-path --block-data-path --embedding-path --indexer-batch-size --indexer-log-interval",
     },
+    "validation reads batches of --global-batch-size": {1: "--eval-micro-batch-size"},
 }
 
 

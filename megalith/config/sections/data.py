@@ -15,6 +15,7 @@ TOKENIZERS = (
 
 CORPUS_DATASETS = ("gpt", "bert", "t5", "ict")  # datasets that are made from corpora, not from the files of a task
 INSTRUCTIONS = ("chat", "completion")  # datasets of supervised finetuning
+OF_FILES = (*INSTRUCTIONS, "nq")  # datasets of --train-data and --valid-data that no YAML file describes
 TOKENIZER_FILES = ("vocab_file", "merge_file", "tokenizer_model")  # fields that name what a tokenizer is made from
 MADE_FROM = {  # tokenizer -> fields of files; HuggingFaceTokenizer takes --vocab-file too
     "GPT2BPETokenizer": ("vocab_file", "merge_file"),
@@ -55,7 +56,7 @@ class DataConfig:
     dataset: str = option(
         "gpt",
         "dataset by registry name, or module:name of your own",
-        names=(*CORPUS_DATASETS, "classification", *INSTRUCTIONS),
+        names=(*CORPUS_DATASETS, "classification", *OF_FILES),
     )
     loss: str = option(
         "lm",

@@ -6,6 +6,7 @@ A global batch need not divide that number. What a last batch lacks is filled wi
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -22,7 +23,6 @@ class Epochs:
     def __init__(self, dataset: Any, total: int, *, seed: int = 1234, padding: int = 0):
         """total: samples of the whole run. padding: how many more may be read, which count for nothing."""
         self.dataset, self.total, self.seed, self.padding = dataset, total, seed, padding
-        self._order: tuple[int, np.ndarray] | None = None
 
     @property
     def samples_per_epoch(self) -> int:
@@ -44,10 +44,13 @@ class Epochs:
 
     def order(self, epoch: int) -> np.ndarray:
         """int64 [samples of an epoch]: a permutation."""
-        order = self._order  # read once, as threads read samples of two epochs
-        if order is None or order[0] != epoch:
-            self._order = order = epoch, np.random.RandomState([self.seed, epoch]).permutation(len(self.dataset))
-        return order[1]
+        return epoch_order(self.seed, epoch, len(self.dataset))
+
+
+@functools.lru_cache(maxsize=2)  # threads read samples of two epochs
+def epoch_order(seed: int, epoch: int, samples: int) -> np.ndarray:
+    """int64 [samples]: the order of an epoch, a permutation drawn from (seed, epoch)."""
+    return np.random.RandomState([seed, epoch]).permutation(samples)
 
 
 class OneEpoch:

@@ -12,7 +12,7 @@ from megalith.checkpoint.formats.megatron.agreement import (
     compare_arguments,
     missing_bias_notes,
 )
-from megalith.checkpoint.formats.megatron.names import table_of
+from megalith.checkpoint.formats.megatron.names import FIRST_TOWERS, table_of
 from megalith.checkpoint.formats.megatron.vocabulary import IF_WRONG_GIVE, true_vocab_size
 from megalith.checkpoint.tensors.lazy import Lazy
 from megalith.checkpoint.tensors.unpickle import StandIn
@@ -256,6 +256,10 @@ def _fields_from_shapes(tensors: Mapping[str, Lazy], ranks: int, values: Mapping
     mappings = table_of(values["model_type"]).mappings
     if any(mapping.megatron_name == "binary_head.weight" for mapping in mappings):
         found["bert_no_binary_head"] = "binary_head.weight" not in tensors
+    if any(mapping.megatron_name.startswith(FIRST_TOWERS) for mapping in mappings):  # a bi-encoder
+        projection = tensors.get("projection_enc.weight")
+        found["biencoder_projection_dim"] = None if projection is None else projection.shape[0]
+        found["bert_no_binary_head"] = "embedding.tokentype_embeddings.weight" not in tensors
     if "classification_head.weight" in tensors:
         found["num_classes"] = tensors["classification_head.weight"].shape[0]
     if outer == 2 * inner and not gated:

@@ -15,6 +15,7 @@ from megalith.checkpoint.formats.megatron.layout import Layout, merge_shards, sh
 from megalith.checkpoint.formats.megatron.names import (
     SUM_ROW_PARALLEL_BIASES,
     TIED_EMBEDDING,
+    first_tower,
     infer_model_type,
     mappings_of_model,
     mappings_of_names,
@@ -64,7 +65,10 @@ class ConversionPlan:
         self.encoder_layers = count_layers(first, "encoder") if architecture(kind).decoder else 0
         first = self._renumber_decoder(first)
         given = options.overrides, notes, options.vocabulary_size, options.assumed
-        self.config = to_config(fields(args), first, len(shards), kind, *given)
+        tower = first_tower(first)
+        self.config = to_config(fields(args), tower, len(shards), kind, *given)
+        if any(name.startswith("shared_model.") for name in first):
+            self.config = self.config.replace(biencoder_shared_query_context_model=True)
         if "output_layer.weight" in first:
             self.config = self.config.replace(untie_embeddings_and_output_weights=True)
         model = self.config.model
@@ -77,7 +81,7 @@ class ConversionPlan:
             groups=model.num_kv_heads,
             head_dim=model.head_dim,
             vocabulary=model.vocab_size or 0,
-            padded=first[WORD_EMBEDDINGS].shape[0] * len(shards),
+            padded=tower[WORD_EMBEDDINGS].shape[0] * len(shards),
             ranks=len(shards),
             qkv=qkv_layout(options, version, notes),
             gate_first=gate_first(options, arguments, model.gated, notes),

@@ -15,6 +15,7 @@ from megalith.checkpoint.patterns import match_numbers
 from megalith.common.errors import CheckpointError, problem
 from megalith.common.registry import load
 from megalith.config.architectures import ARCHITECTURES, architecture
+from megalith.config.parameter_kinds import tower_name
 
 
 class ParamMapping(NamedTuple):
@@ -36,11 +37,12 @@ class ParamMapping(NamedTuple):
 class ParamTable(NamedTuple):
     """The mappings of a model, in the order of Megatron's modules.
 
-    assumed: config fields of files without arguments.
+    assumed: config fields of files without arguments. writable: whether megalith writes such files too.
     """
 
     mappings: tuple[ParamMapping, ...]
     assumed: Mapping[str, Any] = {}
+    writable: bool = True
 
 
 def _linear(megatron_name: str, modules: str, weight: str, bias: str, form: str = "") -> tuple[ParamMapping, ...]:
@@ -126,6 +128,28 @@ BERT_CLASSIFICATION = ParamTable(
 BERT_MULTIPLE_CHOICE = ParamTable(
     (*BERT_ENCODER, *_linear("multichoice_head", "classifier", "replicated", "replicated"))
 )
+
+
+def _tower(megatron_prefix: str, tower: str) -> tuple[ParamMapping, ...]:
+    """The mappings of a tower of a bi-encoder: a BERT without pooler, and a projection."""
+    bert = [mapping for mapping in BERT_ENCODER if not mapping.megatron_name.startswith("pooler.")]
+    return (
+        *(
+            mapping._replace(
+                megatron_name=f"{megatron_prefix}{mapping.megatron_name}",
+                parameters=tuple(tower_name(tower, name) for name in mapping.parameters),
+            )
+            for mapping in bert
+        ),
+        *_linear(f"{megatron_prefix}projection_enc", f"{tower}_head.projection", "replicated", "replicated"),
+    )
+
+
+FIRST_TOWERS = ("query_model.", "shared_model.")  # one of them is in every bi-encoder
+BIENCODER = ParamTable(
+    (*_tower("query_model.", "query"), *_tower("context_model.", "context"), *_tower("shared_model.", "query")),
+    writable=False,
+)
 GPT = ParamTable(GPT_MAPPINGS, {"openai_gelu": True})
 BERT = ParamTable(BERT_MAPPINGS)
 T5 = ParamTable(T5_MAPPINGS)
@@ -136,8 +160,8 @@ SUM_ROW_PARALLEL_BIASES = "sums_row_parallel_biases"
 
 _SPELLINGS = [  # (pattern, the spelling of 2022), applied one after another
     (r"^(module\.)+", ""),
-    (r"^language_model\.", ""),
-    (r"^transformer\.", "encoder."),
+    (r"^((?:query|context|shared)_model\.)?language_model\.", r"\1"),
+    (r"^((?:query|context|shared)_model\.)?transformer\.", r"\1encoder."),
     (r"\.attention\.", ".self_attention."),
     (r"\b(input|post_attention|post_inter_attention|final)_norm\b", r"\1_layernorm"),
     (r"^lm_head\.(norm|layer_norm)\.", "lm_head.layernorm."),
@@ -183,6 +207,15 @@ def normalize_names(names: Iterable[str]) -> dict[str, str]:
             for name, each in found.items()
         }
     return {name: re.sub(r"^decoder\.", "encoder.", each) for name, each in found.items()}
+
+
+def first_tower(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The tensors of the query's tower, or of both, of a bi-encoder, by the names of a BERT; all of another model's."""
+    found = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items() for prefix in FIRST_TOWERS if name.startswith(prefix)
+    }  # fmt: skip
+    return found or tensors
 
 
 def megatron_tables() -> dict[str, ParamTable]:

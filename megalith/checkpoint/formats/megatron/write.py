@@ -24,6 +24,7 @@ from megalith.checkpoint.formats.megatron.names import (
     ParamMapping,
     mappings_of_model,
     mappings_of_parameters,
+    table_of,
 )
 from megalith.checkpoint.formats.megatron.optimizer import MOMENTS, SCHEDULE, flat_buffer, parameter_order
 from megalith.checkpoint.formats.megatron.source import TRACKER
@@ -52,6 +53,9 @@ def write(weights: Weights, folder: pathlib.Path, options: MegatronOptions) -> N
 
     Raises CheckpointError where the folder is not empty, or where heads, sizes or layers cannot be split so.
     """
+    if not table_of(kind := weights.config.model.model_type).writable:
+        rule = "is read from Megatron's files, and not written"
+        raise CheckpointError(problem("A model of this kind", kind, rule, "Keep it as it is"))
     check_new(folder)
     export = _Export(weights, options)
     name = f"iter_{weights.iteration:07d}" if weights.iteration else "release"

@@ -1,0 +1,79 @@
+"""docs/retrieval.md: its commands, one after the other and at toy size, from articles to an answered question."""
+
+import json
+import pathlib
+import re
+import shlex
+
+from megalith.cli.main import main
+from megalith.evaluation.records import read_records
+from tests.tiny import records
+from tests.toy import ROOT
+
+SMALLER = {  # what a test has no time for
+    "--num-layers 4": "--num-layers 1",
+    "--hidden-size 128": "--hidden-size 32",
+    "--train-iters 400": "--train-iters 3",
+    "--micro-batch-size 32 --global-batch-size 32": "--micro-batch-size 8 --global-batch-size 8",
+    "--workers 2": "--workers 1",
+}
+PEOPLE, VERBS, THINGS = ("ann", "bob", "cleo", "dan"), ("wrote", "built", "found"), ("book", "bridge", "river", "ship")
+
+
+def write_files(folder: pathlib.Path) -> None:
+    """The files that the page names: articles, their vocabulary, the same as evidence, and questions on them."""
+    articles, questions = [], []
+    for number in range(48):
+        person, verb, thing = PEOPLE[number % 4], VERBS[number % 3], THINGS[number // 12]
+        text = f"{person} {verb} the {thing} of year {number}. It was long ago. Many people saw it there."
+        articles.append({"id": number + 1, "text": text, "title": f"the {thing} {number}"})
+        questions.append((f"who {verb} the {thing} of year {number}", [person]))
+    passages = [{"title": each["title"], "text": each["text"]} for each in articles]
+    dpr = [
+        {
+            "question": question, "answers": answers, "positive_ctxs": [passages[number]],
+            "hard_negative_ctxs": [passages[number - 1]], "negative_ctxs": [passages[number - 2]],
+        }
+        for number, (question, answers) in enumerate(questions)
+    ]  # fmt: skip
+    lines = "".join(f"{json.dumps(each)}\n" for each in articles)
+    rows = "".join(f"{each['id']}\t{each['text']}\t{each['title']}\n" for each in articles)
+    words = sorted(set(re.findall(r"[a-z]+|[0-9]+|\.", lines.lower())) | {"who", "the"})
+    texts = {
+        "corpus.jsonl": lines, "vocab.txt": "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]),
+        "wiki.tsv": f"id\ttext\ttitle\n{rows}",
+        "nq-train.json": json.dumps(dpr[:40]), "nq-dev.json": json.dumps(dpr[40:]),
+        "nq-dev.csv": "".join(f"{question}\t{answers}\n" for question, answers in questions),
+    }  # fmt: skip
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+
+
+def commands() -> list[str]:
+    """The commands of the page, in order."""
+    page = (ROOT / "docs/retrieval.md").read_text()
+    found = re.findall(r"^```sh\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    lines = [line for body in found for line in body.replace("\\\n", " ").splitlines()]
+    for text, smaller in SMALLER.items():
+        assert any(text in line for line in lines), text
+        lines = [line.replace(text, smaller) for line in lines]
+    return lines
+
+
+def test_what_the_page_says_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_files(tmp_path)
+    said = {}
+    for line in commands():
+        program, verb, what, *words = shlex.split(line)
+        device = ["--device", "cpu"] * (verb != "data" and what != "verify")
+        status = main([verb, what, *words, *device, *["--progress", "none"] * (verb in ("pretrain", "finetune"))])
+        shown = capsys.readouterr()
+        assert program == "megalith" and status == 0, (line, shown.err)
+        said[f"{verb} {what}"] = shown.out
+    assert len(said) == 7
+    assert said["index search"].startswith("who wrote the book") and "the book" in said["index search"]
+    assert "undamaged" in said["index verify"] and "top-20 accuracy" in said["evaluate nq"]
+    assert "average rank" in list(records("runs/nq"))[-1]["validation_metrics"]
+    (record,) = read_records("nq.json")
+    assert record["metrics"]["top-48 accuracy"]["value"] == 1.0
