@@ -65,6 +65,12 @@ class HarnessModel(TemplateLM):
         self.max_length = sequence_length(max_length, self.scorer.limit)
         self.notes = collections.Counter[str]()
 
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> Any:
+        """Of --model_args and the harness's other flags; where both say a thing (device), --model_args counts."""
+        others = {name: value for name, value in (additional_config or {}).items() if name not in arg_dict}
+        return super().create_from_arg_obj(arg_dict, others)
+
     @property
     def eot_token_id(self) -> int:
         """The end-of-document token."""

@@ -178,6 +178,8 @@ def _proposal(config: RunConfig, field: str, processes: int) -> Any:
     unit, ramp = (config.batch.micro_batch_size or 1) * (processes // copy), config.batch.rampup_batch_size
     if field == "global_batch_size":
         return -(-(config.batch.global_batch_size or unit) // unit) * unit
+    if unit >= (config.batch.global_batch_size or unit):
+        return []  # a batch that small cannot be ramped up to on so many processes
     return [unit, unit, min(ramp[2], s.train_samples or ramp[2])] if len(ramp) == 3 else None
 
 

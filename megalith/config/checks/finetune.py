@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from megalith.config.flags.text import Problem, Words, field_problem, flag, value_text
 from megalith.config.run import RunConfig
-from megalith.config.sections.data import CORPUS_DATASETS, OF_FILES
+from megalith.config.sections.data import CORPUS_DATASETS, INSTRUCTIONS, OF_FILES
 
 
 def finetune_problems(config: RunConfig, corpus: bool = True) -> Iterator[Problem]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -32,7 +31,7 @@ OF_DATASETS = {  # field -> the built-in datasets that read it
     "chat_template": ("chat",),
     **dict.fromkeys(("packing", "excess_length_strategy", "assistant_only_loss", "max_unusable"), INSTRUCTIONS),
     "block_samples_mapping": ("ict",),
-    **{each.name: ("ict", "nq") for each in dataclasses.fields(RetrieverConfig)},
+    **dict.fromkeys(RetrieverConfig.__annotations__, ("ict", "nq")),
     **dict.fromkeys(
         ("retriever_seq_length", "train_with_neg", "train_hard_neg", "val_av_rank_hard_neg", "val_av_rank_other_neg"),
         ("nq",),

@@ -240,5 +240,6 @@ def test_equal_nodes_and_their_all_reduce(tmp_path):
     words = ["pretrain", "gpt", "--recipe", "cpu-tiny", "--data-path", prefix, "--tokenizer-type", "NullTokenizer"]
     ((out, err), status), ((_, other), second) = preflights(tmp_path, *words, "--vocab-size", "50")
     assert (status, second) == (0, 0), err + other
-    assert "preflight of 2 nodes" in out and "WRONG" not in out and "all-reduce over 2 processes (gloo): " in out
+    assert "WRONG" not in out, out
+    assert "preflight of 2 nodes" in out and "all-reduce over 2 processes (gloo): " in out, out
     print(f"preflight: {time.monotonic() - began:.1f} s")

@@ -27,8 +27,11 @@ def start(tmp_path):
     def begin(words):
         pipe = subprocess.PIPE
         running.append(
-            subprocess.Popen(words, cwd=tmp_path, env=environment(), stdout=pipe, stderr=subprocess.STDOUT, text=True)
-        )
+            subprocess.Popen(
+                words, cwd=tmp_path, env=environment(), stdout=pipe, stderr=subprocess.STDOUT, text=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's is ignored
+            )
+        )  # fmt: skip
         return running[-1]
 
     yield begin
@@ -82,13 +85,13 @@ def test_an_elastic_run_survives_the_loss_of_a_node(start, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     words = [*LAUNCH, "--nnodes", "1:2", "--rdzv-endpoint", f"127.0.0.1:{port}", "--max-restarts", "3"]
-    words += ["--rdzv-conf", "last_call_timeout=20", "--nproc-per-node", "1"]
+    words += ["--rdzv-conf", "last_call_timeout=40", "--nproc-per-node", "1"]
     nodes = [start([*words, "--node-rank", str(number), *PRETRAIN]) for number in range(2)]
     wait_for_steps(tmp_path, 10, nodes[0])
     kill_tree(nodes[1].pid)
     out, _ = nodes[0].communicate(timeout=800)
     assert nodes[0].returncode == 0, out
-    assert "2 processes" in out and "1 process" in out and "resuming after step" in out
+    assert "2 processes" in out and "1 process" in out and "resuming after step" in out, out
     found = losses(str(tmp_path / "run"))
     assert len(found) == 300 and found == pytest.approx(losses_of_one_process(config, tmp_path / "alone"), rel=1e-4)
 
