@@ -31,7 +31,8 @@ from megalith.data.sources import Source, split_sources
 
 # A dataset is made by a function or class called with (indexed, documents, num_samples) and the keywords of
 # `_DatasetBuilder.build`. Its attribute `splits_documents`, if any, says that `documents` counts documents (BERT, T5)
-# and not sequences (GPT). Without a corpus the first two are None.
+# and not sequences (GPT). Without a corpus the first two are None. Its attribute `finish`, if any, is called once with
+# (config, tokenizer, datasets, samples requested), both {split: ...}, and returns the datasets that are read.
 # A dataset of the files of a task has the attribute `open_files` instead, a function (config, tokenizer) -> (training
 # dataset or None, {name: validation dataset}) whose datasets have a length, are read whole, and have a `loss_mask` in
 # each sample; see samples/epochs.py. Such a factory may have `prepare_tokenizer`, see below.
@@ -41,6 +42,7 @@ DATASETS = Registry(
         "gpt": "megalith.data.samples.gpt_dataset:from_config",
         "bert": "megalith.data.samples.bert_dataset:from_config",
         "t5": "megalith.data.samples.t5_dataset:from_config",
+        "retro": "megalith.data.samples.retro_dataset:from_config",
         "ict": "megalith.data.samples.ict_dataset:from_config",
         "classification": "megalith.data.tasks.dataset:from_files",
         "chat": "megalith.data.instructions.factory:chat",
@@ -78,7 +80,8 @@ def build_datasets(
         else:
             built[name] = None
     builder.prepare_all(rank)
-    return built
+    finish = getattr(builder.factory, "finish", None)
+    return built if finish is None else finish(config, tokenizer, built, sizes)
 
 
 def task_datasets(config: RunConfig, train: Any, valid: Mapping[str, Any], batch: int) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class Retro(GPT):
             for sign in (-1, 0, 1)
         )
         memory, memory_mask = None, None
-        if neighbor_tokens is not None:
+        if neighbor_tokens is not None and neighbor_tokens.numel():  # a text may be shorter than a chunk
             padding, dropout_keys = neighbor_mask.bool(), of_layers[-1]
             if dropout_keys is not None:
                 dropout_keys = shift(dropout_keys, self.config.retro_gpt_chunk_length)

@@ -18,7 +18,7 @@ _TASKS = (
 )
 _FINETUNING = "it is `megalith finetune TASK` here (docs/finetune_tasks.md)"
 _RETRIEVAL = "it is `megalith pretrain ict` here (docs/retrieval.md)"
-_RETRO = "Retro is not there yet; a GPT is trained by megalith pretrain gpt"
+_RETRO = "it is `megalith pretrain retro` here (docs/retro.md)"
 _CORPUS = "it is `megalith data` here: wiki, urls, clean, dedup, decontaminate, ids and more (docs/corpus.md)"
 _JOBS = (
     "it is `megalith launch` here: `launch --nproc-per-node 8 pretrain gpt ...` on this machine, `launch --slurm` and "
@@ -166,8 +166,7 @@ _ANSWERS = (
     ),
     (
         _RETRO,
-        "retro pretrain_retro retromodel get_preprocess_cmd --retro-tasks --retro-workdir --retro-add-retriever "
-        "--retro-project-dir",
+        "pretrain_retro retromodel",
     ),
     (
         _CORPUS,

@@ -30,6 +30,7 @@ OF_DATASETS = {  # field -> the built-in datasets that read it
     "chat_template": ("chat",),
     **dict.fromkeys(("packing", "excess_length_strategy", "assistant_only_loss", "max_unusable"), INSTRUCTIONS),
     "block_samples_mapping": ("ict",),
+    **dict.fromkeys(("retro_workdir", "retro_no_retrieval"), ("retro",)),
     "bert_load": ("ict",),
     "retriever_score_scaling": ("ict",),
     "retriever_report_topk_accuracies": ("ict",),

@@ -133,7 +133,8 @@ class GPTDataset:
                 sample["positions"] = self._range - starts[documents]
 
 
-def _options(config: RunConfig, tokenizer: Any) -> dict[str, Any]:
+def options(config: RunConfig, tokenizer: Any) -> dict[str, Any]:
+    """Arguments of a GPTDataset that are not those of all datasets."""
     data = config.data
     return {
         "eod": getattr(tokenizer, "eod", None),
@@ -144,4 +145,4 @@ def _options(config: RunConfig, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-from_config = DatasetFactory(GPTDataset, _options)
+from_config = DatasetFactory(GPTDataset, options)
