@@ -42,7 +42,8 @@ class Architecture:
         one of FAMILIES), megatron (checkpoint/formats/megatron/names.py: Table).
     checks: RunConfig -> problems that this model alone can have.
     activations: RunConfig -> {tensor: bytes} that embedding and head keep (planner/activations.py); None: not known.
-    head_of: the model that this one is a head on: it begins with that one's weights. head: the modules of the head.
+    head_of: the model that this one is a head on, or adds to: it begins with that one's weights.
+    head: the modules that it adds, as patterns of names.
     rank_parameters: (RunConfig, process) -> parameters as Megatron counts them; None: not counted.
     """
 
@@ -137,6 +138,8 @@ RETRO = dataclasses.replace(
     flops="megalith.planner.flops:all_layers",
     layer_costs="megalith.config.stages:with_neighbors",
     retrieval=True,
+    head_of="gpt",
+    head=("layers.*.cross_norm", "layers.*.cross_attention", "layers.*.encoder"),
     names={},
     checks="megalith.config.checks.retro:retro_problems",
     activations=None,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megalith.layers.attention import CrossAttention
-from megalith.layers.cache import Cache
+from megalith.layers.cache import Cache, NeighborCache
 from megalith.layers.mask import AttentionMask
 
 
@@ -48,7 +48,7 @@ class ChunkedCrossAttention(CrossAttention):
         self.chunk_length = chunk_length
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, memory: Tensor | None, mask: AttentionMask, cache: Cache | None = None
+        self, x: Tensor, memory: Tensor | NeighborCache | None, mask: AttentionMask | None, cache: Cache | None = None
     ) -> Tensor:  # fmt: skip
         """x [b, s, h], memory [b l k, r, h] (None: no neighbours) -> [b, s, h].
 
@@ -57,9 +57,16 @@ class ChunkedCrossAttention(CrossAttention):
         if memory is None:
             return torch.zeros_like(x)
         (q,) = self.shared_input(x, self.q)
-        k, v = (y.reshape(len(mask.padding), -1, y.shape[-1]) for y in self.memory_input(memory, self.k, self.v))
-        y = self.core(*map(self.heads, (shift(q, self.chunk_length), k, v)), mask)
+        if not isinstance(memory, Tensor):
+            return self.out(memory.attend(self, q))
+        k, v = self.keys_values(memory, len(mask.padding))
+        y = self.core(self.heads(shift(q, self.chunk_length)), k, v, mask)
         return self.out(unshift(y.transpose(1, 2).flatten(2), *q.shape[:2]))
+
+    def keys_values(self, memory: Tensor, chunks: int) -> tuple[Tensor, ...]:
+        """Keys and values of the neighbours of b l = `chunks` chunks, each [b l, heads, k r, d]."""
+        parts = self.memory_input(memory, self.k, self.v)
+        return tuple(self.heads(part.reshape(chunks, -1, part.shape[-1])) for part in parts)
 
 
 class NeighborCrossAttention(CrossAttention):
@@ -103,8 +110,10 @@ class NeighborEncoder(nn.Module):
         self.layers = nn.ModuleDict({str(number): layer for number, layer in enumerate(layers)})
         self.norm = norm
 
-    def forward(self, neighbors: Neighbors, text: Tensor) -> Tensor:
+    def forward(self, neighbors: Neighbors | NeighborCache, text: Tensor) -> Tensor | NeighborCache:
         """text [b, s, h]: hidden states of the texts -> [b l k, r, h]."""
+        if not isinstance(neighbors, Neighbors):
+            return neighbors.encode(self, text)
         x, mask, rotary, dropout_keys, chunk_mask = neighbors
         for layer in self.layers.values():
             x = layer(x, mask, rotary, dropout_keys, text, chunk_mask)

@@ -52,7 +52,7 @@ class Retro(GPT):
             [self.layers[str(number)] for number in numbers if sign == (number > first) - (number < first)]
             for sign in (-1, 0, 1)
         )
-        memory, memory_mask = None, None
+        memory, memory_mask = None if cache is None else cache.neighbors, None
         if neighbor_tokens is not None and neighbor_tokens.numel():  # a text may be shorter than a chunk
             padding, dropout_keys = neighbor_mask.bool(), of_layers[-1]
             if dropout_keys is not None:
@@ -68,7 +68,7 @@ class Retro(GPT):
         if encoding:
             x, memory = self.run_layers(encoding, x, *of_layers, memory, memory_mask, cache)
         x = self.run_layers(after, x, *of_layers, memory, memory_mask, cache)
-        if memory is None or not first < numbers[-1] + 1 <= last:
+        if neighbor_tokens is None or memory is None or not first < numbers[-1] + 1 <= last:
             return self.finish(x, labels, loss_weights, logits_to_keep)
         # a clone where it was received, because fully_shard hooks outputs, which must not be views of inputs
         memory = memory if encoding else memory.clone()
