@@ -96,7 +96,7 @@ def test_equal_prompts_are_read_each_for_itself():
     engine, text = Engine(model, max_batch_size=2, max_length=160), prompts()[4]
     events = {}
     for _ in range(3):
-        number = engine.add(Request(prompt_ids=text, params=SamplingParams(max_new_tokens=8, greedy=True)))
+        number = engine.add(Request(prompt_ids=text, params=SamplingParams(max_new_tokens=8, temperature=0.0)))
         while engine.busy:
             for event in engine.step():
                 events.setdefault(number, []).append(event.token)
