@@ -10,10 +10,11 @@ the same files.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,14 @@ def read_json(path: pathlib.Path, cure: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is damaged ({type(error).__name__}: {error}). {cure}.") from None
     return found
+
+
+def digest(files: Iterable[Folder]) -> str:
+    """What distinguishes the contents of these files, taken together, from others."""
+    found = hashlib.sha256()
+    for file in files:
+        found.update(pathlib.Path(file).read_bytes())
+    return found.hexdigest()[:16]
 
 
 def open_array(folder: Folder, part: int, name: str, dtype: type, shape: tuple, description: str) -> np.ndarray:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from megalith.common.errors import DataError, problem
+from megalith.common.files import sha256
 from megalith.config.flags.text import Words
 from megalith.data import array_folder
 
@@ -52,6 +53,11 @@ class Plan:
     def shards(self) -> int:
         """Number of shards."""
         return -(-self.rows // self.shard_rows)
+
+    @property
+    def command(self) -> str:
+        """The command that builds such a store."""
+        return "megalith retro index" if self.source.get("kind") == "retro" else "megalith index build"
 
     def range_of(self, shard: int) -> range:
         """Rows of a shard."""
@@ -143,7 +149,7 @@ class Store:
     def __init__(self, folder: str | os.PathLike):
         """Raises DataError where shards are missing, or a file has not the size of its rows."""
         self.folder, self.plan = pathlib.Path(folder), read_plan(folder)
-        array_folder.check_complete(folder, self.plan.shards, "shards", "megalith index build")
+        array_folder.check_complete(folder, self.plan.shards, "shards", self.plan.command)
         shards = range(self.plan.shards)
         self._vectors = [self._open(shard, "vectors", np.float16, self.plan.width) for shard in shards]
         self._rows = [self._open(shard, "rows", np.int64, len(self.plan.columns)) for shard in shards]
@@ -160,6 +166,17 @@ class Store:
     def width(self) -> int:
         """Elements of a vector."""
         return self.plan.width
+
+    def check_source(self, source: Mapping[str, Any]) -> None:
+        """Raise DataError where the vectors are of other texts than these."""
+        cure = f"Give the flags of {self.plan.command}, or build another store"
+        array_folder.check_same(self.folder, self.plan.source, source, cure)
+
+    @property
+    def digest(self) -> str:
+        """What distinguishes this store from others: of store.json, and of the checksums of all shards."""
+        files = [self.folder / DESCRIPTION, *(self.folder / f"{shard:05d}.json" for shard in range(self.plan.shards))]
+        return array_folder.digest(files)
 
     def chunks(self, rows: int) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, float16 [n, p]) over all vectors, at most `rows` at a time, which are read when touched."""
@@ -186,3 +203,25 @@ def verify(folder: str | os.PathLike) -> Iterator[tuple[str, str]]:
     """(file, what is wrong with it), after all bytes were read; nothing for an undamaged store."""
     for _, name, what in array_folder.damaged(folder, read_plan(folder).shards, ARRAYS):
         yield name, what
+    for path in sorted(pathlib.Path(folder).glob("faiss-*.index")):
+        if (found := faiss_damage(path)) is not None:
+            yield path.name, found
+
+
+def faiss_digest(path: pathlib.Path) -> str:
+    """What distinguishes the file of an approximate index from others."""
+    return sha256(path)[:16]
+
+
+def faiss_damage(path: pathlib.Path) -> str | None:
+    """What is wrong with the file of an approximate index, after all bytes were read; None where nothing is.
+
+    One without a checksum is taken as it is: it was built before there were any, or its building was killed at the end.
+    """
+    try:
+        found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["sha256"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"has a checksum that cannot be read ({type(error).__name__}: {error})"
+    return None if found == sha256(path) else "has another checksum than when it was written"
