@@ -10,10 +10,11 @@ the same files.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,26 @@ from megalith.config.flags.text import Words, value_text
 Folder = str | os.PathLike
 
 
-def write_description(path: pathlib.Path, description: Mapping[str, Any], cure: str) -> None:
-    """Write a description into a new folder. Raises DataError where the folder holds anything else.
+def begin(
+    path: pathlib.Path, description: Mapping[str, Any], parts: int, names: Sequence[str], cure: str,
+    notice: Callable[[str], None],
+) -> list[int]:  # fmt: skip
+    """Write the description `path` of a folder, or compare it where work is resumed; the parts that are to be written.
 
+    Those that are damaged are among them, after a notice: all bytes are read. names: of the arrays of a part. Raises
+    DataError where the folder holds anything else, or was begun with another description; nothing is replaced.
     The lock of the folder must be held.
     """
+    if path.exists():
+        check_same(path.parent, read_json(path, cure), description, cure)
+    else:
+        write_description(path, description, cure)
+    forget_damaged(path.parent, parts, names, notice)
+    return missing(path.parent, parts)
+
+
+def write_description(path: pathlib.Path, description: Mapping[str, Any], cure: str) -> None:
+    """Write a description into a new folder. Raises DataError where the folder holds anything else."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if found := sorted(each.name for each in path.parent.iterdir() if not each.name.startswith(".")):
         rule = "must be a new folder, or one whose building is resumed"
@@ -63,6 +79,15 @@ def missing(folder: Folder, parts: int) -> list[int]:
     return [part for part in range(parts) if not (pathlib.Path(folder) / f"{part:05d}.json").exists()]
 
 
+def forget_damaged(folder: Folder, parts: int, names: Sequence[str], notice: Callable[[str], None]) -> None:
+    """Count parts that are there and damaged as not written, so that they are written again."""
+    for part, name, what in list(damaged(folder, parts, names)):
+        facts = pathlib.Path(folder) / f"{part:05d}.json"
+        if facts.exists():
+            notice(f"{folder}/{name} {what}: part {part} is written again")
+            facts.unlink()
+
+
 def check_complete(folder: Folder, parts: int, what: str, command: str) -> None:
     """Raise DataError where parts (`what` they are called) are missing. command: that writes them."""
     if found := missing(folder, parts):
@@ -82,6 +107,14 @@ def read_json(path: pathlib.Path, cure: str) -> dict[str, Any]:
     return found
 
 
+def digest(files: Iterable[Folder]) -> str:
+    """What distinguishes the contents of these files, taken together, from others."""
+    found = hashlib.sha256()
+    for file in files:
+        found.update(pathlib.Path(file).read_bytes())
+    return found.hexdigest()[:16]
+
+
 def open_array(folder: Folder, part: int, name: str, dtype: type, shape: tuple, description: str) -> np.ndarray:
     """An array of a part, mapped into memory. Raises DataError where it is not of this type and shape.
 
@@ -99,7 +132,7 @@ def open_array(folder: Folder, part: int, name: str, dtype: type, shape: tuple, 
     return array
 
 
-def damaged(folder: Folder, parts: int, names: Iterable[str]) -> Iterator[tuple[int, str, str]]:
+def damaged(folder: Folder, parts: int, names: Sequence[str]) -> Iterator[tuple[int, str, str]]:
     """(part, file, what is wrong with it), after all bytes were read; nothing where all is undamaged.
 
     names: of the arrays of a part.

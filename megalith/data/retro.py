@@ -64,8 +64,11 @@ class ChunkDatabase:
         self.ranges = block_ranges(self.description)
         array_folder.check_complete(path, len(self.ranges), "blocks", DB_COMMAND)
         facts = [self._facts(block) for block in range(len(self.ranges))]
+        self.invalid = sum(each["invalid"] for each in facts)  # chunks without text
         # of everything that the database was made of, and of what it holds
-        self.digest = _digest(self.path / name for name in [DATABASE, *(f"{b:05d}.json" for b in range(len(facts)))])
+        self.digest = array_folder.digest(
+            self.path / name for name in [DATABASE, *(f"{b:05d}.json" for b in range(len(facts)))]
+        )
         self._blocks = [
             array_folder.open_array(path, block, "chunks", np.uint32, (each["chunks"], 5), f"{block:05d}.json")
             for block, each in enumerate(facts)
@@ -76,7 +79,7 @@ class ChunkDatabase:
     def _facts(self, block: int) -> dict[str, Any]:
         path = self.path / f"{block:05d}.json"
         facts = array_folder.read_json(path, f"Give the {DB_COMMAND} command again: it is built anew")
-        if not isinstance(facts.get("chunks"), int):
+        if not all(isinstance(facts.get(name), int) for name in ("chunks", "invalid")):
             raise DataError(f"{path} is damaged (no number of chunks). Give the {DB_COMMAND} command again.")
         return facts
 
@@ -123,6 +126,11 @@ def read_database(path: pathlib.Path) -> dict[str, Any]:
     return _read(path / DATABASE, DB_COMMAND)
 
 
+def read_neighbors(path: pathlib.Path) -> dict[str, Any]:
+    """neighbors.json of a folder. Raises DataError where there is none, or it is of another version."""
+    return _read(path / NEIGHBORS, NEIGHBORS_COMMAND)
+
+
 class Neighbors:
     """The neighbours of the chunks of every sample of a split, numbers of chunks of the database."""
 
@@ -132,7 +140,7 @@ class Neighbors:
         Raises DataError where neighbours are missing, or were found for other samples.
         """
         self.path = pathlib.Path(path)
-        self.description = _read(self.path / NEIGHBORS, NEIGHBORS_COMMAND)
+        self.description = read_neighbors(self.path)
         cure = f"Give the flags with which the neighbours were found, or find them again ({NEIGHBORS_COMMAND})"
         array_folder.check_same(path, self.description, fingerprint, cure)
         self.block_size: int = self.description["block_size"]
@@ -160,16 +168,18 @@ class Neighbors:
         return self._blocks[block][place].astype(np.int64)
 
 
-def samples_fingerprint(config: RunConfig, split: str, samples: int) -> dict[str, Any]:
-    """What decides which tokens are in which sample of a split. samples: how many the run requests of it.
+def samples_fingerprint(config: RunConfig, split: str, samples: int, database: ChunkDatabase) -> dict[str, Any]:
+    """What decides which tokens are in which sample of a split, and what numbers of chunks mean.
 
-    Data are named by what they hold, not by where they lie. Their number counts too, because it decides on the epochs
-    that are shuffled, and on the blend.
+    samples: how many the run requests of the split. They count too, because they decide on the epochs that are shuffled
+    together, and on the blend. Data are named by what they hold, not by where they lie.
     """
     data, batch = config.data, config.batch
     sources, divided = split_sources(data)
     weights = ["" if source.weight is None else f"{source.weight:g} " for source in sources[split]]
     found = {
+        "database": database.digest,
+        "chunk_length": database.chunk_length,
         "data": [f"{weight}{dataset_digest(each.prefix)}" for weight, each in zip(weights, sources[split])],
         "corpora": [source.corpus for source in sources[split]],
         "split": data.split if divided else "",
@@ -181,7 +191,7 @@ def samples_fingerprint(config: RunConfig, split: str, samples: int) -> dict[str
         "shuffle_sample_in_corpus": data.shuffle_sample_in_corpus,
     }
     if data.data_weights_schedule and split == "train":
-        found["data_weights_schedule"] = _digest([data.data_weights_schedule])
+        found["data_weights_schedule"] = array_folder.digest([data.data_weights_schedule])
     return found
 
 
@@ -198,10 +208,3 @@ def _read(path: pathlib.Path, command: str) -> dict[str, Any]:
         rule, cure = f"must be of version {VERSION}", f"Make another folder with {command}"
         raise DataError(problem(str(path), Words(f"version {found.get('version')}"), rule, cure))
     return found
-
-
-def _digest(files: Any) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(pathlib.Path(file).read_bytes())
-    return digest.hexdigest()[:16]
