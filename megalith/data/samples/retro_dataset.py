@@ -92,7 +92,8 @@ def with_neighbors(
     def add(split: str, dataset: Any) -> RetroDataset:
         neighbors = None
         if database is not None:
-            neighbors = Neighbors(folder / "neighbors" / split, samples_fingerprint(config, split, requested[split]))
+            fingerprint = samples_fingerprint(config, split, requested[split], database)
+            neighbors = Neighbors(folder / "neighbors" / split, fingerprint)
         return RetroDataset(dataset, neighbors, passages, model, data.seq_length or 0)
 
     return {split: None if dataset is None else add(split, dataset) for split, dataset in datasets.items()}
