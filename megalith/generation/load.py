@@ -115,8 +115,6 @@ def load(
         )
     elif tokenizer_folder is not None:
         text_tokenizer = load_tokenizer(tokenizer_folder, run_config.data)
-    if model.config.retrieval_layers:
-        notes = (*notes, "it is given no retriever, and so writes without neighbours, as a GPT (model.retriever)")
     name = path if isinstance(path, (str, os.PathLike)) else type(path).__name__
     for note in notes if runtime is None or runtime.mesh.is_main_process else ():
         print(f"{name}: {note}", file=sys.stderr)
