@@ -24,7 +24,7 @@ from megalith.config.sections.model import ModelConfig
 from megalith.config.sections.parallel import ParallelConfig
 from megalith.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megalith.retrieval import store
-from megalith.retrieval.sources import Source, pack_queries
+from megalith.retrieval.sources import Source, pack_queries, words
 from megalith.runtime.build import Runtime
 from megalith.runtime.load import load_runtime
 
@@ -76,14 +76,14 @@ class TextEmbedder:
             rule = "must be 1, because texts are embedded whole"
             raise ConfigError(problem("--context-parallel-size", runtime.mesh.size("cp"), rule, "Leave it out"))
         stored = None if source.tokenizer is None else load_tokenizer(source.tokenizer, source.config.data)
-        if stored is not None and tokenizer is not None and stored.tokens() != tokenizer.tokens():
+        if stored is not None and tokenizer is not None and words(stored) != words(tokenizer):
             rule = f"must have the tokens of the one in {source.tokenizer}"
             raise ConfigError(problem("The tokenizer", Words("others"), rule, "Leave it out: the checkpoint has it"))
-        words = tokenizer or stored
-        if words is None:
+        used = tokenizer or stored
+        if used is None:
             rule = "must be named, as the checkpoint has none"
             raise ConfigError(problem("The tokenizer", None, rule, "Give --vocab-file FILE"))
-        return cls(runtime, words, str(path), source.config)
+        return cls(runtime, used, str(path), source.config)
 
     def batch(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Ids [n, s] of texts, padded, and the mask of what is no padding, on the device."""

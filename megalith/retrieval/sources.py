@@ -24,6 +24,7 @@ from megalith.data.samples.ict_dataset import IctDataset
 
 SAMPLED_BLOCKS = 8  # of 4 KiB: how much of a file is read to notice that it has changed
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+APPENDED = ("[BOS]", "[EOS]")
 FIELDS = ("id", "text", "title")
 
 
@@ -200,6 +201,12 @@ def pack_queries(tokenizer: Any, texts: Sequence[str], seq_length: int) -> list[
     """[CLS] text [SEP], cut to seq_length tokens."""
     cls, sep = tokenizer.require("cls"), tokenizer.require("sep")
     return [[cls, *ids.tolist()[: seq_length - 2], sep] for ids in tokenizer.encode_batch(list(texts))]
+
+
+def words(tokenizer: Any) -> list[str]:
+    """The vocabulary, without the [BOS] and [EOS] that Megatron appends to one of BERT; no text has them."""
+    tokens = tokenizer.tokens()
+    return tokens[: -len(APPENDED)] if tuple(tokens[-len(APPENDED) :]) == APPENDED else tokens
 
 
 def open_source(description: Mapping[str, Any], tokenizer: Any) -> Source:

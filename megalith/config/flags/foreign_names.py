@@ -14,10 +14,11 @@ _EVALUATION = (
 )
 _TASKS = (
     "WIKITEXT103 and LAMBADA are `megalith evaluate` here, and RACE, MNLI and QQP `megalith finetune TASK`, with the "
-    "same flags; other tasks are not there yet"
+    "same flags; tools/retro/main.py is `megalith retro`; other tasks are not there yet"
 )
 _FINETUNING = "it is `megalith finetune TASK` here (docs/finetune_tasks.md)"
 _RETRIEVAL = "it is `megalith pretrain ict` here (docs/retrieval.md)"
+_RETRO_DATA = "it is `megalith retro` here, with the same flags: db, index, neighbors, or build (docs/retro.md)"
 _RETRO = "it is `megalith pretrain retro` here (docs/retro.md)"
 _CORPUS = "it is `megalith data` here: wiki, urls, clean, dedup, decontaminate, ids and more (docs/corpus.md)"
 _JOBS = (
@@ -164,10 +165,8 @@ _ANSWERS = (
         "create_doc_index blockdata faissmipsindex indexbuilder nq --qa-data-dev --qa-data-test --faiss-use-gpu "
         "--faiss-match --faiss-topk-retrievals",
     ),
-    (
-        _RETRO,
-        "pretrain_retro retromodel",
-    ),
+    (_RETRO_DATA, "get_preprocess_cmd --retro-tasks"),
+    (_RETRO, "pretrain_retro retromodel"),
     (
         _CORPUS,
         "clean dedup deduplicate cleanup_dataset find_duplicates group_duplicate_url remove_group_duplicates "

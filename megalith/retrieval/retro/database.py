@@ -31,6 +31,7 @@ from megalith.data.samples.splits import split_bounds
 from megalith.data.source_checks import check_source
 from megalith.data.sources import split_sources
 from megalith.data.tokenizers.tokenizer import Tokenizer, TokenizerOptions, build_tokenizer
+from megalith.retrieval.sources import words
 
 ARRAYS = ("chunks", "invalid")
 BATCH = 4096  # chunks whose texts exist at one time
@@ -66,24 +67,25 @@ def describe(
         "doc_block_size": doc_block_size,
         "split": data.split if divided else "",
         "split_rounding": data.split_rounding,
-        "gpt_vocabulary": vocabulary_digest(gpt),
-        "bert_vocabulary": vocabulary_digest(bert),
+        **vocabularies(gpt, bert),
         "datasets": datasets,
     }
 
 
-def vocabulary_digest(tokenizer: Tokenizer) -> str:
-    """What distinguishes a vocabulary from others, whatever files it came from."""
-    return hashlib.sha256(json.dumps([tokenizer.tokens(), tokenizer.eod]).encode()).hexdigest()[:16]
+def vocabularies(gpt: Tokenizer, bert: Tokenizer) -> dict[str, str]:
+    """What distinguishes two vocabularies from others, whatever files they came from."""
+    found = {"gpt_vocabulary": [words(gpt), gpt.eod], "bert_vocabulary": words(bert)}
+    return {name: hashlib.sha256(json.dumps(each).encode()).hexdigest()[:16] for name, each in found.items()}
 
 
 def check_vocabularies(database: ChunkDatabase, gpt: Tokenizer, bert: Tokenizer) -> None:
     """Raise DataError where a tokenizer is not the one that a database was built with."""
-    for name, tokenizer in (("gpt", gpt), ("bert", bert)):
-        if vocabulary_digest(tokenizer) != database.description[f"{name}_vocabulary"]:
-            rule, kind = f"must be the one that {database.path} was built with", tokenizer.options.tokenizer_type
-            cure = "Give the tokenizer flags of megalith retro db, and the BERT with that vocabulary"
-            raise DataError(problem(f"The tokenizer of {name.upper()}", Words(f"another {kind}"), rule, cure))
+    for name, digest in vocabularies(gpt, bert).items():
+        if digest != database.description[name]:
+            what, kind = f"The tokenizer of the {name.split('_')[0].upper()}", Words(f"another one, {digest}")
+            rule = f"must have the vocabulary that {database.path} was built with, {database.description[name]}"
+            cure = "Give the tokenizer flags of megalith retro db, and the BERT of that vocabulary"
+            raise DataError(problem(what, kind, rule, cure))
 
 
 def build_database(

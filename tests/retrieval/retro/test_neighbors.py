@@ -207,7 +207,7 @@ def test_mistakes_are_named(one, blend, retro_bert):
     found = run_ranks(mistakes, 1, blend, retro_bert, one)[0]
     assert len(found) == 4, found
     assert "--seq-length must be a multiple of the chunks' length, 8; found 36" in found[0]
-    assert "The tokenizer of GPT must be the one that" in found[1]
+    assert "The tokenizer of the GPT must have the vocabulary that" in found[1]
     assert "must be built first" in found[2] and "megalith retro index --index-string IVF4,Flat" in found[2]
     assert "must have samples" in found[3]
 
@@ -216,17 +216,8 @@ def test_faiss_by_distance(one, blend, retro_bert, tmp_path):
     """An index of FAISS that holds the vectors as they are gives the neighbours of the exact search."""
     shutil.copytree(one / "db", tmp_path / "db")
     shutil.copytree(one / "index", tmp_path / "index")
-    lines = run_ranks(
-        steps,
-        1,
-        ("index", "neighbors"),
-        blend,
-        retro_bert,
-        tmp_path,
-        None,
-        ("0.7", "0.3"),
-        index_string="IVF4,Flat",
-    )[0]
+    arguments = blend, retro_bert, tmp_path, None, "IVF4,Flat"
+    lines = run_ranks(steps, 1, ("index", "neighbors"), *arguments)[0]
     assert "IVF4,Flat: recall of the 20 nearest 1.000" in lines[0]  # nprobe is all of the lists
     for split in SPLITS:
         expected, found = (Neighbors(folder / "neighbors" / split, {}) for folder in (one, tmp_path))
@@ -237,5 +228,5 @@ def test_faiss_by_distance(one, blend, retro_bert, tmp_path):
     damage(path)
     found = [line for _, _, lines in verify(tmp_path) for line in lines]
     assert found == [f"{path} has another checksum than when it was written"]
-    run_ranks(steps, 1, ("index",), blend, retro_bert, tmp_path, None, "IVF4,Flat")
+    run_ranks(steps, 1, ("index",), *arguments)
     assert path.read_bytes() == before
