@@ -212,7 +212,7 @@ ANSWERED = {  # a command of the documents that has no counterpart, or another n
     "examples/by_feature/megatron_lm_gpt_pretraining.py --config_name gpt2-large": "megalith config --accelerate",
     "tools/retro/examples/get_preprocess_cmd.sh": "megalith retro",
     "tools/retro/main.py --retro-tasks build": "`megalith retro`",
-    "pretrain_retro.py": "Retro is not there yet",
+    "pretrain_retro.py": "megalith pretrain retro",
     "tools/preprocess_data.py --input my-corpus.json": "megalith data preprocess",
     "tools/checkpoint_util.py --model-type GPT": "megalith checkpoint reshape",
     "checkpoint_reshaping_and_interoperability.py --load_path gpt": "megalith checkpoint reshape",
