@@ -1,5 +1,6 @@
 """docs/retro.md, the script of examples/retro and the flags of Megatron's tools run as typed, at toy size."""
 
+import json
 import pathlib
 import re
 
@@ -17,6 +18,8 @@ SMALL = (
     ("200000", "24"), ("--eval-interval 2000 --eval-iters 100", "--eval-interval 3 --eval-iters 1"),
     ("IVF4096,Flat", "IVF4,Flat --retro-bert-max-chunk-length 48"),
 )  # fmt: skip
+
+MODEL = "--num-layers 6 --hidden-size 32 --num-attention-heads 2"
 
 
 @pytest.fixture(scope="module")
@@ -138,3 +141,39 @@ def test_flags_of_megatrons_tool(capfd):
 def test_verify_of_another_folder(tmp_path, capfd):
     assert command.main(["retro", "verify", str(tmp_path)]) == 1
     assert "must be a folder that megalith retro wrote" in capfd.readouterr().err
+
+
+SMALL_MODEL = (
+    *SMALL[1:5], ("--num-layers 12 --hidden-size 768 --num-attention-heads 12", MODEL), ("bert-large-cased", "bert"),
+    ("IVF4096,Flat", "IVF4,Flat"), ("--max-new-tokens 200", "--max-new-tokens 70"),
+)  # fmt: skip
+
+
+def test_training_measuring_and_writing_run_as_typed(folder):
+    """The block of the section on the model, with small numbers, on the folder of the first block."""
+    block = re.findall(r"^```sh\n(.*?)^```$", (ROOT / "docs/retro.md").read_text(), re.MULTILINE | re.DOTALL)[1]
+    for large, small in SMALL_MODEL:
+        assert large in block
+        block = block.replace(large, small)
+    output = run(["bash", "-ec", block], folder)
+    losses = [
+        [line["validation_loss"] for line in map(json.loads, path.open()) if "validation_loss" in line][-1]
+        for path in (folder / "runs/retro/metrics.jsonl", folder / "runs/without/metrics.jsonl")
+    ]
+    assert losses[0] != losses[1] and "Once upon a time" in output and "reads no neighbours" not in output
+    alone = run(["megalith", "generate", "--load", "runs/retro", "--prompt", "Once", "--max-new-tokens", "3"], folder)
+    assert "a Retro without a database reads no neighbours" in alone
+
+
+@pytest.mark.slow
+def test_the_script_of_training_trains_and_resumes(folder):
+    variables = {
+        "RETRO_WORKDIR": "retro", "DATA_PATH": "my-gpt2_text_document", "VOCAB_FILE": "vocab.json",
+        "MERGE_FILE": "merges.txt", "SEQ_LENGTH": "128", "GLOBAL_BATCH": "4", "TRAIN_SAMPLES": "24",
+        "EVAL_INTERVAL": "3", "EVAL_ITERS": "1", "TRAIN_PRECISION": "", "NUM_LAYERS": "6", "HIDDEN_SIZE": "32",
+        "NUM_HEADS": "2", "MICRO_BATCH": "2", "CHECKPOINT_PATH": "script-run", "GPUS_PER_NODE": "2", "TENSOR": "2",
+        "MASTER_PORT": "29573",
+    }  # fmt: skip
+    script = str(ROOT / "examples/retro/pretrain_model.sh")
+    assert "stopped after step 4" in run([script, "--exit-interval", "4"], folder, **variables)
+    assert "all 6 steps are done" in run([script], folder, **variables)
