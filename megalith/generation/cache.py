@@ -153,7 +153,7 @@ class KVCache:
 def cached_attentions(model: nn.Module) -> list[SelfAttention]:
     """The attentions that need earlier keys and values: all of a decoder's, none of an encoder's.
 
-    Of a Retro self-attention alone: those of neighbours are elsewhere (retrieval.py).
+    Of a Retro self-attention alone: those of neighbours are elsewhere (retrieval/).
     """
     c, found = model.config, list[SelfAttention]()
     for number, layer in model.layers.items():

@@ -15,7 +15,7 @@ from megalith.config.sections.model import ModelConfig
 from megalith.data.tokenizers.tokenizer import Tokenizer
 from megalith.runtime.build import Runtime
 
-Retriever = Callable[[Sequence[int]], Sequence[Sequence[int]]]  # see retrieval.py
+Retriever = Callable[[Sequence[int]], Sequence[Sequence[int]]]  # see retrieval/rows.py
 
 
 class TooLong(ConfigError):

@@ -23,7 +23,7 @@ from megalith.common.errors import ConfigError, MegalithError, problem
 from megalith.config.flags.text import Words
 from megalith.generation.cache import KVCache
 from megalith.generation.model import TextModel
-from megalith.generation.retrieval import RetrievalRunner
+from megalith.generation.retrieval.runner import RetrievalRunner
 from megalith.generation.runner import ModelRunner
 from megalith.runtime.build import Mesh, Runtime
 

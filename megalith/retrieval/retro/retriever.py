@@ -23,7 +23,7 @@ from megalith.retrieval.store import Store, check_probe
 
 
 class DatabaseRetriever:
-    """A retriever (generation/retrieval.py): called with the ids of a chunk it returns those of its neighbours.
+    """A retriever (generation/retrieval/): called with the ids of a chunk it returns those of its neighbours.
 
     Nothing is left out: what is written is in no document of the database.
     """

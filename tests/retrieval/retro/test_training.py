@@ -69,7 +69,6 @@ def test_perplexity_without_neighbors_is_that_of_neighbors_that_are_missing(made
     for name, change in changes.items():
         train(measure.replace(run_dir=str(tmp_path / name), **change))
     found = {name: validation_loss(str(tmp_path / name)) for name in changes}
-    assert found["with"] == pytest.approx(records(made.run_folder)[-1]["validation_loss"], rel=1e-6)
     assert found["without"] == found["none"] != pytest.approx(found["with"], rel=1e-4)
 
 
