@@ -224,7 +224,8 @@ def _run(
         running = Steps(config, options, notice)
         for step in steps:
             if step != "db":
-                of_model = {name: value for name, value in given.items() if name != "vocab_size"}  # the GPT's
+                # others are the GPT's
+                of_model = {name: given[name] for name in given if not name.startswith(("retro_", "vocab_size"))}
                 check_model(str(config.checkpoint.load), running.embedder.model, of_model)
                 width = numbers.get("--retro-index-nfeats", running.embedder.width)
                 if width != running.embedder.width:
