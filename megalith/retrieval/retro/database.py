@@ -32,7 +32,7 @@ from megalith.data.source_checks import check_source
 from megalith.data.sources import split_sources
 from megalith.data.tokenizers.tokenizer import Tokenizer, TokenizerOptions, build_tokenizer
 from megalith.retrieval.progress import Progress
-from megalith.retrieval.sources import words
+from megalith.retrieval.sources import text_ids, words
 
 ARRAYS = ("chunks", "invalid")
 BATCH = 4096  # chunks whose texts exist at one time
@@ -172,7 +172,8 @@ def cut(indexed: Any, first: int, last: int, length: int, eod: int | None) -> It
 def measured(indexed: Any, chunks: Sequence[tuple[int, int, int]], texts: ChunkTexts, bert: Tokenizer) -> np.ndarray:
     """uint32 [n, 4]: document, start, end, and the tokens that BERT's tokenizer makes of the text."""
     found = [texts(indexed.get(document, start, end - start)) for document, start, end in chunks]
-    return np.column_stack([np.array(chunks), bert.encode_flat(found)[1]]).astype(np.uint32)
+    lengths = [len(ids) for ids in text_ids(bert, found)]
+    return np.column_stack([np.array(chunks), lengths]).astype(np.uint32)
 
 
 def batched(items: Iterator[Any], size: int) -> Iterator[list[Any]]:

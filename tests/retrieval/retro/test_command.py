@@ -9,7 +9,7 @@ from megalith.cli import main as command
 from megalith.cli.retro import RETRO_FLAGS
 from megalith.data.indexed import IndexedDataset
 from megalith.data.retro import ChunkDatabase, Neighbors
-from tests.retrieval.retro.toy_retro import contents
+from tests.retrieval.retro.toy_retro import SPECIAL, contents, write_bert
 from tests.toy import ROOT, make_corpus, run
 
 SMALL = (
@@ -22,20 +22,11 @@ SMALL = (
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> pathlib.Path:
     """The first block of docs/retro.md was run here, with small numbers."""
-    import torch
-    import transformers
-
     folder = tmp_path_factory.mktemp("retro")
     make_corpus(folder)
     lines = (folder / "corpus.jsonl").read_text().splitlines()
     (folder / "corpus.jsonl").write_text("\n".join(lines[: len(lines) // 4]) + "\n")
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len((folder / "vocab.txt").read_text().split()), hidden_size=16, num_hidden_layers=1,
-        num_attention_heads=2, intermediate_size=32, max_position_embeddings=48,
-    )  # fmt: skip
-    transformers.BertForPreTraining(config).save_pretrained(folder / "bert")
-    transformers.BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder / "bert")
+    write_bert(folder / "bert", (folder / "vocab.txt").read_text().split()[len(SPECIAL) :], 48)
     (block, *_) = re.findall(r"^```sh\n(.*?)^```$", (ROOT / "docs/retro.md").read_text(), re.MULTILINE | re.DOTALL)
     for large, small in SMALL:
         assert large in block
