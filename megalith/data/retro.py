@@ -28,6 +28,7 @@ from megalith.config.run import RunConfig
 from megalith.data import array_folder
 from megalith.data.indexed.format import dataset_files, resolve_prefix
 from megalith.data.indexed.tntidx import open_indexed
+from megalith.data.samples.splits import normal_split
 from megalith.data.sources import split_sources
 
 VERSION = 1
@@ -176,13 +177,13 @@ def samples_fingerprint(config: RunConfig, split: str, samples: int, database: C
     """
     data, batch = config.data, config.batch
     sources, divided = split_sources(data)
-    weights = ["" if source.weight is None else f"{source.weight:g} " for source in sources[split]]
+    weights = ["" if source.weight is None else f"{source.weight} " for source in sources[split]]
     found = {
         "database": database.digest,
         "chunk_length": database.chunk_length,
         "data": [f"{weight}{dataset_digest(each.prefix)}" for weight, each in zip(weights, sources[split])],
         "corpora": [source.corpus for source in sources[split]],
-        "split": data.split if divided else "",
+        "split": normal_split(data.split) if divided else "",
         "split_rounding": data.split_rounding,
         "seed": batch.seed,
         "seq_length": data.seq_length,

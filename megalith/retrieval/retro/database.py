@@ -27,7 +27,7 @@ from megalith.data import array_folder
 from megalith.data.corpus.preprocess_pool import ENGINES
 from megalith.data.indexed.tntidx import open_indexed
 from megalith.data.retro import COLUMNS, DATABASE, VERSION, ChunkDatabase, block_ranges, dataset_digest
-from megalith.data.samples.splits import split_bounds
+from megalith.data.samples.splits import normal_split, split_bounds
 from megalith.data.source_checks import check_source
 from megalith.data.sources import split_sources
 from megalith.data.tokenizers.tokenizer import Tokenizer, TokenizerOptions, build_tokenizer
@@ -66,7 +66,7 @@ def describe(
         "version": VERSION,
         "chunk_length": chunk_length,
         "doc_block_size": doc_block_size,
-        "split": data.split if divided else "",
+        "split": normal_split(data.split) if divided else "",
         "split_rounding": data.split_rounding,
         **vocabularies(gpt, bert),
         "datasets": datasets,

@@ -31,7 +31,7 @@ from megalith.retrieval.retro.database import ChunkTexts
 from megalith.retrieval.sources import pack_queries
 
 ARRAYS = ("neighbors",)
-CURE = "Give the same data, model and flags, or another --retro-workdir"
+CURE = "Give the same data, model and flags, or move this folder away first"
 
 
 class Index(Protocol):

@@ -16,13 +16,16 @@ WORDS, EOD, LENGTH = 40, 40, 8  # tokens 0 to 39, the end of a document, tokens 
 
 
 def write_corpus(prefix: str, documents: int = 30, seed: int = 0) -> str:
-    """Documents of 0 to 40 tokens, each with its end; the fifth has a chunk of ends alone, and the sixth no token."""
+    """Documents of 0 to 40 tokens, each with its end; the fifth has a chunk of ends alone, and the sixth no token.
+
+    Two seeds have no chunk in common, so that no two vectors are equal.
+    """
     random = np.random.RandomState(seed)
     with IndexedWriter(prefix, np.uint16) as writer:
         for number in range(documents):
             tokens = random.randint(0, WORDS, random.randint(0, 41))
             if number == 5:
-                tokens = np.array([7] * LENGTH + [EOD] * LENGTH + [9, 10])
+                tokens = np.array([7 + seed] * LENGTH + [EOD] * LENGTH + [9, 10 + seed])
             writer.add_sequence(np.append(tokens, EOD) if number != 6 else np.array([EOD]))
             writer.end_document()
     return prefix
