@@ -224,8 +224,8 @@ def _run(
         running = Steps(config, options, notice)
         for step in steps:
             if step != "db":
-                of_gpt = ("vocab_size", "retro_gpt_chunk_length")
-                of_model = {name: value for name, value in given.items() if name not in of_gpt}
+                # others are the GPT's
+                of_model = {name: given[name] for name in given if not name.startswith(("retro_", "vocab_size"))}
                 check_model(str(config.checkpoint.load), running.embedder.model, of_model)
                 width = numbers.get("--retro-index-nfeats", running.embedder.width)
                 if width != running.embedder.width:

@@ -24,6 +24,7 @@ from megalith.common.files import atomic_path, sha256, write_text
 from megalith.config.flags.text import Words, value_text
 
 Folder = str | os.PathLike
+BUILD_AGAIN = "delete the .json of its part and give the command that wrote it again"
 
 
 def begin(
@@ -124,11 +125,11 @@ def open_array(folder: Folder, part: int, name: str, dtype: type, shape: tuple, 
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}). Copy it again, or build the index again.") from None
+        raise DataError(f"{path} cannot be read ({error}). Copy it again, or {BUILD_AGAIN}.") from None
     if array.dtype != dtype or array.shape != shape:
         found = Words(f"{array.dtype} {array.shape}")
         rule = f"must hold {np.dtype(dtype).name} {shape}, as {description} says"
-        raise DataError(problem(str(path), found, rule, "Copy it again, or build the index again"))
+        raise DataError(problem(str(path), found, rule, f"Copy it again, or {BUILD_AGAIN}"))
     return array
 
 

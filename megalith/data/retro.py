@@ -28,6 +28,7 @@ from megalith.config.run import RunConfig
 from megalith.data import array_folder
 from megalith.data.indexed.format import dataset_files, resolve_prefix
 from megalith.data.indexed.tntidx import open_indexed
+from megalith.data.samples.splits import normal_split
 from megalith.data.sources import split_sources
 
 VERSION = 1
@@ -123,12 +124,12 @@ class ChunkDatabase:
 
 def read_database(path: pathlib.Path) -> dict[str, Any]:
     """database.json of a folder. Raises DataError where there is none, or it is of another version."""
-    return _read(path / DATABASE, DB_COMMAND)
+    return _read(path / DATABASE, DB_COMMAND, ("chunk_length", "doc_block_size", "datasets"))
 
 
 def read_neighbors(path: pathlib.Path) -> dict[str, Any]:
     """neighbors.json of a folder. Raises DataError where there is none, or it is of another version."""
-    return _read(path / NEIGHBORS, NEIGHBORS_COMMAND)
+    return _read(path / NEIGHBORS, NEIGHBORS_COMMAND, ("samples", "chunks", "neighbors", "block_size", "dtype"))
 
 
 class Neighbors:
@@ -176,13 +177,13 @@ def samples_fingerprint(config: RunConfig, split: str, samples: int, database: C
     """
     data, batch = config.data, config.batch
     sources, divided = split_sources(data)
-    weights = ["" if source.weight is None else f"{source.weight:g} " for source in sources[split]]
+    weights = ["" if source.weight is None else f"{source.weight} " for source in sources[split]]
     found = {
         "database": database.digest,
         "chunk_length": database.chunk_length,
         "data": [f"{weight}{dataset_digest(each.prefix)}" for weight, each in zip(weights, sources[split])],
         "corpora": [source.corpus for source in sources[split]],
-        "split": data.split if divided else "",
+        "split": normal_split(data.split) if divided else "",
         "split_rounding": data.split_rounding,
         "seed": batch.seed,
         "seq_length": data.seq_length,
@@ -200,11 +201,14 @@ def sample_ranges(samples: int, block_size: int) -> list[range]:
     return [range(first, min(first + block_size, samples)) for first in range(0, samples, block_size)]
 
 
-def _read(path: pathlib.Path, command: str) -> dict[str, Any]:
+def _read(path: pathlib.Path, command: str, names: tuple[str, ...]) -> dict[str, Any]:
+    """A description that has these names."""
     if not path.exists():
         raise DataError(problem(str(path), None, "must be there", f"Make it with {command}"))
     found = array_folder.read_json(path, f"Restore it, or give the {command} command for another folder")
     if found.get("version") != VERSION:
         rule, cure = f"must be of version {VERSION}", f"Make another folder with {command}"
         raise DataError(problem(str(path), Words(f"version {found.get('version')}"), rule, cure))
+    if absent := [name for name in names if name not in found]:
+        raise DataError(f"{path} is damaged: it lacks {', '.join(absent)}. Make another folder with {command}.")
     return found

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
-import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -15,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from megalith.checkpoint.ranks import Ranks
-from megalith.common import units
 from megalith.common.errors import ConfigError, problem
 from megalith.common.files import remove_leftovers_in
 from megalith.common.locks import locked
@@ -24,12 +20,12 @@ from megalith.config.sections.model import ModelConfig
 from megalith.config.sections.parallel import ParallelConfig
 from megalith.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megalith.retrieval import store
+from megalith.retrieval.progress import Progress
 from megalith.retrieval.sources import Source, pack_queries, words
 from megalith.runtime.build import Runtime
 from megalith.runtime.load import load_runtime
 
 ROUND = 8  # texts of a batch are padded to a multiple of this
-LINE_SECONDS = 5.0  # between lines of progress
 
 
 class TextEmbedder:
@@ -241,28 +237,3 @@ def _write(
             progress.add(len(batch) * embedder.runtime.mesh.data_size)
         if writes:
             store.write_shard(folder, shard, np.concatenate(parts), source.rows(numbers))
-
-
-@dataclasses.dataclass
-class Progress:
-    """Lines on stderr: how much of how much is done. Other processes are taken to be as far as this one."""
-
-    total: int
-    shown: bool
-    what: str = "texts"
-
-    def __post_init__(self) -> None:
-        self.done, self.started = 0, time.monotonic()
-        self.printed = self.started
-
-    def add(self, count: int) -> None:
-        """Count what is done, and print a line every few seconds."""
-        self.done, now = min(self.total, self.done + count), time.monotonic()
-        if self.shown and now - self.printed >= LINE_SECONDS:
-            self.printed, rate = now, self.done / (now - self.started)
-            left = units.duration((self.total - self.done) / rate)
-            print(
-                f"{self.done} of {self.total} {self.what}, {rate:.0f} a second, {left} left",
-                file=sys.stderr,
-                flush=True,
-            )

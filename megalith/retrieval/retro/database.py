@@ -27,11 +27,12 @@ from megalith.data import array_folder
 from megalith.data.corpus.preprocess_pool import ENGINES
 from megalith.data.indexed.tntidx import open_indexed
 from megalith.data.retro import COLUMNS, DATABASE, VERSION, ChunkDatabase, block_ranges, dataset_digest
-from megalith.data.samples.splits import split_bounds
+from megalith.data.samples.splits import normal_split, split_bounds
 from megalith.data.source_checks import check_source
 from megalith.data.sources import split_sources
 from megalith.data.tokenizers.tokenizer import Tokenizer, TokenizerOptions, build_tokenizer
-from megalith.retrieval.sources import words
+from megalith.retrieval.progress import Progress
+from megalith.retrieval.sources import text_ids, words
 
 ARRAYS = ("chunks", "invalid")
 BATCH = 4096  # chunks whose texts exist at one time
@@ -65,7 +66,7 @@ def describe(
         "version": VERSION,
         "chunk_length": chunk_length,
         "doc_block_size": doc_block_size,
-        "split": data.split if divided else "",
+        "split": normal_split(data.split) if divided else "",
         "split_rounding": data.split_rounding,
         **vocabularies(gpt, bert),
         "datasets": datasets,
@@ -90,12 +91,12 @@ def check_vocabularies(database: ChunkDatabase, gpt: Tokenizer, bert: Tokenizer)
 
 def build_database(
     folder: str | os.PathLike, description: Mapping[str, Any], gpt: Tokenizer, bert: Tokenizer, *, workers: int = 1,
-    notice: Callable[[str], None] = lambda line: None, progress: Callable[[int, int], None] = lambda done, of: None,
+    notice: Callable[[str], None] = lambda line: None, shown: bool = False,
 ) -> ChunkDatabase:  # fmt: skip
     """Write the blocks that are missing or damaged; a database that is complete is only checked.
 
-    progress: called with the blocks that are written, and their number. Memory: of each worker the rows of a block, and
-    the texts of BATCH chunks. Raises DataError where the folder is of another description, or nothing has text.
+    shown: print progress. Memory: of each worker the rows of a block, and the texts of BATCH chunks. Raises DataError
+    where the folder is of another description, or nothing has text.
     """
     folder, blocks = pathlib.Path(folder), len(block_ranges(description))
     with locked(folder, inside=True, notice=notice):
@@ -105,8 +106,9 @@ def build_database(
             notice(f"{folder}: {blocks - len(todo)} of {blocks} blocks are there")
         job = BlockJob(str(folder), dict(description), gpt.options, bert.options)
         engine = ENGINES.find("processes" if min(workers, len(todo)) > 1 else "inline")
-        for done, _ in enumerate(engine(job, iter(todo), min(workers, len(todo))), 1):
-            progress(done, len(todo))
+        progress = Progress(len(todo), shown, "blocks")
+        for _ in engine(job, iter(todo), min(workers, len(todo))):
+            progress.add(1)
     found = ChunkDatabase(folder)
     if not len(found):
         rule = "must hold text in the documents of the training part"
@@ -170,7 +172,8 @@ def cut(indexed: Any, first: int, last: int, length: int, eod: int | None) -> It
 def measured(indexed: Any, chunks: Sequence[tuple[int, int, int]], texts: ChunkTexts, bert: Tokenizer) -> np.ndarray:
     """uint32 [n, 4]: document, start, end, and the tokens that BERT's tokenizer makes of the text."""
     found = [texts(indexed.get(document, start, end - start)) for document, start, end in chunks]
-    return np.column_stack([np.array(chunks), bert.encode_flat(found)[1]]).astype(np.uint32)
+    lengths = [len(ids) for ids in text_ids(bert, found)]
+    return np.column_stack([np.array(chunks), lengths]).astype(np.uint32)
 
 
 def batched(items: Iterator[Any], size: int) -> Iterator[list[Any]]:

@@ -25,12 +25,13 @@ from megalith.common.locks import locked
 from megalith.data import array_folder
 from megalith.data.retro import NEIGHBORS, VERSION, ChunkDatabase, dataset_digest, sample_ranges
 from megalith.data.samples.blended import source_of
-from megalith.retrieval.embed import Progress, TextEmbedder
+from megalith.retrieval.embed import TextEmbedder
+from megalith.retrieval.progress import Progress
 from megalith.retrieval.retro.database import ChunkTexts
 from megalith.retrieval.sources import pack_queries
 
 ARRAYS = ("neighbors",)
-CURE = "Give the same data, model and flags, or another --retro-workdir"
+CURE = "Give the same data, model and flags, or move this folder away first"
 
 
 class Index(Protocol):

@@ -20,7 +20,7 @@ from megalith.data.retro import ChunkDatabase, Neighbors, samples_fingerprint
 from megalith.data.samples.splits import SPLIT_NAMES
 from megalith.data.tokenizers.tokenizer import Tokenizer, build_tokenizer, load_tokenizer, tokenizer_from_config
 from megalith.retrieval import search
-from megalith.retrieval.embed import BertEmbedder, Progress
+from megalith.retrieval.embed import BertEmbedder
 from megalith.retrieval.retro import database, index, neighbors
 from megalith.retrieval.retro.database import ChunkTexts
 from megalith.retrieval.store import Store, check_probe, faiss_digest
@@ -120,15 +120,9 @@ class Steps:
             self.config.data, self.gpt, self.bert, chunk_length=options.chunk_length,
             doc_block_size=options.doc_block_size, notice=self.notice,
         )  # fmt: skip
-        progress: list[Progress] = []
-
-        def show(done: int, total: int) -> None:
-            progress[:] = progress or [Progress(total, True, "blocks")]
-            progress[0].add(1)
-
         folder = self.workdir / "db"
         found = database.build_database(
-            folder, description, self.gpt, self.bert, workers=options.workers, notice=self.notice, progress=show
+            folder, description, self.gpt, self.bert, workers=options.workers, notice=self.notice, shown=True
         )
         documents = sum(each["documents"][1] - each["documents"][0] for each in description["datasets"])
         return (

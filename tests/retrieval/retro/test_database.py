@@ -18,6 +18,7 @@ from megalith.retrieval.retro.database import build_database, cut, describe
 from tests.retrieval.retro.toy_retro import (
     EOD,
     LENGTH,
+    SPECIAL,
     WORDS,
     bert_tokenizer,
     config_of,
@@ -30,9 +31,7 @@ from tests.retrieval.retro.toy_retro import (
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bert")
-    (folder / "vocab.txt").write_text(
-        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(WORDS))])
-    )
+    (folder / "vocab.txt").write_text("\n".join([*SPECIAL, *map(str, range(WORDS))]))
     return gpt_tokenizer(), bert_tokenizer(str(folder))
 
 

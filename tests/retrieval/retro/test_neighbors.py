@@ -14,7 +14,9 @@ from megalith.data.build import build_datasets, sample_counts
 from megalith.data.retro import ChunkDatabase, Neighbors, samples_fingerprint
 from megalith.data.samples.blended import source_of
 from megalith.retrieval import search
+from megalith.retrieval.embed import BertEmbedder
 from megalith.retrieval.retro.verifying import verify
+from megalith.retrieval.sources import pack_queries
 from megalith.retrieval.store import Store
 from megalith.testing import run_ranks
 from tests.retrieval.retro.toy_retro import EOD, LENGTH, config_of, contents, gpt_tokenizer, steps_of
@@ -72,6 +74,32 @@ def test_keys_are_the_mean_over_the_tokens(one, vectors):
     assert len(store) == len(database) > 60 and store.row(17) == {"chunk": 17}
     expected = np.stack([vectors(database.chunk(number).tolist()) for number in range(len(database))])
     np.testing.assert_allclose(store.vectors(np.arange(len(store))), expected, atol=2e-3, rtol=2e-3)
+
+
+def embedded(bert, layout):
+    """Vectors by a BERT in a layout, of texts of different lengths."""
+    embedder = BertEmbedder.load(bert, config_of("x", **layout).parallel)
+    rows = pack_queries(embedder.tokenizer, ["1 2 3", "39", "7 " * 20, "5 6 7 8 9 10 11 12 13"], 32)
+    vectors = embedder.embed(rows)
+    return None if vectors is None else vectors.tolist(), embedder.probe()
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        pytest.param({"tensor_model_parallel_size": 2}, marks=pytest.mark.slow),
+        pytest.param({"pipeline_model_parallel_size": 2}, marks=pytest.mark.slow),
+    ],
+    ids=["tensor-sequence", "tensor", "pipeline"],
+)
+def test_a_split_model_gives_the_same_vectors(retro_bert, layout):
+    ((expected, probe),) = run_ranks(embedded, 1, retro_bert, {})
+    for found, other in run_ranks(embedded, 2, retro_bert, layout):
+        if found is not None:
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(other, probe, rtol=1e-4, atol=1e-5)
+    assert found is not None  # the last process has the end of the model
 
 
 def nearest(query, keys, k):

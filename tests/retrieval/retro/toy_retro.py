@@ -1,6 +1,8 @@
 """Corpora of numbers, and a BERT with random weights whose vocabulary is these numbers."""
 
+import json
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -9,37 +11,44 @@ from megalith.data.indexed import IndexedWriter
 from megalith.data.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from megalith.retrieval.retro.steps import RetroOptions, Steps
 
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS, EOD, LENGTH = 40, 40, 8  # tokens 0 to 39, the end of a document, tokens of a chunk
 
 
 def write_corpus(prefix: str, documents: int = 30, seed: int = 0) -> str:
-    """Documents of 0 to 40 tokens, each with its end; the fifth has a chunk of ends alone, and the sixth no token."""
+    """Documents of 0 to 40 tokens, each with its end; the fifth has a chunk of ends alone, and the sixth no token.
+
+    Two seeds have no chunk in common, so that no two vectors are equal.
+    """
     random = np.random.RandomState(seed)
     with IndexedWriter(prefix, np.uint16) as writer:
         for number in range(documents):
             tokens = random.randint(0, WORDS, random.randint(0, 41))
             if number == 5:
-                tokens = np.array([7] * LENGTH + [EOD] * LENGTH + [9, 10])
+                tokens = np.array([7 + seed] * LENGTH + [EOD] * LENGTH + [9, 10 + seed])
             writer.add_sequence(np.append(tokens, EOD) if number != 6 else np.array([EOD]))
             writer.end_document()
     return prefix
 
 
-def write_bert(folder: pathlib.Path) -> str:
-    """A BERT of transformers with its vocabulary."""
+def write_bert(folder: pathlib.Path, words: Sequence[str] = (), positions: int = 32) -> str:
+    """A BERT of transformers with its vocabulary, special tokens and `words`; default: the numbers."""
+    import tokenizers
     import torch
     import transformers
 
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(WORDS))]
+    words = [*SPECIAL, *(words or map(str, range(WORDS)))]
     folder.mkdir(parents=True)
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=32, initializer_range=1.0,
+        max_position_embeddings=positions, initializer_range=1.0,
     )  # fmt: skip
     transformers.BertForPreTraining(config).save_pretrained(folder)
     (folder / "vocab.txt").write_text("\n".join(words))
-    transformers.BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
+    tokenizers.BertWordPieceTokenizer(str(folder / "vocab.txt")).save(str(folder / "tokenizer.json"))
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", **names}))
     return str(folder)
 
 
