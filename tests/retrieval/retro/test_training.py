@@ -89,8 +89,9 @@ def test_it_begins_with_the_weights_of_a_gpt(made, tmp_path, capsys, format):
     assert before.keys() < found.keys() == new.keys()
     for name, tensor in found.items():
         assert torch.allclose(tensor, before.get(name, new[name]), atol=1e-6), name
-    with pytest.raises(CheckpointError, match="must be of a run of this task to resume it"):
-        train(config.replace(run_dir=str(tmp_path / "other"), load=str(source)))
+    if format == "megalith":  # whose run would be resumed; other programs' weights belong to no step
+        with pytest.raises(CheckpointError, match="must be of a run of this task to resume it"):
+            train(config.replace(run_dir=str(tmp_path / "other"), load=str(source)))
 
 
 def stored_fresh(config, tmp_path) -> dict[str, torch.Tensor]:
