@@ -57,6 +57,7 @@ def write_bert(folder: pathlib.Path, seed: int) -> str:
     )  # fmt: skip
     transformers.BertForPreTraining(config).save_pretrained(folder)
     (folder / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
     return str(folder)
 
 
@@ -87,7 +88,7 @@ def measure(args: argparse.Namespace, folder: pathlib.Path, seed: int) -> tuple[
     bert = write_bert(folder / "bert", seed)
     options = RetroOptions(
         workdir=str(folder / "retro"), load=bert, chunk_length=PASSAGE, workers=2,
-        bert_tokenizer={"vocab_file": f"{bert}/vocab.txt"}, query=Query(num_query=50, num_target=2, max_length=32),
+        query=Query(num_query=50, num_target=2, max_length=32),
     )  # fmt: skip
     steps = Steps(config, options, print)
     for step in (steps.db, steps.index, steps.neighbors):
