@@ -29,7 +29,7 @@ from megalith.retrieval.retro.neighbors import Query
 from megalith.retrieval.retro.steps import RetroOptions, Steps
 from megalith.training.pretrain import train
 
-WORDS, PASSAGE, PASSAGES = 64, 16, 12  # words, of a passage, passages of a document
+WORDS, PASSAGE, PASSAGES = 256, 16, 12  # words, of a passage, passages of a document
 
 
 def write_corpora(folder: pathlib.Path, pairs: int, seed: int) -> tuple[str, str]:
@@ -53,7 +53,7 @@ def write_bert(folder: pathlib.Path, seed: int) -> str:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(WORDS))]
     config = transformers.BertConfig(
         vocab_size=len(words), hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=64, initializer_range=0.5,
+        max_position_embeddings=64, initializer_range=0.02,
     )  # fmt: skip
     transformers.BertForPreTraining(config).save_pretrained(folder)
     (folder / "vocab.txt").write_text("\n".join(words))
