@@ -52,7 +52,7 @@ def write_bert(folder: pathlib.Path, seed: int) -> str:
     torch.manual_seed(seed)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(str, range(WORDS))]
     config = transformers.BertConfig(
-        vocab_size=len(words), hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        vocab_size=len(words), hidden_size=256, num_hidden_layers=1, num_attention_heads=2, intermediate_size=256,
         max_position_embeddings=64, initializer_range=0.02,
     )  # fmt: skip
     transformers.BertForPreTraining(config).save_pretrained(folder)

@@ -10,6 +10,8 @@ neighbour, h hidden, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -52,7 +54,8 @@ class Retro(GPT):
             [self.layers[str(number)] for number in numbers if sign == (number > first) - (number < first)]
             for sign in (-1, 0, 1)
         )
-        memory, memory_mask = None if cache is None else cache.neighbors, None
+        memory: Any = None if cache is None else cache.neighbors
+        memory_mask = None
         if neighbor_tokens is not None and neighbor_tokens.numel():  # a text may be shorter than a chunk
             padding, dropout_keys = neighbor_mask.bool(), of_layers[-1]
             if dropout_keys is not None:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megalith.config.run import RunConfig
 from megalith.config.sections.model import ModelConfig
-from megalith.config.sections.parallel import ParallelConfig
 from megalith.data.retro import ChunkDatabase
 from megalith.data.samples.retro_dataset import MISSING, Passages
 from megalith.data.tokenizers.tokenizer import Tokenizer
@@ -38,7 +38,7 @@ class DatabaseRetriever:
         where these do not belong together.
         """
         path = pathlib.Path(workdir)
-        self.embedder = BertEmbedder.load(bert, ParallelConfig(device=device))
+        self.embedder = BertEmbedder.load(bert, RunConfig().replace(device=device).parallel)
         database, store = ChunkDatabase(path / "db"), Store(path / "index")
         check_vocabularies(database, tokenizer, self.embedder.tokenizer)
         self.max_length = store.plan.source["max_length"]
