@@ -119,7 +119,7 @@ def test_the_scripts_of_examples_pass_shellcheck() -> None:
     shellcheck = shutil.which("shellcheck", path=str(pathlib.Path(sys.executable).parent)) or shutil.which("shellcheck")
     if shellcheck is None:
         pytest.skip("needs shellcheck")
-    scripts = sorted(map(str, (ROOT / "examples").glob("*.sh")))
+    scripts = sorted(map(str, (ROOT / "examples").rglob("*.sh")))
     found = subprocess.run([shellcheck, "-x", "-P", "SCRIPTDIR", *scripts], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
 

@@ -146,7 +146,7 @@ def _build(
                 data.data_path[0], data.titles_data_path, embedder.tokenizer, length, data.block_samples_mapping,
                 one_sentence=data.use_one_sent_docs, seed=config.batch.seed,
             )  # fmt: skip
-        options = {name: numbers[name] for name in ("batch_size", "shard_rows") if numbers[name]}
+        options: dict[str, Any] = {name: numbers[name] for name in ("batch_size", "shard_rows") if numbers[name]}
         plan = build(embedder, source, output, notice=notice, **options)
         if embedder.runtime.mesh.is_main_process:
             print(f"{output}: {plan.rows} vectors of {plan.width} in {plan.shards} shards", flush=True)

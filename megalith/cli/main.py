@@ -64,6 +64,7 @@ VERBS = {  # verb -> one line; the module is megalith.cli.VERB, with register(su
     "pretrain": "train a model",
     "finetune": "train a model further, on a task",
     "index": "an index of block embeddings: build, search, verify",
+    "retro": "the chunks that Retro retrieves, and the neighbours of its samples",
     "generate": "text out of a trained model",
     "evaluate": "perplexity, LAMBADA, and the tasks of lm-evaluation-harness",
     "serve": "text out of a trained model over HTTP: Megatron's and OpenAI's interfaces, and a page",

@@ -33,14 +33,17 @@ class Architecture:
     tokenizer_type: the tokenizer that a vocabulary file alone means.
     batch: (RunConfig, step) -> a made-up global batch, for checks of layouts (testing/batches.py).
     flops: as planner/flops.py: one_stack.
+    layer_costs: as config/stages.py: two_stacks, where layers cost differently; None: all cost the same.
     causal: whether a token sees those before it alone.
     decoder: whether a second stack of layers, with cross attention to the first one's output, follows it.
+    retrieval: whether some layers attend to neighbours that are retrieved for the text.
     head_transform: whether a dense layer with its own activation comes before the output layer.
     names: format -> its table of names there: huggingface (checkpoint/formats/huggingface/family.py: Family; absent:
         one of FAMILIES), megatron (checkpoint/formats/megatron/names.py: Table).
     checks: RunConfig -> problems that this model alone can have.
     activations: RunConfig -> {tensor: bytes} that embedding and head keep (planner/activations.py); None: not known.
-    head_of: the model that this one is a head on: it begins with that one's weights. head: the modules of the head.
+    head_of: the model that this one is a head on, or adds to: it begins with that one's weights.
+    head: the modules that it adds, as patterns of names.
     rank_parameters: (RunConfig, process) -> parameters as Megatron counts them; None: not counted.
     """
 
@@ -55,8 +58,10 @@ class Architecture:
     tokenizer_type: str = "GPT2BPETokenizer"
     batch: str = "megalith.testing.batches:gpt"
     flops: str = "megalith.planner.flops:one_stack"
+    layer_costs: str | None = None
     causal: bool = True
     decoder: bool = False
+    retrieval: bool = False
     head_transform: bool = False
     head_of: str | None = None
     head: tuple[str, ...] = ()
@@ -114,10 +119,31 @@ T5 = Architecture(
     loss="t5",
     tokenizer_type="BertWordPieceLowerCase",
     batch="megalith.testing.batches:t5",
-    flops="megalith.planner.flops:two_stacks",
+    flops="megalith.planner.flops:all_layers",
+    layer_costs="megalith.config.stages:two_stacks",
     decoder=True,
     names={"megatron": "megalith.checkpoint.formats.megatron.names:T5"},
     checks="megalith.config.checks.architectures:t5_problems",
+)
+RETRO = dataclasses.replace(
+    GPT,
+    name="retro",
+    model="megalith.models.retro:Retro",
+    plan="megalith.parallel.plans.retro:PLAN",
+    stages="megalith.parallel.plans.retro:STAGES",
+    shapes="megalith.config.parameters:retro_shapes",
+    kinds="megalith.config.parameter_kinds:RETRO",
+    dataset="retro",
+    batch="megalith.testing.batches:retro",
+    flops="megalith.planner.flops:all_layers",
+    layer_costs="megalith.config.stages:with_neighbors",
+    retrieval=True,
+    head_of="gpt",
+    head=("layers.*.cross_norm", "layers.*.cross_attention", "layers.*.encoder"),
+    names={},
+    checks="megalith.config.checks.retro:retro_problems",
+    activations=None,
+    rank_parameters=None,
 )
 BERT_CLASSIFICATION = dataclasses.replace(
     BERT,
@@ -162,7 +188,7 @@ ICT = dataclasses.replace(
     checks="megalith.config.checks.architectures:ict_problems",
 )
 ARCHITECTURES = Registry("model", {name.lower(): f"{__name__}:{name}" for name in (
-    "GPT", "BERT", "T5", "BERT_CLASSIFICATION", "BERT_MULTIPLE_CHOICE", "ICT",
+    "GPT", "BERT", "T5", "RETRO", "BERT_CLASSIFICATION", "BERT_MULTIPLE_CHOICE", "ICT",
 )})  # fmt: skip
 
 

@@ -61,13 +61,17 @@ IDENTITY: tuple[tuple[tuple[str, ...], Callable[[ModelConfig], Any]], ...] = (
     (("untie_embeddings_and_output_weights",), lambda m: m.untie_embeddings_and_output_weights),
     (("softmax_scale",), lambda m: m.softmax_scale or m.head_dim**-0.5),
     (("scale_output",), lambda m: m.scale_output),
+    (("retro_layer_numbers",), lambda m: m.retrieval_layers),
+    (("retro_encoder_layers",), lambda m: m.retro_encoder_layers if m.retrieval_layers else None),
+    (("retro_gpt_chunk_length",), lambda m: m.retro_gpt_chunk_length if m.retrieval_layers else None),
 )
 BY_SHAPE = ("vocab_size", "max_position_embeddings")  # rows of a table: its shape shows them, and can be edited
 NOTED = (  # changed on purpose while a model is trained further: longer texts, another regularisation
     "sliding_window", "full_attention_layers", "rotary_base", "rope_scaling_type", "rope_scaling_factor",
     "rope_original_max_position_embeddings", "rope_low_freq_factor", "rope_high_freq_factor",
     "rope_beta_fast", "rope_beta_slow",
-    "hidden_dropout", "attention_dropout", "classifier_dropout", "z_loss_coeff",
+    "hidden_dropout", "attention_dropout", "classifier_dropout", "z_loss_coeff", "retro_encoder_hidden_dropout",
+    "retro_encoder_attention_dropout", "retro_num_neighbors", "retro_num_retrieved_chunks",
 )  # fmt: skip
 INDIFFERENT = (  # changes nothing of a model that has its weights, but for rounding
     "make_vocab_size_divisible_by", "init_method_std", "initializer_factor", "init_method_xavier_uniform",

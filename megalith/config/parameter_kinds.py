@@ -167,17 +167,34 @@ RELATIVE = dataclasses.replace(
     MATRIX, name="relative bias", multiplies=False, sizes=("relative_attention_num_buckets", "num_attention_heads"),
     presence=("position_embedding_type",),
 )  # fmt: skip
+
+
+def cross_kinds(layer: str, *presence: str) -> Kinds:
+    """Of a layer's cross attention, with its norm."""
+    found = norm_kinds(f"{layer}.cross_norm", *presence)
+    for name, kind in {"q": QUERY, "k": KEY_VALUE, "v": KEY_VALUE, "out": ATTENTION_OUTPUT}.items():
+        found |= linear_kinds(f"{layer}.cross_attention.{name}", present_if(kind, *presence), *presence)
+    return found
+
+
 T5: Kinds = {
     **EMBEDDINGS,
     **LAYERS,
-    **norm_kinds("layers.{layer}.cross_norm", *DECODER),
-    **linear_kinds("layers.{layer}.cross_attention.q", present_if(QUERY, *DECODER), *DECODER),
-    **linear_kinds("layers.{layer}.cross_attention.k", present_if(KEY_VALUE, *DECODER), *DECODER),
-    **linear_kinds("layers.{layer}.cross_attention.v", present_if(KEY_VALUE, *DECODER), *DECODER),
-    **linear_kinds("layers.{layer}.cross_attention.out", present_if(ATTENTION_OUTPUT, *DECODER), *DECODER),
+    **cross_kinds("layers.{layer}", *DECODER),
     "encoder_bias.weight": RELATIVE,
     "decoder_bias.weight": RELATIVE,
     **norm_kinds("encoder_norm", "model_type"),
     **norm_kinds("final_norm", bias=NORM_TYPE),
     **linear_kinds("head", OUTPUT_LAYER),
+}
+RETRIEVAL = ("model_type", "retro_layer_numbers", "retro_encoder_layers", "num_layers")
+NEIGHBOR_LAYER = "layers.{layer}.encoder.layers.{expert}"  # the second number of a name is called {expert}
+RETRO: Kinds = {
+    **GPT,
+    **cross_kinds("layers.{layer}", *RETRIEVAL),
+    **{
+        name.replace("layers.{layer}", NEIGHBOR_LAYER): present_if(kind, *kind.presence, *RETRIEVAL)
+        for name, kind in (LAYERS | cross_kinds("layers.{layer}")).items()
+    },
+    **norm_kinds("layers.{layer}.encoder.norm", *RETRIEVAL),
 }

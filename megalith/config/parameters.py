@@ -165,13 +165,28 @@ def t5_shapes(model: ModelConfig) -> Shapes:
     layers, _, heads, vocabulary = sizes(model)
     found = gpt_shapes(model) | norm_shapes("encoder_norm", model)
     for number in range(layers, model.all_layers):
-        layer = layer_shapes(model, heads) | norm_shapes("cross_norm", model)
-        layer |= linear_shapes({f"cross_{name}": each for name, each in attention_linears(model, heads).items()})
+        layer = layer_shapes(model, heads) | cross_shapes(model, heads)
         found |= {f"layers.{number}.{name}": shape for name, shape in layer.items()}
     if model.positions == "relative":
         bias = (model.relative_attention_num_buckets, heads)
         found |= {f"{stack}_bias.weight": bias for stack in ("encoder", "decoder")}
     return found | ({"head.bias": (vocabulary,)} if model.add_bias_linear else {})
+
+
+def retro_shapes(model: ModelConfig) -> Shapes:
+    """Shapes of a Retro's parameters (models/retro.py)."""
+    heads, found, cross = sizes(model)[2], gpt_shapes(model), cross_shapes(model, sizes(model)[2])
+    for number in model.retrieval_layers:
+        found |= {
+            f"layers.{number}.{name}": shape for name, shape in cross.items() if name != "cross_attention.out.bias"
+        }
+    for number in model.retrieval_layers[:1]:
+        encoder = norm_shapes("norm", model)
+        for layer in range(model.retro_encoder_layers):
+            of_layer = layer_shapes(model, heads) | ({} if layer else cross)
+            encoder |= {f"layers.{layer}.{name}": shape for name, shape in of_layer.items()}
+        found |= {f"layers.{number}.encoder.{name}": shape for name, shape in encoder.items()}
+    return found
 
 
 Linears = dict[str, tuple[int, int, bool]]  # module -> outputs, inputs, whether it has a bias
@@ -193,6 +208,12 @@ def linear_shapes(linears: Linears) -> Shapes:
     for name, (outputs, inputs, biased) in linears.items():
         found |= {f"{name}.weight": (outputs, inputs)} | ({f"{name}.bias": (outputs,)} if biased else {})
     return found
+
+
+def cross_shapes(model: ModelConfig, heads: int) -> Shapes:
+    """Shapes of the parameters of a layer's cross attention, with its norm."""
+    linears = {f"cross_{name}": each for name, each in attention_linears(model, heads).items()}
+    return norm_shapes("cross_norm", model) | linear_shapes(linears)
 
 
 def layer_shapes(model: ModelConfig, heads: int) -> Shapes:

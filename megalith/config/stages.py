@@ -60,8 +60,9 @@ def stages_of(config: RunConfig, process: int) -> list[int]:
 def layers_of(config: RunConfig) -> list[range]:
     """Global numbers of the layers of each stage, from 0; a decoder's come after the encoder's."""
     even, length = config.parallel.pipeline_split == "even", config.data.seq_length or 1
-    if config.model.decoder_layers and not even:
-        costs = layer_costs(config.model, length, config.data.decoder_seq_length or length)
+    record = config.model.architecture
+    if record.layer_costs and not even:
+        costs = record.find("layer_costs")(config.model, length, config.data.decoder_seq_length or length)
         counts = partition(costs, num_stages(config))
     else:
         first, last = (0.0, 0.0) if even else end_costs(config.model, length)
@@ -117,7 +118,40 @@ def end_costs(model: ModelConfig, seq_length: int) -> tuple[float, float]:
     return 0.1 * vocabulary * h / layer, head
 
 
-def layer_costs(
+def keys_seen(seq_length: int, window: int | None, causal_half: bool) -> float:
+    """Keys that a query of one layer is multiplied with, on average: the window, or (half) what exists of it."""
+    widest = min(window or seq_length, seq_length)
+    return widest - widest * widest / (2 * seq_length) if causal_half else widest
+
+
+def with_neighbors(
+    model: ModelConfig, source: int, target: int, causal_half: bool = True, look_up: float = 0.1
+) -> list[float]:
+    """As `two_stacks`, of Retro, by layer; `source`: tokens of the text.
+
+    The layer that encodes neighbours costs most: with Megatron's sizes they have 4 tokens for each of the text.
+    """
+    layers, h, heads, vocabulary = sizes(model)
+    attention, mlp, width = attention_parameters(model), mlp_parameters(model), 2 * heads * model.head_dim
+    queries, keys = (2 * h * model.head_dim * number for number in (heads, model.num_kv_heads))  # q and out; k and v
+    chunk, length = model.retro_gpt_chunk_length, model.retrieved_length
+    chunks, per_chunk = source // chunk, model.retro_num_neighbors * length
+    tokens = chunks * per_chunk  # of all neighbours
+    cross = source * queries + tokens * keys + width * chunks * chunk * per_chunk
+    encoder = model.retro_encoder_layers * tokens * (attention + mlp + width * length)
+    encoder += tokens * queries + source * keys + width * tokens * chunk
+    costs = [
+        source * (attention + mlp + width * keys_seen(source, model.window(number), causal_half))
+        + cross * (number in model.retrieval_layers)
+        for number in range(layers)
+    ]
+    costs[0] += look_up * source * vocabulary * h
+    costs[model.retrieval_layers[0]] += encoder + look_up * source * vocabulary * h
+    costs[-1] += source * vocabulary * h
+    return costs
+
+
+def two_stacks(
     model: ModelConfig, source: int, target: int, causal_half: bool = True, look_up: float = 0.1
 ) -> list[float]:
     """Multiplications of a forward pass of one sample by layer: the encoder's, then the decoder's.

@@ -27,11 +27,12 @@ from megalith.data.samples.epochs import Epochs, OneEpoch
 from megalith.data.samples.index_cache import default_folders
 from megalith.data.samples.splits import SPLIT_NAMES, split_bounds
 from megalith.data.source_checks import check_not_empty, check_source
-from megalith.data.sources import Source, parse_data_path, read_file_list
+from megalith.data.sources import Source, split_sources
 
 # A dataset is made by a function or class called with (indexed, documents, num_samples) and the keywords of
 # `_DatasetBuilder.build`. Its attribute `splits_documents`, if any, says that `documents` counts documents (BERT, T5)
-# and not sequences (GPT). Without a corpus the first two are None.
+# and not sequences (GPT). Without a corpus the first two are None. Its attribute `finish`, if any, is called once with
+# (config, tokenizer, datasets, samples requested), both {split: ...}, and returns the datasets that are read.
 # A dataset of the files of a task has the attribute `open_files` instead, a function (config, tokenizer) -> (training
 # dataset or None, {name: validation dataset}) whose datasets have a length, are read whole, and have a `loss_mask` in
 # each sample; see samples/epochs.py. Such a factory may have `prepare_tokenizer`, see below.
@@ -41,6 +42,7 @@ DATASETS = Registry(
         "gpt": "megalith.data.samples.gpt_dataset:from_config",
         "bert": "megalith.data.samples.bert_dataset:from_config",
         "t5": "megalith.data.samples.t5_dataset:from_config",
+        "retro": "megalith.data.samples.retro_dataset:from_config",
         "ict": "megalith.data.samples.ict_dataset:from_config",
         "classification": "megalith.data.tasks.dataset:from_files",
         "nq": "megalith.data.samples.nq_dataset:from_files",
@@ -69,28 +71,18 @@ def build_datasets(
     builder, data = _DatasetBuilder(config, tokenizer, run_folder), config.data
     sizes = dict(zip(SPLIT_NAMES, sample_counts(config, size)))
     check_memory(config, sizes)
-    split_paths = {name: list(getattr(data, f"{name}_data_path")) for name in SPLIT_NAMES}
-    if not any(split_paths.values()):
-        keep_unused = data.data_weights_schedule is not None  # a weight of 0 may be raised during the run
-        if data.data_file_list:
-            sources = read_file_list(data.data_file_list, keep_unused)
+    sources, divided = split_sources(data)
+    opened = builder.open(sources["train"]) if divided else None
+    built = {}
+    for number, (name, given) in enumerate(sources.items()):
+        if divided or given:
+            here = opened if divided else builder.open(given)
+            built[name] = builder.split(given, here, sizes[name], number if divided else None, name == "train")
         else:
-            sources = parse_data_path(data.data_path, keep_unused=keep_unused)
-        opened = builder.open(sources)
-        built = {
-            name: builder.split(sources, opened, sizes[name], number, name == "train")
-            for number, name in enumerate(SPLIT_NAMES)
-        }
-    else:
-        built = {}
-        for name in SPLIT_NAMES:
-            keep_unused = name == "train" and data.data_weights_schedule is not None
-            sources = parse_data_path(split_paths[name], f"--{name}-data-path", keep_unused)
-            built[name] = (
-                builder.split(sources, builder.open(sources), sizes[name], None, name == "train") if sources else None
-            )
+            built[name] = None
     builder.prepare_all(rank)
-    return built
+    finish = getattr(builder.factory, "finish", None)
+    return built if finish is None else finish(config, tokenizer, built, sizes)
 
 
 def task_datasets(config: RunConfig, train: Any, valid: Mapping[str, Any], batch: int) -> dict[str, Any]:

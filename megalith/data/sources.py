@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from megalith.common.errors import ConfigError, DataError, problem
 from megalith.config.flags.text import Words
+from megalith.config.sections.data import DataConfig
 from megalith.data.indexed import is_folder
 
 
@@ -19,6 +20,25 @@ class Source:
     prefix: str
     weight: float | None = None
     corpus: str = ""
+
+
+def split_sources(data: DataConfig) -> tuple[dict[str, list[Source]], bool]:
+    """The sources of training, validation and test, and whether --split divides the documents of one list among them.
+
+    Of a blend whose weights change during the run, training has those of weight 0 too.
+    """
+    keep_unused = data.data_weights_schedule is not None
+    paths = {name: getattr(data, f"{name}_data_path") for name in ("train", "valid", "test")}
+    if any(paths.values()):
+        return {
+            name: parse_data_path(path, f"--{name}-data-path", keep_unused and name == "train") if path else []
+            for name, path in paths.items()
+        }, False
+    if data.data_file_list:
+        sources = read_file_list(data.data_file_list, keep_unused)
+    else:
+        sources = parse_data_path(data.data_path, keep_unused=keep_unused)
+    return dict.fromkeys(paths, sources), True
 
 
 def parse_data_path(paths: Sequence[str], flag: str = "--data-path", keep_unused: bool = False) -> list[Source]:

@@ -46,6 +46,10 @@ class Scorer:
         if model.config.decoder_layers or not model.config.causal:
             rule = "must be decoder-only, and read from left to right, for its predictions of the next token to count"
             raise ConfigError(problem("The model", model.config.model_type, rule, "Evaluate a GPT"))
+        if model.config.retrieval_layers:
+            rule = "must read no neighbours, as there are none of the texts of a task"
+            cure = "Measure it by megalith pretrain retro --skip-train, with neighbours or --retro-no-retrieval"
+            raise ConfigError(problem("The model", model.config.model_type, rule, cure))
         self.model, self.runtime, self.batch_size = model, model.runtime, batch_size
         self.limit = most_positions(model.config)
 

@@ -66,6 +66,9 @@ class BeamSearch:
     def __init__(self, model: TextModel, request: BeamRequest):
         """Raises ConfigError for options that cannot work."""
         check_options(request)
+        if model.retriever is not None:
+            rule = "must be left out with a retriever, as beams share what they have read"
+            raise ConfigError(problem("--beam-width", request.beam_width, rule, "Sample, or use --greedy"))
         self.model, self.request, self.stops = model, request, set(request.stop_token_ids)
         self.prompt, self.source = list(request.prompt_ids), list[int]()  # of the decoder, of an encoder
         if model.config.decoder_layers:

@@ -151,10 +151,15 @@ class KVCache:
 
 
 def cached_attentions(model: nn.Module) -> list[SelfAttention]:
-    """The attentions that need earlier keys and values: all of a decoder's, none of an encoder's."""
+    """The attentions that need earlier keys and values: all of a decoder's, none of an encoder's.
+
+    Of a Retro self-attention alone: those of neighbours are elsewhere (retrieval/).
+    """
     c, found = model.config, list[SelfAttention]()
     for number, layer in model.layers.items():
-        if not c.decoder_layers or int(number) >= c.num_layers:
+        if c.retrieval_layers:
+            found.append(layer.attention)
+        elif not c.decoder_layers or int(number) >= c.num_layers:
             found += [each for each in layer.modules() if isinstance(each, SelfAttention)]
     return found
 

@@ -42,6 +42,8 @@ class PrefillCache:
     training. pad, source_pad: padding tokens after the chunks; their attention is 0.
     """
 
+    neighbors = None
+
     def __init__(self, cache: KVCache, chunks: Sequence[PrefillChunk], pad: int = 0, source_pad: int = 0):
         self.cache, self.chunks, self.length = cache, chunks, cache.length
         self.lengths = [*(len(chunk.ids) for chunk in chunks), pad]
@@ -84,6 +86,7 @@ class DecodeCache:
     """
 
     source_positions = None
+    neighbors = None
 
     def __init__(self, cache: KVCache, *, batch_invariant: bool = True, compiled: bool = False):
         """batch_invariant: see above; without it rows of equal length need no mask, because they attend only to the

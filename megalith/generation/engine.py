@@ -113,6 +113,7 @@ class Engine:
         )  # fmt: skip
         self.cache = self.runner.cache
         self.waiting: collections.deque[_ActiveRequest] = collections.deque()
+        prefix_caching = prefix_caching and self.text_model.retriever is None  # a row holds more than keys and values
         self.prefill = Prefill[_ActiveRequest](
             self.runner, prefill_tokens, prefix_caching, lambda: self.text_model.decoder_start
         )

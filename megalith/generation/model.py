@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -14,6 +14,8 @@ from megalith.config.run import RunConfig
 from megalith.config.sections.model import ModelConfig
 from megalith.data.tokenizers.tokenizer import Tokenizer
 from megalith.runtime.build import Runtime
+
+Retriever = Callable[[Sequence[int]], Sequence[Sequence[int]]]  # see retrieval/rows.py
 
 
 class TooLong(ConfigError):
@@ -29,7 +31,8 @@ class TextModel:
 
     model: the module, to which no attribute is added. tokenizer: None where there is none. run_config: of the run that
     trained it. notes: messages to the user about files of another format. runtime: where several processes hold the
-    model together; `model` is then this process's part of it, or its first pipeline stage here.
+    model together; `model` is then this process's part of it, or its first pipeline stage here. retriever: of a Retro,
+    from the ids of a chunk to those of its neighbours; without it the model reads none.
     """
 
     model: nn.Module
@@ -37,6 +40,7 @@ class TextModel:
     run_config: RunConfig | None = None
     notes: tuple[str, ...] = ()
     runtime: Runtime | None = None
+    retriever: Retriever | None = None
 
     @classmethod
     def of(cls, model: TextModel | Runtime | nn.Module) -> TextModel:

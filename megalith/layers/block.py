@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,7 +18,8 @@ from megalith.layers.norm import NORMS
 class Block(nn.Module):
     """x + drop(attention(norm(x))), then x + drop(mlp(norm(x))).
 
-    In a decoder x + drop(cross_attention(norm(x), memory)) comes between the two.
+    In a decoder x + drop(cross_attention(norm(x), memory)) comes between the two. With an `encoder` the block makes the
+    memory itself: encoder(what it is given as memory, norm(x)), and returns it too (Retro).
 
     normed_residual takes the residual after the norm instead of before it
     (Megatron's --apply-residual-connection-post-layernorm).
@@ -28,13 +30,14 @@ class Block(nn.Module):
     def __init__(
         self, hidden: int, norm: str, epsilon: float, attention: SelfAttention, mlp: MLP, *, dropout: float, site: str,
         normed_residual: bool = False, norm_after: bool = False, parallel: bool = False, two_norms: bool = True,
-        cross: CrossAttention | None = None,
+        cross: CrossAttention | None = None, encoder: nn.Module | None = None,
     ):  # fmt: skip
         super().__init__()
         self.normed_residual, self.norm_after, self.parallel = normed_residual, norm_after, parallel
         self.attention_norm = NORMS[norm](hidden, epsilon)
         self.attention = attention
         self.attention_dropout = Dropout(dropout, f"{site}.attention")
+        self.encoder = encoder
         self.cross_norm = NORMS[norm](hidden, epsilon) if cross is not None else None
         self.cross_attention = cross
         self.cross_dropout = Dropout(dropout, f"{site}.cross_attention") if cross is not None else None
@@ -44,13 +47,14 @@ class Block(nn.Module):
 
     def forward(
         self, x: Tensor, mask: AttentionMask, rotary: tuple[Tensor, Tensor] | None, dropout_keys: Tensor | None,
-        memory: Tensor | None = None, memory_mask: AttentionMask | None = None, cache: Cache | None = None,
-    ) -> Tensor:  # fmt: skip
-        """x [b, s, hidden] -> [b, s, hidden].
+        memory: Any = None, memory_mask: AttentionMask | None = None, cache: Cache | None = None,
+    ) -> Any:  # fmt: skip
+        """x [b, s, hidden] -> [b, s, hidden], with an encoder (that, the memory).
 
         dropout_keys: int32 [b, s] (layers/dropout.py), None where nothing is dropped.
         memory: [b, t, hidden], the encoder's output, to which a decoder's cross attention attends where memory_mask
-            allows it; None where the cache has its keys and values.
+            allows it; None where the cache has its keys and values, and where there is nothing to attend to. With an
+            encoder: what that makes the memory from.
         cache: keys and values of earlier calls (layers/cache.py), passed on to core attention.
         """
         if self.norm_after:
@@ -62,11 +66,14 @@ class Block(nn.Module):
         if self.cross_attention is not None:
             normed = self.cross_norm(x)
             residual = normed if self.normed_residual else x
+            if self.encoder is not None and memory is not None:
+                memory = self.encoder(memory, normed)
             x = residual + self.cross_dropout(self.cross_attention(normed, memory, memory_mask, cache), dropout_keys)
         if self.mlp_norm is not None:
             normed = self.mlp_norm(before if self.parallel else x)
         residual = normed if self.normed_residual else x
-        return residual + self.mlp_dropout(self.mlp(normed), dropout_keys)
+        x = residual + self.mlp_dropout(self.mlp(normed), dropout_keys)
+        return x if self.encoder is None else (x, memory)
 
 
 def run_in_order(layers: Sequence[nn.Module], x: Tensor, *arguments) -> Tensor:

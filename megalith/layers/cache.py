@@ -13,16 +13,30 @@ from torch import Tensor
 from megalith.layers.mask import AttentionMask
 
 
+class NeighborCache(Protocol):
+    """The retrieved neighbours of texts that are written, for one call: what Retro's layers ask instead of a memory."""
+
+    def encode(self, encoder: Any, text: Tensor) -> NeighborCache:
+        """Take the hidden states of this call's tokens in the layer that encodes, and encode with them what has been
+        found for the chunks that end in this call. text: [b, s, h].
+        """
+
+    def attend(self, attention: Any, q: Tensor) -> Tensor:
+        """The attention of q [b, s, n d] to each token's neighbours, 0 where it has none. attention: who asks."""
+
+
 class Cache(Protocol):
     """Keys and values of earlier calls, for one more call.
 
     positions: int64 [b, s], the position of each token in its sequence. source_positions: those of the tokens that an
     encoder reads in this call, None where it reads none. length: the largest length of a sequence.
+    neighbors: of a Retro, None where it reads none.
     """
 
     positions: Tensor
     source_positions: Tensor | None
     length: int
+    neighbors: NeighborCache | None
 
     def attend(self, core: Any, q: Tensor, k: Tensor | None, v: Tensor | None, mask: AttentionMask) -> Tensor:
         """Store k, v [b, m, s, d] for the layer of `core`, and return the attention of q to all stored: [b, n, s, d].

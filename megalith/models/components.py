@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 from torch import Tensor, nn
 
 from megalith.config.sections.model import ModelConfig
 from megalith.layers.attention import CoreAttention, CrossAttention, SelfAttention
 from megalith.layers.block import Block
+from megalith.layers.chunked_attention import ChunkedCrossAttention, NeighborCrossAttention, NeighborEncoder
 from megalith.layers.dropout import row_keys
 from megalith.layers.mlp import MLP
+from megalith.layers.norm import NORMS
 
 # From Megatron's values of --attention-backend to those of CoreAttention.
 BACKENDS = {"flash": "auto", "fused": "auto", "unfused": "explicit", "local": "explicit"}
@@ -16,26 +21,51 @@ BACKENDS = {"flash": "auto", "fused": "auto", "unfused": "explicit", "local": "e
 
 def make_layer(c: ModelConfig, number: int) -> Block:
     """The layer with this number in the whole model, as the config describes it."""
-    site = f"layers.{number}"
+    site, cross, encoder = f"layers.{number}", None, None
+    if c.decoder_layers and number >= c.num_layers:
+        cross = make_cross(c, site)
+    elif number in c.retrieval_layers:
+        chunks = {"chunk_length": c.retro_gpt_chunk_length}
+        cross = make_cross(c, site, ChunkedCrossAttention, bias=False, **chunks)
+        encoder = make_neighbor_encoder(c, f"{site}.encoder") if number == c.retrieval_layers[0] else None
+    return make_block(c, site, c.window(number), cross, encoder)
+
+
+def make_block(
+    c: ModelConfig, site: str, window: int | None = None, cross: CrossAttention | None = None,
+    encoder: NeighborEncoder | None = None,
+) -> Block:  # fmt: skip
+    """A block of the layer at `site`. window: see AttentionMask."""
     attention = SelfAttention(
         c.hidden_size, c.num_attention_heads, c.num_kv_heads, c.head_dim, bias=c.add_bias_linear,
         qkv_bias=c.add_bias_linear or c.add_qkv_bias, core=make_core(c, site), interleaved=c.rotary_interleaved,
-        head_norm=c.layernorm_epsilon if c.qk_layernorm else None, window=c.window(number),
+        head_norm=c.layernorm_epsilon if c.qk_layernorm else None, window=window,
     )  # fmt: skip
-    in_decoder = c.decoder_layers and number >= c.num_layers
     return Block(
         c.hidden_size, c.norm, c.layernorm_epsilon, attention, make_mlp(c), dropout=c.hidden_dropout, site=site,
         normed_residual=c.apply_residual_connection_post_layernorm, norm_after=c.norm_after_residual,
-        parallel=c.parallel_attn, two_norms=c.two_norms, cross=make_cross(c, site) if in_decoder else None,
+        parallel=c.parallel_attn, two_norms=c.two_norms, cross=cross, encoder=encoder,
     )  # fmt: skip
 
 
-def make_cross(c: ModelConfig, site: str) -> CrossAttention:
-    """Cross attention of a decoder's layer; it has no norms of query and key heads."""
-    return CrossAttention(
-        c.hidden_size, c.num_attention_heads, c.num_kv_heads, c.head_dim, bias=c.add_bias_linear,
-        qkv_bias=c.add_bias_linear or c.add_qkv_bias, core=make_core(c, f"{site}.cross"),
-    )  # fmt: skip
+def make_cross(
+    c: ModelConfig, site: str, kind: type[CrossAttention] = CrossAttention, **changed: Any
+) -> CrossAttention:  # fmt: skip
+    """Cross attention of the layer at `site`; it has no norms of query and key heads."""
+    options = {"bias": c.add_bias_linear, "qkv_bias": c.add_bias_linear or c.add_qkv_bias}
+    options |= {"core": make_core(c, f"{site}.cross"), **changed}
+    return kind(c.hidden_size, c.num_attention_heads, c.num_kv_heads, c.head_dim, **options)
+
+
+def make_neighbor_encoder(c: ModelConfig, site: str) -> NeighborEncoder:
+    """Retro's encoder, whose first layer attends to chunks (as Megatron's)."""
+    c = dataclasses.replace(
+        c, hidden_dropout=c.retro_encoder_hidden_dropout, attention_dropout=c.retro_encoder_attention_dropout
+    )
+    sites = [f"{site}.layers.{number}" for number in range(c.retro_encoder_layers)]
+    cross = make_cross(c, sites[0], NeighborCrossAttention, chunk_length=c.retro_gpt_chunk_length)
+    layers = [make_block(c, each, cross=None if number else cross) for number, each in enumerate(sites)]
+    return NeighborEncoder(layers, NORMS[c.norm](c.hidden_size, c.layernorm_epsilon))
 
 
 def make_core(c: ModelConfig, site: str) -> CoreAttention:
@@ -56,7 +86,7 @@ def build_dropout_keys(
     """Dropout keys int32 [b, s] for `model` (with .config and .seed), or None where nothing is dropped."""
     lora = getattr(model, "lora", None)  # parallel/lora.py
     adapters = 0.0 if lora is None else lora.lora_dropout
-    if not model.training or not (model.config.hidden_dropout or model.config.attention_dropout or adapters):
+    if not model.training or not (any(model.config.dropouts) or adapters):
         return None
     if samples is None or step is None:
         raise ValueError(

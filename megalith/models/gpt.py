@@ -83,21 +83,38 @@ class GPT(nn.Module):
             only those before it.
         Returns losses, or logits [b, s, V], or hidden states on a stage without the head.
         """
-        c = self.config
+        x, *of_layers = self.start(inputs, positions, documents, samples, step, coordinates, cache, padding_mask)
+        x = self.run_layers(list(self.layers.values()), x, *of_layers, None, None, cache)
+        return self.finish(x, labels, loss_weights, logits_to_keep)
+
+    def start(
+        self, inputs: Tensor, positions: Tensor | None, documents: Tensor | None, samples: Tensor | None,
+        step: Tensor | None, coordinates: Tensor | None, cache: Cache | None, padding_mask: Tensor | None,
+    ) -> tuple[Tensor, AttentionMask, tuple[Tensor, Tensor] | None, Tensor | None]:  # fmt: skip
+        """(hidden states of the first layer, mask, rotary table, dropout keys), of the arguments of `forward`."""
         if coordinates is None:
             coordinates = torch.arange(inputs.shape[1], device=inputs.device)
         if positions is None:
             positions = coordinates.expand(inputs.shape[0], -1) if cache is None else cache.positions
         dropout_keys = build_dropout_keys(self, samples, step, coordinates)
-        x = inputs if self.embedding is None else self.embed(inputs, positions, dropout_keys)
+        x = inputs if inputs.is_floating_point() else self.embed(inputs, positions, dropout_keys)
         padding = None if padding_mask is None else padding_mask.bool()
         mask = AttentionMask(documents=documents, padding=padding, slopes=self.slopes, dropout_keys=dropout_keys)
-        rotary = None
-        if c.positions == "rope":
-            rotary = rotary_table(
-                positions, c.head_dim, base=c.rotary_base, percent=c.rotary_percent, rope_scaling=self.rope_scaling
-            )
-        x = self.run_layers(list(self.layers.values()), x, mask, rotary, dropout_keys, None, None, cache)
+        return x, mask, self.rotary(positions), dropout_keys
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The rotary table of positions [b, s], where the config has one."""
+        c = self.config
+        if c.positions != "rope":
+            return None
+        return rotary_table(
+            positions, c.head_dim, base=c.rotary_base, percent=c.rotary_percent, rope_scaling=self.rope_scaling
+        )
+
+    def finish(
+        self, x: Tensor, labels: Tensor | None, loss_weights: Tensor | None, logits_to_keep: Tensor | None
+    ) -> Tensor:  # fmt: skip
+        """What `forward` returns, of the last layer's hidden states."""
         if self.final_norm is not None:
             x = self.final_norm(x)
         if self.head is None:
@@ -108,14 +125,16 @@ class GPT(nn.Module):
 
     def embed(self, ids: Tensor, positions: Tensor, dropout_keys: Tensor | None) -> Tensor:
         """Word and position embeddings with dropout: [b, s] -> [b, s, h]."""
+        return self.embedding_dropout(self.embed_tokens(ids, positions), dropout_keys)
+
+    def embed_tokens(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Word and position embeddings: [b, s] -> [b, s, h]."""
         x = self.embedding(ids)
         if self.config.scale_embeddings:
             x = x * self.config.hidden_size**0.5
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
-        if self.embedding_norm is not None:
-            x = self.embedding_norm(x)
-        return self.embedding_dropout(x, dropout_keys)
+        return x if self.embedding_norm is None else self.embedding_norm(x)
 
 
 def rope_scaling(config: ModelConfig) -> RopeScaling | None:

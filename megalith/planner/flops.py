@@ -24,13 +24,16 @@ Of a bi-encoder the FLOPs of a query and its context are counted for each of the
 
 Of an encoder-decoder model the FLOPs of a sample (an encoder's and a decoder's sequence) are counted for each of the
 encoder's tokens, because these are the tokens of a step. Only the decoder's self-attention is causal.
+
+Of Retro the FLOPs for a text's neighbours (their encoder, and the attention to them) are counted for each of the text's
+tokens.
 """
 
 from __future__ import annotations
 
 from megalith.config.parameters import matrix_parameters, sizes
 from megalith.config.sections.model import ModelConfig
-from megalith.config.stages import layer_costs
+from megalith.config.stages import keys_seen
 
 
 def flops_per_token(
@@ -58,12 +61,7 @@ def two_towers(model: ModelConfig, seq_length: int, causal_half: bool, decoder_s
     return 3 * (2 * matrices + 2 * 4 * layers * heads * model.head_dim * seq_length)
 
 
-def two_stacks(model: ModelConfig, seq_length: int, causal_half: bool, decoder_seq_length: int) -> float:
-    """As flops_per_token, for an encoder and a decoder with cross attention."""
-    return 6 * sum(layer_costs(model, seq_length, decoder_seq_length, causal_half, look_up=0.0)) / seq_length
-
-
-def keys_seen(seq_length: int, window: int | None, causal_half: bool) -> float:
-    """Keys that a query of one layer is multiplied with, on average: the window, or (half) what exists of it."""
-    widest = min(window or seq_length, seq_length)
-    return widest - widest * widest / (2 * seq_length) if causal_half else widest
+def all_layers(model: ModelConfig, seq_length: int, causal_half: bool, decoder_seq_length: int) -> float:
+    """As flops_per_token, for a model whose layers differ: what its `layer_costs` say, in sum."""
+    costs = model.architecture.find("layer_costs")(model, seq_length, decoder_seq_length, causal_half, look_up=0.0)
+    return 6 * sum(costs) / seq_length

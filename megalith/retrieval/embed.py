@@ -1,22 +1,19 @@
-"""Texts to vectors by a trained bi-encoder, and a store of them by any number of processes."""
+"""Texts to vectors by a trained bi-encoder or BERT, and a store of them by any number of processes."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megalith.checkpoint.ranks import Ranks
-from megalith.common import units
 from megalith.common.errors import ConfigError, problem
 from megalith.common.files import remove_leftovers_in
 from megalith.common.locks import locked
@@ -27,16 +24,20 @@ from megalith.config.sections.parallel import ParallelConfig
 from megalith.data.tokenizers.given import TokenizerOverride
 from megalith.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megalith.retrieval import store
-from megalith.retrieval.sources import Source, pack_queries
+from megalith.retrieval.progress import Progress
+from megalith.retrieval.sources import Source, pack_queries, words
 from megalith.runtime.build import Runtime
 from megalith.runtime.load import load_runtime
 
 ROUND = 8  # texts of a batch are padded to a multiple of this
-LINE_SECONDS = 5.0  # between lines of progress
 
 
-class Embedder:
-    """A bi-encoder in a layout, in evaluation mode. Every process of a model (tp, pp) calls the same methods."""
+class TextEmbedder:
+    """A model in a layout, in evaluation mode, that makes vectors of texts. Every process of a model (tp, pp) calls the
+    same methods.
+    """
+
+    rule = "must be a model that embeds texts"
 
     def __init__(self, runtime: Runtime, tokenizer: Tokenizer, name: str, config: Any):
         """name: of the checkpoint. config: the RunConfig that it was trained with."""
@@ -51,15 +52,20 @@ class Embedder:
     @property
     def width(self) -> int:
         """Elements of a vector."""
-        return self.model.biencoder_projection_dim or self.model.hidden_size or 0
+        raise NotImplementedError
+
+    @staticmethod
+    def fits(model: nn.Module) -> bool:
+        """Whether this class embeds with such a model."""
+        raise NotImplementedError
 
     @classmethod
     def load(
         cls, path: str | os.PathLike, parallel: ParallelConfig | None = None, *, dtype: torch.dtype = torch.float32,
         iteration: int | None = None, tokenizer: TokenizerOverride | None = None,
         options: Mapping[str, Any] | None = None,
-    ) -> Embedder:  # fmt: skip
-        """The bi-encoder of a run or checkpoint. Raises ConfigError where it is another model, or has no tokenizer.
+    ) -> Self:  # fmt: skip
+        """The model of a run or checkpoint. Raises ConfigError where it is another model, or has no tokenizer.
 
         parallel: every data-parallel process has a whole model, whatever it says of sharding: they embed other numbers
         of texts, so that one that gathered shards would wait for the others. tokenizer: must have the tokens of the
@@ -70,24 +76,24 @@ class Embedder:
         given = tokenizer or TokenizerOverride()
         options = {**(options or {}), "vocabulary_size": given.vocab_size}
         runtime, source = load_runtime(path, parallel, dtype=dtype, iteration=iteration, options=options)
-        if not all(hasattr(stage.model, "context_head") for stage in runtime.stages):
-            rule, found = "must be a bi-encoder, as megalith pretrain ict trains", source.config.model.model_type
-            raise ConfigError(problem(str(path), Words(f"a {found}"), rule, "Name another run"))
+        if not all(cls.fits(stage.model) for stage in runtime.stages):
+            found = source.config.model.model_type
+            raise ConfigError(problem(str(path), Words(f"a {found}"), cls.rule, "Name another run"))
         if runtime.mesh.size("cp") > 1:
             rule = "must be 1, because texts are embedded whole"
             raise ConfigError(problem("--context-parallel-size", runtime.mesh.size("cp"), rule, "Leave it out"))
         stored = None if source.tokenizer is None else load_tokenizer(source.tokenizer, source.config.data)
-        words = given.build(source.config.data) if given else stored
-        if stored is not None and words is not stored and stored.tokens() != words.tokens():
+        used = given.build(source.config.data) if given else stored
+        if stored is not None and used is not stored and words(stored) != words(used):
             rule = f"must have the tokens of the one in {source.tokenizer}"
             raise ConfigError(problem("The tokenizer", Words("others"), rule, "Leave it out: the checkpoint has it"))
-        if words is None:
+        if used is None:
             rule = "must be named, as the checkpoint has none"
             raise ConfigError(problem("The tokenizer", None, rule, "Give --vocab-file FILE"))
         if runtime.mesh.is_main_process:
             for note in (*source.notes, *given.notes):
                 print(f"{path}: {note}", file=sys.stderr, flush=True)
-        return cls(runtime, words, str(path), source.config)
+        return cls(runtime, used, str(path), source.config)
 
     def length(self, given: int | None) -> int:
         """Tokens of a text: what is given, or what the model was trained with. Raises ConfigError where it has fewer
@@ -100,11 +106,8 @@ class Embedder:
             raise ConfigError(problem("--seq-length", found, rule, "Write a smaller number, or leave it out"))
         return found
 
-    @torch.no_grad()
-    def embed(self, rows: Sequence[Sequence[int]], kind: str = "context") -> Tensor | None:
-        """Vectors float32 [n, p], on the CPU, of ids of contexts, or of queries; None on processes without the end of
-        the model.
-        """
+    def batch(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Ids [n, s] of texts, padded, and the mask of what is no padding, on the device."""
         longest = -(-max(map(len, rows)) // ROUND) * ROUND
         longest = min(longest, self.model.max_position_embeddings or longest)
         ids = torch.full((len(rows), longest), self.pad)
@@ -112,7 +115,48 @@ class Embedder:
         for number, row in enumerate(rows):
             ids[number, : len(row)] = torch.tensor(row)
             mask[number, : len(row)] = 1
-        ids, mask = ids.to(self.runtime.mesh.device), mask.to(self.runtime.mesh.device)
+        return ids.to(self.runtime.mesh.device), mask.to(self.runtime.mesh.device)
+
+    def embed(self, rows: Sequence[Sequence[int]]) -> Tensor | None:
+        """Vectors float32 [n, p], on the CPU, of the ids of texts; None on processes without the end of the model."""
+        raise NotImplementedError
+
+    def probe_text(self) -> list[int]:
+        """The ids of the shortest text."""
+        return [self.tokenizer.require("cls"), self.tokenizer.require("sep")]
+
+    def probe(self) -> tuple[float, ...]:
+        """The vector of the shortest text, on every process: what tells one model from another."""
+        vector = self._shared(self.embed([self.probe_text()]), 1)[0]
+        return tuple(round(float(value), 6) for value in vector)
+
+    def _shared(self, vectors: Tensor | None, count: int) -> Tensor:
+        """Vectors of the processes with the end of the model, on all of them."""
+        values = torch.zeros(count, self.width) if vectors is None else vectors
+        return self.runtime.from_last_stage(values.to(self.runtime.mesh.device)).cpu()
+
+
+class Embedder(TextEmbedder):
+    """A bi-encoder."""
+
+    rule = "must be a bi-encoder, as megalith pretrain ict trains"
+
+    @property
+    def width(self) -> int:
+        """Elements of a vector."""
+        return self.model.biencoder_projection_dim or self.model.hidden_size or 0
+
+    @staticmethod
+    def fits(model: nn.Module) -> bool:
+        """See TextEmbedder."""
+        return hasattr(model, "context_head")
+
+    @torch.no_grad()
+    def embed(self, rows: Sequence[Sequence[int]], kind: str = "context") -> Tensor | None:
+        """Vectors float32 [n, p], on the CPU, of ids of contexts, or of queries; None on processes without the end of
+        the model.
+        """
+        ids, mask = self.batch(rows)
         if kind == "query":
             output = self.runtime.forward(ids, context_ids=None, padding_mask=mask)
         else:
@@ -129,15 +173,46 @@ class Embedder:
         """Vectors [n, p] of questions, on every process of the model."""
         return self._shared(self.queries(texts, batch_size), len(texts))
 
-    def probe(self) -> tuple[float, ...]:
-        """The vector of the empty text, on every process: what tells one model from another."""
-        vector = self.embed([[self.tokenizer.require("cls"), self.tokenizer.require("sep")]])
-        return tuple(round(float(value), 6) for value in self._shared(vector, 1)[0])
 
-    def _shared(self, vectors: Tensor | None, count: int) -> Tensor:
-        """Vectors of the processes with the end of the model, on all of them."""
-        values = torch.zeros(count, self.width) if vectors is None else vectors
-        return self.runtime.from_last_stage(values.to(self.runtime.mesh.device)).cpu()
+class BertEmbedder(TextEmbedder):
+    """A BERT: the vector of a text is the mean of the last hidden states of its tokens, [CLS] and [SEP] left out.
+
+    As Retro's keys (Borgeaud et al., 2022, section 2.3: "averaged over time") in Megatron.
+    """
+
+    rule = "must be a BERT, as megalith pretrain bert trains"
+
+    def __init__(self, *arguments: Any):
+        """As TextEmbedder."""
+        super().__init__(*arguments)
+        for stage in self.runtime.stages:
+            stage.model.head = None  # without it the forward pass ends with the hidden states
+
+    @property
+    def width(self) -> int:
+        """Elements of a vector."""
+        return self.model.hidden_size or 0
+
+    @staticmethod
+    def fits(model: nn.Module) -> bool:
+        """See TextEmbedder."""
+        return hasattr(model, "head_dense")
+
+    def probe_text(self) -> list[int]:
+        """The ids of a text of one token."""
+        return [*super().probe_text(), self.tokenizer.require("sep")]
+
+    @torch.no_grad()
+    def embed(self, rows: Sequence[Sequence[int]]) -> Tensor | None:
+        """See TextEmbedder. Each text has a token between [CLS] and [SEP]."""
+        ids, mask = self.batch(rows)
+        output = self.runtime.forward(ids, padding_mask=mask)
+        if output is None:
+            return None
+        lengths = mask.sum(dim=1, keepdim=True)
+        places = torch.arange(ids.shape[1], device=ids.device)
+        inner = ((places >= 1) & (places < lengths - 1)).unsqueeze(-1)
+        return ((output.float() * inner).sum(dim=1) / (lengths - 2)).cpu()
 
 
 @contextlib.contextmanager
@@ -152,17 +227,19 @@ def process_group() -> Iterator[None]:
 
 
 def build(
-    embedder: Embedder, source: Source, folder: str | os.PathLike, *, batch_size: int = 128, shard_rows: int = 65536,
-    notice: Callable[[str], None] = lambda line: None,
+    embedder: TextEmbedder, source: Source, folder: str | os.PathLike, *, batch_size: int = 128,
+    shard_rows: int = 65536, metric: str = "", check: bool = False, notice: Callable[[str], None] = lambda line: None,
 ) -> store.Plan:  # fmt: skip
     """Embed a source into a store, or resume that. Every process calls it.
+
+    metric: by which vectors are compared, see search.py. check: see store.begin.
 
     Shard n is written by data-parallel rank n modulo their number. A vector depends on its batch alone, which lies
     within a shard, so that any number of processes writes the same files. Memory: a shard's vectors.
     """
     mesh, ranks = embedder.runtime.mesh, Ranks()
     dtype = str(next(embedder.runtime.stages[0].model.parameters()).dtype).removeprefix("torch.")
-    settings = {"batch_size": batch_size, "dtype": dtype}
+    settings = {"batch_size": batch_size, "dtype": dtype} | ({"metric": metric} if metric else {})
     plan = store.Plan(
         len(source), embedder.width, shard_rows, source.columns, source.describe(),
         os.path.abspath(embedder.name) if os.path.exists(embedder.name) else embedder.name, embedder.probe(), settings,
@@ -171,7 +248,7 @@ def build(
         if mesh.is_main_process:
             lock = locked(folder, inside=True, notice=notice)
         ranks.on_rank_0(lambda: held.enter_context(lock) and None)
-        missing = ranks.on_rank_0(lambda: _begin(folder, plan, notice))
+        missing = ranks.on_rank_0(lambda: _begin(folder, plan, check, notice))
         if len(missing) < plan.shards and mesh.is_main_process:
             notice(f"{folder}: {plan.shards - len(missing)} of {plan.shards} shards are there, the others follow")
         progress = Progress(sum(len(plan.range_of(shard)) for shard in missing), mesh.is_main_process)
@@ -181,14 +258,16 @@ def build(
     return plan
 
 
-def _begin(folder: str | os.PathLike, plan: store.Plan, notice: Callable[[str], None]) -> list[int]:
-    missing = store.begin(folder, plan)
+def _begin(
+    folder: str | os.PathLike, plan: store.Plan, check: bool, notice: Callable[[str], None]
+) -> list[int]:  # fmt: skip
+    missing = store.begin(folder, plan, check, notice)
     remove_leftovers_in(folder, notice)
     return missing
 
 
 def _write(
-    embedder: Embedder, source: Source, folder: str | os.PathLike, plan: store.Plan, shards: Sequence[int],
+    embedder: TextEmbedder, source: Source, folder: str | os.PathLike, plan: store.Plan, shards: Sequence[int],
     batch_size: int, writes: bool, progress: Progress,
 ) -> None:  # fmt: skip
     for shard in shards:
@@ -201,23 +280,3 @@ def _write(
             progress.add(len(batch) * embedder.runtime.mesh.data_size)
         if writes:
             store.write_shard(folder, shard, np.concatenate(parts), source.rows(numbers))
-
-
-@dataclasses.dataclass
-class Progress:
-    """Lines on stderr: how many texts of how many are embedded. Other processes are taken to be as far as this one."""
-
-    total: int
-    shown: bool
-
-    def __post_init__(self) -> None:
-        self.done, self.started = 0, time.monotonic()
-        self.printed = self.started
-
-    def add(self, count: int) -> None:
-        """Count texts, and print a line every few seconds."""
-        self.done, now = min(self.total, self.done + count), time.monotonic()
-        if self.shown and now - self.printed >= LINE_SECONDS:
-            self.printed, rate = now, self.done / (now - self.started)
-            left = units.duration((self.total - self.done) / rate)
-            print(f"{self.done} of {self.total} texts, {rate:.0f} a second, {left} left", file=sys.stderr, flush=True)

@@ -1,11 +1,14 @@
-"""The nearest vectors of a store by dot product: exactly, and approximately by FAISS (Johnson et al., 2017).
+"""The nearest vectors of a store: exactly, and approximately by FAISS (Johnson et al., 2017).
 
 Exact search reads every vector. It is what approximate indices are measured against. Scores are float32 products of
-float16 vectors; of equal scores the smaller row comes first.
+float16 vectors, or their negative squared distances where the settings of the store say "metric": "l2"; of equal scores
+the smaller row comes first.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import pathlib
 import re
@@ -17,10 +20,10 @@ import torch
 
 from megalith.common.errors import ConfigError, DataError, problem
 from megalith.common.extras import require
-from megalith.common.files import atomic_path
+from megalith.common.files import atomic_path, sha256, write_text
 from megalith.common.memory import available_memory
 from megalith.config.flags.text import Words
-from megalith.retrieval.store import Store
+from megalith.retrieval.store import Store, faiss_damage
 
 CHUNK = 1 << 16  # vectors whose scores exist at one time
 QUERIES = 1024  # queries whose scores exist at one time
@@ -47,6 +50,8 @@ class ExactIndex:
         chunks = self.cached or ((first, _floats(part)) for first, part in self.store.chunks(CHUNK))
         for first, vectors in chunks:
             scores = queries @ vectors.t()
+            if by_distance(self.store):
+                scores = 2 * scores - vectors.square().sum(dim=1) - queries.square().sum(dim=1, keepdim=True)
             found, where = scores.topk(min(k, scores.shape[1]), dim=1)
             as_good = (scores >= found[:, -1:]).sum(dim=1)
             if (as_good > found.shape[1]).any():  # equal ones, of which topk takes any
@@ -70,6 +75,11 @@ def _check_width(queries: torch.Tensor, store: Store) -> None:
         raise DataError(problem("Vectors of queries", Words(f"{queries.shape[1]}"), rule, cure))
 
 
+def by_distance(store: Store) -> bool:
+    """Whether vectors are compared by their distance, and not by their dot product."""
+    return store.plan.settings.get("metric") == "l2"
+
+
 class FaissIndex:
     """An index of FAISS over a store, in a file of its folder."""
 
@@ -77,7 +87,7 @@ class FaissIndex:
         """Open the index that `build_faiss` wrote. Raises DataError where it is not there or of another store."""
         self.store, self.path = store, faiss_path(store, index_string)
         if not self.path.exists():
-            cure = f"Give megalith index build --index-string {index_string} again"
+            cure = f"Give {store.plan.command} --index-string {index_string} again"
             raise DataError(problem("The FAISS index", str(self.path), "must be built first", cure))
         faiss = require("faiss", f"--index-string {index_string}")
         try:
@@ -89,10 +99,18 @@ class FaissIndex:
             rule = f"must hold the {len(store)} vectors of {store.width} that the store has"
             raise DataError(problem(str(self.path), found, rule, "Delete it, and build it again"))
 
+    def set_options(self, **options: int) -> None:
+        """Options of FAISS for a search, such as efSearch and nprobe; those that this index lacks are left out."""
+        faiss: Any = require("faiss", "--index-string")
+        for name, value in options.items():
+            with contextlib.suppress(RuntimeError):
+                faiss.ParameterSpace().set_index_parameter(self.index, name, value)
+
     def search(self, queries: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
         """As ExactIndex; a row of -1 where the index found fewer."""
         _check_width(queries, self.store)
-        return self.index.search(queries.float().contiguous().numpy(), min(k, len(self.store)))
+        scores, rows = self.index.search(queries.float().contiguous().numpy(), min(k, len(self.store)))
+        return (-scores if by_distance(self.store) else scores), rows
 
 
 def open_index(store: Store, index_string: str | None, cache: bool = True) -> ExactIndex | FaissIndex:
@@ -114,13 +132,16 @@ def build_faiss(
     index, and the sample. Raises ConfigError for a name that FAISS does not know, or that asks for too many vectors.
     """
     path = faiss_path(store, index_string)
-    if path.exists():
+    if path.exists() and (what := faiss_damage(path)) is None:
         notice(f"{path} is there already")
         return FaissIndex(store, index_string)
+    if path.exists():
+        notice(f"{path} {what}: it is built again")
     faiss: Any = require("faiss", f"--index-string {index_string}")
     example = "Write --index-string Flat, IVF256,Flat or HNSW32"
     try:
-        index = faiss.index_factory(store.width, index_string, faiss.METRIC_INNER_PRODUCT)
+        metric = faiss.METRIC_L2 if by_distance(store) else faiss.METRIC_INNER_PRODUCT
+        index = faiss.index_factory(store.width, index_string, metric)
     except RuntimeError:
         rule = f"must be an index of FAISS for vectors of {store.width}"
         raise ConfigError(problem("--index-string", index_string, rule, example)) from None
@@ -139,6 +160,8 @@ def build_faiss(
         index.add(np.ascontiguousarray(part, np.float32))
     with atomic_path(path) as temporary:
         faiss.write_index(index, os.fspath(temporary))
+        checksum = sha256(temporary)
+    write_text(path.with_suffix(".json"), json.dumps({"sha256": checksum}) + "\n")
     return FaissIndex(store, index_string)
 
 

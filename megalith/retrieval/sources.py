@@ -26,6 +26,7 @@ from megalith.data.indexed.format import dataset_files
 from megalith.data.samples.ict_dataset import IctDataset
 
 SAMPLED_BLOCKS = 8  # of 4 KiB: how much of a file is read to notice that it has changed
+APPENDED = ("[BOS]", "[EOS]")
 FIELDS = ("id", "text", "title")
 
 
@@ -226,15 +227,27 @@ class PassagesById(Passages):
 def pack(tokenizer: Any, texts: Sequence[tuple[str, str]], seq_length: int) -> list[list[int]]:
     """[CLS] title [SEP] text [SEP] of (title, text), cut to seq_length tokens, the last of them [SEP]."""
     cls, sep = tokenizer.require("cls"), tokenizer.require("sep")
-    titles, bodies = (tokenizer.encode_batch(list(column)) for column in zip(*texts))
-    rows = [[cls, *title.tolist(), sep, *body.tolist()] for title, body in zip(titles, bodies)]
+    titles, bodies = (text_ids(tokenizer, column) for column in zip(*texts))
+    rows = [[cls, *title, sep, *body] for title, body in zip(titles, bodies)]
     return [[*row[: seq_length - 1], sep] for row in rows]
 
 
 def pack_queries(tokenizer: Any, texts: Sequence[str], seq_length: int) -> list[list[int]]:
     """[CLS] text [SEP], cut to seq_length tokens."""
     cls, sep = tokenizer.require("cls"), tokenizer.require("sep")
-    return [[cls, *ids.tolist()[: seq_length - 2], sep] for ids in tokenizer.encode_batch(list(texts))]
+    return [[cls, *ids[: seq_length - 2], sep] for ids in text_ids(tokenizer, texts)]
+
+
+def text_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of texts alone, without the [CLS] and [SEP] that a BERT's tokenizer of Hugging Face puts around each."""
+    before, after = (len(getattr(tokenizer, name, ())) for name in ("prefix", "suffix"))
+    return [row.tolist()[before : len(row) - after] for row in tokenizer.encode_batch(list(texts))]
+
+
+def words(tokenizer: Any) -> list[str]:
+    """The vocabulary, without the [BOS] and [EOS] that Megatron appends to one of BERT; no text has them."""
+    tokens = tokenizer.tokens()
+    return tokens[: -len(APPENDED)] if tuple(tokens[-len(APPENDED) :]) == APPENDED else tokens
 
 
 def open_source(description: Mapping[str, Any], tokenizer: Any) -> Source:

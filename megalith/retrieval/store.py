@@ -4,9 +4,10 @@
     00003.vectors.npy     float16 [rows of the shard, p]: the vectors
     00003.rows.npy        int64 [rows of the shard, columns]: which text each vector is of (sources.py)
     00003.json            the shard's facts and checksums: written last, so that a shard with it is complete
-    faiss-NAME.index      an approximate index of all of it (faiss_index.py)
+    faiss-NAME.index      an approximate index of all of it (search.py), and its checksum in faiss-NAME.json
 
-Every shard but the last has as many rows, and a row's place does not depend on how many processes wrote.
+Every shard but the last has as many rows, and a row's place does not depend on how many processes wrote. The shards are
+the parts of data/array_folder.py.
 """
 
 from __future__ import annotations
@@ -15,17 +16,18 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from megalith.common.errors import ConfigError, DataError, problem
-from megalith.common.files import atomic_path, sha256, write_text
-from megalith.config.flags.text import Words, value_text
+from megalith.common.files import sha256
+from megalith.config.flags.text import Words
+from megalith.data import array_folder
 
 VERSION = 1
-DESCRIPTION = "store.json"
+DESCRIPTION, ARRAYS = "store.json", ("vectors", "rows")
 BUILD_AGAIN = "Build it again, or name another folder"
 
 
@@ -52,53 +54,48 @@ class Plan:
         """Number of shards."""
         return -(-self.rows // self.shard_rows)
 
+    @property
+    def command(self) -> str:
+        """The command that builds such a store."""
+        return "megalith retro index" if self.source.get("kind") == "retro" else "megalith index build"
+
     def range_of(self, shard: int) -> range:
         """Rows of a shard."""
         return range(shard * self.shard_rows, min(self.rows, (shard + 1) * self.shard_rows))
 
 
-def begin(folder: str | os.PathLike, plan: Plan) -> list[int]:
+def begin(
+    folder: str | os.PathLike, plan: Plan, check: bool = False, notice: Callable[[str], None] = lambda line: None
+) -> list[int]:  # fmt: skip
     """Write store.json, or compare it where work is resumed; the shards that are still to be written.
 
-    The lock of the folder must be held. Raises DataError where the folder holds anything else, or a store of another
-    plan; nothing is replaced.
+    check: also those that are damaged, after a notice; all bytes are read. The lock of the folder must be held. Raises
+    DataError where the folder holds anything else, or a store of another plan; nothing is replaced.
     """
     folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     if (folder / DESCRIPTION).exists():
         check_same(folder, read_plan(folder), plan)
-    elif found := sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")):
-        rule = "must be a new folder, or a store whose building is resumed"
-        raise DataError(problem(str(folder), Words(f"one with {found[0]}"), rule, "Name another --output"))
     else:
-        write_text(folder / DESCRIPTION, json.dumps({"version": VERSION, **dataclasses.asdict(plan)}, indent=1) + "\n")
-    return unfinished(folder, plan)
+        description = {"version": VERSION, **dataclasses.asdict(plan)}
+        array_folder.write_description(folder / DESCRIPTION, description, "Name another --output")
+    if check:
+        array_folder.forget_damaged(folder, plan.shards, ARRAYS, notice)
+    return array_folder.missing(folder, plan.shards)
 
 
 def is_complete(folder: str | os.PathLike) -> bool:
     """Whether the folder holds a store of which every shard was finished."""
     folder = pathlib.Path(folder)
-    return (folder / DESCRIPTION).exists() and not unfinished(folder, read_plan(folder))
-
-
-def unfinished(folder: pathlib.Path, plan: Plan) -> list[int]:
-    """The shards that are still to be written."""
-    return [shard for shard in range(plan.shards) if not (folder / f"{shard:05d}.json").exists()]
+    return (folder / DESCRIPTION).exists() and not array_folder.missing(folder, read_plan(folder).shards)
 
 
 def check_same(folder: pathlib.Path, then: Plan, now: Plan) -> None:
     """Raise DataError that names what is not as it was when the folder was begun."""
-    for field in dataclasses.fields(Plan):
-        old, new = getattr(then, field.name), getattr(now, field.name)
-        if field.name == "probe":
-            if not same_probe(old, new):
-                raise DataError(another_model(str(folder), now.model))
-            continue
-        if field.name == "model":  # a checkpoint may have moved; the probe says whether it is another one
-            continue
-        if json.dumps(old, sort_keys=True) != json.dumps(new, sort_keys=True):
-            rule = f"must be built with one {field.name}, which was {value_text(old)} when it was begun"
-            raise DataError(problem(str(folder), Words(value_text(new)), rule, "Give the same, or another --output"))
+    old, new = (dataclasses.asdict(plan) for plan in (then, now))
+    if not same_probe(old.pop("probe"), new.pop("probe")):
+        raise DataError(another_model(str(folder), now.model))
+    del new["model"]  # a checkpoint may have moved; the probe says whether it is another one
+    array_folder.check_same(folder, old, new, "Give the same, or another --output")
 
 
 def same_probe(then: Sequence[float], now: Sequence[float]) -> bool:
@@ -123,7 +120,6 @@ def write_shard(folder: str | os.PathLike, shard: int, vectors: np.ndarray, rows
 
     Raises DataError for vectors that float16 cannot hold.
     """
-    folder = pathlib.Path(folder)
     with np.errstate(over="ignore"):  # it is found below
         stored = vectors.astype(np.float16)
     if not np.isfinite(stored).all():
@@ -131,13 +127,7 @@ def write_shard(folder: str | os.PathLike, shard: int, vectors: np.ndarray, rows
         rule, largest = "must be finite numbers below 65504, as float16 holds", float(np.abs(vectors[row]).max())
         cure = "Train with --retriever-score-scaling or a smaller --lr, whose vectors are smaller"
         raise DataError(problem(f"Vectors of shard {shard}", Words(f"{largest:g} in row {row}"), rule, cure))
-    facts: dict[str, Any] = {"rows": len(stored), "files": {}}
-    for name, array in ((f"{shard:05d}.vectors.npy", stored), (f"{shard:05d}.rows.npy", rows.astype(np.int64))):
-        with atomic_path(folder / name) as temporary:
-            with open(temporary, "wb") as file:
-                np.save(file, array, allow_pickle=False)
-            facts["files"][name] = sha256(temporary)
-    write_text(folder / f"{shard:05d}.json", json.dumps(facts) + "\n")
+    array_folder.write_part(folder, shard, {"vectors": stored, "rows": rows.astype(np.int64)}, rows=len(stored))
 
 
 def read_plan(folder: str | os.PathLike) -> Plan:
@@ -165,27 +155,14 @@ class Store:
     def __init__(self, folder: str | os.PathLike):
         """Raises DataError where shards are missing, or a file has not the size of its rows."""
         self.folder, self.plan = pathlib.Path(folder), read_plan(folder)
-        if missing := unfinished(self.folder, self.plan):
-            found = Words(f"{len(missing)} of {self.plan.shards} missing, first {missing[0]}")
-            cure = "Give the same megalith index build command again: what was finished is kept"
-            raise DataError(problem(f"The shards of {folder}", found, "must be complete", cure))
-        self._vectors = [self._open(shard, "vectors", np.float16, self.plan.width) for shard in range(self.plan.shards)]
-        self._rows = [self._open(shard, "rows", np.int64, len(self.plan.columns)) for shard in range(self.plan.shards)]
-
-    def _path(self, shard: int, end: str) -> pathlib.Path:
-        return self.folder / f"{shard:05d}.{end}"
+        array_folder.check_complete(folder, self.plan.shards, "shards", self.plan.command)
+        shards = range(self.plan.shards)
+        self._vectors = [self._open(shard, "vectors", np.float16, self.plan.width) for shard in shards]
+        self._rows = [self._open(shard, "rows", np.int64, len(self.plan.columns)) for shard in shards]
 
     def _open(self, shard: int, kind: str, dtype: type, columns: int) -> np.ndarray:
-        path, shape = self._path(shard, f"{kind}.npy"), (len(self.plan.range_of(shard)), columns)
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} cannot be read ({error}). Copy it again, or build the index again.") from None
-        if array.dtype != dtype or array.shape != shape:
-            found = Words(f"{array.dtype} {array.shape}")
-            rule = f"must hold {np.dtype(dtype).name} {shape}, as {DESCRIPTION} says"
-            raise DataError(problem(str(path), found, rule, "Copy it again, or build the index again"))
-        return array
+        shape = (len(self.plan.range_of(shard)), columns)
+        return array_folder.open_array(self.folder, shard, kind, dtype, shape, DESCRIPTION)
 
     def __len__(self) -> int:
         """Number of vectors."""
@@ -203,6 +180,17 @@ class Store:
             rule = f"must be named, as {self.folder} does not say which model made it"
             raise ConfigError(problem("--load", None, rule, "Write --load RUN"))
         return self.plan.model
+
+    def check_source(self, source: Mapping[str, Any]) -> None:
+        """Raise DataError where the vectors are of other texts than these."""
+        cure = f"Give the flags of {self.plan.command}, or build another store"
+        array_folder.check_same(self.folder, self.plan.source, source, cure)
+
+    @property
+    def digest(self) -> str:
+        """What distinguishes this store from others: of store.json, and of the checksums of all shards."""
+        files = [self.folder / DESCRIPTION, *(self.folder / f"{shard:05d}.json" for shard in range(self.plan.shards))]
+        return array_folder.digest(files)
 
     def chunks(self, rows: int) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, float16 [n, p]) over all vectors, at most `rows` at a time, which are read when touched."""
@@ -227,21 +215,27 @@ class Store:
 
 def verify(folder: str | os.PathLike) -> Iterator[tuple[str, str]]:
     """(file, what is wrong with it), after all bytes were read; nothing for an undamaged store."""
-    folder, plan = pathlib.Path(folder), read_plan(folder)
-    for shard in range(plan.shards):
-        facts = folder / f"{shard:05d}.json"
-        try:
-            files = json.loads(facts.read_text(encoding="utf-8"))["files"]
-            found = dict(files)
-        except FileNotFoundError:
-            yield facts.name, "is missing: this shard was never finished"
-            continue
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            yield facts.name, f"cannot be read ({type(error).__name__}: {error})"
-            continue
-        for name in (f"{shard:05d}.vectors.npy", f"{shard:05d}.rows.npy"):
-            try:
-                if sha256(folder / name) != found.get(name):
-                    yield name, "has another checksum than when it was written"
-            except OSError as error:
-                yield name, f"cannot be read ({error.strerror})"
+    for _, name, what in array_folder.damaged(folder, read_plan(folder).shards, ARRAYS):
+        yield name, what
+    for path in sorted(pathlib.Path(folder).glob("faiss-*.index")):
+        if (found := faiss_damage(path)) is not None:
+            yield path.name, found
+
+
+def faiss_digest(path: pathlib.Path) -> str:
+    """What distinguishes the file of an approximate index from others."""
+    return sha256(path)[:16]
+
+
+def faiss_damage(path: pathlib.Path) -> str | None:
+    """What is wrong with the file of an approximate index, after all bytes were read; None where nothing is.
+
+    One without a checksum is taken as it is: it was built before there were any, or its building was killed at the end.
+    """
+    try:
+        found = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["sha256"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"has a checksum that cannot be read ({type(error).__name__}: {error})"
+    return None if found == sha256(path) else "has another checksum than when it was written"

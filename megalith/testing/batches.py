@@ -27,6 +27,18 @@ def gpt(config: RunConfig, step: int = 0) -> Batch:
     return batch
 
 
+def retro(config: RunConfig, step: int = 0) -> Batch:
+    """As `gpt`, with random neighbours of random lengths, of which some are missing: all of some chunks."""
+    m, batch = config.model, gpt(config, step)
+    generator = torch.Generator().manual_seed(config.batch.seed - 1 - step)
+    b, s = batch["input_ids"].shape
+    shape = b, s // m.retro_gpt_chunk_length, m.retro_num_neighbors, m.retrieved_length
+    ids = torch.randint(m.vocab_size, shape, generator=generator)
+    lengths = torch.randint(-shape[-1] // 4, shape[-1] + 1, shape[:-1], generator=generator)
+    lengths[0, 0] = 0
+    return batch | {"neighbor_tokens": ids, "neighbor_mask": (torch.arange(shape[-1]) < lengths[..., None]).long()}
+
+
 def t5(config: RunConfig, step: int = 0) -> Batch:
     """As `gpt` for the decoder; for the encoder random ids and lengths."""
     target = config.data.decoder_seq_length or config.data.seq_length

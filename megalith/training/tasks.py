@@ -144,7 +144,7 @@ class LanguageModelling(Task):
 
     def inputs(self, batch: Batch, counts: dict[str, Tensor]) -> Batch:
         """Each token's weight is its mask / global count, so that the model's losses need only be added up."""
-        names = ("positions", "documents", "padding_mask", "labels")
+        names = ("positions", "documents", "padding_mask", "labels", "neighbor_tokens", "neighbor_mask")
         passed: Batch = {name: batch[name] for name in names if name in batch}
         return {
             "inputs": batch["input_ids"],

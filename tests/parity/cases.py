@@ -43,6 +43,10 @@ T5_RELATIVE = {
     "add_bias_linear": False, "softmax_scale": 1.0, "initializer_factor": 1.0, "relative_attention_num_buckets": 8,
     "relative_attention_max_distance": 12,
 }  # fmt: skip
+RETRO = {
+    "model_type": "retro", "num_layers": 3, "retro_layer_numbers": [2, 3], "retro_gpt_chunk_length": 4,
+    "retro_encoder_hidden_dropout": 0.0, "retro_encoder_attention_dropout": 0.0,
+}  # fmt: skip
 FORMS: dict[str, dict] = {
     "absolute": {},
     "rotary": {
@@ -104,6 +108,16 @@ FORMS: dict[str, dict] = {
         "model_type": "tests.parity.cases:HARD_NEGATIVES", "bert_no_binary_head": True, "hidden_dropout": 0.1,
         "retriever_chunk_queries": 3, "retriever_mask_same_document": True,
     },
+    "retro": RETRO,
+    "retro rotary": {
+        **RETRO, "position_embedding_type": "rope", "num_query_groups": 2, "swiglu": True, "normalization": "RMSNorm",
+        "add_bias_linear": False, "untie_embeddings_and_output_weights": True, "retro_layer_numbers": [1, 3],
+    },
+    "retro dropout": {
+        **RETRO, "hidden_dropout": 0.1, "attention_dropout": 0.1, "retro_encoder_hidden_dropout": 0.2,
+        "retro_encoder_attention_dropout": 0.2, "embed_layernorm": True, "vocab_size": 67,
+    },
+    "lora retro": {**RETRO, "lora_rank": 4},
     "lora": {
         "position_embedding_type": "rope", "group_query_attention": True, "num_query_groups": 2, "swiglu": True,
         "normalization": "RMSNorm", "lora_rank": 4, "lora_alpha": 8.0,

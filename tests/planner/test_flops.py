@@ -118,3 +118,25 @@ def test_an_encoder_and_a_decoder():
     decoder = 4 * (attention + mlp) + 2 * 4 * 4 * 8 + 4 * 2 * 64 + 6 * 2 * 64 + 2 * 4 * 6 * 8
     assert flops_per_token(model, 6, False, 4) == pytest.approx(6 * (encoder + decoder + 4 * 80) / 6)
     assert flops_per_token(model, 6, True, 4) == pytest.approx(6 * (encoder + decoder - 4 * 4 * 8 + 4 * 80) / 6)
+
+
+@pytest.mark.parametrize(
+    "form", [{}, {"num_query_groups": 2, "swiglu": True, "retro_encoder_layers": 3, "retro_num_neighbors": 3}]
+)
+def test_retro_is_equal_to_torchs_counter(form):
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from megalith.config.run import RunConfig
+    from megalith.models.retro import Retro
+    from megalith.testing import batches
+
+    config = RunConfig().replace(
+        model_type="retro", num_layers=3, hidden_size=32, num_attention_heads=4, max_position_embeddings=16,
+        vocab_size=50, seq_length=16, retro_layer_numbers=[1, 3], retro_gpt_chunk_length=4, global_batch_size=2,
+        hidden_dropout=0.0, attention_dropout=0.0, attention_backend="explicit", **form,
+    )  # fmt: skip
+    model, batch = Retro(config.model).eval(), batches.retro(config)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(batch["input_ids"], neighbor_tokens=batch["neighbor_tokens"], neighbor_mask=batch["neighbor_mask"])
+    assert flops_per_token(config.model, 16) == pytest.approx(3 * counter.get_total_flops() / 32, rel=1e-12)

@@ -12,8 +12,14 @@ from megalith.config.run import RunConfig
 from megalith.config.sections.data import INSTRUCTIONS
 
 BERTS = ("bert", "bert_classification", "bert_multiple_choice", "ict")
+RETRO_FIELDS = (
+    "retro_layer_numbers", "retro_encoder_layers", "retro_encoder_hidden_dropout", "retro_encoder_attention_dropout",
+    "retro_gpt_chunk_length", "retro_num_neighbors", "retro_num_retrieved_chunks",
+)  # fmt: skip
 MODEL_ONLY_FIELDS: dict[str, tuple[str, ...]] = {  # field -> the models that have it
-    **dict.fromkeys(("embed_layernorm", "parallel_attn", "sliding_window", "scale_embeddings"), ("gpt",)),
+    "parallel_attn": ("gpt",),
+    **dict.fromkeys(("embed_layernorm", "sliding_window", "scale_embeddings"), ("gpt", "retro")),
+    **dict.fromkeys(RETRO_FIELDS, ("retro",)),
     "norm_after_residual": BERTS, "bert_no_binary_head": ("bert", "ict"),
     "num_classes": ("bert_classification",), "classifier_dropout": ("bert_classification", "bert_multiple_choice"),
     **dict.fromkeys(("biencoder_projection_dim", "biencoder_shared_query_context_model"), ("ict",)),

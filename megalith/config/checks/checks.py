@@ -196,6 +196,10 @@ def _data(config: RunConfig, corpus: bool) -> Iterator[Problem]:
     elif d.dataset in CORPUS_DATASETS and not given and corpus:
         cure = "Write --data-path PREFIX, the name without .bin and .idx that `megalith data preprocess` gave"
         yield field_problem(("data_path",), "--data-path", None, "must name the corpus of the dataset", cure)
+    elif d.dataset == "retro" and not (d.retro_workdir or d.retro_no_retrieval) and corpus:
+        cure = "Write --retro-workdir FOLDER, which `megalith retro` makes, or --retro-no-retrieval"
+        rule = "must name the folder with the neighbours of the samples"
+        yield field_problem(("retro_workdir",), "--retro-workdir", None, rule, cure)
     elif len(given) > 1:
         cure = "Keep one; --data-path and --data-file-list go with --split, "
         cure += "the others name training, validation and test"

@@ -246,11 +246,14 @@ def add_command_help(
 
 def add_help(parser: argparse.ArgumentParser, command_flags: Iterable[Flag] = RUN_FLAGS) -> None:
     """Add all flags to `parser`, grouped by section, for its --help; read() is what reads them."""
+    command_flags = tuple(command_flags)
     add_command_help(parser, command_flags)
-    groups: dict[str, Any] = {}
+    groups, own = dict[str, Any](), {each.name for each in command_flags}
     for field in fields().values():
         group = groups.get(field.section) or groups.setdefault(field.section, parser.add_argument_group(field.section))
         yes, no = flag_names(field)
+        if own.intersection(yes):  # the verb reads it itself
+            continue
         text = field.metadata["help"].replace("%", "%%")
         if field.default is True:
             text += " (on by default)"

@@ -14,11 +14,12 @@ _EVALUATION = (
 )
 _TASKS = (
     "WIKITEXT103 and LAMBADA are `megalith evaluate` here, and RACE, MNLI and QQP `megalith finetune TASK`, with the "
-    "same flags; other tasks are not there yet"
+    "same flags; tools/retro/main.py is `megalith retro`; other tasks are not there yet"
 )
 _FINETUNING = "it is `megalith finetune TASK` here (docs/finetune_tasks.md)"
 _RETRIEVAL = "it is `megalith pretrain ict` here (docs/retrieval.md)"
-_RETRO = "Retro is not there yet; a GPT is trained by megalith pretrain gpt"
+_RETRO_DATA = "it is `megalith retro` here, with the same flags: db, index, neighbors, or build (docs/retro.md)"
+_RETRO = "it is `megalith pretrain retro` here (docs/retro.md)"
 _CORPUS = "it is `megalith data` here: wiki, urls, clean, dedup, decontaminate, ids and more (docs/corpus.md)"
 _JOBS = (
     "it is `megalith launch` here: `launch --nproc-per-node 8 pretrain gpt ...` on this machine, `launch --slurm` and "
@@ -168,11 +169,8 @@ _ANSWERS = (
         "(docs/retrieval.md)",
         "nq orqa evaluate_orqa --qa-data-dev --qa-data-test --faiss-use-gpu --faiss-match --faiss-topk-retrievals",
     ),
-    (
-        _RETRO,
-        "retro pretrain_retro retromodel get_preprocess_cmd --retro-tasks --retro-workdir --retro-add-retriever "
-        "--retro-project-dir",
-    ),
+    (_RETRO_DATA, "get_preprocess_cmd --retro-tasks"),
+    (_RETRO, "pretrain_retro retromodel"),
     (
         _CORPUS,
         "clean dedup deduplicate cleanup_dataset find_duplicates group_duplicate_url remove_group_duplicates "

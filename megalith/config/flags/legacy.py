@@ -25,6 +25,7 @@ RENAMED: dict[str, dict[str, Any]] = {
     # Megatron core
     "--use-rope-scaling": {"rope_scaling_type": "llama3"},
     "--rotary-seq-len-interpolation-factor": {"rope_scaling_type": "linear", "rope_scaling_factor": VALUE},
+    "--retro-project-dir": {"retro_workdir": VALUE},
     # Hugging Face's fork
     "--finetune-from": {"load": VALUE, "finetune": True},
     # Megatron-DeepSpeed

@@ -16,6 +16,7 @@ from megalith.config.flags import flags, legacy
 from megalith.config.flags.text import Problem, fail, flag, value_text
 from megalith.config.flags.values import convert, fields
 from megalith.config.flags.yaml_text import parse_yaml
+from megalith.config.heads import headed
 from megalith.config.megatron.counts import vocab_size_of_rows
 from megalith.config.run import RunConfig
 from megalith.config.sections.data import CORPUS_DATASETS, INSTRUCTIONS, TOKENIZER_FILES
@@ -31,6 +32,7 @@ OF_DATASETS = {  # field -> the built-in datasets that read it
     "chat_template": ("chat",),
     **dict.fromkeys(("packing", "excess_length_strategy", "assistant_only_loss", "max_unusable"), INSTRUCTIONS),
     "block_samples_mapping": ("ict",),
+    **dict.fromkeys(("retro_workdir", "retro_no_retrieval"), ("retro",)),
     **dict.fromkeys(RetrieverConfig.__annotations__, ("ict", "nq")),
     **dict.fromkeys(
         ("retriever_seq_length", "train_with_neg", "train_hard_neg", "val_av_rank_hard_neg", "val_av_rank_other_neg"),
@@ -174,8 +176,7 @@ def _model_of_checkpoint(
         and asked != model.model_type
         and architecture(asked).head_of == (model.architecture.head_of or model.model_type)
     ):
-        classes = values.get("num_classes", model.num_classes)
-        model = RunConfig(model=model).replace(model_type=asked, num_classes=classes).model
+        model = headed(model, values)
     if asked not in (None, model.model_type):
         rule = f"must be {model.model_type}, that of {folder}, because of --use-checkpoint-args"
         cure = f"Write megalith pretrain {model.model_type}"

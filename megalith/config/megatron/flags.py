@@ -30,6 +30,7 @@ ANY_LAYOUT = "every checkpoint loads in any layout"
 SIGTERM = "SIGTERM finishes the step, saves, exits with status 0 and prints how to resume from there"
 PARALLEL_INPUT = "gradients are reduced while the weight gradient is computed, always"
 MASKS = "masks are computed where they are used and never built as a whole"
+ALWAYS_RETRIEVES = "`pretrain retro` has a retriever; --retro-no-retrieval trains it as if no neighbour had been found"
 OWN_MODELS = "there is one implementation of each model"
 SAVED = "checkpoints are written by torch's distributed checkpoint, in a format that any layout opens"
 
@@ -87,6 +88,8 @@ _NOT_NEEDED: dict[str, dict[int | str, str]] = {  # reason -> how many values ("
         "--profile-backward",
         1: "--deepspeed-config --deepscale-config --zero-reduce-bucket-size --zero-allgather-bucket-size",
     },
+    ALWAYS_RETRIEVES: {0: "--retro-add-retriever"},
+    "a neighbour's document is in the database, by the neighbour's number": {0: "--retro-return-doc-ids"},
     "the launcher's environment says it (LOCAL_RANK)": {1: "--local-rank"},
     "it was for exports to ONNX": {"?": "--onnx-safe"},
     SPLIT: {
@@ -166,6 +169,15 @@ REFUSED: dict[str, tuple[int | str, tuple[str, ...], str]] = {
     "--window-attn-skip-freq": (1, (), "name the layers that see everything with --full-attention-layers 0 2 4"),
     "--data-parallel-random-init": (
         0, (), "all data-parallel processes hold one model; leave it out, --seed gives another start"
+    ),
+    "--retro-cyclic-train-iters": (
+        1, (), "the length of a run is --train-iters, and `megalith retro neighbors` finds neighbours for that length"
+    ),
+    "--retro-attention-gate": (
+        1, ("1", "1.0"), "attention to neighbours has no gate; --retro-no-retrieval leaves it out"
+    ),
+    "--retro-no-verify-neighbor-count": (
+        0, (), "neighbours of other samples are never read; find those of this run with `megalith retro neighbors`"
     ),
     "--load-tag": (1, (), "checkpoints are chosen by iteration; use --ckpt-step N"),
     "--wandb-entity-name": (1, (), NO_TRACKER),

@@ -13,7 +13,7 @@ TOKENIZERS = (
     "SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer", "NullTokenizer",
 )  # fmt: skip
 
-CORPUS_DATASETS = ("gpt", "bert", "t5", "ict")  # datasets that are made from corpora, not from the files of a task
+CORPUS_DATASETS = ("gpt", "bert", "t5", "ict", "retro")  # made from corpora, not from the files of a task
 INSTRUCTIONS = ("chat", "completion")  # datasets of supervised finetuning
 OF_FILES = (*INSTRUCTIONS, "nq")  # datasets of --train-data and --valid-data that no YAML file describes
 TOKENIZER_FILES = ("vocab_file", "merge_file", "tokenizer_model")  # fields that name what a tokenizer is made from
@@ -94,6 +94,12 @@ class DataConfig:
     query_in_block_prob: float = option(0.1, "ict: how often the query stays in its block", minimum=0.0)
     block_samples_mapping: str | None = option(
         None, "ict: module:name of your own function that says which sentences make a block, instead of Megatron's"
+    )
+    retro_workdir: str | None = option(
+        None, "retro: folder of the database and of the samples' neighbours, as `megalith retro` makes it"
+    )
+    retro_no_retrieval: bool = option(
+        False, "retro: read no neighbours, as if none had been found; the model then is a GPT"
     )
     chat_template: str | None = option(
         None, "chat: file with a chat template in Jinja, instead of the tokenizer's; kept in checkpoints"

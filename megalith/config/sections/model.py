@@ -129,6 +129,19 @@ class ModelConfig:
     make_vocab_size_divisible_by: int = option(
         128, "padding that Megatron would add; printed and used on export, never stored here", minimum=1
     )
+    retro_layer_numbers: list[int] = option(
+        [],
+        "retro: layers with chunked cross-attention, counted from 1 (default: Megatron's, every third from 6; from 9 "
+        "with more than 15 layers)",
+    )
+    retro_encoder_layers: int = option(2, "retro: layers of the encoder of neighbours", minimum=1)
+    retro_encoder_hidden_dropout: float = option(0.1, "retro: --hidden-dropout of the encoder", minimum=0.0)
+    retro_encoder_attention_dropout: float = option(0.1, "retro: --attention-dropout of the encoder", minimum=0.0)
+    retro_gpt_chunk_length: int = option(64, "retro: tokens of a chunk of text", minimum=1)
+    retro_num_neighbors: int = option(2, "retro: neighbours of each chunk that the model reads", minimum=1)
+    retro_num_retrieved_chunks: int = option(
+        2, "retro: chunks of a neighbour: itself, and what follows it in its document", minimum=1
+    )
     hidden_dropout: float = option(0.1, "dropout of embeddings and of each branch before its residual", minimum=0.0)
     attention_dropout: float = option(0.1, "dropout of attention probabilities", minimum=0.0)
     init_method_std: float = option(0.02, "standard deviation of the initial weights", minimum=0.0)
@@ -166,6 +179,30 @@ class ModelConfig:
     def decoder_layers(self) -> int:
         """Layers of the decoder beside an encoder; 0 for models of one stack."""
         return (self.decoder_num_layers or self.num_layers or 0) if self.architecture.decoder else 0
+
+    @property
+    def retrieval_layers(self) -> tuple[int, ...]:
+        """Layers that attend to retrieved neighbours, counted from 0, in order; none where the model retrieves nothing.
+
+        --retro-layer-numbers, or Megatron's: every third from the 6th, of more than 15 layers from the 9th.
+        """
+        if not self.architecture.retrieval:
+            return ()
+        layers = self.num_layers or 0
+        return tuple(
+            number - 1 for number in self.retro_layer_numbers or range(6 if layers <= 15 else 9, layers + 1, 3)
+        )
+
+    @property
+    def retrieved_length(self) -> int:
+        """Tokens of a neighbour, its continuation included."""
+        return self.retro_num_retrieved_chunks * self.retro_gpt_chunk_length
+
+    @property
+    def dropouts(self) -> tuple[float, ...]:
+        """The rates of dropout anywhere in the model."""
+        encoder = (self.retro_encoder_hidden_dropout, self.retro_encoder_attention_dropout)
+        return self.hidden_dropout, self.attention_dropout, *(encoder if self.retrieval_layers else ())
 
     @property
     def all_layers(self) -> int:

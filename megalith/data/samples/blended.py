@@ -36,12 +36,17 @@ class EndlessDataset:
         """Build the first repetition's indices."""
         prepare(self.first)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Sample `index`, whatever its size."""
+    def locate(self, index: int) -> tuple[Any, int]:
+        """(dataset of the repetition, number of the sample within it)."""
         repetition, number = divmod(index, len(self.first))
         if repetition not in self._repetitions:
             self._repetitions[repetition] = self._build(repetition)
-        return self._repetitions[repetition][number]
+        return self._repetitions[repetition], number
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Sample `index`, whatever its size."""
+        dataset, number = self.locate(index)
+        return dataset[number]
 
 
 class CorpusDataset:
@@ -135,6 +140,14 @@ class BlendedDataset:
         """Sample `index` of the blend."""
         source, number = self.locate(index)
         return self.datasets[source][number]
+
+
+def source_of(dataset: Any, index: int) -> tuple[Any, int]:
+    """(dataset of one source, number of the sample within it) of a sample of any dataset that is made of others."""
+    while isinstance(dataset, (BlendedDataset, CorpusDataset, EndlessDataset)):
+        found, index = dataset.locate(index)
+        dataset = found if isinstance(dataset, EndlessDataset) else dataset.datasets[found]
+    return dataset, index
 
 
 def prepare(dataset: Any) -> None:

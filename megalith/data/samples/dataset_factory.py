@@ -17,6 +17,7 @@ class DatasetFactory:
     dataset: Callable[..., Any]
     options: Callable[[RunConfig, Any], dict[str, Any]]  # (config, tokenizer) -> keyword arguments of this class alone
     splits_documents: bool = False  # see DATASETS in data/build.py
+    finish: Callable[..., dict[str, Any]] | None = None  # see DATASETS in data/build.py
 
     def __call__(
         self,

@@ -93,14 +93,18 @@ class GPTDataset:
         key = cache_key("gpt index 1", plan, lengths[plan.begin : plan.end])
         return load_or_build(key, layout, lambda: gpt_index.build(plan, lengths), self.cache_folders)
 
-    def tokens(self, index: int) -> np.ndarray:
-        """The seq_length + 1 tokens of a sample, int64."""
+    def locate(self, index: int) -> tuple[list[int], int]:
+        """The sequences of `indexed` that hold the seq_length + 1 tokens of a sample, and its offset in the first."""
         if not 0 <= index < self.plan.samples:
             raise IndexError(f"sample {index} of {self.indexed.prefix}, which has {self.plan.samples}")
         documents, samples, order = self._indices or self.prepare()._indices  # type: ignore[misc]
         row = 2 * order.item(index)  # of `samples`, which prepare() flattens: (document, offset) of each sample
-        numbers = documents[samples.item(row) : samples.item(row + 2) + 1].tolist()
-        text = self.indexed.join(numbers, samples.item(row + 1), self.seq_length + 1)
+        return documents[samples.item(row) : samples.item(row + 2) + 1].tolist(), samples.item(row + 1)
+
+    def tokens(self, index: int) -> np.ndarray:
+        """The seq_length + 1 tokens of a sample, int64."""
+        numbers, offset = self.locate(index)
+        text = self.indexed.join(numbers, offset, self.seq_length + 1)
         if self._limit:  # half a microsecond, against an index error on the device
             unsigned = text.view(self._unsigned)
             if unsigned.item(unsigned.argmax()) >= self._limit:
@@ -133,7 +137,8 @@ class GPTDataset:
                 sample["positions"] = self._range - starts[documents]
 
 
-def _options(config: RunConfig, tokenizer: Any) -> dict[str, Any]:
+def options(config: RunConfig, tokenizer: Any) -> dict[str, Any]:
+    """Arguments of a GPTDataset that are not those of all datasets."""
     data = config.data
     return {
         "eod": getattr(tokenizer, "eod", None),
@@ -144,4 +149,4 @@ def _options(config: RunConfig, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-from_config = DatasetFactory(GPTDataset, _options)
+from_config = DatasetFactory(GPTDataset, options)

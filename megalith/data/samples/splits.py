@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 from megalith.config.sections.data import split_fractions
 
 SPLIT_NAMES = ("train", "valid", "test")
+
+
+def normal_split(split: str) -> str:
+    """A split as it is compared: "969, 30, 1" is "969,30,1"."""
+    return ",".join(re.split(r"[,/\s]+", split.strip(" ,/")))
 
 
 def split_bounds(split: str, size: int, rounding: str = "core") -> list[tuple[int, int]]:

@@ -245,7 +245,8 @@ class Pipeline:
         """One forward pass without a schedule, for generation: the last stage's output, None on other processes.
 
         Every process of the pipeline must call. inputs: ids [b, s], or None where the model takes None (a T5 whose
-        cache has the encoder's output); then no stage receives hidden states for them. arguments: the model's others.
+        cache has the encoder's output); then no stage receives hidden states for them. arguments: the model's others;
+        no stage receives hidden states for what they lack (a Retro's neighbours).
         models: what is called for each stage of this process, the stage's model or a compiled form of it.
         """
         here, ids = self.mesh.rank("pp"), {"inputs": inputs, **arguments}
@@ -254,7 +255,7 @@ class Pipeline:
             stage = stage_module.stage_index
             if stage > 0:
                 source, local = self.ranks[stage - 1], iter(_as_tuple(output))
-                likes = [ids[name] for name in self.cut.received(stage)]
+                likes = [ids.get(name) for name in self.cut.received(stage)]
                 received = [
                     None if like is None else next(local) if source == here else self._receive(like.shape, source)
                     for like in likes

@@ -22,14 +22,7 @@ from megalith.parallel.styles import (
     vocab_parallel_loss,
 )
 
-PLAN: Plan = {
-    "embedding": vocab_parallel_embedding,
-    "position_embedding": sequence_parallel_embedding,
-    "encoder_dropout": sequence_parallel_dropout,
-    "decoder_dropout": sequence_parallel_dropout,
-    "encoder_bias": relative_bias,
-    "decoder_bias": relative_bias,
-    **LAYERS,
+CROSS: Plan = {
     "layers.*.cross_norm": replicated_norm,
     "layers.*.cross_attention.core": core_attention,  # before q, whose heads it counts
     "layers.*.cross_attention.shared_input": shared_input,
@@ -39,6 +32,16 @@ PLAN: Plan = {
     "layers.*.cross_attention.v": heads,
     "layers.*.cross_attention.out": row,
     "layers.*.cross_dropout": sequence_parallel_dropout,
+}
+PLAN: Plan = {
+    "embedding": vocab_parallel_embedding,
+    "position_embedding": sequence_parallel_embedding,
+    "encoder_dropout": sequence_parallel_dropout,
+    "decoder_dropout": sequence_parallel_dropout,
+    "encoder_bias": relative_bias,
+    "decoder_bias": relative_bias,
+    **LAYERS,
+    **CROSS,
     "encoder_norm": replicated_norm,
     "memory": copy_to_region,
     "final_norm": replicated_norm,

@@ -86,6 +86,9 @@ biencoder: --ict-head-size 128; --biencoder-projection-dim 0; --biencoder-shared
  --retriever-score-scaling; --block-data-path a; --embedding-path a; --indexer-batch-size 128;
  --indexer-log-interval 1000
 tasks: --task RACE; --train-data a b; --valid-data a b; --epochs 3; --pretrained-checkpoint a
+retro: --retro-workdir a; --retro-project-dir a; --retro-add-retriever; --retro-encoder-layers 2
+ --retro-encoder-hidden-dropout 0.1; --retro-encoder-attention-dropout 0.1; --retro-num-neighbors 2
+ --retro-num-retrieved-chunks 2; --retro-return-doc-ids; --retro-attention-gate 1; --retro-gpt-chunk-length 64
 old names: --batch-size 2; --warmup 0.01; --model-parallel-size 1
 """
 WORDS = [
@@ -96,7 +99,8 @@ WORDS = [
 ]
 REFUSED = """
 --fp32-residual-connection; --data-parallel-random-init; --load-tag global_step10; --wandb-entity-name a;
---wandb-project-name a; --num-experts 4
+--wandb-project-name a; --num-experts 4; --retro-cyclic-train-iters 5; --retro-attention-gate 0;
+--retro-no-verify-neighbor-count
 """
 ELSEWHERE = {  # flags of other programs in the same documents
     "--json-key",

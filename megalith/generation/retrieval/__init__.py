@@ -1,0 +1,1 @@
+"""Text of a Retro: what it reads of neighbours while it writes."""

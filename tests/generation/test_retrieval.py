@@ -1,0 +1,133 @@
+"""Text of a Retro, written token by token with its neighbours, against one forward pass over all of it."""
+
+import pytest
+import torch
+
+from megalith.common.errors import ConfigError
+from megalith.config.sections.model import ModelConfig
+from megalith.generation.cached_attention import PrefillChunk
+from megalith.generation.engine import Engine
+from megalith.generation.generate import complete, score
+from megalith.generation.model import TextModel
+from megalith.generation.parallel.runner import runner_of
+from megalith.generation.request import Request
+from megalith.generation.sampling import SamplingParams
+from megalith.runtime.build import build_model
+
+M, VOCABULARY = 5, 40  # chunks that do not divide the 128 tokens that are read at one time
+BASE = {
+    "model_type": "retro", "num_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": VOCABULARY,
+    "max_position_embeddings": 200, "retro_layer_numbers": [2, 3], "retro_gpt_chunk_length": M,
+    "hidden_dropout": 0.0, "attention_dropout": 0.0, "init_method_std": 0.3,
+}  # fmt: skip
+FORMS = {
+    "absolute": {},
+    "rotary": {"position_embedding_type": "rope", "num_query_groups": 2, "normalization": "RMSNorm"},
+}
+
+
+def neighbors_of(chunk: list[int]) -> list[list[int]]:
+    """0 to 3 neighbours of 1 to 12 tokens, by the chunk alone: fewer and more than the model reads."""
+    generator = torch.Generator().manual_seed(sum(token * 41**place for place, token in enumerate(chunk)) % 2**31)
+    count = int(torch.randint(4, (), generator=generator))
+    return [
+        torch.randint(VOCABULARY, (int(torch.randint(1, 13, (), generator=generator)),), generator=generator).tolist()
+        for _ in range(count)
+    ]
+
+
+def make(form: str) -> TextModel:
+    model = build_model(ModelConfig(**BASE | FORMS[form]), torch.device("cpu"), torch.float64, seed=5)
+    return TextModel(model, retriever=neighbors_of)
+
+
+def teacher_forced(model: TextModel, ids: list[int]) -> torch.Tensor:
+    """Logits [tokens, V] of a forward pass over all tokens, with the neighbours of every whole chunk."""
+    c = model.config
+    chunks = len(ids) // M
+    tokens = torch.zeros(1, chunks, c.retro_num_neighbors, c.retrieved_length, dtype=torch.int64)
+    mask = torch.zeros_like(tokens)
+    for number in range(chunks):
+        for place, found in enumerate(neighbors_of(ids[number * M : (number + 1) * M])[: c.retro_num_neighbors]):
+            found = found[: c.retrieved_length]
+            tokens[0, number, place, : len(found)] = torch.tensor(found)
+            mask[0, number, place, : len(found)] = 1
+    with torch.no_grad():
+        return model(torch.tensor([ids]), neighbor_tokens=tokens, neighbor_mask=mask)[0]
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(VOCABULARY, (n,), generator=generator).tolist() for n in (1, M - 1, M, 2 * M + 2, 131)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_written_tokens_have_the_logits_of_a_whole_pass(form):
+    model = make(form)
+    options = {"max_new_tokens": 3 * M + 1, "logprobs": True, "prompt_logprobs": True, "seed": 3}
+    for found in complete(model, prompts(), **options, batch_size=3):  # rows are taken again by the last two
+        ids = [*found.prompt_ids, *found.ids]
+        expected = teacher_forced(model, ids).log_softmax(-1).gather(1, torch.tensor([*ids[1:], 0])[:, None])[:-1, 0]
+        measured = torch.tensor([*found.prompt_logprobs, *found.logprobs], dtype=torch.float64)
+        torch.testing.assert_close(measured, expected, rtol=2e-6, atol=2e-6)  # measured in float32
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_logits_of_prompts_in_pieces_and_of_single_tokens(form):
+    """In float64, two rows of different lengths, one of which is read in pieces that end inside chunks."""
+    model, (_, _, _, short, long) = make(form), prompts()
+    runner, texts = runner_of(model, 2, 64), (long, short)
+    pieces = [(0, 0, 13), (0, 13, 15), (1, 0, 3), (0, 15, 32)]  # row, first token, last + 1
+    found: list[list[torch.Tensor]] = [[], []]
+    for row, first, last in pieces:
+        ids = texts[row][first:last]
+        found[row] += runner.prefill([PrefillChunk(row, ids, first, keep=len(ids))])
+    for place in range(3, len(short)):
+        both = runner.decode([0, 1], [long[32 + place - 3], short[place]], [32 + place - 3, place])
+        found[0].append(both[0])
+        found[1].append(both[1])
+    for row, text in enumerate(texts):
+        text = text[: len(found[row])]
+        torch.testing.assert_close(torch.stack(found[row]), teacher_forced(model, text), rtol=1e-10, atol=1e-10)
+
+
+def test_the_retriever_is_asked_once_for_each_whole_chunk():
+    asked, model = [], make("absolute")
+    model.retriever = lambda chunk: asked.append(list(chunk)) or neighbors_of(chunk)
+    (found,) = complete(model, [prompts()[3]], max_new_tokens=2 * M, greedy=True)
+    ids = [*found.prompt_ids, *found.ids[:-1]]  # the last token is read by no call
+    assert asked == [ids[first : first + M] for first in range(0, len(ids) // M * M, M)]
+
+
+def test_without_a_retriever_it_writes_as_a_gpt():
+    with_neighbors, model = make("absolute"), make("absolute")
+    model.retriever = None
+    text = prompts()[4]
+    with torch.no_grad():
+        expected = model(torch.tensor([text]))[0].log_softmax(-1)
+    (found,) = score(model, [text])
+    alone = expected[:-1].gather(1, torch.tensor(text[1:])[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), alone, rtol=2e-6, atol=2e-6)
+    assert max(abs(one - other) for one, other in zip(found, score(with_neighbors, [text])[0])) > 1e-3
+
+
+def test_equal_prompts_are_read_each_for_itself():
+    """What a row holds of neighbours is not copied with its keys and values."""
+    model = make("absolute")
+    engine, text = Engine(model, max_batch_size=2, max_length=160), prompts()[4]
+    events = {}
+    for _ in range(3):
+        number = engine.add(Request(prompt_ids=text, params=SamplingParams(max_new_tokens=8, temperature=0.0)))
+        while engine.busy:
+            for event in engine.step():
+                events.setdefault(number, []).append(event.token)
+    assert len({tuple(tokens) for tokens in events.values()}) == 1
+    assert not engine.prefill.prefix_caching
+
+
+def test_what_a_retriever_excludes_is_said():
+    model = make("absolute")
+    with pytest.raises(ConfigError, match="--beam-width must be left out with a retriever"):
+        complete(model, [[1, 2]], beam_width=2, max_new_tokens=2)
+    with pytest.raises(ConfigError, match="A retriever is for one process, and not for --compile"):
+        Engine(model, max_batch_size=1, compile=True)
