@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import pathlib
+import random
 import re
 import subprocess
 import sys
@@ -20,6 +21,18 @@ import time
 
 from megalith.data.corpus.bpe import train_bpe
 from megalith.workflows.corpus import write_corpus
+
+
+def write_texts(path: pathlib.Path, megabytes: float) -> None:
+    """So much text: what the machine has, and then the same documents again with their lines shuffled."""
+    write_corpus(path, megabytes)
+    documents = path.read_text(encoding="utf-8").splitlines()
+    size, generator = path.stat().st_size, random.Random(1)
+    with open(path, "a", encoding="utf-8") as file:
+        while size < megabytes * 1e6:
+            lines = json.loads(documents[generator.randrange(len(documents))])["text"].splitlines()
+            generator.shuffle(lines)
+            size += file.write(json.dumps({"text": "\n".join(lines)}) + "\n")
 
 
 def write_bert(folder: pathlib.Path, words: list[str], hidden_size: int, num_layers: int) -> None:
@@ -60,7 +73,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        write_corpus(folder / "corpus.jsonl", megabytes=args.megabytes)
+        write_texts(folder / "corpus.jsonl", args.megabytes)
         with open(folder / "corpus.jsonl", encoding="utf-8") as file:
             sample = file.read(2_000_000)
         train_bpe([sample], 8192, folder / "tokenizer.json")

@@ -168,7 +168,7 @@ def _build(
                 config.data.data_path[0], config.data.titles_data_path, embedder.tokenizer, length,
                 one_sentence=config.data.use_one_sent_docs, seed=config.batch.seed,
             )  # fmt: skip
-        options = {name: numbers[name] for name in ("batch_size", "shard_rows") if numbers[name]}
+        options: dict[str, Any] = {name: numbers[name] for name in ("batch_size", "shard_rows") if numbers[name]}
         plan = build(embedder, source, output, notice=notice, **options)
         if embedder.runtime.mesh.is_main_process:
             print(f"{output}: {plan.rows} vectors of {plan.width} in {plan.shards} shards", flush=True)
