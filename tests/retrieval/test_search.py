@@ -14,8 +14,8 @@ from megalith.retrieval.search import ExactIndex, FaissIndex, build_faiss, measu
 from megalith.retrieval.store import Plan, Store
 
 
-def make_store(folder, vectors, shard_rows=300) -> Store:
-    plan = Plan(len(vectors), vectors.shape[1], shard_rows, ("id",), {"kind": "none"})
+def make_store(folder, vectors, shard_rows=300, **settings) -> Store:
+    plan = Plan(len(vectors), vectors.shape[1], shard_rows, ("id",), {"kind": "none"}, settings=settings)
     for shard in store.begin(folder, plan):
         here = plan.range_of(shard)
         store.write_shard(folder, shard, vectors[here.start : here.stop], np.array(here)[:, None])
@@ -45,6 +45,33 @@ def test_exact_search_is_brute_force(tmp_path_factory, rows, k, shard_rows, kind
         best, where = ExactIndex(found, cache).search(queries, k)
         np.testing.assert_array_equal(where, order)
         np.testing.assert_array_equal(best, np.take_along_axis(scores, order, axis=1))
+
+
+@pytest.mark.parametrize("name", [None, "Flat"])
+def test_by_distance(tmp_path, name):
+    """Of whole numbers, so that distances are exact; the best first, with their negative squared distances."""
+    random = np.random.RandomState(3)
+    vectors, queries = (random.randint(-9, 10, (rows, 4)).astype(np.float32) for rows in (50, 6))
+    found = make_store(tmp_path, vectors, 20, metric="l2")
+    scores = -((queries[:, None] - vectors[None]) ** 2).sum(axis=2)
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :7]
+    best, where = (build_faiss(found, name) if name else ExactIndex(found)).search(torch.from_numpy(queries), 7)
+    np.testing.assert_array_equal(best, np.take_along_axis(scores, order, axis=1))
+    np.testing.assert_array_equal(np.take_along_axis(scores, where, axis=1), best)
+    if name is None:  # FAISS takes any of equal ones
+        np.testing.assert_array_equal(where, order)
+
+
+def test_a_damaged_faiss_index_is_named_and_built_again(tmp_path):
+    store_ = make_store(tmp_path, np.eye(9, 4, dtype=np.float32))
+    path = build_faiss(store_, "Flat").path
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert list(store.verify(tmp_path)) == [(path.name, "has another checksum than when it was written")]
+    lines = []
+    build_faiss(store_, "Flat", notice=lines.append)
+    assert lines == [f"{path} has another checksum than when it was written: it is built again"]
+    assert path.read_bytes() == content and list(store.verify(tmp_path)) == []
 
 
 def test_chunks_change_nothing(clustered, monkeypatch):

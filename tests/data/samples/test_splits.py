@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megalith.common.errors import ConfigError
-from megalith.data.samples.splits import split_bounds
+from megalith.data.samples.splits import normal_split, split_bounds
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,8 @@ def test_core_covers_every_document_once(numbers, size):
     bounds = split_bounds(",".join(map(str, numbers)), size)
     assert bounds[0][0] == 0 and bounds[2][1] == size
     assert all(begin <= end for begin, end in bounds) and bounds[0][1] == bounds[1][0] and bounds[1][1] == bounds[2][0]
+
+
+@pytest.mark.parametrize("split", ["969, 30, 1", "969,30,1", " 969/30/1", "969 30 1,"])
+def test_a_split_is_one_however_it_is_spelled(split):
+    assert normal_split(split) == "969,30,1"
