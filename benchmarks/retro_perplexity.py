@@ -20,6 +20,7 @@ import statistics
 import tempfile
 
 import numpy as np
+import tokenizers
 import torch
 import transformers
 
@@ -57,7 +58,15 @@ def write_bert(folder: pathlib.Path, seed: int) -> str:
     )  # fmt: skip
     transformers.BertForPreTraining(config).save_pretrained(folder)
     (folder / "vocab.txt").write_text("\n".join(words))
-    transformers.BertTokenizerFast(vocab_file=str(folder / "vocab.txt")).save_pretrained(folder)
+    tokenizer = tokenizers.BertWordPieceTokenizer(str(folder / "vocab.txt"))
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        sep_token="[SEP]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        mask_token="[MASK]",
+    ).save_pretrained(folder)
     return str(folder)
 
 
