@@ -150,20 +150,21 @@ def _evaluate(args: argparse.Namespace, task: str | None, models: Sequence[str],
 
     owns_group, records = not dist.is_initialized(), list[Record]()
     for args.load in models:
-        started = time.monotonic()
+        started, shown = time.monotonic(), model_name(args)
         model = load_model(args)
         results = measured(model, task, made, options, args)
         settings = {name: value for name, value in dataclasses.asdict(options).items() if value is not None}
         settings["dtype"] = args.dtype
-        settings |= {name: getattr(args, name) for name in (*LAYOUT, CONTEXT) if getattr(args, name)}
+        named = ("ckpt_step", "adapter", *LAYOUT, CONTEXT)
+        settings |= {each: getattr(args, each) for each in named if getattr(args, each) is not None}
         for name, result in results.items():
-            about = {"model": args.load, "task": name, "files": args.valid_data, "settings": settings}
+            about = {"model": shown, "task": name, "files": args.valid_data, "settings": settings}
             record = record_of(result, **about, seconds=round(time.monotonic() - started, 3))
             records.append(record)
             for note in record["notes"] if writes else ():
-                print(f"megalith: {args.load}: {note}", file=sys.stderr, flush=True)
+                print(f"megalith: {shown}: {note}", file=sys.stderr, flush=True)
             if args.examples:
-                about = {"model": args.load, "task": name}
+                about = {"model": shown, "task": name}
                 lines += [json.dumps(about | each, ensure_ascii=False, default=str) + "\n" for each in result.examples]
         if writes:  # after each model, so that a later one that fails takes nothing with it
             texts = {
@@ -180,6 +181,16 @@ def _evaluate(args: argparse.Namespace, task: str | None, models: Sequence[str],
         for table in tables([*earlier, *records]):
             print_table(table)
     return 0
+
+
+def model_name(args: argparse.Namespace) -> str:
+    """What records call the model: its path, with what else says which weights these are."""
+    parts = [args.load]
+    if args.ckpt_step is not None:
+        parts.append(f"step {args.ckpt_step}")
+    if args.adapter is not None:
+        parts.append(f"adapter {args.adapter}")
+    return ", ".join(parts)
 
 
 def measured(
