@@ -64,7 +64,8 @@ class Metrics(Callback):
     def on_validation(self, run: RunInfo, record: ValidationRecord) -> None:
         """Append the validation; its keys begin with the name of the split, to tell them from a step's."""
         if self.file:
-            line: dict[str, Any] = {"step": record.step, f"{record.split}_loss": record.total_loss}
+            line: dict[str, Any] = {"step": record.step}
+            line |= {f"{record.split}_loss": record.total_loss} if record.losses else {}
             line |= {f"{record.split}_losses": record.losses} if len(record.losses) > 1 else {}
             line |= {f"{record.split}_metrics": record.metrics} if record.metrics else {}
             line |= {"seconds": record.seconds, "consumed_samples": record.consumed_samples}
