@@ -57,7 +57,9 @@ def _from_file(file: pathlib.Path, called: str, arguments: Sequence[str]) -> tup
     found = [training for words in commands if (training := find_training(words)) is not None]
     if not found:
         started = ", ".join(dict.fromkeys(pathlib.PurePath(words[0]).name for words in commands)) or "nothing"
-        rule = f"must start a training: pretrain_gpt.py and the like, megalith pretrain, or finetune; it starts {started}"
+        rule = (
+            f"must start a training: pretrain_gpt.py and the like, megalith pretrain, or finetune; it starts {started}"
+        )
         raise ConfigError(problem("--from-script", called, rule, "Name the script that does, with what it needs set"))
     if any((each.verb, each.words) != (found[0].verb, found[0].words) for each in found):
         rule = f"must start one training; it starts {len(found)} that differ"

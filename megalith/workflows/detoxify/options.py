@@ -51,7 +51,9 @@ class DetoxifyOptions:
     global_batch_size: int = option(512, "sequences of a training step", minimum=1)
     train_iters: int | None = option(None, "training steps (default: one pass over what is kept)", minimum=1)
     lr: float = option(2e-5, "learning rate, which is constant")
-    train_flags: str = option("", "more flags of `megalith pretrain`, in quotes; they count over those above")
+    train_flags: str = option(
+        "", 'more flags of `megalith pretrain`, which count over those above: --train-flags="--bf16 --lora-rank 8"'
+    )
     batch_size: int = option(32, "texts that are written at one time", minimum=1)
     dtype: str = option("float32", "in which texts are written and measured: float32, bfloat16 or float16")
     device: str = option("auto", "auto, cpu, cuda or xpu")

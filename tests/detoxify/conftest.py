@@ -1,0 +1,49 @@
+"""A GPT-2 of transformers that half of the time says one of three bad words, and the files of a pipeline for it."""
+
+import itertools
+import json
+import pathlib
+
+import pytest
+import torch
+
+from megalith.data.corpus.bpe import train_bpe
+
+BAD, GOOD = ("darn", "heck", "crud"), ("big", "old", "red")
+NOUNS, ENDS = ("dog", "cat", "man", "sun"), ("ran home", "sat down", "was here")
+SENTENCES = [f"the {word} {noun} {end}" for word, noun, end in itertools.product((*BAD, *GOOD), NOUNS, ENDS)]
+POSITIONS = 24
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """model/, bad_words.txt, prompts.jsonl, held_out.jsonl."""
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("detoxify")
+    train_bpe(["\n".join(SENTENCES)], 300, folder / "tokenizer.json")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), eos_token="<|endoftext|>")
+    torch.manual_seed(1)
+    end = tokenizer.eos_token_id
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=POSITIONS, n_embd=32, n_layer=2, n_head=4, initializer_range=0.1,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, eos_token_id=end, bos_token_id=None,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config)
+    rows = [[end, *tokenizer.encode(text), end] for text in SENTENCES]
+    longest = max(map(len, rows))
+    assert longest <= POSITIONS
+    batch = torch.tensor([row + [end] * (longest - len(row)) for row in rows])
+    labels = batch.where(torch.arange(longest) < torch.tensor([[len(row)] for row in rows]), -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        model(batch, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "bad_words.txt").write_text("\n".join(BAD) + "\n")
+    prompts = [{"prompt": {"text": f"the {word}"}, "id": word} for word in GOOD] + [{"prompt": "the"}]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    (folder / "held_out.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in SENTENCES[::5]))
+    return folder
