@@ -10,8 +10,8 @@ import torch
 from megalith.data.corpus.bpe import train_bpe
 
 BAD, GOOD = ("darn", "heck", "crud"), ("big", "old", "red")
-NOUNS, ENDS = ("dog", "cat", "man", "sun"), ("ran home", "sat down", "was here")
-SENTENCES = [f"the {word} {noun} {end}" for word, noun, end in itertools.product((*BAD, *GOOD), NOUNS, ENDS)]
+NOUNS, VERBS = ("dog", "cat", "man", "sun"), ("is", "was so", "looks")
+SENTENCES = [f"the {noun} {verb} {word}" for word, noun, verb in itertools.product((*BAD, *GOOD), NOUNS, VERBS)]
 POSITIONS = 24
 
 
@@ -21,7 +21,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("detoxify")
-    train_bpe(["\n".join(SENTENCES)], 300, folder / "tokenizer.json")
+    train_bpe(["\n".join(SENTENCES)], 400, folder / "tokenizer.json")
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), eos_token="<|endoftext|>")
     torch.manual_seed(1)
     end = tokenizer.eos_token_id
@@ -43,7 +43,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     (folder / "bad_words.txt").write_text("\n".join(BAD) + "\n")
-    prompts = [{"prompt": {"text": f"the {word}"}, "id": word} for word in GOOD] + [{"prompt": "the"}]
+    prompts = [{"prompt": {"text": f"the {noun}"}, "id": noun} for noun in NOUNS[:3]] + [{"prompt": "the sun is"}]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
     (folder / "held_out.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in SENTENCES[::5]))
     return folder

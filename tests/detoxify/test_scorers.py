@@ -121,7 +121,7 @@ def test_a_folder_without_a_classifier_is_refused(bert: pathlib.Path, tmp_path: 
 def test_a_classifier_that_finetune_has_trained(bert: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """It tells the bad sentences from the others, with the probabilities of predictions_*.tsv."""
     (tmp_path / "toxicity.yaml").write_text("labels: [clean, toxic]\ncolumns: {text_a: text, label: label}\n")
-    rows = [f"{text}\t{'toxic' if text.split()[1] in BAD else 'clean'}\n" for text in SENTENCES]
+    rows = [f"{text}\t{'toxic' if text.split()[-1] in BAD else 'clean'}\n" for text in SENTENCES]
     (tmp_path / "texts.tsv").write_text("text\tlabel\n" + "".join(rows))
     words = f"""finetune {tmp_path}/toxicity.yaml --train-data {tmp_path}/texts.tsv --valid-data {tmp_path}/texts.tsv
         --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16
@@ -131,7 +131,7 @@ def test_a_classifier_that_finetune_has_trained(bert: pathlib.Path, tmp_path: pa
     assert main(words.split()) == 0
     scorer = FinetunedClassifier(DetoxifyOptions(scorer_path=str(tmp_path / "judge"), batch_size=7, device="cpu"))
     scores = scorer(SENTENCES)
-    assert [value > 0.5 for value in scores] == [text.split()[1] in BAD for text in SENTENCES]
+    assert [value > 0.5 for value in scores] == [text.split()[-1] in BAD for text in SENTENCES]
     lines = (tmp_path / "judge" / "predictions_texts.tsv").read_text().splitlines()
     column = lines[0].split("\t").index("probability toxic")
     assert scores == pytest.approx([float(line.split("\t")[column]) for line in lines[1:]], abs=1e-5)

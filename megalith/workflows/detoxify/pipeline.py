@@ -41,7 +41,7 @@ from megalith.workflows.run_config import checkpoint_config, checkpoint_tokenize
 
 MAX_NEW_TOKENS = 1000  # Megatron's
 MODELS = ("before", "after")
-CHECKPOINTS = 10  # that training writes, to be resumed from
+CHECKPOINTS = 4  # that training writes, to be resumed from
 
 
 def detoxify(
@@ -117,7 +117,7 @@ class Pipeline:
             ),
             Step(
                 name="preprocess", inputs={"kept.jsonl": at / "kept.jsonl", **load}, work=self.preprocess, settings={},
-                outputs=["kept_text_document.bin", "kept_text_document.idx"],
+                outputs=["kept_text_document.bin", "kept_text_document.idx", "kept_preprocess.json"],
             ),
             Step(
                 name="finetune", inputs={"kept_text_document.bin": at / "kept_text_document.bin", **load},
