@@ -152,6 +152,12 @@ def test_another_setting_is_an_error_and_overwrite_makes_it_anew(
     (tmp_path / "out" / "kept.jsonl").write_text(kept)
     status, _, told = command(place, tmp_path / "out", *steps, "--keep-fraction", 0.25)
     assert status == 1 and "kept.jsonl changed" in told
+    (tmp_path / "out" / "state" / "score.json").write_text("{")
+    status, _, told = command(place, tmp_path / "out", "--steps", "score")
+    assert status == 1 and "score.json'. Remove it, and add --overwrite" in told
+    (tmp_path / "out" / "state" / "score.json").unlink()
+    status, _, told = command(place, tmp_path / "out", "--steps", "score")
+    assert status == 1 and "scored, which it has not made. Add --overwrite" in told
     status, _, told = command(place, tmp_path / "out", "--steps", "report")
     assert status == 1 and "measured must be there for step report" in told and "Do the steps before it" in told
 

@@ -58,8 +58,8 @@ class State:
         """
         mark = self.marks / f"{step.name}.json"
         wanted = {"settings": plain(step.settings), "inputs": self.fingerprints(step)}
-        found = json.loads(mark.read_text(encoding="utf-8")) if mark.exists() else None
-        if found is not None and (difference := self.difference(step, found, wanted)):
+        found = read(mark)
+        if difference := self.difference(step, found, wanted):
             if not overwrite:
                 cure = "Add --overwrite, which makes it and what follows anew, or choose another --output"
                 rule = "must be as when it was begun, because what is made is not replaced unasked"
@@ -79,12 +79,15 @@ class State:
     def describe(self, step: Step) -> str:
         """Whether a step is done, in a line."""
         mark = self.marks / f"{step.name}.json"
-        found = json.loads(mark.read_text(encoding="utf-8")) if mark.exists() else None
+        found = read(mark)
         state = "to do" if found is None else "begun" if found["outputs"] is None else "done"
         return f"{step.name}: {state}, {', '.join(step.outputs)}"
 
-    def difference(self, step: Step, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-        """The first thing in which a step is not as it was; "" where there is none."""
+    def difference(self, step: Step, found: Mapping[str, Any] | None, wanted: Mapping[str, Any]) -> str:
+        """The first thing in which a step is not as it was; "" where there is none. found: None before it begins."""
+        if found is None:
+            there = [self.folder / name for name in step.outputs if (self.folder / name).exists()]
+            return f"{there[0]}, which it has not made" if there else ""
         for name in dict.fromkeys((*found["settings"], *wanted["settings"])):
             old, new = found["settings"].get(name), wanted["settings"].get(name)
             if old != new:
@@ -117,6 +120,19 @@ class State:
                 raise DataError(problem(name, str(path), rule, cure))
             found[name] = fingerprint(path)
         return found
+
+
+def read(mark: pathlib.Path) -> dict[str, Any] | None:
+    """What a mark says; None where there is none. Raises DataError for one that this verb has not written."""
+    try:
+        found = json.loads(mark.read_text(encoding="utf-8"))
+        _ = found["settings"], found["inputs"], found["outputs"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        rule = f"must be a file of this verb ({type(error).__name__}: {error})"
+        raise DataError(problem("A step", str(mark), rule, "Remove it, and add --overwrite")) from None
+    return found
 
 
 def fingerprint(path: str | pathlib.Path) -> str:
