@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Iterable
 
-from megalith.cli.data_preprocess import add_limit, add_tokenizer_arguments, tokenizer_options
+from megalith.cli.data.preprocess import add_limit, add_tokenizer_arguments, tokenizer_options
 from megalith.workflows import datasets
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from typing import Any
 
-from megalith.cli.data_preprocess import add_limit, add_tokenizer_arguments, tokenizer_options
+from megalith.cli.data.preprocess import add_limit, add_tokenizer_arguments, tokenizer_options
 from megalith.config.flags.text import flag, value_text
 from megalith.curation.commands import EXAMPLES, HELP, SETTINGS
 

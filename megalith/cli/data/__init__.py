@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megalith.cli import data_care, data_corpus, data_preprocess
+from megalith.cli.data import care, corpus, preprocess
 
 
 def register(subparsers) -> None:
@@ -14,8 +14,8 @@ def register(subparsers) -> None:
         epilog="example: megalith data preprocess --help",
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    preprocess = verbs.add_parser("preprocess", help="raw files to .bin/.idx")
-    data_preprocess.add_arguments(preprocess)
-    preprocess.set_defaults(handler=data_preprocess.run)
-    data_corpus.register(verbs)
-    data_care.register(verbs)
+    parser = verbs.add_parser("preprocess", help="raw files to .bin/.idx")
+    preprocess.add_arguments(parser)
+    parser.set_defaults(handler=preprocess.run)
+    corpus.register(verbs)
+    care.register(verbs)
