@@ -56,8 +56,7 @@ class EvaluateTasks(Callback):
         """
         config = trainer.runtime.config
         self.progress, self.listeners, self.due = progress, listeners, due
-        self.scorer = Scorer(TextModel(trainer.runtime.stages[0].model, tokenizer, config, (), trainer.runtime),
-                             config.batch.micro_batch_size)  # fmt: skip
+        self.scorer = Scorer(TextModel.of(trainer.runtime), config.batch.micro_batch_size)
         length = sequence_length(config.data.seq_length, self.scorer.limit)
         wanted = parse(config.validation.eval_tasks)
         made = Ranks().on_every_rank(lambda: [prepare(each, tokenizer, length) for each in wanted])
@@ -86,19 +85,18 @@ class EvaluateTasks(Callback):
             return
         self.measured = self.progress.iteration
         for name, prepared in self.tasks.items():
-            started = time.perf_counter()
+            started, exchanged = time.perf_counter(), False
             try:
-                result = prepared.conclude(self.scorer(prepared.samples))
+                scores = self.scorer(prepared.samples)
+                exchanged = True
+                result = prepared.conclude(scores)
             except Exception as error:
-                if run.world_size > 1 and not isinstance(error, MegalithError):
-                    raise  # of this process alone: the others wait in the middle of a batch
-                text = error if isinstance(error, MegalithError) else traceback.format_exc()
+                if run.world_size > 1 and not exchanged and not isinstance(error, MegalithError):
+                    raise  # of this process alone, perhaps: the others wait in the middle of a batch
                 if run.writes:
-                    print(
-                        f"megalith: {name} at step {self.measured} was not measured: {text}",
-                        file=sys.stderr,
-                        flush=True,
-                    )
+                    text = error if isinstance(error, MegalithError) else traceback.format_exc()
+                    line = f"megalith: {name} at step {self.measured} was not measured: {text}"
+                    print(line, file=sys.stderr, flush=True)
                 continue
             record = ValidationRecord(
                 step=self.measured, consumed_samples=self.progress.consumed_train_samples, losses={},
