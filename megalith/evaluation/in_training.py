@@ -59,8 +59,14 @@ class EvaluateTasks(Callback):
         self.scorer = Scorer(TextModel.of(trainer.runtime), config.batch.micro_batch_size)
         length = sequence_length(config.data.seq_length, self.scorer.limit)
         wanted = parse(config.validation.eval_tasks)
-        made = Ranks().on_every_rank(lambda: [prepare(each, tokenizer, length) for each in wanted])
-        self.tasks: dict[str, Prepared] = dict(zip(names_of(wanted), made))
+        self.tasks, failed = dict[str, Prepared](), list[MegalithError]()
+        for name, each in zip(names_of(wanted), wanted):
+            try:
+                self.tasks[name] = prepare(each, tokenizer, length)
+            except MegalithError as error:  # of this process alone, where the others have the file
+                failed.append(type(error)(f"{FLAG} {each.task}={each.file}: {error}"))
+        if first := Ranks().collect(lambda: failed, lambda found: next(filter(None, found), None)):
+            raise first[0]
         self.measured: int | None = None
 
     def on_start(self, run: RunInfo) -> None:

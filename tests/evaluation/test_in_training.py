@@ -124,7 +124,7 @@ def test_what_is_no_task_is_told(text: str) -> None:
 def test_what_a_task_cannot_read_is_told_before_the_first_step(
     gpt2: pathlib.Path, data: str, tmp_path: pathlib.Path
 ) -> None:
-    with pytest.raises(DataError, match="must be a readable file"):
+    with pytest.raises(DataError, match=r"--eval-tasks ppl=nowhere.txt: .* must be a readable file"):
         train(config_of(gpt2, data, tmp_path / "run", eval_tasks=["ppl=nowhere.txt"]))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
