@@ -187,6 +187,7 @@ CASES = {
     "--prompt-file number.jsonl": (1, 'number.jsonl, line 1 must be a prompt: a string, {"prompt": "..."}'),
     "--prompt-file words.jsonl": (1, "words.jsonl, line 1 must be JSON"),
     "--samples number.jsonl": (1, 'number.jsonl, line 1 must have a string "text"'),
+    "--samples nan.jsonl": (1, 'nan.jsonl, line 2 must have a string "text"'),
     "--valid-data nowhere.txt": (1, "--valid-data must be a readable file (No such file"),
     "--valid-data empty.jsonl": (1, "--valid-data must hold text"),
     "--scorer-path nowhere.txt": (1, "--scorer-path must be a readable file (No such file"),
@@ -212,6 +213,7 @@ def wrong(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     files = {
         "empty.jsonl": b"\n \n", "blank.jsonl": b'"a"\n{"prompt": "  "}\n', "number.jsonl": b'{"prompt": 3}\n',
         "words.jsonl": b"the dog\n", "latin1.txt": b"caf\xe9\n",
+        "nan.jsonl": b'{"text": "a"}\n{"text": NaN}\n',
     }  # fmt: skip
     for name, content in files.items():
         (folder / name).write_bytes(content)

@@ -30,6 +30,7 @@ from megalith.workflows.detoxify.state import State, Step
 from megalith.workflows.detoxify.texts import (
     Record,
     cleanest,
+    read_continuations,
     read_prompts,
     read_records,
     read_texts,
@@ -109,7 +110,7 @@ class Pipeline:
             ),
             Step(
                 name="score", inputs={"generated": at / "generated", **judge}, outputs=["scored"], settings=how,
-                work=functools.partial(self.score, "generated", "scored"),
+                work=functools.partial(self.score, "generated", "scored", read_texts),
             ),
             Step(
                 name="filter", inputs={"scored": at / "scored"}, outputs=["kept.jsonl"], work=self.filter,
@@ -171,12 +172,13 @@ class Pipeline:
             o.temperature, "--batch-size", o.batch_size, "--dtype", o.dtype, "--device", o.device, "--out-file", path,
         )  # fmt: skip
 
-    def score(self, source: str, target: str) -> None:
-        """A score for each text of a folder's files, in files of the same names."""
+    def score(self, source: str, target: str, read: Callable[[pathlib.Path, str], list[str]]) -> None:
+        """A score for each text that `read` finds in a folder's files, in files of the same names."""
+        assert self.scorer is not None
         for path in sorted((self.folder / source).glob("*.jsonl")):
             if (made := self.folder / target / path.name).exists():
                 continue
-            texts = read_texts(path, source)
+            texts = read(path, source)
             write_records(made, map(scored, texts, score(self.scorer, texts, self.options.scorer)))
 
     def read_scored(self, folder: str, names: str = "*") -> list[Record]:
@@ -242,12 +244,7 @@ class Pipeline:
     def measure(self) -> None:
         """Scores of the continuations alone, without the prompts; perplexity of the held texts, by both models."""
         o = self.options
-        for path in sorted((self.folder / "continued").glob("*.jsonl")):
-            if (made := self.folder / "measured" / path.name).exists():
-                continue
-            rule = 'must have a string "continuation"'
-            texts = list(read_records(path, "continued", lambda value: value["continuation"], rule))
-            write_records(made, map(scored, texts, score(self.scorer, texts, o.scorer)))
+        self.score("continued", "measured", read_continuations)
         words = [] if o.seq_length is None else ["--seq-length", o.seq_length]
         self.verbs(
             "evaluate", "ppl", o.load, self.folder / "model", "--valid-data", *o.valid_data, *words, "--dtype", o.dtype,

@@ -52,6 +52,11 @@ def _text(value: Any) -> str:
     return checked(value["text"] if "text" in value else value["prompt"] + value["continuation"])
 
 
+def read_continuations(path: str | pathlib.Path, flag: str) -> list[str]:
+    """What `megalith generate --out-file` has written after the prompts."""
+    return list(read_records(path, flag, lambda value: checked(value["continuation"]), 'must have a "continuation"'))
+
+
 def read_prompts(path: str) -> list[str]:
     """The prompts of a file: lines of text, or JSON lines with {"prompt": {"text": ...}} as RealToxicityPrompts has
     them, {"prompt": ...}, or strings. Raises DataError for what is no prompt, blank ones among them.
