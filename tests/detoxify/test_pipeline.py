@@ -1,6 +1,7 @@
 """`megalith detoxify`: a model becomes less toxic, at a price that is stated, also where it was killed at any step."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import pathlib
@@ -11,7 +12,7 @@ import pytest
 from megalith.cli.main import main
 from megalith.reports.table import number_text
 from megalith.workflows.detoxify.options import STEPS
-from megalith.workflows.detoxify.state import State, fingerprint
+from megalith.workflows.detoxify.state import State, Step, fingerprint
 from megalith.workflows.detoxify.toxicity import EXPECTED
 from megalith.workflows.detoxify.verbs import Verbs
 
@@ -83,21 +84,28 @@ def test_killed_at_a_step_and_resumed_it_comes_to_the_same(
     step: str, place: pathlib.Path, made: tuple[pathlib.Path, str], tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Ended when the step has written all it writes, and its mark does not say so yet."""
-    run = State.run
+    """Ended after the first of the files that another verb makes, or where the step has written all that it writes, and
+    its mark does not say so yet.
+    """
+    run, call = State.run, Verbs.__call__
 
-    def dies(self: State, wanted: object, overwrite: bool) -> bool:
-        if wanted.name == step:
-            work = wanted.work
-
-            def killed() -> None:
-                work()
-                raise Killed
-
-            object.__setattr__(wanted, "work", killed)
-        return run(self, wanted, overwrite)
+    def first_call(verbs: Verbs, *words: object) -> None:
+        call(verbs, *words)
+        raise Killed
 
     with monkeypatch.context() as patch:
+
+        def dies(self: State, wanted: Step, overwrite: bool) -> bool:
+            def work() -> None:
+                wanted.work()
+                raise Killed
+
+            if wanted.name == step and step in ("generate", "continue"):
+                patch.setattr(Verbs, "__call__", first_call)
+            elif wanted.name == step:
+                return run(self, dataclasses.replace(wanted, work=work), overwrite)
+            return run(self, wanted, overwrite)
+
         patch.setattr(State, "run", dies)
         with pytest.raises(Killed):
             command(place, tmp_path / "out")
