@@ -161,7 +161,7 @@ class Pipeline:
             words = ["--prompt", "", "--num-samples", count, "--max-new-tokens", o.max_new_tokens or longest]
             self.write_texts("generated", f"{number:05}", o.load, number, words)
 
-    def write_texts(self, folder: str, name: str, load: str | pathlib.Path, number: int, words: list[object]) -> None:
+    def write_texts(self, folder: str, name: str, load: str, number: int, words: list[object]) -> None:
         """A file of texts, which is whole where it is there."""
         o, path = self.options, self.folder / folder / f"{name}.jsonl"
         if path.exists():
@@ -227,7 +227,7 @@ class Pipeline:
     def continue_prompts(self) -> None:
         """Continuations of each prompt by both models, of so many prompts a file that it has samples_per_file."""
         o = self.options
-        for name, load in zip(MODELS, (o.load, self.folder / "model")):
+        for name, load in zip(MODELS, (o.load, str(self.folder / "model"))):
             for number, prompts in enumerate(self.prompt_files()):
                 asked = self.folder / "continued" / "prompts" / f"{number:05}.jsonl"
                 write_records(asked, ({"prompt": prompt} for prompt in prompts))
