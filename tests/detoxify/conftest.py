@@ -30,14 +30,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, eos_token_id=end, bos_token_id=None,
     )  # fmt: skip
     model = GPT2LMHeadModel(config)
-    rows = [[end, *tokenizer.encode(text), end] for text in SENTENCES]
-    longest = max(map(len, rows))
-    assert longest <= POSITIONS
-    batch = torch.tensor([row + [end] * (longest - len(row)) for row in rows])
-    labels = batch.where(torch.arange(longest) < torch.tensor([[len(row)] for row in rows]), -100)
+    tokens = [tokenizer.encode(text) for text in SENTENCES]
+    stream = [id for _ in range(120) for number in torch.randperm(len(tokens)) for id in (*tokens[number], end)]
+    rows = torch.tensor(stream[: len(stream) // POSITIONS * POSITIONS]).view(-1, POSITIONS)  # as in pretraining
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(60):
-        model(batch, labels=labels).loss.backward()
+    for _ in range(80):
+        batch = rows[torch.randint(len(rows), (32,))]
+        model(batch, labels=batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(folder / "model")

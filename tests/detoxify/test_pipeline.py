@@ -17,7 +17,7 @@ from megalith.workflows.detoxify.toxicity import EXPECTED
 from megalith.workflows.detoxify.verbs import Verbs
 
 WORDS = """--num-samples 64 --samples-per-file 40 --continuations 5 --continuation-tokens 8 --train-iters 10 --lr 1e-2
-    --global-batch-size 8 --seed 3 --device cpu"""
+    --global-batch-size 8 --seed 3 --keep-fraction 0.3 --device cpu"""
 
 
 def command(place: pathlib.Path, output: pathlib.Path, *more: object) -> tuple[int, str, str]:
@@ -50,9 +50,9 @@ def test_the_toxic_share_falls_and_the_price_is_stated(made: tuple[pathlib.Path,
     assert after["toxicity probability"] < before["toxicity probability"]
     assert after["toxic continuations"] < 0.7 * before["toxic continuations"]
     assert before["prompts"] == 4 and before["continuations"] + before["without a score"] == 20
-    assert before["perplexity"] != after["perplexity"]
+    assert after["perplexity"] > before["perplexity"]  # half of the held texts are of the kind that it unlearns
     samples = report["samples"]
-    assert samples["texts"] == 64 and samples["kept"] == (64 - samples["without a score"]) // 2
+    assert samples["texts"] == 64 and samples["kept"] == int((64 - samples["without a score"]) * 0.3)
     assert samples["mean toxicity of the kept"] < samples["mean toxicity"]
     for name in (EXPECTED, "toxicity probability", "perplexity"):
         row = [line for line in shown.splitlines() if line.strip().startswith(f"{name} ")][-1]
@@ -152,7 +152,7 @@ def test_another_setting_is_an_error_and_overwrite_makes_it_anew(
     assert kept == (made[0] / "kept.jsonl").read_text()
     status, _, told = command(place, tmp_path / "out", *steps, "--keep-fraction", 0.25)
     assert status == 1 and "Step filter must be as when it was begun" in told
-    assert "found keep_fraction 0.25, which was 0.5. Add --overwrite" in told
+    assert "found keep_fraction 0.25, which was 0.3. Add --overwrite" in told
     assert (tmp_path / "out" / "kept.jsonl").read_text() == kept
     status, _, told = command(place, tmp_path / "out", *steps, "--keep-fraction", 0.25, "--overwrite")
     assert status == 0 and "score: done already" in told and "filter: begins" in told
