@@ -152,18 +152,30 @@ def _evaluate(args: argparse.Namespace, task: str | None, models: Sequence[str],
 
     owns_group = not dist.is_initialized()
     for args.load in models:
-        started = time.monotonic()
+        started, shown = time.monotonic(), model_name(args)
         model = load_model(args)
         found = measured(model, task, made, options, args)
         settings = {name: value for name, value in dataclasses.asdict(options).items() if value is not None}
+        named = ("ckpt_step", "adapter")
+        settings |= {each: getattr(args, each) for each in named if getattr(args, each) is not None}
         for name, result in found.items():
-            results.keep(result, args.load, name, args.valid_data, settings, started)
+            results.keep(result, shown, name, args.valid_data, settings, started)
         results.write()
         has_group = model.runtime is not None
         del model  # its memory is the next one's
     if has_group and owns_group:
         dist.destroy_process_group()
     return results.show()
+
+
+def model_name(args: argparse.Namespace) -> str:
+    """What records call the model: its path, with what else says which weights these are."""
+    parts = [args.load]
+    if args.ckpt_step is not None:
+        parts.append(f"step {args.ckpt_step}")
+    if args.adapter is not None:
+        parts.append(f"adapter {args.adapter}")
+    return ", ".join(parts)
 
 
 def measured(

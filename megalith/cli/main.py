@@ -67,6 +67,7 @@ VERBS = {  # verb -> one line; the module is megalith.cli.VERB, with register(su
     "retro": "the chunks that Retro retrieves, and the neighbours of its samples",
     "generate": "text out of a trained model",
     "evaluate": "perplexity, LAMBADA, and the tasks of lm-evaluation-harness",
+    "detoxify": "train a model further on the least toxic of its own texts",
     "serve": "text out of a trained model over HTTP: Megatron's and OpenAI's interfaces, and a page",
     "ask": "write to a text server and read what it answers",
     "checkpoint": "inspect, verify, edit and convert checkpoints",

@@ -50,11 +50,14 @@ class Lambada(EvaluationTask):
                 f"first {self.texts[cut.index(True)].where}"
             )
 
+        how = f", passages cut to {seq_length} tokens" if any(cut) else ""
+        how += "" if detokenizer == "none" else f", detokenizer {detokenizer}"
+
         def conclude(scores: np.ndarray) -> Result:
             right = scores[:, 1] == [sample.scored for sample in samples]
             rows = zip(self.texts, pairs, cut, scores, right)
             settings = {"seq_length": seq_length}
-            return Result(self.metrics(scores, right), notes=notes, settings=settings, examples=[
+            return Result(self.metrics(scores, right, how), notes=notes, settings=settings, examples=[
                 {"text": text.where, "answer": tokenizer.decode(answer), "answer_ids": list(map(int, answer)),
                  "right": bool(is_right), "right_tokens": int(hits), "loss": float(loss), "cut_off": was_cut}
                 for text, (_, answer), was_cut, (loss, hits), is_right in rows
@@ -73,14 +76,14 @@ class Lambada(EvaluationTask):
         ids, length = tokenizer.encode(f"{context} {word}"), len(tokenizer.encode(context))
         return ids[:length], ids[length:]
 
-    def metrics(self, scores: np.ndarray, right: np.ndarray) -> dict[str, Metric]:
-        """Accuracy, and how likely the answers are."""
+    def metrics(self, scores: np.ndarray, right: np.ndarray, how: str) -> dict[str, Metric]:
+        """Accuracy, and how likely the answers are. how: what else numbers depend on, for their definitions."""
         what = "last word" if self.options.strict_lambada else "last token"
         loss = float(scores[:, 0].mean())
         return {
-            "accuracy": Metric(float(right.mean()), f"right answers / passages; an answer is the {what}"),
-            "right answers": Metric(int(right.sum()), "every token of the answer is the model's likeliest"),
+            "accuracy": Metric(float(right.mean()), f"right answers / passages; an answer is the {what}{how}"),
+            "right answers": Metric(int(right.sum()), f"every token of the answer is the model's likeliest{how}"),
             "passages": Metric(len(right), "lines of the file"),
-            "answer loss": Metric(loss, f"mean over passages of the loss of the {what}, in nats"),
-            "answer perplexity": Metric(bounded_exp(loss), "exp(min(20, answer loss))"),
+            "answer loss": Metric(loss, f"mean over passages of the loss of the {what}, in nats{how}"),
+            "answer perplexity": Metric(bounded_exp(loss), f"exp(min(20, answer loss)){how}"),
         }

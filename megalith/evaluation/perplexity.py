@@ -11,7 +11,7 @@ from megalith.config.flags.text import Words
 from megalith.data.tokenizers.tokenizer import Tokenizer
 from megalith.evaluation.detokenizers import detokenize, detokenizer_of
 from megalith.evaluation.options import EvaluationOptions
-from megalith.evaluation.result import Metrics, Result, perplexities
+from megalith.evaluation.result import Metrics, Result, perplexities, window_text
 from megalith.evaluation.scoring import Sample
 from megalith.evaluation.task import EvaluationTask, Prepared
 from megalith.evaluation.texts import FLAG, Text, read_text, read_texts
@@ -48,7 +48,8 @@ class WikiText(EvaluationTask):
         def conclude(scores: np.ndarray) -> Result:
             split = "the text before detokenization, split at each space"
             size = len(self.text.encode("utf-8"))
-            metrics = perplexities(scores[:, 0].sum(), len(ids) - 1, words - 1, size, split)
+            how = window_text(seq_length, stride, self.detokenizer)
+            metrics = perplexities(scores[:, 0].sum(), len(ids) - 1, words - 1, size, split, how)
             return Result(metrics, examples=examples(samples, scores, stride), notes=notes, settings=settings)
 
         notes = [*self.notes, *window_notes(len(ids), samples, seq_length, stride)]
@@ -87,10 +88,11 @@ class Perplexity(EvaluationTask):
             losses = np.bincount(owners, scores[:, 0], len(rows))
             tokens = np.bincount(owners, [sample.scored for sample in samples], len(rows)).astype(int)
             names = list(dict.fromkeys(text.source for text in self.texts))
+            how = window_text(seq_length, stride, self.options.detokenizer)
             chosen = {name: [n for n, text in enumerate(self.texts) if text.source == name] for name in names}
-            sources = {name: self.metrics(numbers, losses, tokens, begins) for name, numbers in chosen.items()}
+            sources = {name: self.metrics(numbers, losses, tokens, begins, how) for name, numbers in chosen.items()}
             return Result(
-                self.metrics(range(len(rows)), losses, tokens, begins), sources if len(sources) > 1 else {},
+                self.metrics(range(len(rows)), losses, tokens, begins, how), sources if len(sources) > 1 else {},
                 [
                     {"text": text.where, "source": text.source, "tokens": int(count), "loss": float(loss)}
                     for text, count, loss in zip(self.texts, tokens, losses)
@@ -106,10 +108,12 @@ class Perplexity(EvaluationTask):
         texts = [detokenize(text.text, self.options.detokenizer or "none") for text in self.texts]
         return [np.asarray([*begin, *ids], dtype=np.int64) for ids in tokenizer.encode_batch(texts)]
 
-    def metrics(self, numbers: Sequence[int], losses: np.ndarray, tokens: np.ndarray, begins: bool) -> Metrics:
+    def metrics(
+        self, numbers: Sequence[int], losses: np.ndarray, tokens: np.ndarray, begins: bool, how: str
+    ) -> Metrics:
         """Those of the texts of these numbers; none where no token of them is predicted.
 
-        begins: whether a token stands before each text, so that its first word is predicted too.
+        begins: whether a token stands before each text, so that its first word is predicted too. how: see perplexities.
         """
         counted = [number for number in numbers if tokens[number]]
         texts: list[Text] = [self.texts[number] for number in counted]
@@ -118,7 +122,7 @@ class Perplexity(EvaluationTask):
         words = sum(len(text.text.split()) - (not begins) for text in texts)
         size = sum(len(text.text.encode("utf-8")) for text in texts)
         loss, count = float(losses[counted].sum()), int(tokens[counted].sum())
-        return perplexities(loss, count, words, size, "split at white space")
+        return perplexities(loss, count, words, size, "split at white space", how)
 
 
 def window_notes(tokens: int, samples: Sequence[Sample], seq_length: int, stride: int) -> list[str]:

@@ -34,26 +34,32 @@ class Result:
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def perplexities(loss: float, tokens: int, words: int, text_bytes: int, split: str) -> Metrics:
+def perplexities(loss: float, tokens: int, words: int, text_bytes: int, split: str, how: str) -> Metrics:
     """Perplexity by token and by word, and what they are made of.
 
     loss: the sum of the losses of `tokens` predicted tokens, in nats. words: how many words are predicted; split: what
-    separates words. text_bytes: of the text in UTF-8.
+    separates words. text_bytes: of the text in UTF-8. how: the windows and the detokenizer, on which losses depend.
     """
     average = loss / tokens
     found = {
-        "average loss": Metric(average, "sum of the losses / predicted tokens, in nats"),
-        "perplexity": Metric(bounded_exp(average), f"by token: exp(min({CAP:g}, average loss))"),
+        "average loss": Metric(average, f"sum of the losses / predicted tokens, in nats; {how}"),
+        "perplexity": Metric(bounded_exp(average), f"by token: exp(min({CAP:g}, average loss)); {how}"),
     }
     if words:
         ratio = tokens / words
         found["token ratio"] = Metric(ratio, f"predicted tokens / predicted words ({split})")
-        definition = f"by word: exp(min({CAP:g}, average loss x token ratio))"
+        definition = f"by word: exp(min({CAP:g}, average loss x token ratio)); {how}"
         found["adjusted perplexity"] = Metric(bounded_exp(average * ratio), definition)
     bits = loss / math.log(2) / text_bytes
-    found["bits per byte"] = Metric(bits, "sum of the losses / ln 2 / bytes of the text in the file, UTF-8")
+    found["bits per byte"] = Metric(bits, f"sum of the losses / ln 2 / bytes of the text in the file, UTF-8; {how}")
     found["predicted tokens"] = Metric(tokens, "all tokens but those that have none before them")
     return found
+
+
+def window_text(seq_length: int, stride: int, detokenizer: str | None) -> str:
+    """How a text is read, as part of a definition."""
+    cleaned = "" if detokenizer in (None, "none") else f", detokenizer {detokenizer}"
+    return f"windows of {seq_length} tokens, {stride} apart{cleaned}"
 
 
 def bounded_exp(exponent: float) -> float:

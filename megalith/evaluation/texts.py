@@ -22,19 +22,19 @@ class Text(NamedTuple):
     source: str
 
 
-def read_text(path: str) -> str:
-    """The whole of a UTF-8 file. Raises DataError where it cannot be read, or holds no text."""
+def read_text(path: str, flag: str = FLAG) -> str:
+    """The whole of a UTF-8 file that `flag` names. Raises DataError where it cannot be read, or holds no text."""
     refuse_pointer(path)
     try:
         text = pathlib.Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         why, cure = reason(error), conversion_advice([reason(error)]).rstrip(". ")
-        raise DataError(problem(FLAG, path, f"must be a UTF-8 file; it is {why}", cure)) from None
+        raise DataError(problem(flag, path, f"must be a UTF-8 file; it is {why}", cure)) from None
     except OSError as error:
         rule = f"must be a readable file ({error.strerror or error})"
-        raise DataError(problem(FLAG, path, rule, "Correct the path")) from None
+        raise DataError(problem(flag, path, rule, "Correct the path")) from None
     if not text.strip():
-        raise DataError(problem(FLAG, path, "must hold text, and this file holds none", "Name another file"))
+        raise DataError(problem(flag, path, "must hold text, and this file holds none", "Name another file"))
     return text
 
 

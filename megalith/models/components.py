@@ -52,14 +52,14 @@ def make_cross(
     c: ModelConfig, site: str, kind: type[CrossAttention] = CrossAttention, **changed: Any
 ) -> CrossAttention:  # fmt: skip
     """Cross attention of the layer at `site`; it has no norms of query and key heads."""
-    options = {"bias": c.add_bias_linear, "qkv_bias": c.add_bias_linear or c.add_qkv_bias}
+    options: dict[str, Any] = {"bias": c.add_bias_linear, "qkv_bias": c.add_bias_linear or c.add_qkv_bias}
     options |= {"core": make_core(c, f"{site}.cross"), **changed}
     return kind(c.hidden_size, c.num_attention_heads, c.num_kv_heads, c.head_dim, **options)
 
 
 def make_neighbor_encoder(c: ModelConfig, site: str) -> NeighborEncoder:
     """Retro's encoder, whose first layer attends to chunks (as Megatron's)."""
-    c = dataclasses.replace(
+    c = dataclasses.replace(  # type: ignore[type-var]
         c, hidden_dropout=c.retro_encoder_hidden_dropout, attention_dropout=c.retro_encoder_attention_dropout
     )
     sites = [f"{site}.layers.{number}" for number in range(c.retro_encoder_layers)]

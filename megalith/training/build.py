@@ -13,6 +13,7 @@ import torch
 from megalith.checkpoint.formats import adapters
 from megalith.checkpoint.ranks import Ranks
 from megalith.common.errors import ConfigError
+from megalith.common.registry import load
 from megalith.config.batch_math import global_batch
 from megalith.config.parameters import weight_decays
 from megalith.config.run import RunConfig
@@ -39,6 +40,8 @@ from megalith.training.resume.state import Progress
 from megalith.training.step import Trainer
 from megalith.training.tasks import build_task
 from megalith.training.validation import PART, Validation
+
+EVALUATE_TASKS = "megalith.evaluation.in_training:EvaluateTasks"  # by its address: evaluation stands above training
 
 
 def set_determinism(config: RunConfig) -> None:
@@ -132,8 +135,8 @@ def run_info(
 
 
 def build_callbacks(
-    trainer: Trainer, progress: Progress, validation: Validation, measured_before: Collection[str],
-    save: Callable[[], None], next_start: Callable[[], str], epoch: int | None = None,
+    trainer: Trainer, tokenizer: Tokenizer, progress: Progress, validation: Validation,
+    measured_before: Collection[str], save: Callable[[], None], next_start: Callable[[], str], epoch: int | None = None,
 ) -> list[Callback]:  # fmt: skip
     """The callbacks of a run, in the order in which they must be called: guards, then saving, then validation.
 
@@ -162,9 +165,12 @@ def build_callbacks(
         predictions = [WritePredictions(trainer, progress, files, validation.batch, getattr(train, "dataset", None))]
     listeners = [*reporting, *best, *predictions, pruning]
     measure = Validate(validation.measure, progress, listeners, validation.splits, measured_before, epoch)
+    tasks: list[Callback] = []
+    if config.validation.eval_tasks:
+        tasks = [load("--eval-tasks", EVALUATE_TASKS)(trainer, tokenizer, progress, reporting, measure.due)]
     guards: list[Callback] = [StopDiverged(next_start), StopEmptyBatches(), pruning]
     # Ends come in reverse order: the run is saved, measured, and then predicts.
-    return [*reporting, *guards, *count, saver, *predictions, measure, ExitInterval(progress), SaveFirst(saver)]
+    return [*reporting, *guards, *count, saver, *predictions, *tasks, measure, ExitInterval(progress), SaveFirst(saver)]
 
 
 def device_name(device: torch.device) -> str:

@@ -135,7 +135,9 @@ def run(
         tokenizer.save(scratch)
         files = {f"tokenizer/{path.name}": str(path) for path in pathlib.Path(scratch).iterdir()}
         save = functools.partial(saving.save, trainer, progress, to_yaml(given), files, data, next_start, check_locks)
-        callbacks = build_callbacks(trainer, progress, validation, measured_before, save, next_start, epoch)
+        callbacks = build_callbacks(
+            trainer, tokenizer, progress, validation, measured_before, save, next_start, epoch
+        )  # fmt: skip
         try:
             batches = functools.partial(batch_size_at, config, mesh.data_size)
             info = run_info(config, mesh, progress.iteration, train_iters, valid_data)

@@ -1,5 +1,6 @@
 """`megalith evaluate`: what it shows and writes, its flags, what it says of wrong ones, and docs/evaluation.md."""
 
+import argparse
 import contextlib
 import io
 import json
@@ -11,6 +12,7 @@ import shutil
 import pytest
 
 import megalith
+from megalith.cli.evaluate import model_name
 from megalith.cli.main import main
 from megalith.evaluation.evaluate import evaluate
 from megalith.evaluation.records import read_records
@@ -66,6 +68,25 @@ def test_the_path_chooses_a_detokenizer_and_a_line_says_so(gpt2: pathlib.Path, t
     assert "times; --overlapping-eval 32 reads it once" in told
     status, _, told = command("wikitext103", gpt2, "--valid-data", texts / "a.txt")
     assert status == 2 and "--detokenizer must be given, because the path says none" in told
+
+
+def test_numbers_that_are_not_the_same_are_not_called_so(
+    gpt2: pathlib.Path, texts: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Windows and the detokenizer are in the definition, what else chooses the weights is in the model's name."""
+    how = {"whole": "", "windows": "--seq-length 16", "stride": "--overlapping-eval 5", "cut": "--detokenizer ptb"}
+    found = {}
+    for name, words in how.items():
+        out = tmp_path / f"{name}.json"
+        status, _, told = command("ppl", gpt2, "--valid-data", texts / "a.txt", "--json", out, *words.split())
+        assert status == 0, told
+        (record,) = read_records(str(out))
+        found[name] = record["metrics"]["perplexity"]["definition"]
+    assert found["whole"] == "by token: exp(min(20, average loss)); windows of 32 tokens, 32 apart"
+    assert len(set(found.values())) == 4 and found["cut"].endswith(", detokenizer ptb")
+    models = [{}, {"ckpt_step": 20}, {"adapter": "runs/lora"}, {"ckpt_step": 20, "adapter": "runs/lora"}]
+    names = [model_name(argparse.Namespace(**{"load": "gpt2", "ckpt_step": None, "adapter": None} | m)) for m in models]
+    assert names == ["gpt2", "gpt2, step 20", "gpt2, adapter runs/lora", "gpt2, step 20, adapter runs/lora"]
 
 
 CASES = {

@@ -27,10 +27,11 @@ def retro_problems(config: RunConfig) -> Iterator[Problem]:
             yield field_problem((name,), flag(name), True, rule, "Leave it out")
     if m.positions not in POSITIONS:
         rule = f"must be one of {', '.join(POSITIONS)} for Retro, as neighbours have no place in the text"
-        about = "position_embedding_type"
-        yield field_problem((about,), flag(about), m.positions, rule, "Write --position-embedding-type rope")
+        cure = "Write --position-embedding-type rope"
+        yield field_problem(("position_embedding_type",), "--position-embedding-type", m.positions, rule, cure)
     yield from _layers(config)
     chunk = m.retro_gpt_chunk_length
+    about: tuple[str, ...]
     if length and length % chunk:
         about = ("seq_length", "retro_gpt_chunk_length")
         rule = f"must be a multiple of {flag(about[1])}, {chunk}"

@@ -30,7 +30,7 @@ _ACCELERATE = (
     "scripts import it from megalith.accelerate here, or megalith.accelerate.utils; the commands are `megalith config "
     "--accelerate` and `megalith launch` (docs/accelerate.md)"
 )
-_DETOXIFY = "detoxification is not there yet; megalith generate --out-file writes the texts that it begins with"
+_DETOXIFY = "it is `megalith detoxify` here, all steps of it (docs/detoxify.md)"
 _REPORT = (
     "reports that compare runs are not there yet; each run folder has metrics.jsonl and loss.png, and "
     "--tensorboard-dir writes for TensorBoard"
@@ -188,7 +188,7 @@ _ANSWERS = (
         "abstracttrainstep gpttrainstep berttrainstep t5trainstep gpttrainstepwithcustomloss "
         "megatron_lm_gpt_pretraining",
     ),
-    (_DETOXIFY, "detoxify detxoify_lm"),
+    (_DETOXIFY, "detxoify_lm perspective_api perspective_api_annotate filter-selfgeneration"),
     (_REPORT, "report compare plot tensorboard wandb"),
 )
 

@@ -17,6 +17,9 @@ class ValidationConfig:
     eval_iters: int = option(
         100, "global batches per validation; 0 for none. Files of --valid-data are read whole", minimum=0
     )
+    eval_tasks: list[str] = option(
+        [], "tasks of `megalith evaluate` to measure at each validation: wikitext103=FILE lambada=FILE ..."
+    )
     skip_train: bool = option(False, "only validate and test what --load gives")
 
     @property

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import pathlib
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from megalith.common.errors import ConfigError, problem
 from megalith.curation.clean import language as languages
+from megalith.curation.clean.bad_words import word_pattern
 from megalith.curation.clean.rules import Rule, Text, build_rule, expand
 from megalith.curation.documents import Document
 from megalith.curation.parts import PartOutput, Step
@@ -144,11 +143,7 @@ def _limits(count: Callable[[Text], int], least: int | None, most: int | None, u
 
 def bad_words_test(path: str) -> Callable[[Text], str]:
     """A test for the words of a file as whole words, without case."""
-    words = [word.strip() for word in pathlib.Path(path).read_text(encoding="utf-8").splitlines() if word.strip()]
-    if not words:
-        raise ConfigError(problem("--bad-words", path, "must hold words, one a line", "Name another file"))
-    longest = sorted(words, key=len, reverse=True)
-    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest))})(?!\w)", re.IGNORECASE)
+    pattern = word_pattern(path, "--bad-words")
 
     def test(text: Text) -> str:
         found = pattern.search(text.text)

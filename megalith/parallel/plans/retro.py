@@ -14,7 +14,7 @@ CROSS: Plan = {**t5.CROSS, "layers.*.cross_attention.memory_input": shared_input
 PLAN: Plan = {
     **gpt.PLAN,
     **CROSS,
-    **{name.replace("layers.*", "layers.*.encoder.layers.*"): style for name, style in (gpt.LAYERS | CROSS).items()},
+    **{name.replace("layers.*", "layers.*.encoder.layers.*"): style for name, style in {**gpt.LAYERS, **CROSS}.items()},
     "layers.*.encoder.norm": replicated_norm,
     "neighbor_dropout": sequence_parallel_dropout,
 }

@@ -86,7 +86,7 @@ def validation_line(record: ValidationRecord) -> str:
     where = f"iteration {record.step}" + (f" for {name} data" if "/" in name else "")
     if record.at_end:
         where = f"the end of training for {name} data"
-    line = f" validation loss at {where} | "
+    line = f" {'validation loss' if record.losses else 'metrics'} at {where} | "
     for name, value in record.losses.items():
         line += f"{name} value: {value:.6E} | {name} PPL: {perplexity(value):.6E} | "
     for name, value in record.metrics.items():

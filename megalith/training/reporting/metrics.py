@@ -67,7 +67,8 @@ class Metrics(Callback):
         `data` is a hash of validation data that come by name; `skip_train` says that the run did nothing but measure.
         """
         if self.file:
-            line: dict[str, Any] = {"step": record.step, f"{record.split}_loss": record.total_loss}
+            line: dict[str, Any] = {"step": record.step}
+            line |= {f"{record.split}_loss": record.total_loss} if record.losses else {}
             line |= {f"{record.split}_losses": record.losses} if len(record.losses) > 1 else {}
             line |= {f"{record.split}_metrics": record.metrics} if record.metrics else {}
             line |= {"seconds": record.seconds, "consumed_samples": record.consumed_samples}
