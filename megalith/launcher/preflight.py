@@ -100,7 +100,7 @@ def _as_first(
                         connection, _ = server.accept()
                         connection.settimeout(max(1.0, deadline - time.monotonic()))
                         open_streams.callback(_end, connection)
-                        # In a thread, so that neither a slow node nor a silent stranger keeps the others waiting.
+                        # In a thread, so that neither a slow node nor a silent program keeps the others waiting.
                         threading.Thread(target=_receive, args=(connection, token, answers), daemon=True).start()
                     while not answers.empty():
                         stream, report = answers.get()

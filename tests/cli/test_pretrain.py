@@ -153,7 +153,7 @@ def test_a_model_of_the_config_that_there_is_not_is_one_mistake(trained, capsys,
     assert main([*TINY, "--config", str(tmp_path / "run.yaml")]) == 2
     error = capsys.readouterr().err
     assert error.endswith(
-        "megalith: --model-type must be one of gpt, bert, t5, bert_classification, bert_multiple_choice, ict, "
+        "megalith: --model-type must be one of gpt, bert, t5, retro, bert_classification, bert_multiple_choice, ict, "
         "or module:name of your own; found 'GPT'. Write --model-type gpt.\n"
     )
 

@@ -168,13 +168,13 @@ def test_what_is_no_node_at_the_port_is_passed_over(wanted):
         assert first.result(20)[1] == []
 
 
-def test_a_silent_stranger_keeps_nobody_waiting(wanted):
+def test_another_program_that_is_silent_keeps_nobody_waiting(wanted):
     meeting = ("127.0.0.1", free_port())
-    with concurrent.futures.ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as strangers:
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as others:
         first = pool.submit(preflight.exchange, wanted, 0, 2, meeting, 100)
         while True:
             try:
-                strangers.enter_context(socket.create_connection(meeting))
+                others.enter_context(socket.create_connection(meeting))
                 break
             except ConnectionRefusedError:
                 time.sleep(0.05)
