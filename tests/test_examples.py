@@ -129,6 +129,6 @@ def test_the_defaults_are_megatrons_models(model: str, folder: pathlib.Path) -> 
     vocabulary, parameters = SIZES[model]
     script, settings = RUNS[model]
     command = [str(ROOT / "examples" / script), "--dry-run", "--vocab-size", vocabulary]
-    output = run(command, folder, **settings | {"GLOBAL_BATCH": "16", "CHECKPOINT_PATH": "unused"})
+    output = run(command, folder, **settings | {"GLOBAL_BATCH": "128", "CHECKPOINT_PATH": "unused"})
     assert parameters in output
     assert not (folder / "unused").exists()

@@ -2,7 +2,8 @@
 
 The linear layer `layers.0.attention.q` of weight W [out, in] gets A [rank, in] and B [out, rank], as
 `layers.0.attention.q.lora.a` and `layers.0.attention.q.lora.b`, and computes W x + scale B A x. A model that is an
-encoder with a head (architectures.py: `head`) has its head trained whole beside them.
+encoder with a head (architectures.py: `head`) has its head trained whole beside them; what a Retro has beside a GPT
+gets adapters like all else.
 """
 
 from __future__ import annotations
@@ -26,7 +27,12 @@ def is_adapter(name: str) -> bool:
 
 def is_trained(name: str, model: ModelConfig) -> bool:
     """Whether a LoRA run trains a parameter, or a tensor of a checkpoint: an adapter's, or one of the model's head."""
-    return is_adapter(name) or is_of_head(name, model.architecture.head)
+    return is_adapter(name) or is_of_head(name, trained_whole(model))
+
+
+def trained_whole(model: ModelConfig) -> tuple[str, ...]:
+    """The modules that a LoRA run trains without adapters."""
+    return () if model.architecture.retrieval else model.architecture.head
 
 
 def adaptable_modules(model: ModelConfig) -> Shapes:

@@ -86,7 +86,11 @@ def build_dropout_keys(
     """Dropout keys int32 [b, s] for `model` (with .config and .seed), or None where nothing is dropped."""
     lora = getattr(model, "lora", None)  # parallel/lora.py
     adapters = 0.0 if lora is None else lora.lora_dropout
-    if not model.training or not (any(model.config.dropouts) or adapters):
+    c = model.config
+    rates = [c.hidden_dropout, c.attention_dropout, adapters]
+    if hasattr(model, "neighbor_dropout"):  # of a Retro; `c.dropouts` would look up which model it is: a graph break
+        rates += [c.retro_encoder_hidden_dropout, c.retro_encoder_attention_dropout]
+    if not model.training or not any(rates):
         return None
     if samples is None or step is None:
         raise ValueError(

@@ -17,7 +17,7 @@ from megalith.checkpoint.store.dcp import fill
 from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError
 from megalith.common.registry import load
-from megalith.config.adapters import adapted_modules, adapter_shapes, is_adapter
+from megalith.config.adapters import adapted_modules, adapter_shapes, is_adapter, trained_whole
 from megalith.config.architectures import ARCHITECTURES, architecture
 from megalith.config.checks.lora import stage_problems
 from megalith.config.flags.loading import to_yaml
@@ -356,7 +356,7 @@ def plan_of(config: RunConfig) -> plan.Plan:
 
 def add_adapters(model: nn.Module, lora: LoraConfig, dtype: torch.dtype) -> None:
     """Freeze a model on meta, or a stage of one, but for its head, split or not, and give it adapters of this dtype."""
-    low_rank.apply(model, adapted_modules(model.config, lora), lora, Dropout, dtype, model.config.architecture.head)
+    low_rank.apply(model, adapted_modules(model.config, lora), lora, Dropout, dtype, trained_whole(model.config))
 
 
 def build_model(

@@ -28,7 +28,7 @@ from megalith.checkpoint.tensors.lazy import Lazy
 from megalith.checkpoint.weights import Weights, for_head
 from megalith.common.errors import CheckpointError, problem
 from megalith.common.files import write_text
-from megalith.config.adapters import A, B, adaptable_modules, adapted_modules
+from megalith.config.adapters import A, B, adaptable_modules, adapted_modules, trained_whole
 from megalith.config.architectures import BERT, BERT_CLASSIFICATION
 from megalith.config.flags.text import Words
 from megalith.config.heads import is_of_head
@@ -104,7 +104,7 @@ def head_rules(weights: Weights, architecture: str | None = None) -> list[tuple[
     """(rule, transformers' name, our names) of each tensor of a model's head; [] of a model without one."""
     model = weights.config.model
     rules = conversion.parameter_rules(_family_of(weights, architecture), model)
-    return [each for each in rules if all(is_of_head(name, model.architecture.head) for name in each[2])]
+    return [each for each in rules if all(is_of_head(name, trained_whole(model)) for name in each[2])]
 
 
 def recognises(path: pathlib.Path) -> bool:

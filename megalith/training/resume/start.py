@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from megalith.checkpoint.weights import Weights, for_head, read_megalith
+from megalith.common.errors import CheckpointError, problem
+from megalith.config.adapters import trained_whole
+from megalith.config.flags.text import Words
 from megalith.config.heads import is_of_head, new_head
 from megalith.config.parameters import parameter_shapes
 from megalith.config.run import RunConfig
@@ -28,7 +31,12 @@ def read_start(config: RunConfig) -> Start:
     Of what is loaded name by name (saving.py: resume) nothing. Raises CheckpointError, see lora.py and towers.py.
     """
     if config.lora.lora_rank:
-        return with_drawn_head(lora.read_start(config), config.model)
+        found = with_drawn_head(lora.read_start(config), config.model)
+        if found.drawn and not trained_whole(config.model):
+            rule = "must name a Retro: adapters alone are trained, and what it has beside a GPT would stay as drawn"
+            cure = "Train it first without --lora-rank"
+            raise CheckpointError(problem("--load for a Retro with --lora-rank", Words("a GPT"), rule, cure))
+        return found
     source = source_of(config)
     if source is not None and weights_only(config) and config.model.architecture.head:
         foreign = is_foreign(source)
