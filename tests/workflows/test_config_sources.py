@@ -116,6 +116,10 @@ EXAMPLES = {  # script -> what it needs set
         "VOCAB_FILE": "vocab.txt", "DATA_PATH": "a_text_sentence", "TITLES_DATA_PATH": "a_title_sentence",
         "GLOBAL_BATCH": "128",
     },
+    "retro/pretrain_model.sh": {
+        "VOCAB_FILE": "vocab.json", "MERGE_FILE": "merges.txt", "DATA_PATH": "a_text_document",
+        "RETRO_WORKDIR": "retro",
+    },
     "finetune_race_distributed.sh": TASK_FILES | {"PRETRAINED_CHECKPOINT": ""},
     "finetune_mnli_distributed.sh": TASK_FILES | {"PRETRAINED_CHECKPOINT": ""},
     "finetune_chat.sh": {"MODEL": "llama", "TRAIN_DATA": "chats.jsonl", "SEQ_LENGTH": "64"},
