@@ -100,7 +100,7 @@ def run(hosts: Sequence[Host], words: Sequence[Sequence[str]]) -> int:
     too, upon which they end; a third one ends ssh.
     """
     running = {
-        host.name: subprocess.Popen(list(each), stdin=subprocess.PIPE, process_group=0)
+        host.name: subprocess.Popen(list(each), stdin=subprocess.PIPE, bufsize=0, process_group=0)
         for host, each in zip(hosts, words)
     }  # fmt: skip
     failed: tuple[str, int] | None = None
@@ -146,7 +146,6 @@ def _send_stop(running: dict[str, subprocess.Popen]) -> None:
     for process in running.values():
         with contextlib.suppress(OSError):  # it has ended
             process.stdin.write(b"\n")
-            process.stdin.flush()
 
 
 def _end(running: dict[str, subprocess.Popen]) -> None:
