@@ -190,6 +190,7 @@ def _run(
 
     from megalith.cli.index import check_model
     from megalith.common.extras import require
+    from megalith.retrieval.embed import process_group
     from megalith.retrieval.retro.neighbors import Query
     from megalith.retrieval.retro.steps import RetroOptions, Steps
 
@@ -217,8 +218,7 @@ def _run(
             nprobe="--retro-query-nprobe",
         ),
     )  # fmt: skip
-    owns_group = not dist.is_initialized()
-    try:
+    with process_group():
         for line in notices:
             notice(line)
         running = Steps(config, options, notice)
@@ -234,9 +234,6 @@ def _run(
             line = getattr(running, step)()
             if not dist.is_initialized() or dist.get_rank() == 0:
                 print(line, flush=True)
-    finally:
-        if owns_group and dist.is_initialized():
-            dist.destroy_process_group()
     return 0
 
 

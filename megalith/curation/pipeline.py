@@ -32,7 +32,7 @@ from megalith.config.flags.text import Words, flag, unknown
 from megalith.curation.commands import COMMANDS
 from megalith.curation.report import REPORTS, write_report
 from megalith.curation.run import Command, Notice, RunOptions, check_options, execute, quiet
-from megalith.curation.run_state import SAMPLES
+from megalith.curation.run_state import SAMPLES, update_with_files
 from megalith.data.corpus.preprocess_options import update_with_inputs
 from megalith.data.tokenizers.tokenizer import TokenizerOptions
 
@@ -103,9 +103,7 @@ class Pipeline:
         steps = [(step.name, dataclasses.asdict(step), own) for step, own in self.steps]
         digest = hashlib.sha256(json.dumps(steps, default=str).encode())
         for (step, _), output in zip(self.steps, self.outputs()):
-            for path in step.files(output):
-                with open(path, "rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
+            update_with_files(digest, step.files(output))
         update_with_inputs(digest, self.steps[0][0].find_inputs(self.input))
         return digest.hexdigest()
 

@@ -8,11 +8,11 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from megalith.common.errors import DataError, problem
-from megalith.common.files import sampled_digest, write_text
+from megalith.common.files import sampled_digest, sha256, write_text
 from megalith.common.outputs import check
 from megalith.config.flags.text import Words
 from megalith.curation.report import REPORTS
@@ -39,11 +39,15 @@ def fingerprint(run: Run) -> str:
     ]
     content += [run.part_bytes, options.dropped, options.on_error, pathlib.Path(run.output).suffix]
     digest = hashlib.sha256(json.dumps(content, default=str).encode())
-    for path in run.command.files(run.output):
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    update_with_files(digest, run.command.files(run.output))
     update_with_inputs(digest, run.inputs)
     return digest.hexdigest()
+
+
+def update_with_files(digest: Any, paths: Iterable[str]) -> None:
+    """Add the contents of whole files to a digest of hashlib."""
+    for path in paths:
+        digest.update(bytes.fromhex(sha256(path)))
 
 
 def existing_report(run: Run, files: Sequence[str]) -> dict | None:

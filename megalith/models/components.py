@@ -88,7 +88,7 @@ def build_dropout_keys(
     adapters = 0.0 if lora is None else lora.lora_dropout
     c = model.config
     rates = [c.hidden_dropout, c.attention_dropout, adapters]
-    if hasattr(model, "neighbor_dropout"):  # of a Retro; `c.dropouts` would look up which model it is: a graph break
+    if hasattr(model, "neighbor_dropout"):  # of a Retro; `c.architecture` would say so too, and break the graph
         rates += [c.retro_encoder_hidden_dropout, c.retro_encoder_attention_dropout]
     if not model.training or not any(rates):
         return None

@@ -199,12 +199,6 @@ class ModelConfig:
         return self.retro_num_retrieved_chunks * self.retro_gpt_chunk_length
 
     @property
-    def dropouts(self) -> tuple[float, ...]:
-        """The rates of dropout anywhere in the model."""
-        encoder = (self.retro_encoder_hidden_dropout, self.retro_encoder_attention_dropout)
-        return self.hidden_dropout, self.attention_dropout, *(encoder if self.retrieval_layers else ())
-
-    @property
     def all_layers(self) -> int:
         """Layers of all stacks."""
         return (self.num_layers or 0) + self.decoder_layers

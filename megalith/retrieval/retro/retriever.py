@@ -13,11 +13,11 @@ from megalith.config.sections.model import ModelConfig
 from megalith.data.retro import ChunkDatabase
 from megalith.data.samples.retro_dataset import MISSING, Passages
 from megalith.data.tokenizers.tokenizer import Tokenizer
-from megalith.retrieval import search
 from megalith.retrieval.embed import BertEmbedder
 from megalith.retrieval.retro.database import ChunkTexts, check_vocabularies
 from megalith.retrieval.retro.index import Chunks
 from megalith.retrieval.retro.neighbors import Index
+from megalith.retrieval.search import open_index
 from megalith.retrieval.sources import pack_queries
 from megalith.retrieval.store import Store, check_probe
 
@@ -46,7 +46,7 @@ class DatabaseRetriever:
         store.check_source(chunks.describe())
         check_probe(store, self.embedder.probe(), bert)
         self.index: Index
-        self.index = search.FaissIndex(store, index_string) if index_string else search.ExactIndex(store)
+        self.index = open_index(store, index_string)
         self.texts, self.passages = ChunkTexts(tokenizer), Passages(database, model, pad=0)
         self.count = model.retro_num_neighbors
 
