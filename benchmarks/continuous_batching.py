@@ -8,6 +8,9 @@ its caches, and the fastest three take turns with the others. Only tokens that w
 that of benchmarks/generate.py. Times to the first token count from a request's arrival, times between tokens from its
 token before; both are over all requests together. Poisson arrivals come at 0.7 of the requests a second that the engine
 completes when all are queued. "half sampled": every second request has its own temperature, top-k and top-p.
+
+Lengths, in tokens: "uniform", prompts of 16 to 256 and 16 to 128 new ones, each length as likely as another;
+"exponential", of 16 to 256 and 16 to 384, most of them short, as in a chat.
 """
 
 from __future__ import annotations
@@ -36,13 +39,12 @@ def main() -> None:
     """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=32)
-    for name, sizes in {"prompt": [16, 256], "new": [16, 128]}.items():
-        parser.add_argument(f"--{name}", type=int, nargs=2, default=sizes, help="least and most tokens")
+    parser.add_argument("--lengths", choices=LENGTHS, default="uniform")
     args = arguments(parser)
     torch.set_num_threads(args.threads)
     model, original = build_models(args)
     greedy, mixed = build_requests(args, sampled=False), build_requests(args, sampled=True)
-    longest = args.prompt[1] + args.new[1]
+    longest = max(sum_of_sizes(request) for request in greedy)
     engine = Engine(model, max_batch_size=len(greedy), max_length=longest, prefix_caching=False)
     alone = Engine(model, max_batch_size=1, max_length=longest, prefix_caching=False)
     candidates = {
@@ -60,8 +62,7 @@ def main() -> None:
     best = min(seconds[name] for name in fastest)
     lines = [
         *header(args),
-        f"{len(greedy)} requests of {args.prompt[0]} to {args.prompt[1]} tokens, {args.new[0]} to {args.new[1]} new "
-        f"ones, {new} in all; medians of {args.rounds} rounds",
+        f"{len(greedy)} requests, {args.lengths} lengths, {new} new tokens in all; medians of {args.rounds} rounds",
         f"the engine's tokens are those of transformers for {same} of the {len(greedy)} requests",
         "",
         f"{'':44}{'seconds':>8}{'tokens/s':>10}{'engine is faster by':>21}",
@@ -79,11 +80,24 @@ def main() -> None:
         pathlib.Path(args.out).write_text(text)
 
 
+def uniform(draw: random.Random) -> tuple[int, int]:
+    """(tokens of a prompt, new tokens), each length as likely as another."""
+    return draw.randint(16, 256), draw.randint(16, 128)
+
+
+def exponential(draw: random.Random) -> tuple[int, int]:
+    """(tokens of a prompt, new tokens), most of them short."""
+    return min(256, 16 + int(draw.expovariate(1 / 64))), min(384, 16 + int(draw.expovariate(1 / 56)))
+
+
+LENGTHS = {"uniform": uniform, "exponential": exponential}
+
+
 def build_requests(args: argparse.Namespace, sampled: bool) -> list[Request]:
     """Requests of the same lengths and prompts each time; sampled: every second one is sampled in its own way."""
     draw, requests = random.Random(SEED), list[Request]()
     for index in range(args.requests):
-        length, new = draw.randint(*args.prompt), draw.randint(*args.new)
+        length, new = LENGTHS[args.lengths](draw)
         ids = [draw.randrange(args.vocab_size) for _ in range(length)]
         params = SamplingParams(temperature=0.0, max_new_tokens=new)
         if sampled and index % 2:

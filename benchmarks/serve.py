@@ -6,15 +6,15 @@
 One model in a Hugging Face folder, with random weights, and the same requests for all, greedy and past the end of
 documents; each round has other prompts, because equal ones would be read once. "engine": all requests are queued at
 once in an Engine in this process, tokens in and tokens out. "megalith serve": the command, in a process of its own;
-clients in another (benchmarks/serve_clients.py) post all requests at once to /v1/completions and read streams.
-"transformers": benchmarks/serve_transformers.py, with the faster of that library's two caches; it answers when a batch
-is complete, so that its first token comes with its last. All have the same cores, the clients too. They take turns;
-each has a round that is not timed.
+clients in another (benchmarks/serve_clients.py) post all requests at once to /v1/completions, for whole answers.
+"streamed": the same for an event of each token, from a server that has not read the prompts yet. "transformers":
+benchmarks/serve_transformers.py, with the faster of that library's two caches; it answers when a batch is complete, and
+has no streams. All have the same cores, the clients too. They take turns; each has a round that is not timed.
 
 tokens/s: new tokens over the time from the first connection to the end of the last answer; medians of the rounds. Times
 to the first token count from a request's connection, times between tokens from one event of a stream to the next; both
-are over all requests of all rounds. "uniform": prompts of 16 to 256 tokens and 16 to 128 new ones, as in
-continuous_batching.py. "exponential": of 16 to 256 and 16 to 384, most of them short, as in a chat.
+are over all requests of all rounds; of an answer that is not streamed, the first token comes with the last. The lengths
+are those of continuous_batching.py.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ import tokenizers
 import torch
 import transformers
 
-from benchmarks.continuous_batching import percentile
+from benchmarks.continuous_batching import LENGTHS, percentile
 from benchmarks.generate import CACHES, arguments, build_models, header
 from megalith.generation.engine import Engine, Request
 from megalith.generation.load import load
@@ -49,7 +49,7 @@ from megalith.generation.params import SamplingParams
 
 FOLDER = pathlib.Path(__file__).parent
 RESULT = FOLDER / "results" / "serve.txt"
-ENGINE, SERVER, PEER = "engine", "megalith serve", "transformers"
+ENGINE, SERVER, STREAMED, PEER = "engine", "megalith serve", "streamed", "transformers"
 ASKED = {ENGINE: 0.90, PEER: 2.0}  # the server's tokens a second over those of the other, at least
 
 
@@ -92,7 +92,7 @@ def main() -> None:
         engine = Engine(model, max_batch_size=args.rows)
         serve = ["-m", "megalith", "serve", folder, "--port", "0", "--max-batch-size", str(args.rows)]
         peer = [str(FOLDER / "serve_transformers.py"), folder, "--rows", str(args.rows), "--cache"]
-        commands = {SERVER: serve} | {cache: [*peer, cache] for cache in CACHES}
+        commands = {SERVER: serve, STREAMED: serve} | {cache: [*peer, cache] for cache in CACHES}
         urls = {name: stack.enter_context(server(each, args.threads)) for name, each in commands.items()}
         seeds = itertools.count(1)  # other prompts each time
         taken = {
@@ -105,7 +105,8 @@ def main() -> None:
         lines = [*header(args), f"{args.rows} texts at one time; transformers' caches on the first table's: {shown}"]
         candidates = {
             ENGINE: lambda asks: alone(engine, asks),
-            SERVER: lambda asks: through_server(urls[SERVER], asks),
+            SERVER: lambda asks: through_server(urls[SERVER], asks, stream=False),
+            STREAMED: lambda asks: through_server(urls[STREAMED], asks, stream=True),
             PEER: lambda asks: through_peer(urls[cache], asks),
         }
         for run in candidates.values():
@@ -125,19 +126,6 @@ def main() -> None:
     print(text, end="")
     if not args.quick:
         pathlib.Path(args.out or RESULT).write_text(text)
-
-
-def uniform(draw: random.Random) -> tuple[int, int]:
-    """(tokens of a prompt, new tokens), each length as likely as another."""
-    return draw.randint(16, 256), draw.randint(16, 128)
-
-
-def exponential(draw: random.Random) -> tuple[int, int]:
-    """(tokens of a prompt, new tokens), most of them short."""
-    return min(256, 16 + int(draw.expovariate(1 / 64))), min(384, 16 + int(draw.expovariate(1 / 56)))
-
-
-LENGTHS = {"uniform": uniform, "exponential": exponential}
 
 
 def draw(args: argparse.Namespace, lengths: str, count: int, seed: int) -> list[Ask]:
@@ -200,9 +188,9 @@ def alone(engine: Engine, asks: Sequence[Ask]) -> Round:
     return Round(seconds, [Answer(engine.text_model.tokenizer.decode(tokens[id]), times[id]) for id in tokens])
 
 
-def through_server(url: str, asks: Sequence[Ask]) -> Round:
-    """All requests posted at once to /v1/completions, streamed."""
-    fixed = {"temperature": 0, "stream": True, "ignore_eos": True}
+def through_server(url: str, asks: Sequence[Ask], stream: bool) -> Round:
+    """All requests posted at once to /v1/completions."""
+    fixed = {"temperature": 0, "stream": stream, "ignore_eos": True}
     told = post(f"{url}/v1/completions", [{"prompt": ask.ids, "max_tokens": ask.new, **fixed} for ask in asks])
     answers = [
         Answer("".join(event["choices"][0]["text"] for _, event in events), [when for when, _ in events])
