@@ -148,23 +148,20 @@ def _evaluate(args: argparse.Namespace, task: str | None, models: Sequence[str],
         evaluate_nq(args, models, results)
         return results.show()
     made = None if task is None else TASKS.find(task)(args.valid_data, options)  # what is wrong is found before loading
-    import torch.distributed as dist  # here, because it imports torch
+    from megalith.runtime.build import process_group  # here, because it imports torch
 
-    owns_group = not dist.is_initialized()
-    for args.load in models:
-        started, shown = time.monotonic(), model_name(args)
-        model = load_model(args)
-        found = measured(model, task, made, options, args)
-        settings = {name: value for name, value in dataclasses.asdict(options).items() if value is not None}
-        named = ("ckpt_step", "adapter")
-        settings |= {each: getattr(args, each) for each in named if getattr(args, each) is not None}
-        for name, result in found.items():
-            results.keep(result, shown, name, args.valid_data, settings, started)
-        results.write()
-        has_group = model.runtime is not None
-        del model  # its memory is the next one's
-    if has_group and owns_group:
-        dist.destroy_process_group()
+    with process_group():
+        for args.load in models:
+            started, shown = time.monotonic(), model_name(args)
+            model = load_model(args)
+            found = measured(model, task, made, options, args)
+            settings = {name: value for name, value in dataclasses.asdict(options).items() if value is not None}
+            named = ("ckpt_step", "adapter")
+            settings |= {each: getattr(args, each) for each in named if getattr(args, each) is not None}
+            for name, result in found.items():
+                results.keep(result, shown, name, args.valid_data, settings, started)
+            results.write()
+            del model  # its memory is the next one's
     return results.show()
 
 

@@ -47,8 +47,9 @@ def evaluate_nq(args: argparse.Namespace, models: Sequence[str], results: Result
     from megalith.data.questions import read_questions  # here, because they are not needed for --help
     from megalith.data.tokenizers.given import TokenizerOverride
     from megalith.generation.load import torch_dtype
-    from megalith.retrieval.embed import Embedder, process_group
+    from megalith.retrieval.embed import Embedder
     from megalith.retrieval.store import Store
+    from megalith.runtime.build import process_group
     from megalith.runtime.load import format_options
     from megalith.workflows.open_domain import evaluate
 

@@ -119,31 +119,28 @@ def _generate(args: argparse.Namespace) -> int:
     if args.out_file is None and any(each.logprobs or each.top_logprobs or each.prompt_logprobs for each in read[1]):
         rule, cure = "must be given with log-probabilities, because they are written there", "Name a file"
         raise ConfigError(problem("--out-file", Words("nothing"), rule, cure))
-    import torch.distributed as dist  # here, because these import torch
-
-    from megalith.checkpoint.ranks import Ranks
+    from megalith.checkpoint.ranks import Ranks  # here, because these import torch
     from megalith.generation.generate import complete
+    from megalith.runtime.build import process_group
 
-    owns_group = not dist.is_initialized()
-    model = load_model(args)
-    set_retriever(model, args)
-    prompts, params = Ranks().on_rank_0(lambda: read)
-    samples = [
-        (prompt if each.echo and not model.config.decoder_layers else "", each)
-        for prompt, each in zip(prompts, params)
-        for _ in range(each.num_samples)
-    ]
-    streamed, printer = args.stream, None
-    if streamed is None:
-        streamed = len(samples) == 1 and samples[0][1].beam_width is None
-    if streamed and args.out_file is None and all(each.max_new_tokens for _, each in samples):
-        printer = StreamPrinter([prompt for prompt, _ in samples])
-    completions = complete(
-        model, prompts, params=params, on_token=printer if is_main_process else None,
-        batch_size=1 if printer else args.batch_size, batch_invariant=args.batch_invariant, compile=args.compile,
-    )  # fmt: skip
-    if model.runtime is not None and owns_group:
-        dist.destroy_process_group()
+    with process_group():
+        model = load_model(args)
+        set_retriever(model, args)
+        prompts, params = Ranks().on_rank_0(lambda: read)
+        samples = [
+            (prompt if each.echo and not model.config.decoder_layers else "", each)
+            for prompt, each in zip(prompts, params)
+            for _ in range(each.num_samples)
+        ]
+        streamed, printer = args.stream, None
+        if streamed is None:
+            streamed = len(samples) == 1 and samples[0][1].beam_width is None
+        if streamed and args.out_file is None and all(each.max_new_tokens for _, each in samples):
+            printer = StreamPrinter([prompt for prompt, _ in samples])
+        completions = complete(
+            model, prompts, params=params, on_token=printer if is_main_process else None,
+            batch_size=1 if printer else args.batch_size, batch_invariant=args.batch_invariant, compile=args.compile,
+        )  # fmt: skip
     if not is_main_process:
         return 0
     if args.out_file is not None:

@@ -120,8 +120,9 @@ def _build(
 
     from megalith.common.extras import require
     from megalith.data.tokenizers.given import TokenizerOverride
-    from megalith.retrieval.embed import Embedder, build, process_group
+    from megalith.retrieval.embed import Embedder, build
     from megalith.retrieval.sources import Blocks, Passages, Source
+    from megalith.runtime.build import process_group
 
     def notice(line: str) -> None:
         if environment.rank() == 0:
@@ -181,10 +182,11 @@ def run_search(args: argparse.Namespace) -> int:
     if args.top_k < 1:
         raise ConfigError(problem("--top-k", args.top_k, "must be above 0", "Write --top-k 5"))
     from megalith.config.run import RunConfig  # here, because they import torch
-    from megalith.retrieval.embed import Embedder, process_group
+    from megalith.retrieval.embed import Embedder
     from megalith.retrieval.search import open_index
     from megalith.retrieval.sources import open_source
     from megalith.retrieval.store import Store, check_probe
+    from megalith.runtime.build import process_group
 
     store = Store(args.index)
     index = open_index(store, args.index_string, cache=len(args.text) > 1)

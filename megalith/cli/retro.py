@@ -190,9 +190,9 @@ def _run(
 
     from megalith.cli.index import check_model
     from megalith.common.extras import require
-    from megalith.retrieval.embed import process_group
     from megalith.retrieval.retro.neighbors import Query
     from megalith.retrieval.retro.steps import RetroOptions, Steps
+    from megalith.runtime.build import process_group
 
     def notice(line: str) -> None:
         if not dist.is_initialized() or dist.get_rank() == 0:

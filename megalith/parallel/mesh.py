@@ -153,6 +153,17 @@ def init_distributed(config: ParallelConfig) -> torch.device:
 
 
 @contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """A process group that begins within the block ends with it."""
+    owned = not dist.is_initialized()
+    try:
+        yield
+    finally:
+        if owned and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
 def _waiting_for_others(config: ParallelConfig) -> Iterator[None]:
     """Around the wait for the other processes: print a line where it takes long, raise RankError where they fail."""
     address = f"{variables.main_address()}:{variables.main_port()}"

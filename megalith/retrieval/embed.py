@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalith.checkpoint.ranks import Ranks
@@ -213,17 +212,6 @@ class BertEmbedder(TextEmbedder):
         places = torch.arange(ids.shape[1], device=ids.device)
         inner = ((places >= 1) & (places < lengths - 1)).unsqueeze(-1)
         return ((output.float() * inner).sum(dim=1) / (lengths - 2)).cpu()
-
-
-@contextlib.contextmanager
-def process_group() -> Iterator[None]:
-    """A process group that begins within the block ends with it."""
-    owned = not dist.is_initialized()
-    try:
-        yield
-    finally:
-        if owned and dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def build(

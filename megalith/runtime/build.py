@@ -32,7 +32,7 @@ from megalith.models import protocol
 from megalith.parallel import context, data_parallel, matmul, plan, recompute
 from megalith.parallel import lora as low_rank
 from megalith.parallel.collectives import Axis
-from megalith.parallel.mesh import Mesh, build_mesh, init_distributed, init_mesh
+from megalith.parallel.mesh import Mesh, build_mesh, init_distributed, init_mesh, process_group
 from megalith.parallel.pipeline.deferred import WeightGradientQueue
 from megalith.parallel.pipeline.pipeline import Pipeline
 from megalith.parallel.pipeline.shared import SharedParameters
@@ -51,6 +51,7 @@ __all__ = [
     "init_distributed",
     "init_mesh",
     "meta_model",
+    "process_group",
 ]
 
 

@@ -22,7 +22,7 @@ from megalith.config.flags.loading import to_yaml
 from megalith.config.megatron.counts import embedding_rows
 from megalith.config.run import RunConfig
 from megalith.data.tokenizers.tokenizer import Tokenizer
-from megalith.runtime.build import Mesh, build_mesh, init_distributed
+from megalith.runtime.build import Mesh, build_mesh, init_distributed, process_group
 from megalith.training.best import best_so_far
 from megalith.training.build import (
     build_callbacks,
@@ -52,46 +52,41 @@ def train(config: RunConfig) -> Progress:
     Under a launcher every process calls it with the same config. Raises ConfigError, DataError or CheckpointError
     before the first step where something cannot work.
     """
-    config, owns_group = completed(config), not dist.is_initialized()
-    check(config, environment.world_size() if owns_group else dist.get_world_size())
+    config = completed(config)
+    check(config, dist.get_world_size() if dist.is_initialized() else environment.world_size())
     tokenizer, changes = open_tokenizer(config)
     if environment.rank() == 0:
         print("".join(f"{line}\n" for line in changes), end="", flush=True)
-    with ends_with_launcher():
-        return _train(config, tokenizer, owns_group)
+    with ends_with_launcher(), process_group():
+        return _train(config, tokenizer)
 
 
-def _train(config: RunConfig, tokenizer: Tokenizer, owns_group: bool) -> Progress:
-    """owns_group: the process group is made here, and destroyed at the end."""
+def _train(config: RunConfig, tokenizer: Tokenizer) -> Progress:
     device = init_distributed(config.parallel)
-    try:
-        check_same_config(config)
-        mesh = build_mesh(config.parallel, device)
-        check_length(config, mesh.data_size)
-        if old := Ranks().on_rank_0(lambda: run_folder.find_old_run_folder(config)):
+    check_same_config(config)
+    mesh = build_mesh(config.parallel, device)
+    check_length(config, mesh.data_size)
+    if old := Ranks().on_rank_0(lambda: run_folder.find_old_run_folder(config)):
+        if mesh.is_main_process:
+            print(
+                f"run folder {old}, where this run began its record; new runs have it in the folder of --save",
+                flush=True,
+            )
+        config = config.replace(run_dir=old)
+    config, line = Ranks().on_rank_0(lambda: source.infer_finetune(config))
+    if line and mesh.is_main_process:
+        print(line, flush=True)
+    with contextlib.ExitStack() as held:
+        checks: list[Callable[[], None]] = []
+        on_main_process(lambda: checks.append(held.enter_context(run_folder.hold_folders(config))))
+        if Ranks().on_rank_0(lambda: origin.has_exact_gelu(config)):
             if mesh.is_main_process:
-                print(
-                    f"run folder {old}, where this run began its record; new runs have it in the folder of --save",
-                    flush=True,
-                )
-            config = config.replace(run_dir=old)
-        config, line = Ranks().on_rank_0(lambda: source.infer_finetune(config))
-        if line and mesh.is_main_process:
-            print(line, flush=True)
-        with contextlib.ExitStack() as held:
-            checks: list[Callable[[], None]] = []
-            on_main_process(lambda: checks.append(held.enter_context(run_folder.hold_folders(config))))
-            if Ranks().on_rank_0(lambda: origin.has_exact_gelu(config)):
-                if mesh.is_main_process:
-                    kept = "activation gelu (exact), as in the checkpoint, which is older than --bias-gelu-fusion"
-                    print(f"{kept}; --no-bias-gelu-fusion says the same without this line", flush=True)
-                config = config.replace(bias_gelu_fusion=False)
-            if mesh.is_main_process:
-                write_text(pathlib.Path(config.run_folder) / "config.yaml", to_yaml(config))
-            return run(with_vocabulary(config, tokenizer), mesh, tokenizer, *checks)
-    finally:
-        if owns_group:
-            dist.destroy_process_group()
+                kept = "activation gelu (exact), as in the checkpoint, which is older than --bias-gelu-fusion"
+                print(f"{kept}; --no-bias-gelu-fusion says the same without this line", flush=True)
+            config = config.replace(bias_gelu_fusion=False)
+        if mesh.is_main_process:
+            write_text(pathlib.Path(config.run_folder) / "config.yaml", to_yaml(config))
+        return run(with_vocabulary(config, tokenizer), mesh, tokenizer, *checks)
 
 
 def run(

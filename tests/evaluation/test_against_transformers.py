@@ -10,6 +10,7 @@ import pytest
 import megalith
 from megalith.evaluation.evaluate import evaluate
 from megalith.evaluation.result import Result
+from megalith.generation.generate import score
 from megalith.testing.ranks import run_ranks
 from tests.evaluation import references
 from tests.evaluation.conftest import POSITIONS
@@ -121,7 +122,7 @@ def test_ppl_by_source(gpt2: pathlib.Path, texts: pathlib.Path) -> None:
     assert not whole.sources and whole.examples[0]["loss"] == pytest.approx(result.examples[0]["loss"])
     text = (texts / "a.txt").read_text()
     ids = model.tokenizer.encode(text)
-    assert whole.examples[0]["loss"] == pytest.approx(-sum(megalith.generation.generate.score(model, ids)[0]), rel=1e-5)
+    assert whole.examples[0]["loss"] == pytest.approx(-sum(score(model, ids)[0]), rel=1e-5)
     bits = whole.examples[0]["loss"] / math.log(2) / len(text)
     assert values(whole)["bits per byte"] == pytest.approx(bits)
     assert values(whole)["token ratio"] == pytest.approx((len(ids) - 1) / (len(text.split()) - 1))

@@ -10,8 +10,9 @@ import pytest
 
 from megalith.cli.main import main
 from megalith.evaluation.records import read_records
-from megalith.retrieval.embed import Embedder, process_group
+from megalith.retrieval.embed import Embedder
 from megalith.retrieval.sources import pack
+from megalith.runtime.build import process_group
 from megalith.testing import run_ranks
 from tests.retrieval.evidence import PASSAGES, QUESTIONS, write_evidence, write_questions
 
