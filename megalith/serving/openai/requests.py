@@ -29,8 +29,8 @@ FIELDS_OF_OPTIONS = {  # where the field of a request has another name than Gene
     "max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "num_samples": "n", "stop_at_eod": "ignore_eos",
 }  # fmt: skip
 SAME_NAMES = (
-    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
-    "stop_token_ids", "add_bos", "length_penalty",
+    "temperature", "top_k", "top_p", "top_p_decay", "top_p_bound", "min_p", "repetition_penalty", "presence_penalty",
+    "frequency_penalty", "seed", "stop_token_ids", "add_bos", "length_penalty",
 )  # fmt: skip
 NUCLEUS_OF_ONE = 1e-9  # a top_p that only the likeliest token fits
 
@@ -83,6 +83,10 @@ class Options(BaseModel):
     min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = Field(
         None, description="Choose among the tokens at least this times as probable as the likeliest."
     )
+    top_p_decay: Annotated[float, Field(ge=0.0, le=1.0)] | None = Field(
+        None, description="top_p is multiplied by this after each new token; 0: it stays."
+    )
+    top_p_bound: Annotated[float, Field(ge=0.0, le=1.0)] | None = Field(None, description="Where top_p_decay ends.")
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100.0)] | None = Field(
         None, description="Above 1 tokens of prompt and text become less likely."
     )
@@ -117,6 +121,9 @@ class Options(BaseModel):
             _refuse("stream_options", "stream false", "must be left out without stream", "Leave it out, or stream")
         if self.length_penalty is not None and self.beams is None:
             _refuse("length_penalty", "no beams", "must be left out without beam search", "Add beam_width")
+        for name in ("top_p_decay", "top_p_bound"):
+            if getattr(self, name) is not None and self.top_p is None:
+                _refuse(name, getattr(self, name), "must be left out without top_p", "Add top_p, such as 0.9")
         if self.beams is not None and self.stream:
             rule = "must be left out with stream: beam search knows its texts only at the end"
             _refuse("beam_width" if self.beam_width else "use_beam_search", self.beams, rule, "Leave out the one")

@@ -23,6 +23,10 @@ CASES = {
         {"prompt": "a", "seed": 3, "max_tokens": 6},
         {"top_k": 5, "min_p": 0.01, "repetition_penalty": 1.3, "ignore_eos": True, "min_tokens": 2, "add_bos": True},
     ),
+    "nucleus that shrinks": (
+        {"prompt": "a", "seed": 3, "top_p": 0.9, "max_tokens": 9},
+        {"top_p_decay": 0.7, "top_p_bound": 0.2},
+    ),
     "bias": ({"prompt": "a", "seed": 3, "logit_bias": {"65": 60, "66": 61}, "max_tokens": 4}, {}),
     "likeliest": ({"prompt": "a", "seed": 3, "top_p": 0, "best_of": 1}, {"top_k": -1}),
 }

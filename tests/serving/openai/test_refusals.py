@@ -47,6 +47,8 @@ WRONG = [
     ({"stream": True, "beam_width": 2}, "beam_width", "beam search knows its texts only at the end"),
     ({"beam_width": 2, "top_k": 4}, "beam_width", "without options of sampling"),
     ({"length_penalty": 2}, "length_penalty", "without beam search"),
+    ({"top_p_decay": 0.9}, "top_p_decay", "without top_p"),
+    ({"top_p": 0.5, "top_p_decay": 0.9, "top_p_bound": 0.6}, "top_p_bound", "between 0 and top_p"),
     ({"user": 5}, "user", "a valid string"),
     ({"suffix": "end"}, "suffix", "does not support"),
     ({"tools": [{}]}, "tools", "does not support"),
