@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megalith.common.errors import ConfigError, problem
+from megalith.config.flags.text import Words
 from megalith.generation.cached_attention import PrefillChunk
 from megalith.generation.model import TextModel, check_length
 from megalith.generation.parallel.runner import runner_of
@@ -154,6 +155,14 @@ def check_options(request: BeamRequest) -> None:
     ):  # fmt: skip
         if not holds:
             raise ConfigError(problem(name, value, rule, cure))
+
+
+def no_memory(request: BeamRequest) -> ConfigError:
+    """The error of a search whose cache the device has no memory for."""
+    tokens = len(request.prompt_ids) + request.max_new_tokens
+    found = Words(f"too little for {request.beam_width} beams of {tokens} tokens")
+    rule, cure = "must hold the keys and values of each beam", "Ask for fewer beams, or for fewer tokens"
+    return ConfigError(problem("The memory that the device has left", found, rule, cure))
 
 
 def beam_search(

@@ -32,10 +32,10 @@ from torch import Tensor, nn
 
 from megalith.common.errors import CheckpointError, ConfigError, DataError, MegalithError, problem
 from megalith.config.flags.text import Words
-from megalith.generation.beam import BeamSearch, check_options
+from megalith.generation.beam import BeamSearch, check_options, no_memory
 from megalith.generation.logprobs import measure, top_of
 from megalith.generation.model import TextModel, TooLong, check_length
-from megalith.generation.parallel.runner import bytes_per_row, runner_of
+from megalith.generation.parallel.runner import ParallelRunner, bytes_per_row, runner_of
 from megalith.generation.penalties import all_banned, check_tokens
 from megalith.generation.prefill import Prefill
 from megalith.generation.prefix import CHUNK, Prompt
@@ -127,6 +127,21 @@ class Engine:
         self.runner.warm_up()
 
     @property
+    def bytes_allocated(self) -> int:
+        """Memory of this process for keys and values: the cache's, and that of the search which runs."""
+        return self.cache.bytes_allocated + self._bytes_of_search
+
+    @property
+    def bytes_in_use(self) -> int:
+        """Memory that the requests of this process have reserved; a search reserves all of its cache."""
+        return self.cache.bytes_in_use + self._bytes_of_search
+
+    @property
+    def _bytes_of_search(self) -> int:
+        runners = [search.runner for _, search in list(self.searches)]  # a copy: a server asks from another thread
+        return sum(runner.cache.bytes_allocated for runner in runners if runner is not None)
+
+    @property
     def busy(self) -> bool:
         """Whether a step would do anything."""
         return bool(self.waiting or self.prefill.reading or self.running or self.searches or self.pending_events)
@@ -208,8 +223,9 @@ class Engine:
         """One more token for every running request, the next chunks of the prompts of those that join them, and one
         step of a beam search.
 
-        A request whose logits are not numbers ends, alone, with an event that has the error. Any other error while
-        prompts are read, or in a search, removes their requests; the tokens of the others come with the next step.
+        A request whose logits are not numbers ends, alone, with an event that has the error, and so does a search for
+        which one process has too little memory. Any other error while prompts are read, or in a search, removes their
+        requests; the tokens of the others come with the next step.
         """
         if self.running:
             logits = self.runner.decode(
@@ -266,16 +282,22 @@ class Engine:
 
     def _search(self) -> None:
         """A step of the first beam search."""
-        id, search = self.searches.popleft()
+        (id, search), ended = self.searches[0], True  # by an error too
         try:
             ended = search.step()
+            if ended:
+                self.pending_events.append(Event(id=id, token=None, finish=search.best[0].finish, beams=search.best))
         except CheckpointError as error:  # on all processes of the model
             self.pending_events.append(Event(id=id, token=None, finish="error", error=error))
-            return
-        if ended:
-            self.pending_events.append(Event(id=id, token=None, finish=search.best[0].finish, beams=search.best))
-        else:
-            self.searches.appendleft((id, search))
+        except torch.OutOfMemoryError:
+            # The cache of a search is the memory that is not allocated at the start. Of several processes others may
+            # have had enough, and would wait for this one.
+            if isinstance(self.runner, ParallelRunner):
+                raise
+            self.pending_events.append(Event(id=id, token=None, finish="error", error=no_memory(search.request)))
+        finally:
+            if ended:
+                self.searches.popleft()
 
     def _end_by_error(self, active: _ActiveRequest, error: MegalithError | None) -> None:
         """End a request whose row holds nothing that another could use."""

@@ -61,9 +61,9 @@ class Metrics:
             ("seconds_since_step", "Age of the engine's last sign of life", service.thread.seconds_since_sign),
             ("new_tokens_per_second", f"New tokens in each of the last {RECENT_SECONDS} seconds", self.rate),
             ("cache_used_bytes", "Keys and values that texts have reserved, on process 0",
-             lambda: service.cache.bytes_in_use),
+             lambda: service.local_engine.bytes_in_use),
             ("cache_allocated_bytes", "Memory for keys and values, on process 0",
-             lambda: service.cache.bytes_allocated),
+             lambda: service.local_engine.bytes_allocated),
         ):  # fmt: skip
             self.prometheus.Gauge(f"megalith_{name}", help, registry=self.registry).set_function(value)
 

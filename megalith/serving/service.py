@@ -11,7 +11,6 @@ from typing import Any
 from starlette.concurrency import run_in_threadpool
 
 from megalith.common.errors import ConfigError, MegalithError, problem
-from megalith.generation.cache import KVCache
 from megalith.generation.engine import Engine
 from megalith.generation.generate import AnyEngine, Call
 from megalith.generation.parallel.ranks import first_line
@@ -92,12 +91,12 @@ class Service:
         return self.unfinished - self.waiting
 
     @property
-    def cache(self) -> KVCache:
-        """Keys and values of this process."""
+    def local_engine(self) -> Engine:
+        """The engine of this process, which has its keys and values."""
         engine = self.engine
         while not isinstance(engine, Engine):
             engine = engine.engine
-        return engine.cache
+        return engine
 
     async def submit(self, prompts: Prompts, params: GenerationParams | Sequence[GenerationParams]) -> Submission:
         """Queue texts; see `complete` for prompts and params. The submission must be entered by `with`.

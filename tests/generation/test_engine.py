@@ -115,12 +115,12 @@ def test_each_gives_what_it_gives_alone(form: str, make, monkeypatch: pytest.Mon
             given[id], made[id] = request, []
         for event in engine.step():
             made[event.id].append(told(event))
-        most = max(most, engine.cache.bytes_in_use)
+        most = max(most, engine.bytes_in_use)
         living = [each.id for each in (*engine.running, *engine.prefill.reading, *engine.waiting)]
         if living and rng.random() < 0.1:
             cancelled.add(chosen := rng.choice(living))
             assert engine.cancel(chosen) and not engine.cancel(chosen)
-    assert 0 < most <= engine.cache.bytes_allocated and engine.cache.bytes_in_use == 0
+    assert 0 < most <= engine.bytes_allocated and engine.bytes_in_use == 0
     assert len(cancelled) > 1
     assert sum(read) < sum(len(request.prompt_ids) for request in given.values())  # some were shared
     for id, request in given.items():

@@ -14,6 +14,7 @@ from megalith.generation.engine import Engine, Request
 from megalith.generation.generate import Call, complete
 from megalith.generation.model import TextModel
 from megalith.generation.params import GenerationParams, SamplingParams
+from megalith.generation.runner import ModelRunner
 from megalith.generation.request import BeamRequest
 from tests.generation.test_engine import FORMS, events_alone, requests, run, told
 
@@ -60,10 +61,33 @@ def test_a_search_that_is_cancelled_frees_its_memory(make) -> None:
     engine.step()
     cache = weakref.ref(engine.searches[0][1].runner.cache)
     assert cache() is not None and engine.searches[1][1].runner is None  # which waits
+    assert engine.bytes_in_use == cache().bytes_allocated == engine.bytes_allocated - engine.cache.bytes_allocated > 0
     assert engine.cancel(first) and not engine.cancel(first)
     gc.collect()
-    assert cache() is None and engine.busy
+    assert cache() is None and engine.busy and engine.bytes_in_use == 0
     assert [event.id for event in run(engine)] == [second] and not engine.busy
+    assert engine.bytes_in_use == 0 and engine.bytes_allocated == engine.cache.bytes_allocated
+
+
+def test_a_search_without_memory_ends_alone(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cache is allocated when it starts, and may then be more than an accelerator has left."""
+    model, sampled = make(), requests(random.Random(5), 3)
+    expected = [events_alone(Engine(model, max_batch_size=4), each) for each in sampled]
+    engine, runner_of = Engine(model, max_batch_size=4), beam.runner_of
+
+    def allocate(model: TextModel, rows: int, *lengths: int, **options: bool) -> ModelRunner:
+        if rows == 4:
+            raise torch.OutOfMemoryError("none left")
+        return runner_of(model, rows, *lengths, **options)
+
+    monkeypatch.setattr(beam, "runner_of", allocate)
+    wide, *ids, narrow = [engine.add(each) for each in (beams([3, 4], 4), *sampled, beams([3, 4], 2))]
+    events = run(engine)
+    (failed,) = (event for event in events if event.id == wide)
+    assert failed.finish == "error" and "too little for 4 beams of 8 tokens" in str(failed.error)
+    assert [[told(event) for event in events if event.id == id] for id in ids] == expected
+    assert [event.beams for event in events if event.id == narrow] == [search(model, beams([3, 4], 2))]
+    assert not engine.busy and engine.bytes_in_use == 0
 
 
 def test_what_cannot_be_searched(make) -> None:

@@ -19,7 +19,7 @@ RAW = raw("PUT", "/api", json.dumps(BODY).encode())
 
 def idle(service):
     """Wait until nothing is left of any text."""
-    until(lambda: service.unfinished == 0 and not service.engine.busy and service.cache.bytes_in_use == 0)
+    until(lambda: service.unfinished == 0 and not service.engine.busy and service.local_engine.bytes_in_use == 0)
 
 
 def test_a_full_queue(make):

@@ -40,7 +40,7 @@ def test_counts(served):
     assert grown['megalith_requests_total{route="/api",status="200"}'] == 1
     assert grown['megalith_request_seconds_count{route="/api"}'] == 1
     assert after["megalith_up"] == 1 and after["megalith_texts_running"] == after["megalith_texts_waiting"] == 0
-    assert after["megalith_cache_allocated_bytes"] == service.cache.bytes_allocated > 0
+    assert after["megalith_cache_allocated_bytes"] == service.local_engine.bytes_allocated > 0
     assert all(re.match("megalith_[a-z_]+", name) for name in after)
 
 
