@@ -14,7 +14,7 @@ from typing import Any
 
 from megalith.common.errors import ConfigError, problem
 from megalith.config.flags.foreign_names import megalith_name
-from megalith.config.flags.text import Words, check_minimum, fail, flag, unknown
+from megalith.config.flags.text import Words, below_minimum, fail, flag, unknown
 from megalith.config.options import option
 
 SMALLEST = 2.0**-126  # the smallest normal number of float32
@@ -78,18 +78,26 @@ class SamplingParams:
     prompt_logprobs: bool = option(False, "return both for the tokens of the prompt after its first")
 
     def __post_init__(self):
-        for each in dataclasses.fields(self):
+        problems, fields = dict[str, str](), dataclasses.fields(self)  # one of each field
+        for each in fields:
             value, kind = getattr(self, each.name), str(each.type)
             try:
-                value = _convert(kind.removesuffix(" | None"), value, kind.endswith(" | None"))
+                object.__setattr__(
+                    self, each.name, _convert(kind.removesuffix(" | None"), value, kind.endswith(" | None"))
+                )
             except (TypeError, ValueError):
                 rule = f"must be {EXPECTED[kind.removesuffix(' | None')]}"
-                raise ConfigError(problem(flag(each.name), value, rule, f"It is: {each.metadata['help']}")) from None
-            object.__setattr__(self, each.name, value)
-            check_minimum(each.name, value, each.metadata["minimum"])
+                problems[each.name] = problem(flag(each.name), value, rule, f"It is: {each.metadata['help']}")
+        fail(problems.values())  # values of other types cannot be compared
+        for each in fields:
+            for text in below_minimum(each.name, getattr(self, each.name), each.metadata["minimum"]):
+                problems[each.name] = text
+        defaults = {each.name: each.default for each in fields}
         for name, holds, rule, cure in self._rules():
-            if not holds:
-                raise ConfigError(problem(flag(name), getattr(self, name), rule, cure))
+            value = getattr(self, name)
+            if not holds and value != defaults[name]:  # a default is wrong only beside another value that is
+                problems.setdefault(name, problem(flag(name), value, rule, cure))
+        fail(problems.values())
 
     def _rules(self) -> list[tuple[str, bool, str, str]]:
         """(field, whether it is right, rule, cure)."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import re
+from collections.abc import Iterator
 
 from megalith.common.errors import ConfigError, problem
-from megalith.config.flags.text import check_minimum
+from megalith.config.flags.text import below_minimum, fail
 from megalith.config.options import option
 from megalith.serving.token_file import read_token
 
@@ -43,16 +44,22 @@ class ServeOptions:
     compile: bool = option(False, "decode by compiled graphs; compiling takes minutes, before the first request")
 
     def __post_init__(self):
+        fail(self._problems())
+
+    def _problems(self) -> Iterator[str]:
         for each in dataclasses.fields(self):
-            check_minimum(each.name, getattr(self, each.name), each.metadata["minimum"])
+            yield from below_minimum(each.name, getattr(self, each.name), each.metadata["minimum"])
         if self.port > 65535:
-            raise ConfigError(problem("--port", self.port, "must be at most 65535", "Try 5000"))
-        if self.token_file is not None:
-            read_token(self.token_file)  # refused now, and not after minutes of loading a model
+            yield problem("--port", self.port, "must be at most 65535", "Try 5000")
         for origin in self.allow_origins:
             if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/\sA-Z]+", origin):
                 rule = "must be an origin as browsers send it: scheme://host or scheme://host:port, in small letters"
-                raise ConfigError(problem("--allow-origins", origin, rule, "Try https://example.com, or * for all"))
+                yield problem("--allow-origins", origin, rule, "Try https://example.com, or * for all")
+        if self.token_file is not None:
+            try:
+                read_token(self.token_file)  # refused now, and not after minutes of loading a model
+            except ConfigError as error:
+                yield str(error)
 
 
 def is_loopback(host: str) -> bool:

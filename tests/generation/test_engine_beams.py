@@ -14,8 +14,8 @@ from megalith.generation.engine import Engine, Request
 from megalith.generation.generate import Call, complete
 from megalith.generation.model import TextModel
 from megalith.generation.params import GenerationParams, SamplingParams
-from megalith.generation.runner import ModelRunner
 from megalith.generation.request import BeamRequest
+from megalith.generation.runner import ModelRunner
 from tests.generation.test_engine import FORMS, events_alone, requests, run, told
 
 

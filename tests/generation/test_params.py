@@ -97,6 +97,22 @@ def test_values_that_cannot_work_are_named(wrong: dict, message: str) -> None:
         GenerationParams(**wrong)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"temperature": -1, "top_p": 3, "length_penalty": 99}, ["--temperature", "--top-p", "--length-penalty"]),
+        ({"top_k": "many", "stop": 3, "top_p": 3}, ["--top-k", "--stop"]),
+        ({"top_p": -0.5, "max_new_tokens": -1}, ["--max-new-tokens", "--top-p"]),  # nothing of bound and min_new_tokens
+    ],
+)
+def test_all_that_is_wrong_is_told_at_once(wrong: dict, named: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        GenerationParams(**wrong)
+    first, *lines = str(caught.value).splitlines()
+    assert first == f"{len(named)} problems"
+    assert [line.split()[:2] for line in lines] == [[f"{number}.", name] for number, name in enumerate(named, 1)]
+
+
 def test_values_are_taken_as_python_and_json_write_them() -> None:
     given = GenerationParams(
         stop="ab", stop_token_ids=[np.int64(3)], logit_bias={"5": -1, 6: -math.inf}, temperature=1, top_k=np.int32(2)

@@ -104,6 +104,7 @@ def test_megatrons_flags(run, served_with, tokenizer_file, capsys) -> None:  # n
         ((".", "--port", 70000), 2, "--port must be at most 65535"),
         ((".", "--max-batch-size", 0), 2, "--max-batch-size must be at least 1"),
         ((".", "--token-file", "none"), 2, "--token-file must name a file that exists"),
+        ((".", "--port", -1, "--token-file", "none"), 2, "2 problems\n  1. --port must be at least 0"),
         ((".", "--num-experts", 8), 2, "--num-experts cannot be used: there are no mixture-of-experts layers"),
         ((".", "--max-batch-sise", 8), 2, "did you mean --max-batch-size?"),
     ],

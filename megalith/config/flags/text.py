@@ -82,10 +82,16 @@ def choose(kind: str, name: str, known: Iterable[str]) -> str:
     return name
 
 
+def below_minimum(name: str, value: float | None, smallest: float | None) -> list[str]:
+    """The problem of an option that is less than its `minimum`, or nothing; None is no value, or no limit."""
+    if smallest is None or value is None or value >= smallest:
+        return []
+    return [problem(flag(name), value, f"must be at least {smallest:g}", f"Give {smallest:g} or more")]
+
+
 def check_minimum(name: str, value: float | None, smallest: float | None) -> None:
-    """Raise ConfigError where the value of an option is less than its `minimum`; None is no value, or no limit."""
-    if smallest is not None and value is not None and not value >= smallest:
-        raise ConfigError(problem(flag(name), value, f"must be at least {smallest:g}", f"Give {smallest:g} or more"))
+    """Raise ConfigError for the problem of `below_minimum`."""
+    fail(below_minimum(name, value, smallest))
 
 
 def fail(problems: Iterable[str], error: type[MegalithError] = ConfigError) -> None:
