@@ -48,6 +48,8 @@ LIKE_THE_LIBRARY = [  # fields of a body, and the options that mean the same
      {"num_samples": 3, "min_p": 0.1, "echo": False}),
     ({"random_seed": 3, "stop": "e", "repetition_penalty": 1.3, "stop_token_ids": [7]},
      {"stop": "e", "repetition_penalty": 1.3, "stop_token_ids": [7]}),
+    ({"random_seed": 3, "presence_penalty": 1.5, "frequency_penalty": -1, "min_new_tokens": 9, "stop_at_eod": False},
+     {"presence_penalty": 1.5, "frequency_penalty": -1.0, "min_new_tokens": 9, "stop_at_eod": False}),
     ({"random_seed": 3, "logit_bias": {"70": 5, "71": -100.0}, "max_new_tokens": 4},
      {"logit_bias": {70: 5.0, 71: -100.0}, "max_new_tokens": 4}),
 ]  # fmt: skip

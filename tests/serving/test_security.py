@@ -73,7 +73,7 @@ def test_origins_that_no_browser_sends(origin):
         ServeOptions(allow_origins=(origin,))
 
 
-def test_pages_of_other_sites(served):
+def test_pages_of_other_sites(served, caplog):
     url, service = served
     own = url.partition("://")[2]
     # A simple POST, which browsers send without a preflight; it must not reach the model.
@@ -86,6 +86,9 @@ def test_pages_of_other_sites(served):
         assert status == 403 and "Access-Control-Allow-Origin" not in headers
     assert call(url, "PUT", "/api", BODY, Origin=url)[0] == 200
     assert service.metrics.texts._value.get() == 1
+    refused = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    assert len(refused) == 8 and all("127.0.0.1 POST /api 403" in line for line in refused[::2])
+    assert "Once" not in caplog.text and "evil.example" not in caplog.text
 
 
 def test_allowed_origins(make, token_file):
