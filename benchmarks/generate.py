@@ -8,7 +8,8 @@ tokens/s counts new tokens and includes the reading of the prompts. transformers
 the faster counts (--compile: its static cache with its compiled step, ours with ours). Our engine is made once for each
 number of rows, as a server makes it. "limit": every weight matrix times one token of each row, as many times as there
 are new tokens, and nothing else. All cases of a number of rows take turns in --rounds rounds; medians are compared.
-"of greedy": a sampled case against ours greedy.
+"of greedy": a sampled case against ours greedy. GB/s: the bytes of the weight matrices for each new token of one row;
+of a copy, the bytes that it reads and those that it writes.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def main() -> None:
     lines = header(args)
     if args.profile:
         lines.append(f"after {args.prompt} tokens; medians of {STEPS} steps\n")
-        for rows in (1, 8):
+        for rows in args.rows:
             engine = Engine(
                 model, max_batch_size=rows, max_length=POSITIONS, compile=args.compile, prefix_caching=False
             )
@@ -78,7 +79,8 @@ def decoding(args: argparse.Namespace, model: GPT, original: GPT2LMHeadModel) ->
         f"{'tokens/s':20}{'dynamic':>9}{'static':>9}{'megalith':>10}{'ratio':>8}{'limit':>9}{'of limit':>10}"
         f"{'of greedy':>11}   same tokens"
     ]
-    for rows in (1, 8):
+    bandwidth = list[str]()
+    for rows in args.rows:
         engine = Engine(
             model, max_batch_size=rows, max_length=args.prompt + args.new, compile=args.compile, prefix_caching=False
         )
@@ -101,9 +103,15 @@ def decoding(args: argparse.Namespace, model: GPT, original: GPT2LMHeadModel) ->
                 f"{here / max(dynamic, static):8.2f}{limit:9.1f}{here / limit:10.2f}{here / greedy:11.2f}   "
                 + (" and ".join("yes" if each else "no" for each in same) if case == "greedy" else "-")
             )
+        if rows == 1:
+            read = speed["greedy", "megalith"] * sum(weight.nbytes for weight in matrices_of(model)) / 1e9
+            copied = copy_bandwidth(model.embedding.weight.device) / 1e9
+            bandwidth = [
+                f"1 row, greedy: weights are read at {read:.1f} GB/s, {read / copied:.2f} of a copy's {copied:.1f}"
+            ]
     probs = original(torch.tensor([prompt(args, 0)], device=original.device)).logits[0, -1].float().softmax(dim=-1)
     kept = int((probs.sort(descending=True).values.cumsum(dim=-1) < 0.9).sum()) + 1
-    return [*lines, f"0.9 of the first new token's probability lies on {kept} of {args.vocab_size} tokens"]
+    return [*lines, *bandwidth, f"0.9 of the first new token's probability lies on {kept} of {args.vocab_size} tokens"]
 
 
 def first_token(args: argparse.Namespace, model: GPT, original: GPT2LMHeadModel) -> list[str]:
@@ -178,11 +186,29 @@ def size(request: Request) -> tuple[int, int]:
 @torch.no_grad()
 def products(model: GPT, rows: int, new: int) -> None:
     """Every weight matrix times one token a row, `new` times."""
-    matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    matrices = matrices_of(model)
     inputs = [torch.randn(rows, weight.shape[1], device=weight.device, dtype=weight.dtype) for weight in matrices]
     for _ in range(new):
         for x, weight in zip(inputs, matrices):
             nn.functional.linear(x, weight)
+
+
+def matrices_of(model: GPT) -> list[torch.Tensor]:
+    """The weights that each new token is multiplied by."""
+    return [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second that a copy within the device's memory reads and writes, the best of ten of 256 MiB."""
+    source = torch.ones(2**28, dtype=torch.uint8, device=device)
+    target, seconds = torch.empty_like(source), []
+    for _ in range(11):  # the first is not counted: it maps the pages
+        synchronize(device)
+        started = time.perf_counter()
+        target.copy_(source)
+        synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return 2 * source.nbytes / min(seconds[1:])
 
 
 def prompt(args: argparse.Namespace, row: int, length: int | None = None) -> list[int]:
@@ -244,6 +270,7 @@ def arguments(parser: argparse.ArgumentParser | None = None) -> argparse.Namespa
         parser.add_argument("--profile", action="store_true", help="print where a decoding step's time goes instead")
         for name in ("prompt", "new"):
             parser.add_argument(f"--{name}", type=int, default=64)
+        parser.add_argument("--rows", type=int, nargs="+", default=[1, 8], metavar="N", help="requests at one time")
     sizes = {"num-layers": 6, "hidden-size": 384, "heads": 6, "vocab-size": 50304, "rounds": 5, "threads": 2}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)

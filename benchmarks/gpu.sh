@@ -24,5 +24,5 @@ train() {  # name, layers, hidden, heads, batch; sequence 2048, bf16, torch.comp
     train 2.7B 32 2560 32 4 megalith-compile limit
 } 2>&1 | tee "$RESULTS/gpu-train-$name.txt"
 
-$PYTHON benchmarks/generate.py --device cuda --dtype bfloat16 --num-layers 24 --hidden-size 2048 --heads 16 --compile 2>&1 |
+$PYTHON benchmarks/generate.py --device cuda --dtype bfloat16 --num-layers 24 --hidden-size 2048 --heads 16 --rows 1 8 64 --compile 2>&1 |
     tee "$RESULTS/gpu-generate-$name.txt"

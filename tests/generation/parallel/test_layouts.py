@@ -150,7 +150,8 @@ def compiled(config: RunConfig) -> list[list[Event]]:
     model = TextModel.of(runtime_of(config)).eval()
     engine = engine_of(model, max_batch_size=3, compile=True)
     engine.warm_up()
-    return results(engine, mixed_requests(prompt_logprobs=True))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        return results(engine, mixed_requests(prompt_logprobs=True))
 
 
 @pytest.mark.slow
