@@ -35,7 +35,7 @@ from megalith.config.flags.text import Words
 from megalith.generation.beam import BeamSearch, check_options, no_memory
 from megalith.generation.logprobs import measure, top_of
 from megalith.generation.model import TextModel, TooLong, check_length
-from megalith.generation.parallel.runner import ParallelRunner, bytes_per_row, runner_of
+from megalith.generation.parallel.runner import bytes_per_row, runner_of
 from megalith.generation.penalties import all_banned, check_tokens
 from megalith.generation.prefill import Prefill
 from megalith.generation.prefix import CHUNK, Prompt
@@ -224,8 +224,8 @@ class Engine:
         step of a beam search.
 
         A request whose logits are not numbers ends, alone, with an event that has the error, and so does a search for
-        which one process has too little memory. Any other error while prompts are read, or in a search, removes their
-        requests; the tokens of the others come with the next step.
+        which there is too little memory, where one process holds the model. Any other error while prompts are read, or
+        in a search, removes their requests; the tokens of the others come with the next step.
         """
         if self.running:
             logits = self.runner.decode(
@@ -290,9 +290,10 @@ class Engine:
         except CheckpointError as error:  # on all processes of the model
             self.pending_events.append(Event(id=id, token=None, finish="error", error=error))
         except torch.OutOfMemoryError:
-            # The cache of a search is the memory that is not allocated at the start. Of several processes others may
-            # have had enough, and would wait for this one.
-            if isinstance(self.runner, ParallelRunner):
+            # The cache of a search is the memory that is not allocated at the start. Where several processes hold the
+            # model, others may have had enough, and would wait for this one.
+            runtime = self.text_model.runtime
+            if runtime is not None and runtime.mesh.size("tp") * runtime.mesh.size("pp") > 1:
                 raise
             self.pending_events.append(Event(id=id, token=None, finish="error", error=no_memory(search.request)))
         finally:

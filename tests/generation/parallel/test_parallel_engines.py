@@ -11,6 +11,7 @@ import torch
 
 from megalith.common.errors import CheckpointError, ConfigError
 from megalith.config.run import RunConfig
+from megalith.generation import beam
 from megalith.generation import engine as engine_module
 from megalith.generation.engine import Engine, Event, Request
 from megalith.generation.generate import complete
@@ -19,6 +20,7 @@ from megalith.generation.parallel.driver import Driver, follow
 from megalith.generation.parallel.replicas import engine_of
 from megalith.generation.parallel.runner import bytes_per_row
 from megalith.generation.request import BeamRequest
+from megalith.generation.runner import ModelRunner
 from megalith.generation.sampling import SamplingParams
 from megalith.optim.build import build_optimizer
 from megalith.parallel.sharding import to_local
@@ -170,6 +172,37 @@ def test_a_prompt_with_damaged_weights_is_dismissed_on_all_processes(layout: str
     (error, tokens), second = run_ranks(damaged, 2, config_of("alibi", layout))
     assert second == (error, tokens) and "not numbers (NaN" in error
     assert tokens[0] == tokens[1] and len(tokens[0]) == 6
+
+
+def without_memory(config: RunConfig) -> tuple[list[str], list[int | None]]:
+    """The errors of two searches, one on each replica, the first of which has no memory; the tokens of a request."""
+    engine, runner_of = engine_of(runtime_of(config), max_batch_size=4), beam.runner_of
+    engine.text_model.eval()
+
+    def allocate(*arguments: Any, **options: Any) -> ModelRunner:
+        if torch.distributed.get_rank() == 0:
+            raise torch.OutOfMemoryError("none left")
+        return runner_of(*arguments, **options)
+
+    beam.runner_of = allocate
+    searches = [BeamRequest(prompt_ids=[7, 8], beam_width=2, num_samples=1, max_new_tokens=3)] * 2
+    ids, events = [engine.add(each) for each in searches], list[Event]()
+    other = engine.add(Request(prompt_ids=[7, 8], params=SamplingParams(max_new_tokens=6, seed=1)))
+    try:
+        while engine.busy:
+            events += engine.step()
+    finally:
+        beam.runner_of = runner_of
+    return [str(event.error or "") for event in events if event.id in ids], [
+        event.token for event in events if event.id == other
+    ]
+
+
+def test_a_replica_without_memory_for_a_search_goes_on() -> None:
+    first, second = run_ranks(without_memory, 2, config_of("alibi", "dp2"))
+    errors, tokens = first
+    assert first == second and len(tokens) == 6 and None not in tokens
+    assert len(errors) == 2 and sum("too little for 2 beams of 5 tokens" in each for each in errors) == 1
 
 
 def without_seeds(config: RunConfig) -> list[list[int]]:
