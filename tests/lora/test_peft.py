@@ -172,6 +172,7 @@ def test_a_magnitude_beside_an_adapter_that_ours_lacks(tmp_path: pathlib.Path) -
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"use_dora": True}, r"lora_magnitude_vector must be \[144\] with use_dora.*found none. Save the adapters"),
         ({"lora_bias": True}, r"lora_bias must be false, as nothing else is implemented; found True. Merge"),
         ({"base_model_name_or_path": "nowhere"}, r"the base must be on this machine.*found 'nowhere'. Name the base"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save must be null"),

@@ -149,8 +149,8 @@ def read_adapter(path: pathlib.Path, base: Weights) -> Weights:
         m = stored.pop(f"{name}{MAGNITUDE}", None)
         if (m is not None) != dora or (m is not None and m.shape != b.shape[:1]):
             rule = f"must be [{b.shape[0]}] with use_dora, and not there without it"
-            what = f"{path}: {name}{MAGNITUDE}"
-            raise CheckpointError(problem(what, m and list(m.shape), rule, "Save the adapters with peft anew"))
+            what, shape = f"{path}: {name}{MAGNITUDE}", Words("none") if m is None else list(m.shape)
+            raise CheckpointError(problem(what, shape, rule, "Save the adapters with peft anew"))
         parts = _split(layer, a.read(), b.read(), given.get("r", 8), dora)
         pairs |= {each: (*pair, scale) for each, pair in parts.items()}
         if m is not None:
