@@ -97,7 +97,7 @@ def test_dora_begins_as_its_base_and_is_resumed_and_merged(base, tmp_path) -> No
             lengths = before[name.replace(M, ".weight")].norm(dim=1)
             assert torch.allclose(magnitude, lengths, rtol=0, atol=0.1) and not torch.equal(magnitude, lengths)
     train(lora_config(base, tmp_path / "parts", exit_interval=2, **changes))
-    with pytest.raises(CheckpointError, match=r"--lora-rank 4 --lora-alpha 8 --use-dora .*found no --use-dora. Give"):
+    with pytest.raises(CheckpointError, match=r"--lora-rank 4 --lora-alpha 8 --use-dora; found no --use-dora. Give"):
         train(lora_config(base, tmp_path / "parts", **{**changes, "use_dora": False}))
     train(lora_config(base, tmp_path / "parts", **changes))
     again = stored(tmp_path / "parts")
@@ -128,7 +128,7 @@ def test_a_base_that_is_missing_or_differs_is_named(base, tmp_path) -> None:
     ("changes", "message"),
     [
         ({"lora_rank": 0, "lora_alpha": None, "lora_dropout": 0.0}, r"must be resumed with the flags of its adapters"),
-        ({"lora_alpha": None}, r"--lora-rank 4 --lora-alpha 8 no --use-dora no --lora-target-modules; found no --lora-alpha\. Give"),
+        ({"lora_alpha": None}, r"--lora-rank 4 --lora-alpha 8; found no --lora-alpha\. Give"),
         ({"lora_rank": 2}, r"LoRA's flags must be those of the adapters .*: --lora-rank 4 --lora-alpha 8"),
         ({"lora_target_modules": ["q"]}, r"no --lora-target-modules; found --lora-target-modules q. Give these"),
     ],

@@ -80,11 +80,14 @@ def _check_same(config: RunConfig, found: Weights) -> None:
     }
     if differing := [name for name, (one, other) in pairs.items() if one != other]:
         values = {**{name: pair[1] for name, pair in pairs.items()}, "lora_target_modules": then.lora_target_modules}
-        rule = f"must be those of the adapters in {found.source}: {' '.join(_typed(*each) for each in values.items())}"
+        flags = [_typed(name, value) for name, value in values.items() if value or name in differing]
+        rule = f"must be those of the adapters in {found.source}: {' '.join(flags)}"
         now_text = " ".join(_typed(name, getattr(now, name)) for name in differing)
         raise CheckpointError(problem("LoRA's flags", Words(now_text), rule, "Give these"))
 
 
 def _typed(name: str, value: object) -> str:
     """A flag with its value, as they are typed."""
+    if value is True:
+        return flag(name)
     return f"{flag(name)} {value_text(value)}" if value else f"no {flag(name)}"
