@@ -3,16 +3,22 @@
     python benchmarks/finetune.py        # CPU: 4 layers, hidden 256, sequence 512, micro-batch 4, vocabulary 16384
     python benchmarks/finetune.py --device cuda --bf16 --num-layers 24 --hidden-size 1024 --heads 16 --sequence 2048
 
-Candidates take turns in one process, several rounds of whole steps (data read, forward, backward, optimizer); medians
-are compared. Rows of chats hold a little padding, so that tokens/s are given of rows, and of chats alone.
+Candidates take turns in one process, a whole step each (data read, forward, backward, optimizer), back and forth, so
+that a load that comes and goes meets all alike. A ratio is the median of those within each round, with quartiles. Rows
+of chats hold a little padding, so that tokens/s are given of rows, and the share of them that is no padding. Writes
+benchmarks/results/finetune.txt.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
+import os
 import pathlib
+import platform
 import random
+import shlex
 import statistics
 import sys
 import tempfile
@@ -26,6 +32,7 @@ TEMPLATE = """\
 {% endif %}"""
 CANDIDATES = ("pretrain", "chat", "chat-unpacked", "pretrain-reset", "lora")
 COMPARED = (("chat", "pretrain"), ("chat", "pretrain-reset"), ("lora", "chat"))
+RESULTS = pathlib.Path(__file__).parent / "results/finetune.txt"
 
 
 def main() -> None:
@@ -42,12 +49,11 @@ def main() -> None:
         mesh = init_mesh(base.parallel)
         runs = {name: Candidate(candidate_config(base, folder, name), mesh) for name in args.candidates}
         seconds: dict[str, list[float]] = {name: [] for name in runs}
-        for number in range(args.rounds + 1):  # the first warms up
-            for name, run in runs.items():
-                taken = run.steps(args.steps)
-                if number:
+        for number in range(args.rounds + 2):  # the first two warm up
+            for name in list(runs)[:: -1 if number % 2 else 1]:
+                taken = runs[name].step()
+                if number >= 2:
                     seconds[name].append(taken)
-                    print(f"round {number} {name}: {run.tokens / taken:.0f} tokens/s", flush=True)
     report(args, runs, seconds)
 
 
@@ -66,9 +72,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=int, default=16384)
     parser.add_argument("--chats", type=int, default=2000)
     parser.add_argument("--lora-rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=3, help="timed steps of a round")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=pathlib.Path, help="also write the table here")
+    parser.add_argument("--rounds", type=int, default=24, help="timed steps of each candidate")
     return parser.parse_args()
 
 
@@ -140,26 +144,25 @@ class Candidate:
         self.loader = build_loaders(config, mesh, open_datasets(config, mesh, tokenizer))["train"]
         self.trainer = trainer_from(Start(), config, mesh, tokenizer)
         self.progress, self.batch = Progress(), config.batch.global_batch_size
-        self.tokens = self.counted = 0  # of the last `steps`: of rows, and of them those that are not padding
+        self.tokens = self.counted = 0  # of all steps: of rows, and of them those that are not padding
 
-    def steps(self, number: int) -> float:
-        """Run some steps; seconds."""
+    def step(self) -> float:
+        """Run a step; seconds."""
         import torch
 
         from megalith.training.step import train_step
 
-        self.tokens = self.counted = 0
         began = time.perf_counter()
-        for _ in range(number):
-            batches = self.loader.step(self.progress.consumed_train_samples, self.batch)
-            result = train_step(self.trainer, batches, self.progress)
-            self.progress.iteration += 1
-            self.progress.consumed_train_samples += self.batch
-            self.tokens += result.tokens
-            self.counted += sum(counted_tokens(batch) for batch in batches)
+        batches = self.loader.step(self.progress.consumed_train_samples, self.batch)
+        result = train_step(self.trainer, batches, self.progress)
         if self.trainer.device.type != "cpu":
             torch.get_device_module(self.trainer.device).synchronize()
-        return time.perf_counter() - began
+        taken = time.perf_counter() - began
+        self.progress.iteration += 1
+        self.progress.consumed_train_samples += self.batch
+        self.tokens += result.tokens
+        self.counted += sum(counted_tokens(batch) for batch in batches)
+        return taken
 
 
 def counted_tokens(batch) -> int:
@@ -170,19 +173,29 @@ def counted_tokens(batch) -> int:
 
 
 def report(args: argparse.Namespace, runs: dict[str, Candidate], seconds: dict[str, list[float]]) -> None:
-    """Print the table and the ratios."""
-    rate = {name: run.tokens / statistics.median(seconds[name]) for name, run in runs.items()}
-    lines = [f"{args.num_layers} layers, hidden {args.hidden_size}, sequence {args.sequence}, {args.device}"]
-    lines.append(f"{'':16}{'ms a step':>12}{'tokens/s':>12}{'not padding':>14}")
+    """Print the table and the ratios, and keep them."""
+    import torch
+
+    size = args.micro_batch * args.sequence
+    lines = [
+        f"command: python benchmarks/{shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]])}",
+        f"machine: {datetime.date.today()}, {platform.machine()}, {os.cpu_count()} cores, load average "
+        f"{os.getloadavg()[0]:.1f}, torch {torch.__version__}, {torch.get_num_threads()} threads",
+        f"{args.num_layers} layers, hidden {args.hidden_size}, {args.micro_batch} rows of {args.sequence} tokens, "
+        f"vocabulary {args.vocab_size}, {args.device}; medians of {args.rounds} rounds",
+        "",
+        f"{'':16}{'ms a step':>12}{'tokens/s':>12}{'not padding':>14}",
+    ]
     for name, run in runs.items():
-        step = 1e3 * statistics.median(seconds[name]) / args.steps
-        lines.append(f"{name:16}{step:12.1f}{rate[name]:12.0f}{run.counted / run.tokens:14.1%}")
+        middle = statistics.median(seconds[name])
+        lines.append(f"{name:16}{1e3 * middle:12.1f}{size / middle:12.0f}{run.counted / run.tokens:14.1%}")
     for one, other in COMPARED:
-        if one in rate and other in rate:
-            lines.append(f"{one} / {other}: {rate[one] / rate[other]:.3f} of its tokens/s")
+        if one in runs and other in runs:
+            ratios = [theirs / own for own, theirs in zip(seconds[one], seconds[other])]
+            low, middle, high = statistics.quantiles(ratios, n=4)
+            lines.append(f"{one} / {other}: {middle:.3f} of its tokens/s (quartiles {low:.3f} to {high:.3f})")
     print("\n".join(lines))
-    if args.output:
-        args.output.write_text("\n".join(lines) + "\n")
+    RESULTS.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Low-rank adapters (LoRA): which linear layers have them, and the names and shapes of their parameters. No torch.
 
 The linear layer `layers.0.attention.q` of weight W [out, in] gets A [rank, in] and B [out, rank], as
-`layers.0.attention.q.lora.a` and `layers.0.attention.q.lora.b`, and computes W x + scale B A x. A model that is an
-encoder with a head (architectures.py: `head`) has its head trained whole beside them; what a Retro has beside a GPT
-gets adapters like all else.
+`layers.0.attention.q.lora.a` and `layers.0.attention.q.lora.b`, and computes W x + scale B A x. With DoRA the rows of
+W + scale B A are scaled to magnitudes [out], `layers.0.attention.q.lora.m`. A model that is an encoder with a head
+(architectures.py: `head`) has its head trained whole beside them; what a Retro has beside a GPT gets adapters like all
+else.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from megalith.config.run import RunConfig
 from megalith.config.sections.lora import LoraConfig
 from megalith.config.sections.model import ModelConfig
 
-A, B = ADAPTERS  # ends of names
+A, B, M = ADAPTERS  # ends of names
 
 
 def is_adapter(name: str) -> bool:
     """Whether a parameter, or a tensor of a checkpoint, is an adapter's."""
-    return name.endswith((A, B))
+    return name.endswith((A, B, M))
 
 
 def is_trained(name: str, model: ModelConfig) -> bool:
@@ -62,4 +63,5 @@ def adapter_shapes(model: ModelConfig, lora: LoraConfig) -> Shapes:
     found: Shapes = {}
     for module, (outputs, inputs) in adapted_modules(model, lora).items():
         found |= {f"{module}{A}": (lora.lora_rank, inputs), f"{module}{B}": (outputs, lora.lora_rank)}
+        found |= {f"{module}{M}": (outputs,)} if lora.use_dora else {}
     return found

@@ -39,6 +39,7 @@ Kinds = dict[str, ParameterKind]
 ADAPTERS: Kinds = {
     ".lora.a": ParameterKind(name="adapter A", initial="kaiming"),
     ".lora.b": ParameterKind(name="adapter B", initial="zeros"),
+    ".lora.m": ParameterKind(name="magnitude", initial="ones", decays=False),  # of DoRA
 }
 WIDTH = ("hidden_size",)
 KEYS = ("hidden_size", "num_query_groups", "kv_channels")

@@ -86,10 +86,10 @@ class KeyValueParallelLinear(ColumnParallelLinear):
         weight, bias = super().local_parameters()
         return weight.narrow(0, *self.rows), None if bias is None else bias.narrow(0, *self.rows)
 
-    def local_adapter(self) -> tuple[Tensor, Tensor]:
-        """A, and the rows of B of this rank's head."""
-        a, b = super().local_adapter()
-        return a, b.narrow(0, *self.rows)
+    def local_adapter(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A, and the rows of B and the magnitudes of this rank's head."""
+        a, b, m = super().local_adapter()
+        return a, b.narrow(0, *self.rows), None if m is None else m.narrow(0, *self.rows)
 
 
 class RowParallelLinear(ParallelLinear):

@@ -1,7 +1,11 @@
 """Low-rank adapters (LoRA: Hu et al., 2021, arXiv 2106.09685) on the linear layers of a model that is frozen.
 
-y = W x + bias + scale B A dropout(x), where A [rank, in] and B [out, rank] alone are trained. An adapter is split like
-its layer, and adds no collective to a pass (matmul.py, layer_outputs). Of t tensor-parallel ranks each holds
+y = W x + bias + scale B A dropout(x), where A [rank, in] and B [out, rank] alone are trained. With DoRA (Liu et al.,
+2024, arXiv 2402.09353) y = m / |W + scale B A| (W x + scale B A dropout(x)) + bias, where |...| is the length of each
+row, without gradient (section 4.3), and the magnitudes m [out] are trained too.
+
+An adapter is split like its layer, m like the rows of B. It adds no collective to a pass (matmul.py, layer_outputs),
+but with DoRA on row-parallel layers a sum of [out] numbers. Of t tensor-parallel ranks each holds
 
     column-parallel    A whole      B [out/t, rank]    x is the layer's own, gathered once, and so is its gradient's sum
     key/value heads    A whole      B whole            (fewer heads than ranks) each uses the rows of its head
@@ -21,6 +25,7 @@ from torch import Tensor, nn
 
 from megalith.common.errors import ConfigError
 from megalith.config.sections.lora import LoraConfig
+from megalith.parallel.collectives import Axis, start_all_reduce, wait
 from megalith.parallel.linear import (
     ColumnParallelLinear,
     KeyValueParallelLinear,
@@ -44,7 +49,10 @@ class Adapter(nn.Module):
         super().__init__()
         self.a = nn.Parameter(torch.empty(lora.lora_rank, layer.in_features, dtype=dtype, device="meta"))
         self.b = nn.Parameter(torch.empty(layer.out_features, lora.lora_rank, dtype=dtype, device="meta"))
+        self.m = nn.Parameter(torch.empty(layer.out_features, dtype=dtype, device="meta")) if lora.use_dora else None
         self.scale, self.dropout = lora.scale, dropout
+        self.axis: Axis | None = None
+        self.splits_inputs = False  # over the axis, so that a row is in parts
         self.dropout_keys: Tensor | None = None  # of the layer's tokens, int32 [b, s]; the block's hook sets them
         if isinstance(layer, ParallelLinear):
             self.split(layer)
@@ -54,7 +62,11 @@ class Adapter(nn.Module):
         self.axis = layer.axis
         a_dim, b_dim, self.partial_gradients = _split_of(layer)
         self.a, self.b = distribute(self.a, layer.axis, a_dim), distribute(self.b, layer.axis, b_dim)
-        if a_dim is not None:
+        if self.m is not None:
+            self.m = distribute(self.m, layer.axis, b_dim)
+            self.partial_gradients += ("m",) if "b" in self.partial_gradients else ()
+        self.splits_inputs = a_dim is not None
+        if self.splits_inputs:
             self.dropout.first_column = shard_range(layer.in_features, layer.axis)[0]
 
     @property
@@ -65,6 +77,18 @@ class Adapter(nn.Module):
     def dropped(self, x: Tensor) -> Tensor:
         """The layer's input [b, s, in], with dropout."""
         return self.dropout(x, self.dropout_keys)
+
+    @torch.no_grad()
+    def lengths(self, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """The lengths [n] of the rows of W + scale B A, of local tensors with n rows; in float32 at least.
+
+        It costs the memory of W once more, and 1 / tokens of the time of the layer's product for each of A's rows.
+        """
+        wide = torch.promote_types(a.dtype, torch.float32)
+        squares = torch.addmm(weight.to(wide), b.to(wide), a.to(wide), alpha=self.scale).square().sum(dim=1)
+        if self.splits_inputs:
+            squares = wait(start_all_reduce(squares, self.axis.group))
+        return squares.sqrt().clamp_min(torch.finfo(wide).tiny)  # a row of zeros stays one
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""

@@ -197,9 +197,9 @@ class Linear(nn.Linear):
         """Weight and bias as local tensors."""
         return to_local(self.weight), to_local(self.bias)
 
-    def local_adapter(self) -> tuple[Tensor, Tensor]:
-        """A and B of the adapter as local tensors."""
-        return to_local(self.lora.a), to_local(self.lora.b)
+    def local_adapter(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A, B and, of DoRA, the magnitudes of the adapter as local tensors."""
+        return to_local(self.lora.a), to_local(self.lora.b), to_local(self.lora.m)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
@@ -221,19 +221,28 @@ def layer_outputs(
     adapted = [layer for layer in layers if layer.lora is not None]
     if not adapted:
         return linears_of_one_input(x, weights, biases, matmul, axis)
-    down, up = zip(*(layer.local_adapter() for layer in adapted))
+    down, up, magnitudes = zip(*(layer.local_adapter() for layer in adapted))
+    dora = magnitudes[0] is not None  # it scales what is before the bias
+    early, late = ((None,) * len(layers), biases) if dora else (biases, (None,) * len(layers))
     if adapted[0].lora.drops:
         if axis is not None:
             x, axis = copy_to_tensor_model_parallel_region(x, axis), None
-        outputs = linears_of_one_input(x, weights, biases, matmul)
+        outputs = linears_of_one_input(x, weights, early, matmul)
         inner = tuple(linear(layer.lora.dropped(x), a, None, matmul) for layer, a in zip(adapted, down))
     else:
         unbiased = (None,) * len(adapted)
-        both = linears_of_one_input(x, (*weights, *down), (*biases, *unbiased), matmul, axis)
+        both = linears_of_one_input(x, (*weights, *down), (*early, *unbiased), matmul, axis)
         outputs, inner = both[: len(layers)], both[len(layers) :]
     scaled = (each * layer.lora.scale for each, layer in zip(inner, adapted))
-    added = iter([linear(each, b, None, matmul) for each, b in zip(scaled, up)])
-    return tuple(y if layer.lora is None else y + next(added) for y, layer in zip(outputs, layers))
+    adapters = zip([linear(each, b, None, matmul) for each, b in zip(scaled, up)], down, up, magnitudes)
+    found = []
+    for y, layer, weight, bias in zip(outputs, layers, weights, late):
+        if layer.lora is not None:
+            added, a, b, m = next(adapters)
+            y = y + added
+            y = y * (m / layer.lora.lengths(weight, a, b)).to(y.dtype) if dora else y
+        found.append(y if bias is None else y + bias)
+    return tuple(found)
 
 
 def set_matmul(matmul: Matmul, model: nn.Module) -> None:

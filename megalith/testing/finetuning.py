@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megalith.config.adapters import A, B, is_adapter
+from megalith.config.adapters import A, B, M, is_adapter
 from megalith.config.run import RunConfig
 from megalith.parallel import mesh as meshes
 from megalith.runtime.build import Runtime
@@ -94,5 +94,8 @@ def merged(weights: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
     for name in weights:
         if name.endswith(A):
             module = name.removesuffix(A)
-            plain[f"{module}.weight"] = plain[f"{module}.weight"] + scale * weights[module + B] @ weights[name]
+            weight = plain[f"{module}.weight"] + scale * weights[module + B] @ weights[name]
+            if (magnitude := weights.get(module + M)) is not None:  # DoRA
+                weight = torch.nn.functional.normalize(weight) * magnitude[:, None]
+            plain[f"{module}.weight"] = weight
     return plain

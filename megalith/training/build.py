@@ -59,6 +59,8 @@ def build_trainer(config: RunConfig, mesh: Mesh, tokenizer: Tokenizer) -> Traine
     config.model.vocab_size must be known; see pretrain.with_vocabulary.
     """
     start = Ranks().on_every_rank(lambda: read_start(config))
+    if start.weights is not None and mesh.is_main_process:
+        print("".join(f"{start.weights.source}: {note}\n" for note in start.weights.notes), end="", flush=True)
     return trainer_from(start, config, mesh, tokenizer)
 
 
@@ -76,6 +78,7 @@ def trainer_from(
     return Trainer(
         runtime, build_task(config, mesh, tokenizer), optimizer, schedule, build_loss_scale(config.precision),
         start.weights.train_state.get(adapters.BASE) if config.lora.lora_rank and start.weights else None,
+        start.weights is not None,
     )  # fmt: skip
 
 

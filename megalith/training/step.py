@@ -28,6 +28,7 @@ class Trainer:
     schedule: Schedule
     loss_scale: StaticLossScale
     base: Mapping[str, str] | None = None  # with LoRA, what a checkpoint says of the weights that are not trained
+    started: bool = False  # whether the model was built from the weights that a run starts from (resume/start.py)
 
     @property
     def device(self) -> torch.device:

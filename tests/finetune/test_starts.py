@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from megalith import checkpoint
-from megalith.common.errors import CheckpointError
+from megalith.checkpoint.formats import foreign
+from megalith.common.errors import CheckpointError, ConfigError
 from megalith.config.run import RunConfig
 from megalith.testing import run_ranks
 from megalith.training.pretrain import train
@@ -46,8 +47,9 @@ def still(config: RunConfig) -> RunConfig:
 
 
 @pytest.mark.parametrize("format", ["megalith", "huggingface", pytest.param("megatron", marks=pytest.mark.slow)])
-def test_a_new_head_on_a_pretrained_encoder(files, pretrained, tmp_path, capsys, format):
-    source = pretrained
+def test_a_new_head_on_a_pretrained_encoder(files, pretrained, tmp_path, capsys, monkeypatch, format):
+    source, opened, read = pretrained, list[str](), foreign.read
+    monkeypatch.setattr(foreign, "read", lambda load, options: opened.append(str(load)) or read(load, options))
     if format != "megalith":
         source = tmp_path / format
         convert(pretrained, source, to=format)
@@ -55,6 +57,7 @@ def test_a_new_head_on_a_pretrained_encoder(files, pretrained, tmp_path, capsys,
     train(still(config))
     said = capsys.readouterr().out
     assert NEW in said
+    assert opened == [str(source)] * (2 if format != "megalith" else 0)  # to compare it, and to build the model from it
     found, before = stored(tmp_path / "run"), stored(pretrained)
     assert found.keys() - before.keys() == {"model/classifier.weight", "model/classifier.bias"}
     for name in found.keys() & before.keys():
@@ -138,6 +141,11 @@ def test_epochs_0_measures_a_finetuned_model_and_not_one_without_its_head(files,
     rows = [table(tmp_path / name / "predictions_dev_matched.tsv") for name in ("run", "measured")]
     assert [row[:3] for row in rows[0]] == [row[:3] for row in rows[1]]
     assert not checkpoint.iterations(tmp_path / "measured/checkpoints")
+    for name in ("run", "measured"):  # the weights at the end of the run, and what was measured before
+        run, source = tmp_path / name, str(tmp_path / "run") if name == "measured" else None
+        with pytest.raises(ConfigError, match=f"{run} holds predictions and results.json, which --epochs 0 would"):
+            train(measure.replace(run_dir=str(run), pretrained_checkpoint=source))
+        assert json.loads((run / "results.json").read_text()) == (before if name == "run" else after)
     alone = measure.replace(run_dir=str(tmp_path / "other"), pretrained_checkpoint=str(pretrained))
     with pytest.raises(CheckpointError, match="must be of a bert_classification with its head to be measured"):
         train(alone)

@@ -62,6 +62,9 @@ def test_loss_gradients_and_merged_weights_are_those_of_peft(name: str, tmp_path
             grads[f"classifier.{each.rpartition('.')[2]}"] = parameter.grad
     own = {each: value for each, value in model.named_parameters() if value.requires_grad}
     assert own.keys() == grads.keys()
+    if "choices" in name:  # a bias that all choices have changes no loss: its gradient is rounding
+        rounding = own.pop("classifier.bias").grad, grads.pop("classifier.bias")
+        assert all(float(each.abs().max()) < 1e-6 for each in rounding)
     for each, value in own.items():
         assert_close(value.grad, grads[each], each)
 

@@ -16,7 +16,7 @@ from megalith.checkpoint.formats import peft as peft_format
 from megalith.checkpoint.tensors.lazy import Lazy
 from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError
-from megalith.config.adapters import A, B, adapter_shapes, is_adapter
+from megalith.config.adapters import A, B, M, adapter_shapes, is_adapter
 from megalith.runtime.load import load_model
 from tests.originals.families import BERTS, MODELS, t5
 
@@ -58,7 +58,10 @@ def gradients_of_peft(model: peft.PeftModel, base: Weights) -> dict[str, Tensor]
     for layer in peft_format.layers_of(base):
         a, b = (named.get(f"{peft_format.PREFIX}{layer.name}{end}") for end in peft_format.ENDS)
         if a is not None and b is not None:
-            count = len(layer.modules)
+            count, m = len(layer.modules), named.get(f"{peft_format.PREFIX}{layer.name}{peft_format.MAGNITUDE}.weight")
+            if m is not None:
+                magnitudes = zip(layer.modules, layer.split(m[:, None]), strict=True)
+                found |= {f"{module}{M}": part[:, 0] for module, part in magnitudes}
             for number, (module, part) in enumerate(zip(layer.modules, layer.split(b), strict=True)):
                 found |= {f"{module}{A}": a.chunk(count)[number], f"{module}{B}": part.chunk(count, dim=1)[number]}
     return found
@@ -69,10 +72,11 @@ def assert_close(found: Tensor, expected: Tensor, what: str) -> None:
     assert float((found - expected).abs().max()) <= TOLERANCE * float(expected.abs().max()), what
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_loss_and_gradients_are_those_of_peft(name: str, tmp_path: pathlib.Path) -> None:
+def test_loss_and_gradients_are_those_of_peft(name: str, dora: bool, tmp_path: pathlib.Path) -> None:
     reference = original(name, tmp_path / "base")
-    weights = draw_adapters(formats.read(tmp_path / "base"))
+    weights = draw_adapters(formats.read(tmp_path / "base"), use_dora=dora)
     formats.FORMATS.find("peft").write(weights, tmp_path / "adapters", PeftOptions())
     theirs = peft.PeftModel.from_pretrained(reference, tmp_path / "adapters", is_trainable=True).eval()
     batch = ids_of(reference)
@@ -95,11 +99,15 @@ def test_loss_and_gradients_are_those_of_peft(name: str, tmp_path: pathlib.Path)
         assert_close(value.grad, grads[parameter], parameter)
 
 
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_peft_folder_is_read_back_and_merged(name: str, tmp_path: pathlib.Path) -> None:
+def test_a_peft_folder_is_read_back_and_merged(name: str, dora: bool, tmp_path: pathlib.Path) -> None:
     """What was written comes back exactly; peft's own merge of it and our export compute the same."""
     reference = original(name, tmp_path / "base")
-    weights = draw_adapters(formats.read(tmp_path / "base"), lora_target_modules=["q", "v", "mlp.down"])
+    targets = ["q", "v", "mlp.down"]
+    if dora:  # one of three layers that transformers has as one gets magnitudes of its own there
+        targets.append("k")
+    weights = draw_adapters(formats.read(tmp_path / "base"), lora_target_modules=targets, use_dora=dora)
     formats.FORMATS.find("peft").write(weights, tmp_path / "adapters", PeftOptions())
     again = formats.read(tmp_path / "adapters")
     assert again.config.lora.scale == weights.config.lora.scale
@@ -131,6 +139,7 @@ def test_a_peft_folder_is_read_back_and_merged(name: str, tmp_path: pathlib.Path
                 "rank_pattern": {"up_proj": 3}, "alpha_pattern": {"layers.1.self_attn.q_proj": 2, "up_proj": 0},
             },
         ),
+        ("gpt2", {"target_modules": ["c_attn", "mlp.c_proj"], "r": 4, "use_dora": True, "fan_in_fan_out": True}),
     ],
 )  # fmt: skip
 def test_what_peft_has_saved_is_read(name: str, settings: dict[str, Any], tmp_path: pathlib.Path) -> None:
@@ -147,10 +156,24 @@ def test_what_peft_has_saved_is_read(name: str, settings: dict[str, Any], tmp_pa
             assert_close(model(batch["input_ids"]), expected, f"merge_adapter={merge_adapter}")
 
 
+def test_a_magnitude_beside_an_adapter_that_ours_lacks(tmp_path: pathlib.Path) -> None:
+    """Of GPT-2's q, k and v as one layer: k without an adapter has the lengths of its rows, and stays as it is."""
+    reference = original("gpt2", tmp_path / "base")
+    weights = draw_adapters(formats.read(tmp_path / "base"), lora_target_modules=["q"], use_dora=True)
+    formats.FORMATS.find("peft").write(weights, tmp_path / "adapters", PeftOptions())
+    theirs, batch = peft.PeftModel.from_pretrained(reference, tmp_path / "adapters").eval(), ids_of(reference)
+    model, _, _ = load_model(weights, device="cpu", merge_adapter=False)
+    with torch.no_grad():
+        assert_close(model(batch["input_ids"]), theirs(**batch).logits, "logits")
+        again, _, _ = load_model(tmp_path / "adapters", device="cpu")
+        assert_close(again(batch["input_ids"]), theirs(**batch).logits, "read back")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"use_dora": True}, r"use_dora must be false, as nothing else is implemented; found True. Merge"),
+        ({"use_dora": True}, r"lora_magnitude_vector must be \[144\] with use_dora.*found none. Save the adapters"),
+        ({"lora_bias": True}, r"lora_bias must be false, as nothing else is implemented; found True. Merge"),
         ({"base_model_name_or_path": "nowhere"}, r"the base must be on this machine.*found 'nowhere'. Name the base"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save must be null"),
         (

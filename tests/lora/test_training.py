@@ -13,7 +13,7 @@ from megalith import checkpoint
 from megalith.checkpoint import formats
 from megalith.checkpoint.formats.adapters import merge
 from megalith.common.errors import CheckpointError
-from megalith.config.adapters import adapter_shapes, is_adapter
+from megalith.config.adapters import M, adapter_shapes, is_adapter
 from megalith.config.run import RunConfig
 from megalith.generation.generate import complete
 from megalith.runtime.load import load_model
@@ -86,6 +86,28 @@ def test_merged_and_unmerged_models_and_exports_agree(base, tmp_path) -> None:
     assert texts[0] == texts[1] != [each.ids for each in complete(plain, prompts, max_new_tokens=12, temperature=0.0)]
 
 
+def test_dora_begins_as_its_base_and_is_resumed_and_merged(base, tmp_path) -> None:
+    changes = {"lora_dropout": 0.0, "train_iters": 4, "save_interval": 2, "use_dora": True}
+    train(lora_config(base, tmp_path / "lora", lora_dropout=0.0, train_iters=1))
+    train(lora_config(base, tmp_path / "run", **changes))
+    assert losses(tmp_path / "run")[0] == pytest.approx(losses(tmp_path / "lora")[0], rel=1e-6)
+    tensors, before = stored(tmp_path / "run"), stored(base[1])
+    for name, magnitude in tensors.items():
+        if name.startswith("model/") and name.endswith(M):
+            lengths = before[name.replace(M, ".weight")].norm(dim=1)
+            assert torch.allclose(magnitude, lengths, rtol=0, atol=0.1) and not torch.equal(magnitude, lengths)
+    train(lora_config(base, tmp_path / "parts", exit_interval=2, **changes))
+    with pytest.raises(CheckpointError, match=r"--lora-rank 4 --lora-alpha 8 --use-dora; found no --use-dora. Give"):
+        train(lora_config(base, tmp_path / "parts", **{**changes, "use_dora": False}))
+    train(lora_config(base, tmp_path / "parts", **changes))
+    again = stored(tmp_path / "parts")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "run")
+    assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
+    apart, merged = (megalith.load(tmp_path / "run", device="cpu", merge_adapter=flag) for flag in (False, True))
+    ids = torch.arange(22).view(2, 11)
+    torch.testing.assert_close(merged(ids), apart(ids), rtol=0, atol=1e-5)
+
+
 def test_a_base_that_is_missing_or_differs_is_named(base, tmp_path) -> None:
     copy = tmp_path / "base"
     shutil.copytree(base[1], copy)
@@ -106,7 +128,7 @@ def test_a_base_that_is_missing_or_differs_is_named(base, tmp_path) -> None:
     ("changes", "message"),
     [
         ({"lora_rank": 0, "lora_alpha": None, "lora_dropout": 0.0}, r"must be resumed with the flags of its adapters"),
-        ({"lora_alpha": None}, r"--lora-rank 4 --lora-alpha 8 no --lora-target-modules; found no --lora-alpha\. Give"),
+        ({"lora_alpha": None}, r"--lora-rank 4 --lora-alpha 8; found no --lora-alpha\. Give"),
         ({"lora_rank": 2}, r"LoRA's flags must be those of the adapters .*: --lora-rank 4 --lora-alpha 8"),
         ({"lora_target_modules": ["q"]}, r"no --lora-target-modules; found --lora-target-modules q. Give these"),
     ],

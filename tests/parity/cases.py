@@ -132,6 +132,10 @@ FORMS: dict[str, dict] = {
         "model_type": "bert_classification", "num_classes": 3, "lora_rank": 4, "lora_dropout": 0.1,
         "classifier_dropout": 0.3,
     },
+    "dora": {
+        "num_query_groups": 1, "group_query_attention": True, "lora_rank": 3, "lora_alpha": 6.0, "lora_dropout": 0.1,
+        "use_dora": True,
+    },
     "lora t5": {**T5_RELATIVE, "num_query_groups": 2, "lora_rank": 4},
 }  # fmt: skip
 

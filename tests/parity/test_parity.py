@@ -60,6 +60,7 @@ COVERING = {
     ("retro rotary", "tp4 sp"), ("retro rotary", "pp2 full uniform"), ("retro dropout", "tp2 sp zbv"),
     ("retro dropout", "zbv selective"), ("lora retro", "tp2 pp2"),
     ("lora", "tp2 sp dp2 full"), ("lora", "tp2 pp2"), ("lora dropout", "tp2 sp"), ("lora dropout", "cp2"),
+    ("dora", "tp2 sp"), ("dora", "pp2"),
     ("lora t5", "tp2 sp zbv"), ("t5 dropout", "pp2 interleaved"), ("t5 dropout", "zbv selective"),
     ("t5 dropout", "zbv dp2 full"),
 }  # fmt: skip

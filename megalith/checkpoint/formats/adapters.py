@@ -2,7 +2,7 @@
 
 weights = formats.read(ADAPTERS)                     # with those of the base, which the folder names
 weights = formats.read(BASE, None, {"adapter": ADAPTERS})
-merge(weights)                                       # W + scale B A, as a model without adapters
+merge(weights)                                       # W + scale B A, of DoRA scaled, as a model without adapters
 
 Weights with adapters have the tensors of both, and `config.lora` says how they are applied.
 """
@@ -16,14 +16,16 @@ import os
 import pathlib
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megalith.checkpoint import formats
 from megalith.checkpoint.tensors.lazy import Index, Lazy, slices
 from megalith.checkpoint.weights import Weights, for_head, read_megalith
 from megalith.common.errors import CheckpointError, problem
-from megalith.config.adapters import A, B, is_adapter
+from megalith.config.adapters import A, B, M, adapted_modules, is_adapter
 from megalith.config.flags.text import Words
+from megalith.config.run import RunConfig
 from megalith.config.sections.lora import LoraConfig
 
 BASE = "base"  # entry of train_state: {"path": of the base, "fingerprint": of its weights, where it is known}
@@ -116,8 +118,9 @@ def merge(weights: Weights, widen: bool = False) -> Weights:
         module = name.removesuffix(A)
         weight = f"{module}.weight"
         merged[weight] = add_product(
-            merged[weight], tensors[f"{module}{B}"], tensors[name], weights.config.lora.scale, widen
-        )
+            merged[weight], tensors[f"{module}{B}"], tensors[name], weights.config.lora.scale, widen,
+            tensors.get(f"{module}{M}"),
+        )  # fmt: skip
     config = dataclasses.replace(weights.config, lora=LoraConfig())
     note = "the adapters are merged into the weights"
     return dataclasses.replace(
@@ -125,14 +128,35 @@ def merge(weights: Weights, widen: bool = False) -> Weights:
     )
 
 
-def add_product(weight: Lazy, b: Lazy, a: Lazy, scale: float, widen: bool) -> Lazy:
-    """W + scale B A, computed in float32 at least, and rounded to W's number format unless `widen`."""
+def add_product(weight: Lazy, b: Lazy, a: Lazy, scale: float, widen: bool, magnitude: Lazy | None = None) -> Lazy:
+    """W + scale B A, computed in float32 at least, and rounded to W's number format unless `widen`.
+
+    magnitude: of DoRA, to which each row is scaled. To find its length, the whole row is read.
+    """
     wide = functools.reduce(torch.promote_types, (weight.dtype, b.dtype, torch.float32))
     result = wide if widen else weight.dtype
 
     def part(index: Index = ()) -> Tensor:
         rows, columns = slices(weight.shape, index)
-        product = b.part((rows,)).to(wide) @ a.part((slice(None), columns)).to(wide)
-        return weight.part((rows, columns)).to(wide).add(product, alpha=scale).to(result)
+        read = columns if magnitude is None else slice(None)
+        product = b.part((rows,)).to(wide) @ a.part((slice(None), read)).to(wide)
+        found = weight.part((rows, read)).to(wide).add(product, alpha=scale)
+        if magnitude is not None:
+            found = (F.normalize(found) * magnitude.part((rows,)).to(wide)[:, None])[:, columns]
+        return found.to(result)
 
     return Lazy(shape=weight.shape, dtype=result, read=part, box=part)
+
+
+def with_magnitudes(base: Weights, config: RunConfig) -> Weights:
+    """A base with the magnitudes that DoRA begins with: the lengths of the rows of each layer that gets an adapter."""
+
+    def lengths(weight: Lazy) -> Lazy:
+        def part(index: Index = ()) -> Tensor:
+            return torch.linalg.vector_norm(weight.part((*slices(weight.shape[:1], index),)).float(), dim=1)
+
+        return Lazy(shape=weight.shape[:1], dtype=torch.float32, read=part, box=part)
+
+    modules = adapted_modules(base.config.model, config.lora) if config.lora.use_dora else {}
+    found = {f"model/{module}{M}": lengths(base.tensors[f"model/{module}.weight"]) for module in modules}
+    return dataclasses.replace(base, tensors={**base.tensors, **found})

@@ -21,14 +21,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megalith.checkpoint.formats import Format, HuggingFaceOptions, PeftOptions
-from megalith.checkpoint.formats.adapters import BASE, attach, open_base
+from megalith.checkpoint.formats.adapters import BASE, attach, open_base, with_magnitudes
 from megalith.checkpoint.formats.huggingface import conversion, files
 from megalith.checkpoint.formats.huggingface.family import Family, Rule
 from megalith.checkpoint.tensors.lazy import Lazy
 from megalith.checkpoint.weights import Weights, for_head
 from megalith.common.errors import CheckpointError, problem
 from megalith.common.files import write_text
-from megalith.config.adapters import A, B, adaptable_modules, adapted_modules, trained_whole
+from megalith.config.adapters import A, B, M, adaptable_modules, adapted_modules, trained_whole
 from megalith.config.architectures import BERT, BERT_CLASSIFICATION
 from megalith.config.flags.text import Words
 from megalith.config.heads import is_of_head
@@ -37,9 +37,10 @@ from megalith.config.sections.model import ModelConfig
 
 CONFIG, TENSORS, PREFIX = files.ADAPTER, "adapter_model", "base_model.model."
 ENDS = (".lora_A.weight", ".lora_B.weight")
-# Fields of adapter_config.json -> the values with which an adapter adds alpha / r B A x and nothing else.
+MAGNITUDE = ".lora_magnitude_vector"
+# Fields of adapter_config.json -> the values with which an adapter is alpha / r B A, of DoRA scaled.
 SUPPORTED: dict[str, tuple] = {
-    "peft_type": ("LORA",), "bias": ("none", None), "use_dora": (False, None), "lora_bias": (False, None),
+    "peft_type": ("LORA",), "bias": ("none", None), "lora_bias": (False, None),
     "use_qalora": (False, None), "use_bdlora": (None,), "layer_replication": (None,),
     "alora_invocation_tokens": (None,), "trainable_token_indices": (None,), "target_parameters": (None, []),
     "arrow_config": (None,), "kasa_config": (None,), "monteclora_config": (None,),
@@ -130,6 +131,7 @@ def read_adapter(path: pathlib.Path, base: Weights) -> Weights:
             cure = "Merge the adapters with peft (merge_and_unload()), and load what that saves"
             raise CheckpointError(problem(f"{path / CONFIG}: {name}", given[name], rule, cure))
     stored, pairs = _open(path), dict[str, tuple[Tensor, Tensor, float]]()  # our layer: A, B, scale
+    dora = bool(given.get("use_dora"))
     base = _with_head(base, given, stored)
     tensors = _read_head(path, base, given, stored)
     for layer in layers_of(base):
@@ -144,7 +146,16 @@ def read_adapter(path: pathlib.Path, base: Weights) -> Weights:
             raise CheckpointError(problem(f"{path}: {name}", found, rule, "Name the base that they were trained on"))
         alpha = _by_pattern(given, "alpha_pattern", name, given.get("lora_alpha", 8))
         scale = alpha / (a.shape[0] ** 0.5 if given.get("use_rslora") else a.shape[0])
-        pairs |= {each: (*pair, scale) for each, pair in _split(layer, a.read(), b.read(), given.get("r", 8)).items()}
+        m = stored.pop(f"{name}{MAGNITUDE}", None)
+        if (m is not None) != dora or (m is not None and m.shape != b.shape[:1]):
+            rule = f"must be [{b.shape[0]}] with use_dora, and not there without it"
+            what, shape = f"{path}: {name}{MAGNITUDE}", Words("none") if m is None else list(m.shape)
+            raise CheckpointError(problem(what, shape, rule, "Save the adapters with peft anew"))
+        parts = _split(layer, a.read(), b.read(), given.get("r", 8), dora)
+        pairs |= {each: (*pair, scale) for each, pair in parts.items()}
+        if m is not None:
+            lengths = zip(layer.modules, layer.split(m.read()[:, None]), strict=True)
+            tensors |= {f"model/{each}{M}": Lazy.of(part.squeeze(1)) for each, part in lengths}
     if stored or not pairs:
         rule = "must be of linear layers of the transformer blocks of this base alone, or of its head"
         cure = f"Name the base that they were trained on: --load BASE --adapter {path}"
@@ -159,7 +170,7 @@ def read_adapter(path: pathlib.Path, base: Weights) -> Weights:
         tensors[f"model/{module}{B}"] = Lazy.of(F.pad(b, (0, missing)) * (own_scale / scale))
     config = base.config.replace(
         lora_rank=rank, lora_alpha=scale * rank, lora_dropout=float(given.get("lora_dropout") or 0.0),
-        lora_target_modules=_patterns(pairs, base.config.model), adapter=None,
+        lora_target_modules=_patterns(pairs, base.config.model), adapter=None, use_dora=dora,
     )  # fmt: skip
     return Weights(config=config, tensors=tensors, source=str(path))
 
@@ -210,17 +221,18 @@ def _by_pattern(given: Mapping[str, Any], field: str, module: str, otherwise: An
     return next((value for pattern, value in patterns if re.match(rf"(.*\.)?({pattern})$", module)), otherwise)
 
 
-def _split(layer: Layer, a: Tensor, b: Tensor, rank: int) -> dict[str, tuple[Tensor, Tensor]]:
+def _split(layer: Layer, a: Tensor, b: Tensor, rank: int, dora: bool) -> dict[str, tuple[Tensor, Tensor]]:
     """{our layer: its A and B} of an adapter of transformers' layer; rank: of most adapters of the folder.
 
-    As `_joined` makes it, each has its own rows of A and columns of B; else all have the same A.
+    As `_joined` makes it, each has its own rows of A and columns of B; else all have the same A. With DoRA one whose A
+    is zeros has an adapter too, as its magnitudes may have been trained.
     """
     parts, count = layer.split(b), len(layer.modules)
     if count > 1 and len(a) == count * rank:
         blocks = [part.chunk(count, dim=1) for part in parts]
         if not any(bool(block.any()) for n, row in enumerate(blocks) for m, block in enumerate(row) if n != m):
             own = {each: (a.chunk(count)[n], blocks[n][n]) for n, each in enumerate(layer.modules)}
-            return {each: pair for each, pair in own.items() if bool(pair[0].any())}  # zeros: it has none
+            return {each: pair for each, pair in own.items() if dora or bool(pair[0].any())}  # zeros: it has none
     return {each: (a, part) for each, part in zip(layer.modules, parts, strict=True)}
 
 
@@ -243,7 +255,8 @@ def write(weights: Weights, folder: pathlib.Path, options: PeftOptions) -> None:
     for layer in layers:
         if any(f"model/{each}{A}" in weights.tensors for each in layer.modules):
             a, b = _joined(layer, weights)
-            for end, tensor in zip(ENDS, (a, b), strict=True):
+            magnitude = [(MAGNITUDE, _joined_magnitude(layer, weights))] if lora.use_dora else []
+            for end, tensor in [*zip(ENDS, (a, b), strict=True), *magnitude]:
                 tensor = tensor.to(getattr(torch, options.dtype)) if options.dtype else tensor
                 tensors[f"{PREFIX}{layer.name}{end}"] = tensor.clone(memory_format=torch.contiguous_format)
             ranks[layer.name] = len(a)
@@ -265,7 +278,7 @@ def write(weights: Weights, folder: pathlib.Path, options: PeftOptions) -> None:
         "peft_type": "LORA", "task_type": kind,
         "base_model_name_or_path": weights.train_state.get(BASE, {}).get("path"), "inference_mode": True,
         "r": lora.lora_rank, "lora_alpha": _number(scale * lora.lora_rank), "lora_dropout": lora.lora_dropout,
-        "target_modules": sorted(set(named.values())), "bias": "none", "use_dora": False, "use_rslora": False,
+        "target_modules": sorted(set(named.values())), "bias": "none", "use_dora": lora.use_dora, "use_rslora": False,
         "fan_in_fan_out": any(layer.transposed for layer in layers), "modules_to_save": sorted(whole) or None,
         "rank_pattern": larger, "alpha_pattern": {name: _number(scale * rank) for name, rank in larger.items()},
     }  # fmt: skip
@@ -295,6 +308,13 @@ def _joined(layer: Layer, weights: Weights) -> tuple[Tensor, Tensor]:
         pairs.append([zeros if lazy is None else lazy.read() for lazy, zeros in zip(named, none, strict=True)])
     parts = [F.pad(b, (n * rank, (count - 1 - n) * rank)) for n, (_, b) in enumerate(pairs)]
     return torch.cat([a for a, _ in pairs]), layer.join(parts)
+
+
+def _joined_magnitude(layer: Layer, weights: Weights) -> Tensor:
+    """DoRA's magnitudes of transformers' layer; the lengths of the rows of one of several that has no adapter."""
+    whole = with_magnitudes(weights, weights.config.replace(lora_target_modules=list(layer.modules)))
+    found = {**whole.tensors, **weights.tensors}
+    return layer.join([found[f"model/{module}{M}"].read()[:, None] for module in layer.modules])[:, 0]
 
 
 def _number(value: float) -> float | int:

@@ -195,7 +195,7 @@ def _tokenizer_of_checkpoint(
 ) -> dict[str, Any]:
     """The tokenizer in the checkpoint of --load, unless the command names another."""
     folder = values["load"]
-    if read is None or problems:
+    if read is None or any(len(each.fields) == len(fields()) for each in problems):  # the folder could not be read
         return {}
     try:
         found = {name: value for name, value in read(values).items() if name in fields() and value is not None}

@@ -9,6 +9,7 @@ from megalith.config.options import option, section
 class LoraConfig:
     """LoRA (Hu et al., 2021, arXiv 2106.09685): y = W x + alpha / rank B A dropout(x), where A and B alone are trained.
 
+    With DoRA (Liu et al., 2024, arXiv 2402.09353) each row of W + alpha / rank B A is scaled to a trained length.
     docs/lora.md has the commands, and what is not possible.
     """
 
@@ -21,6 +22,9 @@ class LoraConfig:
         [],
         "linear layers that get adapters, by name or by the end of it, * for anything: q v 'layers.*.mlp.*' "
         "(default: all of the transformer blocks)",
+    )
+    use_dora: bool = option(
+        False, "DoRA: each output's weights are scaled to a magnitude of its own, which is trained beside the adapters"
     )
     adapter: str | None = option(
         None, "adapters to start from: a LoRA run or a PEFT folder, trained on the model that --load names"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megalith.config.adapters import adapter_shapes, trained_whole
+from megalith.config.adapters import adapted_modules, adapter_shapes, trained_whole
 from megalith.config.stages import layers_of, schedule_of
 from megalith.data.build import blend_summary, why_no_validation
 from megalith.training.build import device_name
@@ -37,11 +37,12 @@ def announce(
     )
     if config.lora.lora_rank:
         shapes = adapter_shapes(config.model, config.lora)
-        number, layers = sum(map(math.prod, shapes.values())), len(shapes) // 2
+        number, layers = sum(map(math.prod, shapes.values())), len(adapted_modules(config.model, config.lora))
+        kind = "DoRA" if config.lora.use_dora else "LoRA"
         head = "".join(f" and the {name}" for name in trained_whole(config.model))
         print(
-            f"LoRA: {number:,} parameters of rank {config.lora.lora_rank} on {layers} linear layers{head} are trained, "
-            f"on {(trainer.base or {}).get('path')}",
+            f"{kind}: {number:,} parameters of rank {config.lora.lora_rank} on {layers} linear layers{head} are "
+            f"trained, on {(trainer.base or {}).get('path')}",
             flush=True,
         )
     if config.retriever.bert_load and not progress.iteration and saving.source_of(config) is None:

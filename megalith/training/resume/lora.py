@@ -42,6 +42,8 @@ def read_start(config: RunConfig) -> Weights | None:
             found = adapters.attach(foreign.read(load, foreign.read_options(config, iteration=None)), own)
     _check_same(config, found)
     record = found.train_state.get(adapters.BASE) or adapters.record_of(found)
+    if not any(map(is_adapter, found.tensors)):
+        found = adapters.with_magnitudes(found, config)
     return dataclasses.replace(found, train_state={**found.train_state, adapters.BASE: record})
 
 
@@ -73,15 +75,19 @@ def _check_same(config: RunConfig, found: Weights) -> None:
     pairs = {
         "lora_rank": (now.lora_rank, then.lora_rank),
         "lora_alpha": (now.scale * now.lora_rank, then.scale * then.lora_rank),
+        "use_dora": (now.use_dora, then.use_dora),
         "lora_target_modules": tuple(list(adapted_modules(model, lora)) for lora in (now, then)),
     }
     if differing := [name for name, (one, other) in pairs.items() if one != other]:
         values = {**{name: pair[1] for name, pair in pairs.items()}, "lora_target_modules": then.lora_target_modules}
-        rule = f"must be those of the adapters in {found.source}: {' '.join(_typed(*each) for each in values.items())}"
+        flags = [_typed(name, value) for name, value in values.items() if value or name in differing]
+        rule = f"must be those of the adapters in {found.source}: {' '.join(flags)}"
         now_text = " ".join(_typed(name, getattr(now, name)) for name in differing)
         raise CheckpointError(problem("LoRA's flags", Words(now_text), rule, "Give these"))
 
 
 def _typed(name: str, value: object) -> str:
     """A flag with its value, as they are typed."""
+    if value is True:
+        return flag(name)
     return f"{flag(name)} {value_text(value)}" if value else f"no {flag(name)}"

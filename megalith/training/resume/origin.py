@@ -154,8 +154,9 @@ def _tokenizer_changes(source: Source, tokenizer: Tokenizer, new_run: bool) -> l
     differing = [number for number, (one, other) in enumerate(zip(old, new)) if one != other]
     named = f"the tokenizer ({_tokenizer_label(tokenizer)}) is not the one in {folder} ({_tokenizer_label(then)})"
     if not differing:
-        both = "" if old == new and old else f"; they have {tokenizer.vocab_size} and {then.vocab_size} tokens"
-        return [f"{named}{both}"]
+        if old == new and old:  # as where a chat template ends turns with another token than texts ended with
+            return [f"the tokenizer has the tokens of the one in {folder}, and differs in its rules or special tokens"]
+        return [f"{named}; they have {tokenizer.vocab_size} and {then.vocab_size} tokens"]
     number = differing[0]
     named += f": {len(differing)} ids are other tokens, first {number}: {new[number]!r}, was {old[number]!r}"
     if new_run:

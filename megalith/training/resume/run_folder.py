@@ -15,6 +15,7 @@ from megalith.common.files import remove_leftovers_in
 from megalith.common.locks import LockedError, locked
 from megalith.config.flags.loading import from_yaml
 from megalith.config.run import RunConfig
+from megalith.training.predictions import RESULTS_FILE
 from megalith.training.reporting.metrics import METRICS_FILE
 from megalith.training.resume.saving import check_folder
 from megalith.training.resume.state import Progress
@@ -90,6 +91,12 @@ def _check_record(config: RunConfig) -> None:
     The record of an attempt of this very run that saved nothing is renamed, as the run begins anew.
     """
     run, own, load = pathlib.Path(config.run_folder), checkpoint_folder(config), load_path(config)
+    if config.finetuning.epochs == 0 and (run / RESULTS_FILE).exists():
+        model = config.finetuning.pretrained_checkpoint or run
+        raise ConfigError(
+            f"{run} holds predictions and {RESULTS_FILE}, which --epochs 0 would replace. Name another --save (or "
+            f"--run-dir) for what is measured, and the model as --pretrained-checkpoint {model}."
+        )
     if not _has_metrics(run):
         return
     then = _last_config(run)

@@ -21,7 +21,6 @@ from megalith.checkpoint.weights import Weights
 from megalith.common.errors import CheckpointError, ConfigError, problem
 from megalith.config.checks.checks import needs_checkpoint
 from megalith.config.flags.text import Words
-from megalith.config.heads import new_head
 from megalith.config.run import RunConfig
 from megalith.runtime import state
 from megalith.training.finite import check_before_saving, check_loaded
@@ -31,7 +30,6 @@ from megalith.training.resume.source import (
     check_save_folder,
     is_foreign,
     read_foreign,
-    read_source,
     source_of,
     weights_only,
 )
@@ -143,7 +141,9 @@ def resume(trainer: Trainer) -> Progress:
     ranks, weights = Ranks(), None
     if not config.lora.lora_rank:
         ranks.on_rank_0(lambda: check_kind(config))
-    elif only_weights:  # the model was built from them
+    if only_weights and trainer.started:
+        if not config.lora.lora_rank and not is_foreign(source):
+            verify_on_all_ranks(checkpoint.find(source, options.ckpt_step), ranks)
         check_loaded([state.weights(part) for part in trainer.runtime.stages], source, 0)
         return Progress()
     if with_optimizer and not is_foreign(source):
@@ -154,12 +154,6 @@ def resume(trainer: Trainer) -> Progress:
         if ranks.rank == 0:
             print("".join(f"{options.load}: {note}\n" for note in weights.notes), end="", flush=True)
     tensors = stored_weights(trainer)
-    can_have_new_head = only_weights and config.model.architecture.head
-    if can_have_new_head and ranks.on_rank_0(lambda: new_head(config.model, read_source(config, source).config.model)):
-        if weights is None:  # the model was built from them (start.py)
-            verify_on_all_ranks(checkpoint.find(source, options.ckpt_step), ranks)
-        check_loaded(tensors, source, 0)
-        return Progress()
     if with_optimizer:
         state.create_optimizer_state(trainer.optimizer)
         complete = with_optimizer_state(trainer, tensors)
@@ -261,8 +255,8 @@ def check_folder(config: RunConfig) -> None:
     if pretrained is not None and has_checkpoints and config.finetuning.epochs == 0:
         raise ConfigError(
             f"--epochs 0 measures one model, and there are two: --pretrained-checkpoint {pretrained}, and iteration "
-            f"{checkpoint.latest(own)} of {own}. Name another --save for what is measured, or leave out "
-            f"--pretrained-checkpoint to measure the run's own."
+            f"{checkpoint.latest(own)} of {own}. Name another --save for what is measured, and one of them as "
+            f"--pretrained-checkpoint."
         )
     check_save_folder(config)
     if not has_checkpoints and config.checkpoint.load is None and (given := needs_checkpoint(config)):

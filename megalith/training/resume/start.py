@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from megalith.checkpoint.ranks import Ranks
 from megalith.checkpoint.weights import Weights, for_head, read_megalith
 from megalith.common.errors import CheckpointError, problem
 from megalith.config.adapters import trained_whole
@@ -39,8 +40,10 @@ def read_start(config: RunConfig) -> Start:
         return found
     source = source_of(config)
     if source is not None and weights_only(config) and config.model.architecture.head:
-        foreign = is_foreign(source)
-        weights = read_foreign(config) if foreign else read_megalith(source, config.checkpoint.ckpt_step)
+        if is_foreign(source):
+            weights = read_foreign(config, check_replicas=Ranks().rank == 0)
+        else:
+            weights = read_megalith(source, config.checkpoint.ckpt_step)
         if new_head(config.model, weights.config.model):
             return with_drawn_head(weights, config.model)
     return Start(towers, projections(config)) if (towers := read_towers(config)) is not None else Start()

@@ -166,6 +166,9 @@ def test_the_tokenizer_of_a_checkpoint():
     assert config.model.vocab_size == 76, "--vocab-size of NullTokenizer is a row less"
     with pytest.raises(ConfigError, match=r"The tokenizer must be .*found nothing"):
         resolved({})
+    with pytest.raises(ConfigError) as raised:  # a mistake elsewhere leaves it known
+        resolved(bpe, "--packin")
+    assert str(raised.value).startswith("unknown flag --packin: did you mean --packing?")
 
 
 def test_what_the_dataset_does_not_read_is_reported():
