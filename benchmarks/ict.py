@@ -91,7 +91,8 @@ def main() -> None:
     parser.add_argument("--query-in-block-prob", type=float, default=0.1)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     args = parser.parse_args()
-    print(f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads; {vars(args)}")
+    settings = f"{args.steps} steps, sentences that stay in their block: {args.query_in_block_prob}"
+    print(f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads; {settings}")
     print(f"chance: top-1 {1 / args.batch:.4f}, top-5 {5 / args.batch:.4f}", flush=True)
     ends = []
     with tempfile.TemporaryDirectory() as folder:
