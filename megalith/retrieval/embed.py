@@ -300,8 +300,9 @@ def build(
         progress = Progress(sum(len(plan.range_of(shard)) for shard in missing), mesh.is_main_process)
         if workers:
             job = Embed(workers, plan, os.path.abspath(folder), batch_size)
-            for done in ENGINES.find(workers.engine)(job, iter(missing), workers.count):
-                progress.add(done["texts"])
+            if missing:  # else workers would load the model for nothing
+                for done in ENGINES.find(workers.engine)(job, iter(missing), workers.count):
+                    progress.add(done["texts"])
             return plan
         mine = missing[mesh.data_rank :: mesh.data_size]
         ranks.on_every_rank(lambda: _write(embedder, source, folder, plan, mine, batch_size, progress))

@@ -126,6 +126,15 @@ def test_workers_of_an_engine_write_the_same(ict_run, sentences, tmp_path, capsy
 
 
 @pytest.mark.slow
+def test_processes_of_this_machine_write_the_same(ict_run, sentences, tmp_path, capsys):
+    """Their job is pickled, and each loads the model."""
+    words = f"build --load {ict_run} --data-path {sentences} {ENGINE} {CPU}"
+    assert command(f"{words} --output {tmp_path}/one", capsys)[0] == 0
+    status, _, err = command(f"{words} --output {tmp_path}/two --engine processes --workers 2", capsys)
+    assert status == 0 and same_bytes(tmp_path / "one", tmp_path / "two"), err
+
+
+@pytest.mark.slow
 def test_two_ray_nodes(ict_run, sentences, tmp_path, monkeypatch, capsys):
     import ray
     from ray.cluster_utils import Cluster
