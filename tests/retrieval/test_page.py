@@ -107,5 +107,5 @@ def test_real_articles_answer_questions(tmp_path, monkeypatch, capsys):
     write_real_files(tmp_path)
     said = run(blocks()[0], capsys)
     first, *_, last = [line["validation_metrics"] for line in records("runs/ict") if "validation_metrics" in line]
-    assert first["top5_acc"] < 0.12 and last["top5_acc"] > 0.2  # chance: 5 of 128
+    assert last["top5_acc"] > max(2 * first["top5_acc"], 0.2)  # chance: 5 of 128
     assert "George Campbell" in said["index search"]
