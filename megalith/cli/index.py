@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megalith.common.errors import ConfigError, DataError, problem
@@ -14,6 +15,8 @@ from megalith.config import environment
 from megalith.config.flags import flags
 from megalith.config.flags.loading import typed_config
 from megalith.config.flags.text import fail, flag, value_text
+from megalith.config.run import RunConfig
+from megalith.config.sections.data import TOKENIZER_FILES
 
 EXAMPLE = """\
 examples:
@@ -40,6 +43,13 @@ BUILD_FLAGS = (
     _option("--evidence-data-path", "evidence", "as --evidence"),
     _option("--indexer-batch-size", "batch_size", "texts of a batch (default: 128)", number=True),
     _option("--shard-rows", "shard_rows", "vectors of a file (default: 65536)", number=True),
+    _option(
+        "--engine",
+        "engine",
+        "embed by workers instead of this process: ray (a cluster, by RAY_ADDRESS, whose machines see the same files), "
+        "processes (this machine), or module:name",
+    ),
+    _option("--workers", "workers", "of --engine (default: one for each core, or GPU of Ray's)", number=True),
     _option("--train-rows", "train_rows", "vectors that --index-string is trained on (default: 100000)", number=True),
     _option(
         "--index-string",
@@ -92,7 +102,9 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 def run_build(args: argparse.Namespace) -> int:
     """Embed, and build the approximate index that is asked for."""
     reading = args.reading
-    numbers = {name: flags.whole_number(reading, name) for name in ("batch_size", "shard_rows", "train_rows")}
+    numbers = {
+        name: flags.whole_number(reading, name) for name in ("batch_size", "shard_rows", "train_rows", "workers")
+    }
     config, given = typed_config(reading)
     output, evidence = (reading.values.get(name) for name in ("output", "evidence"))
     embedded, named = config.data.data_path or evidence, "Write --data-path PREFIX, or --evidence FILE"
@@ -107,20 +119,24 @@ def run_build(args: argparse.Namespace) -> int:
     if len(config.data.data_path) > 1:
         rule = "must name one dataset, as an index is of one"
         missing.append(problem("--data-path", " ".join(config.data.data_path), rule, "Build one index for each"))
+    engine = reading.values.get("engine")
+    if numbers["workers"] and not engine:
+        rule, cure = "is of --engine, which is not given", "Write --engine ray, or start processes by torchrun"
+        missing.append(problem("--workers", numbers["workers"], rule, cure))
     missing += [f"unexpected {word!r}: a value follows its flag" for word in reading.words]
     fail(missing)
-    return _build(config, given, output, evidence, reading.values.get("index_string"), numbers, reading.notices)
+    return _build(config, given, output, evidence, reading.values, numbers, reading.notices)
 
 
 def _build(
-    config: Any, given: dict[str, Any], output: str, evidence: str | None, index_string: str | None,
+    config: Any, given: dict[str, Any], output: str, evidence: str | None, values: Mapping[str, Any],
     numbers: dict[str, int | None], notices: Sequence[str],
 ) -> int:  # fmt: skip
     import torch  # here, because they import torch
 
     from megalith.common.extras import require
     from megalith.data.tokenizers.given import TokenizerOverride
-    from megalith.retrieval.embed import Embedder, build
+    from megalith.retrieval.embed import Embedder, Workers, build
     from megalith.retrieval.sources import Blocks, Passages, Source
     from megalith.runtime.build import process_group
 
@@ -128,16 +144,19 @@ def _build(
         if environment.rank() == 0:
             print(f"megalith: {line}", file=sys.stderr, flush=True)
 
+    index_string, engine, workers = values.get("index_string"), values.get("engine"), None
     if index_string:
         require("faiss", f"--index-string {index_string}")
+    if engine:
+        check_engine(engine, config)
     c, data, dtype = config.checkpoint, config.data, getattr(torch, config.precision.compute_dtype)
     for line in notices:
         notice(line)
     if config.parallel.sharding != "none":
         notice("--data-parallel-sharding has no effect: every data-parallel process has a whole model")
-    named = {"iteration": c.ckpt_step, "tokenizer": TokenizerOverride(None, vars(data))}
+    named = {"dtype": dtype, "iteration": c.ckpt_step}
     with process_group():
-        embedder = Embedder.load(c.load, config.parallel, dtype=dtype, **named)
+        embedder = Embedder.load(c.load, config.parallel, tokenizer=TokenizerOverride(None, vars(data)), **named)
         check_model(c.load, embedder.model, given)
         length = embedder.length(config.retriever.retriever_seq_length or data.seq_length)
         if evidence:
@@ -148,12 +167,36 @@ def _build(
                 one_sentence=data.use_one_sent_docs, seed=config.batch.seed,
             )  # fmt: skip
         options: dict[str, Any] = {name: numbers[name] for name in ("batch_size", "shard_rows") if numbers[name]}
-        plan = build(embedder, source, output, notice=notice, **options)
+        if engine:
+            files = {name: os.path.abspath(value) for name in TOKENIZER_FILES if (value := getattr(data, name))}
+            tokenizer = TokenizerOverride(None, vars(data) | files)  # another: one that was used is not to be pickled
+            path = os.path.abspath(c.load) if os.path.exists(c.load) else c.load
+            load = functools.partial(Embedder.load, path, config.parallel, tokenizer=tokenizer, **named)
+            workers = Workers(engine, load, numbers["workers"] or 0, gpus=config.parallel.device != "cpu")
+        plan = build(embedder, source, output, workers=workers, notice=notice, **options)
         if embedder.runtime.mesh.is_main_process:
             print(f"{output}: {plan.rows} vectors of {plan.width} in {plan.shards} shards", flush=True)
             if index_string:
                 _build_faiss(output, index_string, numbers["train_rows"], notice)
     return 0
+
+
+def check_engine(engine: str, config: RunConfig) -> None:
+    """Raise ConfigError for an engine that is not there, or that cannot split the work as `config` says."""
+    from megalith.common.extras import require
+    from megalith.data.corpus.preprocess_pool import ENGINES
+
+    ENGINES.find(engine)
+    if engine == "ray":
+        require("ray", "--engine ray")
+    p = config.parallel
+    split = {
+        "--tensor-model-parallel-size": p.tensor_model_parallel_size,
+        "--pipeline-model-parallel-size": p.pipeline_model_parallel_size,
+        "The number of processes": environment.world_size(),
+    }
+    rule, cure = "must be 1 with --engine, each of whose workers has a whole model", "Leave --engine out, or this"
+    fail(problem(name, size, rule, cure) for name, size in split.items() if size > 1)
 
 
 def _build_faiss(folder: str, index_string: str, train_rows: int | None, notice: Any) -> None:

@@ -20,7 +20,8 @@ stricter number. BERT's attention is not causal, so that both are the same. Its 
 and is left out. With a sliding window the length of the window replaces the sequence's, and half leaves out what the
 first tokens lack.
 
-Of a bi-encoder the FLOPs of a query and its context are counted for each of the query's tokens.
+Of a bi-encoder the FLOPs of a query and all its contexts, hard negatives among them, are counted for each of the
+query's tokens.
 
 Of an encoder-decoder model the FLOPs of a sample (an encoder's and a decoder's sequence) are counted for each of the
 encoder's tokens, because these are the tokens of a step. Only the decoder's self-attention is causal.
@@ -37,16 +38,21 @@ from megalith.config.stages import keys_seen
 
 
 def flops_per_token(
-    model: ModelConfig, seq_length: int, causal_half: bool = False, decoder_seq_length: int | None = None
-) -> float:
+    model: ModelConfig, seq_length: int, causal_half: bool = False, decoder_seq_length: int | None = None,
+    contexts: int = 1,
+) -> float:  # fmt: skip
     """FLOPs of forward and backward pass for each token of a sequence of `seq_length` tokens. Needs vocab_size.
 
-    decoder_seq_length: of the decoder's sequence, where there is a decoder (default: as long).
+    decoder_seq_length: of the decoder's sequence, where there is a decoder (default: as long). contexts: of a
+    bi-encoder, those that each query comes with.
     """
-    return model.architecture.find("flops")(model, seq_length, causal_half, decoder_seq_length or seq_length)
+    flops = model.architecture.find("flops")
+    return flops(model, seq_length, causal_half, decoder_seq_length or seq_length, contexts)
 
 
-def one_stack(model: ModelConfig, seq_length: int, causal_half: bool, decoder_seq_length: int) -> float:
+def one_stack(
+    model: ModelConfig, seq_length: int, causal_half: bool, decoder_seq_length: int, contexts: int
+) -> float:  # fmt: skip
     """As flops_per_token, for a model of one stack."""
     layers, _, heads, _ = sizes(model)
     keys = sum(keys_seen(seq_length, model.window(layer), causal_half and model.causal) for layer in range(layers))
@@ -54,14 +60,18 @@ def one_stack(model: ModelConfig, seq_length: int, causal_half: bool, decoder_se
     return 3 * (2 * matrix_parameters(model) + attention)
 
 
-def two_towers(model: ModelConfig, seq_length: int, causal_half: bool, decoder_seq_length: int) -> float:
-    """As flops_per_token, for a bi-encoder: for each token of a query also that of a context, which is as long."""
+def two_towers(
+    model: ModelConfig, seq_length: int, causal_half: bool, decoder_seq_length: int, contexts: int
+) -> float:  # fmt: skip
+    """As flops_per_token, for a bi-encoder: for each token of a query also one of each context, which is as long."""
     layers, _, heads, _ = sizes(model)
-    matrices = matrix_parameters(model) * (2 if model.biencoder_shared_query_context_model else 1)
-    return 3 * (2 * matrices + 2 * 4 * layers * heads * model.head_dim * seq_length)
+    tower = matrix_parameters(model) // (1 if model.biencoder_shared_query_context_model else 2)
+    return 3 * (1 + contexts) * (2 * tower + 4 * layers * heads * model.head_dim * seq_length)
 
 
-def all_layers(model: ModelConfig, seq_length: int, causal_half: bool, decoder_seq_length: int) -> float:
+def all_layers(
+    model: ModelConfig, seq_length: int, causal_half: bool, decoder_seq_length: int, contexts: int
+) -> float:  # fmt: skip
     """As flops_per_token, for a model whose layers differ: what its `layer_costs` say, in sum."""
     costs = model.architecture.find("layer_costs")(model, seq_length, decoder_seq_length, causal_half, look_up=0.0)
     return 6 * sum(costs) / seq_length

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -20,11 +21,12 @@ from megalith.config.flags.text import Words
 from megalith.config.run import RunConfig
 from megalith.config.sections.model import ModelConfig
 from megalith.config.sections.parallel import ParallelConfig
+from megalith.data.corpus.preprocess_pool import ENGINES
 from megalith.data.tokenizers.given import TokenizerOverride
 from megalith.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megalith.retrieval import store
 from megalith.retrieval.progress import Progress
-from megalith.retrieval.sources import Source, pack_queries, words
+from megalith.retrieval.sources import Source, open_source, pack_queries, words
 from megalith.runtime.build import Runtime
 from megalith.runtime.load import load_runtime
 
@@ -214,16 +216,60 @@ class BertEmbedder(TextEmbedder):
         return ((output.float() * inner).sum(dim=1) / (lengths - 2)).cpu()
 
 
+@dataclasses.dataclass(frozen=True)
+class Workers:
+    """Processes that embed shards in the place of this one: of this machine, or of many by Ray.
+
+    engine: a name of data/corpus/preprocess_pool.py: ENGINES. count: 0 for all that the engine finds. load: makes the
+    embedder in each of them, and is pickled. gpus: each takes a GPU of Ray's, where its cluster has some.
+    """
+
+    engine: str
+    load: Callable[[], TextEmbedder]
+    count: int = 0
+    gpus: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Embed:
+    """The job of such workers: its parts are shards, each worker has a whole model."""
+
+    workers: Workers
+    plan: store.Plan
+    folder: str
+    batch_size: int
+
+    @property
+    def gpus(self) -> bool:
+        """See preprocess_pool.run_ray."""
+        return self.workers.gpus
+
+    def worker(self) -> Callable[[int], dict]:
+        """What embeds a shard, and says how many texts it had. On one core, as engines start one for each."""
+        torch.set_num_threads(1)
+        embedder = self.workers.load()
+        source = open_source(self.plan.source, embedder.tokenizer)
+
+        def embed(shard: int) -> dict:
+            _write(embedder, source, self.folder, self.plan, [shard], self.batch_size)
+            return {"texts": len(self.plan.range_of(shard))}
+
+        return embed
+
+
 def build(
     embedder: TextEmbedder, source: Source, folder: str | os.PathLike, *, batch_size: int = 128,
-    shard_rows: int = 65536, metric: str = "", check: bool = False, notice: Callable[[str], None] = lambda line: None,
+    shard_rows: int = 65536, metric: str = "", check: bool = False, workers: Workers | None = None,
+    notice: Callable[[str], None] = lambda line: None,
 ) -> store.Plan:  # fmt: skip
     """Embed a source into a store, or resume that. Every process calls it.
 
-    metric: by which vectors are compared, see search.py. check: see store.begin.
+    metric: by which vectors are compared, see search.py. check: see store.begin. workers: embed instead of the calling
+    process, which must be the only one then; the source is one that `open_source` opens, in files that all see.
 
-    Shard n is written by data-parallel rank n modulo their number. A vector depends on its batch alone, which lies
-    within a shard, so that any number of processes writes the same files. Memory: a shard's vectors.
+    Shard n is written by data-parallel rank n modulo their number, or by whichever worker is free. A vector depends on
+    its batch alone, which lies within a shard, so that any number of processes writes the same files. Memory of each: a
+    shard's vectors.
     """
     mesh, ranks = embedder.runtime.mesh, Ranks()
     dtype = str(next(embedder.runtime.stages[0].model.parameters()).dtype).removeprefix("torch.")
@@ -240,9 +286,14 @@ def build(
         if len(missing) < plan.shards and mesh.is_main_process:
             notice(f"{folder}: {plan.shards - len(missing)} of {plan.shards} shards are there, the others follow")
         progress = Progress(sum(len(plan.range_of(shard)) for shard in missing), mesh.is_main_process)
+        if workers:
+            job = Embed(workers, plan, os.path.abspath(folder), batch_size)
+            if missing:  # else workers would load the model for nothing
+                for done in ENGINES.find(workers.engine)(job, iter(missing), workers.count):
+                    progress.add(done["texts"])
+            return plan
         mine = missing[mesh.data_rank :: mesh.data_size]
-        writes = embedder.runtime.has_last_stage and mesh.rank("tp") == 0
-        ranks.on_every_rank(lambda: _write(embedder, source, folder, plan, mine, batch_size, writes, progress))
+        ranks.on_every_rank(lambda: _write(embedder, source, folder, plan, mine, batch_size, progress))
     return plan
 
 
@@ -256,8 +307,10 @@ def _begin(
 
 def _write(
     embedder: TextEmbedder, source: Source, folder: str | os.PathLike, plan: store.Plan, shards: Sequence[int],
-    batch_size: int, writes: bool, progress: Progress,
+    batch_size: int, progress: Progress | None = None,
 ) -> None:  # fmt: skip
+    mesh = embedder.runtime.mesh
+    writes = embedder.runtime.has_last_stage and mesh.rank("tp") == 0
     for shard in shards:
         numbers, parts = plan.range_of(shard), list[np.ndarray]()
         for first in range(numbers.start, numbers.stop, batch_size):
@@ -265,6 +318,7 @@ def _write(
             vectors = embedder.embed(source.ids(batch))
             if writes and vectors is not None:
                 parts.append(vectors.numpy())
-            progress.add(len(batch) * embedder.runtime.mesh.data_size)
+            if progress:
+                progress.add(len(batch) * mesh.data_size)
         if writes:
             store.write_shard(folder, shard, np.concatenate(parts), source.rows(numbers))

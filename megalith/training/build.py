@@ -125,8 +125,8 @@ def run_info(
     start_step: steps done before this process started. train_iters: the step at which the run ends. valid_data: a hash
     of validation data that come by name.
     """
-    lengths = config.data.seq_length, config.data.decoder_seq_length
-    full, half = (flops_per_token(config.model, lengths[0], causal, lengths[1]) for causal in (False, True))
+    lengths, contexts = (config.data.seq_length, config.data.decoder_seq_length), 1 + config.retriever.train_hard_neg
+    full, half = (flops_per_token(config.model, lengths[0], causal, lengths[1], contexts) for causal in (False, True))
     if config.lora.lora_rank:  # frozen weights have no gradients; the same is left out of attention, a little too much
         full, half = full * 2 / 3, half * 2 / 3
     peak = peak_flops(device_name(mesh.device), config.precision.compute_dtype, config.logging.peak_tflops)

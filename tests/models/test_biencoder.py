@@ -22,7 +22,7 @@ def reference(model: BiEncoder, batch: dict, scale: float = 1.0) -> torch.Tensor
     """The loss of the whole batch in plain torch, from the vectors of the texts."""
     queries, contexts = model(
         batch["query_ids"], padding_mask=batch["query_padding_mask"], context_ids=batch["context_ids"],
-        context_padding_mask=batch["context_padding_mask"],
+        context_padding_mask=batch["context_padding_mask"], samples=batch["samples"], step=torch.tensor(0),
     )  # fmt: skip
     scores = queries.double() @ contexts.double().t() * scale
     return -F.log_softmax(scores, dim=1).diagonal().mean()
@@ -42,7 +42,11 @@ def step(config):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"biencoder_shared_query_context_model": True, "retriever_score_scaling": True, "micro_batch_size": 2}],
+    [
+        {},
+        {"biencoder_shared_query_context_model": True, "retriever_score_scaling": True, "micro_batch_size": 2},
+        {"hidden_dropout": 0.1, "attention_dropout": 0.1, "micro_batch_size": 3, "retriever_chunk_queries": 4},
+    ],
 )
 def test_loss_and_gradients_are_those_of_the_definition(changes) -> None:
     loss, found, expected, gradients = run_ranks(step, 1, CONFIG.replace(**changes))[0]

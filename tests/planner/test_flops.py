@@ -140,3 +140,27 @@ def test_retro_is_equal_to_torchs_counter(form):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(batch["input_ids"], neighbor_tokens=batch["neighbor_tokens"], neighbor_mask=batch["neighbor_mask"])
     assert flops_per_token(config.model, 16) == pytest.approx(3 * counter.get_total_flops() / 32, rel=1e-12)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("contexts", [1, 3])
+def test_a_bi_encoder_is_equal_to_torchs_counter(shared, contexts):
+    """The projection is left out, as BERT's pooler is: it works on one token of a text."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from megalith.config.run import RunConfig
+    from megalith.models.biencoder import BiEncoder
+    from megalith.testing import batches
+
+    config = RunConfig().replace(
+        model_type="ict", num_layers=2, hidden_size=32, num_attention_heads=4, max_position_embeddings=16,
+        vocab_size=50, seq_length=16, global_batch_size=2, biencoder_shared_query_context_model=shared,
+        biencoder_projection_dim=8, hidden_dropout=0.0, attention_dropout=0.0, attention_backend="explicit",
+    )  # fmt: skip
+    model, batch = BiEncoder(config.model).eval(), batches.ict(config, contexts=contexts)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(batch["query_ids"], context_ids=batch["context_ids"])
+    projections = 2 * 2 * (1 + contexts) * 32 * 8
+    expected = 3 * (counter.get_total_flops() - projections) / 32
+    assert flops_per_token(config.model, 16, contexts=contexts) == pytest.approx(expected, rel=1e-12)

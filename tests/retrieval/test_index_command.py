@@ -12,6 +12,7 @@ from megalith.data.indexed import IndexedDataset
 from megalith.retrieval.store import Store
 from megalith.testing import run_ranks
 from tests.retrieval import blocks
+from tests.toy import ROOT
 
 CPU = "--device cpu"
 
@@ -79,6 +80,18 @@ def test_what_is_damaged_is_named(ict_run, sentences, tmp_path, capsys):
         ("build --load RUN --output x --data-path a --evidence b", "--evidence must not be given beside --data-path"),
         ("build --load RUN --output x --data-path SENTENCES --seq-length 500", "must be at most the model's"),
         ("build --load RUN --output x --data-path SENTENCES --num-layers 9", "--num-layers must be 2, that of"),
+        (
+            "build --load RUN --output x --data-path SENTENCES --workers 2",
+            "--workers is of --engine, which is not given",
+        ),
+        (
+            "build --load RUN --output x --data-path SENTENCES --engine rays",
+            "unknown engine 'rays'; did you mean 'ray'",
+        ),
+        (
+            "build --load RUN --output x --data-path SENTENCES --engine ray --tensor-model-parallel-size 2",
+            "--tensor-model-parallel-size must be 1 with --engine",
+        ),
         ("search RUN w1 --top-k 0", "--top-k must be above 0"),
         ("search RUN w1", "must be the folder of a store"),
     ],
@@ -87,3 +100,60 @@ def test_mistakes_are_named(ict_run, sentences, tmp_path, monkeypatch, capsys, w
     monkeypatch.chdir(tmp_path)
     status, _, err = command(f"{words.replace('RUN', ict_run).replace('SENTENCES', sentences)} {CPU}", capsys)
     assert status in (1, 2) and message in err
+
+
+ENGINE = "--use-one-sent-docs --shard-rows 35 --indexer-batch-size 7 --seq-length 24"
+
+
+def same_bytes(one: pathlib.Path, other: pathlib.Path) -> bool:
+    """Whether two stores have the same files, byte for byte."""
+    names = sorted(path.name for path in one.iterdir())
+    assert names == sorted(path.name for path in other.iterdir()) and len(names) > 9
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+def test_workers_of_an_engine_write_the_same(ict_run, sentences, tmp_path, capsys):
+    words = f"build --load {ict_run} --data-path {sentences} {ENGINE} {CPU}"
+    assert command(f"{words} --output {tmp_path}/one", capsys)[0] == 0
+    assert command(f"{words} --output {tmp_path}/two --engine inline", capsys)[0] == 0
+    assert same_bytes(tmp_path / "one", tmp_path / "two")
+    for name in ("00001.json", "00002.json"):  # as if it had been killed
+        (tmp_path / "two" / name).unlink()
+    status, _, err = command(f"{words} --output {tmp_path}/two --engine inline", capsys)
+    assert (
+        status == 0 and "shards are there, the others follow" in err and same_bytes(tmp_path / "one", tmp_path / "two")
+    )
+
+
+@pytest.mark.slow
+def test_processes_of_this_machine_write_the_same(ict_run, sentences, tmp_path, capsys):
+    """Their job is pickled, and each loads the model."""
+    words = f"build --load {ict_run} --data-path {sentences} {ENGINE} {CPU}"
+    assert command(f"{words} --output {tmp_path}/one", capsys)[0] == 0
+    status, _, err = command(f"{words} --output {tmp_path}/two --engine processes --workers 2", capsys)
+    assert status == 0 and same_bytes(tmp_path / "one", tmp_path / "two"), err
+
+
+@pytest.mark.slow
+def test_two_ray_nodes(ict_run, sentences, tmp_path, monkeypatch, capsys):
+    import ray
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    monkeypatch.chdir(tmp_path)
+    words = f"build --load {ict_run} --data-path {sentences} {ENGINE}"
+    assert command(f"{words} --output one {CPU}", capsys)[0] == 0
+    node = {"num_cpus": 1, "object_store_memory": 80 << 20}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    try:
+        cluster.add_node(**node)
+        cluster.wait_for_nodes()
+        ray.init(address=cluster.address, log_to_driver=False)
+        assert len([each for each in ray.nodes() if each["Alive"]]) == 2
+        # Each node has one core and each actor takes one: two actors are on two nodes.
+        status, _, err = command(f"{words} --output two --engine ray --workers 2 {CPU}", capsys)
+        assert status == 0 and same_bytes(tmp_path / "one", tmp_path / "two"), err
+    finally:
+        ray.shutdown()
+        cluster.shutdown()

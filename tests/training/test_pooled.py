@@ -9,6 +9,7 @@ from megalith.parallel import mesh as meshes
 from megalith.runtime.build import build_runtime
 from megalith.testing import parity, run_ranks
 from megalith.testing.parity import TOLERANCE, compare, measure, merge
+from megalith.training import pooled
 from megalith.training.tasks import build_task
 from tests.parity.cases import SMALL
 
@@ -63,3 +64,19 @@ def test_the_gradient_is_that_of_the_batch_in_one_piece(case):
         here = parity.LayoutResult(found.loss, {}, expected().gradients | found.gradients)
         loss, worst, *_ = compare(expected(), here, torch.float64)
         assert loss.error <= TOLERANCE[torch.float64] and worst.error <= TOLERANCE[torch.float64], (loss, worst)
+
+
+def gathered(config, contexts):
+    """What each rank has of the pool: the samples of its own micro-batches, several numbers for each, gathered."""
+    mesh = meshes.init_mesh(config.parallel)
+    batches = parity.micro_batches({"samples": torch.arange(8)}, config.batch.micro_batch_size, mesh)
+    local = torch.stack([batch["samples"] for batch in batches])
+    return pooled.gather(mesh, local[..., None] * contexts + torch.arange(contexts))
+
+
+@pytest.mark.parametrize("case", ["dp2", "dp4", "tp2 sp dp2", "pp2 dp2", "cp2 dp2"])
+def test_gathering_is_over_data_parallel_ranks_alone_and_keeps_the_order(case):
+    """Each sample once, in order, and with it its contexts: more copies would be more negatives."""
+    ranks, changes = CASES[case]
+    for found in run_ranks(gathered, ranks, CONFIG.replace(**changes), 3):
+        assert found.tolist() == torch.arange(24).view(8, 3).tolist()

@@ -118,14 +118,17 @@ def run_ray(job: Job, parts: Iterator[Any], workers: int) -> Iterator[dict]:
     """Records of the parts as they finish, from `workers` actors on a Ray cluster (0: one for each of its cores).
 
     Its nodes have megalith installed and see the same input and output folders. RAY_ADDRESS says which cluster;
-    without it, this machine.
+    without it, this machine. A job whose `gpus` is true has a GPU for each actor, where the cluster has some.
     """
     ray: Any = require("ray", "--engine ray")
     if not ray.is_initialized():
         ray.init(address=ray_address(), log_to_driver=False)
-    cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
-    actor = ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(RayWorker)
-    free = [actor.remote(job) for _ in range(min(workers or cores, cores))]
+    there = ray.cluster_resources()
+    places, gpus = max(1, int(there.get("CPU", 1))), int(there.get("GPU", 0)) if getattr(job, "gpus", False) else 0
+    if gpus:  # an actor that asks for none is shown none
+        places = min(places, gpus)
+    actor = ray.remote(num_cpus=1, num_gpus=min(1, gpus), scheduling_strategy="SPREAD")(RayWorker)
+    free = [actor.remote(job) for _ in range(min(workers or places, places))]
     busy: dict[Any, Any] = {}
     try:
         for part in parts:

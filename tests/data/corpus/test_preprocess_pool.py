@@ -8,6 +8,7 @@ import pytest
 
 from megalith.common.errors import ConfigError, DataError
 from megalith.data.corpus.preprocess import PreprocessOptions, preprocess
+from megalith.data.corpus.preprocess_pool import run_ray
 from megalith.data.tokenizers.tokenizer import TokenizerOptions
 
 ROOT = pathlib.Path(__file__).parents[3]
@@ -26,6 +27,17 @@ def options(tmp_path, name, **changes):
         "partitions": 12,
     }
     return PreprocessOptions(**settings | changes)
+
+
+class WhichGpus:
+    """A job for workers with GPUs: each part is answered with the numbers of those that Ray has given."""
+
+    gpus = True
+
+    def worker(self):
+        import ray
+
+        return lambda part: {"gpus": ray.get_gpu_ids()}
 
 
 @pytest.fixture
@@ -55,13 +67,15 @@ def test_two_ray_nodes(corpus, monkeypatch):
     expected = content(preprocess(options(corpus, "one", workers=1)).prefixes["text"])
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 80 << 20})
     try:
-        cluster.add_node(num_cpus=1, object_store_memory=80 << 20)
+        cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=80 << 20)
         cluster.wait_for_nodes()
         ray.init(address=cluster.address, log_to_driver=False)
         assert len([node for node in ray.nodes() if node["Alive"]]) == 2
         # Each node has one core and each actor takes one: two actors are on two nodes.
         result = preprocess(options(corpus, "ray", engine="ray", workers=2))
         assert content(result.prefixes["text"]) == expected
+        # A GPU that Ray counts, on one of the nodes: the job that asks for GPUs has one actor, there, which sees it.
+        assert {tuple(each["gpus"]) for each in run_ray(WhichGpus(), iter(range(3)), 2)} == {(0,)}
         with open(corpus / "a.jsonl", "a") as file:
             file.write("not JSON\n")
         with pytest.raises(DataError, match=r"a\.jsonl:501: malformed JSON"):
