@@ -12,7 +12,6 @@ import functools
 import math
 import random
 import secrets
-import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -24,6 +23,7 @@ from megalith.config.flags.text import Words
 from megalith.generation.cache import KVCache
 from megalith.generation.model import TextModel
 from megalith.generation.retrieval.runner import RetrievalRunner
+from megalith.generation.retrieval.texts import warn_without_retriever
 from megalith.generation.runner import ModelRunner
 from megalith.runtime.build import Mesh, Runtime
 
@@ -50,9 +50,7 @@ def runner_of(
 ) -> ModelRunner:  # fmt: skip
     """The runner of a model, with a cache: see KVCache and ModelRunner. Every process of a model makes one."""
     runtime, cache = model.runtime, cache_of(model, rows, length, source_length)
-    if model.config.retrieval_layers and model.retriever is None:
-        text = "a Retro without a database reads no neighbours, and writes as a GPT: give generate --retro-workdir, or "
-        warnings.warn(text + "set `model.retriever`", stacklevel=2)
+    warn_without_retriever(model, "writes")
     if model.retriever is not None:
         if runtime is not None or compile:
             rule = "is for one process, and not for --compile"

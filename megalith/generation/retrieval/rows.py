@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megalith.generation.model import Retriever
+from megalith.generation.retrieval.texts import retrieve
 from megalith.layers.chunked_attention import ChunkedCrossAttention, NeighborEncoder
 from megalith.layers.mask import AttentionMask
 
@@ -41,19 +42,12 @@ class RowCall:
 
     def __init__(self, model: Any, retriever: Retriever, row: RetrievedRow, ids: Sequence[int], device: torch.device):
         """ids: of the row's tokens in this call. Asks the retriever."""
-        c, m = model.config, model.config.retro_gpt_chunk_length
+        m = model.config.retro_gpt_chunk_length
         self.model, self.row, self.count, self.before = model, row, len(ids), len(row.ids)
         ids = [*row.ids, *ids]
         chunks = [ids[first : first + m] for first in range(0, len(ids) // m * m, m)]
         row.ids = ids[len(chunks) * m :]
-        shape = (1, len(chunks), c.retro_num_neighbors, c.retrieved_length)
-        self.tokens, self.mask = torch.zeros(2, *shape, dtype=torch.int64)
-        for number, chunk in enumerate(chunks):
-            for place, neighbor in enumerate(retriever(chunk)[: shape[2]]):
-                found = torch.as_tensor(neighbor, dtype=torch.int64)[: shape[3]]
-                self.tokens[0, number, place, : len(found)] = found
-                self.mask[0, number, place, : len(found)] = 1
-        self.tokens, self.mask = self.tokens.to(device), self.mask.to(device).bool()
+        self.tokens, self.mask = (each[None].to(device) for each in retrieve(chunks, retriever, model.config))
         self.padding = [row.padding, *self.mask.flatten(2).transpose(0, 1)]  # before this call, and by chunk
         row.padding = self.padding[-1]
         self.memory: Tensor | None = None
