@@ -1,6 +1,6 @@
 """Does Retro read its neighbours? Perplexity with and without them on documents whose passages recur elsewhere.
 
-    python benchmarks/retro_perplexity.py [--steps 1600] [--seeds 1 2 3] [--passage-chunks 8]
+    python benchmarks/retro_perplexity.py [--steps 1000] [--seeds 1 2 3] [--passage-chunks 8]
 
 Documents come in pairs: passages of random words, and the same passages shuffled. Nothing can be learned of a word but
 from the other document, so that without neighbours the perplexity is the number of words. Documents of validation are
@@ -144,10 +144,10 @@ def measure(args: argparse.Namespace, folder: pathlib.Path, seed: int) -> tuple[
 def main() -> None:
     """Run every seed and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--passage-chunks", type=int, default=8, help="chunks of a passage, of 48 (default: 8)")
-    parser.add_argument("--pairs", type=int, default=250)
+    parser.add_argument("--pairs", type=int, default=150)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--hidden-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=4e-3)

@@ -17,6 +17,11 @@ FORMS = {
     "rotary": {"position_embedding_type": "rope", "num_query_groups": 2, "normalization": "RMSNorm"},
 }
 
+LAYOUTS = {
+    "tp2": (2, {"tensor_model_parallel_size": 2}), "pp2": (2, {"pipeline_model_parallel_size": 2}),
+    "pp3": (3, {"pipeline_model_parallel_size": 3}), "dp2": (2, {"tensor_model_parallel_size": 1}),
+}  # fmt: skip
+
 
 def neighbors_of(chunk: list[int]) -> list[list[int]]:
     """0 to 3 neighbours of 1 to 12 tokens, by the chunk alone: fewer and more than the model reads."""

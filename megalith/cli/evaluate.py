@@ -23,7 +23,7 @@ from megalith.cli.flags.load import (
     load_model,
 )
 from megalith.cli.flags.options import add_option_flags, given_options
-from megalith.cli.flags.retriever import add_retriever_flags, set_retriever
+from megalith.cli.flags.retriever import add_retriever_flags, given_retriever_flags, set_retriever
 from megalith.cli.flags.training import add_dtype_flags, add_training_flags, unused_flags
 from megalith.common.errors import ConfigError, problem
 from megalith.common.extras import require
@@ -104,6 +104,8 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.harness:
         require("lm_eval", "--harness")
     args.unused += unused_nq_flags(args, nq=task in OPEN_DOMAIN)
+    if task in OPEN_DOMAIN:
+        args.unused += given_retriever_flags(args)
     if environment.rank() == 0:
         for line in unused_flags(args, "an evaluation", INSTEAD):
             print(f"megalith: {line}", file=sys.stderr, flush=True)

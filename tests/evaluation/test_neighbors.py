@@ -1,4 +1,4 @@
-"""Scores of a Retro: its own logits with the neighbours of a text's chunks, in every layout, and without them a GPT's."""
+"""Scores of a Retro: its logits with the neighbours of a text's chunks, in every layout; without them, a GPT's."""
 
 import numpy as np
 import pytest
@@ -9,12 +9,7 @@ from megalith.common.errors import ConfigError
 from megalith.evaluation.scoring import Sample, Scorer
 from megalith.generation.model import TextModel
 from megalith.testing.ranks import run_ranks
-from tests.retro_texts import M, VOCABULARY, make, neighbors_of, teacher_forced
-
-LAYOUTS = {
-    "tp2": (2, {"tensor_model_parallel_size": 2}), "pp2": (2, {"pipeline_model_parallel_size": 2}),
-    "pp3": (3, {"pipeline_model_parallel_size": 3}), "dp2": (2, {"tensor_model_parallel_size": 1}),
-}  # fmt: skip
+from tests.retro_texts import LAYOUTS, VOCABULARY, M, make, neighbors_of, teacher_forced
 
 
 def samples() -> list[Sample]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import megalith
 from megalith.common.errors import ConfigError
 from megalith.generation.cached_attention import PrefillChunk
 from megalith.generation.engine import Engine
@@ -10,7 +11,9 @@ from megalith.generation.generate import complete, score
 from megalith.generation.parallel.runner import runner_of
 from megalith.generation.request import Request
 from megalith.generation.sampling import SamplingParams
-from tests.retro_texts import FORMS, M, VOCABULARY, make, neighbors_of, teacher_forced
+from megalith.testing.ranks import run_ranks
+from tests.retro_texts import FORMS, LAYOUTS, VOCABULARY, M, make, neighbors_of, teacher_forced
+
 
 def prompts() -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
@@ -55,6 +58,26 @@ def test_the_retriever_is_asked_once_for_each_whole_chunk():
     assert asked == [ids[first : first + M] for first in range(0, len(ids) // M * M, M)]
 
 
+def texts_in(layout: dict[str, int]) -> list[tuple[list[int], list[float]]]:
+    """On one process of a layout: prompts of 1 to 131 tokens, several rows at a time, chunks ending at other steps."""
+    model = make("absolute")
+    if layout:
+        model = megalith.load(model.model, device="cpu", dtype=torch.float64, **layout)
+    model.retriever = neighbors_of
+    found = complete(model, prompts(), max_new_tokens=3 * M + 1, logprobs=True, seed=3, batch_size=3)
+    return [(each.ids, each.logprobs) for each in found]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_texts_by_several_processes_are_those_of_one(layout):
+    ranks, sizes = LAYOUTS[layout]
+    expected = texts_in({})
+    for found in run_ranks(texts_in, ranks, sizes):
+        for (ids, logprobs), (wanted, values) in zip(found, expected, strict=True):
+            assert ids == wanted
+            assert logprobs == pytest.approx(values, abs=2e-6)
+
+
 def test_without_a_retriever_it_writes_as_a_gpt():
     with_neighbors, model = make("absolute"), make("absolute")
     model.retriever = None
@@ -85,5 +108,5 @@ def test_what_a_retriever_excludes_is_said():
     model = make("absolute")
     with pytest.raises(ConfigError, match="--beam-width must be left out with a retriever"):
         complete(model, [[1, 2]], beam_width=2, max_new_tokens=2)
-    with pytest.raises(ConfigError, match="A retriever is for one process, and not for --compile"):
+    with pytest.raises(ConfigError, match="--compile must be left out with a retriever"):
         Engine(model, max_batch_size=1, compile=True)

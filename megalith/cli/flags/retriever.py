@@ -22,17 +22,22 @@ def add_retriever_flags(parser: argparse.ArgumentParser) -> None:
     retro.add_argument("--retro-index-str", metavar="INDEX", help="an index of FAISS (default: exact search)")
 
 
+def given_retriever_flags(args: argparse.Namespace) -> list[str]:
+    """Those that were typed."""
+    return [flag(name) for name in NAMES if getattr(args, name)]
+
+
 def set_retriever(model: TextModel, args: argparse.Namespace) -> None:
     """Give a Retro what --retro-workdir names."""
-    named = [name for name in NAMES if getattr(args, name)]
+    named = given_retriever_flags(args)
     if not named:
         return
-    rule, what = "is for a Retro", flag(named[0])
+    rule, what = "is for a Retro", named[0]
     if not model.config.retrieval_layers:
         raise ConfigError(problem(what, Words(f"it with {model.config.model_type}"), rule, "Leave it out"))
-    for name in ("retro_workdir", "retro_bert_load"):
+    for name in map(flag, NAMES[:2]):
         if name not in named:
-            raise ConfigError(problem(flag(name), None, f"must be given with {what}", "Name it too"))
+            raise ConfigError(problem(name, None, f"must be given with {what}", "Name it too"))
     if model.tokenizer is None:
         rule = "must be known to retrieve, because the BERT reads text"
         raise ConfigError(problem("The tokenizer of the model", None, rule, "Name it with --tokenizer FOLDER"))

@@ -22,7 +22,7 @@ from megalith.common.errors import ConfigError, MegalithError, problem
 from megalith.config.flags.text import Words
 from megalith.generation.cache import KVCache
 from megalith.generation.model import TextModel
-from megalith.generation.retrieval.runner import RetrievalRunner
+from megalith.generation.retrieval.runner import RetrievalRunner, Retrieving
 from megalith.generation.retrieval.texts import warn_without_retriever
 from megalith.generation.runner import ModelRunner
 from megalith.runtime.build import Mesh, Runtime
@@ -52,10 +52,13 @@ def runner_of(
     runtime, cache = model.runtime, cache_of(model, rows, length, source_length)
     warn_without_retriever(model, "writes")
     if model.retriever is not None:
-        if runtime is not None or compile:
-            rule = "is for one process, and not for --compile"
-            raise ConfigError(problem("A retriever", Words("more"), rule, "Load the model without them"))
-        return RetrievalRunner(model.model, cache, model.retriever)
+        if compile:
+            rule = "must be left out with a retriever, whose chunks change the shapes of a step"
+            raise ConfigError(problem("--compile", True, rule, "Leave it out"))
+        if runtime is None:
+            return RetrievalRunner(model.model, cache, model.retriever, [model.model])
+        stages = [stage.model for stage in runtime.stages]
+        return ParallelRetrievalRunner(runtime, cache, model.retriever, stages)
     if runtime is None:
         return ModelRunner(model.model, cache, batch_invariant=batch_invariant, compile=compile)
     return ParallelRunner(runtime, cache, batch_invariant=batch_invariant, compile=compile)
@@ -111,6 +114,10 @@ class ParallelRunner(ModelRunner):
     def draw_seed(self) -> int:
         """A seed at random, the same on all processes of a model."""
         return self.seeds.draw()
+
+
+class ParallelRetrievalRunner(Retrieving, ParallelRunner):
+    """A ParallelRunner that retrieves."""
 
 
 class Seeds:

@@ -93,6 +93,22 @@ class CallNeighbors:
             row.encode(encoder, part)
         return self
 
+    @property
+    def tokens(self) -> Tensor | None:
+        """Ids [1, l, k, r] of the neighbours of all chunks that end in this call; None without any."""
+        found = torch.cat([row.tokens for row in self.rows], dim=1)
+        return found if found.shape[1] else None
+
+    def encoded(self) -> Tensor:
+        """See layers/cache.py."""
+        return torch.cat([row.memory for row in self.rows if row.memory is not None])
+
+    def receive(self, encoded: Tensor) -> None:
+        """See layers/cache.py."""
+        parts = encoded.split([row.tokens.shape[1] * row.tokens.shape[2] for row in self.rows])
+        for row, part in zip(self.rows, parts, strict=True):
+            row.memory = part if len(part) else None
+
     def attend(self, attention: ChunkedCrossAttention, q: Tensor) -> Tensor:
         """See layers/cache.py: q [rows, n, heads d]."""
         return torch.cat([row.attend(attention, part) for row, part in zip(self.rows, q.split(1), strict=True)])
