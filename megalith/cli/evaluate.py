@@ -23,6 +23,7 @@ from megalith.cli.flags.load import (
     load_model,
 )
 from megalith.cli.flags.options import add_option_flags, given_options
+from megalith.cli.flags.retriever import add_retriever_flags, given_retriever_flags, set_retriever
 from megalith.cli.flags.training import add_dtype_flags, add_training_flags, unused_flags
 from megalith.common.errors import ConfigError, problem
 from megalith.common.extras import require
@@ -77,6 +78,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     add_dtype_flags(parser)
     add_option_flags(parser.add_argument_group("what is measured"), EvaluationOptions)
     add_nq_flags(parser)
+    add_retriever_flags(parser)
     add("--batch-size", dest="micro_batch_size", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     harness = parser.add_argument_group("lm-evaluation-harness").add_argument
     harness("--include-path", metavar="FOLDER", help="a folder of tasks of your own, in YAML")
@@ -102,6 +104,8 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.harness:
         require("lm_eval", "--harness")
     args.unused += unused_nq_flags(args, nq=task in OPEN_DOMAIN)
+    if task in OPEN_DOMAIN:
+        args.unused += given_retriever_flags(args)
     if environment.rank() == 0:
         for line in unused_flags(args, "an evaluation", INSTEAD):
             print(f"megalith: {line}", file=sys.stderr, flush=True)
@@ -152,17 +156,27 @@ def _evaluate(args: argparse.Namespace, task: str | None, models: Sequence[str],
 
     with process_group():
         for args.load in models:
-            started, shown = time.monotonic(), model_name(args)
             model = load_model(args)
-            found = measured(model, task, made, options, args)
+            if model.config.retrieval_layers or len(models) == 1:
+                set_retriever(model, args)
             settings = {name: value for name, value in dataclasses.asdict(options).items() if value is not None}
             named = ("ckpt_step", "adapter")
             settings |= {each: getattr(args, each) for each in named if getattr(args, each) is not None}
-            for name, result in found.items():
-                results.keep(result, shown, name, args.valid_data, settings, started)
+            for shown in shown_as(model, args):
+                started = time.monotonic()
+                for name, result in measured(model, task, made, options, args).items():
+                    results.keep(result, shown, name, args.valid_data, settings, started)
             results.write()
             del model  # its memory is the next one's
     return results.show()
+
+
+def shown_as(model: Any, args: argparse.Namespace) -> Iterator[str]:
+    """What records call the model. A Retro with a database comes twice, the second time finding no neighbours."""
+    yield (name := model_name(args)) + (", with neighbours" if model.retriever else "")
+    if model.retriever:
+        model.retriever = lambda chunk: ()
+        yield name + ", without neighbours"
 
 
 def model_name(args: argparse.Namespace) -> str:

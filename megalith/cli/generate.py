@@ -8,22 +8,19 @@ import functools
 import json
 import pathlib
 import sys
-from typing import TYPE_CHECKING
 
 from megalith.cli.flags.load import WHAT_TO_LOAD, add_format_flags, add_load_flags, check_paths, load_model
 from megalith.cli.flags.options import add_sampling_flags, given_sampling
+from megalith.cli.flags.retriever import add_retriever_flags, set_retriever
 from megalith.common.errors import ConfigError, problem
 from megalith.common.files import write_text
 from megalith.common.orphans import ends_with_launcher
 from megalith.common.outputs import writing
 from megalith.config import environment
-from megalith.config.flags.text import Words, flag
+from megalith.config.flags.text import Words
 from megalith.generation.params import GenerationParams
 from megalith.workflows.prompt_files import read_prompts
 from megalith.workflows.text_output import StreamPrinter, print_texts, to_record
-
-if TYPE_CHECKING:
-    from megalith.generation.model import TextModel
 
 EXAMPLE = """\
 examples:
@@ -67,35 +64,10 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         help="texts do not depend on the batch; without, one text alone is a third faster (default: on)",
     )
     add("--compile", action="store_true", help="decode by a compiled graph; compiling takes a minute, once")
-    retro = parser.add_argument_group("what a Retro retrieves")
-    retro.add_argument("--retro-workdir", metavar="FOLDER", help="database and index, as `megalith retro` makes them")
-    retro.add_argument("--retro-bert-load", metavar="PATH", help="the BERT that the index was made by")
-    retro.add_argument("--retro-index-str", metavar="INDEX", help="an index of FAISS (default: exact search)")
+    add_retriever_flags(parser)
     add_sampling_flags(parser.add_argument_group("how texts are written"))
     add_format_flags(parser)
     parser.set_defaults(handler=generate)
-
-
-def set_retriever(model: TextModel, args: argparse.Namespace) -> None:
-    """Give a Retro what --retro-workdir names."""
-    named = [name for name in ("retro_workdir", "retro_bert_load", "retro_index_str") if getattr(args, name)]
-    if not named:
-        return
-    rule, what = "is for a Retro", flag(named[0])
-    if not model.config.retrieval_layers:
-        raise ConfigError(problem(what, Words(f"it with {model.config.model_type}"), rule, "Leave it out"))
-    for name in ("retro_workdir", "retro_bert_load"):
-        if name not in named:
-            raise ConfigError(problem(flag(name), None, f"must be given with {what}", "Name it too"))
-    if model.tokenizer is None:
-        rule = "must be known to retrieve, because the BERT reads text"
-        raise ConfigError(problem("The tokenizer of the model", None, rule, "Name it with --tokenizer FOLDER"))
-    from megalith.retrieval.retro.retriever import DatabaseRetriever  # here, because it imports torch
-
-    model.retriever = DatabaseRetriever(
-        args.retro_workdir, args.retro_bert_load, model.config, model.tokenizer, index_string=args.retro_index_str,
-        device=args.device,
-    )  # fmt: skip
 
 
 def generate(args: argparse.Namespace) -> int:

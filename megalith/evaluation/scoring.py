@@ -9,11 +9,14 @@ training. (The engine of generation would give the same numbers, but with all lo
 nothing reads again, and context-parallel ranks as replicas.) Data-parallel ranks take batches in turn, each as many
 as there are: none is doubled, none dropped. Nothing is exchanged before the end, so that the stages of a pipeline work
 on different batches at a time.
+
+A Retro with a retriever reads the neighbours of every whole chunk of a sample. Each process looks them up for itself.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -23,8 +26,10 @@ from torch import Tensor
 
 from megalith.common.errors import CheckpointError, ConfigError, DataError, problem
 from megalith.generation.model import TextModel, most_positions
+from megalith.generation.retrieval.texts import neighbors_of_texts, warn_without_retriever
 from megalith.layers.scores import TokenScores
 
+CHUNKS_KEPT = 1 << 12  # whose neighbours are not looked up again, where windows overlap
 Advance = Callable[[int], None]  # told how many samples have been read
 
 
@@ -46,10 +51,12 @@ class Scorer:
         if model.config.decoder_layers or not model.config.causal:
             rule = "must be decoder-only, and read from left to right, for its predictions of the next token to count"
             raise ConfigError(problem("The model", model.config.model_type, rule, "Evaluate a GPT"))
-        if model.config.retrieval_layers:
-            rule = "must read no neighbours, as there are none of the texts of a task"
-            cure = "Measure it by megalith pretrain retro --skip-train, with neighbours or --retro-no-retrieval"
-            raise ConfigError(problem("The model", model.config.model_type, rule, cure))
+        contexts = 1 if model.runtime is None else model.runtime.mesh.size("cp")
+        if model.config.retrieval_layers and contexts > 1:
+            rule = "must be 1 for a Retro, whose chunks are not split among processes"
+            raise ConfigError(problem("--context-parallel-size", contexts, rule, "Leave it out"))
+        warn_without_retriever(model, "is measured")
+        self.retriever = model.retriever and functools.lru_cache(CHUNKS_KEPT)(model.retriever)
         self.model, self.runtime, self.batch_size = model, model.runtime, batch_size
         self.limit = most_positions(model.config)
 
@@ -105,6 +112,9 @@ class Scorer:
         # What pads the end sees no label; it has a position all the same, which the model must have.
         positions = torch.arange(length).clamp(max=(self.limit or length) - 1).expand_as(inputs)
         batch = {"inputs": inputs, "labels": labels, "positions": positions}
+        if self.retriever is not None:
+            read = [torch.as_tensor(sample.ids, dtype=torch.int64)[:-1].tolist() for sample in samples]
+            batch |= neighbors_of_texts(read, length, self.retriever, self.model.config)
         if self.runtime is None:
             arguments = {name: tensor.to(device) for name, tensor in batch.items()}
             return self.model.model(**arguments)

@@ -21,6 +21,12 @@ class NeighborCache(Protocol):
         found for the chunks that end in this call. text: [b, s, h].
         """
 
+    def encoded(self) -> Tensor:
+        """What has been encoded in this call, or received, of all rows: [chunks k, r, h]."""
+
+    def receive(self, encoded: Tensor) -> None:
+        """Take what an earlier pipeline stage has encoded in this call."""
+
     def attend(self, attention: Any, q: Tensor) -> Tensor:
         """The attention of q [b, s, n d] to each token's neighbours, 0 where it has none. attention: who asks."""
 

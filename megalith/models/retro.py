@@ -42,6 +42,7 @@ class Retro(GPT):
         """The forward pass; arguments that are not explained here are as GPT's.
 
         neighbors: [b, l, k, r, h], the encoder's output, on a pipeline stage after the one that has the encoder.
+        cache: its `neighbors`, if any, stand for neighbor_mask, and for neighbor_tokens on a single pipeline stage.
         neighbor_tokens: ids [b, l, k, r] int64 of the neighbours of each chunk; None: no chunk has any.
         neighbor_mask: [b, l, k, r], not zero for tokens, zero for padding and for a neighbour that is missing.
         Returns losses, or logits; on a stage without the head the hidden states, and the encoder's output where later
@@ -56,7 +57,10 @@ class Retro(GPT):
         )
         memory: Any = None if cache is None else cache.neighbors
         memory_mask = None
-        if neighbor_tokens is not None and neighbor_tokens.numel():  # a text may be shorter than a chunk
+        if memory is not None:
+            if neighbors is not None:
+                memory.receive(neighbors.flatten(0, 2))
+        elif neighbor_tokens is not None and neighbor_tokens.numel():  # a text may be shorter than a chunk
             padding, dropout_keys = neighbor_mask.bool(), of_layers[-1]
             if dropout_keys is not None:
                 dropout_keys = shift(dropout_keys, self.config.retro_gpt_chunk_length)
@@ -73,6 +77,7 @@ class Retro(GPT):
         x = self.run_layers(after, x, *of_layers, memory, memory_mask, cache)
         if neighbor_tokens is None or memory is None or not first < numbers[-1] + 1 <= last:
             return self.finish(x, labels, loss_weights, logits_to_keep)
+        memory = memory if isinstance(memory, Tensor) else memory.encoded()
         # a clone where it was received, because fully_shard hooks outputs, which must not be views of inputs
         memory = memory if encoding else memory.clone()
         return x, memory.view(*neighbor_tokens.shape[:3], *memory.shape[1:])

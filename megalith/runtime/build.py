@@ -22,6 +22,7 @@ from megalith.config.architectures import ARCHITECTURES, architecture
 from megalith.config.checks.lora import stage_problems
 from megalith.config.flags.loading import to_yaml
 from megalith.config.flags.text import fail
+from megalith.config.heads import is_of_head
 from megalith.config.run import RunConfig
 from megalith.config.sections.lora import LoraConfig
 from megalith.config.sections.model import ModelConfig
@@ -327,6 +328,9 @@ def build_stage(
         matmul.set_matmul(matmul.Matmul(queue), model)
     if config.lora.lora_rank:
         add_adapters(model, config.lora, dtype)
+    if config.finetuning.retro_freeze:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(is_of_head(name, config.model.architecture.head))
     if mesh.size("cp") > 1:
         context.apply(model, Axis(mesh.device_mesh["cp"]))
     recompute.apply(model, config.recompute)

@@ -3,57 +3,16 @@
 import pytest
 import torch
 
+import megalith
 from megalith.common.errors import ConfigError
-from megalith.config.sections.model import ModelConfig
 from megalith.generation.cached_attention import PrefillChunk
 from megalith.generation.engine import Engine
 from megalith.generation.generate import complete, score
-from megalith.generation.model import TextModel
 from megalith.generation.parallel.runner import runner_of
 from megalith.generation.request import Request
 from megalith.generation.sampling import SamplingParams
-from megalith.runtime.build import build_model
-
-M, VOCABULARY = 5, 40  # chunks that do not divide the 128 tokens that are read at one time
-BASE = {
-    "model_type": "retro", "num_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": VOCABULARY,
-    "max_position_embeddings": 200, "retro_layer_numbers": [2, 3], "retro_gpt_chunk_length": M,
-    "hidden_dropout": 0.0, "attention_dropout": 0.0, "init_method_std": 0.3,
-}  # fmt: skip
-FORMS = {
-    "absolute": {},
-    "rotary": {"position_embedding_type": "rope", "num_query_groups": 2, "normalization": "RMSNorm"},
-}
-
-
-def neighbors_of(chunk: list[int]) -> list[list[int]]:
-    """0 to 3 neighbours of 1 to 12 tokens, by the chunk alone: fewer and more than the model reads."""
-    generator = torch.Generator().manual_seed(sum(token * 41**place for place, token in enumerate(chunk)) % 2**31)
-    count = int(torch.randint(4, (), generator=generator))
-    return [
-        torch.randint(VOCABULARY, (int(torch.randint(1, 13, (), generator=generator)),), generator=generator).tolist()
-        for _ in range(count)
-    ]
-
-
-def make(form: str) -> TextModel:
-    model = build_model(ModelConfig(**BASE | FORMS[form]), torch.device("cpu"), torch.float64, seed=5)
-    return TextModel(model, retriever=neighbors_of)
-
-
-def teacher_forced(model: TextModel, ids: list[int]) -> torch.Tensor:
-    """Logits [tokens, V] of a forward pass over all tokens, with the neighbours of every whole chunk."""
-    c = model.config
-    chunks = len(ids) // M
-    tokens = torch.zeros(1, chunks, c.retro_num_neighbors, c.retrieved_length, dtype=torch.int64)
-    mask = torch.zeros_like(tokens)
-    for number in range(chunks):
-        for place, found in enumerate(neighbors_of(ids[number * M : (number + 1) * M])[: c.retro_num_neighbors]):
-            found = found[: c.retrieved_length]
-            tokens[0, number, place, : len(found)] = torch.tensor(found)
-            mask[0, number, place, : len(found)] = 1
-    with torch.no_grad():
-        return model(torch.tensor([ids]), neighbor_tokens=tokens, neighbor_mask=mask)[0]
+from megalith.testing.ranks import run_ranks
+from tests.retro_texts import FORMS, LAYOUTS, VOCABULARY, M, make, neighbors_of, teacher_forced
 
 
 def prompts() -> list[list[int]]:
@@ -99,6 +58,26 @@ def test_the_retriever_is_asked_once_for_each_whole_chunk():
     assert asked == [ids[first : first + M] for first in range(0, len(ids) // M * M, M)]
 
 
+def texts_in(layout: dict[str, int]) -> list[tuple[list[int], list[float]]]:
+    """On one process of a layout: prompts of 1 to 131 tokens, several rows at a time, chunks ending at other steps."""
+    model = make("absolute")
+    if layout:
+        model = megalith.load(model.model, device="cpu", dtype=torch.float64, **layout)
+    model.retriever = neighbors_of
+    found = complete(model, prompts(), max_new_tokens=3 * M + 1, logprobs=True, seed=3, batch_size=3)
+    return [(each.ids, each.logprobs) for each in found]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_texts_by_several_processes_are_those_of_one(layout):
+    ranks, sizes = LAYOUTS[layout]
+    expected = texts_in({})
+    for found in run_ranks(texts_in, ranks, sizes):
+        for (ids, logprobs), (wanted, values) in zip(found, expected, strict=True):
+            assert ids == wanted
+            assert logprobs == pytest.approx(values, abs=2e-6)
+
+
 def test_without_a_retriever_it_writes_as_a_gpt():
     with_neighbors, model = make("absolute"), make("absolute")
     model.retriever = None
@@ -129,5 +108,5 @@ def test_what_a_retriever_excludes_is_said():
     model = make("absolute")
     with pytest.raises(ConfigError, match="--beam-width must be left out with a retriever"):
         complete(model, [[1, 2]], beam_width=2, max_new_tokens=2)
-    with pytest.raises(ConfigError, match="A retriever is for one process, and not for --compile"):
+    with pytest.raises(ConfigError, match="--compile must be left out with a retriever"):
         Engine(model, max_batch_size=1, compile=True)

@@ -50,9 +50,30 @@ def retro_problems(config: RunConfig) -> Iterator[Problem]:
         rule = f"must divide the {retrieved} tokens of a neighbour, which --sequence-parallel splits"
         cure = "Use fewer tensor-parallel processes, or leave out --sequence-parallel"
         yield field_problem(about, flag(about[0]), p.tensor_model_parallel_size, rule, cure)
+    if config.finetuning.retro_freeze:
+        yield from _freezing(config)
     if config.lora.lora_rank and config.lora.lora_dropout:
         about, rule = ("lora_dropout", "lora_rank"), "must be 0 for Retro, whose adapters read texts and neighbours"
         yield field_problem(about, flag(about[0]), config.lora.lora_dropout, rule, "Leave it out")
+
+
+def _freezing(config: RunConfig) -> Iterator[Problem]:
+    """What a GPT that is frozen excludes."""
+    name = "retro_freeze"
+    about: tuple[str, ...]
+    if config.checkpoint.load is None and config.finetuning.pretrained_checkpoint is None:
+        rule, cure = "needs weights to freeze, because drawn ones say nothing", "Write --pretrained-checkpoint GPT"
+        yield field_problem((name, "pretrained_checkpoint"), flag(name), True, rule, cure)
+    if config.lora.lora_rank:
+        rule = "excludes --lora-rank, whose adapters change what the GPT computes"
+        yield field_problem((name, "lora_rank"), flag(name), True, rule, "Leave out one of the two")
+    if config.data.retro_no_retrieval and not config.validation.skip_train:
+        rule = "excludes --retro-no-retrieval, because nothing that is trained would be used"
+        yield field_problem((name, "retro_no_retrieval"), flag(name), True, rule, "Leave out one of the two")
+    if (size := config.parallel.pipeline_model_parallel_size) > 1:
+        about, rule = ("pipeline_model_parallel_size", name), f"must be 1 with {flag(name)}"
+        rule += ", because stages before the first retrieval layer would have no gradient to compute"
+        yield field_problem(about, flag(about[0]), size, rule, "Use tensor parallelism, or leave one of the two out")
 
 
 def _layers(config: RunConfig) -> Iterator[Problem]:

@@ -32,7 +32,7 @@ OF_DATASETS = {  # field -> the built-in datasets that read it
     "chat_template": ("chat",),
     **dict.fromkeys(("packing", "excess_length_strategy", "assistant_only_loss", "max_unusable"), INSTRUCTIONS),
     "block_samples_mapping": ("ict",),
-    **dict.fromkeys(("retro_workdir", "retro_no_retrieval"), ("retro",)),
+    **dict.fromkeys(("retro_workdir", "retro_no_retrieval", "retro_freeze"), ("retro",)),
     **dict.fromkeys(RetrieverConfig.__annotations__, ("ict", "nq")),
     **dict.fromkeys(
         ("retriever_seq_length", "train_with_neg", "train_hard_neg", "val_av_rank_hard_neg", "val_av_rank_other_neg"),

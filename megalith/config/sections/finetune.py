@@ -20,6 +20,9 @@ class FinetuneConfig:
     pretrained_checkpoint: str | None = option(
         None, "weights to start from, in any format that --load takes; the same as --load with --finetune"
     )
+    retro_freeze: bool = option(
+        False, "retro: train what reads neighbours alone, and leave the GPT that the weights are of as it is"
+    )
     keep_best: bool = option(
         True, "keep the checkpoint that is best on all of --valid-data, however many --keep-last keeps"
     )

@@ -12,7 +12,6 @@ import functools
 import math
 import random
 import secrets
-import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -23,7 +22,8 @@ from megalith.common.errors import ConfigError, MegalithError, problem
 from megalith.config.flags.text import Words
 from megalith.generation.cache import KVCache
 from megalith.generation.model import TextModel
-from megalith.generation.retrieval.runner import RetrievalRunner
+from megalith.generation.retrieval.runner import RetrievalRunner, Retrieving
+from megalith.generation.retrieval.texts import warn_without_retriever
 from megalith.generation.runner import ModelRunner
 from megalith.runtime.build import Mesh, Runtime
 
@@ -50,14 +50,15 @@ def runner_of(
 ) -> ModelRunner:  # fmt: skip
     """The runner of a model, with a cache: see KVCache and ModelRunner. Every process of a model makes one."""
     runtime, cache = model.runtime, cache_of(model, rows, length, source_length)
-    if model.config.retrieval_layers and model.retriever is None:
-        text = "a Retro without a database reads no neighbours, and writes as a GPT: give generate --retro-workdir, or "
-        warnings.warn(text + "set `model.retriever`", stacklevel=2)
+    warn_without_retriever(model, "writes")
     if model.retriever is not None:
-        if runtime is not None or compile:
-            rule = "is for one process, and not for --compile"
-            raise ConfigError(problem("A retriever", Words("more"), rule, "Load the model without them"))
-        return RetrievalRunner(model.model, cache, model.retriever)
+        if compile:
+            rule = "must be left out with a retriever, whose chunks change the shapes of a step"
+            raise ConfigError(problem("--compile", True, rule, "Leave it out"))
+        if runtime is None:
+            return RetrievalRunner(model.model, cache, model.retriever, [model.model])
+        stages = [stage.model for stage in runtime.stages]
+        return ParallelRetrievalRunner(runtime, cache, model.retriever, stages)
     if runtime is None:
         return ModelRunner(model.model, cache, batch_invariant=batch_invariant, compile=compile)
     return ParallelRunner(runtime, cache, batch_invariant=batch_invariant, compile=compile)
@@ -113,6 +114,10 @@ class ParallelRunner(ModelRunner):
     def draw_seed(self) -> int:
         """A seed at random, the same on all processes of a model."""
         return self.seeds.draw()
+
+
+class ParallelRetrievalRunner(Retrieving, ParallelRunner):
+    """A ParallelRunner that retrieves."""
 
 
 class Seeds:

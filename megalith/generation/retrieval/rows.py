@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megalith.generation.model import Retriever
+from megalith.generation.retrieval.texts import retrieve
 from megalith.layers.chunked_attention import ChunkedCrossAttention, NeighborEncoder
 from megalith.layers.mask import AttentionMask
 
@@ -41,19 +42,12 @@ class RowCall:
 
     def __init__(self, model: Any, retriever: Retriever, row: RetrievedRow, ids: Sequence[int], device: torch.device):
         """ids: of the row's tokens in this call. Asks the retriever."""
-        c, m = model.config, model.config.retro_gpt_chunk_length
+        m = model.config.retro_gpt_chunk_length
         self.model, self.row, self.count, self.before = model, row, len(ids), len(row.ids)
         ids = [*row.ids, *ids]
         chunks = [ids[first : first + m] for first in range(0, len(ids) // m * m, m)]
         row.ids = ids[len(chunks) * m :]
-        shape = (1, len(chunks), c.retro_num_neighbors, c.retrieved_length)
-        self.tokens, self.mask = torch.zeros(2, *shape, dtype=torch.int64)
-        for number, chunk in enumerate(chunks):
-            for place, neighbor in enumerate(retriever(chunk)[: shape[2]]):
-                found = torch.as_tensor(neighbor, dtype=torch.int64)[: shape[3]]
-                self.tokens[0, number, place, : len(found)] = found
-                self.mask[0, number, place, : len(found)] = 1
-        self.tokens, self.mask = self.tokens.to(device), self.mask.to(device).bool()
+        self.tokens, self.mask = (each[None].to(device) for each in retrieve(chunks, retriever, model.config))
         self.padding = [row.padding, *self.mask.flatten(2).transpose(0, 1)]  # before this call, and by chunk
         row.padding = self.padding[-1]
         self.memory: Tensor | None = None
@@ -98,6 +92,22 @@ class CallNeighbors:
         for row, part in zip(self.rows, text.split(1), strict=True):
             row.encode(encoder, part)
         return self
+
+    @property
+    def tokens(self) -> Tensor | None:
+        """Ids [1, l, k, r] of the neighbours of all chunks that end in this call; None without any."""
+        found = torch.cat([row.tokens for row in self.rows], dim=1)
+        return found if found.shape[1] else None
+
+    def encoded(self) -> Tensor:
+        """See layers/cache.py."""
+        return torch.cat([row.memory for row in self.rows if row.memory is not None])
+
+    def receive(self, encoded: Tensor) -> None:
+        """See layers/cache.py."""
+        parts = encoded.split([row.tokens.shape[1] * row.tokens.shape[2] for row in self.rows])
+        for row, part in zip(self.rows, parts, strict=True):
+            row.memory = part if len(part) else None
 
     def attend(self, attention: ChunkedCrossAttention, q: Tensor) -> Tensor:
         """See layers/cache.py: q [rows, n, heads d]."""

@@ -148,6 +148,7 @@ def test_training_measuring_and_writing_run_as_typed(folder):
     for large, small in SMALL_MODEL:
         assert large in block
         block = block.replace(large, small)
+    (folder / "other.jsonl").write_text(json.dumps({"text": (folder / "vocab.txt").read_text()[-900:]}) + "\n")
     output = run(["bash", "-ec", block], folder)
     losses = [
         [line["validation_loss"] for line in map(json.loads, path.open()) if "validation_loss" in line][-1]
@@ -156,6 +157,9 @@ def test_training_measuring_and_writing_run_as_typed(folder):
     assert losses[0] != losses[1] and "Once upon a time" in output and "reads no neighbours" not in output
     alone = run(["megalith", "generate", "--load", "runs/retro", "--prompt", "Once", "--max-new-tokens", "3"], folder)
     assert "a Retro without a database reads no neighbours" in alone
+    assert "runs/retro, with neighbours" in output and "runs/retro, without neighbours" in output
+    ((one, other),) = re.findall(r"^ *average loss +([0-9.]+) +([0-9.]+)", output, re.MULTILINE)
+    assert one != other
 
 
 @pytest.mark.slow

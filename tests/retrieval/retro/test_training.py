@@ -7,6 +7,7 @@ import torch
 
 from megalith import checkpoint
 from megalith.common.errors import CheckpointError
+from megalith.config.checks.retro import retro_problems
 from megalith.testing import run_ranks
 from megalith.training.pretrain import train
 from megalith.workflows.conversion import convert
@@ -33,6 +34,12 @@ def made(tmp_path_factory):
 def stored(folder: str | pathlib.Path) -> dict[str, torch.Tensor]:
     """The model's tensors in a run's newest checkpoint."""
     tensors = checkpoint.read_full(checkpoint.find(pathlib.Path(folder)))
+    return {name: tensor for name, tensor in tensors.items() if name.startswith("model/")}
+
+
+def stored_at(folder: pathlib.Path, step: int) -> dict[str, torch.Tensor]:
+    """As `stored`, of a step."""
+    tensors = checkpoint.read_full(checkpoint.find(folder, step))
     return {name: tensor for name, tensor in tensors.items() if name.startswith("model/")}
 
 
@@ -92,6 +99,52 @@ def test_it_begins_with_the_weights_of_a_gpt(made, tmp_path, capsys, format):
     if format == "megalith":  # whose run would be resumed; other programs' weights belong to no step
         with pytest.raises(CheckpointError, match="must be of a run of this task to resume it"):
             train(config.replace(run_dir=str(tmp_path / "other"), load=str(source)))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changes"),
+    [
+        pytest.param(
+            1,
+            {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+            id="recompute",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, id="tp2 sp"),
+        pytest.param(2, {"use_distributed_optimizer": True}, id="dp2", marks=pytest.mark.slow),
+    ],
+)
+def test_a_frozen_gpt_stays_as_it_is(made, tmp_path, ranks, changes):
+    """Retro-fitting as in the paper: stopped, resumed, and equal in every layout; what reads neighbours is trained."""
+    gpt = str(tmp_path / "gpt")
+    train(tiny_config(made.data.data_path[0], gpt, train_iters=1, lr_warmup_iters=0, eval_iters=0))
+    config = made.replace(
+        load=gpt, pretrained_checkpoint=gpt, finetune=True, retro_freeze=True, weight_decay=0.1,
+    )  # fmt: skip
+    train(config.replace(run_dir=str(tmp_path / "one")))
+    config = config.replace(run_dir=str(tmp_path / "other"), **changes)
+    run_ranks(train, ranks, config.replace(exit_interval=3), timeout=600)
+    run_ranks(train, ranks, config, timeout=600)
+    assert losses(str(tmp_path / "other")) == pytest.approx(losses(str(tmp_path / "one")), rel=2e-5)
+    before, after = stored(gpt), stored(tmp_path / "other")
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    middle = stored_at(tmp_path / "other", 3)
+    assert all((after[name] != middle[name]).any() for name in after.keys() - before.keys())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "--retro-freeze needs weights to freeze"),
+        ({"load": "gpt", "lora_rank": 2}, "--retro-freeze excludes --lora-rank"),
+        ({"load": "gpt", "retro_no_retrieval": True}, "--retro-freeze excludes --retro-no-retrieval"),
+        ({"load": "gpt", "pipeline_model_parallel_size": 2}, "--pipeline-model-parallel-size must be 1 with"),
+    ],
+)
+def test_what_a_frozen_gpt_excludes(made, changes, message):
+    found = [problem.text for problem in retro_problems(made.replace(retro_freeze=True, **changes))]
+    assert any(message in text for text in found), found
+    assert not list(retro_problems(made.replace(retro_freeze=True, load="gpt")))
 
 
 def stored_fresh(config, tmp_path) -> dict[str, torch.Tensor]:
