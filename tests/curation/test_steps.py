@@ -236,3 +236,22 @@ def test_outputs_are_safe(write, step, tmp_path):
     (tmp_path / "out.jsonl").write_text("changed\n")
     with pytest.raises(DataError, match="which only --overwrite replaces"):
         execute(build_command("ids", {}), options)
+
+
+@pytest.mark.parametrize("verb", ["ids", "dedup", "stats"])
+def test_an_input_that_changes_meanwhile_leaves_no_output(verb, write, step, tmp_path, monkeypatch):
+    from megalith.curation.parts import PartRunner
+
+    path = pathlib.Path(write("a.jsonl", rows()))
+    original = PartRunner.__call__
+
+    def changing(self, part):
+        record = original(self, part)
+        with open(path, "a") as file:
+            file.write("\n")
+        return record
+
+    monkeypatch.setattr(PartRunner, "__call__", changing)
+    with pytest.raises(DataError, match="must not change meanwhile"):
+        step(verb, str(path))
+    assert sorted(each.name for each in tmp_path.iterdir() if each.suffix != ".lock") == ["a.jsonl", "out.jsonl.parts"]
