@@ -9,7 +9,7 @@ import pytest
 import zstandard
 
 from megalith.common.errors import DataError
-from megalith.curation.report import page
+from megalith.curation.report import report_page
 from megalith.data.corpus.compression import read_lines
 
 GOOD = b'{"text": "a good document"}\n'
@@ -117,7 +117,7 @@ def test_the_report_escapes(tmp_path, step):
     _, report = step("dedup", str(path), {"source_key": "source", "over_budget": "warn"})
     html = (tmp_path / "out.jsonl.report.html").read_text()
     assert "<script" not in html and "<img" not in html and "&lt;script&gt;" in html
-    assert "http" not in page("<b>", [report | {"problems": ["<i>"]}]).replace("http-equiv", "")
+    assert "http" not in report_page("<b>", [report | {"problems": ["<i>"]}]).replace("http-equiv", "")
 
 
 def test_a_damaged_file_is_an_error(tmp_path, step):
