@@ -218,7 +218,8 @@ def recall(copies: int, folder: pathlib.Path) -> Iterator[str]:
         for links in (set(removed(output)), candidates, original):
             right = {(a, b) for a, b in links if family[a] == family[b]}
             hits = {number for link in right for number in link if number >= len(texts)}
-            shown.append(f"{len(hits) / copies:7.1%} {len(right) / max(1, len(links)):7.1%}")
+            precision = f"{len(right) / len(links):.1%}" if links else "-"
+            shown.append(f"{len(hits) / copies:7.1%} {precision:>7}")
         yield f"{share:6.0%} {np.mean(can):6.1%} {' '.join(shown)}"
 
 
