@@ -169,8 +169,11 @@ def test_many_rules_are_each_in_turn(write, step):
     assert {name: found["documents"] for name, found in report["rules"].items()} == dropped
 
 
-@settings(max_examples=100, deadline=None)
-@given(TEXTS)
+PLAIN = st.text(st.characters(min_codepoint=9, max_codepoint=126) | st.sampled_from("–—‘’“”éâ€"), max_size=40)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.one_of(TEXTS, PLAIN))
 @example("a\r\nb\xe9\r\n")
 def test_our_short_cut_is_ftfy(text):
     assert corrections.fix_encoding(text) == ftfy.fix_text(text)
