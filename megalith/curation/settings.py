@@ -24,6 +24,13 @@ class WikiSettings:
 
 
 @section
+class WarcSettings:
+    """Settings of `megalith data warc`."""
+
+    html: bool = option(False, "keep the HTML of pages; the rule html of `data clean` extracts its text")
+
+
+@section
 class UrlsSettings:
     """Settings of `megalith data urls`."""
 
