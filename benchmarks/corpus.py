@@ -159,8 +159,8 @@ def speed(documents: int, sample: int, workers: int, folder: pathlib.Path) -> It
     after = peers()
     rate = documents / used["cpu"]
     yield (
-        f"ours, {workers} workers: {used['wall']:.1f} s, {used['cpu']:.1f} s of CPU, {rate:,.0f} documents/s/core; all "
-        f"processes together {used['peak MB']:,.0f} MB at most, the largest {used['largest process MB']:,.0f} MB"
+        f"ours, {workers} workers: {used['wall']:.1f} s, {used['cpu']:.1f} s of CPU, {rate:,.0f} documents/s/core\n"
+        f"  all processes together {used['peak MB']:,.0f} MB at most, {used['anonymous MB']:,.0f} MB without mapped files"
     )
     steps = used["report"]["seconds"]
     yield "  seconds: " + ", ".join(f"{name} {steps[name]:.1f}" for name in ("sign", "groups", "evidence", "filter"))
