@@ -158,9 +158,10 @@ def speed(documents: int, sample: int, workers: int, folder: pathlib.Path) -> It
     used = megalith("dedup", path, output, "--workers", str(workers), "--over-budget", "warn")
     after = peers()
     rate = documents / used["cpu"]
+    together, anonymous = f"{used['peak MB']:,.0f} MB", f"{used['anonymous MB']:,.0f} MB"
     yield (
         f"ours, {workers} workers: {used['wall']:.1f} s, {used['cpu']:.1f} s of CPU, {rate:,.0f} documents/s/core\n"
-        f"  all processes together {used['peak MB']:,.0f} MB at most, {used['anonymous MB']:,.0f} MB without mapped files"
+        f"  all processes together {together} at most, {anonymous} without mapped files"
     )
     steps = used["report"]["seconds"]
     yield "  seconds: " + ", ".join(f"{name} {steps[name]:.1f}" for name in ("sign", "groups", "evidence", "filter"))
