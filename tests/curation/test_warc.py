@@ -230,3 +230,4 @@ def test_a_file_of_another_kind(content, tmp_path, step):
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"--input must be WARC, plain or in gzip.*a.jsonl"):
         step("warc", str(path))
+    assert not (tmp_path / "out.jsonl.parts").exists()

@@ -17,6 +17,7 @@ from megalith.curation.settings import WarcSettings
 from megalith.curation.warc.pages import PLAIN, Page, read_page
 from megalith.curation.warc.records import RECORD, Damage, read_records
 from megalith.data.corpus.compression import compression, first_bytes, open_decompressed
+from megalith.data.corpus.inputs import Inputs, is_stream, resolve_inputs
 from megalith.data.corpus.readers import Part, Slice
 
 BATCH_BYTES = 4 << 20
@@ -34,15 +35,21 @@ class Warc(WarcSettings, Command):
         for package in ("trafilatura", "urllib3"):
             require(package, "data warc")
 
+    def find_inputs(self, patterns: Sequence[str]) -> Inputs:
+        """As all steps find them. Raises DataError for a file of another kind."""
+        found = resolve_inputs(patterns)
+        for path in found.files:
+            if not is_stream(path) and not _holds_records(path):
+                rule, cure = "must be WARC, plain or in gzip", "Name files of a web archive: crawl/*.warc.gz"
+                raise DataError(problem("--input", Words(path), rule, cure))
+        return found
+
     def parts(self, run: Run, done: frozenset[int]) -> Iterator[Part]:
-        """Ranges of bytes of files in gzip, and other files as a whole. Raises DataError for a file of another kind."""
+        """Ranges of bytes of files in gzip, and other files as a whole."""
         number = 0
         for path in run.inputs.files:
-            total, packed = os.path.getsize(path), compression(first_bytes(path))
-            if packed not in ("", ".gz") or not _holds_records(path):
-                rule, cure = "must be WARC, plain or in gzip", "Name files of a web archive: crawl/*.warc.gz"
-                raise DataError(problem("--input", Words(f"{run.inputs.names.get(path, path)}"), rule, cure))
-            size = run.part_bytes if packed else total
+            total = os.path.getsize(path)
+            size = run.part_bytes if compression(first_bytes(path)) == ".gz" else total
             for start in range(0, total, size):
                 stop = min(start + size, total)
                 yield Part(number, (Slice(path, start, stop),), stop - start)
@@ -56,6 +63,8 @@ class Warc(WarcSettings, Command):
 
 
 def _holds_records(path: str) -> bool:
+    if compression(first_bytes(path)) not in ("", ".gz"):
+        return False
     with open_decompressed(path) as stream:
         return stream.read(len(RECORD)) == RECORD
 
