@@ -79,6 +79,7 @@ class DedupSettings:
     keep: str = option("first", "which document of a group stays", choices=("first", "longest", "source"))
     best_sources: tuple[str, ...] = option((), "for --keep source: sources, the best first; others come behind")
     source_key: str = option("", "key that says which source a document is of (default: its file)")
+    id_key: str = option("id", "key of what evidence names a document by, beside its file and line")
     source_budget: float = option(0.95, "share of its documents (or paragraphs) that a source may lose", minimum=0.0)
     budget_documents: int = option(100, "documents (or paragraphs) that a source needs to have a budget", minimum=1)
     over_budget: str = option("stop", "what happens where a source loses more", choices=("stop", "warn"))

@@ -66,6 +66,7 @@ def test_copies_and_near_copies_go(write, step, tmp_path):
     for line in evidence:
         place, kept = (int(line[name].rpartition(":")[2]) - 1 for name in ("document", "kept"))
         assert rows[place]["id"].startswith(f"{rows[kept]['id']}-")
+        assert (line["document_id"], line["kept_id"]) == (rows[place]["id"], rows[kept]["id"])
         a, b = (
             set(zip(*(rows[i]["text"].lower().replace(" !", "").split()[k:] for k in range(5)))) for i in (place, kept)
         )

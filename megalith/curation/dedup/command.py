@@ -162,7 +162,7 @@ class Dedup(DedupSettings, Command):
 
     def _paragraphs(self, run: Run) -> dict[str, Any]:
         """Sign paragraphs, find those that are there for the first time, take out the others."""
-        signed = run.step_pass(SignParagraphs(self.min_paragraph_words, self.source_key), "sign")
+        signed = run.step_pass(SignParagraphs(self.min_paragraph_words, self.source_key, self.id_key), "sign")
         count = int(signed.values().get("paragraphs", 0))
         with run.clock("groups"):
             path = (run.folder / "first.bin").resolve()

@@ -33,7 +33,7 @@ def write_evidence(
         for number in np.flatnonzero(verdicts.verdict).tolist():
             kept, twin = int(verdicts.kept[number]), int(groups.twin[number])
             rule = RULES[int(verdicts.verdict[number])]
-            line: dict[str, Any] = {"document": name(number), "rule": rule, "kept": name(kept)}
+            line = name.described(number, "document") | {"rule": rule} | name.described(kept, "kept")
             line["similarity"] = round(float(verdicts.similarity[number]), 4)
             if rule == "near" and twin != kept and twin >= 0:
                 line |= {"linked_to": name(twin), "link_similarity": round(float(groups.similarity[number]), 4)}

@@ -23,17 +23,18 @@ def paragraphs_of(text: str) -> list[str]:
 class SignParagraphs(Step):
     """Writes the hash of each paragraph of at least `fewest` words, 0 for shorter ones; a paragraph is a line.
 
-    And of each document how many it has, its place and its source (source_key: as Origins takes it).
+    And of each document how many it has, and where it is from (source_key, id_key: as Origins takes them).
     """
 
     fewest: int
     source_key: str
+    id_key: str
     name = "paragraphs"
     writes = False
 
     def load(self) -> None:
         """No source is known."""
-        self.origins = Origins(self.source_key)
+        self.origins = Origins(self.source_key, self.id_key)
 
     def process(self, documents: Sequence[Document], out: PartOutput) -> None:
         """Of a batch."""
@@ -145,6 +146,7 @@ class Removals:
                 for inside in np.flatnonzero(first != np.arange(begin, begin + len(hashes))).tolist():
                     document, number = place(begin + inside)
                     kept, kept_number = place(int(first[inside]))
-                    line = {"document": name(document), "rule": "paragraph", "paragraph": number, "kept": name(kept)}
-                    line |= {"kept_paragraph": kept_number, "source": source_names[source[document]]}
+                    line = name.described(document, "document") | {"rule": "paragraph", "paragraph": number}
+                    line |= name.described(kept, "kept") | {"kept_paragraph": kept_number}
+                    line["source"] = source_names[source[document]]
                     out.write(dump(line) + b"\n")

@@ -64,7 +64,7 @@ class Sign(Step):
 
     def _reset(self) -> None:
         self.bands: list[np.ndarray] = []
-        self.origins = Origins(self.settings.source_key)
+        self.origins = Origins(self.settings.source_key, self.settings.id_key)
 
     def process(self, documents: Sequence[Document], out: PartOutput) -> None:
         """Of a batch."""
