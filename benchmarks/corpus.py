@@ -1,6 +1,6 @@
 """`megalith data dedup` and `clean` against their plain peers: time, peak memory, what is found.
 
-    python benchmarks/corpus.py [--only speed recall clean] [--documents 1000000] > benchmarks/results/corpus.txt
+    python benchmarks/corpus.py [--only speed recall clean line] [--documents 1000000] > benchmarks/results/corpus.txt
 
 speed: synthetic documents of some 170 words (a Zipf distribution over 50,000 words), a tenth of them planted copies
 with 1 to 10 % of their words replaced; ours is the whole command (two workers by default), from file to file, each
@@ -17,6 +17,8 @@ their family; precision is of links.
 
 clean: the whole command with ftfy and language identification, beside the original's steps written plainly: a loop over
 lines with json, ftfy.fix_text and langdetect.detect.
+
+line: a file with a line of 1 GB.
 """
 
 from __future__ import annotations
@@ -257,10 +259,28 @@ def clean(folder: pathlib.Path) -> Iterator[str]:
     yield f"ours is {plain['cpu'] / used['cpu']:.1f} times as fast"
 
 
+def long_line(folder: pathlib.Path) -> Iterator[str]:
+    """A line on a line of 1 GB between two documents."""
+    path, output = folder / "long.jsonl", folder / "long.out"
+    good = b'{"text": "a good document"}\n'
+    with open(path, "wb") as file:
+        file.write(good + b'{"text": "')
+        for _ in range(1 << 10):
+            file.write(b"x" * (1 << 20))
+        file.write(b'"}\n' + good)
+    used = megalith("ids", path, output, "--max-unusable", "0.5")
+    told = used["report"]["problems"][0].rpartition("/")[2]
+    yield (
+        f"a line of {path.stat().st_size / 1e9:.2f} GB: {used['wall']:.1f} s, all processes together "
+        f"{used['peak MB']:,.0f} MB at most; {len(output.read_text().splitlines())} documents stay; told: {told}"
+    )
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=("speed", "recall", "clean"), default=["speed", "recall", "clean"])
+    names = ("speed", "recall", "clean", "line")
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--documents", type=int, default=1_000_000)
     parser.add_argument("--sample", type=int, default=10_000, help="of them for datasketch")
     parser.add_argument("--copies", type=int, default=300, help="copies for each share of edits in the table of recall")
@@ -276,6 +296,7 @@ def main() -> None:
             "speed": lambda: speed(args.documents, args.sample, args.workers, folder),
             "recall": lambda: recall(args.copies, folder),
             "clean": lambda: clean(folder),
+            "line": lambda: long_line(folder),
         }
         for part in args.only:
             print(flush=True)

@@ -107,7 +107,8 @@ def _parts(step: dict) -> Iterator[Part]:
             rows = [(rule, f"{found['documents']:,}", f"{found['characters']:,}") for rule, found in own]
             yield Table(f"{step['step']}: {what}", ("rule", "documents", "characters"), rows, (1, 2))
         for rule, found in own:
-            yield Folded(f"examples of {rule}", list(_examples(found["examples"])))
+            if found["examples"]:
+                yield Folded(f"examples of {rule}", list(_examples(found["examples"])))
     if picture := step.get("picture"):
         yield Picture("lengths of documents", picture)
     for name, value in step.items():

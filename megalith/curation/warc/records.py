@@ -2,7 +2,8 @@
 
 Crawlers compress each record by itself, as a member of the gzip file. So a worker begins at the first member behind any
 byte, and damage costs the member that it is in. A file that is one member, or plain, is read from its beginning to its
-end by one worker.
+end by one worker. A compressed archive inside of a record is taken for records where a range begins in it, or behind
+damage; nothing in the file tells the two apart.
 """
 
 from __future__ import annotations
