@@ -136,7 +136,7 @@ class Removals:
         counts = np.concatenate([np.zeros(0, np.int64), *(numbers for *_, numbers in self._pieces())])
         starts = np.concatenate([[0], np.cumsum(counts)])
 
-        def place(paragraph: int) -> tuple[int, int]:
+        def located(paragraph: int) -> tuple[int, int]:
             document = int(np.searchsorted(starts, paragraph, "right")) - 1
             return document, paragraph - int(starts[document]) + 1
 
@@ -144,8 +144,8 @@ class Removals:
             for _, begin, hashes, _ in self._pieces():
                 first = self.first[begin : begin + len(hashes)]
                 for inside in np.flatnonzero(first != np.arange(begin, begin + len(hashes))).tolist():
-                    document, number = place(begin + inside)
-                    kept, kept_number = place(int(first[inside]))
+                    document, number = located(begin + inside)
+                    kept, kept_number = located(int(first[inside]))
                     line = name.described(document, "document") | {"rule": "paragraph", "paragraph": number}
                     line |= name.described(kept, "kept") | {"kept_paragraph": kept_number}
                     line["source"] = source_names[source[document]]
