@@ -168,7 +168,7 @@ def measured(command: list[str]) -> dict:
     started = time.perf_counter()
     before = os.times()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    peak = {"sum": 0.0, "largest": 0.0}
+    peak = {"sum": 0.0, "largest": 0.0, "anonymous": 0.0}
     watcher = threading.Thread(target=_watch, args=(process, peak))
     watcher.start()
     out, err = process.communicate()
@@ -182,6 +182,7 @@ def measured(command: list[str]) -> dict:
         "cpu": cpu,
         "peak MB": peak["sum"],
         "largest process MB": peak["largest"],
+        "anonymous MB": peak["anonymous"],
         "out": out.strip(),
         "err": err.strip(),
     }
@@ -194,14 +195,17 @@ def _watch(process: subprocess.Popen, peak: dict) -> None:
         parent = psutil.Process(process.pid)
         while process.poll() is None:
             family = [parent, *parent.children(recursive=True)]
-            sizes = []
+            sizes, anonymous = [], 0.0
             for member in family:
                 try:
                     # Unique and shared-by-share memory: what mapping a file twice really takes.
                     sizes.append(member.memory_full_info().pss / 1e6)
-                except psutil.Error:
+                    rollup = pathlib.Path(f"/proc/{member.pid}/smaps_rollup").read_text()
+                    anonymous += int(re.findall(r"Anonymous:\s+(\d+)", rollup)[0]) / 1e3  # of no file
+                except (psutil.Error, OSError, IndexError):
                     continue
             peak["sum"], peak["largest"] = max(peak["sum"], sum(sizes)), max([peak["largest"], *sizes])
+            peak["anonymous"] = max(peak["anonymous"], anonymous)
             time.sleep(0.1)
     except psutil.Error:
         return

@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {  # folder -> folders it may import; the table o
     "parallel": {"kernels", "planner"} | BASE,
     "optim": BASE,
     "data": BASE,
-    "curation": {"data"} | BASE,
+    "curation": {"data", "reports"} | BASE,
     "checkpoint": BASE,
     "runtime": {"models", "layers", "parallel", "optim", "checkpoint", "planner"} | BASE,
     "training": {"runtime", "optim", "data", "checkpoint", "planner"} | BASE,

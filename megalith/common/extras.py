@@ -22,6 +22,7 @@ EXTRAS = {  # package -> what pip installs, and the extra of pyproject.toml that
     "tldextract": ("tldextract>=5.3", "corpus"),
     "trafilatura": ("trafilatura>=2.0", "corpus"),
     "lxml_html_clean": ("lxml_html_clean>=0.4", "corpus"),
+    "urllib3": ("urllib3>=2.6", "corpus"),
     "tensorboard": ("tensorboard>=2.18", "track"),
     "faiss": ("faiss-cpu>=1.9", "retrieval"),
     "ray": ("ray>=2.40", "ray"),

@@ -8,6 +8,7 @@ COMMANDS = Registry(
     "step",
     {
         "wiki": "megalith.curation.wiki.command:Wiki",
+        "warc": "megalith.curation.warc.command:Warc",
         "urls": "megalith.curation.urls:Urls",
         "clean": "megalith.curation.clean.command:Clean",
         "dedup": "megalith.curation.dedup.command:Dedup",
@@ -21,6 +22,7 @@ COMMANDS = Registry(
 SETTINGS = Registry("step", {name: f"megalith.curation.settings:{name.capitalize()}Settings" for name in COMMANDS})
 HELP = {
     "wiki": "a MediaWiki dump, or WikiExtractor's output, to JSON lines",
+    "warc": "web archives (WARC, WET) to JSON lines",
     "urls": "lists of URLs without those of no use",
     "clean": "correct texts, and drop documents by rules",
     "dedup": "drop repeated documents, paragraphs or URLs",
@@ -32,6 +34,7 @@ HELP = {
 }
 EXAMPLES = {
     "wiki": "enwiki-latest-pages-articles-multistream.xml.bz2 --output wiki.jsonl",
+    "warc": "'crawl/*.warc.gz' --output pages.jsonl --dropped dropped.jsonl",
     "urls": "urls.txt --output good_urls.txt",
     "clean": "corpus.jsonl --output clean.jsonl --language en --dropped dropped.jsonl",
     "dedup": "clean.jsonl --output unique.jsonl",

@@ -19,7 +19,7 @@ from megalith.data.corpus.compression import open_decompressed, read_checked
 from megalith.data.corpus.inputs import file_format
 from megalith.data.corpus.readers import BOM, Part, Slice, line_batches, open_parquet, parse_document
 
-BATCH_CHARACTERS = 1 << 20  # of texts worked on at once
+BATCH_CHARACTERS = 1 << 18  # of texts worked on at once: their hashes, 8 bytes each, stay in the cache
 MAX_DOCUMENT_BYTES = 16 << 20  # the longest books have a quarter of it; work with one takes some 50 times its size
 
 

@@ -98,6 +98,14 @@ class Pipeline:
         names = [f"{self.output}.steps/{i}-{step.name}.jsonl" for i, (step, _) in enumerate(self.steps)]
         return [*names[:-1], self.output]
 
+    def evidence(self) -> list[tuple[int, str, str]]:
+        """(step, what it writes beside its documents, where that stays once those between the steps are gone)."""
+        return [
+            (number, f"{output}.{end}", f"{self.output}.{number}-{step.name}.{end}")
+            for number, ((step, _), output) in enumerate(zip(self.steps[:-1], self.outputs()))
+            for end in step.beside
+        ]
+
     def fingerprint(self) -> str:
         """Digest of the input, and of the steps with their settings and the files that these name."""
         steps = [(step.name, dataclasses.asdict(step), own) for step, own in self.steps]
@@ -164,10 +172,14 @@ def run_pipeline(
     reports: list[dict] = []
     folder = pathlib.Path(f"{pipeline.output}.steps")
     key = pipeline.fingerprint()
-    if os.path.lexists(pipeline.output) and not work.get("overwrite") and not folder.exists():
-        yield from _made_before(pipeline.output, key)
-        notice(f"{pipeline.output}: already made from this input with these steps (--overwrite makes it again)")
-        return
+    if not work.get("overwrite") and not folder.exists():
+        if os.path.lexists(pipeline.output):
+            yield from _made_before(pipeline.output, key)
+            notice(f"{pipeline.output}: already made from this input with these steps (--overwrite makes it again)")
+            return
+        for _, _, target in filter(lambda each: os.path.lexists(each[2]), pipeline.evidence()):
+            rule = "names a run whose evidence of removals is there already, which only --overwrite replaces"
+            raise DataError(problem("output", target, rule, "Add --overwrite, or choose another output"))
     with locked(folder, notice=notice):
         folder.mkdir(parents=True, exist_ok=True)
         for (command, own), output in zip(pipeline.steps, pipeline.outputs()):
@@ -182,6 +194,12 @@ def run_pipeline(
                     shown.close()
             yield reports[-1]
             inputs = [output]
+        for number, source, target in pipeline.evidence():
+            if os.path.exists(source):  # else a killed run has moved it
+                os.replace(source, target)
+            reports[number]["evidence"] = target
+            reports[number]["lines"] = [line.replace(source, target) for line in reports[number].get("lines", [])]
+            notice(f"{target}: evidence of what {pipeline.steps[number][0].name} has removed")
         reports[-1]["pipeline"] = key
         write_report(pipeline.output, reports)
         shutil.rmtree(folder)

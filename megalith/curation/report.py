@@ -1,38 +1,29 @@
-"""The report of corpus work: JSON for programs, one self-contained HTML page for people.
-
-Reports of evaluation results could share `page` and its style; nothing here knows of corpora but `_section`.
-"""
+"""The report of corpus work: JSON for programs, one self-contained HTML page for people."""
 
 from __future__ import annotations
 
 import dataclasses
-import html
 import importlib.metadata
 import json
 import pathlib
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import megalith
 from megalith.common import units
 from megalith.common.files import write_text
 from megalith.curation.parts import EXAMPLES
+from megalith.reports.page import Bars, Folded, Lines, Part, Picture, page
+from megalith.reports.table import Table
 
 if TYPE_CHECKING:
     from megalith.curation.run import Run
 
 REPORTS = ("report.json", "report.html")
 LIBRARIES = ("ftfy", "rensa", "py3langid", "mwparserfromhell", "tldextract", "trafilatura", "numpy", "orjson")
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; width: 100%; margin: 1rem 0 }
-td, th { text-align: left; vertical-align: top; padding: .3rem .6rem; border-bottom: 1px solid #ddd }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-.bar { background: #ddd; height: .9rem } .bar div { background: #47a; height: .9rem }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: .5rem; margin: .3rem 0 }
-details { margin: .2rem 0 } .small { color: #666; font-size: .85rem }
-"""
+# Of a step's report, what the page shows in its own way, or not at all.
+SHOWN = {"rules", "documents", "bytes", "kept", "kept_bytes", "unusable", "step", "key", "samples", "picture"}
 
 
 def merged_rules(records: Iterable[dict], locate: Callable[[int, int, int], str]) -> dict[str, dict]:
@@ -89,65 +80,44 @@ def versions() -> dict[str, str]:
 
 def write_report(output: str, steps: Sequence[dict]) -> None:
     """Write both reports beside `output`: the page first, because the JSON vouches for the output."""
-    write_text(f"{output}.{REPORTS[1]}", page(pathlib.Path(output).name, steps))
+    write_text(f"{output}.{REPORTS[1]}", report_page(pathlib.Path(output).name, steps))
     write_text(f"{output}.{REPORTS[0]}", json.dumps({"steps": list(steps)}, indent=1, default=str) + "\n")
 
 
-def page(title: str, steps: Sequence[dict]) -> str:
-    """The HTML page: a funnel of all steps, then each step. Every text is escaped; nothing is loaded from elsewhere."""
-    body = [f"<h1>{html.escape(title)}</h1>", _funnel(steps), *map(_section, steps)]
-    head = f"<meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
-    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(body)}</body></html>\n"
-
-
-def _funnel(steps: Sequence[dict]) -> str:
-    most = max([1, *(step["documents"] for step in steps)])
-    rows = []
+def report_page(title: str, steps: Sequence[dict]) -> str:
+    """The HTML page: a funnel of all steps, then each step."""
     first = [("input", steps[0]["documents"], steps[0]["bytes"])] if steps else []
-    for name, documents, size in first + [(s["step"], s["kept"], s["kept_bytes"]) for s in steps]:
-        bar = f'<div class=bar><div style="width:{documents / most:.2%}"></div></div>'
-        rows.append(_row([name, f"{documents:,}", units.size(size)], bar))
-    return f"<table>{_heads(['', 'documents', 'bytes'])}{''.join(rows)}</table>"
+    counts = first + [(step["step"], step["kept"], step["kept_bytes"]) for step in steps]
+    funnel = [(name, documents, f"{documents:,} documents, {units.size(size)}") for name, documents, size in counts]
+    return page(title, [Bars("Documents", funnel), *(part for step in steps for part in _parts(step))])
 
 
-def _heads(names: Sequence[str]) -> str:
-    cells = (f"<th{' class=n' if i else ''}>{html.escape(name)}</th>" for i, name in enumerate(names))
-    return f"<tr>{''.join(cells)}<th></th></tr>"
-
-
-def _row(cells: Sequence[Any], more: str = "") -> str:
-    shown = (f"<td{' class=n' if i else ''}>{html.escape(str(cell))}</td>" for i, cell in enumerate(cells))
-    return f"<tr>{''.join(shown)}<td style='width:60%'>{more}</td></tr>"
-
-
-def _section(step: dict) -> str:
+def _parts(step: dict) -> Iterator[Part]:
+    """What the page shows of a step."""
     seconds = step["seconds"]["all"]
     rate = f"{step['documents'] / max(seconds, 1e-9):,.0f} documents/s"
-    lines = [f"<h2>{html.escape(step['step'])}</h2>"]
-    lines.append(f"<p>{step['documents']:,} documents in, {step['kept']:,} out, in {units.duration(seconds)} ({rate}).")
+    lines = [f"{step['documents']:,} documents in, {step['kept']:,} out, in {units.duration(seconds)} ({rate})"]
     if step["unusable"]:
-        lines.append(f" {step['unusable']:,} lines held no document.")
-    lines.append("</p>")
+        lines.append(f"{step['unusable']:,} lines held no document")
+    yield Lines(step["step"], lines)
     rules = sorted(step["rules"].items(), key=lambda item: -item[1]["documents"])
-    for title, changed in (("Dropped", False), ("Changed", True)):
-        rows = [_rule(rule, found) for rule, found in rules if found["changed"] is changed]
-        if rows:
-            lines.append(f"<h3>{title}</h3><table>{_heads(['rule', 'documents', 'characters'])}{''.join(rows)}</table>")
-    known = {"rules", "documents", "bytes", "kept", "kept_bytes", "unusable", "step", "key", "samples", "picture"}
+    for what, changed in (("dropped", False), ("changed", True)):
+        own = [(rule, found) for rule, found in rules if found["changed"] is changed]
+        if own:
+            rows = [(rule, f"{found['documents']:,}", f"{found['characters']:,}") for rule, found in own]
+            yield Table(f"{step['step']}: {what}", ("rule", "documents", "characters"), rows, (1, 2))
+        for rule, found in own:
+            if found["examples"]:
+                yield Folded(f"examples of {rule}", list(_examples(found["examples"])))
     if picture := step.get("picture"):
-        lines.append(f'<img alt="lengths of documents" src="data:image/png;base64,{html.escape(picture)}">')
+        yield Picture("lengths of documents", picture)
     for name, value in step.items():
-        if name not in known and value not in ([], {}, None, ""):
-            text = html.escape(json.dumps(value, indent=1, ensure_ascii=False, default=str))
-            lines.append(f"<details><summary>{html.escape(name)}</summary><pre>{text}</pre></details>")
-    return "".join(lines)
+        if name not in SHOWN and value not in ([], {}, None, ""):
+            yield Folded(name, [("", json.dumps(value, indent=1, ensure_ascii=False, default=str))])
 
 
-def _rule(rule: str, found: dict) -> str:
-    shown = []
-    for example in found["examples"]:
-        head = html.escape(f"{example['where']} {example['found']}".strip())
-        texts = [example["text"], *([example["after"]] if "after" in example else [])]
-        shown.append(f"<span class=small>{head}</span>" + "".join(f"<pre>{html.escape(t)}</pre>" for t in texts))
-    more = f"<details><summary>examples</summary>{''.join(shown)}</details>" if shown else ""
-    return _row([rule, f"{found['documents']:,}", f"{found['characters']:,}"], more)
+def _examples(examples: Iterable[dict]) -> Iterator[tuple[str, str]]:
+    for example in examples:
+        yield f"{example['where']} {example['found']}".strip(), example["text"]
+        if "after" in example:
+            yield "became", example["after"]

@@ -156,6 +156,7 @@ class Run:
         self.locks: list[Callable[[], None]] = []
         self.reading: Pass = None  # type: ignore[assignment]  # the first pass: what was read
         self._slices: dict[int, list[str]] = {}
+        self._finishing = False
 
     def beside(self, end: str) -> str:
         """A file that lies beside the output: evidence, an index."""
@@ -163,6 +164,8 @@ class Run:
 
     def step_pass(self, step: Step, name: str, *, final: bool = False) -> Pass:
         """Run a step over all parts of the input. final: its documents are those of the output."""
+        if self.reading is not None:  # parts of another split would be looked for among those of the first pass
+            self._check_unchanged()
         job = self.step_job(step, name, final)
         done = finished_parts(self.made(job))
         if done:
@@ -244,9 +247,21 @@ class Run:
             self.assemble(done, "dropped", self.options.dropped)
 
     def begin_finish(self) -> None:
-        """Mark that outputs are being put in place: after a kill, those that exist are this run's."""
+        """Mark that outputs are being put in place: after a kill, those that exist are this run's.
+
+        Raises DataError where the input has changed meanwhile: nothing is in place yet.
+        """
         self.still_held()
-        (self.folder / FINISHING).touch()
+        if not self._finishing:
+            self._check_unchanged()
+            (self.folder / FINISHING).touch()
+            self._finishing = True
+
+    def _check_unchanged(self) -> None:
+        if fingerprint(self) != self.key:
+            what, rule = "The files of --input, and those that settings name", "must not change meanwhile"
+            found = Words(f"a change, and --input {' '.join(map(str, self.options.input))}")
+            raise DataError(problem(what, found, rule, "Give the same command again when nothing writes there"))
 
     def locator(self) -> Callable[[int, int, int], str]:
         """A function of part, slice and line in the slice that gives `file:line`."""
@@ -361,10 +376,6 @@ def _execute(command: Command, options: RunOptions, notice: Notice, progress: Ca
         found.report_not_read(notice)
         begin_work(run)
         facts = command.run(run)
-        if fingerprint(run) != run.key:
-            what, rule = "The files of --input, and those that settings name", "must not change meanwhile"
-            found_now = Words(f"a change, and --input {' '.join(map(str, options.input))}")
-            raise DataError(problem(what, found_now, rule, "Give the same command again when nothing writes there"))
         report = step_report(run, facts, time.monotonic() - started)
         report |= {"key": run.key, "samples": {name: sampled_digest(name, SAMPLES) for name in outputs}}
         write_report(run.output, [report])

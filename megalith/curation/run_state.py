@@ -21,7 +21,7 @@ from megalith.data.corpus.preprocess_options import update_with_inputs
 if TYPE_CHECKING:
     from megalith.curation.run import Run
 
-PARTS_VERSION = 1  # raise when the meaning of stored parts changes
+PARTS_VERSION = 2  # raise when the meaning of stored parts changes
 FINISHING = "finishing"  # marks, in the working folder, that outputs are being put in place
 SAMPLES = 64  # blocks of 4 KiB whose digest shows whether an output is still the file that was written
 

@@ -24,6 +24,13 @@ class WikiSettings:
 
 
 @section
+class WarcSettings:
+    """Settings of `megalith data warc`."""
+
+    html: bool = option(False, "keep the HTML of pages; the rule html of `data clean` extracts its text")
+
+
+@section
 class UrlsSettings:
     """Settings of `megalith data urls`."""
 
@@ -72,8 +79,9 @@ class DedupSettings:
     keep: str = option("first", "which document of a group stays", choices=("first", "longest", "source"))
     best_sources: tuple[str, ...] = option((), "for --keep source: sources, the best first; others come behind")
     source_key: str = option("", "key that says which source a document is of (default: its file)")
-    source_budget: float = option(0.95, "share of its documents that a source may lose", minimum=0.0)
-    budget_documents: int = option(100, "documents that a source needs to have a budget", minimum=1)
+    id_key: str = option("id", "key of what evidence names a document by, beside its file and line")
+    source_budget: float = option(0.95, "share of its documents (or paragraphs) that a source may lose", minimum=0.0)
+    budget_documents: int = option(100, "documents (or paragraphs) that a source needs to have a budget", minimum=1)
     over_budget: str = option("stop", "what happens where a source loses more", choices=("stop", "warn"))
     direct: bool = option(False, "remove only what is itself similar to the document that stays")
     url_key: str = option("url", "key of the URL, for --by url")

@@ -54,8 +54,7 @@ class Urls(UrlsSettings, Command):
         with run.clock("repeated"):
             path = (run.folder / "first.bin").resolve()
             # Half of a digest of 16 bytes: two of 10^8 URLs share it with a probability of 0.03 %.
-            first = first_occurrences(lambda: checked.arrays("hashes", np.uint64), count, path)
-            first.base.flush() if hasattr(first.base, "flush") else None
+            first_occurrences(lambda: checked.arrays("hashes", np.uint64), count, path)
         done = run.step_pass(FirstUrls(self, str(path), checked.starts("kept")), "first", final=True)
         run.assemble_documents(done)
         return {"kept": done.total("kept"), "kept_bytes": done.total("kept_bytes"), "rules": run.rules(done)}
@@ -126,7 +125,8 @@ class FilterUrls(Step):
 class FirstUrls(FilterUrls):
     """The rules again, now to tell what they drop; and of equal URLs the first alone.
 
-    first: file of a bool for each URL that the rules let pass. starts: the number of the first one of each part.
+    first: file of an int64 for each URL that the rules let pass, as `first_occurrences` writes it. starts: the number
+    of the first one of each part.
     """
 
     first: str = ""
@@ -136,7 +136,7 @@ class FirstUrls(FilterUrls):
     def load(self) -> None:
         """Map the file too."""
         super().load()
-        self.is_first = np.memmap(self.first, bool, "r")
+        self.first_places = np.memmap(self.first, np.int64, "r")
         self.part, self.at = -1, 0
 
     def process(self, documents: Sequence[Document], out: PartOutput) -> None:
@@ -148,7 +148,7 @@ class FirstUrls(FilterUrls):
             if rule:
                 out.drop(document, rule, found)
                 continue
-            if self.is_first[self.at]:
+            if self.first_places[self.at] == self.at:
                 out.keep(document)
             else:
                 out.drop(document, "repeated")

@@ -22,6 +22,8 @@ WITHOUT_SPACES = (
     (0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3040, 0x30FF), (0x31F0, 0x31FF), (0x3400, 0x4DBF),
     (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF),
 )  # fmt: skip
+# The code points among which Unicode has letters, marks and digits: asking for all 1.1 million takes half a second.
+WITH_WORDS = (range(0x40000), range(0xE0000, 0xE1000))
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, so that it has an inverse mod 2^64
 INVERSE = np.uint64(pow(0x9E3779B97F4A7C15, -1, 1 << 64))
 NGRAM_MULTIPLIER = np.uint64(0xD1342543DE82EF95)
@@ -44,12 +46,14 @@ class Words:
 @functools.cache
 def _tables() -> tuple[np.ndarray, np.ndarray]:
     """Of each code point: 0 where it is of no word, 1 of a word, 2 a word of its own; and its lower case."""
-    everything = range(sys.maxunicode + 1)
-    kinds = np.fromiter((unicodedata.category(chr(i))[0] in "LMN" for i in everything), np.uint8, len(everything))
+    kinds = np.zeros(sys.maxunicode + 1, np.uint8)
+    for planes in WITH_WORDS:
+        found = (unicodedata.category(chr(i))[0] in "LMN" for i in planes)
+        kinds[planes.start : planes.stop] = np.fromiter(found, np.uint8, len(planes))
     kinds[ord("_")] = 1
     for first, last in WITHOUT_SPACES:
         kinds[first : last + 1] *= 2
-    lower = np.arange(len(everything), dtype=np.uint32)
+    lower = np.arange(len(kinds), dtype=np.uint32)
     for i in np.flatnonzero(kinds == 1).tolist():
         if len(low := chr(i).lower()) == 1:
             lower[i] = ord(low)

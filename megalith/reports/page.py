@@ -1,4 +1,4 @@
-"""A page that shows tables, lines and bars in any browser: one file, which needs nothing from anywhere.
+"""A page that shows tables, lines, bars and pictures in any browser: one file, which needs nothing from anywhere.
 
 All text is escaped; there are no scripts, and nothing is loaded (the page's own policy forbids it).
 """
@@ -18,10 +18,11 @@ table { border-collapse: collapse } th, td { padding: .3rem .8rem; border-bottom
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
 .bar { display: flex; gap: .6rem; align-items: center; margin: .25rem 0 }
 .bar span { flex: 0 0 22rem; overflow-wrap: anywhere } .bar i { height: 1rem; background: #3b78c3; display: block }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #8882; padding: .5rem; margin: .3rem 0 }
 .bar b { font-weight: normal; font-variant-numeric: tabular-nums }
 @media (prefers-color-scheme: dark) { body { background: #14191f; color: #dfe6ee } th, td { border-color: #37424e } }
 """
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 class Lines(NamedTuple):
@@ -38,7 +39,21 @@ class Bars(NamedTuple):
     bars: Sequence[tuple[str, float, str]]
 
 
-Part: TypeAlias = Table | Lines | Bars
+class Folded(NamedTuple):
+    """Texts that a click unfolds, each with a line on what it is ("": none). Its title is a line too, no heading."""
+
+    title: str
+    texts: Sequence[tuple[str, str]]
+
+
+class Picture(NamedTuple):
+    """A PNG, in base64; its title is what it shows."""
+
+    title: str
+    png: str
+
+
+Part: TypeAlias = Table | Lines | Bars | Folded | Picture
 
 
 def page(title: str, parts: Sequence[Part]) -> str:
@@ -53,6 +68,11 @@ def page(title: str, parts: Sequence[Part]) -> str:
 
 
 def _part(part: Part) -> str:
+    if isinstance(part, Folded):
+        texts = (f"{f'<p>{escape(line)}</p>' if line else ''}<pre>{escape(text)}</pre>\n" for line, text in part.texts)
+        return f"<details><summary>{escape(part.title)}</summary>\n{''.join(texts)}</details>"
+    if isinstance(part, Picture):
+        return f'<p><img alt="{escape(part.title)}" src="data:image/png;base64,{escape(part.png)}"></p>'
     heading = f"<h2>{escape(part.title)}</h2>\n"
     if isinstance(part, Lines):
         return heading + "<ul>\n" + "".join(f"<li>{escape(line)}</li>\n" for line in part.lines) + "</ul>"

@@ -66,6 +66,7 @@ def test_copies_and_near_copies_go(write, step, tmp_path):
     for line in evidence:
         place, kept = (int(line[name].rpartition(":")[2]) - 1 for name in ("document", "kept"))
         assert rows[place]["id"].startswith(f"{rows[kept]['id']}-")
+        assert (line["document_id"], line["kept_id"]) == (rows[place]["id"], rows[kept]["id"])
         a, b = (
             set(zip(*(rows[i]["text"].lower().replace(" !", "").split()[k:] for k in range(5)))) for i in (place, kept)
         )
@@ -181,15 +182,34 @@ def test_a_source_that_loses_too_much(write, step, tmp_path):
     assert report["clusters"][0] == {"documents": 120, "kept": f"{path}:1"}
 
 
-def test_paragraphs(write, step):
+def test_paragraphs(write, step, tmp_path):
     rows = [
         {"text": "A first paragraph here.\n\nShared line of words.\nEnd"},
         {"text": "SHARED line of words!\n\nAnother one of them."},
     ]
     rows += [{"text": "Shared line of words"}, {"text": "End\nEnd"}]
-    records, report = step("dedup", write("a.jsonl", rows), {"by": "paragraph"}, partitions=3)
+    path = write("a.jsonl", rows)
+    records, report = step("dedup", path, {"by": "paragraph"}, partitions=3)
     assert [record["text"] for record in records] == [rows[0]["text"], "Another one of them.", "End\nEnd"]
     assert report["rules"]["paragraphs"]["documents"] == 1 and report["values"]["repeated paragraphs"] == 2
+    same = {"rule": "paragraph", "paragraph": 1, "kept": f"{path}:1", "kept_paragraph": 3, "source": path}
+    assert removed(tmp_path) == [{"document": f"{path}:{line}"} | same for line in (2, 3)]
+    assert report["evidence"] == f"{tmp_path}/out.jsonl.removed.jsonl"
+    assert report["sources"] == {path: {"paragraphs": 5, "removed": 2, "share": 0.4}}
+
+
+def test_a_source_that_loses_too_many_paragraphs(write, step, tmp_path):
+    line = "The same line on every page."
+    bad = [{"text": f"{line}\n{line}", "source": "bad"} for _ in range(60)]
+    good = [{"text": f"{text(random.Random(i))}\n{line}", "source": "good"} for i in range(60)]
+    path = write("a.jsonl", bad + good)
+    settings = {"by": "paragraph", "source_key": "source"}
+    with pytest.raises(DataError, match=r"1 sources that lose more.*\n  bad: 119 of 120 paragraphs") as stopped:
+        step("dedup", path, settings, partitions=4)
+    assert not (tmp_path / "out.jsonl").exists() and "out.jsonl.parts/removed.jsonl" in str(stopped.value)
+    records, report = step("dedup", path, settings | WARN, partitions=4)
+    assert len(records) == 61 and len(removed(tmp_path)) == 179
+    assert report["sources"]["good"] == {"paragraphs": 120, "removed": 60, "share": 0.5}
 
 
 def test_urls_and_exact(write, step):
@@ -277,12 +297,12 @@ def test_first_occurrences_range_by_range(tmp_path, monkeypatch):
     values = np.random.default_rng(1).integers(1, 300, 1000).astype(np.uint64)
     monkeypatch.setattr(occurrences, "AT_ONCE", 130)
     first = first_occurrences(lambda: np.array_split(values, 7), 1000, tmp_path / "f")
-    assert np.flatnonzero(first).tolist() == sorted(
-        {value: i for i, value in reversed(list(enumerate(values.tolist())))}.values()
-    )
+    wanted = {value: i for i, value in reversed(list(enumerate(values.tolist())))}
+    assert first.tolist() == [wanted[value] for value in values.tolist()]
     values[100:900] = 0  # no value
     first = first_occurrences(lambda: np.array_split(values, 7), 1000, tmp_path / "f")
-    assert first[100:900].all() and first[:100].sum() == len(set(values[:100].tolist()))
+    assert first[100:900].tolist() == list(range(100, 900))
+    assert first[:100].tolist() == [wanted[value] for value in values[:100].tolist()]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The commands of the pages run as typed, on small inputs in their places; what they say of files is so."""
 
 import bz2
+import gzip
 import json
 import pathlib
 import random
@@ -14,6 +15,7 @@ import pytest
 from megalith.cli.main import main
 from megalith.data.corpus import preprocess_pool
 from megalith.data.indexed import IndexedDataset
+from tests.curation.test_warc import pages as warc_pages
 from tests.curation.test_wiki import HEAD, page
 from tests.toy import make_corpus
 
@@ -128,6 +130,8 @@ def place(tmp_path, monkeypatch):
     content = "".join(page(i, f"'''{i}''' {text}<ref>r</ref>") for i, text in enumerate(texts))
     dump = tmp_path / "enwiki-latest-pages-articles-multistream.xml.bz2"
     dump.write_bytes(bz2.compress(HEAD.encode()) + bz2.compress(content.encode()) + bz2.compress(b"</mediawiki>"))
+    (tmp_path / "crawl").mkdir()
+    (tmp_path / "crawl/a.warc.gz").write_bytes(gzip.compress(b"".join(warc_pages(3))))
     folder = tmp_path / "extracted/AA"
     folder.mkdir(parents=True)
     write(folder / "wiki_00", [{"id": "1", "url": "u", "title": "t", "text": "x"}])

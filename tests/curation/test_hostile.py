@@ -9,7 +9,7 @@ import pytest
 import zstandard
 
 from megalith.common.errors import DataError
-from megalith.curation.report import page
+from megalith.curation.report import report_page
 from megalith.data.corpus.compression import read_lines
 
 GOOD = b'{"text": "a good document"}\n'
@@ -21,10 +21,10 @@ MEASURE = (
 )
 
 
-def run(path, output, *words):
+def run(path, output, *words, verb="ids"):
     """The command in a process of its own: its result, and its peak memory in MB."""
-    verb = ["data", "ids", "--input", str(path), "--output", str(output), "--engine", "inline"]
-    command = [sys.executable, "-c", MEASURE, sys.executable, "-m", "megalith", *verb, *words]
+    names = ["data", verb, "--input", str(path), "--output", str(output), "--engine", "inline"]
+    command = [sys.executable, "-c", MEASURE, sys.executable, "-m", "megalith", *names, *words]
     done = subprocess.run(command, capture_output=True, text=True)
     return done, int(done.stdout.split()[-1]) / 1024
 
@@ -59,6 +59,7 @@ def test_a_line_of_a_gigabyte(tmp_path):
         file.write(b'"}\n' + GOOD)
     done, peak = run(path, tmp_path / "out.jsonl", "--max-unusable", "0.5", "--partitions", "40")
     assert done.returncode == 0 and len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
+    assert f"{path}:2: longer than 16.00 MiB" in done.stderr
     assert peak < 250
 
 
@@ -117,7 +118,7 @@ def test_the_report_escapes(tmp_path, step):
     _, report = step("dedup", str(path), {"source_key": "source", "over_budget": "warn"})
     html = (tmp_path / "out.jsonl.report.html").read_text()
     assert "<script" not in html and "<img" not in html and "&lt;script&gt;" in html
-    assert "http" not in page("<b>", [report | {"problems": ["<i>"]}]).replace("http-equiv", "")
+    assert "http" not in report_page("<b>", [report | {"problems": ["<i>"]}]).replace("http-equiv", "")
 
 
 def test_a_damaged_file_is_an_error(tmp_path, step):

@@ -122,6 +122,14 @@ def test_a_pipeline_is_its_steps(write, step, tmp_path, capsys):
     assert [each["step"] for each in steps] == ["clean", "dedup", "ids", "shuffle"]
     assert all(a["kept"] == b["documents"] for a, b in itertools.pairwise(steps))
     assert not (tmp_path / "out.jsonl.steps").exists()
+    evidence = tmp_path / "out.jsonl.1-dedup.removed.jsonl"  # as that of the step alone, of other names
+    alone = [json.loads(line) for line in (tmp_path / "2.jsonl.removed.jsonl").read_text().splitlines()]
+    together = [json.loads(line) for line in evidence.read_text().splitlines()]
+    assert steps[1]["evidence"] == str(evidence) and len(together) == len(alone) > 0
+    assert [line["similarity"] for line in together] == [line["similarity"] for line in alone]
+    (tmp_path / "out.jsonl").unlink()
+    assert main(["data", "pipeline", str(tmp_path / "steps.yaml"), "--engine", "inline"]) == 1
+    assert "evidence of removals is there already" in capsys.readouterr().err and evidence.exists()
 
 
 def test_a_pipeline_resumes_with_the_step_that_is_missing(write, tmp_path, monkeypatch):
@@ -236,3 +244,22 @@ def test_outputs_are_safe(write, step, tmp_path):
     (tmp_path / "out.jsonl").write_text("changed\n")
     with pytest.raises(DataError, match="which only --overwrite replaces"):
         execute(build_command("ids", {}), options)
+
+
+@pytest.mark.parametrize("verb", ["ids", "dedup", "stats"])
+def test_an_input_that_changes_meanwhile_leaves_no_output(verb, write, step, tmp_path, monkeypatch):
+    from megalith.curation.parts import PartRunner
+
+    path = pathlib.Path(write("a.jsonl", rows()))
+    original = PartRunner.__call__
+
+    def changing(self, part):
+        record = original(self, part)
+        with open(path, "a") as file:
+            file.write("\n")
+        return record
+
+    monkeypatch.setattr(PartRunner, "__call__", changing)
+    with pytest.raises(DataError, match="must not change meanwhile"):
+        step(verb, str(path))
+    assert sorted(each.name for each in tmp_path.iterdir() if each.suffix != ".lock") == ["a.jsonl", "out.jsonl.parts"]

@@ -1,12 +1,14 @@
 """Words as numbers: those of a regular expression, whatever the texts; n-grams within texts."""
 
 import re
+import sys
+import unicodedata
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalith.curation.words import mix, ngram_hashes, split_words, within_texts
+from megalith.curation.words import WITH_WORDS, mix, ngram_hashes, split_words, within_texts
 
 TEXTS = st.lists(
     st.text(alphabet=st.one_of(st.sampled_from("aB éÉ.猫は_1\n-\0İß"), st.characters()), max_size=20), max_size=8
@@ -34,6 +36,13 @@ def test_words_are_runs_of_letters_or_single_characters():
     words = split_words([text])
     found = [text[a:b] for a, b in zip(words.starts, words.ends)]
     assert found == re.findall(rf"[{HAN}]|[^\W{HAN}]+", text)
+
+
+def test_no_letter_is_outside_of_the_code_points_that_are_looked_at():
+    last = 0
+    for planes in (*WITH_WORDS, range(sys.maxunicode + 1, sys.maxunicode + 2)):
+        assert not any(unicodedata.category(chr(i))[0] in "LMN" for i in range(last, planes.start))
+        last = planes.stop
 
 
 @settings(max_examples=100, deadline=None)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from megalith.reports.page import Bars, Lines, page
+from megalith.reports.page import Bars, Folded, Lines, Picture, page
 from megalith.reports.table import Table, number_text, print_table
 
 WORDS = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=8)
@@ -31,11 +31,11 @@ class Reader(html.parser.HTMLParser):
 @given(WORDS, st.lists(st.lists(WORDS, min_size=2, max_size=2), max_size=3), WORDS)
 def test_texts_come_out_as_they_went_in(title: str, rows: list[list[str]], line: str) -> None:
     reader = Reader()
-    reader.feed(
-        page(title, [Table(title, ["<a>", "&"], rows, [1]), Lines("x", [line]), Bars("y", [(line, 2.0, line)])])
-    )
+    folded = Folded(title, [(line, f"<{line}>"), ("", line)])
+    parts = [Table(title, ["<a>", "&"], rows, [1]), Lines("x", [line]), Bars("y", [(line, 2.0, line)]), folded]
+    reader.feed(page(title, parts))
     reader.close()
-    expected = [title, "<a>", "&", *(cell for row in rows for cell in row), line]
+    expected = [title, "<a>", "&", *(cell for row in rows for cell in row), line, f"<{line}>"]
     assert [text for text in expected if text not in reader.texts] == []
     assert reader.tags.isdisjoint({"script", "link", "img", "iframe", "a"}) and {"table", "ul", "div"} <= reader.tags
 
@@ -43,6 +43,11 @@ def test_texts_come_out_as_they_went_in(title: str, rows: list[list[str]], line:
 def test_bars_are_as_long_as_their_numbers() -> None:
     made = page("t", [Bars("b", [("one", 1.0, "1"), ("four", 4.0, "4")]), Bars("none", [])])
     assert "width: 5.000rem" in made and "width: 20.000rem" in made
+
+
+def test_a_picture_is_in_the_page() -> None:
+    made = page("t", [Picture('a "b"', "iVBORw0KGgo=")])
+    assert '<img alt="a &quot;b&quot;" src="data:image/png;base64,iVBORw0KGgo=">' in made and "img-src data:" in made
 
 
 def test_tables_on_a_terminal_and_in_a_file() -> None:

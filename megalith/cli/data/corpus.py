@@ -1,4 +1,4 @@
-"""`megalith data wiki|urls|clean|dedup|decontaminate|ids|shuffle|sample|stats`, and `pipeline`: corpus work."""
+"""`megalith data wiki|warc|urls|clean|dedup|decontaminate|ids|shuffle|sample|stats`, and `pipeline`: corpus work."""
 
 from __future__ import annotations
 

@@ -10,8 +10,10 @@ from typing import Any
 
 from megalith.common.extras import require
 
-# ftfy changes no line of these characters alone: printable ASCII without what may be HTML or an escape.
-PLAIN = re.compile(r"[\t\n\x20-%'-~]*")
+# Of lines of these characters alone ftfy changes the quotes, and nothing else: printable ASCII without what may be
+# HTML or an escape, dashes, curled quotes.
+PLAIN = re.compile(r"[\t\n\x20-%'-~–—‘’“”]*")
+CURLED = (("‘", "'"), ("’", "'"), ("“", '"'), ("”", '"'))
 LINES = re.compile(r"[^\n]*\n|[^\n]+")  # each with its end: ftfy makes one newline of \r\n
 QUOTES = {
     **dict.fromkeys("‘’‚‛′＇`´", "'"), **dict.fromkeys("“”„‟″«»＂", '"'), **dict.fromkeys("‐‑‒–−", "-"),
@@ -36,14 +38,20 @@ def _ftfy() -> Any:
 def fix_encoding(text: str) -> str:
     """ftfy.fix_text: mojibake, HTML entities, ligatures, widths, curled quotes, control characters (Speer, 2019).
 
-    ftfy works line by line; lines that it would not change are not given to it, and most are of that kind.
+    ftfy works line by line; lines in which it would change quotes alone are not given to it: most are of that kind.
     """
     if PLAIN.fullmatch(text):
-        return text
+        return _straight(text)
     if "<" in text:  # behind a line with <, ftfy takes entities for HTML's, so that lines depend on lines before
         return _ftfy().fix_text(text)
     fix = _ftfy().fix_text
-    return "".join(line if PLAIN.fullmatch(line) else fix(line) for line in LINES.findall(text))
+    return "".join(_straight(line) if PLAIN.fullmatch(line) else fix(line) for line in LINES.findall(text))
+
+
+def _straight(text: str) -> str:
+    for curled, straight in CURLED:
+        text = text.replace(curled, straight)
+    return text
 
 
 def extract_html(text: str) -> str:

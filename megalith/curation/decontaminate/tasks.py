@@ -6,8 +6,6 @@ learned by heart.
 
 from __future__ import annotations
 
-import ast
-import csv
 import glob
 import json
 import os
@@ -19,6 +17,7 @@ from megalith.common.errors import ConfigError, DataError, problem
 from megalith.common.json_lines import parse
 from megalith.config.flags.text import Words, unknown
 from megalith.data.corpus.compression import open_decompressed
+from megalith.data.questions import read_questions
 
 
 def _json(path: str) -> Any:
@@ -31,6 +30,12 @@ def _lines(path: str) -> Iterator[dict]:
         for line in stream:
             if line.strip():
                 yield parse(line)
+
+
+def _first(path: str) -> bytes:
+    """The first byte that is no white space."""
+    with open_decompressed(path) as stream:
+        return stream.read(64).lstrip()[:1]
 
 
 def lambada(path: str) -> Iterator[str]:
@@ -47,13 +52,9 @@ def squad(path: str) -> Iterator[str]:
 
 
 def natural_questions(path: str) -> Iterator[str]:
-    """Lines of {"question"} (NQ-open), {"question_text"} (Google's), or `question TAB [answers]` (DPR's nq-*.csv)."""
-    if path.endswith((".csv", ".tsv")):
-        with open(path, encoding="utf-8", newline="") as file:
-            for row in csv.reader(file, delimiter="\t"):
-                if len(row) != 2 or not isinstance(ast.literal_eval(row[1]), list):
-                    raise ValueError(f"no row of a question and a list of answers: {row[:2]}")
-                yield row[0]
+    """Lines of {"question"} (NQ-open), {"question_text"} (Google's); `question TAB [answers]`, a list of them (DPR)."""
+    if _first(path) != b"{":
+        yield from (question.text for question in read_questions(path))
         return
     for record in _lines(path):
         yield record["question"] if "question" in record else record["question_text"]
@@ -66,9 +67,7 @@ def triviaqa(path: str) -> Iterator[str]:
 
 def webqs(path: str) -> Iterator[str]:
     """A list of {"utterance"} (WebQuestions as published), or lines of {"question"} or {"utterance"}."""
-    with open_decompressed(path) as stream:
-        is_list = stream.read(64).lstrip().startswith(b"[")
-    for each in _json(path) if is_list else _lines(path):
+    for each in _json(path) if _first(path) == b"[" else _lines(path):
         yield each["utterance"] if "utterance" in each else each["question"]
 
 
@@ -147,7 +146,7 @@ def read_task(name: str, path: str, key: str) -> list[str]:
         wrong = next((text for text in texts if not isinstance(text, str)), None)
         if wrong is not None:
             raise ValueError(f"no text but {wrong!r:.60}")
-    except (ValueError, KeyError, TypeError, AttributeError, SyntaxError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         form = (TASKS[name].__doc__ or "").strip() if not key else f"lines of {{{key!r}}}"
         found = Words(f"{type(error).__name__}: {str(error)[:100]}")
         rule = f"must have the form of {name}: {form.rstrip('.')}"

@@ -1,14 +1,11 @@
-"""Which document of a group stays, what is removed, and what a source may lose."""
+"""Which document of a group stays, and what is removed."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from megalith.common.errors import DataError, problem
-from megalith.config.flags.text import Words
 from megalith.curation.dedup.links import Groups
 from megalith.curation.dedup.store import Store
 
@@ -85,32 +82,3 @@ def _keep_distant(store: Store, distant, of_index, verdict, kept, similarity) ->
     verdict[distant] = np.where(copies, EXACT, STAYS)
     kept[distant] = twin
     similarity[distant] = 1.0
-
-
-def source_table(names: Sequence[str], source: np.ndarray, removed: np.ndarray) -> dict[str, dict[str, float]]:
-    """{source: its documents, those that are removed, their share}, the largest loss first."""
-    total, lost = np.bincount(source, minlength=len(names)), np.bincount(source[removed], minlength=len(names))
-    rows = [
-        (name, {"documents": int(all_), "removed": int(gone), "share": round(gone / all_, 4)})
-        for name, all_, gone in zip(names, total, lost)
-        if all_
-    ]
-    return dict(sorted(rows, key=lambda row: (-row[1]["share"], row[0])))
-
-
-def over_budget(table: Mapping[str, Mapping[str, float]], budget: float, fewest: int) -> list[str]:
-    """Lines on the sources of at least `fewest` documents that lose more than `budget` of them."""
-    return [
-        f"{name}: {row['removed']:.0f} of {row['documents']:.0f} documents would be removed ({row['share']:.1%})"
-        for name, row in table.items()
-        if row["documents"] >= fewest and row["share"] > budget
-    ]
-
-
-def stop_over_budget(lines: Sequence[str], budget: float, evidence: str) -> None:
-    """Raise DataError on sources that lose too much."""
-    if lines:
-        what, rule = "--source-budget", f"allows each source to lose {budget:.0%} of its documents"
-        cure = f"Look at {evidence}, then raise it, give another --threshold, or add --over-budget warn"
-        listed = "".join(f"\n  {line}" for line in lines[:20])
-        raise DataError(problem(what, Words(f"{len(lines)} sources that lose more"), rule, cure) + listed)

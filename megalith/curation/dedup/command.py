@@ -15,22 +15,28 @@ from typing import Any
 import numpy as np
 
 from megalith.common.errors import ConfigError, problem
-from megalith.common.files import atomic_path
 from megalith.common.locks import locked
-from megalith.curation.dedup.choose import NEAR, STAYS, Verdicts, choose, over_budget, source_table, stop_over_budget
-from megalith.curation.dedup.index import MANIFEST, Generation, add_generation, generations
-from megalith.curation.dedup.links import Groups, find_groups
-from megalith.curation.dedup.occurrences import DropParagraphs, SignParagraphs, first_occurrences
+from megalith.curation.dedup.choose import NEAR, STAYS, Verdicts, choose
+from megalith.curation.dedup.evidence import (
+    EVIDENCE,
+    RULES,
+    clusters,
+    over_budget,
+    source_table,
+    stop_over_budget,
+    write_evidence,
+)
+from megalith.curation.dedup.index import MANIFEST, add_generation, generations
+from megalith.curation.dedup.links import find_groups
+from megalith.curation.dedup.occurrences import first_occurrences
+from megalith.curation.dedup.origins import Names, sources
+from megalith.curation.dedup.paragraphs import DropParagraphs, Removals, SignParagraphs
 from megalith.curation.dedup.signatures import DIGEST, Sign
 from megalith.curation.dedup.store import Piece, Store
-from megalith.curation.documents import Document, dump
+from megalith.curation.documents import Document
 from megalith.curation.parts import PartOutput, Step
 from megalith.curation.run import Command, Pass, Run
 from megalith.curation.settings import DedupSettings
-
-EVIDENCE = "removed.jsonl"
-CLUSTERS = 20  # largest ones that the report names
-RULES = {1: "exact", 2: "near"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,33 +95,47 @@ class Dedup(DedupSettings, Command):
         indexed = len(store) - signed.total("documents")
         with run.clock("groups"):
             groups = find_groups(store, self.bands if near else 0, self.threshold, self.jaccard)
-            names, source = _sources(run, signed, self.source_key)
+            names, source = sources(run, signed, self.source_key)
             verdicts = self._choose(store, groups, indexed, names, source)
             removed = verdicts.verdict[indexed:] != STAYS
+        name = Names(run, signed, [each.names() for each in earlier])
         with run.clock("evidence"):
-            evidence = str(run.folder / EVIDENCE)
-            name = _Names(run, signed, earlier)
-            _write_evidence(evidence, store, groups, verdicts, indexed, name, names, source)
-        table = source_table(names, source, removed)
-        lines = over_budget(table, self.source_budget, self.budget_documents)
-        if self.over_budget == "stop":
-            stop_over_budget(lines, self.source_budget, evidence)
-        for line in lines:
-            run.notice(f"--source-budget: {line}")
+            write_evidence(self._evidence(run), groups, verdicts, indexed, name, names, source)
+        total, lost = (np.bincount(each, minlength=len(names)) for each in (source, source[removed]))
+        facts = self._check_budget(run, source_table(names, total, lost, "documents"), "documents")
         done = self._filter(run, verdicts, indexed, signed)
         run.assemble_documents(done)
         if self.index:
             _add_to_index(self, run, pieces, ~removed, name, indexed)
-        os.replace(evidence, run.beside(EVIDENCE))
-        evidence = run.beside(EVIDENCE)
-        clusters = _clusters(groups, verdicts, indexed, name)
-        facts: dict[str, Any] = {"lines": [f"evidence of each removal: {evidence}", *lines]}
-        facts |= {"evidence": evidence, "sources": dict(list(table.items())[:1000]), "over_budget": lines}
-        facts |= {"clusters": clusters, "compared": groups.compared, "not_compared": groups.unfinished}
+        facts |= {"clusters": clusters(groups, verdicts, name)}
+        facts |= {"compared": groups.compared, "not_compared": groups.unfinished}
         if near:
             below = (verdicts.verdict == NEAR) & (verdicts.similarity < self.threshold)
             facts["below_threshold_to_kept"] = int(below.sum())  # linked through others; --direct keeps them
-        return facts | {"kept": done.total("kept"), "kept_bytes": done.total("kept_bytes"), "rules": run.rules(done)}
+        return self._finished(run, done) | facts
+
+    def _evidence(self, run: Run) -> str:
+        """Where evidence is written; it is put beside the output once that is in place."""
+        return str(run.folder / EVIDENCE)
+
+    def _check_budget(self, run: Run, table: dict[str, dict[str, float]], what: str) -> dict[str, Any]:
+        """What the report says of sources. Raises DataError where one loses too much, unless that is to be warned of.
+
+        what: the unit of the table.
+        """
+        lines = over_budget(table, self.source_budget, self.budget_documents, what)
+        if self.over_budget == "stop":
+            stop_over_budget(lines, self.source_budget, what, self._evidence(run))
+        for line in lines:
+            run.notice(f"--source-budget: {line}")
+        shown = f"evidence of each removal: {run.beside(EVIDENCE)}"
+        facts = {"lines": [shown, *lines], "evidence": run.beside(EVIDENCE), "over_budget": lines}
+        return facts | {"sources": dict(list(table.items())[:1000])}
+
+    def _finished(self, run: Run, done: Pass) -> dict[str, Any]:
+        """Put the evidence in place; the counts of a filter."""
+        os.replace(self._evidence(run), run.beside(EVIDENCE))
+        return {"kept": done.total("kept"), "kept_bytes": done.total("kept_bytes"), "rules": run.rules(done)}
 
     def _choose(self, store, groups, indexed, names, source) -> Verdicts:
         places = {name: place for place, name in enumerate(self.best_sources)}
@@ -142,16 +162,20 @@ class Dedup(DedupSettings, Command):
 
     def _paragraphs(self, run: Run) -> dict[str, Any]:
         """Sign paragraphs, find those that are there for the first time, take out the others."""
-        signed = run.step_pass(SignParagraphs(self.min_paragraph_words), "sign")
+        signed = run.step_pass(SignParagraphs(self.min_paragraph_words, self.source_key, self.id_key), "sign")
         count = int(signed.values().get("paragraphs", 0))
         with run.clock("groups"):
             path = (run.folder / "first.bin").resolve()
             first = first_occurrences(lambda: signed.arrays("paragraphs", np.uint64), count, path)
-            first.base.flush() if hasattr(first.base, "flush") else None
+        names, source = sources(run, signed, self.source_key)
+        removals = Removals(signed, first)
+        with run.clock("evidence"):
+            removals.write(self._evidence(run), Names(run, signed), names, source)
+        total, lost = removals.by_source(source, len(names))
+        facts = self._check_budget(run, source_table(names, total, lost, "paragraphs"), "paragraphs")
         done = run.step_pass(DropParagraphs(str(path), signed.starts("paragraphs")), "filter", final=True)
         run.assemble_documents(done)
-        facts = {"values": signed.values() | done.values(), "rules": run.rules(done)}
-        return facts | {"kept": done.total("kept"), "kept_bytes": done.total("kept_bytes")}
+        return self._finished(run, done) | facts | {"values": signed.values() | done.values()}
 
 
 @dataclasses.dataclass
@@ -190,66 +214,7 @@ def _piece(signed: Pass, record: dict, bands: int) -> Piece:
     )
 
 
-def _sources(run: Run, signed: Pass, key: str) -> tuple[list[str], np.ndarray]:
-    """(names, of each document the number of its source). Without a key the file is the source."""
-    known: dict[str, int] = {}
-    pieces = [np.zeros(0, np.int64)]
-    for record in signed.records:
-        names = record["sources"]
-        if not key:
-            paths = run.paths(record["part"])
-            names = [run.inputs.names.get(path, path) for path in (paths[int(name[1:])] for name in names)]
-        numbers = np.array([known.setdefault(name, len(known)) for name in names], np.int64)
-        pieces.append(numbers[signed.array(record, "sources", np.int32)])
-    return list(known), np.concatenate(pieces)
-
-
-class _Names:
-    """`file:line` of documents by number, those of the index first."""
-
-    def __init__(self, run: Run, signed: Pass, earlier: Sequence[Generation]):
-        self.locate, self.signed = run.locator(), signed
-        self.earlier = [each.names() for each in earlier]
-        counts = [*map(len, self.earlier), *(record["documents"] for record in signed.records)]
-        self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        self.places = [signed.array(record, "places", np.int32).reshape(-1, 2) for record in signed.records]
-
-    def __call__(self, document: int) -> str:
-        at = int(np.searchsorted(self.starts, document, "right")) - 1
-        inside = document - int(self.starts[at])
-        if at < len(self.earlier):
-            return self.earlier[at][inside]
-        at -= len(self.earlier)
-        piece, line = self.places[at][inside].tolist()
-        return self.locate(self.signed.records[at]["part"], piece, line)
-
-
-def _write_evidence(path, store, groups: Groups, verdicts: Verdicts, indexed, name: _Names, names, source) -> None:
-    """A line for each removal: the document, the rule, its kept twin, their similarity, the link that was verified."""
-    with atomic_path(path) as temporary, open(temporary, "wb") as out:
-        for number in np.flatnonzero(verdicts.verdict).tolist():
-            kept, twin = int(verdicts.kept[number]), int(groups.twin[number])
-            rule = RULES[int(verdicts.verdict[number])]
-            line: dict[str, Any] = {"document": name(number), "rule": rule, "kept": name(kept)}
-            line["similarity"] = round(float(verdicts.similarity[number]), 4)
-            if rule == "near" and twin != kept and twin >= 0:
-                line |= {"linked_to": name(twin), "link_similarity": round(float(groups.similarity[number]), 4)}
-            out.write(dump(line | {"source": names[source[number - indexed]]}) + b"\n")
-
-
-def _clusters(groups: Groups, verdicts: Verdicts, indexed: int, name: _Names) -> list[dict[str, Any]]:
-    """The largest groups: many copies of one template are seen here."""
-    sizes = np.bincount(groups.label)
-    largest = np.argsort(-sizes, kind="stable")[:CLUSTERS]
-    found = []
-    for label in largest.tolist():
-        if sizes[label] > 1:
-            member = int(np.flatnonzero(groups.label == label)[0])
-            found.append({"documents": int(sizes[label]), "kept": name(int(verdicts.kept[member]))})
-    return found
-
-
-def _add_to_index(settings, run: Run, pieces: Sequence[Piece], stays, name: _Names, indexed: int) -> None:
+def _add_to_index(settings, run: Run, pieces: Sequence[Piece], stays, name: Names, indexed: int) -> None:
     ends = np.cumsum([0, *(len(piece.digests) for piece in pieces)])
     parts: Iterable[tuple[Piece, np.ndarray]] = (
         (piece, stays[start:end]) for piece, start, end in zip(pieces, ends, ends[1:])

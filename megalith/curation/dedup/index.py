@@ -22,28 +22,12 @@ import numpy as np
 from megalith.common.errors import DataError, problem
 from megalith.common.files import fsync_directory, temporary_path
 from megalith.config.flags.text import Words
+from megalith.curation.dedup.origins import Lines
 from megalith.curation.dedup.signatures import DIGEST
 from megalith.curation.dedup.store import Piece
 
 VERSION = 1
 MANIFEST = "manifest.json"
-
-
-class Names:
-    """Lines of a file, mapped into memory; 8 bytes of each are kept."""
-
-    def __init__(self, content: np.ndarray):
-        """content: uint8, the bytes of the file."""
-        self.content, self.ends = content, np.flatnonzero(content == ord("\n"))
-
-    def __len__(self) -> int:
-        """How many lines there are."""
-        return len(self.ends)
-
-    def __getitem__(self, number: int) -> str:
-        """One line, without its end."""
-        start = int(self.ends[number - 1]) + 1 if number else 0
-        return self.content[start : int(self.ends[number])].tobytes().decode("utf-8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +52,9 @@ class Generation:
         path = self.path / name
         return np.memmap(path, dtype, "r") if path.stat().st_size else np.zeros(0, dtype)
 
-    def names(self) -> Names:
+    def names(self) -> Lines:
         """`file:line` of each document."""
-        return Names(self._array("names", np.uint8))
+        return Lines(self._array("names", np.uint8))
 
 
 def generations(folder: str, settings: dict[str, Any], output: str) -> list[Generation]:

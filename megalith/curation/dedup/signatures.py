@@ -19,6 +19,7 @@ import numpy as np
 
 from megalith.common.environment import one_thread_of_rensa
 from megalith.common.extras import require
+from megalith.curation.dedup.origins import Origins
 from megalith.curation.documents import Document, groups_of
 from megalith.curation.parts import PartOutput, Step
 from megalith.curation.words import mix, ngram_hashes, split_words, within_texts
@@ -63,16 +64,14 @@ class Sign(Step):
 
     def _reset(self) -> None:
         self.bands: list[np.ndarray] = []
-        self.sources: dict[str, int] = {}
+        self.origins = Origins(self.settings.source_key, self.settings.id_key)
 
     def process(self, documents: Sequence[Document], out: PartOutput) -> None:
         """Of a batch."""
         for group in groups_of(documents):
             texts = [document.text for document in group]
-            shown = [self._source(document) for document in group]
-            out.add("sources", np.array([self.sources.setdefault(name, len(self.sources)) for name in shown], np.int32))
+            self.origins.add(group, out)
             out.add("lengths", np.fromiter(map(len, texts), np.int32, len(texts)))
-            out.add("places", np.array([document.where for document in group], np.int32))
             if self.settings.by == "url":
                 urls = [document.record.get(self.settings.url_key) for document in group]
                 # One without a URL repeats none, neither of this run nor of those in an index.
@@ -84,10 +83,6 @@ class Sign(Step):
                 out.write("digests", b"".join(map(digest, keys)))
             else:
                 self._sign(texts, out)
-
-    def _source(self, document: Document) -> str:
-        key = self.settings.source_key
-        return str(document.record.get(key, "")) if key else f"\0{document.where[0]}"
 
     def _sign(self, texts: Sequence[str], out: PartOutput) -> None:
         words = split_words(texts)
@@ -125,7 +120,7 @@ class Sign(Step):
         """The bands of the part, and the names of its sources."""
         if self.bands:
             out.add("bands", np.concatenate(self.bands).T)
-        out.record["sources"] = list(self.sources)
+        self.origins.finish(out)
         self._reset()
 
 

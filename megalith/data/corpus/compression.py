@@ -117,7 +117,7 @@ def read_lines(stream: Any, count: int, path: str, max_line: int | None = None) 
     Raises DataError where the file is damaged.
     """
     block = read_checked(stream, count, path)
-    if count and (not block or block.endswith(b"\n")):
+    if not block or block.endswith(b"\n"):
         return block, len(block)
     if max_line is None:
         block += read_checked(stream, -1, path, "readline")
@@ -128,6 +128,16 @@ def read_lines(stream: Any, count: int, path: str, max_line: int | None = None) 
     while not last.endswith(b"\n") and (last := read_checked(stream, SKIPPED_BYTES, path, "readline")):
         size += len(last)
     return block if block.endswith(b"\n") else block + b"\n", size
+
+
+def skip_line(stream: Any, limit: float, path: str) -> int | None:
+    """Pass over the rest of a line; returns its bytes, None where it has no end within `limit` bytes."""
+    size = 0
+    while size < limit and (piece := read_checked(stream, int(min(SKIPPED_BYTES, limit - size)), path, "readline")):
+        size += len(piece)
+        if piece.endswith(b"\n"):
+            return size
+    return None
 
 
 class _ConcatenatedStreams(io.RawIOBase):

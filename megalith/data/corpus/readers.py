@@ -23,7 +23,7 @@ from megalith.common.errors import DataError, problem
 from megalith.common.extras import require
 from megalith.common.json_lines import LONE_SURROGATE, parse_object
 from megalith.config.flags.text import Words
-from megalith.data.corpus.compression import open_decompressed, read_checked, read_lines
+from megalith.data.corpus.compression import open_decompressed, read_checked, read_lines, skip_line
 from megalith.data.corpus.inputs import Notice, file_format, resolve_inputs, spooled
 from megalith.data.corpus.unusable import require_usable
 
@@ -206,8 +206,11 @@ def line_batches(piece: Slice, max_line: int | None = None) -> Iterator[tuple[li
         left: float = float("inf") if piece.stop is None else piece.stop - piece.start
         if piece.start:
             # The line that holds byte start - 1 belongs to the part before, even when it ends exactly there.
+            # It may go on behind this part: to look for its end there would read a long line once for each part in it.
             stream.seek(piece.start - 1)
-            left -= read_lines(stream, 0, piece.path, max_line)[1] - 1
+            if (skipped := skip_line(stream, left, piece.path)) is None:
+                return
+            left -= skipped - 1
         while left > 0:
             block, size = read_lines(stream, int(min(BATCH_BYTES, left)), piece.path, max_line)
             if not block:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalith.common.errors import DataError
-from megalith.data.corpus import readers
+from megalith.data.corpus import compression, readers
 from megalith.data.corpus.inputs import file_format, find_inputs
 from megalith.data.corpus.readers import (
     Part,
@@ -230,3 +230,24 @@ def test_a_slice_reads_lines_that_begin_in_it(tmp_path):
     for start, stop, expected in ((0, 14, ["1"]), (0, 15, ["1", "2"]), (1, 14, []), (14, 28, ["2"]), (15, 42, ["3"])):
         part = Part(0, (Slice(str(tmp_path / "a.jsonl"), start, stop),), 0)
         assert [text for _, batch in read_part(part, ["text"]) for text in batch.texts["text"]] == expected
+
+
+@pytest.mark.parametrize("max_line", [None, 1000])
+def test_a_long_line_is_not_read_by_each_part_that_it_covers(max_line, tmp_path, monkeypatch):
+    """A line of a gigabyte covers hundreds of parts: to look for its end in each would take hours."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "1"}\n' + b"x" * 200_000 + b'\n{"text": "2"}\n')
+    read, original = [], compression.read_checked
+
+    def counting(*args):
+        piece = original(*args)
+        read.append(len(piece))
+        return piece
+
+    monkeypatch.setattr(compression, "read_checked", counting)
+    lines = []
+    for part in split_into_parts([str(path)], 2000):
+        for batch, _ in readers.line_batches(part.slices[0], max_line):
+            lines += batch
+    assert [lines[0], lines[2]] == [b'{"text": "1"}', b'{"text": "2"}'] and len(lines) == 3
+    assert sum(read) < 3 * path.stat().st_size

@@ -1,0 +1,1 @@
+"""Web archives (WARC) to JSON lines."""
