@@ -291,6 +291,7 @@ def build(
             if missing:  # else workers would load the model for nothing
                 for done in ENGINES.find(workers.engine)(job, iter(missing), workers.count):
                     progress.add(done["texts"])
+            store.Store(folder)  # raises where a machine that sees other files has written elsewhere
             return plan
         mine = missing[mesh.data_rank :: mesh.data_size]
         ranks.on_every_rank(lambda: _write(embedder, source, folder, plan, mine, batch_size, progress))

@@ -108,4 +108,6 @@ def test_real_articles_answer_questions(tmp_path, monkeypatch, capsys):
     said = run(blocks()[0], capsys)
     first, *_, last = [line["validation_metrics"] for line in records("runs/ict") if "validation_metrics" in line]
     assert last["top5_acc"] > max(2 * first["top5_acc"], 0.2)  # chance: 5 of 128
-    assert "George Campbell" in said["index search"]
+    answered = float(re.search(r"top-20 accuracy +([0-9.]+)", said["evaluate nq"])[1])
+    assert answered >= 0.5  # 14 of 16 when the page was written, 2 with random weights
+    assert said["index search"].startswith("who invented the constant k filter")
