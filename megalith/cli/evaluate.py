@@ -156,6 +156,7 @@ def _evaluate(args: argparse.Namespace, task: str | None, models: Sequence[str],
 
     with process_group():
         for args.load in models:
+            started = time.monotonic()
             model = load_model(args)
             if model.config.retrieval_layers or len(models) == 1:
                 set_retriever(model, args)
@@ -163,9 +164,9 @@ def _evaluate(args: argparse.Namespace, task: str | None, models: Sequence[str],
             named = ("ckpt_step", "adapter")
             settings |= {each: getattr(args, each) for each in named if getattr(args, each) is not None}
             for shown in shown_as(model, args):
-                started = time.monotonic()
                 for name, result in measured(model, task, made, options, args).items():
                     results.keep(result, shown, name, args.valid_data, settings, started)
+                started = time.monotonic()
             results.write()
             del model  # its memory is the next one's
     return results.show()

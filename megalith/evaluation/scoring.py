@@ -46,7 +46,7 @@ class Scorer:
     def __init__(self, model: TextModel, batch_size: int = 8):
         """batch_size: samples that a data-parallel process reads at a time.
 
-        Raises ConfigError for a model that does not predict the next token.
+        Raises ConfigError for a model that does not predict the next token, and for a Retro whose sequences are split.
         """
         if model.config.decoder_layers or not model.config.causal:
             rule = "must be decoder-only, and read from left to right, for its predictions of the next token to count"

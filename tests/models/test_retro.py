@@ -161,3 +161,37 @@ def test_dropout_masks_of_neighbors_differ_and_do_not_depend_on_the_micro_batch(
     entered = model.enter(batch["neighbor_tokens"], batch["neighbor_mask"].bool(), keys["samples"], keys["step"])
     hidden = entered.hidden.detach()
     assert (hidden[0] != hidden[1]).any() and (hidden[0] != hidden[2]).any(), "each has masks of its own"
+
+
+@pytest.mark.slow
+def test_it_learns_to_copy_what_its_neighbors_hold():
+    """Each chunk's first neighbour is the chunk itself and what follows it: all but the first chunk is told.
+
+    Texts are random and new in every step, so that nothing else can be learned.
+    """
+    m, s, words, steps = 8, 32, 64, 400
+    config = CONFIG.replace(
+        num_layers=2, hidden_size=64, ffn_hidden_size=256, vocab_size=words, seq_length=s, retro_layer_numbers=[2],
+        retro_encoder_layers=1, retro_gpt_chunk_length=m, init_method_std=0.1, retro_encoder_hidden_dropout=0.0,
+        retro_encoder_attention_dropout=0.0,
+    )  # fmt: skip
+    model = build_model(config.model, torch.device("cpu"), torch.float32, seed=3).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95))
+    rates = torch.optim.lr_scheduler.LinearLR(optimizer, 0.05, total_iters=20)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        text = torch.randint(words, (16, s + m), generator=generator)
+        told = text.unfold(1, 2 * m, m)  # of each chunk, it and the next
+        other = torch.randint(words, told.shape, generator=generator)
+        neighbors = torch.stack((told, other), dim=2)
+        losses = model(
+            text[:, :s], labels=text[:, 1 : s + 1], neighbor_tokens=neighbors,
+            neighbor_mask=torch.ones_like(neighbors),
+        )  # fmt: skip
+        losses.mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        rates.step()
+        optimizer.zero_grad()
+    assert losses[:, m - 1 :].mean() < 1.0  # of log(64) = 4.16
+    assert losses[:, : m - 1].mean() > 4.0
