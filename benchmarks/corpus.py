@@ -12,7 +12,8 @@ recall: real books and articles, and copies of some with 1 to 30 % of their word
 one as often as another), a corpus for each share, at the default threshold. "can" is the share of copies whose Jaccard
 similarity is at the threshold or above, which nothing that keeps to the rule can surpass. Beside ours, datasketch as
 above, unverified, and the rule of Megatron-LM's tools/openwebtext: 5-grams of characters, 100 hash functions in 10
-bands, candidates verified, groups from a Jaccard similarity of 0.7. Recall is of copies that were linked with a text of
+bands, candidates verified, groups from a Jaccard similarity of 0.7. "characters" is ours with that rule's shingles,
+--ngram-unit character. Recall is of copies that were linked with a text of
 their family; precision is of links.
 
 clean: the whole command with ftfy and language identification, beside the original's steps written plainly: a loop over
@@ -204,7 +205,7 @@ def recall(copies: int, folder: pathlib.Path) -> Iterator[str]:
     peers = (Datasketch(), Datasketch(characters_5, 100, (10, 10)))
     among_texts = [peer.links(texts, 0, True) for peer in peers]
     yield f"recall: {len(texts):,} texts, and copies of {copies} of them for each share; recall and precision"
-    yield f"{'edits':>6} {'can':>6} {'ours':>15} {'datasketch':>15} {'original':>15}"
+    yield f"{'edits':>6} {'can':>6} {'ours':>15} {'datasketch':>15} {'original':>15} {'characters':>15}"
     for share in SHARES:
         draw = random.Random(round(share * 100))
         sources = draw.sample(range(len(texts)), copies)
@@ -212,13 +213,16 @@ def recall(copies: int, folder: pathlib.Path) -> Iterator[str]:
         family = [*range(len(texts)), *sources]
         path, output = folder / "recall.jsonl", folder / "recall.out"
         path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-        megalith("dedup", path, output, "--over-budget", "warn", "--workers", "1")
+        ours = []
+        for unit in ("word", "character"):
+            megalith("dedup", path, output, "--over-budget", "warn", "--workers", "1", "--ngram-unit", unit)
+            ours.append(set(removed(output)))
         of_copies = (peer.links(rows[len(texts) :], len(texts), False) for peer in peers)
         candidates, unverified = (known | new for known, new in zip(among_texts, of_copies))
         original = {(a, b) for a, b in unverified if jaccard(*map(characters_5, (rows[a], rows[b]))) >= THRESHOLD}
         can = [jaccard(words_5(rows[len(texts) + i]), words_5(texts[j])) >= THRESHOLD for i, j in enumerate(sources)]
         shown = []
-        for links in (set(removed(output)), candidates, original):
+        for links in (ours[0], candidates, original, ours[1]):
             right = {(a, b) for a, b in links if family[a] == family[b]}
             hits = {number for link in right for number in link if number >= len(texts)}
             precision = f"{len(right) / len(links):.1%}" if links else "-"
