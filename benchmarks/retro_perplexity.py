@@ -9,9 +9,9 @@ weights (whose mean over tokens says which words a chunk has), neighbours, train
 
 How long passages are decides on what there is to gain. What is read while chunk i + 1 is predicted are the neighbours
 of chunk i, which was complete (paper, section 2.4): its copy, and what follows the copy. Inside a passage that is chunk
-i + 1, and it can be copied. At a passage's end, as the passages are shuffled, it is not. So of passages of a single
-chunk next to nothing is gained, however good the model: only where a chunk of the sample, which is cut anywhere,
-begins inside one passage and ends in the next (--passage-chunks 1 shows it). "could be copied" is the share of words
+i + 1, and it can be copied. At a passage's end, as the passages are shuffled, it is not. So with passages of a single
+chunk (--passage-chunks 1) there is little to gain, however good the model: only where a chunk of the sample, which is
+cut anywhere, begins inside one passage and ends in the next. "could be copied" is the share of words
 that, after the same word as here, stand in the neighbours that are read; what cannot be is a guess among all words, so
 the perplexity is hardly below WORDS ** (1 - share).
 """
