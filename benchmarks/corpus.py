@@ -13,8 +13,7 @@ one as often as another), a corpus for each share, at the default threshold. "ca
 similarity is at the threshold or above, which nothing that keeps to the rule can surpass. Beside ours, datasketch as
 above, unverified, and the rule of Megatron-LM's tools/openwebtext: 5-grams of characters, 100 hash functions in 10
 bands, candidates verified, groups from a Jaccard similarity of 0.7. "characters" is ours with that rule's shingles,
---ngram-unit character. Recall is of copies that were linked with a text of
-their family; precision is of links.
+--ngram-unit character. Recall is of copies that were linked with a text of their family; precision is of links.
 
 clean: the whole command with ftfy and language identification, beside the original's steps written plainly: a loop over
 lines with json, ftfy.fix_text and langdetect.detect.
