@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import importlib.metadata
 import itertools
 import json
 import pathlib
@@ -45,6 +46,7 @@ SHARED = pathlib.Path(__file__).parents[2] / "shared/data"
 SHARES = (0.01, 0.02, 0.03, 0.05, 0.08, 0.1, 0.15, 0.2, 0.3)
 MAX_PLANTED = 0.1
 THRESHOLD = 0.7  # the default of `dedup`, and the original's
+PACKAGES = ("numpy", "orjson", "rensa", "datasketch", "ftfy", "py3langid", "langdetect")
 PUBLISHED = {"fastdedup": 1227, "marin": 4152}  # documents/s/core, on other machines, of other documents
 
 Links = set[tuple[int, int]]
@@ -292,7 +294,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.plain_clean:
         return plain_clean(*args.plain_clean)
-    print(f"command: python {shlex.join(sys.argv)}\n{time.strftime('%Y-%m-%d %H:%M')} {machine()}", flush=True)
+    print(f"command: python {shlex.join(sys.argv)}\n{time.strftime('%Y-%m-%d %H:%M')} {machine()}")
+    print(", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES), flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         parts = {
