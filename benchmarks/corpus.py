@@ -13,8 +13,7 @@ one as often as another), a corpus for each share, at the default threshold. "ca
 similarity is at the threshold or above, which nothing that keeps to the rule can surpass. Beside ours, datasketch as
 above, unverified, and the rule of Megatron-LM's tools/openwebtext: 5-grams of characters, 100 hash functions in 10
 bands, candidates verified, groups from a Jaccard similarity of 0.7. "characters" is ours with that rule's shingles,
---ngram-unit character. Recall is of copies that were linked with a text of
-their family; precision is of links.
+--ngram-unit character. Recall is of copies that were linked with a text of their family; precision is of links.
 
 clean: the whole command with ftfy and language identification, beside the original's steps written plainly: a loop over
 lines with json, ftfy.fix_text and langdetect.detect.
@@ -26,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import importlib.metadata
 import itertools
 import json
 import pathlib
@@ -46,6 +46,7 @@ SHARED = pathlib.Path(__file__).parents[2] / "shared/data"
 SHARES = (0.01, 0.02, 0.03, 0.05, 0.08, 0.1, 0.15, 0.2, 0.3)
 MAX_PLANTED = 0.1
 THRESHOLD = 0.7  # the default of `dedup`, and the original's
+PACKAGES = ("numpy", "orjson", "rensa", "datasketch", "ftfy", "py3langid", "langdetect")
 PUBLISHED = {"fastdedup": 1227, "marin": 4152}  # documents/s/core, on other machines, of other documents
 
 Links = set[tuple[int, int]]
@@ -293,7 +294,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.plain_clean:
         return plain_clean(*args.plain_clean)
-    print(f"command: python {shlex.join(sys.argv)}\n{time.strftime('%Y-%m-%d %H:%M')} {machine()}", flush=True)
+    print(f"command: python {shlex.join(sys.argv)}\n{time.strftime('%Y-%m-%d %H:%M')} {machine()}")
+    print(", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES), flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         parts = {

@@ -7,7 +7,7 @@ import re
 import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalith.common.errors import ConfigError, DataError
@@ -84,6 +84,7 @@ def test_a_list_as_python_writes_it_is_read_back(values):
     assert parse_answers(repr(values)) == tuple(values)
 
 
+@settings(deadline=None)  # the first text waits for the table of Unicode
 @given(st.text(max_size=60))
 def test_words_are_those_of_the_rule(text):
     """The rule of SimpleTokenizer, character by character."""
