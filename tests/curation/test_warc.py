@@ -224,7 +224,7 @@ def test_hostile_pages(tmp_path, step):
     assert kept[-1]["text"] == text(0) and report["documents"] == 4
 
 
-@pytest.mark.parametrize("content", [b'{"text": "a"}\n', gzip.compress(b'{"text": "a"}\n')])
+@pytest.mark.parametrize("content", [b'{"text": "a"}\n', gzip.compress(b'{"text": "a"}\n')], ids=["plain", "gzip"])
 def test_a_file_of_another_kind(content, tmp_path, step):
     path = tmp_path / "a.jsonl"
     path.write_bytes(content)
