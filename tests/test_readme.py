@@ -1,6 +1,6 @@
 """Every command in README.md runs as typed, block by block in one folder.
 
-What would take minutes is left to the slow tests.
+Those up to training by several processes in each change, all in the slow tests: 200 processor seconds.
 """
 
 import json
@@ -9,6 +9,7 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable
 
 import pytest
 
@@ -16,7 +17,9 @@ from tests.checkpoint import megatron_files
 from tests.toy import ROOT, make_corpus, run
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCKS = BLOCK.findall(README)
+FIRST_BLOCKS = BLOCK.findall(README[: README.index("## Weights from elsewhere")])
 # `make` only says what it would do here; test_fresh_clone does it. A server must not outlive a command that failed.
 PRELUDE = (
     "set -euo pipefail\ntrap 'kill $(jobs -p) 2>/dev/null || true' EXIT\n"
@@ -24,7 +27,7 @@ PRELUDE = (
 )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def folder(tmp_path_factory) -> pathlib.Path:
     """What a reader has: a clone, a corpus of their own and vocabularies."""
     folder = tmp_path_factory.mktemp("readme")
@@ -41,9 +44,9 @@ def test_every_block_says_what_it_is() -> None:
     assert "$ " not in "".join(body for _, body in BLOCKS)
 
 
-@pytest.mark.timeout(900)
-def test_every_command_runs(folder: pathlib.Path) -> None:
-    for language, body in BLOCKS:
+def run_blocks(blocks: Iterable[tuple[str, str]], folder: pathlib.Path) -> None:
+    """Run commands and programs, and write files; what training by several processes gives is that of one."""
+    for language, body in blocks:
         if language == "sh":
             with socket.create_server(("127.0.0.1", 0)) as listener:
                 port = listener.getsockname()[1]
@@ -54,7 +57,6 @@ def test_every_command_runs(folder: pathlib.Path) -> None:
             run([sys.executable, "-c", body], folder)
         elif language == "yaml":
             (folder / body.split()[1]).write_text(body)
-    assert transformers_text(folder / "gpt-hf")
     losses = [losses_of(folder / "runs" / name) for name in ("first", "two", "sharded", "tensor", "pipeline")]
     assert [len(each) for each in losses] == [40, 40, 40, 40, 45]  # the last is gone on with, in one process
     for other in losses[1:]:
@@ -63,6 +65,17 @@ def test_every_command_runs(folder: pathlib.Path) -> None:
     assert {"config.yaml", "metrics.jsonl", "loss.png", "checkpoints"} <= {
         path.name for path in (folder / "runs/first").iterdir()
     }
+
+
+@pytest.mark.timeout(900)
+def test_the_first_commands_run(folder: pathlib.Path) -> None:
+    run_blocks(FIRST_BLOCKS, folder)
+
+
+@pytest.mark.slow
+def test_every_command_runs(folder: pathlib.Path) -> None:
+    run_blocks(BLOCKS, folder)
+    assert transformers_text(folder / "gpt-hf")
 
 
 def transformers_text(exported: pathlib.Path) -> str:

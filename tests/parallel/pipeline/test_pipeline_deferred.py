@@ -85,8 +85,8 @@ def counted(config):
 
 @pytest.mark.parametrize(("ranks", "layout"), [
     (2, {}),
-    (4, {"tensor_model_parallel_size": 2}),
-    (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "swiglu": True}),
+    pytest.param(4, {"tensor_model_parallel_size": 2}, marks=pytest.mark.slow),
+    pytest.param(4, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "swiglu": True}, marks=pytest.mark.slow),
     (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "attention_head_type": "multiquery"}),
 ])  # fmt: skip
 def test_no_product_and_no_collective_runs_twice(ranks, layout):

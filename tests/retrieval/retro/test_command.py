@@ -142,6 +142,7 @@ SMALL_MODEL = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_training_measuring_and_writing_run_as_typed(folder):
     """The block of the section on the model, with small numbers, on the folder of the first block."""
     block = re.findall(r"^```sh\n(.*?)^```$", (ROOT / "docs/retro.md").read_text(), re.MULTILINE | re.DOTALL)[1]
