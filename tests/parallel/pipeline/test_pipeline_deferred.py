@@ -12,6 +12,8 @@ from megalith.parallel.pipeline.deferred import WeightGradientQueue
 from megalith.testing import parity, run_ranks
 from tests.parity.cases import SMALL
 
+SLOW = pytest.mark.slow
+
 
 def test_gradients_come_when_taken_and_are_the_same_to_the_bit():
     torch.manual_seed(0)
@@ -85,8 +87,8 @@ def counted(config):
 
 @pytest.mark.parametrize(("ranks", "layout"), [
     (2, {}),
-    pytest.param(4, {"tensor_model_parallel_size": 2}, marks=pytest.mark.slow),
-    pytest.param(4, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "swiglu": True}, marks=pytest.mark.slow),
+    pytest.param(4, {"tensor_model_parallel_size": 2}, marks=SLOW),
+    pytest.param(4, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "swiglu": True}, marks=SLOW),
     (4, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "attention_head_type": "multiquery"}),
 ])  # fmt: skip
 def test_no_product_and_no_collective_runs_twice(ranks, layout):
