@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--num-layers", type=int, default=2)
     parser.add_argument("--max-chunk-length", type=int, default=256, help="tokens that the BERT reads of a chunk")
     parser.add_argument("--index-string", default="IVF256,Flat")
+    parser.add_argument("--nprobe", type=int, default=65536, help="lists of the index that a query looks in")
     parser.add_argument("--train-samples", type=int, default=500)
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
@@ -116,6 +117,7 @@ def main() -> None:
             "--retro-workdir", "retro", "--load", "bert", "--data-path", "text_text_document", "--seq-length", "512",
             "--global-batch-size", "10", "--train-samples", str(args.train_samples), "--eval-interval", "50",
             "--eval-iters", "1", "--retro-index-str", args.index_string, "--retro-doc-block-size", "1000",
+            "--retro-query-nprobe", str(args.nprobe),
             "--retro-bert-max-chunk-length", str(args.max_chunk_length), *tokenizer,
         ]  # fmt: skip
         measured("db", ["retro", "db", *flags, "--workers", str(args.workers)], folder)
