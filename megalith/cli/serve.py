@@ -76,11 +76,13 @@ def serve(args: argparse.Namespace) -> int:
         for line in _notices(args, options):
             print(f"megalith: {line}", file=sys.stderr, flush=True)
     with ends_with_launcher():
-        from megalith.serving.server import bind, serve_model  # here, because it imports torch
+        from megalith.parallel.devices import pick_device  # here, because these import torch
+        from megalith.serving.engine_thread import without_thread_pool
+        from megalith.serving.server import bind, serve_model
 
         if environment.rank() == 0:
             bind(options.host, options.port).close()  # one that is taken is said now, not after minutes of loading
-        model = load_model(args)
+        model = without_thread_pool(lambda: load_model(args), pick_device(args.device))
         return serve_model(model, options.model_name or _name(args.load), options)
 
 

@@ -31,6 +31,7 @@ from megalith.generation.parallel.replicas import ReplicatedEngine, engine_of
 from megalith.serving.access_log import LOGGING
 from megalith.serving.app import create_app
 from megalith.serving.connections import Connection
+from megalith.serving.engine_thread import without_thread_pool
 from megalith.serving.metrics import Metrics
 from megalith.serving.options import ServeOptions
 from megalith.serving.service import Service
@@ -56,9 +57,14 @@ def serve_model(model: TextModel, name: str, options: ServeOptions) -> int:
     several = model.runtime is not None and dist.get_world_size() > 1
     listener = bind(options.host, options.port) if not several or dist.get_rank() == 0 else None
     limits = {each: getattr(options, each) for each in ("max_batch_size", "max_length", "max_cache_bytes", "compile")}
-    with model.evaluating():
-        engine = engine_of(model, **limits)
-        engine.warm_up()
+
+    def warm_engine() -> Engine | ReplicatedEngine:
+        with model.evaluating():
+            engine = engine_of(model, **limits)
+            engine.warm_up()
+        return engine
+
+    engine = without_thread_pool(warm_engine, next(model.model.parameters()).device)
     ranks = Ranks(model.runtime.mesh.device) if model.runtime is not None and several else None
     if ranks is None or listener is None:
         return serve(engine, name, options, listener) if ranks is None else _follow(engine, ranks)

@@ -1,7 +1,10 @@
 """The engine's thread: errors that end one text, those that end all, those that end the thread; and cancellations."""
 
 import contextlib
+import os
 import queue
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +15,7 @@ import torch
 from megalith.common.errors import ConfigError
 from megalith.generation.engine import Engine
 from megalith.generation.generate import Call, complete
-from megalith.serving.engine_thread import MOST_FAILURES, EngineThread, Job
+from megalith.serving.engine_thread import MOST_FAILURES, EngineThread, Job, without_thread_pool
 from megalith.serving.errors import Failed
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 6, "seed": 3, "stop_at_eod": False}
@@ -142,3 +145,32 @@ def test_what_the_engine_refuses_is_the_requests_error(running) -> None:
     _, (job,) = running.start([7], max_new_tokens=3, seed=None, beam_width=9)
     error = running.end(job)
     assert isinstance(error, ConfigError) and "--beam-width must be at most 4" in str(error)
+
+
+def test_what_computes_before_the_engine_leaves_nothing():
+    main, cpu = threading.get_ident(), torch.device("cpu")
+    assert without_thread_pool(threading.get_ident, cpu) != main
+    assert without_thread_pool(threading.get_ident, torch.device("cuda")) == main
+    with pytest.raises(ConfigError, match="the same error"):
+        without_thread_pool(lambda: (_ for _ in ()).throw(ConfigError("the same error")), cpu)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds threads in /proc")
+def test_a_thread_that_ends_takes_its_pool_along():
+    program = """
+import os, time, torch
+from megalith.serving.engine_thread import without_thread_pool
+count = lambda: len(os.listdir("/proc/self/task"))
+compute = lambda: torch.ones(1 << 20).add(1.0).sum().item()
+before, end = count(), time.monotonic() + 10
+without_thread_pool(compute, torch.device("cpu"))
+while count() > before and time.monotonic() < end:
+    time.sleep(0.01)
+apart = count() - before
+compute()
+print(apart, count() - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"OMP_NUM_THREADS": "2"}, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["0", "1"], done
