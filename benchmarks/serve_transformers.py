@@ -38,7 +38,7 @@ class Batcher:
     """A queue of requests, and the thread that generates their texts in batches."""
 
     def __init__(self, folder: str, cache: str, rows: int):
-        self.model = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
+        self.folder = folder
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         self.cache, self.rows = cache, rows
         self.queue = queue.Queue[tuple[Request, concurrent.futures.Future]]()
@@ -51,7 +51,8 @@ class Batcher:
         return future
 
     def run(self) -> None:
-        """Batch after batch."""
+        """Batch after batch. The model is loaded here: see serving/engine_thread.py, without_thread_pool."""
+        model = transformers.GPT2LMHeadModel.from_pretrained(self.folder).eval()
         while True:
             batch = [self.queue.get()]
             end = time.monotonic() + WAIT
@@ -60,7 +61,7 @@ class Batcher:
                     batch.append(self.queue.get(timeout=max(0.0, end - time.monotonic())))
                 except queue.Empty:
                     break
-            texts = theirs(self.model, [request for request, _ in batch], self.cache, do_sample=False)
+            texts = theirs(model, [request for request, _ in batch], self.cache, do_sample=False)
             for (_, future), tokens in zip(batch, texts):
                 future.set_result(self.tokenizer.decode(tokens))
 
