@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from megalith.common.extras import require
-from megalith.curation.dedup.occurrences import first_occurrences
+from megalith.curation.dedup.occurrences import FirstPlaces, first_occurrences
 from megalith.curation.dedup.signatures import digest, normal_url
 from megalith.curation.documents import Document
 from megalith.curation.parts import PartOutput, Step
@@ -136,23 +136,20 @@ class FirstUrls(FilterUrls):
     def load(self) -> None:
         """Map the file too."""
         super().load()
-        self.first_places = np.memmap(self.first, np.int64, "r")
-        self.part, self.at = -1, 0
+        self.first_places = FirstPlaces(self.first, self.starts)
 
     def process(self, documents: Sequence[Document], out: PartOutput) -> None:
         """Keep or drop each URL."""
-        if out.number != self.part or out.position == 0:
-            self.part, self.at = out.number, self.starts[out.number]
+        self.first_places.begin(out)
         for document in documents:
             rule, found = self.reason(document.text.strip())
             if rule:
                 out.drop(document, rule, found)
                 continue
-            if self.first_places[self.at] == self.at:
+            if self.first_places.take(1).all():
                 out.keep(document)
             else:
                 out.drop(document, "repeated")
-            self.at += 1
 
 
 def _is_address(host: str) -> bool:

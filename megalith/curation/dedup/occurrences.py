@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from megalith.curation.parts import PartOutput
 from megalith.curation.words import mix
 
 AT_ONCE = 1 << 24  # values in memory
@@ -36,3 +37,22 @@ def first_occurrences(values: Callable[[], Iterable[np.ndarray]], count: int, pa
         first[place] = place[new][np.cumsum(new) - 1]
     first.flush()
     return first[:count]
+
+
+class FirstPlaces:
+    """Reads what `first_occurrences` wrote beside the documents of a part, in their order."""
+
+    def __init__(self, path: str, starts: dict[int, int]):
+        """path: of its file. starts: the number of the first value of each part."""
+        self.places, self.starts = np.memmap(path, np.int64, "r"), starts
+        self.part, self.at = -1, 0
+
+    def begin(self, out: PartOutput) -> None:
+        """Of a batch: the first of a part begins with the values of that."""
+        if out.number != self.part or out.position == 0:
+            self.part, self.at = out.number, self.starts[out.number]
+
+    def take(self, count: int) -> np.ndarray:
+        """bool [count]: whether the next values are there for the first time."""
+        start, self.at = self.at, self.at + count
+        return self.places[start : self.at] == np.arange(start, self.at)

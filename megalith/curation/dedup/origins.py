@@ -83,17 +83,19 @@ class Names:
 
     def described(self, document: int, role: str) -> dict[str, Any]:
         """What evidence says of one document, which is the "document" or the one that is "kept"."""
-        at = int(np.searchsorted(self.starts, document, "right")) - 1
-        part = at - len(self.earlier)
-        id_ = orjson.loads(self.ids(part)[document - int(self.starts[at])]) if part >= 0 else None
+        part, inside = self._find(document)
+        id_ = orjson.loads(self.ids(part)[inside]) if part >= 0 else None
         return {role: self(document)} | ({f"{role}_id": id_} if id_ is not None else {})
 
     def __call__(self, document: int) -> str:
         """Of one document."""
+        part, inside = self._find(document)
+        if part < 0:
+            return self.earlier[part][inside]
+        piece, line = self.places[part][inside].tolist()
+        return self.locate(self.signed.records[part]["part"], piece, line)
+
+    def _find(self, document: int) -> tuple[int, int]:
+        """(its part, below 0 for runs of the index, which count from their end; its number in that)."""
         at = int(np.searchsorted(self.starts, document, "right")) - 1
-        inside = document - int(self.starts[at])
-        if at < len(self.earlier):
-            return self.earlier[at][inside]
-        at -= len(self.earlier)
-        piece, line = self.places[at][inside].tolist()
-        return self.locate(self.signed.records[at]["part"], piece, line)
+        return at - len(self.earlier), document - int(self.starts[at])

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from megalith.curation.dedup.occurrences import FirstPlaces
 from megalith.curation.dedup.origins import Names, Origins
 from megalith.curation.documents import Document, dump
 from megalith.curation.parts import PartOutput, Step
@@ -75,18 +76,14 @@ class DropParagraphs(Step):
 
     def load(self) -> None:
         """Map the file."""
-        self.first_places = np.memmap(self.first, np.int64, "r")
-        self.part, self.at = -1, 0
+        self.first_places = FirstPlaces(self.first, self.starts)
 
     def process(self, documents: Sequence[Document], out: PartOutput) -> None:
         """Take repeated paragraphs out."""
-        if out.number != self.part or out.position == 0:
-            self.part, self.at = out.number, self.starts[out.number]
+        self.first_places.begin(out)
         for document in documents:
             paragraphs = paragraphs_of(document.text)
-            stop = self.at + len(paragraphs)
-            stays = self.first_places[self.at : stop] == np.arange(self.at, stop)
-            self.at = stop
+            stays = self.first_places.take(len(paragraphs))
             if stays.all():
                 out.keep(document)
                 continue
